@@ -1,0 +1,1 @@
+"""compresso: smaller, faster Hugging Face checkpoints, with an account of what they cost."""

@@ -1,0 +1,75 @@
+"""Every error that compresso raises on purpose, and the exit code the command line gives it.
+
+    CompressoError                 exit 2: bad input, with the cure in the message
+      RecipeError                  unknown recipe, stage or key; stages in an illegal order
+      ArchError                    an architecture nobody described, or a model that is not what its config says
+      BudgetError                  a budget that cannot be met
+      DataError                    empty, malformed or unknown data
+      CheckpointError              a checkpoint that is missing, truncated, foreign or unsafe to read
+      ExportError                  a shape that the asked layout cannot hold, or a written file that reads back differently
+      ResumeError                  a resume that would not continue the same run
+      ResourceError                exit 3: not enough disk, memory or device
+      NumericError                 exit 4: NaN or Inf where a number was needed
+
+Messages are one line: what, the value, what was wanted, the cure.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressoError(Exception):
+    """Base of all errors that carry a message meant for a person; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class RecipeError(CompressoError):
+    """A recipe names something that does not exist, or orders its stages illegally."""
+
+
+class ArchError(CompressoError):
+    """No description exists for this architecture, or the model contradicts its config."""
+
+
+class BudgetError(CompressoError):
+    """A budget outside its range, or one that the floors make impossible."""
+
+
+class DataError(CompressoError):
+    """Data that is unknown, empty or malformed; names the file and the line."""
+
+
+class CheckpointError(CompressoError):
+    """A checkpoint that cannot be read, or must not be."""
+
+
+class ExportError(CompressoError):
+    """A shape the layout cannot hold, or a file that does not read back as it was written."""
+
+
+class ResumeError(CompressoError):
+    """A resume whose recipe, model, data or version differ from the interrupted run."""
+
+
+class ResourceError(CompressoError):
+    """Not enough disk, memory or device."""
+
+    exit_code = 3
+
+
+class NumericError(CompressoError):
+    """NaN or Inf where a number was needed."""
+
+    exit_code = 4
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The tail of a message about an unknown name: the closest valid one, or all of them.
+
+    >>> nearest("head", ["heads", "channels"])
+    "did you mean 'heads'?"
+    """
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
