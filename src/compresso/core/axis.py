@@ -1,0 +1,98 @@
+"""What can be removed from a network, and which tensor entries leave with it.
+
+An `Axis` is a set of units (heads, FFN channels, hidden dimensions, layers) whose tensor entries must leave together. It is plain data:
+an architecture writes its axes down once, and masking, counting, shrinking and planning are all derived from them.
+
+Two ways a unit owns entries of a tensor:
+
+    unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [u * width, (u + 1) * width)
+    unit=k      the whole tensor belongs to unit k (a layer's matrices belong to unit k of the layer axis)
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+class Kind(StrEnum):
+    """The kinds of unit that can be removed."""
+
+    HEAD = "head"
+    """A key/value head together with the query heads that share it."""
+    CHANNEL = "channel"
+    """One unit of an FFN's intermediate width."""
+    HIDDEN = "hidden"
+    """One dimension of the residual stream; a model has one such axis."""
+    LAYER = "layer"
+    """A whole decoder layer."""
+    ATTENTION = "attention"
+    """The attention sub-layer of a layer, with its norm."""
+    MLP = "mlp"
+    """The FFN sub-layer of a layer, with its norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The entries of one parameter that belong to an axis' units.
+
+    Args:
+        param: qualified parameter name, as in `model.named_parameters()`.
+        dim: tensor dimension along which the units lie (0 where `unit` is given and the dimension has no meaning).
+        width: entries of one unit along `dim`.
+        unit: None if the units tile `dim`; k if the whole tensor belongs to unit k.
+    """
+
+    param: str
+    dim: int
+    width: int = 1
+    unit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Where a mask multiplies activations: the last dimension of a module's input or output.
+
+    Args:
+        module: qualified module name; a Linear, or an Embedding with side "output".
+        side: "input" or "output" of that module.
+        width: consecutive activation entries that share one unit's mask value.
+        unit: None if the units tile the activation; k if the whole activation belongs to unit k.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    width: int = 1
+    unit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Units that can be removed one by one, and everything that leaves with each.
+
+    Args:
+        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`, `mlp`.
+        kind: what a unit is.
+        size: number of units.
+        slices: parameter entries owned by the units.
+        gates: places where a mask on the units is applied; their product with a 0/1 mask must equal removal.
+        container: qualified name of the module whose shape fields describe this axis (the attention of a head axis, the FFN of a
+            channel axis, the layer list of a layer, attention or mlp axis, the decoder of the hidden axis).
+        layer: index of the layer the axis lies in; None for axes of the whole model.
+        with_last_unit: parameters that leave when no unit is left (the norm before an attention that has no heads).
+        min_units: fewest units that may stay. 1 where a bias would survive the removal of the last unit.
+        norms: RMSNorm modules whose mean runs over this axis. Masked training keeps dividing by the original size, so removal scales
+            their weight by sqrt(size / kept) and their eps by size / kept.
+        head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be divided out there.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    slices: tuple[Slice, ...]
+    gates: tuple[Gate, ...]
+    container: str
+    layer: int | None = None
+    with_last_unit: tuple[str, ...] = ()
+    min_units: int = 0
+    norms: tuple[str, ...] = ()
+    head_norm: str | None = None

@@ -1,0 +1,89 @@
+"""A structural decision: which units of which axes stay. Every method's outcome that changes shapes is a Plan."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis, Kind
+
+_LAYER_PREFIX = re.compile(r"^layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept unit indices per axis name, ascending; an axis that is absent keeps all its units.
+
+    Whole layers are the axis `layers`; axes of one layer are named `layers.{i}.…`. Indices and names refer to the model before removal.
+    """
+
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    @staticmethod
+    def from_masks(axes: Iterable[Axis], masks: Mapping[str, Tensor]) -> "Plan":
+        """The plan that keeps units whose mask value is above zero. masks: axis name -> [size]."""
+        kept: dict[str, tuple[int, ...]] = {}
+        for axis in axes:
+            if axis.name in masks:
+                alive: list[bool] = (masks[axis.name].detach() > 0).tolist()  # pyright: ignore[reportUnknownMemberType]
+                kept[axis.name] = tuple(i for i, stays in enumerate(alive) if stays)
+        return Plan(kept)
+
+    def masks(self, axes: Iterable[Axis], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """0/1 masks [size] for every axis that the plan names."""
+        result: dict[str, Tensor] = {}
+        for axis in axes:
+            if axis.name in self.kept:
+                mask = torch.zeros(axis.size, dtype=dtype, device=device)
+                mask[list(self.kept[axis.name])] = 1
+                result[axis.name] = mask
+        return result
+
+    def check(self, axes: Iterable[Axis]) -> None:
+        """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, or `min_units` is undercut."""
+        by_name = {axis.name: axis for axis in axes}
+        for name, kept in self.kept.items():
+            if name not in by_name:
+                raise ValueError(f"plan names axis '{name}', which the model does not have; its axes start with {sorted(by_name)[:3]}")
+            axis = by_name[name]
+            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < axis.size):
+                raise ValueError(f"plan for '{name}' must list ascending unit indices in [0, {axis.size}), got {list(kept)[:8]}")
+            floor = max(axis.min_units, 1) if axis.kind in (Kind.HIDDEN, Kind.LAYER) else axis.min_units
+            if len(kept) < floor:
+                raise ValueError(f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {floor} must stay")
+
+    def is_noop(self, axes: Iterable[Axis]) -> bool:
+        """Whether every unit of every axis stays."""
+        return all(axis.name not in self.kept or len(self.kept[axis.name]) == axis.size for axis in axes)
+
+    def then(self, later: "Plan") -> "Plan":
+        """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already smaller model."""
+        combined = dict(self.kept)
+        for name, kept in later.kept.items():
+            original = self._original_name(name)
+            before = self.kept.get(original)
+            combined[original] = tuple(kept) if before is None else tuple(before[i] for i in kept)
+        return Plan(combined)
+
+    def _original_name(self, name: str) -> str:
+        """The name an axis had before this plan removed whole layers and renumbered the rest."""
+        match = _LAYER_PREFIX.match(name)
+        if match is None or "layers" not in self.kept:
+            return name
+        return f"layers.{self.kept['layers'][int(match[1])]}." + name[match.end() :]
+
+    def to_json(self) -> str:
+        """Indented JSON: {"format": 1, "kept": {axis: [indices]}}."""
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(list(kept))}" for name, kept in self.kept.items())
+        return '{\n  "format": 1,\n  "kept": {\n' + rows + "\n  }\n}\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Inverse of `to_json`. Raises ValueError for a foreign format."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore[reportUnknownMemberType]
+            raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')
+        return Plan({str(name): tuple(int(i) for i in kept) for name, kept in data["kept"].items()})  # pyright: ignore
