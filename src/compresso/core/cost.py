@@ -108,7 +108,7 @@ class CostModel:
                 length = by_name[piece.param].shape[piece.dim]
                 if axis.size * piece.width != length or (piece.param, piece.dim) in tiled:
                     raise ValueError(
-                        f"axis {axis.name}: {axis.size} units of {piece.width} cannot alone tile dim {piece.dim} ({length}) of {piece.param}"
+                        f"axis {axis.name}: {axis.size} units of {piece.width} cannot tile dim {piece.dim} ({length}) of {piece.param}"
                     )
                 tiled[piece.param, piece.dim] = piece.width
                 index = atom(axis.name, "sum")

@@ -28,7 +28,7 @@ class Plan:
         kept: dict[str, tuple[int, ...]] = {}
         for axis in axes:
             if axis.name in masks:
-                alive: list[bool] = (masks[axis.name].detach() > 0).tolist()  # pyright: ignore[reportUnknownMemberType]
+                alive: list[bool] = (masks[axis.name].detach() > 0).tolist()  # pyright: ignore
                 kept[axis.name] = tuple(i for i, stays in enumerate(alive) if stays)
         return Plan(kept)
 
@@ -84,6 +84,6 @@ class Plan:
     def from_json(text: str) -> "Plan":
         """Inverse of `to_json`. Raises ValueError for a foreign format."""
         data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore[reportUnknownMemberType]
+        if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')
         return Plan({str(name): tuple(int(i) for i in kept) for name, kept in data["kept"].items()})  # pyright: ignore

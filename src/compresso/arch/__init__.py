@@ -1,0 +1,1 @@
+"""What can be removed from each architecture: one file an architecture."""
