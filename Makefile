@@ -1,0 +1,38 @@
+# make setup   a virtual environment in .venv with the tested versions (requirements/pins.txt)
+# make demo    the main job on the embedded model, offline, a few minutes on two cores
+# make test    the tests, offline
+# make check   formatting, lint, types, import rule
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/pins.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements/pins.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements/pins.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(OFFLINE) $(BIN)/compresso demo --output demo-output --force
+
+test: setup
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
+
+clean:
+	rm -rf $(VENV) demo-output demo-output.partial .pytest_cache .ruff_cache .import_linter_cache
