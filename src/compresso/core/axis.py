@@ -96,3 +96,8 @@ class Axis:
     min_units: int = 0
     norms: tuple[str, ...] = ()
     head_norm: str | None = None
+
+    @property
+    def fewest(self) -> int:
+        """Fewest units that may stay: `min_units`, and at least one hidden dimension and one layer."""
+        return max(self.min_units, 1) if self.kind in (Kind.HIDDEN, Kind.LAYER) else self.min_units

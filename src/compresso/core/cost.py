@@ -9,12 +9,17 @@ Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's 24 bits.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
+
+
+Counted = Literal["blocks", "total", "macs"]
+"""What a budget is a share of; a field of `Cost`."""
 
 
 class Group(StrEnum):
@@ -61,6 +66,10 @@ class Cost:
     macs: Tensor
     cached: Tensor
 
+    def count(self, of: Counted) -> Tensor:
+        """The count that a budget is a share of []: block parameters, all parameters, or multiply-accumulates per token."""
+        return {"blocks": self.blocks, "total": self.total, "macs": self.macs}[of]
+
     def parameters(self) -> dict[str, int]:
         """The four parameter counts as whole numbers."""
         return {name: round(float(getattr(self, name))) for name in ("total", "blocks", "embeddings", "norms")}
@@ -101,11 +110,16 @@ class CostModel:
                 if piece.param not in by_name:
                     raise ValueError(f"axis {axis.name} slices '{piece.param}', which is not a parameter of the model")
                 if piece.unit is not None:
+                    if not 0 <= piece.unit < axis.size:
+                        raise ValueError(f"axis {axis.name} has {axis.size} units; {piece.param} cannot belong to unit {piece.unit}")
                     index = atom(axis.name, piece.unit)
                     factors[piece.param].append(index)
                     rows[piece.param].append(index)
                     continue
-                length = by_name[piece.param].shape[piece.dim]
+                shape = by_name[piece.param].shape
+                if not 0 <= piece.dim < len(shape):
+                    raise ValueError(f"axis {axis.name} lies along dim {piece.dim} of {piece.param}, whose shape is {list(shape)}")
+                length = shape[piece.dim]
                 if axis.size * piece.width != length or (piece.param, piece.dim) in tiled:
                     raise ValueError(
                         f"axis {axis.name}: {axis.size} units of {piece.width} cannot tile dim {piece.dim} ({length}) of {piece.param}"
@@ -116,6 +130,8 @@ class CostModel:
                 if piece.dim == 0:
                     rows[piece.param].append(index)
             for name in axis.with_last_unit:
+                if name not in by_name:
+                    raise ValueError(f"axis {axis.name} takes '{name}' with its last unit, which is not a parameter of the model")
                 factors[name].append(atom(axis.name, "any"))
         row_constants: list[int] = []
         for weight in self.weights:

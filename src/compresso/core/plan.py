@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compresso.core.axis import Axis, Kind
+from compresso.core.axis import Axis
 
 _LAYER_PREFIX = re.compile(r"^layers\.(\d+)\.")
+_ONE_UNIT_A_LAYER = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,33 @@ class Plan:
             axis = by_name[name]
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < axis.size):
                 raise ValueError(f"plan for '{name}' must list ascending unit indices in [0, {axis.size}), got {list(kept)[:8]}")
-            floor = max(axis.min_units, 1) if axis.kind in (Kind.HIDDEN, Kind.LAYER) else axis.min_units
-            if len(kept) < floor:
-                raise ValueError(f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {floor} must stay")
+            if len(kept) < axis.fewest:
+                raise ValueError(f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must stay")
 
     def is_noop(self, axes: Iterable[Axis]) -> bool:
         """Whether every unit of every axis stays."""
         return all(axis.name not in self.kept or len(self.kept[axis.name]) == axis.size for axis in axes)
 
     def then(self, later: "Plan") -> "Plan":
-        """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already smaller model."""
+        """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already smaller model.
+
+        A smaller model numbers the units that are left from 0: those that this plan keeps and, for the axes `attention` and `mlp`, whose
+        units lie one in each layer, only those in layers that this plan keeps.
+        """
         combined = dict(self.kept)
         for name, kept in later.kept.items():
             original = self._original_name(name)
-            before = self.kept.get(original)
-            combined[original] = tuple(kept) if before is None else tuple(before[i] for i in kept)
+            left = self._left(original)
+            combined[original] = tuple(kept) if left is None else tuple(left[i] for i in kept)
         return Plan(combined)
+
+    def _left(self, name: str) -> tuple[int, ...] | None:
+        """The units of an axis that the smaller model still has; None if that is all of them."""
+        kept = self.kept.get(name)
+        layers = self.kept.get("layers") if name in _ONE_UNIT_A_LAYER else None
+        if kept is None or layers is None:
+            return kept if layers is None else layers
+        return tuple(i for i in kept if i in layers)
 
     def _original_name(self, name: str) -> str:
         """The name an axis had before this plan removed whole layers and renumbered the rest."""

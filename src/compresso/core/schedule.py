@@ -1,0 +1,102 @@
+"""What changes over a run: the target sparsity of mask training and the factor on a learning rate.
+
+Every function returns a closure from the number of updates done so far (0 before the first) to a number. Counting is in optimizer updates,
+never in micro-batches, so accumulation does not change a schedule.
+"""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
+    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and stays; warmup 0 is `final` at once.
+
+    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408). Raises ValueError for a sparsity outside [0, 1) or a negative
+    warm-up.
+
+    >>> target = linear_ramp(0.3, warmup=10)
+    >>> target(0), target(5), target(99)
+    (0.0, 0.15, 0.3)
+    """
+    _check_ramp(final, warmup, start)
+    return lambda update: start + (final - start) * _progress(update, warmup)
+
+
+def cubic_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
+    """Target sparsity that rises fast first: final + (start - final)(1 - k / warmup)^3; warmup 0 is `final` at once.
+
+    Raises ValueError for a sparsity outside [0, 1) or a negative warm-up.
+
+    >>> cubic_ramp(0.5, warmup=10)(5)
+    0.4375
+    """
+    _check_ramp(final, warmup, start)
+    return lambda update: final + (start - final) * (1 - _progress(update, warmup)) ** 3
+
+
+def constant() -> Schedule:
+    """Learning-rate factor 1."""
+
+    def same(update: int) -> float:
+        _checked(update)
+        return 1.0
+
+    return same
+
+
+def linear(total: int, warmup: int = 0) -> Schedule:
+    """Learning-rate factor that rises linearly over `warmup` updates, then falls linearly to 0 at `total`.
+
+    Raises ValueError unless 0 <= warmup < total.
+
+    >>> [linear(4)(update) for update in range(6)]
+    [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    _check_rate(total, warmup)
+    return lambda update: _warmed(update, warmup, lambda: max(0.0, (total - update) / (total - warmup)))
+
+
+def cosine(total: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
+    """Learning-rate factor that rises linearly over `warmup` updates, then falls along half a cosine to `floor` at `total`.
+
+    Raises ValueError unless 0 <= warmup < total and 0 <= floor <= 1.
+    """
+    _check_rate(total, warmup)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor} is a share of the learning rate; give a number in [0, 1]")
+
+    def falling(update: int) -> float:
+        done = min(1.0, (update - warmup) / (total - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return lambda update: _warmed(update, warmup, lambda: falling(update))
+
+
+def _progress(update: int, warmup: int) -> float:
+    """Share of the warm-up that is over, in [0, 1]."""
+    return 1.0 if warmup == 0 else min(1.0, _checked(update) / warmup)
+
+
+def _warmed(update: int, warmup: int, after: Callable[[], float]) -> float:
+    return _checked(update) / warmup if update < warmup else after()
+
+
+def _checked(update: int) -> int:
+    if update < 0:
+        raise ValueError(f"update {update} is before the first; updates are counted from 0")
+    return update
+
+
+def _check_ramp(final: float, warmup: int, start: float) -> None:
+    for name, value in (("final", final), ("start", start)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} is not a sparsity; give a number in [0, 1)")
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup} updates; give 0 or more")
+
+
+def _check_rate(total: int, warmup: int) -> None:
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup={warmup} of total={total} updates leaves no update at a falling rate; wanted 0 <= warmup < total")
