@@ -16,11 +16,21 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
+from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.errors import RecipeError, nearest
+from compresso.data.batches import collate
+from compresso.drive.checkpoint import TrainingCheckpoints
+from compresso.drive.history import History
+from compresso.drive.launch import processes
+from compresso.drive.order import ShuffledBatches
+from compresso.drive.progress import Progress
+from compresso.edit.gate import gated
+from compresso.edit.shrink import shrink_
+from compresso.errors import NumericError, RecipeError, nearest
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -54,9 +64,10 @@ class Job:
         records: facts for records.json, by stage.
         identity: what a resume must agree on (recipe, model, data, versions).
         seed: of every random draw.
-        out: the folder of the running stage, for training checkpoints.
-        resume: whether training checkpoints found in `out` are continued.
-        quiet: whether progress is shown.
+        out: where the running stage keeps training checkpoints; those found there are continued.
+        pad_id: token that fills rows up; masked from attention and loss.
+        quiet: no progress display.
+        patches: forward patches applied so far.
     """
 
     model: PreTrainedModel
@@ -69,19 +80,85 @@ class Job:
     identity: Mapping[str, Any]
     seed: int
     out: Path
-    resume: bool = False
+    pad_id: int = 0
     quiet: bool = False
     patches: tuple[str, ...] = ()
-    pad_id: int = 0
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.model.device
 
-    def note(self, **facts: Any) -> "Job":
-        """The same job with more facts in its records."""
-        return replace(self, records={**self.records, **facts})
+    def note(self, stage: str, **facts: Any) -> "Job":
+        """The same job with more facts about a stage in its records."""
+        return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
+
+    def cost(self) -> CostModel:
+        """Counts the model as it is now."""
+        return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
+
+    def batches(self, batch: int) -> ShuffledBatches:
+        """Shuffled training batches of `batch` examples an update. Raises DataError without training data."""
+        return ShuffledBatches(self.rows, batch, lambda rows: collate(rows, self.pad_id), self.seed)
+
+    def accumulation(self, batch: int, micro_batch: int) -> int:
+        """Micro-batches per process that make up an update.
+
+        Raises:
+            RecipeError: if `batch` cannot be shared out equally.
+        """
+        share, rest = divmod(batch, processes())
+        size = min(micro_batch, share)
+        if rest or not share or share % size:
+            raise RecipeError(f"batch={batch} cannot be split into micro-batches of {size} on {processes()} processes; choose multiples")
+        return share // size
+
+    def checkpoints(self) -> TrainingCheckpoints:
+        """Where the running stage saves and resumes its training."""
+        return TrainingCheckpoints(self.out, dict(self.identity))
+
+    def progress(self) -> Progress:
+        """The display of a training loop."""
+        return Progress("silent" if self.quiet else "auto")
+
+    def without(self, masks: Mapping[str, Tensor], stage: str, **facts: Any) -> "Job":
+        """The job after removing the units whose mask is 0, with other mask values folded into the weights.
+
+        The masked model is run beforehand and the smaller one afterwards on the same tokens; how far their logits differ is recorded.
+
+        Raises:
+            NumericError: if they differ by more than rounding explains: the shape surgery would be wrong.
+        """
+        axes = self.arch.axes(self.model)
+        plan = Plan.from_masks(axes, masks)
+        dense = self.cost()
+        before = dense().parameters()
+        with gated(self.model, axes, {name: mask.to(self.device) for name, mask in masks.items()}):
+            masked = self._probe()
+        soft = {name: mask for name, mask in masks.items() if bool(((mask != 0) & (mask != 1)).any())}
+        shrink_(self.model, axes, plan, soft)
+        difference = float((self._probe() - masked).abs().max())
+        allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
+        if not difference <= allowed:
+            raise NumericError(f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more than {allowed:.3g}")
+        after = self.cost()().parameters()
+        kept = {name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()}
+        return replace(self, plan=self.plan.then(plan)).note(
+            stage,
+            parameters_before=before,
+            parameters_after=after,
+            kept_share_of_blocks=after["blocks"] / before["blocks"],
+            units_kept=kept,
+            masked_minus_smaller_max_abs=difference,
+            **facts,
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Logits [1, seq, vocab], float32, on the first held-out tokens, or on the first ids of the vocabulary."""
+        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, self.model.config.vocab_size)))
+        self.model.eval()
+        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits.float()
 
 
 @runtime_checkable
@@ -171,3 +248,18 @@ def check_order(effects: Sequence[tuple[str, Effects]]) -> None:
             raise RecipeError(f"stage '{name}' changes shapes after '{patched}' patched the forward pass; put '{name}' before it")
         formatted = name if Effects.FORMAT in effect else formatted
         patched = name if Effects.FORWARD in effect else patched
+
+
+def check_finite(model: PreTrainedModel, stage: str) -> None:
+    """Refuse a model with NaN or Inf in a weight. Raises NumericError naming the stage and the tensor."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericError(f"stage '{stage}' left NaN or Inf in {name}; nothing was written. Lower its learning rate")
+
+
+def curve(history: History, points: int = 200) -> dict[str, list[float]]:
+    """A training log thinned to at most `points` rows a column, for records and plots; "update" is the horizontal axis."""
+    step = max(1, -(-len(history.rows) // points))
+    rows = history.rows[::step]
+    names = sorted({name for row in history.rows for name in row})
+    return {name: [round(float(row.get(name, float("nan"))), 6) for row in rows] for name in names}

@@ -1,0 +1,177 @@
+"""The command line: parse, call, print. Everything it does can be done from Python with the functions it calls.
+
+Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on stderr.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from compresso.errors import CompressoError
+
+app = typer.Typer(
+    name="compresso",
+    help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
+    "evaluate, measure, compare, export and verify are not part of this version.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the checkpoints and the table go.")] = Path("demo-output"),
+    keep: Annotated[float, typer.Option(help="Share of block parameters that stays.")] = 0.7,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """The main job on the embedded model, offline: prune, recover, reload, compare.
+
+    Example: compresso demo --output demo-output
+    """
+    from compresso.demo import run_demo
+
+    run_demo(output, keep=keep, force=force)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
+    """The catalogue: what each method removes, needs, when to use it and how it fails.
+
+    Example: compresso methods learn_gates
+    """
+    from compresso import catalogue
+
+    catalogue.show_methods(name, as_json)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.")] = None) -> None:
+    """The recipes that ship, or one in full.
+
+    Example: compresso recipes compresso/paper
+    """
+    from compresso import catalogue
+
+    catalogue.show_recipes(name)
+
+
+@app.command()
+def inspect(model: ModelArg, as_json: Json = False) -> None:
+    """What can be removed from a model: axes, units, parameters a unit. Reads no weights.
+
+    Example: compresso inspect meta-llama/Llama-2-7b-hf
+    """
+    from compresso import inspection
+
+    inspection.show(inspection.inspect(model), as_json)
+
+
+Keep = Annotated[float | None, typer.Option(help="Share of block parameters that stays, in (0, 1].")]
+Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, such as 5.4B.")]
+Speedup = Annotated[float | None, typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound).")]
+Layout = Annotated[str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02.")]
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder or config.json.")],
+    keep: Keep = None,
+    parameters: Parameters = None,
+    speedup: Speedup = None,
+    layout: Layout = "auto",
+    max_steps: MaxSteps = None,
+    sets: Set = None,
+    as_json: Json = False,
+) -> None:
+    """A dry run without weights: predicted shapes, counts, memory, tokens and time.
+
+    Example: compresso plan compresso --model ./llama-7b/config.json --keep 0.7
+    """
+    from compresso import dryrun
+
+    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
+    dryrun.show(dryrun.plan(raw, model), as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
+    model: Annotated[str, typer.Option(help="Hub id or local folder of safetensors.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
+    data: Annotated[str | None, typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas.")] = None,
+    keep: Keep = None,
+    parameters: Parameters = None,
+    speedup: Speedup = None,
+    layout: Layout = "auto",
+    max_steps: MaxSteps = None,
+    sets: Set = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The job: prune, recover, write a checkpoint that loads, and record what was done.
+
+    Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
+    """
+    from compresso.run import run as run_job
+
+    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
+    result = run_job(raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad)
+    if as_json:
+        typer.echo(json.dumps(result.records, indent=2))
+
+
+def _raw(
+    recipe: str,
+    keep: float | None,
+    parameters: str | None,
+    speedup: float | None,
+    layout: str,
+    max_steps: int | None,
+    sets: list[str] | None,
+    model: str,
+) -> dict[str, Any]:
+    """The recipe with the command line's overrides in it."""
+    from compresso.options import with_options
+
+    return with_options(
+        recipe, keep=keep, parameters=parameters, speedup=speedup, layout=layout, max_steps=max_steps, sets=sets or [], model=model
+    )
+
+
+def main() -> None:
+    """Entry point: run the command and turn errors into one line and an exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
+    try:
+        app(standalone_mode=False)
+    except CompressoError as error:
+        _fail(f"{type(error).__name__}: {error}", error.exit_code)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        _fail(f"usage: {error.format_message()}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except MemoryError as error:
+        _fail(f"ResourceError: out of memory: {error}; use a smaller micro_batch, checkpointing: true or bf16", 3)
+
+
+def _fail(message: str, code: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

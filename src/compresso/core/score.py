@@ -1,0 +1,40 @@
+"""Scores of units that need only the weights, and what a unit is worth per parameter."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis
+from compresso.core.cost import CostModel
+
+
+def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean square of each unit's own entries, float32: axis name -> [size].
+
+    The structured form of magnitude pruning: Han et al. (arXiv 1506.02626) on whole units, L2 over the group as LLM-Pruner offers it
+    (arXiv 2305.11627, section 3.2), divided by the number of entries so that kinds of different size compare.
+    """
+    scores: dict[str, Tensor] = {}
+    for axis in axes:
+        device = parameters[axis.slices[0].param].device
+        total = torch.zeros(axis.size, dtype=torch.float32, device=device)
+        entries = torch.zeros(axis.size, dtype=torch.float32, device=device)
+        for piece in axis.slices:
+            weight = parameters[piece.param].detach()
+            if piece.unit is not None:
+                total[piece.unit] += weight.float().square().sum()
+                entries[piece.unit] += weight.numel()
+            else:
+                squares = weight.float().square().movedim(piece.dim, 0).reshape(axis.size, -1)
+                total += squares.sum(dim=1)
+                entries += squares.shape[1]
+        scores[axis.name] = total / entries.clamp(min=1)
+    return scores
+
+
+def parameters_per_unit(axes: Sequence[Axis], cost: CostModel, of: str = "blocks") -> dict[str, float]:
+    """How much of a count one unit of each axis carries in the dense model: the count's gradient at all-ones masks."""
+    ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
+    gradients = torch.autograd.grad(getattr(cost(ones), of), list(ones.values()), allow_unused=True)
+    return {name: 0.0 if grad is None else float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}

@@ -1,0 +1,89 @@
+"""Open a checkpoint that compresso wrote, with the collaborative prompt it was pruned with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.data.prompt import Prompt, collaborative_prompt, full_prompt
+from compresso.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its chat template carries the prompt; None for a model without tokenizer.
+        prompt: the collaborative prompt the model was pruned with, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    prompt: Prompt | None
+
+    @torch.no_grad()
+    def generate(self, instruction: str, input: str = "", *, max_new_tokens: int = 128, **options: Any) -> str:
+        """The model's answer to an instruction, with the text format (and prompt) it was trained with.
+
+        Args:
+            instruction, input: as in the training data.
+            max_new_tokens, options: as for `transformers`' `generate`.
+
+        Raises:
+            DataError: if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise DataError("this checkpoint has no tokenizer; call `model.generate` with token ids")
+        text = full_prompt(instruction, input, prompt_on=self.prompt is not None)
+        return self.complete(text, max_new_tokens=max_new_tokens, **options)
+
+    @torch.no_grad()
+    def complete(self, text: str, *, max_new_tokens: int = 128, **options: Any) -> str:
+        """The model's continuation of plain text, special tokens left out."""
+        if self.tokenizer is None:
+            raise DataError("this checkpoint has no tokenizer; call `model.generate` with token ids")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        inputs = torch.tensor([ids], device=self.model.device)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        options = {"do_sample": False, "pad_token_id": pad, **options}
+        output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+        return str(self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
+    """Open a checkpoint folder.
+
+    Args:
+        path: a folder that `compresso.run` wrote, or any model folder or hub id.
+        dtype: None keeps the stored one.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: if it is not a safe, complete checkpoint, or was pruned with a prompt that this version does not know.
+    """
+    source = open_source(str(path))
+    model = load_model(source, dtype=dtype, device=device)
+    return Loaded(model.eval(), load_tokenizer(source), _prompt(Path(source.folder) / "records.json"))
+
+
+def _prompt(records: Path) -> Prompt | None:
+    if not records.is_file():
+        return None
+    stored = json.loads(records.read_text("utf-8")).get("prompt")
+    if stored is None:
+        return None
+    prompt = collaborative_prompt()
+    if prompt.sha256 != stored["sha256"]:
+        raise CheckpointError(
+            f"{records.parent.name} was pruned with prompt {stored['version']} ({stored['sha256'][:12]}), which this version of compresso does not have; "
+            "use the compresso version in its records.json"
+        )
+    return prompt

@@ -1,0 +1,79 @@
+"""Gate-Taylor: one-shot removal of the units whose gates the loss minds least, all kinds and layers in one pool.
+
+The squared gradient of each example's loss with respect to a unit's gate at 1 (the gates' diagonal Fisher information; Michel et al., arXiv
+1905.10650, use its absolute first-order form), divided by the unit's parameters. The strong one-shot baseline that every learned method
+here is measured against; also the starting point of Compresso's gates under `start: score`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from compresso.core.allocate import allocate
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.score import parameters_per_unit
+from compresso.drive.scores import gate_taylor
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "gate_taylor",
+    title="removes the units whose gates the loss minds least, per parameter",
+    paper="1905.10650",
+    effects=Effects.SHAPES,
+    needs=("data", "gradients"),
+    when="One pass over a few hundred examples; good up to about half of the blocks with LoRA recovery afterwards.",
+    failures="Scores units one at a time: redundant units look dispensable together, so very deep cuts take whole skills away.",
+)
+class GateTaylor:
+    """Knobs of gate-Taylor removal.
+
+    Args:
+        keep: share of `of` that stays.
+        of: "blocks", "total" or "macs".
+        kinds: what may be removed.
+        batches, batch: calibration batches and their examples.
+        layout: "free" or "uniform" (equal widths in all layers).
+        multiple_of: kind -> multiple that kept counts are rounded to.
+        floor: kind -> fewest units a layer keeps.
+    """
+
+    keep: Annotated[float, Gt(0), Le(1)] = 0.7
+    of: Literal["blocks", "total", "macs"] = "blocks"
+    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
+    batches: Annotated[int, Ge(1)] = 16
+    batch: Annotated[int, Ge(1)] = 16
+    layout: Literal["free", "uniform"] = "free"
+    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+
+    def budget(self) -> Budget:
+        """The budget these knobs describe."""
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=self.kinds if self.layout == "uniform" else (),
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
+
+    def __call__(self, job: Job) -> Job:
+        """Score on calibration batches, allocate, shrink."""
+        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
+        cost = job.cost()
+        scores = sensitivity_per_parameter(job, axes, cost, self.batches, self.batch)
+        plan = allocate(axes, scores, cost, self.budget())
+        return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.batches * self.batch)
+
+
+def sensitivity_per_parameter(job: Job, axes: Sequence[Axis], cost: CostModel, batches: int, batch: int) -> dict[str, Tensor]:
+    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU."""
+    source = job.batches(batch)
+    scores = gate_taylor(job.model, axes, (source.at(update, range(batch)) for update in range(batches)))
+    per_unit = parameters_per_unit(axes, cost)
+    return {name: score.cpu() / per_unit[name] for name, score in scores.items()}

@@ -1,0 +1,114 @@
+"""What a run writes: saved stages, the final checkpoint and its records."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compresso.checkpoint.atomic import new_folder
+from compresso.checkpoint.source import Source
+from compresso.data.batches import collate
+from compresso.data.instructions import Encoded
+from compresso.data.prompt import Prompt
+from compresso.data.registry import Records
+from compresso.drive.objectives import language_loss
+from compresso.export.card import model_card
+from compresso.export.hf import reopen_and_compare, save_checkpoint
+from compresso.inspection import counts
+from compresso.job import Job
+from compresso.recipe import Recipe
+
+FORMAT = 1
+"""Of records.json."""
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    return {"compresso": version("compresso-llm"), **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}}
+
+
+def origin(
+    recipe: Recipe, source: Source, records: Records | None, encoded: Encoded, prompt: Prompt | None, seed: int
+) -> dict[str, Any]:
+    """What a result was made from, without paths of this machine."""
+    return {
+        "format": FORMAT,
+        "recipe": recipe.to_dict(),
+        "model": source.identity,
+        "data": None if records is None else {**records.facts(), **encoded.facts()},
+        "prompt": None if prompt is None else {"version": prompt.version, "sha256": prompt.sha256},
+        "seed": seed,
+        "versions": versions(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads(), "cuda": _cuda()},
+    }
+
+
+def state(job: Job) -> dict[str, Any]:
+    """Counts of the model as it is, and its mean loss on held-out examples (nats a labelled token; None without data)."""
+    return {**counts(job.cost()), "held_loss": held_loss(job)}
+
+
+@torch.no_grad()
+def held_loss(job: Job, batch: int = 8) -> float | None:
+    """Mean over batches of the next-token loss on the examples that no stage trains on; None if there are none."""
+    if not job.held:
+        return None
+    job.model.eval()
+    losses: list[float] = []
+    for start in range(0, len(job.held), batch):
+        rows = {name: value.to(job.device) for name, value in collate(list(job.held[start : start + batch]), job.pad_id).items()}
+        losses.append(float(language_loss(job.model, rows)))
+    return round(sum(losses) / len(losses), 6)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype most of a checkpoint's numbers are stored in."""
+    numbers: dict[torch.dtype, int] = {}
+    for dtype, shape in source.tensors.values():
+        numbers[dtype] = numbers.get(dtype, 0) + torch.Size(shape).numel()
+    return max(numbers, key=lambda dtype: numbers[dtype])
+
+
+def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
+    """Write a finished stage into a folder: weights as they are, in the layout that holds any shape."""
+    files = {"plan.json": job.plan.to_json(), "records.json": json.dumps({"before": before, "stages": job.records}, indent=2)}
+    save_checkpoint(job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files)
+
+
+def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Write the checkpoint beside `output`, reopen it in a fresh process, then rename it into place.
+
+    Returns:
+        The records with layout, bytes and the reopened difference.
+
+    Raises:
+        ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left at `output`.
+    """
+    model = job.model.to(dtype)
+    shapes = job.arch.shapes(model)
+    ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
+    with new_folder(output, force) as folder:
+        used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer)
+        difference = reopen_and_compare(folder, model, ids)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        facts = {**facts, "layout": used, "dtype": str(dtype).removeprefix("torch."), "bytes": size, "reopened_max_abs_difference": difference}
+        texts = {
+            "recipe.yaml": yaml.safe_dump(facts["recipe"], sort_keys=False, width=120),
+            "plan.json": job.plan.to_json(),
+            "records.json": json.dumps(facts, indent=2) + "\n",
+            "README.md": model_card(facts),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+    return facts
+
+
+
+
+def _cuda() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
