@@ -17,7 +17,6 @@ from torch import Tensor
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 
-
 Counted = Literal["blocks", "total", "macs"]
 """What a budget is a share of; a field of `Cost`."""
 

@@ -62,6 +62,6 @@ def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:]
     labelled = targets != IGNORED
     if not bool(labelled.any()):
-        raise ValueError(f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off by the length?")
+        raise ValueError(f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off?")
     losses = functional.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="none")
     return losses, labelled

@@ -1,0 +1,138 @@
+"""Turn scores into a plan that meets a budget: one pool of all units of all layers, lowest scores removed first.
+
+Unusual:
+    Never above the target: removal goes on until the count is at or below it; then every removed unit that still fits comes back, best
+    first. So the result ends less than one smallest unit below the target, though heads, channels and hidden dimensions share parameters
+    and a unit's price depends on what else is removed.
+    With multiples, a multiple of units is one item, worth the mean score of its units; kept units of an axis are always its best. The
+    result is the allowed shape found from below, or one more multiple (the one that overshoots least) where that lands nearer.
+    Ties go by axis order, then index, lowest removed first. All of it runs in float64 on the CPU, so that devices agree.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import TOLERANCE, Budget, InfeasibleBudget, infeasible, removable
+from compresso.core.cost import CostModel
+from compresso.core.fill import Flat, Items, fill
+from compresso.core.hard_concrete import removal_order
+from compresso.core.plan import Plan
+
+__all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best"]
+
+
+def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget) -> Plan:
+    """The plan that keeps the best units within a budget; it names every axis of the budget's kinds.
+
+    Args:
+        axes: the axes of the model, or those that may be touched.
+        scores: axis name -> [size]; higher stays; comparable across axes. Needed for every axis of the budget's kinds, others are ignored.
+        cost: counts the model.
+        budget: what may stay. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer, worth their mean score.
+
+    Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more than the target
+    (with multiples: by more than 0.5 % of it).
+    """
+    pool = removable(axes, budget)
+    for axis in pool:
+        _check_scores(axis, scores)
+    flat = Flat(pool)
+    start, items = _items(pool, scores, flat, budget)
+    limit = budget.limit(cost)
+
+    def count(units: Tensor) -> float:
+        return float(cost({name: mask.double() for name, mask in flat.split(units).items()}).count(budget.of))
+
+    least = count(start)
+    if least > limit:
+        smallest = Plan.from_masks(pool, flat.split(start))
+        if not budget.rounds or least > limit * (1 + TOLERANCE):
+            raise infeasible(budget, pool, cost, smallest)
+        return smallest
+    admitted = fill(start, items, lambda units: count(units) <= limit)
+    if budget.rounds:
+        admitted = _nearer(admitted, items, lambda these: count(items.units(these, start)) - limit)
+    return Plan.from_masks(pool, flat.split(items.units(admitted, start)))
+
+
+def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[Kind, int]) -> Plan:
+    """The plan that keeps, in every axis of the kinds named, that many units with the highest scores.
+
+    Raises ValueError for unusable scores and for a count that an axis does not have or may not go down to.
+    """
+    kept: dict[str, tuple[int, ...]] = {}
+    for axis in axes:
+        if axis.size and axis.kind in counts:
+            _check_scores(axis, scores)
+            n = counts[axis.kind]
+            if not axis.fewest <= n <= axis.size:
+                raise ValueError(f"cannot keep {n} units of {axis.name}; wanted {axis.fewest} to {axis.size}")
+            stays: list[int] = removal_order(scores[axis.name])[axis.size - n :].tolist()  # pyright: ignore
+            kept[axis.name] = tuple(sorted(stays))
+    return Plan(kept)
+
+
+def _items(pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budget: Budget) -> tuple[Tensor, Items]:
+    """The units that stay in any case [units], bool, and the items above them."""
+    start = torch.zeros(flat.units, dtype=torch.bool)
+    of_unit = torch.full((flat.units,), -1)
+    worths: list[Tensor] = []
+    groups: list[Tensor] = []
+    closing: list[Tensor] = []
+    n_items = 0
+    # Groups last first and units best first, so that a stable descending sort admits them in the reverse of the order of removal.
+    for group, members in reversed(list(enumerate(_groups(pool, budget)))):
+        best = [removal_order(scores[pool[i].name]).flip(0) for i in members]
+        size = min(pool[i].size for i in members)
+        ranked = torch.stack([scores[pool[i].name].detach().cpu().double()[order[:size]] for i, order in zip(members, best, strict=True)])
+        counts = torch.tensor(budget.allowed(pool[members[0]].kind, size, max(min(size, budget.fewest(pool[i])) for i in members)))
+        item = torch.searchsorted(counts, torch.arange(size), right=True) - 1  # -1 below the smallest count
+        n_new, rising = len(counts) - 1, item >= 0
+        sums = torch.zeros(n_new, dtype=torch.float64).index_add_(0, item[rising], ranked.mean(dim=0)[rising])
+        if n_new:
+            worths.append((sums / counts.diff()).cummin(dim=0).values)  # rounding of a mean must not put a worse item before a better one
+        groups.append(torch.full((n_new,), group))
+        closing.append(torch.full((n_new,), all(piece.unit is None for i in members for piece in pool[i].slices)))
+        for i, order in zip(members, best, strict=True):
+            units = order[:size] + flat.starts[i]
+            start[units[~rising]] = True
+            of_unit[units[rising]] = item[rising] + n_items
+        n_items += n_new
+    admission = torch.sort(torch.cat([*worths, torch.zeros(0, dtype=torch.float64)]), descending=True, stable=True).indices
+    number = torch.empty_like(admission).scatter_(0, admission, torch.arange(n_items))
+    of_unit[of_unit >= 0] = number[of_unit[of_unit >= 0]]
+    return start, Items(of_unit, torch.cat(groups)[admission], torch.cat(closing)[admission])
+
+
+def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:
+    """Positions of the axes that keep the same number of units."""
+    groups: dict[str, list[int]] = {}
+    for i, axis in enumerate(pool):
+        groups.setdefault(axis.kind if axis.kind in budget.uniform_over else axis.name, []).append(i)
+    return list(groups.values())
+
+
+def _nearer(admitted: Tensor, items: Items, excess: Callable[[Tensor], float]) -> Tensor:
+    """The admitted items [items], and one more where that comes nearer to the target from above."""
+    best, nearest = admitted, -excess(admitted)
+    left = (~admitted).nonzero().flatten()
+    for group in set(items.group[left].tolist()):  # pyright: ignore
+        trial = admitted.clone()
+        trial[left[items.group[left] == group][0]] = True
+        miss = excess(trial)
+        if miss < nearest:
+            best, nearest = trial, miss
+    return best
+
+
+def _check_scores(axis: Axis, scores: Mapping[str, Tensor]) -> None:
+    if axis.name not in scores:
+        raise ValueError(f"no scores for {axis.name}; every axis of the kinds that may be removed needs a score for each unit")
+    given = scores[axis.name]
+    if tuple(given.shape) != (axis.size,):
+        raise ValueError(f"scores for {axis.name} have shape {list(given.shape)}; wanted [{axis.size}]")
+    if not bool(torch.isfinite(given).all()):
+        raise ValueError(f"scores for {axis.name} hold NaN or infinity; wanted finite numbers, higher for units to keep")

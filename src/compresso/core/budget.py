@@ -1,0 +1,114 @@
+"""How much of a model may stay, and in which shapes: the one description of size that every method allocates to."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from compresso.core.axis import Axis, Kind
+from compresso.core.cost import CostModel, Counted
+from compresso.core.plan import Plan
+
+TOLERANCE = 0.005
+"""How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as infeasible."""
+
+
+class InfeasibleBudget(ValueError):
+    """A budget that floors, multiples or the range of the gates make impossible."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of a model's size and the shapes that are allowed.
+
+    Args:
+        keep: share of the count that may stay, in (0, 1].
+        of: the count: parameters of the blocks, all parameters, or multiply-accumulates per token.
+        kinds: kinds of units that may be removed.
+        uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
+        multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.
+        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them.
+
+    `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by name.
+    Raises ValueError for values out of range, with the cure.
+
+    >>> Budget(keep=0.7, kinds=("head", "channel"), multiple_of={"channel": 64}).allowed(Kind.CHANNEL, 150)
+    [0, 64, 128, 150]
+    """
+
+    keep: float
+    of: Counted = "blocks"
+    kinds: Sequence[Kind] = (Kind.HEAD, Kind.CHANNEL)
+    uniform_over: Sequence[Kind] = ()
+    multiple_of: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
+    floor: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
+
+    def __post_init__(self) -> None:
+        """Turn names of kinds into kinds and check all values."""
+        if not 0 < self.keep <= 1:  # also refuses NaN
+            raise ValueError(f"keep={self.keep} is not a share of the model; give a number above 0 and at most 1, such as 0.7")
+        if self.of not in get_args(Counted):
+            raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(get_args(Counted))}")
+        object.__setattr__(self, "kinds", _kinds("kinds", self.kinds))
+        object.__setattr__(self, "uniform_over", _kinds("uniform_over", self.uniform_over))
+        if not self.kinds:
+            raise ValueError("kinds is empty, so nothing could be removed; name at least one, such as 'channel'")
+        for name, least in (("multiple_of", 1), ("floor", 0)):
+            given: Mapping[Kind, int] = getattr(self, name)
+            values = dict(zip(_kinds(name, tuple(given)), given.values(), strict=True))
+            for kind, value in values.items():
+                if value != int(value) or value < least:
+                    raise ValueError(f"{name}['{kind}']={value} is not a number of units; give a whole number of at least {least}")
+            object.__setattr__(self, name, values)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any removable kind is held to multiples above 1."""
+        return any(self.multiple_of.get(kind, 1) > 1 for kind in self.kinds)
+
+    def limit(self, cost: CostModel) -> int:
+        """The count that may stay: keep x dense, in whole entries."""
+        dense = float(cost().count(self.of))
+        return math.floor(self.keep * dense * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
+
+    def fewest(self, axis: Axis) -> int:
+        """Fewest units of an axis that may stay, before rounding to multiples."""
+        return min(axis.size, max(axis.fewest, self.floor.get(axis.kind, 0)))
+
+    def allowed(self, kind: Kind, size: int, fewest: int = 0) -> list[int]:
+        """The counts of units that `size` units of a kind may be reduced to, ascending; never empty, the last is `size`."""
+        step = self.multiple_of.get(kind, 1)
+        return [*range(-(-fewest // step) * step, size, step), size]
+
+
+def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
+    """The axes whose units the budget may remove; axes without units are passed over. Raises ValueError if there are none."""
+    chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
+    if not chosen:
+        has = ", ".join(sorted({axis.kind for axis in axes}))
+        raise ValueError(f"the model has no units of the kinds {', '.join(budget.kinds)}; it has {has}: name some of those in 'kinds'")
+    return chosen
+
+
+def infeasible(budget: Budget, axes: Sequence[Axis], cost: CostModel, smallest: Plan) -> InfeasibleBudget:
+    """The error for a budget below the smallest model that its floors and multiples allow."""
+    least, limit = int(cost.of(smallest).count(budget.of)), budget.limit(cost)
+    dense = int(cost().count(budget.of))
+    message = f"keep={budget.keep} allows {limit:,} of {dense:,} {budget.of}, but at least {least:,} stay"
+    held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in removable(axes, budget)}
+    name = max(held, key=lambda axis_name: held[axis_name], default="")
+    needed = math.ceil(least / dense * 1e4) / 1e4
+    if held.get(name):
+        axis = next(axis for axis in axes if axis.name == name)
+        cause = f"{name} may not go below {len(smallest.kept[name])} of {axis.size} units"
+        return InfeasibleBudget(f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'")
+    return InfeasibleBudget(f"{message} in what the kinds {', '.join(budget.kinds)} do not reach. Raise keep to {needed} or add kinds")
+
+
+def _kinds(name: str, given: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Kinds from kinds or their names, without repetition."""
+    known = [kind.value for kind in Kind]
+    for kind in given:
+        if kind not in known:
+            raise ValueError(f"{name} names '{kind}', which is not a kind of unit; the kinds are {', '.join(known)}")
+    return tuple(dict.fromkeys(Kind(kind) for kind in given))

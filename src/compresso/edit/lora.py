@@ -1,0 +1,95 @@
+"""Low-rank adapters through peft: attached, merged, saved (LoRA, arXiv 2106.09685).
+
+Unusual: the initial A comes from a generator on the CPU, so a seed gives the same adapters on every device; and merging adds in float32
+before it rounds once to the base's dtype, where peft rounds the product and the sum.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresso.errors import NumericError, RecipeError, nearest
+
+
+def attach_(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> PeftModel:
+    """Freeze the model and put an adapter on each linear whose last name is a target; layers that have none are skipped.
+
+    The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out, rank] zero, both
+    float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank below 1.
+    """
+    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target not in linears:
+            raise RecipeError(f"no linear of this model is named '{target}'; {nearest(target, linears)}")
+    if rank < 1 or not targets:
+        raise RecipeError(f"adapters need rank >= 1 and at least one target, got rank={rank} and targets={list(targets)}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # declared int, used as a factor
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in _adapters(adapted):
+            a = layer.lora_A.get_submodule("default").get_parameter("weight")
+            if not a.is_meta:
+                values = torch.empty(a.shape, dtype=torch.float32)
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+                a.copy_(values)
+    return adapted
+
+
+def merge_(adapted: PeftModel) -> PreTrainedModel:
+    """Add the adapters to the weights and return the base model without them; its parameters stay frozen.
+
+    Raises NumericError, before any weight is changed, if a merged weight would not be finite.
+    """
+    with torch.no_grad():
+        for name, layer in _adapters(adapted):
+            if not bool(torch.isfinite(_merged(layer)).all()):
+                raise NumericError(f"merging adapters makes {name}.weight NaN or Inf; the training diverged, resume from an earlier state")
+        for _, layer in _adapters(adapted):
+            layer.get_base_layer().get_parameter("weight").copy_(_merged(layer))
+    base = adapted.unload()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Write the adapters as peft does: `adapter_model.safetensors` and `adapter_config.json`."""
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def _adapters(adapted: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted layers with their names in the base model."""
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _merged(layer: LoraLayer) -> Tensor:
+    """A base weight plus its adapter's update, summed in float32 or wider and cast to the base's dtype."""
+    weight, a, b = (
+        module.get_parameter("weight")
+        for module in (layer.get_base_layer(), layer.lora_A.get_submodule("default"), layer.lora_B.get_submodule("default"))
+    )
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + layer.scaling["default"] * (b.to(wide) @ a.to(wide))).to(weight.dtype)
