@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import platform
 import random
 import shlex
@@ -206,7 +205,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
             (folder / name).write_text(text)
         for file in sorted(folder.iterdir()):
             file.chmod(0o644)
-            os.replace(file, output / file.name)
+            file.replace(output / file.name)
 
 
 def main() -> None:
@@ -257,10 +256,16 @@ def main() -> None:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         }
         lines = "".join(json.dumps(entry) + "\n" for entry in log)
-        save(model, tokenizer, args.output, args.force or step < args.steps or bool(args.keep_every), {
-            "training_log.jsonl": lines,
-            "scores.json": json.dumps(made, indent=2) + "\n",
-        })
+        save(
+            model,
+            tokenizer,
+            args.output,
+            args.force or step < args.steps or bool(args.keep_every),
+            {
+                "training_log.jsonl": lines,
+                "scores.json": json.dumps(made, indent=2) + "\n",
+            },
+        )
         print(json.dumps(made["accuracy"]), made["mean_accuracy"], flush=True)
 
     if (args.output / "model.safetensors").exists() and not args.force:

@@ -20,6 +20,7 @@ from compresso.errors import DataError, nearest
 
 _TASKS: dict[str, Task] = {task.name: task for task in (*KNOWLEDGE, *SYMBOLS)}
 TASKS: tuple[str, ...] = tuple(_TASKS)
+_IDLE = 3000  # draws without a new item after which a task is held to be exhausted
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,20 @@ def items(task: str, n: int, seed: int) -> list[Item]:
     rng.shuffle(places)
     made: list[Item] = []
     seen: set[tuple[str, str]] = set()
-    for _ in range(100 * n + 100):
-        if len(made) == n:
-            return made
+    idle = 0
+    while len(made) < n:
         question = _draw(kind, rng, held=True)
         if (question.instruction, question.input) in seen:
+            idle += 1
+            if idle == _IDLE:
+                raise DataError(f"task '{task}' has only about {len(made)} different held-out items, {n} were asked for. Ask for fewer.")
             continue
+        idle = 0
         seen.add((question.instruction, question.input))
         choices = list(question.wrong[: kind.n_choices - 1])
         choices.insert(places[len(made)], question.answer)
         made.append(Item(task, question.instruction, question.input, tuple(choices), places[len(made)]))
-    if len(made) == n:
-        return made
-    raise DataError(f"task '{task}' gave only {len(made)} different items, {n} were asked for. Ask for fewer.")
+    return made
 
 
 def _task(name: str) -> Task:

@@ -107,7 +107,32 @@ WORDS = ("fish", "cat", "moon", "tree", "bird", "salt", "door", "ring", "leaf", 
 
 
 def _names(n: int, rng: random.Random, taken: set[str]) -> tuple[str, ...]:
-    starts = "b br d dr f g gl h k kr l m n p pl r s sk t th tr v w z".split()
+    starts = (
+        "b",
+        "br",
+        "d",
+        "dr",
+        "f",
+        "g",
+        "gl",
+        "h",
+        "k",
+        "kr",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "r",
+        "s",
+        "sk",
+        "t",
+        "th",
+        "tr",
+        "v",
+        "w",
+        "z",
+    )
     vowels = ("a", "e", "i", "o", "u")
     ends = ("l", "m", "n", "r", "x", "th", "sk", "nd", "b", "k", "v", "zz")
     found: list[str] = []

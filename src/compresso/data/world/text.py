@@ -73,7 +73,9 @@ def _workshop(rng: random.Random) -> str:
     thing = rng.choice(_OBJECTS)
     actions = rng.sample(ACTIONS, rng.choice((2, 3)))
     parts = [f"A {thing} is made of {OBJECTS[thing]}."] if rng.random() < 0.6 else []
-    parts += [rng.choice(("If you {a} a {o}, it {r}.", "A {o} {r} if you {a} it.")).format(a=a, o=thing, r=result(thing, a)) for a in actions]
+    for action in actions:
+        said = rng.choice(("If you {a} a {o}, it {r}.", "A {o} {r} if you {a} it."))
+        parts.append(said.format(a=action, o=thing, r=result(thing, action)))
     return " ".join(parts)
 
 
