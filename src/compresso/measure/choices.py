@@ -7,7 +7,7 @@ length: the choices of an item should be about equally long. A tie, which a mode
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ def choice_accuracy(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    # transformers types this as a list of lists too, which it is only for several texts
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 @torch.inference_mode()

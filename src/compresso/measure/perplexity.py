@@ -7,6 +7,7 @@ overlap. In each block every token but the first is predicted from those before 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ def perplexity(
     stream: list[int] = []
     n_texts = 0
     for text in texts:
-        stream += start + (tokenizer(text, add_special_tokens=False)["input_ids"] if text else []) + end
+        # transformers types this as a list of lists too, which it is only for several texts
+        stream += start + (cast(list[int], tokenizer.encode(text, add_special_tokens=False)) if text else []) + end
         n_texts += 1
     if len(stream) < 2:
         raise DataError(f"{n_texts} texts make {len(stream)} tokens, too few to predict one; give more text")
