@@ -1,0 +1,98 @@
+"""Questions that are worked out from what is given: sorting, counting, the largest number, truth of a comparison, dates."""
+
+import random
+import string
+
+from compresso.data.world.facts import MONTH_DAYS, MONTHS, WORDS, date_after
+from compresso.data.world.question import Question, Task
+
+MAX_SHIFT = 9
+COUNTS = (1, 2, 3, 4)
+
+
+def sorting(rng: random.Random) -> Question:
+    """Four letters to be put in order; the wrong answers have two letters of the right one exchanged."""
+    letters = rng.sample(string.ascii_lowercase, 4)
+    ordered = sorted(letters)
+    wrong: list[str] = []
+    for i, j in rng.sample(((0, 1), (1, 2), (2, 3), (0, 2), (1, 3)), 3):
+        swapped = list(ordered)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        wrong.append(f"In order: {' '.join(swapped)}.")
+    asked = rng.choice(("Sort the letters.", "Put the letters in order.", "Order these letters."))
+    return Question(asked, " ".join(letters), f"In order: {' '.join(ordered)}.", tuple(wrong), "".join(ordered))
+
+
+def counting(rng: random.Random) -> Question:
+    """How often a word stands in a list of four to seven; every count from one to four is as likely."""
+    count = rng.choice(COUNTS)
+    target, *others = rng.sample(WORDS, 4)
+    listed = [target] * count + [rng.choice(others) for _ in range(rng.randint(4, 7) - count)]
+    rng.shuffle(listed)
+    asked = rng.choice(("How many times is {w} in the list?", "Count the word {w}.", "How often does {w} come?"))
+    return Question(
+        instruction=asked.format(w=target),
+        input=" ".join(listed),
+        answer=f"The count is {count}.",
+        wrong=tuple(f"The count is {other}." for other in COUNTS if other != count),
+        key=f"{target}: {' '.join(listed)}",
+    )
+
+
+def maximum(rng: random.Random) -> Question:
+    """The largest of four numbers of two digits; the wrong answers are the other three."""
+    numbers = rng.sample(range(10, 100), 4)
+    largest = max(numbers)
+    asked = rng.choice(("Which number is the largest?", "Find the largest number.", "Name the largest."))
+    return Question(
+        instruction=asked,
+        input=" ".join(map(str, numbers)),
+        answer=f"The largest is {largest}.",
+        wrong=tuple(f"The largest is {number}." for number in numbers if number != largest),
+        key=" ".join(map(str, sorted(numbers))),
+    )
+
+
+def boolean(rng: random.Random) -> Question:
+    """Whether two comparisons of digits, joined by "and" or "or", hold; true and false are equally likely."""
+    # the truth is drawn before the comparisons, so that neither the joint alone nor its frequency tells the answer
+    wanted, joint = rng.random() < 0.5, rng.choice(("and", "or"))
+    while True:
+        a, b = rng.sample(range(10), 2)
+        c, d = rng.sample(range(10), 2)
+        first, second = rng.choice("<>"), rng.choice("<>")
+        left, right = (a < b) == (first == "<"), (c < d) == (second == "<")
+        truth = (left and right) if joint == "and" else (left or right)
+        if truth == wanted:
+            break
+    asked = rng.choice(("Is this true or false?", "Say if it is true or false.", "True or false?"))
+    said = {True: "It is true.", False: "It is false."}
+    text = f"{a} {first} {b} {joint} {c} {second} {d}"
+    return Question(asked, text, said[truth], (said[not truth],), text)
+
+
+def date(rng: random.Random) -> Question:
+    """The date a few days after or before another; the wrong answers miss by a day or two, or take a neighbouring month."""
+    day, month, shift = rng.randint(1, MONTH_DAYS), rng.choice(MONTHS), rng.randint(1, MAX_SHIFT)
+    word, sign = rng.choice((("after", 1), ("before", -1)))
+    target = date_after(day, month, sign * shift)
+    near = [date_after(*target, miss) for miss in (-2, -1, 1, 2, -MONTH_DAYS, MONTH_DAYS)]
+    if (other := date_after(day, month, -sign * shift)) not in near:
+        near.append(other)
+    asked = rng.choice(("What is {s} days {w} {d} {m}?", "Find the date {s} days {w} {d} {m}.", "Which day is {s} days {w} {d} {m}?"))
+    return Question(
+        instruction=asked.format(s=shift, w=word, d=day, m=month),
+        input="",
+        answer=f"It is {target[0]} {target[1]}.",
+        wrong=tuple(f"It is {d} {m}." for d, m in rng.sample(near, 3)),
+        key=f"{day} {month} {sign * shift}",
+    )
+
+
+SYMBOLS = (
+    Task("sorting", 4, sorting),
+    Task("counting", 4, counting),
+    Task("maximum", 4, maximum),
+    Task("boolean", 2, boolean),
+    Task("date", 4, date),
+)
