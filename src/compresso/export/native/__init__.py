@@ -1,0 +1,33 @@
+"""Our per-layer model classes, and their registration with transformers.
+
+`register()` runs at `import compresso`, so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from compresso.export.native import modeling_compresso as modeling
+
+MODELING_FILE = Path(modeling.__file__)
+CLASSES = {
+    "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
+    "mistral": (modeling.CompressoMistralConfig, modeling.CompressoMistralModel, modeling.CompressoMistralForCausalLM),
+    "qwen2": (modeling.CompressoQwen2Config, modeling.CompressoQwen2Model, modeling.CompressoQwen2ForCausalLM),
+    "qwen3": (modeling.CompressoQwen3Config, modeling.CompressoQwen3Model, modeling.CompressoQwen3ForCausalLM),
+}
+"""Config, decoder and language model of each family that has a per-layer form."""
+
+
+def register() -> None:
+    """Make transformers know `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`; calling it again is harmless."""
+    for config, decoder, language_model in CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, decoder, exist_ok=True)
+        AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+
+
+def family_of(model_type: str) -> str | None:
+    """The family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and `compresso_llama`; None if unknown."""
+    family = model_type.removeprefix("compresso_")
+    return family if family in CLASSES else None
