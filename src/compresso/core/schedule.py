@@ -6,6 +6,7 @@ never in micro-batches, so accumulation does not change a schedule.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 Schedule = Callable[[int], float]
 
@@ -34,6 +35,32 @@ def cubic_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
     """
     _check_ramp(final, warmup, start)
     return lambda update: final + (start - final) * (1 - _progress(update, warmup)) ** 3
+
+
+def progress(shape: Literal["linear", "cubic"], warmup: int) -> Schedule:
+    """Share of the way to the final target, 0 to 1, by a ramp's name.
+
+    >>> progress("linear", 10)(5), progress("cubic", 10)(5), progress("linear", 0)(0)
+    (0.5, 0.875, 1.0)
+
+    Raises ValueError for an unknown shape.
+    """
+    if shape == "linear":
+        return lambda update: _progress(update, warmup)
+    if shape == "cubic":
+        return lambda update: 1 - (1 - _progress(update, warmup)) ** 3
+    raise ValueError(f"ramp shape {shape!r} is unknown; wanted 'linear' or 'cubic'")
+
+
+def rate(name: Literal["constant", "linear", "cosine"], total: int, warmup: int = 0) -> Schedule:
+    """A learning-rate factor by its name. Raises ValueError for an unknown name."""
+    if name == "constant":
+        return constant()
+    if name == "linear":
+        return linear(total, warmup)
+    if name == "cosine":
+        return cosine(total, warmup)
+    raise ValueError(f"schedule {name!r} is unknown; wanted 'constant', 'linear' or 'cosine'")
 
 
 def constant() -> Schedule:

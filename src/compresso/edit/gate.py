@@ -18,8 +18,42 @@ from compresso.core.axis import Axis, Gate
 from compresso.errors import nearest
 
 
+class GateSites:
+    """The places of a model where masks are multiplied in. Made by `gated`; `set` changes the masks while the context lasts."""
+
+    def __init__(self, axes: Sequence[Axis]) -> None:
+        """axes: those whose gates are hooked."""
+        self._axes = axes
+        self._masks: dict[tuple[str, str], Tensor] = {}
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Use these masks from the next forward pass on; a backward pass that recomputes activations must come before the next `set`.
+
+        Raises ValueError for an unknown axis and for masks of the wrong shape or dtype.
+        """
+        self._masks = _site_masks(self._axes, masks)
+
+    def scale_input(self, site: tuple[str, str]) -> Any:
+        """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            mask = self._masks.get(site)
+            return None if mask is None else (inputs[0] * mask.to(inputs[0]), *inputs[1:])
+
+        return hook
+
+    def scale_output(self, site: tuple[str, str]) -> Any:
+        """A forward hook that multiplies the output by the mask at a site, if there is one."""
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            mask = self._masks.get(site)
+            return None if mask is None else output * mask.to(output)
+
+        return hook
+
+
 @contextmanager
-def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> Iterator[None]:
+def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> Iterator[GateSites]:
     """Within the context, activations are multiplied by masks at the axes' gates; gradients flow into the masks.
 
     Args:
@@ -28,6 +62,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
         masks: axis name -> [size], or [batch, size] with one row an example; any floating dtype, cast to the activation's at use.
             Axes without a mask are left alone.
 
+    Yields the sites, whose `set` exchanges the masks, for loops that draw new ones every step.
+
     Raises ValueError for an unknown axis and for masks of the wrong shape or dtype.
 
     Example:
@@ -35,18 +71,20 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
             loss = model(**batch).loss
             loss.backward()
     """
-    sites = _site_masks(axes, masks)
+    sites = GateSites(axes)
+    sites.set(masks)
     unwrap = getattr(model, "get_base_model", None)  # of a PeftModel; its linears then are adapter layers, which take the same hooks
     base: nn.Module = unwrap() if unwrap is not None else model
+    places = {(gate.module, gate.side): None for axis in axes for gate in axis.gates}
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
-        for (name, side), mask in sites.items():
-            module = base.get_submodule(name)
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(_scale_input(mask)))
+        for place in places:
+            module = base.get_submodule(place[0])
+            if place[1] == "input":
+                handles.append(module.register_forward_pre_hook(sites.scale_input(place)))
             else:
-                handles.append(module.register_forward_hook(_scale_output(mask)))
-        yield
+                handles.append(module.register_forward_hook(sites.scale_output(place)))
+        yield sites
     finally:
         for handle in handles:
             handle.remove()
@@ -83,21 +121,3 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
     else:
         values = mask if gate.width == 1 else mask.repeat_interleave(gate.width, dim=-1)
     return values.unsqueeze(1) if mask.dim() == 2 else values
-
-
-def _scale_input(mask: Tensor) -> Any:
-    """A forward pre-hook that multiplies the first input."""
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * mask.to(inputs[0]), *inputs[1:])
-
-    return hook
-
-
-def _scale_output(mask: Tensor) -> Any:
-    """A forward hook that multiplies the output."""
-
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output * mask.to(output)
-
-    return hook
