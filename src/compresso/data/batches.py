@@ -1,0 +1,60 @@
+"""From tokenised rows to the tensors of a training step."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compresso.errors import DataError
+
+IGNORED = -100
+"""Label of a token that takes no part in the loss."""
+
+
+class Row(TypedDict):
+    """One example: its ids, and for each the label, which is the id itself or `IGNORED`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Batch(TypedDict):
+    """input_ids, attention_mask and labels, each [batch, seq], int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill up with: the tokenizer's own, else its end token, else 0.
+
+    Padding is masked in the attention and in the labels, so any id in the vocabulary will do. The authors' code adds a [PAD] token and
+    grows the embedding by a row for it; here the embedding keeps its size.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> Batch:
+    """Rows side by side, padded on the right to the longest of them, rounded up to a multiple.
+
+    Raises:
+        DataError: there are no rows, or a row is empty.
+    """
+    if not rows or not all(row["input_ids"] for row in rows):
+        raise DataError(
+            f"a batch of {len(rows)} rows with {sum(not row['input_ids'] for row in rows)} empty ones; wanted at least one token a row"
+        )
+    longest = max(len(row["input_ids"]) for row in rows)
+    width = -(-longest // multiple) * multiple
+    gaps = [width - len(row["input_ids"]) for row in rows]
+    return Batch(
+        input_ids=torch.tensor([row["input_ids"] + [pad_id] * gap for row, gap in zip(rows, gaps, strict=True)]),
+        attention_mask=torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
+        labels=torch.tensor([row["labels"] + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)]),
+    )

@@ -1,0 +1,229 @@
+"""Reading one local file into records; every bad line is named, none is dropped in silence.
+
+    .jsonl .jsonl.gz        one JSON object a line (blank lines separate nothing and are not counted)
+    .json .json.gz          a list of objects; a file that does not begin with "[" is read as .jsonl
+    .txt .txt.gz            documents separated by blank lines; without any blank line, each line is a document
+    .parquet                rows
+    .safetensors            integer `input_ids [n, seq]`: ready windows, in order
+
+The first good line decides what a file holds; a line of another kind is a bad line.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from safetensors import SafetensorError, safe_open
+
+from compresso.data.lines import MAX_BYTES, check_size, decoded_lines, opened
+from compresso.data.records import BadRecord, Record, Text, Window, kind_of, parse
+from compresso.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt", ".txt.gz", ".parquet", ".safetensors")
+MAX_WINDOW_IDS = 2**25
+NAMED_BAD_LINES = 5
+_COLUMNS = ("instruction", "input", "output", "messages", "conversations", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecords:
+    """A file's records, the number of its bad lines, and the first few of them as "file:line: reason"."""
+
+    rows: list[Record]
+    n_bad: int
+    bad: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One object of a file: where it begins, and the object, or why there is none."""
+
+    place: str
+    value: object = None
+    wrong: str = ""
+
+
+def suffix_of(path: Path) -> str:
+    """The known suffix of a file name, or ""."""
+    return max((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), key=len, default="")
+
+
+def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> FileRecords:
+    """Read a file, up to `limit` records.
+
+    Raises:
+        DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and `skip_bad` is
+            False; or it has no good line at all.
+    """
+    suffix = suffix_of(path)
+    if not suffix:
+        raise DataError(f"{path}: unknown file format; wanted one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; give the path of a data file")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; give a file with at least one record")
+        return _collect(path, _objects(path, suffix), skip_bad, limit)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
+    except (pyarrow.ArrowInvalid, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable {suffix} file ({_first_line(error)}); fetch or write the file again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file and its permissions") from error
+
+
+def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None) -> FileRecords:
+    rows: list[Record] = []
+    bad: list[str] = []
+    n_bad = 0
+    for each in found:
+        try:
+            if each.wrong:
+                raise BadRecord(each.wrong)
+            row = each.value if isinstance(each.value, Text | Window) else parse(each.value)
+            if rows and kind_of(row) != kind_of(rows[0]):
+                raise BadRecord(
+                    f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(rows[0])}; put each kind into its own file"
+                )
+        except BadRecord as error:
+            if not skip_bad:
+                raise DataError(f"{each.place}: {error}. Repair it, or pass skip_bad to skip and count bad lines.") from error
+            n_bad += 1
+            if len(bad) < NAMED_BAD_LINES:
+                bad.append(f"{each.place}: {error}")
+            continue
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise DataError(f"{path}: no record among {n_bad} bad lines; the first: {bad[0]}" if bad else f"{path}: the file holds no record")
+    return FileRecords(rows, n_bad, tuple(bad))
+
+
+def _objects(path: Path, suffix: str) -> Iterator[_Found]:
+    match suffix.removesuffix(".gz"):
+        case ".jsonl":
+            return _json_lines(path)
+        case ".json":
+            return _json_list(path) if _begins_list(path) else _json_lines(path)
+        case ".txt":
+            return _paragraphs(path)
+        case ".parquet":
+            return _parquet_rows(path)
+        case _:
+            return _windows(path)
+
+
+def _json_lines(path: Path) -> Iterator[_Found]:
+    for number, line, wrong in decoded_lines(path):
+        place = f"{path}:{number}"
+        if wrong:
+            yield _Found(place, wrong=wrong)
+        elif line.strip():
+            try:
+                yield _Found(place, json.loads(line))
+            except json.JSONDecodeError as error:
+                yield _Found(place, wrong=f"bad JSON at character {error.pos + 1} ({error.msg})")
+            except (ValueError, RecursionError) as error:
+                yield _Found(place, wrong=f"bad JSON ({_first_line(error)})")
+
+
+def _begins_list(path: Path) -> bool:
+    with opened(path) as stream:
+        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _json_list(path: Path) -> Iterator[_Found]:
+    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows it has no certain beginning."""
+    lines: list[str] = []
+    for number, line, wrong in decoded_lines(path):
+        if wrong:
+            raise DataError(f"{path}:{number}: {wrong}; repair the line")
+        lines.append(line)
+    text = "".join(lines)
+    decoder = json.JSONDecoder()
+    place, line_number = _skip_space(text, 0), 1
+    counted = 0
+    place = _skip_space(text, place + 1)
+    first = True
+    while True:
+        line_number += text.count("\n", counted, place)
+        counted = place
+        where = f"{path}:{line_number}"
+        if text[place : place + 1] == "]" and first:
+            return
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: bad JSON ({_first_line(error)}); repair the file") from error
+        yield _Found(where, value)
+        first = False
+        place = _skip_space(text, place)
+        if text[place : place + 1] == "]":
+            return
+        if text[place : place + 1] != ",":
+            raise DataError(f"{path}:{line_number + text.count(chr(10), counted, place)}: bad JSON (wanted ',' or ']'); repair the file")
+        place = _skip_space(text, place + 1)
+
+
+def _skip_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n\ufeff":
+        place += 1
+    return place
+
+
+def _paragraphs(path: Path) -> Iterator[_Found]:
+    lines = list(decoded_lines(path))
+    blank_lines = any(not wrong and not line.strip() for _, line, wrong in lines)
+    paragraph: list[str] = []
+    first = 1
+    for number, line, wrong in [*lines, (0, "", "")]:
+        if paragraph and not wrong and (not line.strip() or not blank_lines):
+            yield _Found(f"{path}:{first}", Text("".join(paragraph).rstrip("\r\n")))
+            paragraph = []
+        if wrong:
+            yield _Found(f"{path}:{number}", wrong=wrong)
+        elif line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+
+
+def _parquet_rows(path: Path) -> Iterator[_Found]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        known = [name for name in _COLUMNS if name in names]
+        if not known:
+            raise DataError(f"{path}: columns are: {', '.join(names[:8])}; wanted instruction + output (+ input), messages, or text")
+        number = total = 0
+        for batch in file.iter_batches(batch_size=256, columns=known):
+            total += batch.nbytes
+            check_size(path, total, MAX_BYTES)
+            for row in batch.to_pylist():
+                number += 1
+                yield _Found(f"{path}: row {number}", row)
+
+
+def _windows(path: Path) -> Iterator[_Found]:
+    with safeopened(str(path), framework="pt") as file:
+        if "input_ids" not in file.keys():  # noqa: SIM118 - not a mapping
+            raise DataError(f"{path}: tensors are: {', '.join(list(file.keys())[:8]) or 'none'}; wanted input_ids [n, seq]")
+        shape = file.get_slice("input_ids").get_shape()
+        if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+            raise DataError(f"{path}: input_ids has shape {shape}; wanted [n, seq] with n >= 1 and seq >= 2")
+        if shape[0] * shape[1] > MAX_WINDOW_IDS:
+            raise DataError(f"{path}: input_ids has {shape[0] * shape[1]} ids; at most {MAX_WINDOW_IDS} are read. Split the file.")
+        ids = file.get_tensor("input_ids")
+    if ids.is_floating_point() or ids.is_complex() or str(ids.dtype) == "torch.bool":
+        raise DataError(f"{path}: input_ids is {str(ids.dtype).removeprefix('torch.')}; wanted an integer type")
+    for number, window in enumerate(ids.tolist(), 1):
+        wrong = f"id {min(window)} is negative" if min(window) < 0 else ""
+        yield _Found(f"{path}: window {number}", Window(tuple(window)), wrong)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

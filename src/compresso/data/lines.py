@@ -1,0 +1,61 @@
+"""Numbered lines of text files that come from strangers: a line, a file and what a compressed file may grow to have caps.
+
+gzip is read as a stream, so a small file that would fill the memory is refused when it passes a cap, not after.
+"""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from compresso.errors import DataError
+
+MAX_LINE_BYTES = 8 * 2**20
+MAX_BYTES = 4 * 2**30
+"""Most bytes a file may hold once decompressed."""
+MAX_RATIO = 200
+"""Most bytes that one compressed byte may become, looked at beyond `RATIO_FREE_BYTES`; text compresses 3 to 20 times."""
+RATIO_FREE_BYTES = 64 * 2**20
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines; None for one longer than the cap, of which nothing is kept."""
+    packed_bytes = path.stat().st_size
+    total = 0
+    with opened(path) as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            total += len(line)
+            fits = len(line) <= MAX_LINE_BYTES
+            while not line.endswith(b"\n") and not fits and (line := stream.readline(MAX_LINE_BYTES)):
+                total += len(line)
+                check_size(path, total, packed_bytes)
+            check_size(path, total, packed_bytes)
+            yield number, line if fits else None
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes as a stream, decompressed if its name ends in .gz."""
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # pyright: ignore[reportReturnType]
+
+
+def check_size(path: Path, total: int, packed_bytes: int) -> None:
+    """Refuse `total` bytes that came out of `packed_bytes` if they are too many, or too many for what they came out of."""
+    if total > MAX_BYTES:
+        raise DataError(f"{path}: holds more than {MAX_BYTES} bytes; split the file")
+    if total > RATIO_FREE_BYTES and total > MAX_RATIO * packed_bytes:
+        grown = f"{packed_bytes} bytes grow to more than {total}, beyond the {MAX_RATIO}-fold allowed"
+        raise DataError(f"{path}: {grown}; decompress the file yourself if you trust it")
+
+
+def decoded_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Numbered lines as (number, text, what is wrong with it or ""), without the byte order mark of some editors."""
+    for number, line in _lines(path):
+        if line is None:
+            yield number, "", f"the line is longer than {MAX_LINE_BYTES} bytes"
+            continue
+        try:
+            yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode(), ""
+        except UnicodeDecodeError as error:
+            yield number, "", f"byte {error.start + 1} of the line is not UTF-8"
