@@ -81,7 +81,9 @@ Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, s
 Speedup = Annotated[float | None, typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound).")]
 Layout = Annotated[str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02.")
+]
 
 
 @app.command()
@@ -111,7 +113,9 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
     model: Annotated[str, typer.Option(help="Hub id or local folder of safetensors.")],
     output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
-    data: Annotated[str | None, typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas.")
+    ] = None,
     keep: Keep = None,
     parameters: Parameters = None,
     speedup: Speedup = None,
@@ -132,7 +136,9 @@ def run(
     from compresso.run import run as run_job
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
-    result = run_job(raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad)
+    result = run_job(
+        raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad
+    )
     if as_json:
         typer.echo(json.dumps(result.records, indent=2))
 

@@ -61,7 +61,9 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
     console.print("    import compresso")
     console.print(f'    model = compresso.load("{best}")')
     console.print('    print(model.generate("Which day is 3 days after 20 Tropik?"))\n')
-    console.print("or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True.")
+    console.print(
+        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True."
+    )
     return table
 
 

@@ -52,7 +52,9 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
         masks = wanted.masks(axes)
         after = counts(cost, masks)
         shapes = {axis.name: [len(wanted.kept.get(axis.name, range(axis.size))), axis.size] for axis in axes if axis.name in wanted.kept}
-        notes.append(f"{name}: keeps {after['parameters']['blocks'] / before['parameters']['blocks']:.4f} of the blocks; wanted {budget().keep:g} of {budget().of}")
+        notes.append(
+            f"{name}: keeps {after['parameters']['blocks'] / before['parameters']['blocks']:.4f} of the blocks; wanted {budget().keep:g} of {budget().of}"
+        )
     width = torch.empty((), dtype=getattr(source.config, "dtype", None) or torch.float32).element_size()
     return {
         "recipe": recipe.name,
@@ -106,7 +108,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
         return
     console = Console()
-    table = Table("", "before", "after (equal widths)", "ratio", title=f"{facts['recipe']} on {facts['model']}: a dry run", title_justify="left")
+    table = Table(
+        "", "before", "after (equal widths)", "ratio", title=f"{facts['recipe']} on {facts['model']}: a dry run", title_justify="left"
+    )
     before, after = facts["before"], facts["after"]
     rows = [(name, before["parameters"][name], after["parameters"][name]) for name in before["parameters"]]
     rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]

@@ -140,7 +140,9 @@ class Job:
         difference = float((self._probe() - masked).abs().max())
         allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
         if not difference <= allowed:
-            raise NumericError(f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more than {allowed:.3g}")
+            raise NumericError(
+                f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more than {allowed:.3g}"
+            )
         after = self.cost()().parameters()
         kept = {name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()}
         return replace(self, plan=self.plan.then(plan)).note(

@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import load_model, load_tokenizer, open_source
-from compresso.data.prompt import Prompt, collaborative_prompt, full_prompt
+from compresso.data.batches import pad_id
+from compresso.data.instructions import encode_prompt
+from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
 from compresso.errors import CheckpointError, DataError
 
 
@@ -27,7 +29,6 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase | None
     prompt: Prompt | None
 
-    @torch.no_grad()
     def generate(self, instruction: str, input: str = "", *, max_new_tokens: int = 128, **options: Any) -> str:
         """The model's answer to an instruction, with the text format (and prompt) it was trained with.
 
@@ -40,10 +41,9 @@ class Loaded:
         """
         if self.tokenizer is None:
             raise DataError("this checkpoint has no tokenizer; call `model.generate` with token ids")
-        text = full_prompt(instruction, input, prompt_on=self.prompt is not None)
-        return self.complete(text, max_new_tokens=max_new_tokens, **options)
+        ids = encode_prompt(self.tokenizer, instruction, input, prompt_on=self.prompt is not None)
+        return self._continued(self.tokenizer, ids, max_new_tokens, options)
 
-    @torch.no_grad()
     def complete(self, text: str, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The model's continuation of plain text, special tokens left out."""
         if self.tokenizer is None:
@@ -51,11 +51,14 @@ class Loaded:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
+        return self._continued(self.tokenizer, ids, max_new_tokens, options)
+
+    @torch.no_grad()
+    def _continued(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], max_new_tokens: int, options: dict[str, Any]) -> str:
         inputs = torch.tensor([ids], device=self.model.device)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        options = {"do_sample": False, "pad_token_id": pad, **options}
+        options = {"do_sample": False, "pad_token_id": pad_id(tokenizer), "eos_token_id": tokenizer.eos_token_id, **options}
         output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
-        return str(self.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+        return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
@@ -80,10 +83,10 @@ def _prompt(records: Path) -> Prompt | None:
     stored = json.loads(records.read_text("utf-8")).get("prompt")
     if stored is None:
         return None
-    prompt = collaborative_prompt()
-    if prompt.sha256 != stored["sha256"]:
+    known = prompt_identity()
+    if stored != known:
         raise CheckpointError(
-            f"{records.parent.name} was pruned with prompt {stored['version']} ({stored['sha256'][:12]}), which this version of compresso does not have; "
-            "use the compresso version in its records.json"
+            f"{records.parent.name} was pruned with prompt {stored.get('version')} ({str(stored.get('sha256'))[:12]}), this compresso has "
+            f"{known['version']} ({known['sha256'][:12]}); use the compresso version in its records.json"
         )
-    return prompt
+    return collaborative_prompt(with_input=False)

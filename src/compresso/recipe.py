@@ -210,7 +210,9 @@ def with_knob(raw: Mapping[str, Any], knob: str, value: Any) -> dict[str, Any]:
                 entry[key] = {**(entry[key] or {}), knob: value}
                 hits += 1
     if not hits:
-        raise RecipeError(f"no stage of recipe '{raw.get('name', '')}' has the knob '{knob}'; see `compresso recipes {raw.get('name', '')}`")
+        raise RecipeError(
+            f"no stage of recipe '{raw.get('name', '')}' has the knob '{knob}'; see `compresso recipes {raw.get('name', '')}`"
+        )
     return result
 
 

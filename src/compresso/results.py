@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from compresso.checkpoint.atomic import new_folder
 from compresso.checkpoint.source import Source
 from compresso.data.batches import collate
 from compresso.data.instructions import Encoded
-from compresso.data.prompt import Prompt
-from compresso.data.registry import Records
+from compresso.data.records import Records
 from compresso.drive.objectives import language_loss
 from compresso.export.card import model_card
 from compresso.export.hf import reopen_and_compare, save_checkpoint
@@ -33,15 +33,15 @@ def versions() -> dict[str, str]:
 
 
 def origin(
-    recipe: Recipe, source: Source, records: Records | None, encoded: Encoded, prompt: Prompt | None, seed: int
+    recipe: Recipe, source: Source, records: Records | None, encoded: Encoded | None, prompt: Mapping[str, str] | None, seed: int
 ) -> dict[str, Any]:
     """What a result was made from, without paths of this machine."""
     return {
         "format": FORMAT,
         "recipe": recipe.to_dict(),
         "model": source.identity,
-        "data": None if records is None else {**records.facts(), **encoded.facts()},
-        "prompt": None if prompt is None else {"version": prompt.version, "sha256": prompt.sha256},
+        "data": None if records is None or encoded is None else _data(records, encoded),
+        "prompt": prompt,
         "seed": seed,
         "versions": versions(),
         "machine": {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads(), "cuda": _cuda()},
@@ -96,7 +96,13 @@ def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bo
         used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer)
         difference = reopen_and_compare(folder, model, ids)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        facts = {**facts, "layout": used, "dtype": str(dtype).removeprefix("torch."), "bytes": size, "reopened_max_abs_difference": difference}
+        facts = {
+            **facts,
+            "layout": used,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes": size,
+            "reopened_max_abs_difference": difference,
+        }
         texts = {
             "recipe.yaml": yaml.safe_dump(facts["recipe"], sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
@@ -108,6 +114,16 @@ def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bo
     return facts
 
 
+def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
+    """Where the training data came from, its identity, and what became of it."""
+    return {
+        "source": records.source,
+        "kind": records.kind,
+        "sha256": records.sha256,
+        "skipped_lines": records.n_bad,
+        "skipped": list(records.bad),
+        "examples": asdict(encoded.stats),
+    }
 
 
 def _cuda() -> str | None:

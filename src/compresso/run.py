@@ -22,11 +22,15 @@ from compresso.checkpoint.source import Source, load_model, load_tokenizer, meta
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data.instructions import Encoded, encode, pad_id
-from compresso.data.prompt import apply_to_tokenizer_, collaborative_prompt
-from compresso.data.registry import Records, load_records
+from compresso.data.batches import pad_id
+from compresso.data.instructions import Encoded, encode
+from compresso.data.prompt import prompt_identity
+from compresso.data.records import Records
+from compresso.data.registry import load_records
+from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.device import choose_device
-from compresso.errors import BudgetError, DataError, RecipeError
+from compresso.dryrun import rehearse
+from compresso.errors import DataError, RecipeError
 from compresso.job import Job, check_finite
 from compresso.recipe import Recipe, build, read
 from compresso.results import finish, origin, save_stage, state, stored_dtype, versions
@@ -94,17 +98,17 @@ def run(
     source = open_source(str(model))
     if not source.tensors:
         raise RecipeError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
-    check_output(output, source.folder, force)
+    check_output(output, source.folder, force or resume)
     check_budgets(checked, source)
     where = choose_device(device)
     tokenizer = load_tokenizer(source)
     records, encoded = _examples(checked, data, tokenizer, skip_bad)
-    prompt = collaborative_prompt() if checked.data.prompt and checked.needs("data") else None
+    prompt = prompt_identity() if checked.data.prompt and checked.needs("data") else None
     identity = {
         "recipe": checked.to_dict(),
         "model": source.identity,
         "data": records.sha256 if records else None,
-        "prompt": prompt.sha256 if prompt else None,
+        "prompt": prompt,
         "layout": layout,
         "seed": seed,
         "versions": versions(),
@@ -117,14 +121,14 @@ def run(
             model=meta_model(source),
             arch=arch_for(source.config),
             tokenizer=tokenizer,
-            rows=encoded.rows[held:],
-            held=encoded.rows[:held],
+            rows=encoded.rows[held:] if encoded else [],
+            held=encoded.rows[:held] if encoded else [],
             plan=Plan(),
             records={},
             identity=identity,
             seed=seed,
             out=work.path,
-            pad_id=pad_id(tokenizer),
+            pad_id=pad_id(tokenizer) if tokenizer is not None else 0,
             quiet=quiet,
         )
         job, before = _with_weights(job, source, done, where)
@@ -162,25 +166,23 @@ def check_budgets(recipe: Recipe, source: Source) -> None:
     cost = CostModel(axes, arch.weights(model))
     for name, stage in recipe.stages:
         budget = getattr(stage, "budget", None)
-        if budget is None:
-            continue
-        try:
-            rehearse(axes, cost, budget())
-        except ValueError as error:
-            raise BudgetError(f"stage '{name}': {error}") from error
+        if budget is not None:
+            rehearse(name, axes, cost, budget())
 
 
 def _examples(
     recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, skip_bad: bool
-) -> tuple[Records | None, Encoded]:
+) -> tuple[Records | None, Encoded | None]:
     """Read and tokenise the training data, if the recipe needs any."""
     if not recipe.needs("data"):
         if data is not None:
             raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
-        return None, Encoded.empty()
+        return None, None
     chosen = data or recipe.data.source
     if chosen is None:
         raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
+    if tokenizer is None:
+        raise DataError("the model folder has no tokenizer, which training data needs; put tokenizer.json and tokenizer_config.json there")
     records = load_records(chosen, skip_bad=skip_bad)
     knobs = recipe.data
     encoded = encode(records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit)

@@ -25,7 +25,9 @@ class Gates(nn.Module):
         super().__init__()
         for axis in axes:
             if axis.name not in initial or tuple(initial[axis.name].shape) != (axis.size,):
-                raise ValueError(f"gates of {axis.name} want initial log-alpha [{axis.size}], got {tuple(initial.get(axis.name, torch.empty(0)).shape)}")
+                raise ValueError(
+                    f"gates of {axis.name} want initial log-alpha [{axis.size}], got {tuple(initial.get(axis.name, torch.empty(0)).shape)}"
+                )
         self.axes = tuple(axes)
         self.log_alpha = nn.Parameter(torch.cat([initial[axis.name].float().flatten() for axis in axes]))
 

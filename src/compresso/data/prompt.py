@@ -37,6 +37,11 @@ def collaborative_prompt(with_input: bool) -> Prompt:
     return Prompt(text, VERSION, hashlib.sha256(text.encode()).hexdigest())
 
 
+def prompt_identity() -> dict[str, str]:
+    """Version and sha256 of both variants: what a checkpoint records and `compresso.load` compares."""
+    return {"version": VERSION, "sha256": collaborative_prompt(False).sha256, "sha256_with_input": collaborative_prompt(True).sha256}
+
+
 def user_turn(instruction: str, input: str = "") -> str:
     """What the user says: the instruction, followed by its input if there is one; the content of a chat message with the same meaning."""
     return f"{instruction}{INPUT_HEADER}{input}" if input else instruction

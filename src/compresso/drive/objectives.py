@@ -153,7 +153,9 @@ class GatedObjective(nn.Module):
     def keep_probabilities(self) -> dict[str, Tensor]:
         """P(unit stays) by axis, with layer gates worked in."""
         probabilities = self.gates.keep_probabilities()
-        return probabilities if self.layer_alpha is None else self._switched(probabilities, hard_concrete.keep_probability(self.layer_alpha))
+        return (
+            probabilities if self.layer_alpha is None else self._switched(probabilities, hard_concrete.keep_probability(self.layer_alpha))
+        )
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -38,7 +38,9 @@ def gate_taylor(model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[
             gradients = torch.autograd.grad(loss, list(masks.values()))  # type: ignore[arg-type]
         for name, gradient in zip(masks, gradients, strict=True):
             if not torch.isfinite(gradient).all():
-                raise NumericError(f"gate gradient of {name} is not finite: the model's loss overflows on this data; use float32 or bfloat16")
+                raise NumericError(
+                    f"gate gradient of {name} is not finite: the model's loss overflows on this data; use float32 or bfloat16"
+                )
             total[name] += gradient.float().square().sum(dim=0)
         n_examples += rows
     for parameter in frozen:

@@ -45,9 +45,7 @@ def decode_speeds(
     result: dict[str, DecodeSpeed] = {}
     for name, model in models.items():
         rates = sorted(new_tokens / taken for taken in seconds[name])
-        result[name] = DecodeSpeed(
-            statistics.median(rates), rates[0], rates[-1], rounds, prompt_tokens, new_tokens, bytes_per_token(model)
-        )
+        result[name] = DecodeSpeed(statistics.median(rates), rates[0], rates[-1], rounds, prompt_tokens, new_tokens, bytes_per_token(model))
     return result
 
 

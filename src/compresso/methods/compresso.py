@@ -197,7 +197,11 @@ class LearnGates:
             masks,
             "learn_gates",
             updates={"tune": tune, "ramp": ramp, "hold": hold},
-            trainable={"lora": sum(p.numel() for p in adapters), "gates": len(gates), "multipliers": sum(p.numel() for p in objective.multipliers())},
+            trainable={
+                "lora": sum(p.numel() for p in adapters),
+                "gates": len(gates),
+                "multipliers": sum(p.numel() for p in objective.multipliers()),
+            },
             wanted_keep=self.keep,
             expected_keep=expected,
             curve=curve(history),

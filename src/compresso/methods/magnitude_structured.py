@@ -44,9 +44,7 @@ class MagnitudeStructured:
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
-        return Budget(
-            self.keep, self.of, self.kinds, uniform_over=self.kinds, multiple_of=self.multiple_of or {}, floor=self.floor or {}
-        )
+        return Budget(self.keep, self.of, self.kinds, uniform_over=self.kinds, multiple_of=self.multiple_of or {}, floor=self.floor or {})
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the best of every layer, shrink."""

@@ -85,7 +85,9 @@ class PerLayerConfig:
                 raise ValueError(f'Layer {index} has intermediate_size {own.intermediate_size}; an absent FFN is written as skip: ["mlp"].')
         slots = [slot for slot in cache_slots(self) if slot is not None]
         if slots and 0 not in slots:
-            raise ValueError("Layer 0 has no attention; give it the entry in `layer_types` of a layer that has, or the cache has no length.")
+            raise ValueError(
+                "Layer 0 has no attention; give it the entry in `layer_types` of a layer that has, or the cache has no length."
+            )
 
 
 class PerLayerDecoderLayer:
