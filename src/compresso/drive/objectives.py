@@ -171,7 +171,7 @@ class GatedObjective(nn.Module):
     @torch.no_grad()
     def state(self) -> dict[str, float]:
         """Multipliers and gate statistics, to log."""
-        facts = {"open": float((self.gates.log_alpha > 0).float().mean())}
+        facts = {"open": float((hard_concrete.keep_probability(self.gates.log_alpha) > 0.5).float().mean())}
         if self.lambda1 is not None and self.lambda2 is not None:
             facts |= {"lambda1": float(self.lambda1.mean()), "lambda2": float(self.lambda2.mean())}
         return facts

@@ -190,7 +190,7 @@ class LearnGates:
             )
         if self.checkpointing:
             job.model.gradient_checkpointing_disable()
-        expected = 1 - float(constraint.sparsity(objective.keep_probabilities()))
+        expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
         masks = self._land(objective.final_values(), axes, cost, budget)
         merged = replace(job, model=merge_(lora))
         return merged.without(

@@ -5,6 +5,7 @@ After Compresso the masks are folded into the weights, so they are frozen by con
 fresh on merged weights instead of going on with those of mask training, so recovery can follow any pruning.
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -78,4 +79,4 @@ class Recover:
         )
         if self.checkpointing:
             job.model.gradient_checkpointing_disable()
-        return job.with_model(merge_(lora)).note("recover", updates=total, trainable=sum(p.numel() for p in adapters), curve=curve(history))
+        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=sum(p.numel() for p in adapters), curve=curve(history))
