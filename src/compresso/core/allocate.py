@@ -5,7 +5,7 @@ Unusual:
     first. So the result ends less than one smallest unit below the target, though heads, channels and hidden dimensions share parameters
     and a unit's price depends on what else is removed.
     With multiples, a multiple of units is one item, worth the mean score of its units; kept units of an axis are always its best. The
-    result is the allowed shape found from below, or one more multiple (the one that overshoots least) where that lands nearer.
+    result is the allowed shape found from below, or that and one more multiple (the one that overshoots least) where it lands nearer.
     Ties go by axis order, then index, lowest removed first. All of it runs in float64 on the CPU, so that devices agree.
 """
 
@@ -43,19 +43,16 @@ def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel
     start, items = _items(pool, scores, flat, budget)
     limit = budget.limit(cost)
 
-    def count(units: Tensor) -> float:
-        return float(cost({name: mask.double() for name, mask in flat.split(units).items()}).count(budget.of))
+    def excess(units: Tensor) -> float:
+        """How far above the target the model is that keeps these units [units], bool."""
+        return float(cost({name: mask.double() for name, mask in flat.split(units).items()}).count(budget.of)) - limit
 
-    least = count(start)
-    if least > limit:
-        smallest = Plan.from_masks(pool, flat.split(start))
-        if not budget.rounds or least > limit * (1 + TOLERANCE):
-            raise infeasible(budget, pool, cost, smallest)
-        return smallest
-    admitted = fill(start, items, lambda units: count(units) <= limit)
-    if budget.rounds:
-        admitted = _nearer(admitted, items, lambda these: count(items.units(these, start)) - limit)
-    return Plan.from_masks(pool, flat.split(items.units(admitted, start)))
+    if excess(start) > (limit * TOLERANCE if budget.rounds else 0):
+        raise infeasible(budget, pool, cost, Plan.from_masks(pool, flat.split(start)))
+    units = start
+    if excess(start) <= 0:
+        units = items.units(_land(items, lambda these: excess(items.units(these, start)), limit * TOLERANCE, budget.rounds), start)
+    return Plan.from_masks(pool, flat.split(units))
 
 
 def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[Kind, int]) -> Plan:
@@ -115,17 +112,38 @@ def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:
     return list(groups.values())
 
 
-def _nearer(admitted: Tensor, items: Items, excess: Callable[[Tensor], float]) -> Tensor:
-    """The admitted items [items], and one more where that comes nearer to the target from above."""
-    best, nearest = admitted, -excess(admitted)
-    left = (~admitted).nonzero().flatten()
-    for group in set(items.group[left].tolist()):  # pyright: ignore
-        trial = admitted.clone()
-        trial[left[items.group[left] == group][0]] = True
-        miss = excess(trial)
-        if miss < nearest:
-            best, nearest = trial, miss
-    return best
+def _land(items: Items, excess: Callable[[Tensor], float], tolerance: float, may_exceed: bool) -> Tensor:
+    """The items admitted in order [items], bool, then changed where that brings the count nearer to the target.
+
+    A coarse item that does not fit (a multiple of the hidden width, a head in every layer) can leave the count far below the target with
+    all else admitted. While it is further away than the tolerance, the next item of each group in turn is taken as given and the rest
+    filled around it, and the nearest result is kept.
+    """
+
+    def filled(given: Tensor) -> tuple[float, Tensor]:
+        """How far from the target the items lie that are admitted around the given ones, and those items."""
+        admitted = fill(items, lambda trial: excess(trial) <= 0, given)
+        near = [(-excess(admitted), admitted)]
+        if may_exceed:
+            near += [(excess(more), more) for more in (_with(admitted, item) for item in items.next_of_groups(admitted))]
+        return min(near, key=lambda result: result[0])
+
+    miss, admitted = filled(torch.zeros(len(items.group), dtype=torch.bool))
+    while miss > tolerance:
+        forced = [_with(admitted & (items.group == items.group[item]), item) for item in items.next_of_groups(admitted)]
+        tried = [filled(given) for given in forced if excess(given) <= 0]
+        nearest = min(tried, key=lambda result: result[0], default=(miss, admitted))
+        if nearest[0] >= miss:
+            break
+        miss, admitted = nearest
+    return admitted
+
+
+def _with(admitted: Tensor, item: int) -> Tensor:
+    """The admitted items [items] and one more."""
+    more = admitted.clone()
+    more[item] = True
+    return more
 
 
 def _check_scores(axis: Axis, scores: Mapping[str, Tensor]) -> None:

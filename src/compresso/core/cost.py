@@ -71,7 +71,7 @@ class Cost:
 
     def parameters(self) -> dict[str, int]:
         """The four parameter counts as whole numbers."""
-        return {name: round(float(getattr(self, name))) for name in ("total", "blocks", "embeddings", "norms")}
+        return {name: round(float(getattr(self, name).detach())) for name in ("total", "blocks", "embeddings", "norms")}
 
 
 class CostModel:

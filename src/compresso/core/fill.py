@@ -36,24 +36,30 @@ class Items:
             return start
         return torch.where(self.of_unit >= 0, admitted[self.of_unit.clamp(min=0)], start)
 
+    def next_of_groups(self, admitted: Tensor) -> list[int]:
+        """The first item of each group that is not admitted [items], for the groups that have one."""
+        left = (~admitted).nonzero().flatten()
+        groups = self.group[left]
+        return [int(left[groups == group][0]) for group in sorted(set(groups.tolist()))]  # pyright: ignore
 
-def fill(start: Tensor, items: Items, fits: Callable[[Tensor], bool]) -> Tensor:
+
+def fill(items: Items, fits: Callable[[Tensor], bool], given: Tensor | None = None) -> Tensor:
     """The items admitted [items], bool: in order, each that still fits.
 
     Args:
-        start: [units], bool: the units that stay in any case; they must fit.
         items: what may be admitted.
-        fits: whether the units that stay [units], bool, are within the budget. Once false, it stays false as units are added.
+        fits: whether these items [items], bool, are within the budget. Once false, it stays false as items are added.
+        given: items [items], bool, admitted before all others; they must fit. None: none.
     """
-    admitted = torch.zeros(len(items.group), dtype=torch.bool)
-    waiting = torch.ones_like(admitted)
+    admitted = torch.zeros(len(items.group), dtype=torch.bool) if given is None else given.clone()
+    waiting = ~admitted
     while bool(waiting.any()):
         queue = waiting.nonzero().flatten()
 
         def run_fits(length: int, queue: Tensor = queue) -> bool:
             trial = admitted.clone()
             trial[queue[:length]] = True
-            return fits(items.units(trial, start))
+            return fits(trial)
 
         run = _longest(len(queue), run_fits)
         admitted[queue[:run]] = True

@@ -58,9 +58,7 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
     shift = _root(excess, LOG_ALPHA_LOW - float(gates.max()), LOG_ALPHA_HIGH - float(gates.min()), accuracy=1e-10 * target)
     if shift is None:
         least, most = reachable(log_alpha, cost, of)
-        raise InfeasibleBudget(
-            f"keep={keep} of {of} is out of reach of these gates, which express {least:.7f} to {most:.7f}; cut it to that"
-        )
+        raise InfeasibleBudget(f"keep={keep} of {of} is out of reach of these gates, which express {least:.7f} to {most:.7f}; cut it")
     return shift
 
 
@@ -115,7 +113,7 @@ def deterministic_to_budget(
     group = torch.cat([torch.full((axis.size,), i) for i, axis in enumerate(pool)])[best_first]
     tiled = torch.tensor([all(piece.unit is None for piece in axis.slices) for axis in pool])
     items = Items(of_unit, group, tiled[group])
-    masks = flat.split(items.units(fill(start, items, fits), start))
+    masks = flat.split(items.units(fill(items, lambda trial: fits(items.units(trial, start))), start))
     return {
         name: soft_value(log_alpha[name].detach()) * mask.to(device=log_alpha[name].device, dtype=log_alpha[name].dtype)
         for name, mask in masks.items()
@@ -185,6 +183,8 @@ def _root(f: Callable[[float], float], low: float, high: float, accuracy: float)
         if b == a:
             return None
         fb = f(b)
+        if abs(fb) <= accuracy:
+            return b
         step *= 4
     while abs(fb) > accuracy and abs(b - a) > 1e-15 * (1 + abs(b)):
         c = b - fb * (b - a) / (fb - fa)

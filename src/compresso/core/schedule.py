@@ -67,7 +67,7 @@ def constant() -> Schedule:
     """Learning-rate factor 1."""
 
     def same(update: int) -> float:
-        _checked(update)
+        _check_update(update)
         return 1.0
 
     return same
@@ -103,17 +103,18 @@ def cosine(total: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
 
 def _progress(update: int, warmup: int) -> float:
     """Share of the warm-up that is over, in [0, 1]."""
-    return 1.0 if warmup == 0 else min(1.0, _checked(update) / warmup)
+    _check_update(update)
+    return min(1.0, update / warmup) if warmup else 1.0
 
 
 def _warmed(update: int, warmup: int, after: Callable[[], float]) -> float:
-    return _checked(update) / warmup if update < warmup else after()
+    _check_update(update)
+    return update / warmup if update < warmup else after()
 
 
-def _checked(update: int) -> int:
+def _check_update(update: int) -> None:
     if update < 0:
         raise ValueError(f"update {update} is before the first; updates are counted from 0")
-    return update
 
 
 def _check_ramp(final: float, warmup: int, start: float) -> None:

@@ -1,0 +1,87 @@
+"""Cross-entropy against transformers' own causal loss, and the Lagrangian's dynamics with Compresso's published rates."""
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from compresso.core.cost import CostModel
+from compresso.core.hard_concrete import clamp_, initial_log_alpha, keep_probability
+from compresso.core.losses import lagrangian, next_token_loss, next_token_loss_per_example
+from compresso.core.schedule import linear_ramp
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 11, generator=generator) * 3
+    labels = torch.randint(11, (3, 7), generator=generator)
+    labels[0, :4] = labels[1, 5:] = labels[2, ::2] = -100
+    return logits, labels
+
+
+def test_loss_and_gradient_equal_those_of_transformers() -> None:
+    logits, labels = batch()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss, expected = next_token_loss(ours, labels), ForCausalLMLoss(theirs, labels, vocab_size=11)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_reduced_precision_logits_give_a_float32_loss() -> None:
+    logits, labels = batch()
+    loss = next_token_loss(logits.bfloat16(), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, next_token_loss(logits.bfloat16().float(), labels))
+
+
+def test_each_example_has_its_own_mean() -> None:
+    logits, labels = batch()
+    losses = next_token_loss_per_example(logits, labels)
+    assert losses.shape == (3,)
+    for i in range(3):
+        torch.testing.assert_close(losses[i], next_token_loss(logits[i : i + 1], labels[i : i + 1]))
+
+
+def test_no_labelled_position_is_an_error_not_nan() -> None:
+    logits, labels = batch()
+    nothing = torch.full_like(labels, -100)
+    nothing[:, 0] = 3  # the first token is predicted by nothing
+    with pytest.raises(ValueError, match=r"no position after the first is labelled in a batch \[3, 7\]"):
+        next_token_loss(logits, nothing)
+    labels[1] = -100
+    with pytest.raises(ValueError, match="example 1 of the batch"):
+        next_token_loss_per_example(logits, labels)
+    with pytest.raises(ValueError, match=r"got \[3, 7, 11\] and \[3, 6\]"):
+        next_token_loss(logits, labels[:, 1:])
+
+
+def test_multipliers_climb_on_the_gap() -> None:
+    lambda1, lambda2 = (torch.tensor(value, requires_grad=True) for value in (2.0, 4.0))
+    sparsity = torch.tensor(0.25, requires_grad=True)
+    lagrangian(sparsity, 0.5, lambda1, lambda2).backward()
+    assert (lambda1.grad, lambda2.grad) == (-0.25, 0.0625)
+    assert sparsity.grad == 2 + 2 * 4 * -0.25
+
+
+def test_the_lagrangian_alone_ends_on_its_target(describe: object) -> None:
+    """Gates at rate .1, multipliers ascending at .1, 200 updates of warm-up, then as many at the target."""
+    cost: CostModel = describe(64, 4, 4, 176, 128)  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    gates = {axis.name: torch.nn.Parameter(initial_log_alpha(axis.kind, axis.size, generator)) for axis in cost.axes}
+    lambda1, lambda2 = (torch.zeros((), requires_grad=True) for _ in range(2))
+    descent = torch.optim.AdamW(gates.values(), lr=0.1, weight_decay=0)
+    ascent = torch.optim.AdamW([lambda1, lambda2], lr=0.1, weight_decay=0, maximize=True)
+    dense, target = float(cost().blocks), linear_ramp(0.3, 200)
+    path: list[float] = []
+    for update in range(400):
+        sparsity = 1 - cost({name: keep_probability(gate) for name, gate in gates.items()}).blocks / dense
+        lagrangian(sparsity, target(update), lambda1, lambda2).backward()
+        for optimizer in (descent, ascent):
+            optimizer.step()
+            optimizer.zero_grad()
+        for gate in gates.values():
+            clamp_(gate)
+        path.append(float(lambda2.detach()))
+    assert float(sparsity.detach()) == pytest.approx(0.3, abs=0.01)
+    assert path == sorted(path) and path[-1] > 0

@@ -1,0 +1,75 @@
+"""Ramps against their closed forms, learning rates against transformers' own schedules."""
+
+import math
+
+import pytest
+import torch
+from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from compresso.core.schedule import Schedule, constant, cosine, cubic_ramp, linear, linear_ramp
+
+
+def factors_of(make: object, warmup: int, total: int) -> list[float]:
+    """The factors that a transformers schedule gives for updates 0 to total."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer, num_warmup_steps=warmup, num_training_steps=total)  # type: ignore[operator]
+    rates: list[float] = []
+    for _ in range(total + 1):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize(("ours", "theirs"), [(linear, get_linear_schedule_with_warmup), (cosine, get_cosine_schedule_with_warmup)])
+def test_rates_equal_those_of_transformers(ours: object, theirs: object, warmup: int) -> None:
+    schedule: Schedule = ours(11, warmup)  # type: ignore[operator]
+    assert [schedule(k) for k in range(12)] == pytest.approx(factors_of(theirs, warmup, 11), abs=1e-12)
+
+
+def test_rates_past_the_end_stay() -> None:
+    assert linear(5)(50) == 0
+    assert cosine(5)(50) == pytest.approx(0, abs=1e-15)
+    assert cosine(5, floor=0.1)(50) == pytest.approx(0.1)
+    assert cosine(4, floor=0.1)(2) == pytest.approx(0.55)
+    assert constant()(7) == 1
+
+
+def test_linear_ramp_reaches_its_target_at_the_end_of_the_warm_up() -> None:
+    target = linear_ramp(0.3, 200)
+    assert [target(k) for k in (0, 50, 100, 200, 201)] == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
+    assert linear_ramp(0.5, 4, start=0.1)(1) == pytest.approx(0.2)
+
+
+def test_cubic_ramp_follows_its_formula() -> None:
+    target = cubic_ramp(0.6, 10, start=0.2)
+    assert [target(k) for k in range(13)] == pytest.approx([0.6 + (0.2 - 0.6) * (1 - min(1, k / 10)) ** 3 for k in range(13)])
+
+
+@pytest.mark.parametrize("ramp", [linear_ramp, cubic_ramp])
+def test_no_warm_up_means_the_target_at_once(ramp: object) -> None:
+    assert ramp(0.3, 0)(0) == pytest.approx(0.3)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear_ramp(1.0, 5), r"final=1\.0"),
+        (lambda: linear_ramp(-0.1, 5), r"final=-0\.1"),
+        (lambda: cubic_ramp(math.nan, 5), "final=nan"),
+        (lambda: cubic_ramp(0.3, 5, start=2), "start=2"),
+        (lambda: linear_ramp(0.3, -1), "warmup=-1"),
+        (lambda: linear(0), "total=0"),
+        (lambda: linear(5, 5), "warmup=5 of total=5"),
+        (lambda: cosine(5, -1), "warmup=-1"),
+        (lambda: cosine(5, floor=1.5), r"floor=1\.5"),
+        (lambda: linear(5)(-1), "update -1"),
+        (lambda: linear_ramp(0.3, 5)(-1), "update -1"),
+        (lambda: linear_ramp(0.3, 0)(-1), "update -1"),
+        (lambda: constant()(-1), "update -1"),
+    ],
+)
+def test_nonsense_is_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
