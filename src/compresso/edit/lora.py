@@ -1,10 +1,11 @@
 """Low-rank adapters through peft: attached, merged, saved (LoRA, arXiv 2106.09685).
 
-Unusual: the initial A comes from a generator on the CPU, so a seed gives the same adapters on every device; and merging adds in float32
-before it rounds once to the base's dtype, where peft rounds the product and the sum.
+Unusual: the initial A comes from a generator on the CPU, so a seed gives the same adapters on every device; and merging checks every
+sum for NaN and Inf before it changes the first weight.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def attach_(
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 still asks transformers by the old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

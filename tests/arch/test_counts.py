@@ -1,0 +1,77 @@
+"""Published models on the meta device against closed forms and counts that authors printed.
+
+Oracles: LLaMA-7B's 6,738,415,616 and the pruned 5,422,977,024 are printed by LLM-Pruner (its 20 % setting); 6,612,586,496 and 945,907,712
+by the same authors for Llama-3-8B and TinyLlama; 4.54M is Compresso's trainable size (arXiv 2310.05015). The rest is arithmetic.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from compresso.arch.base import arch_for
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.edit.lora import attach_
+from compresso.edit.shrink import shrink_
+
+LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3_8B = {**LLAMA_7B, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+TINY_LLAMA = {**LLAMA_7B, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
+
+
+def on_meta(sizes: dict[str, int]) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+
+
+def cut(heads: int, channels: int, layers: range, hidden: int | None = None) -> Plan:
+    """Keep the first units of each axis in some layers, and of the residual stream."""
+    kept = {f"layers.{i}.{axis}": tuple(range(n)) for i in layers for axis, n in (("heads", heads), ("channels", channels))}
+    return Plan(kept if hidden is None else {**kept, "hidden": tuple(range(hidden))})
+
+
+def test_llama_7b() -> None:
+    model = on_meta(LLAMA_7B)
+    arch = arch_for(model.config)
+    axes = arch.axes(model)
+    cost = CostModel(axes, arch.weights(model))
+    dense = cost()
+    assert dense.parameters() == {"total": 6_738_415_616, "blocks": 6_476_005_376, "embeddings": 262_144_000, "norms": 266_240}
+    assert int(dense.macs) == 6_476_005_376 + 131_072_000 and int(dense.cached) == 2 * 32 * 4096
+
+    def fewer(axis: str, size: int) -> dict[str, int]:
+        smaller = cost.of(Plan({axis: tuple(range(1, size))})).parameters()
+        return {group: n - smaller[group] for group, n in dense.parameters().items()}
+
+    assert fewer("layers.7.heads", 32)["blocks"] == fewer("layers.7.heads", 32)["total"] == 2_097_152
+    assert fewer("layers.7.channels", 11008)["total"] == 12_288
+    assert (fewer("hidden", 4096)["blocks"], fewer("hidden", 4096)["total"]) == (1_581_056, 1_645_121)
+
+    gates = {kind: sum(axis.size for axis in axes if axis.kind == kind) for kind in ("head", "channel", "hidden")}
+    assert gates == {"head": 1_024, "channel": 352_256, "hidden": 4_096}
+    adapted = attach_(model, rank=8, alpha=8)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trainable == 4_194_304
+    assert trainable + gates["head"] + gates["channel"] == 4_547_584
+    assert trainable + sum(gates.values()) == 4_551_680
+
+
+@pytest.mark.parametrize(
+    ("sizes", "plan", "total", "blocks"),
+    [
+        (LLAMA_7B, cut(24, 8256, range(4, 30)), 5_422_977_024, None),
+        (LLAMA_7B, cut(28, 9632, range(32), hidden=3584), 5_187_800_576, 4_958_191_616),
+        (LLAMA_3_8B, cut(6, 10752, range(4, 30)), 6_612_586_496, None),
+        (TINY_LLAMA, cut(3, 4224, range(4, 18)), 945_907_712, None),
+    ],
+    ids=["llm-pruner", "uniform", "llama-3-8b", "tinyllama"],
+)
+def test_published_sizes(sizes: dict[str, int], plan: Plan, total: int, blocks: int | None) -> None:
+    model = on_meta(sizes)
+    arch = arch_for(model.config)
+    axes = arch.axes(model)
+    predicted = CostModel(axes, arch.weights(model)).of(plan).parameters()
+    shrink_(model, axes, plan)
+    assert predicted["total"] == total == sum(p.numel() for p in model.parameters())
+    assert blocks is None or predicted["blocks"] == blocks
+    assert all(p.is_meta for p in model.parameters())

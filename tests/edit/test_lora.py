@@ -1,0 +1,118 @@
+"""Adapters: what is trained, seeds, shrunk models, merging (with peft's own merge as the oracle), saving."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from compresso.arch.base import arch_for
+from compresso.core.plan import Plan
+from compresso.edit.lora import attach_, merge_, save_adapter
+from compresso.edit.shrink import shrink_
+from compresso.errors import NumericError, RecipeError
+
+Make = Callable[..., LlamaForCausalLM]
+IDS = torch.arange(2, 9)[None]
+
+
+def trained(adapted: PeftModel, scale: float = 0.3) -> PeftModel:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, scale, generator=generator)
+    return adapted
+
+
+def uneven(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model whose layers differ in heads, one of them without attention."""
+    plan = Plan({"layers.0.heads": (), "layers.1.heads": (1,), "hidden": tuple(range(27))})
+    shrink_(model, arch_for(model.config).axes(model), plan)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_float32_adapters_are_trainable_and_start_at_zero(make: Make, dtype: torch.dtype) -> None:
+    model = make().to(dtype)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+    adapted = attach_(model, rank=4, alpha=8)
+    trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
+    assert len(trainable) == 3 * 2 * 2
+    assert all((p == 0).all() if "lora_B" in name else p.std() > 0 for name, p in trainable.items())
+    with torch.no_grad():
+        assert torch.equal(adapted(input_ids=IDS).logits, before)
+
+
+def test_a_seed_fixes_the_adapters(make: Make) -> None:
+    def a(seed: int) -> torch.Tensor:
+        return torch.cat([p.flatten() for name, p in attach_(make(), 4, 8, seed=seed).named_parameters() if "lora_A" in name]).detach()
+
+    first = a(1)
+    assert torch.equal(first, a(1)) and not torch.equal(first, a(2))
+    assert first.abs().max() <= 32**-0.5  # kaiming-uniform with a = sqrt 5 is uniform in +-1/sqrt(in)
+    assert first.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.1)
+
+
+def test_unknown_targets_name_the_nearest(make: Make) -> None:
+    with pytest.raises(RecipeError, match="'qproj'; did you mean 'q_proj'"):
+        attach_(make(), 4, 8, targets=("qproj",))
+    with pytest.raises(RecipeError, match="rank=0"):
+        attach_(make(), 0, 8)
+
+
+def test_merging_equals_the_adapted_model_and_peft(make: Make) -> None:
+    model = uneven(make())
+    names = [name for name, _ in model.named_parameters()]
+    adapted = trained(attach_(model, rank=4, alpha=8))
+    assert sum(p.requires_grad for p in adapted.parameters()) == 2 * 2 * 2  # the layer without attention has none
+    reference = copy.deepcopy(adapted).merge_and_unload()
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+    merged = merge_(adapted)
+    assert type(merged) is LlamaForCausalLM and [name for name, _ in merged.named_parameters()] == names
+    assert all((p - q).abs().max() < 1e-6 for p, q in zip(merged.parameters(), reference.parameters(), strict=True))
+    with torch.no_grad():
+        assert (merged(input_ids=IDS).logits - expected).abs().max() < 1e-5
+
+
+def test_merging_into_bfloat16_rounds_once(make: Make) -> None:
+    """The float32 sum, rounded; peft's own merge agrees to the bit."""
+    model = make().to(torch.bfloat16)
+    base = model.model.layers[0].self_attn.q_proj.weight.detach().float()
+    adapted = trained(attach_(model, rank=4, alpha=2))
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    exact = (base + 0.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight).to(torch.bfloat16)
+    reference = copy.deepcopy(adapted).merge_and_unload().model.layers[0].self_attn.q_proj.weight
+    merged = merge_(adapted).model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(merged, exact) and torch.equal(merged, reference)
+
+
+def test_merging_refuses_what_is_not_finite_and_changes_nothing(make: Make) -> None:
+    adapted = trained(attach_(make(), rank=4, alpha=8))
+    base = adapted.get_base_model()
+    before = base.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    with torch.no_grad():
+        base.model.layers[2].self_attn.v_proj.lora_B["default"].weight[0, 0] = float("nan")
+    with pytest.raises(NumericError, match=r"layers\.2\.self_attn\.v_proj\.weight NaN"):
+        merge_(adapted)
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight, before)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own loading asks by the old name
+def test_a_saved_adapter_is_read_back_by_peft(make: Make, tmp_path: Path) -> None:
+    adapted = trained(attach_(uneven(make()), rank=4, alpha=8))
+    save_adapter(adapted, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(stored) == 8 and json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+        again = PeftModel.from_pretrained(uneven(make()), str(tmp_path))
+        assert torch.equal(again(input_ids=IDS).logits, expected)
