@@ -72,7 +72,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, f"'{_short(name)}' {what}")
         end = tensor.end
     if end != size - 8 - length:
-        raise _damaged(path, f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated or has foreign bytes at its end")
+        raise _damaged(
+            path, f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated, or something was appended"
+        )
     return tensors
 
 
