@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end = tensor.end
     if end != size - 8 - length:
         raise _damaged(
-            path, f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated or has foreign bytes at its end"
+            path, f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated, or something was appended"
         )
     return tensors
 

@@ -20,7 +20,7 @@ CLASSES = {
 
 
 def register() -> None:
-    """Make transformers know `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`; calling it again is harmless."""
+    """Tell transformers of `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`; idempotent."""
     for config, decoder, language_model in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)

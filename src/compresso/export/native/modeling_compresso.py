@@ -2,16 +2,21 @@
 
 This one file is all that such a checkpoint needs beside its weights: it lies in the checkpoint too, so it imports transformers, torch and
 huggingface_hub only. Each family is transformers' own, with the same parameter names and the same arithmetic. Only construction differs:
-layer i reads `num_attention_heads`, `num_key_value_heads` and `intermediate_size` from `config.per_layer_config[i]`, and leaves out what that
-entry's `skip` names ("attention", "mlp"), norm included.
+layer i reads `num_attention_heads`, `num_key_value_heads` and `intermediate_size` from `config.per_layer_config[i]`, and leaves out what
+that entry's `skip` names ("attention", "mlp"), norm included.
 
 Unusual: a layer without attention owns no slot of the key/value cache. Generation asks the first slot how long the text is, so the slots
 are handed to the layers that have attention, in order: the k-th attention layer of a kind (full, sliding) owns the k-th slot of that kind.
 """
+# The classes below are four times the same four, named; their mixins take their attributes from the family's classes.
+# ruff: noqa: D101, RUF012
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalCall=false
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -55,12 +60,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 
-def skipped(layer_config) -> list[str]:
+def skipped(layer_config: PreTrainedConfig) -> list[str]:
     """The sub-layers that a layer's entry leaves out: some of "attention" and "mlp"."""
     return list(getattr(layer_config, "skip", ()))
 
 
-def cache_slots(config) -> list[int | None]:
+def cache_slots(config: PreTrainedConfig) -> list[int | None]:
     """The slot of the key/value cache that each layer owns; None for a layer without attention."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     free = {kind: iter([slot for slot, other in enumerate(kinds) if other == kind]) for kind in set(kinds)}
@@ -70,7 +75,7 @@ def cache_slots(config) -> list[int | None]:
 class PerLayerConfig:
     """What the four configs share. Decorated with `strict`, each validates these rules instead of its family's."""
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Raise ValueError naming the layer whose widths cannot be built. Heads need not divide the hidden size: head_dim is explicit."""
         if getattr(self, "head_dim", None) is None:
             raise ValueError("`head_dim` must be given: it does not follow from the hidden size once heads are pruned.")
@@ -85,15 +90,13 @@ class PerLayerConfig:
                 raise ValueError(f'Layer {index} has intermediate_size {own.intermediate_size}; an absent FFN is written as skip: ["mlp"].')
         slots = [slot for slot in cache_slots(self) if slot is not None]
         if slots and 0 not in slots:
-            raise ValueError(
-                "Layer 0 has no attention; give it the entry in `layer_types` of a layer that has, or the cache has no length."
-            )
+            raise ValueError("Layer 0 has no attention; give it the `layer_types` entry of a layer that has, or the cache has no length.")
 
 
 class PerLayerDecoderLayer:
     """A decoder layer with the widths of its own entry; `attention, mlp, norm` of the family are in `parts`."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)
         own = config.per_layer_config[layer_idx]
         attention, mlp, norm = self.parts
@@ -116,7 +119,7 @@ class PerLayerDecoderLayer:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
@@ -140,7 +143,7 @@ class PerLayerDecoderLayer:
 class PerLayerModel:
     """A decoder of such layers; the family's `layer`, `norm` and `rotary` classes are in `parts`."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
         layer, norm, rotary = self.parts
         self.padding_idx = config.pad_token_id
@@ -157,7 +160,7 @@ class PerLayerModel:
 class PerLayerForCausalLM:
     """Such a decoder with a language-model head."""
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
         self.model = self.decoder(config)
         self.vocab_size = config.vocab_size

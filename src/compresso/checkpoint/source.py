@@ -1,0 +1,213 @@
+"""Opening a model: everything that can be wrong is found before its weights are read.
+
+`open_source` looks at names, sizes, links, the config and the safetensors headers, and compares these with what the architecture expects,
+on the meta device. Only `load_model` reads weights; it never fills a gap with random numbers.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint import hub
+from compresso.checkpoint.atomic import sha256
+from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_tensors
+from compresso.checkpoint.header import TensorInfo
+from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
+from compresso.export.native import family_of
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_MAX_LAYERS = 4_096
+_FULL_HASH_BELOW = 1_000_000_000  # bytes
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a model is called and what it is: a name without a path, and `sha256:…` or, for large ones, `sampled-sha256:…`."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that passed every check that needs no weights.
+
+    Args:
+        config: its config; code the folder may bring along was not run.
+        folder: where its files lie; None if only a config.json was given.
+        kind: "folder", "hub" or "config" (no weights, only shapes).
+        name: hub name, or the last part of the path.
+        tensors: stored tensors by parameter name; empty if the weights were not asked for.
+        config_file: the config.json itself.
+        revision: commit of a hub model.
+    """
+
+    config: PreTrainedConfig
+    folder: Path | None
+    kind: Literal["folder", "hub", "config"]
+    name: str
+    config_file: Path
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+    revision: str | None = None
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Name and fingerprint of config and weights.
+
+        Below 1 GB every byte is hashed. Above, each file's size, its first and 64 evenly spaced pieces of 64 KiB: a training step changes
+        all of them, and a large model is named in a second; a single altered element may go unnoticed.
+        """
+        digest = hashlib.sha256(self.config_file.read_bytes())
+        files = [self.folder / name for name in sorted({tensor.file for tensor in self.tensors.values()})] if self.folder else []
+        whole = sum(path.stat().st_size for path in files) < _FULL_HASH_BELOW
+        for path in files:
+            digest.update(f"\n{path.name} {path.stat().st_size} ".encode())
+            digest.update((sha256(path) if whole else _sampled(path)).encode())
+        return Identity(self.name, ("" if whole else "sampled-") + "sha256:" + digest.hexdigest())
+
+
+def open_source(model: str | Path, weights: bool = True) -> Source:
+    """Find a model and check it: a local folder of safetensors, a hub name, or a config.json (no weights).
+
+    With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at.
+    Raises CheckpointError with the cure, naming files and tensors; ResourceError if a download does not fit.
+    """
+    path = Path(model).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix != ".json":
+                raise CheckpointError(f"model {path} is a file; give the folder it lies in, or a config.json.")
+            return Source(read_config(path), None, "config", path.resolve().parent.name, path)
+        if path.is_dir():
+            return _open_folder(path, "folder", path.resolve().name, weights)
+        if not isinstance(model, str) or not hub.is_hub_name(model):
+            raise CheckpointError(f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json.")
+        folder, revision = hub.fetch(model, weights)
+        return replace(_open_folder(folder, "hub", model, weights), revision=revision)
+    except OSError as error:
+        raise CheckpointError(f"model {model} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
+
+
+def meta_model(source: Source) -> PreTrainedModel:
+    """The model's modules on the meta device: names and shapes without memory.
+
+    Raises ArchError if it is not a causal language model, CheckpointError if its config asks for the impossible.
+    """
+    layers = getattr(source.config, "num_hidden_layers", 0) or 0
+    if layers > _MAX_LAYERS:
+        raise CheckpointError(f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config.")
+    if type(source.config) not in AutoModelForCausalLM._model_mapping:
+        raise ArchError(f"{source.name} ({source.config.model_type}) is not a causal language model. Give one that is.")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
+    except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
+        raise CheckpointError(f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config.") from error
+
+
+def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Read the weights (in the stored dtype unless one is given) and return the model in eval mode.
+
+    Raises CheckpointError if there are no weights or they do not fill the model exactly, NumericError naming a tensor with NaN or Inf,
+    ResourceError if memory does not suffice.
+    """
+    if source.folder is None or not source.tensors:
+        raise CheckpointError(f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name.")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, as asked for
+            source.folder,
+            config=copy.deepcopy(source.config),
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if gaps := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+            raise CheckpointError(f"model {source.name} lacks weights for {_listed(gaps)}. Fetch or write it again.")
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+                raise NumericError(f"model {source.name}: '{name}' holds NaN or Inf. Fetch the model again, or train it again.")
+        return model.to(device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(f"model {source.name} does not fit into memory of {device}. Use a smaller model or --device cpu.") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"model {source.name} cannot be loaded: {_line(error)}") from error
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its code."""
+    if source.folder is None or not any((source.folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder.")
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizer files of any origin fail in any way
+        raise CheckpointError(f"the tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")
+
+
+def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weights: bool) -> Source:
+    check_folder(folder)
+    config = read_config(folder / "config.json")
+    if (generation := folder / "generation_config.json").is_file():
+        read_json(generation)
+    source = Source(config, folder, kind, name, folder / "config.json", stored_tensors(folder) if weights else {})
+    if weights and family_of(config.model_type):  # for others transformers may rename tensors on the way in; load_model checks them
+        _check_tensors(source)
+    return source
+
+
+def _check_tensors(source: Source) -> None:
+    """Raise CheckpointError listing tensors that are missing, unexpected, of the wrong shape or not of a plain float dtype."""
+    if (layers := source.config.num_hidden_layers) > len(source.tensors):
+        raise CheckpointError(f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json.")
+    model = meta_model(source)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys or ()) if source.config.tie_word_embeddings else set()
+    stored = {name: info for name, info in source.tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files still have it
+    problems = {
+        "missing": sorted(wanted.keys() - stored.keys() - tied),
+        "unexpected": sorted(stored.keys() - wanted.keys()),
+        "wrong shape": [
+            f"{name} {list(stored[name].shape)} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in stored and stored[name].shape != shape
+        ],
+        "not plain floats": [f"{name} {info.dtype}" for name, info in stored.items() if info.dtype not in _FLOATS],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
+        raise CheckpointError(f"{source.folder} does not fit its config.json: {told}. Fetch the model again, or correct its config.")
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(name[:120] for name in names[:8]) + rest
+
+
+def _line(error: Exception) -> str:
+    """An exception's message on one bounded line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _sampled(path: Path) -> str:
+    """Digest of a file's evenly spaced pieces, the first (its header) included."""
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for i in range(_SAMPLES + 1):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
