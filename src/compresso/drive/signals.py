@@ -1,0 +1,70 @@
+"""Stopping on request: SIGINT and SIGTERM are noted while a run is inside an update, and obeyed at its end."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """A run stopped by a signal after it saved its state.
+
+    Uncaught, it ends the process with the usual exit code (130 or 143) and no traceback. It is a SystemExit and not a CompressoError,
+    so that code which reports errors and goes on does not swallow it.
+    """
+
+    def __init__(self, number: signal.Signals, saved: str | None) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+        self.saved = saved
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}; " + (f"continue from {self.saved}" if self.saved else "nothing was saved")
+
+
+class Requests:
+    """The signals that arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: set[signal.Signals] = set()
+
+    def flags(self) -> dict[str, Tensor]:
+        """1 or 0 by signal name, for a sum over processes."""
+        return {s.name: torch.tensor(float(s in self.arrived)) for s in SIGNALS}
+
+
+def asked(sums: Mapping[str, float]) -> signal.Signals | None:
+    """The signal to obey, given the sums of all processes' flags; SIGTERM before SIGINT."""
+    return next((s for s in reversed(SIGNALS) if sums[s.name] > 0), None)
+
+
+@contextmanager
+def noted_signals() -> Iterator[Requests]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second one acts as it did before. Other threads leave signals alone."""
+    requests = Requests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+
+    def restore() -> None:
+        for s, handler in before.items():
+            # None: installed by C code, which Python cannot put back; the default is the nearest thing
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requests.arrived.add(signal.Signals(number))
+        restore()
+
+    for s in SIGNALS:
+        signal.signal(s, note)
+    try:
+        yield requests
+    finally:
+        restore()
