@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--minutes", type=float, help="set --steps by the clock: twice the steps done in half of these minutes")
     parser.add_argument("--rows", type=int, default=16, help="rows a step")
     parser.add_argument("--row", type=int, default=256, help="tokens a row")
     parser.add_argument("--hidden", type=int, default=192)
@@ -223,7 +224,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--instruction-share", type=float, default=0.6, help="share of instructions among the documents")
+    parser.add_argument("--instruction-share", type=float, default=0.7, help="share of instructions among the documents")
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=4e-3)
     parser.add_argument("--evaluate-every", type=int, default=200, help="steps between short evaluations")
@@ -247,6 +248,7 @@ def main() -> None:
             **scores(model_for_scores(model), tokenizer, n_items, FRESH_SEED),
             "parameters": n_parameters,
             "step": step,
+            "steps": args.steps,
             "tokens": tokens_seen,
             "wall_seconds": round(time.perf_counter() - started),
             "tokens_per_second": round(tokens_seen / training),
@@ -271,7 +273,15 @@ def main() -> None:
     if (args.output / "model.safetensors").exists() and not args.force:
         raise SystemExit(f"{args.output} already holds a model; pass --force to replace it")
     stream = batches(tokenizer, args)
-    for step in range(args.steps):
+    timed = args.minutes is not None
+    if timed:
+        args.steps = 10**9
+    step = -1
+    while (step := step + 1) < args.steps:
+        if timed and time.perf_counter() - started > 30 * args.minutes:
+            # the rate has been flat so far, as it would have been with this number of steps from the start
+            args.steps, timed = 2 * step, False
+            print(f"--steps {args.steps}", flush=True)
         tokens, weights = next(stream)
         begun = time.perf_counter()
         factor = rate(step, args.steps)

@@ -52,11 +52,11 @@ def physics(rng: random.Random) -> Question:
 
 
 def comparison(rng: random.Random) -> Question:
-    """Which of two creatures of different size is the larger, or the smaller."""
+    """Which of two creatures is the larger, or the smaller; their sizes are at least two steps apart."""
     while True:
         first, second = rng.sample(_CREATURES, 2)
         rank = {name: SIZES.index(CREATURES[name]["size"]) for name in (first, second)}
-        if rank[first] != rank[second]:
+        if abs(rank[first] - rank[second]) >= 2:
             break
     word, choose = rng.choice((("larger", max), ("smaller", min)))
     right = choose((first, second), key=lambda name: rank[name])

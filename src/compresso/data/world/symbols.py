@@ -1,13 +1,16 @@
-"""Questions that are worked out from what is given: sorting, counting, the largest number, truth of a comparison, dates."""
+"""Questions that are worked out from what is given: sorting, counting, the largest number, truth of joined claims, dates."""
 
+import itertools
 import random
 import string
 
 from compresso.data.world.facts import MONTH_DAYS, MONTHS, WORDS, date_after
 from compresso.data.world.question import Question, Task
 
-MAX_SHIFT = 9
+MAX_SHIFT = 5
 COUNTS = (1, 2, 3, 4)
+LIST_LENGTH = 6
+CLAIMS = {True: ("true", "right", "sure", "yes"), False: ("false", "wrong", "never", "no")}
 
 
 def sorting(rng: random.Random) -> Question:
@@ -24,15 +27,15 @@ def sorting(rng: random.Random) -> Question:
 
 
 def counting(rng: random.Random) -> Question:
-    """How often a word stands in a list of four to seven; every count from one to four is as likely."""
+    """How often a word stands in a list of six; every count from one to four is as likely."""
     count = rng.choice(COUNTS)
     target, *others = rng.sample(WORDS, 4)
-    listed = [target] * count + [rng.choice(others) for _ in range(rng.randint(4, 7) - count)]
+    listed = [target] * count + [rng.choice(others) for _ in range(LIST_LENGTH - count)]
     rng.shuffle(listed)
     asked = rng.choice(("How many times is {w} in the list?", "Count the word {w}.", "How often does {w} come?"))
     return Question(
         instruction=asked.format(w=target),
-        input=" ".join(listed),
+        input=f"List: {' '.join(listed)}",
         answer=f"The count is {count}.",
         wrong=tuple(f"The count is {other}." for other in COUNTS if other != count),
         key=f"{target}: {' '.join(listed)}",
@@ -54,21 +57,21 @@ def maximum(rng: random.Random) -> Question:
 
 
 def boolean(rng: random.Random) -> Question:
-    """Whether two comparisons of digits, joined by "and" or "or", hold; true and false are equally likely."""
-    # the truth is drawn before the comparisons, so that neither the joint alone nor its frequency tells the answer
-    wanted, joint = rng.random() < 0.5, rng.choice(("and", "or"))
-    while True:
-        a, b = rng.sample(range(10), 2)
-        c, d = rng.sample(range(10), 2)
-        first, second = rng.choice("<>"), rng.choice("<>")
-        left, right = (a < b) == (first == "<"), (c < d) == (second == "<")
-        truth = (left and right) if joint == "and" else (left or right)
-        if truth == wanted:
-            break
+    """Whether three claims, some denied, all joined by "and" or all by "or", hold; true and false are equally likely."""
+    # the truth is drawn before the claims, so that neither the joint alone nor its frequency tells the answer
+    truth, joint = rng.random() < 0.5, rng.choice(("and", "or"))
+    if truth == (joint == "and"):
+        claims = [truth] * 3
+    else:
+        claims = rng.choice([list(some) for some in itertools.product((True, False), repeat=3) if set(some) != {not truth}])
+    said = []
+    for claim in claims:
+        denied = rng.random() < 0.5
+        said.append("not " * denied + rng.choice(CLAIMS[claim != denied]))
     asked = rng.choice(("Is this true or false?", "Say if it is true or false.", "True or false?"))
-    said = {True: "It is true.", False: "It is false."}
-    text = f"{a} {first} {b} {joint} {c} {second} {d}"
-    return Question(asked, text, said[truth], (said[not truth],), text)
+    text = f" {joint} ".join(said)
+    answers = {True: "It is true.", False: "It is false."}
+    return Question(asked, f"Claim: {text}", answers[truth], (answers[not truth],), text)
 
 
 def date(rng: random.Random) -> Question:

@@ -104,7 +104,6 @@ def _lesson(rng: random.Random) -> str:
     parts = []
     for _ in range(2):
         question = kind(rng)
-        given = question.input or question.key
         match kind:
             case _ if kind is date:
                 day, month, shift = question.key.split()
@@ -115,7 +114,7 @@ def _lesson(rng: random.Random) -> str:
                 word, listed = question.key.split(": ")
                 parts.append(f"Of the word {word} in {listed}: {question.answer.lower()}")
             case _:
-                parts.append(f"Given {given}. {question.answer}")
+                parts.append(f"Given {question.input}. {question.answer}")
     return " ".join(parts)
 
 
