@@ -37,7 +37,7 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
     recipe = build(raw, str(raw.get("name", "recipe")))
-    source = open_source(model)
+    source = open_source(model, weights=False)
     dense = meta_model(source)
     arch = arch_for(source.config)
     axes = arch.axes(dense)
@@ -58,7 +58,7 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
     width = torch.empty((), dtype=getattr(source.config, "dtype", None) or torch.float32).element_size()
     return {
         "recipe": recipe.name,
-        "model": source.identity.get("name", model) if isinstance(source.identity, Mapping) else model,
+        "model": source.name,
         "before": before,
         "after": after,
         "shapes": shapes,

@@ -30,7 +30,7 @@ def inspect(model: str | PreTrainedModel) -> dict[str, Any]:
         CheckpointError: if there is no such model or it is unsafe to read.
         ArchError: if nobody described its architecture.
     """
-    live = meta_model(open_source(model)) if isinstance(model, str) else model
+    live = meta_model(open_source(model, weights=False)) if isinstance(model, str) else model
     return describe(live, arch_for(live.config))
 
 

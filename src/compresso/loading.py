@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
@@ -74,11 +74,13 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     """
     source = open_source(str(path))
     model = load_model(source, dtype=dtype, device=device)
-    return Loaded(model.eval(), load_tokenizer(source), _prompt(Path(source.folder) / "records.json"))
+    return Loaded(model.eval(), load_tokenizer(source) if has_tokenizer(source) else None, _prompt(source))
 
 
-def _prompt(records: Path) -> Prompt | None:
-    if not records.is_file():
+def _prompt(source: Source) -> Prompt | None:
+    """The prompt that a checkpoint's records name, if it has records."""
+    records = source.folder / "records.json" if source.folder else None
+    if records is None or not records.is_file():
         return None
     stored = json.loads(records.read_text("utf-8")).get("prompt")
     if stored is None:
@@ -86,7 +88,7 @@ def _prompt(records: Path) -> Prompt | None:
     known = prompt_identity()
     if stored != known:
         raise CheckpointError(
-            f"{records.parent.name} was pruned with prompt {stored.get('version')} ({str(stored.get('sha256'))[:12]}), this compresso has "
+            f"{source.name} was pruned with prompt {stored.get('version')} ({str(stored.get('sha256'))[:12]}), this compresso has "
             f"{known['version']} ({known['sha256'][:12]}); use the compresso version in its records.json"
         )
     return collaborative_prompt(with_input=False)

@@ -1,6 +1,7 @@
 """What a run writes: saved stages, the final checkpoint and its records."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +26,9 @@ from compresso.recipe import Recipe
 
 FORMAT = 1
 """Of records.json."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+REOPENED_WITHIN = 1e-4
+"""Largest difference of logits, computed in float32, between the live model and the checkpoint opened in a fresh process."""
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +43,7 @@ def origin(
     return {
         "format": FORMAT,
         "recipe": recipe.to_dict(),
-        "model": source.identity,
+        "model": asdict(source.identity),
         "data": None if records is None or encoded is None else _data(records, encoded),
         "prompt": prompt,
         "seed": seed,
@@ -68,10 +72,11 @@ def held_loss(job: Job, batch: int = 8) -> float | None:
 
 def stored_dtype(source: Source) -> torch.dtype:
     """The dtype most of a checkpoint's numbers are stored in."""
-    numbers: dict[torch.dtype, int] = {}
-    for dtype, shape in source.tensors.values():
-        numbers[dtype] = numbers.get(dtype, 0) + torch.Size(shape).numel()
-    return max(numbers, key=lambda dtype: numbers[dtype])
+    numbers = dict.fromkeys(_DTYPES, 0)
+    for tensor in source.tensors.values():
+        if tensor.dtype in numbers:
+            numbers[tensor.dtype] += math.prod(tensor.shape)
+    return _DTYPES[max(numbers, key=lambda dtype: numbers[dtype])]
 
 
 def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
@@ -89,12 +94,12 @@ def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bo
     Raises:
         ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left at `output`.
     """
-    model = job.model.to(dtype)
+    model = job.model
     shapes = job.arch.shapes(model)
     ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
     with new_folder(output, force) as folder:
-        used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer)
-        difference = reopen_and_compare(folder, model, ids)
+        used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
+        difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         facts = {
             **facts,
@@ -107,7 +112,7 @@ def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bo
             "recipe.yaml": yaml.safe_dump(facts["recipe"], sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": json.dumps(facts, indent=2) + "\n",
-            "README.md": model_card(facts),
+            "README.md": model_card(_for_card(facts)),
         }
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")
@@ -124,6 +129,12 @@ def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
         "skipped": list(records.bad),
         "examples": asdict(encoded.stats),
     }
+
+
+def _for_card(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card shows of the records."""
+    prompt = facts["prompt"]
+    return {**facts, "model": facts["model"]["name"], "recipe": facts["recipe"]["name"], "prompt": prompt and prompt["version"]}
 
 
 def _cuda() -> str | None:

@@ -7,7 +7,7 @@ in a work folder beside the output; the result is renamed into place at the end,
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.source import Source, load_model, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, meta_model, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
@@ -101,12 +101,12 @@ def run(
     check_output(output, source.folder, force or resume)
     check_budgets(checked, source)
     where = choose_device(device)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if checked.needs("data") or has_tokenizer(source) else None
     records, encoded = _examples(checked, data, tokenizer, skip_bad)
     prompt = prompt_identity() if checked.data.prompt and checked.needs("data") else None
     identity = {
         "recipe": checked.to_dict(),
-        "model": source.identity,
+        "model": asdict(source.identity),
         "data": records.sha256 if records else None,
         "prompt": prompt,
         "layout": layout,
@@ -181,8 +181,7 @@ def _examples(
     chosen = data or recipe.data.source
     if chosen is None:
         raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
-    if tokenizer is None:
-        raise DataError("the model folder has no tokenizer, which training data needs; put tokenizer.json and tokenizer_config.json there")
+    assert tokenizer is not None
     records = load_records(chosen, skip_bad=skip_bad)
     knobs = recipe.data
     encoded = encode(records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit)

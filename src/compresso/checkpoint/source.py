@@ -144,9 +144,14 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
         raise CheckpointError(f"model {source.name} cannot be loaded: {_line(error)}") from error
 
 
+def has_tokenizer(source: Source) -> bool:
+    """Whether the model's folder holds tokenizer files."""
+    return source.folder is not None and any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its code."""
-    if source.folder is None or not any((source.folder / name).is_file() for name in _TOKENIZER_FILES):
+    if source.folder is None or not has_tokenizer(source):
         raise CheckpointError(f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder.")
     try:
         return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
