@@ -16,7 +16,7 @@ from compresso.drive.fit import fit
 from compresso.drive.groups import Group
 from compresso.drive.objectives import LanguageObjective
 from compresso.edit.lora import attach_, merge_
-from compresso.job import Effects, Job, stage
+from compresso.job import Effects, Job, curve, stage
 
 
 @stage(
