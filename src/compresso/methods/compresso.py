@@ -144,7 +144,7 @@ class LearnGates:
         gates = Gates(axes, self._initial(job, axes, cost)).to(job.device)
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
-            job.model.gradient_checkpointing_enable({"use_reentrant": False})
+            job.model.activation_checkpointing_enable({"use_reentrant": False})
         objective = GatedObjective(
             lora,
             gates,
@@ -189,7 +189,7 @@ class LearnGates:
                 phase=lambda update: "tune" if update < tune else "ramp" if update < tune + ramp else "hold",
             )
         if self.checkpointing:
-            job.model.gradient_checkpointing_disable()
+            job.model.activation_checkpointing_disable()
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
         masks = self._land(objective.final_values(), axes, cost, budget)
         merged = replace(job, model=merge_(lora))

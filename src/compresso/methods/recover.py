@@ -61,7 +61,7 @@ class Recover:
         (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
-            job.model.gradient_checkpointing_enable({"use_reentrant": False})
+            job.model.activation_checkpointing_enable({"use_reentrant": False})
         rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         history = fit(
@@ -78,5 +78,5 @@ class Recover:
             phase=lambda update: "recover",
         )
         if self.checkpointing:
-            job.model.gradient_checkpointing_disable()
+            job.model.activation_checkpointing_disable()
         return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=sum(p.numel() for p in adapters), curve=curve(history))
