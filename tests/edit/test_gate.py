@@ -55,6 +55,49 @@ def test_hooks_leave_with_the_context_and_after_an_error(make: Make) -> None:
     assert hooks(model) == 0
 
 
+def compresso_forward(model: LlamaForCausalLM, ids: Tensor, masks: dict[str, Tensor]) -> Tensor:
+    """The masked forward written out from the method's description (arXiv 2310.05015 and its code), with nothing of this package."""
+    config, decoder = model.config, model.model
+    width, heads, groups = config.head_dim, config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    cos, sin = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(ids.shape[1])[None])
+
+    def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
+        return module.weight * x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) / config.hidden_size + config.rms_norm_eps)
+
+    def rotate(x: Tensor) -> Tensor:
+        return x * cos[:, None] + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], dim=-1) * sin[:, None]
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    h = decoder.embed_tokens(ids) * masks["hidden"]
+    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    for i, layer in enumerate(decoder.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        x = norm(h, layer.input_layernorm)
+        q, k, v = rotate(split(attention.q_proj(x))), rotate(split(attention.k_proj(x))), split(attention.v_proj(x))
+        heard: list[Tensor] = []
+        for head in range(heads):
+            scores = (q[:, head] @ k[:, head // groups].transpose(1, 2) / width**0.5).masked_fill(future, -torch.inf)
+            heard.append(scores.softmax(-1) @ v[:, head // groups] * masks[f"layers.{i}.heads"][head // groups])
+        h = h + attention.o_proj(torch.cat(heard, dim=-1)) * masks["hidden"] * masks["attention"][i] * masks["layers"][i]
+        x = norm(h, layer.post_attention_layernorm)
+        z = masks[f"layers.{i}.channels"]
+        x = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x) * z) * (mlp.up_proj(x) * z))
+        h = h + x * masks["hidden"] * masks["mlp"][i] * masks["layers"][i]
+    return norm(h, decoder.norm) @ model.lm_head.weight.T
+
+
+def test_masks_act_where_the_method_puts_them(make: Make) -> None:
+    model = make()
+    axes = arch_for(model.config).axes(model)
+    masks = soft_masks(axes)
+    with torch.no_grad(), gated(model, axes, masks):
+        logits = model(input_ids=IDS).logits
+    with torch.no_grad():
+        assert (logits - compresso_forward(model, IDS, masks)).abs().max() < 1e-5
+
+
 def test_masks_of_any_float_type_keep_the_activations_type(make: Make) -> None:
     model = make()
     axes = arch_for(model.config).axes(model)

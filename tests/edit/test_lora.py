@@ -51,10 +51,13 @@ def test_only_float32_adapters_are_trainable_and_start_at_zero(make: Make, dtype
         assert torch.equal(adapted(input_ids=IDS).logits, before)
 
 
-def test_a_seed_fixes_the_adapters(make: Make) -> None:
+def test_a_seed_fixes_the_adapters_and_the_global_generator_is_left_alone(make: Make) -> None:
     def a(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for name, p in attach_(make(), 4, 8, seed=seed).named_parameters() if "lora_A" in name]).detach()
 
+    model, state = make(), torch.random.get_rng_state()
+    attach_(model, 4, 8)
+    assert torch.equal(torch.random.get_rng_state(), state)
     first = a(1)
     assert torch.equal(first, a(1)) and not torch.equal(first, a(2))
     assert first.abs().max() <= 32**-0.5  # kaiming-uniform with a = sqrt 5 is uniform in +-1/sqrt(in)
@@ -64,6 +67,8 @@ def test_a_seed_fixes_the_adapters(make: Make) -> None:
 def test_unknown_targets_name_the_nearest(make: Make) -> None:
     with pytest.raises(RecipeError, match="'qproj'; did you mean 'q_proj'"):
         attach_(make(), 4, 8, targets=("qproj",))
+    with pytest.raises(RecipeError, match="'lm_head'"):
+        attach_(make(), 4, 8, targets=("lm_head",))
     with pytest.raises(RecipeError, match="rank=0"):
         attach_(make(), 0, 8)
 

@@ -78,11 +78,7 @@ class Decoder:
 
     def sync_config_(self, model: PreTrainedModel) -> None:
         """Bring config and shape fields in line with the parameters; see `compresso.arch.decoder_shape`."""
-        sync_config_(model, self.shapes_of_edited(model))
-
-    def shapes_of_edited(self, model: PreTrainedModel) -> list[LayerShape]:
-        """`shapes` for a model whose config is not true yet."""
-        return checked_shapes(model, self.head_norms, against_config=False)
+        sync_config_(model, checked_shapes(model, self.head_norms, against_config=False))
 
 
 def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[Axis, ...]:

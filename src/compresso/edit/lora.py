@@ -31,10 +31,11 @@ def attach_(
     The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out, rank] zero, both
     float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank below 1.
     """
-    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()  # may be the embedding, so it is no target
+    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
     for target in targets:
         if target not in linears:
-            raise RecipeError(f"no linear of this model is named '{target}'; {nearest(target, linears)}")
+            raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
     if rank < 1 or not targets:
         raise RecipeError(f"adapters need rank >= 1 and at least one target, got rank={rank} and targets={list(targets)}")
     config = LoraConfig(
@@ -45,7 +46,7 @@ def attach_(
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws an A of its own first
         # peft 0.21 still asks transformers by the old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted = get_peft_model(model, config)
