@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel, Counted
@@ -11,6 +10,8 @@ from compresso.core.plan import Plan
 
 TOLERANCE = 0.005
 """How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as infeasible."""
+
+_COUNTED: dict[Counted, str] = {"blocks": "block parameters", "total": "parameters", "macs": "multiply-accumulates a token"}
 
 
 class InfeasibleBudget(ValueError):
@@ -47,8 +48,8 @@ class Budget:
         """Turn names of kinds into kinds and check all values."""
         if not 0 < self.keep <= 1:  # also refuses NaN
             raise ValueError(f"keep={self.keep} is not a share of the model; give a number above 0 and at most 1, such as 0.7")
-        if self.of not in get_args(Counted):
-            raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(get_args(Counted))}")
+        if self.of not in _COUNTED:
+            raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(_COUNTED)}")
         object.__setattr__(self, "kinds", _kinds("kinds", self.kinds))
         object.__setattr__(self, "uniform_over", _kinds("uniform_over", self.uniform_over))
         if not self.kinds:
@@ -94,7 +95,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: CostModel, smallest: 
     """The error for a budget below the smallest model that its floors and multiples allow."""
     least, limit = int(cost.of(smallest).count(budget.of)), budget.limit(cost)
     dense = int(cost().count(budget.of))
-    message = f"keep={budget.keep} allows {limit:,} of {dense:,} {budget.of}, but at least {least:,} stay"
+    message = f"keep={budget.keep} allows {limit:,} of {dense:,} {_COUNTED[budget.of]}, but at least {least:,} stay"
     held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in removable(axes, budget)}
     name = max(held, key=lambda axis_name: held[axis_name], default="")
     needed = math.ceil(least / dense * 1e4) / 1e4

@@ -3,6 +3,7 @@
 The targets that LLM-Shearing (arXiv 2310.06694) asks its user for, computed from a budget instead.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -45,7 +46,12 @@ def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> di
         raise infeasible(budget, pool, cost, keep_best(pool, nothing, {kind: allowed[kind][0] for kind in sizes}))
     wanted = at(_largest_share(lambda share: excess(at(share))))
 
-    finest = min(sizes, key=lambda kind: excess({**at(0), kind: allowed[kind][-1]}) / max(len(allowed[kind]) - 1, 1))
+    def price(kind: Kind) -> float:
+        """What one allowed step of a kind changes, on average; more than all else where there is no step."""
+        steps = len(allowed[kind]) - 1
+        return (excess({**wanted, kind: allowed[kind][-1]}) - excess({**wanted, kind: allowed[kind][0]})) / steps if steps else math.inf
+
+    finest = min(sizes, key=price)
     coarse = [kind for kind in sizes if kind != finest]
     choices: list[tuple[tuple[float, float, float], dict[Kind, int]]] = []
     for picked in product(*(_beside(allowed[kind], wanted[kind]) for kind in coarse)):
