@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import compresso  # noqa: F401  # registers the native classes
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.source import load_model, open_source
-from compresso.errors import CheckpointError, ExportError, NumericError
+from compresso.errors import CheckpointError, ExportError, NumericError, ResourceError
+from compresso.export import reopen
 from compresso.export.hf import reopen_and_compare, save_checkpoint
 
 from .narrow import EVEN, FAMILIES, NO_FIRST_ATTENTION, SHAPES, UNEVEN, n_parameters, narrow_model, some_ids
@@ -132,6 +134,13 @@ def test_epsilon_is_that_of_the_live_norms(family: str, tied: bool, layout: Any,
     assert difference(live, reopened(tmp_path / "out")) <= 2e-5
 
 
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """Parameters only: `model.bfloat16()` would round the rotary frequencies too, which no loader does."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def test_two_epsilons_are_refused(tmp_path: Path) -> None:
     live = narrow_model("llama", EVEN)
     live.model.norm.variance_epsilon = 1e-3
@@ -140,7 +149,7 @@ def test_two_epsilons_are_refused(tmp_path: Path) -> None:
 
 
 def test_qwen3_16_bit_with_two_epsilons_goes_native(tmp_path: Path) -> None:
-    live = narrow_model("qwen3", EVEN).bfloat16()
+    live = in_bfloat16(narrow_model("qwen3", EVEN))
     scale_hidden_epsilon(live, 2.0)
     with pytest.raises(ExportError, match="16-bit weights cannot absorb"):
         save_checkpoint(live, EVEN, tmp_path / "out", "padded")
@@ -202,14 +211,14 @@ def test_bfloat16_and_shards(tmp_path: Path) -> None:
     live = narrow_model("qwen2", UNEVEN)
     save_checkpoint(live, UNEVEN, tmp_path / "out", dtype=torch.bfloat16, max_shard_size=20_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert live.dtype == torch.float32
     again = reopened(tmp_path / "out")
     assert again.dtype == torch.bfloat16 == AutoConfig.from_pretrained(tmp_path / "out").dtype
-    assert difference(narrow_model("qwen2", UNEVEN).bfloat16(), again) == 0
-    assert live.dtype == torch.float32
+    assert difference(in_bfloat16(live), again) == 0
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:
-    live = narrow_model("llama", UNEVEN, hidden_size=512, intermediate_size=1024, vocab_size=2000)
+    live = narrow_model("llama", UNEVEN, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, vocab_size=2000)
     wide = live.model.layers[0].mlp  # weights that are views of something larger must not drag it along
     wide.gate_proj.weight.data = torch.cat([wide.gate_proj.weight.data] * 2)[:40]
     save_checkpoint(live, UNEVEN, tmp_path / "out", dtype=torch.bfloat16)
@@ -257,6 +266,33 @@ def test_reopen_in_a_fresh_process(tmp_path: Path) -> None:
     before = weight.data.clone()
     assert reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-5) <= 1e-5
     assert torch.equal(weight.data, before)
-    weight.data[0] += 0.5
+
+
+def test_reopening_sees_a_difference_and_a_broken_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = narrow_model("llama", EVEN)
+    save_checkpoint(live, EVEN, tmp_path / "out")
+
+    def in_this_process(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        reopen._main(*(str(part) for part in command[4:]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def killed(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, -9, "", "")
+
+    def failed(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no file")
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    assert reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-6) <= 1e-6
+    live.model.layers[1].mlp.up_proj.weight.data[0] += 0.5
     with pytest.raises(ExportError, match="logits differ by up to"):
+        reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-5)
+    live.model.layers[1].mlp.up_proj.weight.data[0] = float("nan")
+    with pytest.raises(ExportError, match="differ by up to nan"):
+        reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-5)
+    monkeypatch.setattr(subprocess, "run", killed)
+    with pytest.raises(ResourceError):
+        reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-5)
+    monkeypatch.setattr(subprocess, "run", failed)
+    with pytest.raises(ExportError, match="does not open in a fresh process: OSError: no file"):
         reopen_and_compare(tmp_path / "out", live, some_ids(), 1e-5)

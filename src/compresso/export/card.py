@@ -19,8 +19,8 @@ base_model: {{ source }}
 
 This is {{ "`" ~ source ~ "`" if source else "a language model" }} made smaller by compresso (`pip install compresso-llm`)
 {%- if recipe %} with the recipe `{{ recipe }}`{% endif %}.
-Whole attention heads, FFN channels or layers were removed, so it is smaller on disk and faster on any hardware. What exactly was done is in `recipe.yaml`,
-what was removed in `plan.json`, what it measured in `records.json`.
+Whole attention heads, FFN channels or layers were removed, so it is smaller on disk and faster on any hardware. What exactly was
+done is in `recipe.yaml`, what was removed in `plan.json`, what it measured in `records.json`.
 {% if rows %}
 | | before | after | kept |
 |---|---:|---:|---:|
