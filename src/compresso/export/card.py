@@ -17,9 +17,10 @@ base_model: {{ source }}
 
 # {{ source or "A language model" }}, pruned
 
-This is {{ "`" ~ source ~ "`" if source else "a language model" }} made smaller by compresso
-{%- if recipe %} with the recipe `{{ recipe }}`{% endif %}: whole attention heads, FFN channels or layers were removed, so it is smaller on disk
-and faster on any hardware. What exactly was done is in `recipe.yaml`, what was removed in `plan.json`, what it measured in `records.json`.
+This is {{ "`" ~ source ~ "`" if source else "a language model" }} made smaller by compresso (`pip install compresso-llm`)
+{%- if recipe %} with the recipe `{{ recipe }}`{% endif %}.
+Whole attention heads, FFN channels or layers were removed, so it is smaller on disk and faster on any hardware. What exactly was
+done is in `recipe.yaml`, what was removed in `plan.json`, what it measured in `records.json`.
 {% if rows %}
 | | before | after | kept |
 |---|---:|---:|---:|

@@ -93,7 +93,8 @@ def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
-    logits = _logits(model.to(torch.device(device)).eval(), load_file(given)["ids"].to(device))
+    model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # the library's wrapper hides the signature
+    logits = _logits(model, load_file(given)["ids"].to(device))
     save_file({"logits": logits.contiguous()}, result)
 
 

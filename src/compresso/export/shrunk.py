@@ -40,11 +40,9 @@ def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
     family = family_of(model.config.model_type)
     if family is None:
         raise ExportError(f"cannot write model_type '{model.config.model_type}'; known: {', '.join(CLASSES)}.")
-    layers = model.get_decoder().layers
-    if len(layers) != len(shapes):
-        raise ExportError(
-            f"{len(shapes)} layer shapes were given for a model of {len(layers)} layers. Describe the model after shrinking it."
-        )
+    n_layers = len(list(model.get_decoder().layers))  # pyright: ignore[reportArgumentType]
+    if n_layers != len(shapes):
+        raise ExportError(f"{len(shapes)} layer shapes were given for a model of {n_layers} layers. Describe the model after shrinking it.")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight

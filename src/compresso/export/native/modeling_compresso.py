@@ -162,7 +162,7 @@ class PerLayerForCausalLM:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
-        self.model = self.decoder(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -186,7 +186,7 @@ class CompressoLlamaModel(PerLayerModel, LlamaModel):
 class CompressoLlamaForCausalLM(PerLayerForCausalLM, LlamaForCausalLM):
     config_class = CompressoLlamaConfig
     _no_split_modules = ["CompressoLlamaDecoderLayer"]
-    decoder = CompressoLlamaModel
+    decoder_class = CompressoLlamaModel
 
 
 @strict
@@ -207,7 +207,7 @@ class CompressoMistralModel(PerLayerModel, MistralModel):
 class CompressoMistralForCausalLM(PerLayerForCausalLM, MistralForCausalLM):
     config_class = CompressoMistralConfig
     _no_split_modules = ["CompressoMistralDecoderLayer"]
-    decoder = CompressoMistralModel
+    decoder_class = CompressoMistralModel
 
 
 @strict
@@ -228,7 +228,7 @@ class CompressoQwen2Model(PerLayerModel, Qwen2Model):
 class CompressoQwen2ForCausalLM(PerLayerForCausalLM, Qwen2ForCausalLM):
     config_class = CompressoQwen2Config
     _no_split_modules = ["CompressoQwen2DecoderLayer"]
-    decoder = CompressoQwen2Model
+    decoder_class = CompressoQwen2Model
 
 
 @strict
@@ -252,4 +252,4 @@ class CompressoQwen3Model(PerLayerModel, Qwen3Model):
 class CompressoQwen3ForCausalLM(PerLayerForCausalLM, Qwen3ForCausalLM):
     config_class = CompressoQwen3Config
     _no_split_modules = ["CompressoQwen3DecoderLayer"]
-    decoder = CompressoQwen3Model
+    decoder_class = CompressoQwen3Model
