@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 CORPUS = [
     "###User Instruction:\nName a colour.\n\n### Response:red is a colour",
     "### Response:\n\nred\n### Response:'tis ### Response: red :a :b :re",
+    "Response: blue. Response: one. Response: it. Response: Name. Response: User.",
     "The cat sat on the mat, and the dog was red and blue and green.",
 ]
 SPECIALS = ["<unk>", "<s>", "</s>"]
