@@ -209,7 +209,7 @@ def _parquet_rows(path: Path) -> Iterator[_Found]:
 
 
 def _windows(path: Path) -> Iterator[_Found]:
-    with safeopened(str(path), framework="pt") as file:
+    with safe_open(str(path), framework="pt") as file:
         if "input_ids" not in file.keys():  # noqa: SIM118 - not a mapping
             raise DataError(f"{path}: tensors are: {', '.join(list(file.keys())[:8]) or 'none'}; wanted input_ids [n, seq]")
         shape = file.get_slice("input_ids").get_shape()

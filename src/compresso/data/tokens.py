@@ -63,7 +63,7 @@ def label_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], spans:
         labels = [IGNORED] * len(ids)
         for begin, end in text_spans:
             first, last = bisect_right(ends, begin), bisect_right(ends, end)
-            if first and _reaches_beyond(tokenizer, ids[first - 1], text, begin):
+            if first and ends[first - 1] == begin and _reaches_beyond(tokenizer, ids[first - 1], text, begin):
                 first -= 1
             labels[first:last] = ids[first:last]
         rows.append(Row(input_ids=ids, labels=labels))
