@@ -102,7 +102,7 @@ def run(
     check_budgets(checked, source)
     where = choose_device(device)
     tokenizer = load_tokenizer(source) if checked.needs("data") or has_tokenizer(source) else None
-    records, encoded = _examples(checked, data, tokenizer, skip_bad)
+    records, encoded = _examples(checked, data, tokenizer, source.config.vocab_size, skip_bad)
     prompt = prompt_identity() if checked.data.prompt and checked.needs("data") else None
     identity = {
         "recipe": checked.to_dict(),
@@ -171,7 +171,7 @@ def check_budgets(recipe: Recipe, source: Source) -> None:
 
 
 def _examples(
-    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, skip_bad: bool
+    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, skip_bad: bool
 ) -> tuple[Records | None, Encoded | None]:
     """Read and tokenise the training data, if the recipe needs any."""
     if not recipe.needs("data"):
@@ -184,7 +184,7 @@ def _examples(
     assert tokenizer is not None
     records = load_records(chosen, skip_bad=skip_bad)
     knobs = recipe.data
-    encoded = encode(records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit)
+    encoded = encode(records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit, vocab_size=vocab_size)
     if len(encoded.rows) <= knobs.held:
         raise DataError(f"{chosen} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower data.held")
     return records, encoded
