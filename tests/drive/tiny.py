@@ -1,6 +1,7 @@
 """A tiny LLaMA with LoRA and hard-concrete gates on its FFN channels, as a training objective; run as a script, one training process.
 
-The gates' mathematics is written out here (Louizos et al., arXiv 1712.01312), so that these tests depend on the loop alone. Updates before GATES_FROM train LoRA only.
+The gates' mathematics is written out here (Louizos et al., arXiv 1712.01312), so that these tests depend on the loop alone. Updates
+before GATES_FROM train LoRA only.
 """
 
 import argparse
@@ -40,7 +41,12 @@ class Gated(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=CHANNELS, num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=32
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=CHANNELS,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            max_position_embeddings=32,
         )
         lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
         with warnings.catch_warnings():
@@ -90,7 +96,15 @@ def batches(global_batch: int = 4) -> ShuffledBatches:
 
 
 def train(
-    objective: Gated, steps: int, *, accumulation: int = 1, folder: Path | None = None, save_every: int = 2, event: str = "", at: int = -1, **how: object
+    objective: Gated,
+    steps: int,
+    *,
+    accumulation: int = 1,
+    folder: Path | None = None,
+    save_every: int = 2,
+    event: str = "",
+    at: int = -1,
+    **how: object,
 ) -> History:
     """Train; at update `at`, after its step: raise, kill this process, or send it SIGTERM."""
 
@@ -127,30 +141,33 @@ def shard_on_cpu() -> None:
 
 
 def main() -> None:
-    """Train once for each noise asked and write what was learned to <out>.<noise>.safetensors."""
+    """Train once for each run asked and write what was learned to <out>.<run>.safetensors.
+
+    Runs: "batch" and "example" (noise); "sharded", which is stopped by a SIGTERM and continued with a new model, and comes last.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--noise", nargs="+", default=["batch"])
+    parser.add_argument("runs", nargs="+", choices=["batch", "example", "sharded"])
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--do", default="")
     parser.add_argument("--at", type=int, default=-1)
-    parser.add_argument("--sharded", action="store_true")
     asked = parser.parse_args()
-    if asked.sharded:
-        shard_on_cpu()
-    for noise in asked.noise:
-        objective = Gated(noise, asked.dropout)
-        try:
-            history = train(objective, asked.steps, folder=asked.folder, event=asked.do, at=asked.at, progress=Progress("lines", 4))
-        except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            raise
-        assert asked.sharded == isinstance(objective.log_alpha, DTensor)
+    for run in asked.runs:
+        folder = Path(str(asked.folder).format(run=run)) if asked.folder else None
+        objective = Gated("example" if run == "example" else "batch", asked.dropout)
+        if run == "sharded":
+            shard_on_cpu()
+            try:
+                train(objective, 8, folder=folder, event="term", at=4)
+            except Interrupted as stop:
+                print(stop, file=sys.stderr)
+            objective = Gated("batch", asked.dropout)
+        history = train(objective, 8, folder=folder, event=asked.do, at=asked.at, progress=Progress("lines", 4))
+        assert isinstance(objective.log_alpha, DTensor) == (run == "sharded")
         tensors = trained(objective)
         if int(os.environ.get("RANK", "0")) == 0:
-            save_file(tensors | history.to_tensors(), f"{asked.out}.{noise}.safetensors")
+            save_file(tensors | history.to_tensors(), f"{asked.out}.{run}.safetensors")
     if launch.processes() > 1:
         torch.distributed.destroy_process_group()
 

@@ -191,8 +191,6 @@ def _sync(path: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    for name in files:
-        _sync(folder / name)  # the manifest vouches for bytes that have reached the disk
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
@@ -200,6 +198,9 @@ def _verify_manifest(folder: Path) -> None:
     """Raises CheckpointError unless every file of the folder is as its manifest says."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if present != files.keys():
+            raise CheckpointError(f"checkpoint {folder} is damaged: it holds {sorted(present)}, its manifest lists {sorted(files)}")
         for name, facts in files.items():
             size = (folder / name).stat().st_size
             if size != facts["bytes"]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ def new_accelerator(device: torch.device) -> Accelerator:
     Raises:
         ResourceError: launched in a way that the training loop does not support.
     """
-    remembered = AcceleratorState._shared_state
+    remembered = {"_mixed_precision": "no", **PartialState._shared_state, **AcceleratorState._shared_state}
     alone = remembered.get("num_processes") == 1
     if alone and (remembered["device"].type != device.type or remembered["_mixed_precision"] != "no"):
         # accelerate remembers the settings of its first use in this process; an earlier run on another device must not decide for this one
