@@ -218,11 +218,11 @@ def _install(temporary: Path, target: Path) -> None:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what dead processes of this machine left beside `target`; an old folder whose swap was cut short is put back."""
+    """Remove what earlier runs on this machine left beside `target`; an old folder whose swap was cut short is put back."""
     pattern = re.compile(re.escape(f".{target.name}.{_HOST}.") + r"(\d+)\.(partial|old)")
     for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or alive(int(match[1])):
+        if match is None or (int(match[1]) != os.getpid() and alive(int(match[1]))):
             continue
         if match[2] == "old" and not target.exists():
             path.replace(target)

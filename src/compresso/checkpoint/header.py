@@ -104,7 +104,7 @@ def _entries(text: str, path: Path) -> dict[str, TensorInfo]:
 def _entry(name: str, entry: Any, path: Path) -> TensorInfo:
     """One tensor's claims. Raises ValueError if they contradict each other."""
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"'{_short(name)}' has unknown dtype {_short(str(dtype))}")
     whole = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
     if not whole or len(offsets) != 2 or len(shape) > 64:
@@ -117,8 +117,11 @@ def _entry(name: str, entry: Any, path: Path) -> TensorInfo:
 
 def _skip_metadata(text: str, at: int) -> int:
     """Position after an object of strings."""
-    at = _expect(text, at, "{")
+    at, pairs = _expect(text, at, "{"), 0
     while text[at : at + 1] != "}":
+        pairs += 1
+        if pairs > MAX_TENSORS:
+            raise ValueError(f"more than {MAX_TENSORS} notes")
         _, at = _string(text, at)
         _, at = _string(text, _expect(text, at, ":"))
         at = _next(text, at)
