@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compresso.core import hard_concrete
 from compresso.core.axis import Axis, Kind
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.gates import Gates
 from compresso.core.landing import reachable, shift_to_budget
 
@@ -29,12 +29,16 @@ class ShareOfModel:
 
     cost: CostModel
     keep: float
-    of: str = "blocks"
-    n_terms: int = 1
+    of: Counted = "blocks"
+
+    @property
+    def n_terms(self) -> int:
+        """One pair of multipliers."""
+        return 1
 
     def sparsity(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """1 - expected count / dense count, float64 []."""
-        return 1 - getattr(self.cost(probabilities), self.of) / float(getattr(self.cost(), self.of))
+        return 1 - self.cost(probabilities).count(self.of) / float(self.cost().count(self.of))
 
     def target(self, progress: float) -> float:
         """The sparsity wanted now."""
@@ -65,7 +69,7 @@ class CountsPerLayer:
     axes: Sequence[Axis]
     counts: Mapping[Kind, int]
     cost: CostModel
-    of: str = "blocks"
+    of: Counted = "blocks"
 
     @property
     def n_terms(self) -> int:
@@ -81,7 +85,7 @@ class CountsPerLayer:
 
     def sparsity(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """1 - expected count / dense count, float64 []."""
-        return 1 - getattr(self.cost(probabilities), self.of) / float(getattr(self.cost(), self.of))
+        return 1 - self.cost(probabilities).count(self.of) / float(self.cost().count(self.of))
 
     def target(self, progress: float) -> float:
         """The sparsity of a model with the wanted number of units in every layer."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compresso.core import hard_concrete
 from compresso.core.axis import Axis
@@ -37,7 +38,7 @@ class Gates(nn.Module):
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views by axis of a tensor [..., n_gates]: axis name -> [..., size]."""
-        parts = flat.split([axis.size for axis in self.axes], dim=-1)
+        parts = torch.split(flat, [axis.size for axis in self.axes], dim=-1)
         return {axis.name: part for axis, part in zip(self.axes, parts, strict=True)}
 
     def keep_probabilities(self) -> dict[str, Tensor]:
@@ -49,11 +50,14 @@ class Gates(nn.Module):
         return self.split(hard_concrete.sample(self.log_alpha, u))
 
     def values(self) -> dict[str, Tensor]:
-        """Detached log-alpha by axis."""
-        return self.split(self.log_alpha.detach())
+        """Detached log-alpha by axis, whole also where it is sharded over processes (a collective then)."""
+        flat = self.log_alpha.detach()
+        return self.split(flat.full_tensor() if isinstance(flat, DTensor) else flat)
 
     @torch.no_grad()
     def shift_(self, shift: Tensor | float) -> None:
         """Add to every log-alpha (a scalar, or [n_gates]) and clamp to the published range."""
+        if isinstance(self.log_alpha, DTensor) and isinstance(shift, Tensor) and shift.dim():
+            shift = distribute_tensor(shift, self.log_alpha.device_mesh, self.log_alpha.placements)
         self.log_alpha.add_(shift)
         hard_concrete.clamp_(self.log_alpha)

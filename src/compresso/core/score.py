@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 
 
 def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,8 +33,8 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
     return scores
 
 
-def parameters_per_unit(axes: Sequence[Axis], cost: CostModel, of: str = "blocks") -> dict[str, float]:
+def parameters_per_unit(axes: Sequence[Axis], cost: CostModel, of: Counted = "blocks") -> dict[str, float]:
     """How much of a count one unit of each axis carries in the dense model: the count's gradient at all-ones masks."""
     ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
-    gradients = torch.autograd.grad(getattr(cost(ones), of), list(ones.values()), allow_unused=True)
-    return {name: 0.0 if grad is None else float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}
+    gradients = torch.autograd.grad(cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True)
+    return {name: float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}

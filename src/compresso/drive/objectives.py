@@ -44,7 +44,10 @@ def language_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 class Constraint(Protocol):
     """A budget on expected counts, that may rise during training."""
 
-    n_terms: int
+    @property
+    def n_terms(self) -> int:
+        """Pairs of multipliers."""
+        ...
 
     def gaps(self, probabilities: Mapping[str, Tensor], progress: float) -> list[Tensor]:
         """Expected minus wanted sparsity, one tensor [layers or 1] per pair of multipliers."""

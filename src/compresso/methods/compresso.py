@@ -211,7 +211,13 @@ class LearnGates:
         """Starting log-alpha: open as published, or spread by gate-Taylor score around the budget's threshold."""
         if self.start == "open":
             generator = torch.Generator().manual_seed(mixed_seed("log-alpha", job.seed))
-            return hard_concrete.initial_log_alpha(axes, generator, open_mean=self.open_mean, channel_droprate=self.channel_droprate)
+            means = {axis.name: None if axis.kind == Kind.CHANNEL else self.open_mean for axis in axes}
+            return {
+                axis.name: hard_concrete.initial_log_alpha(
+                    axis.kind, axis.size, generator, droprate=self.channel_droprate, mean=means[axis.name]
+                )
+                for axis in axes
+            }
         scores = sensitivity_per_parameter(job, axes, cost, self.score_batches, self.batch)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
