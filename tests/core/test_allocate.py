@@ -194,6 +194,16 @@ def test_multiples_weigh_the_mean_score_of_their_units(describe: Describe) -> No
     assert {name: len(kept) for name, kept in plan.kept.items()} == {"layers.0.channels": 0, "layers.1.channels": 8}
 
 
+@pytest.mark.parametrize(("above", "multiples_removed"), [(30, 1), (66, 2)])
+def test_multiples_land_above_the_target_only_where_that_is_nearer(describe: Describe, above: int, multiples_removed: int) -> None:
+    """A multiple is 96 parameters; with one multiple less the model is `above` parameters above the target, with two 96 - above below."""
+    cost = describe(8, 2, 2, 8, 10)
+    dense = float(cost().blocks)
+    budget = Budget((dense - 96 - above) / dense, kinds=(Kind.CHANNEL,), multiple_of={Kind.CHANNEL: 4})
+    plan = allocate(cost.axes, integer_scores(cost, 0, levels=1000), cost, budget)
+    assert dense - float(cost.of(plan).blocks) == 96 * multiples_removed
+
+
 @pytest.mark.parametrize("fields", [{}, {"uniform_over": KINDS}, {"multiple_of": dict.fromkeys(KINDS, 7)}])
 def test_keep_1_changes_nothing(tiny: CostModel, fields: dict[str, Any]) -> None:
     assert allocate(tiny.axes, integer_scores(tiny, 0), tiny, Budget(1, kinds=KINDS, **fields)).is_noop(tiny.axes)

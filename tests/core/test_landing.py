@@ -1,6 +1,7 @@
 """Gates land on their budget: exactly in expectation, and within one smallest unit in what is kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,16 @@ def test_final_masks_follow_the_deterministic_rule_at_one_shift(describe: Descri
 def test_llama_7b_lands_within_one_channel(llama_7b: CostModel) -> None:
     masks = deterministic_to_budget(gates(llama_7b, 0, dtype=torch.float32), llama_7b.axes, llama_7b, 0.7)
     assert 0 <= 0.7 * 6_476_005_376 - kept_count(llama_7b, masks) < 3 * 4096
+
+
+def test_final_masks_keep_the_fewest_units_that_must_stay(tiny: CostModel) -> None:
+    axes = [replace(axis, min_units=2) if axis.name == "layers.0.heads" else axis for axis in tiny.axes]
+    cost = CostModel(axes, tiny.weights)
+    log_alpha = gates(cost, 0)
+    log_alpha["layers.0.heads"] -= 20
+    masks = deterministic_to_budget(log_alpha, axes, cost, 0.3)
+    assert (masks["layers.0.heads"] > 0).tolist() == [True, True]
+    assert kept_count(cost, masks) <= 0.3 * float(cost().blocks)
 
 
 def test_masks_that_cannot_get_small_enough_are_refused(tiny: CostModel) -> None:

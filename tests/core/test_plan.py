@@ -48,6 +48,12 @@ def test_then_equals_removing_twice(data: st.DataObject) -> None:
         assert both.kept[name] == first.kept[name]
 
 
+def test_axes_with_one_unit_a_layer_are_renumbered_with_the_layers() -> None:
+    first = Plan({"attention": (0, 1, 2), "layers": (1, 2)})
+    assert first.then(Plan({"attention": (0,)})).kept == {"attention": (1,), "layers": (1, 2)}
+    assert Plan({"layers": (0, 2)}).then(Plan({"attention": (1,)})).kept["attention"] == (2,)
+
+
 @settings(deadline=None)
 @given(plans())
 def test_json_and_masks_and_the_empty_plan_change_nothing(plan: Plan) -> None:

@@ -6,6 +6,7 @@ Unusual:
     and a unit's price depends on what else is removed.
     With multiples, a multiple of units is one item, worth the mean score of its units; kept units of an axis are always its best. The
     result is the allowed shape found from below, or that and one more multiple (the one that overshoots least) where it lands nearer.
+    A refused coarse step (hidden multiples, a head in every layer) may strand the count over 0.5 % below; `_land` then looks around it.
     Ties go by axis order, then index, lowest removed first. All of it runs in float64 on the CPU, so that devices agree.
 """
 
