@@ -5,6 +5,7 @@ made them, and given the very tensors of the model it replaces. What it computes
 """
 
 import copy
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -66,7 +67,7 @@ def _stock_config(config: PreTrainedConfig, family: str, shapes: list[LayerShape
     groups = {shape.query_heads // shape.kv_heads for shape in shapes if shape.kv_heads}
     if len(groups) > 1:
         raise ArchError(f"layers share a key/value head among {sorted(groups)} query heads; one number for all layers is wanted")
-    fields = {key: value for key, value in config.to_dict().items() if key not in _OWN} | _HEADS
+    fields: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in _OWN} | _HEADS
     stock = CONFIG_MAPPING[family](**fields)
     # set afterwards, as the surgery does: the stock class insists that heads divide the hidden size, its arithmetic does not
     stock.num_key_value_heads = max((shape.kv_heads for shape in shapes), default=1) or 1
