@@ -28,7 +28,7 @@ from compresso.export.layout import (
     widest,
     with_one_epsilon,
 )
-from compresso.export.native import MODELING_FILE
+from compresso.native import MODELING_FILE
 from compresso.export.pad import pad_tensors
 from compresso.export.reopen import reopen_and_compare
 from compresso.export.shrunk import Shrunk, describe

@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compresso.arch.base import LayerShape
-from compresso.export.native import CLASSES, MODELING_FILE
+from compresso.native import CLASSES, MODELING_FILE
 from compresso.export.shrunk import Shrunk
 
 Layout = Literal["uniform", "padded", "native"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import LayerShape
 from compresso.errors import ExportError
-from compresso.export.native import CLASSES, family_of
+from compresso.native import CLASSES, family_of
 
 
 @dataclass(frozen=True)
