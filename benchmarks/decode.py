@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--rounds 9] [--threads 1]
 
-A LLaMA of 134 million parameters read a token (hidden 1024, 8 layers, random weights: speed does not depend on their values), float32,
-batch 1. Each variant is cut by `shrink_`, saved, and loaded again by `AutoModelForCausalLM.from_pretrained`, so what is timed is what a user
-opens. speed-up / bound: 1.0 is all that memory traffic allows. Wanted on a CPU: at least 0.85.
+A LLaMA that reads 134 million parameters a token (hidden 1024, 8 layers, random weights), float32, batch 1. Each variant is cut by
+`shrink_`, saved, and loaded again by `AutoModelForCausalLM.from_pretrained`, so what is timed is what a user opens. A speed-up over
+bound of 1.0 is all that memory traffic allows. Wanted on a CPU: at least 0.85.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import machine, write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import compresso  # noqa: F401 - registers the per-layer model classes
+from common import machine, write
 from compresso.arch.base import arch_for
 from compresso.core.allocate import allocate
 from compresso.core.budget import Budget
@@ -72,7 +72,12 @@ def main() -> None:
     for name, speed in speeds.items():
         bound = base.bytes_per_token / speed.bytes_per_token
         speedup = speed.tokens_per_second / base.tokens_per_second
-        row = {"variant": name, "layout": layouts[name], "mb_per_token": round(speed.bytes_per_token / 1e6, 1), "bytes_bound": round(bound, 3)}
+        row = {
+            "variant": name,
+            "layout": layouts[name],
+            "mb_per_token": round(speed.bytes_per_token / 1e6, 1),
+            "bytes_bound": round(bound, 3),
+        }
         row |= {"tokens_per_s": round(speed.tokens_per_second, 2), "range": [round(speed.lowest, 2), round(speed.highest, 2)]}
         rows.append(row | {"speedup": round(speedup, 3), "speedup_over_bound": round(speedup / bound, 3)})
         print(rows[-1], flush=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/mask_training.py [--pairs 7] [--threads 1]
 
-Plain: peft's LoRA on q and v, the model's own loss, AdamW, written here without compresso. Ours: the objective and loop of `learn_gates`
-with gates on heads, FFN channels and hidden dimensions, noise per example, projection after every update. CPU seconds of the process (wall
-time beside them), median over pairs. Peak memory of each in a process of its own. Wanted: time and memory at most 1.10 times the plain step.
+Plain: peft's LoRA on q and v, the model's own loss, AdamW, written here without compresso. Ours: the objective and loop of
+`learn_gates` with gates on heads, FFN channels and hidden dimensions, noise per example, projection after every update. CPU seconds of
+the process (wall time beside them), median over pairs. Peak memory of each in a process of its own. Wanted: time and memory at most 1.10
+times the plain step.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, write
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import machine, write
 from compresso.arch.base import arch_for
 from compresso.core.constraint import ShareOfModel
 from compresso.core.cost import CostModel
@@ -152,7 +153,8 @@ def main() -> None:
         "machine": facts,
         "command": " ".join(["python", "benchmarks/mask_training.py", *sys.argv[1:]]),
     }
-    print(f"time ratio {result['time_ratio_median']}, peak memory ratio {result['peak_ratio']}; stored in {write(Path(__file__).stem, result).name}")
+    write(Path(__file__).stem, result)
+    print(f"time ratio {result['time_ratio_median']}, peak memory ratio {result['peak_ratio']}")
 
 
 if __name__ == "__main__":

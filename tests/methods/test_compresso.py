@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ from compresso.recipe import build, read
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {"tune": 1, "ramp": 3, "hold": 2, "batch": 4, "micro_batch": 4, "rank": 2, "alpha": 2.0}
-HARD: dict[str, Any] = {"tune": 0, "ramp": 0, "hold": 4, "constraint": "projection", "start": "score", "score_batches": 1, "noise": "example"}
+HARD: dict[str, Any] = {
+    "tune": 0,
+    "ramp": 0,
+    "hold": 4,
+    "constraint": "projection",
+    "start": "score",
+    "score_batches": 1,
+    "noise": "example",
+}
 
 
 def blocks(job: Job) -> int:
@@ -86,13 +95,13 @@ def test_the_lagrangian_reaches_its_target_and_lambda2_only_grows(make_job: Make
     job = LearnGates(keep=0.6, tune=2, ramp=250, hold=150, batch=4, micro_batch=4, rank=2, alpha=2.0)(make_job())  # type: ignore[arg-type]
     curve = job.records["learn_gates"]["curve"]
     grown = [value for value in curve["lambda2"] if value is not None]
-    assert all(later >= earlier for earlier, later in zip(grown, grown[1:], strict=False))
+    assert all(later >= earlier for earlier, later in pairwise(grown))
     assert grown[-1] > 0
     assert curve["sparsity"][-1] == pytest.approx(0.4, abs=0.03)
 
 
 def test_phases_count_updates_not_micro_batches(make_job: MakeJob) -> None:
-    """Upstream counts its first phase in micro-batches: with accumulation, pruning starts too late. Halving micro-batches changes nothing here."""
+    """Upstream counts its first phase in micro-batches: with accumulation, pruning starts too late. Here halving them changes nothing."""
     curves = []
     for micro_batch in (4, 2):
         knobs = {**QUICK, "micro_batch": micro_batch, "tune": 2}

@@ -28,10 +28,10 @@ from compresso.export.layout import (
     widest,
     with_one_epsilon,
 )
-from compresso.native import MODELING_FILE
 from compresso.export.pad import pad_tensors
 from compresso.export.reopen import reopen_and_compare
 from compresso.export.shrunk import Shrunk, describe
+from compresso.native import MODELING_FILE
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 
