@@ -159,7 +159,7 @@ def test_paths_exist(page: Path) -> None:
         if test:
             file = ROOT / name if name else file
             assert f"def {test}(" in file.read_text("utf-8"), f"{file.name} has no {test}"
-        elif PATH.fullmatch(token) and not token.startswith((".json", ".txt", ".parquet")) and token not in OF_A_RUN | TO_BE_WRITTEN:
+        elif PATH.fullmatch(token) and not token.startswith((".json", ".txt", ".parquet", ".gz")) and token not in OF_A_RUN | TO_BE_WRITTEN:
             places = [ROOT / token, PACKAGE / token, *([] if "/" in token else PACKAGE.rglob(token))]
             assert any(place.exists() for place in places), f"{page.name} names {token}, which does not exist"
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
