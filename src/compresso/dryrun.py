@@ -39,7 +39,7 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
     recipe = build(raw, str(raw.get("name", "recipe")))
     source = open_source(model, weights=False)
     dense = meta_model(source)
-    arch = arch_for(source.config)
+    arch = arch_for(dense.config)
     axes = arch.axes(dense)
     cost = CostModel(axes, arch.weights(dense))
     before = counts(cost)

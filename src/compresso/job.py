@@ -259,9 +259,12 @@ def check_finite(model: PreTrainedModel, stage: str) -> None:
             raise NumericError(f"stage '{stage}' left NaN or Inf in {name}; nothing was written. Lower its learning rate")
 
 
-def curve(history: History, points: int = 200) -> dict[str, list[float]]:
-    """A training log thinned to at most `points` rows a column, for records and plots; "update" is the horizontal axis."""
+def curve(history: History, points: int = 200) -> dict[str, list[float | None]]:
+    """A training log thinned to at most `points` rows a column, for records and plots; "update" is the horizontal axis.
+
+    None where a phase did not log a column.
+    """
     step = max(1, -(-len(history.rows) // points))
     rows = history.rows[::step]
     names = sorted({name for row in history.rows for name in row})
-    return {name: [round(float(row.get(name, float("nan"))), 6) for row in rows] for name in names}
+    return {name: [round(float(row[name]), 6) if name in row else None for row in rows] for name in names}

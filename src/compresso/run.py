@@ -32,6 +32,7 @@ from compresso.drive.device import choose_device
 from compresso.dryrun import rehearse
 from compresso.errors import DataError, RecipeError
 from compresso.job import Job, check_finite
+from compresso.native.stock import as_stock
 from compresso.recipe import Recipe, build, read
 from compresso.results import finish, origin, save_stage, state, stored_dtype, versions
 
@@ -119,7 +120,7 @@ def run(
         done = work.finished()
         job = Job(
             model=meta_model(source),
-            arch=arch_for(source.config),
+            arch=arch_for(meta_model(source).config),
             tokenizer=tokenizer,
             rows=encoded.rows[held:] if encoded else [],
             held=encoded.rows[:held] if encoded else [],
@@ -161,7 +162,7 @@ def run(
 def check_budgets(recipe: Recipe, source: Source) -> None:
     """Try every stage's budget on the model's shapes, before weights are read. Raises BudgetError if one cannot be met."""
     model = meta_model(source)
-    arch = arch_for(source.config)
+    arch = arch_for(model.config)
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     for name, stage in recipe.stages:
@@ -195,9 +196,9 @@ def _with_weights(job: Job, source: Source, done: Sequence[Path], where: torch.d
     # parameters that train on a CPU do so in float32: bfloat16 weights would round small merged updates away
     dtype = torch.float32 if where.type == "cpu" else stored_dtype(source)
     if not done:
-        job = replace(job, model=load_model(source, dtype=dtype, device=where))
+        job = replace(job, model=as_stock(load_model(source, dtype=dtype, device=where)))
         return job, state(job)
-    model = load_model(open_source(str(done[-1])), dtype=dtype, device=where)
+    model = as_stock(load_model(open_source(str(done[-1])), dtype=dtype, device=where))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
     return replace(job, model=model, arch=arch_for(model.config), plan=plan, records=facts["stages"]), facts["before"]

@@ -17,7 +17,11 @@ from compresso.edit.lora import attach_
 
 
 def objective(
-    *, starts: int = 0, noise: Literal["batch", "example"] = "batch", layer_gates: Literal["none", "layer", "sublayer"] = "none", lagrangian: bool = True
+    *,
+    starts: int = 0,
+    noise: Literal["batch", "example"] = "batch",
+    layer_gates: Literal["none", "layer", "sublayer"] = "none",
+    lagrangian: bool = True,
 ) -> GatedObjective:
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, vocab_size=50, pad_token_id=0)
