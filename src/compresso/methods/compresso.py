@@ -75,6 +75,7 @@ class LearnGates:
         lr, lr_schedule, clip: LoRA's AdamW.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
+        cost_aware: under projection, charge each gate for its parameters.
         start: "open" as published, or "score".
         open_mean, channel_droprate: initial log-alpha of an open gate, and FFN gates' initial drop rate.
         score_batches, score_spread: batches behind the starting scores; spread of the starting log-alpha.
@@ -109,6 +110,7 @@ class LearnGates:
     mask_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lambda_lr: Rate = 0.1
     constraint: Literal["lagrangian", "projection"] = "lagrangian"
+    cost_aware: bool = False
     start: Literal["open", "score"] = "open"
     open_mean: float = 10.0
     channel_droprate: Annotated[float, Gt(0), Le(0.5)] = 0.01
@@ -155,6 +157,7 @@ class LearnGates:
             noise=self.noise,
             seed=job.seed,
             layer_gates=self.layer_gates,
+            cost_aware=self.cost_aware,
         )
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         groups = [
