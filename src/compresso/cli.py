@@ -1,24 +1,33 @@
 """The command line: parse, call, print. Everything it does can be done from Python with the functions it calls.
 
-Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on stderr.
+Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on stderr; an exception
+that nobody foresaw keeps its traceback, and exits with 1.
 """
 
+import errno
 import json
+import os
 import signal
 import sys
+from collections.abc import Sequence
+from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
-import click
+import torch
 import typer
+from transformers.utils import logging as transformers_logging
+from typer.exceptions import TyperException
 
+from compresso.drive.signals import Interrupted
 from compresso.errors import CompressoError
 
 app = typer.Typer(
     name="compresso",
     help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
-    "evaluate, measure, compare, export and verify are not part of this version.",
-    no_args_is_help=True,
+    "Example: compresso demo --output demo-output\n\n"
+    "evaluate, measure, compare, export and verify come with later versions.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -26,6 +35,19 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"compresso {installed('compresso-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """The options before a command; its help text is the app's."""
 
 
 @app.command()
@@ -76,7 +98,9 @@ def inspect(model: ModelArg, as_json: Json = False) -> None:
     inspection.show(inspection.inspect(model), as_json)
 
 
-Keep = Annotated[float | None, typer.Option(help="Share of block parameters that stays, in (0, 1].")]
+Keep = Annotated[
+    float | None, typer.Option(help="Share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.")
+]
 Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, such as 5.4B.")]
 Speedup = Annotated[float | None, typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound).")]
 Layout = Annotated[str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")]
@@ -102,10 +126,10 @@ def plan(
 
     Example: compresso plan compresso --model ./llama-7b/config.json --keep 0.7
     """
-    from compresso import dryrun
+    from compresso import dryrun, dryrun_report
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
-    dryrun.show(dryrun.plan(raw, model), as_json)
+    dryrun_report.show(dryrun.plan(raw, model), as_json)
 
 
 @app.command()
@@ -140,7 +164,10 @@ def run(
         raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad
     )
     if as_json:
-        typer.echo(json.dumps(result.records, indent=2))
+        print(json.dumps(result.records, indent=2, allow_nan=False))
+        return
+    before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
+    print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
 
 
 def _raw(
@@ -161,23 +188,47 @@ def _raw(
     )
 
 
-def main() -> None:
-    """Entry point: run the command and turn errors into one line and an exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: run the command (of `sys.argv` if none is given), turn errors into one line, and exit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
-    except CompressoError as error:
-        _fail(f"{type(error).__name__}: {error}", error.exit_code)
-    except click.exceptions.Abort:
-        _fail("interrupted", 130)
-    except click.ClickException as error:
-        _fail(f"usage: {error.format_message()}", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except MemoryError as error:
-        _fail(f"ResourceError: out of memory: {error}; use a smaller micro_batch, checkpointing: true or bf16", 3)
+        code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            print("interrupted", file=sys.stderr)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:
+        message, code = _explained(error)
+        if message:
+            print(" ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
+    except Interrupted as stop:
+        cure = "; repeat the command with --resume to go on" if stop.saved else ""
+        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str, code: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM outside of training: end by an exception, so that half-written folders are removed on the way out."""
+    raise Interrupted(signal.Signals(number), None)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Message and exit code of a foreseen exception; others are raised again."""
+    if isinstance(error, CompressoError):
+        return f"{type(error).__name__}: {error}", error.exit_code
+    if isinstance(error, TyperException):
+        return f"usage: {error.format_message()} See `compresso --help`", 2
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16", 3
+    if isinstance(error, BrokenPipeError):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "", 0
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return f"ResourceError: {error}; free some space, or choose another output", 3
+    raise error

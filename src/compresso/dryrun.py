@@ -1,125 +1,229 @@
-"""A dry run: what a recipe would do to a model, from its config alone."""
+"""A dry run: what a recipe would do to a model, from its config alone. A run goes through it first, so that both refuse the same things.
 
-import json
+The stages are acted out in order on the meta device: adapters are attached and counted, and units that are all alike are removed to the
+budget. Memory and time are estimates, and named so.
+"""
+
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from transformers import PreTrainedConfig
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.source import Source, meta_model, open_source
 from compresso.core.allocate import allocate
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.uniform import uniform_targets
-from compresso.drive.duration import updates
+from compresso.drive.device import choose_device
+from compresso.drive.duration import shortened, updates
+from compresso.edit.lora import attach_
+from compresso.edit.shrink import shrink_
 from compresso.errors import BudgetError
+from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
+from compresso.export.shrunk import describe
 from compresso.inspection import counts
+from compresso.job import accumulation
+from compresso.native.stock import as_stock
 from compresso.recipe import Recipe, build
 
-TRAINING_FLOPS = 4
-"""FLOPs per parameter and token of a LoRA step: 2 forward, 2 for activation gradients; weight gradients of frozen weights are not taken."""
+FLOPS_PER_MAC = 4
+"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken."""
+TRAINED_BYTES = 16
+"""Of a trained parameter with its gradient and AdamW's two moments, float32."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training stage as it would find its model.
+
+    Args:
+        name, stage: its name in the recipe, and its knobs.
+        config: of the model it trains.
+        parameters, macs: of that model, in all and per token.
+        trainable: parameters by group: "lora", and "gates" for a stage that learns them.
+    """
+
+    name: str
+    stage: Any
+    config: PreTrainedConfig
+    parameters: int
+    macs: int
+    trainable: Mapping[str, int]
+
+
+@dataclass
+class Rehearsal:
+    """What acting a recipe out showed.
+
+    Args:
+        before, after: counts as `inspect` gives them.
+        shapes: axis -> [kept, size] of the axes that lose units.
+        notes: a sentence for each budget.
+        training: the training stages.
+        layouts: layout -> why it could not hold these shapes, or None if it can.
+    """
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    shapes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    notes: list[str] = field(default_factory=list[str])
+    training: list[Trained] = field(default_factory=list[Trained])
+    layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
+
+
+def act_out(recipe: Recipe, source: Source) -> Rehearsal:
+    """Go through a recipe without weights and data.
+
+    Raises:
+        CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
+            LoRA targets that no layer has, batches that cannot be split.
+    """
+    model = as_stock(meta_model(source))
+    arch = arch_for(model.config)
+    axes = arch.axes(model)
+    cost = CostModel(axes, arch.weights(model))
+    sizes = {axis.name: axis.size for axis in axes}
+    shown, removed = Rehearsal(counts(cost), counts(cost)), Plan()
+    steps: tuple[tuple[str, Any], ...] = recipe.stages
+    for name, stage in steps:
+        if hasattr(stage, "micro_batch"):
+            accumulation(stage.batch, stage.micro_batch)
+        if hasattr(stage, "rank"):
+            adapted = attach_(model, stage.rank, stage.alpha, stage.targets)
+            trainable = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+            adapted.unload()
+            if hasattr(stage, "mask_lr"):
+                trainable["gates"] = sum(axis.size for axis in axes if axis.kind in stage.kinds)
+            total, macs = int(cost().total), int(cost().macs)
+            shown.training.append(Trained(name, stage, model.config, total, macs, trainable))
+        if hasattr(stage, "budget"):
+            budget, plan = rehearse(name, axes, cost, stage)
+            removed = removed.then(plan)
+            share = float(cost.of(plan).count(budget.of) / cost().count(budget.of))
+            shown.notes.append(f"{name}: about {share:.4f} of {budget.of} stay; wanted {budget.keep:g}")
+            shrink_(model, axes, plan)
+            axes = arch.axes(model)
+            cost = CostModel(axes, arch.weights(model))
+    shown.after = counts(cost)
+    shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
+    shrunk = describe(model, arch.shapes(model))
+    shown.layouts = {"uniform": uniform_obstacle(shrunk), "padded": stock_obstacle(shrunk, widest(shrunk)), "native": None}
+    return shown
+
+
+def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget, Plan]:
+    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
+
+    Raises:
+        BudgetError: if it cannot, with the floor or multiple that stands in the way.
+    """
+    try:
+        budget: Budget = stage.budget()
+    except ValueError as error:
+        raise BudgetError(f"stage '{name}': {error}") from error
+    try:
+        counted = uniform_targets(axes, cost, budget)
+        return budget, Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})
+    except ValueError as first:
+        if budget.uniform_over:
+            raise BudgetError(f"stage '{name}': {first}") from first
+        try:
+            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
+        except ValueError as error:
+            raise BudgetError(f"stage '{name}': {error}") from error
 
 
 def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """What a recipe would leave of a model.
+    """What a recipe would leave of a model, and what it would take.
 
     Returns:
-        {"recipe", "before", "after", "shapes", "training": [{"stage", "updates", "tokens", "flops", "trainable"}], "memory_bytes"}.
-        `after` and `shapes` are those of equal widths in every layer: methods that learn or score choose others of the same total.
-        Updates given in epochs are null, since they depend on the data.
+        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "training", "weight_bytes"}. `after`, `shapes` and `layouts`
+        are those of equal widths in every layer: methods that learn or score choose others of the same total. Numbers that depend on the
+        length of the data are null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
     recipe = build(raw, str(raw.get("name", "recipe")))
     source = open_source(model, weights=False)
-    dense = meta_model(source)
-    arch = arch_for(dense.config)
-    axes = arch.axes(dense)
-    cost = CostModel(axes, arch.weights(dense))
-    before = counts(cost)
-    after, shapes, notes = before, {}, []
-    for name, stage in recipe.stages:
-        budget = getattr(stage, "budget", None)
-        if budget is None:
-            continue
-        wanted = rehearse(name, axes, cost, budget())
-        masks = wanted.masks(axes)
-        after = counts(cost, masks)
-        shapes = {axis.name: [len(wanted.kept.get(axis.name, range(axis.size))), axis.size] for axis in axes if axis.name in wanted.kept}
-        notes.append(
-            f"{name}: keeps {after['parameters']['blocks'] / before['parameters']['blocks']:.4f} of the blocks; wanted {budget().keep:g} of {budget().of}"
-        )
-    width = torch.empty((), dtype=getattr(source.config, "dtype", None) or torch.float32).element_size()
+    shown = act_out(recipe, source)
+    device = choose_device("auto")
+    stored = _width(source.config)
+    training = [_estimate(one, recipe, stored if device.type == "cuda" else 4) for one in shown.training]
+    if any(one["flops_at_most"] for one in training):
+        rate = matmul_rate(device)
+        for one in training:
+            one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
     return {
         "recipe": recipe.name,
         "model": source.name,
-        "before": before,
-        "after": after,
-        "shapes": shapes,
-        "notes": notes,
-        "training": [_training(name, stage, recipe, before) for name, stage in recipe.stages if hasattr(stage, "lr")],
-        "memory_bytes": {"weights_before": before["parameters"]["total"] * width, "weights_after": after["parameters"]["total"] * width},
+        "before": shown.before,
+        "after": shown.after,
+        "shapes": shown.shapes,
+        "notes": shown.notes,
+        "layouts": shown.layouts,
+        "weight_bytes": {"before": shown.before["parameters"]["total"] * stored, "after": shown.after["parameters"]["total"] * stored},
+        "device": device.type,
+        "training": training,
     }
 
 
-def rehearse(stage: str, axes: tuple[Axis, ...], cost: CostModel, budget: Budget) -> Plan:
-    """A plan within a budget for units that are all alike: proves that the budget can be met and shows its shapes.
-
-    Raises:
-        BudgetError: if it cannot, with the floor or multiple that stands in the way.
-    """
-    try:
-        counted = uniform_targets(axes, cost, budget)
-        return Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})
-    except ValueError as first:
-        if budget.uniform_over:
-            raise BudgetError(f"stage '{stage}': {first}") from first
-        try:
-            return allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
-        except ValueError as error:
-            raise BudgetError(f"stage '{stage}': {error}") from error
+def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float:
+    """FLOPs a second of a square matrix product on this machine, in the type that training computes in: the best of a few."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = size * 8 if device.type == "cuda" else size
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds: list[float] = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
 
 
-def _training(name: str, stage: Any, recipe: Recipe, before: Mapping[str, Any]) -> dict[str, Any]:
+def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
+    """A training stage's length, tokens, FLOPs and memory."""
+    stage = one.stage
     durations = [getattr(stage, knob) for knob in ("tune", "ramp", "hold", "steps") if hasattr(stage, knob)]
-    in_updates = [one for one in durations if isinstance(one, int)]
-    known = sum(updates(one, 1, 1) for one in in_updates) if len(in_updates) == len(durations) else None
-    if known is not None and stage.max_steps is not None:
-        known = min(known, stage.max_steps)
-    tokens = None if known is None else known * stage.batch * recipe.data.max_length
+    known = all(isinstance(duration, int) for duration in durations)
+    steps = sum(shortened([updates(duration, 1, 1) for duration in durations], stage.max_steps)) if known else stage.max_steps
+    tokens = None if steps is None else steps * stage.batch * recipe.data.max_length
+    at_once = min(stage.micro_batch, stage.batch) * recipe.data.max_length
+    memory = {
+        "weights": one.parameters * width,
+        "trained": sum(one.trainable.values()) * TRAINED_BYTES,
+        "activations": activation_bytes(one.config, at_once, width, stage.checkpointing),
+    }
     return {
-        "stage": name,
-        "duration": " + ".join(str(one) for one in durations),
-        "updates": known,
+        "stage": one.name,
+        "duration": " + ".join(str(duration) for duration in durations),
+        "updates": steps,
+        "trainable": dict(one.trainable),
         "tokens_at_most": tokens,
-        "flops_at_most": None if tokens is None else TRAINING_FLOPS * before["parameters"]["total"] * tokens,
+        "flops_at_most": None if tokens is None else FLOPS_PER_MAC * one.macs * tokens,
+        "seconds_estimated": None,
+        "memory_bytes_estimated": {**memory, "total": sum(memory.values())},
     }
 
 
-def show(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print what `plan` returned."""
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    console = Console()
-    table = Table(
-        "", "before", "after (equal widths)", "ratio", title=f"{facts['recipe']} on {facts['model']}: a dry run", title_justify="left"
-    )
-    before, after = facts["before"], facts["after"]
-    rows = [(name, before["parameters"][name], after["parameters"][name]) for name in before["parameters"]]
-    rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]
-    rows.append(("bytes of weights", facts["memory_bytes"]["weights_before"], facts["memory_bytes"]["weights_after"]))
-    for name, old, new in rows:
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
-    console.print(table)
-    for note in facts["notes"]:
-        console.print(note)
-    for one in facts["training"]:
-        flops = f", at most {one['tokens_at_most']:,} tokens and {one['flops_at_most']:.2e} FLOPs" if one["tokens_at_most"] else ""
-        console.print(f"{one['stage']}: {one['duration']} updates{flops}")
+def activation_bytes(config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool) -> int:
+    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors; thrice the logits."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layer = 8 * config.hidden_size + attention + 4 * config.intermediate_size
+    layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (layer if checkpointing else 0)
+    return tokens * (layers * width + 3 * 4 * config.vocab_size)
+
+
+def _width(config: PreTrainedConfig) -> int:
+    """Bytes of a stored number; 4 where the config names no dtype."""
+    dtype = config.dtype
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

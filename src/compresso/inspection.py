@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,12 +14,13 @@ from compresso.checkpoint.source import meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
+from compresso.native.stock import as_stock
 
 KV_BYTES = 2
 """Bytes of a key/value cache entry: bfloat16 or float16, as served."""
 
 
-def inspect(model: str | PreTrainedModel) -> dict[str, Any]:
+def inspect(model: str | Path | PreTrainedModel) -> dict[str, Any]:
     """Counts and axes of a hub id, a folder, a config.json or a live model.
 
     Returns:
@@ -30,7 +32,7 @@ def inspect(model: str | PreTrainedModel) -> dict[str, Any]:
         CheckpointError: if there is no such model or it is unsafe to read.
         ArchError: if nobody described its architecture.
     """
-    live = meta_model(open_source(model, weights=False)) if isinstance(model, str) else model
+    live = as_stock(model if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False)))
     return describe(live, arch_for(live.config))
 
 

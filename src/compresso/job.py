@@ -1,8 +1,8 @@
 """A job and its stages: what flows from stage to stage, what a stage may do to it, and the registry of stages.
 
-A stage is a frozen dataclass whose fields are the knobs of a recipe; calling it on a `Job` returns the next `Job`. `@stage(...)` registers it
-under its recipe name with the paper it comes from. Stages are found by importing every module of `compresso.methods`; an import error is an
-error. Order on a recipe's page is order of execution.
+A stage is a frozen dataclass whose fields are the knobs of a recipe; calling it on a `Job` returns the next `Job`. `@stage(...)` registers
+it under its recipe name with the paper it comes from. Stages are found by importing every module of `compresso.methods`; an import error is
+an error. Order on a recipe's page is order of execution.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from pydantic import ConfigDict
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.arch.base import Arch
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data.batches import collate
+from compresso.data.batches import Row, collate
 from compresso.drive.checkpoint import TrainingCheckpoints
 from compresso.drive.history import History
 from compresso.drive.launch import processes
@@ -73,8 +73,8 @@ class Job:
     model: PreTrainedModel
     arch: Arch
     tokenizer: PreTrainedTokenizerBase | None
-    rows: Sequence[Mapping[str, Any]]
-    held: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row]
+    held: Sequence[Row]
     plan: Plan
     records: Mapping[str, Any]
     identity: Mapping[str, Any]
@@ -99,19 +99,15 @@ class Job:
 
     def batches(self, batch: int) -> ShuffledBatches:
         """Shuffled training batches of `batch` examples an update. Raises DataError without training data."""
-        return ShuffledBatches(self.rows, batch, lambda rows: collate(rows, self.pad_id), self.seed)
+        return ShuffledBatches(self.rows, batch, self.collated, self.seed)
+
+    def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Examples side by side: input_ids, attention_mask and labels, each [len(rows), longest], int64."""
+        return cast(dict[str, Tensor], collate(rows, self.pad_id))
 
     def accumulation(self, batch: int, micro_batch: int) -> int:
-        """Micro-batches per process that make up an update.
-
-        Raises:
-            RecipeError: if `batch` cannot be shared out equally.
-        """
-        share, rest = divmod(batch, processes())
-        size = min(micro_batch, share)
-        if rest or not share or share % size:
-            raise RecipeError(f"batch={batch} cannot be split into micro-batches of {size} on {processes()} processes; choose multiples")
-        return share // size
+        """As the function `accumulation`."""
+        return accumulation(batch, micro_batch)
 
     def checkpoints(self) -> TrainingCheckpoints:
         """Where the running stage saves and resumes its training."""
@@ -161,6 +157,19 @@ class Job:
         ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, self.model.config.vocab_size)))
         self.model.eval()
         return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits.float()
+
+
+def accumulation(batch: int, micro_batch: int) -> int:
+    """Micro-batches per process that make up an update of `batch` examples.
+
+    Raises:
+        RecipeError: if `batch` cannot be shared out equally.
+    """
+    share, rest = divmod(batch, processes())
+    size = min(micro_batch, share)
+    if rest or not share or share % size:
+        raise RecipeError(f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose multiples")
+    return share // size
 
 
 @runtime_checkable

@@ -1,14 +1,17 @@
 """Command-line budgets and overrides, written into a recipe before it is checked."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import yaml
-
-from compresso.errors import BudgetError, RecipeError
+from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.inspection import inspect
 from compresso.recipe import override, read, with_knob
+from compresso.recipe_file import plain
+
+AskedLayout = Literal["auto", "uniform", "padded", "native"]
+LAYOUTS = get_args(AskedLayout)
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -54,28 +57,32 @@ def with_options(
         path, equals, value = one.partition("=")
         if not equals:
             raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
-        raw = override(raw, path.strip(), yaml.safe_load(value))
+        raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
     given = [name for name, value in (("--keep", keep), ("--parameters", parameters), ("--speedup", speedup)) if value is not None]
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
     if keep is not None:
-        if not (math.isfinite(keep) and 0 < keep <= 1):
+        if not 0 < keep <= 1:  # also refuses NaN
             raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
         raw = with_knob(raw, "keep", keep)
     elif parameters is not None:
-        total = inspect(model)["parameters"]["total"]
-        share = count(parameters) / total
-        if share > 1:
-            raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted fewer")
-        raw = with_knob(with_knob(raw, "keep", share), "of", "total")
+        wanted, total = count(parameters), inspect(model)["parameters"]["total"]
+        if wanted > total:
+            raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
+        raw = with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
     elif speedup is not None:
         if not (math.isfinite(speedup) and speedup >= 1):
             raise BudgetError(f"--speedup {speedup}: wanted a factor of at least 1, such as 1.5")
         raw = with_knob(with_knob(raw, "keep", 1 / speedup), "of", "macs")
-    if layout not in ("auto", "uniform", "padded", "native"):
-        raise RecipeError(f"--layout {layout!r}: wanted uniform, padded, native or auto")
-    if layout == "uniform":
-        raw = with_knob(raw, "layout", "uniform")
     if max_steps is not None:
+        if max_steps < 1:
+            raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
         raw = with_knob(raw, "max_steps", max_steps)
-    return raw
+    return for_layout(raw, layout)
+
+
+def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """The raw recipe for an export layout: "uniform" asks every stage that can to keep equal widths. Raises RecipeError if unknown."""
+    if layout not in LAYOUTS:
+        raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
+    return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)

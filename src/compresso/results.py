@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 
-from compresso.checkpoint.atomic import new_folder
+from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.source import Source
-from compresso.data.batches import collate
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
 from compresso.drive.objectives import language_loss
+from compresso.errors import NumericError
 from compresso.export.card import model_card
-from compresso.export.hf import reopen_and_compare, save_checkpoint
+from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.inspection import counts
 from compresso.job import Job
 from compresso.recipe import Recipe
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 def origin(
     recipe: Recipe, source: Source, records: Records | None, encoded: Encoded | None, prompt: Mapping[str, str] | None, seed: int
 ) -> dict[str, Any]:
-    """What a result was made from, without paths of this machine."""
+    """What a result was made from, without paths of this machine; `recipe` names its data by file names."""
     return {
         "format": FORMAT,
         "recipe": recipe.to_dict(),
@@ -53,8 +53,16 @@ def origin(
 
 
 def state(job: Job) -> dict[str, Any]:
-    """Counts of the model as it is, and its mean loss on held-out examples (nats a labelled token; None without data)."""
-    return {**counts(job.cost()), "held_loss": held_loss(job)}
+    """Counts of the model as it is, and its mean loss on held-out examples (nats a labelled token; None without data).
+
+    Raises NumericError if that loss is not finite.
+    """
+    loss = held_loss(job)
+    if loss is not None and not math.isfinite(loss):
+        raise NumericError(
+            f"the loss on {len(job.held)} held-out examples is {loss}; the model overflows on this data, use float32 or bfloat16"
+        )
+    return {**counts(job.cost()), "held_loss": loss}
 
 
 @torch.no_grad()
@@ -65,7 +73,7 @@ def held_loss(job: Job, batch: int = 8) -> float | None:
     job.model.eval()
     losses: list[float] = []
     for start in range(0, len(job.held), batch):
-        rows = {name: value.to(job.device) for name, value in collate(list(job.held[start : start + batch]), job.pad_id).items()}
+        rows = {name: value.to(job.device) for name, value in job.collated(job.held[start : start + batch]).items()}
         losses.append(float(language_loss(job.model, rows)))
     return round(sum(losses) / len(losses), 6)
 
@@ -81,11 +89,13 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
     """Write a finished stage into a folder: weights as they are, in the layout that holds any shape."""
-    files = {"plan.json": job.plan.to_json(), "records.json": json.dumps({"before": before, "stages": job.records}, indent=2)}
+    files = {"plan.json": job.plan.to_json(), "records.json": _json({"before": before, "stages": job.records})}
     save_checkpoint(job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files)
 
 
-def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bool, dtype: torch.dtype) -> dict[str, Any]:
+def finish(
+    job: Job, facts: Mapping[str, Any], layout: Layout | Literal["auto"], output: Path, force: bool, dtype: torch.dtype
+) -> dict[str, Any]:
     """Write the checkpoint beside `output`, reopen it in a fresh process, then rename it into place.
 
     Returns:
@@ -100,23 +110,38 @@ def finish(job: Job, facts: dict[str, Any], layout: str, output: Path, force: bo
     with new_folder(output, force) as folder:
         used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
         difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        facts = {
+        written = {
             **facts,
             "layout": used,
             "dtype": str(dtype).removeprefix("torch."),
-            "bytes": size,
+            "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
         }
         texts = {
-            "recipe.yaml": yaml.safe_dump(facts["recipe"], sort_keys=False, width=120),
+            "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
-            "records.json": json.dumps(facts, indent=2) + "\n",
-            "README.md": model_card(_for_card(facts)),
+            "records.json": _json(written),
+            "README.md": model_card(_for_card(written)),
         }
         for name, text in texts.items():
-            (folder / name).write_text(text, "utf-8")
-    return facts
+            write_text(folder / name, text)
+    return written
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it was run, and under `run` what else decided the result; it can be run again as it is."""
+    data = facts["data"]
+    known = {name: facts[name] for name in ("model", "prompt", "seed", "versions", "layout")}
+    return {**facts["recipe"], "run": {**known, "data": data and {name: data[name] for name in ("source", "sha256")}}}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
@@ -134,7 +159,8 @@ def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
 def _for_card(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the model card shows of the records."""
     prompt = facts["prompt"]
-    return {**facts, "model": facts["model"]["name"], "recipe": facts["recipe"]["name"], "prompt": prompt and prompt["version"]}
+    named = {"model": facts["model"]["name"], "recipe": facts["recipe"]["name"], "prompt": prompt and prompt["version"]}
+    return {**facts, **named, "after": {**facts["after"], "bytes": facts["bytes"]}}
 
 
 def _cuda() -> str | None:

@@ -1,40 +1,38 @@
 """The job from a model and a recipe to a checkpoint that loads, with its records.
 
-Everything that can be wrong is checked first: recipe, output, model headers, budget, data. Weights are read last. Each finished stage is saved
-in a work folder beside the output; the result is renamed into place at the end, after a fresh process has reopened it.
+Everything that can be wrong is checked first (`preflight`); weights are read last. Each finished stage is saved in a work folder beside the
+output; the result is renamed into place at the end, after a fresh process has reopened it. Launched in several processes (torchrun,
+accelerate), all of them run the stages, and the main one owns the folders.
 """
 
 import json
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.source import load_model, meta_model, open_source
 from compresso.checkpoint.workfolder import WorkFolder
-from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
-from compresso.data.instructions import Encoded, encode
-from compresso.data.prompt import prompt_identity
-from compresso.data.records import Records
-from compresso.data.registry import load_records
 from compresso.data.template import apply_to_tokenizer_
-from compresso.drive.device import choose_device
-from compresso.dryrun import rehearse
-from compresso.errors import DataError, RecipeError
+from compresso.drive.launch import new_accelerator
+from compresso.errors import CheckpointError
+from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
 from compresso.native.stock import as_stock
-from compresso.recipe import Recipe, build, read
-from compresso.results import finish, origin, save_stage, state, stored_dtype, versions
+from compresso.preflight import Prepared, prepare
+from compresso.recipe import read
+from compresso.results import finish, save_stage, state, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,11 @@ class Result:
 
 def run(
     recipe: str | Path | Mapping[str, Any],
-    model: str | Path,
-    data: str | None = None,
+    model: str | Path | PreTrainedModel,
+    data: str | Path | None = None,
     *,
     output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     layout: str = "auto",
     seed: int = 0,
     device: str = "auto",
@@ -73,9 +72,10 @@ def run(
     """Run a recipe on a model and write the result to `output`.
 
     Args:
-        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: hub id or local folder of safetensors.
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one (`compresso.options.with_options` writes budgets into it).
+        model: hub id, local folder of safetensors, or a live model, which stays as it is.
         data: registered name or local file(s); the recipe's own if None.
+        tokenizer: of a live model; others bring theirs.
         layout: "uniform", "padded", "native", or "auto": uniform where the shapes allow it, else native.
         seed: of every random draw.
         device: "auto", "cpu", "cuda", "cuda:1".
@@ -85,120 +85,111 @@ def run(
         quiet: show no progress.
 
     Raises:
-        CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); nothing is left at `output`.
+        CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is untouched.
+        Interrupted: SIGINT or SIGTERM came while a stage trained; its state is saved for `resume`.
 
     Example:
         compresso.run("compresso", "meta-llama/Llama-2-7b-hf", "alpaca-gpt4", output="llama-5b")
     """
     started = time.time()
-    output = Path(output)
-    if isinstance(recipe, Mapping):
-        checked = build(recipe, str(recipe.get("name", "recipe")))
-    else:
-        checked = build(read(recipe), str(recipe))
-    source = open_source(str(model))
-    if not source.tensors:
-        raise RecipeError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
-    check_output(output, source.folder, force or resume)
-    check_budgets(checked, source)
-    where = choose_device(device)
-    tokenizer = load_tokenizer(source) if checked.needs("data") or has_tokenizer(source) else None
-    records, encoded = _examples(checked, data, tokenizer, source.config.vocab_size, skip_bad)
-    prompt = prompt_identity() if checked.data.prompt and checked.needs("data") else None
-    identity = {
-        "recipe": checked.to_dict(),
-        "model": asdict(source.identity),
-        "data": records.sha256 if records else None,
-        "prompt": prompt,
-        "layout": layout,
-        "seed": seed,
-        "versions": versions(),
-    }
-    held = checked.data.held if records else 0
-    is_main = PartialState().is_main_process
-    with WorkFolder.open(output, identity, resume=resume, force=force) as work:
-        done = work.finished()
-        job = Job(
-            model=meta_model(source),
-            arch=arch_for(meta_model(source).config),
-            tokenizer=tokenizer,
-            rows=encoded.rows[held:] if encoded else [],
-            held=encoded.rows[:held] if encoded else [],
-            plan=Plan(),
-            records={},
-            identity=identity,
+    raw = recipe if isinstance(recipe, Mapping) else read(recipe)
+    with _named(model, tokenizer) as name, _progress_bars(shown=not quiet):
+        prepared = prepare(
+            raw,
+            name,
+            None if data is None else str(data),
+            output=Path(output),
+            layout=layout,
             seed=seed,
-            out=work.path,
-            pad_id=pad_id(tokenizer) if tokenizer is not None else 0,
-            quiet=quiet,
+            device=device,
+            force=force,
+            skip_bad=skip_bad,
         )
-        job, before = _with_weights(job, source, done, where)
-        for index, (name, stage) in enumerate(checked.stages):
-            if index < len(done):
-                continue
-            begun = time.time()
-            job = stage(replace(job, out=work.training(name)))
-            check_finite(job.model, name)
-            job = job.note(name, seconds=round(time.time() - begun, 2))
+        accelerator = new_accelerator(prepared.device)
+        is_main = accelerator.is_main_process
+        owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=force)
+        with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
+            accelerator.wait_for_everyone()
+            done = work.finished([stage for stage, _ in prepared.recipe.stages])
+            job, before = _with_weights(_new_job(prepared, work, quiet), prepared, done)
+            for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
+                if index < len(done):
+                    continue
+                begun = time.time()
+                job = stage(replace(job, out=work.training(stage_name)))
+                check_finite(job.model, stage_name)
+                job = job.note(stage_name, seconds=round(time.time() - begun, 2))
+                if is_main:
+                    work.save_stage(index, stage_name, partial(save_stage, job, before))
+                accelerator.wait_for_everyone()
+            if prepared.prompt is not None and job.tokenizer is not None:
+                apply_to_tokenizer_(job.tokenizer, prompt_on=True)
+            facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records)}
+            facts["seconds"] = round(time.time() - started, 1)
             if is_main:
-                work.save_stage(index, name, partial(save_stage, job, before))
-            PartialState().wait_for_everyone()
-        if prompt is not None and tokenizer is not None:
-            apply_to_tokenizer_(tokenizer, prompt_on=True)
-        facts: dict[str, Any] = {
-            **origin(checked, source, records, encoded, prompt, seed),
-            "before": before,
-            "after": state(job),
-            "stages": dict(job.records),
-            "seconds": round(time.time() - started, 1),
-        }
-        if is_main:
-            facts = finish(job, facts, layout, output, force, stored_dtype(source))
-            work.discard()
-        PartialState().wait_for_everyone()
-    return Result(job.model, tokenizer, job.plan, facts, output)
+                facts = finish(job, facts, prepared.layout, prepared.output, force, stored_dtype(prepared.source))
+                work.discard()
+            accelerator.wait_for_everyone()
+    return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
 
 
-def check_budgets(recipe: Recipe, source: Source) -> None:
-    """Try every stage's budget on the model's shapes, before weights are read. Raises BudgetError if one cannot be met."""
-    model = meta_model(source)
-    arch = arch_for(model.config)
-    axes = arch.axes(model)
-    cost = CostModel(axes, arch.weights(model))
-    for name, stage in recipe.stages:
-        budget = getattr(stage, "budget", None)
-        if budget is not None:
-            rehearse(name, axes, cost, budget())
+@contextmanager
+def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """What to open a model by; a live one is written to a temporary folder, so that it is checked and hashed as any other."""
+    if isinstance(model, PreTrainedModel):
+        with tempfile.TemporaryDirectory(prefix="compresso-") as scratch:
+            folder = Path(scratch, type(model).__name__)  # so that it has a name in the records
+            model = as_stock(model)
+            save_checkpoint(model, arch_for(model.config).shapes(model), folder, tokenizer=tokenizer)
+            yield str(folder)
+        return
+    if tokenizer is not None:
+        raise CheckpointError(f"tokenizer= goes with a live model; {model} brings its own, so leave it out")
+    yield str(model)
 
 
-def _examples(
-    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, skip_bad: bool
-) -> tuple[Records | None, Encoded | None]:
-    """Read and tokenise the training data, if the recipe needs any."""
-    if not recipe.needs("data"):
-        if data is not None:
-            raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
-        return None, None
-    chosen = data or recipe.data.source
-    if chosen is None:
-        raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
-    assert tokenizer is not None
-    records = load_records(chosen, skip_bad=skip_bad)
-    knobs = recipe.data
-    encoded = encode(records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit, vocab_size=vocab_size)
-    if len(encoded.rows) <= knobs.held:
-        raise DataError(f"{chosen} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower data.held")
-    return records, encoded
+def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
+    """The job before its weights are read."""
+    rows = prepared.encoded.rows if prepared.encoded else []
+    held = prepared.recipe.data.held
+    model = as_stock(meta_model(prepared.source))
+    return Job(
+        model=model,
+        arch=arch_for(model.config),
+        tokenizer=prepared.tokenizer,
+        rows=rows[held:],
+        held=rows[:held],
+        plan=Plan(),
+        records={},
+        identity=prepared.identity(),
+        seed=prepared.seed,
+        out=work.path,
+        pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
+        quiet=quiet,
+    )
 
 
-def _with_weights(job: Job, source: Source, done: Sequence[Path], where: torch.device) -> tuple[Job, dict[str, Any]]:
+def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
     """The job with the original's weights or those of the last finished stage, and what the original measured."""
     # parameters that train on a CPU do so in float32: bfloat16 weights would round small merged updates away
-    dtype = torch.float32 if where.type == "cpu" else stored_dtype(source)
+    dtype = torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
     if not done:
-        job = replace(job, model=as_stock(load_model(source, dtype=dtype, device=where)))
+        job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
         return job, state(job)
-    model = as_stock(load_model(open_source(str(done[-1])), dtype=dtype, device=where))
+    model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
-    return replace(job, model=model, arch=arch_for(model.config), plan=plan, records=facts["stages"]), facts["before"]
+    return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Silence the bars of transformers while a quiet run reads and writes."""
+    were_on = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers_logging.enable_progress_bar()

@@ -4,31 +4,40 @@
       identity.json        what a resume must agree on
       stages/01-NAME/      a finished stage: checkpoint, plan.json, records.json and a manifest written last
       training/NAME/       training checkpoints of the running stage
-      checkpoint/          the result, renamed to OUTPUT when it is complete
 
-One process at a time owns it (a lock beside it). It is removed after the result stands.
+One process at a time owns it (a lock beside it). It is removed after the result stands, and when a run fails before it has anything worth
+resuming. Only a folder that a run made is ever removed: whatever else has that name is left alone.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compresso.checkpoint.atomic import lock, new_folder, verify_manifest, write_json, write_manifest
+from compresso.checkpoint.storage import storage_errors
 from compresso.errors import CheckpointError, ResumeError
 
 log = logging.getLogger(__name__)
 
+_IDENTITY = "identity.json"
+
 
 class WorkFolder:
-    """Use through `WorkFolder.open`."""
+    """Use through `WorkFolder.open`; other processes of the same run make their own from the path."""
 
     def __init__(self, path: Path) -> None:
-        """path: the folder itself, already owned by this process."""
+        """path: the folder itself, owned by this run."""
         self.path = path
+
+    @staticmethod
+    def beside(output: Path) -> Path:
+        """The work folder's path for an output."""
+        output = output.resolve()
+        return output.with_name(output.name + ".partial")
 
     @staticmethod
     @contextmanager
@@ -36,30 +45,38 @@ class WorkFolder:
         """Own the work folder of an output for a run, new or resumed.
 
         Raises:
-            CheckpointError: if another run owns it, or an interrupted run lies there and neither `resume` nor `force` was said.
+            CheckpointError: if another run owns it, an interrupted run lies there and neither `resume` nor `force` was said, or something
+                lies there that no run made.
             ResumeError: if there is nothing to resume, or it was another run: the differing fields are named.
+            ResourceError: if the disk is full.
         """
-        path = output.with_name(output.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = WorkFolder.beside(output)
         with lock(path):
-            written = path / "identity.json"
+            refuse_foreign(path)
             if resume:
-                if not written.is_file():
-                    raise ResumeError(f"nothing to resume: {path} holds no interrupted run; leave --resume out to start one")
-                _agree(json.loads(written.read_text("utf-8")), dict(identity))
-            elif path.exists() and any(path.iterdir()):
-                if not force:
+                _agree(_identity(path), json.loads(json.dumps(identity)))
+            else:
+                if path.exists() and not force and WorkFolder(path)._worth_resuming():
                     raise CheckpointError(f"{path} holds an interrupted run; continue it with --resume or discard it with --force")
-                shutil.rmtree(path)
-            path.mkdir(exist_ok=True)
-            if not resume:
-                write_json(written, dict(identity))
-            yield WorkFolder(path)
+                with storage_errors(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                    path.mkdir()
+                write_json(path / _IDENTITY, dict(identity))
+            work = WorkFolder(path)
+            try:
+                yield work
+            except BaseException:
+                if not work._worth_resuming():
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
 
-    def finished(self) -> list[Path]:
-        """Folders of finished stages, in order; stops at the first that is missing or damaged (which is then done again)."""
+    def finished(self, names: Sequence[str]) -> list[Path]:
+        """Folders of the finished stages among a recipe's, in order; a damaged one and all after it are done again, with a warning."""
         done: list[Path] = []
-        for folder in sorted((self.path / "stages").glob("[0-9][0-9]-*")):
+        for index, name in enumerate(names):
+            folder = self._stage(index, name)
+            if not folder.exists():
+                break
             try:
                 verify_manifest(folder)
             except CheckpointError as error:
@@ -70,8 +87,7 @@ class WorkFolder:
 
     def save_stage(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
         """Write a finished stage completely or not at all; its training checkpoints are then dropped."""
-        target = self.path / "stages" / f"{index + 1:02d}-{name}"
-        target.parent.mkdir(exist_ok=True)
+        target = self._stage(index, name)
         with new_folder(target, force=True) as folder:
             write(folder)
             write_manifest(folder)
@@ -84,15 +100,56 @@ class WorkFolder:
 
     def discard(self) -> None:
         """Remove everything: the result stands elsewhere."""
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _stage(self, index: int, name: str) -> Path:
+        return self.path / "stages" / f"{index + 1:02d}-{name}"
+
+    def _worth_resuming(self) -> bool:
+        return any(self.path.glob("stages/[0-9][0-9]-*")) or any(self.path.glob("training/*/step-*"))
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError if something lies at a work folder's path that no run made."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CheckpointError(f"{path} is in the way: a run keeps its unfinished work there. Move it, or choose another output.")
+    if path.is_dir() and any(path.iterdir()) and not (path / _IDENTITY).is_file():
+        raise CheckpointError(f"{path} is in the way: no run made it, and a run keeps its unfinished work there. Choose another output.")
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What the interrupted run wrote of itself."""
+    if not (path / _IDENTITY).is_file():
+        raise ResumeError(f"nothing to resume: {path} holds no interrupted run; leave --resume out to start one")
+    try:
+        found = json.loads((path / _IDENTITY).read_text("utf-8"))
+    except ValueError as error:
+        raise ResumeError(f"{path / _IDENTITY} is damaged ({error}); start anew with --force") from error
+    if not isinstance(found, dict):
+        raise ResumeError(f"{path / _IDENTITY} is damaged (no object); start anew with --force")
+    return found
 
 
 def _agree(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ResumeError naming the fields in which two identities differ."""
+    was, is_now = _flat(before), _flat(now)
+    absent = "absent"
     differing = [
-        f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if json.dumps(before.get(name), sort_keys=True) != json.dumps(now.get(name), sort_keys=True)
+        f"{name} was {was.get(name, absent)!r}, is {is_now.get(name, absent)!r}"
+        for name in sorted(was.keys() | is_now.keys())
+        if was.get(name, absent) != is_now.get(name, absent)
     ]
     if differing:
         raise ResumeError(f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with --force")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of mappings as one mapping of dotted names."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, one in value.items():
+        flat |= _flat(one, f"{name}.{key}" if name else str(key))
+    return flat

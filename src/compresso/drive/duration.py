@@ -2,16 +2,16 @@
 
 import math
 import re
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from compresso.errors import RecipeError
-
-Duration = int | str
-"""An integer is a number of updates; "2 epochs" or "0.5 epoch" is passes over the training examples."""
 
 _EPOCHS = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*epochs?\s*$")
 
 
-def updates(duration: Duration, examples: int, batch: int) -> int:
+def updates(duration: int | str, examples: int, batch: int) -> int:
     """Updates of a duration, for `examples` training examples and `batch` examples an update.
 
     >>> updates(200, examples=1000, batch=8)
@@ -28,6 +28,15 @@ def updates(duration: Duration, examples: int, batch: int) -> int:
     if match is None:
         raise RecipeError(f"duration {duration!r} is not understood; wanted updates (200) or epochs ('2 epochs')")
     return math.ceil(float(match[1]) * math.ceil(examples / batch))
+
+
+def _understood(duration: int | str) -> int | str:
+    updates(duration, 1, 1)
+    return duration
+
+
+Duration = Annotated[int | str, AfterValidator(_understood)]
+"""An integer is a number of updates; "2 epochs" or "0.5 epoch" is passes over the training examples."""
 
 
 def shortened(phases: list[int], most: int | None) -> list[int]:

@@ -88,6 +88,7 @@ class LearnGates:
         checkpointing: recompute activations in the backward pass.
         precision: "auto", "no" or "bf16" autocast.
         max_steps: cap on all updates together; phases shrink with it.
+        save_every: updates between training checkpoints.
     """
 
     keep: Share = 0.7
@@ -125,6 +126,7 @@ class LearnGates:
     checkpointing: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"
     max_steps: Count | None = None
+    save_every: Count = 50
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
@@ -188,6 +190,7 @@ class LearnGates:
                 device=job.device,
                 after_update=after_update,
                 checkpoints=job.checkpoints(),
+                save_every=self.save_every,
                 progress=job.progress(),
                 phase=lambda update: "tune" if update < tune else "ramp" if update < tune + ramp else "hold",
             )

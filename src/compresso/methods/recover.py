@@ -39,6 +39,7 @@ class Recover:
         checkpointing: recompute activations in the backward pass.
         precision: "auto", "no" or "bf16" autocast.
         max_steps: cap on the updates.
+        save_every: updates between training checkpoints.
     """
 
     steps: Duration = 300
@@ -55,6 +56,7 @@ class Recover:
     checkpointing: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"
     max_steps: Annotated[int, Ge(1)] | None = None
+    save_every: Annotated[int, Ge(1)] = 50
 
     def __call__(self, job: Job) -> Job:
         """Train adapters, merge them."""
@@ -74,6 +76,7 @@ class Recover:
             precision=self.precision,
             device=job.device,
             checkpoints=job.checkpoints(),
+            save_every=self.save_every,
             progress=job.progress(),
             phase=lambda update: "recover",
         )

@@ -1,0 +1,131 @@
+"""Everything that can be wrong with a run, found before weights are read and before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from compresso.checkpoint.atomic import check_output
+from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
+from compresso.checkpoint.workfolder import WorkFolder
+from compresso.data.instructions import Encoded, encode
+from compresso.data.prompt import prompt_identity
+from compresso.data.records import Records
+from compresso.data.registry import load_records
+from compresso.drive.device import choose_device
+from compresso.dryrun import act_out
+from compresso.errors import CheckpointError, DataError, RecipeError
+from compresso.options import AskedLayout, for_layout
+from compresso.recipe import Recipe, build
+from compresso.results import origin, versions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against.
+
+    Args:
+        recipe, source: checked; weights not read yet.
+        output: absolute.
+        device: where it runs.
+        tokenizer: None for a model without one, in a recipe without data.
+        records, encoded: the data; None in a recipe without.
+        prompt: identity of the collaborative prompt, if the recipe uses it.
+        seed: of every random draw.
+        layout: asked for.
+    """
+
+    recipe: Recipe
+    source: Source
+    output: Path
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None
+    records: Records | None
+    encoded: Encoded | None
+    prompt: Mapping[str, str] | None
+    seed: int
+    layout: AskedLayout
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume must agree on."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "model": asdict(self.source.identity),
+            "data": self.records.sha256 if self.records else None,
+            "prompt": self.prompt,
+            "layout": self.layout,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+    def origin(self) -> dict[str, Any]:
+        """What the records say of where the result comes from."""
+        return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed)
+
+
+def prepare(
+    raw: Mapping[str, Any], model: str, data: str | None, *, output: Path, layout: str, seed: int, device: str, force: bool, skip_bad: bool
+) -> Prepared:
+    """Check a run's arguments against each other and read its data.
+
+    Raises:
+        CompressoError: with the cure; nothing was written.
+    """
+    raw = for_layout(raw, layout)
+    recipe = build(raw, str(raw.get("name", "recipe")))
+    source = open_source(model)
+    if not source.tensors:
+        raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
+    output = output.resolve()
+    check_output(output, source.folder, force)
+    check_output(WorkFolder.beside(output), source.folder, force=True)
+    act_out(recipe, source)
+    where = choose_device(device)
+    if data is not None and not recipe.needs("data"):
+        raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
+    chosen = data or recipe.data.source
+    _spare_data(chosen, output)
+    tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
+    records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
+    recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
+    prompt = prompt_identity() if recipe.data.prompt and recipe.needs("data") else None
+    return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
+
+
+def _without_folders(data: str | None) -> str | None:
+    """What a person wrote after --data, with files named without the folders of this machine."""
+    if data is None:
+        return None
+    parts = [part.strip() for part in data.split(",")]
+    return ",".join(Path(part).name if Path(part).expanduser().is_file() else part for part in parts)
+
+
+def _spare_data(data: str | None, output: Path) -> None:
+    """Refuse data files that lie in a folder the run would replace."""
+    for part in filter(None, map(str.strip, (data or "").split(","))):
+        path = Path(part).expanduser()
+        for folder in (output, WorkFolder.beside(output)):
+            if path.is_file() and path.resolve().is_relative_to(folder):
+                raise DataError(f"data {path} lies in {folder}, which the run replaces. Move it, or choose another output")
+
+
+def _examples(
+    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, skip_bad: bool
+) -> tuple[Records | None, Encoded | None]:
+    """Read and tokenise the training data, if the recipe needs any."""
+    if not recipe.needs("data"):
+        return None, None
+    if data is None:
+        raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
+    assert tokenizer is not None  # the caller loads one for a recipe that needs data
+    records = load_records(data, skip_bad=skip_bad)
+    knobs = recipe.data
+    encoded = encode(
+        records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit, vocab_size=vocab_size
+    )
+    if len(encoded.rows) <= knobs.held:
+        raise DataError(f"{data} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower data.held")
+    return records, encoded

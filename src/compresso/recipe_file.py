@@ -1,0 +1,130 @@
+"""Reading a recipe's YAML without trusting it, and the recipes that ship.
+
+A safe loader with size, depth and alias limits; duplicate keys and tags are errors. What comes out is a raw mapping whose stages are still
+unchecked. The `recipe.yaml` of a result has a further key, `run`: facts of the run that wrote it, passed over when it is run again.
+"""
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compresso.errors import RecipeError, nearest
+
+MAX_BYTES = 65_536
+MAX_DEPTH = 12
+_TOP_LEVEL = ("name", "title", "paper", "description", "data", "stages", "run")
+
+
+def names() -> list[str]:
+    """The recipes that ship, sorted: `compresso`, `compresso/paper`, ... (a folder's `default.yaml` goes by the folder's name)."""
+    root = resources.files("compresso") / "recipes"
+    found: list[str] = []
+    for folder in root.iterdir():
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if file.name.endswith(".yaml"):
+                    stem = file.name.removesuffix(".yaml")
+                    found.append(folder.name if stem == "default" else f"{folder.name}/{stem}")
+    return sorted(found)
+
+
+def read(recipe: str | Path) -> dict[str, Any]:
+    """The raw mapping of a shipped recipe or a YAML file.
+
+    Raises:
+        RecipeError: if there is none, it is too large or deep, or is not a mapping with known keys.
+    """
+    name = str(recipe)
+    if name in names():
+        folder, _, stem = name.partition("/")
+        return parse((resources.files("compresso") / "recipes" / folder / f"{stem or 'default'}.yaml").read_text("utf-8"), name)
+    path = Path(recipe).expanduser()
+    if not path.is_file():
+        raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {nearest(name, names())}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"recipe {name} has more than the {MAX_BYTES} bytes that are read; give a recipe, not data")
+        raw = parse(content.decode("utf-8"), name)
+        return {**raw, "name": raw.get("name") or path.stem}
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {name} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def parse(text: str, name: str) -> dict[str, Any]:
+    """YAML text to a mapping with known top-level keys. Raises RecipeError."""
+    data = plain(text, f"recipe {name}")
+    if not isinstance(data, dict) or "stages" not in data:
+        raise RecipeError(f"recipe {name} must be a mapping with the key 'stages'; see `compresso recipes compresso` for one in full")
+    stages_of(data, name)
+    return data
+
+
+def plain(text: str, what: str) -> Any:
+    """The value of a YAML text without tags, aliases, duplicate keys and deep nesting; `what` begins the message of its RecipeError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecipeError as error:
+        raise RecipeError(f"{what} cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: numbers and dates out of range
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{what}{where} is not plain YAML: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from error
+
+
+def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
+    """Name and knobs of each stage of a raw recipe. Raises RecipeError if it has none, or an unknown top-level key."""
+    name = name or str(raw.get("name", "recipe"))
+    for key in raw:
+        if key not in _TOP_LEVEL:
+            raise RecipeError(f"recipe {name}: unknown key '{key}'; {nearest(str(key), _TOP_LEVEL)}")
+    listed = raw.get("stages")
+    if not isinstance(listed, list) or not listed:
+        raise RecipeError(f"recipe {name}: 'stages' must be a list such as [{{learn_gates: {{keep: 0.7}}}}], got {type(listed).__name__}")
+    stages: list[tuple[str, Any]] = []
+    for entry in listed:
+        if isinstance(entry, str):
+            stages.append((entry, {}))
+        elif isinstance(entry, dict) and len(entry) == 1:
+            stages.extend((str(key), {} if knobs is None else knobs) for key, knobs in entry.items())
+        else:
+            raise RecipeError(f"recipe {name}: a stage is one name with its knobs, such as {{recover: {{rank: 8}}}}; got {short(entry)}")
+    return stages
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (no bombs), duplicate keys or deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise RecipeError("it uses a YAML alias (*name), which is not supported; write the value out")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RecipeError(f"it is nested too deeply; at most {MAX_DEPTH} levels are read")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"it has a key that is no plain word (line {key.start_mark.line + 1}); write a name")
+            if key.value in seen:
+                raise RecipeError(f"it has the key '{key.value}' twice in one mapping (line {key.start_mark.line + 1}); keep one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

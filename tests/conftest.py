@@ -1,0 +1,118 @@
+"""A tiny LLaMA with the embedded model's tokenizer, a few instructions, and runs of recipes that tests share because they cost seconds."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from compresso import cli
+from compresso.data import nano
+from compresso.errors import ExportError
+from compresso.options import with_options
+from compresso.run import Result, run
+
+CANARY = "canary-of-the-environment"
+"""A secret in the environment of every test: it must not reach a file."""
+SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
+"""Overrides that make any shipped recipe quick on these instructions."""
+
+os.environ["COMPRESSO_TEST_SECRET"] = CANARY
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied LLaMA: hidden 32, 3 layers, 4 key/value heads with 2 query heads each, 48 channels, 1024 tokens."""
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    generator = torch.Generator().manual_seed(5)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.5 * parameter.shape[1] ** -0.5, generator=generator)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(nano.path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 short Alpaca rows."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(str(i) for i in range(1, n % 7 + 2))} for n in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: float) -> float:
+    """What `reopen_and_compare` does, in this process: seconds are saved, and one test goes the long way."""
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        worst = float((stored(input_ids=ids).logits - model.eval()(input_ids=ids).logits).abs().max())
+    if not worst <= atol:
+        raise ExportError(f"logits differ by {worst}")
+    return worst
+
+
+@pytest.fixture
+def quick_reopening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are reopened in this process."""
+    monkeypatch.setattr("compresso.results.reopen_and_compare", reopen_here)
+
+
+Ran = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def ran(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """ran(recipe, layout="auto", seed=0, sets=(), **options): the result of a shortened run; equal arguments share one."""
+    done: dict[Any, Result] = {}
+
+    def once(recipe: str, *, layout: str = "auto", seed: int = 0, sets: tuple[str, ...] = (), copy: int = 0, **options: Any) -> Result:
+        key = (recipe, layout, seed, sets, copy, *sorted(options.items()))
+        if key not in done:
+            raw = with_options(recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **{"max_steps": 3, **options})
+            output = tmp_path_factory.mktemp("runs") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("compresso.results.reopen_and_compare", reopen_here)
+                done[key] = run(raw, tiny_folder, instructions, output=output, layout=layout, seed=seed, quiet=True)
+        return done[key]
+
+    return once
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """call(*arguments): exit code, stdout and stderr of the command line."""
+
+    def _call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(one) for one in arguments])
+        written = capfd.readouterr()
+        return int(stop.value.code or 0), written.out, written.err
+
+    return _call
