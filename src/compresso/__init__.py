@@ -12,9 +12,9 @@ from compresso.core.plan import Plan
 from compresso.drive.fit import fit
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
-from compresso.export.native import register as _register
 from compresso.inspection import inspect
 from compresso.loading import load
+from compresso.native import register as _register
 from compresso.run import Result, run
 
 __version__ = _version("compresso-llm")

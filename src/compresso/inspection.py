@@ -14,7 +14,7 @@ from compresso.checkpoint.source import meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
-from compresso.export.stock import stock_form
+from compresso.native.stock import as_stock
 
 KV_BYTES = 2
 """Bytes of a key/value cache entry: bfloat16 or float16, as served."""
@@ -32,7 +32,7 @@ def inspect(model: str | Path | PreTrainedModel) -> dict[str, Any]:
         CheckpointError: if there is no such model or it is unsafe to read.
         ArchError: if nobody described its architecture.
     """
-    live = stock_form(model if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False)))
+    live = as_stock(model if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False)))
     return describe(live, arch_for(live.config))
 
 

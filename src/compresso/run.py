@@ -28,8 +28,8 @@ from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator
 from compresso.errors import CheckpointError
 from compresso.export.hf import save_checkpoint
-from compresso.export.stock import stock_form
 from compresso.job import Job, check_finite
+from compresso.native.stock import as_stock
 from compresso.preflight import Prepared, prepare
 from compresso.recipe import read
 from compresso.results import finish, save_stage, state, stored_dtype
@@ -139,7 +139,7 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if isinstance(model, PreTrainedModel):
         with tempfile.TemporaryDirectory(prefix="compresso-") as scratch:
             folder = Path(scratch, type(model).__name__)  # so that it has a name in the records
-            model = stock_form(model)
+            model = as_stock(model)
             save_checkpoint(model, arch_for(model.config).shapes(model), folder, tokenizer=tokenizer)
             yield str(folder)
         return
@@ -152,7 +152,7 @@ def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
     """The job before its weights are read."""
     rows = prepared.encoded.rows if prepared.encoded else []
     held = prepared.recipe.data.held
-    model = stock_form(meta_model(prepared.source))
+    model = as_stock(meta_model(prepared.source))
     return Job(
         model=model,
         arch=arch_for(model.config),
@@ -174,9 +174,9 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     # parameters that train on a CPU do so in float32: bfloat16 weights would round small merged updates away
     dtype = torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
     if not done:
-        job = replace(job, model=stock_form(load_model(prepared.source, dtype=dtype, device=prepared.device)))
+        job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
         return job, state(job)
-    model = stock_form(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
+    model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
     return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]

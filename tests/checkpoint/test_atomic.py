@@ -205,6 +205,14 @@ def test_force_is_needed_and_has_limits(tmp_path: Path, monkeypatch: pytest.Monk
     assert read(tmp_path / "out") == OLD
 
 
+def test_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not empty"), new_folder(tmp_path / "out") as folder:
+        fill(folder, NEW)
+        fill(tmp_path / "out", OLD)
+    assert read(tmp_path / "out") == OLD
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -17,7 +17,12 @@ from compresso.edit.lora import attach_
 
 
 def objective(
-    *, starts: int = 0, noise: Literal["batch", "example"] = "batch", layer_gates: Literal["none", "layer", "sublayer"] = "none", lagrangian: bool = True
+    *,
+    starts: int = 0,
+    noise: Literal["batch", "example"] = "batch",
+    layer_gates: Literal["none", "layer", "sublayer"] = "none",
+    lagrangian: bool = True,
+    cost_aware: bool = False,
 ) -> GatedObjective:
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, vocab_size=50, pad_token_id=0)
@@ -41,6 +46,7 @@ def objective(
         noise=noise,
         seed=3,
         layer_gates=layer_gates,
+        cost_aware=cost_aware,
     )
 
 
@@ -149,3 +155,21 @@ def test_recomputed_activations_see_the_same_masks() -> None:
             one(batch(), Micro(3, 0, range(4)))["loss"].backward()
         gradients.append(one.gates.log_alpha.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_charging_gates_for_their_cost_leaves_no_common_direction() -> None:
+    """What remains of the gradient sums to zero: raising all gates together buys nothing, and dear gates pay more."""
+    plain, charged = objective(lagrangian=False), objective(lagrangian=False, cost_aware=True)
+    for one in (plain, charged):
+        with one.attached():
+            one(batch(), Micro(3, 0, range(4)))["loss"].backward()
+    assert plain.gates.log_alpha.grad is not None
+    assert charged.gates.log_alpha.grad is not None
+    taken = plain.gates.log_alpha.grad - charged.gates.log_alpha.grad
+    assert charged.gates.log_alpha.grad.sum().item() == pytest.approx(0, abs=1e-5)
+    probabilities = plain.gates.keep_probabilities()
+    slope = {name: (p * (1 - p)).detach() for name, p in probabilities.items()}
+    price = {name: part / slope[name] for name, part in plain.gates.split(taken).items()}
+    for name, values in price.items():
+        torch.testing.assert_close(values, values[0].expand_as(values), rtol=1e-3, atol=0)  # one price a parameter
+        assert values[0] / price["layers.0.channels"][0] == pytest.approx(4 * 8 / 3 if "heads" in name else 1, rel=1e-3)

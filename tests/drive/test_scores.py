@@ -16,7 +16,13 @@ from compresso.errors import NumericError
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, vocab_size=50, pad_token_id=0
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        vocab_size=50,
+        pad_token_id=0,
     )
     made = LlamaForCausalLM(config).eval()
     with torch.no_grad():

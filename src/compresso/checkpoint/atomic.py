@@ -77,6 +77,7 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
             yield temporary
         with storage_errors(target):
             sync_tree(temporary)
+            refuse_occupied(target, force)  # someone else may have been faster
             _install(temporary, target)
             sync(target.parent)
     except BaseException:

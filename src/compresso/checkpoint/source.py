@@ -21,7 +21,8 @@ from compresso.checkpoint.atomic import sha256
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_tensors
 from compresso.checkpoint.header import TensorInfo
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
-from compresso.export.native import family_of
+from compresso.native import family_of
+from compresso.native.stock import as_stock
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _MAX_LAYERS = 4_096
@@ -98,20 +99,11 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
 
 
 def meta_model(source: Source) -> PreTrainedModel:
-    """The model's modules on the meta device: names and shapes without memory.
+    """The model's modules on the meta device, as its family's stock class: names and shapes without memory.
 
     Raises ArchError if it is not a causal language model, CheckpointError if its config asks for the impossible.
     """
-    layers = getattr(source.config, "num_hidden_layers", 0) or 0
-    if layers > _MAX_LAYERS:
-        raise CheckpointError(f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config.")
-    if type(source.config) not in AutoModelForCausalLM._model_mapping:
-        raise ArchError(f"{source.name} ({source.config.model_type}) is not a causal language model. Give one that is.")
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
-    except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
-        raise CheckpointError(f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config.") from error
+    return as_stock(_as_written(source))
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -173,11 +165,28 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
     return source
 
 
+def _as_written(source: Source) -> PreTrainedModel:
+    """The model's modules on the meta device: names and shapes without memory.
+
+    Raises ArchError if it is not a causal language model, CheckpointError if its config asks for the impossible.
+    """
+    layers = getattr(source.config, "num_hidden_layers", 0) or 0
+    if layers > _MAX_LAYERS:
+        raise CheckpointError(f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config.")
+    if type(source.config) not in AutoModelForCausalLM._model_mapping:
+        raise ArchError(f"{source.name} ({source.config.model_type}) is not a causal language model. Give one that is.")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
+    except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
+        raise CheckpointError(f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config.") from error
+
+
 def _check_tensors(source: Source) -> None:
     """Raise CheckpointError listing tensors that are missing, unexpected, of the wrong shape or not of a plain float dtype."""
     if (layers := source.config.num_hidden_layers) > len(source.tensors):
         raise CheckpointError(f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json.")
-    model = meta_model(source)
+    model = _as_written(source)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if source.config.tie_word_embeddings else set()
     stored = {name: info for name, info in source.tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files still have it

@@ -78,6 +78,8 @@ class GatedObjective(nn.Module):
         use_lagrangian: False where the budget is held by projection instead.
         noise: "batch": one draw an update, shared by its micro-batches and processes; "example": one draw an example.
         seed: of the noise.
+        cost_aware: subtract from each gate's gradient its cost at the model's mean price, so that under projection a gate rises only if it
+            is worth more than its parameters.
         layer_gates: axis kinds' layers that share one on/off gate: "none", "layer" (attention and FFN together) or "sublayer".
     """
 
@@ -93,6 +95,7 @@ class GatedObjective(nn.Module):
         noise: Literal["batch", "example"],
         seed: int,
         layer_gates: Literal["none", "layer", "sublayer"] = "none",
+        cost_aware: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -106,6 +109,16 @@ class GatedObjective(nn.Module):
         # mean -10: "pruning is off in this layer"; a gate that opens switches its unit masks on
         self.layer_alpha = nn.Parameter(torch.full((count,), -10.0).clamp(min=hard_concrete.LOG_ALPHA_LOW)) if count else None
         self._sites: GateSites | None = None
+        if cost_aware:
+            self.gates.log_alpha.register_post_accumulate_grad_hook(self._charge_)
+
+    def _charge_(self, log_alpha: Tensor) -> None:
+        """Take the mean price per parameter off the gradient: linear in it, so micro-batches and processes may be averaged afterwards."""
+        if log_alpha.grad is not None:
+            with torch.enable_grad():
+                sparsity = self.constraint.sparsity(self.gates.keep_probabilities())
+                (cost,) = torch.autograd.grad(sparsity, log_alpha)
+            log_alpha.grad.sub_(cost * (log_alpha.grad.sum() / cost.sum()))
 
     @contextmanager
     def attached(self) -> Iterator[None]:

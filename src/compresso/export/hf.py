@@ -28,10 +28,10 @@ from compresso.export.layout import (
     widest,
     with_one_epsilon,
 )
-from compresso.export.native import MODELING_FILE
 from compresso.export.pad import pad_tensors
 from compresso.export.reopen import reopen_and_compare
 from compresso.export.shrunk import Shrunk, describe
+from compresso.native import MODELING_FILE
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 
@@ -69,6 +69,8 @@ def save_checkpoint(
     with new_folder(folder, force) as temporary:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
         write_text(temporary / "config.json", config.to_json_string())
+        for weights in temporary.glob("*.safetensors"):  # the library makes them readable by their owner only
+            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
         if layout == "native":
             shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         if getattr(model, "generation_config", None) is not None:

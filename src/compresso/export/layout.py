@@ -8,8 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compresso.arch.base import LayerShape
-from compresso.export.native import CLASSES, MODELING_FILE
 from compresso.export.shrunk import Shrunk
+from compresso.native import CLASSES, MODELING_FILE
 
 Layout = Literal["uniform", "padded", "native"]
 _REBUILT = (

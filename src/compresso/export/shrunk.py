@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import LayerShape
 from compresso.errors import ExportError
-from compresso.export.native import CLASSES, family_of
+from compresso.native import CLASSES, family_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ def _head_dim(config: PreTrainedConfig, tensors: Mapping[str, Tensor], shapes: S
     if getattr(config, "head_dim", None):
         return int(config.head_dim)
     for index, shape in enumerate(shapes):
-        if shape.query_heads:
-            return tensors[f"model.layers.{index}.self_attn.q_proj.weight"].shape[0] // shape.query_heads
-    raise ExportError("the model has no attention and its config no head_dim. Set config.head_dim before saving.")
+        weight = tensors.get(f"model.layers.{index}.self_attn.q_proj.weight")
+        if shape.query_heads and weight is not None:
+            return weight.shape[0] // shape.query_heads
+    raise ExportError("neither the config nor an attention layer tells the head_dim. Merge adapters, or set config.head_dim.")
 
 
 def _kinds(config: PreTrainedConfig, shapes: Sequence[LayerShape]) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """Compresso: structured pruning learned during instruction tuning (arXiv 2310.05015).
 
-Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA adapters and one
-hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected sparsity of the
+Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA adapters and
+one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected sparsity of the
 block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made smaller.
 
 In the published configurations (recipes compresso/paper, compresso/script) these departures remain, each for a reason:
@@ -75,6 +75,7 @@ class LearnGates:
         lr, lr_schedule, clip: LoRA's AdamW.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
+        cost_aware: under projection, charge each gate for its parameters.
         start: "open" as published, or "score".
         open_mean, channel_droprate: initial log-alpha of an open gate, and FFN gates' initial drop rate.
         score_batches, score_spread: batches behind the starting scores; spread of the starting log-alpha.
@@ -110,6 +111,7 @@ class LearnGates:
     mask_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lambda_lr: Rate = 0.1
     constraint: Literal["lagrangian", "projection"] = "lagrangian"
+    cost_aware: bool = False
     start: Literal["open", "score"] = "open"
     open_mean: float = 10.0
     channel_droprate: Annotated[float, Gt(0), Le(0.5)] = 0.01
@@ -157,6 +159,7 @@ class LearnGates:
             noise=self.noise,
             seed=job.seed,
             layer_gates=self.layer_gates,
+            cost_aware=self.cost_aware,
         )
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         groups = [

@@ -82,4 +82,5 @@ class Recover:
         )
         if self.checkpointing:
             job.model.activation_checkpointing_disable()
-        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=sum(p.numel() for p in adapters), curve=curve(history))
+        trainable = sum(parameter.numel() for parameter in adapters)
+        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=trainable, curve=curve(history))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from compresso.export.native import modeling_compresso as modeling
+from compresso.native import modeling_compresso as modeling
 
 MODELING_FILE = Path(modeling.__file__)
 CLASSES = {

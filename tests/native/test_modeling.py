@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import compresso  # noqa: F401  # registers the classes
 from compresso.export.hf import save_checkpoint
-from compresso.export.native import CLASSES, MODELING_FILE, family_of, register
-
-from .narrow import FAMILIES, NO_FIRST_ATTENTION, SHAPES, narrow_model, some_ids
+from compresso.native import CLASSES, MODELING_FILE, family_of, register
+from tests.export.narrow import FAMILIES, NO_FIRST_ATTENTION, SHAPES, narrow_model, some_ids
 
 ALONE = """
 import sys, torch

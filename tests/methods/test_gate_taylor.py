@@ -1,0 +1,57 @@
+"""Gate-Taylor removal: what it keeps is what its scores say, one pool over kinds and layers."""
+
+import pytest
+import torch
+
+from compresso.methods.gate_taylor import GateTaylor, sensitivity_per_parameter
+from tests.methods.conftest import MakeJob
+
+
+def test_kept_units_score_above_removed_ones_of_the_same_kind_and_price(make_job: MakeJob) -> None:
+    job = make_job()
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind == "channel"]
+    scores = sensitivity_per_parameter(job, axes, job.cost(), 2, 4)
+    plan = GateTaylor(keep=0.8, kinds=("channel",), batches=2, batch=4)(make_job(folder="b")).plan  # type: ignore[arg-type]
+    masks = plan.masks(axes)
+    kept = torch.cat([scores[a.name][masks[a.name] > 0] for a in axes])
+    removed = torch.cat([scores[a.name][masks[a.name] == 0] for a in axes])
+    assert len(removed) > 10
+    assert kept.min() >= removed.max()
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.7])
+def test_it_lands_on_the_budget(make_job: MakeJob, keep: float) -> None:
+    before = make_job().cost()().parameters()["blocks"]
+    job = GateTaylor(keep=keep, batches=1, batch=4)(make_job())
+    assert keep * before - 3 * 32 < job.cost()().parameters()["blocks"] <= keep * before
+
+
+def test_a_channel_that_does_nothing_goes_first(make_job: MakeJob) -> None:
+    job = make_job()
+    with torch.no_grad():
+        job.model.get_parameter("model.layers.1.mlp.down_proj.weight")[:, 5] = 0
+    plan = GateTaylor(keep=0.99, kinds=("channel",), batches=1, batch=4)(job).plan  # type: ignore[arg-type]
+    assert 5 not in plan.kept["layers.1.channels"]
+
+
+def test_uniform_layout_keeps_equal_counts(make_job: MakeJob) -> None:
+    job = GateTaylor(keep=0.6, layout="uniform", batches=1, batch=4)(make_job())
+    assert len(set(job.arch.shapes(job.model))) == 1
+
+
+def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None:
+    """The scores mean something: cutting the other end of the ranking hurts more."""
+    from compresso.core.allocate import allocate
+    from compresso.results import held_loss
+
+    job = make_job()
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind in ("head", "channel")]
+    scores = sensitivity_per_parameter(job, axes, job.cost(), 4, 8)
+    stage = GateTaylor(keep=0.7)
+    good, bad = (
+        held_loss(make_job().without(allocate(axes, {n: sign * s for n, s in scores.items()}, job.cost(), stage.budget()).masks(axes), "x"))
+        for sign in (1, -1)
+    )
+    assert good is not None
+    assert bad is not None
+    assert good < bad
