@@ -1,5 +1,6 @@
 """A tiny LLaMA with the embedded model's tokenizer, a few instructions, and runs of recipes that tests share because they cost seconds."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -66,9 +67,13 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: float) -> float:
     """What `reopen_and_compare` does, in this process: seconds are saved, and one test goes the long way."""
+    dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    live = copy.deepcopy(model).eval()
+    for parameter in live.parameters():
+        parameter.data = parameter.data.to(dtype).float()
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        worst = float((stored(input_ids=ids).logits - model.eval()(input_ids=ids).logits).abs().max())
+        worst = float((stored(input_ids=ids).logits - live(input_ids=ids).logits).abs().max())
     if not worst <= atol:
         raise ExportError(f"logits differ by {worst}")
     return worst

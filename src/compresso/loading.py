@@ -1,6 +1,5 @@
 """Open a checkpoint that compresso wrote, with the collaborative prompt it was pruned with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
@@ -72,9 +72,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     Raises:
         CheckpointError: if it is not a safe, complete checkpoint, or was pruned with a prompt that this version does not know.
     """
-    source = open_source(str(path))
-    model = load_model(source, dtype=dtype, device=device)
-    return Loaded(model.eval(), load_tokenizer(source) if has_tokenizer(source) else None, _prompt(source))
+    source = open_source(path)
+    prompt = _prompt(source)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    return Loaded(load_model(source, dtype=dtype, device=device), tokenizer, prompt)
 
 
 def _prompt(source: Source) -> Prompt | None:
@@ -82,8 +83,8 @@ def _prompt(source: Source) -> Prompt | None:
     records = source.folder / "records.json" if source.folder else None
     if records is None or not records.is_file():
         return None
-    stored = json.loads(records.read_text("utf-8")).get("prompt")
-    if stored is None:
+    stored = read_json(records).get("prompt")
+    if not isinstance(stored, dict):
         return None
     known = prompt_identity()
     if stored != known:

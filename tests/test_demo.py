@@ -1,0 +1,67 @@
+"""The demo end to end, on the embedded model, with training and measuring cut to almost nothing."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import compresso
+from compresso import demo
+from compresso.measure.decode import decode_speeds
+from compresso.recipe import override, read, with_knob
+from tests.conftest import Call
+
+ROWS = ["dense", "magnitude", "gate-Taylor", "Compresso"]
+
+
+@pytest.fixture
+def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(recipe: str) -> dict[str, object]:
+        raw = with_knob(with_knob(read(recipe), "max_steps", 1), "batch", 4)
+        raw = with_knob(with_knob(raw, "micro_batch", 4, required=False), "rank", 1, required=False)
+        raw = with_knob(with_knob(raw, "batches", 1, required=False), "score_batches", 1, required=False)
+        return override(override(raw, "data.limit", 24), "data.held", 4)
+
+    monkeypatch.setattr(demo, "read", short)
+    monkeypatch.setattr(demo, "ITEMS_PER_TASK", 1)
+    monkeypatch.setattr(demo, "DOCUMENTS", 2)
+    monkeypatch.setattr(demo, "decode_speeds", partial(decode_speeds, rounds=1, prompt_tokens=2, new_tokens=2))
+
+
+@pytest.mark.usefixtures("shortened", "quick_reopening")
+def test_the_demo_writes_its_table_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    code, out, error = call("demo", "--output", output, "--keep", 0.7)
+    assert code == 0, error
+    table = json.loads((output / "table.json").read_text(), parse_constant=pytest.fail)
+    assert list(table) == ROWS
+    dense = table["dense"]
+    for name in ROWS[1:]:
+        row = table[name]
+        assert row["parameters"] < dense["parameters"]
+        assert row["bytes"] < dense["bytes"]
+        assert row["decode"]["bytes_per_token"] < dense["decode"]["bytes_per_token"]
+        assert row["perplexity"] > 1
+        assert 0 <= row["accuracy"] <= 1
+        assert row["items"] == dense["items"]
+    assert {table[name]["block_parameters"] // 10_000 for name in ROWS[1:]} == {table["Compresso"]["block_parameters"] // 10_000}
+    flat = " ".join(out.split())
+    assert all(name in flat for name in ROWS)
+    assert f'compresso.load("{output / "compresso"}")' in out.replace("\n", "")
+    assert sorted(path.name for path in output.iterdir()) == ["compresso", "gate-taylor", "magnitude", "table.json"]
+    loaded = compresso.load(output / "compresso")
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == table["Compresso"]["parameters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_the_demo_refuses_before_it_trains(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["compresso.run"], "load_model", pytest.fail)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "not empty" in call("demo", "--output", tmp_path / "full")[2]
+    code, _, error = call("demo", "--output", tmp_path / "new", "--keep", 1.5)
+    assert code == 2
+    assert "less than or equal to 1" in error
+    assert not (tmp_path / "new").exists()
