@@ -1,8 +1,9 @@
 """Compresso: structured pruning learned during instruction tuning (arXiv 2310.05015).
 
 Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA adapters and
-one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected sparsity of the
-block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made smaller.
+one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected
+sparsity of the block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made
+smaller.
 
 In the published configurations (recipes compresso/paper, compresso/script) these departures remain, each for a reason:
   - expected size by the factorised sum in float64, not an fp16 outer product (5e-4 relative error);
