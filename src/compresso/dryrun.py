@@ -29,7 +29,6 @@ from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.export.shrunk import describe
 from compresso.inspection import counts
 from compresso.job import accumulation
-from compresso.native.stock import as_stock
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4
@@ -84,7 +83,7 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
             LoRA targets that no layer has, batches that cannot be split.
     """
-    model = as_stock(meta_model(source))
+    model = meta_model(source)
     arch = arch_for(model.config)
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))

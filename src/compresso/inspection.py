@@ -32,7 +32,7 @@ def inspect(model: str | Path | PreTrainedModel) -> dict[str, Any]:
         CheckpointError: if there is no such model or it is unsafe to read.
         ArchError: if nobody described its architecture.
     """
-    live = as_stock(model if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False)))
+    live = as_stock(model) if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False))
     return describe(live, arch_for(live.config))
 
 

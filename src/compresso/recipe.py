@@ -20,7 +20,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from compresso.errors import CompressoError, RecipeError, nearest
+from compresso.errors import RecipeError, nearest
 from compresso.job import Effects, Stage, card, check_order
 from compresso.recipe_file import names, parse, read, short, stages_of
 
@@ -152,5 +152,3 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
         first = error.errors()[0]
         knob = ".".join(str(part) for part in first["loc"]) or "knobs"
         raise RecipeError(f"{where}: {knob}={short(first['input'])}: {first['msg'].removeprefix('Value error, ')}") from error
-    except CompressoError as error:
-        raise RecipeError(f"{where}: {error}") from error

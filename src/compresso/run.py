@@ -152,7 +152,7 @@ def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
     """The job before its weights are read."""
     rows = prepared.encoded.rows if prepared.encoded else []
     held = prepared.recipe.data.held
-    model = as_stock(meta_model(prepared.source))
+    model = meta_model(prepared.source)
     return Job(
         model=model,
         arch=arch_for(model.config),

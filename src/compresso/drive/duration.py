@@ -31,7 +31,10 @@ def updates(duration: int | str, examples: int, batch: int) -> int:
 
 
 def _understood(duration: int | str) -> int | str:
-    updates(duration, 1, 1)
+    try:
+        updates(duration, 1, 1)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error  # so that the knob is named where knobs are validated
     return duration
 
 

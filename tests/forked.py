@@ -1,0 +1,98 @@
+"""Command lines that may die: a process imports compresso once and forks a child for each line it reads.
+
+Run as a script. Each line of its input is {"arguments": [...], "log": file, "event": "kill" | "term" | "nan" | "", "phase": str, "at": int};
+for each it prints the child's exit code, negative for a signal. The event comes after that many updates of that phase: the process
+is killed, gets SIGTERM, or every loss from then on is NaN. Phase "saved" is the moment after that many stages were saved.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compresso import cli
+from compresso.checkpoint.workfolder import WorkFolder
+from compresso.drive.progress import Progress
+
+
+def arm(event: str, phase: str, at: int) -> None:
+    """Let the event happen in this process."""
+
+    def happen() -> None:
+        if event == "nan":
+            import compresso.drive.objectives as objectives
+
+            plain = objectives.next_token_loss
+            objectives.next_token_loss = lambda logits, labels: plain(logits, labels) * float("nan")
+        else:
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[event])
+
+    step, save_stage = Progress.step, WorkFolder.save_stage
+    done_in_phase: dict[str, int] = {}
+
+    def stepped(self: Progress, done: int, now: str, facts: Any, tokens: float) -> None:
+        step(self, done, now, facts, tokens)
+        done_in_phase[now] = done
+        if now == phase and done == at:
+            happen()
+
+    def saved(self: WorkFolder, index: int, *rest: Any) -> Path:
+        folder = save_stage(self, index, *rest)
+        if phase == "saved" and index + 1 == at:
+            happen()
+        return folder
+
+    Progress.step = stepped  # type: ignore[method-assign]
+    WorkFolder.save_stage = saved  # type: ignore[method-assign]
+
+
+def reopened(folder: Path, model: Any, ids: Tensor, atol: float) -> float:
+    """Not reopened: tests of runs do that, and it costs seconds."""
+    return 0.0
+
+
+def child(job: dict[str, Any]) -> None:
+    """Run one command line; never returns."""
+    import compresso.results
+
+    compresso.results.reopen_and_compare = reopened  # type: ignore[assignment]
+    with open(job["log"], "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if job["event"]:
+        arm(job["event"], job["phase"], job["at"])
+    cli.main(job["arguments"])
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                child(job)
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()

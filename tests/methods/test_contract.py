@@ -1,0 +1,121 @@
+"""What every registered stage must keep to, whatever it does."""
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compresso.job import Card, Effects, Job, cards, check_order
+from compresso.recipe import build
+from tests.methods.conftest import MakeJob
+
+QUICK: dict[str, Any] = {
+    **dict.fromkeys(("tune", "ramp"), 1),
+    **dict.fromkeys(("hold", "steps"), 2),
+    **dict.fromkeys(("batch", "micro_batch"), 4),
+    **dict.fromkeys(("batches", "score_batches"), 1),
+    "rank": 2,
+}
+every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
+
+
+def done(card: Card, job: Job) -> Job:
+    names = {field.name for field in fields(card.type)}
+    return card.type(**{name: value for name, value in QUICK.items() if name in names})(job)
+
+
+def tensors(job: Job) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+
+
+@every_stage
+def test_declared_effects_are_the_effects(card: Card, make_job: MakeJob) -> None:
+    job = make_job()
+    before = tensors(job)
+    after = tensors(done(card, job))
+    shapes_changed = {name: tensor.shape for name, tensor in before.items()} != {name: tensor.shape for name, tensor in after.items()}
+    assert shapes_changed == (Effects.SHAPES in card.effects)
+    if not shapes_changed:
+        same = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert same == (Effects.WEIGHTS not in card.effects)
+    elif Effects.WEIGHTS not in card.effects:  # what stays is what was there
+        entries = {name: set(tensor.flatten().tolist()) for name, tensor in before.items()}
+        assert all(set(tensor.flatten().tolist()) <= entries[name] for name, tensor in after.items())
+
+
+@every_stage
+def test_the_plan_is_what_was_removed(card: Card, make_job: MakeJob) -> None:
+    before = make_job()
+    after = done(card, make_job())
+    assert before.cost().of(after.plan).parameters() == after.cost()().parameters()
+    assert after.plan.is_noop(before.arch.axes(before.model)) == (Effects.SHAPES not in card.effects)
+
+
+@every_stage
+def test_the_seed_decides_everything(card: Card, make_job: MakeJob) -> None:
+    torch.manual_seed(1)
+    one = tensors(done(card, make_job()))
+    torch.manual_seed(2)  # the global generator does not
+    other = tensors(done(card, make_job(folder="other")))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@every_stage
+def test_records_are_json_under_the_stage_s_name(card: Card, make_job: MakeJob) -> None:
+    records = done(card, make_job()).records
+    assert list(records) == [card.name]
+    assert json.loads(json.dumps(records, allow_nan=False)) == records
+
+
+@every_stage
+def test_the_model_stays_finite_and_without_adapters(card: Card, make_job: MakeJob) -> None:
+    model = done(card, make_job()).model
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
+
+
+@every_stage
+def test_knobs_are_checked(card: Card) -> None:
+    with pytest.raises(ValidationError):
+        card.type(nonsense=1)
+    with pytest.raises(ValidationError):
+        card.type(keep=float("nan"))
+    knobs = {field.name for field in fields(card.type)}
+    documented = (card.type.__doc__ or "").replace(",", " ").replace(":", " ").split()
+    assert knobs <= set(documented), knobs - set(documented)
+
+
+@every_stage
+def test_a_card_tells_a_person_what_to_expect(card: Card) -> None:
+    assert card.title
+    assert card.when
+    assert card.failures
+    assert set(card.needs) <= {"data", "gradients", "training"}
+    assert ("training" in card.needs) == hasattr(card.type, "lr")
+
+
+@every_stage
+def test_a_stage_leaves_the_job_it_was_given(card: Card, make_job: MakeJob) -> None:
+    job = make_job()
+    before = replace(job)
+    done(card, job)
+    assert job.records == before.records == {}
+    assert job.plan == before.plan
+
+
+def test_orders_that_cannot_work_are_refused() -> None:
+    from compresso.errors import RecipeError
+
+    check_order([("a", Effects.SHAPES | Effects.WEIGHTS), ("b", Effects.WEIGHTS), ("c", Effects.FORMAT), ("d", Effects.NONE)])
+    with pytest.raises(RecipeError, match="'b' follows 'a', which changes the storage format"):
+        check_order([("a", Effects.FORMAT), ("b", Effects.WEIGHTS)])
+    with pytest.raises(RecipeError, match="'b' changes shapes after 'a'"):
+        check_order([("a", Effects.FORWARD), ("b", Effects.SHAPES)])
+
+
+def test_stages_in_any_order_the_effects_allow() -> None:
+    build({"stages": ["recover", "gate_taylor"]})

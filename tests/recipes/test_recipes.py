@@ -1,0 +1,54 @@
+"""Every recipe that ships is complete and means what it says. That each runs is tested in tests/test_run.py."""
+
+import re
+
+import pytest
+
+from compresso.checkpoint.source import open_source
+from compresso.data import nano
+from compresso.dryrun import act_out
+from compresso.job import card
+from compresso.recipe import build, names, read
+
+BASELINES = ("gate-taylor", "magnitude-structured")
+every_recipe = pytest.mark.parametrize("name", names())
+
+
+def test_these_recipes_ship() -> None:
+    assert {"compresso", "compresso/nano", "compresso/paper", "compresso/script", *BASELINES} <= set(names())
+
+
+@every_recipe
+def test_a_recipe_names_itself_its_title_and_its_paper(name: str) -> None:
+    recipe = build(read(name), name)
+    assert recipe.name == name
+    assert recipe.title
+    assert recipe.description
+    assert re.fullmatch(r"\d{4}\.\d{5}", recipe.paper)
+    assert any(card(stage).paper == recipe.paper for stage, _ in recipe.stages)
+
+
+@every_recipe
+def test_a_recipe_spelled_out_is_the_same_recipe(name: str) -> None:
+    spelled = build(read(name), name).to_dict()
+    assert build(spelled).to_dict() == spelled
+
+
+@every_recipe
+def test_a_recipe_fits_the_embedded_model(name: str) -> None:
+    shown = act_out(build(read(name), name), open_source(nano.path(), weights=False))
+    kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
+    assert 0.69 < kept <= 0.7
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("size", ["", "/nano"])
+def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
+    """Equal training is what makes the comparison honest."""
+
+    def lengths(name: str) -> tuple[int, set[int]]:
+        stages = [stage for _, stage in build(read(name)).stages if hasattr(stage, "lr")]
+        knobs = [getattr(stage, knob) for stage in stages for knob in ("tune", "ramp", "hold", "steps") if hasattr(stage, knob)]
+        return sum(knobs), {stage.batch for stage in stages}  # type: ignore[attr-defined]
+
+    assert lengths(baseline + size) == lengths("compresso" + size)
