@@ -183,7 +183,7 @@ class LearnGates:
             history = fit(
                 objective,
                 groups,
-                job.batches(self.batch),
+                job.batches(self.batch, "learn_gates"),
                 total,
                 seed=job.seed,
                 accumulation=job.accumulation(self.batch, self.micro_batch),
