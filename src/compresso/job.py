@@ -99,7 +99,7 @@ class Job:
         return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
 
     def batches(self, batch: int, stage: str) -> ShuffledBatches:
-        """Training batches of `batch` examples an update, shuffled in an order of the stage's own. Raises DataError without training data."""
+        """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without training data."""
         return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed))
 
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -129,6 +129,13 @@ class LearnGates:
     max_steps: Count | None = None
     save_every: Count = 50
 
+    def __post_init__(self) -> None:
+        """Refuse knobs that contradict each other. Raises ValueError."""
+        if self.layer_gates != "none" and self.constraint != "lagrangian":
+            raise ValueError(f"layer_gates={self.layer_gates!r} learn under constraint='lagrangian' only; a projection does not move them")
+        if self.cost_aware and self.constraint != "projection":
+            raise ValueError("cost_aware=True goes with constraint='projection'; a Lagrangian already charges gates for their cost")
+
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         uniform = self.kinds if self.layout == "uniform" else ()
