@@ -26,6 +26,7 @@ from compresso.data.batches import Row, collate
 from compresso.drive.checkpoint import TrainingCheckpoints
 from compresso.drive.history import History
 from compresso.drive.launch import processes
+from compresso.drive.noise import mixed_seed
 from compresso.drive.order import ShuffledBatches
 from compresso.drive.progress import Progress
 from compresso.edit.gate import gated
@@ -97,9 +98,9 @@ class Job:
         """Counts the model as it is now."""
         return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
 
-    def batches(self, batch: int) -> ShuffledBatches:
-        """Shuffled training batches of `batch` examples an update. Raises DataError without training data."""
-        return ShuffledBatches(self.rows, batch, self.collated, self.seed)
+    def batches(self, batch: int, stage: str) -> ShuffledBatches:
+        """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without training data."""
+        return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed))
 
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Examples side by side: input_ids, attention_mask and labels, each [len(rows), longest], int64."""

@@ -151,14 +151,15 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
     """The job before its weights are read."""
     rows = prepared.encoded.rows if prepared.encoded else []
-    held = prepared.recipe.data.held
+    # spread over the data, so that every source of a mix is held out in its share
+    held = {i * len(rows) // prepared.recipe.data.held for i in range(prepared.recipe.data.held)} if rows else set()
     model = meta_model(prepared.source)
     return Job(
         model=model,
         arch=arch_for(model.config),
         tokenizer=prepared.tokenizer,
-        rows=rows[held:],
-        held=rows[:held],
+        rows=[row for i, row in enumerate(rows) if i not in held],
+        held=[row for i, row in enumerate(rows) if i in held],
         plan=Plan(),
         records={},
         identity=prepared.identity(),

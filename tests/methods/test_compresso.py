@@ -11,6 +11,7 @@ import torch
 from compresso.core import hard_concrete
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
+from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.compresso import LearnGates
 from compresso.recipe import build, read
@@ -199,3 +200,15 @@ def test_nan_gates_never_leave_the_stage(make_job: MakeJob) -> None:
         job.model.get_parameter("model.norm.weight").fill_(float("nan"))
     with pytest.raises(NumericError):
         LearnGates(keep=0.7, **QUICK)(replace(job))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"layer_gates": "layer", "constraint": "projection"}, "layer_gates='layer' learn under constraint='lagrangian' only"),
+        ({"cost_aware": True}, "cost_aware=True goes with constraint='projection'"),
+    ],
+)
+def test_knobs_that_contradict_each_other_are_refused_with_the_cure(knobs: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        build({"name": "x", "stages": [{"learn_gates": knobs}]}, "x")

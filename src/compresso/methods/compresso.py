@@ -1,8 +1,9 @@
 """Compresso: structured pruning learned during instruction tuning (arXiv 2310.05015).
 
 Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA adapters and
-one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected sparsity of the
-block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made smaller.
+one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected
+sparsity of the block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made
+smaller.
 
 In the published configurations (recipes compresso/paper, compresso/script) these departures remain, each for a reason:
   - expected size by the factorised sum in float64, not an fp16 outer product (5e-4 relative error);
@@ -128,6 +129,13 @@ class LearnGates:
     max_steps: Count | None = None
     save_every: Count = 50
 
+    def __post_init__(self) -> None:
+        """Refuse knobs that contradict each other. Raises ValueError."""
+        if self.layer_gates != "none" and self.constraint != "lagrangian":
+            raise ValueError(f"layer_gates={self.layer_gates!r} learn under constraint='lagrangian' only; a projection does not move them")
+        if self.cost_aware and self.constraint != "projection":
+            raise ValueError("cost_aware=True goes with constraint='projection'; a Lagrangian already charges gates for their cost")
+
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         uniform = self.kinds if self.layout == "uniform" else ()
@@ -182,7 +190,7 @@ class LearnGates:
             history = fit(
                 objective,
                 groups,
-                job.batches(self.batch),
+                job.batches(self.batch, "learn_gates"),
                 total,
                 seed=job.seed,
                 accumulation=job.accumulation(self.batch, self.micro_batch),

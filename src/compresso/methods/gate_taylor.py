@@ -73,7 +73,7 @@ class GateTaylor:
 
 def sensitivity_per_parameter(job: Job, axes: Sequence[Axis], cost: CostModel, batches: int, batch: int) -> dict[str, Tensor]:
     """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU."""
-    source = job.batches(batch)
+    source = job.batches(batch, "gate_taylor")
     scores = gate_taylor(job.model, axes, (source.at(update, range(batch)) for update in range(batches)))
     per_unit = parameters_per_unit(axes, cost)
     return {name: score.cpu() / per_unit[name] for name, score in scores.items()}

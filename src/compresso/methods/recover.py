@@ -69,7 +69,7 @@ class Recover:
         history = fit(
             LanguageObjective(lora),
             [Group("lora", adapters, self.lr, rate, clip=self.clip)],
-            job.batches(self.batch),
+            job.batches(self.batch, "recover"),
             total,
             seed=job.seed,
             accumulation=job.accumulation(self.batch, self.micro_batch),
