@@ -163,6 +163,8 @@ def run(
     result = run_job(
         raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad
     )
+    if int(os.environ.get("RANK", "0")):
+        return  # launched in several processes, of which one speaks
     if as_json:
         print(json.dumps(result.records, indent=2, allow_nan=False))
         return

@@ -24,19 +24,21 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     console.print(table)
     for note in facts["notes"]:
-        console.print(note)
+        console.print(note, soft_wrap=True)
     for layout, obstacle in facts["layouts"].items():
-        console.print(f"layout {layout}: {'no: ' + obstacle if obstacle else 'yes'}", markup=False)
+        console.print(f"layout {layout}: {'no: ' + obstacle if obstacle else 'yes'}", markup=False, soft_wrap=True)
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
             f"{one['stage']}: {one['duration']} updates; about {_bytes(memory['total'])} on {facts['device']} (estimated: weights "
-            f"{_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations {_bytes(memory['activations'])})"
+            f"{_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations {_bytes(memory['activations'])})",
+            soft_wrap=True,
         )
         if one["tokens_at_most"] is not None:
             console.print(
                 f"  at most {one['tokens_at_most']:,} tokens and {one['flops_at_most']:.2e} FLOPs: about {_time(one['seconds_estimated'])} "
-                "at this machine's matrix-product rate (estimated; real steps take longer)"
+                "at this machine's matrix-product rate (estimated; real steps take longer)",
+                soft_wrap=True,
             )
 
 

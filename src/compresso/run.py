@@ -25,7 +25,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
-from compresso.drive.launch import new_accelerator
+from compresso.drive.launch import new_accelerator, told
 from compresso.errors import CheckpointError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
@@ -129,7 +129,7 @@ def run(
             if is_main:
                 facts = finish(job, facts, prepared.layout, prepared.output, force, stored_dtype(prepared.source))
                 work.discard()
-            accelerator.wait_for_everyone()
+            facts = told(accelerator, facts)
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
 
 
