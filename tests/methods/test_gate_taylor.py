@@ -10,7 +10,7 @@ from tests.methods.conftest import MakeJob
 def test_kept_units_score_above_removed_ones_of_the_same_kind_and_price(make_job: MakeJob) -> None:
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind == "channel"]
-    scores = sensitivity_per_parameter(job, axes, job.cost(), 2, 4)
+    scores = sensitivity_per_parameter(job, axes, job.cost(), 2, 4, 4)
     plan = GateTaylor(keep=0.8, kinds=("channel",), batches=2, batch=4)(make_job(folder="b")).plan  # type: ignore[arg-type]
     masks = plan.masks(axes)
     kept = torch.cat([scores[a.name][masks[a.name] > 0] for a in axes])
@@ -46,7 +46,7 @@ def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None
 
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind in ("head", "channel")]
-    scores = sensitivity_per_parameter(job, axes, job.cost(), 4, 8)
+    scores = sensitivity_per_parameter(job, axes, job.cost(), 4, 8, 4)
     stage = GateTaylor(keep=0.7)
     good, bad = (
         held_loss(make_job().without(allocate(axes, {n: sign * s for n, s in scores.items()}, job.cost(), stage.budget()).masks(axes), "x"))
@@ -55,3 +55,11 @@ def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None
     assert good is not None
     assert bad is not None
     assert good < bad
+
+
+def test_scores_do_not_depend_on_the_micro_batch(make_job: MakeJob) -> None:
+    job = make_job()
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind == "channel"]
+    whole, parts = (sensitivity_per_parameter(job, axes, job.cost(), 2, 4, micro_batch) for micro_batch in (4, 3))
+    for name, score in whole.items():
+        torch.testing.assert_close(score, parts[name], rtol=1e-4, atol=1e-12)

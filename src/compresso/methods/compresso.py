@@ -232,7 +232,7 @@ class LearnGates:
                 )
                 for axis in axes
             }
-        scores = sensitivity_per_parameter(job, axes, cost, self.score_batches, self.batch)
+        scores = sensitivity_per_parameter(job, axes, cost, self.score_batches, self.batch, self.micro_batch)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
         spread = {name: (log - pooled.mean()) / pooled.std().clamp(min=1e-6) * self.score_spread for name, log in logs.items()}

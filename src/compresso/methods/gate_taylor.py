@@ -36,7 +36,7 @@ class GateTaylor:
         keep: share of `of` that stays.
         of: "blocks", "total" or "macs".
         kinds: what may be removed.
-        batches, batch: calibration batches and their examples.
+        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps.
@@ -47,6 +47,7 @@ class GateTaylor:
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     batches: Annotated[int, Ge(1)] = 16
     batch: Annotated[int, Ge(1)] = 16
+    micro_batch: Annotated[int, Ge(1)] = 4
     layout: Literal["free", "uniform"] = "free"
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
@@ -66,14 +67,20 @@ class GateTaylor:
         """Score on calibration batches, allocate, shrink."""
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         cost = job.cost()
-        scores = sensitivity_per_parameter(job, axes, cost, self.batches, self.batch)
+        scores = sensitivity_per_parameter(job, axes, cost, self.batches, self.batch, self.micro_batch)
         plan = allocate(axes, scores, cost, self.budget())
         return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.batches * self.batch)
 
 
-def sensitivity_per_parameter(job: Job, axes: Sequence[Axis], cost: CostModel, batches: int, batch: int) -> dict[str, Tensor]:
-    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU."""
+def sensitivity_per_parameter(
+    job: Job, axes: Sequence[Axis], cost: CostModel, batches: int, batch: int, micro_batch: int
+) -> dict[str, Tensor]:
+    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU.
+
+    `micro_batch` examples at a time; the scores do not depend on it, since each example has its own mask row.
+    """
     source = job.batches(batch, "gate_taylor")
-    scores = gate_taylor(job.model, axes, (source.at(update, range(batch)) for update in range(batches)))
+    rows = [range(start, min(start + micro_batch, batch)) for start in range(0, batch, micro_batch)]
+    scores = gate_taylor(job.model, axes, (source.at(update, part) for update in range(batches) for part in rows))
     per_unit = parameters_per_unit(axes, cost)
     return {name: score.cpu() / per_unit[name] for name, score in scores.items()}
