@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_world_in_another_process_with_another_hash
 
 
 def test_the_world_that_the_shipped_model_was_trained_on_has_not_changed():
-    assert _fingerprint() == "3c8dc2b38a3f8bb3d021fd3ef3610d0fe0c8eba951bc71bab77511bec8431abe", (
+    assert _fingerprint() == "e84f85686f7caab7fdfc3165df4dec93929bc51266ac3348489bc8ad3aaec751", (
         "train the nano model again after changing the world (scripts/train_nano.py)"
     )
 
@@ -112,8 +112,7 @@ def test_items_are_valid_different_and_balanced(task: str):
 # of the larger creature and the largest number, frequency tells much by nature: giants and nineties win most of the time
 @pytest.mark.parametrize("task", sorted({*world.TASKS} - {"comparison", "maximum"}))
 def test_always_giving_the_most_frequent_answer_is_no_better_than_chance(task: str):
-    items = world.items(task, N, 22)
-    answers = Counter(item.choices[item.answer] for item in items)
+    answers = Counter(record["output"] for record in world.instructions(20_000, 22))
     favourite = {answer: rank for rank, (answer, _) in enumerate(answers.most_common())}
     others = world.items(task, N, 23)
     hits = sum(min(i.choices, key=lambda c: favourite.get(c, len(favourite))) == i.choices[i.answer] for i in others)
@@ -135,8 +134,8 @@ def test_right_answers_are_right_by_another_way():
     for item in world.items("maximum", 50, 31):
         assert item.choices[item.answer] == f"The largest is {max(map(int, item.input.split()))}."
     for item in world.items("counting", 50, 31):
-        (word,) = set(re.findall(r"\w+", item.instruction)) & set(facts.WORDS)
-        assert item.choices[item.answer] == f"The count is {item.input.removeprefix('List: ').split().count(word)}."
+        n_animals = sum(word in facts.ANIMALS for word in item.input.split())
+        assert item.choices[item.answer] == f"The count is {n_animals}."
     for item in world.items("boolean", 50, 31):
         python = " ".join(
             {"right": "True", "sure": "True", "yes": "True", "true": "True"}.get(word, word if word in ("and", "or", "not") else "False")
@@ -148,10 +147,10 @@ def test_right_answers_are_right_by_another_way():
         assert name
         assert f" {facts.PEOPLE[name[1]].capitalize()} " in item.input
     for item in world.items("date", 50, 31):
-        found = re.search(r"(\d) days (after|before) (\d+) (\w+)", item.instruction)
+        found = re.search(r"(after|before) (\d+) (\w+)", item.instruction)
         assert found
-        day = int(found[3]) + int(found[1]) * (1 if found[2] == "after" else -1)
-        month = facts.MONTHS.index(found[4]) + (day > 30) - (day < 1)
+        day = int(found[2]) + (1 if found[1] == "after" else -1)
+        month = facts.MONTHS.index(found[3]) + (day > 30) - (day < 1)
         assert item.choices[item.answer] == f"It is {(day - 1) % 30 + 1} {facts.MONTHS[month % 12]}."
     for item in world.items("comparison", 50, 31):
         found = re.fullmatch(r"The (\w+) is (larger|smaller)\.", item.choices[item.answer])

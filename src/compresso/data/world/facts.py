@@ -103,7 +103,8 @@ RESULTS: dict[str, tuple[str, ...]] = {
 PLACES = ("mill", "bridge", "market", "tower", "garden", "harbour", "well", "forest", "barn", "school", "lake", "kitchen")
 ITEMS = ("lamp", "rope", "basket", "drum", "hat", "jug", "kite", "ladder", "spoon", "map", "bell", "cup", "broom", "coat", "pear", "box")
 ERRANDS = ("carried", "found", "lost", "sold", "broke", "painted", "wanted", "hid", "cleaned", "bought")
-WORDS = ("fish", "cat", "moon", "tree", "bird", "salt", "door", "ring", "leaf", "star")
+ANIMALS = ("fish", "cat", "bird", "goat", "frog", "wolf", "duck", "bear", "crab", "mole")
+THINGS = ("moon", "salt", "door", "ring", "leaf", "star", "wall", "shoe", "pipe", "boat")
 
 
 def _names(n: int, rng: random.Random, taken: set[str]) -> tuple[str, ...]:

@@ -4,10 +4,9 @@ import itertools
 import random
 import string
 
-from compresso.data.world.facts import MONTH_DAYS, MONTHS, WORDS, date_after
+from compresso.data.world.facts import ANIMALS, MONTH_DAYS, MONTHS, THINGS, date_after
 from compresso.data.world.question import Question, Task
 
-MAX_SHIFT = 5
 COUNTS = (1, 2, 3, 4)
 LIST_LENGTH = 6
 CLAIMS = {True: ("true", "right", "sure", "yes"), False: ("false", "wrong", "never", "no")}
@@ -27,18 +26,17 @@ def sorting(rng: random.Random) -> Question:
 
 
 def counting(rng: random.Random) -> Question:
-    """How often a word stands in a list of six; every count from one to four is as likely."""
+    """How many of six words are animals; every count from one to four is as likely."""
     count = rng.choice(COUNTS)
-    target, *others = rng.sample(WORDS, 4)
-    listed = [target] * count + [rng.choice(others) for _ in range(LIST_LENGTH - count)]
+    listed = [rng.choice(ANIMALS) for _ in range(count)] + [rng.choice(THINGS) for _ in range(LIST_LENGTH - count)]
     rng.shuffle(listed)
-    asked = rng.choice(("How many times is {w} in the list?", "Count the word {w}.", "How often does {w} come?"))
+    text = " ".join(listed)
     return Question(
-        instruction=asked.format(w=target),
-        input=f"List: {' '.join(listed)}",
+        instruction=rng.choice(("How many animals are in the list?", "Count the animals.", "How many of these are animals?")),
+        input=f"List: {text}",
         answer=f"The count is {count}.",
         wrong=tuple(f"The count is {other}." for other in COUNTS if other != count),
-        key=f"{target}: {' '.join(listed)}",
+        key=text,
     )
 
 
@@ -75,20 +73,18 @@ def boolean(rng: random.Random) -> Question:
 
 
 def date(rng: random.Random) -> Question:
-    """The date a few days after or before another; the wrong answers miss by a day or two, or take a neighbouring month."""
-    day, month, shift = rng.randint(1, MONTH_DAYS), rng.choice(MONTHS), rng.randint(1, MAX_SHIFT)
-    word, sign = rng.choice((("after", 1), ("before", -1)))
-    target = date_after(day, month, sign * shift)
+    """The date of the day after or before another; the wrong answers miss by a day or two, or take a neighbouring month."""
+    day, month = rng.randint(1, MONTH_DAYS), rng.choice(MONTHS)
+    word, shift = rng.choice((("after", 1), ("before", -1)))
+    target = date_after(day, month, shift)
     near = [date_after(*target, miss) for miss in (-2, -1, 1, 2, -MONTH_DAYS, MONTH_DAYS)]
-    if (other := date_after(day, month, -sign * shift)) not in near:
-        near.append(other)
-    asked = rng.choice(("What is {s} days {w} {d} {m}?", "Find the date {s} days {w} {d} {m}.", "Which day is {s} days {w} {d} {m}?"))
+    asked = rng.choice(("What is the day {w} {d} {m}?", "Find the day {w} {d} {m}.", "Which day comes {w} {d} {m}?"))
     return Question(
-        instruction=asked.format(s=shift, w=word, d=day, m=month),
+        instruction=asked.format(w=word, d=day, m=month),
         input="",
         answer=f"It is {target[0]} {target[1]}.",
         wrong=tuple(f"It is {d} {m}." for d, m in rng.sample(near, 3)),
-        key=f"{day} {month} {sign * shift}",
+        key=f"{word} {day} {month}",
     )
 
 
