@@ -180,3 +180,22 @@ def test_weights_with_nan_are_refused_before_pruning(tiny_folder: Path, tmp_path
 def test_public_run_refuses_an_unknown_layout(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'uniform'"):
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", layout="unifrom")
+
+
+@pytest.mark.parametrize(("kind", "prompted"), [("text", False), ("instructions", True)])
+def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, quick_reopening: None, kind: str, prompted: bool
+) -> None:
+    """Windows longer than the model's context would train positions that it does not have."""
+    data = instructions
+    if kind == "text":
+        data = tmp_path / "text.jsonl"
+        data.write_text("".join(json.dumps({"text": f"A pigazz lives in dune {n}. " * 8}) + "\n" for n in range(200)))
+    recipe = {"name": "x", "data": {"max_length": 4096, "held": 2}, "stages": [{"recover": {"steps": 1, "batch": 2, "micro_batch": 2}}]}
+    result = run(recipe, tiny_folder, str(data), output=tmp_path / "out", quiet=True)
+    context = LlamaForCausalLM.from_pretrained(tiny_folder).config.max_position_embeddings
+    assert result.records["recipe"]["data"]["max_length"] == context
+    examples = result.records["data"]["examples"]
+    assert examples["tokens"] <= examples["rows"] * context
+    assert (result.records["prompt"] is not None) == prompted
+    assert (compresso.load(tmp_path / "out").prompt is not None) == prompted

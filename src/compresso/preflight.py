@@ -13,7 +13,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, o
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.data.instructions import Encoded, encode
 from compresso.data.prompt import prompt_identity
-from compresso.data.records import Records
+from compresso.data.records import Chat, Instruction, Records
 from compresso.data.registry import load_records
 from compresso.drive.device import choose_device
 from compresso.dryrun import act_out
@@ -89,9 +89,13 @@ def prepare(
     chosen = data or recipe.data.source
     _spare_data(chosen, output)
     tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
+    # a model reads no further than its context: longer examples would train positions that it does not have
+    length = min(recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length)
+    recipe = replace(recipe, data=replace(recipe.data, max_length=length))
     records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
     recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
-    prompt = prompt_identity() if recipe.data.prompt and recipe.needs("data") else None
+    prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
+    prompt = prompt_identity() if recipe.data.prompt and prompted else None
     return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
 
 
