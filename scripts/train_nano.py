@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2282)
     parser.add_argument("--minutes", type=float, help="set --steps by the clock: twice the steps done in half of these minutes")
     parser.add_argument("--rows", type=int, default=32, help="rows a step")
     parser.add_argument("--row", type=int, default=128, help="tokens a row")
@@ -333,7 +333,7 @@ def main() -> None:
         training += time.perf_counter() - begun
         tokens_seen += int((tokens != tokenizer.pad_token_id).sum())
         recent.append(loss.item())
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 20 == 0 or step + 1 == args.steps:
             if args.polite:
                 torch.set_num_threads(1 if os.getloadavg()[0] > torch.get_num_threads() + 1 else args.polite)
             entry: dict[str, object] = {"step": step + 1, "loss": round(sum(recent) / len(recent), 4), "tokens": tokens_seen}

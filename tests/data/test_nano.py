@@ -13,18 +13,17 @@ from compresso.data.prompt import body
 from compresso.measure.choices import choice_accuracy
 from compresso.measure.perplexity import perplexity
 
+TOKENIZER = AutoTokenizer.from_pretrained(nano.path())
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(nano.path())
+    return TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(nano.path(), dtype=torch.float32)
-
-
-TOKENIZER = AutoTokenizer.from_pretrained(nano.path())
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,5 +77,6 @@ def test_scores_on_record_are_of_this_model(model, tokenizer):
 def test_the_log_tells_of_the_whole_run():
     scores = json.loads((nano.path() / "scores.json").read_text())
     log = [json.loads(line) for line in (nano.path() / "training_log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == scores["step"]
+    assert 0 <= scores["step"] - log[-1]["step"] < 20  # a line is written every 20 steps
+    assert scores["step"] == scores["steps"]
     assert log[-1]["loss"] < log[0]["loss"]

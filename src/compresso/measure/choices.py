@@ -57,7 +57,7 @@ def choice_accuracy(
     """
     if not items:
         raise DataError("no items to measure; give at least one")
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     rows: list[tuple[list[int], int]] = []
     for item in items:
         context = start + _ids(tokenizer, prompt + body(item.instruction, item.input))
@@ -85,8 +85,7 @@ def choice_accuracy(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # transformers types this as a list of lists too, which it is only for several texts
-    return cast(list[int], tokenizer.encode(text, add_special_tokens=False)) if text else []
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
 @torch.inference_mode()

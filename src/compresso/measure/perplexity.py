@@ -39,13 +39,12 @@ def perplexity(
     """
     if seq_len < 2:
         raise DataError(f"seq_len={seq_len} leaves no token to predict; give 2 or more")
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
+    end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     stream: list[int] = []
     n_texts = 0
     for text in texts:
-        # transformers types this as a list of lists too, which it is only for several texts
-        stream += start + (cast(list[int], tokenizer.encode(text, add_special_tokens=False)) if text else []) + end
+        stream += start + (tokenizer.encode(text, add_special_tokens=False) if text else []) + end
         n_texts += 1
     if len(stream) < 2:
         raise DataError(f"{n_texts} texts make {len(stream)} tokens, too few to predict one; give more text")
