@@ -199,3 +199,20 @@ def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions
     assert examples["tokens"] <= examples["rows"] * context
     assert (result.records["prompt"] is not None) == prompted
     assert (compresso.load(tmp_path / "out").prompt is not None) == prompted
+
+
+def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, quick_reopening: None, ran: Ran) -> None:
+    """The result minus the kept adapter is the model before recovery, and the folder still opens as a plain checkpoint."""
+    sets = ("stages.recover.save_adapter=true", "stages.recover.lr=0.01")
+    result = ran("magnitude-structured", sets=sets)
+    folder = result.folder / "adapters" / "recover"
+    assert not any(str(tiny_folder) in path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
+    adapter = load_file(folder / "adapter_model.safetensors")
+    scale = json.loads((folder / "adapter_config.json").read_text())
+    after = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).get_parameter("model.layers.1.mlp.up_proj.weight")
+    first = {"name": "x", "stages": [{"magnitude_structured": {"keep": 0.7}}]}
+    before = run(first, tiny_folder, output=tmp_path / "out", quiet=True).model
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
+    added = adapter[name.format("B")] @ adapter[name.format("A")] * scale["lora_alpha"] / scale["r"]
+    assert added.abs().max() > 1e-4
+    torch.testing.assert_close(after - added, before.get_parameter("model.layers.1.mlp.up_proj.weight"), atol=1e-5, rtol=0)

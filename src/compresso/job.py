@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
+from accelerate import PartialState
+from peft import PeftModel
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
@@ -30,6 +32,7 @@ from compresso.drive.noise import mixed_seed
 from compresso.drive.order import ShuffledBatches
 from compresso.drive.progress import Progress
 from compresso.edit.gate import gated
+from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError, RecipeError, nearest
 
@@ -68,6 +71,7 @@ class Job:
         out: where the running stage keeps training checkpoints; those found there are continued.
         pad_id: token that fills rows up; masked from attention and loss.
         quiet: no progress display.
+        adapters: where stages that are asked to keep their adapter save it; None keeps none.
         patches: forward patches applied so far.
     """
 
@@ -83,6 +87,7 @@ class Job:
     out: Path
     pad_id: int = 0
     quiet: bool = False
+    adapters: Path | None = None
     patches: tuple[str, ...] = ()
 
     @property
@@ -113,6 +118,11 @@ class Job:
     def checkpoints(self) -> TrainingCheckpoints:
         """Where the running stage saves and resumes its training."""
         return TrainingCheckpoints(self.out, dict(self.identity))
+
+    def keep_adapter(self, adapted: PeftModel, stage: str) -> None:
+        """Save a stage's adapter before it is merged, in the folder `adapters` of the result."""
+        if self.adapters is not None and PartialState().is_main_process:
+            save_adapter(adapted, self.adapters / stage)
 
     def progress(self) -> Progress:
         """The display of a training loop."""

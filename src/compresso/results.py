@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -125,6 +126,8 @@ def finish(
         }
         for name, text in texts.items():
             write_text(folder / name, text)
+        if job.adapters is not None and job.adapters.is_dir():
+            shutil.copytree(job.adapters, folder / "adapters")
     return written
 
 

@@ -165,6 +165,7 @@ def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
         identity=prepared.identity(),
         seed=prepared.seed,
         out=work.path,
+        adapters=work.path / "adapters",
         pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
         quiet=quiet,
     )

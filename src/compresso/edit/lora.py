@@ -79,8 +79,14 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Write the adapters as peft does: `adapter_model.safetensors` and `adapter_config.json`."""
+    """Write the adapters as peft does: `adapter_model.safetensors` and `adapter_config.json`.
+
+    The name of the base model is left empty: it would be a folder of this machine.
+    """
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = ""
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card names that folder too
 
 
 def _adapters(adapted: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

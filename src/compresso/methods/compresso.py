@@ -87,6 +87,7 @@ class LearnGates:
         multiple_of: kind -> multiple that kept counts are rounded to by re-admitting the highest gates.
         floor: kind -> fewest units a layer keeps.
         checkpointing: recompute activations in the backward pass.
+        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
         max_steps: cap on all updates together; phases shrink with it.
         save_every: updates between training checkpoints.
@@ -125,6 +126,7 @@ class LearnGates:
     multiple_of: Mapping[Kind, Count] | None = None
     floor: Mapping[Kind, int] | None = None
     checkpointing: bool = False
+    save_adapter: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"
     max_steps: Count | None = None
     save_every: Count = 50
@@ -204,6 +206,8 @@ class LearnGates:
             )
         if self.checkpointing:
             job.model.activation_checkpointing_disable()
+        if self.save_adapter:
+            job.keep_adapter(lora, "learn_gates")
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
         masks = self._land(objective.final_values(), axes, cost, budget)
         merged = replace(job, model=merge_(lora))

@@ -37,6 +37,7 @@ class Recover:
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
         checkpointing: recompute activations in the backward pass.
+        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
         max_steps: cap on the updates.
         save_every: updates between training checkpoints.
@@ -54,6 +55,7 @@ class Recover:
     warmup: Annotated[int, Ge(0)] = 0
     clip: Annotated[float, Ge(0)] | None = 1.0
     checkpointing: bool = False
+    save_adapter: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"
     max_steps: Annotated[int, Ge(1)] | None = None
     save_every: Annotated[int, Ge(1)] = 50
@@ -82,5 +84,7 @@ class Recover:
         )
         if self.checkpointing:
             job.model.activation_checkpointing_disable()
+        if self.save_adapter:
+            job.keep_adapter(lora, "recover")
         trainable = sum(parameter.numel() for parameter in adapters)
         return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=trainable, curve=curve(history))
