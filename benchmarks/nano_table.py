@@ -26,12 +26,13 @@ from compresso.run import run
 
 RECIPES = {"magnitude": "magnitude-structured/nano", "gate-Taylor": "gate-taylor/nano", "Compresso": "compresso/nano"}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "Lagrangian instead of projection": {"constraint": "lagrangian", "mask_lr": 0.1, "ramp": 75, "hold": 75},
-    "open start instead of scores": {"start": "open", "ramp": 75, "hold": 75, "mask_lr": 0.1},
+    "Lagrangian instead of projection": {"constraint": "lagrangian", "cost_aware": False, "ramp": 30, "hold": 30},
+    "gates not charged for their cost": {"cost_aware": False},
+    "open start instead of scores": {"start": "open", "ramp": 30, "hold": 30},
+    "narrow start (spread 1.5)": {"score_spread": 1.5},
     "noise per batch instead of per example": {"noise": "batch"},
     "soft survivors instead of hard": {"finish": "soft"},
     "hidden dimensions too": {"kinds": ["head", "channel", "hidden"]},
-    "LoRA on q and v only": {"targets": ["q_proj", "v_proj"]},
     "equal widths in all layers": {"layout": "uniform"},
     "gates not trained (rate 0)": {"mask_lr": 0.0},
 }
@@ -96,7 +97,7 @@ def main() -> None:
                     plan.append((name, raw, keep, seed))
             else:
                 plan += [(name, read(RECIPES[name]), keep, seed) for name in given.recipes]
-    if not any(row["name"] == "dense" for row in rows_of(log)):
+    if not given.ablations and not any(row["name"] == "dense" for row in rows_of(log)):
         append(log, {"name": "dense", "keep": 1.0, "seed": 0, "items": given.items, "kept_blocks": 1.0} | measure(nano.path(), given.items))
     for name, raw, keep, seed in plan:
         if any((row["name"], row["keep"], row["seed"]) == (name, keep, seed) for row in rows_of(log)):
