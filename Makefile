@@ -30,7 +30,7 @@ test: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
 
