@@ -109,8 +109,9 @@ def main() -> None:
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:
-    """All finished runs."""
-    return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    """All finished runs, one for each name, share and seed."""
+    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    return list({(row["name"], row["keep"], row["seed"]): row for row in rows}.values())
 
 
 def append(log: Path, row: dict[str, Any]) -> None:

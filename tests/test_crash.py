@@ -171,7 +171,7 @@ def test_resume_refuses_another_run_and_names_the_difference(
         assert len(error.splitlines()) == 1
         return error
 
-    assert "recipe.stages.0.learn_gates.mask_lr was 0.02, is 0.5" in resumed("--set", "stages.learn_gates.mask_lr=0.5")
+    assert "recipe.stages.0.learn_gates.mask_lr was 0.1, is 0.5" in resumed("--set", "stages.learn_gates.mask_lr=0.5")
     assert "seed was 0, is 1" in resumed("--seed", 1)
     error = resumed(data=other)
     assert "data was '" in error

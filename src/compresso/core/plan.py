@@ -66,19 +66,16 @@ class Plan:
         units lie one in each layer, only those in layers that this plan keeps.
         """
         combined = dict(self.kept)
+        layers = self.kept.get("layers")
         for name, kept in later.kept.items():
             original = self._original_name(name)
-            left = self._left(original)
-            combined[original] = tuple(kept) if left is None else tuple(left[i] for i in kept)
+            before = self.kept.get(original)
+            if name in _ONE_UNIT_A_LAYER:  # units keep the numbers of their layers, also those that are gone
+                mapped = kept if layers is None else tuple(layers[i] for i in kept)
+                combined[original] = tuple(i for i in mapped if before is None or i in before)
+            else:
+                combined[original] = tuple(kept) if before is None else tuple(before[i] for i in kept)
         return Plan(combined)
-
-    def _left(self, name: str) -> tuple[int, ...] | None:
-        """The units of an axis that the smaller model still has; None if that is all of them."""
-        kept = self.kept.get(name)
-        layers = self.kept.get("layers") if name in _ONE_UNIT_A_LAYER else None
-        if kept is None or layers is None:
-            return kept if layers is None else layers
-        return tuple(i for i in kept if i in layers)
 
     def _original_name(self, name: str) -> str:
         """The name an axis had before this plan removed whole layers and renumbered the rest."""
