@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from compresso.core.schedule import Schedule, constant, cosine, cubic_ramp, linear, linear_ramp
+from compresso.core.schedule import Schedule, constant, cosine, cubic_ramp, linear, linear_ramp, progress, rate, rate_for_width
 
 
 def factors_of(make: object, warmup: int, total: int) -> list[float]:
@@ -73,3 +73,21 @@ def test_no_warm_up_means_the_target_at_once(ramp: object) -> None:
 def test_nonsense_is_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_rates_grow_for_narrow_models_and_stay_where_no_width_is_named() -> None:
+    assert rate_for_width(1e-3, None, 64) == 1e-3
+    assert rate_for_width(1e-3, 256, 256) == 1e-3
+    assert rate_for_width(1e-3, 256, 64) == pytest.approx(2e-3)
+
+
+def test_schedules_by_name_are_the_ones_named() -> None:
+    for update in range(8):
+        assert rate("constant", 8)(update) == 1
+        assert rate("linear", 8, 2)(update) == linear(8, 2)(update)
+        assert rate("cosine", 8)(update) == cosine(8)(update)
+        assert 0.4 * progress("linear", 5)(update) == pytest.approx(linear_ramp(0.4, 5)(update))
+        assert 0.4 * progress("cubic", 5)(update) == pytest.approx(cubic_ramp(0.4, 5)(update))
+    for bad in (lambda: rate("exponential", 8), lambda: progress("square", 8)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="is unknown; wanted"):
+            bad()

@@ -74,6 +74,7 @@ class LearnGates:
         batch: examples an update, over all processes and micro-batches; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, clip: LoRA's AdamW.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by sqrt(lr_at_hidden / hidden size). None takes it as it is.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
         cost_aware: under projection, charge each gate for its parameters.
@@ -107,6 +108,7 @@ class LearnGates:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     lr: Rate = 5e-5
+    lr_at_hidden: Annotated[int, Ge(1)] | None = None
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     clip: Rate | None = 1.0
     mask_lr: Rate = 0.1
@@ -171,9 +173,10 @@ class LearnGates:
             layer_gates=self.layer_gates,
             cost_aware=self.cost_aware,
         )
+        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         groups = [
-            Group("lora", adapters, self.lr, schedule.rate(self.lr_schedule, total), clip=self.clip),
+            Group("lora", adapters, lr, schedule.rate(self.lr_schedule, total), clip=self.clip),
             Group("gates", objective.gate_parameters(), self.mask_lr, schedule.rate(self.mask_schedule, total)),
         ]
         if objective.multipliers():
@@ -221,6 +224,7 @@ class LearnGates:
                 "multipliers": sum(p.numel() for p in objective.multipliers()),
             },
             wanted_keep=self.keep,
+            lr=lr,
             expected_keep=expected,
             curve=curve(history),
         )

@@ -36,6 +36,7 @@ class Recover:
         batch, micro_batch: examples an update, and a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by sqrt(lr_at_hidden / hidden size). None takes it as it is.
         checkpointing: recompute activations in the backward pass.
         save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
@@ -51,6 +52,7 @@ class Recover:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     dropout: Annotated[float, Ge(0), Le(1)] = 0.0
     lr: Annotated[float, Ge(0)] = 5e-4
+    lr_at_hidden: Annotated[int, Ge(1)] | None = None
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Annotated[int, Ge(0)] = 0
     clip: Annotated[float, Ge(0)] | None = 1.0
@@ -66,11 +68,12 @@ class Recover:
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
             job.model.activation_checkpointing_enable({"use_reentrant": False})
+        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
         rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         history = fit(
             LanguageObjective(lora),
-            [Group("lora", adapters, self.lr, rate, clip=self.clip)],
+            [Group("lora", adapters, lr, rate, clip=self.clip)],
             job.batches(self.batch, "recover"),
             total,
             seed=job.seed,
@@ -87,4 +90,4 @@ class Recover:
         if self.save_adapter:
             job.keep_adapter(lora, "recover")
         trainable = sum(parameter.numel() for parameter in adapters)
-        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=trainable, curve=curve(history))
+        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=trainable, lr=lr, curve=curve(history))
