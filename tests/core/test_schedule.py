@@ -78,7 +78,7 @@ def test_nonsense_is_refused(make: object, message: str) -> None:
 def test_rates_grow_for_narrow_models_and_stay_where_no_width_is_named() -> None:
     assert rate_for_width(1e-3, None, 64) == 1e-3
     assert rate_for_width(1e-3, 256, 256) == 1e-3
-    assert rate_for_width(1e-3, 256, 64) == pytest.approx(2e-3)
+    assert rate_for_width(1e-3, 256, 16) == pytest.approx(8e-3)
 
 
 def test_schedules_by_name_are_the_ones_named() -> None:

@@ -74,7 +74,7 @@ class LearnGates:
         batch: examples an update, over all processes and micro-batches; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, clip: LoRA's AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by sqrt(lr_at_hidden / hidden size). None takes it as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
         cost_aware: under projection, charge each gate for its parameters.

@@ -36,7 +36,7 @@ class Recover:
         batch, micro_batch: examples an update, and a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by sqrt(lr_at_hidden / hidden size). None takes it as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
         checkpointing: recompute activations in the backward pass.
         save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
