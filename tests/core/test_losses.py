@@ -85,3 +85,20 @@ def test_the_lagrangian_alone_ends_on_its_target(describe: object) -> None:
         path.append(float(lambda2.detach()))
     assert float(sparsity.detach()) == pytest.approx(0.3, abs=0.01)
     assert path == sorted(path) and path[-1] > 0
+
+
+@pytest.mark.parametrize("labelled", [1, 5, 8, 11])
+def test_few_and_many_labels_give_the_mean_over_the_labelled(labelled: int) -> None:
+    """The two ways through the loss, with their gradients, against the definition."""
+    generator = torch.Generator().manual_seed(labelled)
+    logits = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.full((2, 6), -100)
+    labels.view(-1)[torch.randperm(12, generator=generator)[:labelled]] = torch.arange(labelled) % 9
+    labels[0, 3] = 2
+    loss = next_token_loss(logits, labels)
+    pairs = [(row, at) for row in range(2) for at in range(1, 6) if labels[row, at] != -100]
+    wanted = -sum(logits[row, at - 1].log_softmax(0)[labels[row, at]] for row, at in pairs) / len(pairs)
+    assert isinstance(wanted, torch.Tensor)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+    given, by_hand = (torch.autograd.grad(one, logits, retain_graph=True)[0] for one in (loss.double(), wanted))
+    torch.testing.assert_close(given, by_hand, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """The two terms of mask training: next-token cross-entropy and the Lagrangian that holds the size.
 
-Unusual: only labelled positions are widened to float32, so a long prompt costs no memory for its logits.
+Unusual: where less than half of the positions are labelled, only their logits are gathered and widened to float32, so that a long prompt
+costs no memory; where most are, gathering would cost more than it saves, and the loss runs over all of them in place.
 """
 
 from typing import overload
@@ -22,8 +23,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises ValueError if no position is labelled (the mean would be NaN) or the shapes disagree.
     """
-    losses, _ = _token_losses(logits, labels)
-    return losses.mean()
+    labelled = _labelled(logits, labels)
+    if 2 * int(labelled.sum()) > labelled.numel():
+        shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # as long as the logits, so that these are not copied
+        return functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED)
+    return _token_losses(logits, labels, labelled).mean()
 
 
 def next_token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,7 +35,8 @@ def next_token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 
     Raises ValueError if an example has no labelled position or the shapes disagree.
     """
-    losses, labelled = _token_losses(logits, labels)
+    labelled = _labelled(logits, labels)
+    losses = _token_losses(logits, labels, labelled)
     counts = labelled.sum(dim=1)
     if bool((counts == 0).any()):
         raise ValueError(f"example {int((counts == 0).int().argmax())} of the batch has no labelled position")
@@ -55,13 +60,16 @@ def lagrangian(sparsity: Tensor | float, target: float, lambda1: Tensor | float,
     return lambda1 * gap + lambda2 * gap**2
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of the labelled positions [labelled] and where they are [batch, seq - 1], bool."""
+def _labelled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which positions predict a label [batch, seq - 1], bool. Raises ValueError if none does or the shapes disagree."""
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(f"wanted logits [batch, seq, vocab] and labels [batch, seq], got {list(logits.shape)} and {list(labels.shape)}")
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
+    labelled = labels[:, 1:] != IGNORED
     if not bool(labelled.any()):
         raise ValueError(f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off?")
-    losses = functional.cross_entropy(logits[:, :-1][labelled].float(), targets[labelled], reduction="none")
-    return losses, labelled
+    return labelled
+
+
+def _token_losses(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+    """Losses of the labelled positions [labelled], float32."""
+    return functional.cross_entropy(logits[:, :-1][labelled].float(), labels[:, 1:][labelled], reduction="none")
