@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import compresso
 from compresso.core.plan import Plan
-from compresso.errors import CheckpointError, NumericError, RecipeError
+from compresso.errors import CheckpointError, NumericError, RecipeError, ResourceError
 from compresso.inspection import inspect
 from compresso.recipe import build, names
 from compresso.run import Result, run
@@ -216,3 +216,13 @@ def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, q
     added = adapter[name.format("B")] @ adapter[name.format("A")] * scale["lora_alpha"] / scale["r"]
     assert added.abs().max() > 1e-4
     torch.testing.assert_close(after - added, before.get_parameter("model.layers.1.mlp.up_proj.weight"), atol=1e-5, rtol=0)
+
+
+def test_a_run_under_fsdp_is_refused_before_weights_are_read(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded:
+        distributed_type = "FSDP"
+
+    monkeypatch.setattr("compresso.run.new_accelerator", lambda device: Sharded())
+    with pytest.raises(ResourceError, match="FSDP has sharded; launch it with DDP"):
+        run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
     console.print(f"\nThe pruned checkpoint: [bold]{best}[/bold]. Load it:\n")
     console.print("    import compresso")
     console.print(f'    model = compresso.load("{best}")')
-    console.print('    print(model.generate("Which day is 3 days after 20 Tropik?"))\n')
+    console.print('    print(model.generate("What does a thitem eat?"))\n')
     console.print(
         "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True."
     )

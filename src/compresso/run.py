@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +27,7 @@ from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator, told
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, ResourceError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
 from compresso.native.stock import as_stock
@@ -106,6 +107,10 @@ def run(
             skip_bad=skip_bad,
         )
         accelerator = new_accelerator(prepared.device)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ResourceError(
+                "a run cannot shrink weights that FSDP has sharded; launch it with DDP or as one process (`fit` alone takes FSDP)"
+            )
         is_main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=force)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
