@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_a_run_under_fsdp_is_refused_before_weights_are_read(tiny_folder: Path, 
     class Sharded:
         distributed_type = "FSDP"
 
-    monkeypatch.setattr("compresso.run.new_accelerator", lambda device: Sharded())
+    monkeypatch.setattr(sys.modules["compresso.run"], "new_accelerator", lambda device: Sharded())
     with pytest.raises(ResourceError, match="FSDP has sharded; launch it with DDP"):
         run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
