@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    log = RESULTS / "nano_runs.jsonl"
+    log = RESULTS / ("nano_ablations.jsonl" if given.ablations else "nano_runs.jsonl")
     plan: list[tuple[str, dict[str, Any], float, int]] = []
     for keep in given.keep:
         for seed in given.seeds:
@@ -105,7 +105,7 @@ def main() -> None:
         row = one_run(name, raw, keep, seed, given.items)
         append(log, row)
         print(f"{name} keep {keep} seed {seed}: accuracy {row['accuracy']:.3f}, perplexity {row['perplexity']:.3f}", flush=True)
-    write_table(rows_of(log))
+    write_table(rows_of(log), "nano_ablations" if given.ablations else "nano_table")
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:
@@ -121,18 +121,18 @@ def append(log: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def write_table(rows: list[dict[str, Any]]) -> None:
-    """Means and standard deviations over seeds, as JSON and Markdown."""
+def write_table(rows: list[dict[str, Any]], name: str = "nano_table") -> None:
+    """Means and standard deviations over seeds, as results/NAME.json and results/NAME.md."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["keep"], row["name"]), []).append(row)
     table = []
-    for (keep, name), members in sorted(groups.items(), key=lambda pair: (-pair[0][0], list(groups).index(pair[0]))):
+    for (keep, method), members in sorted(groups.items(), key=lambda pair: (-pair[0][0], list(groups).index(pair[0]))):
         accuracies, perplexities = [row["accuracy"] for row in members], [row["perplexity"] for row in members]
         table.append(
             {
                 "keep": keep,
-                "name": name,
+                "name": method,
                 "seeds": len(members),
                 "items": members[0]["items"],
                 "accuracy": round(statistics.mean(accuracies), 4),
@@ -144,7 +144,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
                 "updates": members[0].get("updates"),
             }
         )
-    (RESULTS / "nano_table.json").write_text(json.dumps({"rows": table, "machine": machine()}, indent=2) + "\n", "utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"rows": table, "machine": machine()}, indent=2) + "\n", "utf-8")
     lines = ["| blocks kept | method | accuracy | perplexity | parameters | seeds |", "|---|---|---|---|---|---|"]
     for row in table:
         spread = [f" ± {row[key]}" if row[key] is not None else "" for key in ("accuracy_sd", "perplexity_sd")]
@@ -152,7 +152,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
             f"| {row['keep']:.0%} | {row['name']} | {row['accuracy']:.3f}{spread[0]} | {row['perplexity']:.3f}{spread[1]} "
             f"| {row['parameters']:,} | {row['seeds']} |"
         )
-    (RESULTS / "nano_table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
 
 
