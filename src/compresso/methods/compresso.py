@@ -14,9 +14,10 @@ In the published configurations (recipes compresso/paper, compresso/script) thes
     rounds per layer and misses by up to a few percent);
   - gates of a GQA model belong to key/value heads.
 
-The default recipe departs further, each a knob of this stage: `constraint: projection` holds the budget exactly after every update instead
-of by multipliers; `start: score` starts log-alpha from gate-Taylor scores; `noise: example` draws noise per example; `finish: hard` makes
-survivors exactly one before recovery; `layout: uniform` learns equal widths per layer (per-kind targets as in LLM-Shearing,
+The default recipe departs further, each a knob of this stage: `constraint: projection` holds the budget exactly after every update
+instead of by multipliers, and `cost_aware` then charges gates for their parameters; `start: score` starts log-alpha from gate-Taylor
+scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one before recovery; adapters lie on all linears at
+a rate that `lr_at_hidden` scales with the width; `layout: uniform` learns equal widths per layer (per-kind targets as in LLM-Shearing,
 arXiv 2310.06694, section 2.1).
 """
 
