@@ -1,0 +1,159 @@
+"""One number that somebody will quote, with everything needed to believe it; the same type in every command and file.
+
+`how` keeps kinds of numbers apart: what a clock or a model's answers gave (measured), what follows exactly from the shapes (counted), and
+what a formula predicts (estimated). Tables never put two of them in one column.
+"""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+How = Literal["measured", "counted", "estimated"]
+Setting = str | bool | int | FiniteFloat | None
+"""A value of a protocol."""
+Protocol = Annotated[dict[str, Setting], Field(min_length=1)]
+"""What was done to get a number: corpus, split, sequence length, shots, batch, rounds, ... Never empty."""
+
+_PACKAGES = {"compresso": "compresso-llm", "torch": "torch", "transformers": "transformers"}
+
+
+class Strict(BaseModel):
+    """Base of all records: frozen, and an unknown field or a NaN is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Environment(Strict):
+    """Where a number was made.
+
+    Args:
+        device: "cpu" or "cuda:0".
+        hardware: name of the processor or GPU.
+        threads: of torch on the CPU.
+        system: operating system.
+        dtype: of the weights while measured, "float32"; None where it does not matter.
+        versions: package -> version.
+    """
+
+    device: str
+    hardware: str
+    threads: int
+    system: str
+    dtype: str | None = None
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **packages: str) -> "Environment":
+        """The environment of this process; `packages` names further distributions that matter: `lm_eval="lm_eval"`."""
+        device = torch.device(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        return cls(
+            device=str(device),
+            hardware=name,
+            threads=torch.get_num_threads(),
+            system=platform.system(),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            versions={key: version(package) for key, package in {**_PACKAGES, **packages}.items()},
+        )
+
+
+class Measurement(Strict):
+    """One number.
+
+    Args:
+        name: "perplexity", "piqa/acc", "decode", "parameters/blocks", ...; one name always has one unit.
+        value: the number.
+        unit: "tokens/s", "bytes", "nats/token", "share", "1" for a ratio or count without unit.
+        how: measured, counted or estimated.
+        stderr: standard error of `value` over items, in its unit.
+        low, high: smallest and largest value over rounds, in its unit.
+        n: items, tokens or rounds behind the value.
+        protocol: everything that was decided to get the number.
+        seed: of random draws; None where nothing was drawn.
+        environment: where it was made.
+        remark: a sentence a reader must see beside the number, such as "no speed-up: zeros are stored dense".
+    """
+
+    name: str
+    value: FiniteFloat
+    unit: str
+    how: How
+    stderr: FiniteFloat | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    n: int | None = None
+    protocol: Protocol
+    seed: int | None = None
+    environment: Environment
+    remark: str | None = None
+
+    def same_protocol(self, other: "Measurement") -> bool:
+        """Whether two numbers may stand in one column: same name, unit, kind and protocol."""
+        return (self.name, self.unit, self.how, self.protocol) == (other.name, other.unit, other.how, other.protocol)
+
+
+class Sample(Strict):
+    """What a model wrote after a prompt, greedily.
+
+    Args:
+        prompt: the text given.
+        text: the continuation.
+        tokens: number of new tokens.
+        repetition: share of the continuation's 4-grams that occurred before in it, 0..1.
+        degenerate: whether it counts as broken (loops, or is empty).
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    repetition: FiniteFloat
+    degenerate: bool
+
+
+class Subject(Strict):
+    """A model that was measured, and what was found.
+
+    Args:
+        name: what a table calls it: "dense", "compresso", or the folder's name.
+        model: name of the checkpoint, without a path.
+        fingerprint: "sha256:..." of its weights; the same weights always have the same one.
+        measurements: all numbers.
+        samples: texts it wrote.
+    """
+
+    name: str
+    model: str
+    fingerprint: str
+    measurements: tuple[Measurement, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    def value(self, name: str) -> float | None:
+        """The first number of that name, or None."""
+        return next((one.value for one in self.measurements if one.name == name), None)
+
+
+class Account(Strict):
+    """What `evaluate` and `measure` write, and what a run's records hold under "account": subjects, the dense one first.
+
+    Args:
+        format: version of this schema.
+        created: ISO date and time, UTC.
+        subjects: measured models.
+    """
+
+    format: Literal[1] = 1
+    created: str
+    subjects: tuple[Subject, ...]
+
+
+def _processor() -> str:
+    """The CPU's name as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return f"{named or platform.machine()}, {os.cpu_count()} cores"
