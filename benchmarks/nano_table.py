@@ -20,7 +20,7 @@ from common import RESULTS, machine
 from compresso.data import nano, world
 from compresso.loading import load
 from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import perplexity
+from compresso.measure.perplexity import every_token, perplexity
 from compresso.recipe import override, read, with_knob
 from compresso.run import run
 
@@ -45,12 +45,12 @@ def measure(folder: Path, items: int) -> dict[str, Any]:
     loaded = load(folder, dtype=torch.float32)
     assert loaded.tokenizer is not None
     accuracy = choice_accuracy(loaded.model, loaded.tokenizer, [item for task in world.TASKS for item in world.items(task, items, FRESH)])
-    texts = list(world.documents(DOCUMENTS, FRESH))
+    protocol = every_token("world", "fresh", 256)
     return {
         "accuracy": accuracy.accuracy,
         "stderr": accuracy.stderr,
         "tasks": accuracy.tasks,
-        "perplexity": perplexity(loaded.model, loaded.tokenizer, texts, seq_len=256, batch_size=16).value,
+        "perplexity": perplexity(loaded.model, loaded.tokenizer, world.documents(DOCUMENTS, FRESH), protocol, batch_size=16).value,
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
     }
 

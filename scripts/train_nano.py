@@ -13,7 +13,6 @@ Text counts with weight `TEXT_WEIGHT`, the answer of an instruction with 1, the 
 
 import argparse
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from compresso.data import world
 from compresso.data.prompt import body
 from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import perplexity
+from compresso.measure.perplexity import every_token, perplexity
 
 TEXT_WEIGHT, CONTEXT_WEIGHT = 0.5, 0.1
 LONG_EVERY = 8
@@ -202,14 +201,21 @@ def scores(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, 
     model.eval()
     result = choice_accuracy(model, tokenizer, [item for task in world.TASKS for item in world.items(task, n, seed)])
     texts = list(world.documents(max(50, 2 * n), seed))
-    ppl = perplexity(model, tokenizer, texts, seq_len=256, batch_size=16)
+    protocol = every_token("world", "fresh", 256)
+    ppl = perplexity(model, tokenizer, texts, protocol, batch_size=16)
     model.train()
     return {
         "mean_accuracy": sum(result.tasks.values()) / len(result.tasks),
         "accuracy": result.tasks,
         "chance": {task: world.chance(task) for task in world.TASKS},
         "items_per_task": n,
-        "perplexity": dataclasses.asdict(ppl),
+        "perplexity": {
+            "value": ppl.value,
+            "n_tokens": ppl.n_tokens,
+            "seq_len": protocol.seq_len,
+            "n_texts": ppl.n_texts,
+            "protocol": protocol.settings(),
+        },
         "seed": seed,
     }
 

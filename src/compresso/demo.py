@@ -15,7 +15,7 @@ from compresso.data import nano, world
 from compresso.loading import Loaded, load
 from compresso.measure.choices import choice_accuracy
 from compresso.measure.decode import decode_speeds
-from compresso.measure.perplexity import perplexity
+from compresso.measure.perplexity import every_token, perplexity
 from compresso.recipe import read, with_knob
 from compresso.run import run
 
@@ -76,7 +76,7 @@ def measured(models: Mapping[str, Loaded], records: Mapping[str, Mapping[str, An
     for name, one in models.items():
         assert one.tokenizer is not None
         choices = choice_accuracy(one.model, one.tokenizer, items)
-        language = perplexity(one.model, one.tokenizer, texts, seq_len=256, batch_size=16)
+        language = perplexity(one.model, one.tokenizer, texts, every_token("world", "fresh", 256), batch_size=16)
         rows[name] = {
             "parameters": sum(p.numel() for p in one.model.parameters()),
             "block_parameters": records[name]["after"]["parameters"]["blocks"] if name in records else None,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from compresso.data import nano, world
 from compresso.data.prompt import body
 from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import perplexity
+from compresso.measure.perplexity import every_token, perplexity
 
 TOKENIZER = AutoTokenizer.from_pretrained(nano.path())
 
@@ -71,7 +71,9 @@ def test_scores_on_record_are_of_this_model(model, tokenizer):
     assert scores["items_per_task"] >= 300
     protocol = scores["perplexity"]
     texts = world.documents(protocol["n_texts"], scores["seed"])
-    assert perplexity(model, tokenizer, texts, protocol["seq_len"], 16).value == pytest.approx(protocol["value"], rel=1e-3)
+    result = perplexity(model, tokenizer, texts, every_token("world", "fresh", protocol["seq_len"]), batch_size=16)
+    assert result.n_tokens == protocol["n_tokens"]
+    assert result.value == pytest.approx(protocol["value"], rel=1e-3)
 
 
 def test_the_log_tells_of_the_whole_run():

@@ -80,7 +80,15 @@ NAMES = (*REGISTERED, *WORLD_NAMES)
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(:(?P<config>[\w.-]+))?")
 
 
-def load_records(data: str | Path, *, split: str = "train", seed: int = 0, limit: int | None = None, skip_bad: bool = False) -> Records:
+def load_records(
+    data: str | Path,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    local: str | Path | None = None,
+) -> Records:
     """Read everything that `data` names, in the order it is named.
 
     Args:
@@ -89,6 +97,7 @@ def load_records(data: str | Path, *, split: str = "train", seed: int = 0, limit
         seed: draws the rows of the embedded world.
         limit: most rows per source.
         skip_bad: skip and count bad lines of local files instead of raising.
+        local: a folder with local copies of registered names; that of COMPRESSO_DATA if None.
 
     Raises:
         DataError: an unknown name, data that cannot be reached, or a file that is empty or malformed (with file and line).
@@ -98,7 +107,7 @@ def load_records(data: str | Path, *, split: str = "train", seed: int = 0, limit
     parts = [str(data)] if isinstance(data, Path) or Path(data).is_file() else [part.strip() for part in data.split(",")]
     if not all(parts):
         raise DataError(f"data={str(data)!r} names an empty source; wanted names or files, joined by single commas")
-    sources = [_one(part, split, seed, limit, skip_bad) for part in parts]
+    sources = [_one(part, split, seed, limit, skip_bad, local) for part in parts]
     if len(sources) == 1:
         return sources[0]
     rows = [row for source in sources for row in source.rows]
@@ -111,11 +120,11 @@ def load_records(data: str | Path, *, split: str = "train", seed: int = 0, limit
     )
 
 
-def _one(name: str, split: str, seed: int, limit: int | None, skip_bad: bool) -> Records:
+def _one(name: str, split: str, seed: int, limit: int | None, skip_bad: bool, local: str | Path | None) -> Records:
     if name in WORLD_NAMES:
         return _world(name, seed, limit or WORLD_ROWS)
     if name in REGISTERED:
-        return _registered(name, split, limit)
+        return _registered(name, split, limit, local)
     path = Path(name).expanduser()
     if path.exists() or suffix_of(path):
         return _file(path, limit, skip_bad)
@@ -129,9 +138,9 @@ def _file(path: Path, limit: int | None, skip_bad: bool) -> Records:
     return Records(joint_kind(read.rows), read.rows, path.name, read.n_bad, read.bad)
 
 
-def _registered(name: str, split: str, limit: int | None) -> Records:
+def _registered(name: str, split: str, limit: int | None, local: str | Path | None) -> Records:
     known = REGISTERED[name]
-    folder = os.environ.get("COMPRESSO_DATA")
+    folder = local or os.environ.get("COMPRESSO_DATA")
     copy = (known.local or {}).get(split)
     if folder and copy and (path := Path(folder) / copy.file).is_file():
         return replace(_file(path, limit, skip_bad=False), source=f"{name} {split}, local copy {path.name} ({copy.remark})")

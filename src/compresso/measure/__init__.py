@@ -1,1 +1,1 @@
-"""Measures of a model: perplexity, multiple choice and decoding speed, each with the protocol that made the number."""
+"""Measures of a model: perplexity, divergence, written text, multiple choice, decoding speed; each number with its protocol."""
