@@ -122,9 +122,7 @@ def divergence(model: PreTrainedModel, reference: DenseReference, environment: E
     """
     n, vocabulary = reference.log_probs.shape
     if _vocabulary(model) != vocabulary:
-        raise DataError(
-            f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {vocabulary}; compare like with like"
-        )
+        raise DataError(f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {vocabulary}; wanted the same")
     kl = torch.empty(n, dtype=torch.float64)
     same = torch.empty(n, dtype=torch.float64)
     for rows, found in _log_probs(model, reference.windows, reference.places, reference.batch_size):
@@ -167,7 +165,7 @@ def divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    return int(model.config.vocab_size)
 
 
 def _log_probs(

@@ -26,7 +26,7 @@ def check_ids(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> None:
 
     Raises DataError.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    rows = int(model.config.vocab_size)
     highest = max((max(window) for window in windows if window), default=0)
     if highest >= rows:
         raise DataError(f"token id {highest} is beyond the model's vocabulary of {rows}; give the tokenizer this model was trained with")

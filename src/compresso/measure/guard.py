@@ -113,47 +113,57 @@ def judge(
     for name, rate in (("dense_degenerate", dense_degenerate), ("pruned_degenerate", pruned_degenerate)):
         if rate is not None and not 0 <= rate <= 1:
             raise DataError(f"{name}={rate}; wanted a share from 0 to 1")
-    losses = _losses(dense_loss, pruned_loss, math.log(vocabulary))
-    checks = (*losses, _degenerate(dense_degenerate, pruned_degenerate))
+    guess = math.log(vocabulary)
+    why = _nothing_to_lose(dense_loss, guess)
+    loss = _growth(dense_loss, pruned_loss, why)
+    checks = (loss, _level(dense_loss, pruned_loss, guess, why), _degenerate(dense_degenerate, pruned_degenerate, why))
     found = {one.verdict for one in checks}
-    worst: Verdict = "refuse" if "refuse" in found else "warn" if "warn" in found else losses[0].verdict
-    return Guard(verdict=worst, checks=checks)
+    return Guard(verdict="refuse" if "refuse" in found else "warn" if "warn" in found else loss.verdict, checks=checks)
 
 
-def _losses(dense: float | None, pruned: float | None, guess: float) -> tuple[Check, Check]:
-    """The checks of the perplexity's growth and of the loss itself."""
+def _nothing_to_lose(dense: float | None, guess: float) -> str:
+    """Why a dense model of this loss cannot be damaged; "" if it can, or if its loss is not known."""
+    if dense is None or dense <= guess - LEAST_KNOWLEDGE:
+        return ""
+    known = f"is not {LEAST_KNOWLEDGE} nats below a uniform guess ({guess:.3f})"
+    return f"the dense model's loss {dense:.3f} {known}, so it has nothing to lose"
+
+
+def _growth(dense: float | None, pruned: float | None, why: str) -> Check:
+    """The check of perplexity against dense; not made for the reason `why`."""
+    verdict: Verdict = "unchecked"
+    growth = None if dense is None or pruned is None else math.exp(min(pruned - dense, 700.0))
+    if growth is None:
+        why = "the loss on held text was not measured, for want of data or a tokenizer"
+    elif not why:
+        verdict = "refuse" if growth >= REFUSE_GROWTH else "warn" if growth >= WARN_GROWTH else "ok"
+        why = f"perplexity on held text is {growth:.3g} times the dense one (warned from {WARN_GROWTH:g}, refused from {REFUSE_GROWTH:g})"
+    return Check(
+        name="perplexity_growth", verdict=verdict, value=growth, unit="1", warn_from=WARN_GROWTH, refuse_from=REFUSE_GROWTH, words=why
+    )
+
+
+def _level(dense: float | None, pruned: float | None, guess: float, why: str) -> Check:
+    """The check of the loss itself; not made for the reason `why`."""
+    verdict: Verdict = "unchecked"
     if dense is None or pruned is None:
         why = "the loss on held text was not measured, for want of data or a tokenizer"
-        return _growth("unchecked", None, why), _level("unchecked", pruned, guess, why)
-    growth = math.exp(min(pruned - dense, 700.0))
-    if dense > guess - LEAST_KNOWLEDGE:
-        why = f"the dense model's loss {dense:.3f} is not {LEAST_KNOWLEDGE} nats below a uniform guess ({guess:.3f}), so it has nothing to lose"
-        return _growth("unchecked", growth, why), _level("unchecked", pruned, guess, why)
-    grew: Verdict = "refuse" if growth >= REFUSE_GROWTH else "warn" if growth >= WARN_GROWTH else "ok"
-    grown = f"perplexity on held text is {growth:.3g} times the dense one (warned from {WARN_GROWTH:g}, refused from {REFUSE_GROWTH:g})"
-    reached = f"loss on held text is {pruned:.3f} nats a token (refused from {guess:.3f}, a uniform guess)"
-    return _growth(grew, growth, grown), _level("refuse" if pruned >= guess else "ok", pruned, guess, reached)
+    elif not why:
+        verdict = "refuse" if pruned >= guess else "ok"
+        why = f"loss on held text is {pruned:.3f} nats a token (refused from {guess:.3f}, a uniform guess)"
+    return Check(name="loss", verdict=verdict, value=pruned, unit="nats/token", warn_from=None, refuse_from=guess, words=why)
 
 
-def _growth(verdict: Verdict, value: float | None, words: str) -> Check:
-    unit, name = "1", "perplexity_growth"
-    return Check(name=name, verdict=verdict, value=value, unit=unit, warn_from=WARN_GROWTH, refuse_from=REFUSE_GROWTH, words=words)
-
-
-def _level(verdict: Verdict, value: float | None, guess: float, words: str) -> Check:
-    return Check(name="loss", verdict=verdict, value=value, unit="nats/token", warn_from=None, refuse_from=guess, words=words)
-
-
-def _degenerate(dense: float | None, pruned: float | None) -> Check:
-    """The check of how many more texts are broken."""
-    rise: float | None = None
+def _degenerate(dense: float | None, pruned: float | None, why: str) -> Check:
+    """The check of how many more texts are broken; not made for the reason `why`."""
     verdict: Verdict = "unchecked"
-    words = "no text was generated, for want of a tokenizer or prompts"
-    if dense is not None and pruned is not None:
-        rise = pruned - dense
+    rise = None if dense is None or pruned is None else pruned - dense
+    if dense is None or pruned is None or rise is None:
+        why = "no text was generated, for want of a tokenizer or prompts"
+    elif not why:
         verdict = "ok" if rise < WARN_RISE else "refuse" if rise >= REFUSE_RISE and pruned >= REFUSE_RATE else "warn"
-        words = (
+        why = (
             f"broken texts went from {dense:.0%} to {pruned:.0%} (warned from {100 * WARN_RISE:g} points more, "
             f"refused from {100 * REFUSE_RISE:g} points more and {REFUSE_RATE:.0%} in all)"
         )
-    return Check(name="degenerate", verdict=verdict, value=rise, unit="share", warn_from=WARN_RISE, refuse_from=REFUSE_RISE, words=words)
+    return Check(name="degenerate", verdict=verdict, value=rise, unit="share", warn_from=WARN_RISE, refuse_from=REFUSE_RISE, words=why)

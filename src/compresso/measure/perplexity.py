@@ -18,7 +18,7 @@ from compresso.errors import DataError, NumericError
 from compresso.measure.forward import context_of, rows_at_once, window_logits
 from compresso.measure.protocol import PRESETS, PerplexityProtocol, check_context, every_token, preset
 from compresso.measure.record import Environment, Measurement
-from compresso.measure.windows import Window, text_windows
+from compresso.measure.windows import Window, streams, text_windows
 
 __all__ = ["PRESETS", "PerplexityProtocol", "PerplexityResult", "check_context", "every_token", "perplexity", "preset"]
 
@@ -113,10 +113,11 @@ def perplexity(
     chosen = list(islice(texts, protocol.documents))
     windows = text_windows(tokenizer, chosen, protocol)
     if not windows:
+        longest = max((len(stream.ids) for stream in streams(tokenizer, chosen, protocol)), default=0)
         wanted = f"{protocol.seq_len} for a full window" if protocol.remainder == "dropped" else "2"
         raise DataError(
-            f"corpus '{protocol.corpus}': {len(chosen)} texts are too short to predict a token; wanted at least {wanted}. "
-            "Give more text or a smaller seq_len."
+            f"corpus '{protocol.corpus}': {len(chosen)} texts make {longest} tokens in a row, too few to predict one; wanted {wanted}. "
+            "Give more text, or a smaller seq_len."
         )
     nats = [0.0] * len(windows)
     for i, logits in window_logits(model, [window.ids for window in windows], batch_size):
