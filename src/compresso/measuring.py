@@ -7,7 +7,7 @@ this one holds no weights; then all models are loaded together, so that they can
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -89,7 +89,7 @@ def measure(
             if the models do not fit into memory together.
     """
     plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
-    target = None if output is None else _writable(Path(output))
+    target = None if output is None else _writable(Path(output), plan.sources.values())
     turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
     with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
         found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}
@@ -178,13 +178,15 @@ def _check_fit(plan: Plan) -> None:
             )
 
 
-def _writable(path: Path) -> Path:
-    """The file to write, if it can be. Raises CheckpointError otherwise; nothing is created."""
+def _writable(path: Path, sources: Iterable[Source]) -> Path:
+    """The file to write, if it can be and belongs to none of the models. Raises CheckpointError otherwise; nothing is created."""
+    parent = path.resolve().parent
     if path.is_dir():
         raise CheckpointError(f"output {path} is a folder; give a file, such as {path / 'measured.json'}")
-    parent = path.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {path} cannot be written: {parent} is no folder that can be written to. Choose another output.")
+    if any(source.folder and parent.is_relative_to(source.folder.resolve()) for source in sources):
+        raise CheckpointError(f"output {path} lies in the folder of a model that is measured. Choose another output.")
     return path
 
 

@@ -33,7 +33,9 @@ def show(account: Account, as_json: bool) -> None:
         return
     console = Console()
     subjects = account.subjects
-    table = Table("", "kind", title=_title(subjects), title_justify="left", caption="median (lowest-highest)", caption_justify="left")
+    table = Table(title=_title(subjects), title_justify="left", caption="median (lowest-highest)", caption_justify="left")
+    for column in ("", "kind"):
+        table.add_column(column, no_wrap=True)
     for number, subject in enumerate(subjects):
         table.add_column(f"{subject.name}\n(reference)" if number == 0 and len(subjects) > 1 else subject.name, justify="right")
     for row in rows(subjects):
@@ -86,7 +88,7 @@ def _cell(one: Measurement | None) -> str:
         return "-"
     text = _number(one.value, one.unit)
     if one.low is not None and one.high is not None and one.n != 1:
-        text += f" ({_number(one.low, one.unit)}-{_number(one.high, one.unit)})"
+        text += f"\n({_number(one.low, one.unit)}-{_number(one.high, one.unit)})"
     return f"{text}\nno speed-up" if one.remark and one.remark.startswith("no speed-up") else text
 
 
