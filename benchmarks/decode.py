@@ -24,7 +24,8 @@ from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.edit.shrink import shrink_
 from compresso.export.hf import save_checkpoint
-from compresso.measure.decode import decode_speeds
+from compresso.measure.latency import speed_measurements
+from compresso.measure.traffic import weight_bytes_read
 
 VARIANTS = {
     "heads and channels, 70 %, per layer": {"keep": 0.7, "kinds": ("head", "channel")},
@@ -66,19 +67,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, knobs) in enumerate(VARIANTS.items()):
             models[name], layouts[name] = cut(knobs, Path(scratch) / str(number))
-        speeds = decode_speeds(models, prompt_tokens=64, new_tokens=24, rounds=given.rounds)
-    base = speeds["dense"]
+        speeds = speed_measurements(models, batches=(1,), prompt_tokens=64, new_tokens=24, rounds=given.rounds)
     rows = []
-    for name, speed in speeds.items():
-        bound = base.bytes_per_token / speed.bytes_per_token
-        speedup = speed.tokens_per_second / base.tokens_per_second
+    for name, found in speeds.items():
+        values = {one.name: one.value for one in found}
+        decode = next(one for one in found if one.name == "decode/batch1")
+        bound, speedup = (values.get(f"decode_{what}/batch1", 1.0) for what in ("bound", "speedup"))
         row = {
             "variant": name,
             "layout": layouts[name],
-            "mb_per_token": round(speed.bytes_per_token / 1e6, 1),
+            "mb_per_token": round(weight_bytes_read(models[name]) / 1e6, 1),
             "bytes_bound": round(bound, 3),
         }
-        row |= {"tokens_per_s": round(speed.tokens_per_second, 2), "range": [round(speed.lowest, 2), round(speed.highest, 2)]}
+        row |= {"tokens_per_s": round(decode.value, 2), "range": [round(end, 2) for end in (decode.low, decode.high) if end is not None]}
         rows.append(row | {"speedup": round(speedup, 3), "speedup_over_bound": round(speedup / bound, 3)})
         print(rows[-1], flush=True)
     worst = min(row["speedup_over_bound"] for row in rows[1:])

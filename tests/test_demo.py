@@ -2,14 +2,14 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compresso
 from compresso import demo
-from compresso.measure.decode import decode_speeds
+from compresso.measure.latency import speed_measurements
 from compresso.recipe import override, read, with_knob
 from tests.conftest import Call
 
@@ -27,7 +27,11 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "read", short)
     monkeypatch.setattr(demo, "ITEMS_PER_TASK", 1)
     monkeypatch.setattr(demo, "DOCUMENTS", 2)
-    monkeypatch.setattr(demo, "decode_speeds", partial(decode_speeds, rounds=1, prompt_tokens=2, new_tokens=2))
+
+    def briefly(models: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return speed_measurements(models, batches=(1,), prompt_tokens=2, new_tokens=2, rounds=1)
+
+    monkeypatch.setattr(demo, "speed_measurements", briefly)
 
 
 @pytest.mark.usefixtures("shortened", "quick_reopening")
@@ -42,7 +46,8 @@ def test_the_demo_writes_its_table_and_says_how_to_load(call: Call, tmp_path: Pa
         row = table[name]
         assert row["parameters"] < dense["parameters"]
         assert row["bytes"] < dense["bytes"]
-        assert row["decode"]["bytes_per_token"] < dense["decode"]["bytes_per_token"]
+        assert row["speed"]["decode_bound/batch1"]["value"] > 1
+        assert row["speed"].keys() - dense["speed"].keys() == {"prefill_speedup/batch1", "decode_speedup/batch1", "decode_bound/batch1"}
         assert row["perplexity"] > 1
         assert 0 <= row["accuracy"] <= 1
         assert row["items"] == dense["items"]

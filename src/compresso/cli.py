@@ -27,7 +27,7 @@ app = typer.Typer(
     name="compresso",
     help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
     "Example: compresso demo --output demo-output\n\n"
-    "evaluate, measure, compare, export and verify come with later versions.",
+    "evaluate, compare, export and verify come with later versions.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -170,6 +170,41 @@ def run(
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids, the dense one first.")],
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8; default 1,8, and 32 on a GPU.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompts; default 256, or what a context holds.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded after each; default 64, or what a context holds.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, in which the models take turns.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for all; default: as the first is stored.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")] = True,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the account.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Size, cost, memory, prefill and decode speed of models, side by side.
+
+    Example: compresso measure ./llama-7b ./llama-5b --batch 1,8
+    """
+    from compresso import measuring, measuring_report
+
+    account = measuring.measure(
+        models,
+        batches=None if batch is None else measuring.batch_sizes(batch),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        memory=memory,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+    )
+    measuring_report.show(account, as_json)
 
 
 def _raw(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from compresso.checkpoint.atomic import check_output, new_folder
 from compresso.data import nano, world
 from compresso.loading import Loaded, load
 from compresso.measure.choices import choice_accuracy
-from compresso.measure.decode import decode_speeds
+from compresso.measure.latency import speed_measurements
 from compresso.measure.perplexity import every_token, perplexity
 from compresso.recipe import read, with_knob
 from compresso.run import run
@@ -71,7 +70,8 @@ def measured(models: Mapping[str, Loaded], records: Mapping[str, Mapping[str, An
     """Parameters, bytes, perplexity, accuracy and decode speed of each model, on items and documents that none was trained on."""
     items = [item for task in world.TASKS for item in world.items(task, ITEMS_PER_TASK, FRESH)]
     texts = list(world.documents(DOCUMENTS, FRESH))
-    speeds = decode_speeds({name: one.model for name, one in models.items()})
+    live = {name: one.model for name, one in models.items()}
+    speeds = speed_measurements(live, batches=(1,), prompt_tokens=32, new_tokens=48)
     rows: dict[str, Any] = {}
     for name, one in models.items():
         assert one.tokenizer is not None
@@ -85,7 +85,7 @@ def measured(models: Mapping[str, Loaded], records: Mapping[str, Mapping[str, An
             "accuracy": choices.accuracy,
             "accuracy_stderr": choices.stderr,
             "items": choices.n,
-            "decode": asdict(speeds[name]),
+            "speed": {one.name: one.model_dump(mode="json") for one in speeds[name]},
             "seconds": records[name]["seconds"] if name in records else None,
         }
     return rows
@@ -96,13 +96,13 @@ def _print(console: Console, rows: Mapping[str, Any], keep: float) -> None:
     for column in ("", "parameters", "MB on disk", "perplexity", "accuracy", "decode tokens/s"):
         table.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
-        speed = row["decode"]
+        speed = row["speed"]["decode/batch1"]
         table.add_row(
             name,
             f"{row['parameters']:,}",
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['perplexity']:.3f}",
             f"{row['accuracy']:.3f} ± {row['accuracy_stderr']:.3f}",
-            f"{speed['tokens_per_second']:.0f} ({speed['lowest']:.0f}-{speed['highest']:.0f})",
+            f"{speed['value']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
         )
     console.print(table)

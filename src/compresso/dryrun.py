@@ -27,8 +27,8 @@ from compresso.edit.shrink import shrink_
 from compresso.errors import BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.export.shrunk import describe
-from compresso.inspection import counts
 from compresso.job import accumulation
+from compresso.measure.size import counts
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4

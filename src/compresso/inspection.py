@@ -14,10 +14,8 @@ from compresso.checkpoint.source import meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
+from compresso.measure.size import counts
 from compresso.native.stock import as_stock
-
-KV_BYTES = 2
-"""Bytes of a key/value cache entry: bfloat16 or float16, as served."""
 
 
 def inspect(model: str | Path | PreTrainedModel) -> dict[str, Any]:
@@ -49,16 +47,6 @@ def describe(model: PreTrainedModel, arch: Arch) -> dict[str, Any]:
             units = [round(per_unit[axis.name]) for axis in of_kind]
             rows.append({"kind": str(kind), "count": len(of_kind), "size": _one_or_all(sizes), "parameters_per_unit": _one_or_all(units)})
     return {"architecture": arch.name, **counts(cost), "axes": rows}
-
-
-def counts(cost: CostModel, masks: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and cache bytes of the dense model or under 0/1 masks."""
-    counted = cost(masks)
-    return {
-        "parameters": counted.parameters(),
-        "macs_per_token": round(float(counted.macs)),
-        "kv_bytes_per_token": round(float(counted.cached)) * KV_BYTES,
-    }
 
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:

@@ -21,8 +21,8 @@ from compresso.drive.objectives import language_loss
 from compresso.errors import NumericError
 from compresso.export.card import model_card
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
-from compresso.inspection import counts
 from compresso.job import Job
+from compresso.measure.size import counts, weight_bytes
 from compresso.recipe import Recipe
 
 FORMAT = 1
@@ -129,11 +129,6 @@ def finish(
         if job.adapters is not None and job.adapters.is_dir():
             shutil.copytree(job.adapters, folder / "adapters")
     return written
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:

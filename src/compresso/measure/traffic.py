@@ -1,0 +1,104 @@
+"""What a decoded token reads, the speed-up that this allows, and the words for a speed-up that did not come.
+
+At small batches a decoding step does little but read: every weight once, for all sequences of the batch together, and each sequence's own
+key/value cache. So dense bytes over pruned bytes bounds the speed-up where reading sets the pace. The bound leaves out activations,
+writing and copying the cache, arithmetic (which takes over at large batches), the time to launch kernels (which takes over in small
+models), and processor caches that hold a whole small model. Where one of these sets the pace, a speed-up lies on either side of the bound.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from transformers import PreTrainedModel
+
+MANY_ZEROS = 0.1
+"""Share of a model's matrix entries that are exactly zero, above which words about speed mention it."""
+LEAST_NOISE = 0.02
+"""A speed-up closer to 1 than this is none, however quiet the machine."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What speed may depend on in a model's parameters.
+
+    Args:
+        bytes_read: bytes of weights that one step reads.
+        zeros: share of exact zeros among the entries of all matrices.
+        tensors: shape and dtype of every parameter.
+    """
+
+    bytes_read: int
+    zeros: float
+    tensors: tuple[tuple[tuple[int, ...], str], ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Weights":
+        """Those of a live model; reads all weights once."""
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        zeros = sum(p.numel() - int(p.count_nonzero()) for p in matrices) / max(1, sum(p.numel() for p in matrices))
+        return cls(weight_bytes_read(model), zeros, tuple((tuple(p.shape), str(p.dtype)) for p in model.parameters()))
+
+
+def weight_bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of weights that one decoding step reads: all parameters, tied ones once, an untied input embedding left out (a row a token)."""
+    lookup = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is lookup
+    return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not lookup)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a transformers cache, over all its layers; layers that hold none, or other states, count nothing."""
+    tensors = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def mean_cache_read(before: int, after: int, steps: int) -> float:
+    """Mean bytes of cache that a step reads, when `steps` steps took the cache from `before` to `after` bytes.
+
+    A step appends its token first and then reads, so step t of n reads `before + t (after - before) / n`.
+    """
+    return before + (after - before) * (steps + 1) / (2 * steps)
+
+
+def bytes_bound(dense_weights: int, dense_cache: float, weights: int, cache: float) -> float:
+    """Speed-up that reading allows: bytes of weights and mean bytes of the batch's cache that a step reads, dense over pruned."""
+    return (dense_weights + dense_cache) / (weights + cache)
+
+
+def paired(dense_seconds: Sequence[float], seconds: Sequence[float]) -> tuple[list[float], float]:
+    """The speed-up of each round against dense in the same round, and how far from 1 their median may lie and still be noise.
+
+    That is twice the median distance of the rounds from their median, and at least `LEAST_NOISE`.
+    """
+    ratios = [dense / own for dense, own in zip(dense_seconds, seconds, strict=True)]
+    middle = median(ratios)
+    return ratios, max(LEAST_NOISE, 2 * median(abs(ratio - middle) for ratio in ratios))
+
+
+def verdict(speedup: float, noise: float, weights: Weights, dense: Weights, bound: float | None = None) -> str | None:
+    """The words that belong beside a speed-up: why there is none, or that bytes do not explain it; None if it speaks for itself.
+
+    Args:
+        speedup: measured; 1 is as fast as dense.
+        noise: distance from 1 that means nothing.
+        weights, dense: of the two models.
+        bound: what reading bytes allows, where that is known.
+    """
+    same = weights.tensors == dense.tensors
+    zeros = weights.zeros - dense.zeros >= MANY_ZEROS
+    if speedup > 1 + noise:
+        if same:
+            return "not an effect of size: every tensor is as large as the dense model's"
+        if bound is not None and speedup > bound * (1 + noise):
+            return f"above the bound of {bound:.2f}: reading fewer bytes does not explain all of it"
+        return None
+    if same:
+        return "no speed-up: " + ("zeros are stored dense" if zeros else "every tensor is as large as the dense model's")
+    words = f"no speed-up: measured {speedup:.2f}, noise {noise:.2f}"
+    if bound is not None:
+        words += f", against a bound of {bound:.2f}"
+        words += ": something other than reading weights sets the pace" if bound > 1 + noise else ""
+    return words + (f"; {weights.zeros:.0%} of its matrices are zeros, stored dense" if zeros else "")
