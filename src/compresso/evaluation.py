@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compresso.measure.corpora import Corpus
     from compresso.measure.protocol import PerplexityProtocol
 
-Prompting = Literal["auto", "on", "off", "both"]
+PROMPTING = ("auto", "on", "off", "both")
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     corpus: str | None = None,
     protocol: str | None = None,
-    prompt: Prompting = "auto",
+    prompt: str = "auto",
     limit: int | None = None,
     data_root: str | Path | None = None,
     batch_size: int = 8,
@@ -64,8 +64,8 @@ def evaluate(
     """
     if suite is not None and tasks is not None:
         raise DataError("suite and tasks are both given; give one")
-    if prompt not in get_args(Prompting):
-        raise DataError(f"prompt '{prompt}' is unknown; {nearest(prompt, get_args(Prompting))}")
+    if prompt not in PROMPTING:
+        raise DataError(_unknown_prompt(prompt))
     names = [suite] if suite else list(tasks or ())
     if tasks is not None and not names:
         raise DataError("tasks names nothing; give at least one")
@@ -111,8 +111,12 @@ def evaluate(
     return account
 
 
-def prompts(loaded: Loaded, prompt: Prompting) -> tuple[Prompt | None, ...]:
-    """The prompts to measure with, None for none; of both, first the one that the model was pruned with."""
+def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
+    """The prompts to measure with, None for none; of both, first the one that the model was pruned with.
+
+    Raises:
+        DataError: `prompt` is not auto, on, off or both.
+    """
     on = loaded.prompt or collaborative_prompt(with_input=False)
     match prompt:
         case "auto":
@@ -123,6 +127,8 @@ def prompts(loaded: Loaded, prompt: Prompting) -> tuple[Prompt | None, ...]:
             return (None,)
         case "both":
             return (on, None) if loaded.prompt else (None, on)
+        case _:
+            raise DataError(_unknown_prompt(prompt))
 
 
 def show(account: Account) -> None:
@@ -144,6 +150,8 @@ def show(account: Account) -> None:
                 one.remark or "",
             )
         console.print(table)
+        if limits := sorted({int(limit) for one in subject.measurements if (limit := one.protocol.get("limit"))}):
+            console.print(f"Only the first {limits[-1]} items of each task: not comparable with published scores.")
         if absent := _absent(subject):
             console.print(f"Not measured: {', '.join(absent)}.")
 
@@ -166,6 +174,10 @@ def _language(source: Source, corpus: str, protocol: str | None, data_root: str 
     how = preset(chosen, texts.name, texts.split)
     check_context(how, context)
     return texts, how
+
+
+def _unknown_prompt(prompt: str) -> str:
+    return f"prompt '{prompt}' is unknown; {nearest(prompt, PROMPTING)}"
 
 
 def _check_numbers(limit: int | None, batch_size: int) -> None:

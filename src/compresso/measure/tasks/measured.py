@@ -60,7 +60,7 @@ def task_measurements(
         raise DataError(f"batch_size={batch_size}: wanted at least 1 row")
     if prompt is not None and prompt != collaborative_prompt(with_input=False):
         raise DataError(
-            f"prompt {prompt.version} ({prompt.sha256[:12]}) is not this version's; give collaborative_prompt(with_input=False)"
+            f"prompt {prompt.version} ({prompt.sha256[:12]}) is unknown here; give collaborative_prompt(with_input=False)"
         )
     suites = _prepared(tasks, data_root, num_fewshot, seed)
     if device is not None:
@@ -107,7 +107,7 @@ def _run(
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert found is not None  # None comes from other processes of a group, and this is not one
+    assert found is not None and "samples" in found  # absent in other processes of a group, and with log_samples=False
     environment = Environment.here(model.device, model.dtype, lm_eval="lm_eval", datasets="datasets")
     common: dict[str, Setting] = {
         "harness": f"lm_eval {version('lm_eval')}",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,9 +53,11 @@ class PromptedLM(_Base):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations, the prompt before their contexts; the last token is predicted, not read, so one more fits."""
-        return super()._loglikelihood_tokens([self._prompted(one) for one in requests], disable_tqdm, override_bs)
+        rows = [self._prompted(one) for one in requests]
+        self.logits_cache = not _ambiguous(rows)
+        return super()._loglikelihood_tokens(rows, disable_tqdm, override_bs)
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations. Raises DataError if prompt and new tokens leave no room for a context."""
         for request in requests:
             self._room(self.new_tokens(request.args[1]))
@@ -116,3 +117,12 @@ class PromptedLM(_Base):
             if self.opening:
                 bare = bare[len(bare) - room :]
         return texts, self.opening + bare, continuation
+
+
+def _ambiguous(rows: Sequence[Request]) -> bool:
+    """Whether rows with the same tokens, but for the last, are split at different places.
+
+    The harness reads such rows once, and then takes the first of the scored places, not the last ones, for the shorter continuation.
+    """
+    lengths: dict[int, int] = {}  # by hash: the tokens of all rows would fill the memory, and a collision only costs time
+    return any(lengths.setdefault(hash((*head, *tail[:-1])), len(tail)) != len(tail) for _, head, tail in rows)
