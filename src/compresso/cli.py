@@ -27,7 +27,7 @@ app = typer.Typer(
     name="compresso",
     help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
     "Example: compresso demo --output demo-output\n\n"
-    "evaluate, compare, export and verify come with later versions.",
+    "export and verify come with later versions.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -205,6 +205,51 @@ def measure(
         output=output,
     )
     measuring_report.show(account, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Single tasks, several with commas, such as piqa,boolq.")] = None,
+    prompt: Annotated[str, typer.Option(help="Collaborative prompt: on, off or both; auto: on if pruned with it.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of each task, the first ones.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Perplexity on wikitext2, c4 or a local file; without tasks, wikitext2.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="sparsegpt (2048 tokens), llm-pruner (128), compresso (1024); default: the first that the context holds."),
+    ] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder with local data files; else that of COMPRESSO_DATA, else the hub.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="File for the account of all numbers, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a model can do: perplexity, and benchmark tasks with their standard errors.
+
+    Example: compresso evaluate ./llama-5b --suite commonsense --prompt both --output llama-5b.json
+    """
+    from compresso import evaluation
+
+    account = evaluation.evaluate(
+        model,
+        suite=suite,
+        tasks=None if tasks is None else [name for name in tasks.split(",") if name],
+        corpus=corpus,
+        protocol=protocol,
+        prompt=prompt,
+        limit=limit,
+        data_root=data_root,
+        batch_size=batch,
+        device=device,
+        seed=seed,
+        output=output,
+    )
+    if as_json:
+        print(account.model_dump_json(indent=2))
+    else:
+        evaluation.show(account)
 
 
 def _raw(

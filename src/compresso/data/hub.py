@@ -5,7 +5,7 @@ limit; when it does not answer, or HF_HUB_OFFLINE is set, only the local cache i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -38,11 +38,10 @@ def rows(hub: HubSet, split: str, limit: int | None = None) -> list[dict[str, An
     """
     # these take a second to import, and local data does not need them
     import datasets
-    from datasets import config
 
-    silent = _why_silent(hub.id)
+    silent = why_silent(hub.id)
     try:
-        with _cache_only(config) if silent else _as_is():
+        with cache_only() if silent else nullcontext():
             loaded = datasets.load_dataset(hub.id, hub.config, data_files=_files(hub, split), split=split)
     except Exception as error:
         reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
@@ -61,7 +60,7 @@ def _files(hub: HubSet, split: str) -> dict[str, str] | None:
     return {split: hub.files[split]}
 
 
-def _why_silent(hub_id: str) -> str:
+def why_silent(hub_id: str) -> str:
     """Why the hub gives no answer about a data set, or "" if it does."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -78,15 +77,13 @@ def _why_silent(hub_id: str) -> str:
 
 
 @contextmanager
-def _cache_only(config: Any) -> Iterator[None]:
+def cache_only() -> Iterator[None]:
+    """While the block runs, `datasets` opens what is in its cache, and asks nobody."""
+    from datasets import config
+
     before = config.HF_HUB_OFFLINE
     config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _as_is() -> Iterator[None]:
-    yield
