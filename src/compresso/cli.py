@@ -27,7 +27,7 @@ app = typer.Typer(
     name="compresso",
     help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
     "Example: compresso demo --output demo-output\n\n"
-    "evaluate, measure, compare, export and verify come with later versions.",
+    "evaluate, measure, export and verify come with later versions.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -170,6 +170,25 @@ def run(
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
+
+
+@app.command()
+def compare(
+    results: Annotated[list[str], typer.Argument(metavar="DIR|FILE.json...", help="Folders of runs, files of evaluate and measure.")],
+    output: Annotated[Path, typer.Option(help="The page with tables, plots and texts; a report that lies there is replaced.")] = Path(
+        "report.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Several results side by side: a table here, and one self-contained HTML page.
+
+    Example: compresso compare ./llama-small ./llama-uniform dense.json --output report.html
+    """
+    from compresso import comparison
+
+    comparison.show(comparison.compare(results, output), as_json)
+    if not as_json:
+        print(f"report: {output}")
 
 
 def _raw(
