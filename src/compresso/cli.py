@@ -252,6 +252,25 @@ def evaluate(
         evaluation.show(account)
 
 
+@app.command()
+def compare(
+    results: Annotated[list[str], typer.Argument(metavar="DIR|FILE.json...", help="Folders of runs, files of evaluate and measure.")],
+    output: Annotated[Path, typer.Option(help="The page with tables, plots and texts; a report that lies there is replaced.")] = Path(
+        "report.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Several results side by side: a table here, and one self-contained HTML page.
+
+    Example: compresso compare ./llama-small ./llama-uniform dense.json --output report.html
+    """
+    from compresso import comparison
+
+    comparison.show(comparison.compare(results, output), as_json)
+    if not as_json:
+        print(f"report: {output}")
+
+
 def _raw(
     recipe: str,
     keep: float | None,

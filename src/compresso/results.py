@@ -19,11 +19,11 @@ from compresso.data.instructions import Encoded
 from compresso.data.records import Records
 from compresso.drive.objectives import language_loss
 from compresso.errors import NumericError
-from compresso.export.card import model_card
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.job import Job
 from compresso.measure.size import counts, weight_bytes
 from compresso.recipe import Recipe
+from compresso.report.card import model_card
 
 FORMAT = 1
 """Of records.json."""
@@ -122,7 +122,7 @@ def finish(
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": _json(written),
-            "README.md": model_card(_for_card(written)),
+            "README.md": model_card(written),
         }
         for name, text in texts.items():
             write_text(folder / name, text)
@@ -152,13 +152,6 @@ def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
         "skipped": list(records.bad),
         "examples": asdict(encoded.stats),
     }
-
-
-def _for_card(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model card shows of the records."""
-    prompt = facts["prompt"]
-    named = {"model": facts["model"]["name"], "recipe": facts["recipe"]["name"], "prompt": prompt and prompt["version"]}
-    return {**facts, **named, "after": {**facts["after"], "bytes": facts["bytes"]}}
 
 
 def _cuda() -> str | None:

@@ -1,0 +1,125 @@
+"""The README.md of a checkpoint: what it is, where it comes from, what became smaller, what was measured and what was not.
+
+The front matter follows the hub's model card. Of its relations to a base model (adapter, merge, quantized, finetune) a pruned model is a
+finetune: its weights were changed and tuned, and it replaces the base model; there is no term for pruned, so the tags say it. A base model
+is named only if it has an owner on the hub, and a licence never, because nobody told us either.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compresso.checkpoint.hub import is_hub_name
+from compresso.core.plan import Plan
+from compresso.measure.record import Measurement, Subject
+from compresso.report import facts
+from compresso.report.columns import GROUPS, group
+from compresso.report.read import Comparison, comparison_of_run
+from compresso.report.records import RunRecords
+from compresso.report.table import Cell, missing, tables
+
+_DATASETS = {
+    "wikitext2": {"name": "WikiText-2", "type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
+    "c4": {"name": "C4", "type": "allenai/c4", "config": "en"},
+}
+"""Corpora whose hub name is not their own; others are named as they were given."""
+_METRICS = {"acc": "accuracy"}
+_NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the data above")
+
+
+def model_card(records: Mapping[str, Any]) -> str:
+    """Markdown from what a run's records.json holds. Raises CheckpointError if these are no records of a run."""
+    seen = RunRecords.checked(records, "the run's records")
+    comparison = comparison_of_run(seen, Plan()) if seen.account else None
+    pruned = next((one for one in comparison.subjects if one.fingerprint not in comparison.dense), None) if comparison else None
+    environment = Environment(
+        loader=PackageLoader("compresso.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    numbers = [number for number in pruned.measurements if number.how != "counted"] if pruned else []
+    absent = missing(comparison) if comparison else [name for name in GROUPS if name not in ("Size", "Other")]
+    guard = seen.guard
+    return environment.get_template("card.md.jinja").render(
+        front=yaml.safe_dump(_front_matter(seen, pruned), sort_keys=False, allow_unicode=True, width=120),
+        model=_one_line(seen.model.name),
+        recipe=_one_line(seen.recipe.name),
+        layout=seen.layout,
+        prompt=seen.prompt.get("version") if seen.prompt else None,
+        guard=_one_line(guard.message) if guard and guard.verdict != "ok" else "",
+        counted=_counted(seen),
+        results=_results(comparison) if comparison else [],
+        places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
+        missing=[*absent, *_NEVER],
+    )
+
+
+def _front_matter(records: RunRecords, pruned: Subject | None) -> dict[str, Any]:
+    """The YAML head."""
+    source = records.model.name
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["compresso", "pruned"]}
+    if "/" in source and is_hub_name(source):
+        front |= {"base_model": source, "base_model_relation": "finetune"}
+    if records.layout == "native":
+        front["tags"].append("custom_code")
+    results = _index(pruned.measurements) if pruned else []
+    if results:
+        front["model-index"] = [{"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}]
+    return front
+
+
+def _index(numbers: Iterable[Measurement]) -> list[dict[str, Any]]:
+    """Measured perplexities and accuracies as the hub's model index: one entry for each task and split."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for number in numbers:
+        table = group(number.name)
+        if number.how != "measured" or not (table == "Perplexity" or table.startswith("Tasks")):
+            continue
+        name, _, metric = number.name.rpartition("/")
+        split = number.protocol.get("split")
+        dataset: dict[str, Any] = dict(_DATASETS.get(name, {"name": name, "type": name}))
+        if isinstance(split, str):
+            dataset["split"] = split
+        entry = entries.setdefault(
+            (name, str(split)), {"task": {"type": "text-generation", "name": "Text generation"}, "dataset": dataset, "metrics": []}
+        )
+        extra = {key: value for key, value in (("stderr", number.stderr), ("n", number.n), ("seed", number.seed)) if value is not None}
+        kind = _METRICS.get(metric, metric)
+        entry["metrics"].append({"type": kind, "value": number.value, "name": metric, "args": {**number.protocol, **extra}})
+    return list(entries.values())
+
+
+def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
+    """Rows of before and after."""
+    before, after = records.before, records.after
+    rows = [(f"parameters, {name}", before.parameters.get(name), count) for name, count in after.parameters.items()]
+    rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
+    rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
+    return [(name, old, new) for name, old, new in rows if old]
+
+
+def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """What was measured and what was estimated, apart: (kind, rows of name, dense, this model)."""
+    rows: dict[str, list[tuple[str, str, str]]] = {}
+    for table in tables(comparison):
+        dense = next(row for row in table.rows if row.kind == "dense")
+        mine = next(row for row in table.rows if row.kind == "pruned")
+        for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
+            if column.how != "counted":
+                name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")
+                rows.setdefault(column.how.capitalize(), []).append((_one_line(name), _words(old), _words(new)))
+    return list(rows.items())
+
+
+def _words(cell: Cell) -> str:
+    noise = " (within noise)" if cell.within_noise else ""
+    return _one_line(cell.text + noise + (f"; {cell.remark}" if cell.remark else ""))
+
+
+def _one_line(text: str) -> str:
+    """Text that stays in its line and its table cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

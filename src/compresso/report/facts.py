@@ -1,0 +1,120 @@
+"""What a run's records say in words: what was asked for, how to load the result, and what repeats it."""
+
+import shlex
+from collections.abc import Mapping
+
+import yaml
+
+from compresso.measure.record import Environment
+from compresso.report.read import Run
+
+Rows = list[tuple[str, str]]
+_OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
+_KINDS = {
+    "head": "heads",
+    "channel": "FFN units",
+    "hidden": "hidden dimensions",
+    "layer": "layers",
+    "attention": "attention sub-layers",
+    "mlp": "FFN sub-layers",
+}
+
+
+def asked(run: Run) -> Rows:
+    """The job: recipe, budget, data, and what came of the budget."""
+    records = run.records
+    recipe, data = records.recipe, records.data
+    paper = f" (arXiv {recipe.paper})" if recipe.paper else ""
+    rows = [("Recipe", f"{recipe.name}{paper}" + (f": {recipe.title}" if recipe.title else "")), ("Model", records.model.name)]
+    for stage, knobs in recipe.knobs().items():
+        if isinstance(keep := knobs.get("keep"), int | float):
+            of = str(knobs.get("of", "blocks"))
+            kinds = [_KINDS.get(str(kind), str(kind)) for kind in knobs.get("kinds") or ()]
+            removable = f"; what may leave: {', '.join(kinds)}" if kinds else ""
+            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{removable}"))
+    before, after = records.before.parameters, records.after.parameters
+    shares = [f"{after[part] / before[part]:.1%} of {words}" for part, words in list(_OF.items())[:2] if before.get(part) and part in after]
+    rows.append(("Left", ", ".join(shares).replace("%", " %")))
+    if data is None:
+        rows.append(("Data", "none: the recipe needs none"))
+    else:
+        amounts = [f"{data.examples[key]:,} {words}" for key, words in (("n", "examples"), ("tokens", "tokens")) if key in data.examples]
+        rows.append(("Data", f"{data.source} ({', '.join([data.kind, *amounts])})"))
+    prompt = f"collaborative prompt, version {records.prompt.get('version', '?')}" if records.prompt else "no prompt before the examples"
+    rows.append(("Prompt", prompt))
+    times = [f"{name} {written_time(stage.seconds)}" for name, stage in records.stages.items() if stage.seconds is not None]
+    rows.append(("Time", "; ".join(times + ([f"in all {written_time(records.seconds)}"] if records.seconds is not None else []))))
+    rows.append(("Layout", f"{records.layout}" + (f", {records.dtype}" if records.dtype else "")))
+    return rows
+
+
+def repeat(run: Run) -> Rows:
+    """Everything beside the recipe that decides the result."""
+    records = run.records
+    rows = [("Model", f"{records.model.name}, {records.model.fingerprint}"), ("Seed", str(records.seed))]
+    rows.append(("Data", f"{records.data.source}, sha256 {records.data.sha256}" if records.data else "none"))
+    rows.append(("Versions", pairs(records.versions)))
+    rows.append(("Machine", pairs({key: value for key, value in records.machine.items() if value is not None})))
+    rows.append(("Result", run.result))
+    return rows
+
+
+def command(run: Run) -> str:
+    """The shell command that repeats a run from its own recipe.yaml, which holds every knob."""
+    records = run.records
+    words = ["compresso", "run", "recipe.yaml", "--model", records.model.name]
+    if records.data is not None:
+        words += ["--data", records.data.source]
+    if records.layout != "uniform":  # uniform comes by itself where the shapes allow it; asked for, it would constrain them
+        words += ["--layout", records.layout]
+    return shlex.join([*words, "--seed", str(records.seed), "--output", f"{run.name.rpartition('/')[2]}-again"])
+
+
+def recipe_yaml(run: Run) -> str:
+    """The recipe as it was run."""
+    return yaml.safe_dump(run.records.recipe.model_dump(mode="json"), sort_keys=False, width=100, allow_unicode=True)
+
+
+def loading(run: Run) -> list[tuple[str, str]]:
+    """How to open the result: (what with, Python code)."""
+    folder = repr(run.name.rpartition("/")[2])
+    plain = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder})"
+    ways = [("compresso", f"import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))")]
+    if run.records.layout == "native":
+        ways.append(("transformers, with compresso installed", f"import compresso  # knows this model type\n{plain}"))
+        remote = plain.replace(f"({folder})", f"({folder}, trust_remote_code=True)")
+        ways.append(("transformers alone: runs modeling_compresso.py, which lies beside the weights", remote))
+    else:
+        ways.append(("transformers", plain))
+    return ways
+
+
+def place(environment: Environment) -> str:
+    """Where a number was made, in one line."""
+    parts = [environment.device, environment.hardware, f"{environment.threads} threads", environment.system]
+    return ", ".join([*parts, *([environment.dtype] if environment.dtype else []), pairs(environment.versions)])
+
+
+def pairs(values: Mapping[str, str | int | None]) -> str:
+    """Names and values in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def written_time(seconds: float) -> str:
+    """A duration for people.
+
+    >>> written_time(129.05), written_time(9000)
+    ('2.2 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def guard(run: Run) -> list[str]:
+    """What the collapse guard said: its message, and what its checks add to that."""
+    seen = run.records.guard
+    if seen is None:
+        return []
+    added = [one.words for one in seen.checks if one.words not in seen.message]
+    return ([seen.message] if seen.message else []) + list(dict.fromkeys(added))

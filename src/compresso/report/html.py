@@ -1,0 +1,183 @@
+"""One self-contained HTML page: no script, no network, light and dark, for screens, phones and paper.
+
+Names of models, samples and recipes are untrusted text. jinja2 escapes all of it, the only markup let through is what `charts` drew, and
+the page's own content policy forbids scripts and requests.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from compresso.checkpoint.atomic import write_text
+from compresso.core.plan import Plan
+from compresso.errors import ExportError
+from compresso.measure.record import Sample, Subject
+from compresso.report import facts, figures
+from compresso.report.columns import QUALITY, column_key, columns, group, written
+from compresso.report.read import Comparison, Run, comparison_of_run
+from compresso.report.records import RunRecords
+from compresso.report.table import NOT_MEASURED, Cell, Table, find, missing, tables
+
+GENERATOR = '<meta name="generator" content="compresso">'
+"""What tells a report from another file that lies at its place."""
+_VERDICTS = {"ok": "passed", "warn": "warning", "refuse": "refused, written with --force", "unchecked": "not known"}
+
+
+def write_report(path: str | Path, comparison: Comparison) -> None:
+    """Write a comparison as one HTML file, whole or not at all.
+
+    Raises:
+        ExportError: if a folder or a file that is no report lies at `path`.
+        ResourceError, CheckpointError: if it cannot be written.
+    """
+    check_target(path)
+    write_text(Path(path).expanduser(), page(comparison))
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse to replace what is not a report. Raises ExportError."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ExportError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise ExportError(f"--output {path}: there is no folder {path.parent}; make it, or choose another output")
+    if path.exists() and GENERATOR not in path.read_bytes()[:2000].decode("utf-8", "replace"):
+        raise ExportError(f"--output {path} exists and is not a report of compresso; choose another name")
+
+
+def report_of_run(records: Mapping[str, Any], plan: Plan) -> str:
+    """The page of one run, from what its records.json will hold. Raises CheckpointError if that lacks the account."""
+    return page(comparison_of_run(RunRecords.checked(records, "the run's records"), plan))
+
+
+def page(comparison: Comparison) -> str:
+    """The HTML text."""
+    environment = Environment(
+        loader=PackageLoader("compresso.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    drawn = tables(comparison)
+    style = environment.loader.get_source(environment, "report.css")[0] if environment.loader else ""
+    return environment.get_template("report.html.jinja").render(
+        comparison=comparison,
+        style=Markup(style),
+        generator=Markup(GENERATOR),
+        summary=[_summary(comparison, one) for one in comparison.subjects if one.fingerprint not in comparison.dense],
+        runs=[_run(run) for run in comparison.runs],
+        quality=[table for table in drawn if table.title in QUALITY],
+        other=[table for table in drawn if table.title not in QUALITY],
+        missing=missing(comparison),
+        trade_offs=figures.trade_offs(comparison),
+        prompts=_prompts(comparison.subjects),
+        protocols=_protocols(comparison),
+        remarks=_remarks(drawn),
+        words=cell_words,
+    )
+
+
+def cell_words(cell: Cell) -> list[tuple[str, str]]:
+    """The lines below a cell's number: (class, text)."""
+    lines = [("spread", cell.spread)] if cell.spread else []
+    if cell.against:
+        lines.append(("against", cell.against + {True: " · within noise", False: " · beyond noise", None: ""}[cell.within_noise]))
+    if cell.remark:
+        lines.append(("remark", cell.remark))
+    return lines
+
+
+def _run(run: Run) -> dict[str, Any]:
+    guard = run.records.guard
+    return {
+        "name": run.name,
+        "asked": facts.asked(run),
+        "description": run.records.recipe.description.strip(),
+        "removed": figures.removed(run),
+        "training": figures.training(run),
+        "guard": guard,
+        "verdict": _VERDICTS[guard.verdict] if guard else NOT_MEASURED,
+        "said": facts.guard(run),
+        "loading": facts.loading(run),
+        "command": facts.command(run),
+        "yaml": facts.recipe_yaml(run),
+        "repeat": facts.repeat(run),
+    }
+
+
+def _summary(comparison: Comparison, subject: Subject) -> dict[str, Any]:
+    """The few numbers that a reader asks for first: (what, number, how it compares)."""
+    dense, run = comparison.dense_of(subject), comparison.run_of(subject)
+    lines: list[tuple[str, str, str]] = []
+    total = subject.value("parameters/total")
+    whole = dense.value("parameters/total") if dense else None
+    of_dense = f"{100 * total / whole:.1f} % of dense" if total and whole else ""
+    lines.append(("parameters", NOT_MEASURED if total is None else written(total, "parameters"), of_dense))
+    measured = columns(number for number in subject.measurements if number.how == "measured")
+    quality = next((column for table in QUALITY for column in measured if group(column.name) == table), None)
+    lines.append(_line(quality, subject, dense) if quality else ("quality", NOT_MEASURED, ""))
+    speed = next((column for column in measured if column.name.startswith("decode_speedup/")), None)
+    lines.append(
+        (speed.title, written(subject.value(speed.name) or 0, "1", speed.name), "of dense, measured")
+        if speed
+        else ("decode speed-up", NOT_MEASURED, "")
+    )
+    guard = run.records.guard if run else None
+    remarks = [number.remark for number in subject.measurements if number.remark]
+    return {
+        "name": subject.name,
+        "model": subject.model,
+        "lines": lines,
+        "verdict": guard.verdict if guard else "none",
+        "guard": _VERDICTS[guard.verdict] if guard else "not run",
+        "remarks": list(dict.fromkeys(remarks)),
+    }
+
+
+def _line(column: Any, subject: Subject, dense: Subject | None) -> tuple[str, str, str]:
+    number = find(subject, column)
+    assert number is not None  # the column was made from this subject's numbers
+    reference = find(dense, column) if dense else None
+    suffix = " perplexity" if group(column.name) == "Perplexity" else ""
+    beside = f"dense {written(reference.value, reference.unit, reference.name)}" if reference else ""
+    return column.title + suffix, written(number.value, number.unit, number.name), beside
+
+
+def _prompts(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, Sample | None]]]]:
+    """Each prompt with what every model wrote that wrote anything."""
+    writers = [subject for subject in subjects if subject.samples]
+    prompts = dict.fromkeys(sample.prompt for subject in writers for sample in subject.samples)
+    return [
+        (prompt, [(subject.name, next((one for one in subject.samples if one.prompt == prompt), None)) for subject in writers])
+        for prompt in prompts
+    ]
+
+
+def _protocols(comparison: Comparison) -> list[dict[str, Any]]:
+    """How the numbers of each column were made, and where."""
+    every = [(subject, number) for subject in comparison.subjects for number in subject.measurements]
+    rows: list[dict[str, Any]] = []
+    for column in columns(number for _, number in every):
+        mine = [number for _, number in every if column_key(number) == column.key]
+        rows.append(
+            {
+                "title": f"{column.title} ({column.name})",
+                "group": group(column.name),
+                "how": column.how,
+                "settings": ", ".join(f"{key}: {value}" for key, value in column.protocol.items()),
+                "seeds": ", ".join(dict.fromkeys(str(number.seed) for number in mine if number.seed is not None)) or "none drawn",
+                "n": ", ".join(dict.fromkeys(f"{number.n:,}" for number in mine if number.n is not None)) or "not recorded",
+                "places": list(dict.fromkeys(facts.place(number.environment) for number in mine)),
+            }
+        )
+    return rows
+
+
+def _remarks(drawn: Sequence[Table]) -> list[str]:
+    """What must be said in words, with the model it is said of."""
+    return [f"{row.name}: {cell.remark}" for table in drawn for row in table.rows for cell in row.cells if cell.remark]

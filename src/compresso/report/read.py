@@ -1,0 +1,278 @@
+"""Run folders and account files in, one comparison out: the same weights are one subject wherever they were measured.
+
+A model is known by its fingerprint. Where two inputs hold the same number of the same model, made by the same protocol, the newer one
+counts; numbers are never averaged. Which model is dense follows from the runs (the model they started from), from the name "dense", or
+from standing first in an account of several models.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.source import open_source
+from compresso.core.plan import Plan
+from compresso.errors import CheckpointError
+from compresso.measure.record import Account, Environment, Measurement, Protocol, Sample, Subject
+from compresso.report.columns import Key, column_key
+from compresso.report.records import Counted, RunRecords, first_fault
+
+RECORDS, PLAN = "records.json", "plan.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Args:
+        name: of its folder, as far as it takes to tell the inputs apart.
+        records: checked.
+        plan: everything removed, in terms of the model it started from.
+        result: fingerprint of the model it wrote.
+    """
+
+    name: str
+    records: RunRecords
+    plan: Plan
+    result: str
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the model it started from."""
+        return self.records.model.fingerprint
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file or folder that was given: a label, its account, and the run if it is a run's folder."""
+
+    label: str
+    account: Account
+    run: Run | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models side by side.
+
+    Args:
+        subjects: dense first, each model once, names unique.
+        runs: in the order given; each result once.
+        dense: fingerprints of the models that nothing was removed from.
+        inputs: labels of what was read.
+        created: ISO date and time of the newest input.
+    """
+
+    subjects: tuple[Subject, ...]
+    runs: tuple[Run, ...]
+    dense: frozenset[str]
+    inputs: tuple[str, ...]
+    created: str
+
+    def dense_of(self, subject: Subject) -> Subject | None:
+        """The dense model that a subject is compared with: the one its run started from, else the only one there is; None for itself."""
+        if subject.fingerprint in self.dense:
+            return None
+        bases = {run.result: run.base for run in self.runs}
+        reached, fingerprint = set[str](), subject.fingerprint
+        while fingerprint in bases and fingerprint not in reached:
+            reached.add(fingerprint)
+            fingerprint = bases[fingerprint]
+        candidates = [one for one in self.subjects if one.fingerprint in self.dense]
+        exact = [one for one in candidates if one.fingerprint == fingerprint]
+        return exact[0] if exact else candidates[0] if len(candidates) == 1 and subject.fingerprint not in bases else None
+
+    def run_of(self, subject: Subject) -> Run | None:
+        """The run that wrote a subject."""
+        return next((run for run in self.runs if run.result == subject.fingerprint), None)
+
+    def account(self) -> Account:
+        """The subjects as a file that can be compared again."""
+        return Account(created=self.created, subjects=self.subjects)
+
+
+def read_subjects(paths: Sequence[str | Path]) -> Comparison:
+    """Read run folders and account files (of `compresso evaluate` and `measure`) and merge them.
+
+    Raises:
+        CheckpointError: no input, one that cannot be read, or two that have neither a model nor a measured number in common.
+    """
+    if not paths:
+        raise CheckpointError("nothing to compare; give folders that `compresso run` wrote, or files of `compresso evaluate --output`")
+    given = [Path(path).expanduser() for path in paths]
+    return merged([_read(path, label) for path, label in zip(given, labels(given), strict=True)])
+
+
+def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
+    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its records hold no account."""
+    if records.account is None:
+        raise CheckpointError("the run's records hold no account of what was measured; write records of format 2")
+    result = _result_of(records.account, records.model.fingerprint, "the run's records")
+    name = next(one.name for one in records.account.subjects if one.fingerprint == result)
+    return merged([Input(name, records.account, Run(name, records, plan, result))])
+
+
+def merged(inputs: Sequence[Input]) -> Comparison:
+    """One comparison of all inputs. Raises CheckpointError if two of them have nothing in common."""
+    _refuse_strangers(inputs)
+    runs = tuple({run.result: run for run in reversed([one.run for one in inputs if one.run])}.values())[::-1]
+    dense = _dense(inputs, runs)
+    fingerprints = dict.fromkeys(subject.fingerprint for one in inputs for subject in one.account.subjects)
+    names = _names(inputs, dense, runs)
+    by_age = sorted(inputs, key=lambda one: _time(one.account.created))
+    subjects: list[Subject] = []
+    for fingerprint in sorted(fingerprints, key=lambda one: one not in dense):
+        numbers: dict[Key, Measurement] = {}
+        samples: dict[str, Sample] = {}
+        model = ""
+        for subject in (subject for one in by_age for subject in one.account.subjects if subject.fingerprint == fingerprint):
+            numbers |= {column_key(number): number for number in subject.measurements}
+            samples |= {sample.prompt: sample for sample in subject.samples}
+            model = model or subject.model
+        found = tuple(numbers.values()), tuple(samples.values())
+        subjects.append(Subject(name=names[fingerprint], model=model, fingerprint=fingerprint, measurements=found[0], samples=found[1]))
+    return Comparison(tuple(subjects), runs, dense, tuple(one.label for one in inputs), by_age[-1].account.created)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many of its last parts as tell it from the others.
+
+    >>> labels([Path("a/out"), Path("b/out"), Path("c.json")])
+    ['a/out', 'b/out', 'c.json']
+    """
+    parts = [path.absolute().parts for path in paths]
+    chosen: list[str] = []
+    for mine in parts:
+        others = [other for other in parts if other != mine]
+        length = next((n for n in range(1, len(mine)) if all(other[-n:] != mine[-n:] for other in others)), len(mine))
+        chosen.append("/".join(mine[-length:]))
+    return chosen
+
+
+def _read(path: Path, label: str) -> Input:
+    """One input. Raises CheckpointError naming it."""
+    if path.is_dir():
+        if not (path / RECORDS).is_file():
+            raise CheckpointError(f"{path} has no {RECORDS}, so `compresso run` did not write it; give the file of `compresso evaluate`")
+        return _read_run(path, label)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist; give a folder that `compresso run` wrote, or a file of `compresso evaluate --output`"
+        )
+    account = _account(path)
+    return Input(label, account)
+
+
+def _account(path: Path) -> Account:
+    try:
+        account = Account.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is not an account of measurements: {first_fault(error)}; write it with `compresso evaluate`"
+        ) from error
+    if not account.subjects:
+        raise CheckpointError(f"{path} holds no measured model; write it with `compresso evaluate`")
+    _time(account.created, path)
+    return account
+
+
+def _read_run(folder: Path, label: str) -> Input:
+    records = RunRecords.checked(read_json(folder / RECORDS), str(folder / RECORDS))
+    try:
+        plan = Plan.from_json((folder / PLAN).read_text("utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote") from error
+    account = records.account or _counted(records, open_source(folder).identity.fingerprint, label, (folder / RECORDS).stat().st_mtime)
+    _time(account.created, folder / RECORDS)
+    return Input(label, account, Run(label, records, plan, _result_of(account, records.model.fingerprint, str(folder / RECORDS))))
+
+
+def _result_of(account: Account, base: str, where: str) -> str:
+    """The fingerprint of the model that a run wrote. Raises CheckpointError if its account has none."""
+    others = [one.fingerprint for one in account.subjects if one.fingerprint != base]
+    if not others:
+        raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
+    return others[0]
+
+
+def _counted(records: RunRecords, result: str, name: str, written: float) -> Account:
+    """The account of a run that measured nothing: what its records counted; `written` in seconds since 1970."""
+    machine = records.machine
+    environment = Environment(
+        device=str(machine.get("cuda") or "cpu"),
+        hardware=str(machine.get("processor") or "unknown"),
+        threads=int(machine.get("threads") or 1),
+        system=str(machine.get("system") or "unknown"),
+        dtype=records.dtype,
+        versions=records.versions,
+    )
+    pairs = (("dense", records.model.name, records.model.fingerprint, records.before), (name, name, result, records.after))
+    subjects = tuple(Subject(name=n, model=m, fingerprint=f, measurements=_counts(state, environment)) for n, m, f, state in pairs)
+    return Account(created=datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"), subjects=subjects)
+
+
+def _counts(state: Counted, environment: Environment) -> tuple[Measurement, ...]:
+    rows = [(f"parameters/{part}", count, "parameters") for part, count in state.parameters.items()]
+    rows += [("macs/token", state.macs_per_token, "macs"), ("kv_bytes/token", state.kv_bytes_per_token, "bytes")]
+    protocol: Protocol = {"counted": "from the shapes, by the run"}
+    return tuple(Measurement(name=n, value=v, unit=u, how="counted", protocol=protocol, environment=environment) for n, v, u in rows)
+
+
+def _dense(inputs: Sequence[Input], runs: Sequence[Run]) -> frozenset[str]:
+    """Fingerprints of the models that nothing was removed from."""
+    results, bases = {run.result for run in runs}, {run.base for run in runs}
+    named = {subject.fingerprint for one in inputs for subject in one.account.subjects if subject.name == "dense"}
+    first = {one.account.subjects[0].fingerprint for one in inputs if one.run is None and len(one.account.subjects) > 1}
+    return frozenset((bases | named | first) - results)
+
+
+def _names(inputs: Sequence[Input], dense: frozenset[str], runs: Sequence[Run]) -> dict[str, str]:
+    """A unique name for each fingerprint: "dense", the run's folder, or what its account calls it."""
+    by_run = {run.result: run.name for run in runs}
+    names: dict[str, str] = {}
+    for one in inputs:
+        for subject in one.account.subjects:
+            if (fingerprint := subject.fingerprint) in names:
+                continue
+            if fingerprint in dense:
+                name = "dense" if len(dense) == 1 else f"dense ({subject.model})"
+            else:
+                name = by_run.get(fingerprint, subject.name)
+            short = fingerprint.rpartition(":")[2][:8]
+            tries = (name, f"{name} ({one.label})", f"{name} ({one.label}, {short})", fingerprint)
+            names[fingerprint] = next(text for text in tries if text not in names.values() and (text != "dense" or fingerprint in dense))
+    return names
+
+
+def _refuse_strangers(inputs: Sequence[Input]) -> None:
+    """Raise CheckpointError unless all inputs hang together by models or by measured numbers of one protocol."""
+    groups: list[tuple[str, set[object]]] = []
+    for one in inputs:
+        mine = _marks(one)
+        touching = [group for group in groups if group[1] & mine]
+        groups = [group for group in groups if not group[1] & mine]
+        groups.append((touching[0][0] if touching else one.label, mine.union(*(marks for _, marks in touching))))
+    if len(groups) > 1:
+        raise CheckpointError(
+            f"{groups[0][0]} and {groups[1][0]} have no model and no measured number of one protocol in common, so there is nothing to "
+            "compare; evaluate both in the same way, or compare runs that started from one model"
+        )
+
+
+def _marks(one: Input) -> set[object]:
+    """What ties an input to others: its models, and the columns in which it has a measured number."""
+    marks: set[object] = {subject.fingerprint for subject in one.account.subjects}
+    numbers: Iterable[Measurement] = (number for subject in one.account.subjects for number in subject.measurements)
+    return marks | {column_key(number) for number in numbers if number.how == "measured"} | ({one.run.base} if one.run else set())
+
+
+def _time(text: str, where: Path | None = None) -> datetime:
+    """An account's date; without a zone it is UTC. Raises CheckpointError if it is none."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where or 'an account'}: created={text!r} is not an ISO date and time; it was changed") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

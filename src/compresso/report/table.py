@@ -1,0 +1,178 @@
+"""Tables of a comparison: models in rows, the dense one first, one protocol a column; what was not measured is said in words.
+
+A difference from dense is within noise if it is no larger than the noise floor (dense against itself), or than two standard errors of the
+difference, or if the ranges over rounds overlap. Standard errors treat the two models' answers as independent; on the same items they
+are not, so the true error is smaller and a difference beyond it is real.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compresso.measure.record import Measurement, Subject
+from compresso.report.columns import (
+    GROUPS,
+    NOISE,
+    QUALITY,
+    Column,
+    column_key,
+    columns,
+    group,
+    is_against_dense,
+    written,
+    written_range,
+)
+from compresso.report.read import Comparison
+
+NOT_MEASURED = "not measured"
+REFERENCE = "reference"
+NOISE_ROW = "noise floor"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Args:
+        text: the number in its unit, or why there is none.
+        spread: range over rounds; may be empty.
+        against: how it compares with dense; may be empty.
+        within_noise: whether that difference is noise; None where nobody knows.
+        remark: what must be read beside the number.
+        present: whether there is a number.
+    """
+
+    text: str
+    spread: str = ""
+    against: str = ""
+    within_noise: bool | None = None
+    remark: str = ""
+    present: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's cells. `kind` is "dense", "pruned" or "noise"."""
+
+    name: str
+    kind: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A group of columns; `note` says what no cell has room for."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """One table for each group of numbers that somebody has."""
+    every = columns(number for subject in comparison.subjects for number in subject.measurements)
+    made: list[Table] = []
+    for name in GROUPS:
+        mine = tuple(column for column in every if group(column.name) == name)
+        if mine:
+            rows = _rows(comparison, mine)
+            floor = _floors(comparison, mine) if name in QUALITY else None
+            if floor is not None:
+                rows.insert(len(comparison.dense), floor)
+            untold = name in QUALITY and floor is None and bool(comparison.dense) and not all(is_against_dense(one.name) for one in mine)
+            made.append(Table(name, mine, tuple(rows), "Noise floor: not measured." if untold else ""))
+    return made
+
+
+def missing(comparison: Comparison) -> list[str]:
+    """The groups in which no model has a number."""
+    have = {group(number.name) for subject in comparison.subjects for number in subject.measurements}
+    return [name for name in GROUPS if name not in have and name != "Other"]
+
+
+def find(subject: Subject, column: Column) -> Measurement | None:
+    """A subject's number in a column."""
+    return next((number for number in subject.measurements if column_key(number) == column.key), None)
+
+
+def noise_floor(dense: Subject, number: Measurement) -> Measurement | None:
+    """How far the dense model lies from itself in a number: one named "noise/<name>" whose protocol contradicts the number's nowhere."""
+    for one in dense.measurements:
+        if one.name == NOISE + number.name and one.unit == number.unit:
+            shared = one.protocol.keys() & number.protocol.keys()
+            if all(one.protocol[key] == number.protocol[key] for key in shared):
+                return one
+    return None
+
+
+def within_noise(number: Measurement, dense: Measurement, floor: Measurement | None) -> bool | None:
+    """Whether a difference from dense is no more than noise; None where neither a floor, standard errors nor ranges are known."""
+    difference = abs(number.value - dense.value)
+    known: list[bool] = []
+    if floor is not None:
+        known.append(difference <= floor.value)
+    if number.stderr is not None and dense.stderr is not None:
+        known.append(difference <= 2 * math.hypot(number.stderr, dense.stderr))
+    if number.low is not None and number.high is not None and dense.low is not None and dense.high is not None:
+        known.append(number.low <= dense.high and dense.low <= number.high)
+    return any(known) if known else None
+
+
+def against(number: Measurement, dense: Measurement) -> str:
+    """A difference from dense in words: a share of it where that is the question, else points or percent."""
+    if is_against_dense(number.name):
+        return ""
+    if number.unit == "share":
+        return f"{100 * (number.value - dense.value):+.1f} points".replace("-", "\u2212")
+    if dense.value == 0:
+        return ""
+    ratio = number.value / dense.value
+    if group(number.name) in ("Size", "Memory"):
+        return f"{100 * ratio:.1f} % of dense"
+    return f"{ratio:.2f} × dense" if number.unit == "tokens/s" else f"{100 * (ratio - 1):+.1f} %".replace("-", "\u2212")
+
+
+def _rows(comparison: Comparison, mine: Sequence[Column]) -> list[Row]:
+    dense = [subject for subject in comparison.subjects if subject.fingerprint in comparison.dense]
+    rows: list[Row] = []
+    if not dense:
+        rows.append(Row("dense", "dense", tuple(Cell(NOT_MEASURED, present=False) for _ in mine)))
+    rows += [Row(one.name, "dense", tuple(_cell(one, None, column, REFERENCE) for column in mine)) for one in dense]
+    pruned = [subject for subject in comparison.subjects if subject.fingerprint not in comparison.dense]
+    rows += [
+        Row(one.name, "pruned", tuple(_cell(one, comparison.dense_of(one), column, NOT_MEASURED) for column in mine)) for one in pruned
+    ]
+    return rows
+
+
+def _cell(subject: Subject, dense: Subject | None, column: Column, relative: str) -> Cell:
+    """A subject's cell; `relative` stands where it lacks a number that relates a model to the dense one."""
+    number = find(subject, column)
+    if number is None:
+        return Cell(relative if is_against_dense(column.name) else NOT_MEASURED, present=False)
+    text = written(number.value, number.unit, number.name, number.stderr)
+    spread = ""
+    if number.low is not None and number.high is not None:
+        spread = written_range(number.low, number.high, number.unit, number.name)
+    reference = find(dense, column) if dense is not None else None
+    if dense is None or reference is None:
+        return Cell(text, spread, remark=number.remark or "")
+    verdict = within_noise(number, reference, noise_floor(dense, reference)) if number.how == "measured" else None
+    return Cell(text, spread, against(number, reference), verdict, number.remark or "")
+
+
+def _floors(comparison: Comparison, mine: Sequence[Column]) -> Row | None:
+    """The row of noise floors; None where no number has one."""
+    dense = [subject for subject in comparison.subjects if subject.fingerprint in comparison.dense]
+    cells: list[Cell] = []
+    for column in mine:
+        number = next((one for subject in dense if (one := find(subject, column)) is not None), None)
+        floor = next((one for subject in dense if number is not None and (one := noise_floor(subject, number)) is not None), None)
+        if floor is None:
+            cells.append(Cell(REFERENCE if is_against_dense(column.name) else NOT_MEASURED, present=False))
+        else:
+            cells.append(
+                Cell("± " + written(float(f"{floor.value:.2g}"), floor.unit, floor.name), spread=str(floor.protocol.get("noise", "")))
+            )
+    return Row(NOISE_ROW, "noise", tuple(cells)) if any(cell.present for cell in cells) else None
