@@ -10,6 +10,7 @@
       ResumeError                  a resume that would not continue the same run
       ResourceError                exit 3: not enough disk, memory or device
       NumericError                 exit 4: NaN or Inf where a number was needed
+        CollapseError              a pruned model that writes and predicts no better than chance, so it is not written
 
 Messages are one line: what, the value, what was wanted, the cure.
 """
@@ -62,6 +63,10 @@ class NumericError(CompressoError):
     """NaN or Inf where a number was needed."""
 
     exit_code = 4
+
+
+class CollapseError(NumericError):
+    """A pruned model whose quality collapsed; written only when somebody insists."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ import math
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +13,20 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from compresso.account import Findings
 from compresso.checkpoint.atomic import new_folder, write_text
-from compresso.checkpoint.source import Source
+from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
-from compresso.drive.objectives import language_loss
-from compresso.errors import NumericError
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.job import Job
+from compresso.measure.held import held_loss
 from compresso.measure.size import counts, weight_bytes
 from compresso.recipe import Recipe
 from compresso.report.card import model_card
+from compresso.report.html import report_of_run
 
-FORMAT = 1
+FORMAT = 2
 """Of records.json."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 REOPENED_WITHIN = 1e-4
@@ -58,25 +59,7 @@ def state(job: Job) -> dict[str, Any]:
 
     Raises NumericError if that loss is not finite.
     """
-    loss = held_loss(job)
-    if loss is not None and not math.isfinite(loss):
-        raise NumericError(
-            f"the loss on {len(job.held)} held-out examples is {loss}; the model overflows on this data, use float32 or bfloat16"
-        )
-    return {**counts(job.cost()), "held_loss": loss}
-
-
-@torch.no_grad()
-def held_loss(job: Job, batch: int = 8) -> float | None:
-    """Mean over batches of the next-token loss on the examples that no stage trains on; None if there are none."""
-    if not job.held:
-        return None
-    job.model.eval()
-    losses: list[float] = []
-    for start in range(0, len(job.held), batch):
-        rows = {name: value.to(job.device) for name, value in job.collated(job.held[start : start + batch]).items()}
-        losses.append(float(language_loss(job.model, rows)))
-    return round(sum(losses) / len(losses), 6)
+    return {**counts(job.cost()), "held_loss": round(held_loss(job.model, job.held).mean, 6) if job.held else None}
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -95,12 +78,19 @@ def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
 
 
 def finish(
-    job: Job, facts: Mapping[str, Any], layout: Layout | Literal["auto"], output: Path, force: bool, dtype: torch.dtype
+    job: Job,
+    facts: Mapping[str, Any],
+    findings: Findings,
+    source: Source,
+    layout: Layout | Literal["auto"],
+    output: Path,
+    force: bool,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Write the checkpoint beside `output`, reopen it in a fresh process, then rename it into place.
+    """Write the checkpoint beside `output`, reopen it in a fresh process, add its account, then rename it into place.
 
     Returns:
-        The records with layout, bytes and the reopened difference.
+        The records, with layout, bytes, the reopened difference, the guard and the account.
 
     Raises:
         ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left at `output`.
@@ -117,12 +107,16 @@ def finish(
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
+            "guard": {**findings.guard.model_dump(mode="json"), "message": findings.guard.message()},
         }
+        result = replace(open_source(folder).identity, name=output.name)
+        written["account"] = findings.account(source, result, folder, facts).model_dump(mode="json")
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": _json(written),
             "README.md": model_card(written),
+            "report.html": report_of_run(written, job.plan),
         }
         for name, text in texts.items():
             write_text(folder / name, text)

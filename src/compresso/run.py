@@ -6,6 +6,7 @@ accelerate), all of them run the stages, and the main one owns the folders.
 """
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from compresso.account import Findings, take
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, meta_model, open_source
 from compresso.checkpoint.workfolder import WorkFolder
@@ -27,13 +29,16 @@ from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator, told
-from compresso.errors import CheckpointError, ResourceError
+from compresso.errors import CheckpointError, CollapseError, ResourceError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
+from compresso.measure.guard import Guard
 from compresso.native.stock import as_stock
 from compresso.preflight import Prepared, prepare
 from compresso.recipe import read
 from compresso.results import finish, save_stage, state, stored_dtype
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def run(
         seed: of every random draw.
         device: "auto", "cpu", "cuda", "cuda:1".
         resume: continue an interrupted run of the same arguments.
-        force: replace an existing output.
+        force: replace an existing output, and write a result that the collapse guard refuses.
         skip_bad: leave malformed data lines out (counted) instead of stopping.
         quiet: show no progress.
 
@@ -130,9 +135,12 @@ def run(
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
             facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records)}
-            facts["seconds"] = round(time.time() - started, 1)
             if is_main:
-                facts = finish(job, facts, prepared.layout, prepared.output, force, stored_dtype(prepared.source))
+                findings = _account(job, prepared, facts)
+                _refuse_collapse(findings.guard, force=force, quiet=quiet)
+                facts["seconds"] = round(time.time() - started, 1)
+                dtype = stored_dtype(prepared.source)
+                facts = finish(job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype)
                 work.discard()
             facts = told(accelerator, facts)
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
@@ -187,6 +195,28 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
     return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]
+
+
+def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:
+    """What the dense model and the smaller one answer, and the verdict."""
+    data = prepared.recipe.data
+    return take(
+        job,
+        prepared.source,
+        corpus=data.source if prepared.records is not None else "none",
+        instructions=prepared.records is not None and prepared.records.kind != "text",
+        prompt_on=prepared.prompt is not None,
+        before=facts["before"]["held_loss"],
+        after=facts["after"]["held_loss"],
+    )
+
+
+def _refuse_collapse(guard: Guard, *, force: bool, quiet: bool) -> None:
+    """Say what the guard found. Raises CollapseError if it refuses and nobody insists; the finished stages stay for a resume."""
+    if guard.verdict == "refuse" and not force:
+        raise CollapseError(f"{guard.message()} The finished stages are kept: --resume --force writes this result without training again")
+    if guard.verdict in ("warn", "refuse") and not quiet:
+        log.warning(guard.message())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.data.prompt import body
 from compresso.errors import DataError
+from compresso.measure.record import Environment, Measurement, Setting
 
 
 class ChoiceItem(Protocol):
@@ -41,6 +42,24 @@ class ChoiceResult:
     n: int
     tasks: dict[str, float] = field(default_factory=dict)
     n_by_task: dict[str, int] = field(default_factory=dict)
+
+    def measurements(self, suite: str, environment: Environment, seed: int | None = None, **settings: Setting) -> tuple[Measurement, ...]:
+        """The accuracy over all items, as "SUITE/acc".
+
+        Args:
+            suite: what the items are called.
+            seed: that drew them.
+            settings: what else was decided, for the protocol.
+        """
+        protocol: dict[str, Setting] = {
+            "items": self.n,
+            "tasks": len(self.tasks),
+            "shots": 0,
+            "scoring": "sum of the log-probabilities of a choice",
+            **settings,
+        }
+        shared = {"unit": "share", "how": "measured", "stderr": self.stderr, "n": self.n, "seed": seed}
+        return (Measurement(name=f"{suite}/acc", value=self.accuracy, protocol=protocol, environment=environment, **shared),)
 
 
 def choice_accuracy(

@@ -124,6 +124,7 @@ class Subject(Strict):
         fingerprint: "sha256:..." of its weights; the same weights always have the same one.
         measurements: all numbers.
         samples: texts it wrote.
+        not_measured: what could not be measured -> why.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Subject(Strict):
     fingerprint: str
     measurements: tuple[Measurement, ...] = ()
     samples: tuple[Sample, ...] = ()
+    not_measured: dict[str, str] = {}
 
     def value(self, name: str) -> float | None:
         """The first number of that name, or None."""
