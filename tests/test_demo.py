@@ -10,10 +10,11 @@ import pytest
 import compresso
 from compresso import demo
 from compresso.measure.latency import speed_measurements
+from compresso.measure.record import Account, Subject
 from compresso.recipe import override, read, with_knob
 from tests.conftest import Call
 
-ROWS = ["dense", "magnitude", "gate-Taylor", "Compresso"]
+ROWS = ["dense", "magnitude", "gate-taylor", "compresso"]
 
 
 @pytest.fixture
@@ -35,30 +36,40 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("shortened", "quick_reopening")
-def test_the_demo_writes_its_table_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
+def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    code, out, error = call("demo", "--output", output, "--keep", 0.7)
+    code, out, error = call("demo", "--output", output, "--keep", 0.7, "--force")  # one update: the guard may refuse the result
     assert code == 0, error
-    table = json.loads((output / "table.json").read_text(), parse_constant=pytest.fail)
-    assert list(table) == ROWS
-    dense = table["dense"]
-    for name in ROWS[1:]:
-        row = table[name]
-        assert row["parameters"] < dense["parameters"]
-        assert row["bytes"] < dense["bytes"]
-        assert row["speed"]["decode_bound/batch1"]["value"] > 1
-        assert row["speed"].keys() - dense["speed"].keys() == {"prefill_speedup/batch1", "decode_speedup/batch1", "decode_bound/batch1"}
-        assert row["perplexity"] > 1
-        assert 0 <= row["accuracy"] <= 1
-        assert row["items"] == dense["items"]
-    assert {table[name]["block_parameters"] // 10_000 for name in ROWS[1:]} == {table["Compresso"]["block_parameters"] // 10_000}
+    account = Account.model_validate(json.loads((output / "account.json").read_text(), parse_constant=pytest.fail))
+    assert [subject.name for subject in account.subjects] == ROWS
+    dense, *pruned = account.subjects
+    found = {one.name for one in dense.measurements}
+    sizes, blocks = value(dense, "parameters/total"), set()
+    for subject in pruned:
+        assert value(subject, "parameters/total") < sizes
+        assert value(subject, "bytes/disk") < value(dense, "bytes/disk")
+        assert value(subject, "decode_bound/batch1") > 1
+        mine = {one.name for one in subject.measurements}
+        assert mine - found == {"prefill_speedup/batch1", "decode_speedup/batch1", "decode_bound/batch1"}
+        assert value(subject, "world/perplexity") > 1
+        assert 0 <= value(subject, "world/acc") <= 1
+        blocks.add(value(subject, "parameters/blocks") // 10_000)
+    assert len(blocks) == 1
     flat = " ".join(out.split())
     assert all(name in flat for name in ROWS)
     assert f'compresso.load("{output / "compresso"}")' in out.replace("\n", "")
-    assert sorted(path.name for path in output.iterdir()) == ["compresso", "gate-taylor", "magnitude", "table.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["account.json", "compresso", "gate-taylor", "magnitude", "report.html"]
+    report = (output / "report.html").read_text("utf-8")
+    assert all(name in report for name in ROWS)
     loaded = compresso.load(output / "compresso")
-    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == table["Compresso"]["parameters"]
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == value(pruned[-1], "parameters/total")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def value(subject: Subject, name: str) -> float:
+    found = subject.value(name)
+    assert found is not None
+    return found
 
 
 def test_the_demo_refuses_before_it_trains(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from compresso.data.prompt import collaborative_prompt
 from compresso.errors import DataError
 from compresso.evaluation import evaluate, prompts
 from compresso.loading import Loaded
-from compresso.measure.record import Account, Environment, Measurement
+from compresso.measure.record import Account, Environment, Measurement, Subject
 from tests.conftest import Call
 
 QUICK = ("--tasks", "world_fact,world_date", "--limit", "3")
@@ -189,3 +189,26 @@ def test_an_empty_or_short_corpus_is_refused(call: Call, tmp_path: Path) -> None
         assert (code, out) == (2, "")
         assert "notes" in error.splitlines()[-1]
     assert not (tmp_path / "account.json").exists()
+
+
+def test_remarks_and_the_origin_of_rows_are_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    environment = Environment.here()
+    measured = [
+        Measurement(
+            name=f"boolq/{metric}",
+            value=0.5,
+            unit="share",
+            how="measured",
+            n=4,
+            protocol={"data": "local rows.jsonl.gz 0123", "data_remark": "a part", "prompt": None},
+            environment=environment,
+            remark="2 items lost tokens",
+        )
+        for metric in ("acc", "acc_norm")
+    ]
+    subject = Subject(name="m", model="m", fingerprint="sha256:0", measurements=tuple(measured))
+    evaluation.show(Account(created="2026-01-01", subjects=(subject,)))
+    out = capsys.readouterr().out
+    assert out.count("local rows.jsonl.gz 0123: a part") == 1
+    assert "boolq/acc: 2 items lost tokens" in out
+    assert "comparable" not in out

@@ -135,7 +135,10 @@ def show(account: Account) -> None:
     """Print an account as a table, and what it does not hold."""
     console = Console()
     for subject in account.subjects:
-        table = Table("", "value", "± stderr", "n", "shots", "prompt", "remark", title=f"{subject.name} {subject.fingerprint[:19]}")
+        table = Table(
+            "", "value", "± stderr", "n", "shots", "prompt", title=f"{subject.name} {subject.fingerprint[:19]}", title_justify="left"
+        )
+        table.columns[0].no_wrap = True
         for column in table.columns[1:5]:
             column.justify = "right"
         for one in subject.measurements:
@@ -147,13 +150,21 @@ def show(account: Account) -> None:
                 "" if one.n is None else f"{one.n:,}",
                 "" if shots is None else str(shots),
                 "on" if one.protocol.get("prompt") else "",
-                one.remark or "",
             )
         console.print(table)
+        for line in _notes(subject):
+            console.print(line, highlight=False)
         if limits := sorted({int(limit) for one in subject.measurements if (limit := one.protocol.get("limit"))}):
             console.print(f"Only the first {limits[-1]} items of each task: not comparable with published scores.")
         if absent := _absent(subject):
             console.print(f"Not measured: {', '.join(absent)}.")
+
+
+def _notes(subject: Subject) -> list[str]:
+    """Where the rows of tasks came from, and the remarks beside numbers, each once."""
+    sources = [f"{one.protocol['data']}: {one.protocol['data_remark']}" for one in subject.measurements if one.protocol.get("data_remark")]
+    remarks = [f"{one.name}: {one.remark}" for one in subject.measurements if one.remark]
+    return list(dict.fromkeys([*sources, *remarks]))
 
 
 def _absent(subject: Subject) -> list[str]:

@@ -59,9 +59,7 @@ def task_measurements(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: wanted at least 1 row")
     if prompt is not None and prompt != collaborative_prompt(with_input=False):
-        raise DataError(
-            f"prompt {prompt.version} ({prompt.sha256[:12]}) is unknown here; give collaborative_prompt(with_input=False)"
-        )
+        raise DataError(f"prompt {prompt.version} ({prompt.sha256[:12]}) is unknown here; give collaborative_prompt(with_input=False)")
     suites = _prepared(tasks, data_root, num_fewshot, seed)
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]
