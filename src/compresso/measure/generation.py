@@ -26,7 +26,7 @@ PROMPTS = (
     "The moon looks bright at night because",
     "To make a cup of tea, first",
     "The three most useful things to take on a long walk are",
-    "Dear neighbour, thank you for looking after our garden while we were away.",
+    "Dear neighbour, thank you for looking after our garden while we were away. When we came home,",
     "Question: Why do many trees lose their leaves in autumn?\nAnswer:",
 )
 """Openings that a base model can go on with: stories, facts, instructions, a letter, a question."""
