@@ -154,7 +154,7 @@ def test_kinds_of_numbers_never_share_a_row() -> None:
     assert list(rows(subjects)) == [
         ["something/new", "counted", "3.00", "-"],
         ["batch 1", "", "", ""],
-        ["decode speed-up", "measured", "1.01\n(0.90-1.10)\nno speed-up", "-"],
+        ["decode speed-up", "measured", "1.01\n0.90-1.10\nno speed-up", "-"],
         ["decode speed-up", "estimated", "-", "1.50"],
     ]
     assert remarks(subjects) == ["a, decode speed-up at batch 1: no speed-up: zeros are stored dense"]

@@ -102,7 +102,7 @@ def measure(
         for name, source in plan.sources.items():
             advance(f"{name}, loading")
             live[name] = load_model(source, plan.dtype, plan.device)
-            found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device, plan.dtype))
+            found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device))
         speeds = speed_measurements(
             live, plan.batches, plan.prompt_tokens, plan.new_tokens, plan.rounds, warmup=WARMUP, seed=seed, advance=advance
         )

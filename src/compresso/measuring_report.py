@@ -33,11 +33,12 @@ def show(account: Account, as_json: bool) -> None:
         return
     console = Console()
     subjects = account.subjects
-    table = Table(title=_title(subjects), title_justify="left", caption="median (lowest-highest)", caption_justify="left")
+    table = Table(title=_title(subjects), title_justify="left", caption="medians; below them lowest-highest", caption_justify="left")
     for column in ("", "kind"):
         table.add_column(column, no_wrap=True)
     for number, subject in enumerate(subjects):
-        table.add_column(f"{subject.name}\n(reference)" if number == 0 and len(subjects) > 1 else subject.name, justify="right")
+        header = f"{subject.name}\n(reference)" if number == 0 and len(subjects) > 1 else subject.name
+        table.add_column(header, justify="right", overflow="fold")
     for row in rows(subjects):
         table.add_row(*row)
     console.print(table)
@@ -88,7 +89,7 @@ def _cell(one: Measurement | None) -> str:
         return "-"
     text = _number(one.value, one.unit)
     if one.low is not None and one.high is not None and one.n != 1:
-        text += f"\n({_number(one.low, one.unit)}-{_number(one.high, one.unit)})"
+        text += f"\n{_number(one.low, one.unit)}-{_number(one.high, one.unit)}"
     return f"{text}\nno speed-up" if one.remark and one.remark.startswith("no speed-up") else text
 
 
@@ -96,7 +97,7 @@ def _number(value: float, unit: str) -> str:
     if unit == "1":
         return f"{value:.2f}"
     if unit == "tokens/s":
-        return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+        return f"{value / 1000:,.1f}k" if value >= 10_000 else f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
     if unit == "bytes" and value >= 10_000:
         return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.2f} MB"
     return f"{value:,.0f}"
@@ -108,7 +109,7 @@ def _title(subjects: tuple[Subject, ...]) -> str:
     timed = next((one for one in every if one.unit == "tokens/s"), None)
     environment = (timed or every[0]).environment
     threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
-    text = f"{environment.hardware} ({environment.device}{threads}), {environment.dtype}"
+    text = f"{environment.hardware} ({environment.device}{threads})" + (f", {environment.dtype}" if environment.dtype else "")
     if timed is None:
         return text
     facts = timed.protocol

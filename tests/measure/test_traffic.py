@@ -95,4 +95,11 @@ def test_zeros_are_counted_in_matrices() -> None:
     ],
 )  # fmt: skip
 def test_the_words_beside_a_speed_up(speedup: float, weights: Weights, bound: float | None, words: str | None) -> None:
-    assert verdict(speedup, 0.05, weights, DENSE, bound) == words
+    assert verdict([0.9 * speedup, speedup, speedup], 0.05, weights, DENSE, bound) == words
+
+
+def test_a_noisy_speed_up_is_one_if_every_round_shows_it_and_else_uncertain() -> None:
+    assert verdict([1.06, 2.2, 3.2], 1.9, SMALLER, DENSE, 2.0) is None
+    assert verdict([0.9, 2.2, 3.2], 1.9, SMALLER, DENSE, 2.0) == (
+        "uncertain: measured 2.20, noise 1.90, against a bound of 2.00; more rounds or a quieter machine would tell"
+    )

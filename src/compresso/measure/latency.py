@@ -96,7 +96,7 @@ def speed_measurements(
                 bound = bytes_bound(weights[first].bytes_read, dense.cache_read, weights[name].bytes_read, mine.cache_read)
                 for what, limit in (("prefill", None), ("decode", bound)):
                     ratios, noise = paired(getattr(dense, what), getattr(mine, what))
-                    remark = verdict(median(ratios), noise, weights[name], weights[first], limit)
+                    remark = verdict(ratios, noise, weights[name], weights[first], limit)
                     found[name].append(measured(f"{what}_speedup/batch{batch}", ratios, "1", remark))
                 reads = sizes | {"bytes": "weights once a step, and the cache of every sequence"}
                 estimate = {"value": bound, "unit": "1", "how": "estimated", "protocol": reads, "environment": environment}

@@ -17,6 +17,8 @@ MANY_ZEROS = 0.1
 """Share of a model's matrix entries that are exactly zero, above which words about speed mention it."""
 LEAST_NOISE = 0.02
 """A speed-up closer to 1 than this is none, however quiet the machine."""
+WORTH_KNOWING = 1.1
+"""A median above this that lies within noise is called uncertain, not none."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,20 @@ def paired(dense_seconds: Sequence[float], seconds: Sequence[float]) -> tuple[li
     return ratios, max(LEAST_NOISE, 2 * median(abs(ratio - middle) for ratio in ratios))
 
 
-def verdict(speedup: float, noise: float, weights: Weights, dense: Weights, bound: float | None = None) -> str | None:
+def verdict(ratios: Sequence[float], noise: float, weights: Weights, dense: Weights, bound: float | None = None) -> str | None:
     """The words that belong beside a speed-up: why there is none, or that bytes do not explain it; None if it speaks for itself.
 
+    A model is faster if the median of its rounds lies above 1 by more than noise, or every round above 1 by more than `LEAST_NOISE`.
+
     Args:
-        speedup: measured; 1 is as fast as dense.
-        noise: distance from 1 that means nothing.
+        ratios, noise: as `paired` returns them; 1 is as fast as dense.
         weights, dense: of the two models.
         bound: what reading bytes allows, where that is known.
     """
+    speedup = median(ratios)
     same = weights.tensors == dense.tensors
     zeros = weights.zeros - dense.zeros >= MANY_ZEROS
-    if speedup > 1 + noise:
+    if speedup > 1 + noise or min(ratios) > 1 + LEAST_NOISE:
         if same:
             return "not an effect of size: every tensor is as large as the dense model's"
         if bound is not None and speedup > bound * (1 + noise):
@@ -97,8 +101,11 @@ def verdict(speedup: float, noise: float, weights: Weights, dense: Weights, boun
         return None
     if same:
         return "no speed-up: " + ("zeros are stored dense" if zeros else "every tensor is as large as the dense model's")
-    words = f"no speed-up: measured {speedup:.2f}, noise {noise:.2f}"
+    words = f"measured {speedup:.2f}, noise {noise:.2f}"
     if bound is not None:
         words += f", against a bound of {bound:.2f}"
-        words += ": something other than reading weights sets the pace" if bound > 1 + noise else ""
-    return words + (f"; {weights.zeros:.0%} of its matrices are zeros, stored dense" if zeros else "")
+    if speedup > WORTH_KNOWING:
+        return f"uncertain: {words}; more rounds or a quieter machine would tell"
+    if bound is not None and bound > 1 + noise:
+        words += ": something other than reading weights sets the pace"
+    return f"no speed-up: {words}" + (f"; {weights.zeros:.0%} of its matrices are zeros, stored dense" if zeros else "")
