@@ -47,8 +47,8 @@ def world_prompts(n: int, seed: int = 0) -> tuple[str, ...]:
 def repetition(tokens: Sequence[int]) -> float:
     """The share of 4-grams that occurred before in the sequence, 0..1; 0 for fewer than five tokens.
 
-    >>> repetition([1, 2, 3, 4, 5, 6]), repetition([7] * 10)
-    (0.0, 0.8571428571428571)
+    >>> repetition([1, 2, 3, 4, 5, 6]), repetition([7] * 5)
+    (0.0, 0.5)
     """
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
