@@ -23,7 +23,7 @@ from tests.conftest import CANARY, Ran
 
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-    *("recipe.yaml", "plan.json", "records.json", "README.md"),
+    *("recipe.yaml", "plan.json", "records.json", "README.md", "report.html"),
 }
 PRUNE_ONLY: dict[str, Any] = {"name": "prune-only", "stages": [{"magnitude_structured": {"keep": 0.6}}]}
 
