@@ -20,7 +20,7 @@ from compresso.drive.signals import Interrupted
 from compresso.errors import NumericError, ResourceError
 from tests.conftest import SHORT, Call
 
-VERBS = ("demo", "methods", "recipes", "inspect", "plan", "run")
+VERBS = ("demo", "methods", "recipes", "inspect", "plan", "run", "compare")
 NOTHING = "stages: [{magnitude_structured: {keep: 0.7}}]\n"
 
 
@@ -257,7 +257,7 @@ def test_help_of_every_verb_shows_an_example(call: Call) -> None:
     code, out, error = call("--help")
     assert (code, error) == (0, "")
     assert all(verb in out for verb in VERBS)
-    assert "evaluate, measure, compare, export and verify come with later versions" in " ".join(out.split())
+    assert "evaluate, measure, export and verify come with later versions" in " ".join(out.split())
     assert call()[1] == out
     for verb in VERBS:
         code, text, _ = call(verb, "--help")
