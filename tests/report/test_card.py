@@ -1,31 +1,92 @@
-"""The model card says what the records say, and nothing else."""
+"""The model card says what the records say and no more, and the hub's own reader understands it."""
 
-from compresso.export.card import model_card
+from typing import Any
 
+import pytest
+import yaml
+from huggingface_hub import ModelCard
 
-def test_card_of_a_native_checkpoint() -> None:
-    text = model_card(
-        {
-            "model": "owner/name",
-            "recipe": "compresso",
-            "layout": "native",
-            "prompt": "1",
-            "before": {"parameters": {"total": 2000, "blocks": 1600}, "bytes": 4000},
-            "after": {"parameters": {"total": 1500, "blocks": 1120}, "bytes": 3000},
-        }
-    )
-    assert text.startswith("---\n")
-    assert "base_model: owner/name" in text
-    assert "| parameters, blocks | 1,600 | 1,120 | 70.0 % |" in text
-    assert "| bytes on disk | 4,000 | 3,000 | 75.0 % |" in text
-    assert "import compresso" in text
-    assert "trust_remote_code" in text
-    assert "collaborative prompt, version 1" in text
-    assert text.endswith("\n")
+from compresso.errors import CheckpointError
+from compresso.report.card import model_card
+from tests.report.made import TASK, TEXT, account, dense, number, pruned, records
 
 
-def test_card_of_a_plain_checkpoint_leaves_out_what_is_unknown() -> None:
-    text = model_card({"model": "local", "layout": "uniform"})
-    for absent in ("import compresso", "trust_remote_code", "base_model", "prompt", "| before |", "padded", "None"):
-        assert absent not in text
-    assert "zero-padded" in model_card({"layout": "padded"})
+def front(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_hub_reads_the_results() -> None:
+    text = model_card(records(model="owner/name-1B"))
+    data = ModelCard(text).data
+    found = {(one.dataset_type, one.metric_type): one for one in data.eval_results or ()}
+    assert set(found) == {("Salesforce/wikitext", "perplexity"), ("piqa", "accuracy")}
+    perplexity = found["Salesforce/wikitext", "perplexity"]
+    assert (perplexity.metric_value, perplexity.dataset_split, perplexity.dataset_config) == (12.0, "test", "wikitext-2-raw-v1")
+    assert perplexity.metric_args == {**TEXT, "stderr": 0.05, "n": 1000}
+    assert found["piqa", "accuracy"].metric_args == {**TASK, "stderr": 0.05, "n": 50, "seed": 0}
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("owner/name-1B", "transformers", "text-generation")
+    assert data.to_dict()["base_model_relation"] in {"adapter", "merge", "quantized", "finetune"}
+    assert "pruned" in data.tags and data.license is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "a b/c", "../owner/name", "a/b/c"])
+def test_only_an_owner_on_the_hub_makes_a_base_model(name: str) -> None:
+    head = front(model_card(records(model=name)))
+    assert "base_model" not in head and "base_model_relation" not in head
+
+
+def test_hostile_names_stay_text() -> None:
+    name = 'x"\n---\nlicense: mit\n`|<script>alert(1)</script>'
+    text = model_card(records(model=name))
+    assert text.count("\n---\n") == 1
+    assert "license" not in front(text)
+    assert "<script>" not in text.split("---\n", 2)[2]
+
+
+def test_kinds_of_numbers_stand_in_tables_of_their_own() -> None:
+    text = model_card(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense"))))
+    measured, estimated = text.index("## Measured"), text.index("## Estimated")
+    assert text.index("## Counted") < measured < estimated
+    assert "| parameters, blocks | 800 | 560 | 70.0 % |" in text
+    assert measured < text.index("| Perplexity: wikitext2 | 10.000 ± 0.050 | 12.000 ± 0.050 |") < estimated
+    assert measured < text.index("0.90 ×; no speed-up: zeros are stored dense") < estimated
+    assert estimated < text.index("at most, batch 1 | reference | 1.40 × |")
+    assert "has lost much" in text
+
+
+def test_what_was_not_measured_is_said() -> None:
+    text = model_card(records())
+    (line,) = (line for line in text.splitlines() if line.startswith("Not measured:"))
+    assert "Memory" in line and "Generated text" in line and "toxicity" in line
+    assert "Speed" not in line and "Perplexity" not in line
+    bare = model_card({**records(), "account": None, "guard": None})
+    (line,) = (line for line in bare.splitlines() if line.startswith("Not measured:"))
+    assert "Speed" in line and "Perplexity" in line
+    assert "model-index" not in front(bare) and "## Measured" not in bare and "faster" not in bare
+
+
+def test_a_number_that_was_estimated_is_no_result() -> None:
+    guess = number("c4/perplexity", 3.0, how="estimated")
+    mine = pruned().model_copy(update={"measurements": (guess,)})
+    assert "model-index" not in front(model_card(records(account(dense(), mine))))
+
+
+LOADING = [
+    ("native", "import compresso", "zeros"),
+    ("uniform", "on disk", "import compresso"),
+    ("padded", "no smaller", "on disk."),
+]
+
+
+@pytest.mark.parametrize(("layout", "says", "silent"), LOADING)
+def test_how_to_load_follows_the_layout(layout: str, says: str, silent: str) -> None:
+    text = model_card({**records(account(dense(), pruned())), "layout": layout})
+    assert says in text and silent not in text
+    assert ("custom_code" in front(text)["tags"]) == (layout == "native")
+    assert "collaborative prompt, version v1" in text
+    assert "## Prompt" not in model_card({**records(), "prompt": None})
+
+
+def test_damaged_records_make_no_card() -> None:
+    with pytest.raises(CheckpointError, match="layout: "):
+        model_card({**records(), "layout": "round"})

@@ -1,12 +1,14 @@
 """Charts as inline SVG, drawn by altair without JavaScript. Colours are CSS variables of the page, so one drawing serves light and dark.
 
 Each is one of several small ones, about as wide as a phone; the page lays them out. Only fixed field names reach altair, and all
-texts from outside are data, so a model's name cannot become markup or an expression.
+texts from outside are data, so a model's name cannot become markup or an expression. Characters that XML forbids are replaced first: the
+renderer would end the process at one.
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import altair as alt
@@ -17,14 +19,20 @@ from compresso.report.removed import CHANNELS, HEADS, HIDDEN, Left
 WIDTH, HEIGHT = 330, 210
 """Of a whole chart with its axes, px: it just fits a phone."""
 SERIES = tuple(f"var(--s{i})" for i in range(8))
+_MARKS = ("var(--ink)", *SERIES)
+"""The first is the dense model's. One colour more than shapes, so that the pairs repeat late."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model in a plot of quality against cost; `error` is a standard error of `y`."""
+    """A model in a plot of quality against cost; `error` is a standard error of `y`, `mark` its place among the marks of all plots."""
 
     name: str
+    mark: int
     x: float
     y: float
     error: float | None = None
@@ -69,6 +77,7 @@ def heat_map(cells: Sequence[Left]) -> Markup:
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, percent: bool = False, dashed: Sequence[str] = ()) -> Markup:
     """Lines over updates, one for each name; those in `dashed` are drawn so."""
+    lines = {drawable(name): points for name, points in lines.items()}
     names = list(lines)
     values = [{"update": x, "value": y, "line": name} for name, points in lines.items() for x, y in points]
     legend = None if len(names) == 1 else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, labelLimit=150)
@@ -96,7 +105,8 @@ def trade_off(
     points: Sequence[Point], x_title: str, y_title: str, label: str, *, x_lower: bool, y_lower: bool, percent: bool = False
 ) -> Markup:
     """Quality against cost: a mark for each model, bars of one standard error, and a line through those that no other beats in both."""
-    names = list(dict.fromkeys(point.name for point in points))
+    points = [replace(point, name=drawable(point.name)) for point in points]
+    names, marked = [point.name for point in points], [point.mark for point in points]
     values = [{"name": p.name, "x": p.x, "y": p.y, "low": p.y - (p.error or 0), "high": p.y + (p.error or 0)} for p in points]
     front = [{"x": p.x, "y": p.y} for p in undominated(points, x_lower=x_lower, y_lower=y_lower)]
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=4, format="~s", grid=True))
@@ -108,8 +118,12 @@ def trade_off(
     marks = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=x,
         y=y,
-        color=alt.Color("name:N", sort=names, scale=alt.Scale(domain=names, range=["var(--ink)", *SERIES]), legend=legend),
-        shape=alt.Shape("name:N", sort=names, scale=alt.Scale(domain=names, range=list(SHAPES)), legend=legend),
+        color=alt.Color(
+            "name:N", sort=names, scale=alt.Scale(domain=names, range=[_MARKS[i % len(_MARKS)] for i in marked]), legend=legend
+        ),
+        shape=alt.Shape(
+            "name:N", sort=names, scale=alt.Scale(domain=names, range=[SHAPES[i % len(SHAPES)] for i in marked]), legend=legend
+        ),
     )
     return _svg(alt.layer(line, bars, marks).properties(width=WIDTH, height=HEIGHT + 50), label)
 
@@ -124,6 +138,11 @@ def undominated(points: Sequence[Point], *, x_lower: bool, y_lower: bool) -> lis
         return any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in map(cost, points))
 
     return sorted((point for point in points if not beaten(cost(point))), key=lambda point: point.x)
+
+
+def drawable(text: str) -> str:
+    """The text with U+FFFD for each character that XML cannot hold, such as an escape."""
+    return _NOT_XML.sub("\ufffd", text)
 
 
 def _value_axis(format: str) -> alt.Axis:
@@ -155,4 +174,4 @@ def _svg(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Li
     )
     drawn = io.StringIO()
     configured.save(drawn, format="svg")
-    return Markup('<svg role="img" aria-label="{}" ').format(label) + Markup(drawn.getvalue().removeprefix("<svg "))
+    return Markup('<svg role="img" aria-label="{}" ').format(drawable(label)) + Markup(drawn.getvalue().removeprefix("<svg "))

@@ -52,8 +52,9 @@ def trade_offs(comparison: Comparison) -> list[Figure]:
     figures: list[Figure] = []
     for cost in sizes + speeds:
         for quality in _qualities(every):
-            points = [point for subject in comparison.subjects if (point := _point(subject, cost, quality)) is not None]
-            if len({point.name for point in points}) >= 2:
+            drawn = [_point(subject, mark, cost, quality) for mark, subject in enumerate(comparison.subjects)]
+            points = [point for point in drawn if point is not None]
+            if len(points) >= 2:
                 figures.append(_trade_off(points, cost, quality))
     return figures
 
@@ -68,9 +69,9 @@ def _qualities(every: Sequence[Column]) -> list[Column]:
     return perplexities[:half] + tasks[: MOST_QUALITIES - len(perplexities[:half])]
 
 
-def _point(subject: Subject, cost: Column, quality: Column) -> charts.Point | None:
+def _point(subject: Subject, mark: int, cost: Column, quality: Column) -> charts.Point | None:
     x, y = find(subject, cost), find(subject, quality)
-    return None if x is None or y is None else charts.Point(subject.name, x.value, y.value, y.stderr)
+    return None if x is None or y is None else charts.Point(subject.name, mark, x.value, y.value, y.stderr)
 
 
 def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) -> Figure:

@@ -16,6 +16,7 @@ from compresso.core.plan import Plan
 from compresso.errors import ExportError
 from compresso.measure.record import Sample, Subject
 from compresso.report import facts, figures
+from compresso.report.charts import drawable
 from compresso.report.columns import QUALITY, column_key, columns, group, written
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
@@ -65,7 +66,7 @@ def page(comparison: Comparison) -> str:
     )
     drawn = tables(comparison)
     style = environment.loader.get_source(environment, "report.css")[0] if environment.loader else ""
-    return environment.get_template("report.html.jinja").render(
+    text = environment.get_template("report.html.jinja").render(
         comparison=comparison,
         style=Markup(style),
         generator=Markup(GENERATOR),
@@ -80,6 +81,7 @@ def page(comparison: Comparison) -> str:
         remarks=_remarks(drawn),
         words=cell_words,
     )
+    return drawable(text)
 
 
 def cell_words(cell: Cell) -> list[tuple[str, str]]:

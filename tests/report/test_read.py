@@ -1,0 +1,182 @@
+"""Inputs are merged by the models they speak of; what cannot be read or compared is refused in one line."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from compresso.errors import CheckpointError
+from compresso.measure.record import Account
+from compresso.report.read import comparison_of_run, labels, read_subjects
+from compresso.report.records import RunRecords
+from tests.conftest import Ran
+from tests.report.made import (
+    DENSE,
+    NEW,
+    OLD,
+    PLAN,
+    SMALL,
+    SMALLER,
+    account,
+    account_file,
+    dense,
+    number,
+    pruned,
+    records,
+    run_folder,
+)
+
+
+def test_one_model_in_two_inputs_is_one_subject_and_the_newer_number_counts(tmp_path: Path) -> None:
+    again = pruned(perplexity=14.0).model_copy(update={"name": "evaluated"})
+    old, new = account_file(tmp_path / "old.json", dense(), pruned()), account_file(tmp_path / "new.json", again, created=NEW)
+    for order in itertools.permutations([old, new]):
+        merged = read_subjects(order)
+        assert [one.fingerprint for one in merged.subjects] == [DENSE, SMALL]
+        assert merged.subjects[1].value("wikitext2/perplexity") == 14.0
+        assert len(merged.subjects[1].measurements) == len(again.measurements)
+        assert merged.created == NEW
+
+
+def test_another_protocol_is_another_number(tmp_path: Path) -> None:
+    other = pruned().model_copy(update={"measurements": (number("wikitext2/perplexity", 99, protocol={"seq_len": 128}),)})
+    paths = [account_file(tmp_path / "a.json", dense(), pruned()), account_file(tmp_path / "b.json", other, created=NEW)]
+    values = [one.value for one in read_subjects(paths).subjects[1].measurements if one.name == "wikitext2/perplexity"]
+    assert values == [12.0, 99.0]
+
+
+def test_dates_are_compared_as_dates(tmp_path: Path) -> None:
+    later = pruned(perplexity=14.0)
+    a = account_file(tmp_path / "a.json", dense(), pruned(), created="2026-01-01T12:00:00+02:00")
+    b = account_file(tmp_path / "b.json", later, created="2026-01-01T11:00:00Z")
+    assert read_subjects([b, a]).subjects[1].value("wikitext2/perplexity") == 14.0
+
+
+def test_a_run_names_its_result_by_its_folder_and_its_base_dense(tmp_path: Path) -> None:
+    one = run_folder(tmp_path / "one" / "out")
+    two = run_folder(tmp_path / "two" / "out", records(account(dense(), pruned(fingerprint=SMALLER))))
+    merged = read_subjects([two, one])
+    assert [subject.name for subject in merged.subjects] == ["dense", "two/out", "one/out"]
+    assert merged.dense == {DENSE}
+    assert [run.result for run in merged.runs] == [SMALLER, SMALL]
+    assert merged.dense_of(merged.subjects[1]) == merged.subjects[0]
+    assert merged.dense_of(merged.subjects[0]) is None
+    assert [run.name for run in read_subjects([one, one]).runs] == ["out"]
+
+
+def test_a_result_pruned_again_is_compared_with_the_first_model(tmp_path: Path) -> None:
+    first = run_folder(tmp_path / "first")
+    facts = records(account(pruned().model_copy(update={"name": "dense"}), pruned(fingerprint=SMALLER)))
+    second = run_folder(tmp_path / "second", {**facts, "model": {"name": "first", "fingerprint": SMALL}})
+    merged = read_subjects([first, second])
+    assert [one.name for one in merged.subjects] == ["dense", "first", "second"]
+    assert merged.dense_of(merged.subjects[2]) == merged.subjects[0]
+
+
+def test_accounts_of_different_models_meet_in_their_protocols(tmp_path: Path) -> None:
+    paths = [account_file(tmp_path / "small.json", pruned()), account_file(tmp_path / "dense.json", dense())]
+    merged = read_subjects(paths)
+    assert [one.name for one in merged.subjects] == ["dense", "compresso"]
+    assert merged.dense_of(merged.subjects[1]) == merged.subjects[0]
+
+
+def test_names_are_unique(tmp_path: Path) -> None:
+    made = [account_file(tmp_path / f"{i}.json", pruned("same", f"sha256:{i}{i}")) for i in range(3)]
+    assert [one.name for one in read_subjects(made).subjects] == ["same", "same (1.json)", "same (2.json)"]
+
+
+def test_what_is_merged_is_an_account_that_can_be_read_again(tmp_path: Path) -> None:
+    merged = read_subjects([run_folder(tmp_path / "run")])
+    path = tmp_path / "again.json"
+    path.write_text(merged.account().model_dump_json())
+    assert Account.model_validate_json(path.read_text()) == merged.account()
+    assert read_subjects([path, tmp_path / "run"]).subjects == merged.subjects
+
+
+def test_records_without_an_account_give_their_counts(ran: Ran) -> None:
+    result = ran("magnitude-structured")
+    stored = json.loads((result.folder / "records.json").read_text())
+    stored.pop("account", None)
+    (result.folder.parent / "bare").mkdir()
+    for file in result.folder.iterdir():
+        (result.folder.parent / "bare" / file.name).write_bytes(file.read_bytes())
+    (result.folder.parent / "bare" / "records.json").write_text(json.dumps({**stored, "format": 1}))
+    merged = read_subjects([result.folder.parent / "bare"])
+    before, after = merged.subjects
+    assert (before.name, before.value("parameters/total")) == ("dense", stored["before"]["parameters"]["total"])
+    assert (after.name, after.value("kv_bytes/token")) == ("bare", stored["after"]["kv_bytes_per_token"])
+    assert {one.how for subject in merged.subjects for one in subject.measurements} == {"counted"}
+    with pytest.raises(CheckpointError, match="no account"):
+        comparison_of_run(RunRecords.checked({**stored, "format": 1}, "x"), result.plan)
+
+
+def test_strangers_are_refused(tmp_path: Path) -> None:
+    stranger = pruned("stranger", "sha256:99")
+    apart = [one for one in stranger.measurements if one.how == "counted"]
+    other = account_file(tmp_path / "other.json", stranger.model_copy(update={"measurements": tuple(apart)}))
+    with pytest.raises(CheckpointError, match=r"^run and other.json have no model and no measured number") as caught:
+        read_subjects([run_folder(tmp_path / "run"), other])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": None}, "model: "),
+        ({"format": 9}, "format: "),
+        ({"before": {"parameters": {"total": "many"}}}, "before.parameters.total: "),
+        ({"stages": {"learn_gates": {"units_kept": {"hidden": "half"}}}}, "units_kept.hidden"),
+        ({"guard": {"verdict": "perhaps"}}, "guard.verdict: "),
+        ({"account": {"format": 1, "created": OLD, "subjects": [{"name": "x"}]}}, "account.subjects.0.model: "),
+        ({"account": account(dense()).model_dump(mode="json")}, "no model beside the one the run started from"),
+        ({"account": account(dense(), pruned(), created="yesterday").model_dump(mode="json")}, "'yesterday' is not an ISO date"),
+    ],
+)
+def test_damaged_records_name_the_field(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    folder = run_folder(tmp_path / "run", {**records(), **change})
+    with pytest.raises(CheckpointError) as caught:
+        read_subjects([folder])
+    assert str(folder / "records.json") in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "a JSON object is wanted"),
+        ("{}", "is not an account of measurements: created: Field required"),
+        (account().model_dump_json(), "holds no measured model"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        read_subjects([path])
+
+
+def test_a_damaged_plan_and_absent_inputs_are_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "plan.json").write_text('{"format": 1}')
+    for paths, says in (
+        ([folder], "plan.json cannot be read"),
+        ([tmp_path / "nowhere"], "does not exist"),
+        ([tmp_path], "has no records.json"),
+        ([], "nothing to compare"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            read_subjects(paths)
+
+
+def test_a_run_is_its_own_comparison(tmp_path: Path) -> None:
+    made = comparison_of_run(RunRecords.checked(records(), "here"), PLAN)
+    assert [one.name for one in made.subjects] == ["dense", "compresso"]
+    assert made.runs[0].plan == PLAN
+
+
+def test_labels_are_as_short_as_they_can_be() -> None:
+    assert labels([Path("a/x/out"), Path("b/x/out"), Path("c")]) == ["a/x/out", "b/x/out", "c"]
+    assert labels([Path("a"), Path("a")]) == ["a", "a"]
