@@ -107,7 +107,7 @@ def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for table in tables(comparison):
         dense = next(row for row in table.rows if row.kind == "dense")
-        mine = next(row for row in table.rows if row.kind == "pruned")
+        mine = next((row for row in table.rows if row.kind == "pruned"), dense)  # the same weights, if the run kept everything
         for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
             if column.how != "counted":
                 name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")

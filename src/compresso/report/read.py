@@ -191,11 +191,10 @@ def _read_run(folder: Path, label: str) -> Input:
 
 
 def _result_of(account: Account, base: str, where: str) -> str:
-    """The fingerprint of the model that a run wrote. Raises CheckpointError if its account has none."""
-    others = [one.fingerprint for one in account.subjects if one.fingerprint != base]
-    if not others:
+    """The fingerprint of the model that a run wrote: that of `base` if it kept everything. Raises CheckpointError if its account has none."""
+    if len(account.subjects) < 2:
         raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
-    return others[0]
+    return next((one.fingerprint for one in account.subjects if one.fingerprint != base), base)
 
 
 def _counted(records: RunRecords, result: str, name: str, written: float) -> Account:
@@ -223,10 +222,11 @@ def _counts(state: Counted, environment: Environment) -> tuple[Measurement, ...]
 
 def _dense(inputs: Sequence[Input], runs: Sequence[Run]) -> frozenset[str]:
     """Fingerprints of the models that nothing was removed from."""
-    results, bases = {run.result for run in runs}, {run.base for run in runs}
+    bases = {run.base for run in runs}
     named = {subject.fingerprint for one in inputs for subject in one.account.subjects if subject.name == "dense"}
     first = {one.account.subjects[0].fingerprint for one in inputs if one.run is None and len(one.account.subjects) > 1}
-    return frozenset((bases | named | first) - results)
+    smaller = {run.result for run in runs if run.result != run.base}  # a run that kept everything wrote its base again
+    return frozenset((bases | named | first) - smaller)
 
 
 def _names(inputs: Sequence[Input], dense: frozenset[str], runs: Sequence[Run]) -> dict[str, str]:
