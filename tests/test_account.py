@@ -48,7 +48,10 @@ def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions
     whole = {
         "name": "whole",
         "data": {"source": str(instructions), "prompt": False, "held": 4},
-        "stages": [{"magnitude_structured": {"keep": 1.0}}, {"recover": {"steps": 1, "lr": 1e-12, "batch": 4, "micro_batch": 4, "rank": 1}}],
+        "stages": [
+            {"magnitude_structured": {"keep": 1.0}},
+            {"recover": {"steps": 1, "lr": 1e-12, "batch": 4, "micro_batch": 4, "rank": 1}},
+        ],
     }
     result = run(whole, tiny_folder, output=tmp_path / "out", quiet=True)
     dense, pruned = subjects(result.records)
@@ -68,9 +71,7 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
     assert "not known" in result.records["guard"]["message"]
 
 
-def test_where_the_dense_model_does_not_fit_the_account_says_so(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_dense_model_does_not_fit_the_account_says_so(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compresso.account._lacking", lambda *_: "no room")
     result = run({"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]}, tiny_folder, output=tmp_path / "out", quiet=True)
     dense, pruned = subjects(result.records)

@@ -176,7 +176,7 @@ def test_outputs_that_cannot_be_written_are_refused_before(bad_call: Callable[..
     precious = tmp_path / "config.json"
     precious.write_text('{"model_type": "llama"}')
     assert "is a folder; a file is wanted" in bad_call(nano.path(), *QUICK, "--output", tmp_path)
-    assert "there is no folder" in bad_call(nano.path(), *QUICK, "--output", tmp_path / "no" / "account.json")
+    assert "is no folder that can be written to" in bad_call(nano.path(), *QUICK, "--output", tmp_path / "no" / "account.json")
     assert "exists and is no account of measurements" in bad_call(nano.path(), *QUICK, "--output", precious)
 
 

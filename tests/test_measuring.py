@@ -90,7 +90,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--prompt-tokens", "1000", "--new-tokens", "64"), "exceed the context of tiny, 1024; lower --prompt-tokens or --new-tokens"),
         (("--prompt-tokens", "0"), "both must be at least 1"),
         (("--output", "no/such/file.json"), "is no folder that can be written to. Choose another output."),
-        (("--output", "."), "output . is a folder; give a file"),
+        (("--output", "."), "output . is a folder; a file is wanted"),
         (("--batch",), "usage: "),
     ],
 )
@@ -109,7 +109,10 @@ def test_what_cannot_be_measured_is_refused_at_once(
 def test_a_config_without_weights_and_an_unsafe_model_are_refused(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     assert "has no weights to measure" in call("measure", tiny_folder, tiny_folder / "config.json")[2]
     shutil.copytree(tiny_folder, tmp_path / "pickled")
-    assert "lies in the folder of a model" in call("measure", tmp_path / "pickled", "--output", tmp_path / "pickled" / "config.json")[2]
+    assert (
+        "lies in the folder of a measured model"
+        in call("measure", tmp_path / "pickled", "--output", tmp_path / "pickled" / "config.json")[2]
+    )
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     code, _, error = call("measure", tiny_folder, tmp_path / "pickled")
     assert code == 2

@@ -105,7 +105,9 @@ class Questions:
     refused: str = ""
 
 
-def take(job: Job, source: Source, *, corpus: str, instructions: bool, prompt_on: bool, before: float | None, after: float | None) -> Findings:
+def take(
+    job: Job, source: Source, *, corpus: str, instructions: bool, prompt_on: bool, before: float | None, after: float | None
+) -> Findings:
     """Ask both models and judge.
 
     Args:

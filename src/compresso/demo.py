@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.account import SPEED_NEW, SPEED_PROMPT
-from compresso.checkpoint.atomic import check_output, new_folder, write_text
+from compresso.checkpoint.atomic import check_output, new_folder
 from compresso.checkpoint.source import open_source
 from compresso.comparison import compare
 from compresso.data import nano, world
 from compresso.loading import Loaded, load
+from compresso.measure.account_file import write_account
 from compresso.measure.choices import choice_accuracy
 from compresso.measure.latency import speed_measurements
 from compresso.measure.perplexity import every_token, perplexity
@@ -63,7 +64,7 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
             folders[name] = run(raw, nano.path(), "world", output=folder / name, seed=seed, force=force).folder
         console.print("[bold]measuring[/bold] all of them on fresh items, and their speed in turn")
         account = measured(folders)
-        write_text(folder / ACCOUNT, account.model_dump_json(indent=2) + "\n")
+        write_account(folder / ACCOUNT, account)
         compare([*(folders[name] for name in RECIPES), folder / ACCOUNT], folder / REPORT)
     _print(console, account, keep)
     best = output / "compresso"

@@ -3,7 +3,6 @@
 What can be wrong with the words of a command (names, data, output) is found before weights are read.
 """
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.drive.device import choose_device
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
+from compresso.measure.account_file import account_file, write_account
 from compresso.measure.record import Account, Environment, Measurement, Subject
 
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ def evaluate(
         _check_numbers(limit, batch_size)
     elif prompt != "auto" or limit is not None:
         raise DataError("prompt and limit belong to tasks, and none was asked for; give a suite or tasks")
-    target = None if output is None else _checked(Path(output))
     where = choose_device(device)
     source = open_source(model)
+    target = None if output is None else account_file(output, [source.folder])
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")
     load_tokenizer(source)
@@ -107,7 +106,7 @@ def evaluate(
     )
     account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=(subject,))
     if target:
-        write_text(target, account.model_dump_json(indent=2) + "\n")
+        write_account(target, account)
     return account
 
 
@@ -195,17 +194,3 @@ def _check_numbers(limit: int | None, batch_size: int) -> None:
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise DataError(f"{name}={number}: wanted at least 1")
-
-
-def _checked(output: Path) -> Path:
-    """The file to write, if it can be; an account is replaced, anything else is not."""
-    if output.is_dir():
-        raise CheckpointError(f"output {output} is a folder; a file is wanted, such as {output / 'account.json'}")
-    if not output.parent.is_dir():
-        raise CheckpointError(f"output {output}: there is no folder {output.parent}; make it first")
-    if output.exists():
-        try:
-            Account.model_validate(json.loads(output.read_bytes()))
-        except ValueError as error:
-            raise CheckpointError(f"output {output} exists and is no account of measurements; choose another output") from error
-    return output

@@ -5,9 +5,8 @@ this one holds no weights; then all models are loaded together, so that they can
 """
 
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.drive.device import choose_device
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
+from compresso.measure.account_file import account_file, write_account
 from compresso.measure.latency import speed_measurements
 from compresso.measure.memory import peak_memory
 from compresso.measure.record import Account, Environment, Measurement, Subject
@@ -89,7 +88,7 @@ def measure(
             if the models do not fit into memory together.
     """
     plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
-    target = None if output is None else _writable(Path(output), plan.sources.values())
+    target = None if output is None else account_file(output, [source.folder for source in plan.sources.values()])
     turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
     with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
         found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}
@@ -117,7 +116,7 @@ def measure(
     )
     account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=subjects)
     if target is not None:
-        write_text(target, account.model_dump_json(indent=2) + "\n")
+        write_account(target, account)
     return account
 
 
@@ -176,18 +175,6 @@ def _check_fit(plan: Plan) -> None:
                 f"the weights of {', '.join(each)} in {_short(plan.dtype)} need {needed / 1e9:.1f} GB {what}, of which {free / 1e9:.1f} GB "
                 f"are free; {cure}"
             )
-
-
-def _writable(path: Path, sources: Iterable[Source]) -> Path:
-    """The file to write, if it can be and belongs to none of the models. Raises CheckpointError otherwise; nothing is created."""
-    parent = path.resolve().parent
-    if path.is_dir():
-        raise CheckpointError(f"output {path} is a folder; give a file, such as {path / 'measured.json'}")
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"output {path} cannot be written: {parent} is no folder that can be written to. Choose another output.")
-    if any(source.folder and parent.is_relative_to(source.folder.resolve()) for source in sources):
-        raise CheckpointError(f"output {path} lies in the folder of a model that is measured. Choose another output.")
-    return path
 
 
 def _short(dtype: torch.dtype) -> str:

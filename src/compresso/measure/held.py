@@ -54,7 +54,7 @@ class HeldLoss:
         return tuple(HeldLoss(self.nats[i::2], self.tokens[i::2], self.examples_sha256) for i in (0, 1))  # type: ignore[return-value]
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
-        """"held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between two halves of the examples."""
+        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between two halves of the examples."""
         shared: dict[str, Any] = {"unit": "1", "how": "measured", "n": sum(self.tokens), "environment": environment}
         protocol = {
             "corpus": corpus,

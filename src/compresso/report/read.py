@@ -191,7 +191,7 @@ def _read_run(folder: Path, label: str) -> Input:
 
 
 def _result_of(account: Account, base: str, where: str) -> str:
-    """The fingerprint of the model that a run wrote: that of `base` if it kept everything. Raises CheckpointError if its account has none."""
+    """The fingerprint of the model that a run wrote: `base` itself if it kept everything. Raises CheckpointError if there is none."""
     if len(account.subjects) < 2:
         raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
     return next((one.fingerprint for one in account.subjects if one.fingerprint != base), base)
