@@ -199,11 +199,10 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
 
 def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:
     """What the dense model and the smaller one answer, and the verdict."""
-    data = prepared.recipe.data
     return take(
         job,
         prepared.source,
-        corpus=data.source if prepared.records is not None else "none",
+        corpus=(prepared.recipe.data.source or "data") if prepared.records is not None else "none",
         instructions=prepared.records is not None and prepared.records.kind != "text",
         prompt_on=prepared.prompt is not None,
         before=facts["before"]["held_loss"],

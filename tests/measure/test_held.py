@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
 from compresso.measure.held import HeldLoss, held_loss
 from compresso.measure.record import Environment
 from tests.measure.tiny import tiny
 
-ROWS = [
+ROWS: list[Row] = [
     {"input_ids": [3, 5, 7, 9, 11], "labels": [-100, -100, 7, 9, 11]},
     {"input_ids": [4, 6, 8], "labels": [4, 6, 8]},
     {"input_ids": [2, 2, 2, 2, 2, 2, 2], "labels": [-100] * 7},

@@ -6,7 +6,7 @@ Labels follow training: of an instruction only the response counts, of plain tex
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.core.losses import IGNORED
+from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
 from compresso.measure.forward import window_logits
 from compresso.measure.record import Environment, Measurement
@@ -71,7 +72,7 @@ class HeldLoss:
         return tuple(found)
 
 
-def held_loss(model: PreTrainedModel, rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int = 8) -> HeldLoss:
+def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8) -> HeldLoss:
     """Losses of examples {"input_ids", "labels"}; the token at s + 1 is predicted from those up to s, -100 carries no loss.
 
     Raises:
@@ -93,6 +94,6 @@ def held_loss(model: PreTrainedModel, rows: Sequence[Mapping[str, Sequence[int]]
     return found
 
 
-def _digest(rows: Sequence[Mapping[str, Sequence[int]]]) -> str:
+def _digest(rows: Sequence[Row]) -> str:
     """sha256 of ids and labels."""
     return hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
