@@ -80,7 +80,9 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, pe
     lines = {drawable(name): points for name, points in lines.items()}
     names = list(lines)
     values = [{"update": x, "value": y, "line": name} for name, points in lines.items() for x, y in points]
-    legend = None if len(names) == 1 else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, labelLimit=150)
+    legend = (
+        None if len(names) == 1 else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, columnPadding=14, labelLimit=130)
+    )
     solid = [name for name in names if name not in dashed]
     colours = ["var(--muted)" if name in dashed else SERIES[solid.index(name) % len(SERIES)] for name in names]
     single = [name for name, points in lines.items() if len(points) == 1]
@@ -88,8 +90,8 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, pe
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=1.75, interpolate="linear")
         .encode(
-            x=alt.X("update:Q", title="update", axis=alt.Axis(tickCount=5, grid=False)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=_value_axis("%" if percent else "~g")),
+            x=alt.X("update:Q", title="update", axis=alt.Axis(tickCount=5, tickMinStep=1, format="d", grid=False)),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=_value_axis("%" if percent else None)),
             color=alt.Color("line:N", sort=names, scale=alt.Scale(domain=names, range=colours), legend=legend),
             strokeDash=alt.StrokeDash(
                 "line:N", scale=alt.Scale(domain=names, range=[[4, 3] if name in dashed else [1, 0] for name in names]), legend=None
@@ -110,8 +112,8 @@ def trade_off(
     values = [{"name": p.name, "x": p.x, "y": p.y, "low": p.y - (p.error or 0), "high": p.y + (p.error or 0)} for p in points]
     front = [{"x": p.x, "y": p.y} for p in undominated(points, x_lower=x_lower, y_lower=y_lower)]
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=4, format="~s", grid=True))
-    y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=_value_axis(".0%" if percent else "~g"))
-    legend = alt.Legend(title=None, orient="bottom", columns=2, labelLimit=120, symbolSize=70)
+    y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=_value_axis(".0%" if percent else None))
+    legend = alt.Legend(title=None, orient="bottom", columns=2, columnPadding=14, labelLimit=105, symbolSize=70)
     base = alt.Chart(alt.Data(values=values))
     line = alt.Chart(alt.Data(values=front)).mark_line(color="var(--muted)", strokeWidth=1, strokeDash=[2, 3]).encode(x=x, y=y)
     bars = base.mark_rule(color="var(--muted)").encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q")
@@ -145,8 +147,9 @@ def drawable(text: str) -> str:
     return _NOT_XML.sub("\ufffd", text)
 
 
-def _value_axis(format: str) -> alt.Axis:
-    return alt.Axis(tickCount=4, format=format, domain=False, ticks=False)
+def _value_axis(format: str | None) -> alt.Axis:
+    axis = alt.Axis(tickCount=4, domain=False, ticks=False)
+    return axis if format is None else alt.Axis(tickCount=4, domain=False, ticks=False, format=format)
 
 
 def _svg(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Literal["fit", "fit-x"] = "fit") -> Markup:
@@ -155,7 +158,7 @@ def _svg(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Li
         chart.configure(
             background="transparent",
             aria=False,
-            padding={"left": 8, "right": 6, "top": 2, "bottom": 2},
+            padding={"left": 8, "right": 6, "top": 8, "bottom": 2},
             autosize=alt.AutoSizeParams(type=fit, contains="padding"),
         )
         .configure_view(stroke=None)

@@ -5,6 +5,7 @@ the page's own content policy forbids scripts and requests.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from compresso.errors import ExportError
 from compresso.measure.record import Sample, Subject
 from compresso.report import facts, figures
 from compresso.report.charts import drawable
-from compresso.report.columns import QUALITY, column_key, columns, group, written
+from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
-from compresso.report.table import NOT_MEASURED, Cell, Table, find, missing, tables
+from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
 
 GENERATOR = '<meta name="generator" content="compresso">'
 """What tells a report from another file that lies at its place."""
+MOST_COLUMNS = 8
 _VERDICTS = {"ok": "passed", "warn": "warning", "refuse": "refused, written with --force", "unchecked": "not known"}
+_NOISE = {True: " · within noise", False: " · beyond noise", None: ""}
 
 
 def write_report(path: str | Path, comparison: Comparison) -> None:
@@ -72,8 +75,8 @@ def page(comparison: Comparison) -> str:
         generator=Markup(GENERATOR),
         summary=[_summary(comparison, one) for one in comparison.subjects if one.fingerprint not in comparison.dense],
         runs=[_run(run) for run in comparison.runs],
-        quality=[table for table in drawn if table.title in QUALITY],
-        other=[table for table in drawn if table.title not in QUALITY],
+        quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
+        other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
         trade_offs=figures.trade_offs(comparison),
         prompts=_prompts(comparison.subjects),
@@ -84,11 +87,24 @@ def page(comparison: Comparison) -> str:
     return drawable(text)
 
 
+def _for_paper(table: Table) -> list[Table]:
+    """The table in parts that a sheet of paper holds side by side."""
+    n = len(table.columns)
+    starts = range(0, n, MOST_COLUMNS)
+    parts: list[Table] = []
+    for start in starts:
+        chosen = slice(start, start + MOST_COLUMNS)
+        title = table.title if n <= MOST_COLUMNS else f"{table.title}, part {len(parts) + 1} of {len(starts)}"
+        rows = tuple(replace(row, cells=row.cells[chosen]) for row in table.rows)
+        parts.append(Table(title, table.columns[chosen], rows, table.note if start == starts[-1] else ""))
+    return parts
+
+
 def cell_words(cell: Cell) -> list[tuple[str, str]]:
     """The lines below a cell's number: (class, text)."""
     lines = [("spread", cell.spread)] if cell.spread else []
     if cell.against:
-        lines.append(("against", cell.against + {True: " · within noise", False: " · beyond noise", None: ""}[cell.within_noise]))
+        lines.append(("against", cell.against + _NOISE[cell.within_noise]))
     if cell.remark:
         lines.append(("remark", cell.remark))
     return lines
@@ -141,12 +157,15 @@ def _summary(comparison: Comparison, subject: Subject) -> dict[str, Any]:
     }
 
 
-def _line(column: Any, subject: Subject, dense: Subject | None) -> tuple[str, str, str]:
+def _line(column: Column, subject: Subject, dense: Subject | None) -> tuple[str, str, str]:
     number = find(subject, column)
     assert number is not None  # the column was made from this subject's numbers
     reference = find(dense, column) if dense else None
     suffix = " perplexity" if group(column.name) == "Perplexity" else ""
-    beside = f"dense {written(reference.value, reference.unit, reference.name)}" if reference else ""
+    beside = ""
+    if reference and dense:
+        noise = _NOISE[within_noise(number, reference, noise_floor(dense, reference))]
+        beside = f"dense {written(reference.value, reference.unit, reference.name)}; {against(number, reference)}{noise}"
     return column.title + suffix, written(number.value, number.unit, number.name), beside
 
 
