@@ -9,6 +9,7 @@ import torch
 import compresso
 from compresso.data import nano
 from compresso.errors import CollapseError
+from compresso.measure.guard import Guard
 from compresso.measure.record import Account, Subject
 from compresso.run import run
 from tests.conftest import Ran
@@ -68,7 +69,7 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
     for one in (dense, pruned):
         assert one.not_measured == {"held/perplexity": "the run had no data", "texts": "the model has no tokenizer"}
     assert result.records["guard"]["verdict"] == "unchecked"
-    assert "not known" in result.records["guard"]["message"]
+    assert "not known" in Guard.model_validate(result.records["guard"]).message()
 
 
 def test_where_the_dense_model_does_not_fit_the_account_says_so(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,8 @@ from compresso.measure.size import counts, weight_bytes
 from compresso.recipe import Recipe
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
+from compresso.report.records import FORMAT, RunRecords
 
-FORMAT = 2
-"""Of records.json."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 REOPENED_WITHIN = 1e-4
 """Largest difference of logits, computed in float32, between the live model and the checkpoint opened in a fresh process."""
@@ -107,16 +106,17 @@ def finish(
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
-            "guard": {**findings.guard.model_dump(mode="json"), "message": findings.guard.message()},
+            "guard": findings.guard.model_dump(mode="json"),
         }
         result = replace(open_source(folder).identity, name=output.name)
         written["account"] = findings.account(source, result, folder, facts).model_dump(mode="json")
+        records = RunRecords.checked(written, "the run's records")
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": _json(written),
-            "README.md": model_card(written),
-            "report.html": report_of_run(written, job.plan),
+            "README.md": model_card(records),
+            "report.html": report_of_run(records, job.plan),
         }
         for name, text in texts.items():
             write_text(folder / name, text)

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from compresso.core.plan import Plan
+from compresso.measure.guard import judge
 from compresso.measure.record import Account, Environment, Measurement, Sample, Subject
+from compresso.report.records import RunRecords
 
 DENSE, SMALL, SMALLER = "sha256:" + "d" * 64, "sha256:" + "a" * 64, "sha256:" + "b" * 64
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
@@ -91,7 +94,14 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
             "stages": [{"learn_gates": {"keep": 0.7, "of": "blocks", "kinds": ["head", "channel"]}}, {"recover": {"steps": 20}}],
         },
         "model": {"name": model, "fingerprint": DENSE},
-        "data": {"source": "rows.jsonl", "kind": "text", "sha256": "c" * 64, "skipped": [], "examples": {"n": 48, "tokens": 960}},
+        "data": {
+            "source": "rows.jsonl",
+            "kind": "text",
+            "sha256": "c" * 64,
+            "skipped_lines": 0,
+            "skipped": [],
+            "examples": {"n": 48, "tokens": 960},
+        },
         "prompt": {"version": "v1", "sha256": "e" * 64},
         "seed": 3,
         "versions": {"compresso": "0.1.0", "torch": "2.13.0"},
@@ -106,14 +116,15 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
         "layout": "native",
         "dtype": "float32",
         "bytes": 3040,
-        "guard": {
-            "verdict": "warn",
-            "message": "The pruned model has lost much: perplexity is 2 times the dense one (warned from 1.5).",
-            "checks": [{"name": "perplexity_growth", "verdict": "warn", "value": 2.0, "words": "no text was generated"}],
-        },
+        "reopened_max_abs_difference": 0.0,
+        "guard": judge(vocabulary=1000, dense_loss=2.0, pruned_loss=2.0 + math.log(2)).model_dump(mode="json"),
         "account": (measured or account(dense(), pruned())).model_dump(mode="json"),
     }
     return copy.deepcopy({**made, **changes})
+
+
+def checked(facts: dict[str, Any]) -> RunRecords:
+    return RunRecords.checked(facts, "the records")
 
 
 def run_folder(folder: Path, facts: dict[str, Any] | None = None, plan: Plan = PLAN) -> Path:

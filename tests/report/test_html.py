@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from compresso.core.plan import Plan
-from compresso.errors import CheckpointError, ExportError
+from compresso.errors import ExportError
 from compresso.measure.record import Sample
 from compresso.report.html import page, report_of_run, write_report
 from compresso.report.read import read_subjects
-from tests.report.made import PLAN, account, account_file, curves, dense, number, pruned, records, run_folder
+from tests.report.made import PLAN, account, account_file, checked, curves, dense, number, pruned, records, run_folder
 
 EVIL = """</style></svg><script>alert("x")</script><img src=http://evil.test/x onerror=alert(1)>{{ 7 * 7 }}\x1b\x00"""
 
@@ -53,7 +53,7 @@ def safe(text: str) -> Reader:
 
 
 def test_the_page_of_a_run_says_everything() -> None:
-    seen = safe(report_of_run(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense"))), PLAN))
+    seen = safe(report_of_run(checked(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))), PLAN))
     for words in (
         "learn_gates keeps 70 % of the block parameters; what may leave: heads, FFN units",
         "70.0 % of the block parameters, 76.0 % of all parameters",
@@ -90,14 +90,14 @@ def test_a_name_from_outside_is_text_everywhere(tmp_path: Path) -> None:
     facts = records(model=EVIL)
     facts["recipe"] |= {"name": EVIL, "title": EVIL, "description": EVIL, "paper": EVIL}
     facts["data"]["source"] = EVIL
-    facts["guard"]["message"] = EVIL
+    facts["guard"]["checks"][0]["words"] = EVIL
     facts["versions"][EVIL] = EVIL
     facts["stages"]["learn_gates"]["curve"][EVIL] = [1.0] * 20
     texts = (Sample(prompt=EVIL, text=EVIL, tokens=1, repetition=0, degenerate=True),)
     evil = pruned(EVIL, remark=EVIL).model_copy(update={"samples": texts})
     strange = number(f"{EVIL}/perplexity", 3.0, protocol={EVIL: EVIL}, hardware=EVIL)
     facts["account"] = account(dense(strange), evil).model_dump(mode="json")
-    seen = safe(report_of_run(facts, PLAN))
+    seen = safe(report_of_run(checked(facts), PLAN))
     assert "{{ 7 * 7 }}" in seen.text and 'alert("x")' in seen.text
 
 
@@ -137,11 +137,6 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=says):
             write_report(path, comparison)
     assert mine.read_text() == "<p>mine</p>"
-
-
-def test_records_without_an_account_make_no_page() -> None:
-    with pytest.raises(CheckpointError, match="no account"):
-        report_of_run({**records(), "account": None}, PLAN)
 
 
 def test_the_page_holds_what_the_json_holds(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Inputs are merged by the models they speak of; what cannot be read or compared is refused in one line."""
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from compresso.errors import CheckpointError
 from compresso.measure.record import Account
 from compresso.report.read import comparison_of_run, labels, read_subjects
 from compresso.report.records import RunRecords
-from tests.conftest import Ran
 from tests.report.made import (
     DENSE,
     NEW,
@@ -94,23 +92,6 @@ def test_what_is_merged_is_an_account_that_can_be_read_again(tmp_path: Path) -> 
     assert read_subjects([path, tmp_path / "run"]).subjects == merged.subjects
 
 
-def test_records_without_an_account_give_their_counts(ran: Ran) -> None:
-    result = ran("magnitude-structured")
-    stored = json.loads((result.folder / "records.json").read_text())
-    stored.pop("account", None)
-    (result.folder.parent / "bare").mkdir()
-    for file in result.folder.iterdir():
-        (result.folder.parent / "bare" / file.name).write_bytes(file.read_bytes())
-    (result.folder.parent / "bare" / "records.json").write_text(json.dumps({**stored, "format": 1}))
-    merged = read_subjects([result.folder.parent / "bare"])
-    before, after = merged.subjects
-    assert (before.name, before.value("parameters/total")) == ("dense", stored["before"]["parameters"]["total"])
-    assert (after.name, after.value("kv_bytes/token")) == ("bare", stored["after"]["kv_bytes_per_token"])
-    assert {one.how for subject in merged.subjects for one in subject.measurements} == {"counted"}
-    with pytest.raises(CheckpointError, match="no account"):
-        comparison_of_run(RunRecords.checked({**stored, "format": 1}, "x"), result.plan)
-
-
 def test_strangers_are_refused(tmp_path: Path) -> None:
     stranger = pruned("stranger", "sha256:99")
     apart = [one for one in stranger.measurements if one.how == "counted"]
@@ -124,7 +105,10 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"model": None}, "model: "),
-        ({"format": 9}, "format: "),
+        ({"format": 1}, "format: "),
+        ({"account": None}, "account: "),
+        ({"layout": "round"}, "layout: "),
+        ({"surprise": 1}, "surprise: "),
         ({"before": {"parameters": {"total": "many"}}}, "before.parameters.total: "),
         ({"stages": {"learn_gates": {"units_kept": {"hidden": "half"}}}}, "units_kept.hidden"),
         ({"guard": {"verdict": "perhaps"}}, "guard.verdict: "),

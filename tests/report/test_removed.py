@@ -3,18 +3,18 @@
 import pytest
 
 from compresso.core.plan import Plan
-from compresso.report.records import StageSeen
+from compresso.report.records import StageFacts
 from compresso.report.removed import CHANNELS, HEADS, HIDDEN, Left, dense_sizes, left
 from tests.conftest import Ran
 from tests.report.made import PLAN, UNITS
 
 
-def stage(**units: str) -> dict[str, StageSeen]:
-    return {"prune": StageSeen(units_kept={name.replace("_", "."): text for name, text in units.items()})}
+def stage(**units: str) -> dict[str, StageFacts]:
+    return {"prune": StageFacts(units_kept={name.replace("_", "."): text for name, text in units.items()})}
 
 
 def test_cells_are_the_units_of_the_plan() -> None:
-    cells = left(PLAN, {"learn_gates": StageSeen(units_kept=UNITS)})
+    cells = left(PLAN, {"learn_gates": StageFacts(units_kept=UNITS)})
     assert cells == [Left(0, CHANNELS, 5, 8), Left(0, HEADS, 3, 4), Left(1, CHANNELS, 2, 8), Left(1, HEADS, 0, 4)]
     assert [cell.share for cell in cells] == [0.625, 0.75, 0.25, 0.0]
 
@@ -32,13 +32,13 @@ def test_whole_layers_leave_with_their_parts() -> None:
 
 
 def test_a_second_stage_refines_and_the_first_knows_the_sizes() -> None:
-    stages = {**stage(layers_0_channels="6/8"), "again": StageSeen(units_kept={"layers.0.channels": "3/6"})}
+    stages = {**stage(layers_0_channels="6/8"), "again": StageFacts(units_kept={"layers.0.channels": "3/6"})}
     assert dense_sizes(stages) == {"layers.0.channels": 8}
     assert left(Plan({"layers.0.channels": (0, 1, 2)}), stages) == [Left(0, CHANNELS, 3, 8)]
 
 
 def test_axes_renumbered_by_the_removal_of_layers_are_not_guessed() -> None:
-    stages = {**stage(layers="1/2"), "again": StageSeen(units_kept={"layers.0.heads": "1/4"})}
+    stages = {**stage(layers="1/2"), "again": StageFacts(units_kept={"layers.0.heads": "1/4"})}
     assert dense_sizes(stages) == {"layers": 2}
 
 
@@ -49,7 +49,7 @@ def test_nothing_removed_gives_no_cells() -> None:
 @pytest.mark.parametrize("recipe", ["magnitude-structured", "gate-taylor"])
 def test_a_real_run_adds_up(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
-    stages = {name: StageSeen.model_validate(facts) for name, facts in result.records["stages"].items()}
+    stages = {name: StageFacts.model_validate(facts) for name, facts in result.records["stages"].items()}
     cells = left(result.plan, stages)
     assert {(cell.layer, cell.part) for cell in cells} == {(layer, part) for layer in range(3) for part in (HEADS, CHANNELS)}
     for part, name, of in ((HEADS, "heads", 4), (CHANNELS, "channels", 48)):

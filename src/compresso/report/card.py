@@ -5,7 +5,7 @@ finetune: its weights were changed and tuned, and it replaces the base model; th
 is named only if it has an owner on the hub, and a licence never, because nobody told us either.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ from compresso.checkpoint.hub import is_hub_name
 from compresso.core.plan import Plan
 from compresso.measure.record import Measurement, Subject
 from compresso.report import facts
-from compresso.report.columns import GROUPS, group
+from compresso.report.columns import group
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.table import Cell, missing, tables
@@ -29,11 +29,10 @@ _METRICS = {"acc": "accuracy"}
 _NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the data above")
 
 
-def model_card(records: Mapping[str, Any]) -> str:
-    """Markdown from what a run's records.json holds. Raises CheckpointError if these are no records of a run."""
-    seen = RunRecords.checked(records, "the run's records")
-    comparison = comparison_of_run(seen, Plan()) if seen.account else None
-    pruned = next((one for one in comparison.subjects if one.fingerprint not in comparison.dense), None) if comparison else None
+def model_card(records: RunRecords) -> str:
+    """Markdown from what a run's records.json holds."""
+    comparison = comparison_of_run(records, Plan())
+    pruned = comparison.subjects[-1]  # the dense model stands first; a run that kept everything has no other
     environment = Environment(
         loader=PackageLoader("compresso.report", "templates"),
         undefined=StrictUndefined,
@@ -41,24 +40,22 @@ def model_card(records: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    numbers = [number for number in pruned.measurements if number.how != "counted"] if pruned else []
-    absent = missing(comparison) if comparison else [name for name in GROUPS if name not in ("Size", "Other")]
-    guard = seen.guard
+    numbers = [number for number in pruned.measurements if number.how != "counted"]
     return environment.get_template("card.md.jinja").render(
-        front=yaml.safe_dump(_front_matter(seen, pruned), sort_keys=False, allow_unicode=True, width=120),
-        model=_one_line(seen.model.name),
-        recipe=_one_line(seen.recipe.name),
-        layout=seen.layout,
-        prompt=seen.prompt.get("version") if seen.prompt else None,
-        guard=_one_line(guard.message) if guard and guard.verdict != "ok" else "",
-        counted=_counted(seen),
-        results=_results(comparison) if comparison else [],
+        front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
+        model=_one_line(records.model.name),
+        recipe=_one_line(records.recipe.name),
+        layout=records.layout,
+        prompt=records.prompt.get("version") if records.prompt else None,
+        guard=_one_line(records.guard.message()) if records.guard.verdict != "ok" else "",
+        counted=_counted(records),
+        results=_results(comparison),
         places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
-        missing=[*absent, *_NEVER],
+        missing=[*map(_one_line, missing(comparison)), *_NEVER],
     )
 
 
-def _front_matter(records: RunRecords, pruned: Subject | None) -> dict[str, Any]:
+def _front_matter(records: RunRecords, pruned: Subject) -> dict[str, Any]:
     """The YAML head."""
     source = records.model.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["compresso", "pruned"]}
@@ -66,7 +63,7 @@ def _front_matter(records: RunRecords, pruned: Subject | None) -> dict[str, Any]
         front |= {"base_model": source, "base_model_relation": "finetune"}
     if records.layout == "native":
         front["tags"].append("custom_code")
-    results = _index(pruned.measurements) if pruned else []
+    results = _index(pruned.measurements)
     if results:
         front["model-index"] = [{"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}]
     return front

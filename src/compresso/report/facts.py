@@ -113,8 +113,6 @@ def written_time(seconds: float) -> str:
 
 def guard(run: Run) -> list[str]:
     """What the collapse guard said: its message, and what its checks add to that."""
-    seen = run.records.guard
-    if seen is None:
-        return []
-    added = [one.words for one in seen.checks if one.words not in seen.message]
-    return ([seen.message] if seen.message else []) + list(dict.fromkeys(added))
+    message = run.records.guard.message()
+    added = [one.words for one in run.records.guard.checks if one.words not in message]
+    return [message, *dict.fromkeys(added)]

@@ -9,7 +9,7 @@ from compresso.measure.record import Subject
 from compresso.report import charts
 from compresso.report.columns import Column, columns, group, lower_is_better
 from compresso.report.read import Comparison, Run
-from compresso.report.records import StageSeen
+from compresso.report.records import StageFacts
 from compresso.report.removed import left
 from compresso.report.table import find
 
@@ -91,7 +91,7 @@ def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) ->
     return Figure(f"{what} against {'size' if cost.unit == 'parameters' else 'measured speed'}", svg)
 
 
-def _stage(name: str, stage: StageSeen, knobs: Mapping[str, object]) -> list[Figure]:
+def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Figure]:
     column = {key: _points(stage, key) for key in stage.curve if key != "update"}
     if not column or "update" not in stage.curve:
         return []
@@ -123,7 +123,7 @@ def _stage(name: str, stage: StageSeen, knobs: Mapping[str, object]) -> list[Fig
     return figures
 
 
-def _points(stage: StageSeen, key: str) -> list[tuple[float, float]]:
+def _points(stage: StageFacts, key: str) -> list[tuple[float, float]]:
     """A column over updates, without the updates that did not log it."""
     rows = zip(stage.curve["update"], stage.curve[key], strict=False) if "update" in stage.curve else ()
     return [(x, y) for x, y in rows if x is not None and y is not None]

@@ -4,7 +4,7 @@ Names of models, samples and recipes are untrusted text. jinja2 escapes all of i
 the page's own content policy forbids scripts and requests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ def check_target(path: str | Path) -> None:
         raise ExportError(f"--output {path} exists and is not a report of compresso; choose another name")
 
 
-def report_of_run(records: Mapping[str, Any], plan: Plan) -> str:
-    """The page of one run, from what its records.json will hold. Raises CheckpointError if that lacks the account."""
-    return page(comparison_of_run(RunRecords.checked(records, "the run's records"), plan))
+def report_of_run(records: RunRecords, plan: Plan) -> str:
+    """The page of one run, from what its records.json will hold."""
+    return page(comparison_of_run(records, plan))
 
 
 def page(comparison: Comparison) -> str:
@@ -119,7 +119,7 @@ def _run(run: Run) -> dict[str, Any]:
         "removed": figures.removed(run),
         "training": figures.training(run),
         "guard": guard,
-        "verdict": _VERDICTS[guard.verdict] if guard else NOT_MEASURED,
+        "verdict": _VERDICTS[guard.verdict],
         "said": facts.guard(run),
         "loading": facts.loading(run),
         "command": facts.command(run),

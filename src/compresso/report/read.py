@@ -13,12 +13,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
-from compresso.measure.record import Account, Environment, Measurement, Protocol, Sample, Subject
+from compresso.measure.record import Account, Measurement, Sample, Subject
 from compresso.report.columns import Key, column_key
-from compresso.report.records import Counted, RunRecords, first_fault
+from compresso.report.records import RunRecords, first_fault
 
 RECORDS, PLAN = "records.json", "plan.json"
 
@@ -107,9 +106,7 @@ def read_subjects(paths: Sequence[str | Path]) -> Comparison:
 
 
 def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
-    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its records hold no account."""
-    if records.account is None:
-        raise CheckpointError("the run's records hold no account of what was measured; write records of format 2")
+    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its account lacks one of them."""
     result = _result_of(records.account, records.model.fingerprint, "the run's records")
     name = next(one.name for one in records.account.subjects if one.fingerprint == result)
     return merged([Input(name, records.account, Run(name, records, plan, result))])
@@ -127,13 +124,23 @@ def merged(inputs: Sequence[Input]) -> Comparison:
     for fingerprint in sorted(fingerprints, key=lambda one: one not in dense):
         numbers: dict[Key, Measurement] = {}
         samples: dict[str, Sample] = {}
+        lacking: dict[str, str] = {}
         model = ""
         for subject in (subject for one in by_age for subject in one.account.subjects if subject.fingerprint == fingerprint):
             numbers |= {column_key(number): number for number in subject.measurements}
             samples |= {sample.prompt: sample for sample in subject.samples}
+            lacking |= subject.not_measured
             model = model or subject.model
-        found = tuple(numbers.values()), tuple(samples.values())
-        subjects.append(Subject(name=names[fingerprint], model=model, fingerprint=fingerprint, measurements=found[0], samples=found[1]))
+        subjects.append(
+            Subject(
+                name=names[fingerprint],
+                model=model,
+                fingerprint=fingerprint,
+                measurements=tuple(numbers.values()),
+                samples=tuple(samples.values()),
+                not_measured=lacking,
+            )
+        )
     return Comparison(tuple(subjects), runs, dense, tuple(one.label for one in inputs), by_age[-1].account.created)
 
 
@@ -185,7 +192,7 @@ def _read_run(folder: Path, label: str) -> Input:
         plan = Plan.from_json((folder / PLAN).read_text("utf-8"))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote") from error
-    account = records.account or _counted(records, open_source(folder).identity.fingerprint, label, (folder / RECORDS).stat().st_mtime)
+    account = records.account
     _time(account.created, folder / RECORDS)
     return Input(label, account, Run(label, records, plan, _result_of(account, records.model.fingerprint, str(folder / RECORDS))))
 
@@ -195,29 +202,6 @@ def _result_of(account: Account, base: str, where: str) -> str:
     if len(account.subjects) < 2:
         raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
     return next((one.fingerprint for one in account.subjects if one.fingerprint != base), base)
-
-
-def _counted(records: RunRecords, result: str, name: str, written: float) -> Account:
-    """The account of a run that measured nothing: what its records counted; `written` in seconds since 1970."""
-    machine = records.machine
-    environment = Environment(
-        device=str(machine.get("cuda") or "cpu"),
-        hardware=str(machine.get("processor") or "unknown"),
-        threads=int(machine.get("threads") or 1),
-        system=str(machine.get("system") or "unknown"),
-        dtype=records.dtype,
-        versions=records.versions,
-    )
-    pairs = (("dense", records.model.name, records.model.fingerprint, records.before), (name, name, result, records.after))
-    subjects = tuple(Subject(name=n, model=m, fingerprint=f, measurements=_counts(state, environment)) for n, m, f, state in pairs)
-    return Account(created=datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"), subjects=subjects)
-
-
-def _counts(state: Counted, environment: Environment) -> tuple[Measurement, ...]:
-    rows = [(f"parameters/{part}", count, "parameters") for part, count in state.parameters.items()]
-    rows += [("macs/token", state.macs_per_token, "macs"), ("kv_bytes/token", state.kv_bytes_per_token, "bytes")]
-    protocol: Protocol = {"counted": "from the shapes, by the run"}
-    return tuple(Measurement(name=n, value=v, unit=u, how="counted", protocol=protocol, environment=environment) for n, v, u in rows)
 
 
 def _dense(inputs: Sequence[Input], runs: Sequence[Run]) -> frozenset[str]:

@@ -1,41 +1,38 @@
-"""What a report reads of a run's records.json: a checked view, so that a damaged file is found before anything is drawn.
+"""records.json: what a run did, from what, and what it found; one versioned schema for writing and for reading.
 
-Fields that a report does not show are ignored. Format 1 has no account and no guard; what it counted and nothing else can be shown.
+An unknown field, a missing one or another version is an error, so that a damaged file is found before anything is drawn. Only what a stage
+notes of itself is open, since each method has facts of its own; those that reports show are typed.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError
 
 from compresso.errors import CheckpointError
-from compresso.measure.record import Account
+from compresso.measure.guard import Guard
+from compresso.measure.record import Account, Strict
 
+FORMAT = 2
 Fraction = Annotated[str, Field(pattern=r"^\d+/\d+$")]
 """Units kept of those that were there, "3/4"."""
 
 
-class Seen(BaseModel):
-    """Base of the views: frozen, unknown fields ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class Named(Seen):
+class Named(Strict):
     """A model: its name without a path, and the fingerprint of its config and weights."""
 
     name: str
     fingerprint: str
 
 
-class RecipeSeen(Seen):
+class RecipeRun(Strict):
     """A recipe with every knob spelled out, as it can be run again."""
 
     name: str
     title: str = ""
     paper: str = ""
     description: str = ""
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict[str, Any])
     stages: list[dict[str, dict[str, Any]]]
 
     def knobs(self) -> dict[str, dict[str, Any]]:
@@ -43,75 +40,74 @@ class RecipeSeen(Seen):
         return {name: knobs for stage in self.stages for name, knobs in stage.items()}
 
 
-class DataSeen(Seen):
-    """The training data: what was named, its hash, and how many examples it gave."""
+class DataUsed(Strict):
+    """The training data: what was named, its hash, the lines that were left out, and what became of the others."""
 
     source: str
     kind: str
     sha256: str
+    skipped_lines: int
+    skipped: list[Any]
     examples: dict[str, int]
 
 
-class Counted(Seen):
+class Counted(Strict):
     """What was counted of a model, and its mean loss on held-out examples in nats a labelled token."""
 
     parameters: dict[str, int]
     macs_per_token: int
     kv_bytes_per_token: int
-    held_loss: FiniteFloat | None = None
+    held_loss: FiniteFloat | None
 
 
-class StageSeen(Seen):
-    """What a stage noted; `curve` has columns of equal length, "update" the horizontal one."""
+class StageFacts(Strict):
+    """What a stage noted, facts of its own among it; `curve` has columns of equal length, "update" the horizontal one."""
 
-    units_kept: dict[str, Fraction] = {}
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    units_kept: dict[str, Fraction] = Field(default_factory=dict[str, Fraction])
     kept_share_of_blocks: FiniteFloat | None = None
-    curve: dict[str, list[FiniteFloat | None]] = {}
+    curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
 
 
-Verdict = Literal["ok", "warn", "refuse", "unchecked"]
+class RunRecords(Strict):
+    """A run's records.
 
+    Args:
+        format: version of this schema.
+        recipe, model, data, prompt, seed, versions, machine: what decided the result; `data` and `prompt` are None where there are none.
+        before, after: the model at both ends.
+        stages: what each stage noted, by its name.
+        seconds: of the whole run.
+        layout, dtype, bytes: what was written, and the size of its weight files.
+        reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
+        guard: whether quality collapsed.
+        account: the original and the result, measured.
+    """
 
-class CheckSeen(Seen):
-    """One check of the collapse guard: its verdict, and a sentence with the number and the thresholds."""
-
-    verdict: Verdict
-    words: str
-
-
-class GuardSeen(Seen):
-    """The collapse guard's decision and the checks behind it."""
-
-    verdict: Verdict
-    message: str = ""
-    checks: tuple[CheckSeen, ...] = ()
-
-
-class RunRecords(Seen):
-    """A run's records."""
-
-    format: Literal[1, 2]
-    recipe: RecipeSeen
+    format: Literal[2] = FORMAT
+    recipe: RecipeRun
     model: Named
-    data: DataSeen | None = None
-    prompt: dict[str, str] | None = None
+    data: DataUsed | None
+    prompt: dict[str, str] | None
     seed: int
     versions: dict[str, str]
     machine: dict[str, str | int | None]
     before: Counted
     after: Counted
-    stages: dict[str, StageSeen]
-    seconds: FiniteFloat | None = None
+    stages: dict[str, StageFacts]
+    seconds: FiniteFloat
     layout: Literal["uniform", "padded", "native"]
-    dtype: str | None = None
-    bytes: int | None = None
-    account: Account | None = None
-    guard: GuardSeen | None = None
+    dtype: str
+    bytes: int
+    reopened_max_abs_difference: FiniteFloat
+    guard: Guard
+    account: Account
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:
-        """The view of raw records. Raises CheckpointError naming `where` and the first field that is not as it should be."""
+        """The records in a mapping. Raises CheckpointError naming `where` and the first field that is not as it should be."""
         try:
             return cls.model_validate(records)
         except ValidationError as error:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compresso.core.plan import Plan
-from compresso.report.records import StageSeen
+from compresso.report.records import StageFacts
 
 HEADS, CHANNELS, HIDDEN = "heads", "FFN units", "hidden"
 _PARTS = {"heads": HEADS, "channels": CHANNELS}
@@ -27,7 +27,7 @@ class Left:
         return self.kept / self.of if self.of else 0.0
 
 
-def dense_sizes(stages: Mapping[str, StageSeen]) -> dict[str, int]:
+def dense_sizes(stages: Mapping[str, StageFacts]) -> dict[str, int]:
     """Axis name -> units before the first stage that touched it.
 
     A stage that follows the removal of whole layers numbers those that are left, so axes first touched there are not known by name.
@@ -41,7 +41,7 @@ def dense_sizes(stages: Mapping[str, StageSeen]) -> dict[str, int]:
     return sizes
 
 
-def left(plan: Plan, stages: Mapping[str, StageSeen]) -> list[Left]:
+def left(plan: Plan, stages: Mapping[str, StageFacts]) -> list[Left]:
     """Every layer's parts of which the plan says something, in the numbering of the original model; parts it does not name are whole."""
     sizes = dense_sizes(stages)
     known = {axis: len(plan.kept[axis]) for axis in sizes if axis in plan.kept}

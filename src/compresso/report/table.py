@@ -86,9 +86,10 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def missing(comparison: Comparison) -> list[str]:
-    """The groups in which no model has a number."""
+    """The groups in which no model has a number, and what single models lack, with the reason."""
     have = {group(number.name) for subject in comparison.subjects for number in subject.measurements}
-    return [name for name in GROUPS if name not in have and name != "Other"]
+    absent = [name for name in GROUPS if name not in have and name != "Other"]
+    return absent + [f"{what} of {one.name}: {why}" for one in comparison.subjects for what, why in one.not_measured.items()]
 
 
 def find(subject: Subject, column: Column) -> Measurement | None:
