@@ -1,0 +1,114 @@
+"""Dense, magnitude, gate-Taylor and Compresso on several models, equal updates: what was kept, what it costs, how fast it runs.
+
+    python benchmarks/compare_models.py [--models nano stories260K babyllama-tok361] [--keep 0.7] [--max-steps 300] [--seed 0]
+
+Besides the embedded nano model there are the models under COMPRESSO_DATA, which are pruned with text of theirs; one that is absent is left
+out with a word. Each model's account goes to results/models_NAME.json, the same file that `compresso compare` reads, and all of them into
+the table results/models.md. `--only-table` writes the table anew from what is there.
+"""
+
+import argparse
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import RESULTS
+from compresso.data import nano
+from compresso.measure.account_file import account_file, write_account
+from compresso.measure.record import Account, Subject
+from compresso.recipe import read, with_knob
+from compresso.report.read import read_subjects
+from compresso.run import run
+
+METHODS = ("magnitude-structured", "gate-taylor", "compresso")
+STORIES = "datasets/text/tinystories_sample.jsonl.gz"
+COLUMNS = (
+    ("parameters/total", "parameters", "{:,.0f}"),
+    ("bytes/disk", "MB on disk", "{:.2f}"),
+    ("held/perplexity", "held-out perplexity", "{:.3f}"),
+    ("kl", "KL from dense, nats", "{:.3f}"),
+    ("top1_agreement", "same top token", "{:.3f}"),
+    ("degenerate", "broken texts", "{:.0%}"),
+    ("decode_speedup/batch1", "decode speed-up", "{:.2f}"),
+    ("decode_bound/batch1", "bytes bound (estimated)", "{:.2f}"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the data it is pruned with, and which configuration of each recipe is for it."""
+
+    model: Path
+    data: str
+    configuration: str
+
+
+def cases() -> dict[str, Case]:
+    """Models that are here, by name."""
+    found = {"nano": Case(nano.path(), "world", "/nano")}
+    root = os.environ.get("COMPRESSO_DATA")
+    for name in ("stories260K", "babyllama-tok361"):
+        folder = Path(root or "", "models", name)
+        if root and folder.is_dir():
+            found[name] = Case(folder, str(Path(root, STORIES)), "")
+        else:
+            print(f"{name} is left out: COMPRESSO_DATA names no folder that holds it")
+    return found
+
+
+def account_of(case: Case, keep: float, max_steps: int | None, seed: int) -> Account:
+    """Prune a model by every method, and merge the accounts of the runs: the dense model first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = []
+        for method in METHODS:
+            raw = with_knob(read(method + case.configuration), "keep", keep)
+            if max_steps is not None:
+                raw = with_knob(raw, "max_steps", max_steps)
+            folders.append(run(raw, case.model, case.data, output=Path(scratch, method), seed=seed, force=True).folder)
+        return read_subjects(folders).account()
+
+
+def row(subject: Subject) -> list[str]:
+    """One model's cells; a number that it cannot have, such as a distance from itself, is a dash."""
+    cells = []
+    for name, _, form in COLUMNS:
+        value = subject.value(name)
+        cells.append("-" if value is None else form.format(value / 1e6 if name == "bytes/disk" else value))
+    return cells
+
+
+def table(accounts: dict[str, Account]) -> str:
+    """Markdown, one block of rows a model."""
+    lines = ["| model | method | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
+    for model, account in accounts.items():
+        lines += [f"| {model} | {subject.name} | " + " | ".join(row(subject)) + " |" for subject in account.subjects]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what was asked for, then write the table of everything that was ever run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=None)
+    parser.add_argument("--keep", type=float, default=0.7)
+    parser.add_argument("--max-steps", type=int, default=None, help="cap on the updates of each training stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only-table", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    known = cases()
+    for name in [] if given.only_table else given.models or known:
+        path = account_file(RESULTS / f"models_{name}.json")
+        write_account(path, account_of(known[name], given.keep, given.max_steps, given.seed))
+        print(f"{name}: {path.name}")
+    files = {path.stem.removeprefix("models_"): path for path in sorted(RESULTS.glob("models_*.json"))}
+    accounts = {name: Account.model_validate_json(path.read_text("utf-8")) for name, path in files.items()}
+    (RESULTS / "models.md").write_text(table(accounts), "utf-8")
+    print(table(accounts))
+
+
+if __name__ == "__main__":
+    main()
