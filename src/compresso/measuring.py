@@ -21,11 +21,12 @@ from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.drive.device import choose_device
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.measure.account_file import account_file, write_account
+from compresso.measure.forward import context_of
 from compresso.measure.latency import speed_measurements
 from compresso.measure.memory import peak_memory
 from compresso.measure.record import Account, Environment, Measurement, Subject
 from compresso.measure.size import size_measurements
-from compresso.measure.turn import context_of, lengths
+from compresso.measure.turn import lengths
 from compresso.results import stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -34,8 +34,9 @@ def test_the_perplexity_and_its_noise_come_with_what_they_were_measured_on() -> 
     one, noise = found.measurements(Environment.here(), "stories", noise=True)
     assert (one.name, one.value, one.n) == ("held/perplexity", pytest.approx(math.exp(2.5)), 8)
     assert noise.name == "noise/held/perplexity"
-    assert noise.value == pytest.approx(math.exp(3.0) - math.exp(2.0))  # examples 1, 3 against 0, 2
-    assert noise.protocol == {**one.protocol, "noise": "half-split"}
+    # of the three ways to halve four examples, the middle one lies exp(3) - exp(2) apart: 1, 3 against 0, 2
+    assert noise.value == pytest.approx(math.exp(3.0) - math.exp(2.0))
+    assert noise.protocol == {**one.protocol, "noise": "half-split", "splits": 99}
     assert one.protocol["corpus"] == "stories"
 
 
@@ -50,7 +51,7 @@ def test_the_standard_error_is_the_spread_over_draws_of_examples() -> None:
         errors.append(one.stderr)
     assert sum(errors) / len(errors) == pytest.approx(float(torch.tensor(means).std()), rel=0.1)
     assert HeldLoss((1.0,), (1,), "").stderr is None
-    assert HeldLoss((1.0,), (1,), "").halves() is None
+    assert HeldLoss((1.0,), (1,), "").half_split() is None
 
 
 def test_nothing_to_score_and_numbers_that_are_none_are_refused() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.errors import DataError
 
@@ -15,9 +15,10 @@ _AT_ONCE_BYTES = 2**26
 """Most bytes of float32 log-probabilities that are made at once: 512 tokens of a vocabulary of 32,000."""
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """Tokens the model was made to read, as its config says; None if it does not say."""
-    length = getattr(model.config, "max_position_embeddings", None)
+def context_of(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """Tokens a model was made to read, as its config says; None if it does not say."""
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    length = getattr(config, "max_position_embeddings", None)
     return length if isinstance(length, int) else None
 
 

@@ -19,6 +19,9 @@ from compresso.errors import DataError, NumericError
 from compresso.measure.forward import window_logits
 from compresso.measure.record import Environment, Measurement
 
+SPLITS = 99
+"""Random halvings of the examples behind a noise floor."""
+
 
 @dataclass(frozen=True)
 class HeldLoss:
@@ -48,14 +51,23 @@ class HeldLoss:
         residuals = [nats - mean * tokens for nats, tokens in zip(self.nats, self.tokens, strict=True)]
         return statistics.stdev(residuals) * math.sqrt(n) / sum(self.tokens)
 
-    def halves(self) -> "tuple[HeldLoss, HeldLoss] | None":
-        """Every other example, and the rest; None for a single example."""
+    def half_split(self, splits: int = SPLITS) -> float | None:
+        """How far the perplexities of two random halves of the examples lie apart, the median over `splits`; None for a single example."""
         if len(self.nats) < 2:
             return None
-        return tuple(HeldLoss(self.nats[i::2], self.tokens[i::2], self.examples_sha256) for i in (0, 1))  # type: ignore[return-value]
+        generator = torch.Generator().manual_seed(0)
+        apart: list[float] = []
+        for _ in range(splits):
+            order = torch.randperm(len(self.nats), generator=generator).tolist()
+            one, other = (self._of(order[i::2]) for i in (0, 1))
+            apart.append(abs(_perplexity(one.mean) - _perplexity(other.mean)))
+        return statistics.median(apart)
+
+    def _of(self, chosen: Sequence[int]) -> "HeldLoss":
+        return HeldLoss(tuple(self.nats[i] for i in chosen), tuple(self.tokens[i] for i in chosen), self.examples_sha256)
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
-        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between two halves of the examples."""
+        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between halves of the examples."""
         shared: dict[str, Any] = {"unit": "1", "how": "measured", "n": sum(self.tokens), "environment": environment}
         protocol = {
             "corpus": corpus,
@@ -63,12 +75,12 @@ class HeldLoss:
             "scored": "labelled tokens, as in training",
             "examples_sha256": self.examples_sha256[:16],
         }
-        value = math.exp(min(self.mean, 700.0))
+        value = _perplexity(self.mean)
         spread = None if self.stderr is None else value * self.stderr
         found = [Measurement(name="held/perplexity", value=value, stderr=spread, protocol=protocol, **shared)]
-        if noise and (halves := self.halves()):
-            apart = abs(math.exp(min(halves[0].mean, 700.0)) - math.exp(min(halves[1].mean, 700.0)))
-            found.append(Measurement(name="noise/held/perplexity", value=apart, protocol={**protocol, "noise": "half-split"}, **shared))
+        if noise and (apart := self.half_split()) is not None:
+            drawn = {**protocol, "noise": "half-split", "splits": SPLITS}
+            found.append(Measurement(name="noise/held/perplexity", value=apart, protocol=drawn, seed=0, **shared))
         return tuple(found)
 
 
@@ -92,6 +104,11 @@ def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8) 
     if not math.isfinite(found.mean):
         raise NumericError(f"the loss on {len(rows)} held-out examples is {found.mean}; the model overflows on it, use float32 or bfloat16")
     return found
+
+
+def _perplexity(loss: float) -> float:
+    """exp, within what a float holds."""
+    return math.exp(min(loss, 700.0))
 
 
 def _digest(rows: Sequence[Row]) -> str:

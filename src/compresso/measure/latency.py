@@ -12,9 +12,10 @@ from statistics import median
 from transformers import PreTrainedModel
 
 from compresso.errors import DataError
+from compresso.measure.forward import context_of
 from compresso.measure.record import Environment, Measurement, Setting
 from compresso.measure.traffic import Weights, bytes_bound, paired, verdict
-from compresso.measure.turn import NEW_TOKENS, PROMPT_TOKENS, Stopwatch, context_of, keeps_last, lengths, prompts, stopwatch, turn
+from compresso.measure.turn import NEW_TOKENS, PROMPT_TOKENS, Stopwatch, keeps_last, lengths, prompts, stopwatch, turn
 
 
 @dataclass
@@ -60,7 +61,7 @@ def speed_measurements(
     """
     if not models or not batches or min(rounds, *batches) < 1 or warmup < 0:
         raise DataError(f"{len(models)} models, batches={list(batches)}, rounds={rounds}, warmup={warmup}: at least 1 wanted, of warmup 0")
-    lengths({name: context_of(model.config) for name, model in models.items()}, prompt_tokens, new_tokens)
+    lengths({name: context_of(model) for name, model in models.items()}, prompt_tokens, new_tokens)
     first, device = next(iter(models)), next(iter(models.values())).device
     clock = clock or stopwatch(device)
     weights = {name: Weights.of(model) for name, model in models.items()}

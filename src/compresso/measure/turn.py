@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compresso.errors import ArchError, DataError
 from compresso.measure.traffic import cache_bytes, mean_cache_read
@@ -22,11 +22,6 @@ Stopwatch = Callable[[Callable[[], None]], float]
 """Does a piece of work and returns the seconds it took, those of the device included."""
 PROMPT_TOKENS, NEW_TOKENS = 256, 64
 """Tokens of a sequence where nobody asked for others."""
-
-
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Positions that a model has; None where its config names no limit."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 def lengths(contexts: Mapping[str, int | None], prompt_tokens: int | None, new_tokens: int | None) -> tuple[int, int]:
