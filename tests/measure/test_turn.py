@@ -11,7 +11,8 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM,
 
 from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import ArchError, DataError
-from compresso.measure.turn import NEW_TOKENS, PROMPT_TOKENS, context_of, keeps_last, lengths, prompts, stopwatch, turn
+from compresso.measure.forward import context_of
+from compresso.measure.turn import NEW_TOKENS, PROMPT_TOKENS, keeps_last, lengths, prompts, stopwatch, turn
 from tests.conftest import Ran
 from tests.measure.tiny import tiny
 
