@@ -1,6 +1,6 @@
 """Dense, magnitude, gate-Taylor and Compresso on several models, equal updates: what was kept, what it costs, how fast it runs.
 
-    python benchmarks/compare_models.py [--models nano stories260K babyllama-tok361] [--keep 0.7] [--max-steps 300] [--seed 0]
+    python benchmarks/compare_models.py [--models nano stories260K babyllama-tok361] [--keep 0.7] [--updates 300] [--seed 0]
 
 Besides the embedded nano model there are the models under COMPRESSO_DATA, which are pruned with text of theirs; one that is absent is left
 out with a word. Each model's account goes to results/models_NAME.json, the same file that `compresso compare` reads, and all of them into
@@ -12,6 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from common import RESULTS
 from compresso.data import nano
 from compresso.measure.account_file import account_file, write_account
 from compresso.measure.record import Account, Subject
-from compresso.recipe import read, with_knob
+from compresso.recipe import override, read, with_knob
 from compresso.report.read import read_subjects
 from compresso.run import run
 
@@ -59,14 +60,22 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def account_of(case: Case, keep: float, max_steps: int | None, seed: int) -> Account:
+def recipe_of(method: str, configuration: str, keep: float, updates: int | None) -> dict[str, Any]:
+    """A method's recipe; with `updates`, those of all its training stages together, so that learning gates is not extra."""
+    raw = with_knob(read(method + configuration), "keep", keep)
+    if updates is None:
+        return raw
+    knobs = {name: values for stage in raw["stages"] for name, values in stage.items()}
+    learning = sum(knobs.get("learn_gates", {}).get(phase, 0) for phase in ("tune", "ramp", "hold"))
+    return override(raw, "stages.recover.steps", updates - learning)
+
+
+def account_of(case: Case, keep: float, updates: int | None, seed: int) -> Account:
     """Prune a model by every method, and merge the accounts of the runs: the dense model first."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
         for method in METHODS:
-            raw = with_knob(read(method + case.configuration), "keep", keep)
-            if max_steps is not None:
-                raw = with_knob(raw, "max_steps", max_steps)
+            raw = recipe_of(method, case.configuration, keep, updates)
             folders.append(run(raw, case.model, case.data, output=Path(scratch, method), seed=seed, force=True).folder)
         return read_subjects(folders).account()
 
@@ -93,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--keep", type=float, default=0.7)
-    parser.add_argument("--max-steps", type=int, default=None, help="cap on the updates of each training stage")
+    parser.add_argument("--updates", type=int, default=300, help="of all training stages of a run together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only-table", action="store_true")
@@ -102,7 +111,7 @@ def main() -> None:
     known = cases()
     for name in [] if given.only_table else given.models or known:
         path = account_file(RESULTS / f"models_{name}.json")
-        write_account(path, account_of(known[name], given.keep, given.max_steps, given.seed))
+        write_account(path, account_of(known[name], given.keep, given.updates, given.seed))
         print(f"{name}: {path.name}")
     files = {path.stem.removeprefix("models_"): path for path in sorted(RESULTS.glob("models_*.json"))}
     accounts = {name: Account.model_validate_json(path.read_text("utf-8")) for name, path in files.items()}
