@@ -214,3 +214,21 @@ def test_a_dry_run_shows_what_would_stay_and_refuses_what_cannot(tiny_folder: Pa
         tried(drop=3)
     with pytest.raises(BudgetError, match=r"Raise keep to 0\.333"):
         tried(keep=0.2)
+
+
+def test_nine_layers_are_the_published_share_of_llama_2_7b(tmp_path: Path) -> None:
+    """27.0 % of the parameters, as arXiv 2403.03853 counts them too."""
+    LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000).save_pretrained(
+        tmp_path
+    )
+    shown = dry_run({"name": "x", "stages": [{"drop_layers": {"drop": 9}}]}, str(tmp_path))
+    before, after = (shown[when]["parameters"]["total"] for when in ("before", "after"))
+    assert (before, before - after) == (6_738_415_616, 9 * 202_383_360)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_half_precision_models_are_scored(planted: tuple[PreTrainedModel, list[list[int]]], kinds: tuple[str, ...], tmp_path: Path) -> None:
+    model, rows = planted
+    drop = 2 * len(kinds)
+    job = dropping(kinds=kinds, drop=drop)(job_of(copy.deepcopy(model).bfloat16(), rows, tmp_path))
+    assert all(gone(job, axis, 8) == [3, 4] for axis in job.plan.kept)

@@ -26,7 +26,7 @@ def angle(before: Tensor, after: Tensor) -> Tensor:
     before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.17887, eq. 7, without the mean.
     """
     one, other = unit(before), unit(after)
-    return 2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1)) / math.pi
+    return 2 * torch.atan2(_length(one - other), _length(one + other)).squeeze(-1) / math.pi
 
 
 def unit(states: Tensor) -> Tensor:
@@ -34,7 +34,12 @@ def unit(states: Tensor) -> Tensor:
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     # dividing by the largest entry first keeps squares of large states finite
     wide = wide / wide.abs().amax(dim=-1, keepdim=True)
-    return wide / wide.norm(dim=-1, keepdim=True)
+    return wide / _length(wide)
+
+
+def _length(states: Tensor) -> Tensor:
+    """Euclidean length [..., 1]."""
+    return states.square().sum(dim=-1, keepdim=True).sqrt()
 
 
 def least_turning_run(distances: Tensor, fits: Callable[[range], bool]) -> range | None:
