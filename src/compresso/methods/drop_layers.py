@@ -10,10 +10,10 @@
     random      a baseline
 
 Departures: the stream is read before the final norm (ShortGPT's public code takes the last of transformers' `hidden_states`, which lies
-behind it), padding counts nowhere, a token whose state is zero has no direction and is left out. Calibration is a shuffled part of the training
-data instead of PG19 (ShortGPT). ShortGPT drops round(share x layers) layers; here, as everywhere, the result is never above
-its budget, or `drop` says how many. ShortGPT scores layers only: sub-layers get the same score on the stream around them, attention and
-MLP in one pool if both are named. Of equal scores the lowest index goes first. Loss instead of perplexity: it ranks the same.
+behind it), padding counts nowhere, a token whose state is zero has no direction and is left out. Calibration is a shuffled part of the
+training data instead of PG19 (ShortGPT). ShortGPT drops round(share x layers) layers; here, as everywhere, the result is never above its
+budget, or `drop` says how many. ShortGPT scores layers only: sub-layers get the same score on the stream around them, attention and MLP in
+one pool if both are named. Of equal scores the lowest index goes first. Loss instead of perplexity: it ranks the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
