@@ -105,7 +105,8 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
             budget, plan = rehearse(name, axes, cost, stage)
             removed = removed.then(plan)
             share = float(cost.of(plan).count(budget.of) / cost().count(budget.of))
-            shown.notes.append(f"{name}: about {share:.4f} of {budget.of} stay; wanted {budget.keep:g}")
+            wanted = f"; wanted {budget.keep:g}" if budget.keep < 1 else ""
+            shown.notes.append(f"{name}: about {share:.4f} of {budget.of} stay{wanted}")
             shrink_(model, axes, plan)
             axes = arch.axes(model)
             cost = CostModel(axes, arch.weights(model))
@@ -119,11 +120,15 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
 def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
 
+    The plan is the stage's own, if it has `rehearse(axes, cost)`: one whose choice a budget alone does not describe.
+
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
     """
     try:
         budget: Budget = stage.budget()
+        if hasattr(stage, "rehearse"):
+            return budget, stage.rehearse(axes, cost)
     except ValueError as error:
         raise BudgetError(f"stage '{name}': {error}") from error
     try:

@@ -10,12 +10,14 @@ from compresso.dryrun import act_out
 from compresso.job import card
 from compresso.recipe import build, names, read
 
-BASELINES = ("gate-taylor", "magnitude-structured")
+BASELINES = ("gate-taylor", "magnitude-structured", "shortgpt")
+DEPTH = {"angular", "perplexity", "reverse", "random", "attention", "mlp"}
 every_recipe = pytest.mark.parametrize("name", names())
 
 
 def test_these_recipes_ship() -> None:
     assert {"compresso", "compresso/nano", "compresso/paper", "compresso/script", *BASELINES} <= set(names())
+    assert {f"shortgpt/{name}" for name in DEPTH} <= set(names())
 
 
 @every_recipe
@@ -36,9 +38,11 @@ def test_a_recipe_spelled_out_is_the_same_recipe(name: str) -> None:
 
 @every_recipe
 def test_a_recipe_fits_the_embedded_model(name: str) -> None:
-    shown = act_out(build(read(name), name), open_source(nano.path(), weights=False))
+    built = build(read(name), name)
+    shown = act_out(built, open_source(nano.path(), weights=False))
     kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
-    assert 0.69 < kept <= 0.7
+    (keep,) = (stage.keep for _, stage in built.stages if hasattr(stage, "keep"))
+    assert keep - (0.06 if name.startswith("shortgpt") else 0.01) < kept <= keep + 1e-9  # of six layers
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -52,3 +56,10 @@ def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
         return sum(knobs), {stage.batch for stage in stages}  # type: ignore[attr-defined]
 
     assert lengths(baseline + size) == lengths("compresso" + size)
+
+
+@pytest.mark.parametrize("name", sorted(DEPTH))
+def test_depth_recipes_differ_in_what_they_drop_alone(name: str) -> None:
+    other, plain = build(read(f"shortgpt/{name}")), build(read("shortgpt"))
+    assert other.stages[1:] == plain.stages[1:] and other.data == plain.data
+    assert other.stages[0] != plain.stages[0]

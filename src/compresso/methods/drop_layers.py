@@ -1,0 +1,144 @@
+"""Depth pruning: whole layers, or attention or MLP sub-layers, leave; what is left runs as it did.
+
+    influence   ShortGPT (Men et al., arXiv 2403.03853, section 3): block influence 1 - cos of the stream before and after, the mean over
+                all tokens; the least influential go, wherever they lie
+    angular     Gromov et al. (arXiv 2403.17887, section 3.2): the contiguous run of n layers whose input and output differ by the
+                smallest angle at an example's last token
+    perplexity  Minitron (arXiv 2407.14679, section 2.2): the loss after each has been left out alone, or, iterative, one after another with
+                those chosen before already left out
+    reverse     the last first, a baseline
+    random      a baseline
+
+Departures: the stream is read before the final norm (ShortGPT's public code takes the last of transformers' `hidden_states`, which lies
+behind it), padding counts nowhere, a token whose state is zero has no direction and is left out. Calibration is a shuffled part of the
+training data instead of PG19 (ShortGPT). ShortGPT drops round(share x layers) layers; here, as everywhere, the result is never above its
+budget, or `drop` says how many. ShortGPT scores layers only: sub-layers get the same score on the stream around them, attention and MLP in
+one pool if both are named. Of equal scores the lowest index goes first. Loss instead of perplexity: it ranks the same.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from compresso.core.allocate import allocate
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.depth import Part, drop_lowest, drop_run, parts_of, without
+from compresso.core.plan import Plan
+from compresso.drive.influence import angular_distances, block_influence, losses_without
+from compresso.drive.noise import mixed_seed
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "drop_layers",
+    title="drops whole layers, attentions or MLPs: those that change the residual stream, or the loss, least",
+    paper="2403.03853",
+    effects=Effects.SHAPES,
+    needs=("data",),
+    when="For speed: decoding time and cache fall with every layer that leaves; up to about a quarter of the layers, recovery after it.",
+    failures="Open-ended generation breaks before multiple-choice scores fall: read the texts. Coarse: a whole layer is the unit.",
+)
+class DropLayers:
+    """Knobs of depth pruning.
+
+    Args:
+        score: "influence", "angular" (a contiguous run of layers), "perplexity", "reverse" or "random".
+        kinds: what leaves: "layer" alone, or "attention", "mlp" or both.
+        keep: share of `of` that stays; 0.7 if `drop` is not given either.
+        of: "blocks", "total" or "macs".
+        drop: instead of `keep`, how many layers or sub-layers leave.
+        iterative: with "perplexity", score again after each removal.
+        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+    """
+
+    score: Literal["influence", "angular", "perplexity", "reverse", "random"] = "influence"
+    kinds: tuple[Kind, ...] = (Kind.LAYER,)
+    keep: Annotated[float, Gt(0), Le(1)] | None = None
+    of: Literal["blocks", "total", "macs"] = "blocks"
+    drop: Annotated[int, Ge(1)] | None = None
+    iterative: bool = False
+    batches: Annotated[int, Ge(1)] = 16
+    batch: Annotated[int, Ge(1)] = 16
+    micro_batch: Annotated[int, Ge(1)] = 4
+
+    def __post_init__(self) -> None:
+        """Refuse knobs that contradict each other."""
+        if self.keep is not None and self.drop is not None:
+            raise ValueError(f"keep={self.keep} and drop={self.drop} are two budgets; give one")
+        if set(self.kinds) not in ({Kind.LAYER}, {Kind.ATTENTION}, {Kind.MLP}, {Kind.ATTENTION, Kind.MLP}):
+            raise ValueError(f"kinds={[*map(str, self.kinds)]} do not go together; give [layer], [attention], [mlp] or [attention, mlp]")
+        if self.score == "angular" and Kind.LAYER not in self.kinds:
+            raise ValueError("score=angular measures runs of whole layers; give kinds: [layer], or score: influence")
+        if self.iterative and self.score != "perplexity":
+            raise ValueError(f"iterative=true scores again after each removal, which score={self.score} does not; give score: perplexity")
+
+    def budget(self) -> Budget:
+        """The share that these knobs describe; with `drop` everything may stay."""
+        return Budget(self.keep or (0.7 if self.drop is None else 1.0), self.of, self.kinds)
+
+    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+        """A plan within the budget for parts that are all alike. Raises ValueError if there is none."""
+        axes = [axis for axis in axes if axis.kind in self.kinds]
+        if self.score == "angular":
+            return drop_run(axes[0], torch.zeros(axes[0].size + 1, axes[0].size + 1), cost, self.budget(), self.drop)
+        return self._lowest(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost)
+
+    def __call__(self, job: Job) -> Job:
+        """Score, choose, shrink."""
+        axes, cost = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds], job.cost()
+        if self.score == "angular":
+            distances = angular_distances(job.model, job.arch.blocks(job.model), self._calibration(job))
+            plan = drop_run(axes[0], distances, cost, self.budget(), self.drop)
+            return job.without(plan.masks(axes), "drop_layers", distances=distances.tolist())
+        if self.score == "influence":
+            found = block_influence(job.model, job.arch.blocks(job.model), job.arch.axes(job.model), self.kinds, self._calibration(job))
+            scores, facts = found.scores, {"calibration_tokens": found.tokens, "states_without_direction": found.left_out}
+        else:
+            scores, facts = self._losses(job, axes, cost) if self.score == "perplexity" else self._baseline(axes, job.seed), {}
+        plan = self._lowest(axes, scores, cost)
+        return job.without(plan.masks(axes), "drop_layers", **facts, scores={name: score.tolist() for name, score in scores.items()})
+
+    def _calibration(self, job: Job) -> Iterator[dict[str, Tensor]]:
+        """Examples to score on, `micro_batch` at a time."""
+        source = job.batches(self.batch, "drop_layers")
+        for update in range(self.batches):
+            for start in range(0, self.batch, self.micro_batch):
+                yield source.at(update, range(start, min(start + self.micro_batch, self.batch)))
+
+    def _losses(self, job: Job, axes: Sequence[Axis], cost: CostModel) -> dict[str, Tensor]:
+        """Axis name -> [size]: the loss without each part; iterative: the turn it left in, and one more for those that stay."""
+        batches, left, gone = list(self._calibration(job)), parts_of(axes), list[Part]()
+        scores = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
+        if not self.iterative:
+            for (name, unit), loss in zip(left, losses_without(job.model, axes, left, batches).tolist(), strict=True):
+                scores[name][unit] = loss
+            return scores
+        while len(left) > 1 and not self._enough(axes, gone, cost):
+            gone.append(left.pop(int(losses_without(job.model, axes, left, batches, gone).argmin())))
+        for name, unit in left:
+            scores[name][unit] = len(gone)
+        for turn, (name, unit) in enumerate(gone):
+            scores[name][unit] = turn
+        return scores
+
+    def _enough(self, axes: Sequence[Axis], gone: Sequence[Part], cost: CostModel) -> bool:
+        """Whether as much has left as the budget, or `drop`, asks for."""
+        if self.drop is not None:
+            return len(gone) >= self.drop
+        return float(cost.of(without(axes, gone)).count(self.of)) <= self.budget().limit(cost)
+
+    def _baseline(self, axes: Sequence[Axis], seed: int) -> dict[str, Tensor]:
+        """Axis name -> [size]: lower for later parts, or drawn at random."""
+        if self.score == "reverse":
+            return {axis.name: -torch.arange(axis.size, dtype=torch.float64) for axis in axes}
+        generator = torch.Generator().manual_seed(mixed_seed("drop_layers", seed))
+        return {axis.name: torch.rand(axis.size, generator=generator, dtype=torch.float64) for axis in axes}
+
+    def _lowest(self, axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel) -> Plan:
+        """The plan without the parts of the lowest scores: `drop` of them, or those that the budget asks for."""
+        return allocate(axes, scores, cost, self.budget()) if self.drop is None else drop_lowest(axes, scores, self.drop)
