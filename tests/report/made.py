@@ -95,7 +95,7 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
         },
         "model": {"name": model, "fingerprint": DENSE},
         "data": {
-            "source": "rows.jsonl",
+            "source": "rows.jsonl, 48 rows",
             "kind": "text",
             "sha256": "c" * 64,
             "skipped_lines": 0,

@@ -57,7 +57,7 @@ def test_the_page_of_a_run_says_everything() -> None:
     for words in (
         "learn_gates keeps 70 % of the block parameters; what may leave: heads, FFN units",
         "70.0 % of the block parameters, 76.0 % of all parameters",
-        "rows.jsonl (text, 48 examples, 960 tokens)",
+        "rows.jsonl, 48 rows (text, 48 examples, 960 tokens)",
         "has lost much",
         "no speed-up: zeros are stored dense",
         "+20.0 % · beyond noise",

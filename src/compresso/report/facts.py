@@ -63,8 +63,8 @@ def command(run: Run) -> str:
     """The shell command that repeats a run from its own recipe.yaml, which holds every knob."""
     records = run.records
     words = ["compresso", "run", "recipe.yaml", "--model", records.model.name]
-    if records.data is not None:
-        words += ["--data", records.data.source]
+    if records.data is not None:  # as it was named; the records' own words tell what it turned out to be
+        words += ["--data", str(records.recipe.data.get("source"))]
     if records.layout != "uniform":  # uniform comes by itself where the shapes allow it; asked for, it would constrain them
         words += ["--layout", records.layout]
     return shlex.join([*words, "--seed", str(records.seed), "--output", f"{run.name.rpartition('/')[2]}-again"])
