@@ -104,8 +104,9 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         if hasattr(stage, "budget"):
             budget, plan = rehearse(name, axes, cost, stage)
             removed = removed.then(plan)
-            share = float(cost.of(plan).count(budget.of) / cost().count(budget.of))
-            shown.notes.append(f"{name}: about {share:.4f} of {budget.of} stay; wanted {budget.keep:g}")
+            of = budget.of if budget else "blocks"
+            share = float(cost.of(plan).count(of) / cost().count(of))
+            shown.notes.append(f"{name}: about {share:.4f} of {of} stay" + (f"; wanted {budget.keep:g}" if budget else ""))
             shrink_(model, axes, plan)
             axes = arch.axes(model)
             cost = CostModel(axes, arch.weights(model))
@@ -116,16 +117,21 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     return shown
 
 
-def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget, Plan]:
+def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
+
+    A stage with a method `counts` is asked how many units each axis keeps instead; its budget is None if it is held to a ratio of units.
 
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
     """
     try:
-        budget: Budget = stage.budget()
+        budget: Budget | None = stage.budget()
+        if hasattr(stage, "counts"):
+            return budget, Plan({axis: tuple(range(n)) for axis, n in stage.counts(axes, cost).items()})
     except ValueError as error:
         raise BudgetError(f"stage '{name}': {error}") from error
+    assert budget is not None  # only stages with counts go without
     try:
         counted = uniform_targets(axes, cost, budget)
         return budget, Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})

@@ -9,8 +9,9 @@ from compresso.data import nano
 from compresso.dryrun import act_out
 from compresso.job import card
 from compresso.recipe import build, names, read
+from tests.conftest import FOR_ANY_MODEL
 
-BASELINES = ("gate-taylor", "magnitude-structured")
+BASELINES = ("gate-taylor", "llm-pruner", "magnitude-structured")
 every_recipe = pytest.mark.parametrize("name", names())
 
 
@@ -34,7 +35,7 @@ def test_a_recipe_spelled_out_is_the_same_recipe(name: str) -> None:
     assert build(spelled).to_dict() == spelled
 
 
-@every_recipe
+@pytest.mark.parametrize("name", FOR_ANY_MODEL)
 def test_a_recipe_fits_the_embedded_model(name: str) -> None:
     shown = act_out(build(read(name), name), open_source(nano.path(), weights=False))
     kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
