@@ -10,11 +10,13 @@ Departures:
     Layers are scored like other units by every importance but "position"; the authors' code only keeps the first ones.
     Hidden dimensions that leave count as zeros in the norms, so that the result computes what the masked model did; there, norms average
     over what is left.
-    A global ranking is held to a budget of parameters. The authors' threshold on pooled scores takes a head for as much as one channel.
+    A global ranking compares scores per parameter (or whatever the budget counts) and meets a budget. The authors' threshold on the bare
+    scores takes a head for as much as one channel, so that nearly all channels leave before the first head.
     A size may be given as `keep` instead of the published `ratio`. float16 is widened to float32 for gradients.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 import torch
@@ -27,6 +29,7 @@ from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.saliency import WITH_FISHER, WITH_GRADIENT, Importance, Reduction, channels_per_unit, kept_units, unit_scores
+from compresso.core.score import parameters_per_unit
 from compresso.core.uniform import uniform_targets
 from compresso.data.crops import crops
 from compresso.drive.gradients import weight_fisher, weight_gradients
@@ -63,6 +66,7 @@ class LlmPruner:
         batch, micro_batch: calibration examples of an iteration, and examples a forward pass.
         tokens: length of calibration windows, all of whose tokens count; None for whole examples with their own labels.
         floor: kind -> fewest units a layer keeps.
+        layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could upset).
     """
 
     keep: Annotated[float, Gt(0), Le(1)] | None = None
@@ -78,19 +82,24 @@ class LlmPruner:
     micro_batch: Annotated[int, Ge(1)] = 10
     tokens: Annotated[int, Ge(2)] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+    layout: Literal["free", "uniform"] = "free"
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
         if self.keep is not None and self.ratio is not None:
-            raise ValueError(f"keep={self.keep} and ratio={self.ratio} are two sizes; leave one out, or set it to null")
+            raise ValueError(f"keep={self.keep} and ratio={self.ratio} are two sizes; set one to null (--set stages.llm_pruner.ratio=null)")
         if self.ratio is not None and self.scope == "global":
             raise ValueError("scope='global' ranks units of unequal size in one pool; give keep instead of ratio")
+        if self.reduction == "prod" and self.scope == "global":
+            raise ValueError("reduction='prod' multiplies 4 slices for a head and 3 for a channel, which cannot compare in scope='global'")
         if self.reduction == "last" and self.scope in ("channel", "layer"):
             raise ValueError(f"reduction='last' means nothing for scope='{self.scope}', whose slices do not compute one after another")
         for knob in ("attention_layers", "mlp_layers"):
             layers: Layers | None = getattr(self, knob)
             if layers is not None and self.scope in ("channel", "layer"):
                 raise ValueError(f"{knob}={list(layers)} goes with scope 'block' or 'global'; hidden dimensions and layers lie in no range")
+            if layers is not None and self.layout == "uniform":
+                raise ValueError(f"{knob}={list(layers)} leaves other layers wider; set it to null, or layout to 'free'")
             if layers is not None and layers[0] >= layers[1]:
                 raise ValueError(f"{knob}={list(layers)} is empty; give [first, end) with first < end")
 
@@ -100,8 +109,8 @@ class LlmPruner:
             return None
         keep = self.keep or 0.7
         keep = keep if progress == 1 else 1 - (1 - keep) * progress  # 1 - (1 - 0.3) is more than 0.3
-        kinds = _KINDS[self.scope]
-        return Budget(keep, self.of, kinds, uniform_over=kinds if self.scope == "block" else (), floor=self.floor or {})
+        kinds, equal = _KINDS[self.scope], self.scope == "block" or self.layout == "uniform"
+        return Budget(keep, self.of, kinds, uniform_over=kinds if equal else (), floor=self.floor or {})
 
     def chosen(self, axes: Sequence[Axis]) -> list[Axis]:
         """The axes that may lose units. Raises BudgetError for a range of layers that the model does not have."""
@@ -145,6 +154,9 @@ class LlmPruner:
             axes, cost = self.chosen(job.arch.axes(job.model)), job.cost()
             scores = self.scores(job, axes, iteration)
             if self.scope == "global":
+                if self.importance not in ("random", "position"):
+                    price = parameters_per_unit(axes, cost, self.of)
+                    scores = {name: score / price[name] for name, score in scores.items()}
                 plan = allocate(axes, scores, cost, self._rest_of_budget(progress, dense, cost))
             else:
                 plan = keep_counts(axes, scores, self.counts(dense_axes, dense, progress))
@@ -186,4 +198,4 @@ class LlmPruner:
         budget = self.budget(progress)
         assert budget is not None
         left = budget.limit(dense) / float(now().count(self.of))
-        return Budget(min(left, 1.0), self.of, budget.kinds, floor=budget.floor)
+        return replace(budget, keep=min(left, 1.0))
