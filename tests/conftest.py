@@ -16,12 +16,16 @@ from compresso import cli
 from compresso.data import nano
 from compresso.errors import ExportError
 from compresso.options import with_options
+from compresso.recipe import build, names, read
 from compresso.run import Result, run
 
 CANARY = "canary-of-the-environment"
 """A secret in the environment of every test: it must not reach a file."""
 SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 """Overrides that make any shipped recipe quick on these instructions."""
+
+FOR_ANY_MODEL = [name for name in names() if not any(getattr(stage, "ratio", None) for _, stage in build(read(name)).stages)]
+"""Shipped recipes with a budget; those with a ratio of the units of certain layers are published sizes of certain models."""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 transformers_logging.disable_progress_bar()

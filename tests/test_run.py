@@ -17,9 +17,9 @@ import compresso
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError, NumericError, RecipeError, ResourceError
 from compresso.inspection import inspect
-from compresso.recipe import build, names
+from compresso.recipe import build
 from compresso.run import Result, run
-from tests.conftest import CANARY, Ran
+from tests.conftest import CANARY, FOR_ANY_MODEL, Ran
 
 FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -41,7 +41,7 @@ def no_nan(text: str) -> None:
     raise AssertionError(f"{text} in JSON")
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
 def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
     extra = {"modeling_compresso.py"} if result.records["layout"] == "native" else set()
@@ -58,7 +58,7 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> 
     assert after["blocks"] >= (keep - 0.1) * before["blocks"]
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
 def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> None:
     result = ran(recipe)
     records = json.loads((result.folder / "records.json").read_text(), parse_constant=no_nan)
@@ -80,7 +80,7 @@ def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> 
     assert written["run"]["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
 def test_nothing_of_this_machine_is_written(ran: Ran, recipe: str) -> None:
     for path in ran(recipe).folder.iterdir():
         if path.suffix != ".safetensors":

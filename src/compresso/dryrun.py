@@ -104,9 +104,10 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         if hasattr(stage, "budget"):
             budget, plan = rehearse(name, axes, cost, stage)
             removed = removed.then(plan)
-            share = float(cost.of(plan).count(budget.of) / cost().count(budget.of))
-            wanted = f"; wanted {budget.keep:g}" if budget.keep < 1 else ""
-            shown.notes.append(f"{name}: about {share:.4f} of {budget.of} stay{wanted}")
+            of = budget.of if budget else "blocks"
+            share = float(cost.of(plan).count(of) / cost().count(of))
+            wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
+            shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
             shrink_(model, axes, plan)
             axes = arch.axes(model)
             cost = CostModel(axes, arch.weights(model))
@@ -117,20 +118,21 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     return shown
 
 
-def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget, Plan]:
+def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
 
-    The plan is the stage's own, if it has `rehearse(axes, cost)`: one whose choice a budget alone does not describe.
+    The plan is the stage's own, if it has `rehearse(axes, cost)`: one whose choice a budget alone does not describe; its budget may be None.
 
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
     """
     try:
-        budget: Budget = stage.budget()
+        budget: Budget | None = stage.budget()
         if hasattr(stage, "rehearse"):
             return budget, stage.rehearse(axes, cost)
     except ValueError as error:
         raise BudgetError(f"stage '{name}': {error}") from error
+    assert budget is not None  # only stages that rehearse go without
     try:
         counted = uniform_targets(axes, cost, budget)
         return budget, Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})

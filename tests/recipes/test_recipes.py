@@ -9,8 +9,9 @@ from compresso.data import nano
 from compresso.dryrun import act_out
 from compresso.job import card
 from compresso.recipe import build, names, read
+from tests.conftest import FOR_ANY_MODEL
 
-BASELINES = ("gate-taylor", "magnitude-structured", "shortgpt")
+BASELINES = ("gate-taylor", "llm-pruner", "magnitude-structured", "shortgpt")
 DEPTH = {"angular", "perplexity", "reverse", "random", "attention", "mlp"}
 every_recipe = pytest.mark.parametrize("name", names())
 
@@ -36,7 +37,7 @@ def test_a_recipe_spelled_out_is_the_same_recipe(name: str) -> None:
     assert build(spelled).to_dict() == spelled
 
 
-@every_recipe
+@pytest.mark.parametrize("name", FOR_ANY_MODEL)
 def test_a_recipe_fits_the_embedded_model(name: str) -> None:
     built = build(read(name), name)
     shown = act_out(built, open_source(nano.path(), weights=False))

@@ -22,7 +22,7 @@ from compresso.core.fill import Flat, Items, fill
 from compresso.core.hard_concrete import removal_order
 from compresso.core.plan import Plan
 
-__all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best"]
+__all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
 
 
 def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget) -> Plan:
@@ -61,11 +61,16 @@ def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mappin
 
     Raises ValueError for unusable scores and for a count that an axis does not have or may not go down to.
     """
+    return keep_counts(axes, scores, {axis.name: counts[axis.kind] for axis in axes if axis.size and axis.kind in counts})
+
+
+def keep_counts(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Plan:
+    """The plan that keeps, in every axis named, that many units with the highest scores. Raises ValueError as `keep_best` does."""
     kept: dict[str, tuple[int, ...]] = {}
     for axis in axes:
-        if axis.size and axis.kind in counts:
+        if axis.name in counts:
             _check_scores(axis, scores)
-            n = counts[axis.kind]
+            n = counts[axis.name]
             if not axis.fewest <= n <= axis.size:
                 raise ValueError(f"cannot keep {n} units of {axis.name}; wanted {axis.fewest} to {axis.size}")
             stays: list[int] = removal_order(scores[axis.name])[axis.size - n :].tolist()  # pyright: ignore
