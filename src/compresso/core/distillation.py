@@ -67,8 +67,8 @@ def chunked(loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk
     """
     if not hidden.shape[0] or chunk < 1:
         raise ValueError(f"{hidden.shape[0]} tokens in pieces of {chunk}; wanted at least one token, and one a piece")
-    total, facts = cast(tuple[Tensor, Tensor], _Chunked.apply(loss, chunk, hidden, *parameters))
-    return total, facts
+    apply = cast(Callable[..., tuple[Tensor, Tensor]], _Chunked.apply)  # pyright: ignore[reportUnknownMemberType]
+    return apply(loss, chunk, hidden, *parameters)
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
@@ -98,7 +98,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: ChunkLoss, chunk: int, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = [i for i, parameter in enumerate(parameters) if ctx.needs_input_grad[3 + i]]
+        wanted = [i for i in range(len(parameters)) if ctx.needs_input_grad[3 + i]]
         learning = bool(wanted) or ctx.needs_input_grad[2]
         to_hidden = torch.empty_like(hidden)
         to_parameters = [torch.zeros_like(parameters[i], dtype=_wider(parameters[i].dtype)) for i in wanted]
@@ -110,10 +110,10 @@ class _Chunked(torch.autograd.Function):
                 piece = hidden[rows].detach().requires_grad_(learning)
                 value, numbers = loss(rows, piece)
                 leaves = [piece, *(parameters[i] for i in wanted)]
-                gradients = torch.autograd.grad(value, leaves) if learning else ()
             if learning:
-                to_hidden[rows] = gradients[0]
-                for sum_, gradient in zip(to_parameters, gradients[1:], strict=True):
+                to_piece, *others = torch.autograd.grad(value, leaves)
+                to_hidden[rows] = to_piece
+                for sum_, gradient in zip(to_parameters, others, strict=True):
                     sum_ += gradient
             total = value.detach() if total is None else total + value.detach()
             facts = numbers.detach() if facts is None else facts + numbers.detach()

@@ -111,8 +111,10 @@ class DistillObjective(nn.Module):
             network.check()
         self.model = model
         self._student, self._teacher, self._dimensions = student, teacher, dimensions
-        self._divergence, self._temperature, self._beta = divergence, temperature, beta
-        self._hard_weight, self._intermediate_weight, self._intermediate = hard_weight, intermediate_weight, intermediate
+        self._divergence: Divergence = divergence
+        self._intermediate: Distance = intermediate
+        self._temperature, self._beta = temperature, beta
+        self._hard_weight, self._intermediate_weight = hard_weight, intermediate_weight
         self._tokens, self._chunk = tokens, chunk
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:

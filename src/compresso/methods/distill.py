@@ -127,7 +127,7 @@ class Distill:
             job.model.activation_checkpointing_disable()
         if self.save_adapter and adapted is not None:
             job.keep_adapter(adapted, "distill")
-        trained = job.model.to(stored).requires_grad_(False) if adapted is None else merge_(adapted)
+        trained = job.model.to(dtype=stored).requires_grad_(False) if adapted is None else merge_(adapted)
         facts = {"updates": total, "trainable": sum(parameter.numel() for parameter in learning), "lr": lr, "curve": curve(history)}
         return replace(job, model=trained).note("distill", **facts)
 
@@ -136,7 +136,9 @@ class Distill:
         if job.original is None:
             raise CheckpointError("distillation needs the dense model as its teacher, and this job names none; set Job.original")
         device = torch.device("cpu") if self.teacher_device == "cpu" else job.device
-        return job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device).eval().requires_grad_(False)
+        teacher = job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device)
+        teacher.requires_grad_(False)
+        return teacher.eval()
 
     def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
         """The loss of the model that learns, with the layers and hidden dimensions that it has left."""
