@@ -53,7 +53,7 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> 
     assert sum(tensor.numel() for tensor in load_file(result.folder / "model.safetensors").values()) == after["total"]
     assert inspect(str(result.folder))["parameters"] == after
     before = result.records["before"]["parameters"]
-    assert after["blocks"] <= 0.7 * before["blocks"] + 3 * 32  # one channel more at most
+    assert after["blocks"] <= 1.005 * 0.7 * before["blocks"] + 3 * 32  # one channel more at most, and what multiples may add
     assert after["blocks"] >= 0.6 * before["blocks"]
 
 

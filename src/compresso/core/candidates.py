@@ -15,14 +15,16 @@ from compresso.core.cost import CostModel
 from compresso.core.uniform import uniform_targets
 
 GRID = 6
-"""Counts of a kind that are tried, evenly spaced."""
+"""Counts of a kind that are tried, evenly spaced over those that can meet the budget."""
+BELOW = 0.05
+"""How far below the target a shape may lie, as a share of it: the paper's range."""
 
 
 def candidates(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int) -> list[dict[Kind, int]]:
     """At most `most` shapes within the budget, the first being that of `uniform_targets`, the others the further from it the later.
 
-    Each is on the target to 0.5 % of it, and above it only where the budget has multiples. Raises InfeasibleBudget as `allocate` does,
-    ValueError unless most >= 1.
+    Of the finest kind each keeps as many units as fit, at most 5 % below the target; above it, by up to 0.5 %, only where the budget has
+    multiples. Raises InfeasibleBudget as `allocate` does, ValueError unless most >= 1.
     """
     if most < 1:
         raise ValueError(f"{most} candidates; wanted at least 1")
@@ -44,13 +46,15 @@ def candidates(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int)
     finest = max(allowed, key=lambda kind: len(allowed[kind]))
     coarse = [kind for kind in allowed if kind != finest]
     found: list[dict[Kind, int]] = [even]
-    for picked in product(*(_spread(allowed[kind]) for kind in coarse)):
+    everything = {kind: values[-1] for kind, values in allowed.items()}
+    large_enough = {kind: [n for n in allowed[kind] if excess({**everything, kind: n}) >= -BELOW * limit] for kind in coarse}
+    for picked in product(*(_spread(large_enough[kind]) for kind in coarse)):
         fixed = dict(zip(coarse, picked, strict=True))
         above = bisect_right(allowed[finest], 0, key=lambda n, fixed=fixed: excess({**fixed, finest: n}))
         for n in allowed[finest][max(above - 1, 0) : above + 1]:
             counts = {kind: fixed.get(kind, n) for kind in even}
             miss = excess(counts)
-            if -TOLERANCE * limit <= miss <= (TOLERANCE * limit if budget.rounds else 0) and counts not in found:
+            if -BELOW * limit <= miss <= (TOLERANCE * limit if budget.rounds else 0) and counts not in found:
                 found.append(counts)
     return sorted(found, key=lambda counts: max(abs(counts[kind] - even[kind]) / sizes[kind] for kind in even))[:most]
 
