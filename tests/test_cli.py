@@ -316,6 +316,19 @@ def test_plan_json_is_the_contract(call: Call, tiny_folder: Path) -> None:
     assert facts["weight_bytes"]["before"] == 4 * dense["parameters"]["total"]
 
 
+def test_plan_counts_the_teacher_of_distillation(call: Call, tiny_folder: Path) -> None:
+    dense = json.loads(call("inspect", tiny_folder, "--json")[1])
+    arguments = ("plan", "gate-taylor/distill", "--model", tiny_folder, "--max-steps", 8, "--json")
+    found = [json.loads(call(*arguments, "--set", f"stages.distill.train={train}")[1]) for train in ("lora", "all")]
+    (lora,), (everything,) = (facts["training"] for facts in found)
+    left = found[0]["after"]
+    for one, per_mac in ((lora, 4), (everything, 6)):
+        assert one["flops_at_most"] == (per_mac * left["macs_per_token"] + 2 * dense["macs_per_token"]) * one["tokens_at_most"]
+        assert one["memory_bytes_estimated"]["weights"] == 4 * (left["parameters"]["total"] + dense["parameters"]["total"])
+    assert everything["trainable"] == {"all": left["parameters"]["total"]}
+    assert list(lora["trainable"]) == ["lora"]
+
+
 def test_plan_says_null_where_the_data_decides(call: Call, tiny_folder: Path) -> None:
     facts = json.loads(call("plan", "compresso/paper", "--model", tiny_folder, "--json")[1])
     assert facts["training"][0]["updates"] is facts["training"][0]["seconds_estimated"] is None

@@ -54,7 +54,7 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> 
     assert inspect(str(result.folder))["parameters"] == after
     before = result.records["before"]["parameters"]
     (keep,) = (knobs["keep"] for stage in result.records["recipe"]["stages"] for knobs in stage.values() if "keep" in knobs)
-    assert after["blocks"] <= keep * before["blocks"] + 3 * 32  # one channel more at most
+    assert after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32  # one channel more at most, and what multiples may add
     assert after["blocks"] >= (keep - 0.1) * before["blocks"]
 
 

@@ -32,7 +32,7 @@ from compresso.measure.size import counts
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4
-"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken."""
+"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken, those of trained ones cost 2 more."""
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
 
@@ -45,7 +45,8 @@ class Trained:
         name, stage: its name in the recipe, and its knobs.
         config: of the model it trains.
         parameters, macs: of that model, in all and per token.
-        trainable: parameters by group: "lora", and "gates" for a stage that learns them.
+        trainable: parameters by group: "lora" or, where all weights learn, "all", and "gates" for a stage that learns them.
+        teacher: parameters and multiply-accumulates per token of the dense model that runs beside it; zeros without one.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Trained:
     parameters: int
     macs: int
     trainable: Mapping[str, int]
+    teacher: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -88,19 +90,24 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
+    dense = (int(cost().total), int(cost().macs))
     shown, removed = Rehearsal(counts(cost), counts(cost)), Plan()
     steps: tuple[tuple[str, Any], ...] = recipe.stages
     for name, stage in steps:
         if hasattr(stage, "micro_batch"):
             accumulation(stage.batch, stage.micro_batch)
         if hasattr(stage, "rank"):
-            adapted = attach_(model, stage.rank, stage.alpha, stage.targets)
-            trainable = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
-            adapted.unload()
+            total, macs = int(cost().total), int(cost().macs)
+            if getattr(stage, "train", "lora") == "all":
+                trainable = {"all": total}
+            else:
+                adapted = attach_(model, stage.rank, stage.alpha, stage.targets)
+                trainable = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+                adapted.unload()
             if hasattr(stage, "mask_lr"):
                 trainable["gates"] = sum(axis.size for axis in axes if axis.kind in stage.kinds)
-            total, macs = int(cost().total), int(cost().macs)
-            shown.training.append(Trained(name, stage, model.config, total, macs, trainable))
+            teacher = dense if hasattr(stage, "teacher_dtype") else (0, 0)
+            shown.training.append(Trained(name, stage, model.config, total, macs, trainable, teacher))
         if hasattr(stage, "budget"):
             budget, plan = rehearse(name, axes, cost, stage)
             removed = removed.then(plan)
@@ -121,7 +128,7 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
 def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
 
-    The plan is the stage's own, if it has `rehearse(axes, cost)`: one whose choice a budget alone does not describe; its budget may be None.
+    The plan is the stage's own if it has `rehearse(axes, cost)`: one whose choice a budget does not describe. Its budget may be None.
 
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
@@ -203,10 +210,11 @@ def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
     steps = sum(shortened([updates(duration, 1, 1) for duration in durations], stage.max_steps)) if known else stage.max_steps
     tokens = None if steps is None else steps * stage.batch * recipe.data.max_length
     at_once = min(stage.micro_batch, stage.batch) * recipe.data.max_length
+    per_token = (FLOPS_PER_MAC + 2 * ("all" in one.trainable)) * one.macs + 2 * one.teacher[1]
     memory = {
-        "weights": one.parameters * width,
+        "weights": (one.parameters + one.teacher[0]) * width,
         "trained": sum(one.trainable.values()) * TRAINED_BYTES,
-        "activations": activation_bytes(one.config, at_once, width, stage.checkpointing),
+        "activations": activation_bytes(one.config, at_once, width, stage.checkpointing, getattr(stage, "chunk", None)),
     }
     return {
         "stage": one.name,
@@ -214,19 +222,23 @@ def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
         "updates": steps,
         "trainable": dict(one.trainable),
         "tokens_at_most": tokens,
-        "flops_at_most": None if tokens is None else FLOPS_PER_MAC * one.macs * tokens,
+        "flops_at_most": None if tokens is None else per_token * tokens,
         "seconds_estimated": None,
         "memory_bytes_estimated": {**memory, "total": sum(memory.values())},
     }
 
 
-def activation_bytes(config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool) -> int:
-    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors; thrice the logits."""
+def activation_bytes(config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool, chunk: int | None = None) -> int:
+    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors; thrice the logits.
+
+    chunk: tokens whose logits (then those of two models) exist at a time; None for all.
+    """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layer = 8 * config.hidden_size + attention + 4 * config.intermediate_size
     layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (layer if checkpointing else 0)
-    return tokens * (layers * width + 3 * 4 * config.vocab_size)
+    logits = 3 * tokens if chunk is None else 6 * min(chunk, tokens)
+    return tokens * layers * width + logits * 4 * config.vocab_size
 
 
 def _width(config: PreTrainedConfig) -> int:

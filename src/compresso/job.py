@@ -73,6 +73,8 @@ class Job:
         quiet: no progress display.
         adapters: where stages that are asked to keep their adapter save it; None keeps none.
         patches: forward patches applied so far.
+        original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of distillation. None
+            where there is nothing to read it from.
     """
 
     model: PreTrainedModel
@@ -89,6 +91,7 @@ class Job:
     quiet: bool = False
     adapters: Path | None = None
     patches: tuple[str, ...] = ()
+    original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -181,6 +181,7 @@ def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
         adapters=work.path / "adapters",
         pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
         quiet=quiet,
+        original=lambda dtype, device: as_stock(load_model(prepared.source, dtype=dtype, device=device)),
     )
 
 

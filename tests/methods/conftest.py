@@ -1,5 +1,6 @@
 """A job on a tiny LLaMA with random examples: enough for every method's mechanics, in seconds."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def make_job(tmp_path: Path) -> MakeJob:
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        dense = copy.deepcopy(model)
         # a learnable language: the next token is the last one plus one
         starts = torch.randint(1, 64, (40,), generator=generator).tolist()
         rows = [[(start + i) % 63 + 1 for i in range(12)] for start in starts]
@@ -52,6 +54,7 @@ def make_job(tmp_path: Path) -> MakeJob:
             seed=seed,
             out=tmp_path / folder,
             quiet=True,
+            original=lambda dtype, device: copy.deepcopy(dense).to(device, dtype),
         )
 
     return make

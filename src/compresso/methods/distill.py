@@ -1,0 +1,161 @@
+"""Distillation: the smaller model learns to predict what the dense model predicts (Hinton et al., arXiv 1503.02531).
+
+As Minitron (arXiv 2407.14679, section 3) uses it to retrain pruned models: the teacher is the model the run started from, read once more;
+the loss is the divergence of next-token distributions alone, and by choice a label loss and a distance between hidden states whose weight
+is scaled to the divergence at each step.
+
+Departures. The loss is multiplied by the squared temperature (Hinton et al.; not in Minitron's code; nothing at temperature 1). By default
+LoRA adapters learn, as in `recover`; Minitron trains all weights (`train: all`). Hidden states are compared on the layers and hidden
+dimensions that are left, which the plan knows, instead of through a learned projection; and after the layers, before the final norm.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import nn
+from transformers import PreTrainedModel
+
+from compresso.core import schedule
+from compresso.drive.distill_objective import DistillObjective, Network
+from compresso.drive.duration import Duration, shortened, updates
+from compresso.drive.fit import fit
+from compresso.drive.groups import Group
+from compresso.edit.lora import attach_, merge_
+from compresso.errors import CheckpointError
+from compresso.job import Effects, Job, curve, stage
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@stage(
+    "distill",
+    title="trains the smaller model to predict what the dense model predicts",
+    paper="1503.02531",
+    effects=Effects.WEIGHTS,
+    needs=("data", "gradients", "training"),
+    when="Instead of `recover`, or after it, where the dense model fits beside the smaller one; a step costs one more forward pass.",
+    failures="Without data like the dense model's own it teaches what the dense model thinks of foreign text. A temperature far above 1 "
+    "teaches the tail of the vocabulary; a rising held-out loss shows either, or too high a rate.",
+)
+class Distill:
+    """Knobs of distillation.
+
+    Args:
+        steps: updates or epochs.
+        batch, micro_batch: examples an update, and a forward pass.
+        train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
+        rank, alpha, targets, dropout: LoRA.
+        lr, lr_schedule, warmup, clip: AdamW.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        divergence: "forward" KL(dense || smaller), "reverse", or "js" (generalised Jensen-Shannon).
+        temperature: divides both models' logits.
+        beta: the dense model's share of the mixture of "js".
+        hard_weight: of the next-token loss on labels, beside the divergence.
+        intermediate_weight: of the hidden states' distance, relative to the divergence; 0 compares none. For models that lost many layers.
+        intermediate: that distance: "cosine" or "mse".
+        tokens: which positions count: those that predict a "labelled" token, or "all" but padding.
+        chunk: tokens whose logits exist at a time.
+        teacher_dtype: "same" as the smaller model, "bf16" or "fp32".
+        teacher_device: "same", or "cpu" where the device holds only the smaller model.
+        checkpointing: recompute activations in the backward pass.
+        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
+        precision: "auto", "no" or "bf16" autocast.
+        max_steps: cap on the updates.
+        save_every: updates between training checkpoints.
+    """
+
+    steps: Duration = 300
+    batch: Annotated[int, Ge(1)] = 16
+    micro_batch: Annotated[int, Ge(1)] = 16
+    train: Literal["lora", "all"] = "lora"
+    rank: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[float, Gt(0)] = 16.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
+    lr: Annotated[float, Ge(0)] = 5e-4
+    lr_at_hidden: Annotated[int, Ge(1)] | None = None
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[int, Ge(0)] = 0
+    clip: Annotated[float, Ge(0)] | None = 1.0
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    temperature: Annotated[float, Gt(0)] = 1.0
+    beta: Annotated[float, Gt(0), Lt(1)] = 0.5
+    hard_weight: Annotated[float, Ge(0)] = 0.0
+    intermediate_weight: Annotated[float, Ge(0)] = 0.0
+    intermediate: Literal["cosine", "mse"] = "cosine"
+    tokens: Literal["labelled", "all"] = "labelled"
+    chunk: Annotated[int, Ge(1)] = 512
+    teacher_dtype: Literal["same", "bf16", "fp32"] = "same"
+    teacher_device: Literal["same", "cpu"] = "same"
+    checkpointing: bool = False
+    save_adapter: bool = False
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    max_steps: Annotated[int, Ge(1)] | None = None
+    save_every: Annotated[int, Ge(1)] = 50
+
+    def __call__(self, job: Job) -> Job:
+        """Reopen the dense model, train adapters or weights towards it, merge adapters."""
+        (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
+        stored = job.model.eval().dtype
+        teacher = self._teacher(job)
+        adapted = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed) if self.train == "lora" else None
+        # small updates of all weights would be rounded away in half precision
+        model: nn.Module = job.model.float().requires_grad_(True) if adapted is None else adapted
+        objective = self._objective(job, model, teacher)
+        if self.checkpointing:
+            job.model.activation_checkpointing_enable({"use_reentrant": False})
+        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
+        rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        history = fit(
+            objective,
+            [Group(self.train, learning, lr, rate, clip=self.clip)],
+            job.batches(self.batch, "distill"),
+            total,
+            seed=job.seed,
+            accumulation=job.accumulation(self.batch, self.micro_batch),
+            precision=self.precision,
+            device=job.device,
+            checkpoints=job.checkpoints(),
+            save_every=self.save_every,
+            progress=job.progress(),
+            phase=lambda update: "distill",
+        )
+        if self.checkpointing:
+            job.model.activation_checkpointing_disable()
+        if self.save_adapter and adapted is not None:
+            job.keep_adapter(adapted, "distill")
+        trained = job.model.to(dtype=stored).requires_grad_(False) if adapted is None else merge_(adapted)
+        facts = {"updates": total, "trainable": sum(parameter.numel() for parameter in learning), "lr": lr, "curve": curve(history)}
+        return replace(job, model=trained).note("distill", **facts)
+
+    def _teacher(self, job: Job) -> PreTrainedModel:
+        """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""
+        if job.original is None:
+            raise CheckpointError("distillation needs the dense model as its teacher, and this job names none; set Job.original")
+        device = torch.device("cpu") if self.teacher_device == "cpu" else job.device
+        teacher = job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device)
+        teacher.requires_grad_(False)
+        return teacher.eval()
+
+    def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
+        """The loss of the model that learns, with the layers and hidden dimensions that it has left."""
+        ours, theirs = job.arch.blocks(job.model), job.arch.blocks(teacher)
+        kept, dimensions = job.plan.kept.get("layers", range(len(theirs))), job.plan.kept.get("hidden")
+        compared = bool(self.intermediate_weight)
+        return DistillObjective(
+            model,
+            Network(job.model, list(ours) if compared else ()),
+            Network(teacher, [theirs[i] for i in kept] if compared else ()),
+            dimensions=None if dimensions is None else torch.tensor(dimensions),
+            divergence=self.divergence,
+            temperature=self.temperature,
+            beta=self.beta,
+            hard_weight=self.hard_weight,
+            intermediate_weight=self.intermediate_weight,
+            intermediate=self.intermediate,
+            tokens=self.tokens,
+            chunk=self.chunk,
+        )
