@@ -29,7 +29,7 @@ _MOVES = {
     "split_with_sizes", "unbind", "cat", "stack", "repeat", "_reshape_alias",
 }  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "prod"}
-_SOFTMAXES = {"_softmax", "_safe_softmax", "_log_softmax", "softmax"}
+_ALONG = {"cumsum", "_softmax", "_safe_softmax", "_log_softmax", "softmax"}
 _ZERO_AT_ZERO = {"neg", "relu", "silu", "gelu", "tanh", "sin", "sqrt", "abs", "div", "erf", "leaky_relu", "hardswish", "mish"}
 _SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"}
 
@@ -76,8 +76,8 @@ class Propagation:
             self._move(step, place)
         elif step.name in _REDUCTIONS:
             self.values[step.outputs[0]] = self._reduction(step, place)
-        elif step.name in _SOFTMAXES:
-            self.values[step.outputs[0]] = self._normalised(self._entries(step.inputs[0], place), step.args[1], place, "is normalised over")
+        elif step.name in _ALONG:
+            self.values[step.outputs[0]] = self._normalised(self._entries(step.inputs[0], place), step.args[1], place, "is combined over")
         elif step.name == "native_layer_norm":
             self.values[step.outputs[0]] = self._layer_norm(step, place)
         elif torch.Tag.pointwise in step.op.tags or step.name in ("masked_fill", "where"):
