@@ -1,0 +1,1 @@
+"""Axes of a model nobody described, found from one traced forward of its operations."""

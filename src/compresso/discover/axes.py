@@ -1,0 +1,266 @@
+"""The axes of a model nobody described: dimensions whose classes leave together, and sub-layers that leave whole.
+
+Rounds of propagation are repeated until nothing more is joined; only then are pins believed. Each family of parameter dimensions that share
+classes becomes one axis, or a dimension that stays, with the operation that holds it.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import torch
+from torch import Tensor, nn
+
+from compresso.core.axis import Axis, Gate, Kind, Slice
+from compresso.discover.flow import Flow, SubLayer
+from compresso.discover.labels import Classes, Place, Source
+from compresso.discover.rules import Propagation
+from compresso.discover.trace import trace
+from compresso.errors import ArchError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """Which unit owns each index of a parameter dimension.
+
+    Args:
+        param: qualified parameter name.
+        dim: the dimension.
+        unit_of: unit of each index, int64; any layout, so that a fused projection can hold a unit's rows in several places.
+        why: what the operation that brought it in does with it.
+    """
+
+    param: str
+    dim: int
+    unit_of: Tensor
+    why: str
+
+    @property
+    def width(self) -> int | None:
+        """Entries of one unit if the units tile the dimension in order, None if they do not."""
+        width, rest = divmod(len(self.unit_of), int(self.unit_of.max()) + 1)
+        tiled = not rest and torch.equal(self.unit_of, torch.arange(len(self.unit_of)) // width)
+        return width if tiled else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """An axis as the trace shows it: which entries leave together, in whatever layout; `axis` is the same as an `Axis`."""
+
+    name: str
+    kind: Kind
+    size: int
+    owners: tuple[Owner, ...]
+    whole: tuple[Slice, ...]
+    gates: tuple[Gate, ...]
+    container: str
+    layer: int | None = None
+    norms: tuple[str, ...] = ()
+
+    @property
+    def axis(self) -> Axis:
+        """The axis. Raises ArchError if a fused parameter holds a unit's entries in several places, which a `Slice` cannot say."""
+        for owner in self.owners:
+            if owner.width is None:
+                raise ArchError(f"{self.name}: '{owner.param}' holds each unit's entries in several places of dimension {owner.dim}")
+        tiled = tuple(Slice(owner.param, owner.dim, owner.width or 1) for owner in self.owners)
+        fewest = 1 if self.kind in (Kind.HEAD, Kind.CHANNEL) else 0
+        return Axis(
+            self.name, self.kind, self.size, tiled + self.whole, self.gates, self.container, self.layer, min_units=fewest, norms=self.norms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Parameter dimensions that belong together and have to stay, and why."""
+
+    sources: tuple[Source, ...]
+    size: int
+    place: Place
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.sources[0][0]} dimension {self.sources[0][1]} stays: at {self.place} {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What can be removed from a model, and what cannot."""
+
+    found: tuple[Found, ...]
+    fixed: tuple[Fixed, ...]
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Every axis. Raises ArchError if one cannot be written as an `Axis`; see `Found.axis`."""
+        return tuple(found.axis for found in self.found)
+
+
+@dataclass
+class _Family:
+    """Parameter dimensions that share classes."""
+
+    sources: list[Source] = field(default_factory=list[Source])
+    classes: set[int] = field(default_factory=set[int])
+
+
+def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Discovery:
+    """The axes of a model, from a trace of one forward; weights are not read, so the meta device will do.
+
+    inputs: example inputs, if the model is not one of transformers that reads tokens or images; only their shapes are used.
+    Raises ArchError, naming module and operation, if the forward has an operation whose dependencies are not known.
+    """
+    traced = trace(model, inputs)
+    flow = Flow(traced, model)
+    classes = Classes()
+    for number, name in traced.parameters.items():
+        classes.add(name, traced.shapes[number])
+    while True:
+        classes.begin()
+        round_ = Propagation(traced, classes, flow.is_rms_norm)
+        round_.run()
+        if not classes.merge():
+            break
+    stream = {int(c) for n in flow.residual_sums if isinstance(v := round_.values.get(n), Tensor) for c in torch.unique(v)} - {0}
+    found: list[Found] = []
+    fixed: list[Fixed] = []
+    reasons = _reasons(classes)
+    for family in _families(classes):
+        made = _axis(family, classes, reasons, stream, flow)
+        (found if isinstance(made, Found) else fixed).append(made)  # type: ignore[arg-type]
+    return Discovery(_named([*found, *_depth(flow.sub_layers, model)]), tuple(fixed))
+
+
+def _reasons(classes: Classes) -> dict[int, tuple[Place, str]]:
+    """The first reason for which each pinned class stays."""
+    reasons: dict[int, tuple[Place, str]] = {}
+    for pinned, place, why in classes.pins:
+        for c in pinned.tolist():
+            reasons.setdefault(c, (place, why))
+    return reasons
+
+
+def _families(classes: Classes) -> list[_Family]:
+    """Group parameter dimensions by shared classes."""
+    family_of: dict[int, _Family] = {}
+    for source in classes.first:
+        mine = set(classes.of(source).tolist())
+        merged = _Family([source], mine)
+        for other in {id(f): f for c in mine if (f := family_of.get(c)) is not None}.values():
+            merged = _Family(other.sources + merged.sources, other.classes | merged.classes)
+        for c in merged.classes:
+            family_of[c] = merged
+    return list({id(family): family for family in family_of.values()}.values())
+
+
+def _axis(family: _Family, classes: Classes, reasons: Mapping[int, tuple[Place, str]], stream: set[int], flow: Flow) -> Found | Fixed:
+    """One family as an axis, or what holds it."""
+    sources, model = tuple(family.sources), flow.model
+    units = list(dict.fromkeys(c for source in sources for c in classes.of(source).tolist()))
+
+    def stays(place: Place, why: str) -> Fixed:
+        return Fixed(sources, len(units), place, why)
+
+    if held := next((reasons[c] for c in units if c in reasons), None):
+        return stays(*held)
+    written = [source for source in sources if source in classes.writes]
+    read = [source for source in sources if source in classes.reads]
+    attended = {int(c) for labels in classes.attended for c in labels}
+    heads = not attended.isdisjoint(units)
+    if not written or not read:
+        return stays(Place(sources[0][0].rpartition(".")[0], "parameter"), "nothing reads it" if written else "nothing writes it")
+    if len(units) == 1 and not heads:
+        return stays(classes.writes[written[0]], "all its entries leave together")
+    order = torch.full((len(classes.canonical),), -1)
+    order[torch.tensor(units)] = torch.arange(len(units))
+    owners = tuple(Owner(*source, order[classes.of(source)], _why(source, classes)) for source in sources)
+    if any(len(torch.unique(owner.unit_of.bincount(minlength=len(units)))) > 1 for owner in owners):
+        return stays(classes.writes[written[0]], "its units differ in size")
+    kind = Kind.HEAD if heads else Kind.CHANNEL if stream.isdisjoint(units) else Kind.HIDDEN
+    if kind != Kind.HIDDEN and (folded := next((p for labels, p in classes.norms if not set(labels.tolist()).isdisjoint(units)), None)):
+        return stays(folded, "it is averaged over, and masks are put only behind that")
+    norms = tuple(dict.fromkeys(place.module for labels, place in classes.norms if not set(labels.tolist()).isdisjoint(units)))
+    side, ends, places = ("output", written, classes.writes) if kind == Kind.HIDDEN else ("input", read, classes.reads)
+    widths = {owner.param: owner.width or len(owner.unit_of) // len(units) for owner in owners}
+    gates = tuple({places[end].module: Gate(places[end].module, side, widths[end[0]]) for end in ends if end in places}.values())
+    if outside := next((gate for gate in gates if not flow.is_leaf(gate.module)), None):
+        return stays(Place(outside.module, "parameter"), "no module of its own computes with it, so there is nowhere to put a mask")
+    container = _common([source[0].rpartition(".")[0] for source in sources])
+    if kind == Kind.HIDDEN and not container:
+        container = str(getattr(model, "base_model_prefix", ""))
+    layer = _layer(container + ".", model)
+    return Found(container, kind, len(units), owners, (), gates, container, layer[1] if layer else None, norms)
+
+
+def _why(source: Source, classes: Classes) -> str:
+    """What the model does with a parameter dimension."""
+    if source in classes.reads:
+        return f"read at {classes.reads[source]}"
+    return f"written at {classes.writes[source]}" if source in classes.writes else "scales or shifts the same entries"
+
+
+def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
+    """Axes whose units are whole sub-layers and whole layers, for each list of layers."""
+    of_list: dict[str, list[tuple[int, SubLayer]]] = defaultdict(list)
+    for sub_layer in sub_layers:
+        places = {_layer(name, model) for name in sub_layer.parameters}
+        place = places.pop()
+        if place is not None and not places:
+            of_list[place[0]].append((place[1], sub_layer))
+    found: list[Found] = []
+    for layers, members in of_list.items():
+        size = len(model.get_submodule(layers)._modules)
+        owned = {name for _, sub_layer in members for name in sub_layer.parameters}
+        every = {name for name, _ in model.named_parameters() if name.startswith(layers + ".")}
+        groups = {
+            Kind.LAYER: members if owned == every else [],
+            Kind.ATTENTION: [member for member in members if member[1].attends],
+            Kind.MLP: [member for member in members if not member[1].attends],
+        }
+        for kind, chosen in groups.items():
+            if chosen:
+                whole = tuple(Slice(name, 0, unit=i) for i, sub_layer in chosen for name in sub_layer.parameters)
+                gates = tuple(Gate(sub_layer.writer, "output", unit=i) for i, sub_layer in chosen)
+                found.append(Found(f"{kind}s" if kind == Kind.LAYER else str(kind), kind, size, (), whole, gates, layers))
+    return found
+
+
+def _layer(name: str, model: nn.Module) -> tuple[str, int] | None:
+    """The outermost list of modules that a qualified name passes through, and the index in it."""
+    parts = name.split(".")
+    for at, part in enumerate(parts[1:], start=1):
+        path = ".".join(parts[:at])
+        if part.isdigit() and isinstance(model.get_submodule(path), nn.ModuleList):
+            return path, int(part)
+    return None
+
+
+def _common(modules: list[str]) -> str:
+    """The innermost module that holds all of these."""
+    paths = [PurePosixPath(name.replace(".", "/")) for name in modules]
+    first = paths[0]
+    for parent in (first, *first.parents):
+        if all(path.is_relative_to(parent) for path in paths):
+            return "" if str(parent) == "." else str(parent).replace("/", ".")
+    return ""
+
+
+_ORDER = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER, Kind.ATTENTION, Kind.MLP)
+_WORDS = {Kind.HEAD: "heads", Kind.CHANNEL: "channels"}
+
+
+def _named(found: list[Found]) -> tuple[Found, ...]:
+    """The same axes under readable names: `layers.3.heads`, `hidden`; a number tells apart what would be called alike."""
+    taken: dict[str, int] = defaultdict(int)
+    named: list[Found] = []
+    for one in sorted(found, key=lambda f: (f.layer is None, f.layer or 0, _ORDER.index(f.kind))):
+        if one.kind in _WORDS:
+            word = _WORDS[one.kind]
+            name = f"layers.{one.layer}.{word}" if one.layer is not None else f"{one.container}.{word}" if one.container else word
+        else:
+            name = str(one.kind) if one.kind == Kind.HIDDEN else one.name
+        taken[name] += 1
+        name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+        named.append(Found(name, one.kind, one.size, one.owners, one.whole, one.gates, one.container, one.layer, one.norms))
+    return tuple(named)
