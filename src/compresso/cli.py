@@ -88,14 +88,18 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 
 
 @app.command()
-def inspect(model: ModelArg, as_json: Json = False) -> None:
+def inspect(
+    model: ModelArg,
+    as_json: Json = False,
+    explain: Annotated[str | None, typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, and why.")] = None,
+) -> None:
     """What can be removed from a model: axes, units, parameters a unit. Reads no weights.
 
     Example: compresso inspect meta-llama/Llama-2-7b-hf
     """
     from compresso import inspection
 
-    inspection.show(inspection.inspect(model), as_json)
+    inspection.show(inspection.inspect(model, explain), as_json)
 
 
 Keep = Annotated[

@@ -1,11 +1,14 @@
 """The law for models nobody described: units cut out of every tensor they own equal units masked at the axis' gates."""
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
-from tests.discover.conftest import IDS, MODELS, cut_, mask_, outputs
-from torch import nn
+from tests.discover.conftest import IDS, MODELS, Block, cut_, mask_, outputs
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Olmo2Config
 
 from compresso.core.axis import Kind
 from compresso.discover.axes import Discovery, discover
@@ -94,3 +97,93 @@ def test_fused_projections_are_owned_block_by_block(undescribed: Undescribed) ->
 def test_what_stays_says_where_and_why(undescribed: Undescribed) -> None:
     fixed = {one.sources[0]: str(one) for one in found_in(undescribed("gpt2")).fixed}
     assert "transformer.h.0.ln_1 (native_layer_norm) it is averaged over" in fixed["transformer.wte.weight", 1]
+
+
+class Mixing(nn.Module):
+    """Two linears with something between them."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.mix = nn.Linear(8, 16), nn.Linear(16, 8), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mix(self.up(x)))
+
+
+X = {"x": torch.zeros(1, 3, 8)}
+
+
+@pytest.mark.parametrize("mix", [lambda x: x.cumsum(1), lambda x: x.sigmoid() * x, lambda x: x.view(1, 3, 4, 4).exp().reshape(1, 3, 16)])
+def test_channels_that_are_not_mixed_can_leave(mix: Callable[[Tensor], Tensor]) -> None:
+    (found,) = discover(Mixing(mix), X).found
+    assert {(o.param, o.dim, o.width) for o in found.owners} == {("up.weight", 0, 1), ("up.bias", 0, 1), ("down.weight", 1, 1)}
+    assert (found.kind, found.size) == (Kind.CHANNEL, 16)
+
+
+@pytest.mark.parametrize(
+    ("mix", "why"),
+    [
+        (lambda x: x.softmax(-1), r"_softmax\) it is combined over"),
+        (lambda x: x - x.mean(-1, keepdim=True), r"mean\) it is reduced over"),
+        (lambda x: x / (x.square().mean(-1, keepdim=True) + 1).sqrt(), r"mean\) it is reduced over"),
+        (lambda x: nn.functional.layer_norm(x, (16,)), r"layer_norm\) it is averaged over"),
+        (lambda x: x * torch.linspace(0, 1, 16, device=x.device), r"mul\) it meets a table of fixed size"),
+        (lambda x: torch.cat([x[..., :8], x[..., :8]], -1), "its units differ in size"),
+        (lambda x: x[..., ::2].repeat_interleave(2, -1), "its units differ in size"),
+        (lambda x: x.view(1, 3, 4, 4).transpose(-1, -2).softmax(-1).reshape(1, 3, 16), "whole rows or columns|combined over"),
+        (lambda x: (torch.ones(16, 16, device=x.device) @ x.transpose(1, 2)).transpose(1, 2), "multiplied by a fixed table"),
+        (lambda x: x @ (x.transpose(1, 2) @ x), "all its entries leave together|all units share it"),
+    ],
+)
+def test_channels_that_are_mixed_stay(mix: Callable[[Tensor], Tensor], why: str) -> None:
+    discovery = discover(Mixing(mix), X)
+    reason = {source: str(fixed) for fixed in discovery.fixed for source in fixed.sources}["up.weight", 0]
+    assert re.search(why, reason), reason
+
+
+@pytest.mark.parametrize("operation", ["sort", "roll", "argsort"])
+def test_an_unknown_operation_is_refused_by_name(operation: str) -> None:
+    mixes = {"sort": lambda x: x.sort(dim=-1).values, "roll": lambda x: x.roll(1, -1), "argsort": lambda x: x.argsort(-1) * x}
+    with pytest.raises(ArchError, match=rf"^inner \({operation}\) is an operation nobody knows|^inner \(sort\)"):
+        discover(nn.Sequential(OrderedDict(inner=Mixing(mixes[operation]))), {"input": X["x"]})
+
+
+def test_a_forward_that_asks_for_values_is_refused() -> None:
+    with pytest.raises(ArchError, match="cannot be traced without weights"):
+        discover(Mixing(lambda x: x if x.sum() > 0 else -x), X)
+
+
+def test_a_write_through_a_view_is_refused() -> None:
+    def overwrites(x: Tensor) -> Tensor:
+        x[..., :4].mul_(2)
+        return x
+
+    with pytest.raises(ArchError, match="written to under another name"):
+        discover(Mixing(overwrites), X)
+
+
+class Shifted(nn.Module):
+    """A residual stream to which a parameter is added that no module's output could mask, before an RMSNorm that must be folded."""
+
+    def __init__(self, shift: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.norm, self.head = nn.Embedding(32, 24), Block(), nn.RMSNorm(24, eps=1e-2), nn.Linear(24, 32)
+        self.shift = nn.Parameter(torch.ones(24)) if shift else None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.head(self.norm(self.block(x if self.shift is None else x + self.shift)))
+
+
+def test_a_norm_is_folded_only_behind_the_masks() -> None:
+    assert kinds(discover(Shifted(False), {"input_ids": IDS}))[Kind.HIDDEN] == 1
+    shifted = discover(Shifted(True), {"input_ids": IDS})
+    assert kinds(shifted)[Kind.HIDDEN] == 0 and kinds(shifted)[Kind.CHANNEL] == 1
+
+
+def test_heads_under_one_norm_of_all_queries_stay() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+    with torch.device("meta"):
+        discovery = discover(AutoModelForCausalLM.from_config(Olmo2Config(**sizes)))
+    assert kinds(discovery)[Kind.HEAD] == 0 and kinds(discovery)[Kind.HIDDEN] == 1
+    assert any("q_norm (mean) it is averaged over" in str(fixed) for fixed in discovery.fixed)
