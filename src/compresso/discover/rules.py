@@ -157,15 +157,15 @@ class Propagation:
         elif isinstance(a, Weight) and len(a.classes) == 2:
             flipped = Weight(a.classes[::-1], a.sources[::-1])
             shape = self.trace.shapes[right]
-            turned = self._read(b if b is None else b.transpose(0, 1), (shape[1], shape[0]), flipped, place)
+            turned = self._read(b.transpose(0, 1) if isinstance(b, Tensor) else b, (shape[1], shape[0]), flipped, place)
             assert isinstance(turned, Tensor)
             out = turned.transpose(0, 1)
         else:
             out = self._attend(self._entries(left, place), self._entries(right, place), place)
         if not added:
             return out
-        if isinstance(out, Weight):
-            raise refuse(place, "adds to a product of two parameters")
+        if not isinstance(out, Tensor):
+            raise refuse(place, "adds to a product of parameters, or of nothing that is followed")
         return self._with(out, added[0], place)
 
     def _with(self, out: Tensor, number: int, place: Place) -> Value:

@@ -10,7 +10,7 @@ dimensions that are left, which the plan knows, instead of through a learned pro
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -127,7 +127,7 @@ class Distill:
             job.model.activation_checkpointing_disable()
         if self.save_adapter and adapted is not None:
             job.keep_adapter(adapted, "distill")
-        trained = job.model.to(dtype=stored).requires_grad_(False) if adapted is None else merge_(adapted)
+        trained = cast(Any, job.model).to(stored).requires_grad_(False) if adapted is None else merge_(adapted)
         facts = {"updates": total, "trainable": sum(parameter.numel() for parameter in learning), "lr": lr, "curve": curve(history)}
         return replace(job, model=trained).note("distill", **facts)
 
