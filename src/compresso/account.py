@@ -4,7 +4,6 @@ The dense model is read once more for it, beside the smaller one. Where both do 
 and the account says why. Nothing here changes the result; it decides whether the result may be written (`Findings.guard`).
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ from compresso.measure.latency import speed_measurements
 from compresso.measure.record import Account, Environment, Measurement, Sample, Subject
 from compresso.measure.size import size_measurements
 from compresso.native.stock import as_stock
-
-log = logging.getLogger(__name__)
 
 DENSE, PRUNED = "dense", "pruned"
 NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8

@@ -153,7 +153,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output; write a collapsed result.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")] = False,
     as_json: Json = False,
 ) -> None:
