@@ -44,6 +44,7 @@ from compresso.drive.groups import Group
 from compresso.drive.noise import mixed_seed
 from compresso.drive.objectives import GatedObjective
 from compresso.edit.lora import attach_, merge_
+from compresso.edit.recompute import recompute_
 from compresso.job import Effects, Job, curve, stage
 from compresso.methods.gate_taylor import sensitivity_per_parameter
 
@@ -161,7 +162,7 @@ class LearnGates:
         gates = Gates(axes, self._initial(job, axes, cost)).to(job.device)
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
-            job.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_(job.model, on=True)
         objective = GatedObjective(
             lora,
             gates,
@@ -209,7 +210,7 @@ class LearnGates:
                 phase=lambda update: "tune" if update < tune else "ramp" if update < tune + ramp else "hold",
             )
         if self.checkpointing:
-            job.model.activation_checkpointing_disable()
+            recompute_(job.model, on=False)
         if self.save_adapter:
             job.keep_adapter(lora, "learn_gates")
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()

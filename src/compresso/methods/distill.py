@@ -23,6 +23,7 @@ from compresso.drive.duration import Duration, shortened, updates
 from compresso.drive.fit import fit
 from compresso.drive.groups import Group
 from compresso.edit.lora import attach_, merge_
+from compresso.edit.recompute import recompute_
 from compresso.errors import CheckpointError
 from compresso.job import Effects, Job, curve, stage
 
@@ -105,7 +106,7 @@ class Distill:
         model: nn.Module = job.model.float().requires_grad_(True) if adapted is None else adapted
         objective = self._objective(job, model, teacher)
         if self.checkpointing:
-            job.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_(job.model, on=True)
         lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
         rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -124,7 +125,7 @@ class Distill:
             phase=lambda update: "distill",
         )
         if self.checkpointing:
-            job.model.activation_checkpointing_disable()
+            recompute_(job.model, on=False)
         if self.save_adapter and adapted is not None:
             job.keep_adapter(adapted, "distill")
         trained = cast(Any, job.model).to(stored).requires_grad_(False) if adapted is None else merge_(adapted)

@@ -16,6 +16,7 @@ from compresso.drive.fit import fit
 from compresso.drive.groups import Group
 from compresso.drive.objectives import LanguageObjective
 from compresso.edit.lora import attach_, merge_
+from compresso.edit.recompute import recompute_
 from compresso.job import Effects, Job, curve, stage
 
 
@@ -67,7 +68,7 @@ class Recover:
         (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
-            job.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_(job.model, on=True)
         lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
         rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
@@ -86,7 +87,7 @@ class Recover:
             phase=lambda update: "recover",
         )
         if self.checkpointing:
-            job.model.activation_checkpointing_disable()
+            recompute_(job.model, on=False)
         if self.save_adapter:
             job.keep_adapter(lora, "recover")
         trainable = sum(parameter.numel() for parameter in adapters)
