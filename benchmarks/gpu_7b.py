@@ -158,7 +158,12 @@ def captured_step(model: LlamaForCausalLM, rows: int) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(read: object = (cache, token)) -> None:
+        """Run the graph; `read` holds what it reads, which must outlive it."""
+        graph.replay()
+
+    return replay
 
 
 def graph_speedup(full: LlamaForCausalLM, small: LlamaForCausalLM, rows: int, rounds: int) -> dict[str, object]:

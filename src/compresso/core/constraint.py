@@ -5,7 +5,7 @@ Both say how far the expected counts are from where they should be (for a Lagran
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ShareOfModel:
     cost: CostModel
     keep: float
     of: Counted = "blocks"
+    _reach: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict[tuple[str, ...], tuple[float, float]], repr=False)
 
     @property
     def n_terms(self) -> int:
@@ -51,7 +52,10 @@ class ShareOfModel:
     def project(self, gates: Gates, progress: float) -> Tensor:
         """The one shift [] after which the expected count is the wanted one, or as near as gates that never quite open or close allow."""
         values = gates.values()
-        least, most = reachable(values, self.cost, self.of)
+        names = tuple(values)
+        if names not in self._reach:  # it depends on which axes have gates, not on where the gates stand
+            self._reach[names] = reachable(values, self.cost, self.of)
+        least, most = self._reach[names]
         keep = min(max(1 - self.target(progress), least), most)
         return torch.tensor(shift_to_budget(values, self.cost, keep, self.of))
 

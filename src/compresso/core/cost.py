@@ -146,6 +146,12 @@ class CostModel:
         self._entry_coefficients = torch.stack([entries * column for column in (*groups, macs)])  # [4, weights]
         self._row_coefficients = torch.tensor(row_constants, dtype=torch.float64)
         self._ones = {axis.name: axis.size for axis in self.axes}
+        self._dense = torch.tensor([1.0, *(self._ones[axis] if what == "sum" else 1.0 for axis, what in self._atoms)], dtype=torch.float64)
+        self._of_axis: dict[str, list[tuple[int, int | str]]] = {}
+        for column, (name, what) in enumerate(self._atoms, start=1):
+            self._of_axis.setdefault(name, []).append((column, what))
+        self._there: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
     def __call__(self, masks: Mapping[str, Tensor] | None = None) -> Cost:
         """Count under masks or keep probabilities: axis name -> [size], values in [0, 1]; an absent axis keeps all its units."""
@@ -154,23 +160,49 @@ class CostModel:
         if unknown:
             raise ValueError(f"masks name unknown axes: {sorted(unknown)[:4]}")
         device = next((mask.device for mask in masks.values()), torch.device("cpu"))
-        one = torch.ones((), dtype=torch.float64, device=device)
-        scalars = [one]
-        for axis, what in self._atoms:
-            mask = masks.get(axis)
-            if mask is None:
-                scalars.append(one * (self._ones[axis] if what == "sum" else 1))
-            elif what == "sum":
-                scalars.append(mask.sum(dtype=torch.float64))
-            elif what == "any":
-                scalars.append((mask.detach() > 0).any().to(torch.float64))
-            else:
-                scalars.append(mask[int(what)].to(torch.float64))
-        atoms = torch.stack(scalars)
-        entries = self._entry_coefficients.to(device) @ atoms[self._factors.to(device)].prod(dim=1)
-        cached = self._row_coefficients.to(device) @ atoms[self._rows.to(device)].prod(dim=1)
+        dense, entry_coefficients, row_coefficients, factors, rows = self._on(device)
+        atoms = dense
+        if masks:
+            totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
+            left = (totals.detach() > 0).to(torch.float64)  # masks are never negative
+            picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
+            for values, (columns, rows_of) in zip(
+                (totals, left, torch.stack(picked) if picked else left), self._columns(masks, device), strict=True
+            ):
+                atoms = atoms.index_copy(0, columns, values[rows_of])
+        entries = entry_coefficients @ atoms[factors].prod(dim=1)
+        cached = row_coefficients @ atoms[rows].prod(dim=1)
         blocks, embeddings, norms, macs = entries.unbind()
         return Cost(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached)
+
+    def _units(self, masks: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        """The single units that own whole tensors: axis name and index, of the axes that have a mask."""
+        return [(name, int(what)) for name in masks for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")]
+
+    def _columns(self, masks: Mapping[str, Tensor], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """For sums, presences and single units: the atoms to fill and the rows of the values that fill them, on the device; kept."""
+        key = (device, tuple(masks))
+        if key not in self._filled:
+            filled: tuple[list[tuple[int, int]], ...] = ([], [], [])
+            for row, name in enumerate(masks):
+                for column, what in self._of_axis.get(name, ()):
+                    kind = 0 if what == "sum" else 1 if what == "any" else 2
+                    filled[kind].append((column, len(filled[2]) if kind == 2 else row))
+            self._filled[key] = tuple(
+                (
+                    torch.tensor([column for column, _ in pairs], dtype=torch.long, device=device),
+                    torch.tensor([row for _, row in pairs], dtype=torch.long, device=device),
+                )
+                for pairs in filled
+            )
+        return self._filled[key]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The constants of the products, on a device; moved there once."""
+        if device not in self._there:
+            constants = (self._dense, self._entry_coefficients, self._row_coefficients, self._factors, self._rows)
+            self._there[device] = tuple(constant.to(device) for constant in constants)
+        return self._there[device]
 
     def of(self, plan: Plan) -> Cost:
         """Count the model that a plan leaves."""

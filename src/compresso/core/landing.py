@@ -4,6 +4,7 @@ Departures from Compresso (arXiv 2310.05015), which holds the size by a Lagrangi
 ends within a percent or two of its target, these functions on it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -46,8 +47,9 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
     Raises InfeasibleBudget if the target lies outside of `reachable`, ValueError for NaN.
     """
     flat = Flat(_gated(log_alpha, cost))
-    gates = flat.join(log_alpha)
-    if not bool(torch.isfinite(gates).all()):
+    gates = torch.cat([log_alpha[name].detach().double() for name in flat.names])  # where they are: this runs after every update
+    lowest, highest = (float(end) for end in torch.aminmax(gates))
+    if not math.isfinite(lowest + highest):
         raise ValueError("log_alpha holds NaN or infinity; the update before this one diverged: lower the gates' learning rate")
     target = Budget(keep).keep * float(cost().count(of))
 
@@ -55,7 +57,7 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
         return float(cost(flat.split(_probability(gates + shift))).count(of)) - target
 
     # Past these ends every gate is clamped.
-    shift = _root(excess, LOG_ALPHA_LOW - float(gates.max()), LOG_ALPHA_HIGH - float(gates.min()), accuracy=1e-10 * target)
+    shift = _root(excess, LOG_ALPHA_LOW - highest, LOG_ALPHA_HIGH - lowest, accuracy=1e-10 * target)
     if shift is None:
         least, most = reachable(log_alpha, cost, of)
         raise InfeasibleBudget(f"keep={keep} of {of} is out of reach of these gates, which express {least:.7f} to {most:.7f}; cut it")
