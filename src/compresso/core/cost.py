@@ -6,7 +6,7 @@ time linear in the number of gates: Compresso's expected size (arXiv 2310.05015,
 Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's 24 bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -159,32 +159,55 @@ class CostModel:
         unknown = set(masks) - set(self._ones)
         if unknown:
             raise ValueError(f"masks name unknown axes: {sorted(unknown)[:4]}")
-        device = next((mask.device for mask in masks.values()), torch.device("cpu"))
-        dense, entry_coefficients, row_coefficients, factors, rows = self._on(device)
-        atoms = dense
-        if masks:
-            totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
-            left = (totals.detach() > 0).to(torch.float64)  # masks are never negative
-            picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
-            for values, (columns, rows_of) in zip(
-                (totals, left, torch.stack(picked) if picked else left), self._columns(masks, device), strict=True
-            ):
-                atoms = atoms.index_copy(0, columns, values[rows_of])
+        if not masks:
+            return self._count(self._dense)
+        totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
+        picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
+        return self._count(self._atoms_of(tuple(masks), totals, torch.stack(picked) if picked else totals))
+
+    def of_totals(self, names: Sequence[str], totals: Tensor) -> Cost:
+        """Count from how many units of each axis are expected to stay, without their masks; other axes keep all.
+
+        Args:
+            names: axes, none of whose units owns whole tensors (heads, channels and hidden dimensions, not layers).
+            totals: [axes], float64; on any device.
+
+        Raises ValueError for an axis whose total does not say what its units cost.
+        """
+        if owning := [name for name, _ in self._units(names)]:
+            raise ValueError(f"units of {owning[0]} own whole tensors, so that it matters which of them stay; count by masks")
+        return self._count(self._atoms_of(tuple(names), totals, totals))
+
+    def tiled(self, names: Sequence[str]) -> bool:
+        """Whether totals alone decide what these axes cost."""
+        return not self._units(names)
+
+    def _atoms_of(self, names: tuple[str, ...], totals: Tensor, picked: Tensor) -> Tensor:
+        """The scalars of all products, given the axes' totals [axes] and their single units' values."""
+        left = (totals.detach() > 0).to(torch.float64)  # masks are never negative
+        atoms = self._on(totals.device)[0]
+        for values, (columns, rows) in zip((totals, left, picked), self._columns(names, totals.device), strict=True):
+            atoms = atoms.index_copy(0, columns, values[rows])
+        return atoms
+
+    def _count(self, atoms: Tensor) -> Cost:
+        """The products, summed by group."""
+        _, entry_coefficients, row_coefficients, factors, rows = self._on(atoms.device)
         entries = entry_coefficients @ atoms[factors].prod(dim=1)
         cached = row_coefficients @ atoms[rows].prod(dim=1)
         blocks, embeddings, norms, macs = entries.unbind()
         return Cost(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached)
 
-    def _units(self, masks: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        """The single units that own whole tensors: axis name and index, of the axes that have a mask."""
-        return [(name, int(what)) for name in masks for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")]
+    def _units(self, names: Iterable[str]) -> list[tuple[str, int]]:
+        """The single units of these axes that own whole tensors: axis name and index."""
+        return [(name, int(what)) for name in names for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")]
 
-    def _columns(self, masks: Mapping[str, Tensor], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    def _columns(self, names: tuple[str, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
         """For sums, presences and single units: the atoms to fill and the rows of the values that fill them, on the device; kept."""
-        key = (device, tuple(masks))
+        key = (device, names)
         if key not in self._filled:
             filled: tuple[list[tuple[int, int]], ...] = ([], [], [])
-            for row, name in enumerate(masks):
+            for row, name in enumerate(names):
                 for column, what in self._of_axis.get(name, ()):
                     kind = 0 if what == "sum" else 1 if what == "any" else 2
                     filled[kind].append((column, len(filled[2]) if kind == 2 else row))

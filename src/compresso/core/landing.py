@@ -53,8 +53,13 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
         raise ValueError("log_alpha holds NaN or infinity; the update before this one diverged: lower the gates' learning rate")
     target = Budget(keep).keep * float(cost().count(of))
 
+    sizes = torch.tensor(flat.sizes, device=gates.device)
+    by_totals = cost.tiled(flat.names)
+
     def excess(shift: float) -> float:
-        return float(cost(flat.split(_probability(gates + shift))).count(of)) - target
+        open_ = _probability(gates + shift)
+        counted = cost.of_totals(flat.names, torch.segment_reduce(open_, "sum", lengths=sizes)) if by_totals else cost(flat.split(open_))
+        return float(counted.count(of)) - target
 
     # Past these ends every gate is clamped.
     shift = _root(excess, LOG_ALPHA_LOW - highest, LOG_ALPHA_HIGH - lowest, accuracy=1e-10 * target)
