@@ -287,3 +287,12 @@ def test_devices_agree(llama_7b: CostModel) -> None:
     scores = {name: value.float() for name, value in integer_scores(llama_7b, 0).items()}
     on_gpu = {name: value.cuda() for name, value in scores.items()}
     assert allocate(llama_7b.axes, scores, llama_7b, Budget(0.7)) == allocate(llama_7b.axes, on_gpu, llama_7b, Budget(0.7))
+
+
+def test_no_layer_falls_below_its_share_where_the_floor_says_so(tiny: CostModel) -> None:
+    scores = {axis.name: torch.arange(axis.size) + 100.0 * number for number, axis in enumerate(tiny.axes)}  # later layers win everything
+    kept = allocate(tiny.axes, scores, tiny, Budget(0.5, floor={Kind.HEAD: "keep"})).kept
+    heads = [axis for axis in tiny.axes if axis.kind == Kind.HEAD]
+    assert all(2 * len(kept[axis.name]) >= axis.size for axis in heads)
+    free = allocate(tiny.axes, scores, tiny, Budget(0.5)).kept
+    assert any(2 * len(free[axis.name]) < axis.size for axis in heads)

@@ -62,3 +62,12 @@ def test_the_floor_is_the_strictest_that_the_axis_can_meet() -> None:
     assert budget.fewest(Axis("a", Kind.HEAD, 4, (), (), "", min_units=3)) == 3
     assert budget.fewest(Axis("a", Kind.HEAD, 1, (), (), "")) == 1
     assert budget.fewest(Axis("a", Kind.HIDDEN, 4, (), (), "")) == 1
+
+
+def test_a_floor_may_follow_the_budgets_share() -> None:
+    axis = Axis("a", Kind.HEAD, 4, (), (), "")
+    assert [Budget(keep, floor={Kind.HEAD: "keep"}).fewest(axis) for keep in (1, 0.75, 0.7, 0.5, 0.3, 0.01)] == [4, 3, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match=r"floor\['head'\]=half"):
+        Budget(0.5, floor={"head": "half"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"multiple_of\['head'\]=keep"):
+        Budget(0.5, multiple_of={"head": "keep"})  # type: ignore[dict-item]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel, Counted
@@ -10,6 +11,9 @@ from compresso.core.plan import Plan
 
 TOLERANCE = 0.005
 """How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as infeasible."""
+
+Floor = int | Literal["keep"]
+"""Fewest units of an axis that stay: a number, or "keep" for the budget's own share of them, to the nearest unit."""
 
 _COUNTED: dict[Counted, str] = {"blocks": "block parameters", "total": "parameters", "macs": "multiply-accumulates a token"}
 
@@ -28,7 +32,8 @@ class Budget:
         kinds: kinds of units that may be removed.
         uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
         multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.
-        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them.
+        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them. "keep" stands for this budget's own
+            share of the axis, to the nearest unit: no layer loses much more of that kind than the model loses in all.
 
     `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by name.
     Raises ValueError for values out of range, with the cure.
@@ -42,7 +47,7 @@ class Budget:
     kinds: Sequence[Kind] = (Kind.HEAD, Kind.CHANNEL)
     uniform_over: Sequence[Kind] = ()
     multiple_of: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
-    floor: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
+    floor: Mapping[Kind, Floor] = field(default_factory=dict[Kind, Floor])
 
     def __post_init__(self) -> None:
         """Turn names of kinds into kinds and check all values."""
@@ -55,10 +60,12 @@ class Budget:
         if not self.kinds:
             raise ValueError("kinds is empty, so nothing could be removed; name at least one, such as 'channel'")
         for name, least in (("multiple_of", 1), ("floor", 0)):
-            given: Mapping[Kind, int] = getattr(self, name)
+            given: Mapping[Kind, Floor] = getattr(self, name)
             values = dict(zip(_kinds(name, tuple(given)), given.values(), strict=True))
             for kind, value in values.items():
-                if value != int(value) or value < least:
+                if name == "floor" and value == "keep":
+                    continue
+                if isinstance(value, str) or value != int(value) or value < least:
                     raise ValueError(f"{name}['{kind}']={value} is not a number of units; give a whole number of at least {least}")
             object.__setattr__(self, name, values)
 
@@ -74,7 +81,8 @@ class Budget:
 
     def fewest(self, axis: Axis) -> int:
         """Fewest units of an axis that may stay, before rounding to multiples."""
-        return min(axis.size, max(axis.fewest, self.floor.get(axis.kind, 0)))
+        floor = self.floor.get(axis.kind, 0)
+        return min(axis.size, max(axis.fewest, round(self.keep * axis.size) if floor == "keep" else floor))
 
     def allowed(self, kind: Kind, size: int, fewest: int = 0) -> list[int]:
         """The counts of units that `size` units of a kind may be reduced to, ascending; never empty, the last is `size`."""

@@ -88,7 +88,7 @@ class LearnGates:
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to by re-admitting the highest gates.
-        floor: kind -> fewest units a layer keeps.
+        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
         checkpointing: recompute activations in the backward pass.
         save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
@@ -128,7 +128,7 @@ class LearnGates:
     finish: Literal["soft", "hard"] = "soft"
     layout: Literal["free", "uniform"] = "free"
     multiple_of: Mapping[Kind, Count] | None = None
-    floor: Mapping[Kind, int] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
     checkpointing: bool = False
     save_adapter: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"

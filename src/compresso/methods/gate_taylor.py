@@ -39,7 +39,7 @@ class GateTaylor:
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps.
+        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
@@ -50,7 +50,7 @@ class GateTaylor:
     micro_batch: Annotated[int, Ge(1)] = 4
     layout: Literal["free", "uniform"] = "free"
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""

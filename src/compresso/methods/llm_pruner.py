@@ -65,7 +65,7 @@ class LlmPruner:
         iterations: equal steps in which units leave, scores taken again before each.
         batch, micro_batch: calibration examples of an iteration, and examples a forward pass.
         tokens: length of calibration windows, all of whose tokens count; None for whole examples with their own labels.
-        floor: kind -> fewest units a layer keeps.
+        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
         layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could upset).
     """
 
@@ -81,7 +81,7 @@ class LlmPruner:
     batch: Annotated[int, Ge(1)] = 10
     micro_batch: Annotated[int, Ge(1)] = 10
     tokens: Annotated[int, Ge(2)] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
     layout: Literal["free", "uniform"] = "free"
 
     def __post_init__(self) -> None:
@@ -131,8 +131,10 @@ class LlmPruner:
         """
         chosen, budget = self.chosen(axes), self.budget()
         if self.ratio is not None:
-            wanted = {axis.name: kept_units(axis.size, channels_per_unit(axis), self.ratio * progress) for axis in chosen}
-            return {axis.name: min(axis.size, max(wanted[axis.name], axis.fewest, (self.floor or {}).get(axis.kind, 0))) for axis in chosen}
+            least = Budget(max(1 - self.ratio * progress, 1e-9), kinds=_KINDS[self.scope], floor=self.floor or {})
+            return {
+                axis.name: max(kept_units(axis.size, channels_per_unit(axis), self.ratio * progress), least.fewest(axis)) for axis in chosen
+            }
         assert budget is not None
         try:
             by_kind = uniform_targets(chosen, cost, budget)

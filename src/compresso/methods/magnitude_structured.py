@@ -33,14 +33,14 @@ class MagnitudeStructured:
         of: "blocks", "total" or "macs".
         kinds: what may be removed.
         multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps.
+        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
     of: Literal["blocks", "total", "macs"] = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""

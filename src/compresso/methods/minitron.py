@@ -45,7 +45,7 @@ class Minitron:
         of: "blocks", "total" or "macs".
         kinds: what may be removed, of head, channel, hidden and layer; the paper's width pruning leaves heads and layers alone.
         multiple_of: kind -> multiple that kept counts are rounded to; the paper takes 64 for hidden and channel.
-        floor: kind -> fewest units an axis keeps.
+        floor: kind -> fewest units an axis keeps; "keep" for its share of them.
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
         candidates: shapes on the budget that are tried; 1 takes the one with the same share of every kind.
         candidate_batches: batches that a candidate's loss is taken on.
@@ -56,7 +56,7 @@ class Minitron:
     of: Literal["blocks", "total", "macs"] = "blocks"
     kinds: tuple[Literal[Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER], ...] = (Kind.CHANNEL, Kind.HIDDEN)
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
     batches: Annotated[int, Ge(1)] = 64
     batch: Annotated[int, Ge(1)] = 16
     micro_batch: Annotated[int, Ge(1)] = 4
