@@ -1,6 +1,6 @@
 """LLaMA-7B shapes on one GPU, random bfloat16 weights: what a mask-training step costs, and how fast what it leaves runs.
 
-    python benchmarks/gpu_7b.py [--pairs 5] [--rounds 3] [--layers 32]
+    python benchmarks/gpu_7b.py [--pairs 5] [--rounds 3]
 
 Step: sequence 1024, one sequence, LoRA of rank 8 on q and v (the published configuration), gates on heads, channels and hidden dimensions;
 with and without recomputing activations. Peak memory of each alone, time of the two interleaved. Speed: dense beside 5.4, 5.0 and 4.5
@@ -29,7 +29,7 @@ from compresso.edit.shrink import shrink_
 from compresso.measure.latency import speed_measurements
 from steps import Step, batch, masked_steps, plain_step
 
-SEQUENCE, PROMPT, NEW = 1024, 1024, 32
+SEQUENCE, PROMPT, NEW = 1024, 1024, 16
 KINDS = (("prefill", "speedup"), ("decode", "speedup"), ("graph", "speedup"), ("decode", "bound"))
 SIZES = {"5.4B": 5.423e9, "5.0B": 5.0e9, "4.5B": 4.5e9}
 """Parameters in all; LLM-Pruner's 20 % preset has 5,422,977,024."""
@@ -59,9 +59,9 @@ def dense(layers: int, hidden: int) -> LlamaForCausalLM:
         torch.set_default_dtype(before)
 
 
-def cut(share: float, knobs: dict[str, object], layers: int, hidden: int) -> LlamaForCausalLM:
-    """The dense model without the units whose random scores are lowest; `share` is the share of all parameters that stays."""
-    model = dense(layers, hidden)
+def cut(full: LlamaForCausalLM, share: float, knobs: dict[str, object]) -> LlamaForCausalLM:
+    """A copy without the units whose random scores are lowest; `share` is the share of all parameters that stays."""
+    model = copy.deepcopy(full)
     arch = arch_for(model.config)
     axes = arch.axes(model)
     generator = torch.Generator().manual_seed(1)
@@ -192,7 +192,7 @@ def speeds(rounds: int, layers: int, hidden: int) -> list[dict[str, object]]:
         for layout, knobs in LAYOUTS.items():
             if layout == "native, any width" and size != next(iter(SIZES)):
                 continue
-            model = cut(parameters / 6_738_415_616, dict(knobs), layers, hidden)
+            model = cut(full, parameters / 6_738_415_616, dict(knobs))
             found = speed_measurements({"dense": full, "small": model}, (1, 8), PROMPT, NEW, rounds)
             values = {one.name: one.value for one in found["small"]}
             base = {one.name: one.value for one in found["dense"]}
@@ -242,7 +242,7 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps a timing")
+    parser.add_argument("--steps", type=int, default=5, help="steps a timing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
