@@ -312,5 +312,5 @@ def test_units_that_are_gone_stay_gone_though_scores_change(describe: Describe, 
 def test_a_floor_above_what_is_left_is_refused(describe: Describe) -> None:
     cost = describe(64, 2, 8, 96, 32)
     gone = {"layers.0.channels": torch.arange(96) >= 5}
-    with pytest.raises(ValueError, match="layers.0.channels has 5 units left, fewer than the 10 that must stay"):
+    with pytest.raises(ValueError, match=r"layers\.0\.channels has 5 units left, fewer than the 10 that must stay"):
         allocate(cost.axes, integer_scores(cost, 0), cost, Budget(0.5, floor={Kind.CHANNEL: 10}), gone)
