@@ -46,7 +46,14 @@ def objective(**knobs: Any) -> ShrinkingObjective:
         assert all(score.isfinite().all() for score in scores.values())
         return {axis.name: (torch.arange(axis.size) >= period).float() for axis in axes}
 
-    made: dict[str, Any] = {"starts": 2, "length": 4, "periods": 1, "eps": 0.0, "criteria": {"magnitude": 1.0}} | knobs
+    made: dict[str, Any] = {
+        "starts": 2,
+        "length": 4,
+        "periods": 1,
+        "eps": 0.0,
+        "criteria": {"magnitude": 1.0},
+        "within_kinds": True,
+    } | knobs
     adapted = attach_(model, 2, 4.0, ALL)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

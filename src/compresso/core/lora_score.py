@@ -1,7 +1,7 @@
 """How redundant a unit of a LoRA-adapted model is: the public importance functions of LHSPG (only-train-once; LoRAShear, arXiv 2310.18356).
 
 A unit is its entries W of the base weights together with what the adapters add to them, U = scale B A: rows of B for outputs, columns of A
-for inputs. U stands where other methods have a gradient. Five criteria, each divided by its L2 norm over all units, weighted and added:
+for inputs. U stands where other methods have a gradient. Five criteria, each divided by its root mean square, weighted and added:
 
     magnitude   |W|
     average     |W| / number of entries
@@ -9,7 +9,9 @@ for inputs. U stands where other methods have a gradient. Five criteria, each di
     first       |<W, U>|
     second      <W, U>^2 / 2
 
-Departure: the public code of LHSPG divides the average by the number of groups; here, as in that of HESSO, by the unit's entries.
+Departures: the public code divides by the L2 norm, which differs by the number of units alone; it can also be taken within each kind
+here, because a head has many times the entries of a channel, and in one pool no head would leave before nearly all channels. Its LHSPG
+divides the average by the number of groups; here, as in its HESSO, by the unit's entries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,33 +44,38 @@ def unit_products(axis: Axis, one: Part, other: Part) -> Tensor:
     return total
 
 
-def lora_scores(axes: Sequence[Axis], weight: Part, update: Part, criteria: Mapping[Criterion, float]) -> dict[str, Tensor]:
+def lora_scores(
+    axes: Sequence[Axis], weight: Part, update: Part, criteria: Mapping[Criterion, float], within_kinds: bool
+) -> dict[str, Tensor]:
     """Scores of all units, higher stays: axis name -> [size], float64, on the CPU.
 
     Args:
-        axes: heads and channels that may be removed; all of them share the norms.
+        axes: heads and channels that may be removed.
         weight: base weights W.
         update: what adapters add, U.
         criteria: weight of each criterion in the sum; one that is not named counts for nothing.
+        within_kinds: divide by the root mean square of the units of the same kind, not by that of all.
     """
-    found: dict[Criterion, dict[str, Tensor]] = {name: {} for name in criteria}
-    for axis in axes:
-        entries = sum(w.numel() // axis.size for piece in axis.slices if (w := weight(piece.param)) is not None)
-        size, added = unit_products(axis, weight, weight).sqrt(), unit_products(axis, update, update).sqrt()
-        inner = unit_products(axis, weight, update)
-        both = size * added
-        values: dict[Criterion, Tensor] = {
-            "magnitude": size,
-            "average": size / max(entries, 1),
-            "cosine": torch.where(both > 0, inner / both.clamp(min=1e-300), 0.0) + 1,
-            "first": inner.abs(),
-            "second": inner.square() / 2,
-        }
-        for name in criteria:
-            found[name][axis.name] = values[name]
+    found = {axis.name: _criteria(axis, weight, update) for axis in axes}
     total = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
+    pools = [[axis for axis in axes if axis.kind == kind] for kind in dict.fromkeys(axis.kind for axis in axes)] if within_kinds else [axes]
     for name, share in criteria.items():
-        norm = float(torch.cat([*found[name].values(), torch.zeros(0, dtype=torch.float64)]).square().sum().sqrt())
-        for axis in axes:
-            total[axis.name] += share * found[name][axis.name] / max(norm, 1e-300)
+        for pool in pools:
+            spread = float(torch.cat([found[axis.name][name] for axis in pool]).square().mean().sqrt()) if pool else 0.0
+            for axis in pool:
+                total[axis.name] += share * found[axis.name][name] / max(spread, 1e-300)
     return total
+
+
+def _criteria(axis: Axis, weight: Part, update: Part) -> dict[Criterion, Tensor]:
+    """The five criteria of each unit of an axis, each [size]."""
+    entries = sum(w.numel() // axis.size for piece in axis.slices if (w := weight(piece.param)) is not None)
+    size, added = unit_products(axis, weight, weight).sqrt(), unit_products(axis, update, update).sqrt()
+    inner, both = unit_products(axis, weight, update), size * added
+    return {
+        "magnitude": size,
+        "average": size / max(entries, 1),
+        "cosine": torch.where(both > 0, inner / both.clamp(min=1e-300), 0.0) + 1,
+        "first": inner.abs(),
+        "second": inner.square() / 2,
+    }

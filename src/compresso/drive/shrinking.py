@@ -38,6 +38,7 @@ class ShrinkingObjective(nn.Module):
         periods: how many.
         eps: of the half-space step.
         criteria: weights of the scores' criteria.
+        within_kinds: compare scores relative to those of the same kind.
     """
 
     scale: Tensor
@@ -59,10 +60,12 @@ class ShrinkingObjective(nn.Module):
         periods: int,
         eps: float,
         criteria: Mapping[Criterion, float],
+        within_kinds: bool,
     ) -> None:
         super().__init__()
         self.model = model
-        self.axes, self.choose, self.criteria, self.eps = list(axes), choose, criteria, eps
+        self.axes, self.choose, self.eps = list(axes), choose, eps
+        self.criteria, self.within_kinds = criteria, within_kinds
         self.starts, self.length, self.periods = starts, length, periods
         self._weight, self._flat = weights.__getitem__, Flat(self.axes)
         self.register_buffer("scale", torch.ones(self._flat.units))
@@ -118,7 +121,7 @@ class ShrinkingObjective(nn.Module):
         """Mark the units that a period takes, once."""
         if int(self.chosen) >= period:
             return
-        scores = lora_scores(self.axes, self._weight, self._added(), self.criteria)
+        scores = lora_scores(self.axes, self._weight, self._added(), self.criteria, self.within_kinds)
         kept = self._flat.join(self.choose(period, scores, self._flat.split(self.turn.cpu() > 0))).to(self.turn.device)
         self.turn[(self.turn == 0) & (kept == 0)] = period
         self.chosen.fill_(period)

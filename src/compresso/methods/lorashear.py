@@ -20,7 +20,8 @@ Our choices, none of them the authors', whose own are not public:
     its tensors; at zero both are the same function. The frozen W stays as read, so training checkpoints hold the numbers alone.
     Knowledge: the share of units that is switched off (`probed`), harm as the loss on `batches` training batches, and the share
     `unprunable`, rounded down to whole axes.
-    Equal weights of the five criteria are only-train-once's default. Rates, lengths, periods, rank and clip are ours.
+    Equal weights of the five criteria are only-train-once's default; `relative` says over which units they are normalised. Over all of them
+    no head leaves before nearly all channels, since it has many more entries. Rates, lengths, periods, rank and clip are ours.
     Under `layout: uniform` no axis can keep its width while others lose units, so it goes with `unprunable: 0` only.
     keep = 1 trains nothing.
 """
@@ -78,6 +79,7 @@ class LoraShear:
         tune, shrink, hold: updates or epochs with LoRA alone; in which units shrink; with all of them at zero.
         periods: parts of `shrink`, each with a choice of its own; fewer where a part would be below 2 updates.
         criteria: weight of each score: magnitude, average, cosine, first, second.
+        relative: scores compare within "kinds" (relative to the other heads, to the other channels) or over "all" units as published.
         half_space: eps of the half-space step.
         batch: examples an update; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
@@ -104,6 +106,7 @@ class LoraShear:
     hold: Duration = 0
     periods: Count = 10
     criteria: Mapping[Criterion, Annotated[float, Ge(0)]] | None = None
+    relative: Literal["kinds", "all"] = "kinds"
     half_space: Annotated[float, Ge(0), Lt(1)] = 0.0
     batch: Count = 16
     micro_batch: Count = 16
@@ -193,6 +196,7 @@ class LoraShear:
             periods=periods,
             eps=self.half_space,
             criteria=self.criteria or _CRITERIA,
+            within_kinds=self.relative == "kinds",
         ).to(job.device)
         total, lr = tune + shrink + hold, schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
