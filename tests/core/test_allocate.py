@@ -296,3 +296,30 @@ def test_no_layer_falls_below_its_share_where_the_floor_says_so(tiny: CostModel)
     assert all(2 * len(kept[axis.name]) >= axis.size for axis in heads)
     free = allocate(tiny.axes, scores, tiny, Budget(0.5)).kept
     assert any(2 * len(free[axis.name]) < axis.size for axis in heads)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{}, {"uniform_over": (Kind.HEAD, Kind.CHANNEL)}, {"multiple_of": {Kind.CHANNEL: 8}}, {"floor": {Kind.HEAD: 2, Kind.CHANNEL: 10}}],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_units_that_are_gone_stay_gone_though_scores_change(describe: Describe, shapes: Mapping[str, Any], seed: int) -> None:
+    """A budget reached in four steps, each with new scores: plans nest, meet their step's budget and its shapes."""
+    cost = describe(64, 3, 8, 96, 32)
+    pool = [axis for axis in cost.axes if axis.kind in (Kind.HEAD, Kind.CHANNEL)]
+    gone = {axis.name: torch.zeros(axis.size, dtype=torch.bool) for axis in pool}
+    for step, keep in enumerate((0.85, 0.7, 0.55, 0.4)):
+        budget = Budget(keep, kinds=(Kind.HEAD, Kind.CHANNEL), **shapes)
+        masks = allocate(cost.axes, integer_scores(cost, 10 * seed + step), cost, budget, gone).masks(pool)
+        assert not any(bool((masks[name].bool() & left).any()) for name, left in gone.items())
+        count, limit = float(cost(masks).blocks), budget.limit(cost)
+        most = 8 * 3 * 64 if budget.rounds else (3 * 3 * 64 if budget.uniform_over else 3 * 64)
+        assert limit - most < count <= limit + (most if budget.rounds else 0)
+        gone = {name: mask == 0 for name, mask in masks.items()}
+
+
+def test_a_floor_above_what_is_left_is_refused(describe: Describe) -> None:
+    cost = describe(64, 2, 8, 96, 32)
+    gone = {"layers.0.channels": torch.arange(96) >= 5}
+    with pytest.raises(ValueError, match=r"layers\.0\.channels has 5 units left, fewer than the 10 that must stay"):
+        allocate(cost.axes, integer_scores(cost, 0), cost, Budget(0.5, floor={Kind.CHANNEL: 10}), gone)

@@ -14,7 +14,8 @@ from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {
     **dict.fromkeys(("tune", "ramp"), 1),
-    **dict.fromkeys(("hold", "steps"), 2),
+    **dict.fromkeys(("hold", "steps", "periods", "text_steps", "instruction_steps"), 2),
+    "shrink": 5,
     **dict.fromkeys(("batch", "micro_batch"), 4),
     **dict.fromkeys(("batches", "score_batches"), 1),
     "rank": 2,

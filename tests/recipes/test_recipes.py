@@ -11,8 +11,9 @@ from compresso.job import card
 from compresso.recipe import build, names, read
 from tests.conftest import FOR_ANY_MODEL
 
-BASELINES = ("gate-taylor", "llm-pruner", "magnitude-structured", "shortgpt")
+BASELINES = ("gate-taylor", "llm-pruner", "lorashear", "magnitude-structured", "shortgpt")
 DEPTH = {"angular", "perplexity", "reverse", "random", "attention", "mlp"}
+LENGTHS = ("tune", "ramp", "shrink", "hold", "steps", "text_steps", "instruction_steps")
 every_recipe = pytest.mark.parametrize("name", names())
 
 
@@ -53,7 +54,7 @@ def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
 
     def lengths(name: str) -> tuple[int, set[int]]:
         stages = [stage for _, stage in build(read(name)).stages if hasattr(stage, "lr")]
-        knobs = [getattr(stage, knob) for stage in stages for knob in ("tune", "ramp", "hold", "steps") if hasattr(stage, knob)]
+        knobs = [getattr(stage, knob) for stage in stages for knob in LENGTHS if hasattr(stage, knob)]
         return sum(knobs), {stage.batch for stage in stages}  # type: ignore[attr-defined]
 
     assert lengths(baseline + size) == lengths("compresso" + size)

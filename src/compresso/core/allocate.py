@@ -25,7 +25,9 @@ from compresso.core.plan import Plan
 __all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
 
 
-def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget) -> Plan:
+def allocate(
+    axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, gone: Mapping[str, Tensor] | None = None
+) -> Plan:
     """The plan that keeps the best units within a budget; it names every axis of the budget's kinds.
 
     Args:
@@ -33,6 +35,7 @@ def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel
         scores: axis name -> [size]; higher stays; comparable across axes. Needed for every axis of the budget's kinds, others are ignored.
         cost: counts the model.
         budget: what may stay. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer, worth their mean score.
+        gone: axis name -> [size], bool: units that left under an earlier, larger budget of the same shapes and do not come back.
 
     Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more than the target
     (with multiples: by more than 0.5 % of it).
@@ -41,7 +44,7 @@ def allocate(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel
     for axis in pool:
         _check_scores(axis, scores)
     flat = Flat(pool)
-    start, items = _items(pool, scores, flat, budget)
+    start, items = _items(pool, scores, flat, budget, gone or {})
     limit = budget.limit(cost)
 
     def excess(units: Tensor) -> float:
@@ -78,7 +81,9 @@ def keep_counts(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapp
     return Plan(kept)
 
 
-def _items(pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budget: Budget) -> tuple[Tensor, Items]:
+def _items(
+    pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budget: Budget, gone: Mapping[str, Tensor]
+) -> tuple[Tensor, Items]:
     """The units that stay in any case [units], bool, and the items above them."""
     start = torch.zeros(flat.units, dtype=torch.bool)
     of_unit = torch.full((flat.units,), -1)
@@ -88,12 +93,17 @@ def _items(pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budge
     n_items = 0
     # Groups last first and units best first, so that a stable descending sort admits them in the reverse of the order of removal.
     for group, members in reversed(list(enumerate(_groups(pool, budget)))):
-        best = [removal_order(scores[pool[i].name]).flip(0) for i in members]
+        best = [_best_first(pool[i], scores, gone) for i in members]
         size = min(pool[i].size for i in members)
+        left = min(pool[i].size - int(gone[pool[i].name].sum()) if pool[i].name in gone else pool[i].size for i in members)
         ranked = torch.stack([scores[pool[i].name].detach().cpu().double()[order[:size]] for i, order in zip(members, best, strict=True)])
-        counts = torch.tensor(budget.allowed(pool[members[0]].kind, size, max(min(size, budget.fewest(pool[i])) for i in members)))
+        allowed = budget.allowed(pool[members[0]].kind, size, max(min(size, budget.fewest(pool[i])) for i in members))
+        counts = torch.tensor([count for count in allowed if count <= left])
+        if not len(counts):
+            raise ValueError(f"{pool[members[0]].name} has {left} units left, fewer than the {allowed[0]} that must stay")
         item = torch.searchsorted(counts, torch.arange(size), right=True) - 1  # -1 below the smallest count
-        n_new, rising = len(counts) - 1, item >= 0
+        n_new = len(counts) - 1
+        rising = (item >= 0) & (item < n_new)  # from n_new on: gone
         sums = torch.zeros(n_new, dtype=torch.float64).index_add_(0, item[rising], ranked.mean(dim=0)[rising])
         if n_new:
             worths.append((sums / counts.diff()).cummin(dim=0).values)  # rounding of a mean must not put a worse item before a better one
@@ -101,13 +111,22 @@ def _items(pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budge
         closing.append(torch.full((n_new,), all(piece.unit is None for i in members for piece in pool[i].slices)))
         for i, order in zip(members, best, strict=True):
             units = order[:size] + flat.starts[i]
-            start[units[~rising]] = True
+            start[units[item < 0]] = True
             of_unit[units[rising]] = item[rising] + n_items
         n_items += n_new
     admission = torch.sort(torch.cat([*worths, torch.zeros(0, dtype=torch.float64)]), descending=True, stable=True).indices
     number = torch.empty_like(admission).scatter_(0, admission, torch.arange(n_items))
     of_unit[of_unit >= 0] = number[of_unit[of_unit >= 0]]
     return start, Items(of_unit, torch.cat(groups)[admission], torch.cat(closing)[admission])
+
+
+def _best_first(axis: Axis, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> Tensor:
+    """The units of an axis [size], best first, those that are gone last."""
+    best = removal_order(scores[axis.name]).flip(0)
+    if axis.name not in gone:
+        return best
+    left = gone[axis.name].cpu()[best]
+    return torch.cat([best[~left], best[left]])
 
 
 def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """From tokenised rows to the tensors of a training step."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ IGNORED = -100
 
 
 class Row(TypedDict):
-    """One example: its ids, and for each the label, which is the id itself or `IGNORED`."""
+    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; where it is known, the source it came from."""
 
     input_ids: list[int]
     labels: list[int]
+    source: NotRequired[str]
 
 
 class Batch(TypedDict):

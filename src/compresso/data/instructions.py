@@ -9,9 +9,10 @@ tokenised, and so does not act), and no [PAD] row is added to the embedding.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,8 +80,8 @@ def encode(
     Args:
         max_length: most tokens of a row, the prompt included.
         prompt_on: put the collaborative prompt before instructions and conversations.
-        pack: join the plain texts, each between its beginning and end token, and cut the stream into rows of `max_length` (attention then
-            crosses from one text to the next); otherwise each text is a row of its own, cut at `max_length`.
+        pack: join the plain texts of a source, each between its beginning and end token, and cut the stream into rows of `max_length`
+            (attention then crosses from one text to the next); otherwise each text is a row of its own, cut at `max_length`.
         limit: most records to look at: the first ones, or evenly spaced ones of a mix of kinds, so that every kind is met.
         vocab_size: ids must be smaller; the tokenizer's size if not given. Pass the model's where it is at hand.
 
@@ -94,7 +95,11 @@ def encode(
         raise DataError("the tokenizer has no end-of-sequence token, so no response would ever end; set tokenizer.eos_token")
     tally = _Tally()
     chosen = _chosen(records, limit)
-    rows = list(_rows(chosen, tokenizer, max_length, prompt_on, pack, tally))
+    rows: list[Row] = []
+    for source, part in chosen.by_source():
+        for row in _rows(part, tokenizer, max_length, prompt_on, pack, tally):
+            row["source"] = source
+            rows.append(row)
     size = len(tokenizer) if vocab_size is None else vocab_size
     for number, row in enumerate(rows, 1):
         if max(row["input_ids"]) >= size:
@@ -103,10 +108,10 @@ def encode(
                 "use the tokenizer that belongs to the model"
             )
     if not rows:
-        raise DataError(_nothing_left(records, len(chosen), max_length, prompt_on, tally))
+        raise DataError(_nothing_left(records, len(chosen.rows), max_length, prompt_on, tally))
     tokens = sum(len(row["input_ids"]) for row in rows)
     learned = sum(label != IGNORED for row in rows for label in row["labels"])
-    return Encoded(rows, Stats(len(chosen), tally.truncated, tally.dropped, tally.empty, len(rows), tokens, learned))
+    return Encoded(rows, Stats(len(chosen.rows), tally.truncated, tally.dropped, tally.empty, len(rows), tokens, learned))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "", prompt_on: bool = True) -> list[int]:
@@ -129,15 +134,18 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[: bisect_right(ends, len(head))]
 
 
-def _chosen(records: Records, limit: int | None) -> Sequence[Record]:
+def _chosen(records: Records, limit: int | None) -> Records:
+    """The records that are looked at, still by source."""
     n = len(records.rows)
     if limit is None or limit >= n:
-        return records.rows
+        return records
     if limit < 1:
         raise DataError(f"limit={limit}: wanted at least 1 record")
-    if records.kind != "mixed":
-        return records.rows[:limit]
-    return [records.rows[place * n // limit] for place in range(limit)]
+    places = range(limit) if records.kind != "mixed" else [place * n // limit for place in range(limit)]
+    ends = list(accumulate(size for _, size in records.parts))
+    names = Counter(bisect_right(ends, place) for place in places) if ends else {}
+    parts = tuple((name, names[i]) for i, (name, _) in enumerate(records.parts))
+    return replace(records, rows=[records.rows[place] for place in places], parts=parts)
 
 
 def _rows(

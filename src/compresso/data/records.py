@@ -76,6 +76,7 @@ class Records:
         source: what a person needs to find the data again; file names without folders.
         n_bad: lines that were skipped because they hold no record.
         bad: the first few of those, as "file:line: reason".
+        parts: of several sources, each one's name and number of rows; empty for a single one.
         sha256: identity of the rows, whatever file or hub they came from.
     """
 
@@ -84,10 +85,18 @@ class Records:
     source: str
     n_bad: int = 0
     bad: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sha256", digest(self.rows))
+
+    def by_source(self) -> Iterator[tuple[str, Sequence[Record]]]:
+        """Each source's name and rows, in order."""
+        start = 0
+        for name, n in self.parts or ((self.source, len(self.rows)),):
+            yield name, self.rows[start : start + n]
+            start += n
 
     def texts(self) -> list[str]:
         """The documents among the rows, in order, empty ones included."""

@@ -117,6 +117,7 @@ def load_records(
         source=" + ".join(source.source for source in sources),
         n_bad=sum(source.n_bad for source in sources),
         bad=tuple(chain.from_iterable(source.bad for source in sources)),
+        parts=tuple((source.source, len(source.rows)) for source in sources),
     )
 
 

@@ -78,6 +78,18 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
     return base
 
 
+def adapter_factors(adapted: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight that it adapts; not copied."""
+    return {
+        f"{name}.weight": (
+            layer.lora_B.get_submodule("default").get_parameter("weight").detach(),
+            layer.lora_A.get_submodule("default").get_parameter("weight").detach(),
+            layer.scaling["default"],
+        )
+        for name, layer in _adapters(adapted)
+    }
+
+
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write the adapters as peft does: `adapter_model.safetensors` and `adapter_config.json`.
 
