@@ -121,7 +121,7 @@ def run(
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
-            job, before = _with_weights(_new_job(prepared, work, quiet), prepared, done)
+            job, before = _with_weights(new_job(prepared, work, quiet), prepared, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -161,7 +161,7 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     yield str(model)
 
 
-def _new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
+def new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
     """The job before its weights are read."""
     rows = prepared.encoded.rows if prepared.encoded else []
     # spread over the data, so that every source of a mix is held out in its share
