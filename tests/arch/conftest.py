@@ -106,7 +106,7 @@ def build(name: str, attention: str = "sdpa") -> PreTrainedModel:
 def _original(name: str) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(len(name))
     model = build(name).eval()
-    tied = model.config.tie_word_embeddings
+    tied = getattr(model.config, "tie_word_embeddings", False)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.lower().endswith(("norm.weight", "layernorm_before.weight", "layernorm_after.weight")):

@@ -49,7 +49,7 @@ def random_masks(axes: tuple[Axis, ...], kind: str, seed: int = 0, soft: bool = 
         stays[torch.randint(axis.size, (), generator=generator)] = True
         if axis.name == "layers.2.channels":
             stays[:] = False
-            stays[7] = True
+            stays[min(7, axis.size - 1)] = True
         elif axis.name in ("layers.0.heads", "layers.1.channels") and axis.min_units == 0:
             stays[:] = False
         elif axis.kind in (Kind.LAYER, Kind.ATTENTION, Kind.MLP):

@@ -109,7 +109,7 @@ class Stack:
         return shapes
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """`layers.{i}.heads` and `layers.{i}.channels` of the sub-layers that are there, then `layers` (see the header), `attention`, `mlp`."""
+        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `layers` (if norms lie first), `attention`, `mlp`."""
         where, shapes = self._where(model), self.shapes(model)
         axes: list[Axis] = []
         for i, shape in enumerate(shapes):
