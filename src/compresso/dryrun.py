@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, meta_model, open_source
+from compresso.checkpoint.source import Source, is_causal, meta_model, open_source
 from compresso.core.allocate import allocate
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
@@ -85,6 +85,16 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
             LoRA targets that no layer has, batches that cannot be split.
     """
+    if not is_causal(source.config):
+        raise ArchError(
+            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure only those; "
+            "shrink it from Python with compresso.shrink_ and compresso.export"
+        )
+    if family_of(source.config.model_type) is None:
+        raise ArchError(
+            f"recipes do not write {source.config.model_type} models ({source.name}); known: {', '.join(CLASSES)}. "
+            "Shrink it from Python with compresso.shrink_ and compresso.export"
+        )
     model = meta_model(source)
     arch = arch_for(model.config)
     axes = arch.axes(model)
