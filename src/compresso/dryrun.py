@@ -24,11 +24,12 @@ from compresso.drive.device import choose_device
 from compresso.drive.duration import shortened, updates
 from compresso.edit.lora import attach_
 from compresso.edit.shrink import shrink_
-from compresso.errors import BudgetError
+from compresso.errors import ArchError, BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.export.shrunk import describe
 from compresso.job import accumulation
 from compresso.measure.size import counts
+from compresso.native import CLASSES, family_of
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4
@@ -88,15 +89,15 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     if not is_causal(source.config):
         raise ArchError(
             f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure only those; "
-            "shrink it from Python with compresso.shrink_ and compresso.export"
-        )
-    if family_of(source.config.model_type) is None:
-        raise ArchError(
-            f"recipes do not write {source.config.model_type} models ({source.name}); known: {', '.join(CLASSES)}. "
-            "Shrink it from Python with compresso.shrink_ and compresso.export"
+            "shrink it from Python with compresso.shrink_ and write it with compresso.export.hf"
         )
     model = meta_model(source)
     arch = arch_for(model.config)
+    if family_of(source.config.model_type) is None:
+        raise ArchError(
+            f"recipes do not write {source.config.model_type} models ({source.name}); known: {', '.join(CLASSES)}. "
+            "Shrink it from Python with compresso.shrink_ and write it with compresso.export.hf"
+        )
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from compresso.checkpoint.source import auto_class
 from compresso.errors import ExportError, ResourceError
 
 
@@ -29,7 +30,7 @@ def reopen_and_compare(
     model is compared with less memory in its own dtype.
 
     Args:
-        ids: token ids [batch, seq].
+        ids: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
         atol: largest difference allowed.
         device: where the fresh process computes; None for the live model's device.
 
@@ -85,12 +86,17 @@ def _as_stored(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) 
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [batch, seq, vocab] in float32 on the CPU."""
-    return model(input_ids=ids, use_cache=False).logits.float().cpu()
+    """Logits [batch, seq, vocab] in float32 on the CPU; the last hidden states of a model without a head."""
+    if model.main_input_name == "pixel_values":
+        result = model(pixel_values=ids.to(model.dtype))
+    else:
+        result = model(input_ids=ids, **({} if model.config.model_type == "bert" else {"use_cache": False}))
+    return (result.logits if hasattr(result, "logits") else result.last_hidden_state).float().cpu()
 
 
 def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # the library's wrapper hides the signature
