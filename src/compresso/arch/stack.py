@@ -192,7 +192,7 @@ class Stack:
             config.layer_types = [label or "full_attention" for label in labels]
         for block, core, shape, slot in zip(blocks, cores, shapes, slots, strict=True):
             if slot is not None and hasattr(core, "layer_idx"):
-                core.layer_idx = slot  # pyright: ignore[reportAttributeAccessIssue]
+                core.layer_idx = slot  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             for field in parts.heads if shape.kv_heads else ():
                 width = getattr(core, parts.head_dim) if field == "all_head_size" else 1
                 setattr(core, field, shape.query_heads * width)

@@ -116,7 +116,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
-        mapping = auto._model_mapping
+        mapping: Any = auto._model_mapping
         if type(config) in mapping and mapping[type(config)].__name__ == named:
             return auto
     if type(config) in AutoModelForCausalLM._model_mapping and config.model_type != "bert":  # transformers has a causal BERT too

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from compresso.arch.outputs import outputs
 from compresso.checkpoint.source import auto_class
 from compresso.errors import ExportError, ResourceError
 
@@ -60,7 +61,7 @@ def reopen_and_compare(
             raise ExportError(f"{folder} does not open in a fresh process: {last}")
         found = load_file(result)["logits"]
     with _as_stored(model, stored, dtype):
-        wanted = _logits(model, ids.to(model.device))
+        wanted = outputs(model, ids.to(model.device)).cpu()
     if found.shape != wanted.shape:
         raise ExportError(f"{folder} reads back with logits {list(found.shape)} instead of {list(wanted.shape)}.")
     worst = float((found - wanted).abs().max())
@@ -84,23 +85,13 @@ def _as_stored(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) 
             parameter.data = data
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [batch, seq, vocab] in float32 on the CPU; the last hidden states of a model without a head."""
-    if model.main_input_name == "pixel_values":
-        result = model(pixel_values=ids.to(model.dtype))
-    else:
-        result = model(input_ids=ids, **({} if model.config.model_type == "bert" else {"use_cache": False}))
-    return (result.logits if hasattr(result, "logits") else result.last_hidden_state).float().cpu()
-
-
 def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model: PreTrainedModel = auto_class(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # the library's wrapper hides the signature
-    logits = _logits(model, load_file(given)["ids"].to(device))
+    logits = outputs(model, load_file(given)["ids"].to(device)).cpu()
     save_file({"logits": logits.contiguous()}, result)
 
 
