@@ -177,65 +177,6 @@ class Job:
         return outputs(self.model, torch.tensor([ids], device=self.device))
 
 
-def accumulation(self, batch: int, micro_batch: int) -> int:
-        """As the function `accumulation`."""
-        return accumulation(batch, micro_batch)
-
-    def checkpoints(self) -> TrainingCheckpoints:
-        """Where the running stage saves and resumes its training."""
-        return TrainingCheckpoints(self.out, dict(self.identity))
-
-    def keep_adapter(self, adapted: PeftModel, stage: str) -> None:
-        """Save a stage's adapter before it is merged, in the folder `adapters` of the result."""
-        if self.adapters is not None and PartialState().is_main_process:
-            save_adapter(adapted, self.adapters / stage)
-
-    def progress(self) -> Progress:
-        """The display of a training loop."""
-        return Progress("silent" if self.quiet else "auto")
-
-    def without(self, masks: Mapping[str, Tensor], stage: str, **facts: Any) -> "Job":
-        """The job after removing the units whose mask is 0, with other mask values folded into the weights.
-
-        The masked model is run beforehand and the smaller one afterwards on the same tokens; how far their logits differ is recorded.
-
-        Raises:
-            NumericError: if they differ by more than rounding explains: the shape surgery would be wrong.
-        """
-        axes = self.arch.axes(self.model)
-        plan = Plan.from_masks(axes, masks)
-        dense = self.cost()
-        before = dense().parameters()
-        with gated(self.model, axes, {name: mask.to(self.device) for name, mask in masks.items()}):
-            masked = self._probe()
-        soft = {name: mask for name, mask in masks.items() if bool(((mask != 0) & (mask != 1)).any())}
-        shrink_(self.model, axes, plan, soft)
-        difference = float((self._probe() - masked).abs().max())
-        allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
-        if not difference <= allowed:
-            raise NumericError(
-                f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more than {allowed:.3g}"
-            )
-        after = self.cost()().parameters()
-        kept = {name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()}
-        return replace(self, plan=self.plan.then(plan)).note(
-            stage,
-            parameters_before=before,
-            parameters_after=after,
-            kept_share_of_blocks=after["blocks"] / before["blocks"],
-            units_kept=kept,
-            masked_minus_smaller_max_abs=difference,
-            **facts,
-        )
-
-    @torch.no_grad()
-    def _probe(self) -> Tensor:
-        """Logits [1, seq, vocab], float32, on the first held-out tokens, or on the first ids of the vocabulary."""
-        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, self.model.config.vocab_size)))
-        self.model.eval()
-        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits.float()
-
-
 def accumulation(batch: int, micro_batch: int) -> int:
     """Micro-batches per process that make up an update of `batch` examples.
 
