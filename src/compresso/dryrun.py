@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, meta_model, open_source
+from compresso.checkpoint.source import Source, is_causal, meta_model, open_source
 from compresso.core.allocate import allocate
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
@@ -24,11 +24,12 @@ from compresso.drive.device import choose_device
 from compresso.drive.duration import shortened, updates
 from compresso.edit.lora import attach_
 from compresso.edit.shrink import shrink_
-from compresso.errors import BudgetError
+from compresso.errors import ArchError, BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.export.shrunk import describe
 from compresso.job import accumulation
 from compresso.measure.size import counts
+from compresso.native import CLASSES, family_of
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4
@@ -85,8 +86,18 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
             LoRA targets that no layer has, batches that cannot be split.
     """
+    if not is_causal(source.config):
+        raise ArchError(
+            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure only those; "
+            "shrink it from Python with compresso.shrink_ and write it with compresso.export.hf"
+        )
     model = meta_model(source)
     arch = arch_for(model.config)
+    if family_of(source.config.model_type) is None:
+        raise ArchError(
+            f"recipes do not write {source.config.model_type} models ({source.name}); known: {', '.join(CLASSES)}. "
+            "Shrink it from Python with compresso.shrink_ and write it with compresso.export.hf"
+        )
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}

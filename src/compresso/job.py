@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
+from compresso.arch.outputs import outputs
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import Row, collate
@@ -165,12 +166,15 @@ class Job:
             **facts,
         )
 
-    @torch.no_grad()
     def _probe(self) -> Tensor:
-        """Logits [1, seq, vocab], float32, on the first held-out tokens, or on the first ids of the vocabulary."""
-        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, self.model.config.vocab_size)))
+        """What the model computes, float32, on the first held-out tokens, the first ids of the vocabulary, or one image of noise."""
         self.model.eval()
-        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits.float()
+        config = self.model.config
+        if self.model.main_input_name == "pixel_values":
+            shape = (1, config.num_channels, config.image_size, config.image_size)
+            return outputs(self.model, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device))
+        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, config.vocab_size)))
+        return outputs(self.model, torch.tensor([ids], device=self.device))
 
 
 def accumulation(batch: int, micro_batch: int) -> int:

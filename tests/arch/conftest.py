@@ -10,12 +10,22 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 SIZES = {
@@ -29,6 +39,26 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+ENCODER = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 176,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+BERT = {**ENCODER, "vocab_size": 128, "max_position_embeddings": 64}
+VIT = {**ENCODER, "image_size": 16, "patch_size": 4}
+OPT_SIZES = {
+    **{key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "pad_token_id")},
+    "num_attention_heads": 4,
+    "ffn_dim": 176,
+    "dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GEMMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 5}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
     "llama_gqa_tied": lambda: LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
@@ -39,22 +69,53 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **SIZES, num_attention_heads=4, num_key_value_heads=4, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True),
+    "opt": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64),
+    "opt_unbiased": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64, enable_bias=False, tie_word_embeddings=False),
+    "opt_post_norm": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "bert": lambda: BertConfig(**BERT),
+    "bert_classifier": lambda: BertConfig(**BERT, num_labels=3),
+    "bert_bare": lambda: BertConfig(**BERT),
+    "vit": lambda: ViTConfig(**VIT, num_labels=5),
+    "vit_bare": lambda: ViTConfig(**VIT, qkv_bias=False),
+    "gemma2": lambda: Gemma2Config(**GEMMA, layer_types=MIXED, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: Gemma3TextConfig(**GEMMA, layer_types=MIXED),
 }
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "bert": BertForMaskedLM,
+    "bert_classifier": BertForSequenceClassification,
+    "bert_bare": BertModel,
+    "vit": ViTForImageClassification,
+    "vit_bare": ViTModel,
+}
+"""Models that are not causal language models."""
+WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen"))]
+POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name == "opt_post_norm"]
+"""Models whose layers end in a norm, so that they cannot be dropped whole by masks."""
+
+
+def build(name: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A model from its config, with its class's own random weights."""
+    if name == "gemma2":
+        attention = "eager"  # its soft-capped scores have no other
+    if name in CLASSES:
+        return CLASSES[name]._from_config(CONFIGS[name](), attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
 
 
 @functools.cache
 def _original(name: str) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").eval()
-    tied = model.config.tie_word_embeddings
+    model = build(name).eval()
+    tied = getattr(model.config, "tie_word_embeddings", False)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("norm.weight"):
-                parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator))
+            if parameter_name.lower().endswith(("norm.weight", "layernorm_before.weight", "layernorm_after.weight")):
+                centre = 0 if name.startswith("gemma") else 1
+                parameter.copy_(torch.empty_like(parameter).uniform_(centre - 0.5, centre + 0.5, generator=generator))
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.3, generator=generator)
             else:
-                scale = (0.1 if tied else 0.7) if "embed" in parameter_name else 1 / math.sqrt(parameter.shape[1])
+                scale = (0.1 if tied else 0.7) if "embed" in parameter_name else 1 / math.sqrt(parameter[0].numel())
                 parameter.normal_(0, scale, generator=generator)
     return model
 
@@ -72,6 +133,11 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
+    def one_plus(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
     for norm in {type(m) for name in CONFIGS for m in _original(name).modules() if type(m).__name__.endswith("RMSNorm")}:
-        monkeypatch.setattr(norm, "forward", forward)
+        monkeypatch.setattr(norm, "forward", one_plus if norm.__name__.startswith("Gemma") else forward)
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))  # eager attention asks for float32
     yield

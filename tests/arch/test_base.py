@@ -6,15 +6,21 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
+    BertConfig,
+    BertLMHeadModel,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
     MixtralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    ViTConfig,
 )
 
 from compresso.arch.base import arch_for
@@ -26,14 +32,27 @@ from compresso.errors import ArchError
 Tiny = Callable[[str], PreTrainedModel]
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(), Qwen2Config(), Qwen3Config()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        MistralConfig(),
+        Qwen2Config(),
+        Qwen3Config(),
+        OPTConfig(),
+        BertConfig(),
+        ViTConfig(),
+        Gemma2Config(),
+        Gemma3TextConfig(),
+    ],
+)
 def test_described(config: PreTrainedConfig) -> None:
     assert arch_for(config).name == config.model_type
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), MixtralConfig()])
+@pytest.mark.parametrize("config", [FalconConfig(), MixtralConfig()])
 def test_unknown_architectures_are_named_with_the_known_ones(config: PreTrainedConfig) -> None:
-    with pytest.raises(ArchError, match=rf"'{config.model_type}'; described are llama, mistral, qwen2, qwen3\. Use one of these"):
+    with pytest.raises(ArchError, match=rf"'{config.model_type}'; described are .*llama, mistral, .*qwen2, qwen3.*\. Use one of these"):
         arch_for(config)
 
 
@@ -109,3 +128,38 @@ def test_cache_slots() -> None:
     assert cache_slots(["f", None, "f", "s"]) == (["f", "f", "f", "s"], [0, None, 1, 3])
     assert cache_slots([None, "s", "s", "f"]) == (["s", "s", "s", "f"], [None, 0, 1, 3])
     assert cache_slots([None, None]) == (["", ""], [None, None])
+
+
+def test_a_stack_whose_modules_are_not_the_stock_ones(tiny: Tiny) -> None:
+    model = tiny("bert")
+    arch = arch_for(model.config)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ArchError, match="num_hidden_layers=3, the model has 4"):
+        arch.axes(model)
+    model.config.num_hidden_layers = 4
+    model.bert.encoder.layer[1].intermediate.dense = torch.nn.Linear(64, 90)
+    with pytest.raises(ArchError, match=r"layer\.1\.output\.dense reads 176 channels, \[90\]"):
+        arch.axes(model)
+    small = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    crossed = BertLMHeadModel(BertConfig(**small, is_decoder=True, add_cross_attention=True))
+    with pytest.raises(ArchError, match=r"crossattention.*not part of a plain bert"):
+        arch.axes(crossed)
+    with pytest.raises(ArchError, match=r"LlamaModel has no layers at bert\.encoder\.layer or encoder\.layer"):
+        arch.axes(LlamaModel(LlamaConfig(**small)))
+
+
+@pytest.mark.parametrize(("name", "heads"), [("opt_unbiased", 4), ("gemma3", 2)])
+def test_sub_layers_of_a_stack_that_are_gone(tiny: Tiny, name: str, heads: int) -> None:
+    model = tiny(name)
+    arch = arch_for(model.config)
+    kept = {"layers.0.heads": (), "layers.1.channels": (), "layers.2.heads": (heads - 1,), "layers.2.channels": (1, 2), "layers": (0, 1, 2)}
+    shrink_(model, arch.axes(model), Plan(kept))
+    names = {axis.name for axis in arch.axes(model)}
+    assert "layers.0.heads" not in names and "layers.1.channels" not in names and "layers.3.heads" not in names
+    shapes = arch.shapes(model)
+    assert [(shape.kv_heads, shape.channels) for shape in shapes] == [(0, 176), (heads, 0), (1, 2)]
+    assert model.config.num_hidden_layers == 3 and model.config.num_attention_heads == 4
+    slots = [arch.blocks(model)[i].self_attn.layer_idx for i in (1, 2)]
+    assert slots == ([0, 1] if name == "opt_unbiased" else [0, 2])  # gemma's second layer sees everything; the third has a window
+    assert not any("norm" in key for key, _ in arch.blocks(model)[0].self_attn.named_parameters())
+    assert len(arch.linear_groups(arch.blocks(model)[0])) == 2

@@ -6,7 +6,20 @@ by the same authors for Llama-3-8B and TinyLlama; 4.54M is Compresso's trainable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from compresso.arch.base import arch_for
 from compresso.core.cost import CostModel
@@ -75,3 +88,31 @@ def test_published_sizes(sizes: dict[str, int], plan: Plan, total: int, blocks: 
     assert predicted["total"] == total == sum(p.numel() for p in model.parameters())
     assert blocks is None or predicted["blocks"] == blocks
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("of", "config", "blocks"),
+    [
+        # a layer's linears: 12 d^2 + 9 d where the FFN is 4 d wide and every linear has a bias
+        (AutoModelForCausalLM, OPTConfig(), 12 * (4 * 768**2 + 2 * 768 * 3072 + 4 * 768 + 3072 + 768)),
+        (BertModel, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
+        (BertForMaskedLM, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
+        (ViTForImageClassification, ViTConfig(num_labels=1000), 12 * (12 * 768**2 + 9 * 768)),
+        (AutoModelForCausalLM, Gemma2Config(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
+        (AutoModelForCausalLM, Gemma3TextConfig(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
+    ],
+    ids=["opt-125m", "bert", "bert-masked", "vit-base", "gemma2-2b", "gemma3"],
+)
+def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrainedConfig, blocks: int) -> None:
+    """Their own classes' num_parameters, and the closed form of the layers; then with some units gone."""
+    with torch.device("meta"):
+        model = of.from_config(config) if of is AutoModelForCausalLM else of(config)
+    arch = arch_for(model.config)
+    axes = arch.axes(model)
+    cost = CostModel(axes, arch.weights(model))
+    assert cost().parameters()["total"] == model.num_parameters()
+    assert cost().parameters()["blocks"] == blocks
+    plan = Plan({"layers.1.heads": (0, 2), "layers.3.channels": tuple(range(100)), "mlp": tuple(range(1, config.num_hidden_layers))})
+    predicted = cost.of(plan).parameters()
+    shrink_(model, axes, plan)
+    assert predicted["total"] == model.num_parameters() < cost().parameters()["total"]

@@ -162,9 +162,30 @@ def test_lora_adapter(folder: Path) -> None:
 
 
 def test_not_a_language_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ArchError, match=r"\(vit\) is not a causal language model"):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ArchError, match=r"resnet with no architecture is not opened\. Give a causal language model, or an encoder"):
         meta_model(open_source(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}')
+    with pytest.raises(ArchError, match="bert with the architecture BertForQuestionAnswering is not opened"):
+        meta_model(open_source(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "opened"),
+    [
+        ("bert", None, "BertModel"),
+        ("bert", "BertForMaskedLM", "BertForMaskedLM"),
+        ("bert", "BertForSequenceClassification", "BertForSequenceClassification"),
+        ("vit", None, "ViTModel"),
+        ("vit", "ViTForImageClassification", "ViTForImageClassification"),
+        ("opt", None, "OPTForCausalLM"),
+        ("gemma2", "Gemma2ForCausalLM", "Gemma2ForCausalLM"),
+    ],
+)
+def test_the_config_names_the_class(tmp_path: Path, kind: str, named: str | None, opened: str) -> None:
+    config = {"model_type": kind} | ({"architectures": [named]} if named else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(meta_model(open_source(tmp_path / "config.json"))).__name__ == opened
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", "model.ckpt"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class NoAttention(nn.Module):
     """An attention without heads: it reads nothing, writes zeros and owns no slot of the key/value cache."""
 
-    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         """Zeros of the input's shape without their memory, and no attention weights."""
         return hidden_states.new_zeros(()).expand_as(hidden_states), None
 

@@ -10,11 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compresso.checkpoint import hub
 from compresso.checkpoint.atomic import sha256
@@ -24,6 +34,7 @@ from compresso.errors import ArchError, CheckpointError, NumericError, ResourceE
 from compresso.native import family_of
 from compresso.native.stock import as_stock
 
+_ENCODERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel)
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _MAX_LAYERS = 4_096
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
@@ -98,10 +109,33 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
         raise CheckpointError(f"model {model} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Which of transformers' auto classes opens a model: the one whose class the config's `architectures` names, else a causal one.
+
+    Raises ArchError if the config names none of a causal language model, a masked one, a classifier or a bare model, and is not causal.
+    """
+    named = (getattr(config, "architectures", None) or [""])[0]
+    for auto in (AutoModelForCausalLM, *_ENCODERS):
+        mapping: Any = auto._model_mapping
+        if type(config) in mapping and mapping[type(config)].__name__ == named:
+            return auto
+    if type(config) in AutoModelForCausalLM._model_mapping and config.model_type != "bert":  # transformers has a causal BERT too
+        return AutoModelForCausalLM
+    if not named and config.model_type in ("bert", "vit"):
+        return AutoModel
+    said = f"the architecture {named}" if named else "no architecture"
+    raise ArchError(f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head.")
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as a causal language model: what data, training and accounts need."""
+    return auto_class(config) is AutoModelForCausalLM and config.model_type != "bert"
+
+
 def meta_model(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device, as its family's stock class: names and shapes without memory.
 
-    Raises ArchError if it is not a causal language model, CheckpointError if its config asks for the impossible.
+    Raises ArchError if it is of no kind that is opened, CheckpointError if its config asks for the impossible.
     """
     return as_stock(_as_written(source))
 
@@ -115,7 +149,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
     if source.folder is None or not source.tensors:
         raise CheckpointError(f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name.")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, as asked for
+        model, info = auto_class(source.config).from_pretrained(  # a pair, as asked for
             source.folder,
             config=copy.deepcopy(source.config),
             dtype=dtype or "auto",
@@ -168,16 +202,15 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
 def _as_written(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device: names and shapes without memory.
 
-    Raises ArchError if it is not a causal language model, CheckpointError if its config asks for the impossible.
+    Raises ArchError if it is of no kind that is opened, CheckpointError if its config asks for the impossible.
     """
     layers = getattr(source.config, "num_hidden_layers", 0) or 0
     if layers > _MAX_LAYERS:
         raise CheckpointError(f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config.")
-    if type(source.config) not in AutoModelForCausalLM._model_mapping:
-        raise ArchError(f"{source.name} ({source.config.model_type}) is not a causal language model. Give one that is.")
+    auto = auto_class(source.config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
+            return auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
         raise CheckpointError(f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config.") from error
 

@@ -38,7 +38,7 @@ class GateSites:
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             mask = self._masks.get(site)
-            return None if mask is None else (inputs[0] * mask.to(inputs[0]), *inputs[1:])
+            return None if mask is None else (_times(inputs[0], mask), *inputs[1:])
 
         return hook
 
@@ -47,7 +47,7 @@ class GateSites:
 
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
             mask = self._masks.get(site)
-            return None if mask is None else output * mask.to(output)
+            return None if mask is None else _times(output, mask)
 
         return hook
 
@@ -121,3 +121,10 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
     else:
         values = mask if gate.width == 1 else mask.repeat_interleave(gate.width, dim=-1)
     return values.unsqueeze(1) if mask.dim() == 2 else values
+
+
+def _times(activation: Tensor, mask: Tensor) -> Tensor:
+    """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets [batch, 1, width]."""
+    if mask.dim() == activation.dim() + 1:
+        return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
+    return activation * mask.to(activation)

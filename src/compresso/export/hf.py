@@ -29,9 +29,10 @@ from compresso.export.layout import (
     with_one_epsilon,
 )
 from compresso.export.pad import pad_tensors
+from compresso.export.plain import check_plain
 from compresso.export.reopen import reopen_and_compare
 from compresso.export.shrunk import Shrunk, describe
-from compresso.native import MODELING_FILE
+from compresso.native import MODELING_FILE, family_of
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 
@@ -47,7 +48,7 @@ def save_checkpoint(
     force: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Layout:
-    """Write a shrunk model of a known family so that `folder` is complete or untouched, and return the layout used.
+    """Write a shrunk model so that `folder` is complete or untouched, and return the layout used.
 
     Args:
         model: live model with stock parameter names and per-layer widths; an absent sub-layer has no parameters.
@@ -60,6 +61,10 @@ def save_checkpoint(
     Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding to `dtype`),
     CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
+    if family_of(model.config.model_type) is None:
+        check_plain(model, shapes, layout)
+        _write_plain(model, folder, tokenizer, dtype, files or {}, force, max_shard_size)
+        return "uniform"
     described = describe(model, shapes)
     layout = choose_layout(described, layout)
     config, tensors = _lay_out(described, layout)
@@ -75,13 +80,39 @@ def save_checkpoint(
             shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         if getattr(model, "generation_config", None) is not None:
             write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        for name, text in (files or {}).items():
-            if Path(name).name != name or (temporary / name).exists():
-                raise ExportError(f"further file '{name}' must have a plain name that the checkpoint does not use itself.")
-            write_text(temporary / name, text)
+        _add_files(temporary, tokenizer, files or {})
     return layout
+
+
+def _write_plain(
+    model: PreTrainedModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    files: Mapping[str, str],
+    force: bool,
+    max_shard_size: int | str,
+) -> None:
+    """Write a model that its own class and config hold, under the tensor names that its class writes."""
+    tensors = {name: _stored(name, tensor.detach(), dtype) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with new_folder(folder, force) as temporary:
+        model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
+        write_text(temporary / "config.json", config.to_json_string())
+        for weights in temporary.glob("*.safetensors"):
+            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
+        _add_files(temporary, tokenizer, files)
+
+
+def _add_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None, files: Mapping[str, str]) -> None:
+    """Write the tokenizer and further text files. Raises ExportError for a name that is not plain or taken."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in files.items():
+        if Path(name).name != name or (folder / name).exists():
+            raise ExportError(f"further file '{name}' must have a plain name that the checkpoint does not use itself.")
+        write_text(folder / name, text)
 
 
 def choose_layout(model: Shrunk, layout: Layout | Literal["auto"]) -> Layout:

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from compresso.arch.outputs import outputs
+from compresso.checkpoint.source import auto_class
 from compresso.errors import ExportError, ResourceError
 
 
@@ -29,7 +31,7 @@ def reopen_and_compare(
     model is compared with less memory in its own dtype.
 
     Args:
-        ids: token ids [batch, seq].
+        ids: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
         atol: largest difference allowed.
         device: where the fresh process computes; None for the live model's device.
 
@@ -59,7 +61,7 @@ def reopen_and_compare(
             raise ExportError(f"{folder} does not open in a fresh process: {last}")
         found = load_file(result)["logits"]
     with _as_stored(model, stored, dtype):
-        wanted = _logits(model, ids.to(model.device))
+        wanted = outputs(model, ids.to(model.device)).cpu()
     if found.shape != wanted.shape:
         raise ExportError(f"{folder} reads back with logits {list(found.shape)} instead of {list(wanted.shape)}.")
     worst = float((found - wanted).abs().max())
@@ -83,18 +85,13 @@ def _as_stored(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) 
             parameter.data = data
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [batch, seq, vocab] in float32 on the CPU."""
-    return model(input_ids=ids, use_cache=False).logits.float().cpu()
-
-
 def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # the library's wrapper hides the signature
-    logits = _logits(model, load_file(given)["ids"].to(device))
+    logits = outputs(model, load_file(given)["ids"].to(device)).cpu()
     save_file({"logits": logits.contiguous()}, result)
 
 

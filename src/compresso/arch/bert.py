@@ -1,0 +1,28 @@
+"""BERT (arXiv 1810.04805): the bidirectional encoder, with any head or none; every linear has a bias.
+
+No hidden axis: LayerNorm subtracts the mean of the residual stream. No axis of layers either: the norms lie behind the residual sums, so a
+layer whose sub-layers add nothing still normalises; its attention and its FFN can leave, its two norms stay.
+"""
+
+from compresso.arch.base import register
+from compresso.arch.stack import Parts, Stack
+
+BERT = register(
+    Stack(
+        name="bert",
+        layers=("bert.encoder.layer", "encoder.layer"),
+        parts=Parts(
+            attention="attention",
+            core="attention.self",
+            read=("attention.self.query", "attention.self.key", "attention.self.value"),
+            write="attention.output.dense",
+            ffn="",
+            up=("intermediate.dense",),
+            down="output.dense",
+            head_dim="attention_head_size",
+            heads=("num_attention_heads", "all_head_size"),
+        ),
+        generates=False,
+        norm_first=lambda _: False,
+    )
+)

@@ -1,0 +1,18 @@
+"""One forward of any described model, for comparing what two of them compute."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, given: Tensor) -> Tensor:
+    """Logits, or the last hidden states of a model without a head, in float32 on the model's device.
+
+    given: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
+    """
+    if model.main_input_name == "pixel_values":
+        result = model(pixel_values=given.to(model.dtype))
+    else:
+        result = model(input_ids=given, use_cache=False)
+    return (result.logits if hasattr(result, "logits") else result.last_hidden_state).float()

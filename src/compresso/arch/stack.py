@@ -1,0 +1,304 @@
+"""Stacks of attention and FFN whose residual stream keeps its width: OPT, BERT, ViT and Gemma, described once by the names of their parts.
+
+    stream -> [ + o(attention(q, k, v)), + down(act(up)) or + down(act(gate) * up) ] x layers
+
+Heads are masked before `o`, FFN channels before `down`, so any activation will do; whole sub-layers at the output of `o` and `down`.
+There is no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would change; Gemma says its own reason.
+A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT) stays, so that such a model has no axis of whole layers:
+norm(x + 0) is not x. A bias on `o` or `down` outlives the last unit, which therefore has to stay.
+Of multiply-accumulates a token, those of layers and of language-model heads are counted; poolers, classifiers and the projection of image
+patches do not run once a token and count none. Everything outside the layers that is no norm is counted with the embeddings.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compresso.arch.absent import NoAttention, NoMlp, is_absent
+from compresso.arch.base import LayerShape
+from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
+from compresso.core.axis import Axis, Gate, Kind, Slice
+from compresso.core.cost import Group, Weight
+from compresso.errors import ArchError
+
+_ONCE_A_TOKEN = ("lm_head.", "cls.predictions.", "model.decoder.project_")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Names of modules, relative to a layer, and of fields.
+
+    Args:
+        attention: the innermost module that holds q, k, v and o.
+        core: the module that computes the attention and knows its head count and cache slot.
+        read: q, k and v.
+        write: o.
+        attention_norms: norms that have no use without the attention.
+        head_norms: norms over one head's entries, shared by all heads.
+        ffn: the innermost module that holds the FFN's linears; "" if they lie in the layer itself.
+        up: the FFN's linears that read the stream.
+        down: the one that writes to it.
+        ffn_norms: norms that have no use without the FFN.
+        head_dim: field of `core` that says a head's width.
+        heads: fields of `core` that say how many heads there are.
+        channels: field of the config that says the FFN's width.
+    """
+
+    attention: str
+    core: str
+    read: tuple[str, str, str]
+    write: str
+    ffn: str
+    up: tuple[str, ...]
+    down: str
+    attention_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    ffn_norms: tuple[str, ...] = ()
+    head_dim: str = "head_dim"
+    heads: tuple[str, ...] = ()
+    channels: str = "intermediate_size"
+
+
+def _always(_: PreTrainedConfig) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """An `Arch` for models of the form in this file's header.
+
+    Args:
+        name: the `model_type` described.
+        layers: where the list of layers may lie, depending on the head.
+        parts: the names of a layer's parts.
+        generates: whether keys and values are cached.
+        norm_first: whether, by its config, a model's norms lie before the sub-layers and not behind the residual sums.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    parts: Parts
+    generates: bool
+    norm_first: Callable[[PreTrainedConfig], bool] = _always
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Whether the config has this model type."""
+        return config.model_type == self.name
+
+    def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The layers, in order. Raises ArchError if the model has none where its family keeps them."""
+        layers = model.get_submodule(self._where(model))
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def shapes(self, model: PreTrainedModel) -> list[LayerShape]:
+        """The widths of each layer. Raises ArchError if the modules are not what the config says."""
+        shapes = self._shapes(model)
+        if len(shapes) != model.config.num_hidden_layers:
+            raise ArchError(
+                f"the config says num_hidden_layers={model.config.num_hidden_layers}, the model has {len(shapes)}; "
+                "load the model and its config from one checkpoint"
+            )
+        types = getattr(model.config, "layer_types", None)
+        if types is not None and (len(types) != len(shapes) or set(types) - set(PLAIN_LAYER_TYPES)):
+            raise ArchError(
+                f"layer_types {types[:4]} are not those of a plain {self.name}; wanted {' or '.join(PLAIN_LAYER_TYPES)} a layer"
+            )
+        return shapes
+
+    def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
+        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `layers` (if norms lie first), `attention`, `mlp`."""
+        where, shapes = self._where(model), self.shapes(model)
+        axes: list[Axis] = []
+        for i, shape in enumerate(shapes):
+            if shape.kv_heads:
+                axes.append(self._heads(model, f"{where}.{i}", i, shape))
+            if shape.channels:
+                axes.append(self._channels(model, f"{where}.{i}", i, shape))
+        attentions = {i: self._owned(model.config, Kind.ATTENTION) for i, shape in enumerate(shapes) if shape.kv_heads}
+        mlps = {i: self._owned(model.config, Kind.MLP) for i, shape in enumerate(shapes) if shape.channels}
+        every = dict.fromkeys(range(len(shapes)), ("",))
+        o, down = self.parts.write, self.parts.down
+        rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
+        rows += [("attention", Kind.ATTENTION, attentions, ((attentions, o),)), ("mlp", Kind.MLP, mlps, ((mlps, down),))]
+        for name, kind, owned, sites in rows:
+            prefixes = {i: tuple(f"{where}.{i}.{part}." if part else f"{where}.{i}." for part in parts) for i, parts in owned.items()}
+            slices = tuple(Slice(p, 0, unit=i) for i, of in prefixes.items() for p, _ in model.named_parameters() if p.startswith(of))
+            gates = tuple(Gate(f"{where}.{i}.{module}", "output", unit=i) for present, module in sites for i in present)
+            axes.append(Axis(name, kind, len(shapes), slices, gates, where))
+        return tuple(axes)
+
+    def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
+        """Every parameter, tied ones once; a tied head's multiplications are counted at the embedding."""
+        self.shapes(model)
+        head, where = model.get_output_embeddings(), self._where(model) + "."
+        tied = None if head is None else head.weight
+        weights: list[Weight] = []
+        for name, parameter in model.named_parameters():
+            module, _, tensor = name.rpartition(".")
+            shape, is_matrix = tuple(parameter.shape), tensor == "weight" and parameter.dim() == 2
+            if "norm" in module.lower():
+                weights.append(Weight(name, shape, Group.NORMS))
+            elif name.startswith(where):
+                cached = self.generates and is_matrix and module.endswith(self.parts.read[1:])
+                weights.append(Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=cached))
+            else:
+                runs = is_matrix and (name.startswith(_ONCE_A_TOKEN) or parameter is tied)
+                weights.append(Weight(name, shape, Group.EMBEDDINGS, macs=int(runs)))
+        return tuple(weights)
+
+    def linear_groups(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
+        """(q, k, v), (o), (gate, up) or (up), (down), without those of removed sub-layers."""
+        parts = self.parts
+        attention = () if self._is_empty(block, Kind.ATTENTION) else (parts.read, (parts.write,))
+        return attention + (() if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,)))
+
+    def empty_(self, block: nn.Module, kind: Kind) -> None:
+        """Put modules that add nothing in a sub-layer's place and identities in that of the norms that leave with it."""
+        parts = self.parts
+        if kind == Kind.ATTENTION:
+            block.set_submodule(parts.core, NoAttention())
+            if not parts.write.startswith(parts.core + "."):
+                block.set_submodule(parts.write, NoMlp())
+        elif kind == Kind.MLP:
+            for up in () if parts.ffn else parts.up:
+                block.set_submodule(up, nn.Identity())
+            block.set_submodule(parts.ffn or parts.down, NoMlp())
+        else:
+            raise ValueError(f"only an attention or an mlp can be emptied, got {kind}")
+        for norm in self._norms(kind) if getattr(block, "do_layer_norm_before", True) else ():
+            block.set_submodule(norm, nn.Identity())
+
+    def sync_config_(self, model: PreTrainedModel) -> None:
+        """Set config and shape fields to what the parameters are, and give each attention its cache slot.
+
+        `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class built from it would
+        give heads another width; the exporter refuses such a model.
+        """
+        config, blocks, shapes, parts = model.config, self.blocks(model), self._shapes(model), self.parts
+        config.num_hidden_layers = len(blocks)
+        if any(shape.kv_heads for shape in shapes):
+            config.num_attention_heads = max(shape.query_heads for shape in shapes)
+            if hasattr(config, "num_key_value_heads"):
+                config.num_key_value_heads = max(shape.kv_heads for shape in shapes)
+        if any(shape.channels for shape in shapes):
+            setattr(config, parts.channels, max(shape.channels for shape in shapes))
+        cores = [block.get_submodule(parts.core) for block in blocks]
+        kinds = [getattr(core, "layer_type", None) or "" if s.kv_heads else None for core, s in zip(cores, shapes, strict=True)]
+        labels, slots = cache_slots(kinds)
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = [label or "full_attention" for label in labels]
+        for block, core, shape, slot in zip(blocks, cores, shapes, slots, strict=True):
+            if slot is not None and hasattr(core, "layer_idx"):
+                core.layer_idx = slot  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            for field in parts.heads if shape.kv_heads else ():
+                width = getattr(core, parts.head_dim) if field == "all_head_size" else 1
+                setattr(core, field, shape.query_heads * width)
+            if parts.ffn and shape.channels and hasattr(mlp := block.get_submodule(parts.ffn), parts.channels):
+                setattr(mlp, parts.channels, shape.channels)
+
+    def _where(self, model: PreTrainedModel) -> str:
+        """Qualified name of the list of layers."""
+        for name in self.layers:
+            try:
+                found = model.get_submodule(name)
+            except AttributeError:
+                continue
+            if isinstance(found, nn.ModuleList) and len(found):
+                return name
+        raise ArchError(f"{type(model).__name__} has no layers at {' or '.join(self.layers)}; load it with a stock class of {self.name}")
+
+    def _norms(self, kind: Kind) -> tuple[str, ...]:
+        return self.parts.attention_norms if kind == Kind.ATTENTION else self.parts.ffn_norms
+
+    def _owned(self, config: PreTrainedConfig, kind: Kind) -> tuple[str, ...]:
+        """What leaves with a sub-layer, relative to the layer."""
+        parts = self.parts
+        linears = (*parts.read, parts.write, *parts.head_norms) if kind == Kind.ATTENTION else (*parts.up, parts.down)
+        return linears + (self._norms(kind) if self.norm_first(config) else ())
+
+    def _is_empty(self, block: nn.Module, kind: Kind) -> bool:
+        return is_absent(block.get_submodule(self.parts.core if kind == Kind.ATTENTION else self.parts.ffn or self.parts.down))
+
+    def _shapes(self, model: PreTrainedModel) -> list[LayerShape]:
+        """The widths of each layer, read off its linears. Raises ArchError if a module or a width is not the stock layer's."""
+        where, parts = self._where(model), self.parts
+        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms)
+        known = (*parts.read, parts.write, *parts.up, parts.down, *norms, "attention.output.LayerNorm", "output.LayerNorm")
+        shapes: list[LayerShape] = []
+        for i, block in enumerate(self.blocks(model)):
+            for name, _ in block.named_parameters():
+                if name.rpartition(".")[0] not in known:
+                    raise ArchError(
+                        f"parameter '{where}.{i}.{name}' is not part of a plain {self.name}; merge adapters, pass the stock model"
+                    )
+            query_heads = kv_heads = channels = 0
+            if not self._is_empty(block, Kind.ATTENTION):
+                q, k, v, o = (_linear(block, name, f"{where}.{i}") for name in (*parts.read, parts.write))
+                head_dim = int(getattr(block.get_submodule(parts.core), parts.head_dim, 0))
+                heads = [0 if not head_dim or width % head_dim else width // head_dim for width in (q[0], k[0], v[0], o[1])]
+                query_heads, kv_heads = heads[0], heads[1]
+                if not kv_heads or heads != [query_heads, kv_heads, kv_heads, query_heads] or query_heads % kv_heads:
+                    raise ArchError(
+                        f"{where}.{i}.{parts.attention} has {heads} heads in q, k, v and o; wanted as many in q and o, and in k and v"
+                    )
+            if not self._is_empty(block, Kind.MLP):
+                *ups, down = (_linear(block, name, f"{where}.{i}") for name in (*parts.up, parts.down))
+                channels = down[1]
+                if any(up[0] != channels for up in ups):
+                    raise ArchError(f"{where}.{i}.{parts.down} reads {channels} channels, {[up[0] for up in ups]} are written")
+            shapes.append(LayerShape(query_heads, kv_heads, channels))
+        return shapes
+
+    def _heads(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
+        """One key/value head with its query heads: rows of q, k, v and columns of o."""
+        parts = self.parts
+        head_dim = model.get_parameter(f"{block}.{parts.read[1]}.weight").shape[0] // shape.kv_heads
+        group = head_dim * (shape.query_heads // shape.kv_heads)
+        rows = zip(parts.read, (group, head_dim, head_dim), strict=True)
+        slices = tuple(Slice(name, 0, width) for part, width in rows for name in _tensors(model, f"{block}.{part}"))
+        writer = f"{block}.{parts.write}"
+        return self._axis(model, f"layers.{i}.heads", Kind.HEAD, shape.kv_heads, i, (slices, writer, group), f"{block}.{parts.attention}")
+
+    def _channels(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
+        """One FFN unit: a row of what reads the stream and a column of down."""
+        parts = self.parts
+        slices = tuple(Slice(name, 0) for part in parts.up for name in _tensors(model, f"{block}.{part}"))
+        container = f"{block}.{parts.ffn}" if parts.ffn else block
+        return self._axis(model, f"layers.{i}.channels", Kind.CHANNEL, shape.channels, i, (slices, f"{block}.{parts.down}", 1), container)
+
+    def _axis(
+        self, model: PreTrainedModel, name: str, kind: Kind, size: int, layer: int, ends: tuple[tuple[Slice, ...], str, int], container: str
+    ) -> Axis:
+        """An axis of one layer. ends: the slices that write the units, the linear that reads them, and the width it reads of each."""
+        slices, reader, width = ends
+        biased = f"{reader}.bias" in dict(model.get_submodule(reader).named_parameters(prefix=reader))
+        block = f"{self._where(model)}.{layer}"
+        norms = (*self._norms(Kind.ATTENTION), *self.parts.head_norms) if kind == Kind.HEAD else self._norms(Kind.MLP)
+        leaving = tuple(p for norm in norms for p in _tensors(model, f"{block}.{norm}")) if self.norm_first(model.config) else ()
+        return Axis(
+            name=name,
+            kind=kind,
+            size=size,
+            slices=(*slices, Slice(f"{reader}.weight", 1, width)),
+            gates=(Gate(reader, "input", width),),
+            container=container,
+            layer=layer,
+            with_last_unit=() if biased else leaving,
+            min_units=int(biased),
+        )
+
+
+def _linear(block: nn.Module, name: str, where: str) -> tuple[int, ...]:
+    """A linear's (out, in). Raises ArchError if it is not a plain one."""
+    module = block.get_submodule(name)
+    if type(module) is not nn.Linear:
+        raise ArchError(f"{where}.{name} is {type(module).__name__}, wanted Linear; merge adapters or load unquantised weights")
+    return tuple(module.weight.shape)
+
+
+def _tensors(model: PreTrainedModel, module: str) -> Iterator[str]:
+    """Qualified names of a module's own parameters."""
+    return (f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters())

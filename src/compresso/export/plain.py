@@ -1,0 +1,43 @@
+"""Models without a per-layer form of ours: their own class and config hold them with the same widths in every layer, or nothing does."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from compresso.arch.base import LayerShape
+from compresso.errors import ExportError
+
+_WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channels": "channels"}
+
+
+def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: str) -> None:
+    """Raise ExportError, saying what would do, if a layout other than uniform is asked for or the model's own config cannot hold it."""
+    kind = model.config.model_type
+    if layout not in ("auto", "uniform"):
+        raise ExportError(f"layout {layout} is not written for model_type '{kind}'. Use uniform, with the same widths in every layer.")
+    if (obstacle := plain_obstacle(model, shapes)) is not None:
+        raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}, and no other layout is written for it.")
+
+
+def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
+    """Why the model's own class, built from its config, is not this model, and what to keep; None if it is."""
+    for index, shape in enumerate(shapes):
+        for field, words in _WIDTHS.items():
+            if getattr(shape, field) == 0:
+                return f"layers.{index} has no {words}; keep some in every layer, or drop whole layers"
+            if getattr(shape, field) != getattr(shapes[0], field):
+                told = f"layers.{index} has {getattr(shape, field)} {words}, layers.0 has {getattr(shapes[0], field)}"
+                return f"{told}; keep as many in every layer"
+    cure = "" if hasattr(model.config, "head_dim") else "; its config has no head_dim, so keep all heads and prune FFN channels"
+    try:
+        with torch.device("meta"):
+            reader = type(model)._from_config(copy.deepcopy(model.config))
+    except ValueError as error:
+        return f"{' '.join(str(error).split())[:200]}{cure}"
+    have, expected = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, reader))
+    odd = sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name))
+    if odd:
+        return f"{odd[0]} is {have.get(odd[0], 'absent')}, its class wants {expected.get(odd[0], 'none')}{cure}"
+    return None
