@@ -162,18 +162,18 @@ def tasks(given: argparse.Namespace) -> list[tuple[str, float, int, str, int, in
                         name == DENSE and (seed, keep) != (given.seeds[0], given.keep[0])
                     ):
                         continue
-                    if name != DENSE and not _exists(found[model], name):
+                    if name != DENSE and not _exists(model, name):
                         continue
                     chosen.append((model, share, at, name, given.updates, given.items, given.device))
     return chosen
 
 
 @cache
-def _exists(case: Case, name: str) -> bool:
+def _exists(model: str, name: str) -> bool:
     try:
-        build(recipe_of(case, METHODS[name], 0.5, 10), name)
+        build(recipe_of(cases()[model], METHODS[name], 0.5, 10), name)
     except RecipeError as error:
-        print(f"{name} is left out on {case.name}: {error}")
+        print(f"{name} is left out on {model}: {error}")
         return False
     return True
 
@@ -205,10 +205,10 @@ def main() -> None:
                 row = job.get()
                 log.write(json.dumps(row | facts) + "\n")
                 log.flush()
-                print(
-                    f"{row['model']} {row['method']} {row['keep']} seed {row['seed']}: {row.get('error') or row['after']} {row['seconds']} s"
-                )
-                if time.monotonic() - started < given.time_limit and (task := next(waiting, None)):
+                label = " ".join(str(row[key]) for key in ("model", "method", "keep", "seed"))
+                print(f"{label}: {row.get('error') or row['after']} {row['seconds']} s", flush=True)
+                in_time = time.monotonic() - started < given.time_limit
+                if in_time and (task := next(waiting, None)):
                     running.append(pool.apply_async(one_job, (task,)))
             time.sleep(0.05)
 

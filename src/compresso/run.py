@@ -121,7 +121,7 @@ def run(
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
-            job, before = _with_weights(new_job(prepared, work, quiet), prepared, done)
+            job, before = _with_weights(new_job(prepared, work.path, quiet), prepared, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -161,8 +161,8 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     yield str(model)
 
 
-def new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
-    """The job before its weights are read."""
+def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
+    """The job before its weights are read; `out` is where stages keep what they need for a resume."""
     rows = prepared.encoded.rows if prepared.encoded else []
     # spread over the data, so that every source of a mix is held out in its share
     held = {i * len(rows) // prepared.recipe.data.held for i in range(prepared.recipe.data.held)} if rows else set()
@@ -177,8 +177,8 @@ def new_job(prepared: Prepared, work: WorkFolder, quiet: bool) -> Job:
         records={},
         identity=prepared.identity(),
         seed=prepared.seed,
-        out=work.path,
-        adapters=work.path / "adapters",
+        out=out,
+        adapters=out / "adapters",
         pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
         quiet=quiet,
         original=lambda dtype, device: as_stock(load_model(prepared.source, dtype=dtype, device=device)),
