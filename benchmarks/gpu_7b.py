@@ -183,14 +183,14 @@ def graph_speedup(full: LlamaForCausalLM, small: LlamaForCausalLM, rows: int, ro
     }
 
 
-def speeds(rounds: int, layers: int, hidden: int) -> list[dict[str, object]]:
+def speeds(rounds: int, layouts: list[str], layers: int, hidden: int) -> list[dict[str, object]]:
     """Prefill and decode of each variant beside dense."""
     full = dense(layers, hidden)
     total = sum(parameter.numel() for parameter in full.parameters())
     rows: list[dict[str, object]] = []
     for size, parameters in SIZES.items():
         for layout, knobs in LAYOUTS.items():
-            if layout == "native, any width" and size != next(iter(SIZES)):
+            if layout not in layouts or (layout == "native, any width" and size != next(iter(SIZES))):
                 continue
             model = cut(full, parameters / 6_738_415_616, dict(knobs))
             found = speed_measurements({"dense": full, "small": model}, (1, 8), PROMPT, NEW, rounds)
@@ -244,12 +244,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="steps a timing")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     given = parser.parse_args()
     facts = machine()
     steps = training(given.pairs, given.steps, given.layers, given.hidden)
-    rows = speeds(given.rounds, given.layers, given.hidden)
+    rows = speeds(given.rounds, given.layouts, given.layers, given.hidden)
     result = {
         "what": "LLaMA-7B shapes, random bfloat16 weights: mask-training step against LoRA, and speed after removal",
         "sequence": SEQUENCE,
