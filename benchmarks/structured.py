@@ -201,7 +201,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with context.Pool(given.workers) as pool, LOG.open("a", encoding="utf-8") as log:
-        running = [pool.apply_async(one_job, (task,)) for task, _ in zip(waiting, range(given.workers), strict=False)]
+        running = [pool.apply_async(one_job, (task,)) for _, task in zip(range(given.workers), waiting, strict=False)]
         while running:
             for job in [job for job in running if job.ready()]:
                 running.remove(job)
