@@ -46,6 +46,8 @@ from structured_cases import DENSE, KEEPS, METHODS, STORIES, UNSEEN, Case, cases
 
 LOG = RESULTS / "structured.jsonl"
 FRESH = 31_415_926
+WHOLE = ("layers", "attention", "mlp")
+"""Axes of which a row says what stayed; of all others, how many units."""
 DOCUMENTS = 400
 
 
@@ -129,7 +131,7 @@ def _measured(case: Case, keep: float, seed: int, name: str, updates: int, items
         if on_gpu:
             facts["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         if seed == 0:
-            facts["kept"] = {axis: list(units) for axis, units in job.plan.kept.items()}
+            facts["kept"] = {axis: list(units) if axis in WHOLE else len(units) for axis, units in job.plan.kept.items()}
             model = job.model.cpu()
             folder = Path(scratch, "checkpoint")
             facts["layout"] = save_checkpoint(model, job.arch.shapes(model), folder, tokenizer=job.tokenizer)
