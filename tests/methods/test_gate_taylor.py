@@ -26,6 +26,19 @@ def test_it_lands_on_the_budget(make_job: MakeJob, keep: float) -> None:
     assert keep * before - 3 * 32 < job.cost()().parameters()["blocks"] <= keep * before
 
 
+@pytest.mark.parametrize("allocation", ["per_layer", "sensitivity", "exact"])
+def test_every_allocation_lands_within_the_budget(make_job: MakeJob, allocation: str) -> None:
+    before = make_job().cost()().parameters()["blocks"]
+    job = GateTaylor(keep=0.6, allocation=allocation, batches=1, batch=4)(make_job())  # type: ignore[arg-type]
+    assert 0.56 * before < job.cost()().parameters()["blocks"] <= 0.6 * before
+
+
+def test_a_cache_budget_is_met_by_heads(make_job: MakeJob) -> None:
+    before = make_job().cost()()
+    after = GateTaylor(keep=0.5, of="kv", batches=1, batch=4)(make_job()).cost()()
+    assert float(after.cached) <= 0.5 * float(before.cached)
+
+
 def test_a_channel_that_does_nothing_goes_first(make_job: MakeJob) -> None:
     job = make_job()
     with torch.no_grad():

@@ -15,7 +15,12 @@ TOLERANCE = 0.005
 Floor = int | Literal["keep"]
 """Fewest units of an axis that stay: a number, or "keep" for the budget's own share of them, to the nearest unit."""
 
-_COUNTED: dict[Counted, str] = {"blocks": "block parameters", "total": "parameters", "macs": "multiply-accumulates a token"}
+_COUNTED: dict[Counted, str] = {
+    "blocks": "block parameters",
+    "total": "parameters",
+    "macs": "multiply-accumulates a token",
+    "kv": "key/value cache entries a token",
+}
 
 
 class InfeasibleBudget(ValueError):
@@ -28,7 +33,7 @@ class Budget:
 
     Args:
         keep: share of the count that may stay, in (0, 1].
-        of: the count: parameters of the blocks, all parameters, or multiply-accumulates per token.
+        of: the count: parameters of the blocks, all parameters, multiply-accumulates per token, or key/value cache entries per token.
         kinds: kinds of units that may be removed.
         uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
         multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.

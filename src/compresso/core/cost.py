@@ -17,7 +17,7 @@ from torch import Tensor
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 
-Counted = Literal["blocks", "total", "macs"]
+Counted = Literal["blocks", "total", "macs", "kv"]
 """What a budget is a share of; a field of `Cost`."""
 
 
@@ -66,8 +66,8 @@ class Cost:
     cached: Tensor
 
     def count(self, of: Counted) -> Tensor:
-        """The count that a budget is a share of []: block parameters, all parameters, or multiply-accumulates per token."""
-        return {"blocks": self.blocks, "total": self.total, "macs": self.macs}[of]
+        """The count that a budget is a share of []: block parameters, all parameters, multiply-accumulates or cache entries per token."""
+        return {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}[of]
 
     def parameters(self) -> dict[str, int]:
         """The four parameter counts as whole numbers."""

@@ -34,7 +34,7 @@ from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.constraint import CountsPerLayer, ShareOfModel
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.gates import Gates
 from compresso.core.landing import deterministic_to_budget, shift_to_budget
 from compresso.core.uniform import uniform_targets
@@ -97,7 +97,7 @@ class LearnGates:
     """
 
     keep: Share = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
     tune: Duration = "1 epoch"
     ramp: Duration = "5 epochs"

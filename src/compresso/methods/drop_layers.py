@@ -26,7 +26,7 @@ from torch import Tensor
 from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.depth import Part, drop_lowest, drop_run, parts_of, without
 from compresso.core.plan import Plan
 from compresso.drive.influence import angular_distances, block_influence, losses_without
@@ -50,7 +50,7 @@ class DropLayers:
         score: "influence", "angular" (a contiguous run of layers), "perplexity", "reverse" or "random".
         kinds: what leaves: "layer" alone, or "attention", "mlp" or both.
         keep: share of `of` that stays; 0.7 if `drop` is not given either.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         drop: instead of `keep`, how many layers or sub-layers leave.
         iterative: with "perplexity", score again after each removal.
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
@@ -59,7 +59,7 @@ class DropLayers:
     score: Literal["influence", "angular", "perplexity", "reverse", "random"] = "influence"
     kinds: tuple[Kind, ...] = (Kind.LAYER,)
     keep: Annotated[float, Gt(0), Le(1)] | None = None
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     drop: Annotated[int, Ge(1)] | None = None
     iterative: bool = False
     batches: Annotated[int, Ge(1)] = 16

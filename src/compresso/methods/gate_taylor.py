@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.score import parameters_per_unit
 from compresso.drive.scores import gate_taylor
 from compresso.job import Effects, Job, stage
+from compresso.solve.allocation import Allocation, allocated
 
 
 @stage(
@@ -34,21 +34,23 @@ class GateTaylor:
 
     Args:
         keep: share of `of` that stays.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         kinds: what may be removed.
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
         layout: "free" or "uniform" (equal widths in all layers).
+        allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer programming).
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     batches: Annotated[int, Ge(1)] = 16
     batch: Annotated[int, Ge(1)] = 16
     micro_batch: Annotated[int, Ge(1)] = 4
     layout: Literal["free", "uniform"] = "free"
+    allocation: Allocation = "global"
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
 
@@ -68,7 +70,7 @@ class GateTaylor:
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         cost = job.cost()
         scores = sensitivity_per_parameter(job, axes, cost, self.batches, self.batch, self.micro_batch)
-        plan = allocate(axes, scores, cost, self.budget())
+        plan = allocated(self.allocation, axes, scores, cost, self.budget())
         return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.batches * self.batch)
 
 

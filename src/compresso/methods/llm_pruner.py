@@ -26,7 +26,7 @@ from torch import Tensor
 from compresso.core.allocate import InfeasibleBudget, allocate, keep_counts
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 from compresso.core.saliency import WITH_FISHER, WITH_GRADIENT, Importance, Reduction, channels_per_unit, kept_units, unit_scores
 from compresso.core.score import parameters_per_unit
@@ -36,6 +36,7 @@ from compresso.drive.gradients import weight_fisher, weight_gradients
 from compresso.drive.noise import mixed_seed
 from compresso.errors import BudgetError
 from compresso.job import Effects, Job, stage
+from compresso.solve.allocation import Allocation, allocated
 
 _KINDS = {"block": (Kind.HEAD, Kind.CHANNEL), "global": (Kind.HEAD, Kind.CHANNEL), "channel": (Kind.HIDDEN,), "layer": (Kind.LAYER,)}
 Layers = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]]
@@ -56,7 +57,7 @@ class LlmPruner:
     Args:
         keep: share of `of` that stays; 0.7 if neither it nor a ratio is given.
         ratio: share of units that leaves in each layer of the ranges, as published; not a share of the model.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         scope: "block" (heads and channels, equally in every layer), "global" (all of them in one pool), "channel" (hidden dimensions) or
             "layer".
         attention_layers, mlp_layers: [first, end) of the layers that lose heads and channels; None for all.
@@ -67,11 +68,12 @@ class LlmPruner:
         tokens: length of calibration windows, all of whose tokens count; None for whole examples with their own labels.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
         layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could upset).
+        allocation: of a global ranking: "global" (one pool), "per_layer", "sensitivity" or "exact".
     """
 
     keep: Annotated[float, Gt(0), Le(1)] | None = None
     ratio: Annotated[float, Gt(0), Lt(1)] | None = None
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     scope: Literal["block", "channel", "layer", "global"] = "block"
     attention_layers: Layers | None = None
     mlp_layers: Layers | None = None
@@ -83,6 +85,7 @@ class LlmPruner:
     tokens: Annotated[int, Ge(2)] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
     layout: Literal["free", "uniform"] = "free"
+    allocation: Allocation = "global"
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
@@ -90,6 +93,8 @@ class LlmPruner:
             raise ValueError(f"keep={self.keep} and ratio={self.ratio} are two sizes; set one to null (--set stages.llm_pruner.ratio=null)")
         if self.ratio is not None and self.scope == "global":
             raise ValueError("scope='global' ranks units of unequal size in one pool; give keep instead of ratio")
+        if self.allocation != "global" and self.scope != "global":
+            raise ValueError(f"allocation='{self.allocation}' spreads a global ranking; scope='{self.scope}' has counts of its own")
         if self.reduction == "prod" and self.scope == "global":
             raise ValueError("reduction='prod' multiplies 4 slices for a head and 3 for a channel, which cannot compare in scope='global'")
         if self.reduction == "last" and self.scope in ("channel", "layer"):
@@ -163,7 +168,7 @@ class LlmPruner:
                 if self.importance not in ("random", "position"):
                     price = parameters_per_unit(axes, cost, self.of)
                     scores = {name: score / price[name] for name, score in scores.items()}
-                plan = allocate(axes, scores, cost, self._rest_of_budget(progress, dense, cost))
+                plan = allocated(self.allocation, axes, scores, cost, self._rest_of_budget(progress, dense, cost))
             else:
                 plan = keep_counts(axes, scores, self.counts(dense_axes, dense, progress))
             job, removed = job.without(plan.masks(axes), "llm_pruner"), removed.then(plan)

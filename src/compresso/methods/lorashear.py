@@ -38,7 +38,7 @@ from compresso.core import schedule
 from compresso.core.allocate import InfeasibleBudget, allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
-from compresso.core.cost import CostModel
+from compresso.core.cost import CostModel, Counted
 from compresso.core.half_space import keep_after
 from compresso.core.hard_concrete import removal_order
 from compresso.core.lora_score import Criterion, unit_products
@@ -72,7 +72,7 @@ class LoraShear:
 
     Args:
         keep: share of `of` that stays.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         kinds: what may be removed: heads, channels or both.
         unprunable: share of the axes (a layer's heads, a layer's channels) that keep their width.
         probed: share of an axis' units switched off to find that out.
@@ -97,7 +97,7 @@ class LoraShear:
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     unprunable: Annotated[float, Ge(0), Lt(1)] = 0.1
     probed: Annotated[float, Gt(0), Le(1)] = 0.5

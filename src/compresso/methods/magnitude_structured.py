@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le
 from compresso.core.allocate import keep_best
 from compresso.core.axis import Kind
 from compresso.core.budget import Budget
+from compresso.core.cost import Counted
 from compresso.core.score import magnitude
 from compresso.core.uniform import uniform_targets
 from compresso.job import Effects, Job, stage
@@ -30,14 +31,14 @@ class MagnitudeStructured:
 
     Args:
         keep: share of `of` that stays.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         kinds: what may be removed.
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None

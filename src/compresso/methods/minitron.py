@@ -21,6 +21,7 @@ from compresso.core.allocate import keep_best
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.candidates import candidates
+from compresso.core.cost import Counted
 from compresso.core.plan import Plan
 from compresso.drive.activations import Aggregate, activation_scores
 from compresso.drive.objectives import language_loss
@@ -42,7 +43,7 @@ class Minitron:
 
     Args:
         keep: share of `of` that stays.
-        of: "blocks", "total" or "macs".
+        of: "blocks", "total", "macs" or "kv" (cache entries).
         kinds: what may be removed, of head, channel, hidden and layer; the paper's width pruning leaves heads and layers alone.
         multiple_of: kind -> multiple that kept counts are rounded to; the paper takes 64 for hidden and channel.
         floor: kind -> fewest units an axis keeps; "keep" for its share of them.
@@ -53,7 +54,7 @@ class Minitron:
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
+    of: Counted = "blocks"
     kinds: tuple[Literal[Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER], ...] = (Kind.CHANNEL, Kind.HIDDEN)
     multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
