@@ -11,6 +11,7 @@ to the left are done, and so look at the compensated weights.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -72,11 +73,15 @@ def inverse_factor(moment: Tensor, damping: float = 0.01) -> Factor:
 
 def _upper_of_inverse(matrix: Tensor) -> Tensor | None:
     """U with matrix^-1 = U^T U, or None."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return upper if not int(failed) and bool(upper.isfinite().all()) and bool((upper.diagonal() > 0).all()) else None
+    lower = _cholesky(matrix)
+    upper = None if lower is None else _cholesky(torch.cholesky_inverse(lower))
+    return None if upper is None or not bool(upper.isfinite().all()) else upper.T.contiguous()
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor, or None."""
+    lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
+    return None if int(failed) or not bool((lower.diagonal() > 0).all()) else lower
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""What a weight method really changed: every tensor of the model is looked at before and after, whether or not it was meant to change."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresso.errors import NumericError
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Fingerprints = Mapping[str, tuple[int, int]]
+
+
+def fingerprints(model: nn.Module) -> Fingerprints:
+    """Two sums over the bits of every parameter and buffer, by name; changed values change them, but for accidents of about 2^-64."""
+    return {name: _fingerprint(tensor) for name, tensor in model.state_dict().items()}
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def audit(model: nn.Module, before: Fingerprints, meant: Collection[str]) -> dict[str, Any]:
+    """What changed since fingerprints were taken.
+
+    Args:
+        model: as it is now.
+        before: of the same model.
+        meant: names of the linears that were to change; only their weights may.
+
+    Returns:
+        sparsity (share of zeros in these weights), zeros (name -> "zeros/entries"), changed (how many tensors), and meant_but_unchanged.
+
+    Raises:
+        NumericError: a tensor changed that was not meant to.
+    """
+    now = fingerprints(model)
+    changed = [name for name, value in now.items() if value != before.get(name)]
+    weights = {f"{name}.weight" for name in meant}
+    state = model.state_dict()
+    shared = {state[name].data_ptr() for name in weights}
+    if astray := [name for name in changed if name not in weights and state[name].data_ptr() not in shared]:
+        raise NumericError(f"{astray[0]} changed and was not meant to; nothing was written. Please report this")
+    zeros = {name: int((state[name] == 0).sum()) for name in sorted(weights)}
+    entries = sum(state[name].numel() for name in weights)
+    return {
+        "sparsity": sum(zeros.values()) / max(entries, 1),
+        "zeros": {name: f"{count}/{state[name].numel()}" for name, count in zeros.items()},
+        "changed": len(changed),
+        "meant_but_unchanged": sorted(weights - set(changed)),
+    }
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """The sum of all entries' bits, and one weighted by position, modulo 2^64."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat.contiguous().view(_INTEGERS[flat.element_size()] if flat.dtype != torch.bool else torch.uint8)
+    plain = weighted = 0
+    for start, piece in enumerate(bits.split(2**22)):
+        wide = piece.to(torch.int64)
+        plain += int(wide.sum())
+        weighted += (start + 1) * int((wide * torch.arange(1, len(wide) + 1, device=wide.device)).sum())
+    return plain % 2**64, weighted % 2**64
