@@ -46,22 +46,15 @@ def served() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def command(tiny_folder: Path, instructions: Path, served: subprocess.Popen[str], tmp_path: Path) -> Crash:
-    """command(output, *more, event="", phase="", at=0): exit code and output of `compresso run compresso` with an event in it."""
+    """command(output, *more, recipe="", event="", phase="", at=0): exit code and output of `compresso run` with an event in it.
 
-    def _command(output: Path, *more: str, event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
-        arguments = [
-            "run",
-            "compresso",
-            "--model",
-            str(tiny_folder),
-            "--data",
-            str(instructions),
-            "--output",
-            str(output),
-            "--max-steps",
-            "6",
-        ]
-        arguments += [part for one in SETS for part in ("--set", one)]
+    Without a recipe it is the shortened `compresso`.
+    """
+
+    def _command(output: Path, *more: str, recipe: str = "", event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
+        arguments = ["run", recipe or "compresso", "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
+        if not recipe:
+            arguments += ["--max-steps", "6", *(part for one in SETS for part in ("--set", one))]
         log = tmp_path / "log"
         job = {"arguments": [*arguments, *more], "log": str(log), "event": event, "phase": phase, "at": at}
         assert served.stdin is not None

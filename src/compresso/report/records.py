@@ -61,7 +61,10 @@ class Counted(Strict):
 
 
 class StageFacts(Strict):
-    """What a stage noted, facts of its own among it; `curve` has columns of equal length, "update" the horizontal one."""
+    """What a stage noted, facts of its own among it.
+
+    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it worked on.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -69,6 +72,7 @@ class StageFacts(Strict):
     kept_share_of_blocks: FiniteFloat | None = None
     curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
+    sparsity: FiniteFloat | None = None
 
 
 class RunRecords(Strict):
@@ -104,6 +108,14 @@ class RunRecords(Strict):
     reopened_max_abs_difference: FiniteFloat
     guard: Guard
     account: Account
+
+    def zeros(self) -> str:
+        """A sentence on weights that were zeroed in place, not removed; "" if there are none."""
+        shares = {name: facts.sparsity for name, facts in self.stages.items() if facts.sparsity}
+        if not shares:
+            return ""
+        said = ", ".join(f"{share:.1%} of the weights that {name} worked on" for name, share in shares.items())
+        return f"Zeros: {said}. They are stored dense, so they make the model no smaller and no faster.".replace("%", " %")
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:
