@@ -1,7 +1,8 @@
-"""Runs of the one-shot recipes from the command's side: what is written opens, records and card tell the truth, a killed run goes on."""
+"""Runs of one-shot recipes, one a stage, from the command's side: what is written opens, records and card tell the truth, a killed run goes on."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compresso.options import with_options
 from compresso.run import Result, run
-from tests.conftest import ONE_SHOT, Call
-from tests.test_crash import Crash, command, served, work_of  # noqa: F401
+from tests.conftest import Call, Forked, work_of
 
 SETS = ["data.held=4", "data.pack=false", "data.limit=12"]
 
@@ -23,7 +23,7 @@ def done(recipe: str, folder: Path, data: Path, output: Path) -> Result:
 
 
 @pytest.mark.usefixtures("quick_reopening")
-@pytest.mark.parametrize("recipe", ONE_SHOT)
+@pytest.mark.parametrize("recipe", ["magnitude/50", "wanda/2-4", "sparsegpt/50", "owl/70"])
 def test_every_recipe_ends_in_a_checkpoint_that_opens_with_its_zeros(
     recipe: str, tiny_folder: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -61,32 +61,42 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(call:
     assert not list(tmp_path.glob("out*"))
 
 
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(forked: Forked, tiny_folder: Path, instructions: Path) -> Command:
+    """command(recipe, output, *more, event="", at=0): exit code and output of a run; the event comes after `at` blocks."""
+
+    def _command(recipe: str, output: Path, *more: str, event: str = "", at: int = 0) -> tuple[int, str]:
+        arguments = ["run", recipe, "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
+        arguments += [part for one in SETS for part in ("--set", one)]
+        return forked([*arguments, *more], event=event, phase=recipe.partition("/")[0], at=at)
+
+    return _command
+
+
 def weights_hash(output: Path) -> str:
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("recipe", ["sparsegpt/50", "wanda/2-4"])
 def test_killed_after_every_block_a_run_ends_in_the_same_bytes(
-    recipe: str,
-    tiny_folder: Path,
-    instructions: Path,
-    command: Crash,  # noqa: F811
+    command: Command,
     tmp_path: Path,
 ) -> None:
-    stage = recipe.partition("/")[0]
+    recipe, stage = "sparsegpt/50", "sparsegpt"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = [part for one in SETS for part in ("--set", one)]
-    assert command(whole, *more, "--force", recipe=recipe)[0] == 0
+    assert command(recipe, whole, "--force")[0] == 0
     for block in (1, 2, 3):
         resume = ["--resume"] if block > 1 else []
-        assert command(killed, *more, *resume, recipe=recipe, event="kill", phase=stage, at=block)[0] == -9
+        assert command(recipe, killed, *resume, event="kill", at=block)[0] == -9
         entries = sorted(path.name for path in (work_of(killed) / "training" / stage).iterdir())
         assert entries == [f"step-{i:06d}" for i in range(block)]
     damaged = work_of(killed) / "training" / stage / "step-000001" / "weights.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    code, log = command(killed, *more, "--resume", "--force", recipe=recipe)
+    code, log = command(recipe, killed, "--resume", "--force")
     assert code == 0, log
     assert "block 1 is done again" in log
     assert weights_hash(killed) == weights_hash(whole)
@@ -95,29 +105,23 @@ def test_killed_after_every_block_a_run_ends_in_the_same_bytes(
 
 
 def test_resuming_with_other_knobs_or_data_is_refused(
-    tiny_folder: Path,
-    instructions: Path,
-    command: Crash,  # noqa: F811
+    command: Command,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "out"
-    more = [part for one in SETS for part in ("--set", one)]
-    assert command(output, *more, recipe="wanda/50", event="kill", phase="wanda", at=1)[0] == -9
-    code, log = command(output, *more, "--set", "stages.wanda.sparsity=0.6", "--resume", recipe="wanda/50")
+    assert command("wanda/50", output, event="kill", at=1)[0] == -9
+    code, log = command("wanda/50", output, "--set", "stages.wanda.sparsity=0.6", "--resume")
     assert code == 2
     assert "recipe.stages.0.wanda.sparsity was 0.5, is 0.6" in log
 
 
 def test_sigterm_ends_after_the_block_and_says_how_to_go_on(
-    tiny_folder: Path,
-    instructions: Path,
-    command: Crash,  # noqa: F811
+    command: Command,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "out"
-    more = [part for one in SETS for part in ("--set", one)]
-    code, log = command(output, *more, recipe="wanda/50", event="term", phase="wanda", at=1)
+    code, log = command("wanda/50", output, event="term", at=1)
     assert code == 143
     assert log.splitlines()[-1] == "stopped by SIGTERM; repeat the command with --resume to go on"
     assert (work_of(output) / "training" / "wanda" / "step-000000").is_dir()
-    assert command(output, *more, "--resume", "--force", recipe="wanda/50")[0] == 0
+    assert command("wanda/50", output, "--resume", "--force")[0] == 0
