@@ -1,4 +1,4 @@
-"""Runs of one-shot recipes, one a stage, from the command's side: what is written opens, records and card tell the truth, a killed run goes on."""
+"""Runs of one-shot recipes, one a stage: what is written opens, records and card are true, a killed run goes on to the same bytes."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_the_last_line_says_what_zeros_are_worth(call: Call, tiny_folder: Path, 
     code, out, _ = call("run", "magnitude/50", "--model", tiny_folder, "--output", tmp_path / "out", "--force")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "Zeros: 50.0 % of the weights that magnitude worked on. They are stored dense, so they make the model no smaller and no faster."
+        "50.0 % zeros by magnitude, of the weights it worked on, stored dense: no smaller and no faster for it."
     )
 
 

@@ -175,8 +175,8 @@ def run(
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
-    if zeros := RunRecords.checked(result.records, "the run's records").zeros():
-        print(zeros)
+    if dense := RunRecords.checked(result.records, "the run's records").stored_dense():
+        print(dense)
 
 
 @app.command()

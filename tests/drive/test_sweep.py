@@ -17,16 +17,16 @@ from compresso.drive.sweep import Edit, Seen, second_moment, squares, sweep
 from compresso.drive.targets import Group, Where, chosen, matrix
 from compresso.errors import ArchError, DataError, NumericError, ResumeError
 
-SIZES: dict[str, Any] = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    vocab_size=32,
-    max_position_embeddings=64,
-)
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+}
 MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),

@@ -8,7 +8,7 @@ from compresso.checkpoint.source import open_source
 from compresso.data import nano
 from compresso.dryrun import act_out
 from compresso.job import card
-from compresso.recipe import build, names, read
+from compresso.recipe import build, names, read, with_knob
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
 
 BASELINES = ("gate-taylor", "llm-pruner", "magnitude-structured", "shortgpt")
@@ -48,7 +48,8 @@ def test_a_recipe_fits_the_embedded_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_a_one_shot_recipe_finds_its_linears_and_leaves_every_shape(name: str) -> None:
-    shown = act_out(build(read(name), name), open_source(nano.path(), weights=False))
+    raw = with_knob(read(name), "group", 64, required=False)  # published groups of 128 do not divide the embedded model's 192
+    shown = act_out(build(raw, name), open_source(nano.path(), weights=False))
     assert shown.after == shown.before
 
 

@@ -8,6 +8,7 @@ A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instea
 SparseGPT (unused there) and GPTQ (its `mse` option) does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,3 +97,14 @@ def _error(weight: Tensor, grid: Grid) -> Tensor:
     """Sum of |rounding error|^2.4 of each row and group [rows, groups]."""
     apart = (grid.round(weight) - weight).abs().pow(NORM)
     return apart.reshape(*grid.scale.shape, -1).sum(dim=2)
+
+
+def bits_per_weight(shapes: Sequence[tuple[int, ...]], bits: int, group: int, symmetric: bool) -> float:
+    """What packed codes take, with a 16-bit scale and, if asymmetric, a zero point of `bits` for each row or group; shapes [out, in].
+
+    >>> bits_per_weight([(64, 256)], 4, 128, symmetric=False)
+    4.15625
+    """
+    weights = sum(out * inputs for out, inputs in shapes)
+    grids = sum(out * (inputs // group if group else 1) for out, inputs in shapes)
+    return bits + grids * (16 + (0 if symmetric else bits)) / weights

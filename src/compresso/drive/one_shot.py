@@ -39,7 +39,7 @@ def compensated(
     *,
     choose: Callable[[Group, Tensor], Tensor] | None = None,
     every: int = 128,
-    quantize: Callable[[Tensor], Quantize] | None = None,
+    quantize: Callable[[Tensor, Tensor], Quantize] | None = None,
     in_order: bool = False,
     damping: float = 0.01,
     block: int = 128,
@@ -50,8 +50,8 @@ def compensated(
         model: whose linears are edited.
         choose: a group and w^2 / U_jj^2 of `every` columns of one matrix [out, every] -> which entries go; None prunes nothing.
         every, damping, block: see `compresso.core.obs`.
-        quantize: the weights of a group's matrices, stacked [out, in], before anything is done -> how a column is rounded; None rounds
-            nothing. With `in_order` it gets them in the order of the sweep.
+        quantize: the weights of a group's matrices, stacked [out, in], before anything is done, and the order [in] in which columns are
+            swept -> how the column at a place of that order is rounded; None rounds nothing.
         in_order: sweep the inputs with the largest second moments first.
 
     Raises NumericError, when it edits, naming the linears whose second moment cannot be inverted.
@@ -68,18 +68,18 @@ def compensated(
             ) from error
         pieces = [matrix(model, name).float() for name in group.names]
         rows = [len(piece) for piece in pieces]
-        stacked = torch.cat(pieces)[:, order]
+        stacked = torch.cat(pieces)
 
         def each(scores: Tensor, _: int) -> Tensor:
             assert choose is not None
             return torch.cat([choose(group, part) for part in scores.split(rows)])
 
         swept = column_sweep(
-            stacked,
+            stacked[:, order],
             factor,
             choose=None if choose is None else each,
             every=every,
-            quantize=None if quantize is None else quantize(stacked),
+            quantize=None if quantize is None else quantize(stacked, order),
             block=block,
         )
         back = order.argsort()

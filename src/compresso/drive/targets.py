@@ -122,11 +122,11 @@ def _check_patterns(knob: str, patterns: Sequence[str], names: Sequence[str], re
             raise RecipeError(f"{knob}: '{pattern}' matches no linear; {nearest(pattern, names[:16])}{remark}")
 
 
-def check_pattern(groups: Groups, m: int | None) -> None:
+def check_multiple(groups: Groups, m: int | None) -> None:
     """Raise RecipeError naming a linear whose inputs are no multiple of m; None asks for nothing."""
     for here in groups.values():
         for group in here:
             if m is not None and group.inputs % m:
                 raise RecipeError(
-                    f"{group.names[0]} has {group.inputs} inputs, no multiple of {m}; choose another pattern, or add it to ignore"
+                    f"{group.names[0]} has {group.inputs} inputs, no multiple of {m}; choose another pattern or group, or add it to ignore"
                 )

@@ -26,7 +26,7 @@ from compresso.core.sparsity import parse_pattern
 from compresso.drive.calibration import Calibration
 from compresso.drive.one_shot import compensated, more_damped, obs_choice
 from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Groups, Where, check_pattern, chosen
+from compresso.drive.targets import Groups, Where, check_multiple, chosen
 from compresso.job import Effects, Job, stage
 
 
@@ -74,7 +74,7 @@ class SparseGpt:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         groups = chosen(model, arch, self.where)
-        check_pattern(groups, parse_pattern(self.pattern)[1] if self.pattern else None)
+        check_multiple(groups, parse_pattern(self.pattern)[1] if self.pattern else None)
         return groups
 
     def __call__(self, job: Job) -> Job:
@@ -94,10 +94,13 @@ class SparseGpt:
         )
         job, notes = job.swept("sparsegpt", self, groups, self.calibration, second_moment, edit)
         return job.note(
-            "sparsegpt", loss={name: facts["loss"] for name, facts in notes.items()}, damped_more=more_damped(notes, self.damping)
+            "sparsegpt",
+            bits=self.bits,
+            loss={name: facts["loss"] for name, facts in notes.items()},
+            damped_more=more_damped(notes, self.damping),
         )
 
-    def _rounding(self, weight: Tensor) -> Quantize:
+    def _rounding(self, weight: Tensor, _: Tensor) -> Quantize:
         """How a column is rounded: to the grids of the rows as they were."""
         assert self.bits is not None
         grid = fit(weight, self.bits)

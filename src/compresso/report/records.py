@@ -63,7 +63,8 @@ class Counted(Strict):
 class StageFacts(Strict):
     """What a stage noted, facts of its own among it.
 
-    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it worked on.
+    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it worked on, `bits`
+    what one of these would take if they were packed.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -73,6 +74,7 @@ class StageFacts(Strict):
     curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
     sparsity: FiniteFloat | None = None
+    bits: FiniteFloat | None = None
 
 
 class RunRecords(Strict):
@@ -109,13 +111,14 @@ class RunRecords(Strict):
     guard: Guard
     account: Account
 
-    def zeros(self) -> str:
-        """A sentence on weights that were zeroed in place, not removed; "" if there are none."""
-        shares = {name: facts.sparsity for name, facts in self.stages.items() if facts.sparsity}
-        if not shares:
+    def stored_dense(self) -> str:
+        """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are none."""
+        zeros = [f"{facts.sparsity:.1%} zeros by {name}" for name, facts in self.stages.items() if facts.sparsity]
+        rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in self.stages.items() if facts.bits]
+        if not zeros and not rounded:
             return ""
-        said = ", ".join(f"{share:.1%} of the weights that {name} worked on" for name, share in shares.items())
-        return f"Zeros: {said}. They are stored dense, so they make the model no smaller and no faster.".replace("%", " %")
+        said = f"{', '.join(zeros + rounded)}, of the weights it worked on, stored dense: no smaller and no faster for it."
+        return (said[0].upper() + said[1:]).replace("%", " %")
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:
