@@ -153,7 +153,7 @@ def test_a_gap_in_the_journal_drops_what_follows(tmp_path: Path) -> None:
 
 def test_linears_that_do_not_share_an_input_are_found_out() -> None:
     model, arch = made()
-    wrong = {0: [Group(0, ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"), 16)]}
+    wrong = {0: [Group(0, ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"))]}
     with pytest.raises(ArchError, match=r"up_proj does not read what model\.layers\.0\.self_attn\.q_proj reads"):
         sweep(model, arch, wrong, [ids()], squares, nothing)
 

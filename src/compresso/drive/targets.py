@@ -42,22 +42,21 @@ class Where:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of one block that read the same input, by full name, and the inputs they have."""
+    """Linears of one block that read the same input, by full name."""
 
     layer: int
     names: tuple[str, ...]
-    inputs: int
 
 
 Groups = Mapping[int, Sequence[Group]]
 """By layer, in the order of computation; layers without any are absent."""
 
 
-def chosen(model: PreTrainedModel, arch: Arch, where: Where) -> Groups:
-    """The linears that a stage works on. Needs shapes only.
+def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 1) -> Groups:
+    """The linears that a stage works on; their inputs must be a multiple of some number. Needs shapes only.
 
     Raises:
-        RecipeError: a pattern matches no linear, no layer has that number, or nothing is left.
+        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, or inputs are no such multiple.
         ArchError: one of them is no linear, or its weight is shared with another module.
     """
     blocks = arch.blocks(model)
@@ -81,7 +80,12 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where) -> Groups:
         for names in everything[layer]:
             mine = tuple(name for name in names if matches(name, where.modules) and not matches(name, where.ignore))
             if mine:
-                found.setdefault(layer, []).append(Group(layer, mine, matrix(model, mine[0]).shape[1]))
+                inputs = matrix(model, mine[0]).shape[1]
+                if inputs % multiple_of:
+                    raise RecipeError(
+                        f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group, or add it to ignore"
+                    )
+                found.setdefault(layer, []).append(Group(layer, mine))
             for name in mine:
                 sharing = owners[id(weight_of(model, name))]
                 if len(sharing) > 1:
@@ -120,13 +124,3 @@ def _check_patterns(knob: str, patterns: Sequence[str], names: Sequence[str], re
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise RecipeError(f"{knob}: '{pattern}' matches no linear; {nearest(pattern, names[:16])}{remark}")
-
-
-def check_multiple(groups: Groups, m: int | None) -> None:
-    """Raise RecipeError naming a linear whose inputs are no multiple of m; None asks for nothing."""
-    for here in groups.values():
-        for group in here:
-            if m is not None and group.inputs % m:
-                raise RecipeError(
-                    f"{group.names[0]} has {group.inputs} inputs, no multiple of {m}; choose another pattern or group, or add it to ignore"
-                )

@@ -24,7 +24,7 @@ from compresso.core.rounding import Grid, bits_per_weight, fit
 from compresso.drive.calibration import Calibration
 from compresso.drive.one_shot import compensated, more_damped
 from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Groups, Where, check_multiple, chosen, matrix, names_of
+from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
 
 
@@ -69,9 +69,7 @@ class Gptq:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        groups = chosen(model, arch, self.where)
-        check_multiple(groups, self.group or None)
-        return groups
+        return chosen(model, arch, self.where, self.group or 1)
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

@@ -18,7 +18,7 @@ from compresso.arch.base import Arch
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_in_rows, lowest_share, parse_pattern
 from compresso.drive.audit import audit, fingerprints
 from compresso.drive.sweep import check_weights
-from compresso.drive.targets import Groups, Where, check_multiple, chosen, matrix, names_of
+from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
 
 
@@ -58,9 +58,7 @@ class Magnitude:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        groups = chosen(model, arch, self.where)
-        check_multiple(groups, parse_pattern(self.pattern)[1] if self.pattern else None)
-        return groups
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:

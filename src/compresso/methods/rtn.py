@@ -16,7 +16,7 @@ from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
 from compresso.drive.audit import audit, fingerprints
 from compresso.drive.sweep import check_weights
-from compresso.drive.targets import Groups, Where, check_multiple, chosen, matrix, names_of
+from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
 
 
@@ -47,9 +47,7 @@ class Rtn:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        groups = chosen(model, arch, self.where)
-        check_multiple(groups, self.group or None)
-        return groups
+        return chosen(model, arch, self.where, self.group or 1)
 
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:

@@ -26,7 +26,7 @@ from compresso.core.sparsity import parse_pattern
 from compresso.drive.calibration import Calibration
 from compresso.drive.one_shot import compensated, more_damped, obs_choice
 from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Groups, Where, check_multiple, chosen
+from compresso.drive.targets import Groups, Where, chosen
 from compresso.job import Effects, Job, stage
 
 
@@ -73,9 +73,7 @@ class SparseGpt:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        groups = chosen(model, arch, self.where)
-        check_multiple(groups, parse_pattern(self.pattern)[1] if self.pattern else None)
-        return groups
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

@@ -22,7 +22,7 @@ from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mas
 from compresso.drive.calibration import Calibration
 from compresso.drive.one_shot import zeroed
 from compresso.drive.sweep import squares
-from compresso.drive.targets import Group, Groups, Where, check_multiple, chosen
+from compresso.drive.targets import Group, Groups, Where, chosen
 from compresso.job import Effects, Job, stage
 
 
@@ -61,9 +61,7 @@ class Wanda:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        groups = chosen(model, arch, self.where)
-        check_multiple(groups, parse_pattern(self.pattern)[1] if self.pattern else None)
-        return groups
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
