@@ -108,3 +108,25 @@ def bits_per_weight(shapes: Sequence[tuple[int, ...]], bits: int, group: int, sy
     weights = sum(out * inputs for out, inputs in shapes)
     grids = sum(out * (inputs // group if group else 1) for out, inputs in shapes)
     return bits + grids * (16 + (0 if symmetric else bits)) / weights
+
+
+def recovered(weight: Tensor, bits: int, group: int = 0) -> Grid | None:
+    """A symmetric grid that holds all of a matrix' values already, or None: what `fit(..., symmetric=True)` rounded to, or a coarser one.
+
+    Args:
+        weight: [rows, columns], of any float type; its rounding is allowed for.
+        bits, group: as in `fit`; with more than about 6 bits a bfloat16 matrix is too coarse to tell.
+    """
+    if group and weight.shape[1] % group:
+        return None
+    exact = weight.float().reshape(weight.shape[0], -1, group or weight.shape[1])
+    top, half = exact.abs().amax(dim=2), 2 ** (bits - 1)
+    scale, unknown = torch.ones_like(top), top > 0
+    for largest in range(1, half + 1):  # the code of the largest value
+        tried = torch.where(top > 0, top / largest, 1).unsqueeze(2)
+        codes = torch.round(exact / tried)
+        fits = (codes * tried - exact).abs() <= torch.finfo(weight.dtype).eps * exact.abs() * 2
+        fits = (fits & (codes >= -half) & (codes < half)).all(dim=2) & unknown
+        scale = torch.where(fits, tried.squeeze(2), scale)
+        unknown = unknown & ~fits
+    return None if bool(unknown.any()) else Grid(scale, torch.full_like(scale, half), bits, group)
