@@ -39,7 +39,7 @@ from compresso.drive.targets import Groups, names_of
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
-from compresso.errors import NumericError, RecipeError, nearest
+from compresso.errors import NumericError, RecipeError, ResourceError, nearest
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -184,8 +184,10 @@ class Job:
             calibration: which rows, and how they run.
             fold, edit: see `compresso.drive.sweep`.
 
-        Raises as `sweep` and `audit`; ResumeError if the journal is another run's.
+        Raises as `sweep` and `audit`; ResumeError if the journal is another run's, ResourceError in several processes.
         """
+        if processes() > 1:
+            raise ResourceError(f"stage '{stage}' sweeps in one process, and {processes()} were launched; start it without torchrun")
         before, seed = fingerprints(self.model), mixed_seed(stage, self.seed)
         batches = calibration.batches(self.rows, seed)
         same = {"run": dict(self.identity), "stage": stage, "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json")}

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tests.methods.oracles import FOLDER, needs_oracles, oracle_job
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -174,3 +176,20 @@ def test_calibration_rows_run_with_rows_of_their_length() -> None:
     assert [batch.tolist() for batch in few] == [batch.tolist() for batch in Calibration(examples=2).batches(rows, 0)]
     with pytest.raises(DataError, match=r"lower data\.held"):
         Calibration().batches([], 0)
+
+
+@needs_oracles
+def test_the_statistics_of_the_public_code(tmp_path: Path) -> None:
+    """Of layer 0 on dense inputs: Wanda's mean of squares a sequence, SparseGPT's 2/n times the second moment, n sequences."""
+    job = oracle_job(tmp_path)
+    wanted = load_file(FOLDER / "stages.safetensors")
+    groups = {0: chosen(job.model, job.arch, Where(layers=(0, 1)))[0]}
+    batches = Calibration().batches(job.rows, 0)
+    for fold, prefix, factor in ((squares, "wanda_scaler_row", 1 / 16), (second_moment, "sparsegpt_H", 2 / 16)):
+        found = sweep(job.model, job.arch, groups, batches, fold, nothing, only_look=True)
+        for group in groups[0]:
+            ours = torch.tensor(found[group.names[0]]["total"]) * factor
+            for name in group.names:
+                if (key := f"{prefix}.{name.removeprefix('model.layers.')}") in wanted:
+                    torch.testing.assert_close(ours, wanted[key], rtol=1e-4, atol=1e-5 * float(wanted[key].abs().max()))
+    assert sum(key.startswith("wanda_scaler_row.0.") for key in wanted) == 7

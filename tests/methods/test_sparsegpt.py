@@ -83,6 +83,15 @@ def test_two_of_four_in_every_row(make_job: MakeJob) -> None:
         assert bool((groups == 2).all()), name
 
 
+def test_weights_stored_in_bfloat16_keep_their_type_and_count(make_job: MakeJob) -> None:
+    job = make_job()
+    job.model.to(torch.bfloat16)
+    job = SparseGpt(pattern="2:4")(job)
+    assert {parameter.dtype for parameter in job.model.parameters()} == {torch.bfloat16}
+    assert job.records["sparsegpt"]["sparsity"] == pytest.approx(0.5, abs=1e-3)  # rounding may make a few zeros more, never fewer
+    assert job.records["sparsegpt"]["sparsity"] >= 0.5
+
+
 def test_joint_rounding_leaves_a_row_at_most_sixteen_values(make_job: MakeJob) -> None:
     job = SparseGpt(sparsity=0.5, bits=4)(make_job())
     for name in job.records["sparsegpt"]["zeros"]:

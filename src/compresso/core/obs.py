@@ -128,18 +128,19 @@ def column_sweep(
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         now = done[:, begin:end].T.contiguous()  # [width, out]: a column lies in one piece
-        errors = torch.zeros_like(now)
+        errors, gone = torch.zeros_like(now), torch.zeros_like(now, dtype=torch.bool)
         for j in range(begin, end):
             at = j - begin
             if choose is not None and j % every == 0:
                 stop = min(at + every, end - begin)
                 scores = (now[at:stop] / diagonal[j : begin + stop, None]).square().T
-                pruned[:, j : begin + stop] = choose(scores, j)
+                gone[at:stop] = choose(scores, j).T
             value = now[at] if quantize is None else quantize(now[at:].T, j)
-            value = value.masked_fill(pruned[:, j], 0)
+            value = value.masked_fill(gone[at], 0)
             error = (now[at] - value) / diagonal[j]
-            now[at:] -= upper[j, j:end, None] * error
+            now[at:].addr_(upper[j, j:end], error, alpha=-1)
             now[at], errors[at] = value, error
+        pruned[:, begin:end] = gone.T
         done[:, begin:end] = now.T
         loss += errors.square().sum(dim=0) / 2
         done[:, end:] -= errors.T @ upper[begin:end, end:]

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from compresso.errors import NumericError
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-Fingerprints = Mapping[str, tuple[int, int]]
+_WIDTH = 1024
+Fingerprints = Mapping[str, tuple[int, ...]]
 
 
 def fingerprints(model: nn.Module) -> Fingerprints:
-    """Two sums over the bits of every parameter and buffer, by name; changed values change them, but for accidents of about 2^-64."""
+    """Sums over the bits of every parameter and buffer, by name; changed values change them, but for rare accidents."""
     return {name: _fingerprint(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -55,13 +56,15 @@ def audit(model: nn.Module, before: Fingerprints, meant: Collection[str]) -> dic
     }
 
 
-def _fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """The sum of all entries' bits, and one weighted by position, modulo 2^64."""
-    flat = tensor.detach().reshape(-1)
-    bits = flat.contiguous().view(_INTEGERS[flat.element_size()] if flat.dtype != torch.bool else torch.uint8)
-    plain = weighted = 0
-    for start, piece in enumerate(bits.split(2**22)):
-        wide = piece.to(torch.int64)
-        plain += int(wide.sum())
-        weighted += (start + 1) * int((wide * torch.arange(1, len(wide) + 1, device=wide.device)).sum())
-    return plain % 2**64, weighted % 2**64
+def _fingerprint(tensor: Tensor) -> tuple[int, ...]:
+    """Sums modulo 2^64 over all entries' bits: plain, and weighted by row and by column of a table that the bits are laid out in."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    bits = flat.view(torch.uint8) if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
+    whole = bits.view(torch.int64) if flat.nbytes % 8 == 0 and len(flat) else bits.to(torch.int64)
+    size = len(whole) // _WIDTH * _WIDTH
+    sums: list[int] = []
+    for table in (whole[:size].view(-1, _WIDTH), whole[size:].view(1, -1)):
+        rows, columns = table.sum(dim=1), table.sum(dim=0)
+        weights = [torch.arange(1, len(one) + 1, device=one.device) for one in (rows, columns)]
+        sums += [int(rows.sum()), int((rows * weights[0]).sum()), int((columns * weights[1]).sum())]
+    return tuple(sums)

@@ -129,7 +129,7 @@ def sweep(
                 if layer < last and not (only_look and here):
                     run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
-                if requests.arrived and layer < last:
+                if requests.arrived:
                     stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
                     raise Interrupted(stop, str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:
@@ -148,7 +148,10 @@ def _edited(
         for group in together:
             if group.names[0] not in seen:
                 raise NumericError(f"no calibration token reached {group.names[0]}; give more examples, or add it to ignore")
-            notes |= edit(group, seen.pop(group.names[0]))
+            found = seen.pop(group.names[0])
+            if not _finite(found.total):
+                raise NumericError(f"{group.names[0]} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
+            notes |= edit(group, found)
             _check_finite(model, [group], "was made NaN or Inf; give more calibration examples, or raise damping")
     return notes
 
@@ -164,9 +167,11 @@ class _Runner:
         for i, call in enumerate(self._calls):
             given = self._block(self._states[i], *call.arguments, **call.named)
             left: Tensor = given[0] if isinstance(given, tuple) else given
-            if not bool(left.isfinite().all()):
-                raise NumericError(f"layer {self._layer} gives out NaN or Inf: the model overflows on this data; use float32 or bfloat16")
             if keep:
+                if not _finite(left):
+                    raise NumericError(
+                        f"layer {self._layer} gives out NaN or Inf: the model overflows on this data; use float32 or bfloat16"
+                    )
                 self._states.put(i, left)
 
 
@@ -181,8 +186,6 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
             inputs: Tensor = arguments[0] if arguments else named["input"]
             read[name] = inputs
             flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-            if not bool(flat.isfinite().all()):
-                raise NumericError(f"{name} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
             if name in seen:
                 seen[name].total = fold(seen[name].total, flat)
                 seen[name].tokens += len(flat)
@@ -247,6 +250,11 @@ def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[T
     return calls
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether a tensor with at least one entry holds neither NaN nor Inf, in one pass over it."""
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether two arguments of a block are equal: tensors by value, tuples and dicts by their parts, all else by identity."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -266,5 +274,5 @@ def check_weights(model: nn.Module, groups: Groups) -> None:
 def _check_finite(model: nn.Module, groups: Sequence[Group], words: str) -> None:
     for group in groups:
         for name in group.names:
-            if not bool(weight_of(model, name).isfinite().all()):
+            if not _finite(weight_of(model, name)):
                 raise NumericError(f"{name}.weight {words}")
