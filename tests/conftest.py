@@ -3,7 +3,9 @@
 import copy
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ CANARY = "canary-of-the-environment"
 SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 """Overrides that make any shipped recipe quick on these instructions."""
 
-FOR_ANY_MODEL = [name for name in names() if not any(getattr(stage, "ratio", None) for _, stage in build(read(name)).stages)]
+_STAGES = {name: [stage for _, stage in build(read(name)).stages] for name in names()}
+ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "where") for stage in stages)]
+"""Shipped recipes that change weights in one pass and no shapes."""
+FOR_ANY_MODEL = [name for name in names() if name not in ONE_SHOT and not any(getattr(stage, "ratio", None) for stage in _STAGES[name])]
 """Shipped recipes with a budget; those with a ratio of the units of certain layers are published sizes of certain models."""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
@@ -125,3 +130,44 @@ def call(capfd: pytest.CaptureFixture[str]) -> Call:
         return int(stop.value.code or 0), written.out, written.err
 
     return _call
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[subprocess.Popen[str]]:
+    """The process that forks a child for each command line."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", str(root / "tests" / "forked.py")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+Forked = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def forked(served: subprocess.Popen[str], tmp_path: Path) -> Forked:
+    """forked(arguments, event="", phase="", at=0): exit code and output of a command line with an event in it, see `tests/forked.py`."""
+
+    def _forked(arguments: list[str], event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
+        log = tmp_path / "log"
+        job = {"arguments": arguments, "log": str(log), "event": event, "phase": phase, "at": at}
+        assert served.stdin is not None
+        assert served.stdout is not None
+        served.stdin.write(json.dumps(job) + "\n")
+        served.stdin.flush()
+        code = int(served.stdout.readline())
+        return code, log.read_text()
+
+    return _forked
+
+
+def work_of(output: Path) -> Path:
+    """The work folder of an output."""
+    return output.with_name(output.name + ".partial")

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.errors import ExportError, NumericError
 from compresso.options import with_options
 from compresso.run import run
-from tests.conftest import SHORT, Call
+from tests.conftest import SHORT, Call, Forked, work_of
 
 KNOBS = (
     *("tune=0", "ramp=0", "hold=6", "batch=4", "micro_batch=4", "score_batches=1", "save_every=2"),
@@ -28,48 +26,14 @@ SETS = [*SHORT, *(f"stages.learn_gates.{knob}" for knob in KNOBS), "stages.recov
 Crash = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[subprocess.Popen[str]]:
-    """The process that forks a child for each command line."""
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(root / "tests" / "forked.py")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
 @pytest.fixture
-def command(tiny_folder: Path, instructions: Path, served: subprocess.Popen[str], tmp_path: Path) -> Crash:
-    """command(output, *more, event="", phase="", at=0): exit code and output of `compresso run compresso` with an event in it."""
+def command(tiny_folder: Path, instructions: Path, forked: Forked) -> Crash:
+    """command(output, *more, event="", phase="", at=0): exit code and output of a short `compresso run compresso` with an event in it."""
 
     def _command(output: Path, *more: str, event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
-        arguments = [
-            "run",
-            "compresso",
-            "--model",
-            str(tiny_folder),
-            "--data",
-            str(instructions),
-            "--output",
-            str(output),
-            "--max-steps",
-            "6",
-        ]
-        arguments += [part for one in SETS for part in ("--set", one)]
-        log = tmp_path / "log"
-        job = {"arguments": [*arguments, *more], "log": str(log), "event": event, "phase": phase, "at": at}
-        assert served.stdin is not None
-        assert served.stdout is not None
-        served.stdin.write(json.dumps(job) + "\n")
-        served.stdin.flush()
-        code = int(served.stdout.readline())
-        return code, log.read_text()
+        arguments = ["run", "compresso", "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
+        arguments += ["--max-steps", "6", *(part for one in SETS for part in ("--set", one))]
+        return forked([*arguments, *more], event=event, phase=phase, at=at)
 
     return _command
 
@@ -89,10 +53,6 @@ def outcome(output: Path) -> tuple[str, dict[str, Any]]:
     stages = json.loads((output / "records.json").read_text())["stages"]
     facts = {name: {key: value for key, value in stage.items() if key != "seconds"} for name, stage in stages.items()}
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(), facts
-
-
-def work_of(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
 
 
 def test_killed_again_and_again_a_run_ends_in_the_same_bytes(command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path) -> None:

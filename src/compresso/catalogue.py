@@ -33,7 +33,12 @@ def show_methods(name: str | None, as_json: bool) -> None:
     console.print(f"when: {one.when}\nfails: {one.failures}")
     table = Table("knob", "default", title="Knobs", title_justify="left")
     for field in dataclasses.fields(one.type):
-        table.add_row(field.name, str(_default(field)))
+        value = _default(field)
+        parts = _parts(value)
+        if parts is None:
+            table.add_row(field.name, str(value))
+        for name, part in (parts or {}).items():
+            table.add_row(f"{field.name}.{name}", str(part))
     console.print(table)
 
 
@@ -76,5 +81,14 @@ def _default(field: dataclasses.Field[object]) -> object:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else "(required)"
 
 
+def _parts(value: object) -> dict[str, object] | None:
+    """The knobs within a knob; None of one that has no parts."""
+    if not dataclasses.is_dataclass(value):
+        return None
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 def _plain(value: object) -> object:
+    if (parts := _parts(value)) is not None:
+        return {name: _plain(part) for name, part in parts.items()}
     return [str(one) for one in value] if isinstance(value, tuple) else value

@@ -161,6 +161,7 @@ def run(
 
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
+    from compresso.report.records import RunRecords
     from compresso.run import run as run_job
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
@@ -174,6 +175,8 @@ def run(
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
+    if dense := RunRecords.checked(result.records, "the run's records").stored_dense():
+        print(dense)
 
 
 @app.command()

@@ -107,6 +107,8 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     for name, stage in steps:
         if hasattr(stage, "micro_batch"):
             accumulation(stage.batch, stage.micro_batch)
+        if hasattr(stage, "check"):
+            stage.check(model, arch)
         if hasattr(stage, "rank"):
             total, macs = int(cost().total), int(cost().macs)
             if getattr(stage, "train", "lora") == "all":

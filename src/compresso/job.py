@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,16 +26,21 @@ from compresso.arch.outputs import outputs
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import Row, collate
+from compresso.drive.audit import audit, digest, fingerprints
+from compresso.drive.calibration import Calibration
 from compresso.drive.checkpoint import TrainingCheckpoints
 from compresso.drive.history import History
+from compresso.drive.journal import Journal
 from compresso.drive.launch import processes
 from compresso.drive.noise import mixed_seed
 from compresso.drive.order import ShuffledBatches
 from compresso.drive.progress import Progress
+from compresso.drive.sweep import Edit, Fold, sweep
+from compresso.drive.targets import Groups, names_of
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
-from compresso.errors import NumericError, RecipeError, nearest
+from compresso.errors import NumericError, RecipeError, ResourceError, nearest
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -165,6 +170,46 @@ class Job:
             masked_minus_smaller_max_abs=difference,
             **facts,
         )
+
+    def swept(
+        self, stage: str, knobs: Any, groups: Groups, calibration: Calibration, fold: Fold, edit: Edit
+    ) -> tuple["Job", dict[str, Any]]:
+        """The job after a sweep over the blocks that edits the weights of some linears, journalled; and what the edits noted, by linear.
+
+        What changed, and what did not although it was meant to, goes into the records.
+
+        Args:
+            stage: its name.
+            knobs: the stage itself: a resume must agree on them.
+            groups: the linears.
+            calibration: which rows, and how they run.
+            fold, edit: see `compresso.drive.sweep`.
+
+        Raises as `sweep` and `audit`; ResumeError if the journal is another run's, ResourceError in several processes.
+        """
+        if processes() > 1:
+            raise ResourceError(f"stage '{stage}' sweeps in one process, and {processes()} were launched; start it without torchrun")
+        before, seed = fingerprints(self.model), mixed_seed(stage, self.seed)
+        batches = calibration.batches(self.rows, seed)
+        same = {"run": dict(self.identity), "stage": stage, "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json")}
+        journal = Journal(self.out, same | {"weights": digest(before), "calibration": digest([batch.tolist() for batch in batches])})
+        notes = sweep(
+            self.model,
+            self.arch,
+            groups,
+            batches,
+            fold,
+            edit,
+            place=calibration.activations,
+            scratch=self.out / "activations",
+            true_sequential=calibration.true_sequential,
+            journal=journal,
+            progress=self.progress(),
+            name=stage,
+        )
+        facts = audit(self.model, before, names_of(groups))
+        read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
+        return self.note(stage, **facts, **read), notes
 
     def _probe(self) -> Tensor:
         """What the model computes, float32, on the first held-out tokens, the first ids of the vocabulary, or one image of noise."""

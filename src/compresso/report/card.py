@@ -46,6 +46,8 @@ def model_card(records: RunRecords) -> str:
         model=_one_line(records.model.name),
         recipe=_one_line(records.recipe.name),
         layout=records.layout,
+        smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
+        dense=_one_line(records.stored_dense()),
         prompt=records.prompt.get("version") if records.prompt else None,
         guard=_one_line(records.guard.message()) if records.guard.verdict != "ok" else "",
         counted=_counted(records),

@@ -61,7 +61,11 @@ class Counted(Strict):
 
 
 class StageFacts(Strict):
-    """What a stage noted, facts of its own among it; `curve` has columns of equal length, "update" the horizontal one."""
+    """What a stage noted, facts of its own among it.
+
+    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it worked on, `bits`
+    what one of these would take if they were packed.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -69,6 +73,8 @@ class StageFacts(Strict):
     kept_share_of_blocks: FiniteFloat | None = None
     curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
+    sparsity: FiniteFloat | None = None
+    bits: FiniteFloat | None = None
 
 
 class RunRecords(Strict):
@@ -104,6 +110,15 @@ class RunRecords(Strict):
     reopened_max_abs_difference: FiniteFloat
     guard: Guard
     account: Account
+
+    def stored_dense(self) -> str:
+        """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are none."""
+        zeros = [f"{facts.sparsity:.1%} zeros by {name}" for name, facts in self.stages.items() if facts.sparsity]
+        rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in self.stages.items() if facts.bits]
+        if not zeros and not rounded:
+            return ""
+        said = f"{', '.join(zeros + rounded)}, of the weights it worked on, stored dense: no smaller and no faster for it."
+        return (said[0].upper() + said[1:]).replace("%", " %")
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:

@@ -1,0 +1,70 @@
+"""What a weight method really changed: every tensor of the model is looked at before and after, whether or not it was meant to change."""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compresso.errors import NumericError
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WIDTH = 1024
+Fingerprints = Mapping[str, tuple[int, ...]]
+
+
+def fingerprints(model: nn.Module) -> Fingerprints:
+    """Sums over the bits of every parameter and buffer, by name; changed values change them, but for rare accidents."""
+    return {name: _fingerprint(tensor) for name, tensor in model.state_dict().items()}
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def audit(model: nn.Module, before: Fingerprints, meant: Collection[str]) -> dict[str, Any]:
+    """What changed since fingerprints were taken.
+
+    Args:
+        model: as it is now.
+        before: of the same model.
+        meant: names of the linears that were to change; only their weights may.
+
+    Returns:
+        sparsity (share of zeros in these weights), zeros (name -> "zeros/entries"), changed (how many tensors), and meant_but_unchanged.
+
+    Raises:
+        NumericError: a tensor changed that was not meant to.
+    """
+    now = fingerprints(model)
+    changed = [name for name, value in now.items() if value != before.get(name)]
+    weights = {f"{name}.weight" for name in meant}
+    state = model.state_dict()
+    shared = {state[name].data_ptr() for name in weights}
+    if astray := [name for name in changed if name not in weights and state[name].data_ptr() not in shared]:
+        raise NumericError(f"{astray[0]} changed and was not meant to; nothing was written. Please report this")
+    zeros = {name: int((state[name] == 0).sum()) for name in sorted(weights)}
+    entries = sum(state[name].numel() for name in weights)
+    return {
+        "sparsity": sum(zeros.values()) / max(entries, 1),
+        "zeros": {name: f"{count}/{state[name].numel()}" for name, count in zeros.items()},
+        "changed": len(changed),
+        "meant_but_unchanged": sorted(weights - set(changed)),
+    }
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, ...]:
+    """Sums modulo 2^64 over all entries' bits: plain, and weighted by row and by column of a table that the bits are laid out in."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    bits = flat.view(torch.uint8) if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
+    whole = bits.view(torch.int64) if flat.nbytes % 8 == 0 and len(flat) else bits.to(torch.int64)
+    size = len(whole) // _WIDTH * _WIDTH
+    sums: list[int] = []
+    for table in (whole[:size].view(-1, _WIDTH), whole[size:].view(1, -1)):
+        rows, columns = table.sum(dim=1), table.sum(dim=0)
+        weights = [torch.arange(1, len(one) + 1, device=one.device) for one in (rows, columns)]
+        sums += [int(rows.sum()), int((rows * weights[0]).sum()), int((columns * weights[1]).sum())]
+    return tuple(sums)

@@ -1,0 +1,106 @@
+"""GPTQ: weights are rounded column by column, and those to the right make up for it (Frantar et al., arXiv 2210.17323).
+
+Section 3, step 1: one order of columns for all rows; `act_order` takes the inputs with the largest second moments first (the authors' code,
+    after the paper).
+Section 3, step 2: lazy updates in blocks of 128 columns.
+Section 3, step 3: the Cholesky factor of the inverse of the damped second moment; all three in `compresso.core.obs`.
+Grids: per row, or per group of inputs, fitted to the compensated weights when the sweep reaches the group.
+
+Departures: with `act_order` the grids of groups are fitted to the weights before anything is done, in their own order, so that groups stay
+contiguous (the authors' `static_groups`); other grids would need an index for each input. q, k, v, and gate, up, share one second moment.
+Where it cannot be factored, damping grows tenfold up to three times, then in float64, then the run stops. Values are stored as full
+numbers, so this shows what rounding costs, not what packing saves.
+"""
+
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.obs import Quantize
+from compresso.core.rounding import Grid, bits_per_weight, fit
+from compresso.drive.calibration import Calibration
+from compresso.drive.one_shot import compensated, more_damped
+from compresso.drive.sweep import second_moment
+from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "gptq",
+    title="rounds weights to a few values and lets those that are left make up for it",
+    paper="2210.17323",
+    effects=Effects.WEIGHTS,
+    needs=("data",),
+    when="Weights of 3 or 4 bits, after everything else; 128 long examples of the text that will be read.",
+    failures="Few or foreign examples: it fits them and loses elsewhere. Values are stored as full numbers.",
+)
+class Gptq:
+    """Knobs of GPTQ.
+
+    Args:
+        bits: of a code, 2 to 8.
+        group: consecutive inputs that share a scale; 0 for one scale a row.
+        symmetric: a range around 0 instead of from the least to the greatest weight.
+        clip: shrink ranges where that lowers the rounding error.
+        act_order: round the inputs with the largest second moments first.
+        damping: share of the second moment's mean diagonal that is added to it.
+        block: columns updated together; one of it and `group` divides the other.
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    group: Annotated[int, Ge(0)] = 0
+    symmetric: bool = False
+    clip: bool = False
+    act_order: bool = False
+    damping: Annotated[float, Gt(0), Le(1)] = 0.01
+    block: Annotated[int, Ge(1)] = 128
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        """Refuse groups that blocks would cut."""
+        if self.group and max(self.block, self.group) % min(self.block, self.group):
+            raise ValueError(f"block={self.block} cuts groups of {self.group}; make one a multiple of the other")
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, self.group or 1)
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks."""
+        groups = self.check(job.model, job.arch)
+        edit = compensated(
+            job.model, quantize=self._rounding, in_order=self.act_order, damping=self.damping, block=max(self.block, self.group)
+        )
+        job, notes = job.swept("gptq", self, groups, self.calibration, second_moment, edit)
+        sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
+        return job.note(
+            "gptq",
+            sparsity=None,
+            bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),
+            loss={name: facts["loss"] for name, facts in notes.items()},
+            damped_more=more_damped(notes, self.damping),
+        )
+
+    def _fit(self, weight: Tensor, group: int) -> Grid:
+        return fit(weight, self.bits, group=group, symmetric=self.symmetric, clip=self.clip)
+
+    def _rounding(self, weight: Tensor, order: Tensor) -> Quantize:
+        """How a column is rounded: to grids of the weights as they were, or of each group as the sweep finds it."""
+        grid = self._fit(weight, self.group if self.act_order else 0)
+        columns = order.tolist()
+        if not self.group or self.act_order:
+            return lambda left, j: grid.round(left[:, :1], columns[j]).squeeze(1)
+
+        def by_group(left: Tensor, j: int) -> Tensor:
+            nonlocal grid
+            if j % self.group == 0:
+                grid = self._fit(left[:, : self.group], 0)
+            return grid.round(left[:, :1]).squeeze(1)
+
+        return by_group

@@ -1,0 +1,64 @@
+"""Rounding to the nearest point of a uniform grid: the baseline of weight quantization. Needs no data.
+
+One grid a row, or one for each group of inputs of a row (ZeroQuant, arXiv 2206.01861, section 4.1, group-wise weights); grids are those of
+`compresso.core.rounding`.
+
+Departure: values are rounded and stored as full numbers, so this shows what rounding costs, not what packing saves.
+"""
+
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Le
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.rounding import bits_per_weight, fit
+from compresso.drive.audit import audit, fingerprints
+from compresso.drive.sweep import check_weights
+from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "rtn",
+    title="rounds weights to the nearest of a few values",
+    paper="2206.01861",
+    effects=Effects.WEIGHTS,
+    when="As the baseline of quantization; at 8 bits hardly anything is lost.",
+    failures="Below 4 bits, or without groups at 4, quality falls; gptq holds longer. Values are stored as full numbers.",
+)
+class Rtn:
+    """Knobs of rounding to nearest.
+
+    Args:
+        bits: of a code, 2 to 8.
+        group: consecutive inputs that share a scale; 0 for one scale a row.
+        symmetric: a range around 0 instead of from the least to the greatest weight.
+        clip: shrink ranges where that lowers the error.
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+    """
+
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    group: Annotated[int, Ge(0)] = 0
+    symmetric: bool = False
+    clip: bool = False
+    where: Where = Where()
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, self.group or 1)
+
+    @torch.no_grad()
+    def __call__(self, job: Job) -> Job:
+        """Round every linear."""
+        groups = self.check(job.model, job.arch)
+        check_weights(job.model, groups)
+        before, names = fingerprints(job.model), names_of(groups)
+        for name in names:
+            weight = matrix(job.model, name)
+            exact = weight.float()
+            weight.copy_(fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip).round(exact))
+        sizes = [tuple(matrix(job.model, name).shape) for name in names]
+        facts = audit(job.model, before, names)
+        return job.note("rtn", **{**facts, "sparsity": None, "bits": bits_per_weight(sizes, self.bits, self.group, self.symmetric)})

@@ -1,0 +1,105 @@
+"""SparseGPT: weights leave by optimal brain surgeon scores, and those to their right make up for them (Frantar, Alistarh, 2301.00774).
+
+Section 3.1: the second moment H of a linear's inputs, damped by 1 % of its mean diagonal, inverted once for all rows.
+Section 3.2: w^2 / U_jj^2 within all rows of 128 columns (unstructured), or n of every m inputs of a row (section 3.4, n:m), chosen when the
+    sweep gets there, so from compensated weights; `compresso.core.obs`.
+Section 3.5, joint with quantization: `bits` rounds what is left to a grid of each row, fitted to the weights before anything is done; its
+    error is compensated as well. A few small weights more round to zero.
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out; `compresso.drive.sweep`.
+
+Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a block of columns leave;
+there, one more and every tie (`compat: reference`). q, k, v, and gate, up, share one second moment and one factorisation: they read the
+same inputs. The last block is not run again. Where H cannot be factored, damping grows tenfold up to three times, then in float64, then the
+run stops: never an identity in its place. Calibration rows are the run's, not C4 by itself.
+"""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.obs import Quantize
+from compresso.core.rounding import fit
+from compresso.core.sparsity import parse_pattern
+from compresso.drive.calibration import Calibration
+from compresso.drive.one_shot import compensated, more_damped, obs_choice
+from compresso.drive.sweep import second_moment
+from compresso.drive.targets import Groups, Where, chosen
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "sparsegpt",
+    title="zeros the weights that cost least and lets those that stay make up for them",
+    paper="2301.00774",
+    effects=Effects.WEIGHTS,
+    needs=("data",),
+    when="The best of the one-shot methods from about half of the weights on, or with 2:4; jointly with rounding to few bits.",
+    failures="Zeros stored dense save no bytes and no time without a kernel for them. Little data: what is left fits that data alone.",
+)
+class SparseGpt:
+    """Knobs of SparseGPT.
+
+    Args:
+        sparsity: share of a matrix' weights that become zero; 0.5 if no pattern is given either.
+        pattern: "n:m" instead: n of every m consecutive inputs are kept.
+        bits: rounds what is left to a grid of 2^bits points a row; None rounds nothing. Stored as full numbers.
+        damping: share of H's mean diagonal that is added to it.
+        block: columns among which weights are chosen, and updated together.
+        compat: "exact" or "reference" (the authors' off-by-one and ties).
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
+    pattern: str | None = None
+    bits: Annotated[int, Ge(2), Le(8)] | None = None
+    damping: Annotated[float, Gt(0), Le(1)] = 0.01
+    block: Annotated[int, Ge(1)] = 128
+    compat: Literal["exact", "reference"] = "exact"
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        """Refuse knobs that contradict each other."""
+        if self.pattern is not None:
+            _, m = parse_pattern(self.pattern)
+            if self.sparsity is not None:
+                raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null")
+            if self.block % m:
+                raise ValueError(f"block={self.block} is no multiple of {m}, which pattern={self.pattern} needs")
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks."""
+        groups = self.check(job.model, job.arch)
+        share = 0.5 if self.sparsity is None else self.sparsity
+        pattern = parse_pattern(self.pattern) if self.pattern else None
+        if share == 0 and pattern is None and self.bits is None:
+            return job.note("sparsegpt", sparsity=0.0)
+        edit = compensated(
+            job.model,
+            choose=obs_choice(share, pattern, self.compat),
+            every=pattern[1] if pattern else self.block,
+            quantize=None if self.bits is None else self._rounding,
+            damping=self.damping,
+            block=self.block,
+        )
+        job, notes = job.swept("sparsegpt", self, groups, self.calibration, second_moment, edit)
+        return job.note(
+            "sparsegpt",
+            bits=self.bits,
+            loss={name: facts["loss"] for name, facts in notes.items()},
+            damped_more=more_damped(notes, self.damping),
+        )
+
+    def _rounding(self, weight: Tensor, _: Tensor) -> Quantize:
+        """How a column is rounded: to the grids of the rows as they were."""
+        assert self.bits is not None
+        grid = fit(weight, self.bits)
+        return lambda left, j: grid.round(left[:, :1], j).squeeze(1)

@@ -1,0 +1,80 @@
+"""Wanda: weights leave where |W_ij| ||x_j|| is small, in each output row alike (Sun et al., arXiv 2306.11695). Nothing is updated.
+
+Section 3, eq. 1, the score: `compresso.core.sparsity.wanda_score`, the norm over all calibration tokens.
+Section 3, comparison group: each output row loses floor(share * inputs) entries; or n of every m inputs stay.
+The variant of the authors' code (`use_variant`): rows lose equal shares of their score instead, one alpha a matrix (`variant: true`).
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out (`compresso.drive.sweep`).
+
+Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one statistic: they read the
+same inputs. The last block is not run again. Ties leave by index, as in a stable sort. Calibration rows are the run's, not C4 by itself.
+Attention alone (`where: {modules: ["*.self_attn.*"]}`) is the pruning of arXiv 2401.10862.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mass, parse_pattern
+from compresso.drive.calibration import Calibration
+from compresso.drive.one_shot import zeroed
+from compresso.drive.sweep import squares
+from compresso.drive.targets import Group, Groups, Where, chosen
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "wanda",
+    title="zeros the weights with the smallest product of size and input norm, row by row",
+    paper="2306.11695",
+    effects=Effects.WEIGHTS,
+    needs=("data",),
+    when="Zeros in seconds, up to about half of the weights, or 2:4 for hardware that has it.",
+    failures="Zeros stored dense save no bytes and no time without a kernel for them. Past half, sparsegpt holds longer.",
+)
+class Wanda:
+    """Knobs of Wanda.
+
+    Args:
+        sparsity: share of each row's weights that become zero; 0.5 if no pattern is given either.
+        pattern: "n:m" instead: n of every m consecutive inputs are kept.
+        variant: rows lose equal shares of their score, not of their weights.
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
+    pattern: str | None = None
+    variant: bool = False
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        """Refuse knobs that contradict each other."""
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+            if self.sparsity is not None or self.variant:
+                raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and variant to false")
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks."""
+        groups = self.check(job.model, job.arch)
+        job, notes = job.swept("wanda", self, groups, self.calibration, squares, zeroed(job.model, self._gone))
+        return job.note("wanda", alpha={name: facts["alpha"] for name, facts in notes.items()}) if self.variant else job
+
+    def _gone(self, _: Group, score: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+        """Which entries become zero [out, in], and the variant's alpha."""
+        if self.pattern is not None:
+            return lowest_in_groups(score, *parse_pattern(self.pattern)), {}
+        share = 0.5 if self.sparsity is None else self.sparsity
+        if not self.variant:
+            return lowest_in_rows(score, share), {}
+        mask, alpha = lowest_mass(score, share)
+        return mask, {"alpha": alpha}

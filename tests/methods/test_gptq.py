@@ -1,0 +1,76 @@
+"""GPTQ and rounding to nearest on whole models. The arithmetic of both is tested in tests/core."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compresso.core.rounding import fit
+from compresso.drive.targets import Where
+from compresso.errors import RecipeError
+from compresso.methods.gptq import Gptq
+from compresso.methods.rtn import Rtn
+from tests.methods.conftest import MakeJob
+from tests.methods.test_sparsegpt import divergence, noisy
+
+FIRST = Where(layers=(0, 1), modules=("*.self_attn.[qkv]_proj",))
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"group": 16}, {"act_order": True}, {"group": 16, "act_order": True}, {"symmetric": True, "clip": True}]
+)
+def test_every_row_and_group_has_at_most_so_many_values(make_job: MakeJob, knobs: dict[str, Any]) -> None:
+    job = Gptq(bits=3, **knobs)(make_job())
+    for name in job.records["gptq"]["zeros"]:
+        weight = job.model.get_parameter(name).detach()
+        for group in weight.reshape(-1, knobs.get("group") or weight.shape[1]):
+            values = group.unique()
+            assert len(values) <= 8
+            if len(values) > 1:  # multiples of one step
+                steps = (values - values[0]) / values.diff().min()
+                assert float((steps - steps.round()).abs().max()) < 0.05
+
+
+def test_less_is_lost_than_by_rounding_to_nearest(make_job: MakeJob) -> None:
+    plain = clever = ordered = 0.0
+    for seed in range(4):
+        dense = noisy(make_job(), seed)
+        plain += divergence(dense, Rtn(bits=3)(noisy(make_job(), seed)))
+        clever += divergence(dense, Gptq(bits=3)(noisy(make_job(folder=f"g{seed}"), seed)))
+        ordered += divergence(dense, Gptq(bits=3, act_order=True)(noisy(make_job(folder=f"o{seed}"), seed)))
+    assert 0 < clever < plain
+    assert 0 < ordered < plain
+
+
+def test_with_uncorrelated_inputs_it_is_rounding_to_nearest(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compresso.methods.gptq as module
+
+    monkeypatch.setattr(module, "second_moment", lambda total, inputs: torch.eye(inputs.shape[1]) * 3)
+    wanted = Rtn(bits=4, group=8)(make_job()).model.state_dict()
+    for knobs in ({}, {"act_order": True}):
+        job = Gptq(bits=4, group=8, **knobs)(make_job(folder=str(knobs)))  # type: ignore[arg-type]
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in job.model.state_dict().items())
+
+
+def test_rounding_to_nearest_is_the_grid_s_and_bits_are_counted(make_job: MakeJob) -> None:
+    dense = make_job().model.state_dict()
+    job = Rtn(bits=4, group=16, where=FIRST)(make_job())
+    for name, tensor in job.model.state_dict().items():
+        if name.startswith("model.layers.0.self_attn") and "o_proj" not in name:
+            assert torch.equal(tensor, fit(dense[name], 4, group=16).round(dense[name]))
+        else:
+            assert torch.equal(tensor, dense[name])
+    assert job.records["rtn"]["bits"] == 4 + (16 + 4) / 16
+
+
+def test_groups_that_do_not_fit_are_refused(make_job: MakeJob) -> None:
+    job = make_job()
+    with pytest.raises(RecipeError, match=r"q_proj has 32 inputs, no multiple of 24"):
+        Rtn(group=24).check(job.model, job.arch)
+    with pytest.raises(RecipeError, match=r"down_proj has 48 inputs, no multiple of 32"):
+        Gptq(group=32).check(job.model, job.arch)
+    with pytest.raises(ValidationError, match="cuts groups of 24"):
+        Gptq(group=24, block=32)
+    with pytest.raises(ValidationError):
+        Gptq(bits=9)
