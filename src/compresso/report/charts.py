@@ -75,8 +75,15 @@ def heat_map(cells: Sequence[Left]) -> Markup:
     return _svg(chart, f"Units left in each of {n_layers} layers: {', '.join(parts)}.", fit="fit-x")
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, percent: bool = False, dashed: Sequence[str] = ()) -> Markup:
-    """Lines over updates, one for each name; those in `dashed` are drawn so."""
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    label: str,
+    *,
+    percent: bool = False,
+    dashed: Sequence[str] = (),
+    axis: str = "update",
+) -> Markup:
+    """Lines over updates (or what `axis` says), one for each name; those in `dashed` are drawn so."""
     lines = {drawable(name): points for name, points in lines.items()}
     names = list(lines)
     values = [{"update": x, "value": y, "line": name} for name, points in lines.items() for x, y in points]
@@ -90,7 +97,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], label: str, *, pe
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=1.75, interpolate="linear")
         .encode(
-            x=alt.X("update:Q", title="update", axis=alt.Axis(tickCount=5, tickMinStep=1, format="d", grid=False)),
+            x=alt.X("update:Q", title=axis, axis=alt.Axis(tickCount=5, tickMinStep=1, format="d", grid=False)),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=_value_axis("%" if percent else None)),
             color=alt.Color("line:N", sort=names, scale=alt.Scale(domain=names, range=colours), legend=legend),
             strokeDash=alt.StrokeDash(
