@@ -4,18 +4,20 @@
 
 Reads results/structured.jsonl. Decode speed is measured here, on this machine: every method's shapes of seed 0 (the weights do not matter)
 in turn with the dense model, in float32 on one thread, beside what reading fewer bytes allows. Writes structured.md, structured.html and
-structured_speed.json.
+structured_speed.json, and what the catalogue shows into the package.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from markupsafe import Markup
 
+import compresso
 from common import RESULTS, machine, write
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, open_source
@@ -23,6 +25,7 @@ from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.measure.latency import speed_measurements
 from compresso.native.stock import as_stock
+from compresso.recipe import read
 from compresso.report.charts import curves
 from structured import WHOLE, rows_of
 from structured_cases import DENSE, METHODS, cases
@@ -189,6 +192,26 @@ def page(rows: Rows, made: Mapping[str, list[list[str]]]) -> str:
     return opening + "<title>Structured pruning</title>" + f"<style>{STYLE}</style><body>" + "\n".join(body) + "</body></html>\n"
 
 
+def catalogue(rows: Rows) -> dict[str, Any]:
+    """What `compresso methods NAME` shows of it: the first number of each model, by the stage that removes."""
+    found: list[dict[str, Any]] = []
+    for name, method in METHODS.items():
+        for model, numbers in QUALITY.items():
+            number, title, form, _ = numbers[0]
+            mine = [row for row in rows if row["model"] == model and row["method"] == name]
+            if mine:
+                stage = next(iter(read(method.recipe)["stages"][0]))
+                dense = [row for row in rows if row["model"] == model and row["method"] == DENSE]
+                keeps = sorted({row["keep"] for row in mine}, reverse=True)
+                kept = {f"{keep:.0%}": cell([row for row in mine if row["keep"] == keep], number, form) for keep in keeps}
+                found.append(
+                    {"stage": stage, "method": name, "model": model, "what": title, "dense": cell(dense, number, form), "kept": kept}
+                )
+    updates, seeds = sorted({row["updates"] for row in rows}), sorted({row["seed"] for row in rows})
+    how = f"benchmarks/structured.py: {updates[0]} updates in all, seeds {', '.join(map(str, seeds))}; in brackets before recovery"
+    return {"how": how, "rows": found}
+
+
 def main() -> None:
     """Write table and page of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +230,8 @@ def main() -> None:
     made = tables(rows, speed)
     (RESULTS / "structured.md").write_text(markdown(made), "utf-8")
     (RESULTS / "structured.html").write_text(page(rows, made), "utf-8")
+    package = Path(compresso.__file__).parent / "measured.json"
+    package.write_text(json.dumps(catalogue(rows), indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(markdown(made))
 
 

@@ -359,6 +359,9 @@ def test_catalogue(call: Call) -> None:
     assert all(row["when"] and row["failures"] and row["title"] for row in rows.values())
     assert json.loads(call("methods", "recover", "--json")[1])[0]["name"] == "recover"
     assert "mask_lr" in call("methods", "learn_gates")[1]
+    assert {row["model"] for row in rows["gate_taylor"]["measured"]} >= {"nano"}
+    assert rows["recover"]["measured"] == []
+    assert "Measured" in call("methods", "gate_taylor")[1] and "Measured" not in call("methods", "recover")[1]
     assert rows["wanda"]["knobs"]["where"] == {"layers": None, "modules": ["*"], "ignore": []}
     assert "calibration.examples" in call("methods", "wanda")[1]
     assert "did you mean 'recover'" in call("methods", "recver")[2]

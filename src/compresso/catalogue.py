@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.job import Card, card, cards
+from compresso.measured import measured
 from compresso.recipe import build, names, read
 
 
@@ -40,6 +41,16 @@ def show_methods(name: str | None, as_json: bool) -> None:
         for name, part in (parts or {}).items():
             table.add_row(f"{field.name}.{name}", str(part))
     console.print(table)
+    if rows := measured(one.name):
+        shares = list(rows[0]["kept"])
+        table = Table("on", "number", *(f"{share} kept" for share in shares), title="Measured", title_justify="left")
+        for column in table.columns:
+            column.overflow = "fold"
+        for row in rows:
+            number = f"{row['what']} (dense {row['dense']})"
+            table.add_row(f"{row['method']}: {row['model']}", number, *(row["kept"].get(share, "-") for share in shares))
+        console.print(table)
+        console.print(rows[0]["how"])
 
 
 def effects(one: Card) -> str:
@@ -57,6 +68,7 @@ def as_dict(one: Card) -> dict[str, object]:
         "needs": list(one.needs),
         "when": one.when,
         "failures": one.failures,
+        "measured": measured(one.name),
         "knobs": {field.name: _plain(_default(field)) for field in dataclasses.fields(one.type)},
     }
 
