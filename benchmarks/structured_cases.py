@@ -93,7 +93,7 @@ METHODS = {
     "LLM-Pruner element^1": Method("llm-pruner", {"importance": "first"}, {}),
     "LLM-Pruner element^2": Method("llm-pruner", {"importance": "second"}, {}),
     "LLM-Pruner mixed": Method("llm-pruner", {"importance": "mixed"}, {}),
-    "LoRAPrune": Method("loraprune", {}, {"tune": 0.1, "prune": 0.4}),
+    "LoRAPrune": Method("loraprune", {}, {"steps": 0.5}),
     "LoRAShear": Method("lorashear", {}, {"tune": 0.1, "shrink": 0.4}),
     "ShortGPT": Method("shortgpt", {}, {}),
     "Minitron width": Method("minitron", {}, {}),

@@ -11,7 +11,7 @@ from compresso.job import card
 from compresso.recipe import build, names, read, with_knob
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
 
-BASELINES = ("gate-taylor", "llm-pruner", "lorashear", "magnitude-structured", "shortgpt")
+BASELINES = ("gate-taylor", "llm-pruner", "loraprune", "lorashear", "magnitude-structured", "shortgpt")
 DEPTH = {"angular", "perplexity", "reverse", "random", "attention", "mlp"}
 LENGTHS = ("tune", "ramp", "shrink", "hold", "steps", "text_steps", "instruction_steps")
 every_recipe = pytest.mark.parametrize("name", names())

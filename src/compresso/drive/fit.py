@@ -40,6 +40,7 @@ def fit(
     accumulation: int = 1,
     precision: str = "no",
     device: torch.device | str = "auto",
+    before_step: Callable[[int], None] | None = None,
     after_update: Callable[[int], Mapping[str, float] | None] | None = None,
     checkpoints: TrainingCheckpoints | None = None,
     save_every: int = 50,
@@ -65,6 +66,8 @@ def fit(
         accumulation: micro-batches an update and process.
         precision: as in `choose_precision`; "bf16" computes under autocast, parameters keep their type.
         device: as in `choose_device`.
+        before_step: called in every process with the update's index once its gradients are there, averaged over micro-batches and
+            processes, before they are clipped.
         after_update: called in every process with the update's index, after the optimizer and before gradients are dropped, to
             clamp or project; its numbers are logged.
         checkpoints: where to save and resume; its folder must be visible to all processes. None saves nothing.
@@ -115,6 +118,8 @@ def fit(
                 _give_up_after_skips(history, row["loss"], keeper)
             else:
                 set_rates_(optimizer, groups, update)
+                if before_step is not None:
+                    before_step(update)
                 clip_(optimizer, groups, norms)
                 optimizer.step()
                 row |= dict((after_update(update) if after_update else None) or {})

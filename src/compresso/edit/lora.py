@@ -78,16 +78,21 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
     return base
 
 
-def adapter_factors(adapted: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight that it adapts; not copied."""
+def adapter_parameters(adapted: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
+    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight that it adapts: the live parameters."""
     return {
         f"{name}.weight": (
-            layer.lora_B.get_submodule("default").get_parameter("weight").detach(),
-            layer.lora_A.get_submodule("default").get_parameter("weight").detach(),
+            layer.lora_B.get_submodule("default").get_parameter("weight"),
+            layer.lora_A.get_submodule("default").get_parameter("weight"),
             layer.scaling["default"],
         )
         for name, layer in _adapters(adapted)
     }
+
+
+def adapter_factors(adapted: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """As `adapter_parameters`, detached, not copied."""
+    return {name: (b.detach(), a.detach(), scale) for name, (b, a, scale) in adapter_parameters(adapted).items()}
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
