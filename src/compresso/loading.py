@@ -12,6 +12,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
+from compresso.edit.prefill import patch_
 from compresso.errors import CheckpointError, DataError
 
 
@@ -75,7 +76,15 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     source = open_source(path)
     prompt = _prompt(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    return Loaded(load_model(source, dtype=dtype, device=device), tokenizer, prompt)
+    model = load_model(source, dtype=dtype, device=device)
+    patch_(model, _patches(source))
+    return Loaded(model, tokenizer, prompt)
+
+
+def _patches(source: Source) -> list[str]:
+    """The forward patches that a checkpoint's records name."""
+    records = source.folder / "records.json" if source.folder else None
+    return list(read_json(records).get("patches", ())) if records is not None and records.is_file() else []
 
 
 def _prompt(source: Source) -> Prompt | None:

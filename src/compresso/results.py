@@ -18,6 +18,7 @@ from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
+from compresso.edit.prefill import patch_, unpatch_
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.job import Job
 from compresso.measure.held import held_loss
@@ -72,7 +73,10 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
     """Write a finished stage into a folder: weights as they are, in the layout that holds any shape."""
-    files = {"plan.json": job.plan.to_json(), "records.json": _json({"before": before, "stages": job.records})}
+    files = {
+        "plan.json": job.plan.to_json(),
+        "records.json": _json({"before": before, "stages": job.records, "patches": list(job.patches)}),
+    }
     save_checkpoint(job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files)
 
 
@@ -99,7 +103,9 @@ def finish(
     ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
     with new_folder(output, force) as folder:
         used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
+        unpatch_(model)  # the files hold no patch: what they compute is compared without it
         difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
+        patch_(model, job.patches)
         written = {
             **facts,
             "layout": used,

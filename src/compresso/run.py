@@ -29,6 +29,7 @@ from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator, told
+from compresso.edit.prefill import patch_
 from compresso.errors import CheckpointError, CollapseError, ResourceError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
@@ -134,7 +135,7 @@ def run(
                 accelerator.wait_for_everyone()
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
-            facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records)}
+            facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records), "patches": list(job.patches)}
             if is_main:
                 findings = _account(job, prepared, facts)
                 _refuse_collapse(findings.guard, force=force, quiet=quiet)
@@ -195,7 +196,8 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
-    return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]
+    patch_(model, facts["patches"])
+    return replace(job, model=model, plan=plan, records=facts["stages"], patches=tuple(facts["patches"])), facts["before"]
 
 
 def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:

@@ -85,6 +85,7 @@ class RunRecords(Strict):
         recipe, model, data, prompt, seed, versions, machine: what decided the result; `data` and `prompt` are None where there are none.
         before, after: the model at both ends.
         stages: what each stage noted, by its name.
+        patches: forward patches, which `compresso.load` applies to what the files hold.
         seconds: of the whole run.
         layout, dtype, bytes: what was written, and the size of its weight files.
         reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
@@ -103,6 +104,7 @@ class RunRecords(Strict):
     before: Counted
     after: Counted
     stages: dict[str, StageFacts]
+    patches: tuple[str, ...] = ()
     seconds: FiniteFloat
     layout: Literal["uniform", "padded", "native"]
     dtype: str
