@@ -49,7 +49,7 @@ def keep_tokens(
         raise InfeasibleBudget(
             f"most={limit} tokens, but {len(kept)} of {size} must stay: special ones and the alphabet; raise most to that"
         )
-    order = torch.sort(used, descending=True, stable=True).indices.tolist()
+    order: list[int] = torch.sort(used, descending=True, stable=True).indices.tolist()  # pyright: ignore
     for i in order:
         if used[i] <= threshold or len(kept) == limit:
             break

@@ -58,6 +58,39 @@ def activation_scores(
     return {place.axis.name: place.score() for place in places}
 
 
+@torch.no_grad()
+def mean_inputs(
+    model: PreTrainedModel, axes: Sequence[Axis], blocks: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, tuple[nn.Module, Tensor]]:
+    """The linear that reads each axis' units, and the mean of its input over all tokens but padding [entries], float64.
+
+    Args: as of `activation_scores`; axes of kind head or channel. Raises as it does.
+    """
+    model.eval()
+    readers = {axis.name: _sites(model, axis, blocks)[0] for axis in axes}
+    sums: dict[str, Tensor] = {}
+    real, n_tokens = torch.zeros(0), 0
+
+    def adder(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = inputs[0].reshape(*real.shape, -1)[real].double().sum(dim=0)
+            sums[name] = sums[name] + seen if name in sums else seen
+
+        return add
+
+    handles = [reader.register_forward_pre_hook(adder(name)) for name, reader in readers.items()]
+    try:
+        for batch in batches:
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            real = inputs["attention_mask"].bool()
+            n_tokens += int(real.sum())
+            model.base_model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (readers[name], total / max(n_tokens, 1)) for name, total in sums.items()}
+
+
 class _Sums:
     """What one site has shown so far: the sum of the examples' aggregates and of their squares."""
 

@@ -27,6 +27,7 @@ from compresso.core.tokens import keep_tokens, shares
 from compresso.data import pieces
 from compresso.data.batches import Row
 from compresso.data.cut_tokenizer import lasting_ids, state_of
+from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
 from compresso.errors import ArchError, BudgetError
 from compresso.job import Effects, Job, stage
@@ -65,7 +66,9 @@ class CutVocab:
     def check_data(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
     ) -> None:
-        """Raises CheckpointError for a tokenizer that cannot be cut, InfeasibleBudget for a limit below what must stay."""
+        """Raises DataError for plain text of less than a window, CheckpointError for a tokenizer that cannot be cut, InfeasibleBudget for a
+        limit below what must stay."""
+        check_window(rows, window)
         words = _Words.of(tokenizer)
         keep_tokens(torch.zeros(config.vocab_size, dtype=torch.float64), words.lasting, words.made_of, most=self.most)
 
