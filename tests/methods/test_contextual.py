@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compresso.arch.base import arch_for
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
-from compresso.drive.activations import mean_inputs
+from compresso.drive.activations import mean_inputs, reader
 from compresso.job import Job
 from compresso.measure.divergence import divergence, reference
 from compresso.methods.contextual import Contextual, relative
@@ -90,16 +90,17 @@ def test_compensation_reads_mean_inputs_by_hand(make_job: MakeJob) -> None:
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind in (Kind.CHANNEL, Kind.HEAD) and axis.layer == 2]
     batch = job.collated(job.rows[:5])
     batch["attention_mask"][0, 6:] = 0
-    found = mean_inputs(job.model, axes, list(job.arch.blocks(job.model)), [batch])
+    readers = {axis.name: reader(job.model, axis) for axis in axes}
+    found = mean_inputs(job.model, readers, [batch])
     for name, module in (("layers.2.channels", "mlp.down_proj"), ("layers.2.heads", "self_attn.o_proj")):
         seen: list[Tensor] = []
-        reader = job.model.get_submodule(f"model.layers.2.{module}")
-        handle = reader.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        linear = job.model.get_submodule(f"model.layers.2.{module}")
+        handle = linear.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():
             job.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         handle.remove()
-        assert found[name][0] is reader
-        torch.testing.assert_close(found[name][1], seen[0][batch["attention_mask"].bool()].double().mean(dim=0))
+        assert readers[name] is linear
+        torch.testing.assert_close(found[name], seen[0][batch["attention_mask"].bool()].double().mean(dim=0))
 
 
 def test_it_does_not_depend_on_how_many_examples_are_read_at_once(make_job: MakeJob) -> None:

@@ -58,16 +58,21 @@ def activation_scores(
     return {place.axis.name: place.score() for place in places}
 
 
-@torch.no_grad()
-def mean_inputs(
-    model: PreTrainedModel, axes: Sequence[Axis], blocks: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The linear that reads each axis' units, and the mean of its input over all tokens but padding [entries], float64.
+def reader(model: nn.Module, axis: Axis) -> nn.Module:
+    """The linear that reads the units of a head or channel axis. Raises ArchError if there is not exactly one."""
+    return _sites(model, axis, ())[0]
 
-    Args: as of `activation_scores`; axes of kind head or channel. Raises as it does.
+
+@torch.no_grad()
+def mean_inputs(model: PreTrainedModel, readers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean input of linears over all tokens but padding: name -> [in], float64.
+
+    Args:
+        model: read in evaluation mode.
+        readers: linears inside it, by any name.
+        batches: input_ids and attention_mask, each int64 [batch, seq].
     """
     model.eval()
-    readers = {axis.name: _sites(model, axis, blocks)[0] for axis in axes}
     sums: dict[str, Tensor] = {}
     real, n_tokens = torch.zeros(0), 0
 
@@ -78,7 +83,7 @@ def mean_inputs(
 
         return add
 
-    handles = [reader.register_forward_pre_hook(adder(name)) for name, reader in readers.items()]
+    handles = [module.register_forward_pre_hook(adder(name)) for name, module in readers.items()]
     try:
         for batch in batches:
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -88,7 +93,7 @@ def mean_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (readers[name], total / max(n_tokens, 1)) for name, total in sums.items()}
+    return {name: total / max(n_tokens, 1) for name, total in sums.items()}
 
 
 class _Sums:

@@ -25,7 +25,7 @@ from compresso.core.budget import Budget
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
-from compresso.drive.activations import activation_scores, mean_inputs
+from compresso.drive.activations import activation_scores, mean_inputs, reader
 from compresso.edit.compensate import compensate_
 from compresso.job import Effects, Job, stage
 
@@ -82,20 +82,21 @@ class Contextual:
         means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean")
         scores = {name: relative(mean) for name, mean in means.items()}
         plan = allocate(axes, scores, job.cost(), self.budget())
-        compensated = self._compensate(job, axes, plan) if self.compensate else {}
         facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
         if self.compensate:
-            facts |= {"compensated": sum(compensated.values()), "without_bias": sum(not done for done in compensated.values())}
+            facts |= self._compensate(job, axes, plan)
         return job.without(plan.masks(axes), "contextual", **facts)
 
-    def _compensate(self, job: Job, axes: Sequence[Axis], plan: Plan) -> dict[str, bool]:
-        """For each axis that loses units, whether a bias took their mean output."""
+    def _compensate(self, job: Job, axes: Sequence[Axis], plan: Plan) -> dict[str, object]:
+        """Put mean outputs into biases; of the axes that lose units, how many have one and how many do not."""
         cut = [axis for axis in axes if len(plan.kept.get(axis.name, range(axis.size))) < axis.size]
-        done: dict[str, bool] = {}
-        for name, (reader, mean) in mean_inputs(job.model, cut, list(job.arch.blocks(job.model)), self._batches(job)).items():
+        readers = {axis.name: reader(job.model, axis) for axis in cut}
+        biased = {name: module for name, module in readers.items() if getattr(module, "bias", None) is not None}
+        means = mean_inputs(job.model, biased, self._batches(job)) if biased else {}
+        for name, mean in means.items():
             stays = plan.masks(cut)[name].bool()
-            done[name] = compensate_(reader, mean, ~stays.repeat_interleave(len(mean) // len(stays)))
-        return done
+            compensate_(biased[name], mean, ~stays.repeat_interleave(len(mean) // len(stays)))
+        return {"compensated": len(biased), "without_bias": len(readers) - len(biased)}
 
     def _batches(self, job: Job) -> Iterator[dict[str, Tensor]]:
         """The calibration batches, `micro_batch` examples at a time."""
