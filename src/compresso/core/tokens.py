@@ -35,7 +35,7 @@ def keep_tokens(
 
     Raises InfeasibleBudget if what must stay is more than `most`.
 
-    >>> keep_tokens(torch.tensor([0.0, 0.0, 0.6, 0.0, 0.4]), [0], lambda i: (i, i - 1), most=3)
+    >>> keep_tokens(torch.tensor([0.0, 0.0, 0.6, 0.0, 0.4]), [0], lambda i: (i, i - 1) if i else (0,), most=3)
     (0, 1, 2)
     """
     size = len(used)
