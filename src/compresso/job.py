@@ -149,7 +149,7 @@ class Job:
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")
         job, told = (self, {}) if tokens is None else self.with_tokens(tokens)
-        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, self.model.config.vocab_size)))
+        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, getattr(self.model.config, "vocab_size", 0))))
         places = {i: i for i in ids} if tokens is None else {old: new for new, old in enumerate(tokens)}
         ids = [i for i in ids if i in places] or list(places)[:64]
         dense = self.cost()
