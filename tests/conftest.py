@@ -29,8 +29,12 @@ SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 _STAGES = {name: [stage for _, stage in build(read(name)).stages] for name in names()}
 ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "where") for stage in stages)]
 """Shipped recipes that change weights in one pass and no shapes."""
-FOR_ANY_MODEL = [name for name in names() if name not in ONE_SHOT and not any(getattr(stage, "ratio", None) for stage in _STAGES[name])]
-"""Shipped recipes with a budget; those with a ratio of the units of certain layers are published sizes of certain models."""
+FOR_ANY_MODEL = [
+    name
+    for name, stages in _STAGES.items()
+    if any(hasattr(stage, "keep") for stage in stages) and not any(getattr(stage, "ratio", None) for stage in stages)
+]
+"""Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes of certain models."""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 transformers_logging.disable_progress_bar()

@@ -195,6 +195,8 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
+    if "vocab" in plan.kept:
+        job, _ = job.with_tokens(plan.kept["vocab"])
     return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]
 
 
