@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import Identity, Source, load_model
+from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
+from compresso.data.batches import Row
 from compresso.data.instructions import encode_prompt
 from compresso.job import Job
 from compresso.measure.divergence import divergence, reference
@@ -96,7 +99,7 @@ class Questions:
 
     corpus: str
     prompts: Sequence[str]
-    encode: Callable[[str], list[int]] | None
+    encode: Callable[[PreTrainedTokenizerBase, str], list[int]] | None
     new_tokens: int
     prompt_format: str
     refused: str = ""
@@ -117,7 +120,10 @@ def take(
     Raises:
         NumericError: a model gives NaN.
     """
-    asked = questions(job.model, job.tokenizer, corpus=corpus, instructions=instructions, prompt_on=prompt_on)
+    kept = job.plan.kept.get("vocab")
+    # a model whose vocabulary was cut reads and writes with a tokenizer of its own
+    theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
+    asked = questions(job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on)
     answers = {DENSE: Answers(), PRUNED: Answers()}
     pruned = job.model.eval()
     if lacking := _lacking(source, job.device, pruned.dtype):
@@ -129,11 +135,15 @@ def take(
         dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
     for name, model in models.items():
-        _ask(answers[name], model, job, asked, is_dense=name == DENSE)
+        _ask(answers[name], model, job, theirs if name == DENSE else job.tokenizer, asked, is_dense=name == DENSE)
     if DENSE in models:
-        if job.held:
-            windows = [list(row["input_ids"]) for row in job.held]
-            answers[PRUNED].measurements += divergence(pruned, reference(models[DENSE], windows, corpus=corpus))
+        windows = shared_windows(job.dense_held or job.held, kept)
+        if windows:
+            answers[PRUNED].measurements += divergence(pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept)
+        elif job.held:
+            answers[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
+        if kept is not None and before is not None:  # examples may have been dropped since
+            before = held_loss(models[DENSE], job.dense_held or job.held).mean
         for name, speeds in _speeds(models).items():
             answers[name].measurements += speeds
     guard = judge(
@@ -146,19 +156,32 @@ def take(
     return Findings(answers[DENSE], answers[PRUNED], guard)
 
 
+def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list[int]]:
+    """Ids of examples as far as both models have their tokens; kept: ids that the smaller model has, None for all."""
+    if kept is None:
+        return [list(row["input_ids"]) for row in rows]
+    staying = set(kept)
+    windows = [list(takewhile(staying.__contains__, row["input_ids"])) for row in rows]
+    return [window for window in windows if len(window) > 1]
+
+
 def questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, corpus: str, instructions: bool, prompt_on: bool
+    model: PreTrainedModel, tokenizers: Sequence[PreTrainedTokenizerBase | None], *, corpus: str, instructions: bool, prompt_on: bool
 ) -> Questions:
-    """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings."""
-    if tokenizer is None:
+    """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
+
+    tokenizers: of all models that are asked; there must be room for the longest encoding.
+    """
+    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    if not known:
         return Questions(corpus, (), None, 0, "", "the model has no tokenizer")
     of_world = corpus.startswith("world")
     prompts = world_prompts(len(PROMPTS)) if of_world else PROMPTS
     encode, words = None, "beginning token, then the bare text"
     if instructions and not of_world:
-        encode = lambda text: encode_prompt(tokenizer, text, prompt_on=prompt_on)  # noqa: E731
+        encode = lambda tokenizer, text: encode_prompt(tokenizer, text, prompt_on=prompt_on)  # noqa: E731
         words = "as an instruction" + (", with the collaborative prompt" if prompt_on else "")
-    longest = max(len(encode(text) if encode else tokenizer.encode(text)) for text in prompts) + 1
+    longest = max(len(encode(one, text) if encode else one.encode(text)) for one in known for text in prompts) + 1
     context = context_of(model)
     room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
     if room < LEAST_NEW_TOKENS:
@@ -166,17 +189,21 @@ def questions(
     return Questions(corpus, prompts, encode, room, words)
 
 
-def _ask(answers: Answers, model: PreTrainedModel, job: Job, asked: Questions, *, is_dense: bool) -> None:
+def _ask(
+    answers: Answers, model: PreTrainedModel, job: Job, tokenizer: PreTrainedTokenizerBase | None, asked: Questions, *, is_dense: bool
+) -> None:
     """Held-out loss and texts of one model, added to its answers."""
     here = Environment.here(model.device, model.dtype)
     if job.held:
-        answers.measurements += held_loss(model, job.held).measurements(here, asked.corpus, noise=is_dense)
+        rows = job.dense_held if is_dense and job.dense_held is not None else job.held
+        answers.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(here, asked.corpus, noise=is_dense)
     else:
         answers.not_measured["held/perplexity"] = "the run had no data"
-    if asked.refused or job.tokenizer is None:
+    if asked.refused or tokenizer is None:
         answers.not_measured["texts"] = asked.refused
         return
-    answers.samples = samples(model, job.tokenizer, asked.prompts, asked.new_tokens, asked.encode)
+    encode = None if asked.encode is None else partial(asked.encode, tokenizer)
+    answers.samples = samples(model, tokenizer, asked.prompts, asked.new_tokens, encode)
     settings = {"max_new_tokens": asked.new_tokens, "prompt_format": asked.prompt_format}
     answers.measurements += generation_measurements(answers.samples, here, **settings)
 

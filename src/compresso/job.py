@@ -25,7 +25,8 @@ from compresso.arch.base import Arch
 from compresso.arch.outputs import outputs
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data.batches import Row, collate
+from compresso.data.batches import Row, collate, pad_id
+from compresso.data.cut_tokenizer import cut, translation
 from compresso.drive.audit import audit, digest, fingerprints
 from compresso.drive.calibration import Calibration
 from compresso.drive.checkpoint import TrainingCheckpoints
@@ -40,7 +41,8 @@ from compresso.drive.targets import Groups, names_of
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
-from compresso.errors import NumericError, RecipeError, ResourceError, nearest
+from compresso.edit.token_ids import token_ids
+from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -81,6 +83,7 @@ class Job:
         patches: forward patches applied so far.
         original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of distillation. None
             where there is nothing to read it from.
+        dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is whole.
     """
 
     model: PreTrainedModel
@@ -98,6 +101,7 @@ class Job:
     adapters: Path | None = None
     patches: tuple[str, ...] = ()
     original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
+    dense_held: Sequence[Row] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -142,18 +146,26 @@ class Job:
 
         The masked model is run beforehand and the smaller one afterwards on the same tokens; how far their logits differ is recorded.
 
+        If tokens leave, tokenizer, examples and teacher follow, and the comparison is over what stays; see `with_tokens`.
+
         Raises:
             NumericError: if they differ by more than rounding explains: the shape surgery would be wrong.
         """
         axes = self.arch.axes(self.model)
         plan = Plan.from_masks(axes, masks)
+        tokens = plan.kept.get("vocab")
+        job, told = (self, {}) if tokens is None else self.with_tokens(tokens)
+        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, getattr(self.model.config, "vocab_size", 0))))
+        places = {i: i for i in ids} if tokens is None else {old: new for new, old in enumerate(tokens)}
+        ids = [i for i in ids if i in places] or list(places)[:64]
         dense = self.cost()
         before = dense().parameters()
         with gated(self.model, axes, {name: mask.to(self.device) for name, mask in masks.items()}):
-            masked = self._probe()
+            masked = self._probe(ids)
+        masked = masked if tokens is None else masked[..., list(tokens)]
         soft = {name: mask for name, mask in masks.items() if bool(((mask != 0) & (mask != 1)).any())}
         shrink_(self.model, axes, plan, soft)
-        difference = float((self._probe() - masked).abs().max())
+        difference = float((self._probe([places[i] for i in ids]) - masked).abs().max())
         allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
         if not difference <= allowed:
             raise NumericError(
@@ -161,13 +173,14 @@ class Job:
             )
         after = self.cost()().parameters()
         kept = {name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()}
-        return replace(self, plan=self.plan.then(plan)).note(
+        return replace(job, plan=self.plan.then(plan)).note(
             stage,
             parameters_before=before,
             parameters_after=after,
             kept_share_of_blocks=after["blocks"] / before["blocks"],
             units_kept=kept,
             masked_minus_smaller_max_abs=difference,
+            **told,
             **facts,
         )
 
@@ -211,15 +224,67 @@ class Job:
         read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
         return self.note(stage, **facts, **read), notes
 
-    def _probe(self) -> Tensor:
-        """What the model computes, float32, on the first held-out tokens, the first ids of the vocabulary, or one image of noise."""
+    def with_tokens(self, kept: Sequence[int]) -> tuple["Job", dict[str, Any]]:
+        """The job in the numbering of the tokens that stay, and what became of its examples; the model is not touched.
+
+        A token that left is spelled with what stays, as the smaller tokenizer would; an example with one that cannot be spelled (there is
+        no tokenizer, or only an unknown token is left) is dropped and counted. The teacher loses the same rows of its embedding and head.
+
+        Args:
+            kept: ids, ascending, in the job's present numbering.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be cut like this, or the model's config names a token that would leave.
+            DataError: no example is left to train on, or none that was held out.
+        """
+        config, staying = self.model.config, set(kept)
+        size = int(config.vocab_size)
+        if lost := sorted(i for i in token_ids(self.model) - staying if 0 <= i < size):
+            raise CheckpointError(f"the model's config gives the tokens {lost} a meaning, so they may not leave; keep them")
+        tokenizer = None if self.tokenizer is None else cut(self.tokenizer, kept, size)
+        to, context = translation(self.tokenizer, tokenizer, kept), getattr(config, "max_position_embeddings", None)
+        rows, n_rows_spelled = to.rows(self.rows, context)
+        held, n_held_spelled = to.rows(self.held, context)
+        pairs = [pair for pair in zip(held, self.dense_held or self.held, strict=True) if pair[0] is not None]
+        trained = [row for row in rows if row is not None]
+        for what, before, left in (("training", rows, trained), ("held-out", held, pairs)):
+            if before and not left:
+                raise DataError(
+                    f"all {len(before)} {what} examples hold tokens that left and have no spelling; keep more, or give more text"
+                )
+        original, arch = self.original, self.arch
+
+        def teacher(dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+            """The original model without the same tokens."""
+            assert original is not None  # used below only where there is one
+            model = original(dtype, device)
+            shrink_(model, arch.axes(model), Plan({"vocab": tuple(kept)}))
+            return model
+
+        job = replace(
+            self,
+            tokenizer=tokenizer,
+            rows=trained,
+            held=[new for new, _ in pairs if new is not None],
+            dense_held=[old for _, old in pairs],
+            pad_id=pad_id(tokenizer) if tokenizer is not None else list(kept).index(self.pad_id) if self.pad_id in staying else 0,
+            original=None if original is None else teacher,
+        )
+        facts = {
+            "tokens": [len(kept), size],
+            "examples_spelled_anew": {"training": n_rows_spelled, "held": n_held_spelled},
+            "examples_dropped": {"training": len(rows) - len(trained), "held": len(held) - len(pairs)},
+        }
+        return job, facts
+
+    def _probe(self, ids: Sequence[int]) -> Tensor:
+        """What the model computes, float32, on these tokens, or on one image of noise."""
         self.model.eval()
         config = self.model.config
         if self.model.main_input_name == "pixel_values":
             shape = (1, config.num_channels, config.image_size, config.image_size)
             return outputs(self.model, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device))
-        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, config.vocab_size)))
-        return outputs(self.model, torch.tensor([ids], device=self.device))
+        return outputs(self.model, torch.tensor([list(ids)], device=self.device))
 
 
 def accumulation(batch: int, micro_batch: int) -> int:

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
 from compresso.checkpoint.workfolder import WorkFolder
+from compresso.core.budget import InfeasibleBudget
 from compresso.data.instructions import Encoded, encode
 from compresso.data.prompt import prompt_identity
 from compresso.data.records import Chat, Instruction, Records
 from compresso.data.registry import load_records
 from compresso.drive.device import choose_device
 from compresso.dryrun import act_out
-from compresso.errors import CheckpointError, DataError, RecipeError
+from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
 from compresso.options import AskedLayout, for_layout
 from compresso.recipe import Recipe, build
 from compresso.results import origin, versions
@@ -93,10 +94,26 @@ def prepare(
     length = min(recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length)
     recipe = replace(recipe, data=replace(recipe.data, max_length=length))
     records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
+    for name, stage in recipe.stages:
+        if encoded is not None and hasattr(stage, "check_data"):
+            packed = records is not None and records.kind == "text" and recipe.data.pack
+            _checked_data(name, stage, encoded, tokenizer, source.config, length if packed else None)
     recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
     prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
     prompt = prompt_identity() if recipe.data.prompt and prompted else None
     return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
+
+
+def _checked_data(
+    name: str, stage: Any, encoded: Encoded, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+) -> None:
+    """Let a stage look at the data before weights are read; `window` is the length that plain text was cut to."""
+    try:
+        stage.check_data(encoded.rows, tokenizer, config, window)
+    except InfeasibleBudget as error:
+        raise BudgetError(f"stage '{name}': {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"stage '{name}': {error}") from error
 
 
 def _without_folders(data: str | None) -> str | None:

@@ -20,6 +20,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from compresso.core.axis import Kind
 from compresso.errors import RecipeError, nearest
 from compresso.job import Effects, Stage, card, check_order
 from compresso.recipe_file import names, parse, read, short, stages_of
@@ -94,7 +95,13 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
         if any(key == other for other, _ in stages):
             raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
         row = card(key)
-        stages.append((key, _validated(row.type, knobs, f"recipe {name}: stage '{key}'")))
+        made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
+        if Kind.VOCAB in getattr(made, "kinds", ()):
+            raise RecipeError(
+                f"recipe {name}: stage '{key}': kinds names vocab, which only the stage 'cut_vocab' removes: the tokenizer has to follow. "
+                "Leave it out, and put cut_vocab before this stage"
+            )
+        stages.append((key, made))
         effects.append((key, row.effects))
     check_order(effects)
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")

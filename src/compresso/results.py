@@ -59,7 +59,10 @@ def state(job: Job) -> dict[str, Any]:
 
     Raises NumericError if that loss is not finite.
     """
-    return {**counts(job.cost()), "held_loss": round(held_loss(job.model, job.held).mean, 6) if job.held else None}
+    return {
+        **counts(job.cost()),
+        "held_loss": round(held_loss(job.model, job.held, counted_as=job.dense_held).mean, 6) if job.held else None,
+    }
 
 
 def stored_dtype(source: Source) -> torch.dtype:

@@ -92,7 +92,7 @@ def test_removed_sub_layers_have_no_axes(tiny: Tiny) -> None:
     model = tiny("qwen3")
     arch = arch_for(model.config)
     axes = arch.axes(model)
-    assert [axis.name for axis in axes][-4:] == ["hidden", "layers", "attention", "mlp"]
+    assert [axis.name for axis in axes][-5:] == ["hidden", "layers", "attention", "mlp", "vocab"]
     shrink_(model, axes, Plan({"layers.0.heads": (), "layers.2.channels": (1, 2)}))
     smaller = {axis.name: axis for axis in arch.axes(model)}
     assert "layers.0.heads" not in smaller

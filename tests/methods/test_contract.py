@@ -19,6 +19,7 @@ QUICK: dict[str, Any] = {
     **dict.fromkeys(("batch", "micro_batch"), 4),
     **dict.fromkeys(("batches", "score_batches"), 1),
     "rank": 2,
+    "most": 60,
 }
 every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
 

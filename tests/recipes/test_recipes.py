@@ -20,6 +20,7 @@ every_recipe = pytest.mark.parametrize("name", names())
 def test_these_recipes_ship() -> None:
     assert {"compresso", "compresso/nano", "compresso/paper", "compresso/script", *BASELINES} <= set(names())
     assert {f"shortgpt/{name}" for name in DEPTH} <= set(names())
+    assert {"contextual", *(f"contextual/{name}" for name in ("faithful", "vocab", "nano"))} <= set(names())
 
 
 @every_recipe

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import checked_shapes, sync_config_
+from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
 
@@ -42,7 +43,7 @@ class Decoder:
         return config.model_type == self.name
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """`layers.{i}.heads` and `layers.{i}.channels` of the sub-layers that are there, then `hidden`, `layers`, `attention`, `mlp`."""
+        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `hidden`, `layers`, `attention`, `mlp`, `vocab`."""
         return decoder_axes(model, self.head_norms)
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
@@ -105,7 +106,7 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
         slices = tuple(Slice(p, 0, unit=i) for i, prefixes in owned.items() for p, _ in model.named_parameters() if p.startswith(prefixes))
         gates = tuple(Gate(module, "output", unit=i) for site in sites for i, module in site.items())
         axes.append(Axis(name, kind, len(shapes), slices, gates, "model.layers"))
-    return tuple(axes)
+    return (*axes, vocabulary_axis(model))
 
 
 def _heads(model: PreTrainedModel, i: int, shape: LayerShape, head_norms: tuple[str, ...]) -> Axis:

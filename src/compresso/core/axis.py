@@ -1,7 +1,7 @@
 """What can be removed from a network, and which tensor entries leave with it.
 
-An `Axis` is a set of units (heads, FFN channels, hidden dimensions, layers) whose tensor entries must leave together. It is plain data:
-an architecture writes its axes down once, and masking, counting, shrinking and planning are all derived from them.
+An `Axis` is a set of units (heads, FFN channels, hidden dimensions, layers, tokens) whose tensor entries must leave together. It is plain
+data: an architecture writes its axes down once, and masking, counting, shrinking and planning are all derived from them.
 
 Two ways a unit owns entries of a tensor:
 
@@ -29,6 +29,8 @@ class Kind(StrEnum):
     """The attention sub-layer of a layer, with its norm."""
     MLP = "mlp"
     """The FFN sub-layer of a layer, with its norm."""
+    VOCAB = "vocab"
+    """One token: its row of the embedding and of the head. The others are renumbered, and the tokenizer has to follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,12 @@ class Axis:
     """Units that can be removed one by one, and everything that leaves with each.
 
     Args:
-        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`, `mlp`.
+        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`, `mlp`, `vocab`.
         kind: what a unit is.
         size: number of units.
         slices: parameter entries owned by the units.
-        gates: places where a mask on the units is applied; their product with a 0/1 mask must equal removal.
+        gates: places where a mask on the units is applied; their product with a 0/1 mask must equal removal. None for tokens: a model that
+            is never given a removed token and whose logits of removed tokens are passed over is the smaller one already.
         container: qualified name of the module whose shape fields describe this axis (the attention of a head axis, the FFN of a
             channel axis, the layer list of a layer, attention or mlp axis, the decoder of the hidden axis).
         layer: index of the layer the axis lies in; None for axes of the whole model.
@@ -99,5 +102,5 @@ class Axis:
 
     @property
     def fewest(self) -> int:
-        """Fewest units that may stay: `min_units`, and at least one hidden dimension and one layer."""
-        return max(self.min_units, 1) if self.kind in (Kind.HIDDEN, Kind.LAYER) else self.min_units
+        """Fewest units that may stay: `min_units`, and at least one hidden dimension, one layer and one token."""
+        return max(self.min_units, 1) if self.kind in (Kind.HIDDEN, Kind.LAYER, Kind.VOCAB) else self.min_units

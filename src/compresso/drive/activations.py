@@ -58,6 +58,44 @@ def activation_scores(
     return {place.axis.name: place.score() for place in places}
 
 
+def reader(model: nn.Module, axis: Axis) -> nn.Module:
+    """The linear that reads the units of a head or channel axis. Raises ArchError if there is not exactly one."""
+    return _sites(model, axis, ())[0]
+
+
+@torch.no_grad()
+def mean_inputs(model: PreTrainedModel, readers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean input of linears over all tokens but padding: name -> [in], float64.
+
+    Args:
+        model: read in evaluation mode.
+        readers: linears inside it, by any name.
+        batches: input_ids and attention_mask, each int64 [batch, seq].
+    """
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    real, n_tokens = torch.zeros(0), 0
+
+    def adder(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = inputs[0].reshape(*real.shape, -1)[real].double().sum(dim=0)
+            sums[name] = sums[name] + seen if name in sums else seen
+
+        return add
+
+    handles = [module.register_forward_pre_hook(adder(name)) for name, module in readers.items()]
+    try:
+        for batch in batches:
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            real = inputs["attention_mask"].bool()
+            n_tokens += int(real.sum())
+            model.base_model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / max(n_tokens, 1) for name, total in sums.items()}
+
+
 class _Sums:
     """What one site has shown so far: the sum of the examples' aggregates and of their squares."""
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.core.axis import Axis, Gate, Kind
 from compresso.core.plan import Plan
+from compresso.edit.token_ids import renumber_
 from compresso.errors import ArchError, NumericError
 
 _Factors = dict[tuple[str, int], Tensor]
@@ -76,6 +77,9 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
             for norm in (model.get_submodule(norm) for norm in axis.norms if f"{norm}.weight" not in leaving):
                 norm.variance_epsilon = float(norm.variance_epsilon) * axis.size / len(kept[axis.name])  # pyright: ignore
     _drop_layers_(arch.blocks(model), axes, kept)
+    for axis in axes:
+        if axis.kind == Kind.VOCAB and axis.name in kept:
+            renumber_(model, axis.size, kept[axis.name])
     arch.sync_config_(model)
 
 
@@ -91,6 +95,8 @@ def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mappi
             raise ArchError(f"soft mask '{name}' {list(mask.shape)} fits no axis; wanted the name and [size] of one of the model's axes")
         if not bool((torch.isfinite(mask) & (mask >= 0)).all()):
             raise ArchError(f"soft mask '{name}' has values that are negative or not finite; wanted values in [0, 1]")
+        if by_name[name].kind == Kind.VOCAB and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ArchError(f"soft mask '{name}' keeps tokens by halves, which no weight can hold; wanted 0 or 1")
     parameters = dict(model.named_parameters())
     for axis in axes:
         for piece in axis.slices:

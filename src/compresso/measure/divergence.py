@@ -1,7 +1,8 @@
 """How far a model's predictions have moved from the dense model's: perplexity and multiple choice hide damage that this shows.
 
 At each position of held text the dense model P and the other Q give a distribution of the next token. Measured are the mean of
-KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) in nats, and how often both have the same most likely token.
+KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) in nats, and how often both have the same most likely token. Where the other model has only
+some of the tokens, P is taken over these, normalised anew, and the share of P that lay on the others is measured beside it.
 
 Both models need not be in memory at once: `reference` keeps the dense model's log-probabilities, `divergence` compares another model with
 them. The whole distribution is kept, since the tail is where pruned models drift, so positions are few where the vocabulary is large.
@@ -111,24 +112,39 @@ def reference(
     return DenseReference(corpus, given, places, log_probs, len(candidates), batch_size)
 
 
-def divergence(model: PreTrainedModel, reference: DenseReference, environment: Environment | None = None) -> tuple[Measurement, ...]:
+def divergence(
+    model: PreTrainedModel, reference: DenseReference, environment: Environment | None = None, kept: Sequence[int] | None = None
+) -> tuple[Measurement, ...]:
     """Mean KL(dense || model) in nats a token ("kl"), and the share of positions with the same top token ("top1_agreement").
 
     The model that made the reference gives exactly 0 and 1. Standard errors take positions as independent; neighbours are not quite.
 
+    Args:
+        kept: the dense model's ids, ascending, of the tokens that the model has, where it has not all; the windows may hold only these.
+            Then the mean probability that the dense model gave to the others ("removed_mass") is measured too, and a top token among
+            them agrees with nothing.
+
     Raises:
-        DataError: another vocabulary.
+        DataError: another vocabulary, or a window with a token that the model does not have.
         NumericError: a divergence is not finite.
     """
     n, vocabulary = reference.log_probs.shape
-    if _vocabulary(model) != vocabulary:
-        raise DataError(f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {vocabulary}; wanted the same")
+    tokens = torch.arange(vocabulary) if kept is None else torch.tensor(kept)
+    if _vocabulary(model) != len(tokens):
+        raise DataError(f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {len(tokens)}; wanted the same")
+    new = {int(old): i for i, old in enumerate(tokens)}
+    if any(i not in new for window in reference.windows for i in window):
+        raise DataError(f"windows of '{reference.corpus}' hold tokens that the model does not have; give windows of tokens that both have")
+    windows = reference.windows if kept is None else tuple(tuple(new[i] for i in window) for window in reference.windows)
     kl = torch.empty(n, dtype=torch.float64)
     same = torch.empty(n, dtype=torch.float64)
-    for rows, found in _log_probs(model, reference.windows, reference.places, reference.batch_size):
-        dense = reference.log_probs[rows].to(found.device)
-        kl[rows] = divergences(dense, found).cpu()
-        same[rows] = (dense.argmax(-1) == found.argmax(-1)).double().cpu()
+    removed = torch.zeros(n, dtype=torch.float64)
+    for rows, found in _log_probs(model, windows, reference.places, reference.batch_size):
+        dense, there = reference.log_probs[rows].to(found.device), tokens.to(found.device)
+        kl[rows] = divergences(dense if kept is None else dense[:, there], found).cpu()
+        same[rows] = (dense.argmax(-1) == there[found.argmax(-1)]).double().cpu()
+        if kept is not None:
+            removed[rows] = (1 - dense[:, there].double().exp().sum(-1)).clamp(min=0).cpu()
     if not torch.isfinite(kl).all():
         raise NumericError(f"the divergence from dense on '{reference.corpus}' is not finite; use float32 or bfloat16")
     agreement = float(same.mean())
@@ -142,16 +158,18 @@ def divergence(model: PreTrainedModel, reference: DenseReference, environment: E
             "of_positions": reference.n_candidates,
             "chosen": "all" if n == reference.n_candidates else "evenly spaced",
             "direction": "dense || model",
+            **({} if kept is None else {"tokens": f"{len(tokens)} of {vocabulary}, the dense model normalised over these"}),
             "windows_sha256": hashlib.sha256(repr(reference.windows).encode()).hexdigest()[:16],
         },
         "environment": environment or Environment.here(model.device, model.dtype),
     }
     spread = float(kl.std() / math.sqrt(n)) if n > 1 else None
     binomial = math.sqrt(agreement * (1 - agreement) / n)
-    return (
+    found = (
         Measurement(name="kl", value=max(0.0, float(kl.mean())), unit="nats/token", stderr=spread, **shared),
         Measurement(name="top1_agreement", value=agreement, unit="share", stderr=binomial, **shared),
     )
+    return found if kept is None else (*found, Measurement(name="removed_mass", value=float(removed.mean()), unit="share", **shared))
 
 
 def divergences(log_p: Tensor, log_q: Tensor) -> Tensor:

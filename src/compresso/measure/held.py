@@ -84,8 +84,11 @@ class HeldLoss:
         return tuple(found)
 
 
-def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8) -> HeldLoss:
+def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8, counted_as: Sequence[Row] | None = None) -> HeldLoss:
     """Losses of examples {"input_ids", "labels"}; the token at s + 1 is predicted from those up to s, -100 carries no loss.
+
+    counted_as: the same examples in another model's tokens, whose number the losses are shared out over: then both models' numbers
+    are about the same text in the same unit.
 
     Raises:
         DataError: no labelled token, or ids that the model does not have.
@@ -96,11 +99,12 @@ def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8) 
         labels = torch.tensor(list(rows[i]["labels"][1:]), device=logits.device)
         places = (labels != IGNORED).nonzero().squeeze(-1)
         losses = torch.nn.functional.cross_entropy(logits[places].float(), labels[places], reduction="none")
-        nats[i], tokens[i] = float(losses.double().sum()), len(places)
+        nats[i] = float(losses.double().sum())
+        tokens[i] = len(places) if counted_as is None else sum(label != IGNORED for label in counted_as[i]["labels"][1:])
     counted = [i for i, n in enumerate(tokens) if n]
     if not counted:
         raise DataError(f"{len(rows)} held-out examples have no labelled token; give more data or a larger max_length")
-    found = HeldLoss(tuple(nats[i] for i in counted), tuple(tokens[i] for i in counted), _digest(rows))
+    found = HeldLoss(tuple(nats[i] for i in counted), tuple(tokens[i] for i in counted), _digest(counted_as or rows))
     if not math.isfinite(found.mean):
         raise NumericError(f"the loss on {len(rows)} held-out examples is {found.mean}; the model overflows on it, use float32 or bfloat16")
     return found

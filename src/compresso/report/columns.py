@@ -33,7 +33,7 @@ NOISE = "noise/"
 
 Its protocol is that of the number, and under the key "noise" how it was found: "other seed", "half-split", "repeated".
 """
-_AGAINST_DENSE = ("kl", "top1_agreement", "decode_speedup", "prefill_speedup", "decode_bound")
+_AGAINST_DENSE = ("kl", "top1_agreement", "removed_mass", "decode_speedup", "prefill_speedup", "decode_bound")
 _GROUP_OF_END = {
     "perplexity": "Perplexity",
     "byte_perplexity": "Perplexity",
@@ -43,7 +43,7 @@ _GROUP_OF_END = {
 }
 _GROUP_OF_START = {
     **dict.fromkeys(("parameters", "bytes", "macs", "kv_bytes"), "Size"),
-    **dict.fromkeys(("kl", "top1_agreement"), "Distance from the dense model"),
+    **dict.fromkeys(("kl", "top1_agreement", "removed_mass"), "Distance from the dense model"),
     **dict.fromkeys(("repetition", "degenerate"), "Generated text"),
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
     "memory": "Memory",
@@ -58,6 +58,7 @@ _WORDS = {
     "kv_bytes/token": "KV cache a token",
     "kl": "KL divergence",
     "top1_agreement": "same first choice",
+    "removed_mass": "dense probability of removed tokens",
     "repetition": "repeated 4-grams",
     "degenerate": "broken texts",
     "memory/peak": "peak memory",
@@ -134,7 +135,7 @@ def title(name: str) -> str:
 def lower_is_better(name: str) -> bool | None:
     """Which way is good; None where neither is."""
     table = group(name)
-    if table == "Perplexity" or name in ("kl", "repetition", "degenerate"):
+    if table == "Perplexity" or name in ("kl", "removed_mass", "repetition", "degenerate"):
         return True
     if table.startswith("Tasks") or table == "Speed" or name == "top1_agreement":
         return False

@@ -1,0 +1,110 @@
+"""Contextual pruning for a target size: units that a domain's text hardly activates leave for good (Mini-GPTs, arXiv 2312.12682).
+
+The paper's measure, mean absolute activations on text of the domain, as a method that shrinks: each layer's means are divided by their
+largest, all layers are ranked together, and the least used units leave until a budget is met. `contextual_thresholds` is the published
+procedure, and `cut_vocab` its part about tokens.
+
+Departures:
+    A unit is an FFN channel with its rows and columns, or a head, instead of single rows and columns that are zeroed.
+    Means are relative to their layer and a size is met, since activations grow with depth: one threshold means another in each.
+    The mean output of what leaves goes into the bias of the linear that read it, where the architecture has one; the records say where not.
+    Calibration examples are training examples; held-out ones of the same domain are never read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from compresso.core.allocate import allocate
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.plan import Plan
+from compresso.data.batches import Row
+from compresso.data.windows import check_window
+from compresso.drive.activations import activation_scores, mean_inputs, reader
+from compresso.edit.compensate import compensate_
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "contextual",
+    title="removes the units that the text of a domain activates least",
+    paper="2312.12682",
+    effects=Effects.SHAPES | Effects.WEIGHTS,
+    needs=("data",),
+    when="For models of one domain, with text of that domain; one pass of forward passes, no gradients.",
+    failures="What other domains need is gone, and a unit that speaks rarely but matters counts as unused: measure on what must survive.",
+)
+class Contextual:
+    """Knobs of contextual pruning to a size.
+
+    Args:
+        keep: share of `of` that stays.
+        of: "blocks", "total" or "macs".
+        kinds: what may be removed, of channel and head.
+        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+        compensate: put the mean output of what leaves into biases, where there are any.
+        layout: "free" or "uniform" (equal widths in all layers).
+        multiple_of: kind -> multiple that kept counts are rounded to.
+        floor: kind -> fewest units a layer keeps.
+    """
+
+    keep: Annotated[float, Gt(0), Le(1)] = 0.7
+    of: Literal["blocks", "total", "macs"] = "blocks"
+    kinds: tuple[Literal[Kind.CHANNEL, Kind.HEAD], ...] = (Kind.CHANNEL,)
+    batches: Annotated[int, Ge(1)] = 16
+    batch: Annotated[int, Ge(1)] = 16
+    micro_batch: Annotated[int, Ge(1)] = 4
+    compensate: bool = True
+    layout: Literal["free", "uniform"] = "free"
+    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
+    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+
+    def budget(self) -> Budget:
+        """The budget these knobs describe."""
+        uniform = self.kinds if self.layout == "uniform" else ()
+        return Budget(self.keep, self.of, self.kinds, uniform_over=uniform, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+
+    def check_data(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+    ) -> None:
+        """Raises DataError for plain text of less than a window."""
+        check_window(rows, window)
+
+    def __call__(self, job: Job) -> Job:
+        """Read the text, rank, compensate, shrink."""
+        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
+        blocks = list(job.arch.blocks(job.model))
+        means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean")
+        scores = {name: relative(mean) for name, mean in means.items()}
+        plan = allocate(axes, scores, job.cost(), self.budget())
+        facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
+        if self.compensate:
+            facts |= self._compensate(job, axes, plan)
+        return job.without(plan.masks(axes), "contextual", **facts)
+
+    def _compensate(self, job: Job, axes: Sequence[Axis], plan: Plan) -> dict[str, object]:
+        """Put mean outputs into biases; of the axes that lose units, how many have one and how many do not."""
+        cut = [axis for axis in axes if len(plan.kept.get(axis.name, range(axis.size))) < axis.size]
+        readers = {axis.name: reader(job.model, axis) for axis in cut}
+        biased = {name: module for name, module in readers.items() if getattr(module, "bias", None) is not None}
+        means = mean_inputs(job.model, biased, self._batches(job)) if biased else {}
+        for name, mean in means.items():
+            stays = plan.masks(cut)[name].bool()
+            compensate_(biased[name], mean, ~stays.repeat_interleave(len(mean) // len(stays)))
+        return {"compensated": len(biased), "without_bias": len(readers) - len(biased)}
+
+    def _batches(self, job: Job) -> Iterator[dict[str, Tensor]]:
+        """The calibration batches, `micro_batch` examples at a time."""
+        source = job.batches(self.batch, "contextual")
+        parts = [range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)]
+        return (source.at(update, rows) for update in range(self.batches) for rows in parts)
+
+
+def relative(mean: Tensor) -> Tensor:
+    """Mean activations [units] as a share of the layer's largest; a layer that is silent gets zeros."""
+    return mean / mean.max().clamp(min=torch.finfo(mean.dtype).tiny)
