@@ -32,15 +32,9 @@ ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "wher
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
-<<<<<<< HEAD
-    if any(hasattr(stage, "budget") for stage in stages) and not any(getattr(stage, "ratio", None) for stage in stages)
-]
-"""Shipped recipes with a budget; those with a ratio of the units of certain layers are published sizes of certain models."""
-=======
     if any(hasattr(stage, "keep") for stage in stages) and not any(getattr(stage, "ratio", None) for stage in stages)
 ]
 """Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes of certain models."""
->>>>>>> 028b356db324582773ddb560b7f2e09d1cc299c2
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 transformers_logging.disable_progress_bar()

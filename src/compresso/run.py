@@ -196,14 +196,10 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
-<<<<<<< HEAD
     patch_(model, facts["patches"])
-    return replace(job, model=model, plan=plan, records=facts["stages"], patches=tuple(facts["patches"])), facts["before"]
-=======
     if "vocab" in plan.kept:
         job, _ = job.with_tokens(plan.kept["vocab"])
-    return replace(job, model=model, plan=plan, records=facts["stages"]), facts["before"]
->>>>>>> 028b356db324582773ddb560b7f2e09d1cc299c2
+    return replace(job, model=model, plan=plan, records=facts["stages"], patches=tuple(facts["patches"])), facts["before"]
 
 
 def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:

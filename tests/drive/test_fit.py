@@ -129,6 +129,25 @@ def test_after_update_sees_the_step_and_its_gradient_and_is_logged():
     assert line.w.grad is None
 
 
+def test_before_step_sees_the_whole_gradient_before_the_clip_and_the_step():
+    line, whole, clipped = Line(), list[torch.Tensor](), list[torch.Tensor]()
+    start = line.w.detach().clone()
+
+    def before(update: int) -> None:
+        assert line.w.grad is not None
+        assert update or torch.equal(line.w, start)
+        whole.append(line.w.grad.clone())
+
+    def after(update: int) -> None:
+        assert line.w.grad is not None
+        clipped.append(line.w.grad.clone())
+
+    fit(line, line.groups(clip=1e-3), data(), 3, seed=3, device="cpu", before_step=before, after_update=after)
+    assert len(whole) == 3 and float(whole[0].norm()) > 1e-3
+    for one, other in zip(whole, clipped, strict=True):
+        torch.testing.assert_close(other, one * (1e-3 / one.norm()), rtol=1e-4, atol=0)
+
+
 def test_schedules_count_updates():
     asked: list[int] = []
     line = Line()
@@ -155,8 +174,9 @@ def test_schedules_count_updates():
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_an_update_that_is_not_finite_is_skipped_whole(how: str, tmp_path: Path):
     line, checkpoints, called = Line(break_at={1: how, 3: how, 4: how}), TrainingCheckpoints(tmp_path, keep=9), list[int]()
-    history = train(line, 6, checkpoints=checkpoints, save_every=1, after_update=called.append)
-    assert history.skipped == [1, 3, 4] and called == [0, 2, 5] == [row["update"] for row in history.rows]
+    seen = list[int]()
+    history = train(line, 6, checkpoints=checkpoints, save_every=1, before_step=seen.append, after_update=called.append)
+    assert history.skipped == [1, 3, 4] and seen == called == [0, 2, 5] == [row["update"] for row in history.rows]
     saved = [checkpoints.load(tmp_path / f"step-{n:06d}").tensors for n in range(1, 7)]
     assert all(t.isfinite().all() for tensors in saved for t in tensors.values())
     for before, after in ((0, 1), (2, 3), (3, 4)):
