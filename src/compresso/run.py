@@ -196,10 +196,11 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
     facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
     plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
-    patch_(model, facts["patches"])
+    patches = tuple(facts.get("patches", ()))  # a stage that was saved before there were any names none
+    patch_(model, patches)
     if "vocab" in plan.kept:
         job, _ = job.with_tokens(plan.kept["vocab"])
-    return replace(job, model=model, plan=plan, records=facts["stages"], patches=tuple(facts["patches"])), facts["before"]
+    return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
 def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:
