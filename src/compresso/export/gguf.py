@@ -48,6 +48,7 @@ def save_gguf(
     tokenizer: PreTrainedTokenizerBase,
     dtype: str = "f16",
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> str:
     """Write a live shrunk model as the GGUF file `path`, whole or not at all, and return the arch used: "llama" or "deci".
 
@@ -55,6 +56,7 @@ def save_gguf(
         shapes: widths of each layer; 0 for an absent sub-layer.
         dtype: f32, f16, bf16, q8_0 or q4_0, of all matrices; norms stay f32, and q4_0 keeps the head in q8_0, as llama.cpp does.
         force: replace a file that is there.
+        check: called with the whole file before it takes its name; what it raises leaves `path` as it was.
 
     Raises ExportError if llama.cpp cannot hold the model or its tokenizer, NumericError if a tensor is not finite in `dtype`,
     CheckpointError if `path` may not be written, ResourceError if it does not fit.
@@ -81,6 +83,8 @@ def save_gguf(
             writer.close()
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
             temporary.replace(path)
             sync(path.parent)
         except BaseException:
