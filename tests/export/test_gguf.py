@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from compresso.arch.base import LayerShape, arch_for
+from compresso.core.plan import Plan
+from compresso.edit.shrink import shrink_
 from compresso.errors import CheckpointError, ExportError, NumericError
 from compresso.export.gguf import save_gguf
+from compresso.export.gguf_tokenizer import _SPLITS
 from compresso.export.llama_cpp import continue_texts, missing
 from tests.export.nano_variants import TEXTS, greedy, nano_tokenizer, pruned_nano
 from tests.export.narrow import narrow_model
@@ -21,6 +25,12 @@ from tests.export.narrow import narrow_model
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 engine = pytest.mark.skipif(missing() is not None, reason=f"llama.cpp: {missing()}")
 
+STRANGE = (
+    "Once upon a time, there was",
+    'Zoë said:  "Hi 42!"\nTom\'s x=1234567; 日本語 😀 \n\t\nend',
+    "def f(a):\n    return a**2",
+    " leading and  two spaces",
+)
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "dense": ({}, "llama"),
     "30 % gone, an FFN, an attention": ({"keep": 0.7, "attention": (3,), "mlp": (2,)}, "deci"),
@@ -83,15 +93,50 @@ def test_scaled_rope_and_an_untied_head(rope: str, tmp_path: Path) -> None:
 
 
 @engine
+def test_equal_widths_whose_heads_do_not_divide_the_hidden_size(tmp_path: Path) -> None:
+    model = pruned_nano()
+    kept = {"hidden": tuple(range(160))} | {f"layers.{i}.heads": (0, 2, 3) if i else (0, 1, 2) for i in range(6)}
+    shrink_(model, arch_for(model.config).axes(model), Plan(kept))
+    assert write(model, tmp_path / "m.gguf") == "llama"
+    assert_same(tmp_path / "m.gguf", model, 1e-4)
+
+
+@engine
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_byte_level_tokens_of_every_known_split(name: str, tmp_path: Path) -> None:
+    steps = next(steps for steps, known in _SPLITS.items() if known == name)
+    made = {
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "plain bytes": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        "digit": pre_tokenizers.Digits(individual_digits=True),
+    }
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence([made.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+    inner.train_from_iterator([*STRANGE, *TEXTS] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    shapes = (LayerShape(4, 2, 40),) * 2
+    save_gguf(narrow_model("llama", shapes, vocab_size=len(tokenizer)), shapes, tmp_path / "m.gguf", tokenizer, "f32")
+    for text, found in zip(STRANGE, continue_texts(tmp_path / "m.gguf", STRANGE, new_tokens=0), strict=True):
+        assert found.tokens == tokenizer(text)["input_ids"]
+
+
+@engine
 @pytest.mark.skipif("COMPRESSO_DATA" not in os.environ, reason="COMPRESSO_DATA does not name a folder with models")
-def test_tokens_converted_from_sentencepiece(tmp_path: Path) -> None:
-    folder = Path(os.environ["COMPRESSO_DATA"], "models", "stories260K")
+@pytest.mark.parametrize("name", ["stories260K", "tokenizer-llama2-32k"])
+def test_tokens_converted_from_sentencepiece(name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ["COMPRESSO_DATA"], "models", name)
     if not folder.is_dir():
-        pytest.skip("COMPRESSO_DATA has no models/stories260K")
+        pytest.skip(f"COMPRESSO_DATA has no models/{name}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    shapes = (LayerShape(4, 2, 40),) * 2
+    if (folder / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        model = narrow_model("mistral", shapes, vocab_size=len(tokenizer), sliding_window=None)
     assert write(model, tmp_path / "m.gguf", tokenizer=tokenizer) == "llama"
-    assert_same(tmp_path / "m.gguf", model, 1e-4, ("Once upon a time, there was", 'Zoë said:  "Hi 42!"\nTom'), tokenizer)
+    assert_same(tmp_path / "m.gguf", model, 1e-4, STRANGE, tokenizer)
 
 
 def test_fields_tell_widths_special_tokens_and_template(tmp_path: Path) -> None:
