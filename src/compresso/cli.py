@@ -26,8 +26,7 @@ from compresso.errors import CompressoError
 app = typer.Typer(
     name="compresso",
     help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
-    "Example: compresso demo --output demo-output\n\n"
-    "export and verify come with later versions.",
+    "Example: compresso demo --output demo-output",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -276,6 +275,44 @@ def compare(
     comparison.show(comparison.compare(results, output), as_json)
     if not as_json:
         print(f"report: {output}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    file_format: Annotated[str, typer.Option("--format", help="gguf, which llama.cpp opens.")],
+    dtype: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0 or q4_0.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A checkpoint in the format of another engine, opened there if it is installed.
+
+    Example: compresso export ./llama-5b --format gguf --output llama-5b.gguf --dtype q8_0
+    """
+    from compresso import exporting
+
+    told = exporting.export(model, output, format=file_format, dtype=dtype, force=force)
+    if as_json:
+        print(json.dumps(told, indent=2, allow_nan=False))
+        return
+    print(f"{output}: {told['bytes']:,} bytes, arch {told['arch']}, {dtype}; {told['checked']}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")], as_json: Json = False
+) -> None:
+    """In which engines a checkpoint opens and computes the same, and why not in the others.
+
+    Example: compresso verify ./llama-5b
+    """
+    from compresso import verifying
+
+    answers = verifying.verify(model)
+    verifying.show(answers, as_json)
+    if any(answer.engine == verifying.OWN and answer.opens != "yes" for answer in answers):
+        raise typer.Exit(2)
 
 
 def _raw(

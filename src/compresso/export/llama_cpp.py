@@ -1,0 +1,74 @@
+"""A GGUF file opened in llama.cpp: its own tokens, greedy continuations and probabilities.
+
+The engine is the npm package node-llama-cpp, which ships it built for CPUs. It is looked for in the folder that the environment variable
+COMPRESSO_NODE_MODULES names, then beside the Python environment, then in the current folder.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compresso.errors import ExportError
+
+_SCRIPT = Path(__file__).with_suffix(".mjs")
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What llama.cpp makes of a text.
+
+    Args:
+        tokens: ids of the text, with the token that begins it.
+        greedy: ids of the likeliest next tokens, one after the other.
+        probabilities: of all ids before each of these [new_tokens, vocabulary].
+    """
+
+    tokens: list[int]
+    greedy: list[int]
+    probabilities: list[list[float]]
+
+
+def missing() -> str | None:
+    """Why llama.cpp cannot be run here; None if it can."""
+    if shutil.which("node") is None:
+        return "node is not installed"
+    if _modules() is None:
+        return f"node-llama-cpp is not installed; npm install --ignore-scripts --prefix {sys.prefix} node-llama-cpp"
+    return None
+
+
+def continue_texts(file: Path | str, texts: Sequence[str], new_tokens: int = 8, timeout: float = 600.0) -> list[Continued]:
+    """Open a GGUF file in a process of its own and continue each text.
+
+    Args:
+        timeout: seconds for all texts.
+
+    Raises ExportError if llama.cpp is not installed, refuses the file or dies of it.
+    """
+    if (reason := missing()) is not None:
+        raise ExportError(reason)
+    asked = {"file": str(Path(file).resolve()), "texts": list(texts), "new_tokens": new_tokens}
+    try:
+        done = subprocess.run(
+            ["node", str(_SCRIPT), str(_modules())], input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(f"llama.cpp did not answer about {file} within {timeout:g} s.") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split())[-400:]
+        how = f"ended by signal {-done.returncode}" if done.returncode < 0 else "refuses it"
+        raise ExportError(f"{file} does not open in llama.cpp, which {how}: {said}")
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return [Continued(*one) for one in zip(told["tokens"], told["greedy"], told["probabilities"], strict=True)]
+
+
+def _modules() -> Path | None:
+    """The node_modules folder with node-llama-cpp in it."""
+    named = os.environ.get("COMPRESSO_NODE_MODULES")
+    places = ([Path(named)] if named else []) + [Path(sys.prefix, "node_modules"), Path("node_modules")]
+    return next((place.resolve() for place in places if (place / "node-llama-cpp" / "dist" / "index.js").is_file()), None)

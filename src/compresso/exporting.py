@@ -1,0 +1,55 @@
+"""A checkpoint written in another format, and reopened."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compresso.arch.base import arch_for
+from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.errors import ExportError, nearest
+from compresso.export import llama_cpp
+from compresso.export.gguf import library, save_gguf
+from compresso.native.stock import as_stock
+from compresso.verifying import ask_llama_cpp
+
+FORMATS = ("gguf",)
+_WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
+"""Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to judge."""
+
+
+def export(model: str | Path, output: Path, *, format: str, dtype: str = "f16", force: bool = False) -> dict[str, Any]:
+    """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
+
+    Args:
+        format: gguf.
+        dtype: f32, f16, bf16, q8_0 or q4_0.
+        force: replace a file that is there.
+
+    Returns:
+        `{"output", "format", "arch", "dtype", "bytes", "checked", "difference", "same_tokens"}`; `checked` says by what it was opened, or
+        why it was not; `difference` is the largest of the probabilities after a text, None if unchecked.
+
+    Raises:
+        CheckpointError: if the model cannot be read or the output may not be written.
+        ExportError: if the format cannot hold the model, or the engine reads something else than was written; then no file is left.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
+    library()
+    source = open_source(model)
+    tokenizer = load_tokenizer(source)
+    live = as_stock(load_model(source, dtype=torch.float32))
+    told: dict[str, Any] = {"output": str(output), "format": format, "dtype": dtype, "difference": None, "same_tokens": None}
+
+    def check(written: Path) -> None:
+        if (missing := llama_cpp.missing()) is not None:
+            told["checked"] = f"not opened: {missing}"
+            return
+        answer = ask_llama_cpp(written, live, tokenizer, "llama.cpp", _WITHIN.get(dtype, 1.0))
+        if answer.opens != "yes":
+            raise ExportError(f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written.")
+        told.update(checked="opened in llama.cpp", difference=answer.difference, same_tokens=answer.same_tokens)
+
+    told["arch"] = save_gguf(live, arch_for(live.config).shapes(live), output, tokenizer, dtype, force, check)
+    return told | {"bytes": output.stat().st_size}
