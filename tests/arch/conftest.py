@@ -16,9 +16,12 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -27,6 +30,8 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+
+from compresso.arch.stream import is_norm
 
 SIZES = {
     "hidden_size": 64,
@@ -57,6 +62,10 @@ OPT_SIZES = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": None}
+GPT2 |= {"pad_token_id": 0, "n_inner": 176, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NEOX = {key: value for key, value in SIZES.items() if key != "rms_norm_eps"} | {"num_attention_heads": 4}
+PHI3 = {**SIZES, "num_attention_heads": 8, "sliding_window": None}
 GEMMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 5}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -72,6 +81,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64),
     "opt_unbiased": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64, enable_bias=False, tie_word_embeddings=False),
     "opt_post_norm": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "gpt2": lambda: GPT2Config(**GPT2),
+    "gpt_neox": lambda: GPTNeoXConfig(**NEOX),
+    "gpt_neox_unbiased": lambda: GPTNeoXConfig(**NEOX, attention_bias=False, use_parallel_residual=False),
+    "phi3": lambda: Phi3Config(**PHI3, num_key_value_heads=4),
+    "phi3_gqa_tied": lambda: Phi3Config(**PHI3, num_key_value_heads=2, tie_word_embeddings=True),
     "bert": lambda: BertConfig(**BERT),
     "bert_classifier": lambda: BertConfig(**BERT, num_labels=3),
     "bert_bare": lambda: BertConfig(**BERT),
@@ -88,7 +102,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "vit_bare": ViTModel,
 }
 """Models that are not causal language models."""
-WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen"))]
+WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3"))]
 POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name == "opt_post_norm"]
 """Models whose layers end in a norm, so that they cannot be dropped whole by masks."""
 
@@ -109,13 +123,17 @@ def _original(name: str) -> PreTrainedModel:
     tied = getattr(model.config, "tie_word_embeddings", False)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.lower().endswith(("norm.weight", "layernorm_before.weight", "layernorm_after.weight")):
+            if is_norm(parameter_name.rpartition(".")[0]) and parameter_name.endswith("weight"):
                 centre = 0 if name.startswith("gemma") else 1
                 parameter.copy_(torch.empty_like(parameter).uniform_(centre - 0.5, centre + 0.5, generator=generator))
             elif parameter_name.endswith("bias"):
                 parameter.normal_(0, 0.3, generator=generator)
             else:
-                scale = (0.1 if tied else 0.7) if "embed" in parameter_name else 1 / math.sqrt(parameter[0].numel())
+                scale = (
+                    (0.1 if tied else 0.7)
+                    if "embed" in parameter_name or ".wte" in parameter_name or ".wpe" in parameter_name
+                    else 1 / math.sqrt(parameter[0].numel())
+                )
                 parameter.normal_(0, scale, generator=generator)
     return model
 

@@ -40,8 +40,8 @@ def llama(
         before, after = f"{at}input_layernorm.weight", f"{at}post_attention_layernorm.weight"
         weights += [
             Weight(q, (heads * head_dim, hidden), Group.BLOCKS, macs=1),
-            Weight(k, (kv_heads * head_dim, hidden), Group.BLOCKS, macs=1, cached=True),
-            Weight(v, (kv_heads * head_dim, hidden), Group.BLOCKS, macs=1, cached=True),
+            Weight(k, (kv_heads * head_dim, hidden), Group.BLOCKS, macs=1, cached=kv_heads * head_dim),
+            Weight(v, (kv_heads * head_dim, hidden), Group.BLOCKS, macs=1, cached=kv_heads * head_dim),
             Weight(o, (hidden, heads * head_dim), Group.BLOCKS, macs=1),
             Weight(gate, (ffn, hidden), Group.BLOCKS, macs=1),
             Weight(up, (ffn, hidden), Group.BLOCKS, macs=1),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Olmo2Config
 
 from compresso.core.axis import Kind
-from compresso.discover.axes import Discovery, discover
+from compresso.discover.axes import Discovery, Found, Owner, discover
 from compresso.errors import ArchError
 
 Undescribed = Callable[[str], nn.Module]
@@ -88,10 +88,16 @@ def test_fused_projections_are_owned_block_by_block(undescribed: Undescribed) ->
     fused = next(owner for owner in found.owners if owner.param.endswith("c_attn.weight"))
     assert fused.dim == 1 and fused.width is None
     assert fused.unit_of.tolist() == [index % 32 // 8 for index in range(96)]
-    with pytest.raises(ArchError, match=r"layers.0.heads: .*c_attn.* in several places"):
-        _ = found.axis
+    assert [(piece.width, piece.start) for piece in found.axis.slices if piece.param == fused.param] == [(8, 0), (8, 32), (8, 64)]
     interleaved = {f.name: f for f in found_in(undescribed("gpt_neox")).found}["layers.0.heads"]
     assert {owner.param.rsplit(".", 2)[1]: owner.width for owner in interleaved.owners} == {"query_key_value": 24, "dense": 8}
+
+
+def test_units_in_no_order_are_no_axis() -> None:
+    shuffled = torch.tensor([1, 0, 2, 1, 0, 2])
+    found = Found("layers.0.heads", Kind.HEAD, 3, (Owner("qkv.weight", 0, shuffled, ""),), (), (), "")
+    with pytest.raises(ArchError, match=r"layers.0.heads: 'qkv.weight' holds its units in no order along dimension 0"):
+        _ = found.axis
 
 
 def test_what_stays_says_where_and_why(undescribed: Undescribed) -> None:

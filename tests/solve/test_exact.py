@@ -20,7 +20,7 @@ def _small() -> CostModel:
     """Three axes whose units cost 7, 3 and 5 block parameters; the first holds cached rows."""
     weights, axes = [], []
     for i, (size, price, kind) in enumerate([(3, 7, Kind.HEAD), (5, 3, Kind.CHANNEL), (4, 5, Kind.CHANNEL)]):
-        weights.append(Weight(f"w{i}", (size, price), Group.BLOCKS, macs=1, cached=kind == Kind.HEAD))
+        weights.append(Weight(f"w{i}", (size, price), Group.BLOCKS, macs=1, cached=size if kind == Kind.HEAD else 0))
         axes.append(Axis(f"a{i}", kind, size, (Slice(f"w{i}", 0),), (), "", layer=i))
     return CostModel(axes, weights)
 

@@ -5,7 +5,8 @@ layer whose sub-layers add nothing still normalises; its attention and its FFN c
 """
 
 from compresso.arch.base import register
-from compresso.arch.stack import Parts, Stack
+from compresso.arch.parts import Parts
+from compresso.arch.stack import Stack
 
 BERT = register(
     Stack(
@@ -20,7 +21,8 @@ BERT = register(
             up=("intermediate.dense",),
             down="output.dense",
             head_dim="attention_head_size",
-            heads=("num_attention_heads", "all_head_size"),
+            heads=("num_attention_heads",),
+            widths=("all_head_size",),
         ),
         generates=False,
         norm_first=lambda _: False,

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import checked_shapes, sync_config_
+from compresso.arch.stream import hidden_axis
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
@@ -97,7 +98,9 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
     owned_by_mlp = {i: (f"model.layers.{i}.mlp.", f"model.layers.{i}.post_attention_layernorm.") for i in mlps}
     owned_by_layer = {i: (f"model.layers.{i}.",) for i in range(len(shapes))}
     written = (*attentions.values(), *mlps.values())
-    axes.append(_hidden(model, written))
+    read = {name for name, _ in model.named_modules() if name.endswith((*_ATTENTION[:3], *_MLP[:2]))}
+    norms = {name for name, _ in model.named_modules() if name.endswith("layernorm")}
+    axes.append(hidden_axis(model, written, read, norms, "model.norm"))
     for name, kind, owned, sites in (
         ("layers", Kind.LAYER, owned_by_layer, (attentions, mlps)),
         ("attention", Kind.ATTENTION, owned_by_attention, (attentions,)),
@@ -149,31 +152,6 @@ def _channels(model: PreTrainedModel, i: int, shape: LayerShape) -> Axis:
     )
 
 
-def _hidden(model: PreTrainedModel, written: tuple[str, ...]) -> Axis:
-    """One dimension of the residual stream. written: the linears that write to it; every other linear in a layer reads from it."""
-    slices: list[Slice] = []
-    norms: list[str] = []
-    for name, _ in model.named_parameters():
-        module, _, tensor = name.rpartition(".")
-        if module in written:
-            slices.append(Slice(name, 0))
-        elif module in ("model.embed_tokens", "lm_head") or (_is_linear(module) and tensor == "weight"):
-            slices.append(Slice(name, 1))
-        elif module == "model.norm" or module.endswith("layernorm"):
-            slices.append(Slice(name, 0))
-            norms.append(module)
-    return Axis(
-        name="hidden",
-        kind=Kind.HIDDEN,
-        size=model.get_parameter("model.norm.weight").shape[0],
-        slices=tuple(slices),
-        gates=tuple(Gate(module, "output") for module in ("model.embed_tokens", *written)),
-        container="model",
-        norms=tuple(norms),
-        head_norm="model.norm" if _is_tied(model) else None,
-    )
-
-
 def _weight(name: str, shape: tuple[int, ...], tied: bool) -> Weight:
     """How one parameter is counted."""
     module, _, tensor = name.rpartition(".")
@@ -184,7 +162,8 @@ def _weight(name: str, shape: tuple[int, ...], tied: bool) -> Weight:
     if not _is_linear(module):
         return Weight(name, shape, Group.NORMS)
     is_matrix = tensor == "weight"
-    return Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=is_matrix and module.endswith(("k_proj", "v_proj")))
+    cached = shape[0] if is_matrix and module.endswith(("k_proj", "v_proj")) else 0
+    return Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=cached)
 
 
 def _is_linear(module: str) -> bool:

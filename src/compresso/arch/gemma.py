@@ -8,7 +8,8 @@ hidden size; the correction in `edit/shrink.py` multiplies weights and leaves th
 """
 
 from compresso.arch.base import register
-from compresso.arch.stack import Parts, Stack
+from compresso.arch.parts import Parts
+from compresso.arch.stack import Stack
 
 
 def _gemma(name: str, head_norms: tuple[str, ...]) -> Stack:

@@ -1,16 +1,16 @@
-"""Stacks of attention and FFN whose residual stream keeps its width: OPT, BERT, ViT and Gemma, described once by the names of their parts.
+"""Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, Phi-3, BERT, ViT and Gemma.
 
     stream -> [ + o(attention(q, k, v)), + down(act(up)) or + down(act(gate) * up) ] x layers
 
 Heads are masked before `o`, FFN channels before `down`, so any activation will do; whole sub-layers at the output of `o` and `down`.
-There is no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would change; Gemma says its own reason.
+Most have no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would change; Gemma says its own reason.
 A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT) stays, so that such a model has no axis of whole layers:
 norm(x + 0) is not x. A bias on `o` or `down` outlives the last unit, which therefore has to stay.
 Of multiply-accumulates a token, those of layers and of language-model heads are counted; poolers, classifiers and the projection of image
 patches do not run once a token and count none. Everything outside the layers that is no norm is counted with the embeddings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,46 +19,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
+from compresso.arch.layer_config import config_of_layer
+from compresso.arch.parts import Parts, output_dim, tensors, written
+from compresso.arch.stream import hidden_axis, is_norm
+from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
 from compresso.errors import ArchError
 
-_ONCE_A_TOKEN = ("lm_head.", "cls.predictions.", "model.decoder.project_")
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Names of modules, relative to a layer, and of fields.
-
-    Args:
-        attention: the innermost module that holds q, k, v and o.
-        core: the module that computes the attention and knows its head count and cache slot.
-        read: q, k and v.
-        write: o.
-        attention_norms: norms that have no use without the attention.
-        head_norms: norms over one head's entries, shared by all heads.
-        ffn: the innermost module that holds the FFN's linears; "" if they lie in the layer itself.
-        up: the FFN's linears that read the stream.
-        down: the one that writes to it.
-        ffn_norms: norms that have no use without the FFN.
-        head_dim: field of `core` that says a head's width.
-        heads: fields of `core` that say how many heads there are.
-        channels: field of the config that says the FFN's width.
-    """
-
-    attention: str
-    core: str
-    read: tuple[str, str, str]
-    write: str
-    ffn: str
-    up: tuple[str, ...]
-    down: str
-    attention_norms: tuple[str, ...] = ()
-    head_norms: tuple[str, ...] = ()
-    ffn_norms: tuple[str, ...] = ()
-    head_dim: str = "head_dim"
-    heads: tuple[str, ...] = ()
-    channels: str = "intermediate_size"
+_ONCE_A_TOKEN = ("lm_head.", "embed_out.", "cls.predictions.", "model.decoder.project_")
 
 
 def _always(_: PreTrainedConfig) -> bool:
@@ -75,6 +44,7 @@ class Stack:
         parts: the names of a layer's parts.
         generates: whether keys and values are cached.
         norm_first: whether, by its config, a model's norms lie before the sub-layers and not behind the residual sums.
+        final_norm: where the norm that only the head reads may lie, if all norms are RMSNorms and hidden dimensions can leave.
     """
 
     name: str
@@ -82,6 +52,7 @@ class Stack:
     parts: Parts
     generates: bool
     norm_first: Callable[[PreTrainedConfig], bool] = _always
+    final_norm: tuple[str, ...] = ()
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether the config has this model type."""
@@ -109,8 +80,9 @@ class Stack:
         return shapes
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `layers` (if norms lie first), `attention`, `mlp`."""
-        where, shapes = self._where(model), self.shapes(model)
+        """`layers.{i}.heads` and `.channels` of what is there, `hidden` (of RMSNorm models), `layers` (if norms lie first), `attention`,
+        `mlp`, `vocab` (of models that generate)."""
+        where, shapes, head = self._where(model), self.shapes(model), model.get_output_embeddings()
         axes: list[Axis] = []
         for i, shape in enumerate(shapes):
             if shape.kv_heads:
@@ -121,6 +93,12 @@ class Stack:
         mlps = {i: self._owned(model.config, Kind.MLP) for i, shape in enumerate(shapes) if shape.channels}
         every = dict.fromkeys(range(len(shapes)), ("",))
         o, down = self.parts.write, self.parts.down
+        if self.final_norm:
+            ends = [(attentions, self.parts.read, o), (mlps, self.parts.up, down)]
+            names = [[f"{where}.{i}.{name}" for present, read, _ in ends for i in present for name in read]]
+            names += [[f"{where}.{i}.{name}" for present, _, name in ends for i in present]]
+            norms = [f"{where}.{i}.{norm}" for i in every for kind in (Kind.ATTENTION, Kind.MLP) for norm in self._norms(kind)]
+            axes.append(hidden_axis(model, names[1], names[0], norms, self._final(model)))
         rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
         rows += [("attention", Kind.ATTENTION, attentions, ((attentions, o),)), ("mlp", Kind.MLP, mlps, ((mlps, down),))]
         for name, kind, owned, sites in rows:
@@ -128,22 +106,25 @@ class Stack:
             slices = tuple(Slice(p, 0, unit=i) for i, of in prefixes.items() for p, _ in model.named_parameters() if p.startswith(of))
             gates = tuple(Gate(f"{where}.{i}.{module}", "output", unit=i) for present, module in sites for i in present)
             axes.append(Axis(name, kind, len(shapes), slices, gates, where))
-        return tuple(axes)
+        return (*axes, vocabulary_axis(model)) if self.generates and head is not None else tuple(axes)
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
         """Every parameter, tied ones once; a tied head's multiplications are counted at the embedding."""
-        self.shapes(model)
+        shapes, blocks, parts = self.shapes(model), self.blocks(model), self.parts
         head, where = model.get_output_embeddings(), self._where(model) + "."
         tied = None if head is None else head.weight
         weights: list[Weight] = []
         for name, parameter in model.named_parameters():
             module, _, tensor = name.rpartition(".")
             shape, is_matrix = tuple(parameter.shape), tensor == "weight" and parameter.dim() == 2
-            if "norm" in module.lower():
+            if is_norm(module):
                 weights.append(Weight(name, shape, Group.NORMS))
             elif name.startswith(where):
-                cached = self.generates and is_matrix and module.endswith(self.parts.read[1:])
-                weights.append(Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=cached))
+                index, _, inside = module.removeprefix(where).partition(".")
+                kv_entries = shapes[int(index)].kv_heads * int(getattr(blocks[int(index)].get_submodule(parts.core), parts.head_dim, 0))
+                cached = parts.cached(inside, kv_entries) if self.generates and is_matrix else 0
+                output = output_dim(model.get_submodule(module))
+                weights.append(Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=cached, output=output))
             else:
                 runs = is_matrix and (name.startswith(_ONCE_A_TOKEN) or parameter is tied)
                 weights.append(Weight(name, shape, Group.EMBEDDINGS, macs=int(runs)))
@@ -175,10 +156,13 @@ class Stack:
         """Set config and shape fields to what the parameters are, and give each attention its cache slot.
 
         `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class built from it would
-        give heads another width; the exporter refuses such a model.
+        give heads another width; the exporter refuses such a model. Phi-3 has no such field but obeys it, so it is given one.
         """
         config, blocks, shapes, parts = model.config, self.blocks(model), self._shapes(model), self.parts
         config.num_hidden_layers = len(blocks)
+        if self.final_norm:
+            norm = model.get_submodule(self._final(model))
+            config.hidden_size, config.rms_norm_eps = len(norm.get_parameter("weight")), norm.variance_epsilon
         if any(shape.kv_heads for shape in shapes):
             config.num_attention_heads = max(shape.query_heads for shape in shapes)
             if hasattr(config, "num_key_value_heads"):
@@ -193,11 +177,21 @@ class Stack:
         for block, core, shape, slot in zip(blocks, cores, shapes, slots, strict=True):
             if slot is not None and hasattr(core, "layer_idx"):
                 core.layer_idx = slot  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-            for field in parts.heads if shape.kv_heads else ():
-                width = getattr(core, parts.head_dim) if field == "all_head_size" else 1
-                setattr(core, field, shape.query_heads * width)
+            if shape.kv_heads:
+                width = int(getattr(core, parts.head_dim))
+                fields: dict[str, object] = dict.fromkeys(parts.heads, shape.query_heads)
+                fields |= dict.fromkeys(parts.kv_heads, shape.kv_heads) | dict.fromkeys(parts.widths, shape.query_heads * width)
+                if parts.heads_in_config:
+                    fields["config"] = config_of_layer(config, shape.query_heads, width)
+                for field, value in fields.items():
+                    setattr(core, field, value)
             if parts.ffn and shape.channels and hasattr(mlp := block.get_submodule(parts.ffn), parts.channels):
                 setattr(mlp, parts.channels, shape.channels)
+
+    def _final(self, model: PreTrainedModel) -> str:
+        """Qualified name of the norm that only the head reads."""
+        modules = dict(model.named_modules())
+        return next(name for name in self.final_norm if name in modules)
 
     def _where(self, model: PreTrainedModel) -> str:
         """Qualified name of the list of layers."""
@@ -236,36 +230,34 @@ class Stack:
                     )
             query_heads = kv_heads = channels = 0
             if not self._is_empty(block, Kind.ATTENTION):
-                q, k, v, o = (_linear(block, name, f"{where}.{i}") for name in (*parts.read, parts.write))
                 head_dim = int(getattr(block.get_submodule(parts.core), parts.head_dim, 0))
-                heads = [0 if not head_dim or width % head_dim else width // head_dim for width in (q[0], k[0], v[0], o[1])]
+                widths = parts.head_widths(block, f"{where}.{i}")
+                heads = [0 if not head_dim or width % head_dim else width // head_dim for width in widths]
                 query_heads, kv_heads = heads[0], heads[1]
                 if not kv_heads or heads != [query_heads, kv_heads, kv_heads, query_heads] or query_heads % kv_heads:
                     raise ArchError(
                         f"{where}.{i}.{parts.attention} has {heads} heads in q, k, v and o; wanted as many in q and o, and in k and v"
                     )
             if not self._is_empty(block, Kind.MLP):
-                *ups, down = (_linear(block, name, f"{where}.{i}") for name in (*parts.up, parts.down))
-                channels = down[1]
-                if any(up[0] != channels for up in ups):
-                    raise ArchError(f"{where}.{i}.{parts.down} reads {channels} channels, {[up[0] for up in ups]} are written")
+                *ups, channels = parts.ffn_widths(block, f"{where}.{i}")
+                if any(up != channels for up in ups):
+                    raise ArchError(f"{where}.{i}.{parts.down} reads {channels} channels, {ups} are written")
             shapes.append(LayerShape(query_heads, kv_heads, channels))
         return shapes
 
     def _heads(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
         """One key/value head with its query heads: rows of q, k, v and columns of o."""
         parts = self.parts
-        head_dim = model.get_parameter(f"{block}.{parts.read[1]}.weight").shape[0] // shape.kv_heads
+        head_dim = int(getattr(model.get_submodule(f"{block}.{parts.core}"), parts.head_dim))
         group = head_dim * (shape.query_heads // shape.kv_heads)
-        rows = zip(parts.read, (group, head_dim, head_dim), strict=True)
-        slices = tuple(Slice(name, 0, width) for part, width in rows for name in _tensors(model, f"{block}.{part}"))
+        slices = written(model, block, parts.head_runs(shape.kv_heads, group, head_dim))
         writer = f"{block}.{parts.write}"
         return self._axis(model, f"layers.{i}.heads", Kind.HEAD, shape.kv_heads, i, (slices, writer, group), f"{block}.{parts.attention}")
 
     def _channels(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
         """One FFN unit: a row of what reads the stream and a column of down."""
         parts = self.parts
-        slices = tuple(Slice(name, 0) for part in parts.up for name in _tensors(model, f"{block}.{part}"))
+        slices = written(model, block, parts.channel_runs(shape.channels))
         container = f"{block}.{parts.ffn}" if parts.ffn else block
         return self._axis(model, f"layers.{i}.channels", Kind.CHANNEL, shape.channels, i, (slices, f"{block}.{parts.down}", 1), container)
 
@@ -277,28 +269,15 @@ class Stack:
         biased = f"{reader}.bias" in dict(model.get_submodule(reader).named_parameters(prefix=reader))
         block = f"{self._where(model)}.{layer}"
         norms = (*self._norms(Kind.ATTENTION), *self.parts.head_norms) if kind == Kind.HEAD else self._norms(Kind.MLP)
-        leaving = tuple(p for norm in norms for p in _tensors(model, f"{block}.{norm}")) if self.norm_first(model.config) else ()
+        leaving = tuple(p for norm in norms for p in tensors(model, f"{block}.{norm}")) if self.norm_first(model.config) else ()
         return Axis(
             name=name,
             kind=kind,
             size=size,
-            slices=(*slices, Slice(f"{reader}.weight", 1, width)),
+            slices=(*slices, Slice(f"{reader}.weight", 1 - output_dim(model.get_submodule(reader)), width)),
             gates=(Gate(reader, "input", width),),
             container=container,
             layer=layer,
             with_last_unit=() if biased else leaving,
             min_units=int(biased),
         )
-
-
-def _linear(block: nn.Module, name: str, where: str) -> tuple[int, ...]:
-    """A linear's (out, in). Raises ArchError if it is not a plain one."""
-    module = block.get_submodule(name)
-    if type(module) is not nn.Linear:
-        raise ArchError(f"{where}.{name} is {type(module).__name__}, wanted Linear; merge adapters or load unquantised weights")
-    return tuple(module.weight.shape)
-
-
-def _tensors(model: PreTrainedModel, module: str) -> Iterator[str]:
-    """Qualified names of a module's own parameters."""
-    return (f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters())

@@ -4,7 +4,8 @@ No hidden axis: LayerNorm subtracts the mean of the residual stream.
 """
 
 from compresso.arch.base import register
-from compresso.arch.stack import Parts, Stack
+from compresso.arch.parts import Parts
+from compresso.arch.stack import Stack
 
 VIT = register(
     Stack(

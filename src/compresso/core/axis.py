@@ -5,13 +5,19 @@ data: an architecture writes its axes down once, and masking, counting, shrinkin
 
 Two ways a unit owns entries of a tensor:
 
-    unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [u * width, (u + 1) * width)
+    unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [start + u * width, start + (u + 1) * width)
     unit=k      the whole tensor belongs to unit k (a layer's matrices belong to unit k of the layer axis)
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import Literal
+
+from torch import Tensor
 
 
 class Kind(StrEnum):
@@ -42,12 +48,19 @@ class Slice:
         dim: tensor dimension along which the units lie (0 where `unit` is given and the dimension has no meaning).
         width: entries of one unit along `dim`.
         unit: None if the units tile `dim`; k if the whole tensor belongs to unit k.
+        start: where the first unit's entries begin. Several slices of one axis together tile a dimension in which a fused projection
+            holds q, k and v, or gate and up, one behind the other.
     """
 
     param: str
     dim: int
     width: int = 1
     unit: int | None = None
+    start: int = 0
+
+    def entries(self, tensor: Tensor, size: int) -> Tensor:
+        """The entries of each unit [size, entries of one], from a tensor of the parameter's shape; for slices whose units tile `dim`."""
+        return tensor.narrow(self.dim, self.start, size * self.width).movedim(self.dim, 0).reshape(size, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,19 @@ class Axis:
     min_units: int = 0
     norms: tuple[str, ...] = ()
     head_norm: str | None = None
+
+    def tilings(self) -> dict[tuple[str, int], list[Slice]]:
+        """(parameter, dimension) -> the slices that tile it, in order of their start."""
+        found: dict[tuple[str, int], list[Slice]] = {}
+        for piece in self.slices:
+            if piece.unit is None:
+                found.setdefault((piece.param, piece.dim), []).append(piece)
+        return {key: sorted(pieces, key=lambda piece: piece.start) for key, pieces in found.items()}
+
+    def tiles(self, pieces: Sequence[Slice], length: int) -> bool:
+        """Whether slices, in order, fill a dimension of this length without a gap and without an overlap."""
+        ends = list(accumulate(self.size * piece.width for piece in pieces))
+        return [piece.start for piece in pieces] == [0, *ends[:-1]] and ends[-1] == length
 
     @property
     def fewest(self) -> int:

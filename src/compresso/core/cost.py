@@ -40,14 +40,16 @@ class Weight:
         shape: its dense shape.
         group: what it counts as.
         macs: multiply-accumulates each entry costs per token (1 for a Linear weight or a tied head, 0 for lookups, norms and biases).
-        cached: whether each row (dim 0) is one value of the key/value cache per token.
+        cached: how many of its outputs are values of the key/value cache per token, in the dense model.
+        output: the dimension of its outputs, if some are cached.
     """
 
     name: str
     shape: tuple[int, ...]
     group: Group
     macs: int = 0
-    cached: bool = False
+    cached: int = 0
+    output: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,9 @@ class CostModel:
         by_name = {weight.name: weight for weight in self.weights}
         constants = {weight.name: 1 for weight in self.weights}
         factors: dict[str, list[int]] = {weight.name: [] for weight in self.weights}
-        rows: dict[str, list[int]] = {weight.name: [] for weight in self.weights}  # factors of dim 0 and of presence: cached entries
-        tiled: dict[tuple[str, int], int] = {}
+        rows: dict[str, list[int]] = {weight.name: [] for weight in self.weights}  # factors of outputs and of presence: cached entries
+        tiled: dict[tuple[str, int], int] = {}  # entries of one unit
+        sizes: dict[tuple[str, int], int] = {}  # units
         for axis in self.axes:
             for piece in axis.slices:
                 if piece.param not in by_name:
@@ -114,20 +117,18 @@ class CostModel:
                     index = atom(axis.name, piece.unit)
                     factors[piece.param].append(index)
                     rows[piece.param].append(index)
-                    continue
-                shape = by_name[piece.param].shape
-                if not 0 <= piece.dim < len(shape):
-                    raise ValueError(f"axis {axis.name} lies along dim {piece.dim} of {piece.param}, whose shape is {list(shape)}")
-                length = shape[piece.dim]
-                if axis.size * piece.width != length or (piece.param, piece.dim) in tiled:
-                    raise ValueError(
-                        f"axis {axis.name}: {axis.size} units of {piece.width} cannot tile dim {piece.dim} ({length}) of {piece.param}"
-                    )
-                tiled[piece.param, piece.dim] = piece.width
+            for (param, dim), pieces in axis.tilings().items():
+                shape = by_name[param].shape
+                if not 0 <= dim < len(shape):
+                    raise ValueError(f"axis {axis.name} lies along dim {dim} of {param}, whose shape is {list(shape)}")
+                width = sum(piece.width for piece in pieces)
+                if not axis.tiles(pieces, shape[dim]) or (param, dim) in tiled:
+                    raise ValueError(f"axis {axis.name}: {axis.size} units of {width} cannot tile dim {dim} ({shape[dim]}) of {param}")
+                tiled[param, dim], sizes[param, dim] = width, axis.size
                 index = atom(axis.name, "sum")
-                factors[piece.param].append(index)
-                if piece.dim == 0:
-                    rows[piece.param].append(index)
+                factors[param].append(index)
+                if dim == by_name[param].output:
+                    rows[param].append(index)
             for name in axis.with_last_unit:
                 if name not in by_name:
                     raise ValueError(f"axis {axis.name} takes '{name}' with its last unit, which is not a parameter of the model")
@@ -136,7 +137,7 @@ class CostModel:
         for weight in self.weights:
             for dim, length in enumerate(weight.shape):
                 constants[weight.name] *= tiled.get((weight.name, dim), length)
-            row_constants.append(tiled.get((weight.name, 0), weight.shape[0]) if weight.cached else 0)
+            row_constants.append(weight.cached // sizes.get((weight.name, weight.output), 1))
 
         self._factors = _padded([factors[weight.name] for weight in self.weights])
         self._rows = _padded([rows[weight.name] for weight in self.weights])

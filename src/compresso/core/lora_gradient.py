@@ -63,7 +63,7 @@ def unit_importance(axis: Axis, weight: Callable[[str], Tensor], adapters: Mappi
         importance = estimated_gradient(factors)
         adapted = (factors.b.float() @ factors.a.float()).mul_(factors.scale).add_(weight(piece.param).float())
         importance.mul_(adapted).abs_()
-        sums = importance.movedim(piece.dim, 0).reshape(axis.size, -1).sum(dim=1).double().cpu()
+        sums = piece.entries(importance, axis.size).sum(dim=1).double().cpu()
         total += sums / (float(sums.square().sum().sqrt()) + EPSILON)
     return total
 

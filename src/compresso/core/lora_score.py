@@ -39,7 +39,7 @@ def unit_products(axis: Axis, one: Part, other: Part) -> Tensor:
         a = one(piece.param)
         b = a if one is other else other(piece.param)
         if a is not None and b is not None:
-            products = (a.float() * b.float()).movedim(piece.dim, 0).reshape(axis.size, -1)
+            products = piece.entries(a.float() * b.float(), axis.size)
             total += products.sum(dim=1).double().cpu()
     return total
 
@@ -69,7 +69,8 @@ def lora_scores(
 
 def _criteria(axis: Axis, weight: Part, update: Part) -> dict[Criterion, Tensor]:
     """The five criteria of each unit of an axis, each [size]."""
-    entries = sum(w.numel() // axis.size for piece in axis.slices if (w := weight(piece.param)) is not None)
+    names = dict.fromkeys(piece.param for piece in axis.slices)
+    entries = sum(w.numel() // axis.size for name in names if (w := weight(name)) is not None)
     size, added = unit_products(axis, weight, weight).sqrt(), unit_products(axis, update, update).sqrt()
     inner, both = unit_products(axis, weight, update), size * added
     return {

@@ -81,17 +81,19 @@ def unit_scores(
     """
     if reduction == "last" and axis.kind not in ("head", "channel"):
         raise ValueError(f"axis {axis.name} has no slice that computes last; reduce by sum, mean, max or prod")
-    values: dict[tuple[int | None, str], Tensor] = {}  # (unit or None, module) -> what its slices add up to
+    values: dict[tuple[int | None, str, int], Tensor] = {}  # (unit or None, module, start in it) -> what weight and bias add up to
     for piece in axis.slices:
         name = piece.param
         entries = salience(importance, parameters[name], (gradients or {}).get(name), (fisher or {}).get(name))
-        key = (piece.unit, name.rpartition(".")[0])
-        total = entries.sum() if piece.unit is not None else entries.movedim(piece.dim, 0).reshape(entries.shape[piece.dim], -1).sum(dim=1)
+        key = (piece.unit, name.rpartition(".")[0], piece.start)
+        if piece.unit is None:
+            entries = piece.entries(entries, axis.size).reshape(axis.size * piece.width, -1)
+        total = entries.sum() if piece.unit is not None else entries.sum(dim=1)
         values[key] = values[key] + total if key in values else total
     sized = {key: value.abs().double().cpu() for key, value in values.items()}
-    if any(unit is not None for unit, _ in sized):
+    if any(unit is not None for unit, *_ in sized):
         nothing = torch.zeros((), dtype=torch.float64)  # of a layer whose sub-layers have gone
-        owned = [[value for (unit, _), value in sized.items() if unit == k] for k in range(axis.size)]
+        owned = [[value for (unit, *_), value in sized.items() if unit == k] for k in range(axis.size)]
         return torch.stack([_reduced(torch.stack(members or [nothing])[:, None], reduction) for members in owned])
     channels = channels_per_unit(axis)
     folded = [value.reshape(axis.size, -1, channels).sum(dim=1) for value in sized.values()]

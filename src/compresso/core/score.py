@@ -26,7 +26,7 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
                 total[piece.unit] += weight.float().square().sum()
                 entries[piece.unit] += weight.numel()
             else:
-                squares = weight.float().square().movedim(piece.dim, 0).reshape(axis.size, -1)
+                squares = piece.entries(weight.float().square(), axis.size)
                 total += squares.sum(dim=1)
                 entries += squares.shape[1]
         scores[axis.name] = total / entries.clamp(min=1)

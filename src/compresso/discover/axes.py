@@ -37,11 +37,22 @@ class Owner:
     why: str
 
     @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Where the units lie: runs of all units in order, one behind the other; empty if they lie in any other way."""
+        size, found, start = int(self.unit_of.max()) + 1, list[Slice](), 0
+        while start < len(self.unit_of):
+            rest = self.unit_of[start:]
+            width = int((rest != 0).nonzero()[0]) if size > 1 and bool((rest != 0).any()) else len(rest)
+            if width == 0 or not torch.equal(rest[: size * width], torch.arange(size * width) // width):
+                return ()
+            found.append(Slice(self.param, self.dim, width, start=start))
+            start += size * width
+        return tuple(found)
+
+    @property
     def width(self) -> int | None:
-        """Entries of one unit if the units tile the dimension in order, None if they do not."""
-        width, rest = divmod(len(self.unit_of), int(self.unit_of.max()) + 1)
-        tiled = not rest and torch.equal(self.unit_of, torch.arange(len(self.unit_of)) // width)
-        return width if tiled else None
+        """Entries of one unit if one slice says where they lie, None if it takes several or cannot be said."""
+        return slices[0].width if len(slices := self.slices) == 1 else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,11 +71,11 @@ class Found:
 
     @property
     def axis(self) -> Axis:
-        """The axis. Raises ArchError if a fused parameter holds a unit's entries in several places, which a `Slice` cannot say."""
+        """The axis. Raises ArchError if the units lie in a parameter in an order that slices cannot say."""
         for owner in self.owners:
-            if owner.width is None:
-                raise ArchError(f"{self.name}: '{owner.param}' holds each unit's entries in several places of dimension {owner.dim}")
-        tiled = tuple(Slice(owner.param, owner.dim, owner.width or 1) for owner in self.owners)
+            if not owner.slices:
+                raise ArchError(f"{self.name}: '{owner.param}' holds its units in no order along dimension {owner.dim}")
+        tiled = tuple(piece for owner in self.owners for piece in owner.slices)
         fewest = 1 if self.kind in (Kind.HEAD, Kind.CHANNEL) else 0
         return Axis(
             self.name, self.kind, self.size, tiled + self.whole, self.gates, self.container, self.layer, min_units=fewest, norms=self.norms

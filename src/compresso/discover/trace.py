@@ -75,7 +75,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Trace
     recorder = _Recorder()
     for name, parameter in parameters.items():
         recorder.trace.parameters[recorder.number(parameter)] = name
-    with _evaluating(model), _naming(model, recorder), torch.no_grad():
+    with _evaluating(model), _without_padding(model), _naming(model, recorder), torch.no_grad():
         try:
             with recorder:
                 result = torch.func.functional_call(model, {**parameters, **buffers}, (), given)
@@ -139,6 +139,21 @@ class _Recorder(TorchDispatchMode):
                     self._stale.discard(id(leaf))
         self.trace.steps.append(Step(func, self.module, seen_args, seen_kwargs, inputs, tuple(outputs)))
         return result
+
+
+@contextmanager
+def _without_padding(model: nn.Module) -> Iterator[None]:
+    """No padding token in the config for a while: stock forwards look for it among the token ids, which have no values here."""
+    config = getattr(model, "config", None)
+    if getattr(config, "pad_token_id", None) is None:
+        yield
+        return
+    assert config is not None
+    kept, config.pad_token_id = config.pad_token_id, None
+    try:
+        yield
+    finally:
+        config.pad_token_id = kept
 
 
 @contextmanager

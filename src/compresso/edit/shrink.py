@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch, arch_for
 from compresso.core.axis import Axis, Gate, Kind
@@ -99,12 +100,12 @@ def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mappi
             raise ArchError(f"soft mask '{name}' keeps tokens by halves, which no weight can hold; wanted 0 or 1")
     parameters = dict(model.named_parameters())
     for axis in axes:
-        for piece in axis.slices:
-            parameter = parameters.get(piece.param)
-            if parameter is None or (piece.unit is None and parameter.shape[piece.dim] != axis.size * piece.width):
-                shape = None if parameter is None else list(parameter.shape)
+        tilings = axis.tilings()
+        for name in dict.fromkeys(piece.param for piece in axis.slices):
+            shape = None if (parameter := parameters.get(name)) is None else list(parameter.shape)
+            if shape is None or any(not axis.tiles(pieces, shape[dim]) for (param, dim), pieces in tilings.items() if param == name):
                 raise ArchError(
-                    f"axis {axis.name} does not fit {piece.param} {shape}; take the axes from the model as it is now, without adapters"
+                    f"axis {axis.name} does not fit {name} {shape}; take the axes from the model as it is now, without adapters"
                 )
 
 
@@ -126,9 +127,9 @@ def _selections(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[tup
     for axis in axes:
         if axis.name in kept:
             units = torch.tensor(kept[axis.name], dtype=torch.long)
-            for piece in axis.slices:
-                if piece.unit is None:
-                    selections[piece.param, piece.dim] = (units[:, None] * piece.width + torch.arange(piece.width)).flatten()
+            for key, pieces in axis.tilings().items():
+                owned = [(piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten() for piece in pieces]
+                selections[key] = torch.cat(owned)
     return selections
 
 
@@ -159,9 +160,10 @@ def _factors(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, list[int
 def _read_or_written(model: nn.Module, gate: Gate) -> list[tuple[str, int]]:
     """(parameter, dim) of the entries that a gate's activation is multiplied with, or made of."""
     module = model.get_submodule(gate.module)
+    transposed = isinstance(module, Conv1D)  # its weight is [in, out]
     if isinstance(module, nn.Embedding) or gate.side == "input":
-        return [(f"{gate.module}.weight", 1)]
-    return [(f"{gate.module}.{name}", 0) for name, _ in module.named_parameters(recurse=False)]
+        return [(f"{gate.module}.weight", 0 if transposed else 1)]
+    return [(f"{gate.module}.{name}", int(transposed and name == "weight")) for name, _ in module.named_parameters(recurse=False)]
 
 
 def _edited(name: str, parameter: Tensor, by_dim: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
@@ -208,5 +210,7 @@ def _set_features_(module: nn.Module) -> None:
     """Bring a module's own account of its weight up to date."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
