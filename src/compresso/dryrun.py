@@ -26,10 +26,12 @@ from compresso.edit.lora import attach_
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
+from compresso.export.plain import check_plain
 from compresso.export.shrunk import describe
 from compresso.job import accumulation
 from compresso.measure.size import counts
-from compresso.native import CLASSES, family_of
+from compresso.native import family_of
+from compresso.options import for_family
 from compresso.recipe import Recipe, build
 
 FLOPS_PER_MAC = 4
@@ -84,7 +86,7 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
 
     Raises:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
-            LoRA targets that no layer has, batches that cannot be split.
+            LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of the family holds.
     """
     if not is_causal(source.config):
         raise ArchError(
@@ -93,11 +95,6 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
         )
     model = meta_model(source)
     arch = arch_for(model.config)
-    if family_of(source.config.model_type) is None:
-        raise ArchError(
-            f"recipes do not write {source.config.model_type} models ({source.name}); known: {', '.join(CLASSES)}. "
-            "Shrink it from Python with compresso.shrink_ and write it with compresso.export.hf"
-        )
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
@@ -133,6 +130,10 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
             cost = CostModel(axes, arch.weights(model))
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
+    if family_of(source.config.model_type) is None:
+        check_plain(model, arch.shapes(model), "uniform")
+        shown.layouts = {"uniform": None}
+        return shown
     shrunk = describe(model, arch.shapes(model))
     shown.layouts = {"uniform": uniform_obstacle(shrunk), "padded": stock_obstacle(shrunk, widest(shrunk)), "native": None}
     return shown
@@ -176,8 +177,8 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
-    recipe = build(raw, str(raw.get("name", "recipe")))
     source = open_source(model, weights=False)
+    recipe = build(for_family(raw, "auto", source.config.model_type), str(raw.get("name", "recipe")))
     shown = act_out(recipe, source)
     device = choose_device("auto")
     stored = _width(source.config)
@@ -247,8 +248,10 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, width: int, checkpoi
     chunk: tokens whose logits (then those of two models) exist at a time; None for all.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    layer = 8 * config.hidden_size + attention + 4 * config.intermediate_size
+    attention = head * (2 * config.num_attention_heads + 2 * getattr(config, "num_key_value_heads", config.num_attention_heads))
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    ffn = next(filter(None, widths), 4 * config.hidden_size)
+    layer = 8 * config.hidden_size + attention + 4 * ffn
     layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (layer if checkpointing else 0)
     logits = 3 * tokens if chunk is None else 6 * min(chunk, tokens)
     return tokens * layers * width + logits * 4 * config.vocab_size

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.inspection import inspect
+from compresso.native import family_of
 from compresso.recipe import override, read, with_knob
 from compresso.recipe_file import plain
 
@@ -86,3 +87,8 @@ def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
     if layout not in LAYOUTS:
         raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
     return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)
+
+
+def for_family(raw: Mapping[str, Any], layout: str, model_type: str) -> dict[str, Any]:
+    """As `for_layout`, where "auto" is "uniform" for families that have no form with widths of each layer's own."""
+    return for_layout(raw, "uniform" if layout == "auto" and family_of(model_type) is None else layout)

@@ -19,7 +19,9 @@ from compresso.data.registry import load_records
 from compresso.drive.device import choose_device
 from compresso.dryrun import act_out
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
-from compresso.options import AskedLayout, for_layout
+from compresso.export.plain import check_written
+from compresso.native import family_of
+from compresso.options import AskedLayout, for_family, for_layout
 from compresso.recipe import Recipe, build
 from compresso.results import origin, versions
 
@@ -75,9 +77,11 @@ def prepare(
     Raises:
         CompressoError: with the cure; nothing was written.
     """
-    raw = for_layout(raw, layout)
-    recipe = build(raw, str(raw.get("name", "recipe")))
+    recipe = build(for_layout(raw, layout), str(raw.get("name", "recipe")))
     source = open_source(model)
+    if family_of(source.config.model_type) is None:
+        check_written(source.config.model_type, layout)
+        recipe = build(for_family(raw, layout, source.config.model_type), recipe.name)
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
     output = output.resolve()

@@ -74,15 +74,6 @@ def stored_dtype(source: Source) -> torch.dtype:
     return _DTYPES[max(numbers, key=lambda dtype: numbers[dtype])]
 
 
-def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
-    """Write a finished stage into a folder: weights as they are, in the layout that holds any shape."""
-    files = {
-        "plan.json": job.plan.to_json(),
-        "records.json": _json({"before": before, "stages": job.records, "patches": list(job.patches)}),
-    }
-    save_checkpoint(job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files)
-
-
 def finish(
     job: Job,
     facts: Mapping[str, Any],

@@ -5,7 +5,6 @@ output; the result is renamed into place at the end, after a fresh process has r
 accelerate), all of them run the stages, and the main one owns the folders.
 """
 
-import json
 import logging
 import tempfile
 import time
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from compresso.account import Findings, take
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, meta_model, open_source
+from compresso.checkpoint.source import load_model, meta_model
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
@@ -37,7 +36,8 @@ from compresso.measure.guard import Guard
 from compresso.native.stock import as_stock
 from compresso.preflight import Prepared, prepare
 from compresso.recipe import read
-from compresso.results import finish, save_stage, state, stored_dtype
+from compresso.results import finish, state, stored_dtype
+from compresso.stages import load_stage, save_stage
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,7 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     if not done:
         job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
         return job, state(job)
-    model = as_stock(load_model(open_source(done[-1]), dtype=dtype, device=prepared.device))
-    facts = json.loads((done[-1] / "records.json").read_text("utf-8"))
-    plan = Plan.from_json((done[-1] / "plan.json").read_text("utf-8"))
+    model, plan, facts = load_stage(done[-1], prepared.source, dtype, prepared.device)
     patches = tuple(facts.get("patches", ()))  # a stage that was saved before there were any names none
     patch_(model, patches)
     if "vocab" in plan.kept:

@@ -84,6 +84,16 @@ class Parts:
             widths += [width if not rest else -1] * self.fused_up
         return (*widths, down)
 
+    def standing_for(self, name: str) -> str | None:
+        """The linear, relative to the layer, that does what LLaMA's of that name does (q_proj, ..., down_proj); None if there is none.
+
+        A fused linear stands for all that it holds, the first linear of an FFN without a gate for `gate_proj`, too.
+        """
+        read = self.read if self.packing == "apart" else self.read * 3
+        names = dict(zip(("q_proj", "k_proj", "v_proj"), read, strict=True))
+        names |= {"o_proj": self.write, "gate_proj": self.up[0], "up_proj": self.up[-1], "down_proj": self.down}
+        return names.get(name)
+
     def head_runs(self, kv_heads: int, group: int, head_dim: int) -> tuple[_Run, ...]:
         """Where the outputs of a unit lie: a key/value head of `head_dim` with its query heads, `group` entries."""
         if self.packing == "heads":

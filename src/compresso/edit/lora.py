@@ -14,7 +14,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from compresso.arch.base import arch_for
 from compresso.errors import NumericError, RecipeError, nearest
 
 
@@ -28,20 +30,29 @@ def attach_(
 ) -> PeftModel:
     """Freeze the model and put an adapter on each linear whose last name is a target; layers that have none are skipped.
 
+    Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's `attn.c_attn` for `q_proj`),
+    the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
     The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out, rank] zero, both
     float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank below 1.
     """
     head = model.get_output_embeddings()  # may be the embedding, so it is no target
-    linears = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head}
+    linears = {name.rpartition(".")[2] for name in modules}
+    parts = getattr(arch_for(model.config), "parts", None)
+    names: list[str] = []
     for target in targets:
-        if target not in linears:
+        name = target if target in linears or parts is None else parts.standing_for(target)
+        if name is None or not any(f".{one}".endswith(f".{name}") for one in modules):
             raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
+        names.append(name)
+    adapted_ones = [module for name, module in modules.items() if f".{name}".endswith(tuple(f".{one}" for one in names))]
     if rank < 1 or not targets:
         raise RecipeError(f"adapters need rank >= 1 and at least one target, got rank={rank} and targets={list(targets)}")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # declared int, used as a factor
-        target_modules=list(targets),
+        target_modules=list(dict.fromkeys(names)),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted_ones),
         lora_dropout=dropout,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
@@ -79,7 +90,13 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
 
 
 def adapter_parameters(adapted: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
-    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight that it adapts: the live parameters."""
+    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight [out, in]: the live parameters.
+
+    Raises RecipeError for an adapter on a `Conv1D`, whose weight is [in, out].
+    """
+    for name, layer in _adapters(adapted):
+        if isinstance(layer.get_base_layer(), Conv1D):
+            raise RecipeError(f"{name} is a Conv1D, whose units cannot be scored by adapters; prune this model by its weights or gradients")
     return {
         f"{name}.weight": (
             layer.lora_B.get_submodule("default").get_parameter("weight"),
@@ -120,4 +137,6 @@ def _merged(layer: LoraLayer) -> Tensor:
         for module in (layer.get_base_layer(), layer.lora_A.get_submodule("default"), layer.lora_B.get_submodule("default"))
     )
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + layer.scaling["default"] * (b.to(wide) @ a.to(wide))).to(weight.dtype)
+    update = b.to(wide) @ a.to(wide)
+    update = update.T if isinstance(layer.get_base_layer(), Conv1D) else update
+    return (weight.to(wide) + layer.scaling["default"] * update).to(weight.dtype)

@@ -15,10 +15,17 @@ _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channel
 def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: str) -> None:
     """Raise ExportError, saying what would do, if a layout other than uniform is asked for or the model's own config cannot hold it."""
     kind = model.config.model_type
-    if layout not in ("auto", "uniform"):
-        raise ExportError(f"layout {layout} is not written for model_type '{kind}'. Use uniform, with the same widths in every layer.")
+    check_written(kind, layout)
     if (obstacle := plain_obstacle(model, shapes)) is not None:
         raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}, and no other layout is written for it.")
+
+
+def check_written(model_type: str, layout: str) -> None:
+    """Raise ExportError for a layout that such families have not."""
+    if layout not in ("auto", "uniform"):
+        raise ExportError(
+            f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every layer."
+        )
 
 
 def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
