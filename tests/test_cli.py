@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import CodeGenConfig
 
 from compresso import cli, inspection
 from compresso.drive.signals import Interrupted
@@ -200,8 +200,8 @@ def test_bad_models_are_refused_by_their_headers(refused: Callable[..., str], br
     pickled = lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # noqa: E731
     assert "pickled weights" in check(broken(raw=pickled))
     assert "auto_map" in check(broken(config=lambda values: values.update(model_type="mine", auto_map={"AutoConfig": "a.B"})))
-    gpt2 = lambda folder: GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(folder)  # noqa: E731
-    assert "no architecture describes model_type 'gpt2'" in check(broken(raw=gpt2))
+    codegen = lambda folder: CodeGenConfig(n_layer=1, n_embd=8, n_head=2, rotary_dim=4).save_pretrained(folder)  # noqa: E731
+    assert "no architecture describes model_type 'codegen'" in check(broken(raw=codegen))
     only_config = broken() / "config.json"
     assert "a config.json is enough for `compresso plan`" in check(only_config)
     assert "does not exist" in check(tmp_path / "nowhere" / "at" / "all")

@@ -48,7 +48,6 @@ def test_magnitude_pruning(name: str, kinds: tuple[str, ...], tmp_path: Path) ->
     [
         ("bert", r"\(bert\) is not a causal language model, and recipes train and measure only those"),
         ("vit", r"\(vit\) is not a causal language model"),
-        ("opt", "recipes do not write opt models"),
     ],
 )
 def test_a_run_is_refused_before_weights_are_read(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

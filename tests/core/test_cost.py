@@ -46,6 +46,26 @@ def test_one_unit_less_in_llama_7b(llama_7b: CostModel, axis: str, size: int, bl
     assert dense.total - smaller.total == total
 
 
+def test_slices_of_one_axis_tile_a_fused_projection_together() -> None:
+    """q, k and v in one weight [3 * 2 * 4, 5]: counts, cache and units as if they were three."""
+    fused = tuple(Slice("qkv", 0, width, start=start) for width, start in ((8, 0), (4, 16), (4, 24)))
+    apart = tuple(Slice(name, 0, width) for name, width in (("q", 8), ("k", 4), ("v", 4)))
+    one = CostModel((Axis("heads", Kind.HEAD, 2, fused, (), ""),), (Weight("qkv", (32, 5), Group.BLOCKS, macs=1, cached=16),))
+    of_three = [
+        Weight(name, (size, 5), Group.BLOCKS, macs=1, cached=cached) for name, size, cached in (("q", 16, 0), ("k", 8, 8), ("v", 8, 8))
+    ]
+    three = CostModel((Axis("heads", Kind.HEAD, 2, apart, (), ""),), of_three)
+    for masks in (None, {"heads": torch.tensor([1.0, 0.0])}, {"heads": torch.tensor([0.3, 0.5])}):
+        assert (one(masks).blocks, one(masks).cached, one(masks).macs) == (three(masks).blocks, three(masks).cached, three(masks).macs)
+    weight = torch.arange(160.0).reshape(32, 5)
+    parts = dict(zip("qkv", weight.split([16, 8, 8]), strict=True))
+    of_units = [piece.entries(weight, 2) for piece in fused]
+    assert all(torch.equal(mine, piece.entries(parts[piece.param], 2)) for mine, piece in zip(of_units, apart, strict=True))
+    with pytest.raises(ValueError, match=r"2 units of 16 cannot tile dim 0 \(32\)"):
+        overlapping = (*fused[:2], Slice("qkv", 0, 4, start=20))
+        CostModel((Axis("heads", Kind.HEAD, 2, overlapping, (), ""),), one.weights)
+
+
 def test_llm_pruners_printed_counts(llama_7b: CostModel, describe: Describe) -> None:
     assert llama_7b.of(uniform_plan(llama_7b, range(4, 30), heads=24, channels=8256)).total == 5_422_977_024
     llama_3_8b = describe(4096, 32, 32, 14336, 128256, kv_heads=8)

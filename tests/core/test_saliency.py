@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis, Kind, Slice
-from compresso.core.saliency import Importance, channels_per_unit, kept_units, salience, unit_scores
+from compresso.core.saliency import Importance, Reduction, channels_per_unit, kept_units, salience, unit_scores
 
 GENERATOR = torch.Generator().manual_seed(3)
 HEADS = Axis(  # 2 key/value heads of 3 channels, each with 2 query heads
@@ -44,6 +44,21 @@ def by_hand(importance: Importance) -> Tensor:
                 result[2, head, channel] += abs(sum(entry("o.weight", c, row) for c in range(5)))
             result[1, head, channel] = abs(sum(entry("k.weight", head * 3 + channel, c) for c in range(5)))
     return result
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "last"])
+def test_parts_of_a_fused_projection_are_coupled_slices(reduction: Reduction) -> None:
+    """q, k and v behind one another in one weight and bias, as GPT-2 and Phi-3 have them, score as three linears would."""
+    fused = [Slice(f"qkv.{tensor}", 0, width, start=start) for width, start in ((6, 0), (3, 12), (3, 18)) for tensor in ("weight", "bias")]
+    apart = [Slice(f"{name}.{tensor}", 0, width) for name, width in (("q", 6), ("k", 3), ("v", 3)) for tensor in ("weight", "bias")]
+    parameters = {"qkv.weight": torch.randn(24, 5, generator=GENERATOR), "qkv.bias": torch.randn(24, generator=GENERATOR)}
+    for tensor in ("weight", "bias"):
+        parts = parameters[f"qkv.{tensor}"].split([12, 6, 6])
+        parameters |= {f"{name}.{tensor}": part for name, part in zip("qkv", parts, strict=True)}
+    one, three = (Axis("layers.0.heads", Kind.HEAD, 2, tuple(pieces), (), "attention", layer=0) for pieces in (fused, apart))
+    for importance in ("l1", "l2"):
+        scores = unit_scores(one, importance, parameters, reduction=reduction)
+        assert torch.equal(scores, unit_scores(three, importance, parameters, reduction=reduction))
 
 
 @pytest.mark.parametrize("importance", ["vector", "first", "second", "mixed", "l1", "l2"])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
-from compresso.edit.lora import attach_, merge_, save_adapter
+from compresso.edit.lora import adapter_parameters, attach_, merge_, save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError, RecipeError
 
@@ -86,6 +86,28 @@ def test_merging_equals_the_adapted_model_and_peft(make: Make) -> None:
     assert all((p - q).abs().max() < 1e-6 for p, q in zip(merged.parameters(), reference.parameters(), strict=True))
     with torch.no_grad():
         assert (merged(input_ids=IDS).logits - expected).abs().max() < 1e-5
+
+
+def test_adapters_go_where_other_families_hold_the_same() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for model, names in (
+        (
+            GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=32)),
+            "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+        ),
+        (Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=24)), "qkv_proj o_proj gate_up_proj down_proj"),
+        (OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16)), "q_proj k_proj v_proj out_proj fc1 fc2"),
+    ):
+        adapted = trained(attach_(model, rank=4, alpha=8, targets=every))
+        found = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+        assert all(any(one.endswith(f".{name}") for one in found) for name in names.split()) and len(found) == len(names.split())
+        reference = copy.deepcopy(adapted).merge_and_unload()
+        if isinstance(model, GPT2LMHeadModel):
+            with pytest.raises(RecipeError, match="is a Conv1D, whose units cannot be scored by adapters"):
+                adapter_parameters(adapted)
+        merged = merge_(adapted)
+        assert all((p - q).abs().max() < 1e-6 for p, q in zip(merged.parameters(), reference.parameters(), strict=True))
 
 
 def test_merging_into_bfloat16_rounds_once(make: Make) -> None:
