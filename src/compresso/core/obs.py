@@ -22,6 +22,10 @@ Quantize = Callable[[Tensor, int], Tensor]
 """Compensated weights [out, width] that begin at the index of a column -> the rounded column [out]; pruned entries are 0 and stay so."""
 
 
+_STEP = 32
+"""Columns from which on one product is faster than as many updates of rank one."""
+
+
 class NotPositiveDefiniteError(ArithmeticError):
     """A second moment that no damping within reach makes invertible, or that is not finite."""
 
@@ -125,23 +129,40 @@ def column_sweep(
     pruned = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     loss = torch.zeros(rows, dtype=upper.dtype, device=weight.device)
     diagonal = upper.diagonal()
+    step = _columns_at_once(block, every) if quantize is None else block  # `quantize` wants to see all columns of the block as they are
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         now = done[:, begin:end].T.contiguous()  # [width, out]: a column lies in one piece
         errors, gone = torch.zeros_like(now), torch.zeros_like(now, dtype=torch.bool)
+        removed = torch.zeros_like(now)  # 1 / U_jj where an entry goes: a weight times it is the error of zeroing it
         for j in range(begin, end):
             at = j - begin
             if choose is not None and j % every == 0:
                 stop = min(at + every, end - begin)
                 scores = (now[at:stop] / diagonal[j : begin + stop, None]).square().T
                 gone[at:stop] = choose(scores, j).T
-            value = now[at] if quantize is None else quantize(now[at:].T, j)
-            value = value.masked_fill(gone[at], 0)
-            error = (now[at] - value) / diagonal[j]
-            now[at:].addr_(upper[j, j:end], error, alpha=-1)
-            now[at], errors[at] = value, error
+                torch.div(gone[at:stop], diagonal[j : begin + stop, None], out=removed[at:stop])
+            if quantize is None:
+                torch.mul(now[at], removed[at], out=errors[at])
+            else:
+                value = quantize(now[at:].T, j).masked_fill(gone[at], 0)
+                torch.div(now[at] - value, diagonal[j], out=errors[at])
+                now[at] = value
+            near = min((at // step + 1) * step, end - begin)
+            now[at + 1 : near].addr_(upper[j, j + 1 : begin + near], errors[at], alpha=-1)
+            if at + 1 == near < end - begin:  # what is further right in the block gets the errors of these columns together
+                first = at // step * step
+                now[near:].addmm_(upper[begin + first : begin + near, begin + near : end].T, errors[first:near], alpha=-1)
+        now.masked_fill_(gone, 0)
         pruned[:, begin:end] = gone.T
         done[:, begin:end] = now.T
         loss += errors.square().sum(dim=0) / 2
         done[:, end:] -= errors.T @ upper[begin:end, end:]
     return Swept(done, pruned, loss)
+
+
+def _columns_at_once(block: int, every: int) -> int:
+    """Columns whose errors go to the rest of a block together: about 32, and whole groups of those that are chosen together."""
+    if every <= _STEP:
+        return _STEP // every * every
+    return _STEP if every % _STEP == 0 else block

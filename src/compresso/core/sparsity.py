@@ -14,6 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_COMPARED = 8
+"""Entries of a group up to which comparing each with each is faster than selecting."""
+
+
+_LONG = 4096
+"""Entries of a row from which on counting digits is faster than selecting."""
+
 
 def parse_pattern(text: str) -> tuple[int, int]:
     """n and m of "n:m", n kept of m.
@@ -54,12 +61,33 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= scores.shape[1]:
         return torch.ones_like(scores, dtype=torch.bool)
-    cut = scores.kthvalue(count, dim=1, keepdim=True).values
-    below, equal = scores < cut, scores == cut
-    room = count - below.sum(dim=1, keepdim=True)
-    if bool((equal.sum(dim=1, keepdim=True) != room).any()):
-        equal &= equal.cumsum(dim=1) <= room
-    return below | equal
+    cut = _cut(scores, count)
+    chosen = scores <= cut
+    if bool((chosen.sum(dim=1) != count).any()):  # more than one entry of a row ties with its cut
+        below, equal = scores < cut, scores == cut
+        chosen = below | (equal & (equal.cumsum(dim=1) <= count - below.sum(dim=1, keepdim=True)))
+    return chosen
+
+
+def _cut(scores: Tensor, count: int) -> Tensor:
+    """The score at place `count`, from 1, of each row in ascending order [rows, 1]."""
+    rows, columns = scores.shape
+    if rows == 1 and columns > _LONG and scores.dtype == torch.float32 and bool(scores.amin() >= 0):
+        return _cut_by_digits(scores[0], count).reshape(1, 1)
+    from_top = columns - count + 1  # the shorter way: half as many entries are moved
+    if count <= from_top:
+        return scores.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    return scores.topk(from_top, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+
+
+def _cut_by_digits(scores: Tensor, count: int) -> Tensor:
+    """As `_cut` for one long row of float32 that are not negative: bits read as whole numbers order them, so the upper half of the bits
+    says, counted, in which of 2^15 bins the score lies, and only that bin is searched."""
+    upper = scores.view(torch.int32) >> 16
+    ends = torch.bincount(upper, minlength=1).cumsum(dim=0)
+    bin_of = int(torch.searchsorted(ends, count))
+    before = int(ends[bin_of - 1]) if bin_of else 0
+    return scores[upper == bin_of].kthvalue(count - before).values
 
 
 def lowest_share(scores: Tensor, share: float) -> Tensor:
@@ -79,7 +107,15 @@ def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """
     if scores.shape[1] % m:
         raise ValueError(f"{n}:{m} needs a multiple of {m} inputs, and there are {scores.shape[1]}")
-    return lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
+    if m > _COMPARED:
+        return lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
+    entries = scores.reshape(-1, m).T.contiguous()
+    before = torch.zeros(entries.shape, dtype=torch.int8, device=scores.device)  # how many of its group come before an entry
+    for j in range(1, m):
+        smaller = entries[j] < entries[:j]
+        before[:j] += smaller
+        before[j] += j - smaller.sum(dim=0, dtype=torch.int8)
+    return (before < m - n).T.reshape(scores.shape)
 
 
 def at_most_threshold(scores: Tensor, share: float) -> Tensor:

@@ -50,8 +50,19 @@ def squares(total: Tensor | None, inputs: Tensor) -> Tensor:
 
 
 def second_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
-    """Fold: sum of x x^T [in, in]."""
-    return inputs.T @ inputs if total is None else total.addmm_(inputs.T, inputs)
+    """Fold: sum of x x^T [in, in]. It is symmetric: products of the upper half are computed, in stripes, and mirrored."""
+    size = inputs.shape[1]
+    found = inputs.new_zeros(size, size) if total is None else total
+    stripe = max(_STRIPE, -(-size // 8))
+    for begin in range(0, size, stripe):
+        end = min(begin + stripe, size)
+        found[begin:end, begin:].addmm_(inputs[:, begin:end].T, inputs[:, begin:])
+        found[end:, begin:end] = found[begin:end, end:].T
+    return found
+
+
+_STRIPE = 128
+"""Columns of a second moment from which on a product is worth a call of its own."""
 
 
 @dataclass
