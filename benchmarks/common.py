@@ -34,6 +34,12 @@ def write(name: str, facts: dict[str, Any]) -> Path:
     return path
 
 
+def high_water_mib() -> float:
+    """Peak resident MiB of this process since it was started; getrusage would count what its parent held before."""
+    status = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text("utf-8").splitlines() if path.exists() else []

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import machine, write
+from common import high_water_mib, machine, write
 from steps import Step, batch, masked_steps, plain_step
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376, "vocab_size": 32000}
@@ -45,12 +45,6 @@ def peak_mib(which: str) -> float:
     """Peak resident MiB of a fresh process that runs three steps of one kind."""
     done = subprocess.run([sys.executable, __file__, "--only", which], capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
-
-
-def high_water_mib() -> float:
-    """Peak resident MiB of this process since it was started; getrusage would count what its parent held before."""
-    status = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def main() -> None:
