@@ -72,7 +72,7 @@ class Method:
     """A method as it is compared.
 
     Args:
-        recipe: whose first stage it is.
+        recipe: whose first stage with a budget it is.
         knobs: what is changed in that stage.
         learning: how the updates of its learning phases are called, and their shares of all updates.
         distilled: whether the dense model teaches afterwards.
@@ -113,7 +113,7 @@ def recipe_of(case: Case, method: Method, keep: float, updates: int) -> dict[str
         RecipeError: there is no such recipe.
     """
     raw = copy.deepcopy(read(method.recipe + case.configuration))
-    name, knobs = next(iter(raw["stages"][0].items()))
+    name, knobs = next((name, knobs) for stage in raw["stages"] for name, knobs in stage.items() if "keep" in knobs)
     learning = {phase: max(1, round(share * updates)) for phase, share in method.learning.items()}
     knobs |= {"keep": keep, **method.knobs, **learning}
     for knob in ("batch", "micro_batch"):
