@@ -13,8 +13,11 @@ from transformers import (
     BertModel,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -30,6 +33,8 @@ from compresso.edit.shrink import shrink_
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B = {**LLAMA_7B, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
 TINY_LLAMA = {**LLAMA_7B, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
+
+PYTHIA_160M = GPTNeoXConfig(vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
 
 def on_meta(sizes: dict[str, int]) -> PreTrainedModel:
@@ -95,13 +100,16 @@ def test_published_sizes(sizes: dict[str, int], plan: Plan, total: int, blocks: 
     [
         # a layer's linears: 12 d^2 + 9 d where the FFN is 4 d wide and every linear has a bias
         (AutoModelForCausalLM, OPTConfig(), 12 * (4 * 768**2 + 2 * 768 * 3072 + 4 * 768 + 3072 + 768)),
+        (AutoModelForCausalLM, GPT2Config(), 12 * (12 * 768**2 + 9 * 768)),
+        (AutoModelForCausalLM, PYTHIA_160M, 12 * (12 * 768**2 + 9 * 768)),
+        (AutoModelForCausalLM, Phi3Config(), 32 * (4 * 3072**2 + 3 * 3072 * 8192)),
         (BertModel, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
         (BertForMaskedLM, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
         (ViTForImageClassification, ViTConfig(num_labels=1000), 12 * (12 * 768**2 + 9 * 768)),
         (AutoModelForCausalLM, Gemma2Config(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
         (AutoModelForCausalLM, Gemma3TextConfig(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
     ],
-    ids=["opt-125m", "bert", "bert-masked", "vit-base", "gemma2-2b", "gemma3"],
+    ids=["opt-125m", "gpt2", "pythia-160m", "phi-3-mini", "bert", "bert-masked", "vit-base", "gemma2-2b", "gemma3"],
 )
 def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrainedConfig, blocks: int) -> None:
     """Their own classes' num_parameters, and the closed form of the layers; then with some units gone."""
@@ -116,3 +124,19 @@ def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrained
     predicted = cost.of(plan).parameters()
     shrink_(model, axes, plan)
     assert predicted["total"] == model.num_parameters() < cost().parameters()["total"]
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "cached"),
+    [(GPT2Config(), 124_439_808, 12 * 2 * 768), (PYTHIA_160M, 162_322_944, 12 * 2 * 768), (Phi3Config(), 3_821_079_552, 32 * 2 * 3072)],
+    ids=["gpt2", "pythia-160m", "phi-3-mini"],
+)
+def test_published_sizes_of_fused_models(config: PreTrainedConfig, total: int, cached: int) -> None:
+    """The hub's sizes, and a cache of as many keys and values as there are heads; half of a layer's heads hold half of its share."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    arch = arch_for(model.config)
+    cost = CostModel(arch.axes(model), arch.weights(model))
+    assert (int(cost().total), int(cost().cached)) == (total, cached)
+    half = Plan({"layers.0.heads": tuple(range(config.num_attention_heads // 2))})
+    assert int(cost.of(half).cached) == cached - cached // config.num_hidden_layers // 2
