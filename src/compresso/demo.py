@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from compresso import verifying
 from compresso.account import SPEED_NEW, SPEED_PROMPT
 from compresso.checkpoint.atomic import check_output, new_folder
 from compresso.checkpoint.source import open_source
@@ -74,8 +75,10 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
     console.print(f'    model = compresso.load("{best}")')
     console.print('    print(model.generate("What does a thitem eat?"))\n')
     console.print(
-        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True."
+        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True.\n"
     )
+    console.print("[bold]opening[/bold] it in every engine of this machine, each in a process of its own")
+    verifying.show(verifying.verify(best), as_json=False)
     return account
 
 
