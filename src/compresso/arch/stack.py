@@ -10,7 +10,7 @@ Of multiply-accumulates a token, those of layers and of language-model heads are
 patches do not run once a token and count none. Everything outside the layers that is no norm is counted with the embeddings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,11 +94,7 @@ class Stack:
         every = dict.fromkeys(range(len(shapes)), ("",))
         o, down = self.parts.write, self.parts.down
         if self.final_norm:
-            ends = [(attentions, self.parts.read, o), (mlps, self.parts.up, down)]
-            names = [[f"{where}.{i}.{name}" for present, read, _ in ends for i in present for name in read]]
-            names += [[f"{where}.{i}.{name}" for present, _, name in ends for i in present]]
-            norms = [f"{where}.{i}.{norm}" for i in every for kind in (Kind.ATTENTION, Kind.MLP) for norm in self._norms(kind)]
-            axes.append(hidden_axis(model, names[1], names[0], norms, self._final(model)))
+            axes.append(self._hidden(model, where, tuple(attentions), tuple(mlps)))
         rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
         rows += [("attention", Kind.ATTENTION, attentions, ((attentions, o),)), ("mlp", Kind.MLP, mlps, ((mlps, down),))]
         for name, kind, owned, sites in rows:
@@ -260,6 +256,14 @@ class Stack:
         slices = written(model, block, parts.channel_runs(shape.channels))
         container = f"{block}.{parts.ffn}" if parts.ffn else block
         return self._axis(model, f"layers.{i}.channels", Kind.CHANNEL, shape.channels, i, (slices, f"{block}.{parts.down}", 1), container)
+
+    def _hidden(self, model: PreTrainedModel, where: str, attentions: Sequence[int], mlps: Sequence[int]) -> Axis:
+        """One dimension of the stream. attentions, mlps: the layers that have one."""
+        parts = self.parts
+        read = [f"{where}.{i}.{name}" for layers, names in ((attentions, parts.read), (mlps, parts.up)) for i in layers for name in names]
+        written = [f"{where}.{i}.{name}" for layers, name in ((attentions, parts.write), (mlps, parts.down)) for i in layers]
+        norms = {f"{where}.{i}.{norm}" for i in (*attentions, *mlps) for norm in (*parts.attention_norms, *parts.ffn_norms)}
+        return hidden_axis(model, written, read, norms, self._final(model))
 
     def _axis(
         self, model: PreTrainedModel, name: str, kind: Kind, size: int, layer: int, ends: tuple[tuple[Slice, ...], str, int], container: str

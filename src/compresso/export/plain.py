@@ -37,7 +37,11 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
             if getattr(shape, field) != getattr(shapes[0], field):
                 told = f"layers.{index} has {getattr(shape, field)} {words}, layers.0 has {getattr(shapes[0], field)}"
                 return f"{told}; keep as many in every layer"
-    cure = "" if hasattr(model.config, "head_dim") else "; its config has no head_dim, so keep all heads and prune FFN channels"
+    cure = (
+        ""
+        if hasattr(model.config, "head_dim")
+        else "; its config has no head_dim, so keep all heads and prune FFN channels, such as by kinds: [channel]"
+    )
     try:
         with torch.device("meta"):
             reader = type(model)._from_config(copy.deepcopy(model.config))
