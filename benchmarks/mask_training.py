@@ -4,9 +4,8 @@
 
 Plain: peft's LoRA on q and v, the model's own loss, AdamW, without compresso (steps.py). Ours: the objective and loop of
 `learn_gates` with gates on heads, FFN channels and hidden dimensions, noise per example, projection after every update. CPU seconds of
-the process (wall time beside them), median over pairs. Peak memory of each in a process of its own, the median of
-three: it varies by 2 %. Wanted: time and memory at most 1.10
-times the plain step.
+the process (wall time beside them), median over pairs. Peak memory of each in a process of its own, the median of three: it varies
+by 2 %. Wanted: time and memory at most 1.10 times the plain step.
 """
 
 import argparse

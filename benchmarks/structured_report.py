@@ -177,7 +177,7 @@ def page(rows: Rows, made: Mapping[str, list[list[str]]]) -> str:
         f"Every method at the same share of block parameters, with the same data, the same LoRA recovery and {updates[0]} updates in all "
         f"(what a method learns with is part of them). Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are two "
         "or more; in brackets the value straight after pruning. ShortGPT drops whole layers and never keeps more than the share: see the "
-        "blocks it kept. On models this small a token costs Python, not memory, so that decode speed-ups are mostly noise."
+        "blocks it kept. On models this small a token costs Python, not memory: only removed layers speed up decoding."
     )
     body = [Markup("<h1>Structured pruning, compared fairly</h1><p>{}</p>").format(intro), Markup('<div class="plots">')]
     body += [Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(svg, label) for label, svg in plots(rows)]

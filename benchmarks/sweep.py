@@ -183,7 +183,14 @@ def main() -> None:
         "forward_peak_mib": round(base, 1),
         "jobs": rows,
         "machine": facts,
-        "command": " ".join(["python", "benchmarks/sweep.py", *(["--pairs", str(given.pairs)] if given.pairs != 5 else [])]),
+        "command": " ".join(
+            [
+                "python",
+                "benchmarks/sweep.py",
+                *(["--pairs", str(given.pairs)] if given.pairs != 5 else []),
+                *(["--against", "CHECKOUT"] if given.against else []),
+            ]
+        ),
     }
     write(Path(__file__).stem, result)
     lines = ["| job | forwards, median | range | wanted | peak MiB over a forward | of the checkout's time |", "|---|---|---|---|---|---|"]

@@ -22,8 +22,9 @@ import compresso
 from compresso.checkpoint.source import load_model, meta_model, open_source
 from compresso.core.plan import Plan
 from compresso.data import nano
+from compresso.dryrun import plan
 from compresso.edit.shrink import shrink_
-from compresso.errors import ExportError, ResumeError
+from compresso.errors import ExportError, RecipeError, ResumeError
 from compresso.job import Job
 from compresso.stages import load_stage, save_stage
 from tests.arch.test_laws import described
@@ -103,7 +104,21 @@ def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
         compresso.run(pruned_then_tuned(["head"]), family("gpt2"), instructions, output=tmp_path / "out")
     with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
         compresso.run(pruned_then_tuned(["channel"]), family("opt"), instructions, output=tmp_path / "out", layout="native")
+    with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
+        plan(pruned_then_tuned(["channel"]), str(family("opt")), layout="native")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [{"loraprune": {"steps": 4, "spared": 0.0}}, {"lorashear": {"unprunable": 0.0}}])
+def test_adapters_of_a_conv1d_are_refused_before_weights_are_read(
+    stage: dict[str, Any], family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["compresso.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    knobs = {"keep": 0.7, "kinds": ["channel"], "rank": 2, "batch": 8, "micro_batch": 8}
+    stages = [{name: knobs | more} for name, more in stage.items()]
+    raw = {"name": "short", "data": {"max_length": 64, "held": 8, "prompt": False}, "stages": stages}
+    with pytest.raises(RecipeError, match=r"transformer\.h\.0\.\S+ is a Conv1D, whose units cannot be scored by adapters"):
+        compresso.run(raw, family("gpt2"), instructions, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["phi3", "opt"])
@@ -120,8 +135,8 @@ def test_a_stage_of_uneven_widths_comes_back(name: str, family: Callable[[str], 
         model=model, arch=arch, tokenizer=None, rows=[], held=[], plan=Plan(kept), records={}, identity={}, seed=0, out=tmp_path, quiet=True
     )
     save_stage(job, {"held_loss": 1.0}, tmp_path / "01-prune")
-    again, plan, facts = load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
-    assert plan == job.plan and facts["before"] == {"held_loss": 1.0}
+    again, removed, facts = load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
+    assert removed == job.plan and facts["before"] == {"held_loss": 1.0}
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

@@ -132,7 +132,7 @@ def plan(
     from compresso import dryrun, dryrun_report
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
-    dryrun_report.show(dryrun.plan(raw, model), as_json)
+    dryrun_report.show(dryrun.plan(raw, model, layout), as_json)
 
 
 @app.command()

@@ -22,11 +22,11 @@ from compresso.core.plan import Plan
 from compresso.core.uniform import uniform_targets
 from compresso.drive.device import choose_device
 from compresso.drive.duration import shortened, updates
-from compresso.edit.lora import attach_
+from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
-from compresso.export.plain import check_plain
+from compresso.export.plain import check_plain, check_written
 from compresso.export.shrunk import describe
 from compresso.job import accumulation
 from compresso.measure.size import counts
@@ -112,6 +112,8 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
                 trainable = {"all": total}
             else:
                 adapted = attach_(model, stage.rank, stage.alpha, stage.targets)
+                if getattr(stage, "scores_by_adapters", False):
+                    adapter_parameters(adapted)
                 trainable = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
                 adapted.unload()
             if hasattr(stage, "mask_lr"):
@@ -166,7 +168,7 @@ def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> 
             raise BudgetError(f"stage '{name}': {error}") from error
 
 
-def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
+def plan(raw: Mapping[str, Any], model: str, layout: str = "auto") -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
     Returns:
@@ -178,7 +180,9 @@ def plan(raw: Mapping[str, Any], model: str) -> dict[str, Any]:
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
     source = open_source(model, weights=False)
-    recipe = build(for_family(raw, "auto", source.config.model_type), str(raw.get("name", "recipe")))
+    if family_of(source.config.model_type) is None:
+        check_written(source.config.model_type, layout)
+    recipe = build(for_family(raw, layout, source.config.model_type), str(raw.get("name", "recipe")))
     shown = act_out(recipe, source)
     device = choose_device("auto")
     stored = _width(source.config)

@@ -118,6 +118,23 @@ def test_with_a_fixed_mask_the_block_size_changes_nothing(block: int) -> None:
     assert torch.equal(whole.pruned, mask)
 
 
+@pytest.mark.parametrize(("block", "every"), [(4, 4), (48, 4), (96, 32), (100, 50), (128, 2), (128, 128), (33, 3), (40, 40)])
+def test_columns_taken_together_are_those_taken_one_by_one(block: int, every: int) -> None:
+    weight, inputs = layer(5, 150, 21)
+    upper = inverse_factor(moment_of(inputs)).upper
+    now, gone = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
+    for j in range(150):  # SparseGPT's algorithm 1, a column at a time
+        if j % block % every == 0:
+            stop = min(j + every, j - j % block + block, 150)
+            gone[:, j:stop] = lowest_in_rows((now[:, j:stop] / upper.diagonal()[j:stop]).square(), 0.5)
+        error = (now[:, j] / upper[j, j]).masked_fill(~gone[:, j], 0)
+        now[:, j] = now[:, j].masked_fill(gone[:, j], 0)
+        now[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
+    swept = column_sweep(weight, inverse_factor(moment_of(inputs)), choose=lambda s, _: lowest_in_rows(s, 0.5), every=every, block=block)
+    assert torch.equal(swept.pruned, gone)
+    torch.testing.assert_close(swept.weight, now, atol=1e-9, rtol=0)
+
+
 def test_each_kept_suffix_is_the_minimum_with_the_columns_before_it_frozen() -> None:
     weight, inputs = layer(1, 12, 3)
     moment = damped(moment_of(inputs))

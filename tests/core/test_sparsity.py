@@ -47,6 +47,25 @@ def test_n_stay_of_every_m(n: int, m: int) -> None:
     assert bool((grouped.masked_fill(~gone, -1).amax(dim=2) <= kept_least).all())
 
 
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 9, 16])
+def test_groups_lose_what_a_stable_sort_puts_first(m: int) -> None:
+    scores = torch.randint(0, 3, (40, 3 * m), generator=torch.Generator().manual_seed(m)).float()  # full of ties
+    for n in range(1, m):
+        order = scores.reshape(-1, m).argsort(dim=1, stable=True)[:, : m - n]
+        wanted = torch.zeros(120, m, dtype=torch.bool).scatter_(1, order, True).reshape(scores.shape)
+        assert torch.equal(lowest_in_groups(scores, n, m), wanted)
+
+
+@pytest.mark.parametrize("values", ["distinct", "tied", "tiny", "negative"])
+def test_a_long_matrix_loses_what_a_stable_sort_puts_first(values: str) -> None:
+    scores = randoms(1, 5000, 3)
+    scores = {"distinct": scores.abs(), "tied": (scores * 4).round().abs(), "tiny": scores.abs() * 1e-42, "negative": scores}[values]
+    for share in (0.0002, 0.1, 0.5, 0.9, 0.9998):
+        wanted = torch.zeros(5000, dtype=torch.bool)
+        wanted[scores[0].argsort(stable=True)[: count_of(share, 5000)]] = True
+        assert torch.equal(lowest_share(scores.reshape(50, 100), share), wanted.reshape(50, 100))
+
+
 def test_groups_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="2:4 needs a multiple of 4 inputs, and there are 350"):
         lowest_in_groups(torch.ones(2, 350), 2, 4)

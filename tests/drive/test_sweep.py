@@ -178,6 +178,14 @@ def test_calibration_rows_run_with_rows_of_their_length() -> None:
         Calibration().batches([], 0)
 
 
+@pytest.mark.parametrize("width", [1, 40, 128, 200, 1100])
+def test_the_second_moment_is_the_product_however_it_is_cut(width: int) -> None:
+    first, second = torch.randn(2, 30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    found = second_moment(second_moment(None, first), second)
+    torch.testing.assert_close(found, first.T @ first + second.T @ second)
+    assert torch.equal(found, found.T)
+
+
 @needs_oracles
 def test_the_statistics_of_the_public_code(tmp_path: Path) -> None:
     """Of layer 0 on dense inputs: Wanda's mean of squares a sequence, SparseGPT's 2/n times the second moment, n sequences."""

@@ -58,13 +58,15 @@ def unit_importance(axis: Axis, weight: Callable[[str], Tensor], adapters: Mappi
     pieces = [piece for piece in axis.slices if piece.param in adapters]
     if not pieces:
         raise ValueError(f"no matrix of {axis.name} has an adapter, so LoRA gradients say nothing of its units; add its linears to targets")
-    for piece in pieces:
-        factors = adapters[piece.param]
+    for name in dict.fromkeys(piece.param for piece in pieces):
+        factors = adapters[name]
         importance = estimated_gradient(factors)
-        adapted = (factors.b.float() @ factors.a.float()).mul_(factors.scale).add_(weight(piece.param).float())
+        adapted = (factors.b.float() @ factors.a.float()).mul_(factors.scale).add_(weight(name).float())
         importance.mul_(adapted).abs_()
-        sums = piece.entries(importance, axis.size).sum(dim=1).double().cpu()
-        total += sums / (float(sums.square().sum().sqrt()) + EPSILON)
+        for piece in pieces:  # a fused projection holds several of a unit's
+            if piece.param == name:
+                sums = piece.entries(importance, axis.size).sum(dim=1).double().cpu()
+                total += sums / (float(sums.square().sum().sqrt()) + EPSILON)
     return total
 
 

@@ -21,7 +21,6 @@ Choose = Callable[[Tensor, int], Tensor]
 Quantize = Callable[[Tensor, int], Tensor]
 """Compensated weights [out, width] that begin at the index of a column -> the rounded column [out]; pruned entries are 0 and stay so."""
 
-
 _STEP = 32
 """Columns from which on one product is faster than as many updates of rank one."""
 

@@ -17,7 +17,6 @@ from torch import Tensor
 _COMPARED = 8
 """Entries of a group up to which comparing each with each is faster than selecting."""
 
-
 _LONG = 4096
 """Entries of a row from which on counting digits is faster than selecting."""
 

@@ -17,7 +17,7 @@ Departures:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -78,6 +78,9 @@ class LoraPrune:
         max_steps: cap on the updates.
         save_every: updates between training checkpoints.
     """
+
+    scores_by_adapters: ClassVar = True
+    """The dry run refuses targets whose adapters cannot be read."""
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
     of: Counted = "blocks"

@@ -28,7 +28,7 @@ Our choices, none of them the authors', whose own are not public:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -95,6 +95,9 @@ class LoraShear:
         max_steps: cap on all updates together; phases shrink with it.
         save_every: updates between training checkpoints.
     """
+
+    scores_by_adapters: ClassVar = True
+    """The dry run refuses targets whose adapters cannot be read."""
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
     of: Counted = "blocks"
