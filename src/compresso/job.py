@@ -37,7 +37,7 @@ from compresso.drive.noise import mixed_seed
 from compresso.drive.order import ShuffledBatches
 from compresso.drive.progress import Progress
 from compresso.drive.sweep import Edit, Fold, sweep
-from compresso.drive.targets import Groups, names_of
+from compresso.drive.targets import Groups, names_of, touched
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
@@ -185,7 +185,7 @@ class Job:
         )
 
     def swept(
-        self, stage: str, knobs: Any, groups: Groups, calibration: Calibration, fold: Fold, edit: Edit
+        self, stage: str, knobs: Any, groups: Groups, calibration: Calibration, fold: Fold, edit: Edit, rescales: bool = False
     ) -> tuple["Job", dict[str, Any]]:
         """The job after a sweep over the blocks that edits the weights of some linears, journalled; and what the edits noted, by linear.
 
@@ -196,7 +196,7 @@ class Job:
             knobs: the stage itself: a resume must agree on them.
             groups: the linears.
             calibration: which rows, and how they run.
-            fold, edit: see `compresso.drive.sweep`.
+            fold, edit, rescales: see `compresso.drive.sweep`.
 
         Raises as `sweep` and `audit`; ResumeError if the journal is another run's, ResourceError in several processes.
         """
@@ -216,11 +216,13 @@ class Job:
             place=calibration.activations,
             scratch=self.out / "activations",
             true_sequential=calibration.true_sequential,
+            rescales=rescales,
             journal=journal,
             progress=self.progress(),
             name=stage,
         )
-        facts = audit(self.model, before, names_of(groups))
+        feeding = touched(self.model, [group for here in groups.values() for group in here], rescales)
+        facts = audit(self.model, before, names_of(groups), feeding)
         read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
         return self.note(stage, **facts, **read), notes
 

@@ -12,7 +12,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
-from compresso.edit.prefill import patch_
+from compresso.edit.patches import patch_
 from compresso.errors import CheckpointError, DataError
 
 

@@ -18,7 +18,7 @@ from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
-from compresso.edit.prefill import patch_, unpatch_
+from compresso.edit.patches import patch_, unpatch_
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.job import Job
 from compresso.measure.held import held_loss

@@ -28,7 +28,7 @@ from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator, told
-from compresso.edit.prefill import patch_
+from compresso.edit.patches import patch_
 from compresso.errors import CheckpointError, CollapseError, ResourceError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTraine
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
-from compresso.edit.prefill import named, patch_, skip_in_prefill_, unpatch_
+from compresso.edit.patches import patch_, unpatch_
+from compresso.edit.prefill import named, skip_in_prefill_
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError
 

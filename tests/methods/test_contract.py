@@ -20,6 +20,7 @@ QUICK: dict[str, Any] = {
     **dict.fromkeys(("batches", "score_batches"), 1),
     "rank": 2,
     "most": 60,
+    "group": 16,
 }
 every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
 

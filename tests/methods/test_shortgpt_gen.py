@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compresso
-from compresso.edit.prefill import unpatch_
+from compresso.edit.patches import unpatch_
 from compresso.methods.shortgpt_gen import SkipInPrefill
 from compresso.run import run
 from tests.methods.conftest import MakeJob

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from compresso.arch.feeders import Feeders
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import Weight
 from compresso.errors import ArchError
@@ -58,6 +59,10 @@ class Arch(Protocol):
 
     def linear_groups(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
         """Names, relative to the block, of the linears that share one input, in the order of computation."""
+        ...
+
+    def feeders(self, block: nn.Module) -> Feeders:
+        """What writes the inputs of these groups, so that a scale can move between the two."""
         ...
 
     def shapes(self, model: PreTrainedModel) -> list[LayerShape]:

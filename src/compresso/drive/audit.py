@@ -25,26 +25,27 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def audit(model: nn.Module, before: Fingerprints, meant: Collection[str]) -> dict[str, Any]:
+def audit(model: nn.Module, before: Fingerprints, meant: Collection[str], rescaled: Collection[str] = ()) -> dict[str, Any]:
     """What changed since fingerprints were taken.
 
     Args:
         model: as it is now.
         before: of the same model.
-        meant: names of the linears that were to change; only their weights may.
+        meant: names of the linears that were to change.
+        rescaled: names of further parameters that may.
 
     Returns:
         sparsity (share of zeros in these weights), zeros (name -> "zeros/entries"), changed (how many tensors), and meant_but_unchanged.
 
     Raises:
-        NumericError: a tensor changed that was not meant to.
+        NumericError: another tensor changed.
     """
     now = fingerprints(model)
     changed = [name for name, value in now.items() if value != before.get(name)]
     weights = {f"{name}.weight" for name in meant}
     state = model.state_dict()
     shared = {state[name].data_ptr() for name in weights}
-    if astray := [name for name in changed if name not in weights and state[name].data_ptr() not in shared]:
+    if astray := [name for name in changed if name not in {*weights, *rescaled} and state[name].data_ptr() not in shared]:
         raise NumericError(f"{astray[0]} changed and was not meant to; nothing was written. Please report this")
     zeros = {name: int((state[name] == 0).sum()) for name in sorted(weights)}
     entries = sum(state[name].numel() for name in weights)

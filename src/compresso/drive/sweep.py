@@ -24,7 +24,7 @@ from compresso.drive.journal import Journal
 from compresso.drive.kept import Kept, Place
 from compresso.drive.progress import Progress
 from compresso.drive.signals import SIGNALS, Interrupted, noted_signals
-from compresso.drive.targets import Group, Groups, weight_of
+from compresso.drive.targets import Group, Groups, touched, weight_of
 from compresso.errors import ArchError, NumericError
 
 Fold = Callable[[Tensor | None, Tensor], Tensor]
@@ -86,6 +86,7 @@ def sweep(
     scratch: Path = Path("activations"),
     true_sequential: bool = False,
     only_look: bool = False,
+    rescales: bool = False,
     journal: Journal | None = None,
     progress: Progress | None = None,
     name: str = "sweep",
@@ -101,6 +102,7 @@ def sweep(
         place, scratch: where the states between two blocks are kept, and the folder for "disk".
         true_sequential: look again after each group.
         only_look: `edit` changes nothing, so that no block is run twice.
+        rescales: `edit` changes what feeds a group, too.
         journal: of finished blocks, which are read instead of done; None keeps none.
         progress, name: display.
 
@@ -128,15 +130,16 @@ def sweep(
                 here = groups.get(layer, ())
                 if journal and layer in done:
                     weights, facts = journal.read(layer)
-                    for linear, weight in weights.items():
-                        weight_of(model, linear).copy_(weight)
+                    for parameter, weight in weights.items():
+                        model.get_parameter(parameter).copy_(weight)
                     notes |= facts
                 else:
                     facts = _edited(model, here, run, fold, edit, true_sequential, keep=only_look)
                     notes |= facts
                     if journal and here:
-                        names = [linear for group in here for linear in group.names]
-                        journal.write(layer, {linear: weight_of(model, linear) for linear in names}, facts)
+                        journal.write(
+                            layer, {parameter: model.get_parameter(parameter) for parameter in touched(model, here, rescales)}, facts
+                        )
                 if layer < last and not (only_look and here):
                     run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)

@@ -5,7 +5,7 @@ against full module names such as `model.layers.3.self_attn.q_proj`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch
+from compresso.arch.feeders import Feeder
 from compresso.errors import ArchError, RecipeError, nearest
 
 
@@ -42,10 +43,17 @@ class Where:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of one block that read the same input, by full name."""
+    """Linears of one block that read the same input, by full name.
+
+    Args:
+        layer: of the block.
+        names: the linears.
+        feeder: what writes their inputs, by full name, if they are all that reads them.
+    """
 
     layer: int
     names: tuple[str, ...]
+    feeder: Feeder | None = None
 
 
 Groups = Mapping[int, Sequence[Group]]
@@ -67,6 +75,11 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
         layer: [tuple(f"{root}.{layer}.{name}" for name in names) for names in arch.linear_groups(block)]
         for layer, block in enumerate(blocks)
     }
+    feeders = {
+        tuple(f"{root}.{layer}.{name}" for name in names): replace(feeder, module=f"{root}.{layer}.{feeder.module}")
+        for layer, block in enumerate(blocks)
+        for names, feeder in arch.feeders(block).items()
+    }
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned")
@@ -85,7 +98,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                     raise RecipeError(
                         f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group, or add it to ignore"
                     )
-                found.setdefault(layer, []).append(Group(layer, mine))
+                found.setdefault(layer, []).append(Group(layer, mine, feeders.get(mine)))
             for name in mine:
                 sharing = owners[id(weight_of(model, name))]
                 if len(sharing) > 1:
@@ -100,6 +113,13 @@ def names_of(groups: Groups) -> list[str]:
     return [name for here in groups.values() for group in here for name in group.names]
 
 
+def touched(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
+    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it rescales."""
+    fed = [group.feeder.module for group in groups if group.feeder and rescales]
+    feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
+    return list(dict.fromkeys([*(f"{name}.weight" for group in groups for name in group.names), *feeding]))
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name matches one of some shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -111,6 +131,11 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     if not isinstance(module, nn.Linear | Conv1D):
         raise ArchError(f"{name} is a {type(module).__name__}, and only linears can be worked on; add it to ignore")
     return module.weight
+
+
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a module is an `nn.Linear` or transformers' `Conv1D`."""
+    return isinstance(model.get_submodule(name), nn.Linear | Conv1D)
 
 
 def matrix(model: nn.Module, name: str) -> Tensor:

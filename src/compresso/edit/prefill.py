@@ -28,17 +28,8 @@ def named(layers: Sequence[int]) -> str:
     return " ".join([PATCH, *map(str, sorted(layers))])
 
 
-def patch_(model: PreTrainedModel, patches: Sequence[str]) -> None:
-    """Apply patches by name. Raises ArchError for a patch that is unknown, or that does not fit the model."""
-    for patch in patches:
-        what, *layers = patch.split()
-        if what != PATCH or not all(layer.isdigit() for layer in layers):
-            raise ArchError(f"forward patch '{patch}' is unknown; this compresso knows '{PATCH} LAYER ...'. Use the version that wrote it")
-        skip_in_prefill_(model, [int(layer) for layer in layers])
-
-
 def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Skip these layers in every chunk of more than one token, in place; `unpatch_` undoes it.
+    """Skip these layers in every chunk of more than one token, in place.
 
     Raises ArchError for a layer that is not there, or whose attention is not made of q_proj, k_proj and v_proj behind one norm.
     """
@@ -53,8 +44,8 @@ def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
         block.forward = _skipping(block, block.forward)
 
 
-def unpatch_(model: PreTrainedModel) -> None:
-    """Let every layer run again."""
+def run_every_layer_(model: PreTrainedModel) -> None:
+    """Undo `skip_in_prefill_`."""
     for block in arch_for(model.config).blocks(model):
         vars(block).pop("forward", None)
 

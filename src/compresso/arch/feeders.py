@@ -1,0 +1,49 @@
+"""What writes the inputs of a block's linears one by one, so that a scale can move from those inputs into the linears that read them.
+
+A norm in front of linears is one: its weight (and bias) times 1 / s makes their inputs x / s. So is a linear whose outputs
+reach them through nothing but products and weighted means: v for o, if every head has a value head of its own, and up for down where a
+gate multiplies.
+An activation function in between forbids it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Feeder:
+    """A module whose parameters, divided by s along its outputs, divide the inputs of some linears by s.
+
+    Args:
+        module: its name, relative to the block.
+        one_plus: whether its weight w multiplies by 1 + w, as Gemma's norms do.
+    """
+
+    module: str
+    one_plus: bool = False
+
+
+Feeders = Mapping[tuple[str, ...], Feeder]
+"""By the linears that read one input, as `Arch.linear_groups` names them; those that nothing feeds so are absent."""
+
+
+def feeders(block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: Mapping[tuple[str, ...], str]) -> Feeders:
+    """The feeders among these modules that are there and fit.
+
+    Args:
+        block: a layer.
+        norms: linears -> the norm in front of them; one that was replaced by something else is no feeder.
+        writers: linears -> the linear that writes their inputs; one of another width is no feeder.
+    """
+    found: dict[tuple[str, ...], Feeder] = {}
+    for names, module in norms.items():
+        norm = block.get_submodule(module)
+        if next(norm.parameters(), None) is not None:
+            found[names] = Feeder(module, one_plus=type(norm).__name__.startswith("Gemma"))
+    for names, module in writers.items():
+        writer, reader = block.get_submodule(module), block.get_submodule(names[0])
+        if isinstance(writer, nn.Linear) and isinstance(reader, nn.Linear) and writer.out_features == reader.in_features:
+            found[names] = Feeder(module)
+    return found

@@ -1,0 +1,99 @@
+"""AWQ: the inputs with large activations get larger weights before rounding, so that they lose less (Lin et al., arXiv 2306.00978).
+
+Section 3.2, eq. 4 and 5: W diag(s) is rounded, and x / s comes from what feeds the layer: the norm in front of it, v for o, up for down.
+    s = a^r with a the mean |x| of each input; r is searched on a grid of 20.
+Public code: by choice s = a^r / w^(1 - r) (`by_weight`); then the range of each group is clamped where that lowers the error of its
+    outputs, but not in q and k, and weights are rounded to nearest.
+
+Departures: the error is that of the linears' own outputs over all calibration tokens, by their second moment; the public code runs the
+attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is calibrated on what the rounded blocks before
+it give out, where the public code takes the dense ones' outputs. A group whose inputs nothing feeds linearly (o under grouped queries, an
+FFN without a gate, fused projections), or of which `where` leaves a part out, is rounded without a scale, and the records say so.
+Values are stored as full numbers, so this shows what rounding costs, not what packing saves.
+"""
+
+from typing import Annotated
+
+from annotated_types import Ge, Le
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.rounding import bits_per_weight, fit
+from compresso.core.scales import activation_scales, best_scale, round_clipped
+from compresso.drive.calibration import Calibration
+from compresso.drive.scaling import Found, moment_and_size, rescaled
+from compresso.drive.sweep import Seen
+from compresso.drive.targets import Groups, Where, chosen, matches, matrix, names_of
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "awq",
+    title="scales up the weights that large activations meet, then rounds",
+    paper="2306.00978",
+    effects=Effects.WEIGHTS,
+    needs=("data",),
+    when="Weights of 3 or 4 bits in groups, where few examples are at hand; it fits them less than gptq does.",
+    failures="At 3 bits small models lose much. Values are stored as full numbers. o is not scaled under grouped-query attention.",
+)
+class Awq:
+    """Knobs of AWQ.
+
+    Args:
+        bits: of a code, 2 to 8.
+        group: consecutive inputs that share a rounding scale; 0 for one a row.
+        symmetric: a range around 0 instead of from the least to the greatest weight.
+        steps: exponents that are tried.
+        by_weight: also divide by the typical weight, as the public code does.
+        clip: clamp ranges where that lowers the error of the outputs.
+        unclipped: patterns of linears that are not clamped.
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    group: Annotated[int, Ge(0)] = 128
+    symmetric: bool = False
+    steps: Annotated[int, Ge(1)] = 20
+    by_weight: bool = True
+    clip: bool = True
+    unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*query*", "*c_attn")
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, self.group or 1)
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks."""
+        groups = self.check(job.model, job.arch)
+        edit = rescaled(job.model, self._search, self._round)
+        job, notes = job.swept("awq", self, groups, self.calibration, moment_and_size, edit, rescales=True)
+        sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
+        return job.note(
+            "awq",
+            sparsity=None,
+            bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),
+            exponents={name: facts["exponent"] for name, facts in notes.items() if facts["scaled"]},
+            error_of_unscaled={name: facts["error_of_unscaled"] for name, facts in notes.items() if facts["scaled"]},
+            not_scaled=[name for name, facts in notes.items() if not facts["scaled"]],
+        )
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        return fit(weight, self.bits, group=self.group, symmetric=self.symmetric).round(weight)
+
+    def _search(self, weight: Tensor, seen: Seen) -> Found:
+        """The scale whose rounded weights change the group's outputs least."""
+        moment, size = seen.total[:-1] / seen.tokens, seen.total[-1] / seen.tokens
+        candidates = activation_scales(size, weight, self.group, self.steps, self.by_weight)
+        exponent, scale, least, plain = best_scale(weight, moment, candidates, self._nearest)
+        return scale, {"exponent": exponent, "error_of_unscaled": least / plain if plain else 1.0}
+
+    def _round(self, name: str, weight: Tensor, seen: Seen, scale: Tensor) -> Tensor:
+        """A linear's scaled weights, clamped and rounded."""
+        if not self.clip or matches(name, self.unclipped):
+            return self._nearest(weight)
+        moment = seen.total[:-1] / (seen.tokens * scale[:, None] * scale)
+        return round_clipped(weight, moment, self.bits, group=self.group, symmetric=self.symmetric)

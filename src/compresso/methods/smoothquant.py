@@ -1,0 +1,83 @@
+"""SmoothQuant: outliers of activations move into weights, so that both can be rounded to 8 bits (Xiao et al., arXiv 2211.10438).
+
+Section 4, eq. 3 and 4: inputs are divided by s = max|x|^alpha / max|w|^(1 - alpha), in the norm in front of them, and weights multiplied.
+Section 4, "applying SmoothQuant to transformer blocks": the linears behind a norm are smoothed; all linears are rounded.
+Section 3: weights of 8 bits, one scale a matrix or a row; activations of 8 bits, one scale a token (O1) or a tensor (O2), taken anew at
+    every call.
+
+Departures: each block is calibrated on what the blocks before it give out with rounded weights, where the paper takes the dense model's
+activations. Static activation scales (O3) are left out, and so are integer products of queries and keys: attention runs as it was.
+Files hold the smoothed and rounded weights as full numbers, which any engine opens. Rounding of activations is a forward patch that the
+records name and `compresso.load` applies; other engines run without it.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.rounding import fit
+from compresso.core.scales import smoothing_scale
+from compresso.drive.calibration import Calibration
+from compresso.drive.scaling import Found, largest, rescaled
+from compresso.drive.sweep import Seen
+from compresso.drive.targets import Groups, Where, chosen, is_linear, names_of
+from compresso.edit.round_inputs import Range, named, round_inputs_
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "smoothquant",
+    title="moves outliers of activations into weights, then rounds both to 8 bits",
+    paper="2211.10438",
+    effects=Effects.WEIGHTS | Effects.FORWARD,
+    needs=("data",),
+    when="Engines that multiply 8-bit integers; large models, whose activations have outliers.",
+    failures="Rounding of activations lives in `compresso.load`; other engines open the rounded weights alone. No file is smaller.",
+)
+class SmoothQuant:
+    """Knobs of SmoothQuant.
+
+    Args:
+        alpha: share of the difficulty that moves from activations to weights.
+        weights: what shares a scale: a "matrix" or a "row".
+        inputs: what shares a scale: a "token" or a "tensor" (all tokens of a call).
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.5
+    weights: Literal["matrix", "row"] = "row"
+    inputs: Range = "token"
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are rounded, fed by norms alone; needs shapes only. Raises RecipeError or ArchError."""
+        found = chosen(model, arch, self.where)
+        return {
+            layer: [replace(g, feeder=None) if g.feeder and is_linear(model, g.feeder.module) else g for g in of]
+            for layer, of in found.items()
+        }
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks, then round activations."""
+        groups = self.check(job.model, job.arch)
+        edit = rescaled(job.model, self._search, self._round)
+        job, notes = job.swept("smoothquant", self, groups, self.calibration, largest, edit, rescales=True)
+        names = names_of(groups)
+        round_inputs_(job.model, self.inputs, names)
+        smoothed = {name: facts["largest_scale"] for name, facts in notes.items() if facts["scaled"]}
+        job = replace(job, patches=(*job.patches, named(self.inputs, names)))
+        return job.note("smoothquant", sparsity=None, bits=8.0, activation_bits=8, largest_scale=smoothed)
+
+    def _search(self, weight: Tensor, seen: Seen) -> Found:
+        scale = smoothing_scale(seen.total, weight, self.alpha)
+        return scale, {"largest_scale": float(scale.max())}
+
+    def _round(self, name: str, weight: Tensor, seen: Seen, scale: Tensor) -> Tensor:
+        rows = weight if self.weights == "row" else weight.reshape(1, -1)
+        return fit(rows, 8, symmetric=True).round(rows).reshape(weight.shape)

@@ -1,0 +1,53 @@
+"""SmoothQuant on whole models: exact before rounding, outliers cost less, activations rounded by a patch, in no file."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from compresso.core.rounding import fit
+from compresso.drive.targets import Where
+from compresso.edit.patches import unpatch_
+from compresso.edit.round_inputs import PATCH, round_inputs_
+from compresso.methods.smoothquant import SmoothQuant
+from tests.methods.conftest import MakeJob
+from tests.methods.test_awq import lost, outlying
+
+
+def test_smoothed_and_not_rounded_the_model_computes_what_it_did(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SmoothQuant, "_round", lambda self, name, weight, seen, scale: weight)
+    dense, job = outlying(make_job()), SmoothQuant()(outlying(make_job(folder="smooth")))
+    unpatch_(job.model)
+    assert lost(dense, job) < 1e-6
+    scales = job.records["smoothquant"]["largest_scale"]
+    assert set(scales) == {f"model.layers.{i}.{part}" for i in range(3) for part in PARTS}
+
+
+PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+@pytest.mark.parametrize("knobs", [{}, {"inputs": "tensor"}, {"weights": "matrix"}])
+def test_outliers_cost_a_fifth_of_what_they_cost_plain_rounding(make_job: MakeJob, knobs: dict[str, Any]) -> None:
+    """Plain: alpha 0 on weights that are all alike scales hardly, so both are rounded as they are."""
+    dense = outlying(make_job())
+    naive = outlying(make_job())
+    names = [name for name, _ in naive.model.named_modules() if name.endswith("_proj")]
+    with torch.no_grad():
+        for name in names:
+            weight = naive.model.get_parameter(f"{name}.weight")
+            rows = weight if knobs.get("weights") != "matrix" else weight.reshape(1, -1)
+            weight.copy_(fit(rows, 8, symmetric=True).round(rows).reshape(weight.shape))
+    round_inputs_(naive.model, knobs.get("inputs", "token"), names)
+    job = SmoothQuant(**knobs)(outlying(make_job(folder="smooth")))
+    assert lost(dense, job) < lost(dense, naive) / 5
+    assert [patch.split()[:2] for patch in job.patches] == [[PATCH, knobs.get("inputs", "token")]]
+
+
+def test_only_what_was_chosen_is_rounded(make_job: MakeJob) -> None:
+    dense = make_job().model.state_dict()
+    job = SmoothQuant(where=Where(layers=(1, 2), modules=("*.mlp.*",)))(make_job())
+    changed = {name for name, tensor in job.model.state_dict().items() if not torch.equal(tensor, dense[name])}
+    assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")} | {
+        "model.layers.1.post_attention_layernorm.weight"
+    }
+    assert job.patches[0].split()[2:] == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
