@@ -6,7 +6,7 @@ and the account says why. Nothing here changes the result; it decides whether th
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
@@ -34,6 +34,7 @@ from compresso.native.stock import as_stock
 DENSE, PRUNED = "dense", "pruned"
 NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8
 SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
+STREAMED = "weights were read from disk block by block, which takes a pass over the files for each token"
 LARGE = 1_000_000_000
 """Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes seconds."""
 
@@ -126,7 +127,9 @@ def take(
     asked = questions(job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on)
     answers = {DENSE: Answers(), PRUNED: Answers()}
     pruned = job.model.eval()
-    if lacking := _lacking(source, job.device, pruned.dtype):
+    if job.streamed:
+        asked = replace(asked, prompts=(), refused=STREAMED)
+    if lacking := STREAMED if job.streamed else _lacking(source, job.device, pruned.dtype):
         for what in ("texts", "speed", "held/perplexity"):
             answers[DENSE].not_measured[what] = lacking
         answers[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
@@ -134,8 +137,9 @@ def take(
     else:
         dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
-    for name, model in models.items():
-        _ask(answers[name], model, job, theirs if name == DENSE else job.tokenizer, asked, is_dense=name == DENSE)
+    with job.callable_model():
+        for name, model in models.items():
+            _ask(answers[name], model, job, theirs if name == DENSE else job.tokenizer, asked, is_dense=name == DENSE)
     if DENSE in models:
         windows = shared_windows(job.dense_held or job.held, kept)
         if windows:

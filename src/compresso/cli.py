@@ -154,6 +154,10 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output; write a collapsed result.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights from disk block by block: models larger than memory, one-shot recipes.")
+    ] = False,
+    over_memory: Annotated[bool, typer.Option("--over-memory", help="Stream even if the estimate is above what is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """The job: prune, recover, write a checkpoint that loads, and record what was done.
@@ -165,7 +169,18 @@ def run(
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
     result = run_job(
-        raw, model, data=data, output=output, layout=layout, seed=seed, device=device, resume=resume, force=force, skip_bad=skip_bad
+        raw,
+        model,
+        data=data,
+        output=output,
+        layout=layout,
+        seed=seed,
+        device=device,
+        resume=resume,
+        force=force,
+        skip_bad=skip_bad,
+        stream=stream,
+        over_memory=over_memory,
     )
     if int(os.environ.get("RANK", "0")):
         return  # launched in several processes, of which one speaks

@@ -8,6 +8,7 @@ an error. Order on a recipe's page is order of execution.
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Flag, auto
 from pathlib import Path
@@ -36,6 +37,7 @@ from compresso.drive.launch import processes
 from compresso.drive.noise import mixed_seed
 from compresso.drive.order import ShuffledBatches
 from compresso.drive.progress import Progress
+from compresso.drive.streamed import Streamed
 from compresso.drive.sweep import Edit, Fold, sweep
 from compresso.drive.targets import Groups, names_of, touched
 from compresso.edit.gate import gated
@@ -84,6 +86,7 @@ class Job:
         original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of distillation. None
             where there is nothing to read it from.
         dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is whole.
+        streamed: where the weights of a model larger than memory are; None where `model` holds them.
     """
 
     model: PreTrainedModel
@@ -102,11 +105,20 @@ class Job:
     patches: tuple[str, ...] = ()
     original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
     dense_held: Sequence[Row] | None = None
+    streamed: Streamed | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.model.device
+        return self.streamed.device if self.streamed else self.model.device
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The model's tensors by name; those of a streamed model are read when they are asked for."""
+        return self.streamed.store if self.streamed else self.model.state_dict()
+
+    def callable_model(self) -> AbstractContextManager[None]:
+        """Within the context the model can be called, also one whose weights are on disk."""
+        return self.streamed.whole() if self.streamed else nullcontext()
 
     def note(self, stage: str, **facts: Any) -> "Job":
         """The same job with more facts about a stage in its records."""
@@ -202,7 +214,7 @@ class Job:
         """
         if processes() > 1:
             raise ResourceError(f"stage '{stage}' sweeps in one process, and {processes()} were launched; start it without torchrun")
-        before, seed = fingerprints(self.model), mixed_seed(stage, self.seed)
+        before, seed = fingerprints(self.tensors()), mixed_seed(stage, self.seed)
         batches = calibration.batches(self.rows, seed)
         same = {"run": dict(self.identity), "stage": stage, "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json")}
         journal = Journal(self.out, same | {"weights": digest(before), "calibration": digest([batch.tolist() for batch in batches])})
@@ -218,11 +230,12 @@ class Job:
             true_sequential=calibration.true_sequential,
             rescales=rescales,
             journal=journal,
+            streamed=self.streamed,
             progress=self.progress(),
             name=stage,
         )
         feeding = touched(self.model, [group for here in groups.values() for group in here], rescales)
-        facts = audit(self.model, before, names_of(groups), feeding)
+        facts = audit(self.tensors(), before, names_of(groups), feeding)
         read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
         return self.note(stage, **facts, **read), notes
 

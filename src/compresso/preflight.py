@@ -70,7 +70,17 @@ class Prepared:
 
 
 def prepare(
-    raw: Mapping[str, Any], model: str, data: str | None, *, output: Path, layout: str, seed: int, device: str, force: bool, skip_bad: bool
+    raw: Mapping[str, Any],
+    model: str,
+    data: str | None,
+    *,
+    output: Path,
+    layout: str,
+    seed: int,
+    device: str,
+    force: bool,
+    skip_bad: bool,
+    stream: bool = False,
 ) -> Prepared:
     """Check a run's arguments against each other and read its data.
 
@@ -84,6 +94,8 @@ def prepare(
         recipe = build(for_family(raw, layout, source.config.model_type), recipe.name)
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
+    if stream:
+        check_streamed(recipe)
     output = output.resolve()
     check_output(output, source.folder, force)
     check_output(WorkFolder.beside(output), source.folder, force=True)
@@ -106,6 +118,16 @@ def prepare(
     prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
     prompt = prompt_identity() if recipe.data.prompt and prompted else None
     return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
+
+
+def check_streamed(recipe: Recipe) -> None:
+    """Raise RecipeError for a recipe that needs the whole model in memory."""
+    stages = [name for name, _ in recipe.stages]
+    if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
+        raise RecipeError(
+            f"recipe {recipe.name} ({', '.join(stages)}) cannot be streamed: wanted one stage that sweeps over the blocks, such as wanda, "
+            "sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
+        )
 
 
 def _checked_data(

@@ -20,6 +20,7 @@ from compresso.data.instructions import Encoded
 from compresso.data.records import Records
 from compresso.edit.patches import patch_, unpatch_
 from compresso.export.hf import Layout, reopen_and_compare, save_checkpoint
+from compresso.export.streamed import save_streamed
 from compresso.job import Job
 from compresso.measure.held import held_loss
 from compresso.measure.size import counts, weight_bytes
@@ -61,8 +62,13 @@ def state(job: Job) -> dict[str, Any]:
     """
     return {
         **counts(job.cost()),
-        "held_loss": round(held_loss(job.model, job.held, counted_as=job.dense_held).mean, 6) if job.held else None,
+        "held_loss": _held_loss(job) if job.held else None,
     }
+
+
+def _held_loss(job: Job) -> float:
+    with job.callable_model():
+        return round(held_loss(job.model, job.held, counted_as=job.dense_held).mean, 6)
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -96,9 +102,12 @@ def finish(
     shapes = job.arch.shapes(model)
     ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
     with new_folder(output, force) as folder:
-        used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
         unpatch_(model)  # the files hold no patch: what they compute is compared without it
-        difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
+        if job.streamed:
+            used, difference = save_streamed(job.streamed, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
+        else:
+            used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
+            difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         patch_(model, job.patches)
         written = {
             **facts,

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -29,7 +28,7 @@ from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.drive.launch import new_accelerator, told
 from compresso.edit.patches import patch_
-from compresso.errors import CheckpointError, CollapseError, ResourceError
+from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError
 from compresso.export.hf import save_checkpoint
 from compresso.job import Job, check_finite
 from compresso.measure.guard import Guard
@@ -38,6 +37,7 @@ from compresso.preflight import Prepared, prepare
 from compresso.recipe import read
 from compresso.results import finish, state, stored_dtype
 from compresso.stages import load_stage, save_stage
+from compresso.streaming import computed_in, opened_streamed, streamed_job
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ def run(
     force: bool = False,
     skip_bad: bool = False,
     quiet: bool = False,
+    stream: bool = False,
+    over_memory: bool = False,
 ) -> Result:
     """Run a recipe on a model and write the result to `output`.
 
@@ -90,6 +92,8 @@ def run(
         force: replace an existing output, and write a result that the collapse guard refuses.
         skip_bad: leave malformed data lines out (counted) instead of stopping.
         quiet: show no progress.
+        stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated stage only.
+        over_memory: stream even where the estimate is above what is there.
 
     Raises:
         CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is untouched.
@@ -111,6 +115,7 @@ def run(
             device=device,
             force=force,
             skip_bad=skip_bad,
+            stream=stream,
         )
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -122,15 +127,23 @@ def run(
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
-            job, before = _with_weights(new_job(prepared, work.path, quiet), prepared, done)
+            job = new_job(prepared, work.path, quiet)
+            if stream and done:
+                raise ResumeError(
+                    "the interrupted run has finished its stage in memory; resume it without --stream, or start anew with --force"
+                )
+            if stream:
+                job = streamed_job(job, prepared, over_memory=over_memory)
+            job, before = _with_weights(job, prepared, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
                 begun = time.time()
                 job = stage(replace(job, out=work.training(stage_name)))
-                check_finite(job.model, stage_name)
+                if not stream:  # a sweep looks at each weight it makes
+                    check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
-                if is_main:
+                if is_main and not stream:  # the journal of a streamed sweep holds what is done
                     work.save_stage(index, stage_name, partial(save_stage, job, before))
                 accelerator.wait_for_everyone()
             if prepared.prompt is not None and job.tokenizer is not None:
@@ -144,6 +157,8 @@ def run(
                 facts = finish(job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype)
                 work.discard()
             facts = told(accelerator, facts)
+            if stream:
+                job = replace(job, model=opened_streamed(Path(output), prepared))
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
 
 
@@ -188,8 +203,9 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
 
 def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
     """The job with the original's weights or those of the last finished stage, and what the original measured."""
-    # parameters that train on a CPU do so in float32: bfloat16 weights would round small merged updates away
-    dtype = torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
+    dtype = computed_in(prepared)
+    if job.streamed:
+        return job, state(job)
     if not done:
         job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
         return job, state(job)

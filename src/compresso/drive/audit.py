@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compresso.errors import NumericError
 
@@ -15,9 +15,9 @@ _WIDTH = 1024
 Fingerprints = Mapping[str, tuple[int, ...]]
 
 
-def fingerprints(model: nn.Module) -> Fingerprints:
-    """Sums over the bits of every parameter and buffer, by name; changed values change them, but for rare accidents."""
-    return {name: _fingerprint(tensor) for name, tensor in model.state_dict().items()}
+def fingerprints(tensors: Mapping[str, Tensor]) -> Fingerprints:
+    """Sums over the bits of every tensor, by name; changed values change them, but for rare accidents. They are looked at one by one."""
+    return {name: _fingerprint(tensors[name]) for name in tensors}
 
 
 def digest(value: Any) -> str:
@@ -25,12 +25,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def audit(model: nn.Module, before: Fingerprints, meant: Collection[str], rescaled: Collection[str] = ()) -> dict[str, Any]:
+def audit(tensors: Mapping[str, Tensor], before: Fingerprints, meant: Collection[str], rescaled: Collection[str] = ()) -> dict[str, Any]:
     """What changed since fingerprints were taken.
 
     Args:
-        model: as it is now.
-        before: of the same model.
+        tensors: the model's, as they are now.
+        before: of the same tensors.
         meant: names of the linears that were to change.
         rescaled: names of further parameters that may.
 
@@ -40,18 +40,19 @@ def audit(model: nn.Module, before: Fingerprints, meant: Collection[str], rescal
     Raises:
         NumericError: another tensor changed.
     """
-    now = fingerprints(model)
-    changed = [name for name, value in now.items() if value != before.get(name)]
     weights = {f"{name}.weight" for name in meant}
-    state = model.state_dict()
-    shared = {state[name].data_ptr() for name in weights}
-    if astray := [name for name in changed if name not in {*weights, *rescaled} and state[name].data_ptr() not in shared]:
+    changed, zeros, entries = list[str](), dict[str, int](), dict[str, int]()
+    for name in tensors:
+        tensor = tensors[name]
+        if _fingerprint(tensor) != before.get(name):
+            changed.append(name)
+        if name in weights:
+            zeros[name], entries[name] = int((tensor == 0).sum()), tensor.numel()
+    if astray := [name for name in changed if name not in {*weights, *rescaled}]:
         raise NumericError(f"{astray[0]} changed and was not meant to; nothing was written. Please report this")
-    zeros = {name: int((state[name] == 0).sum()) for name in sorted(weights)}
-    entries = sum(state[name].numel() for name in weights)
     return {
-        "sparsity": sum(zeros.values()) / max(entries, 1),
-        "zeros": {name: f"{count}/{state[name].numel()}" for name, count in zeros.items()},
+        "sparsity": sum(zeros.values()) / max(sum(entries.values()), 1),
+        "zeros": {name: f"{zeros[name]}/{entries[name]}" for name in sorted(zeros)},
         "changed": len(changed),
         "meant_but_unchanged": sorted(weights - set(changed)),
     }

@@ -19,6 +19,7 @@ from compresso.drive.checkpoint import refuse_other_run
 from compresso.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+_WEIGHTS = "weights.safetensors"
 
 
 class Journal:
@@ -55,12 +56,16 @@ class Journal:
     def read(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished block's weights by name, on the CPU, and what was noted of them."""
         entry = self._entry(layer)
-        return load_file(entry / "weights.safetensors"), self._facts(entry)["facts"]
+        return load_file(self.weights(layer)), self._facts(entry)["facts"]
+
+    def weights(self, layer: int) -> Path:
+        """The safetensors file of a finished block's weights."""
+        return self._entry(layer) / _WEIGHTS
 
     def write(self, layer: int, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Add a block. Raises ResourceError if the disk refuses."""
         with new_folder(self._entry(layer), force=True) as folder:
-            save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / "weights.safetensors")
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / _WEIGHTS)
             write_json(folder / "facts.json", {"identity": self.identity, "facts": dict(facts)})
             write_manifest(folder)
 

@@ -21,7 +21,7 @@ class Kept:
     """
 
     def __init__(self, place: Place, device: torch.device, folder: Path) -> None:
-        self._place, self._device, self._folder = place, device, folder
+        self._place, self.device, self._folder = place, device, folder
         self._held: list[Tensor | Path] = []
         if place == "disk":
             shutil.rmtree(folder, ignore_errors=True)
@@ -33,7 +33,7 @@ class Kept:
     def __getitem__(self, index: int) -> Tensor:
         """The tensor, on the device. Raises IndexError beyond the end."""
         held = self._held[index]
-        return (load_file(held)["states"] if isinstance(held, Path) else held).to(self._device)
+        return (load_file(held)["states"] if isinstance(held, Path) else held).to(self.device)
 
     def put(self, index: int, states: Tensor) -> None:
         """Replace a tensor, or add one at the end."""

@@ -10,7 +10,7 @@ in which blocks hand their input on; the blocks see nothing of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from compresso.drive.journal import Journal
 from compresso.drive.kept import Kept, Place
 from compresso.drive.progress import Progress
 from compresso.drive.signals import SIGNALS, Interrupted, noted_signals
+from compresso.drive.streamed import Streamed
 from compresso.drive.targets import Group, Groups, touched, weight_of
 from compresso.errors import ArchError, NumericError
 
@@ -88,6 +89,7 @@ def sweep(
     only_look: bool = False,
     rescales: bool = False,
     journal: Journal | None = None,
+    streamed: Streamed | None = None,
     progress: Progress | None = None,
     name: str = "sweep",
 ) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def sweep(
         only_look: `edit` changes nothing, so that no block is run twice.
         rescales: `edit` changes what feeds a group, too.
         journal: of finished blocks, which are read instead of done; None keeps none.
+        streamed: where weights of a model on the meta device come from, block by block; the journal holds the edited ones.
         progress, name: display.
 
     Returns:
@@ -114,34 +117,36 @@ def sweep(
         ArchError: linears of a group do not read the same input.
         Interrupted: SIGINT or SIGTERM came and the journal has what is done.
     """
-    check_weights(model, groups)
+    if streamed is None:
+        check_weights(model, groups)
     blocks, last = arch.blocks(model), max(groups)
     done = set(journal.finished(list(groups))) if journal else set[int]()
-    states = Kept(place, model.device, scratch)
+    states = Kept(place, streamed.device if streamed else model.device, scratch)
     notes: dict[str, Any] = {}
     model.eval()
     shown = progress or Progress("silent")
     tokens = float(sum(batch.numel() for batch in batches))
     try:
-        calls = _recorded(model, blocks, batches, states)
+        with streamed.loaded(streamed.around(blocks)) if streamed else nullcontext():
+            calls = _recorded(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(last + 1, 0):
             for layer, block in enumerate(blocks[: last + 1]):
                 run = _Runner(block, layer, [calls[i][layer] for i in range(len(batches))], states)
                 here = groups.get(layer, ())
-                if journal and layer in done:
-                    weights, facts = journal.read(layer)
-                    for parameter, weight in weights.items():
-                        model.get_parameter(parameter).copy_(weight)
+                with streamed.loaded(streamed.of_block(block)) if streamed else nullcontext():
+                    if journal and layer in done:
+                        weights, facts = journal.read(layer)
+                        for parameter, weight in weights.items():
+                            model.get_parameter(parameter).copy_(weight)
+                    else:
+                        facts = _edited(model, here, run, fold, edit, true_sequential, keep=only_look)
+                        if journal and here:
+                            journal.write(layer, {one: model.get_parameter(one) for one in touched(model, here, rescales)}, facts)
                     notes |= facts
-                else:
-                    facts = _edited(model, here, run, fold, edit, true_sequential, keep=only_look)
-                    notes |= facts
-                    if journal and here:
-                        journal.write(
-                            layer, {parameter: model.get_parameter(parameter) for parameter in touched(model, here, rescales)}, facts
-                        )
-                if layer < last and not (only_look and here):
-                    run(keep=True)
+                    if streamed and journal and here:
+                        streamed.store.replace(journal.weights(layer))
+                    if layer < last and not (only_look and here):
+                        run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
                 if requests.arrived:
                     stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
@@ -257,7 +262,7 @@ def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[T
             block.forward = stand_in(layer)  # on the instance, before the class's own
         for ids in batches:
             calls.append([])
-            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            model.base_model(input_ids=ids.to(states.device), use_cache=False)
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)

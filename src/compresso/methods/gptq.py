@@ -12,7 +12,7 @@ Where it cannot be factored, damping grows tenfold up to three times, then in fl
 numbers, so this shows what rounding costs, not what packing saves.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
@@ -51,6 +51,9 @@ class Gptq:
         where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
     """
+
+    keeps_moments: ClassVar = True
+    """Its statistic is a second moment, [in, in]."""
 
     bits: Annotated[int, Ge(2), Le(8)] = 4
     group: Annotated[int, Ge(0)] = 0

@@ -9,7 +9,7 @@ how much. Scores of the first pass are taken on the run's calibration rows, thos
 authors' code are not here. Counts are exact, and ties leave by index.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
@@ -46,6 +46,9 @@ class Owl:
         where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
     """
+
+    keeps_moments: ClassVar = True
+    """Its statistic is a second moment, [in, in]."""
 
     sparsity: Annotated[float, Gt(0), Lt(1)] = 0.7
     base: Literal["wanda", "sparsegpt"] = "wanda"
@@ -92,9 +95,13 @@ class Owl:
     def _outlying(self, job: Job, groups: Groups) -> list[float]:
         """Percentage of outliers of each layer that is worked on, in order."""
         read: dict[str, Tensor] = {}
+        found: dict[int, float] = {}
 
         def look(group: Group, seen: Seen) -> dict[str, Any]:
             read.update(dict.fromkeys(group.names, seen.total))
+            if group is groups[group.layer][-1]:  # the block's last: its weights may be gone after it
+                found[group.layer] = outliers([wanda_score(matrix(job.model, name), total) for name, total in read.items()], self.times)
+                read.clear()
             return {}
 
         batches = self.calibration.batches(job.rows, mixed_seed("owl", job.seed))
@@ -108,8 +115,6 @@ class Owl:
             place=self.calibration.activations,
             scratch=job.out / "look",
             only_look=True,
+            streamed=job.streamed,
         )
-        return [
-            outliers([wanda_score(matrix(job.model, name), read[name]) for group in here for name in group.names], self.times)
-            for here in groups.values()
-        ]
+        return [found[layer] for layer in groups]

@@ -13,7 +13,7 @@ same inputs. The last block is not run again. Where H cannot be factored, dampin
 run stops: never an identity in its place. Calibration rows are the run's, not C4 by itself.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
@@ -52,6 +52,9 @@ class SparseGpt:
         where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
     """
+
+    keeps_moments: ClassVar = True
+    """Its statistic is a second moment, [in, in]."""
 
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     pattern: str | None = None
