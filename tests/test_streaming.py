@@ -23,7 +23,15 @@ from compresso.options import with_options
 from tests.conftest import Forked, work_of
 from tests.test_one_shot import GROUPS, SETS
 
-RECIPES = {"wanda/50": [], "sparsegpt/50": [], "owl/70": [], "gptq/3": [], "awq/4-g128": [GROUPS], "smoothquant/w8a8": []}
+RECIPES = {
+    "wanda/50": [],
+    "sparsegpt/50": [],
+    "owl/70": [],
+    "gptq/3": [],
+    "awq/4-g128": [GROUPS],
+    "smoothquant/w8a8": [],
+    "e-sparse/2-4": [],
+}
 
 
 def done(recipe: str, folder: Path, data: Path, output: Path, **given: Any) -> compresso.Result:

@@ -1,0 +1,132 @@
+"""E-Sparse: n:m pruning by weight, input norm and input entropy, over channels in a better order (Li et al., arXiv 2310.15929).
+
+Section 3.2: the score of a weight is |W_ij| * (IR_j + alpha * ||x_j||_2), IR_j the entropy of the histogram of input j.
+Section 3.3: channels are dealt to groups by their mean score, then swapped between groups in blocks of 256 places.
+Section 3.4: linears that read the same input share one order. The order of FFN channels is folded into the rows of the linears that write
+    them, which costs nothing.
+
+No public code was found; these are choices of ours: 100 bins between the extremes of the first batch of tokens, natural logarithms,
+alpha = 1; the norm is the root mean square over tokens, so that both terms are of order one (`norm: sum` for the root of the sum, as
+Wanda's); of the orders unchanged, swapped, and dealt and swapped, each group gets the one that keeps most, since dealing alone can lose.
+
+Departure: where an order cannot be folded (q, k, v, o, gate, up, and FFNs with biases), the paper gathers the inputs before each product.
+Here weights stay where they are, so that any engine computes the right thing; they are n:m in the order that the records give (`orders`),
+for an engine that gathers. `shuffle: folded` keeps such groups in their own order, so that every weight is n:m as it lies.
+Zeros stored dense save no bytes and no time.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.axis import Axis, Kind
+from compresso.core.entropy import BINS, entropy, histograms
+from compresso.core.shuffle import best_order
+from compresso.core.sparsity import lowest_in_groups, parse_pattern
+from compresso.drive.calibration import Calibration
+from compresso.drive.sweep import Seen
+from compresso.drive.targets import Group, Groups, Where, chosen, matrix, names_of
+from compresso.edit.reorder import reorder_
+from compresso.job import Effects, Job, stage
+
+
+@stage(
+    "e_sparse",
+    title="keeps n of m weights by size, input norm and entropy, over channels in a better order",
+    paper="2310.15929",
+    effects=Effects.WEIGHTS,
+    needs=("data",),
+    when="n:m sparsity without updates; the order of channels keeps more than wanda's at the same pattern.",
+    failures="Zeros stored dense save no bytes and no time. A pattern whose order is not folded holds only in the order of the records.",
+)
+class ESparse:
+    """Knobs of E-Sparse.
+
+    Args:
+        pattern: "n:m", n KEPT of every m inputs.
+        alpha: weight of the norm beside the entropy.
+        norm: of an input: its root mean "mean" or the root of the "sum" of its squares.
+        shuffle: "all" groups get an order of their own, only those whose order is "folded" for free, or "none".
+        block: places among which channels are swapped, a multiple of m.
+        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+    """
+
+    pattern: str = "2:4"
+    alpha: Annotated[float, Ge(0)] = 1.0
+    norm: Literal["mean", "sum"] = "mean"
+    shuffle: Literal["all", "folded", "none"] = "all"
+    block: Annotated[int, Ge(2)] = 256
+    where: Where = Where()
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        """Refuse a block that cuts groups."""
+        if self.block % parse_pattern(self.pattern)[1]:
+            raise ValueError(f"block={self.block} is no multiple of the {parse_pattern(self.pattern)[1]} of pattern {self.pattern}")
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
+        """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1])
+
+    def __call__(self, job: Job) -> Job:
+        """Sweep over the blocks."""
+        groups = self.check(job.model, job.arch)
+        foldable = _foldable(job, groups)
+
+        def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
+            return self._prune(job.model, group, seen, foldable.get(group.names))
+
+        job, notes = job.swept("e_sparse", self, groups, self.calibration, histograms, edit)
+        first = {name: facts for name, facts in notes.items() if "retained" in facts}
+        return job.note(
+            "e_sparse",
+            entropy={name: facts["entropy"] for name, facts in first.items()},
+            norm={name: facts["norm"] for name, facts in first.items()},
+            retained={name: facts["retained"] for name, facts in first.items()},
+            folded=[name for name, facts in first.items() if facts["folded"]],
+            orders={name: facts["order"] for name, facts in first.items() if facts["order"] is not None},
+        )
+
+    def _prune(self, model: PreTrainedModel, group: Group, seen: Seen, axis: Axis | None) -> dict[str, Any]:
+        """Zero the weights of a group, and reorder its channels where that is free; facts by linear, those of the group at the first."""
+        n, m = parse_pattern(self.pattern)
+        told = entropy(seen.total[:BINS]).float()
+        size = (seen.total[BINS + 2] / (seen.tokens if self.norm == "mean" else 1)).sqrt().float()
+        scores = [matrix(model, name).float().abs() * (told + self.alpha * size) for name in group.names]
+        order, retained = torch.arange(len(told), device=told.device), {"unchanged": 1.0}
+        if self.shuffle == "all" or (self.shuffle == "folded" and axis is not None):
+            order, retained = best_order(torch.cat(scores), n, m, block=self.block)
+        back, moved = order.argsort(), bool((order != torch.arange(len(order), device=order.device)).any())
+        for name, score in zip(group.names, scores, strict=True):
+            matrix(model, name).masked_fill_(lowest_in_groups(score[:, order], n, m)[:, back], 0)
+        if axis is not None and moved:
+            reorder_(model, axis, order)
+        facts: dict[str, Any] = {
+            "entropy": float(told.mean()),
+            "norm": float(size.mean()),
+            "retained": {name: round(share, 6) for name, share in retained.items()},
+            "folded": axis is not None and moved,
+            "order": order.tolist() if moved and axis is None else None,
+        }
+        return {name: facts if name == group.names[0] else {} for name in group.names}
+
+
+def _foldable(job: Job, groups: Groups) -> dict[tuple[str, ...], Axis]:
+    """The groups that read FFN channels of which all other tensors are weights that are pruned as well: names -> the axis."""
+    mine = {f"{name}.weight" for name in names_of(groups)}
+    readers = {
+        tuple(gate.module for gate in axis.gates if gate.side == "input") or _readers(axis): axis
+        for axis in job.arch.axes(job.model)
+        if axis.kind == Kind.CHANNEL and {piece.param for piece in axis.slices} <= mine
+    }
+    return {group.names: readers[group.names] for here in groups.values() for group in here if group.names in readers}
+
+
+def _readers(axis: Axis) -> tuple[str, ...]:
+    """The linears that read an axis' units: those whose weight has them along its inputs."""
+    return tuple(piece.param.removesuffix(".weight") for piece in axis.slices if piece.dim == 1)

@@ -1,0 +1,32 @@
+"""Units in another order compute the same, for every axis whose units tile their tensors."""
+
+import pytest
+import torch
+from tests.arch.conftest import CONFIGS
+from tests.arch.conftest import tiny as tiny  # the fixture
+from tests.arch.test_laws import Tiny, described, logits
+
+from compresso.core.axis import Kind
+from compresso.edit.reorder import reorder_
+
+
+@pytest.mark.parametrize("kind", [Kind.CHANNEL, Kind.HEAD])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_another_order_changes_nothing(tiny: Tiny, name: str, kind: Kind) -> None:
+    model = tiny(name)
+    _, axes = described(model)
+    before, changed = logits(model), 0
+    for axis in axes:
+        if axis.kind == kind and axis.size > 1:
+            weight = model.get_parameter(axis.slices[0].param).clone()
+            reorder_(model, axis, torch.arange(axis.size).flip(0))
+            changed += not torch.equal(weight, model.get_parameter(axis.slices[0].param))
+    assert changed == 4
+    torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
+
+
+def test_an_order_that_is_none_is_refused(tiny: Tiny) -> None:
+    model = tiny("llama_gqa")
+    axis = described(model)[1][0]
+    with pytest.raises(ValueError, match=r"the order of layers\.0\.heads does not name each of its 2 units once"):
+        reorder_(model, axis, [0, 0])
