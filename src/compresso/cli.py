@@ -295,9 +295,9 @@ def compare(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    file_format: Annotated[str, typer.Option("--format", help="gguf, which llama.cpp opens.")],
-    dtype: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0 or q4_0.")] = "f16",
+    output: Annotated[Path, typer.Option(help="The file or folder to write.")],
+    file_format: Annotated[str, typer.Option("--format", help="gguf, for llama.cpp; compressed-tensors, of rounded models.")],
+    dtype: Annotated[str | None, typer.Option(help="Of gguf: f32, f16 (the default), bf16, q8_0 or q4_0.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -311,7 +311,7 @@ def export(
     if as_json:
         print(json.dumps(told, indent=2, allow_nan=False))
         return
-    print(f"{output}: {told['bytes']:,} bytes, arch {told['arch']}, {dtype}; {told['checked']}")
+    print(f"{output}: {told['bytes']:,} bytes, arch {told['arch']}, {told['dtype']}; {told['checked']}")
 
 
 @app.command()

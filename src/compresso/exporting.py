@@ -6,25 +6,27 @@ from typing import Any
 import torch
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
 from compresso.errors import ExportError, nearest
 from compresso.export import llama_cpp
 from compresso.export.gguf import library, save_gguf
+from compresso.export.packed import packing_of, save_packed
+from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
-from compresso.verifying import ask_llama_cpp
+from compresso.verifying import ask_llama_cpp, ask_transformers
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "compressed-tensors")
 _WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
 """Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to judge."""
 
 
-def export(model: str | Path, output: Path, *, format: str, dtype: str = "f16", force: bool = False) -> dict[str, Any]:
+def export(model: str | Path, output: Path, *, format: str, dtype: str | None = None, force: bool = False) -> dict[str, Any]:
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
-        format: gguf.
-        dtype: f32, f16, bf16, q8_0 or q4_0.
-        force: replace a file that is there.
+        format: gguf (a file) or compressed-tensors (a folder; of a model that a stage rounded to symmetric grids).
+        dtype: of gguf: f32, f16 (if None), bf16, q8_0 or q4_0.
+        force: replace what is there.
 
     Returns:
         `{"output", "format", "arch", "dtype", "bytes", "checked", "difference", "same_tokens"}`; `checked` says by what it was opened, or
@@ -36,11 +38,20 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str = "f16", 
     """
     if format not in FORMATS:
         raise ExportError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
-    library()
     source = open_source(model)
+    if format == "compressed-tensors":
+        if dtype is not None:
+            raise ExportError(f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out")
+        return _packed(source, output, force)
+    return _gguf(source, output, dtype or "f16", force)
+
+
+def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
+    """A GGUF file, opened in llama.cpp."""
+    library()
     tokenizer = load_tokenizer(source)
     live = as_stock(load_model(source, dtype=torch.float32))
-    told: dict[str, Any] = {"output": str(output), "format": format, "dtype": dtype, "difference": None, "same_tokens": None}
+    told: dict[str, Any] = {"output": str(output), "format": "gguf", "dtype": dtype, "difference": None, "same_tokens": None}
 
     def check(written: Path) -> None:
         if (missing := llama_cpp.missing()) is not None:
@@ -53,3 +64,22 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str = "f16", 
 
     told["arch"] = save_gguf(live, arch_for(live.config).shapes(live), output, tokenizer, dtype, force, check)
     return told | {"bytes": output.stat().st_size}
+
+
+def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
+    """A folder whose rounded linears are packed, opened by plain transformers in a fresh process."""
+    packing = packing_of(source.folder)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    stored = load_model(source)
+    live = stored.float() if stored.dtype == torch.float32 else load_model(source, dtype=torch.float32)
+    told: dict[str, Any] = {"output": str(output), "format": "compressed-tensors", "arch": source.config.model_type}
+
+    def check(written: Path) -> None:
+        answer = ask_transformers(written, live, tokenizer)
+        if answer.opens != "yes":
+            raise ExportError(f"{output} would read back differently in transformers: {answer.reason}. It was not written.")
+        told.update(checked="opened in transformers", difference=answer.difference, same_tokens=answer.same_tokens)
+
+    save_packed(stored, packing.linears, output, bits=packing.bits, group=packing.group, tokenizer=tokenizer, force=force, check=check)
+    told["dtype"] = f"{packing.bits} bits, {f'groups of {packing.group}' if packing.group else 'a scale a row'}"
+    return told | {"bytes": weight_bytes(output)}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, is_causal, load_m
 from compresso.errors import CheckpointError, CompressoError
 from compresso.export import llama_cpp, opened
 from compresso.export.gguf import save_gguf
+from compresso.export.packed import TESTED, packing_of, save_packed
 from compresso.native import MODELING_FILE
 from compresso.native.stock import as_stock
 
@@ -72,7 +73,8 @@ def verify(model: str | Path) -> list[Answer]:
         in_llama_cpp = _llama_cpp(live, tokenizer, Path(scratch))
         del live
         answers = [_transformers(engine, source, ids, logits, greedy, Path(scratch)) for engine in _WORDS]
-    return [*answers, in_llama_cpp, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
+        packed = _compressed(source, tokenizer, ids, logits, greedy, Path(scratch))
+    return [*answers, in_llama_cpp, packed, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
@@ -84,10 +86,23 @@ def _ids(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
 
 def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Answer:
     """Open the folder in a fresh process, with compresso, with the folder's code, or with neither."""
-    words, folder = _WORDS[engine], source.folder
-    assert folder is not None
-    if "remote" in words and (strange := _strange_code(folder)) is not None:
+    assert source.folder is not None
+    if "remote" in _WORDS[engine] and (strange := _strange_code(source.folder)) is not None:
         return Answer(engine, "not checked", strange)
+    return _opened(engine, source.folder, ids, logits, greedy, scratch)
+
+
+def ask_transformers(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Answer:
+    """Compare a folder, opened by plain transformers in a fresh process, with the live model it was written from."""
+    ids = _ids(tokenizer, model.config.vocab_size)
+    logits, greedy = opened.continued(model, ids)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _opened(next(iter(_WORDS)), folder, ids, logits, greedy, Path(scratch))
+
+
+def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Answer:
+    """What a fresh process makes of a folder."""
+    words = _WORDS[engine]
     given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
     result.unlink(missing_ok=True)
     save_file({"ids": ids.contiguous()}, given)
@@ -145,6 +160,25 @@ def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         return Answer(engine, "no", str(error))
     finally:
         path.unlink(missing_ok=True)
+
+
+def _compressed(
+    source: Source, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path
+) -> Answer:
+    """Pack what the run rounded, and open that in plain transformers."""
+    engine = "compressed-tensors, packed"
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return Answer(engine, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")
+    try:
+        packing = packing_of(source.folder)
+    except CompressoError as error:
+        return Answer(engine, "not checked", str(error))
+    folder = scratch / "packed"
+    try:
+        save_packed(load_model(source), packing.linears, folder, bits=packing.bits, group=packing.group, tokenizer=tokenizer)
+        return replace(_opened(next(iter(_WORDS)), folder, ids, logits, greedy, scratch), engine=engine)
+    except CompressoError as error:
+        return Answer(engine, "no", str(error))
 
 
 def ask_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Answer:

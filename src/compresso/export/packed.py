@@ -1,6 +1,6 @@
 """Writing rounded weights as codes of few bits, in the format of compressed-tensors (pack-quantized), for engines that read it.
 
-`rtn`, `gptq` and `sparsegpt` with bits leave values on a grid, stored as full numbers. A symmetric grid can be told from the values, so any
+`rtn`, `gptq` and `awq` leave values on a grid, stored as full numbers. A symmetric grid can be told from the values, so any
 such checkpoint can be packed later, without the run that made it. The library packs, unpacks and words the config.
 
 Symmetric grids only: of asymmetric ones transformers 5.23 with compressed-tensors 0.20 writes packed zero points that it cannot read again.
@@ -9,7 +9,8 @@ transformers unpacks at the first forward pass: the file is smaller, the model i
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,40 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.folder import read_json
 from compresso.core.rounding import recovered
 from compresso.errors import ExportError
 
 TESTED = "0.20.0"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a run rounded: full names of the linears, and the bits and group of their grids."""
+
+    linears: tuple[str, ...]
+    bits: int
+    group: int
+
+
+def packing_of(folder: Path | None) -> Packing:
+    """What can be packed of a folder that compresso wrote, by its records: what the last stage that rounded left.
+
+    Raises ExportError, with the cure, if nothing can.
+    """
+    path = None if folder is None else folder / "records.json"
+    records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
+    stages: list[dict[str, Any]] = records.get("recipe", {}).get("stages", [])
+    rounding = [(name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits")]
+    if not rounding:
+        raise ExportError("nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq or awq on it first")
+    name, knobs = rounding[-1]
+    if not knobs.get("symmetric"):
+        raise ExportError(
+            f"its stage {name} rounded to asymmetric grids, which are not packed; run it with --set stages.{name}.symmetric=true"
+        )
+    linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
+    return Packing(linears, int(knobs["bits"]), int(knobs.get("group") or 0))
 
 
 def save_packed(
@@ -34,6 +65,7 @@ def save_packed(
     group: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint whose rounded linears are packed; `folder` is complete or untouched.
 
@@ -43,6 +75,7 @@ def save_packed(
         bits, group: of their grids; group 0 is one scale a row.
         tokenizer: written beside it.
         force: replace a folder that is not empty.
+        check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
 
     Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if `folder` may not be
     written.
@@ -74,6 +107,8 @@ def save_packed(
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if check is not None:
+            check(temporary)
 
 
 def _config(model: nn.Module, linears: Sequence[str], bits: int, group: int) -> dict[str, Any]:
