@@ -1,5 +1,6 @@
 """`compresso export`: the file is what the folder holds, is opened by the engine, and is not left behind if it should not be."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from compresso.data import nano
 from compresso.errors import CheckpointError, ExportError
 from compresso.export import gguf, llama_cpp
 from compresso.verifying import Answer
+from tests.conftest import Call
 
 reader = pytest.importorskip("gguf", reason="the gguf package is not installed")
+onnx_is_there = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
 engine = pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
 
 
@@ -28,6 +31,26 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
         assert told["difference"] < 0.05
     else:
         assert told["checked"] == f"not opened: {llama_cpp.missing()}"
+
+
+@pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> None:
+    code, out, error = call("export", nano.path(), "--format", "onnx", "--output", tmp_path / "onnx", "--dtype", dtype, "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert (told["checked"], told["dtype"]) == ("opened in ONNX Runtime", dtype)
+    assert told["bytes"] == (tmp_path / "onnx" / "model.onnx").stat().st_size
+    assert told["difference"] < (1e-3 if dtype == "f32" else 10)
+    assert (tmp_path / "onnx" / "tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
+def test_an_onnx_folder_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "ask_onnx_runtime", lambda *_: Answer("ONNX Runtime", "no", "logits differ by up to 2"))
+    with pytest.raises(ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"):
+        exporting.export(nano.path(), tmp_path / "onnx", format="onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @engine

@@ -3,6 +3,7 @@
 The native one is asked about in all engines, each a process of seconds; the others only in those where they differ.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from compresso.export import llama_cpp, opened
 from compresso.export.hf import save_checkpoint
-from compresso.verifying import OWN, verify
+from compresso.verifying import ONNX, OWN, verify
 from tests.export.nano_variants import nano_tokenizer, pruned_nano
 
 PLAIN, REMOTE, GGUF = "transformers", "transformers, trust_remote_code", "llama.cpp, as GGUF"
@@ -43,7 +44,12 @@ def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> No
     else:
         assert answers[GGUF].opens == "not installed"
         assert "install" in answers[GGUF].reason
-    assert {answers[engine].opens for engine in ("ONNX Runtime", "vLLM")} <= {"not installed", "not checked"}
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        assert (answers[ONNX].opens, answers[ONNX].same_tokens) == ("yes", opened.NEW_TOKENS)
+        assert answers[ONNX].difference == pytest.approx(0, abs=1e-3)  # of logits up to 30
+    else:
+        assert answers[ONNX].opens == "not installed"
+    assert {answers[engine].opens for engine in ("compressed-tensors, packed", "vLLM")} <= {"not installed", "not checked"}
 
 
 def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint written in another format, and reopened."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.errors import ExportError, nearest
 from compresso.export import llama_cpp
 from compresso.export.gguf import library, save_gguf
+from compresso.export.onnx import save_onnx
 from compresso.export.packed import packing_of, save_packed
 from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
-from compresso.verifying import ask_llama_cpp, ask_transformers
+from compresso.verifying import ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_transformers
 
-FORMATS = ("gguf", "compressed-tensors")
+FORMATS = ("gguf", "onnx", "compressed-tensors")
 _WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
 """Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to judge."""
 
@@ -24,8 +26,8 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
-        format: gguf (a file) or compressed-tensors (a folder; of a model that a stage rounded to symmetric grids).
-        dtype: of gguf: f32, f16 (if None), bf16, q8_0 or q4_0.
+        format: gguf (a file), onnx (a folder) or compressed-tensors (a folder; of a model that a stage rounded to symmetric grids).
+        dtype: of gguf: f32, f16 (if None), bf16, q8_0 or q4_0; of onnx: f32 (if None) or int8.
         force: replace what is there.
 
     Returns:
@@ -43,6 +45,8 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
         if dtype is not None:
             raise ExportError(f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out")
         return _packed(source, output, force)
+    if format == "onnx":
+        return _onnx(source, output, dtype or "f32", force)
     return _gguf(source, output, dtype or "f16", force)
 
 
@@ -64,6 +68,26 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
     told["arch"] = save_gguf(live, arch_for(live.config).shapes(live), output, tokenizer, dtype, force, check)
     return told | {"bytes": output.stat().st_size}
+
+
+def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
+    """A folder with an ONNX graph, opened in ONNX Runtime."""
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    live = as_stock(load_model(source, dtype=torch.float32))
+    told: dict[str, Any] = {"output": str(output), "format": "onnx", "arch": source.config.model_type, "dtype": dtype}
+    told |= {"difference": None, "same_tokens": None}
+
+    def check(written: Path) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            told["checked"] = "not opened: onnxruntime is not installed"
+            return
+        answer = ask_onnx_runtime(written, live, tokenizer, ONNX_WITHIN if dtype == "f32" else None)
+        if answer.opens != "yes":
+            raise ExportError(f"{output} would read back differently in ONNX Runtime: {answer.reason}. It was not written.")
+        told.update(checked="opened in ONNX Runtime", difference=answer.difference, same_tokens=answer.same_tokens)
+
+    save_onnx(live, arch_for(live.config).shapes(live), output, tokenizer, dtype=dtype, force=force, check=check)
+    return told | {"bytes": sum(path.stat().st_size for path in output.glob("model.onnx*"))}
 
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ engine that is there but that nothing here can ask is called "not checked", not 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from compresso.checkpoint.source import Source, has_tokenizer, is_causal, load_m
 from compresso.errors import CheckpointError, CompressoError
 from compresso.export import llama_cpp, opened
 from compresso.export.gguf import save_gguf
+from compresso.export.onnx import save_onnx
+from compresso.export.onnx_runtime import OnnxModel
 from compresso.export.packed import TESTED, packing_of, save_packed
 from compresso.native import MODELING_FILE
 from compresso.native.stock import as_stock
@@ -34,9 +37,12 @@ TEXT = "The house by the river is 42 years old, and the"
 LOGITS_WITHIN = 1e-3
 """Of the largest logit, or of 1 if that is more: differences that rounding in float32 explains."""
 PROBABILITIES_WITHIN = 1e-2
+ONNX_WITHIN = 1e-4
+"""Of logits in ONNX Runtime, as `LOGITS_WITHIN`."""
 OWN = "transformers, compresso imported"
+ONNX = "ONNX Runtime, as ONNX"
 _WORDS = {"transformers": (), OWN: ("compresso",), "transformers, trust_remote_code": ("remote",)}
-_UNASKED = {"ONNX Runtime": "onnxruntime", "vLLM": "vllm"}
+_UNASKED = {"vLLM": "vllm"}
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,11 @@ def verify(model: str | Path) -> list[Answer]:
     logits, greedy = opened.continued(live, ids)
     with tempfile.TemporaryDirectory() as scratch:
         in_llama_cpp = _llama_cpp(live, tokenizer, Path(scratch))
+        in_onnx_runtime = _onnx_runtime(live, tokenizer, Path(scratch))
         del live
         answers = [_transformers(engine, source, ids, logits, greedy, Path(scratch)) for engine in _WORDS]
         packed = _compressed(source, tokenizer, ids, logits, greedy, Path(scratch))
-    return [*answers, in_llama_cpp, packed, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
+    return [*answers, in_llama_cpp, in_onnx_runtime, packed, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
@@ -126,9 +133,9 @@ def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tens
     return _judged(engine, difference, _within(found["logits"], logits), found["greedy"].tolist(), greedy.tolist(), "logits")
 
 
-def _within(found: Tensor, wanted: Tensor) -> bool:
+def _within(found: Tensor, wanted: Tensor, within: float = LOGITS_WITHIN) -> bool:
     """Whether rounding explains the difference of two logits [seq, vocabulary]; NaN does not."""
-    return float((found - wanted).abs().max()) <= LOGITS_WITHIN * max(1.0, float(wanted.abs().max()))
+    return float((found - wanted).abs().max()) <= within * max(1.0, float(wanted.abs().max()))
 
 
 def _strange_code(folder: Path) -> str | None:
@@ -160,6 +167,39 @@ def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         return Answer(engine, "no", str(error))
     finally:
         path.unlink(missing_ok=True)
+
+
+def _onnx_runtime(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Answer:
+    """Write the model as ONNX in f32, and run that."""
+    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        return Answer(ONNX, "not installed", f"{missing[0]} is not installed; pip install onnx onnxscript onnxruntime")
+    folder = scratch / "onnx"
+    try:
+        stock = as_stock(model)
+        save_onnx(stock, arch_for(stock.config).shapes(stock), folder)
+        return ask_onnx_runtime(folder, stock, tokenizer, ONNX_WITHIN)
+    except CompressoError as error:
+        return Answer(ONNX, "no", str(error))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ask_onnx_runtime(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, within: float | None) -> Answer:
+    """Compare an ONNX folder in ONNX Runtime, prompt and cached steps, with the live model it was written from; within None allows all."""
+    ids = _ids(tokenizer, model.config.vocab_size)
+    logits, greedy = opened.continued(model, ids)
+    try:
+        written = OnnxModel(folder)
+        found, cache = written(ids[:-1].unsqueeze(0), written.empty())
+        last, _ = written(ids[-1:].unsqueeze(0), cache)
+        tokens = written.greedy(ids, len(greedy)).tolist()
+    except RuntimeError as error:  # of the engine
+        return Answer(ONNX, "no", " ".join(str(error).split())[:300])
+    found = torch.cat([found, last], dim=1)[0]
+    difference = float((found - logits).abs().max())
+    fits = bool(found.isfinite().all()) if within is None else _within(found, logits, within)
+    return _judged(ONNX, difference, fits, tokens, greedy.tolist(), "logits")
 
 
 def _compressed(

@@ -1,0 +1,166 @@
+"""Writing a model as one ONNX graph with a key/value cache, layers of different widths included, through torch's exporter.
+
+The graph serves the prompt and every token after it: with an empty cache it reads a prompt, with one it goes on. Names as optimum has them:
+
+    input_ids, attention_mask, position_ids      [batch, seq], [batch, past + seq], [batch, seq]
+    past_key_values.{i}.key and .value           [batch, heads of layer i, past, head_dim]
+    logits, present.{i}.key and .value           [batch, seq, vocabulary], [batch, heads of layer i, past + seq, head_dim]
+
+i counts the attentions that are there: a layer without one has no cache. Sizes are dynamic; torch traces a cache and a chunk of more than
+one token, so that nothing is specialised to their absence. int8: weights of matrix products in 8 bits, activations rounded as they come,
+by ONNX Runtime's own quantizer.
+"""
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.arch.base import LayerShape
+from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.errors import ExportError
+
+GRAPH = "model.onnx"
+Stored = Literal["f32", "int8"]
+_APART = 1_000_000_000
+"""Bytes of weights from which on they lie in a file beside the graph."""
+
+
+class _WithCache(nn.Module):
+    """A model as a function of tensors alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Logits, then keys and values of each attention, those of `past` followed by the new ones."""
+        cache = DynamicCache()
+        for slot in range(len(past) // 2):
+            cache.update(past[2 * slot], past[2 * slot + 1], slot)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        layers: list[Any] = cache.layers
+        return (out.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+
+def save_onnx(
+    model: PreTrainedModel,
+    shapes: Sequence[LayerShape],
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "f32",
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `model.onnx`, config and tokenizer; `folder` is complete or untouched.
+
+    Args:
+        model: live, of a stock class, float32.
+        shapes: widths of each layer.
+        tokenizer: written beside it.
+        dtype: "f32" or "int8".
+        force: replace a folder that is not empty.
+        check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+
+    Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
+    """
+    if dtype not in ("f32", "int8"):
+        raise ExportError(f"unknown dtype '{dtype}' of onnx; known: f32, int8")
+    library("onnxscript")
+    quantization = library("onnxruntime.quantization") if dtype == "int8" else None
+    heads = [shape.kv_heads for shape in shapes if shape.kv_heads]
+    with new_folder(folder, force) as temporary:
+        path = temporary / (GRAPH if quantization is None else "whole.onnx")
+        program = _traced(model.eval(), heads)
+        program.save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
+        if quantization is not None:
+            with _quiet():
+                quantization.quantize_dynamic(path, temporary / GRAPH, weight_type=quantization.QuantType.QInt8)
+            for whole in temporary.glob("whole.onnx*"):
+                whole.unlink()
+        widths = {"heads": heads, "head_dim": head_dim(model)}
+        config = {**json.loads(model.config.to_json_string()), "compresso_cache": widths}
+        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        if getattr(model, "generation_config", None) is not None:
+            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if check is not None:
+            check(temporary)
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    """Width of a key or value."""
+    config = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def cache_names(slots: int, prefix: str) -> list[str]:
+    """Names of the cache's tensors, in order.
+
+    >>> cache_names(1, "present")
+    ['present.0.key', 'present.0.value']
+    """
+    return [f"{prefix}.{slot}.{part}" for slot in range(slots) for part in ("key", "value")]
+
+
+def library(name: str) -> Any:
+    """A module of onnx' family. Raises ExportError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f"ONNX needs {name.partition('.')[0]}; pip install onnx onnxscript onnxruntime") from error
+
+
+@torch.no_grad()
+def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
+    """The exporter's program. Raises ExportError if it cannot follow the forward."""
+    batch, seq, past, width = 2, 3, 4, head_dim(model)
+    ids = torch.zeros(batch, seq, dtype=torch.long)
+    positions = torch.arange(past, past + seq).expand(batch, seq)
+    mask = torch.ones(batch, past + seq, dtype=torch.long)
+    cache = [torch.zeros(batch, count, past, width) for count in heads for _ in ("key", "value")]
+    rows, new, old = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
+    chunk = {0: rows, 1: new}
+    dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
+    try:
+        with _quiet():
+            return torch.onnx.export(
+                _WithCache(model).eval(),
+                (ids, mask, positions, *cache),
+                dynamo=True,
+                input_names=["input_ids", "attention_mask", "position_ids", *cache_names(len(heads), "past_key_values")],
+                output_names=["logits", *cache_names(len(heads), "present")],
+                dynamic_shapes=dynamic,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter fails in any way on what it cannot follow
+        raise ExportError(f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's and the quantizer's own remarks."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
