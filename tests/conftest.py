@@ -92,6 +92,13 @@ def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: f
     return worst
 
 
+@pytest.fixture(autouse=True)
+def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs by command ask no engine, which takes half a minute; a test marked `engines` does."""
+    if request.node.get_closest_marker("engines") is None:
+        monkeypatch.setattr(sys.modules["compresso.run"], "engines", lambda folder: [])
+
+
 @pytest.fixture
 def quick_reopening(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are reopened in this process."""

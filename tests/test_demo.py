@@ -58,7 +58,7 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
     flat = " ".join(out.split())
     assert all(name in flat for name in ROWS)
     assert f'compresso.load("{output / "compresso"}")' in out.replace("\n", "")
-    assert "transformers, compresso imported yes" in flat and "ONNX Runtime not" in flat
+    assert "transformers, compresso imported yes" in flat and "ONNX Runtime, as ONNX" in flat
     assert sorted(path.name for path in output.iterdir()) == ["account.json", "compresso", "gate-taylor", "magnitude", "report.html"]
     report = (output / "report.html").read_text("utf-8")
     assert all(name in report for name in ROWS)

@@ -18,6 +18,7 @@ from compresso.errors import CheckpointError
 from compresso.export import llama_cpp, opened
 from compresso.export.hf import save_checkpoint
 from compresso.verifying import ONNX, OWN, verify
+from tests.conftest import Call
 from tests.export.nano_variants import nano_tokenizer, pruned_nano
 
 PLAIN, REMOTE, GGUF = "transformers", "transformers, trust_remote_code", "llama.cpp, as GGUF"
@@ -114,3 +115,32 @@ def test_only_language_models_with_weights(native: Path) -> None:
 def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
     assert int(verifying._ids(None, 5).max()) < 5
     assert verifying._ids(nano_tokenizer(), 1024).dtype == torch.long
+
+
+@pytest.mark.engines
+def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_path: Path, call: Call) -> None:
+    """It stands in the records, the card and the report, with commands for the engines that opened it; --no-verify asks none."""
+    more = ("--set", "stages.rtn.symmetric=true", "--set", "stages.rtn.group=16", "--force")
+    code, out, error = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "out", *more)
+    assert code == 0, error
+    found = {one["engine"]: one["opens"] for one in json.loads((tmp_path / "out" / "records.json").read_text())["engines"]}
+    assert list(found)[:3] == [PLAIN, OWN, REMOTE] and {found[engine] for engine in (PLAIN, OWN, REMOTE)} == {"yes"}
+    assert all(any(line.startswith(engine) and opens in line for line in out.splitlines()) for engine, opens in found.items())
+    card, report = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))
+    assert "| vLLM | " in card and "What the engines of the machine that made it said" in report
+    for engine, command in (
+        (ONNX, "--format onnx"),
+        (GGUF, "--format gguf"),
+        ("compressed-tensors, packed", "--format compressed-tensors"),
+    ):
+        assert (command in card) == (command in report) == (found[engine] == "yes")
+    code, out, _ = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "quiet", *more, "--no-verify")
+    assert code == 0 and "vLLM" not in out
+    assert json.loads((tmp_path / "quiet" / "records.json").read_text())["engines"] == []
+
+
+def test_where_memory_does_not_suffice_it_says_so(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "available", lambda device: 1000)
+    answers = verifying.engines(native)
+    assert {answer["opens"] for answer in answers} == {"not checked"} and len(answers) == 3
+    assert "two copies in float32 need 0.0 GB" in answers[0]["reason"]

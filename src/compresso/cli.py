@@ -158,12 +158,14 @@ def run(
         bool, typer.Option("--stream", help="Read weights from disk block by block: models larger than memory, one-shot recipes.")
     ] = False,
     over_memory: Annotated[bool, typer.Option("--over-memory", help="Stream even if the estimate is above what is there.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")] = False,
     as_json: Json = False,
 ) -> None:
     """The job: prune, recover, write a checkpoint that loads, and record what was done.
 
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
+    from compresso import verifying
     from compresso.report.records import RunRecords
     from compresso.run import run as run_job
 
@@ -181,6 +183,7 @@ def run(
         skip_bad=skip_bad,
         stream=stream,
         over_memory=over_memory,
+        verify=not no_verify,
     )
     if int(os.environ.get("RANK", "0")):
         return  # launched in several processes, of which one speaks
@@ -189,7 +192,10 @@ def run(
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
-    if dense := RunRecords.checked(result.records, "the run's records").stored_dense():
+    records = RunRecords.checked(result.records, "the run's records")
+    if records.engines:
+        verifying.show([verifying.Answer(**engine.model_dump()) for engine in records.engines], as_json=False)
+    if dense := records.stored_dense():
         print(dense)
 
 

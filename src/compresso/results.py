@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -89,8 +89,17 @@ def finish(
     output: Path,
     force: bool,
     dtype: torch.dtype,
+    ask: Callable[[Path], Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint beside `output`, reopen it in a fresh process, add its account, then rename it into place.
+
+    Args:
+        job: with the smaller model, live.
+        facts, findings: of the run so far.
+        source: of the dense model.
+        layout, output, force: as the run was asked.
+        dtype: to store.
+        ask: what every engine makes of the written folder, for the records; None asks none.
 
     Returns:
         The records, with layout, bytes, the reopened difference, the guard and the account.
@@ -115,6 +124,7 @@ def finish(
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
+            "engines": list(ask(folder)) if ask else [],
             "guard": findings.guard.model_dump(mode="json"),
         }
         result = replace(open_source(folder).identity, name=output.name)

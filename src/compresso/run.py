@@ -38,6 +38,7 @@ from compresso.recipe import read
 from compresso.results import finish, state, stored_dtype
 from compresso.stages import load_stage, save_stage
 from compresso.streaming import computed_in, opened_streamed, streamed_job
+from compresso.verifying import engines
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def run(
     quiet: bool = False,
     stream: bool = False,
     over_memory: bool = False,
+    verify: bool = False,
 ) -> Result:
     """Run a recipe on a model and write the result to `output`.
 
@@ -94,6 +96,7 @@ def run(
         quiet: show no progress.
         stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated stage only.
         over_memory: stream even where the estimate is above what is there.
+        verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
 
     Raises:
         CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is untouched.
@@ -154,7 +157,9 @@ def run(
                 _refuse_collapse(findings.guard, force=force, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
-                facts = finish(job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype)
+                facts = finish(
+                    job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype, engines if verify else None
+                )
                 work.discard()
             facts = told(accelerator, facts)
             if stream:

@@ -6,6 +6,7 @@ engine that is there but that nothing here can ask is called "not checked", not 
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.arch.base import arch_for
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source, has_tokenizer, is_causal, load_model, load_tokenizer, open_source
+from compresso.drive.memory import available
 from compresso.errors import CheckpointError, CompressoError
 from compresso.export import llama_cpp, opened
 from compresso.export.gguf import save_gguf
@@ -82,6 +84,15 @@ def verify(model: str | Path) -> list[Answer]:
         answers = [_transformers(engine, source, ids, logits, greedy, Path(scratch)) for engine in _WORDS]
         packed = _compressed(source, tokenizer, ids, logits, greedy, Path(scratch))
     return [*answers, in_llama_cpp, in_onnx_runtime, packed, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
+
+
+def engines(folder: Path) -> list[dict[str, Any]]:
+    """What `verify` says of a written folder, for its records; where memory does not suffice, that."""
+    size = 4 * sum(math.prod(tensor.shape) for tensor in open_source(folder).tensors.values())
+    if 2.2 * size > (there := available(torch.device("cpu"))):
+        reason = f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify asks elsewhere"
+        return [asdict(Answer(engine, "not checked", reason)) for engine in _WORDS]
+    return [asdict(answer) for answer in verify(folder)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:

@@ -40,6 +40,7 @@ def model_card(records: RunRecords) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    opened = [one.engine for one in records.engines if one.opens == "yes"]
     numbers = [number for number in pruned.measurements if number.how != "counted"]
     return environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
@@ -53,6 +54,8 @@ def model_card(records: RunRecords) -> str:
         counted=_counted(records),
         results=_results(comparison),
         places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
+        engines=[(one.engine, one.opens, _one_line(facts.engine_remark(one))) for one in records.engines],
+        elsewhere=[(name, facts.ELSEWHERE[name].replace("{folder}", "path/to/this/folder")) for name in opened if name in facts.ELSEWHERE],
         missing=[*map(_one_line, missing(comparison)), *_NEVER],
     )
 

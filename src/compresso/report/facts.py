@@ -7,6 +7,7 @@ import yaml
 
 from compresso.measure.record import Environment
 from compresso.report.read import Run
+from compresso.report.records import Engine
 
 Rows = list[tuple[str, str]]
 _OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
@@ -86,7 +87,29 @@ def loading(run: Run) -> list[tuple[str, str]]:
         ways.append(("transformers alone: runs modeling_compresso.py, which lies beside the weights", remote))
     else:
         ways.append(("transformers", plain))
-    return ways
+    opened = {engine.engine for engine in run.records.engines if engine.opens == "yes"}
+    name = run.name.rpartition("/")[2]
+    return ways + [(engine, commands.replace("{folder}", name)) for engine, commands in ELSEWHERE.items() if engine in opened]
+
+
+ELSEWHERE = {
+    "llama.cpp, as GGUF": (
+        "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p 'Once upon a time'"
+    ),
+    "ONNX Runtime, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx",
+    "compressed-tensors, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed",
+}
+"""Commands for engines that open another format, by the engine's name in the records."""
+
+
+def engine_remark(engine: Engine) -> str:
+    """What is to be said of an engine's answer, in a line."""
+    parts = [engine.reason] if engine.reason else []
+    if engine.difference is not None and not engine.reason:
+        parts.append(f"largest difference {engine.difference:.1g}")
+    if engine.same_tokens is not None:
+        parts.append(f"{engine.same_tokens} greedy tokens the same")
+    return ", ".join(parts)
 
 
 def place(environment: Environment) -> str:

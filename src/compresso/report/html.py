@@ -122,6 +122,7 @@ def _run(run: Run) -> dict[str, Any]:
         "verdict": _VERDICTS[guard.verdict],
         "said": facts.guard(run),
         "loading": facts.loading(run),
+        "engines": [(one.engine, one.opens, facts.engine_remark(one)) for one in run.records.engines],
         "command": facts.command(run),
         "yaml": facts.recipe_yaml(run),
         "repeat": facts.repeat(run),

@@ -77,6 +77,16 @@ class StageFacts(Strict):
     bits: FiniteFloat | None = None
 
 
+class Engine(Strict):
+    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.verifying.Answer`."""
+
+    engine: str
+    opens: Literal["yes", "no", "not installed", "not checked"]
+    reason: str = ""
+    difference: FiniteFloat | None = None
+    same_tokens: int | None = None
+
+
 class RunRecords(Strict):
     """A run's records.
 
@@ -89,6 +99,7 @@ class RunRecords(Strict):
         seconds: of the whole run.
         layout, dtype, bytes: what was written, and the size of its weight files.
         reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
+        engines: what each engine made of the files; none if the run did not ask.
         guard: whether quality collapsed.
         account: the original and the result, measured.
     """
@@ -110,6 +121,7 @@ class RunRecords(Strict):
     dtype: str
     bytes: int
     reopened_max_abs_difference: FiniteFloat
+    engines: tuple[Engine, ...] = ()
     guard: Guard
     account: Account
 
