@@ -108,6 +108,9 @@ Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, s
 Speedup = Annotated[float | None, typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound).")]
 Layout = Annotated[str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")]
+For = Annotated[
+    str | None, typer.Option("--for", metavar="ENGINE", help="Shapes that an engine likes, such as llama.cpp:q4_k, awq:g128 or vllm:tp2.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02.")
 ]
@@ -123,6 +126,7 @@ def plan(
     layout: Layout = "auto",
     max_steps: MaxSteps = None,
     sets: Set = None,
+    engine: For = None,
     as_json: Json = False,
 ) -> None:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
@@ -131,8 +135,8 @@ def plan(
     """
     from compresso import dryrun, dryrun_report
 
-    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
-    dryrun_report.show(dryrun.plan(raw, model, layout), as_json)
+    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
+    dryrun_report.show(dryrun.plan(raw, model, layout, engine), as_json)
 
 
 @app.command()
@@ -149,6 +153,7 @@ def run(
     layout: Layout = "auto",
     max_steps: MaxSteps = None,
     sets: Set = None,
+    engine: For = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")] = False,
@@ -169,7 +174,7 @@ def run(
     from compresso.report.records import RunRecords
     from compresso.run import run as run_job
 
-    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model)
+    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
     result = run_job(
         raw,
         model,
@@ -347,12 +352,21 @@ def _raw(
     max_steps: int | None,
     sets: list[str] | None,
     model: str,
+    engine: str | None,
 ) -> dict[str, Any]:
     """The recipe with the command line's overrides in it."""
     from compresso.options import with_options
 
     return with_options(
-        recipe, keep=keep, parameters=parameters, speedup=speedup, layout=layout, max_steps=max_steps, sets=sets or [], model=model
+        recipe,
+        keep=keep,
+        parameters=parameters,
+        speedup=speedup,
+        layout=layout,
+        max_steps=max_steps,
+        sets=sets or [],
+        model=model,
+        engine=engine,
     )
 
 

@@ -24,6 +24,7 @@ from compresso.drive.device import choose_device
 from compresso.drive.duration import shortened, updates
 from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.shrink import shrink_
+from compresso.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
 from compresso.errors import ArchError, BudgetError
 from compresso.export.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.export.plain import check_plain, check_written
@@ -141,6 +142,19 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     return shown
 
 
+def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: str, shown: Rehearsal) -> list[str]:
+    """What each constraint of an engine does to the size, in sentences; the others hold meanwhile."""
+    want = parse_engine(engine)
+    held = multiples(want, model)
+    told: list[str] = []
+    for kind, multiple in held.items():
+        free = act_out(build(without_multiple(raw, kind, multiple), "recipe"), source).after["parameters"]["total"]
+        told.append(f"{words(want, kind, multiple)}: {shown.after['parameters']['total'] - free:+,} parameters")
+    if want.uniform:
+        told.append(f"{engine}: the same widths in every layer; a plan shows them in any case")
+    return told + misfits(want, held, model)
+
+
 def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
 
@@ -168,8 +182,10 @@ def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> 
             raise BudgetError(f"stage '{name}': {error}") from error
 
 
-def plan(raw: Mapping[str, Any], model: str, layout: str = "auto") -> dict[str, Any]:
+def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str | None = None) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
+
+    engine: what the recipe's budgets were held to (see `compresso.engine_shapes`); the notes then say what each constraint costs.
 
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "training", "weight_bytes"}. `after`, `shapes` and `layouts`
@@ -184,6 +200,8 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto") -> dict[str, 
         check_written(source.config.model_type, layout)
     recipe = build(for_family(raw, layout, source.config.model_type), str(raw.get("name", "recipe")))
     shown = act_out(recipe, source)
+    if engine is not None:
+        shown.notes += _engine_costs(raw, model, source, engine, shown)
     device = choose_device("auto")
     stored = _width(source.config)
     training = [_estimate(one, recipe, stored if device.type == "cuda" else 4) for one in shown.training]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from compresso.engine_shapes import for_engine, multiples, parse_engine
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.inspection import inspect
 from compresso.native import family_of
@@ -46,12 +47,13 @@ def with_options(
     layout: str = "auto",
     max_steps: int | None = None,
     sets: list[str] | tuple[str, ...] = (),
+    engine: str | None = None,
 ) -> dict[str, Any]:
-    """The raw recipe with budget, layout, step cap and `path=value` overrides in it.
+    """The raw recipe with budget, layout, step cap, `path=value` overrides and the shapes that an engine wants in it.
 
     Raises:
         BudgetError: more than one budget, or one outside its range.
-        RecipeError: an unknown recipe, or an override that fits nothing.
+        RecipeError: an unknown recipe or engine, or an override that fits nothing.
     """
     raw = read(recipe)
     for one in sets:
@@ -79,6 +81,9 @@ def with_options(
         if max_steps < 1:
             raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
         raw = with_knob(raw, "max_steps", max_steps)
+    if engine is not None:
+        want = parse_engine(engine)
+        raw = for_engine(raw, want, multiples(want, model))
     return for_layout(raw, layout)
 
 
