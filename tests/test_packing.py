@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compresso import exporting, verifying
+from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import ExportError
+from compresso.export import opened
 from compresso.options import with_options
 from compresso.run import Result, run
 from tests.conftest import Call
@@ -53,10 +55,13 @@ def test_a_rounded_model_is_packed_and_computes_the_same(
 
 def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     result = rounded("gptq/3", tiny_folder, instructions, tmp_path / "out", ROUNDED["gptq/3"])
-    answers = {answer.engine: answer for answer in verifying.verify(result.folder)}
-    assert answers["compressed-tensors, packed"].opens == "yes"
-    other = {answer.engine: answer for answer in verifying.verify(tiny_folder)}["compressed-tensors, packed"]
-    assert other.opens == "not checked" and "nothing in it was rounded by compresso" in other.reason
+    source = open_source(result.folder)
+    ids = torch.arange(3, 20)
+    logits, greedy = opened.continued(load_model(source, dtype=torch.float32), ids)
+    answer = verifying._compressed(source, None, ids, logits, greedy, tmp_path)
+    assert (answer.engine, answer.opens, answer.same_tokens) == ("compressed-tensors, packed", "yes", opened.NEW_TOKENS)
+    answer = verifying._compressed(open_source(tiny_folder), None, ids, logits, greedy, tmp_path)
+    assert answer.opens == "not checked" and "nothing in it was rounded by compresso" in answer.reason
 
 
 def test_what_cannot_be_packed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:

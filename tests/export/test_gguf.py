@@ -10,13 +10,20 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from compresso.arch.base import LayerShape, arch_for
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.errors import CheckpointError, ExportError, NumericError
-from compresso.export.gguf import save_gguf
+from compresso.export.gguf import _widest, save_gguf
 from compresso.export.gguf_tokenizer import _SPLITS
 from compresso.export.llama_cpp import continue_texts, missing
 from tests.export.nano_variants import TEXTS, greedy, nano_tokenizer, pruned_nano
@@ -196,8 +203,8 @@ def test_what_llama_cpp_cannot_hold_is_named_with_what_would_do(tmp_path: Path, 
         save_gguf(wide, shapes, path, tokenizer, "q8_0")
     with pytest.raises(ExportError, match="WordLevel"):
         save_gguf(narrow, shapes, path, tokenizer, "f32")
-    with pytest.raises(ExportError, match=r"qwen2.*--format hf"):
-        save_gguf(narrow_model("qwen2", shapes), shapes, path, tokenizer, "f32")
+    with pytest.raises(ExportError, match=r"\.bias is a bias, and none is written to gguf\..*--format onnx"):
+        save_gguf(narrow_model("llama", shapes, attention_bias=True), shapes, path, tokenizer, "f32")
     with pytest.raises(ExportError, match=r"sliding_window is 16.*null"):
         save_gguf(narrow_model("mistral", shapes, sliding_window=16), shapes, path, tokenizer, "f32")
     with pytest.raises(ExportError, match=r"every layer is empty"):
@@ -210,4 +217,50 @@ def test_what_llama_cpp_cannot_hold_is_named_with_what_would_do(tmp_path: Path, 
     small = narrow_model("llama", shapes, vocab_size=80)
     with pytest.raises(ExportError, match="no row in the embedding of 80"):
         save_gguf(small, shapes, path, nano_tokenizer(), "f32")
+    assert not list(tmp_path.iterdir())
+
+
+def qwen(family: str, pruned: bool) -> PreTrainedModel:
+    """A tiny Qwen with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in another."""
+    config = (Qwen2Config if family == "qwen2" else Qwen3Config)(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=family == "qwen3",
+        rms_norm_eps=1e-3,
+        **({"head_dim": 16} if family == "qwen3" else {}),
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.dim() == 1) * 0.5)
+    if pruned:
+        hidden = {"hidden": tuple(range(32)) + tuple(range(32, 64, 2))} if family == "qwen3" else {}
+        kept = {"layers.0.heads": (1, 3), "layers.3.channels": tuple(range(0, 90, 2)), "attention": (0, 2, 3), "mlp": (1, 2, 3), **hidden}
+        shrink_(model, arch_for(config).axes(model), Plan(kept))
+    return model
+
+
+@engine
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen_is_filled_up_to_one_width_and_computes_the_same(family: str, pruned: bool, tmp_path: Path) -> None:
+    model = qwen(family, pruned)
+    assert write(model, tmp_path / "qwen.gguf") == family
+    assert_same(tmp_path / "qwen.gguf", model, atol=1e-4)
+
+
+def test_qwen_says_what_it_cannot_hold(tmp_path: Path) -> None:
+    model = qwen("qwen2", pruned=False)
+    mixed = [LayerShape(8, 4, 96), LayerShape(8, 8, 96)]
+    with pytest.raises(ExportError, match="layers have 1 and 2 query heads a key/value head, and one number is held"):
+        _widest(mixed)
+    model.config.layer_types = ["sliding_attention"] * 4
+    with pytest.raises(ExportError, match=r"layers attend to a sliding window, and llama\.cpp's qwen2 attends to all"):
+        write(model, tmp_path / "qwen.gguf")
     assert not list(tmp_path.iterdir())

@@ -137,3 +137,17 @@ def test_impossible_layers_are_named(layers: dict[int, dict[str, object]], messa
     with pytest.raises(StrictDataclassError, match=message):
         CLASSES["llama"][0](**fields, per_layer_config=layers)
     CLASSES["llama"][0](**fields)  # 6 heads do not divide 40, and need not
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_of_defaults_can_be_built(family: str) -> None:
+    """Older versions of transformers build one to see which fields differ from it; Qwen2 has no head_dim of its own."""
+    made = AutoConfig.for_model(f"compresso_{family}")
+    assert made.model_type == f"compresso_{family}"
+
+
+def test_heads_that_do_not_say_their_width_are_refused() -> None:
+    with pytest.raises(StrictDataclassError, match="`head_dim` must be given"):
+        AutoConfig.for_model(
+            "compresso_qwen2", num_hidden_layers=2, per_layer_config={0: {"num_attention_heads": 16, "num_key_value_heads": 16}}
+        )

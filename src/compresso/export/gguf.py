@@ -1,15 +1,16 @@
-"""Writing a shrunk LLaMA or Mistral as one GGUF file, the format of llama.cpp.
+"""Writing a shrunk LLaMA, Mistral, Qwen2 or Qwen3 as one GGUF file, the format of llama.cpp.
 
 Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer by layer. What that
-engine does not compute is written as something equal that it does (each of these was run in llama.cpp):
+engine does not compute is written as something equal that it does (each of these was run in llama.cpp). Archs `qwen2` and `qwen3` hold one
+width for all layers; narrower ones are filled with zeros to the widest, which computes the same and is no faster.
 
 - attention without an FFN would lose the attention's output, so the FFN is written as one block of zeros;
 - the first layer's heads size the cache, so a missing first attention is written as one head whose output is zero;
 - a layer without attention and FFN is left out;
 - under quantization FFN widths are filled with zero channels up to whole blocks.
 
-llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q and k are reordered, by each layer's own
-number of heads.
+In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q and k are reordered,
+by each layer's own number of heads.
 """
 
 import importlib
@@ -29,6 +30,7 @@ from compresso.arch.base import LayerShape
 from compresso.checkpoint.storage import storage_errors, sync
 from compresso.errors import CheckpointError, ExportError, NumericError
 from compresso.export.gguf_tokenizer import add_tokenizer
+from compresso.export.layout import with_one_epsilon
 from compresso.export.shrunk import Shrunk, describe
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -37,6 +39,9 @@ BLOCK = 32
 """Entries that share one scale in Q8_0 and Q4_0."""
 _ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 _FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_ONE_WIDTH = ("qwen2", "qwen3")
+"""Families whose arch holds the same widths in every layer."""
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
@@ -50,7 +55,7 @@ def save_gguf(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> str:
-    """Write a live shrunk model as the GGUF file `path`, whole or not at all, and return the arch used: "llama" or "deci".
+    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch: "llama", "deci", "qwen2" or "qwen3".
 
     Args:
         shapes: widths of each layer; 0 for an absent sub-layer.
@@ -66,12 +71,15 @@ def save_gguf(
     gguf, path = library(), Path(path)
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path} exists. Choose another output, or replace a file with --force.")
-    described = describe(model, shapes)
+    described = with_one_epsilon(describe(model, shapes))
     block = BLOCK if dtype.startswith("q") else 1
     kept = [index for index, shape in enumerate(described.shapes) if shape.query_heads or shape.channels]
     written = held_shapes([described.shapes[index] for index in kept], block)
     _check(described, written, kept, block)
-    arch = "llama" if len(set(written)) == 1 else "deci"
+    if described.family in _ONE_WIDTH:
+        arch, written = described.family, [_widest(written)] * len(written)
+    else:
+        arch = "llama" if len(set(written)) == 1 else "deci"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,20 +124,34 @@ LayerShape(query_heads=0, kv_heads=0, channels=32)]
     return held
 
 
+def _widest(shapes: Sequence[LayerShape]) -> LayerShape:
+    """The widths that hold every layer. Raises ExportError if query heads share key/value heads in different numbers."""
+    shared = sorted({shape.query_heads // shape.kv_heads for shape in shapes if shape.kv_heads})
+    if len(shared) > 1:
+        raise ExportError(
+            f"layers have {' and '.join(map(str, shared))} query heads a key/value head, and one number is held. Write --format onnx."
+        )
+    kv_heads = max(shape.kv_heads for shape in shapes)
+    return LayerShape(kv_heads * shared[0] if shared else 0, kv_heads, max(shape.channels for shape in shapes))
+
+
 def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], block: int) -> None:
     """Raise ExportError naming what llama.cpp would not compute."""
-    cure = "Write it with --format hf instead."
-    if model.family not in ("llama", "mistral"):
-        raise ExportError(f"gguf is written for llama and mistral, not for model_type '{model.family}'. {cure}")
+    cure = "Keep the folder of safetensors, or write --format onnx."
     if not written:
         raise ExportError(f"every layer is empty, and gguf wants at least one. {cure}")
     config = model.config
     window = getattr(config, "sliding_window", None)
     if model.family == "mistral" and window is not None and window < config.max_position_embeddings:
-        raise ExportError(f"config.sliding_window is {window}, and llama.cpp's llama attends to all. Set it to null, or use --format hf.")
+        raise ExportError(
+            f"config.sliding_window is {window}, and llama.cpp's llama attends to all. Set it to null, or write --format onnx."
+        )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ExportError(f"config.hidden_act is '{config.hidden_act}', llama.cpp computes silu. {cure}")
-    if biased := sorted(name for name in model.tensors if name.endswith(".bias")):
+    if model.kinds is not None and "sliding_attention" in model.kinds:
+        raise ExportError(f"layers attend to a sliding window, and llama.cpp's {model.family} attends to all. {cure}")
+    held = tuple(f".{part}.bias" for part in _BIASED) if model.family == "qwen2" else ()
+    if biased := sorted(name for name in model.tensors if name.endswith(".bias") and not name.endswith(held)):
         raise ExportError(f"{biased[0]} is a bias, and none is written to gguf. {cure}")
     rope = _rope(model)
     if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -200,8 +222,12 @@ def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) 
             for part, name in _ATTENTION.items():
                 size = (rows[part] * dim, hidden) if part in rows else (hidden, shape.query_heads * dim)
                 tensor = tensors[f"{source}.self_attn.{part}.weight"] if true.query_heads else None
-                heads = rows[part] if part in ("q_proj", "k_proj") else 0
+                heads = rows[part] if part in ("q_proj", "k_proj") and model.family not in _ONE_WIDTH else 0
                 yield f"blk.{new}.{name}.weight", size, _maker(tensor, size, heads)
+                if model.family == "qwen2" and part in _BIASED:
+                    yield f"blk.{new}.{name}.bias", size[:1], _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1])
+            for part in ("q", "k") if model.family == "qwen3" else ():
+                yield _norm(f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim)
         yield _norm(f"blk.{new}.ffn_norm.weight", tensors.get(f"{source}.post_attention_layernorm.weight"), hidden)
         for part, name in _FFN.items():
             size = (hidden, shape.channels) if part == "down_proj" else (shape.channels, hidden)
@@ -209,13 +235,13 @@ def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) 
             yield f"blk.{new}.{name}.weight", size, _maker(tensor, size)
 
 
-def _norm(name: str, weight: Tensor | None, hidden: int) -> Named:
+def _norm(name: str, weight: Tensor | None, width: int) -> Named:
     """A norm's weight; ones for a sub-layer that is written as zeros."""
-    return name, (hidden,), lambda: torch.ones(hidden) if weight is None else weight
+    return name, (width,), lambda: torch.ones(width) if weight is None else weight
 
 
-def _maker(tensor: Tensor | None, size: tuple[int, int], heads: int = 0) -> Callable[[], Tensor]:
-    """Makes the matrix [size], zero where the model has nothing; of `heads` heads the two halves' rows come to alternate."""
+def _maker(tensor: Tensor | None, size: tuple[int, ...], heads: int = 0) -> Callable[[], Tensor]:
+    """Makes the tensor [size], zero where the model has nothing; of `heads` heads the two halves' rows come to alternate."""
 
     def make() -> Tensor:
         if tensor is None:
@@ -225,7 +251,7 @@ def _maker(tensor: Tensor | None, size: tuple[int, int], heads: int = 0) -> Call
         if tuple(tensor.shape) == size:
             return tensor
         filled = tensor.new_zeros(size)
-        filled[: tensor.shape[0], : tensor.shape[1]] = tensor
+        filled[tuple(slice(extent) for extent in tensor.shape)] = tensor
         return filled
 
     return make

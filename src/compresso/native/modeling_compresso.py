@@ -77,9 +77,11 @@ class PerLayerConfig:
 
     def validate_architecture(self) -> None:
         """Raise ValueError naming the layer whose widths cannot be built. Heads need not divide the hidden size: head_dim is explicit."""
-        if getattr(self, "head_dim", None) is None:
-            raise ValueError("`head_dim` must be given: it does not follow from the hidden size once heads are pruned.")
         layers = list(self.per_layer_config)
+        counts = {0 if "attention" in skipped(own) else own.num_attention_heads for own in layers}
+        # a config of defaults, which older versions of transformers build to compare with, has none and needs none
+        if getattr(self, "head_dim", None) is None and (len(counts) > 1 or self.hidden_size % max(counts | {1})):
+            raise ValueError("`head_dim` must be given: it does not follow from the hidden size once heads are pruned.")
         for index, own in enumerate(layers):
             if not set(skipped(own)) <= {"attention", "mlp"}:
                 raise ValueError(f'Layer {index} skips {skipped(own)}; only "attention" and "mlp" can be skipped.')
@@ -212,6 +214,9 @@ class CompressoMistralForCausalLM(PerLayerForCausalLM, MistralForCausalLM):
 
 @strict
 class CompressoQwen2Config(PerLayerConfig, Qwen2Config):
+    """`head_dim` is declared here: Qwen2 has none, and older versions of transformers set what is not declared after they validate."""
+
+    head_dim: int | None = None
     model_type = "compresso_qwen2"
 
 
