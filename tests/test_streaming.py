@@ -16,9 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import compresso
+from compresso.arch.base import arch_for
+from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.drive.streamed import Streamed
+from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError, RecipeError, ResourceError
+from compresso.export.hf import save_checkpoint
 from compresso.options import with_options
 from tests.conftest import Forked, work_of
 from tests.test_one_shot import GROUPS, SETS
@@ -69,6 +73,26 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     with torch.no_grad():
         torch.testing.assert_close(streamed.model(input_ids=ids).logits, opened(input_ids=ids).logits)
     assert "texts" in streamed.records["account"]["subjects"][1]["not_measured"]
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    arch = arch_for(model.config)
+    shrink_(
+        model, arch.axes(model), Plan({"layers.0.channels": (1, 3, 5, 8), "layers.1.heads": (0, 2), "attention": (0, 1), "mlp": (0, 2)})
+    )
+    native = tmp_path / "native"
+    assert save_checkpoint(model, arch.shapes(model), native, tokenizer=AutoTokenizer.from_pretrained(tiny_folder)) == "native"
+    whole = done("wanda/50", native, instructions, tmp_path / "whole")
+    streamed = done("wanda/50", native, instructions, tmp_path / "streamed", stream=True)
+    one, other = stored(whole.folder), stored(streamed.folder)
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert streamed.records["layout"] == "native"
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        opened = compresso.load(streamed.folder).model(input_ids=ids).logits
+    torch.testing.assert_close(opened, whole.model.eval()(input_ids=ids).logits.detach())
 
 
 def test_no_more_than_one_block_is_in_memory(
