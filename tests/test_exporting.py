@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,46 @@ def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def _absent(name: str) -> Answer:
     raise ImportError(name)
+
+
+def quantizer(folder: Path, words: str) -> None:
+    """A stand-in for llama-quantize: what it is asked goes into a file, and a copy of its input is its output, or nothing."""
+    folder.mkdir()
+    script = folder / "llama-quantize"
+    script.write_text(f'#!/bin/sh\necho "$3" > {folder}/asked\n{words}\n')
+    script.chmod(0o755)
+
+
+def test_k_quants_are_left_to_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    quantizer(tmp_path / "bin", 'cp "$1" "$2"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    told = exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
+    assert (tmp_path / "bin" / "asked").read_text() == "Q4_K_M\n"
+    assert {one.tensor_type.name for one in reader.GGUFReader(tmp_path / "nano.gguf").tensors} == {"F32", "F16"}  # the copy
+    assert told["dtype"] == "q4_k_m" and told["bytes"] == (tmp_path / "nano.gguf").stat().st_size
+    assert "hidden size 192: no multiple of 256, so that matrix falls back to a larger type" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
+
+
+def test_k_quants_that_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ExportError, match=r"q4_k_m is made by llama\.cpp's llama-quantize, which is not on the PATH; install llama.cpp, or"
+    ):
+        exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
+    quantizer(tmp_path / "bin", "echo no such type >&2; exit 3")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(ExportError, match=r"llama-quantize could not write q6_k \(3\): no such type"):
+        exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
+    (tmp_path / "nano.gguf").write_text("old")
+    with pytest.raises(CheckpointError, match="--force"):
+        exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
+
+
+def test_vllm_deci_is_written_and_said_to_be_unopened(tmp_path: Path, call: Call) -> None:
+    code, out, error = call("export", nano.path(), "--format", "vllm-deci", "--output", tmp_path / "deci")
+    assert code == 0, error
+    assert "arch DeciLM" in out and "not opened: compresso runs nothing in vLLM" in out
+    assert (tmp_path / "deci" / "configuration_decilm.py").is_file() and (tmp_path / "deci" / "tokenizer.json").is_file()
+    with pytest.raises(ExportError, match="dtype=f32: vllm-deci keeps the stored one"):
+        exporting.export(nano.path(), tmp_path / "other", format="vllm-deci", dtype="f32")

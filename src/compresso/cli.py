@@ -307,9 +307,12 @@ def compare(
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
-    file_format: Annotated[str, typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models.")],
+    file_format: Annotated[
+        str, typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci.")
+    ],
     dtype: Annotated[
-        str | None, typer.Option(help="Of gguf: f32, f16 (the default), bf16, q8_0 or q4_0; of onnx: f32 (the default) or int8.")
+        str | None,
+        typer.Option(help="Of gguf: f32, f16 (the default), bf16, q8_0, q4_0, q4_k_m and its like; of onnx: f32 (the default), int8."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Json = False,

@@ -1,6 +1,8 @@
 """A checkpoint written in another format, and reopened."""
 
 import importlib.util
+import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,19 @@ import torch
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
-from compresso.errors import ExportError, nearest
+from compresso.errors import CheckpointError, ExportError, nearest
 from compresso.export import llama_cpp
 from compresso.export.gguf import library, save_gguf
-from compresso.export.onnx import save_onnx
+from compresso.export.llama_quantize import KINDS, fallbacks, quantize, tool
+from compresso.export.onnx import head_dim, save_onnx
 from compresso.export.packed import packing_of, save_packed
+from compresso.export.vllm_deci import save_vllm_deci
 from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
 from compresso.verifying import ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_transformers
 
-FORMATS = ("gguf", "onnx", "compressed-tensors")
+log = logging.getLogger(__name__)
+FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
 _WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
 """Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to judge."""
 
@@ -26,8 +31,9 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
-        format: gguf (a file), onnx (a folder) or compressed-tensors (a folder; of a model that a stage rounded to symmetric grids).
-        dtype: of gguf: f32, f16 (if None), bf16, q8_0 or q4_0; of onnx: f32 (if None) or int8.
+        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded to symmetric grids) or vllm-deci.
+        dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama-quantize; of
+            onnx: f32 (if None) or int8.
         force: replace what is there.
 
     Returns:
@@ -45,6 +51,10 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
         if dtype is not None:
             raise ExportError(f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out")
         return _packed(source, output, force)
+    if format == "vllm-deci":
+        if dtype is not None:
+            raise ExportError(f"dtype={dtype}: vllm-deci keeps the stored one; leave --dtype out")
+        return _deci(source, output, force)
     if format == "onnx":
         return _onnx(source, output, dtype or "f32", force)
     return _gguf(source, output, dtype or "f16", force)
@@ -53,6 +63,11 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
 def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
     """A GGUF file, opened in llama.cpp."""
     library()
+    by_tool = dtype in KINDS
+    if by_tool:
+        tool(dtype)
+        if output.is_dir() or (output.exists() and not force):
+            raise CheckpointError(f"{output} exists. Choose another output, or replace a file with --force.")
     tokenizer = load_tokenizer(source)
     live = as_stock(load_model(source, dtype=torch.float32))
     told: dict[str, Any] = {"output": str(output), "format": "gguf", "dtype": dtype, "difference": None, "same_tokens": None}
@@ -66,7 +81,18 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
             raise ExportError(f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written.")
         told.update(checked="opened in llama.cpp", difference=answer.difference, same_tokens=answer.same_tokens)
 
-    told["arch"] = save_gguf(live, arch_for(live.config).shapes(live), output, tokenizer, dtype, force, check)
+    shapes = arch_for(live.config).shapes(live)
+    if not by_tool:
+        told["arch"] = save_gguf(live, shapes, output, tokenizer, dtype, force, check)
+        return told | {"bytes": output.stat().st_size}
+    for remark in fallbacks(shapes, int(live.config.hidden_size), head_dim(live)):
+        log.warning(remark)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        whole, made = Path(scratch, "f16.gguf"), Path(scratch, "quantized.gguf")
+        told["arch"] = save_gguf(live, shapes, whole, tokenizer, "f16")
+        quantize(whole, made, dtype)
+        check(made)
+        made.replace(output)
     return told | {"bytes": output.stat().st_size}
 
 
@@ -88,6 +114,20 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
     save_onnx(live, arch_for(live.config).shapes(live), output, tokenizer, dtype=dtype, force=force, check=check)
     return told | {"bytes": sum(path.stat().st_size for path in output.glob("model.onnx*"))}
+
+
+def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
+    """A folder for vLLM's DeciLM class, which nothing here can open."""
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    live = as_stock(load_model(source))
+    save_vllm_deci(live, arch_for(live.config).shapes(live), output, tokenizer, force=force)
+    told: dict[str, Any] = {"output": str(output), "format": "vllm-deci", "arch": "DeciLM", "dtype": str(live.dtype).removeprefix("torch.")}
+    return told | {
+        "difference": None,
+        "same_tokens": None,
+        "checked": "not opened: compresso runs nothing in vLLM",
+        "bytes": weight_bytes(output),
+    }
 
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:

@@ -51,9 +51,9 @@ def stock_obstacle(model: Shrunk, shape: LayerShape) -> str | None:
 
 def widest(model: Shrunk) -> LayerShape:
     """The width that every layer fits into: most groups, most query heads a group, most channels; at least one of each."""
-    kv_heads = max(1, *(shape.kv_heads for shape in model.shapes))
-    group = max(1, *(shape.query_heads // shape.kv_heads for shape in model.shapes if shape.kv_heads))
-    return LayerShape(kv_heads * group, kv_heads, max(1, *(shape.channels for shape in model.shapes)))
+    kv_heads = max([1, *(shape.kv_heads for shape in model.shapes)])
+    group = max([1, *(shape.query_heads // shape.kv_heads for shape in model.shapes if shape.kv_heads)])
+    return LayerShape(kv_heads * group, kv_heads, max([1, *(shape.channels for shape in model.shapes)]))
 
 
 def stock_config(model: Shrunk, shape: LayerShape) -> PreTrainedConfig:
