@@ -171,11 +171,13 @@ td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}"""
 
 def page(rows: Rows, made: Mapping[str, list[list[str]]]) -> str:
     """One HTML page that needs nothing else."""
-    seeds = sorted({row["seed"] for row in rows})
+    keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
+    seeds = {keep: sorted({row["seed"] for row in rows if row["keep"] == keep and row["method"] != DENSE}) for keep in keeps}
+    told = "; ".join(f"{', '.join(map(str, found))} at {keep:.0%}" for keep, found in seeds.items())
     updates = sorted({row["updates"] for row in rows})
     intro = (
         f"Every method at the same share of block parameters, with the same data, the same LoRA recovery and {updates[0]} updates in all "
-        f"(what a method learns with is part of them). Seeds {', '.join(map(str, seeds))}; mean ± standard deviation where there are two "
+        f"(what a method learns with is part of them). Seeds {told}; mean ± standard deviation where there are two "
         "or more; in brackets the value straight after pruning. ShortGPT drops whole layers and never keeps more than the share: see the "
         "blocks it kept. On models this small a token costs Python, not memory: only removed layers speed up decoding."
     )
