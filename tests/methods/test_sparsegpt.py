@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn.functional import kl_div, log_softmax
 
+from compresso.core.obs import NotPositiveDefiniteError
 from compresso.drive.calibration import Calibration
 from compresso.drive.targets import Where
 from compresso.errors import NumericError
@@ -111,6 +112,31 @@ def test_a_second_moment_beyond_repair_names_its_linears(make_job: MakeJob, monk
     monkeypatch.setattr(module, "second_moment", lambda total, inputs: -(inputs.T @ inputs))
     with pytest.raises(NumericError, match=r"model\.layers\.0\.self_attn\.q_proj, .*v_proj: the second moment .* raise damping"):
         SparseGpt()(make_job())
+
+
+def test_where_the_recipe_says_so_wanda_takes_over_and_the_records_tell(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compresso.drive.one_shot as module
+
+    invert = module.inverse_factor
+
+    def refusing(moment: torch.Tensor, damping: float) -> Any:
+        if len(moment) == 48:  # down_proj
+            raise NotPositiveDefiniteError("the second moment of its inputs is not positive definite")
+        return invert(moment, damping)
+
+    monkeypatch.setattr(module, "inverse_factor", refusing)
+    where, names = Where(layers=(0, 1), modules=("*.down_proj",)), ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(NumericError, match="not positive definite; give more calibration examples"):
+        SparseGpt(where=where)(make_job())
+    job = SparseGpt(where=where, not_invertible="wanda")(make_job(folder="other"))
+    wanda = Wanda(where=where)(make_job(folder="wanda"))
+    assert all(torch.equal(job.model.get_parameter(f"{name}.weight"), wanda.model.get_parameter(f"{name}.weight")) for name in names)
+    assert list(job.records["sparsegpt"]["by_wanda"]) == names
+    assert "not positive definite" in job.records["sparsegpt"]["by_wanda"][names[0]]
+    everywhere = SparseGpt(pattern="2:4", not_invertible="wanda")(make_job(folder="all"))
+    assert len(everywhere.records["sparsegpt"]["by_wanda"]) == 3 and everywhere.records["sparsegpt"]["sparsity"] == 0.5
+    with pytest.raises(ValidationError, match="not_invertible=wanda prunes and does not round"):
+        SparseGpt(bits=4, not_invertible="wanda")
 
 
 def test_one_example_and_a_dead_channel_do(make_job: MakeJob) -> None:

@@ -43,6 +43,7 @@ def compensated(
     in_order: bool = False,
     damping: float = 0.01,
     block: int = 128,
+    otherwise: Edit | None = None,
 ) -> Edit:
     """An edit that prunes and rounds with optimal brain surgeon updates; the statistic is the second moment.
 
@@ -53,8 +54,9 @@ def compensated(
         quantize: the weights of a group's matrices, stacked [out, in], before anything is done, and the order [in] in which columns are
             swept -> how the column at a place of that order is rounded; None rounds nothing.
         in_order: sweep the inputs with the largest second moments first.
+        otherwise: edits a group whose second moment cannot be inverted; it is given the sum of squares. None stops.
 
-    Raises NumericError, when it edits, naming the linears whose second moment cannot be inverted.
+    Raises NumericError, when it edits and nothing else was told, naming the linears whose second moment cannot be inverted.
     """
 
     def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
@@ -63,6 +65,9 @@ def compensated(
         try:
             factor = inverse_factor(moment[order][:, order] if in_order else moment, damping)
         except NotPositiveDefiniteError as error:
+            if otherwise is not None:
+                told = otherwise(group, Seen(seen.total.diagonal().clamp(min=0), seen.tokens))
+                return {name: {**facts, "loss": None, "not_inverted": str(error)} for name, facts in told.items()}
             raise NumericError(
                 f"{', '.join(group.names)}: {error}; give more calibration examples, raise damping, or add it to ignore"
             ) from error

@@ -13,7 +13,7 @@ same inputs. The last block is not run again. Where H cannot be factored, dampin
 run stops: never an identity in its place. Calibration rows are the run's, not C4 by itself.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import fit
-from compresso.core.sparsity import parse_pattern
+from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, parse_pattern
 from compresso.drive.calibration import Calibration
-from compresso.drive.one_shot import compensated, more_damped, obs_choice
+from compresso.drive.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Groups, Where, chosen
+from compresso.drive.targets import Group, Groups, Where, chosen
 from compresso.job import Effects, Job, stage
 
 
@@ -49,6 +49,8 @@ class SparseGpt:
         damping: share of H's mean diagonal that is added to it.
         block: columns among which weights are chosen, and updated together.
         compat: "exact" or "reference" (the authors' off-by-one and ties).
+        not_invertible: what becomes of linears whose second moment cannot be inverted: "stop" the run, or prune them by "wanda", which the
+            records tell.
         where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
     """
@@ -62,6 +64,7 @@ class SparseGpt:
     damping: Annotated[float, Gt(0), Le(1)] = 0.01
     block: Annotated[int, Ge(1)] = 128
     compat: Literal["exact", "reference"] = "exact"
+    not_invertible: Literal["stop", "wanda"] = "stop"
     where: Where = Where()
     calibration: Calibration = Calibration()
 
@@ -73,6 +76,8 @@ class SparseGpt:
                 raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null")
             if self.block % m:
                 raise ValueError(f"block={self.block} is no multiple of {m}, which pattern={self.pattern} needs")
+        if self.not_invertible == "wanda" and self.bits is not None:
+            raise ValueError("not_invertible=wanda prunes and does not round; leave bits out, or let the run stop")
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
@@ -85,6 +90,11 @@ class SparseGpt:
         pattern = parse_pattern(self.pattern) if self.pattern else None
         if share == 0 and pattern is None and self.bits is None:
             return job.note("sparsegpt", sparsity=0.0)
+
+        def by_wanda(_: Group, score: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            """Entries that go by Wanda's score."""
+            return lowest_in_groups(score, *pattern) if pattern else lowest_in_rows(score, share), {}
+
         edit = compensated(
             job.model,
             choose=obs_choice(share, pattern, self.compat),
@@ -92,6 +102,7 @@ class SparseGpt:
             quantize=None if self.bits is None else self._rounding,
             damping=self.damping,
             block=self.block,
+            otherwise=zeroed(job.model, by_wanda) if self.not_invertible == "wanda" else None,
         )
         job, notes = job.swept("sparsegpt", self, groups, self.calibration, second_moment, edit)
         return job.note(
@@ -99,6 +110,7 @@ class SparseGpt:
             bits=self.bits,
             loss={name: facts["loss"] for name, facts in notes.items()},
             damped_more=more_damped(notes, self.damping),
+            by_wanda={name: facts["not_inverted"] for name, facts in notes.items() if "not_inverted" in facts},
         )
 
     def _rounding(self, weight: Tensor, _: Tensor) -> Quantize:
