@@ -5,6 +5,7 @@ The native one is asked about in all engines, each a process of seconds; the oth
 
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> None:
     answers = {answer.engine: answer for answer in verify(native)}
     assert answers[PLAIN].opens == "no"
-    assert "custom code" in answers[PLAIN].reason
+    assert "The repository this folder contains custom code" in answers[PLAIN].reason and str(native) not in answers[PLAIN].reason
     for engine in (OWN, REMOTE):
         assert (answers[engine].opens, answers[engine].same_tokens) == ("yes", opened.NEW_TOKENS)
         assert answers[engine].difference == pytest.approx(0, abs=1e-4)
@@ -137,6 +138,12 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
     code, out, _ = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "quiet", *more, "--no-verify")
     assert code == 0 and "vLLM" not in out
     assert json.loads((tmp_path / "quiet" / "records.json").read_text())["engines"] == []
+
+
+def test_records_name_no_folder_of_this_machine(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f"{Path(tempfile.gettempdir(), 'x', 'model.gguf')} does not open in llama.cpp, which refuses it: no"
+    monkeypatch.setattr(verifying, "verify", lambda folder: [verifying.Answer("llama.cpp, as GGUF", "no", said)])
+    assert verifying.engines(native)[0]["reason"] == "a temporary file does not open in llama.cpp, which refuses it: no"
 
 
 def test_where_memory_does_not_suffice_it_says_so(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:

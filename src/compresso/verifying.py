@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def engines(folder: Path) -> list[dict[str, Any]]:
     if 2.2 * size > (there := available(torch.device("cpu"))):
         reason = f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify asks elsewhere"
         return [asdict(Answer(engine, "not checked", reason)) for engine in _WORDS]
-    return [asdict(answer) for answer in verify(folder)]
+    temporary = re.compile(re.escape(tempfile.gettempdir()) + r"[^\s:]*")  # records name no folder of this machine
+    return [asdict(answer) | {"reason": temporary.sub("a temporary file", answer.reason)} for answer in verify(folder)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
@@ -136,7 +138,7 @@ def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tens
         check=False,
     )
     if done.returncode:
-        return Answer(engine, "no", _why(done.stderr, done.returncode))
+        return Answer(engine, "no", _why(done.stderr, done.returncode).replace(str(folder.resolve()), "this folder"))
     found = load_file(result)
     if found["logits"].shape != logits.shape:
         return Answer(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
