@@ -138,6 +138,9 @@ def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Pat
         compresso.run("gate-taylor", tiny_folder, instructions, output=tmp_path / "out", stream=True)
     with pytest.raises(RecipeError, match=r"recipe magnitude/50 \(magnitude\) cannot be streamed"):
         compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", stream=True)
+    for layout in ("padded", "native"):
+        with pytest.raises(RecipeError, match=f"--layout {layout}: a streamed run writes its model in the layout it came in"):
+            done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, layout=layout)
     assert not list(tmp_path.iterdir())
 
 

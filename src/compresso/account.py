@@ -13,13 +13,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
 from compresso.data.batches import Row
 from compresso.data.instructions import encode_prompt
+from compresso.drive.memory import available
 from compresso.job import Job
 from compresso.measure.divergence import divergence, reference
 from compresso.measure.forward import context_of
@@ -226,7 +226,7 @@ def _speeds(models: Mapping[str, PreTrainedModel]) -> dict[str, tuple[Measuremen
 def _lacking(source: Source, device: torch.device, dtype: torch.dtype) -> str:
     """Why the dense model cannot be read beside the smaller one; "" if it can."""
     needed = sum(math.prod(tensor.shape) for tensor in source.tensors.values()) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = available(device)
     if needed * 1.2 <= free:  # a fifth more for activations
         return ""
     return f"the dense model needs {needed / 1e9:.1f} GB beside the smaller one, and {free / 1e9:.1f} GB are free on {device}"

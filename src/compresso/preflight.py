@@ -95,7 +95,7 @@ def prepare(
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
     if stream:
-        check_streamed(recipe)
+        check_streamed(recipe, layout)
     output = output.resolve()
     check_output(output, source.folder, force)
     check_output(WorkFolder.beside(output), source.folder, force=True)
@@ -120,8 +120,10 @@ def prepare(
     return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
 
 
-def check_streamed(recipe: Recipe) -> None:
-    """Raise RecipeError for a recipe that needs the whole model in memory."""
+def check_streamed(recipe: Recipe, layout: str) -> None:
+    """Raise RecipeError for a recipe that needs the whole model in memory, or a layout other than the model's own."""
+    if layout != "auto":
+        raise RecipeError(f"--layout {layout}: a streamed run writes its model in the layout it came in; leave --layout or --stream out")
     stages = [name for name, _ in recipe.stages]
     if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
         raise RecipeError(

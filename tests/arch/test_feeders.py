@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.arch.conftest import CLASSES, CONFIGS, POST_NORM
+from tests.arch.conftest import CONFIGS
 from tests.arch.test_laws import GENERATING, Tiny, described, logits, random_masks
 from torch import nn
 
@@ -33,7 +33,6 @@ def test_a_scale_moves_through_every_feeder(tiny: Tiny, name: str, pruned: bool)
             moved += 1
     torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=1e-4)
     assert moved >= (2 if name in GENERATING else 0)
-    assert name in POST_NORM or name in CLASSES or moved
 
 
 def test_a_part_of_a_group_has_no_feeder(tiny: Tiny) -> None:

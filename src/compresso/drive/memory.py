@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.drive.targets import Where, chosen, matrix
+from compresso.drive.targets import chosen, matrix, names_of
 from compresso.errors import ResourceError
 
 OVERHEAD = 200e6
@@ -40,6 +39,10 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [psutil.virtual_memory().available]
+    if sys.platform != "linux":
+        return found[0]
+    import resource  # not there on every system
+
     own = psutil.Process().memory_info()
     for kind, used in ((resource.RLIMIT_DATA, getattr(own, "data", own.rss)), (resource.RLIMIT_AS, own.vms)):
         limit = resource.getrlimit(kind)[0]
@@ -96,13 +99,13 @@ def estimate(model: PreTrainedModel, arch: Arch, stage: Any, rows: Iterable[int]
     lengths = sorted(rows, reverse=True)[: stage.calibration.examples]
     one_batch = sum(lengths[: stage.calibration.batch])
     hidden, widest = int(model.config.hidden_size), 0
-    statistics = 0
-    for here in chosen(model, arch, getattr(stage, "where", Where())).values():
+    statistics, groups = 0, chosen(model, arch, stage.where)
+    for here in groups.values():
         inputs = [matrix(model, group.names[0]).shape[1] for group in here]
         widest = max(widest, *inputs, *(sum(matrix(model, name).shape[0] for name in group.names) for group in here))
         if getattr(stage, "keeps_moments", False):
             statistics = max(statistics, 4 * (sum(width**2 for width in inputs) + 5 * max(inputs) ** 2))
-    edited = 3 * 4 * max((math.prod(matrix(model, n).shape) for n in _names(model, arch, stage)), default=0)  # a matrix and its scores
+    edited = 3 * 4 * max((math.prod(matrix(model, n).shape) for n in names_of(groups)), default=0)  # a matrix and its scores
     kept = one_batch if stage.calibration.activations == "disk" else sum(lengths)
     scores = int(getattr(model.config, "num_attention_heads", 1)) * max(lengths, default=0)
     return Estimate(
@@ -120,7 +123,3 @@ def refuse_above(needed: Estimate, device: torch.device) -> None:
             f"this needs {needed.words()}, and {there / 1e9:.2f} GB are there. Give fewer or shorter examples, "
             "set calibration.activations to disk, or go on all the same with --over-memory"
         )
-
-
-def _names(model: PreTrainedModel, arch: Arch, stage: Any) -> list[str]:
-    return [name for here in chosen(model, arch, stage.where).values() for group in here for name in group.names]
