@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compresso
+from compresso.errors import CheckpointError
 from compresso.options import with_options
 from compresso.run import Result, run
 from tests.conftest import Call, Forked, work_of
@@ -43,6 +44,24 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens_with_its_zeros(
     assert "no smaller and no faster" in card
     assert "No tensor became smaller." in card
     assert "so it is smaller on disk" not in card
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_checkpoint_of_e_sparse_computes_the_same_gathered_and_is_n_of_m_then(
+    tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
+    result = done("e-sparse/2-4", tiny_folder, instructions, tmp_path / "out")
+    plain, gathered = compresso.load(result.folder).model, compresso.load(result.folder, gather=True).model
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(gathered(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    held = [
+        [bool(((one.reshape(len(one), -1, 4) != 0).sum(dim=2) <= 2).all()) for name, one in model.named_parameters() if "proj" in name]
+        for model in (plain, gathered)
+    ]
+    assert all(held[1]) and not all(held[0])
+    with pytest.raises(CheckpointError, match=r"gather=True: .* has no orders to gather by"):
+        compresso.load(tiny_folder, gather=True)
 
 
 @pytest.mark.usefixtures("quick_reopening")

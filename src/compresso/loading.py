@@ -12,6 +12,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
+from compresso.edit.gather import gather_inputs_
 from compresso.edit.patches import patch_
 from compresso.errors import CheckpointError, DataError
 
@@ -62,37 +63,49 @@ class Loaded:
         return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False) -> Loaded:
     """Open a checkpoint folder.
 
     Args:
         path: a folder that `compresso.run` wrote, or any model folder or hub id.
         dtype: None keeps the stored one.
         device: where the weights go.
+        gather: weights that E-Sparse pruned lie in n:m groups, and their inputs are gathered to meet them; see `compresso.edit.gather`.
 
     Raises:
-        CheckpointError: if it is not a safe, complete checkpoint, or was pruned with a prompt that this version does not know.
+        CheckpointError: if it is not a safe, complete checkpoint, was pruned with a prompt that this version does not know, or has no
+            orders to gather by.
     """
     source = open_source(path)
     prompt = _prompt(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype, device=device)
-    patch_(model, _patches(source))
+    records = _records(source)
+    patch_(model, records.get("patches", ()))
+    if gather:
+        gather_inputs_(model, _orders(source, records))
     return Loaded(model, tokenizer, prompt)
 
 
-def _patches(source: Source) -> list[str]:
-    """The forward patches that a checkpoint's records name."""
-    records = source.folder / "records.json" if source.folder else None
-    return list(read_json(records).get("patches", ())) if records is not None and records.is_file() else []
+def _records(source: Source) -> dict[str, Any]:
+    """What compresso wrote beside a checkpoint, or nothing."""
+    path = source.folder / "records.json" if source.folder else None
+    return dict(read_json(path)) if path is not None and path.is_file() else {}
+
+
+def _orders(source: Source, records: dict[str, Any]) -> list[dict[str, Any]]:
+    """The orders in which E-Sparse left groups of linears."""
+    found: list[dict[str, Any]] | None = records.get("stages", {}).get("e_sparse", {}).get("orders")
+    if not found:
+        raise CheckpointError(
+            f"gather=True: {source.name} has no orders to gather by; they are in the records of e_sparse with shuffle: all"
+        )
+    return found
 
 
 def _prompt(source: Source) -> Prompt | None:
     """The prompt that a checkpoint's records name, if it has records."""
-    records = source.folder / "records.json" if source.folder else None
-    if records is None or not records.is_file():
-        return None
-    stored = read_json(records).get("prompt")
+    stored = _records(source).get("prompt")
     if not isinstance(stored, dict):
         return None
     known = prompt_identity()

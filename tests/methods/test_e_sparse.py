@@ -19,12 +19,13 @@ def test_the_pattern_holds_as_it_lies_or_in_the_order_of_the_records(make_job: M
     job = ESparse()(make_job())
     facts, state = job.records["e_sparse"], job.model.state_dict()
     assert facts["folded"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
-    readers = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj"), "o_proj": ("o_proj",)}
-    assert facts["orders"] and not any("down_proj" in name for name in facts["orders"])
+    readers = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    orders = {tuple(group["linears"]): group["order"] for group in facts["orders"]}
+    assert orders and not any("down_proj" in name for names in orders for name in names)
     for name in (name for name in state if name.endswith("proj.weight")):
         parent, _, own = name.removesuffix(".weight").rpartition(".")
-        first = next((first for first, names in readers.items() if own in names), own)
-        order = facts["orders"].get(f"{parent}.{first}")
+        together = next((names for names in readers if own in names), (own,))
+        order = orders.get(tuple(f"{parent}.{one}" for one in together))
         assert holds(state[name] if order is None else state[name][:, order])
         assert order is None or not holds(state[name])
     assert all(max(shares.values()) >= 1 for shares in facts["retained"].values())
@@ -34,7 +35,7 @@ def test_the_pattern_holds_as_it_lies_or_in_the_order_of_the_records(make_job: M
 def test_with_folded_orders_alone_every_weight_is_n_of_m_as_it_lies(make_job: MakeJob) -> None:
     job = ESparse(shuffle="folded")(make_job())
     assert all(holds(tensor) for name, tensor in job.model.state_dict().items() if name.endswith("proj.weight"))
-    assert job.records["e_sparse"]["orders"] == {} and len(job.records["e_sparse"]["folded"]) == 3
+    assert job.records["e_sparse"]["orders"] == [] and len(job.records["e_sparse"]["folded"]) == 3
 
 
 def test_where_all_weights_stay_only_their_places_change(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,8 @@ def test_without_shuffle_norm_and_difference_of_entropies_it_is_magnitude(make_j
 def test_without_the_writers_down_has_an_order_in_the_records(make_job: MakeJob) -> None:
     job = ESparse(where=Where(modules=("*.down_proj",)))(make_job())
     facts = job.records["e_sparse"]
-    assert facts["folded"] == [] and set(facts["orders"]) <= {f"model.layers.{i}.mlp.down_proj" for i in range(3)} and facts["orders"]
+    assert facts["folded"] == [] and facts["orders"]
+    assert {name for group in facts["orders"] for name in group["linears"]} <= {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
 
 
 def test_a_block_that_cuts_groups_is_refused() -> None:

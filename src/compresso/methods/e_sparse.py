@@ -9,9 +9,10 @@ No public code was found; these are choices of ours: 100 bins between the extrem
 alpha = 1; the norm is the root mean square over tokens, so that both terms are of order one (`norm: sum` for the root of the sum, as
 Wanda's); of the orders unchanged, swapped, and dealt and swapped, each group gets the one that keeps most, since dealing alone can lose.
 
-Departure: where an order cannot be folded (q, k, v, o, gate, up, and FFNs with biases), the paper gathers the inputs before each product.
-Here weights stay where they are, so that any engine computes the right thing; they are n:m in the order that the records give (`orders`),
-for an engine that gathers. `shuffle: folded` keeps such groups in their own order, so that every weight is n:m as it lies.
+Where an order cannot be folded (q, k, v, o, gate, up, and FFNs with biases), the paper stores weights in it and gathers the inputs before
+each product. Files here keep such weights where they were, so that any engine computes the right thing, and the records give the order
+(`orders`); `compresso.load(..., gather=True)` reorders them and gathers, so that they lie in n:m groups, for kernels that want them so.
+`shuffle: folded` keeps such groups in their own order: every weight is n:m as it lies.
 Zeros stored dense save no bytes and no time.
 """
 
@@ -41,7 +42,7 @@ from compresso.job import Effects, Job, stage
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="n:m sparsity without updates; the order of channels keeps more than wanda's at the same pattern.",
-    failures="Zeros stored dense save no bytes and no time. A pattern whose order is not folded holds only in the order of the records.",
+    failures="Zeros stored dense save no bytes and no time. An order that is not folded holds only where inputs are gathered (load, gather=True).",
 )
 class ESparse:
     """Knobs of E-Sparse.
@@ -89,7 +90,7 @@ class ESparse:
             norm={name: facts["norm"] for name, facts in first.items()},
             retained={name: facts["retained"] for name, facts in first.items()},
             folded=[name for name, facts in first.items() if facts["folded"]],
-            orders={name: facts["order"] for name, facts in first.items() if facts["order"] is not None},
+            orders=[facts["order"] for facts in first.values() if facts["order"] is not None],
         )
 
     def _prune(self, model: PreTrainedModel, group: Group, seen: Seen, axis: Axis | None) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class ESparse:
             "norm": float(size.mean()),
             "retained": {name: round(share, 6) for name, share in retained.items()},
             "folded": axis is not None and moved,
-            "order": order.tolist() if moved and axis is None else None,
+            "order": {"linears": list(group.names), "order": order.tolist()} if moved and axis is None else None,
         }
         return {name: facts if name == group.names[0] else {} for name in group.names}
 
