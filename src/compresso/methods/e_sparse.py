@@ -42,7 +42,7 @@ from compresso.job import Effects, Job, stage
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="n:m sparsity without updates; the order of channels keeps more than wanda's at the same pattern.",
-    failures="Zeros stored dense save no bytes and no time. An order that is not folded holds only where inputs are gathered (load, gather=True).",
+    failures="Zeros stored dense save no bytes and no time. An order that is not folded holds where inputs are gathered (gather=True).",
 )
 class ESparse:
     """Knobs of E-Sparse.
