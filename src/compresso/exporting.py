@@ -19,7 +19,7 @@ from compresso.export.packed import packing_of, save_packed
 from compresso.export.vllm_deci import save_vllm_deci
 from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
-from compresso.verifying import ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_transformers
+from compresso.verifying import ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_packed
 
 log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
@@ -31,7 +31,7 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
-        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded to symmetric grids) or vllm-deci.
+        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded) or vllm-deci.
         dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama-quantize; of
             onnx: f32 (if None) or int8.
         force: replace what is there.
@@ -135,15 +135,13 @@ def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
     packing = packing_of(source.folder)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     stored = load_model(source)
-    live = stored.float() if stored.dtype == torch.float32 else load_model(source, dtype=torch.float32)
     told: dict[str, Any] = {"output": str(output), "format": "compressed-tensors", "arch": source.config.model_type}
 
     def check(written: Path) -> None:
-        answer = ask_transformers(written, live, tokenizer)
+        answer = ask_packed(written, stored, packing, tokenizer)
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in transformers: {answer.reason}. It was not written.")
         told.update(checked="opened in transformers", difference=answer.difference, same_tokens=answer.same_tokens)
 
-    save_packed(stored, packing.linears, output, bits=packing.bits, group=packing.group, tokenizer=tokenizer, force=force, check=check)
-    told["dtype"] = f"{packing.bits} bits, {f'groups of {packing.group}' if packing.group else 'a scale a row'}"
-    return told | {"bytes": weight_bytes(output)}
+    save_packed(stored, packing, output, tokenizer=tokenizer, force=force, check=check)
+    return told | {"dtype": packing.kind, "bytes": weight_bytes(output)}

@@ -27,12 +27,13 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source, has_tokenizer, is_causal, load_model, load_tokenizer, open_source
 from compresso.drive.memory import available
+from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.errors import CheckpointError, CompressoError
 from compresso.export import llama_cpp, opened
 from compresso.export.gguf import save_gguf
 from compresso.export.onnx import save_onnx
 from compresso.export.onnx_runtime import OnnxModel
-from compresso.export.packed import TESTED, packing_of, save_packed
+from compresso.export.packed import TESTED, Packing, packing_of, save_packed
 from compresso.native import MODELING_FILE
 from compresso.native.stock import as_stock
 
@@ -42,8 +43,11 @@ LOGITS_WITHIN = 1e-3
 PROBABILITIES_WITHIN = 1e-2
 ONNX_WITHIN = 1e-4
 """Of logits in ONNX Runtime, as `LOGITS_WITHIN`."""
+HALF_WITHIN = 2e-2
+"""As `LOGITS_WITHIN`, where scales of few bits are stored with half the precision."""
 OWN = "transformers, compresso imported"
 ONNX = "ONNX Runtime, as ONNX"
+PACKED = "compressed-tensors, packed"
 _WORDS = {"transformers": (), OWN: ("compresso",), "transformers, trust_remote_code": ("remote",)}
 _UNASKED = {"vLLM": "vllm"}
 
@@ -83,7 +87,7 @@ def verify(model: str | Path) -> list[Answer]:
         in_onnx_runtime = _onnx_runtime(live, tokenizer, Path(scratch))
         del live
         answers = [_transformers(engine, source, ids, logits, greedy, Path(scratch)) for engine in _WORDS]
-        packed = _compressed(source, tokenizer, ids, logits, greedy, Path(scratch))
+        packed = _compressed(source, tokenizer, Path(scratch))
     return [*answers, in_llama_cpp, in_onnx_runtime, packed, *(_unasked(engine, package) for engine, package in _UNASKED.items())]
 
 
@@ -112,15 +116,26 @@ def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, gree
     return _opened(engine, source.folder, ids, logits, greedy, scratch)
 
 
-def ask_transformers(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Answer:
-    """Compare a folder, opened by plain transformers in a fresh process, with the live model it was written from."""
+def ask_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Answer:
+    """Compare a packed folder, opened by plain transformers in a fresh process, with the live model it was written from.
+
+    The model becomes float32. Where activations are rounded, here and there by steps of slightly different size, a difference of twice what
+    rounding them makes is allowed.
+    """
+    within = LOGITS_WITHIN if model.dtype == torch.float32 else HALF_WITHIN
     ids = _ids(tokenizer, model.config.vocab_size)
-    logits, greedy = opened.continued(model, ids)
+    logits, greedy = opened.continued(model.float(), ids)
+    if packing.inputs:
+        exact = logits
+        round_inputs_(model, packing.inputs, packing.linears)
+        logits, greedy = opened.continued(model, ids)
+        keep_inputs_(model)
+        within += 2 * float((logits - exact).abs().max()) / max(1.0, float(logits.abs().max()))
     with tempfile.TemporaryDirectory() as scratch:
-        return _opened(next(iter(_WORDS)), folder, ids, logits, greedy, Path(scratch))
+        return replace(_opened(next(iter(_WORDS)), folder, ids, logits, greedy, Path(scratch), within), engine=PACKED)
 
 
-def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Answer:
+def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path, within: float = LOGITS_WITHIN) -> Answer:
     """What a fresh process makes of a folder."""
     words = _WORDS[engine]
     given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
@@ -143,7 +158,7 @@ def _opened(engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tens
     if found["logits"].shape != logits.shape:
         return Answer(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
     difference = float((found["logits"] - logits).abs().max())
-    return _judged(engine, difference, _within(found["logits"], logits), found["greedy"].tolist(), greedy.tolist(), "logits")
+    return _judged(engine, difference, _within(found["logits"], logits, within), found["greedy"].tolist(), greedy.tolist(), "logits")
 
 
 def _within(found: Tensor, wanted: Tensor, within: float = LOGITS_WITHIN) -> bool:
@@ -215,23 +230,21 @@ def ask_onnx_runtime(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
     return _judged(ONNX, difference, fits, tokens, greedy.tolist(), "logits")
 
 
-def _compressed(
-    source: Source, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path
-) -> Answer:
+def _compressed(source: Source, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Answer:
     """Pack what the run rounded, and open that in plain transformers."""
-    engine = "compressed-tensors, packed"
     if importlib.util.find_spec("compressed_tensors") is None:
-        return Answer(engine, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")
+        return Answer(PACKED, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")
     try:
         packing = packing_of(source.folder)
     except CompressoError as error:
-        return Answer(engine, "not checked", str(error))
+        return Answer(PACKED, "not checked", str(error))
     folder = scratch / "packed"
     try:
-        save_packed(load_model(source), packing.linears, folder, bits=packing.bits, group=packing.group, tokenizer=tokenizer)
-        return replace(_opened(next(iter(_WORDS)), folder, ids, logits, greedy, scratch), engine=engine)
+        model = load_model(source)
+        save_packed(model, packing, folder, tokenizer=tokenizer)
+        return ask_packed(folder, model, packing, tokenizer)
     except CompressoError as error:
-        return Answer(engine, "no", str(error))
+        return Answer(PACKED, "no", str(error))
 
 
 def ask_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Answer:

@@ -67,19 +67,21 @@ def test_rows_of_zeros_and_bad_knobs() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 @pytest.mark.parametrize("group", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_symmetric_grid_is_recovered_from_its_values(bits: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_grid_is_recovered_from_its_values(bits: int, group: int, dtype: torch.dtype, symmetric: bool) -> None:
     weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(bits))
     weight[3] = 0
-    rounded = fit(weight, bits, group=group, symmetric=True).round(weight).to(dtype)
-    grid = recovered(rounded, bits, group)
+    rounded = fit(weight, bits, group=group, symmetric=symmetric).round(weight).to(dtype)
+    grid = recovered(rounded, bits, group, symmetric=symmetric)
     assert grid is not None
     torch.testing.assert_close(grid.round(rounded.float()), rounded.float(), rtol=2 * torch.finfo(dtype).eps, atol=0)
-    assert recovered(weight, bits, group) is None
+    assert recovered(weight, bits, group, symmetric=symmetric) is None
 
 
-def test_eight_bits_are_recovered_in_float32() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_are_recovered_in_float32(symmetric: bool) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    rounded = fit(weight, 8, symmetric=True).round(weight)
-    grid = recovered(rounded, 8)
+    rounded = fit(weight, 8, symmetric=symmetric).round(weight)
+    grid = recovered(rounded, 8, symmetric=symmetric)
     assert grid is not None
     torch.testing.assert_close(grid.round(rounded), rounded, rtol=1e-6, atol=0)

@@ -110,23 +110,30 @@ def bits_per_weight(shapes: Sequence[tuple[int, ...]], bits: int, group: int, sy
     return bits + grids * (16 + (0 if symmetric else bits)) / weights
 
 
-def recovered(weight: Tensor, bits: int, group: int = 0) -> Grid | None:
-    """A symmetric grid that holds all of a matrix' values already, or None: what `fit(..., symmetric=True)` rounded to, or a coarser one.
+def recovered(weight: Tensor, bits: int, group: int = 0, *, symmetric: bool = True) -> Grid | None:
+    """A grid that holds all of a matrix' values already, or None: what `fit` rounded to, or a coarser one.
 
     Args:
         weight: [rows, columns], of any float type; its rounding is allowed for.
         bits, group: as in `fit`; with more than about 6 bits a bfloat16 matrix is too coarse to tell.
+        symmetric: whether the zero point is in the middle of the codes; otherwise it lies where all values fit.
     """
     if group and weight.shape[1] % group:
         return None
     exact = weight.float().reshape(weight.shape[0], -1, group or weight.shape[1])
-    top, half = exact.abs().amax(dim=2), 2 ** (bits - 1)
+    top, half, steps = exact.abs().amax(dim=2), 2 ** (bits - 1), 2**bits - 1
     scale, unknown = torch.ones_like(top), top > 0
-    for largest in range(1, half + 1):  # the code of the largest value
+    zero = torch.full_like(top, half if symmetric else 0)
+    for largest in range(1, half + 1 if symmetric else steps + 1):  # the step of the largest value, counted from 0
+        if not bool(unknown.any()):
+            break
         tried = torch.where(top > 0, top / largest, 1).unsqueeze(2)
-        codes = torch.round(exact / tried)
-        fits = (codes * tried - exact).abs() <= torch.finfo(weight.dtype).eps * exact.abs() * 2
-        fits = (fits & (codes >= -half) & (codes < half)).all(dim=2) & unknown
+        moved = torch.round(exact / tried)
+        low, high = moved.amin(dim=2).clamp(max=0), moved.amax(dim=2).clamp(min=0)
+        inside = (low >= -half) & (high < half) if symmetric else high - low <= steps
+        close = (moved * tried - exact).abs() <= torch.finfo(weight.dtype).eps * exact.abs() * 2
+        fits = close.all(dim=2) & inside & unknown
         scale = torch.where(fits, tried.squeeze(2), scale)
+        zero = zero if symmetric else torch.where(fits, -low, zero)
         unknown = unknown & ~fits
-    return None if bool(unknown.any()) else Grid(scale, torch.full_like(scale, half), bits, group)
+    return None if bool(unknown.any()) else Grid(scale, zero, bits, group)

@@ -1,15 +1,18 @@
-"""Writing rounded weights as codes of few bits, in the format of compressed-tensors (pack-quantized), for engines that read it.
+"""Writing rounded weights as codes of few bits, in the formats of compressed-tensors, for engines that read them.
 
-`rtn`, `gptq` and `awq` leave values on a grid, stored as full numbers. A symmetric grid can be told from the values, so any
-such checkpoint can be packed later, without the run that made it. The library packs, unpacks and words the config.
+`rtn`, `gptq`, `awq` and `smoothquant` leave values on a grid, stored as full numbers. The grid can be told from the values, so any such
+checkpoint can be packed later, without the run that made it. The library packs, unpacks and words the config.
 
-Symmetric grids only: of asymmetric ones transformers 5.23 with compressed-tensors 0.20 writes packed zero points that it cannot read again.
-transformers unpacks at the first forward pass: the file is smaller, the model in memory and its speed are not.
+Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so (`dequantize`); it
+says so for asymmetric grids, since their packed zero points are not read the first way. The file is smaller, the model in memory and its
+speed are not. Weights of 8 bits under rounded activations (`smoothquant`): int-quantized, for engines that multiply integers;
+transformers computes it with full numbers. The library's steps of activations are 1/127.5 of the largest entry, those of `compresso.load`
+1/127.
 """
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
 from compresso.core.rounding import recovered
+from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
 
 TESTED = "0.20.0"
@@ -29,11 +33,32 @@ TESTED = "0.20.0"
 
 @dataclass(frozen=True)
 class Packing:
-    """What a run rounded: full names of the linears, and the bits and group of their grids."""
+    """What a run rounded.
+
+    Args:
+        linears: full names.
+        bits, group, symmetric: of their grids; group 0 is one scale a row.
+        inputs: what shares a scale of the activations that they round, None if they round none.
+    """
 
     linears: tuple[str, ...]
     bits: int
-    group: int
+    group: int = 0
+    symmetric: bool = True
+    inputs: Range | None = None
+
+    @property
+    def kind(self) -> str:
+        """In words, such as "4 bits, groups of 128, asymmetric"."""
+        shared = f"groups of {self.group}" if self.group else "a scale a row"
+        return (
+            f"{self.bits} bits, {shared}" + ("" if self.symmetric else ", asymmetric") + (", activations of 8 bits" if self.inputs else "")
+        )
+
+    @property
+    def format(self) -> str:
+        """What the library calls it."""
+        return "int-quantized" if self.inputs else "pack-quantized"
 
 
 def packing_of(folder: Path | None) -> Packing:
@@ -44,25 +69,23 @@ def packing_of(folder: Path | None) -> Packing:
     path = None if folder is None else folder / "records.json"
     records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
     stages: list[dict[str, Any]] = records.get("recipe", {}).get("stages", [])
-    rounding = [(name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits")]
+    rounding = [(name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name == "smoothquant"]
     if not rounding:
-        raise ExportError("nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq or awq on it first")
-    name, knobs = rounding[-1]
-    if not knobs.get("symmetric"):
         raise ExportError(
-            f"its stage {name} rounded to asymmetric grids, which are not packed; run it with --set stages.{name}.symmetric=true"
+            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant on it first"
         )
+    name, knobs = rounding[-1]
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
-    return Packing(linears, int(knobs["bits"]), int(knobs.get("group") or 0))
+    if name == "smoothquant":
+        return Packing(linears, 8, inputs=range_of(knobs["inputs"]))
+    return Packing(linears, int(knobs["bits"]), int(knobs.get("group") or 0), bool(knobs.get("symmetric")))
 
 
 def save_packed(
     model: PreTrainedModel,
-    linears: Sequence[str],
+    packing: Packing,
     folder: Path | str,
     *,
-    bits: int,
-    group: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
@@ -70,9 +93,8 @@ def save_packed(
     """Write a checkpoint whose rounded linears are packed; `folder` is complete or untouched.
 
     Args:
-        model: live, of equal widths in all layers, with weights on symmetric grids.
-        linears: full names of the rounded ones.
-        bits, group: of their grids; group 0 is one scale a row.
+        model: live, of equal widths in all layers, with weights on grids.
+        packing: what was rounded, and how.
         tokenizer: written beside it.
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
@@ -80,28 +102,11 @@ def save_packed(
     Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if `folder` may not be
     written.
     """
-    helpers = _library("compressors.pack_quantized.helpers")
     tied: dict[str, Any] = getattr(model, "_tied_weights_keys", None) or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if not (model.config.tie_word_embeddings and name in tied)}
-    for name in linears:
-        weight: Tensor = state.pop(f"{name}.weight")
-        grid = recovered(weight, bits, group)
-        if grid is None:
-            raise ExportError(
-                f"{name} does not lie on a symmetric grid of {bits} bits in groups of {group or 'a row'}; "
-                "give the bits and group that it was rounded with, and round with symmetric: true"
-            )
-        codes = (grid.codes(weight.float()) - grid.zero[0, 0]).to(torch.int8)
-        scale = grid.scale.to(weight.dtype)
-        packed: Tensor = helpers.pack_to_int32(codes, bits)
-        if not torch.equal(helpers.unpack_from_int32(packed, bits, weight.shape), codes):
-            raise ExportError(f"{name} does not unpack to what was packed; use compressed-tensors {TESTED}")
-        state |= {
-            f"{name}.weight_packed": packed,
-            f"{name}.weight_scale": scale,
-            f"{name}.weight_shape": torch.tensor(weight.shape),
-        }
-    config = {**json.loads(model.config.to_json_string()), "quantization_config": _config(model, linears, bits, group)}
+    for name in packing.linears:
+        state |= {f"{name}.{part}": tensor for part, tensor in _packed(name, state.pop(f"{name}.weight"), packing).items()}
+    config = {**json.loads(model.config.to_json_string()), "quantization_config": _config(model, packing)}
     with new_folder(folder, force) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "model.safetensors", metadata={"format": "pt"})
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
@@ -111,21 +116,48 @@ def save_packed(
             check(temporary)
 
 
-def _config(model: nn.Module, linears: Sequence[str], bits: int, group: int) -> dict[str, Any]:
+def _packed(name: str, weight: Tensor, packing: Packing) -> dict[str, Tensor]:
+    """What is written of a linear's weight [out, in]: codes, scales [out, groups] and, of asymmetric grids, zero points."""
+    bits = packing.bits
+    grid = recovered(weight, bits, packing.group, symmetric=packing.symmetric)
+    if grid is None:
+        kind = "a symmetric" if packing.symmetric else "an asymmetric"
+        raise ExportError(
+            f"{name} does not lie on {kind} grid of {bits} bits in groups of {packing.group or 'a row'}; "
+            "give the bits and group that it was rounded with"
+        )
+    middle = 2 ** (bits - 1)  # the library counts codes from here
+    codes, scale = (grid.codes(weight.float()) - middle).to(torch.int8), grid.scale.to(weight.dtype)
+    if packing.inputs:
+        return {"weight": codes, "weight_scale": scale}
+    helpers = _library("compressors.pack_quantized.helpers")
+    packed: Tensor = helpers.pack_to_int32(codes, bits)
+    if not torch.equal(helpers.unpack_from_int32(packed, bits, weight.shape), codes):
+        raise ExportError(f"{name} does not unpack to what was packed; use compressed-tensors {TESTED}")
+    found = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
+    if not packing.symmetric:
+        found["weight_zero_point"] = helpers.pack_to_int32((grid.zero - middle).to(torch.int8), bits, packed_dim=0)
+    return found
+
+
+def _config(model: nn.Module, packing: Packing) -> dict[str, Any]:
     """The entry `quantization_config` of config.json; linears that are not packed are listed as ignored."""
     quantization = _library("quantization")
-    args = quantization.QuantizationArgs(
-        num_bits=bits, type="int", symmetric=True, strategy="group" if group else "channel", group_size=group or None
+    group = packing.group
+    weights = quantization.QuantizationArgs(
+        num_bits=packing.bits, type="int", symmetric=packing.symmetric, strategy="group" if group else "channel", group_size=group or None
     )
-    whole = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
+    inputs = packing.inputs and quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy=packing.inputs, dynamic=True)
+    whole = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packing.linears]
     made = quantization.QuantizationConfig(
-        config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=args)},
-        format="pack-quantized",
+        config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
+        format=packing.format,
         quantization_status="compressed",
         ignore=whole,
     )
     version = _library("version").__version__
-    return {"quant_method": "compressed-tensors", "version": version, **made.model_dump(mode="json", exclude={"quant_method"})}
+    at_once = {} if packing.symmetric else {"dequantize": True}
+    return {"quant_method": "compressed-tensors", "version": version, **made.model_dump(mode="json", exclude={"quant_method"}), **at_once}
 
 
 def _library(part: str) -> Any:

@@ -8,7 +8,8 @@ Section 3: weights of 8 bits, one scale a matrix or a row; activations of 8 bits
 Departures: each block is calibrated on what the blocks before it give out with rounded weights, where the paper takes the dense model's
 activations. Static activation scales (O3) are left out, and so are integer products of queries and keys: attention runs as it was.
 Files hold the smoothed and rounded weights as full numbers, which any engine opens. Rounding of activations is a forward patch that the
-records name and `compresso.load` applies; other engines run without it.
+records name and `compresso.load` applies; other engines run without it. `compresso export --format compressed-tensors` writes integers, and
+engines of that format round what meets them.
 """
 
 from dataclasses import replace
@@ -36,7 +37,7 @@ from compresso.job import Effects, Job, stage
     effects=Effects.WEIGHTS | Effects.FORWARD,
     needs=("data",),
     when="Engines that multiply 8-bit integers; large models, whose activations have outliers.",
-    failures="Rounding of activations lives in `compresso.load`; other engines open the rounded weights alone. No file is smaller.",
+    failures="Rounding of activations lives in compresso.load and in exported compressed-tensors; elsewhere weights alone are rounded.",
 )
 class SmoothQuant:
     """Knobs of SmoothQuant.
