@@ -127,6 +127,8 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
     found = {one["engine"]: one["opens"] for one in json.loads((tmp_path / "out" / "records.json").read_text())["engines"]}
     assert list(found)[:3] == [PLAIN, OWN, REMOTE] and {found[engine] for engine in (PLAIN, OWN, REMOTE)} == {"yes"}
     assert all(any(line.startswith(engine) and opens in line for line in out.splitlines()) for engine, opens in found.items())
+    packed = "yes" if importlib.util.find_spec("compressed_tensors") else "not installed"
+    assert found["compressed-tensors, packed"] == packed  # it was asked with what the records will say
     card, report = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))
     assert "| vLLM | " in card and "What the engines of the machine that made it said" in report
     for engine, command in (

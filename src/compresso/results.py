@@ -124,9 +124,10 @@ def finish(
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
-            "engines": list(ask(folder)) if ask else [],
             "guard": findings.guard.model_dump(mode="json"),
         }
+        write_text(folder / "records.json", _json(written))  # engines are asked what they make of it with what is known of it
+        written["engines"] = list(ask(folder)) if ask else []
         result = replace(open_source(folder).identity, name=output.name)
         written["account"] = findings.account(source, result, folder, facts).model_dump(mode="json")
         records = RunRecords.checked(written, "the run's records")
