@@ -157,5 +157,6 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(knobs)
     except ValidationError as error:
         first = error.errors()[0]
-        knob = ".".join(str(part) for part in first["loc"]) or "knobs"
-        raise RecipeError(f"{where}: {knob}={short(first['input'])}: {first['msg'].removeprefix('Value error, ')}") from error
+        path = ".".join(str(part) for part in first["loc"])
+        given = f"{path}={short(first['input'])}: " if path else ""  # of several knobs together the message names them
+        raise RecipeError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from error

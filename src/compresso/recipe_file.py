@@ -128,3 +128,15 @@ class _Loader(yaml.SafeLoader):
                 raise RecipeError(f"it has the key '{key.value}' twice in one mapping (line {key.start_mark.line + 1}); keep one")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """2:4 is a pattern; YAML 1.1 reads it as 124, counting in sixties."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        """As `construct_yaml_int`."""
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)

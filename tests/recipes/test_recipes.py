@@ -9,6 +9,7 @@ from compresso.data import nano
 from compresso.dryrun import act_out
 from compresso.job import card
 from compresso.recipe import build, names, read, with_knob
+from compresso.recipe_file import parse, plain
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
 
 BASELINES = ("gate-taylor", "llm-pruner", "loraprune", "lorashear", "magnitude-structured", "shortgpt")
@@ -66,6 +67,14 @@ def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
         return sum(knobs), {stage.batch for stage in stages}  # type: ignore[attr-defined]
 
     assert lengths(baseline + size) == lengths("compresso" + size)
+
+
+@pytest.mark.parametrize("text", ["2:4", "'2:4'", "30:59.5"])
+def test_a_pattern_needs_no_quotes(text: str) -> None:
+    """YAML 1.1 counts in sixties: an unquoted 2:4 would be 124."""
+    assert plain(text, "value") == text.strip("'")
+    assert parse(f"stages: [{{wanda: {{pattern: {text}}}}}]", "mine")["stages"] == [{"wanda": {"pattern": text.strip("'")}}]
+    assert plain("[1e-3, 1.5, 12, 0x10]", "value") == ["1e-3", 1.5, 12, 16]
 
 
 @pytest.mark.parametrize("name", sorted(DEPTH))
