@@ -3,16 +3,25 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso import cli, exporting
+from compresso.arch.base import arch_for
+from compresso.core.plan import Plan
 from compresso.data import nano
+from compresso.edit.shrink import shrink_
 from compresso.errors import CheckpointError, ExportError
-from compresso.export import gguf, llama_cpp
+from compresso.export import gguf, llama_cpp, llama_quantize
+from compresso.export.hf import save_checkpoint
+from compresso.export.llama_quantize import KINDS
 from compresso.verifying import Answer
 from tests.conftest import Call
+from tests.export.nano_variants import nano_tokenizer
 
 reader = pytest.importorskip("gguf", reason="the gguf package is not installed")
 onnx_is_there = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
@@ -91,7 +100,9 @@ def quantizer(folder: Path, words: str) -> None:
     script.chmod(0o755)
 
 
-def test_k_quants_are_left_to_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_k_quants_are_left_to_llama_quantize_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     quantizer(tmp_path / "bin", 'cp "$1" "$2"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     told = exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
@@ -102,14 +113,40 @@ def test_k_quants_are_left_to_llama_quantize(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
 
 
+@engine
+@pytest.mark.skipif(llama_cpp.shared_library() is None, reason="node-llama-cpp brings no library for this machine")
+@pytest.mark.parametrize("dtype", KINDS)
+def test_k_quants_are_made_by_llama_cpp_and_open_in_it(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of different widths, one without an FFN; inputs that are multiples of 256 get the kind that was asked for."""
+    which = shutil.which
+    monkeypatch.setattr(llama_quantize.shutil, "which", lambda name: None if name == "llama-quantize" else which(name))
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    plan = Plan({"layers.0.channels": tuple(range(256)), "mlp": (0, 2), "layers.2.heads": (0, 1, 2)})
+    arch = arch_for(config)
+    shrink_(model, arch.axes(model), plan)
+    save_checkpoint(model, arch.shapes(model), tmp_path / "model", tokenizer=nano_tokenizer())
+    path = tmp_path / "model.gguf"
+    told = exporting.export(tmp_path / "model", path, format="gguf", dtype=dtype)
+    assert (told["checked"], told["arch"]) == ("opened in llama.cpp", "deci") and told["difference"] < 0.05
+    kinds = {one.name: one.tensor_type.name for one in reader.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_q.weight"].startswith(f"Q{dtype[1]}_K") and kinds["blk.0.attn_norm.weight"] == "F32"
+    assert kinds["blk.2.attn_output.weight"][-1] in "01"  # six heads of 32: no multiple of 256, so it fell back
+
+
 def test_k_quants_that_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "shared_library", lambda: None)
     with pytest.raises(
-        ExportError, match=r"q4_k_m is made by llama\.cpp's llama-quantize, which is not on the PATH; install llama.cpp, or"
+        ExportError, match=r"q4_k_m is made by llama\.cpp, and neither llama-quantize is on the PATH nor node-llama-cpp is installed"
     ):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
     quantizer(tmp_path / "bin", "echo no such type >&2; exit 3")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    with pytest.raises(ExportError, match=r"llama-quantize could not write q6_k \(3\): no such type"):
+    with pytest.raises(ExportError, match=r"llama\.cpp could not write q6_k \(3\): no such type"):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
     (tmp_path / "nano.gguf").write_text("old")
     with pytest.raises(CheckpointError, match="--force"):

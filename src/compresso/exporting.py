@@ -32,7 +32,7 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
 
     Args:
         format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded) or vllm-deci.
-        dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama-quantize; of
+        dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama.cpp; of
             onnx: f32 (if None) or int8.
         force: replace what is there.
 

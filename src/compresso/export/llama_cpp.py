@@ -67,6 +67,13 @@ def continue_texts(file: Path | str, texts: Sequence[str], new_tokens: int = 8, 
     return [Continued(*one) for one in zip(told["tokens"], told["greedy"], told["probabilities"], strict=True)]
 
 
+def shared_library() -> Path | None:
+    """llama.cpp's own library, as node-llama-cpp ships it; None if it is not here."""
+    modules = _modules()
+    found = sorted(modules.glob("@node-llama-cpp/*/bins/*/libllama.*")) if modules else []
+    return found[0] if found else None
+
+
 def _modules() -> Path | None:
     """The node_modules folder with node-llama-cpp in it."""
     named = os.environ.get("COMPRESSO_NODE_MODULES")

@@ -1,12 +1,15 @@
-"""K-quants of a GGUF file, by llama.cpp's own `llama-quantize`, which has to be on the PATH."""
+"""K-quants of a GGUF file, made by llama.cpp: by its `llama-quantize` on the PATH, or else by the library that node-llama-cpp brings."""
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from compresso.arch.base import LayerShape
 from compresso.errors import ExportError
+from compresso.export import libllama, llama_cpp
+from compresso.export.gguf import library
 
 KINDS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 BLOCK = 256
@@ -14,14 +17,16 @@ BLOCK = 256
 _TOOL = "llama-quantize"
 
 
-def tool(kind: str) -> str:
-    """The program. Raises ExportError, with what would do without it, if it is not there."""
-    found = shutil.which(_TOOL)
-    if found is None:
-        raise ExportError(
-            f"{kind} is made by llama.cpp's {_TOOL}, which is not on the PATH; install llama.cpp, or write --dtype q4_0 or q8_0"
-        )
-    return found
+def tool(kind: str) -> list[str]:
+    """The command that makes K-quants, without its last words. Raises ExportError, with what would do without it, if none is there."""
+    if (program := shutil.which(_TOOL)) is not None:
+        return [program]
+    if (library := llama_cpp.shared_library()) is not None:
+        return [sys.executable, "-P", libllama.__file__, str(library)]
+    raise ExportError(
+        f"{kind} is made by llama.cpp, and neither {_TOOL} is on the PATH nor node-llama-cpp is installed; "
+        "install one of them, or write --dtype q4_0 or q8_0"
+    )
 
 
 def fallbacks(shapes: Sequence[LayerShape], hidden: int, head_dim: int) -> list[str]:
@@ -34,8 +39,10 @@ def fallbacks(shapes: Sequence[LayerShape], hidden: int, head_dim: int) -> list[
 
 
 def quantize(whole: Path, output: Path, kind: str) -> None:
-    """Write `output` from an unquantized file. Raises ExportError with the tool's last words if it fails."""
-    done = subprocess.run([tool(kind), str(whole), str(output), kind.upper()], capture_output=True, text=True, check=False)
+    """Write `output` from an unquantized file. Raises ExportError with llama.cpp's last words if it fails."""
+    command = tool(kind)
+    named = kind.upper() if len(command) == 1 else str(library().LlamaFileType[f"MOSTLY_{kind.upper()}"].value)
+    done = subprocess.run([*command, str(whole), str(output), named], capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
         said = " ".join((done.stderr or done.stdout).split())[-300:]
-        raise ExportError(f"{_TOOL} could not write {kind} ({done.returncode}): {said}")
+        raise ExportError(f"llama.cpp could not write {kind} ({done.returncode}): {said}")
