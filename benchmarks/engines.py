@@ -25,6 +25,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, high_water_mib, machine, write
+from compresso.answers import ask_llama_cpp, ask_onnx_runtime
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, load_tokenizer, open_source
 from compresso.core.allocate import allocate
@@ -39,7 +40,6 @@ from compresso.export.onnx import save_onnx
 from compresso.export.onnx_runtime import OnnxModel
 from compresso.measure.latency import speed_measurements
 from compresso.native.stock import as_stock
-from compresso.verifying import ask_llama_cpp, ask_onnx_runtime
 
 PROMPT, NEW = 128, 32
 VARIANTS: dict[str, tuple[float, str]] = {

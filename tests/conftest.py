@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from compresso import cli
 from compresso.data import nano
 from compresso.errors import ExportError
+from compresso.export import vllm_engine
 from compresso.options import with_options
 from compresso.recipe import build, names, read
 from compresso.run import Result, run
@@ -97,6 +98,13 @@ def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Runs by command ask no engine, which takes half a minute; a test marked `engines` does."""
     if request.node.get_closest_marker("engines") is None:
         monkeypatch.setattr(sys.modules["compresso.run"], "engines", lambda folder: [])
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM, which takes 20 seconds to open anything, is not installed but for tests marked `vllm`."""
+    if request.node.get_closest_marker("vllm") is None:
+        monkeypatch.setattr(vllm_engine, "missing", lambda: "vllm is not installed")
 
 
 @pytest.fixture

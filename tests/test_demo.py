@@ -9,6 +9,7 @@ import pytest
 
 import compresso
 from compresso import demo, verifying
+from compresso.answers import Answer
 from compresso.measure.latency import speed_measurements
 from compresso.measure.record import Account, Subject
 from compresso.recipe import override, read, with_knob
@@ -33,7 +34,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
         return speed_measurements(models, batches=(1,), prompt_tokens=2, new_tokens=2, rounds=1)
 
     monkeypatch.setattr(demo, "speed_measurements", briefly)
-    answers = [verifying.Answer("transformers", "yes", same_tokens=8), verifying.Answer("vLLM", "not installed", "vllm is not installed")]
+    answers = [Answer("transformers", "yes", same_tokens=8), Answer("vLLM", "not installed", "vllm is not installed")]
     monkeypatch.setattr(verifying, "verify", lambda folder: answers if folder.name == "compresso" else [])
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compresso import exporting, verifying
+from compresso.answers import Answer
 from compresso.checkpoint.source import open_source
 from compresso.errors import ExportError
 from compresso.export import opened
@@ -68,9 +69,9 @@ def test_rounded_activations_go_with_the_weights(tiny_folder: Path, instructions
 def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     result = rounded("gptq/3", tiny_folder, instructions, tmp_path / "out", ROUNDED["gptq/3"])
     source = open_source(result.folder)
-    answer = verifying._compressed(source, None, tmp_path)
+    (answer,) = verifying._compressed(source, None, tmp_path)
     assert (answer.engine, answer.opens, answer.same_tokens) == ("compressed-tensors, packed", "yes", opened.NEW_TOKENS)
-    answer = verifying._compressed(open_source(tiny_folder), None, tmp_path)
+    (answer,) = verifying._compressed(open_source(tiny_folder), None, tmp_path)
     assert answer.opens == "not checked" and "nothing in it was rounded by compresso" in answer.reason
 
 
@@ -89,7 +90,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = rounded("rtn/4-bit", tiny_folder, instructions, tmp_path / "out", ROUNDED["rtn/4-bit"])
-    monkeypatch.setattr(exporting, "ask_packed", lambda *_: verifying.Answer("transformers", "no", "logits differ by up to 3"))
+    monkeypatch.setattr(exporting, "ask_packed", lambda *_: Answer("transformers", "no", "logits differ by up to 3"))
     with pytest.raises(ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"):
         exporting.export(result.folder, tmp_path / "packed", format="compressed-tensors")
     assert not list(tmp_path.glob("packed*"))

@@ -13,12 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso import verifying
+from compresso.answers import ONNX, OWN, Answer, ask_llama_cpp, ids_of, judged, within_rounding
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from compresso.export import llama_cpp, opened
 from compresso.export.hf import save_checkpoint
-from compresso.verifying import ONNX, OWN, verify
+from compresso.verifying import verify
 from tests.conftest import Call
 from tests.export.nano_variants import nano_tokenizer, pruned_nano
 
@@ -84,14 +85,14 @@ def test_a_uniform_checkpoint_opens_without_compresso_but_without_tokenizer_not_
     answer = verifying._transformers(PLAIN, source, ids, logits, greedy, tmp_path)
     assert (answer.opens, answer.same_tokens) == ("yes", opened.NEW_TOKENS)
     logits[3, 5] += 0.01
-    assert not verifying._within(logits, opened.continued(model, ids)[0])
+    assert not within_rounding(logits, opened.continued(model, ids)[0])
     in_llama_cpp = verifying._llama_cpp(model, None, tmp_path)
     assert in_llama_cpp.opens == "not installed" or "no tokenizer" in in_llama_cpp.reason
 
 
 def test_what_computes_something_else_is_a_no() -> None:
-    judged = verifying._judged("engine", 0.5, False, [1, 2, 3], [1, 9, 3], "logits")
-    assert (judged.opens, judged.same_tokens, judged.reason) == ("no", 1, "logits differ by up to 0.5")
+    answer = judged("engine", 0.5, False, [1, 2, 3], [1, 9, 3], "logits")
+    assert (answer.opens, answer.same_tokens, answer.reason) == ("no", 1, "logits differ by up to 0.5")
 
 
 @pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
@@ -102,10 +103,10 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
     model = pruned_nano()
     path = tmp_path / "m.gguf"
     save_gguf(model, arch_for(model.config).shapes(model), path, nano_tokenizer(), "f32")
-    assert verifying.ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "yes"
+    assert ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "yes"
     for layer in model.model.layers:  # what a wrong order of rows would do
         layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.roll(1, 0)
-    assert verifying.ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "no"
+    assert ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "no"
 
 
 def test_only_language_models_with_weights(native: Path) -> None:
@@ -114,8 +115,8 @@ def test_only_language_models_with_weights(native: Path) -> None:
 
 
 def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
-    assert int(verifying._ids(None, 5).max()) < 5
-    assert verifying._ids(nano_tokenizer(), 1024).dtype == torch.long
+    assert int(ids_of(None, 5).max()) < 5
+    assert ids_of(nano_tokenizer(), 1024).dtype == torch.long
 
 
 @pytest.mark.engines
@@ -144,7 +145,7 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
 
 def test_records_name_no_folder_of_this_machine(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"{Path(tempfile.gettempdir(), 'x', 'model.gguf')} does not open in llama.cpp, which refuses it: no"
-    monkeypatch.setattr(verifying, "verify", lambda folder: [verifying.Answer("llama.cpp, as GGUF", "no", said)])
+    monkeypatch.setattr(verifying, "verify", lambda folder: [Answer("llama.cpp, as GGUF", "no", said)])
     assert verifying.engines(native)[0]["reason"] == "a temporary file does not open in llama.cpp, which refuses it: no"
 
 

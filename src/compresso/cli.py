@@ -171,6 +171,7 @@ def run(
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
     from compresso import verifying
+    from compresso.answers import Answer
     from compresso.report.records import RunRecords
     from compresso.run import run as run_job
 
@@ -199,7 +200,7 @@ def run(
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:
-        verifying.show([verifying.Answer(**engine.model_dump()) for engine in records.engines], as_json=False)
+        verifying.show([Answer(**engine.model_dump()) for engine in records.engines], as_json=False)
     if dense := records.stored_dense():
         print(dense)
 
@@ -339,10 +340,11 @@ def verify(
     Example: compresso verify ./llama-5b
     """
     from compresso import verifying
+    from compresso.answers import OWN
 
     answers = verifying.verify(model)
     verifying.show(answers, as_json)
-    if any(answer.engine == verifying.OWN and answer.opens != "yes" for answer in answers):
+    if any(answer.engine == OWN and answer.opens != "yes" for answer in answers):
         raise typer.Exit(2)
 
 

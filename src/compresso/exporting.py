@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
+from compresso.answers import DECI, ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_packed, ask_vllm, ids_of
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
 from compresso.errors import CheckpointError, ExportError, nearest
-from compresso.export import llama_cpp
+from compresso.export import llama_cpp, vllm_engine
 from compresso.export.gguf import library, save_gguf
 from compresso.export.llama_quantize import KINDS, fallbacks, quantize, tool
 from compresso.export.onnx import head_dim, save_onnx
+from compresso.export.opened import continued
 from compresso.export.packed import packing_of, save_packed
 from compresso.export.vllm_deci import save_vllm_deci
 from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
-from compresso.verifying import ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_packed
 
 log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
@@ -117,17 +118,24 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 
 def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
-    """A folder for vLLM's DeciLM class, which nothing here can open."""
+    """A folder for vLLM's DeciLM class, opened in vLLM."""
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     live = as_stock(load_model(source))
-    save_vllm_deci(live, arch_for(live.config).shapes(live), output, tokenizer, force=force)
     told: dict[str, Any] = {"output": str(output), "format": "vllm-deci", "arch": "DeciLM", "dtype": str(live.dtype).removeprefix("torch.")}
-    return told | {
-        "difference": None,
-        "same_tokens": None,
-        "checked": "not opened: compresso runs nothing in vLLM",
-        "bytes": weight_bytes(output),
-    }
+    told |= {"difference": None, "same_tokens": None}
+
+    def check(written: Path) -> None:
+        if (missing := vllm_engine.missing()) is not None:
+            told["checked"] = f"not opened: {missing}"
+            return
+        ids = ids_of(tokenizer, live.config.vocab_size)
+        answer = ask_vllm(DECI, written, ids, *continued(live.float(), ids), remote=True)
+        if answer.opens != "yes":
+            raise ExportError(f"{output} would read back differently in vLLM: {answer.reason}. It was not written.")
+        told.update(checked="opened in vLLM", difference=answer.difference, same_tokens=answer.same_tokens)
+
+    save_vllm_deci(live, arch_for(live.config).shapes(live), output, tokenizer, force=force, check=check)
+    return told | {"bytes": weight_bytes(output)}
 
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:

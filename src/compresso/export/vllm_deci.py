@@ -2,12 +2,12 @@
 
 FFNs keep the width of their layer. Query heads are one number for the whole model there, so that narrower attentions are filled with zeros
 to the widest, which computes the same; an absent attention or FFN is a `no_op`, but for the first attention, which that class cannot do
-without: it is written as zeros. Written after vLLM's source; nothing here has run it.
+without: it is written as zeros. Run in vLLM 0.32 on a processor: the same greedy tokens as transformers.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def save_vllm_deci(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights, config with its class, and tokenizer; `folder` is complete or untouched.
 
@@ -41,6 +42,7 @@ def save_vllm_deci(
         shapes: widths of each layer; 0 for an absent sub-layer.
         tokenizer: written beside it.
         force: replace a folder that is not empty.
+        check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
 
     Raises ExportError naming what a DeciLM does not hold, CheckpointError if `folder` may not be written.
     """
@@ -58,6 +60,8 @@ def save_vllm_deci(
             write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if check is not None:
+            check(temporary)
 
 
 def deci_shapes(model: Shrunk) -> list[LayerShape]:

@@ -89,7 +89,9 @@ def loading(run: Run) -> list[tuple[str, str]]:
         ways.append(("transformers", plain))
     opened = {engine.engine for engine in run.records.engines if engine.opens == "yes"}
     name = run.name.rpartition("/")[2]
-    return ways + [(engine, commands.replace("{folder}", name)) for engine, commands in ELSEWHERE.items() if engine in opened]
+    code = " --trust-remote-code" if run.records.layout == "native" else ""
+    fill = lambda commands: commands.replace("{folder}", name).replace("{code}", code)  # noqa: E731
+    return ways + [(engine, fill(commands)) for engine, commands in ELSEWHERE.items() if engine in opened]
 
 
 ELSEWHERE = {
@@ -97,6 +99,11 @@ ELSEWHERE = {
         "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p 'Once upon a time'"
     ),
     "ONNX Runtime, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx",
+    "vLLM": "vllm serve {folder}{code}",
+    "vLLM, as vllm-deci": (
+        "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci --trust-remote-code"
+    ),
+    "vLLM, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed",
     "compressed-tensors, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed",
 }
 """Commands for engines that open another format, by the engine's name in the records."""
