@@ -9,11 +9,12 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
-from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] - of another environment
 
 
 def main(folder: str, given: str, result: str, new_tokens: str, dtype: str, *words: str) -> None:
     """Open, compute, write."""
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] - of another environment
+
     ids = load_file(given)["ids"].tolist()
     model = LLM(
         model=folder,

@@ -48,9 +48,7 @@ def missing() -> str | None:
     """Why vLLM cannot be asked here; None if it can."""
     if (named := os.environ.get(_VARIABLE)) and not Path(named).is_file():
         return f"{_VARIABLE}={named} is no file"
-    return (
-        None if _python() else f"vllm is not installed; {_VARIABLE} can name the Python of an environment with it ({TESTED} was tried)"
-    )
+    return None if _python() else f"vllm is not installed; {_VARIABLE} can name the Python of an environment with it ({TESTED} was tried)"
 
 
 def _python() -> str | None:
