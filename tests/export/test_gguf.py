@@ -13,6 +13,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -263,4 +265,83 @@ def test_qwen_says_what_it_cannot_hold(tmp_path: Path) -> None:
     model.config.layer_types = ["sliding_attention"] * 4
     with pytest.raises(ExportError, match=r"layers attend to a sliding window, and llama\.cpp's qwen2 attends to all"):
         write(model, tmp_path / "qwen.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def gemma(family: str, pruned: bool, **config: Any) -> PreTrainedModel:
+    """A tiny Gemma with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in another."""
+    kind, n_layers = (Gemma2Config, 4) if family == "gemma2" else (Gemma3TextConfig, 7)
+    settings = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 8,  # shorter than the texts
+        "query_pre_attn_scalar": 16,
+        "attn_implementation": "eager",  # the only one that caps scores
+    }
+    model = AutoModelForCausalLM.from_config(kind(**settings | config)).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.dim() == 1) * 0.2)
+    if pruned:
+        layers = tuple(range(n_layers))
+        kept = {"layers.0.heads": (1, 3), "layers.3.channels": tuple(range(0, 90, 2)), "attention": (0, *layers[2:]), "mlp": layers[1:]}
+        shrink_(model, arch_for(model.config).axes(model), Plan(kept))
+    return model
+
+
+@engine
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_gemma_is_filled_up_to_one_width_and_computes_the_same(family: str, pruned: bool, tmp_path: Path) -> None:
+    model = gemma(family, pruned)
+    assert write(model, tmp_path / "gemma.gguf") == family
+    assert_same(tmp_path / "gemma.gguf", model, atol=1e-3)  # its GELU is a table in half precision
+
+
+@engine
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 2.0}),
+        ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+        ("gemma2", {"num_hidden_layers": 46}),
+        ("gemma3", {"query_pre_attn_scalar": 50}),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 30000.0},
+                }
+            },
+        ),
+    ],
+    ids=["caps", "no caps", "46 layers", "scale", "rope"],
+)
+def test_numbers_of_a_gemma_that_llama_cpp_knows_otherwise(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = gemma(family, pruned=False, **config)
+    assert write(model, tmp_path / "gemma.gguf") == family
+    assert_same(tmp_path / "gemma.gguf", model, atol=1e-3)  # its GELU is a table in half precision
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"] * 4}, r"layers\.0 has full_attention, and llama\.cpp's gemma2 computes sliding"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0, and llama\.cpp's gemma3 caps none"),
+        ("gemma2", {"tie_word_embeddings": False}, r"the head is not tied to the embedding, and llama\.cpp's gemma2 ties them"),
+        ("gemma2", {"hidden_activation": "silu"}, r"hidden_activation is 'silu', llama\.cpp computes gelu_pytorch_tanh"),
+        ("gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention is set"),
+    ],
+)
+def test_gemma_says_what_it_cannot_hold(family: str, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        write(gemma(family, pruned=False, **config), tmp_path / "gemma.gguf")
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,12 @@
-"""Writing a shrunk LLaMA, Mistral, Qwen2 or Qwen3 as one GGUF file, the format of llama.cpp.
+"""Writing a shrunk LLaMA, Mistral, Qwen2, Qwen3 or Gemma as one GGUF file, the format of llama.cpp.
 
 Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer by layer. What that
-engine does not compute is written as something equal that it does (each of these was run in llama.cpp). Archs `qwen2` and `qwen3` hold one
-width for all layers; narrower ones are filled with zeros to the widest, which computes the same and is no faster.
+engine does not compute is written as something equal that it does (each of these was run in llama.cpp). Archs `qwen2`, `qwen3`, `gemma2`
+and `gemma3` hold one width for all layers; narrower ones are filled with zeros to the widest, which computes the same and is no faster.
 
 - attention without an FFN would lose the attention's output, so the FFN is written as one block of zeros;
 - the first layer's heads size the cache, so a missing first attention is written as one head whose output is zero;
-- a layer without attention and FFN is left out;
+- a layer without attention and FFN is left out (not of a Gemma, whose layers llama.cpp tells apart by their number);
 - under quantization FFN widths are filled with zero channels up to whole blocks.
 
 In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q and k are reordered,
@@ -29,6 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.storage import storage_errors, sync
 from compresso.errors import CheckpointError, ExportError, NumericError
+from compresso.export.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
 from compresso.export.gguf_tokenizer import add_tokenizer
 from compresso.export.layout import with_one_epsilon
 from compresso.export.shrunk import Shrunk, describe
@@ -39,8 +40,10 @@ BLOCK = 32
 """Entries that share one scale in Q8_0 and Q4_0."""
 _ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 _FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+_FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
 _BIASED = ("q_proj", "k_proj", "v_proj")
-_ONE_WIDTH = ("qwen2", "qwen3")
+_GEMMA = tuple(ARCHS.values())
+_ONE_WIDTH = ("qwen2", "qwen3", *_GEMMA)
 """Families whose arch holds the same widths in every layer."""
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
@@ -55,7 +58,7 @@ def save_gguf(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> str:
-    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch: "llama", "deci", "qwen2" or "qwen3".
+    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch, such as "llama" or "deci".
 
     Args:
         shapes: widths of each layer; 0 for an absent sub-layer.
@@ -71,9 +74,10 @@ def save_gguf(
     gguf, path = library(), Path(path)
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path} exists. Choose another output, or replace a file with --force.")
-    described = with_one_epsilon(describe(model, shapes))
+    gemma = model.config.model_type in ARCHS
+    described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describe(model, shapes))
     block = BLOCK if dtype.startswith("q") else 1
-    kept = [index for index, shape in enumerate(described.shapes) if shape.query_heads or shape.channels]
+    kept = [index for index, shape in enumerate(described.shapes) if gemma or shape.query_heads or shape.channels]
     written = held_shapes([described.shapes[index] for index in kept], block)
     _check(described, written, kept, block)
     if described.family in _ONE_WIDTH:
@@ -148,7 +152,7 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ExportError(f"config.hidden_act is '{config.hidden_act}', llama.cpp computes silu. {cure}")
-    if model.kinds is not None and "sliding_attention" in model.kinds:
+    if model.family not in _GEMMA and model.kinds is not None and "sliding_attention" in model.kinds:
         raise ExportError(f"layers attend to a sliding window, and llama.cpp's {model.family} attends to all. {cure}")
     held = tuple(f".{part}.bias" for part in _BIASED) if model.family == "qwen2" else ()
     if biased := sorted(name for name in model.tensors if name.endswith(".bias") and not name.endswith(held)):
@@ -168,8 +172,8 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
 
 
 def _rope(model: Shrunk) -> dict[str, Any]:
-    """The rope parameters, `rope_type` and `rope_theta` among them."""
-    return dict(model.config.rope_parameters)
+    """The rope parameters, `rope_type` and `rope_theta` among them; where kinds of layers have their own, of those that attend to all."""
+    return dict(model.config.rope_parameters.get("full_attention", model.config.rope_parameters))
 
 
 def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerShape], dtype: str) -> None:
@@ -194,6 +198,8 @@ def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerSh
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if model.family in _GEMMA:
+        add_gemma_fields(writer, model)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -226,9 +232,11 @@ def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) 
                 yield f"blk.{new}.{name}.weight", size, _maker(tensor, size, heads)
                 if model.family == "qwen2" and part in _BIASED:
                     yield f"blk.{new}.{name}.bias", size[:1], _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1])
-            for part in ("q", "k") if model.family == "qwen3" else ():
+            for part in ("q", "k") if model.family in ("qwen3", "gemma3") else ():
                 yield _norm(f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim)
-        yield _norm(f"blk.{new}.ffn_norm.weight", tensors.get(f"{source}.post_attention_layernorm.weight"), hidden)
+        for name, norm in (NORMS if model.family in _GEMMA else _FFN_NORM).items():
+            if name != "attn_norm":
+                yield _norm(f"blk.{new}.{name}.weight", tensors.get(f"{source}.{norm}.weight"), hidden)
         for part, name in _FFN.items():
             size = (hidden, shape.channels) if part == "down_proj" else (shape.channels, hidden)
             tensor = tensors[f"{source}.mlp.{part}.weight"] if true.channels else None

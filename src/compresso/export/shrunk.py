@@ -69,7 +69,7 @@ def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
         tied=tied,
         kinds=_kinds(model.config, shapes),
     )
-    _check_against_tensors(described)
+    check_against_tensors(described)
     return described
 
 
@@ -98,7 +98,7 @@ def _kinds(config: PreTrainedConfig, shapes: Sequence[LayerShape]) -> tuple[str,
     return tuple(kinds)
 
 
-def _check_against_tensors(model: Shrunk) -> None:
+def check_against_tensors(model: Shrunk) -> None:
     """Raise ExportError naming the first projection whose size is not what the shapes say."""
     for index, shape in enumerate(model.shapes):
         if bool(shape.query_heads) != bool(shape.kv_heads) or (shape.kv_heads and shape.query_heads % shape.kv_heads):
