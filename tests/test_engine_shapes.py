@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from compresso.core.axis import Kind
-from compresso.engine_shapes import for_engine, misfits, multiples, parse_engine, without_multiple
+from compresso.engine_shapes import for_engine, misfits, multiples, parse_engine, without_multiple, writable_heads
 from compresso.errors import RecipeError
-from compresso.options import with_options
+from compresso.options import for_family, with_options
 from compresso.run import run
 from tests.conftest import Call
 
@@ -100,3 +100,26 @@ def test_a_result_obeys(tiny_folder: Path, tmp_path: Path) -> None:
 def test_unknown_engines_are_refused(engine: str) -> None:
     with pytest.raises(RecipeError, match=r"unknown engine; give llama\.cpp:q4_k, .* or vllm:tp2"):
         parse_engine(engine)
+
+
+def gemma(hidden: int, heads: int, groups: int) -> Gemma2Config:
+    return Gemma2Config(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, head_dim=16, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "multiple"),
+    [
+        (gemma(64, 8, 4), 2),  # 6 query heads do not divide 64
+        (gemma(96, 8, 4), 1),
+        (gemma(64, 8, 8), 4),  # 6 of 2, 4, 6, 8 does not divide it
+        (gemma(2304, 8, 4), 1),  # Gemma 2 2B
+        (Phi3Config(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, vocab_size=64, pad_token_id=0), 1),
+    ],
+)
+def test_heads_are_held_to_what_the_family_s_config_takes(config: PreTrainedConfig, multiple: int) -> None:
+    """transformers' Gemma wants heads to divide the hidden size, though head_dim is given: a run ended in a traceback."""
+    assert writable_heads(config) == multiple
+    stages = for_family(GATES, "auto", config)["stages"]
+    if config.model_type == "gemma2":
+        assert stages[0]["gate_taylor"].get("multiple_of", {}).get("head", 1) == multiple
+        assert stages[0]["gate_taylor"]["layout"] == "uniform"

@@ -198,7 +198,7 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
     source = open_source(model, weights=False)
     if family_of(source.config.model_type) is None:
         check_written(source.config.model_type, layout)
-    recipe = build(for_family(raw, layout, source.config.model_type), str(raw.get("name", "recipe")))
+    recipe = build(for_family(raw, layout, source.config), str(raw.get("name", "recipe")))
     shown = act_out(recipe, source)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, engine, shown)

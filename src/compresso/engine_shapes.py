@@ -9,11 +9,15 @@ A unit of a head axis is a key/value head with its query heads: what o_proj read
 heads are held to the multiple that makes those inputs fit.
 """
 
+import copy
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import meta_model, open_source
@@ -75,6 +79,12 @@ def multiples(want: Wanted, model: str) -> dict[Kind, int]:
 
 def for_engine(raw: Mapping[str, Any], want: Wanted, held: Mapping[Kind, int]) -> dict[str, Any]:
     """The raw recipe whose budgets are held to these multiples as well as their own, and to equal widths if the engine wants them."""
+    changed = held_to(raw, held)
+    return with_knob(changed, "layout", "uniform", required=False) if want.uniform else changed
+
+
+def held_to(raw: Mapping[str, Any], held: Mapping[Kind, int]) -> dict[str, Any]:
+    """The raw recipe whose budgets are held to these multiples as well as their own."""
     stages: list[dict[str, Any]] = []
     for name, knobs in stages_of(raw):
         if hasattr(card(name).type, "budget") and hasattr(card(name).type, "multiple_of"):
@@ -82,8 +92,27 @@ def for_engine(raw: Mapping[str, Any], want: Wanted, held: Mapping[Kind, int]) -
             both = {str(kind): math.lcm(multiple, own.get(str(kind), 1)) for kind, multiple in held.items()}
             knobs = {**knobs, "multiple_of": {**own, **both}}
         stages.append({name: knobs})
-    changed = {**raw, "stages": stages}
-    return with_knob(changed, "layout", "uniform", required=False) if want.uniform else changed
+    return {**raw, "stages": stages}
+
+
+def writable_heads(config: PreTrainedConfig) -> int:
+    """The smallest divisor of a config's key/value heads whose multiples it takes all: some want query heads to divide the hidden size."""
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or not groups or heads % groups or getattr(config, "head_dim", None) is None:
+        return 1  # no such config holds fewer heads; `check_plain` says so
+
+    def taken(kept: int) -> bool:
+        tried = copy.deepcopy(config)
+        try:
+            tried.num_attention_heads, tried.num_key_value_heads = kept * heads // groups, kept
+            tried.validate()
+        except (ValueError, StrictDataclassError):
+            return False
+        return True
+
+    divisors = [one for one in range(1, groups + 1) if groups % one == 0]
+    return next((one for one in divisors if all(taken(kept) for kept in range(one, groups + 1, one))), 1)
 
 
 def without_multiple(raw: Mapping[str, Any], kind: Kind, multiple: int) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from compresso.engine_shapes import for_engine, multiples, parse_engine
+from transformers import PreTrainedConfig
+
+from compresso.core.axis import Kind
+from compresso.engine_shapes import for_engine, held_to, multiples, parse_engine, writable_heads
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.inspection import inspect
 from compresso.native import family_of
@@ -94,6 +97,9 @@ def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
     return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)
 
 
-def for_family(raw: Mapping[str, Any], layout: str, model_type: str) -> dict[str, Any]:
-    """As `for_layout`, where "auto" is "uniform" for families that have no form with widths of each layer's own."""
-    return for_layout(raw, "uniform" if layout == "auto" and family_of(model_type) is None else layout)
+def for_family(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """As `for_layout`; families that have no form with widths of each layer's own get equal ones, and heads that their config can name."""
+    if family_of(config.model_type) is not None:
+        return for_layout(raw, layout)
+    heads = writable_heads(config)
+    return held_to(for_layout(raw, "uniform" if layout == "auto" else layout), {Kind.HEAD: heads} if heads > 1 else {})

@@ -91,7 +91,7 @@ def prepare(
     source = open_source(model)
     if family_of(source.config.model_type) is None:
         check_written(source.config.model_type, layout)
-        recipe = build(for_family(raw, layout, source.config.model_type), recipe.name)
+        recipe = build(for_family(raw, layout, source.config), recipe.name)
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
     if stream:

@@ -22,6 +22,14 @@ def channels(keep: int, layers: range = range(4)) -> dict[str, tuple[int, ...]]:
     return {f"layers.{i}.channels": tuple(range(keep)) for i in layers}
 
 
+def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> None:
+    model = build("gemma2")
+    model.config.num_attention_heads = 7
+    with pytest.raises(ExportError, match=r"cannot hold this gemma2: .*not a multiple of the number of attention heads \(7\)"):
+        save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"])
 def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

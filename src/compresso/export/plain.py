@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from compresso.arch.base import LayerShape
@@ -43,9 +44,10 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
         else "; its config has no head_dim, so keep all heads and prune FFN channels, such as by kinds: [channel]"
     )
     try:
+        model.config.validate()
         with torch.device("meta"):
             reader = type(model)._from_config(copy.deepcopy(model.config))
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         return f"{' '.join(str(error).split())[:200]}{cure}"
     have, expected = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, reader))
     odd = sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name))
