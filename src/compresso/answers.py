@@ -1,6 +1,6 @@
 """What one engine makes of a folder or file that was written, compared with the live model it was written from.
 
-Each engine opens it in a process of its own, ONNX Runtime apart. An answer is "yes" only if it opens and computes the same.
+Each engine opens it in a process of its own, but for ONNX Runtime and OpenVINO. An answer is "yes" only if it opens and computes the same.
 """
 
 import os
@@ -21,6 +21,7 @@ from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.errors import ExportError
 from compresso.export import llama_cpp, opened, vllm_engine
 from compresso.export.onnx_runtime import OnnxModel
+from compresso.export.openvino import OpenVinoModel
 from compresso.export.packed import Packing
 
 TEXT = "The house by the river is 42 years old, and the"
@@ -28,7 +29,7 @@ LOGITS_WITHIN = 1e-3
 """Of the largest logit, or of 1 if that is more: differences that rounding in float32 explains."""
 PROBABILITIES_WITHIN = 1e-2
 ONNX_WITHIN = 1e-4
-"""Of logits in ONNX Runtime, as `LOGITS_WITHIN`."""
+"""Of logits in ONNX Runtime and OpenVINO, as `LOGITS_WITHIN`."""
 HALF_PROBABILITIES_WITHIN = 0.1
 """As `PROBABILITIES_WITHIN`, of what is stored or computed with half the precision."""
 HALF_WITHIN = 2e-2
@@ -37,7 +38,8 @@ VLLM = "vLLM"
 DECI = "vLLM, as vllm-deci"
 VLLM_PACKED = "vLLM, packed"
 OWN = "transformers, compresso imported"
-ONNX = "ONNX Runtime, as ONNX"
+ONNX: Literal["ONNX Runtime, as ONNX"] = "ONNX Runtime, as ONNX"
+OPENVINO: Literal["OpenVINO, as ONNX"] = "OpenVINO, as ONNX"
 PACKED = "compressed-tensors, packed"
 WORDS = {"transformers": (), OWN: ("compresso",), "transformers, trust_remote_code": ("remote",)}
 
@@ -49,7 +51,7 @@ class Answer:
     Args:
         opens: "yes" only if it opens and computes the same.
         reason: one line; empty for a plain yes.
-        difference: largest, of logits (transformers, ONNX Runtime) or of probabilities (llama.cpp, vLLM); None if nothing was computed.
+        difference: largest, of probabilities (llama.cpp, vLLM) or of logits (others); None if nothing was computed.
         same_tokens: of `opened.NEW_TOKENS` greedy tokens, how many come before the first that differs.
     """
 
@@ -133,21 +135,27 @@ def within_rounding(found: Tensor, wanted: Tensor, within: float = LOGITS_WITHIN
     return float((found - wanted).abs().max()) <= within * max(1.0, float(wanted.abs().max()))
 
 
-def ask_onnx_runtime(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, within: float | None) -> Answer:
-    """Compare an ONNX folder in ONNX Runtime, prompt and cached steps, with the live model it was written from; within None allows all."""
+def ask_onnx_runtime(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    within: float | None,
+    engine: Literal["ONNX Runtime, as ONNX", "OpenVINO, as ONNX"] = ONNX,
+) -> Answer:
+    """Compare an ONNX folder in an engine, prompt and cached steps, with the live model it was written from; within None allows all."""
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy = opened.continued(model, ids)
     try:
-        written = OnnxModel(folder)
+        written = (OnnxModel if engine == ONNX else OpenVinoModel)(folder)
         found, cache = written(ids[:-1].unsqueeze(0), written.empty())
         last, _ = written(ids[-1:].unsqueeze(0), cache)
         tokens = written.greedy(ids, len(greedy)).tolist()
     except RuntimeError as error:  # of the engine
-        return Answer(ONNX, "no", " ".join(str(error).split())[:300])
+        return Answer(engine, "no", " ".join(str(error).split())[:300])
     found = torch.cat([found, last], dim=1)[0]
     difference = float((found - logits).abs().max())
     fits = bool(found.isfinite().all()) if within is None else within_rounding(found, logits, within)
-    return judged(ONNX, difference, fits, tokens, greedy.tolist(), "logits")
+    return judged(engine, difference, fits, tokens, greedy.tolist(), "logits")
 
 
 def ask_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Answer:

@@ -23,6 +23,7 @@ from compresso.answers import (
     DECI,
     ONNX,
     ONNX_WITHIN,
+    OPENVINO,
     PACKED,
     PROBABILITIES_WITHIN,
     VLLM,
@@ -63,7 +64,7 @@ def verify(model: str | Path) -> list[Answer]:
     ids = ids_of(tokenizer, source.config.vocab_size)
     logits, greedy = opened.continued(live, ids)
     with tempfile.TemporaryDirectory() as scratch:
-        written = [_llama_cpp(live, tokenizer, Path(scratch)), _onnx_runtime(live, tokenizer, Path(scratch))]
+        written = [_llama_cpp(live, tokenizer, Path(scratch)), *_onnx(live, tokenizer, Path(scratch))]
         in_vllm = _vllm(source.folder, live, ids, logits, greedy, Path(scratch))
         del live
         answers = [_transformers(engine, source, ids, logits, greedy, Path(scratch)) for engine in WORDS]
@@ -120,20 +121,29 @@ def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         path.unlink(missing_ok=True)
 
 
-def _onnx_runtime(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Answer:
-    """Write the model as ONNX in f32, and run that."""
-    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        return Answer(ONNX, "not installed", f"{missing[0]} is not installed; pip install onnx onnxscript onnxruntime")
+def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Answer]:
+    """Write the model as ONNX in f32, and run that in ONNX Runtime and OpenVINO."""
+    runtimes: dict[Any, str] = {ONNX: "onnxruntime", OPENVINO: "openvino"}
+    missing = {
+        engine: next((name for name in ("onnxscript", runtime) if importlib.util.find_spec(name) is None), None)
+        for engine, runtime in runtimes.items()
+    }
+    answers = {
+        engine: Answer(engine, "not installed", f"{name} is not installed; pip install onnx onnxscript {runtimes[engine]}")
+        for engine, name in missing.items()
+    }
+    asked = [engine for engine, name in missing.items() if name is None]
     folder = scratch / "onnx"
     try:
         stock = as_stock(model)
-        save_onnx(stock, arch_for(stock.config).shapes(stock), folder)
-        return ask_onnx_runtime(folder, stock, tokenizer, ONNX_WITHIN)
+        if asked:
+            save_onnx(stock, arch_for(stock.config).shapes(stock), folder)
+        answers |= {engine: ask_onnx_runtime(folder, stock, tokenizer, ONNX_WITHIN, engine) for engine in asked}
     except CompressoError as error:
-        return Answer(ONNX, "no", str(error))
+        answers |= {engine: Answer(engine, "no", str(error)) for engine in asked}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return list(answers.values())
 
 
 def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> list[Answer]:

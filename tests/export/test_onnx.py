@@ -1,6 +1,7 @@
 """ONNX graphs in ONNX Runtime: what transformers computes, prompt and cached steps, whatever the widths."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -19,26 +20,32 @@ from tests.arch.test_laws import described
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from compresso.export.onnx_runtime import OnnxModel
+from compresso.export.openvino import OpenVinoModel
 
+no_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+ENGINES = [OnnxModel, pytest.param(OpenVinoModel, marks=no_openvino)]
 IDS = torch.randint(2, 128, (9,), generator=torch.Generator().manual_seed(3))
 
 
-def written(name: str, folder: Path, pruned: bool, dtype: str = "f32") -> tuple[torch.nn.Module, OnnxModel]:
+def written(
+    name: str, folder: Path, pruned: bool, dtype: str = "f32", engine: type[OnnxModel] = OnnxModel
+) -> tuple[torch.nn.Module, OnnxModel]:
     model = copy.deepcopy(_original(name))
     arch, axes = described(model)
     if pruned:
         kept = {"layers.3.heads": (0,), "attention": (0, 1, 3), "mlp": (0, 2, 3), "layers.0.channels": (2, 3, 5, 7, 11)}
         shrink_(model, axes, Plan(kept))
     save_onnx(model, arch.shapes(model), folder, dtype=dtype)
-    return model, OnnxModel(folder, threads=1)
+    return model, engine(folder, threads=1)
 
 
 @pytest.mark.parametrize(
     ("name", "pruned"), [("llama_gqa", True), ("llama_mha", False), ("mistral", True), ("qwen3", True), ("phi3", True), ("gpt2", False)]
 )
-def test_prompt_chunks_and_tokens_are_those_of_transformers(name: str, pruned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_prompt_chunks_and_tokens_are_those_of_transformers(name: str, pruned: bool, engine: type[OnnxModel], tmp_path: Path) -> None:
     """Pruned: a layer without attention, one without FFN, and other widths in every layer."""
-    model, graph = written(name, tmp_path / "onnx", pruned)
+    model, graph = written(name, tmp_path / "onnx", pruned, engine=engine)
     logits, greedy = continued(model, IDS)  # type: ignore[arg-type]
     whole, cache = graph(IDS.unsqueeze(0), graph.empty())
     torch.testing.assert_close(whole[0], logits, atol=1e-4, rtol=1e-4)

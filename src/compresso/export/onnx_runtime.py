@@ -22,13 +22,22 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
-        runtime = library("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self._session: Any = runtime.InferenceSession(str(Path(folder, GRAPH)), options, providers=["CPUExecutionProvider"])
+        self._known = self._open(Path(folder), threads)
         cache = json.loads(Path(folder, "config.json").read_text("utf-8"))["compresso_cache"]
         self._heads: list[int] = cache["heads"]
         self._width: int = cache["head_dim"]
+
+    def _open(self, folder: Path, threads: int) -> set[str]:
+        """Open the graph; names of what it reads, for what it does not read is not among its inputs."""
+        runtime = library("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        self._session: Any = runtime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+        return {one.name for one in self._session.get_inputs()}
+
+    def _run(self, given: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Logits, then keys and values."""
+        return self._session.run(None, given)
 
     def empty(self, batch: int = 1) -> list[Tensor]:
         """A cache of no token: key and value [batch, heads, 0, head_dim] of each attention."""
@@ -50,10 +59,7 @@ class OnnxModel:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         given |= dict(zip(cache_names(len(self._heads), "past_key_values"), past, strict=True))
-        known = {one.name for one in self._session.get_inputs()}  # what the graph does not read is not among them
-        found: list[np.ndarray[Any, Any]] = self._session.run(
-            None, {name: tensor.contiguous().numpy() for name, tensor in given.items() if name in known}
-        )
+        found = self._run({name: tensor.contiguous().numpy() for name, tensor in given.items() if name in self._known})
         logits, *cache = (torch.from_numpy(array) for array in found)
         return logits, cache
 

@@ -104,6 +104,7 @@ ELSEWHERE = {
         "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci --trust-remote-code"
     ),
     "vLLM, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed",
+    "OpenVINO, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx  # the same files",
     "compressed-tensors, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed",
 }
 """Commands for engines that open another format, by the engine's name in the records."""
