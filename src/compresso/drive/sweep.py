@@ -58,6 +58,8 @@ def second_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
     for begin in range(0, size, stripe):
         end = min(begin + stripe, size)
         found[begin:end, begin:].addmm_(inputs[:, begin:end].T, inputs[:, begin:])
+        square = found[begin:end, begin:end]
+        square.copy_(square.triu() + square.triu(1).T)  # a product of a matrix with itself need not be symmetric to the last bit
         found[end:, begin:end] = found[begin:end, end:].T
     return found
 

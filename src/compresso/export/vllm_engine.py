@@ -57,8 +57,9 @@ def _python() -> str | None:
         return named
     if importlib.util.find_spec("vllm") is not None:
         return sys.executable
-    inside = Path(sys.prefix, "vllm", "bin", "python")
-    return str(inside) if inside.is_file() else None
+    inside = Path(sys.prefix, "vllm")
+    whole = any(inside.glob("lib/python*/site-packages/vllm/__init__.py"))
+    return str(inside / "bin" / "python") if whole else None
 
 
 def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", remote: bool = False) -> Continued:
