@@ -2,9 +2,9 @@
 
     python benchmarks/structured_report.py [--no-speed]
 
-Reads results/structured.jsonl. Decode speed is measured here, on this machine: every method's shapes of seed 0 (the weights do not matter)
-in turn with the dense model, in float32 on one thread, beside what reading fewer bytes allows. Writes structured.md, structured.html and
-structured_speed.json, and what the catalogue shows into the package.
+Reads results/structured.jsonl and, of structured_memory.py, structured_memory.json. Decode speed is measured here, on this machine: every
+method's shapes of seed 0 (the weights do not matter) in turn with the dense model, in float32 on one thread, beside what reading fewer
+bytes allows. Writes structured.md, structured.html and structured_speed.json, and what the catalogue shows into the package.
 """
 
 import argparse
@@ -39,6 +39,7 @@ QUALITY = {
 }
 """Of each model the numbers that are shown: name, title, form, and whether lower is better."""
 Rows = Sequence[Mapping[str, Any]]
+Speeds = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -56,7 +57,7 @@ def cell(rows: Rows, number: str, form: str) -> str:
     return f"{after} ({format(statistics.mean(before), form)})" if before else after
 
 
-def tables(rows: Rows, speed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, list[list[str]]]:
+def tables(rows: Rows, speed: Speeds, measured: Speeds) -> dict[str, list[list[str]]]:
     """Model and number -> header and rows."""
     made: dict[str, list[list[str]]] = {}
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -86,7 +87,10 @@ def tables(rows: Rows, speed: Mapping[str, Mapping[str, Mapping[str, float]]]) -
                 ]
                 row.append(", ".join(parts))
             lines.append(row)
-        made[f"{model}: cost"] = lines
+        made[f"{model}: cost on a GPU"] = lines
+        if model in measured:
+            costs = [[name, f"{one['mib']:.0f}", f"{one['seconds']:.1f}"] for name, one in measured[model].items()]
+            made[f"{model}: 20 updates at 70%, one CPU thread"] = [["method", "MiB over the loaded model", "CPU seconds"], *costs]
     return made
 
 
@@ -229,7 +233,8 @@ def main() -> None:
         write(
             "structured_speed", {"what": "decode speed-up over dense, batch 1, float32, one thread", "speed": speed, "machine": machine()}
         )
-    made = tables(rows, speed)
+    memory = RESULTS / "structured_memory.json"
+    made = tables(rows, speed, json.loads(memory.read_text("utf-8"))["cost"] if memory.exists() else {})
     (RESULTS / "structured.md").write_text(markdown(made), "utf-8")
     (RESULTS / "structured.html").write_text(page(rows, made), "utf-8")
     package = Path(compresso.__file__).parent / "measured.json"
