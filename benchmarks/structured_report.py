@@ -177,7 +177,9 @@ def page(rows: Rows, made: Mapping[str, list[list[str]]]) -> str:
     """One HTML page that needs nothing else."""
     keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
     seeds = {keep: sorted({row["seed"] for row in rows if row["keep"] == keep and row["method"] != DENSE}) for keep in keeps}
-    told = "; ".join(f"{', '.join(map(str, found))} at {keep:.0%}" for keep, found in seeds.items())
+    named = {keep: ", ".join(map(str, found)) for keep, found in seeds.items()}
+    same = len(set(named.values())) == 1
+    told = named[keeps[0]] if same else "; ".join(f"{found} at {keep:.0%}" for keep, found in named.items())
     updates = sorted({row["updates"] for row in rows})
     intro = (
         f"Every method at the same share of block parameters, with the same data, the same LoRA recovery and {updates[0]} updates in all "
