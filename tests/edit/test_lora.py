@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
@@ -143,3 +143,11 @@ def test_a_saved_adapter_is_read_back_by_peft(make: Make, tmp_path: Path) -> Non
         expected = adapted(input_ids=IDS).logits
         again = PeftModel.from_pretrained(uneven(make()), str(tmp_path))
         assert torch.equal(again(input_ids=IDS).logits, expected)
+
+
+def test_a_model_whose_linears_all_left_says_so() -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(RecipeError, match="the budget removed them all; keep more"):
+        attach_(model, 2, 4.0, ("q_proj",))

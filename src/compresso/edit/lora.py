@@ -40,6 +40,8 @@ def attach_(
     linears = {name.rpartition(".")[2] for name in modules}
     parts = getattr(arch_for(model.config), "parts", None)
     names: list[str] = []
+    if not linears:
+        raise RecipeError("no linear is left in this model's layers to put adapters on: the budget removed them all; keep more")
     for target in targets:
         name = target if target in linears or parts is None else parts.standing_for(target)
         if name is None or not any(f".{one}".endswith(f".{name}") for one in modules):
