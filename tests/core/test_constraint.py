@@ -75,3 +75,18 @@ def test_a_shift_keeps_the_order_of_the_gates() -> None:
     free = (gates.log_alpha > hard_concrete.LOG_ALPHA_LOW) & (gates.log_alpha < hard_concrete.LOG_ALPHA_HIGH)
     assert free.sum() > 50
     assert torch.equal(gates.log_alpha.detach().argsort()[: int(free.sum())], before[: int(free.sum())])
+
+
+def test_a_gap_per_layer_is_expected_minus_wanted_sparsity_by_hand() -> None:
+    """Halfway to 4 of 8 heads and 12 of 24 channels, 6 and 18 are wanted: a layer with more has too little sparsity, a negative gap."""
+    axes, cost = model()
+    constraint = CountsPerLayer(axes, {Kind.HEAD: 4, Kind.CHANNEL: 12}, cost)
+    open_share = {"heads": (1.0, 0.75, 0.5), "channels": (0.5, 1.0, 0.875)}
+    probabilities = {
+        f"layers.{layer}.{name}": torch.full((axes[2 * layer + place].size,), open_share[name][layer])
+        for layer in range(3)
+        for place, name in enumerate(("heads", "channels"))
+    }
+    found = dict(zip(sorted((Kind.HEAD, Kind.CHANNEL)), constraint.gaps(probabilities, 0.5), strict=True))
+    assert found[Kind.HEAD].tolist() == [-0.25, 0, 0.25]
+    assert found[Kind.CHANNEL].tolist() == [0.25, -0.25, -0.125]

@@ -8,7 +8,9 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
-from compresso.core.constraint import ShareOfModel
+from compresso.core import hard_concrete
+from compresso.core.axis import Kind
+from compresso.core.constraint import CountsPerLayer, ShareOfModel
 from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
 from compresso.drive.objectives import GatedObjective, language_loss
@@ -23,6 +25,7 @@ def objective(
     layer_gates: Literal["none", "layer", "sublayer"] = "none",
     lagrangian: bool = True,
     cost_aware: bool = False,
+    per_layer: bool = False,
 ) -> GatedObjective:
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, vocab_size=50, pad_token_id=0)
@@ -39,7 +42,7 @@ def objective(
     return GatedObjective(
         attach_(model, 4, 4.0),
         gates,
-        ShareOfModel(cost, 0.5),
+        CountsPerLayer(gated_axes, {Kind.HEAD: 2, Kind.CHANNEL: 12}, cost) if per_layer else ShareOfModel(cost, 0.5),
         starts=starts,
         progress=lambda k: min(1.0, k / 10),
         use_lagrangian=lagrangian,
@@ -87,6 +90,30 @@ def test_from_then_on_gates_and_multipliers_learn_and_base_weights_do_not() -> N
     assert out["target"].item() == pytest.approx(0.5 * 0.4)
 
 
+def test_layers_of_a_kind_share_multipliers_of_their_mean_penalty() -> None:
+    """By hand: each kind adds the mean over layers of lambda1 gap + lambda2 gap^2, whatever the depth."""
+    one = objective(per_layer=True)
+    assert one.lambda1 is not None and one.lambda2 is not None
+    with torch.no_grad():
+        one.gates.log_alpha[: len(one.gates) // 2] -= 1.5  # so that the layers' gaps differ
+        one.lambda1.copy_(torch.tensor([3.0, -2.0]))
+        one.lambda2.copy_(torch.tensor([5.0, 7.0]))
+    with one.attached():
+        out = one(batch(), Micro(10, 0, range(4)))
+        out["loss"].backward()
+    assert one.lambda1.grad is not None and one.lambda2.grad is not None
+    probabilities, penalty = one.gates.keep_probabilities(), 0.0
+    for term, (kind, wanted) in enumerate(((Kind.CHANNEL, 0.5), (Kind.HEAD, 0.5))):
+        axes = [axis for axis in one.gates.axes if axis.kind == kind]
+        gaps = [1 - probabilities[axis.name].mean().item() - wanted for axis in axes]
+        mean, mean_of_squares = sum(gaps) / 2, sum(gap**2 for gap in gaps) / 2
+        assert len(gaps) == 2 and abs(gaps[0] - gaps[1]) > 0.1
+        assert one.lambda1.grad[term].item() == pytest.approx(mean, abs=1e-6)
+        assert one.lambda2.grad[term].item() == pytest.approx(mean_of_squares, abs=1e-6)
+        penalty += one.lambda1[term].item() * mean + one.lambda2[term].item() * mean_of_squares
+    assert (out["loss"] - out["language"]).item() == pytest.approx(penalty, abs=1e-5)
+
+
 def test_one_draw_serves_all_micro_batches_of_an_update_and_the_next_update_draws_anew() -> None:
     one = objective(noise="batch")
     with one.attached():
@@ -119,6 +146,26 @@ def test_closed_layer_gates_leave_the_model_dense_whatever_its_unit_masks(how: L
     assert loss == pytest.approx(language_loss(one.model, batch()).item(), abs=1e-6)
     assert one.constraint.sparsity(one.keep_probabilities()).item() == pytest.approx(0, abs=1e-4)
     assert all((value > 50).all() for value in one.final_values().values())
+
+
+@pytest.mark.parametrize("how", ["layer", "sublayer"])
+def test_layer_gates_start_closed_so_that_training_starts_dense(how: Literal["layer", "sublayer"]) -> None:
+    one = objective(layer_gates=how)
+    assert one.layer_alpha is not None
+    torch.testing.assert_close(one.layer_alpha.detach(), torch.full_like(one.layer_alpha, hard_concrete.LOG_ALPHA_LOW))
+    assert one.constraint.sparsity(one.keep_probabilities()).item() == pytest.approx(0, abs=1e-6)
+    assert all((value > 50).all() for value in one.final_values().values())
+
+
+def test_clamping_holds_unit_and_layer_gates_in_the_published_range() -> None:
+    one = objective(layer_gates="layer")
+    with torch.no_grad():
+        for parameter in one.gate_parameters():
+            parameter.copy_(torch.linspace(-50, 50, len(parameter)))
+    one.clamp_()
+    for parameter in one.gate_parameters():
+        assert parameter.min().item() == pytest.approx(hard_concrete.LOG_ALPHA_LOW)
+        assert parameter.max().item() == pytest.approx(hard_concrete.LOG_ALPHA_HIGH)
 
 
 def test_open_layer_gates_let_the_unit_masks_act() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from compresso.core import hard_concrete
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
+from compresso.drive.objectives import GatedObjective
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.compresso import LearnGates
@@ -99,6 +101,26 @@ def test_the_lagrangian_reaches_its_target_and_lambda2_only_grows(make_job: Make
     assert all(later >= earlier for earlier, later in pairwise(grown))
     assert grown[-1] > 0
     assert curve["sparsity"][-1] == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"layer_gates": "layer"}, {"constraint": "projection"}])
+def test_after_every_update_every_log_alpha_is_in_the_published_range(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+) -> None:
+    """Head gates start at 10, and a step of 50 throws every gate far out: both are brought back before anything reads them."""
+    seen: list[Tensor] = []
+    state = GatedObjective.state
+
+    def watched(self: GatedObjective) -> dict[str, float]:
+        seen.append(torch.cat([parameter.detach().clone() for parameter in self.gate_parameters()]))
+        return state(self)
+
+    monkeypatch.setattr(GatedObjective, "state", watched)
+    LearnGates(keep=0.7, mask_lr=50.0, **QUICK, **knobs)(make_job())  # type: ignore[arg-type]
+    assert len(seen) == QUICK["ramp"] + QUICK["hold"]
+    for log_alpha in seen:
+        assert log_alpha.min() >= hard_concrete.LOG_ALPHA_LOW - 1e-6
+        assert log_alpha.max() <= hard_concrete.LOG_ALPHA_HIGH + 1e-6
 
 
 def test_phases_count_updates_not_micro_batches(make_job: MakeJob) -> None:
