@@ -103,6 +103,20 @@ def test_accumulation_equals_the_whole_batch():
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_gradient_of_an_update_is_that_of_its_whole_batch(accumulation: int):
+    """In closed form. AdamW forgets the scale of a gradient, so weights after training do not show it; a clip and scores do."""
+    line, seen = Line(), list[Tensor]()
+
+    def before(update: int) -> None:
+        assert line.w.grad is not None
+        seen.append(line.w.grad.clone())
+
+    batch, w = data().at(0, range(4)), line.w.detach().clone()
+    train(line, 1, accumulation=accumulation, before_step=before)
+    torch.testing.assert_close(seen, [2 / 4 * batch["x"].T @ (batch["x"] @ w - batch["y"])])
+
+
 def test_a_group_outside_its_phase_has_no_gradient_and_does_not_move():
     line = Line()
     grads: list[bool] = []
