@@ -216,6 +216,12 @@ def test_dead_channels_lose_their_weights_and_nothing_else_is_lost() -> None:
     assert not swept.weight[:, factor.dead].any()
 
 
+def test_a_dead_input_counts_as_one_in_the_mean_that_damps() -> None:
+    """By hand, as both papers' code: diag(3, 0) becomes diag(3, 1), of mean 2, and a hundredth of it is added."""
+    factor = inverse_factor(torch.diag(torch.tensor([3.0, 0.0], dtype=torch.float64)), damping=0.01)
+    close(factor.upper, [[3.02**-0.5, 0], [0, 1.02**-0.5]])
+
+
 def test_duplicated_columns_move_into_each_other() -> None:
     weight, inputs = layer(4, 8, 9)
     inputs[1] = inputs[0]

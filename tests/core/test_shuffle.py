@@ -1,6 +1,7 @@
 """Orders for n:m pruning: they keep more, never less, and nearly as much as the best there is."""
 
 import math
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -92,3 +93,12 @@ def test_later_tokens_beyond_the_range_count_at_its_ends() -> None:
     total = histograms(histograms(None, torch.tensor([[0.0], [1.0]])), torch.tensor([[9.0], [-9.0], [0.5]]))
     assert total[:BINS].sum() == 5 and total[0] == 2 and total[BINS - 1] == 2
     assert (total[BINS], total[BINS + 1]) == (0, 1)
+
+
+def test_bins_are_of_equal_width_and_closed_below_the_last_one_on_both_sides() -> None:
+    """Oracle in whole numbers: of a range of 1024 steps, step k lies in bin floor(100 k / 1024); no quotient is rounded."""
+    steps = torch.cat([torch.tensor([0, 1024]), torch.randint(1025, (3000,), generator=torch.Generator().manual_seed(0))])
+    wanted = Counter(min(step * BINS // 1024, BINS - 1) for step in steps.tolist())
+    found = histograms(None, torch.stack([steps.float(), steps.float() / 4 - 96], dim=1))
+    for channel in range(2):
+        assert found[:BINS, channel].tolist() == [wanted[place] for place in range(BINS)]

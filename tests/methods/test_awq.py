@@ -1,11 +1,14 @@
 """AWQ on whole models: nothing but rounding changes, outliers are kept, groups stay on grids. The arithmetic is tested in tests/core."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from compresso.core.rounding import fit
 from compresso.drive.sweep import Seen
 from compresso.drive.targets import Where
 from compresso.errors import RecipeError
@@ -84,3 +87,27 @@ def test_equal_inputs_and_weights_need_no_scale() -> None:
     weight = torch.ones(4, 32)
     scale, facts = Awq(group=16)._search(weight, Seen(torch.cat([torch.eye(32), torch.ones(1, 32)]), 1))  # type: ignore[attr-defined]
     assert facts["exponent"] is None and facts["error_of_unscaled"] == 1.0 and torch.equal(scale, torch.ones(32))
+
+
+def test_ranges_are_clamped_for_the_inputs_as_the_scaled_weights_meet_them() -> None:
+    """Oracle: of ten limits, each row and group takes the one whose outputs on x / s are nearest, token by token."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 32, generator=generator, dtype=torch.float64) @ torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    weight = torch.randn(8, 32, generator=generator, dtype=torch.float64)
+    scale = torch.randn(32, generator=generator, dtype=torch.float64).exp()
+    seen = Seen(torch.cat([inputs.T @ inputs, inputs.abs().sum(dim=0, keepdim=True)]), len(inputs))
+    stage = Awq(bits=3, group=16)
+    found = stage._round("model.layers.0.mlp.up_proj", weight * scale, seen, scale)  # type: ignore[attr-defined]
+
+    def nearest(met: Tensor) -> Tensor:
+        wanted = torch.zeros_like(weight)
+        for row, at in product(range(8), (0, 16)):
+            part, own = (weight * scale)[row : row + 1, at : at + 16], met[:, at : at + 16]
+            limits = [float(part.abs().max()) * (1 - step / 20) for step in range(10)]
+            tried = [fit(part.clamp(-limit, limit), 3, group=16).round(part.clamp(-limit, limit)) for limit in limits]
+            errors = [float((own @ (one - part).T).square().sum()) for one in tried]
+            wanted[row, at : at + 16] = tried[errors.index(min(errors))]
+        return wanted
+
+    torch.testing.assert_close(found, nearest(inputs / scale))
+    assert not torch.allclose(found, nearest(inputs))  # the inputs before scaling ask for other limits

@@ -5,7 +5,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
+from compresso.drive.one_shot import compensated
+from compresso.drive.sweep import Seen
+from compresso.drive.targets import Group
 from compresso.errors import RecipeError
 from compresso.methods.gptq import Gptq
 from compresso.methods.rtn import Rtn
@@ -57,3 +61,28 @@ def test_groups_that_do_not_fit_are_refused(make_job: MakeJob) -> None:
         Gptq(group=24, block=32)
     with pytest.raises(ValidationError):
         Gptq(bits=9)
+
+
+def test_a_group_gets_its_grid_when_the_sweep_reaches_it() -> None:
+    """Oracle: GPTQ one column at a time, each group's range taken from the weights that earlier errors have already moved."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(40, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    linear = nn.Linear(12, 6, bias=False).requires_grad_(False)
+    linear.weight.copy_(torch.randn(6, 12, generator=generator))
+    dense = linear.weight.double()
+    moment = 2 / 40 * inputs.double().T @ inputs.double()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped)).T
+    now, scale, zero = dense.clone(), torch.ones(6), torch.zeros(6)
+    for j in range(12):
+        if j % 4 == 0:
+            low, high = now[:, j : j + 4].amin(dim=1).clamp(max=0), now[:, j : j + 4].amax(dim=1).clamp(min=0)
+            scale, zero = (high - low) / 7, torch.round(-low / ((high - low) / 7))
+        rounded = scale * ((torch.round(now[:, j] / scale) + zero).clamp(0, 7) - zero)
+        error = (now[:, j] - rounded) / upper[j, j]
+        now[:, j:] -= error[:, None] * upper[j, j:]
+        now[:, j] = rounded
+    model = nn.ModuleDict({"only": linear})
+    edit = compensated(model, quantize=Gptq(bits=3, group=4)._rounding, block=8)
+    edit(Group(0, ("only",)), Seen(inputs.T @ inputs, 40))
+    torch.testing.assert_close(linear.weight.double(), now, atol=1e-4, rtol=1e-4)

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from compresso.core.obs import NotPositiveDefiniteError
+from compresso.core.sparsity import lowest_share
 from compresso.drive.calibration import Calibration
-from compresso.drive.targets import Where
+from compresso.drive.one_shot import compensated
+from compresso.drive.sweep import Seen
+from compresso.drive.targets import Group, Where
 from compresso.errors import NumericError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
@@ -53,6 +57,21 @@ def noisy(job: Job, seed: int) -> Job:
         elif "layernorm" in name:
             parameter.data.copy_(torch.randn(len(parameter), generator=generator).exp())
     return job
+
+
+def test_the_reported_loss_is_the_mean_squared_error_of_the_outputs_a_token() -> None:
+    """With H = 2 / n X^T X, half of tr(D H D^T) is the error itself; damping adds its share of H's mean diagonal."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(50, 16, generator=generator) * torch.randn(16, generator=generator).exp()
+    model = nn.ModuleDict({name: nn.Linear(16, out, bias=False) for name, out in (("one", 6), ("other", 3))}).requires_grad_(False)
+    dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    edit = compensated(model, choose=lambda _, scores: lowest_share(scores, 0.5), every=16)
+    notes = edit(Group(0, ("one", "other")), Seen(inputs.T @ inputs, len(inputs)))
+    mean_diagonal = 2 / 50 * float(inputs.square().sum()) / 16
+    for name in ("one", "other"):
+        change = model.get_parameter(f"{name}.weight") - dense[f"{name}.weight"]
+        error = float((inputs @ change.T).square().sum()) / 50
+        assert notes[name]["loss"] == pytest.approx(error + 0.01 * mean_diagonal / 2 * float(change.square().sum()), rel=1e-4)
 
 
 def test_order_of_quality(make_job: MakeJob) -> None:
