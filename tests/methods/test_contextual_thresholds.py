@@ -87,6 +87,19 @@ def test_zeros_stay_zero_through_training_and_others_move(make_job: MakeJob) -> 
     assert after.model.get_parameter(f"{MLP}.gate_proj.weight")[6].any()
 
 
+def test_a_zeroed_row_that_has_a_gradient_stays_zero(make_job: MakeJob) -> None:
+    """Behind a dead ReLU gradients are 0 anyway; a row of `up_proj` learns through the open gate beside it, as its bias does."""
+    job = biased(make_job())
+    with torch.no_grad():
+        job.model.get_parameter(f"{MLP}.up_proj.weight")[3] *= 1e-6
+        job.model.get_parameter(f"{MLP}.gate_proj.bias")[3] = 5.0
+    bias = job.model.get_parameter(f"{MLP}.up_proj.bias")[3].item()
+    knobs = {**QUICK, "steps": 4}
+    after = ContextualThresholds(linear=1e-4, activation=None, lr=1e-2, **knobs)(job)  # type: ignore[arg-type]
+    assert abs(after.model.get_parameter(f"{MLP}.up_proj.bias")[3].item() - bias) > 1e-3
+    assert not after.model.get_parameter(f"{MLP}.up_proj.weight")[3].any()
+
+
 def test_more_is_zeroed_as_thresholds_rise(make_job: MakeJob) -> None:
     job = with_dead_neuron(make_job())
     uses = linear_uses(job.model, [job.collated(job.rows)])
