@@ -78,6 +78,28 @@ def test_no_weight_has_a_gradient_and_masks_only_lose_units(make_job: MakeJob, m
     assert left[0] == 1 and len(set(left)) >= 4 and left[-1] < 0.6
 
 
+@pytest.mark.parametrize("knobs", [{}, {"scope": "global"}, {"scope": "global", "multiple_of": {"channel": 8}}])
+def test_units_that_are_gone_stay_gone_whatever_their_scores(make_job: MakeJob, knobs: dict[str, Any]) -> None:
+    """So the moving average need not forget them: only the mask counts."""
+    job = make_job()
+    stage, cost = LoraPrune(**{**QUICK, "keep": 0.5, **knobs}), job.cost()
+    axes = stage.chosen(job.arch.axes(job.model))
+    generator = torch.Generator().manual_seed(0)
+    scores = {axis.name: torch.rand(axis.size, generator=generator, dtype=torch.float64) for axis in axes}
+    gone = {name: mask == 0 for name, mask in stage.plan(axes, scores, {}, cost, 0.8).masks(axes).items()}
+    assert any(bool(one.any()) for one in gone.values())
+    scores = {name: torch.rand(len(one), generator=generator, dtype=torch.float64) for name, one in scores.items()}
+    plans = [
+        stage.plan(axes, {name: torch.where(gone[name], theirs, one) for name, one in scores.items()}, gone, cost, keep)
+        for keep in (0.8, 0.6, 0.5)
+        for theirs in (0.0, 0.5, 100.0)
+    ]
+    for first in (0, 3, 6):
+        assert plans[first] == plans[first + 1] == plans[first + 2]
+    for plan in plans:
+        assert all(not bool((mask.bool() & gone[name]).any()) for name, mask in plan.masks(axes).items())
+
+
 def test_scores_do_not_depend_on_clipping_or_on_micro_batches(make_job: MakeJob) -> None:
     plans = [pruned(make_job(folder=str(i)), lr=0.0, **knobs).plan for i, knobs in enumerate(({}, {"clip": 1e-6}, {"micro_batch": 2}))]
     assert plans[0] == plans[1] == plans[2]

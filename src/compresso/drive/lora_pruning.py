@@ -36,7 +36,7 @@ class PruningObjective(nn.Module):
     """
 
     score: Tensor
-    """Moving average of the importance of each unit [units], float64."""
+    """Moving average of the importance of each unit [units], float64; without meaning for units that are gone."""
     mask: Tensor
     """1 for each unit that is left, 0 for each that is gone [units], float32."""
 
@@ -77,7 +77,10 @@ class PruningObjective(nn.Module):
 
     @torch.no_grad()
     def observe_(self, update: int) -> None:
-        """Score by the gradients of an update, and let units go if it is time. Units that are gone have score 0 and stay gone."""
+        """Score by the gradients of an update, and let units go if it is time.
+
+        Units that are gone stay gone: `choose` is told which they are, and does not look at their scores.
+        """
         adapters: dict[str, Factors] = {
             name: Factors(b, a, b.grad, a.grad, scale)
             for name, (b, a, scale) in adapter_parameters(self.model).items()
@@ -85,7 +88,7 @@ class PruningObjective(nn.Module):
         }
         new = [unit_importance(axis, self._weight, adapters).to(self.score.device) for axis in self.axes]
         old = list(self._flat.split(self.score).values())
-        self.score.copy_(torch.cat(moved_average(old, new, self.momentum)) * (self.mask > 0))
+        self.score.copy_(torch.cat(moved_average(old, new, self.momentum)))
         chosen = self.choose(update, self._flat.split(self.score.cpu()), self._flat.split(self.mask.cpu() == 0))
         if chosen is not None:
             self.mask.mul_(self._flat.join(chosen).to(self.mask))
