@@ -1,0 +1,72 @@
+"""One round of a removal in rounds: the units of the lowest scores that together are worth no more than the round may take.
+
+Bonsai's rule (arXiv 2402.05406), counted exactly. It is not `allocate`, which ends at or below a size, puts units back that still fit, and
+may take any unit: a round ends before the first unit that is too much for it, and leaves units alone of which it has learned nothing. The
+last round, which has to meet the budget, is a case for `allocate`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis
+from compresso.core.cost import CostModel, Counted
+from compresso.core.plan import Plan
+
+
+def lowest_within(
+    axes: Sequence[Axis],
+    scores: Mapping[str, Tensor],
+    cost: CostModel,
+    of: Counted,
+    allowance: float,
+    *,
+    ties: Mapping[str, Tensor] | None = None,
+    fewest: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan without the longest run of lowest scores whose removal takes at most `allowance` from a count. It names all axes given.
+
+    Args:
+        axes: those that may lose units.
+        scores: axis name -> [size]; higher stays; comparable across axes. Units of infinite score stay in any case.
+        cost: counts the model as it is.
+        of: what is counted.
+        allowance: how much may leave; a plan that removes nothing where the lowest unit is worth more.
+        ties: axis name -> [size], comparable across axes: of units of the same score, the one with less leaves first. Without, or where
+            they are the same, too, the first in order of axes and units. A penalty on absolute coefficients makes many of them 0.
+        fewest: axis name -> units that stay at least; the axis' own where not given.
+
+    Raises:
+        ValueError: a score is missing, NaN, minus infinity or of the wrong shape.
+    """
+    order = _order(axes, scores, ties or {}, fewest or {})
+    dense = float(cost().count(of))
+    place = {axis.name: torch.full((axis.size,), len(order)) for axis in axes}  # in the order; units that stay come after it
+    for i, (name, unit) in enumerate(order):
+        place[name][unit] = i
+
+    def without(n: int) -> dict[str, Tensor]:
+        """The masks without the first n units of the order."""
+        return {name: (places >= n).double() for name, places in place.items()}
+
+    n = bisect_right(range(1, len(order) + 1), allowance, key=lambda n: dense - float(cost(without(n)).count(of)))
+    return Plan.from_masks(axes, without(n))
+
+
+def _order(
+    axes: Sequence[Axis], scores: Mapping[str, Tensor], ties: Mapping[str, Tensor], fewest: Mapping[str, int]
+) -> list[tuple[str, int]]:
+    """The units that may leave, in the order of leaving."""
+    units: list[tuple[float, float, int, int]] = []
+    for i, axis in enumerate(axes):
+        given = scores.get(axis.name)
+        if given is None or tuple(given.shape) != (axis.size,) or bool((given.isnan() | (given == -torch.inf)).any()):
+            raise ValueError(f"scores for {axis.name} are missing, NaN, minus infinity or not of shape [{axis.size}]")
+        of_unit: list[float] = given.detach().cpu().double().tolist()  # pyright: ignore
+        second: list[float] = ties[axis.name].detach().cpu().double().tolist() if axis.name in ties else [0.0] * axis.size  # pyright: ignore
+        mine = sorted((score, tie, i, unit) for unit, (score, tie) in enumerate(zip(of_unit, second, strict=True)))
+        stays = max(axis.fewest, fewest.get(axis.name, 0))
+        units += [entry for entry in mine[: max(axis.size - stays, 0)] if entry[0] < float("inf")]
+    return [(axes[i].name, unit) for _, _, i, unit in sorted(units)]
