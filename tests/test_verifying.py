@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compresso import verifying
 from compresso.answers import ONNX, OWN, Answer, ask_llama_cpp, ids_of, judged, within_rounding
 from compresso.arch.base import arch_for
+from compresso.checkpoint.code import trusted
 from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from compresso.export import llama_cpp, opened
@@ -61,7 +62,7 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for file in native.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    assert verifying._strange_code(folder) is None
+    assert trusted(folder)
     code = folder / "modeling_compresso.py"
     code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
     ids = torch.arange(3)
@@ -70,10 +71,12 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     assert "not run" in answer.reason
     assert not ran.exists()
     code.write_bytes((native / code.name).read_bytes())
+    assert trusted(folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {key: f"somebody/else--{value}" for key, value in config["auto_map"].items()}
     (folder / "config.json").write_text(json.dumps(config))
-    assert verifying._strange_code(folder) is not None
+    with pytest.raises(CheckpointError, match="auto_map names code to run"):
+        verify(folder)
 
 
 def test_a_uniform_checkpoint_opens_without_compresso_but_without_tokenizer_not_in_llama_cpp(tmp_path: Path) -> None:

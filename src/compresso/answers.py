@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.checkpoint.code import NATIVE, Shipped, refuse_code, trusted
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
-from compresso.errors import ExportError
+from compresso.errors import CheckpointError, ExportError
 from compresso.export import llama_cpp, opened, vllm_engine
 from compresso.export.onnx_runtime import OnnxModel
 from compresso.export.openvino import OpenVinoModel
@@ -105,8 +106,11 @@ def _rounded(model: PreTrainedModel, packing: Packing, ids: Tensor) -> tuple[Ten
 def ask_transformers(
     engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path, within: float = LOGITS_WITHIN
 ) -> Answer:
-    """What a fresh process makes of a folder."""
+    """What a fresh process makes of a folder. Raises CheckpointError if it names code that is not of compresso."""
     words = WORDS[engine]
+    refuse_code(folder)
+    if "remote" in words and (strange := _strange(folder, NATIVE)):
+        return Answer(engine, "not checked", strange)
     given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
     result.unlink(missing_ok=True)
     save_file({"ids": ids.contiguous()}, given)
@@ -128,6 +132,15 @@ def ask_transformers(
         return Answer(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
     difference = float((found["logits"] - logits).abs().max())
     return judged(engine, difference, within_rounding(found["logits"], logits, within), found["greedy"].tolist(), greedy.tolist(), "logits")
+
+
+def _strange(folder: Path, shipped: Shipped) -> str:
+    """Why the code beside the weights of a folder is not run; empty if it may, or if there is none."""
+    try:
+        trusted(folder, shipped)
+    except CheckpointError as error:
+        return str(error).replace(str(folder), "this folder")
+    return ""
 
 
 def within_rounding(found: Tensor, wanted: Tensor, within: float = LOGITS_WITHIN) -> bool:
@@ -170,16 +183,18 @@ def ask_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def ask_vllm(
-    engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, *, dtype: str = "float32", remote: bool = False
+    engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, *, dtype: str = "float32", shipped: Shipped | None = None
 ) -> Answer:
     """Compare a folder in vLLM with logits [seq, vocabulary] and greedy ids of the model it was written from.
 
     Args:
         dtype: to compute in.
-        remote: whether the folder's own code may run.
+        shipped: code of ours that may run if the folder names it; None for none.
     """
+    if shipped is not None and (strange := _strange(folder, shipped)):
+        return Answer(engine, "not checked", strange)
     try:
-        found = vllm_engine.continue_ids(folder, ids, len(greedy), dtype=dtype, remote=remote)
+        found = vllm_engine.continue_ids(folder, ids, len(greedy), dtype=dtype, shipped=shipped)
     except ExportError as error:
         return Answer(engine, "no", str(error))
     wanted = logits[-1].softmax(-1)

@@ -18,7 +18,7 @@ from compresso.export.llama_quantize import KINDS, fallbacks, quantize, tool
 from compresso.export.onnx import head_dim, save_onnx
 from compresso.export.opened import continued
 from compresso.export.packed import packing_of, save_packed
-from compresso.export.vllm_deci import save_vllm_deci
+from compresso.export.vllm_deci import DECI_CLASS, save_vllm_deci
 from compresso.measure.size import weight_bytes
 from compresso.native.stock import as_stock
 
@@ -129,7 +129,7 @@ def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
             told["checked"] = f"not opened: {missing}"
             return
         ids = ids_of(tokenizer, live.config.vocab_size)
-        answer = ask_vllm(DECI, written, ids, *continued(live.float(), ids), remote=True)
+        answer = ask_vllm(DECI, written, ids, *continued(live.float(), ids), shipped=DECI_CLASS)
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in vLLM: {answer.reason}. It was not written.")
         told.update(checked="opened in vLLM", difference=answer.difference, same_tokens=answer.same_tokens)

@@ -1,7 +1,7 @@
 """In which engines a checkpoint opens, and whether it computes there what it computes here.
 
-The folder's own code runs only if it is, byte for byte, the file that compresso writes. What is there but could not be asked is called "not
-checked", not "yes".
+The folder's own code runs only if it is, byte for byte, the file that compresso writes (`checkpoint/code.py`). What is there but could not
+be asked is called "not checked", not "yes".
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ from compresso.answers import (
     ids_of,
 )
 from compresso.arch.base import arch_for
-from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.code import NATIVE
 from compresso.checkpoint.source import Source, has_tokenizer, is_causal, load_model, load_tokenizer, open_source
 from compresso.drive.memory import available
 from compresso.errors import CheckpointError, CompressoError
@@ -46,8 +46,7 @@ from compresso.export import llama_cpp, opened, vllm_engine
 from compresso.export.gguf import save_gguf
 from compresso.export.onnx import save_onnx
 from compresso.export.packed import TESTED, packing_of, save_packed
-from compresso.export.vllm_deci import save_vllm_deci
-from compresso.native import MODELING_FILE
+from compresso.export.vllm_deci import DECI_CLASS, save_vllm_deci
 from compresso.native.stock import as_stock
 
 
@@ -85,21 +84,7 @@ def engines(folder: Path) -> list[dict[str, Any]]:
 def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Answer:
     """Open the folder in a fresh process, with compresso, with the folder's code, or with neither."""
     assert source.folder is not None
-    if "remote" in WORDS[engine] and (strange := _strange_code(source.folder)) is not None:
-        return Answer(engine, "not checked", strange)
     return ask_transformers(engine, source.folder, ids, logits, greedy, scratch)
-
-
-def _strange_code(folder: Path) -> str | None:
-    """Why the code a folder brings along must not run; None if it brings none or ours."""
-    mapped = read_json(folder / "config.json").get("auto_map")
-    if not mapped:
-        return None
-    ours = isinstance(mapped, dict) and all(str(name).split(".")[0] == MODELING_FILE.stem for name in mapped.values())
-    files = list(folder.rglob("*.py"))
-    if ours and [path.name for path in files] == [MODELING_FILE.name] and files[0].read_bytes() == MODELING_FILE.read_bytes():
-        return None
-    return f"its code is not this version's {MODELING_FILE.name}, and is not run"
 
 
 def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Answer:
@@ -150,16 +135,14 @@ def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, gre
     """Open the folder in vLLM; where it does not compute the same there, write it for vLLM's DeciLM class, and open that, too."""
     if (missing := vllm_engine.missing()) is not None:
         return [Answer(VLLM, "not installed", missing)]
-    if (strange := _strange_code(folder)) is not None:
-        return [Answer(VLLM, "not checked", strange)]
-    answer = ask_vllm(VLLM, folder, ids, logits, greedy, remote=True)
-    if answer.opens == "yes":
+    answer = ask_vllm(VLLM, folder, ids, logits, greedy, shipped=NATIVE)
+    if answer.opens in ("yes", "not checked"):
         return [answer]
     twin = scratch / "deci"
     try:
         stock = as_stock(model)
         save_vllm_deci(stock, arch_for(stock.config).shapes(stock), twin)
-        return [answer, ask_vllm(DECI, twin, ids, logits, greedy, remote=True)]
+        return [answer, ask_vllm(DECI, twin, ids, logits, greedy, shipped=DECI_CLASS)]
     except CompressoError as error:
         return [answer, Answer(DECI, "no", str(error))]
     finally:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from compresso import exporting, verifying
 from compresso.answers import DECI, VLLM, VLLM_PACKED, ask_vllm_packed
 from compresso.arch.base import arch_for
+from compresso.checkpoint.code import NATIVE
 from compresso.checkpoint.source import open_source
 from compresso.core.rounding import fit
 from compresso.errors import ExportError
@@ -17,6 +18,7 @@ from compresso.export import opened, vllm_engine
 from compresso.export.hf import save_checkpoint
 from compresso.export.layout import Layout
 from compresso.export.packed import Packing, save_packed
+from compresso.export.vllm_deci import DECI_CLASS
 from tests.export.nano_variants import greedy, nano_tokenizer, pruned_nano
 
 MISSING = vllm_engine.missing()
@@ -45,7 +47,7 @@ def assert_same(found: vllm_engine.Continued, model: PreTrainedModel) -> None:
 def test_heads_and_channels_of_each_layer_s_own_run_as_they_are_written(variant: dict[str, Any], tmp_path: Path) -> None:
     model = pruned_nano(**variant)
     folder = saved(model, tmp_path / "model", "native" if variant else "uniform")
-    assert_same(vllm_engine.continue_ids(folder, IDS, 8, remote=True), model)
+    assert_same(vllm_engine.continue_ids(folder, IDS, 8, shipped=NATIVE), model)
 
 
 @real
@@ -66,7 +68,7 @@ def test_an_exported_deci_folder_is_opened(tmp_path: Path) -> None:
     model = pruned_nano(0.5)
     told = exporting.export(saved(model, tmp_path / "model"), tmp_path / "deci", format="vllm-deci")
     assert told["checked"] == "opened in vLLM" and told["same_tokens"] == 8 and told["difference"] < 1e-3
-    assert_same(vllm_engine.continue_ids(tmp_path / "deci", IDS, 8, remote=True), model)
+    assert_same(vllm_engine.continue_ids(tmp_path / "deci", IDS, 8, shipped=DECI_CLASS), model)
 
 
 @real

@@ -12,7 +12,7 @@ from compresso.errors import CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")  # what transformers may open in a model folder
-_MAX_JSON_BYTES = {"config.json": 4_000_000, INDEX: 32_000_000}
+_MAX_JSON_BYTES = {"config.json": 4_000_000, INDEX: 32_000_000, "tokenizer_config.json": 32_000_000}
 _CONVERT = "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
 
 

@@ -28,6 +28,7 @@ from transformers import (
 
 from compresso.checkpoint import hub
 from compresso.checkpoint.atomic import sha256
+from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_tensors
 from compresso.checkpoint.header import TensorInfo
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
@@ -98,7 +99,9 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
         if path.is_file():
             if path.suffix != ".json":
                 raise CheckpointError(f"model {path} is a file; give the folder it lies in, or a config.json.")
-            return Source(read_config(path), None, "config", path.resolve().parent.name, path)
+            config = read_config(path)
+            refuse_fields(path, read_json(path))
+            return Source(config, None, "config", path.resolve().parent.name, path)
         if path.is_dir():
             return _open_folder(path, "folder", path.resolve().name, weights)
         if not isinstance(model, str) or not hub.is_hub_name(model):
@@ -148,6 +151,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
     """
     if source.folder is None or not source.tensors:
         raise CheckpointError(f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name.")
+    refuse_code(source.folder)  # once more, as the folder may have changed since it was opened
     try:
         model, info = auto_class(source.config).from_pretrained(  # a pair, as asked for
             source.folder,
@@ -179,6 +183,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its code."""
     if source.folder is None or not has_tokenizer(source):
         raise CheckpointError(f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder.")
+    refuse_code(source.folder)
     try:
         return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files of any origin fail in any way
@@ -191,8 +196,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weights: bool) -> Source:
     check_folder(folder)
     config = read_config(folder / "config.json")
-    if (generation := folder / "generation_config.json").is_file():
-        read_json(generation)
+    refuse_code(folder)
     source = Source(config, folder, kind, name, folder / "config.json", stored_tensors(folder) if weights else {})
     if weights and family_of(config.model_type):  # for others transformers may rename tensors on the way in; load_model checks them
         _check_tensors(source)

@@ -145,7 +145,7 @@ def _lay_out(model: Shrunk, layout: Layout) -> tuple[PreTrainedConfig, Mapping[s
 def _expected(config: PreTrainedConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes that a reader of this config will look for, from the meta device."""
     with torch.device("meta"):
-        reader = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        reader = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     return {name: tuple(tensor.shape) for name, tensor in reader.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 

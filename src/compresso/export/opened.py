@@ -2,6 +2,7 @@
 
 Arguments: the folder, a safetensors file with `ids` [seq], the safetensors file to write, and any of the words `compresso` (import it
 first) and `remote` (let the folder's own code run). Written are `logits` [seq, vocabulary] and `greedy` [NEW_TOKENS], computed in float32.
+Whoever starts this process has had the folder looked at by `compresso.checkpoint.code`.
 """
 
 import importlib

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from compresso.arch.outputs import outputs
+from compresso.checkpoint.code import refuse_code
 from compresso.checkpoint.source import auto_class
 from compresso.errors import ExportError, ResourceError
 
@@ -86,6 +87,7 @@ def _as_stored(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) 
 
 
 def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None:
+    refuse_code(Path(folder))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model: PreTrainedModel = auto_class(config).from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False

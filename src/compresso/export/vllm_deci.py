@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.code import Shipped
 from compresso.errors import ExportError
 from compresso.export.layout import widest
 from compresso.export.pad import pad_tensors
 from compresso.export.shrunk import Shrunk, describe
 
 CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
+DECI_CLASS = Shipped(CONFIGURATION, frozenset({"DeciLMConfig"}))
 _KEPT = ("vocab_size", "max_position_embeddings", "rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
 
 

