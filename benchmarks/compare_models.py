@@ -18,11 +18,11 @@ import torch
 
 from common import RESULTS
 from compresso.data import nano
-from compresso.measure.account_file import account_file, write_account
-from compresso.measure.record import Account, Subject
-from compresso.recipe import override, read, with_knob
+from compresso.metrics.record import Account, Subject
+from compresso.metrics.report_file import account_file, write_account
 from compresso.report.read import read_subjects
-from compresso.run import run
+from compresso.runner.recipe import override, read, with_knob
+from compresso.runner.run import run
 
 METHODS = ("magnitude-structured", "gate-taylor", "compresso")
 STORIES = "datasets/text/tinystories_sample.jsonl.gz"

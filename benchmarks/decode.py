@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import compresso  # noqa: F401 - registers the per-layer model classes
 from common import machine, write
 from compresso.arch.base import arch_for
-from compresso.core.allocate import allocate
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.edit.shrink import shrink_
-from compresso.export.hf import save_checkpoint
-from compresso.measure.latency import speed_measurements
-from compresso.measure.traffic import weight_bytes_read
+from compresso.formats.hf import save_checkpoint
+from compresso.metrics.latency import speed_measurements
+from compresso.metrics.traffic import weight_bytes_read
+from compresso.solve.allocate import allocate
 
 VARIANTS = {
     "heads and channels, 70 %, per layer": {"keep": 0.7, "kinds": ("head", "channel")},

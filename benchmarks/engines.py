@@ -25,21 +25,21 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, high_water_mib, machine, write
-from compresso.answers import ask_llama_cpp, ask_onnx_runtime
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, load_tokenizer, open_source
-from compresso.core.allocate import allocate
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.data import nano
 from compresso.edit.shrink import shrink_
-from compresso.export import llama_cpp
-from compresso.export.gguf import save_gguf
-from compresso.export.hf import save_checkpoint
-from compresso.export.onnx import save_onnx
-from compresso.export.onnx_runtime import OnnxModel
-from compresso.measure.latency import speed_measurements
+from compresso.engines import llama_cpp
+from compresso.engines.onnx_runtime import OnnxModel
+from compresso.engines.parity import ask_llama_cpp, ask_onnx_runtime
+from compresso.formats.gguf import save_gguf
+from compresso.formats.hf import save_checkpoint
+from compresso.formats.onnx import save_onnx
+from compresso.metrics.latency import speed_measurements
 from compresso.native.stock import as_stock
+from compresso.solve.allocate import allocate
 
 PROMPT, NEW = 128, 32
 VARIANTS: dict[str, tuple[float, str]] = {

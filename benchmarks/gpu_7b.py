@@ -22,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, machine, write
 from compresso.arch.base import arch_for
-from compresso.core.allocate import allocate
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.edit.shrink import shrink_
-from compresso.measure.latency import speed_measurements
+from compresso.metrics.latency import speed_measurements
+from compresso.solve.allocate import allocate
 from steps import Step, batch, masked_steps, plain_step
 
 SEQUENCE, PROMPT, NEW = 1024, 1024, 16

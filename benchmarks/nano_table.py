@@ -19,10 +19,10 @@ import torch
 from common import RESULTS, machine
 from compresso.data import nano, world
 from compresso.loading import load
-from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import every_token, perplexity
-from compresso.recipe import override, read, with_knob
-from compresso.run import run
+from compresso.metrics.choices import choice_accuracy
+from compresso.metrics.perplexity import every_token, perplexity
+from compresso.runner.recipe import override, read, with_knob
+from compresso.runner.run import run
 
 RECIPES = {"magnitude": "magnitude-structured/nano", "gate-Taylor": "gate-taylor/nano", "Compresso": "compresso/nano"}
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -8,15 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.core.constraint import ShareOfModel
 from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.objectives import GatedObjective
-from compresso.drive.progress import Progress
 from compresso.edit.lora import attach_
 from compresso.edit.recompute import recompute_
+from compresso.solve.constraint import ShareOfModel
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.objectives import GatedObjective
+from compresso.training.progress import Progress
 
 Step = Callable[[], None]
 RANK, TARGETS = 8, ["q_proj", "v_proj"]

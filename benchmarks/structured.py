@@ -31,17 +31,17 @@ from common import RESULTS, machine
 from compresso.checkpoint.source import load_model, open_source
 from compresso.data import world
 from compresso.data.batches import Row
-from compresso.drive.device import choose_device
 from compresso.errors import RecipeError
-from compresso.export.hf import save_checkpoint
+from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
-from compresso.measure.choices import choice_accuracy
-from compresso.measure.held import held_loss
-from compresso.measure.perplexity import every_token, perplexity
+from compresso.metrics.choices import choice_accuracy
+from compresso.metrics.held import held_loss
+from compresso.metrics.perplexity import every_token, perplexity
 from compresso.native.stock import as_stock
-from compresso.preflight import Prepared, prepare
-from compresso.recipe import build
-from compresso.run import new_job
+from compresso.runner.preflight import Prepared, prepare
+from compresso.runner.recipe import build
+from compresso.runner.run import new_job
+from compresso.training.device import choose_device
 from structured_cases import DENSE, KEEPS, METHODS, STORIES, UNSEEN, Case, cases, recipe_of
 
 LOG = RESULTS / "structured.jsonl"

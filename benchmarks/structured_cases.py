@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compresso.data import nano
-from compresso.recipe import read
+from compresso.runner.recipe import read
 
 STORIES = "datasets/text/tinystories_sample.jsonl.gz"
 UNSEEN = "datasets/text/tinystories_v2_valid_5.jsonl.gz"

@@ -19,8 +19,8 @@ import torch
 from common import high_water_mib, machine, write
 from compresso.checkpoint.source import load_model
 from compresso.native.stock import as_stock
-from compresso.recipe import build
-from compresso.run import new_job
+from compresso.runner.recipe import build
+from compresso.runner.run import new_job
 from structured import prepared
 from structured_cases import METHODS, cases, recipe_of
 

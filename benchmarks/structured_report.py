@@ -23,10 +23,10 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, open_source
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
-from compresso.measure.latency import speed_measurements
+from compresso.metrics.latency import speed_measurements
 from compresso.native.stock import as_stock
-from compresso.recipe import read
 from compresso.report.charts import curves
+from compresso.runner.recipe import read
 from structured import WHOLE, rows_of
 from structured_cases import DENSE, METHODS, cases
 
@@ -239,7 +239,7 @@ def main() -> None:
     made = tables(rows, speed, json.loads(memory.read_text("utf-8"))["cost"] if memory.exists() else {})
     (RESULTS / "structured.md").write_text(markdown(made), "utf-8")
     (RESULTS / "structured.html").write_text(page(rows, made), "utf-8")
-    package = Path(compresso.__file__).parent / "measured.json"
+    package = Path(compresso.__file__).parent / "commands" / "measured.json"
     package.write_text(json.dumps(catalogue(rows), indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(markdown(made))
 

@@ -31,9 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import high_water_mib, machine, write
 from compresso.arch.base import arch_for
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows
-from compresso.drive.one_shot import compensated, obs_choice, zeroed
-from compresso.drive.sweep import second_moment, squares, sweep
-from compresso.drive.targets import Where, chosen
+from compresso.sweep.one_shot import compensated, obs_choice, zeroed
+from compresso.sweep.sweep import second_moment, squares, sweep
+from compresso.sweep.targets import Where, chosen
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376, "vocab_size": 32000}
 ROWS, LENGTH = 8, 256

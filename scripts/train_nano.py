@@ -34,8 +34,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 
 from compresso.data import world
 from compresso.data.prompt import body
-from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import every_token, perplexity
+from compresso.metrics.choices import choice_accuracy
+from compresso.metrics.perplexity import every_token, perplexity
 
 TEXT_WEIGHT, CONTEXT_WEIGHT = 0.5, 0.1
 LONG_EVERY = 8

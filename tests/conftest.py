@@ -16,11 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from compresso import cli
 from compresso.data import nano
+from compresso.engines import vllm as vllm_engine
 from compresso.errors import ExportError
-from compresso.export import vllm_engine
-from compresso.options import with_options
-from compresso.recipe import build, names, read
-from compresso.run import Result, run
+from compresso.runner.options import with_options
+from compresso.runner.recipe import build, names, read
+from compresso.runner.run import Result, run
 
 CANARY = "canary-of-the-environment"
 """A secret in the environment of every test: it must not reach a file."""
@@ -97,7 +97,7 @@ def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: f
 def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs by command ask no engine, which takes half a minute; a test marked `engines` does."""
     if request.node.get_closest_marker("engines") is None:
-        monkeypatch.setattr(sys.modules["compresso.run"], "engines", lambda folder: [])
+        monkeypatch.setattr(sys.modules["compresso.runner.run"], "engines", lambda folder: [])
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def no_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def quick_reopening(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are reopened in this process."""
-    monkeypatch.setattr("compresso.results.reopen_and_compare", reopen_here)
+    monkeypatch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
 
 
 Ran = Callable[..., Result]
@@ -127,7 +127,7 @@ def ran(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPath
             raw = with_options(recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **{"max_steps": 3, **options})
             output = tmp_path_factory.mktemp("runs") / "out"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("compresso.results.reopen_and_compare", reopen_here)
+                patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
                 done[key] = run(raw, tiny_folder, instructions, output=output, layout=layout, seed=seed, quiet=True)
         return done[key]
 

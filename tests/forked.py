@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compresso import cli
 from compresso.checkpoint.workfolder import WorkFolder
-from compresso.drive.progress import Progress
+from compresso.training.progress import Progress
 
 
 def arm(event: str, phase: str, at: int) -> None:
@@ -25,7 +25,7 @@ def arm(event: str, phase: str, at: int) -> None:
 
     def happen() -> None:
         if event == "nan":
-            import compresso.drive.objectives as objectives
+            import compresso.training.objectives as objectives
 
             plain = objectives.next_token_loss
             objectives.next_token_loss = lambda logits, labels: plain(logits, labels) * float("nan")
@@ -58,11 +58,11 @@ def reopened(folder: Path, model: Any, ids: Tensor, atol: float) -> float:
 
 def child(job: dict[str, Any]) -> None:
     """Run one command line; never returns."""
-    import compresso.results
-    import compresso.run
+    import compresso.runner.output
+    import compresso.runner.run
 
-    compresso.results.reopen_and_compare = reopened  # type: ignore[assignment]
-    sys.modules["compresso.run"].engines = lambda folder: []  # type: ignore[attr-defined]
+    compresso.runner.output.reopen_and_compare = reopened  # type: ignore[assignment]
+    sys.modules["compresso.runner.run"].engines = lambda folder: []  # type: ignore[attr-defined]
     with open(job["log"], "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

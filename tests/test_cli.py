@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CodeGenConfig
 
-from compresso import cli, inspection
-from compresso.drive.signals import Interrupted
+from compresso import cli
 from compresso.errors import NumericError, ResourceError
+from compresso.runner import inspection
+from compresso.training.signals import Interrupted
 from tests.conftest import SHORT, Call
 
 VERBS = ("demo", "methods", "recipes", "inspect", "plan", "run", "evaluate", "measure", "compare", "export", "verify")
@@ -33,7 +34,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(sys.modules["compresso.run"], "load_model", refuse)
+    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", refuse)
 
 
 @pytest.fixture

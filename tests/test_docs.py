@@ -22,10 +22,11 @@ import typer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import compresso
-from compresso import cli, job, recipe
+from compresso import cli, job
 from compresso.arch import base
 from compresso.data import nano
-from compresso.options import with_options
+from compresso.runner import recipe
+from compresso.runner.options import with_options
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "compresso"

@@ -15,7 +15,7 @@ from compresso.data.instructions import opening_ids
 from compresso.data.prompt import collaborative_prompt, full_prompt, prompt_identity
 from compresso.errors import CheckpointError, DataError
 from compresso.loading import Loaded
-from compresso.run import Result
+from compresso.runner.run import Result
 from tests.conftest import Ran
 
 

@@ -5,17 +5,17 @@ Importing it registers our per-layer model classes, so that `AutoModelForCausalL
 
 from importlib.metadata import version as _version
 
-from compresso.core.allocate import allocate
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.drive.fit import fit
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
-from compresso.inspection import inspect
 from compresso.loading import load
 from compresso.native import register as _register
-from compresso.run import Result, run
+from compresso.runner.inspection import inspect
+from compresso.runner.run import Result, run
+from compresso.solve.allocate import allocate
+from compresso.training.fit import fit
 
 __version__ = _version("compresso-llm")
 __all__ = ["Budget", "CostModel", "Plan", "Result", "allocate", "fit", "gated", "inspect", "load", "run", "shrink_"]

@@ -20,8 +20,8 @@ import typer
 from transformers.utils import logging as transformers_logging
 from typer.exceptions import TyperException
 
-from compresso.drive.signals import Interrupted
 from compresso.errors import CompressoError
+from compresso.training.signals import Interrupted
 
 app = typer.Typer(
     name="compresso",
@@ -59,7 +59,7 @@ def demo(
 
     Example: compresso demo --output demo-output
     """
-    from compresso.demo import run_demo
+    from compresso.commands.demo import run_demo
 
     run_demo(output, keep=keep, force=force)
 
@@ -70,7 +70,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method in full.
 
     Example: compresso methods learn_gates
     """
-    from compresso import catalogue
+    from compresso.commands import catalogue
 
     catalogue.show_methods(name, as_json)
 
@@ -81,7 +81,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 
     Example: compresso recipes compresso/paper
     """
-    from compresso import catalogue
+    from compresso.commands import catalogue
 
     catalogue.show_recipes(name)
 
@@ -96,7 +96,7 @@ def inspect(
 
     Example: compresso inspect meta-llama/Llama-2-7b-hf
     """
-    from compresso import inspection
+    from compresso.runner import inspection
 
     inspection.show(inspection.inspect(model, explain), as_json)
 
@@ -133,7 +133,8 @@ def plan(
 
     Example: compresso plan compresso --model ./llama-7b/config.json --keep 0.7
     """
-    from compresso import dryrun, dryrun_report
+    from compresso.commands import plan_table as dryrun_report
+    from compresso.runner import plan as dryrun
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
     dryrun_report.show(dryrun.plan(raw, model, layout, engine), as_json)
@@ -170,10 +171,10 @@ def run(
 
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
-    from compresso import verifying
-    from compresso.answers import Answer
+    from compresso.engines import verify as verifying
+    from compresso.engines.parity import Answer
     from compresso.report.records import RunRecords
-    from compresso.run import run as run_job
+    from compresso.runner.run import run as run_job
 
     raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
     result = run_job(
@@ -223,7 +224,8 @@ def measure(
 
     Example: compresso measure ./llama-7b ./llama-5b --batch 1,8
     """
-    from compresso import measuring, measuring_report
+    from compresso.commands import measure as measuring
+    from compresso.commands import measure_table as measuring_report
 
     account = measuring.measure(
         models,
@@ -263,7 +265,7 @@ def evaluate(
 
     Example: compresso evaluate ./llama-5b --suite commonsense --prompt both --output llama-5b.json
     """
-    from compresso import evaluation
+    from compresso.commands import evaluate as evaluation
 
     account = evaluation.evaluate(
         model,
@@ -297,7 +299,7 @@ def compare(
 
     Example: compresso compare ./llama-small ./llama-uniform dense.json --output report.html
     """
-    from compresso import comparison
+    from compresso.commands import compare as comparison
 
     comparison.show(comparison.compare(results, output), as_json)
     if not as_json:
@@ -322,7 +324,7 @@ def export(
 
     Example: compresso export ./llama-5b --format gguf --output llama-5b.gguf --dtype q8_0
     """
-    from compresso import exporting
+    from compresso.commands import export as exporting
 
     told = exporting.export(model, output, format=file_format, dtype=dtype, force=force)
     if as_json:
@@ -339,8 +341,8 @@ def verify(
 
     Example: compresso verify ./llama-5b
     """
-    from compresso import verifying
-    from compresso.answers import OWN
+    from compresso.engines import verify as verifying
+    from compresso.engines.parity import OWN
 
     answers = verifying.verify(model)
     verifying.show(answers, as_json)
@@ -360,7 +362,7 @@ def _raw(
     engine: str | None,
 ) -> dict[str, Any]:
     """The recipe with the command line's overrides in it."""
-    from compresso.options import with_options
+    from compresso.runner.options import with_options
 
     return with_options(
         recipe,

@@ -28,23 +28,23 @@ from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import Row, collate, pad_id
 from compresso.data.cut_tokenizer import cut, translation
-from compresso.drive.audit import audit, digest, fingerprints
-from compresso.drive.calibration import Calibration
-from compresso.drive.checkpoint import TrainingCheckpoints
-from compresso.drive.history import History
-from compresso.drive.journal import Journal
-from compresso.drive.launch import processes
-from compresso.drive.noise import mixed_seed
-from compresso.drive.order import ShuffledBatches
-from compresso.drive.progress import Progress
-from compresso.drive.streamed import Streamed
-from compresso.drive.sweep import Edit, Fold, sweep
-from compresso.drive.targets import Groups, names_of, touched
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
 from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
+from compresso.sweep.audit import audit, digest, fingerprints
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.journal import Journal
+from compresso.sweep.offload import Streamed
+from compresso.sweep.sweep import Edit, Fold, sweep
+from compresso.sweep.targets import Groups, names_of, touched
+from compresso.training.checkpoint import TrainingCheckpoints
+from compresso.training.history import History
+from compresso.training.launch import processes
+from compresso.training.noise import mixed_seed
+from compresso.training.order import ShuffledBatches
+from compresso.training.progress import Progress
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -208,7 +208,7 @@ class Job:
             knobs: the stage itself: a resume must agree on them.
             groups: the linears.
             calibration: which rows, and how they run.
-            fold, edit, rescales: see `compresso.drive.sweep`.
+            fold, edit, rescales: see `compresso.sweep.sweep`.
 
         Raises as `sweep` and `audit`; ResumeError if the journal is another run's, ResourceError in several processes.
         """

@@ -23,16 +23,16 @@ from transformers import (
 )
 
 import compresso
-from compresso.answers import WORDS, ask_transformers, ask_vllm
 from compresso.arch.base import arch_for
 from compresso.checkpoint.code import NATIVE, refuse_code, trusted
 from compresso.checkpoint.source import load_model, load_tokenizer, open_source
 from compresso.data import nano
+from compresso.engines import vllm as vllm_engine
+from compresso.engines.parity import WORDS, ask_transformers, ask_vllm
 from compresso.errors import CheckpointError, ExportError
-from compresso.export import vllm_engine
-from compresso.export.hf import save_checkpoint
-from compresso.export.vllm_deci import DECI_CLASS, save_vllm_deci
-from tests.export.nano_variants import nano_tokenizer, pruned_nano
+from compresso.formats.hf import save_checkpoint
+from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
+from tests.formats.nano_variants import nano_tokenizer, pruned_nano
 
 IDS = torch.arange(4)
 TINY = {"vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -217,7 +217,7 @@ def test_what_came_after_opening_is_refused_when_it_is_read(folder: Path, ran: P
 
 
 def test_a_fresh_process_looks_for_itself(folder: Path, ran: Path) -> None:
-    from compresso.export.reopen import reopen_and_compare
+    from compresso.formats.reopen import reopen_and_compare
 
     model = LlamaForCausalLM.from_pretrained(folder)
     custom_generate(folder, ran)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compresso.data import nano, world
 from compresso.data.prompt import body
-from compresso.measure.choices import choice_accuracy
-from compresso.measure.perplexity import every_token, perplexity
+from compresso.metrics.choices import choice_accuracy
+from compresso.metrics.perplexity import every_token, perplexity
 
 TOKENIZER = AutoTokenizer.from_pretrained(nano.path())
 

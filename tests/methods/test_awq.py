@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresso.core.rounding import fit
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Where
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.awq import Awq
 from compresso.methods.rtn import Rtn
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 
 NORM = "model.layers.{}.input_layernorm.weight"

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compresso.arch.base import arch_for
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
-from compresso.drive.activations import mean_inputs, reader
 from compresso.job import Job
-from compresso.measure.divergence import divergence, reference
 from compresso.methods.contextual import Contextual, relative
+from compresso.metrics.divergence import divergence, reference
+from compresso.observe.activations import mean_inputs, reader
 from tests.conftest import Call
 from tests.methods.conftest import MakeJob
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresso.drive.linear_uses import linear_uses
 from compresso.job import Job
-from compresso.measure.held import held_loss
 from compresso.methods.contextual_thresholds import ContextualThresholds, linear_masks, with_tokens_zeroed, zero_
+from compresso.metrics.held import held_loss
+from compresso.observe.linear_uses import linear_uses
 from tests.methods.conftest import MakeJob
 from tests.methods.test_contextual import biased
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from compresso.job import Card, Effects, Job, cards, check_order
-from compresso.recipe import build
+from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from compresso.account import shared_windows
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
 from compresso.data import nano
@@ -20,12 +19,13 @@ from compresso.data.batches import Row
 from compresso.errors import BudgetError, CheckpointError, DataError
 from compresso.job import Job
 from compresso.loading import load
-from compresso.measure.divergence import divergence, divergences, reference
-from compresso.measure.held import held_loss
 from compresso.methods.cut_vocab import CutVocab
 from compresso.methods.distill import Distill
-from compresso.options import with_options
-from compresso.run import run
+from compresso.metrics.divergence import divergence, divergences, reference
+from compresso.metrics.held import held_loss
+from compresso.runner.final_evaluation import shared_windows
+from compresso.runner.options import with_options
+from compresso.runner.run import run
 from tests.conftest import SHORT, Call
 from tests.methods.conftest import MakeJob
 

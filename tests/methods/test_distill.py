@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import compresso.methods.distill
 from compresso.core.axis import Kind
-from compresso.drive.fit import fit
 from compresso.errors import CheckpointError, NumericError, RecipeError
 from compresso.job import Job
-from compresso.measure.divergence import divergence, reference
 from compresso.methods.distill import Distill
 from compresso.methods.magnitude_structured import MagnitudeStructured
-from compresso.run import run
+from compresso.metrics.divergence import divergence, reference
+from compresso.runner.run import run
+from compresso.training.fit import fit
 from tests.methods.conftest import MakeJob
 
 SHORT: dict[str, Any] = {"batch": 8, "micro_batch": 8, "lr": 1e-2}

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
 from compresso.data import nano
-from compresso.drive.influence import losses_without
-from compresso.dryrun import plan as dry_run
 from compresso.errors import BudgetError, RecipeError
 from compresso.job import Job
 from compresso.methods.drop_layers import DropLayers
-from compresso.recipe import build
+from compresso.observe.influence import losses_without
+from compresso.runner.plan import plan as dry_run
+from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {"batches": 2, "batch": 4, "micro_batch": 4}

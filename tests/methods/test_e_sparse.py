@@ -5,9 +5,9 @@ import torch
 from pydantic import ValidationError
 
 from compresso.core.sparsity import lowest_in_groups
-from compresso.drive.targets import Where
 from compresso.methods.e_sparse import ESparse
 from compresso.methods.wanda import Wanda
+from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 
 

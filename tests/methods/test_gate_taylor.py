@@ -54,8 +54,8 @@ def test_uniform_layout_keeps_equal_counts(make_job: MakeJob) -> None:
 
 def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None:
     """The scores mean something: cutting the other end of the ranking hurts more."""
-    from compresso.core.allocate import allocate
-    from compresso.measure.held import held_loss
+    from compresso.metrics.held import held_loss
+    from compresso.solve.allocate import allocate
 
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind in ("head", "channel")]

@@ -7,12 +7,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from compresso.drive.one_shot import compensated
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Group
 from compresso.errors import RecipeError
 from compresso.methods.gptq import Gptq
 from compresso.methods.rtn import Rtn
+from compresso.sweep.one_shot import compensated
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Group
 from tests.methods.conftest import MakeJob
 from tests.methods.test_sparsegpt import divergence, noisy
 

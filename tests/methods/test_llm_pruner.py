@@ -22,14 +22,14 @@ from compresso.core.saliency import salience
 from compresso.data import nano
 from compresso.data.instructions import encode
 from compresso.data.registry import load_records
-from compresso.drive.gradients import weight_fisher, weight_gradients
-from compresso.dryrun import act_out
 from compresso.edit.gate import gated
 from compresso.errors import BudgetError, DataError
 from compresso.job import Job
-from compresso.measure.held import held_loss
 from compresso.methods.llm_pruner import LlmPruner
-from compresso.recipe import build, override, read
+from compresso.metrics.held import held_loss
+from compresso.observe.gradients import weight_fisher, weight_gradients
+from compresso.runner.plan import act_out
+from compresso.runner.recipe import build, override, read
 from tests.arch.test_counts import LLAMA_3_8B, LLAMA_7B, TINY_LLAMA
 from tests.methods.conftest import MakeJob
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from compresso.arch.base import arch_for
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.drive.lora_pruning import PruningObjective
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.loraprune import LoraPrune
+from compresso.training.lora_pruning import PruningObjective
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {"steps": 10, "every": 2, "batch": 4, "micro_batch": 4, "rank": 2, "lr": 1e-2, "spared": 0, "dropout": 0}

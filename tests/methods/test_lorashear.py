@@ -11,7 +11,7 @@ from compresso.core.axis import Kind
 from compresso.errors import CompressoError, RecipeError
 from compresso.job import Job
 from compresso.methods.lorashear import LoraShear
-from compresso.recipe import build
+from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {"tune": 1, "shrink": 6, "periods": 2, "batches": 1, "batch": 4, "micro_batch": 4, "rank": 2, "lr": 1e-2}
@@ -101,7 +101,7 @@ def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob, step: int) -> No
 
 def _interrupted(job: Job, step: int, knobs: dict[str, Any]) -> None:
     """Stop in the update after `step`."""
-    from compresso.drive.shrinking import ShrinkingObjective
+    from compresso.training.shrinking import ShrinkingObjective
 
     shrink = ShrinkingObjective.shrink_
 
@@ -117,7 +117,7 @@ def _interrupted(job: Job, step: int, knobs: dict[str, Any]) -> None:
 
 def test_training_helps_survivors(make_job: MakeJob) -> None:
     """The loss after shrinking with a learning rate is below that of the same removals without."""
-    from compresso.measure.held import held_loss
+    from compresso.metrics.held import held_loss
 
     trained, idle = (shear(make_job(folder=str(lr)), keep=0.7, lr=lr, shrink=40, unprunable=0) for lr in (1e-2, 0.0))
     assert held_loss(trained.model, trained.held).mean < held_loss(idle.model, idle.held).mean

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresso.core.allocate import keep_best
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
-from compresso.drive.noise import mixed_seed
 from compresso.job import Job
-from compresso.measure.divergence import divergence, reference
 from compresso.methods.minitron import Minitron
+from compresso.metrics.divergence import divergence, reference
+from compresso.solve.allocate import keep_best
+from compresso.training.noise import mixed_seed
 from tests.methods.conftest import MakeJob
 
 QUICK = {"batches": 2, "batch": 8, "micro_batch": 8}

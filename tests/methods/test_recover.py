@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compresso.measure.held import held_loss
 from compresso.methods.magnitude_structured import MagnitudeStructured
 from compresso.methods.recover import Recover
+from compresso.metrics.held import held_loss
 from tests.methods.conftest import MakeJob
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from compresso.core.axis import Kind
 from compresso.errors import CheckpointError, DataError
 from compresso.job import Job
-from compresso.measure.held import held_loss
 from compresso.methods.recover import Recover
 from compresso.methods.recover_knowledge import RecoverKnowledge, sources_of, split
+from compresso.metrics.held import held_loss
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {"text_steps": 3, "instruction_steps": 3, "every": 2, "probed": 4, "batch": 4, "micro_batch": 4, "lr": 1e-2}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from compresso.core.rounding import fit
-from compresso.drive.targets import Where
 from compresso.errors import NumericError, RecipeError
 from compresso.methods.rtn import Rtn
+from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 
 FIRST = Where(layers=(0, 1), modules=("*.self_attn.[qkv]_proj",))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from compresso.core.rounding import fit
-from compresso.drive.targets import Where
 from compresso.edit.patches import unpatch_
 from compresso.edit.round_inputs import PATCH, round_inputs_
 from compresso.methods.smoothquant import SmoothQuant
+from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 from tests.methods.test_awq import lost, outlying
 

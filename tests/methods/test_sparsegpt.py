@@ -12,15 +12,15 @@ from torch.nn.functional import kl_div, log_softmax
 
 from compresso.core.obs import NotPositiveDefiniteError
 from compresso.core.sparsity import lowest_share
-from compresso.drive.calibration import Calibration
-from compresso.drive.one_shot import compensated
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Group, Where
 from compresso.errors import NumericError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparsegpt import SparseGpt
 from compresso.methods.wanda import Wanda
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.one_shot import compensated
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Group, Where
 from tests.methods.conftest import MakeJob
 from tests.methods.oracles import check_weights, needs_oracles, oracle_job, perplexity
 
@@ -134,7 +134,7 @@ def test_a_second_moment_beyond_repair_names_its_linears(make_job: MakeJob, monk
 
 
 def test_where_the_recipe_says_so_wanda_takes_over_and_the_records_tell(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compresso.drive.one_shot as module
+    import compresso.sweep.one_shot as module
 
     invert = module.inverse_factor
 

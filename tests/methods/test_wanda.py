@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from compresso.core.sparsity import lowest_in_rows, wanda_score
-from compresso.drive.calibration import Calibration
-from compresso.drive.targets import Where
 from compresso.errors import NumericError, RecipeError
 from compresso.methods.wanda import Wanda
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 from tests.methods.oracles import check_masks, needs_oracles, oracle_job, perplexity
 

@@ -11,9 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import compresso  # noqa: F401  # registers the classes
-from compresso.export.hf import save_checkpoint
+from compresso.formats.hf import save_checkpoint
 from compresso.native import CLASSES, MODELING_FILE, family_of, register
-from tests.export.narrow import FAMILIES, NO_FIRST_ATTENTION, SHAPES, narrow_model, some_ids
+from tests.formats.narrow import FAMILIES, NO_FIRST_ATTENTION, SHAPES, narrow_model, some_ids
 
 ALONE = """
 import sys, torch

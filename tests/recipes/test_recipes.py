@@ -1,4 +1,4 @@
-"""Every recipe that ships is complete and means what it says. That each runs is tested in tests/test_run.py."""
+"""Every recipe that ships is complete and means what it says. That each runs is tested in tests/runner/test_run.py."""
 
 import re
 
@@ -6,10 +6,10 @@ import pytest
 
 from compresso.checkpoint.source import open_source
 from compresso.data import nano
-from compresso.dryrun import act_out
 from compresso.job import card
-from compresso.recipe import build, names, read, with_knob
-from compresso.recipe_file import parse, plain
+from compresso.runner.plan import act_out
+from compresso.runner.recipe import build, names, read, with_knob
+from compresso.runner.recipe_file import parse, plain
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
 
 BASELINES = ("gate-taylor", "llm-pruner", "loraprune", "lorashear", "magnitude-structured", "shortgpt")

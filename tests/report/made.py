@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compresso.core.plan import Plan
-from compresso.measure.guard import judge
-from compresso.measure.record import Account, Environment, Measurement, Sample, Subject
+from compresso.metrics.guard import judge
+from compresso.metrics.record import Account, Environment, Measurement, Sample, Subject
 from compresso.report.records import RunRecords
 
 DENSE, SMALL, SMALLER = "sha256:" + "d" * 64, "sha256:" + "a" * 64, "sha256:" + "b" * 64

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compresso.measure.record import Measurement
+from compresso.metrics.record import Measurement
 from compresso.report.columns import column_key, columns, group, is_against_dense, lower_is_better, title, written
 from tests.report.made import ROUNDS, number
 

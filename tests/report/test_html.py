@@ -10,7 +10,7 @@ import pytest
 
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
-from compresso.measure.record import Sample
+from compresso.metrics.record import Sample
 from compresso.report.html import page, report_of_run, write_report
 from compresso.report.read import read_subjects
 from tests.report.made import PLAN, account, account_file, checked, curves, dense, number, pruned, records, run_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compresso.errors import CheckpointError
-from compresso.measure.record import Account
+from compresso.metrics.record import Account
 from compresso.report.read import comparison_of_run, labels, read_subjects
 from compresso.report.records import RunRecords
 from tests.report.made import (

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind, Slice
 from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.cost import CostModel, Group, Weight
 from compresso.core.plan import Plan
+from compresso.solve.allocate import allocate
 from compresso.solve.allocation import allocated
 from compresso.solve.exact import allocate_exactly
 

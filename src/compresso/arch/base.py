@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.arch.feeders import Feeders
+from compresso.arch.producers import Feeders
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import Weight
 from compresso.errors import ArchError

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import checked_shapes, sync_config_
-from compresso.arch.feeders import Feeders, feeders
+from compresso.arch.producers import Feeders, feeders
 from compresso.arch.stream import hidden_axis
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice

@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
-from compresso.arch.feeders import Feeders, feeders
 from compresso.arch.layer_config import config_of_layer
 from compresso.arch.parts import Parts, output_dim, tensors, written
+from compresso.arch.producers import Feeders, feeders
 from compresso.arch.stream import hidden_axis, is_norm
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice

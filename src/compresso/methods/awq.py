@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
 from compresso.core.scales import activation_scales, best_scale, round_clipped
-from compresso.drive.calibration import Calibration
-from compresso.drive.scaling import Found, moment_and_size, rescaled
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Groups, Where, chosen, matches, matrix, names_of
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.scaling import Found, moment_and_size, rescaled
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, names_of
 
 
 @stage(
@@ -48,8 +48,8 @@ class Awq:
         by_weight: also divide by the typical weight, as the public code does.
         clip: clamp ranges where that lowers the error of the outputs.
         unclipped: patterns of linears that are not clamped.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     keeps_moments: ClassVar = True

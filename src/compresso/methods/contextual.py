@@ -19,15 +19,15 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
-from compresso.drive.activations import activation_scores, mean_inputs, reader
 from compresso.edit.compensate import compensate_
 from compresso.job import Effects, Job, stage
+from compresso.observe.activations import activation_scores, mean_inputs, reader
+from compresso.solve.allocate import allocate
 
 
 @stage(

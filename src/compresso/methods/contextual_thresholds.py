@@ -31,16 +31,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compresso.core import schedule
 from compresso.core.context import Uses, used
-from compresso.core.tokens import shares
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.linear_uses import linear_uses
-from compresso.drive.objectives import LanguageObjective
 from compresso.edit.token_ids import token_ids
 from compresso.job import Effects, Job, curve, stage
+from compresso.observe.linear_uses import linear_uses
+from compresso.solve.tokens import shares
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.objectives import LanguageObjective
 
 Masks = dict[str, Tensor]
 """Parameter name -> entries that stay, bool."""

@@ -23,7 +23,6 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.core.tokens import keep_tokens, shares
 from compresso.data import pieces
 from compresso.data.batches import Row
 from compresso.data.cut_tokenizer import lasting_ids, state_of
@@ -31,6 +30,7 @@ from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
 from compresso.errors import ArchError, BudgetError
 from compresso.job import Effects, Job, stage
+from compresso.solve.tokens import keep_tokens, shares
 
 
 @stage(

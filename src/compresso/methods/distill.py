@@ -18,14 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.core import schedule
-from compresso.drive.distill_objective import DistillObjective, Network
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
 from compresso.errors import CheckpointError
 from compresso.job import Effects, Job, curve, stage
+from compresso.training.distill_objective import DistillObjective, Network
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

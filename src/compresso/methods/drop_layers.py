@@ -23,15 +23,15 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from compresso.core.allocate import allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
-from compresso.core.depth import Part, drop_lowest, drop_run, parts_of, without
 from compresso.core.plan import Plan
-from compresso.drive.influence import angular_distances, block_influence, losses_without
-from compresso.drive.noise import mixed_seed
 from compresso.job import Effects, Job, stage
+from compresso.observe.influence import angular_distances, block_influence, losses_without
+from compresso.solve.allocate import allocate
+from compresso.solve.depth import Part, drop_lowest, drop_run, parts_of, without
+from compresso.training.noise import mixed_seed
 
 
 @stage(

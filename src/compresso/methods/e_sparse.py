@@ -28,11 +28,11 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.entropy import BINS, entropy, histograms
 from compresso.core.shuffle import best_order
 from compresso.core.sparsity import lowest_in_groups, parse_pattern
-from compresso.drive.calibration import Calibration
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Group, Groups, Where, chosen, matrix, names_of
 from compresso.edit.reorder import reorder_
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
 
 
 @stage(
@@ -53,8 +53,8 @@ class ESparse:
         norm: of an input: its root mean "mean" or the root of the "sum" of its squares.
         shuffle: "all" groups get an order of their own, only those whose order is "folded" for free, or "none".
         block: places among which channels are swapped, a multiple of m.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     pattern: str = "2:4"

@@ -15,8 +15,8 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
 from compresso.core.score import parameters_per_unit
-from compresso.drive.scores import gate_taylor
 from compresso.job import Effects, Job, stage
+from compresso.observe.gate_taylor import gate_taylor
 from compresso.solve.allocation import Allocation, allocated
 
 

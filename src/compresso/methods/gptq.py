@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import Grid, bits_per_weight, fit
-from compresso.drive.calibration import Calibration
-from compresso.drive.one_shot import compensated, more_damped
-from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.one_shot import compensated, more_damped
+from compresso.sweep.sweep import second_moment
+from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 
 @stage(
@@ -48,8 +48,8 @@ class Gptq:
         act_order: round the inputs with the largest second moments first.
         damping: share of the second moment's mean diagonal that is added to it.
         block: columns updated together; one of it and `group` divides the other.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     keeps_moments: ClassVar = True

@@ -23,20 +23,20 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from compresso.core.allocate import InfeasibleBudget, allocate, keep_counts
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 from compresso.core.saliency import WITH_FISHER, WITH_GRADIENT, Importance, Reduction, channels_per_unit, kept_units, unit_scores
 from compresso.core.score import parameters_per_unit
-from compresso.core.uniform import uniform_targets
 from compresso.data.crops import crops
-from compresso.drive.gradients import weight_fisher, weight_gradients
-from compresso.drive.noise import mixed_seed
 from compresso.errors import BudgetError
 from compresso.job import Effects, Job, stage
+from compresso.observe.gradients import weight_fisher, weight_gradients
+from compresso.solve.allocate import InfeasibleBudget, allocate, keep_counts
 from compresso.solve.allocation import Allocation, allocated
+from compresso.solve.uniform import uniform_targets
+from compresso.training.noise import mixed_seed
 
 _KINDS = {"block": (Kind.HEAD, Kind.CHANNEL), "global": (Kind.HEAD, Kind.CHANNEL), "channel": (Kind.HIDDEN,), "layer": (Kind.LAYER,)}
 Layers = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]]

@@ -24,21 +24,21 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from compresso.core import schedule
-from compresso.core.allocate import allocate, keep_counts
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel, Counted
 from compresso.core.lora_gradient import cubic_progress
 from compresso.core.plan import Plan
-from compresso.core.uniform import uniform_targets
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.lora_pruning import PruningObjective
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
 from compresso.errors import RecipeError
 from compresso.job import Effects, Job, curve, stage
+from compresso.solve.allocate import allocate, keep_counts
+from compresso.solve.uniform import uniform_targets
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.lora_pruning import PruningObjective
 
 Count = Annotated[int, Ge(1)]
 

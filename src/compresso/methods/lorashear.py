@@ -35,7 +35,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from compresso.core import schedule
-from compresso.core.allocate import InfeasibleBudget, allocate
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel, Counted
@@ -43,16 +42,17 @@ from compresso.core.half_space import keep_after
 from compresso.core.hard_concrete import removal_order
 from compresso.core.lora_score import Criterion, unit_products
 from compresso.core.plan import Plan
-from compresso.core.uniform import uniform_targets
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.influence import losses_without
-from compresso.drive.shrinking import ShrinkingObjective
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
 from compresso.errors import BudgetError, RecipeError
 from compresso.job import Effects, Job, curve, stage
+from compresso.observe.influence import losses_without
+from compresso.solve.allocate import InfeasibleBudget, allocate
+from compresso.solve.uniform import uniform_targets
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.shrinking import ShrinkingObjective
 
 Count = Annotated[int, Ge(1)]
 _CRITERIA: Mapping[Criterion, float] = {"magnitude": 0.2, "average": 0.2, "cosine": 0.2, "first": 0.2, "second": 0.2}

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_in_rows, lowest_share, parse_pattern
-from compresso.drive.audit import audit, fingerprints
-from compresso.drive.sweep import check_weights
-from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
+from compresso.sweep.audit import audit, fingerprints
+from compresso.sweep.sweep import check_weights
+from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 
 @stage(
@@ -38,7 +38,7 @@ class Magnitude:
         pattern: "n:m" instead: n of every m consecutive inputs are kept.
         scope: within what weights compare: "matrix", "row" or "global".
         compat: "exact" or "reference" (the public code's off-by-one and ties; of scope "matrix").
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
     """
 
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from compresso.core.allocate import keep_best
 from compresso.core.axis import Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import Counted
 from compresso.core.score import magnitude
-from compresso.core.uniform import uniform_targets
 from compresso.job import Effects, Job, stage
+from compresso.solve.allocate import keep_best
+from compresso.solve.uniform import uniform_targets
 
 
 @stage(

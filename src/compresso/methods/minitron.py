@@ -17,16 +17,16 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from compresso.core.allocate import keep_best
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.candidates import candidates
 from compresso.core.cost import Counted
 from compresso.core.plan import Plan
-from compresso.drive.activations import Aggregate, activation_scores
-from compresso.drive.objectives import language_loss
 from compresso.edit.gate import gated
 from compresso.job import Effects, Job, stage
+from compresso.observe.activations import Aggregate, activation_scores
+from compresso.solve.allocate import keep_best
+from compresso.solve.shapes import candidates
+from compresso.training.objectives import language_loss
 
 
 @stage(

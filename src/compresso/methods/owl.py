@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_rows, outlier_weighted, outliers, wanda_score
-from compresso.drive.calibration import Calibration
-from compresso.drive.noise import mixed_seed
-from compresso.drive.one_shot import compensated, more_damped, obs_choice, zeroed
-from compresso.drive.sweep import Seen, second_moment, squares, sweep
-from compresso.drive.targets import Group, Groups, Where, chosen, matrix
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
+from compresso.sweep.sweep import Seen, second_moment, squares, sweep
+from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
+from compresso.training.noise import mixed_seed
 
 
 @stage(
@@ -43,8 +43,8 @@ class Owl:
         spread: lambda; shares of blocks lie up to twice that apart.
         times: M; scores above so many times the block's mean are outliers.
         damping, block: of base "sparsegpt".
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     keeps_moments: ClassVar = True

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from compresso.core import schedule
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.objectives import LanguageObjective
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
 from compresso.job import Effects, Job, curve, stage
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.objectives import LanguageObjective
 
 
 @stage(

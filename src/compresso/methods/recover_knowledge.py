@@ -24,15 +24,15 @@ from torch import Tensor
 
 from compresso.core import schedule
 from compresso.data.batches import IGNORED, Row
-from compresso.drive.duration import Duration, shortened, updates
-from compresso.drive.fit import fit
-from compresso.drive.groups import Group
-from compresso.drive.mixture import MixedBatches, MixedObjective, logged, shares
-from compresso.drive.noise import mixed_seed
 from compresso.edit.lora import attach_, merge_
 from compresso.errors import CheckpointError, DataError
 from compresso.job import Effects, Job, curve, stage
-from compresso.measure.held import held_loss
+from compresso.metrics.held import held_loss
+from compresso.training.duration import Duration, shortened, updates
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.mixture import MixedBatches, MixedObjective, logged, shares
+from compresso.training.noise import mixed_seed
 
 
 @stage(

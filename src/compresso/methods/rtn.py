@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
-from compresso.drive.audit import audit, fingerprints
-from compresso.drive.sweep import check_weights
-from compresso.drive.targets import Groups, Where, chosen, matrix, names_of
 from compresso.job import Effects, Job, stage
+from compresso.sweep.audit import audit, fingerprints
+from compresso.sweep.sweep import check_weights
+from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 
 @stage(
@@ -36,7 +36,7 @@ class Rtn:
         group: consecutive inputs that share a scale; 0 for one scale a row.
         symmetric: a range around 0 instead of from the least to the greatest weight.
         clip: shrink ranges where that lowers the error.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
     """
 
     bits: Annotated[int, Ge(2), Le(8)] = 4

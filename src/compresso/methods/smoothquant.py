@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import fit
 from compresso.core.scales import smoothing_scale
-from compresso.drive.calibration import Calibration
-from compresso.drive.scaling import Found, largest, rescaled
-from compresso.drive.sweep import Seen
-from compresso.drive.targets import Groups, Where, chosen, is_linear, names_of
 from compresso.edit.round_inputs import Range, named, round_inputs_
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.scaling import Found, largest, rescaled
+from compresso.sweep.sweep import Seen
+from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
 
 
 @stage(
@@ -46,8 +46,8 @@ class SmoothQuant:
         alpha: share of the difficulty that moves from activations to weights.
         weights: what shares a scale: a "matrix" or a "row".
         inputs: what shares a scale: a "token" or a "tensor" (all tokens of a call).
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     alpha: Annotated[float, Ge(0), Le(1)] = 0.5

@@ -5,7 +5,7 @@ Section 3.2: w^2 / U_jj^2 within all rows of 128 columns (unstructured), or n of
     sweep gets there, so from compensated weights; `compresso.core.obs`.
 Section 3.5, joint with quantization: `bits` rounds what is left to a grid of each row, fitted to the weights before anything is done; its
     error is compensated as well. A few small weights more round to zero.
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out; `compresso.drive.sweep`.
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out; `compresso.sweep.sweep`.
 
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a block of columns leave;
 there, one more and every tie (`compat: reference`). q, k, v, and gate, up, share one second moment and one factorisation: they read the
@@ -23,11 +23,11 @@ from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import fit
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, parse_pattern
-from compresso.drive.calibration import Calibration
-from compresso.drive.one_shot import compensated, more_damped, obs_choice, zeroed
-from compresso.drive.sweep import second_moment
-from compresso.drive.targets import Group, Groups, Where, chosen
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
+from compresso.sweep.sweep import second_moment
+from compresso.sweep.targets import Group, Groups, Where, chosen
 
 
 @stage(
@@ -51,8 +51,8 @@ class SparseGpt:
         compat: "exact" or "reference" (the authors' off-by-one and ties).
         not_invertible: what becomes of linears whose second moment cannot be inverted: "stop" the run, or prune them by "wanda", which the
             records tell.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     keeps_moments: ClassVar = True

@@ -3,7 +3,7 @@
 Section 3, eq. 1, the score: `compresso.core.sparsity.wanda_score`, the norm over all calibration tokens.
 Section 3, comparison group: each output row loses floor(share * inputs) entries; or n of every m inputs stay.
 The variant of the authors' code (`use_variant`): rows lose equal shares of their score instead, one alpha a matrix (`variant: true`).
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out (`compresso.drive.sweep`).
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out (`compresso.sweep.sweep`).
 
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one statistic: they read the
 same inputs. The last block is not run again. Ties leave by index, as in a stable sort. Calibration rows are the run's, not C4 by itself.
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mass, parse_pattern
-from compresso.drive.calibration import Calibration
-from compresso.drive.one_shot import zeroed
-from compresso.drive.sweep import squares
-from compresso.drive.targets import Group, Groups, Where, chosen
 from compresso.job import Effects, Job, stage
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.one_shot import zeroed
+from compresso.sweep.sweep import squares
+from compresso.sweep.targets import Group, Groups, Where, chosen
 
 
 @stage(
@@ -42,8 +42,8 @@ class Wanda:
         sparsity: share of each row's weights that become zero; 0.5 if no pattern is given either.
         pattern: "n:m" instead: n of every m consecutive inputs are kept.
         variant: rows lose equal shares of their score, not of their weights.
-        where: layers, modules and exceptions; see `compresso.drive.targets.Where`.
-        calibration: examples, batch, activations, true_sequential; see `compresso.drive.calibration.Calibration`.
+        where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
+        calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None

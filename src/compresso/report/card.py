@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compresso.checkpoint.hub import is_hub_name
 from compresso.core.plan import Plan
-from compresso.measure.record import Measurement, Subject
+from compresso.metrics.record import Measurement, Subject
 from compresso.report import facts
 from compresso.report.columns import group
 from compresso.report.read import Comparison, comparison_of_run

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from compresso.measure.record import Measurement, Setting
+from compresso.metrics.record import Measurement, Setting
 
 Key = tuple[str, str, str, str, str]
 """Name, unit, kind, protocol as JSON, and the machine where it matters."""

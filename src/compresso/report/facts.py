@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from compresso.measure.record import Environment
+from compresso.metrics.record import Environment
 from compresso.report.read import Run
 from compresso.report.records import Engine
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from compresso.measure.record import Subject
+from compresso.metrics.record import Subject
 from compresso.report import charts
 from compresso.report.columns import Column, columns, group, lower_is_better
 from compresso.report.read import Comparison, Run

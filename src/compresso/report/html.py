@@ -15,7 +15,7 @@ from markupsafe import Markup
 from compresso.checkpoint.atomic import write_text
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
-from compresso.measure.record import Sample, Subject
+from compresso.metrics.record import Sample, Subject
 from compresso.report import facts, figures
 from compresso.report.charts import drawable
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written

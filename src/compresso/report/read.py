@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from compresso.checkpoint.folder import read_json
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
-from compresso.measure.record import Account, Measurement, Sample, Subject
+from compresso.metrics.record import Account, Measurement, Sample, Subject
 from compresso.report.columns import Key, column_key
 from compresso.report.records import RunRecords, first_fault
 

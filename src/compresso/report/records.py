@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError
 
 from compresso.errors import CheckpointError
-from compresso.measure.guard import Guard
-from compresso.measure.record import Account, Strict
+from compresso.metrics.guard import Guard
+from compresso.metrics.record import Account, Strict
 
 FORMAT = 2
 Fraction = Annotated[str, Field(pattern=r"^\d+/\d+$")]
@@ -78,7 +78,7 @@ class StageFacts(Strict):
 
 
 class Engine(Strict):
-    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.verifying.Answer`."""
+    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.engines.verify.Answer`."""
 
     engine: str
     opens: Literal["yes", "no", "not installed", "not checked"]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compresso.measure.record import Measurement, Subject
+from compresso.metrics.record import Measurement, Subject
 from compresso.report.columns import (
     GROUPS,
     NOISE,

@@ -5,13 +5,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from compresso.core.allocate import allocate
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.score import parameters_per_unit
-from compresso.core.spread import allocate_spread, equal_weights, sensitivity_weights
+from compresso.solve.allocate import allocate
+from compresso.solve.per_layer import allocate_spread, equal_weights, sensitivity_weights
 
 Allocation = Literal["global", "per_layer", "sensitivity", "exact"]
 """global: one pool of all layers. per_layer: every layer the same share. sensitivity: shares by what a layer's units are worth. exact: the

@@ -14,12 +14,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from compresso.core.allocate import keep_counts
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, infeasible, removable
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.score import parameters_per_unit
+from compresso.solve.allocate import keep_counts
 
 ADDITIVE = (Kind.HEAD, Kind.CHANNEL)
 """Kinds whose prices add up."""

@@ -1,0 +1,135 @@
+"""The main job on the embedded model, offline: prune, recover, reload, compare, report."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from compresso.checkpoint.atomic import check_output, new_folder
+from compresso.checkpoint.source import open_source
+from compresso.commands.compare import compare
+from compresso.data import nano, world
+from compresso.engines import verify as verifying
+from compresso.loading import Loaded, load
+from compresso.metrics.choices import choice_accuracy
+from compresso.metrics.latency import speed_measurements
+from compresso.metrics.perplexity import every_token, perplexity
+from compresso.metrics.record import Account, Environment, Measurement, Subject
+from compresso.metrics.report_file import write_account
+from compresso.metrics.size import size_measurements
+from compresso.runner.final_evaluation import SPEED_NEW, SPEED_PROMPT
+from compresso.runner.recipe import read, with_knob
+from compresso.runner.run import run
+
+RECIPES = {"magnitude": "magnitude-structured/nano", "gate-taylor": "gate-taylor/nano", "compresso": "compresso/nano"}
+"""Recipes compared, all with the same number of updates in all, by the folder each writes."""
+ITEMS_PER_TASK = 60
+DOCUMENTS = 200
+FRESH = 7_000_000
+"""Seed of the demo's items and documents: not the seed of training or of the model's own scores."""
+ACCOUNT, REPORT = "account.json", "report.html"
+_COLUMNS = {
+    "parameters/total": "parameters",
+    "bytes/disk": "MB on disk",
+    "world/perplexity": "perplexity",
+    "world/acc": "accuracy",
+    "decode/batch1": "decode tokens/s",
+}
+
+
+def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int = 0) -> Account:
+    """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the report.
+
+    Args:
+        output: becomes a folder with one checkpoint a recipe, `account.json` and `report.html`.
+        keep: share of block parameters that stays.
+        force: replace an existing output, and write what the collapse guard refuses.
+        seed: of the recipes.
+
+    Returns:
+        What account.json holds: all models, the dense one first, on items and documents that none was trained on.
+
+    Raises:
+        CompressoError: as `run` does.
+    """
+    console = Console()
+    check_output(output, nano.path(), force)
+    with new_folder(output, force) as folder:
+        folders = {"dense": nano.path()}
+        for name, recipe in RECIPES.items():
+            console.print(f"[bold]{name}[/bold]: recipe {recipe}, {keep:.0%} of the blocks stay")
+            raw = with_knob(read(recipe), "keep", keep)
+            folders[name] = run(raw, nano.path(), "world", output=folder / name, seed=seed, force=force).folder
+        console.print("[bold]measuring[/bold] all of them on fresh items, and their speed in turn")
+        account = measured(folders)
+        write_account(folder / ACCOUNT, account)
+        compare([*(folders[name] for name in RECIPES), folder / ACCOUNT], folder / REPORT)
+    _print(console, account, keep)
+    best = output / "compresso"
+    console.print(f"\nThe report, to be opened in a browser: [bold]{output / REPORT}[/bold]")
+    console.print(f"The pruned checkpoint: [bold]{best}[/bold]. Load it:\n")
+    console.print("    import compresso")
+    console.print(f'    model = compresso.load("{best}")')
+    console.print('    print(model.generate("What does a thitem eat?"))\n')
+    console.print(
+        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True.\n"
+    )
+    console.print("[bold]opening[/bold] it in every engine of this machine, each in a process of its own")
+    verifying.show(verifying.verify(best), as_json=False)
+    return account
+
+
+def measured(folders: Mapping[str, Path]) -> Account:
+    """Size, perplexity, accuracy and speed of each checkpoint, the first being the dense one, on items that none was trained on."""
+    items = [item for task in world.TASKS for item in world.items(task, ITEMS_PER_TASK, FRESH)]
+    texts = list(world.documents(DOCUMENTS, FRESH))
+    models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
+    live = {name: one.model for name, one in models.items()}
+    speeds = speed_measurements(live, batches=(1,), prompt_tokens=SPEED_PROMPT, new_tokens=SPEED_NEW)
+    subjects: list[Subject] = []
+    for name, one in models.items():
+        identity = open_source(folders[name]).identity
+        answers = (*_sized(one, folders[name]), *_answered(one, items, texts), *speeds[name])
+        subjects.append(Subject(name=name, model=identity.name, fingerprint=identity.fingerprint, measurements=answers))
+    return Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=tuple(subjects))
+
+
+def _sized(one: Loaded, folder: Path) -> tuple[Measurement, ...]:
+    return size_measurements(one.model, folder, Environment.here())
+
+
+def _answered(one: Loaded, items: list[world.Item], texts: list[str]) -> tuple[Measurement, ...]:
+    """Accuracy and perplexity on the fresh items and documents."""
+    assert one.tokenizer is not None  # the nano model has one, and runs carry it over
+    here = Environment.here(one.model.device, one.model.dtype)
+    choices = choice_accuracy(one.model, one.tokenizer, items)
+    language = perplexity(one.model, one.tokenizer, texts, every_token("world", "fresh", 256), batch_size=16)
+    return (*choices.measurements("world", here, FRESH, items_of="fresh draw"), *language.measurements(here))
+
+
+def _print(console: Console, account: Account, keep: float) -> None:
+    table = Table(title=f"nano on fresh items, {keep:.0%} of block parameters kept, equal training", title_justify="left")
+    table.add_column("")
+    for column in _COLUMNS.values():
+        table.add_column(column, justify="right")
+    for subject in account.subjects:
+        found = {one.name: one for one in subject.measurements}
+        table.add_row(subject.name, *(_cell(found[name]) for name in _COLUMNS))
+    console.print(table)
+
+
+def _cell(one: Measurement) -> str:
+    match one.unit:
+        case "parameters":
+            return f"{one.value:,.0f}"
+        case "bytes":
+            return f"{one.value / 1e6:.2f}"
+        case "tokens/s":
+            return f"{one.value:.0f} ({one.low:.0f}-{one.high:.0f})"
+        case "share":
+            return f"{one.value:.3f} ± {one.stderr:.3f}"
+        case _:
+            return f"{one.value:.3f}"

@@ -1,0 +1,196 @@
+"""What a model can do: perplexity and benchmark tasks, with and without the collaborative prompt, as an account of measurements.
+
+What can be wrong with the words of a command (names, data, output) is found before weights are read.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from compresso.checkpoint.source import Source, load_tokenizer, open_source
+from compresso.data.prompt import Prompt, collaborative_prompt
+from compresso.errors import CheckpointError, DataError, nearest
+from compresso.loading import Loaded, load
+from compresso.metrics.record import Account, Environment, Measurement, Subject
+from compresso.metrics.report_file import account_file, write_account
+from compresso.training.device import choose_device
+
+if TYPE_CHECKING:
+    from compresso.metrics.corpora import Corpus
+    from compresso.metrics.protocol import PerplexityProtocol
+
+PROMPTING = ("auto", "on", "off", "both")
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    suite: str | None = None,
+    tasks: Sequence[str] | None = None,
+    corpus: str | None = None,
+    protocol: str | None = None,
+    prompt: str = "auto",
+    limit: int | None = None,
+    data_root: str | Path | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    seed: int = 0,
+    output: str | Path | None = None,
+) -> Account:
+    """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
+
+    Args:
+        model: folder of safetensors or hub id.
+        suite: commonsense, reading, mmlu, bbh or world.
+        tasks: single tasks, in place of a suite.
+        corpus: wikitext2, c4 or a local file.
+        protocol: sparsegpt, llm-pruner or compresso; None: sparsegpt, or llm-pruner if the model's context is shorter than its windows.
+        prompt: the collaborative prompt before the requests of tasks; "auto": on if the model was pruned with it.
+        limit: most items of each task, the first ones.
+        data_root: folder with local files; None: that of COMPRESSO_DATA, if set, else the hub.
+        batch_size: rows a forward.
+        device: auto, cpu, cuda or cuda:N.
+        seed: of shots that are drawn.
+        output: file to which the account is written as JSON.
+
+    Raises:
+        CompressoError: with the cure; nothing was written.
+    """
+    if suite is not None and tasks is not None:
+        raise DataError("suite and tasks are both given; give one")
+    if prompt not in PROMPTING:
+        raise DataError(_unknown_prompt(prompt))
+    names = [suite] if suite else list(tasks or ())
+    if tasks is not None and not names:
+        raise DataError("tasks names nothing; give at least one")
+    if names:
+        _check_numbers(limit, batch_size)
+    elif prompt != "auto" or limit is not None:
+        raise DataError("prompt and limit belong to tasks, and none was asked for; give a suite or tasks")
+    where = choose_device(device)
+    source = open_source(model)
+    target = None if output is None else account_file(output, [source.folder])
+    if not source.tensors:
+        raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")
+    load_tokenizer(source)
+    language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
+    if language is None and protocol is not None:
+        raise DataError(f"protocol '{protocol}' belongs to a corpus, and none was asked for; give one, such as wikitext2")
+    ready = None
+    if names:
+        from compresso.metrics.tasks import prepare
+
+        ready = prepare(names, data_root=data_root, seed=seed)
+    loaded = load(model, device=where)
+    assert loaded.tokenizer is not None
+    measurements: list[Measurement] = []
+    if language:
+        from compresso.metrics.perplexity import perplexity
+
+        texts, how = language
+        result = perplexity(loaded.model, loaded.tokenizer, texts.texts, how, batch_size=batch_size)
+        measurements += result.measurements(Environment.here(where, loaded.model.dtype), texts.remark)
+    if ready:
+        from compresso.metrics.tasks import task_measurements
+
+        score = partial(task_measurements, loaded.model, loaded.tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed)
+        for one in prompts(loaded, prompt):
+            measurements += score(prompt=one)
+    subject = Subject(
+        name=source.identity.name, model=source.identity.name, fingerprint=source.identity.fingerprint, measurements=tuple(measurements)
+    )
+    account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=(subject,))
+    if target:
+        write_account(target, account)
+    return account
+
+
+def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
+    """The prompts to measure with, None for none; of both, first the one that the model was pruned with.
+
+    Raises:
+        DataError: `prompt` is not auto, on, off or both.
+    """
+    on = loaded.prompt or collaborative_prompt(with_input=False)
+    match prompt:
+        case "auto":
+            return (loaded.prompt,)
+        case "on":
+            return (on,)
+        case "off":
+            return (None,)
+        case "both":
+            return (on, None) if loaded.prompt else (None, on)
+        case _:
+            raise DataError(_unknown_prompt(prompt))
+
+
+def show(account: Account) -> None:
+    """Print an account as a table, and what it does not hold."""
+    console = Console()
+    for subject in account.subjects:
+        table = Table(
+            "", "value", "± stderr", "n", "shots", "prompt", title=f"{subject.name} {subject.fingerprint[:19]}", title_justify="left"
+        )
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:5]:
+            column.justify = "right"
+        for one in subject.measurements:
+            shots = one.protocol.get("shots")
+            table.add_row(
+                one.name,
+                f"{one.value:.3f}",
+                "" if one.stderr is None else f"{one.stderr:.3f}",
+                "" if one.n is None else f"{one.n:,}",
+                "" if shots is None else str(shots),
+                "on" if one.protocol.get("prompt") else "",
+            )
+        console.print(table)
+        for line in _notes(subject):
+            console.print(line, highlight=False)
+        if limits := sorted({int(limit) for one in subject.measurements if (limit := one.protocol.get("limit"))}):
+            console.print(f"Only the first {limits[-1]} items of each task: not comparable with published scores.")
+        if absent := _absent(subject):
+            console.print(f"Not measured: {', '.join(absent)}.")
+
+
+def _notes(subject: Subject) -> list[str]:
+    """Where the rows of tasks came from, and the remarks beside numbers, each once."""
+    sources = [f"{one.protocol['data']}: {one.protocol['data_remark']}" for one in subject.measurements if one.protocol.get("data_remark")]
+    remarks = [f"{one.name}: {one.remark}" for one in subject.measurements if one.remark]
+    return list(dict.fromkeys([*sources, *remarks]))
+
+
+def _absent(subject: Subject) -> list[str]:
+    """What `evaluate` can measure and was not asked for, with the option that asks for it."""
+    units = {one.unit for one in subject.measurements}
+    return [what for unit, what in (("share", "tasks (--suite or --tasks)"), ("1", "perplexity (--corpus)")) if unit not in units]
+
+
+def _language(source: Source, corpus: str, protocol: str | None, data_root: str | Path | None) -> "tuple[Corpus, PerplexityProtocol]":
+    """Texts and protocol of a perplexity, checked against the model's context."""
+    from compresso.metrics.corpora import corpus as read_corpus
+    from compresso.metrics.protocol import check_context, preset
+
+    context = getattr(source.config, "max_position_embeddings", None)
+    chosen = protocol or ("llm-pruner" if isinstance(context, int) and context < preset("sparsegpt").seq_len else "sparsegpt")
+    preset(chosen)
+    texts = read_corpus(corpus, data_root=data_root)
+    how = preset(chosen, texts.name, texts.split)
+    check_context(how, context)
+    return texts, how
+
+
+def _unknown_prompt(prompt: str) -> str:
+    return f"prompt '{prompt}' is unknown; {nearest(prompt, PROMPTING)}"
+
+
+def _check_numbers(limit: int | None, batch_size: int) -> None:
+    for name, number in (("limit", limit), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise DataError(f"{name}={number}: wanted at least 1")

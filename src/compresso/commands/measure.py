@@ -1,0 +1,209 @@
+"""`compresso measure`: size, cost, speed and memory of models side by side, the first being the dense one.
+
+All models are found, checked and fitted into memory before the first is read. Peak memory comes first, in processes of their own, while
+this one holds no weights; then all models are loaded together, so that they can be timed in turn.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compresso.checkpoint.source import Source, load_model, open_source
+from compresso.errors import CheckpointError, DataError, ResourceError, nearest
+from compresso.metrics.forward import context_of
+from compresso.metrics.latency import speed_measurements
+from compresso.metrics.memory import peak_memory
+from compresso.metrics.record import Account, Environment, Measurement, Subject
+from compresso.metrics.report_file import account_file, write_account
+from compresso.metrics.size import size_measurements
+from compresso.metrics.timed_generation import lengths
+from compresso.runner.output import stored_dtype
+from compresso.training.device import choose_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCHES, BATCHES_ON_GPU = (1, 8), (1, 8, 32)
+WARMUP = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A measurement that nothing speaks against.
+
+    Args:
+        sources: name in tables -> checked model, the dense one first.
+        device, dtype: of all models.
+        batches, prompt_tokens, new_tokens, rounds: what is timed.
+    """
+
+    sources: Mapping[str, Source]
+    device: torch.device
+    dtype: torch.dtype
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+
+
+def measure(
+    models: Sequence[str | Path],
+    *,
+    batches: Sequence[int] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    rounds: int = 5,
+    memory: bool = True,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    output: Path | str | None = None,
+    quiet: bool = False,
+) -> Account:
+    """Size, multiply-accumulates, peak memory, prefill and decode speed of models, the first being the dense reference.
+
+    Args:
+        models: folders or hub ids.
+        batches: batch sizes; None for 1 and 8, and 32 on a GPU. Peak memory is measured at the first.
+        prompt_tokens, new_tokens: of each sequence; None for 256 and 64, or fewer where a model's context holds no more.
+        rounds: timed ones, after one that is not.
+        memory: whether to measure peak memory, which takes a process a model.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "float32", "bfloat16" or "float16" for all models; None for the one the first is stored in.
+        seed: of the random prompts.
+        output: a file to write the account to, as JSON.
+        quiet: show no progress.
+
+    Returns:
+        One subject a model, in the order given.
+
+    Raises:
+        CompressoError: a model that is missing or unsafe, or settings that cannot be, before anything is timed or written; ResourceError
+            if the models do not fit into memory together.
+    """
+    plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
+    target = None if output is None else account_file(output, [source.folder for source in plan.sources.values()])
+    turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
+    with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
+        found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}
+        sizes = {"batch": plan.batches[0], "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens}
+        for name, source in plan.sources.items() if memory else ():
+            advance(f"{name}, peak memory")
+            assert source.folder is not None  # checked: it has weights
+            found[name].append(peak_memory(source.folder, **sizes, device=plan.device, dtype=plan.dtype, seed=seed))
+        live = {}
+        for name, source in plan.sources.items():
+            advance(f"{name}, loading")
+            live[name] = load_model(source, plan.dtype, plan.device)
+            found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device))
+        speeds = speed_measurements(
+            live, plan.batches, plan.prompt_tokens, plan.new_tokens, plan.rounds, warmup=WARMUP, seed=seed, advance=advance
+        )
+    subjects = tuple(
+        Subject(
+            name=name,
+            model=source.identity.name,
+            fingerprint=source.identity.fingerprint,
+            measurements=(*found[name], *speeds[name]),
+        )
+        for name, source in plan.sources.items()
+    )
+    account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=subjects)
+    if target is not None:
+        write_account(target, account)
+    return account
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """The batch sizes in "1,8". Raises DataError if they are not whole numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DataError(f"--batch '{text}' is not a list of whole numbers; wanted something like 1,8") from None
+
+
+def _planned(
+    models: Sequence[str | Path],
+    batches: Sequence[int] | None,
+    prompt_tokens: int | None,
+    new_tokens: int | None,
+    rounds: int,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+) -> Plan:
+    """Check everything that can be checked without reading weights."""
+    if not models:
+        raise DataError("no model to measure; give at least one, the dense one first")
+    if rounds < 1 or (batches is not None and (not batches or min(batches) < 1)):
+        raise DataError(f"rounds={rounds}, batches={batches}: all must be at least 1, such as --rounds 5 --batch 1,8")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise DataError(f"--dtype '{dtype}' is unknown; {nearest(dtype, DTYPES)}")
+    where = choose_device(device)
+    sources: dict[str, Source] = {}
+    for model in models:
+        source = open_source(model)
+        if not source.tensors:
+            raise CheckpointError(f"{model} has no weights to measure; give a folder of safetensors or a hub name")
+        same = sum(1 for name in sources if name == source.name or name.startswith(f"{source.name} ("))
+        sources[f"{source.name} ({same + 1})" if same else source.name] = source
+    contexts = {name: context_of(source.config) for name, source in sources.items()}
+    prompt, new = lengths(contexts, prompt_tokens, new_tokens)
+    chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype or stored_dtype(next(iter(sources.values())))
+    sizes = tuple(dict.fromkeys(batches or (BATCHES_ON_GPU if where.type == "cuda" else BATCHES)))
+    plan = Plan(sources, where, chosen, sizes, prompt, new, rounds)
+    _check_fit(plan)
+    return plan
+
+
+def _check_fit(plan: Plan) -> None:
+    """Raise ResourceError if the weights of all models do not fit into the device's free memory together."""
+    each = {name: sum(math.prod(t.shape) for t in source.tensors.values()) * plan.dtype.itemsize for name, source in plan.sources.items()}
+    host = psutil.virtual_memory().available
+    cure = "measure fewer models at a time, give --dtype bfloat16, or free memory"
+    for needed, free, what in (
+        (sum(each.values()), torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else host, f"on {plan.device}"),
+        (max(each.values()), host, "of the host, through which weights are read"),
+    ):
+        if needed > free:
+            raise ResourceError(
+                f"the weights of {', '.join(each)} in {_short(plan.dtype)} need {needed / 1e9:.1f} GB {what}, of which {free / 1e9:.1f} GB "
+                f"are free; {cure}"
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that counts pieces of work; on no terminal, one line for each thing that is done to a model."""
+    if quiet or not sys.stderr.isatty():
+        said: set[str] = set()
+
+        def say(what: str) -> None:
+            phase = what.rpartition(", ")[0] if ", batch " in what else what
+            if not quiet and phase not in said:
+                print(f"measuring {phase}", file=sys.stderr, flush=True)
+            said.add(phase)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        begun = False
+
+        def advance(what: str) -> None:
+            nonlocal begun
+            bar.update(task, description=what, advance=int(begun))
+            begun = True
+
+        yield advance

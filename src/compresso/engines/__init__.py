@@ -1,0 +1,1 @@
+"""One module an engine: what is written opened there, and compared with the live model."""

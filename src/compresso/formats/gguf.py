@@ -1,0 +1,296 @@
+"""Writing a shrunk LLaMA, Mistral, Qwen2, Qwen3 or Gemma as one GGUF file, the format of llama.cpp.
+
+Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer by layer. What that
+engine does not compute is written as something equal that it does (each of these was run in llama.cpp). Archs `qwen2`, `qwen3`, `gemma2`
+and `gemma3` hold one width for all layers; narrower ones are filled with zeros to the widest, which computes the same and is no faster.
+
+- attention without an FFN would lose the attention's output, so the FFN is written as one block of zeros;
+- the first layer's heads size the cache, so a missing first attention is written as one head whose output is zero;
+- a layer without attention and FFN is left out (not of a Gemma, whose layers llama.cpp tells apart by their number);
+- under quantization FFN widths are filled with zero channels up to whole blocks.
+
+In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q and k are reordered,
+by each layer's own number of heads.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from compresso.arch.base import LayerShape
+from compresso.checkpoint.storage import storage_errors, sync
+from compresso.errors import CheckpointError, ExportError, NumericError
+from compresso.formats.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
+from compresso.formats.gguf_tokenizer import add_tokenizer
+from compresso.formats.layout import with_one_epsilon
+from compresso.formats.shrunk import Shrunk, describe
+
+Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+TESTED = "0.19.0"
+BLOCK = 32
+"""Entries that share one scale in Q8_0 and Q4_0."""
+_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+_FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+_FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
+_BIASED = ("q_proj", "k_proj", "v_proj")
+_GEMMA = tuple(ARCHS.values())
+_ONE_WIDTH = ("qwen2", "qwen3", *_GEMMA)
+"""Families whose arch holds the same widths in every layer."""
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
+
+
+def save_gguf(
+    model: PreTrainedModel,
+    shapes: Sequence[LayerShape],
+    path: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str = "f16",
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> str:
+    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch, such as "llama" or "deci".
+
+    Args:
+        shapes: widths of each layer; 0 for an absent sub-layer.
+        dtype: f32, f16, bf16, q8_0 or q4_0, of all matrices; norms stay f32, and q4_0 keeps the head in q8_0, as llama.cpp does.
+        force: replace a file that is there.
+        check: called with the whole file before it takes its name; what it raises leaves `path` as it was.
+
+    Raises ExportError if llama.cpp cannot hold the model or its tokenizer, NumericError if a tensor is not finite in `dtype`,
+    CheckpointError if `path` may not be written, ResourceError if it does not fit.
+    """
+    if dtype not in get_args(Dtype):
+        raise ExportError(f"unknown dtype '{dtype}' for gguf; known: {', '.join(get_args(Dtype))}.")
+    gguf, path = library(), Path(path)
+    if path.is_dir() or (path.exists() and not force):
+        raise CheckpointError(f"{path} exists. Choose another output, or replace a file with --force.")
+    gemma = model.config.model_type in ARCHS
+    described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describe(model, shapes))
+    block = BLOCK if dtype.startswith("q") else 1
+    kept = [index for index, shape in enumerate(described.shapes) if gemma or shape.query_heads or shape.channels]
+    written = held_shapes([described.shapes[index] for index in kept], block)
+    _check(described, written, kept, block)
+    if described.family in _ONE_WIDTH:
+        arch, written = described.family, [_widest(written)] * len(written)
+    else:
+        arch = "llama" if len(set(written)) == 1 else "deci"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = gguf.GGUFWriter(temporary, arch)
+        try:
+            _add_fields(writer, gguf, described, written, dtype)
+            add_tokenizer(writer, gguf, tokenizer, described.tensors["model.embed_tokens.weight"].shape[0])
+            _write_tensors(writer, gguf, list(_tensors(described, written, kept)), dtype)
+            writer.close()
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                writer.close()
+                temporary.unlink(missing_ok=True)
+            raise
+    return arch
+
+
+def library() -> Any:
+    """The gguf package. Raises ExportError if it is not installed."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ExportError(f"writing GGUF needs the gguf package; pip install gguf=={TESTED}") from error
+
+
+def held_shapes(shapes: Sequence[LayerShape], block: int = 1) -> list[LayerShape]:
+    """The widths that llama.cpp is told, for layers of which none is empty.
+
+    >>> held_shapes([LayerShape(0, 0, 40), LayerShape(4, 2, 0), LayerShape(0, 0, 24)], block=32)
+    [LayerShape(query_heads=1, kv_heads=1, channels=64), LayerShape(query_heads=4, kv_heads=2, channels=32), \
+LayerShape(query_heads=0, kv_heads=0, channels=32)]
+    """
+    held = [replace(shape, channels=-(-shape.channels // block) * block or BLOCK) for shape in shapes]
+    if held and not held[0].query_heads:
+        held[0] = replace(held[0], query_heads=1, kv_heads=1)
+    return held
+
+
+def _widest(shapes: Sequence[LayerShape]) -> LayerShape:
+    """The widths that hold every layer. Raises ExportError if query heads share key/value heads in different numbers."""
+    shared = sorted({shape.query_heads // shape.kv_heads for shape in shapes if shape.kv_heads})
+    if len(shared) > 1:
+        raise ExportError(
+            f"layers have {' and '.join(map(str, shared))} query heads a key/value head, and one number is held. Write --format onnx."
+        )
+    kv_heads = max(shape.kv_heads for shape in shapes)
+    return LayerShape(kv_heads * shared[0] if shared else 0, kv_heads, max(shape.channels for shape in shapes))
+
+
+def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], block: int) -> None:
+    """Raise ExportError naming what llama.cpp would not compute."""
+    cure = "Keep the folder of safetensors, or write --format onnx."
+    if not written:
+        raise ExportError(f"every layer is empty, and gguf wants at least one. {cure}")
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    if model.family == "mistral" and window is not None and window < config.max_position_embeddings:
+        raise ExportError(
+            f"config.sliding_window is {window}, and llama.cpp's llama attends to all. Set it to null, or write --format onnx."
+        )
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ExportError(f"config.hidden_act is '{config.hidden_act}', llama.cpp computes silu. {cure}")
+    if model.family not in _GEMMA and model.kinds is not None and "sliding_attention" in model.kinds:
+        raise ExportError(f"layers attend to a sliding window, and llama.cpp's {model.family} attends to all. {cure}")
+    held = tuple(f".{part}.bias" for part in _BIASED) if model.family == "qwen2" else ()
+    if biased := sorted(name for name in model.tensors if name.endswith(".bias") and not name.endswith(held)):
+        raise ExportError(f"{biased[0]} is a bias, and none is written to gguf. {cure}")
+    rope = _rope(model)
+    if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError(f"rope_parameters {rope} are not written to gguf; default, linear and llama3 are, on whole heads. {cure}")
+    hidden = model.tensors["model.embed_tokens.weight"].shape[1]
+    unquantized = "Write --dtype f16, or prune to multiples of that."
+    if hidden % block:
+        raise ExportError(f"hidden_size {hidden} is not a multiple of {block}, which a quantized row wants. {unquantized}")
+    for index, shape in zip(kept, written, strict=True):
+        if (width := shape.query_heads * model.head_dim) % block:
+            raise ExportError(
+                f"layers.{index}: query heads x head_dim is {width}, a quantized row wants multiples of {block}. {unquantized}"
+            )
+
+
+def _rope(model: Shrunk) -> dict[str, Any]:
+    """The rope parameters, `rope_type` and `rope_theta` among them; where kinds of layers have their own, of those that attend to all."""
+    return dict(model.config.rope_parameters.get("full_attention", model.config.rope_parameters))
+
+
+def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerShape], dtype: str) -> None:
+    """What llama.cpp has to know beside the tensors."""
+    rope, vocabulary = _rope(model), model.tensors["model.embed_tokens.weight"]
+    same = len(set(written)) == 1
+    for add, values in (
+        (writer.add_head_count, [shape.query_heads for shape in written]),
+        (writer.add_head_count_kv, [shape.kv_heads for shape in written]),
+        (writer.add_feed_forward_length, [shape.channels for shape in written]),
+    ):
+        add(values[0] if same else values)
+    writer.add_block_count(len(written))
+    writer.add_context_length(model.config.max_position_embeddings)
+    writer.add_embedding_length(vocabulary.shape[1])
+    writer.add_vocab_size(vocabulary.shape[0])
+    writer.add_layer_norm_rms_eps(model.eps)
+    writer.add_key_length(model.head_dim)  # the loader would take hidden_size / heads of layer 0
+    writer.add_value_length(model.head_dim)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if model.family in _GEMMA:
+        add_gemma_fields(writer, model)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) -> Iterator[Named]:
+    """Name, shape and maker of each tensor, in llama.cpp's order of rows and filled with zeros up to the written widths."""
+    tensors, dim = model.tensors, model.head_dim
+    hidden = tensors["model.embed_tokens.weight"].shape[1]
+
+    def stored(name: str, source: str) -> Named:
+        return name, tuple(tensors[source].shape), lambda: tensors[source]
+
+    yield stored("token_embd.weight", "model.embed_tokens.weight")
+    yield stored("output_norm.weight", "model.norm.weight")
+    if not model.tied:
+        yield stored("output.weight", "lm_head.weight")
+    if _rope(model)["rope_type"] == "llama3":
+        factors = rope_factors(model)
+        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+    for new, (index, shape) in enumerate(zip(kept, written, strict=True)):
+        true = model.shapes[index]
+        source = f"model.layers.{index}"
+        if shape.query_heads:
+            rows = {"q_proj": shape.query_heads, "k_proj": shape.kv_heads, "v_proj": shape.kv_heads}
+            yield _norm(f"blk.{new}.attn_norm.weight", tensors.get(f"{source}.input_layernorm.weight"), hidden)
+            for part, name in _ATTENTION.items():
+                size = (rows[part] * dim, hidden) if part in rows else (hidden, shape.query_heads * dim)
+                tensor = tensors[f"{source}.self_attn.{part}.weight"] if true.query_heads else None
+                heads = rows[part] if part in ("q_proj", "k_proj") and model.family not in _ONE_WIDTH else 0
+                yield f"blk.{new}.{name}.weight", size, _maker(tensor, size, heads)
+                if model.family == "qwen2" and part in _BIASED:
+                    yield f"blk.{new}.{name}.bias", size[:1], _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1])
+            for part in ("q", "k") if model.family in ("qwen3", "gemma3") else ():
+                yield _norm(f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim)
+        for name, norm in (NORMS if model.family in _GEMMA else _FFN_NORM).items():
+            if name != "attn_norm":
+                yield _norm(f"blk.{new}.{name}.weight", tensors.get(f"{source}.{norm}.weight"), hidden)
+        for part, name in _FFN.items():
+            size = (hidden, shape.channels) if part == "down_proj" else (shape.channels, hidden)
+            tensor = tensors[f"{source}.mlp.{part}.weight"] if true.channels else None
+            yield f"blk.{new}.{name}.weight", size, _maker(tensor, size)
+
+
+def _norm(name: str, weight: Tensor | None, width: int) -> Named:
+    """A norm's weight; ones for a sub-layer that is written as zeros."""
+    return name, (width,), lambda: torch.ones(width) if weight is None else weight
+
+
+def _maker(tensor: Tensor | None, size: tuple[int, ...], heads: int = 0) -> Callable[[], Tensor]:
+    """Makes the tensor [size], zero where the model has nothing; of `heads` heads the two halves' rows come to alternate."""
+
+    def make() -> Tensor:
+        if tensor is None:
+            return torch.zeros(size)
+        if heads:
+            return tensor.reshape(heads, 2, -1, size[1]).transpose(1, 2).reshape(size)
+        if tuple(tensor.shape) == size:
+            return tensor
+        filled = tensor.new_zeros(size)
+        filled[tuple(slice(extent) for extent in tensor.shape)] = tensor
+        return filled
+
+    return make
+
+
+def rope_factors(model: Shrunk) -> Tensor:
+    """What llama.cpp divides each plain rotary frequency [head_dim / 2] by, from transformers' own scaled frequencies."""
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    scaled, _ = ROPE_INIT_FUNCTIONS[_rope(model)["rope_type"]](model.config, torch.device("cpu"))
+    return _rope(model)["rope_theta"] ** -exponents / scaled
+
+
+def _write_tensors(writer: Any, gguf: Any, tensors: Sequence[Named], dtype: str) -> None:
+    """Write header and tensors, one in memory at a time."""
+    types = gguf.GGMLQuantizationType
+    head = "output.weight" if any(name == "output.weight" for name, _, _ in tensors) else "token_embd.weight"
+    kinds = [
+        types.F32 if len(size) == 1 else types.Q8_0 if dtype == "q4_0" and name == head else types[dtype.upper()]
+        for name, size, _ in tensors
+    ]
+    for (name, size, _), kind in zip(tensors, kinds, strict=True):
+        as_bytes = gguf.quant_shape_to_byte_shape(size, kind)
+        count = 1
+        for extent in as_bytes:
+            count *= extent
+        writer.add_tensor_info(name, as_bytes, gguf.quants.np.dtype("uint8"), count, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for (name, _, make), kind in zip(tensors, kinds, strict=True):
+        values = make().to("cpu", torch.float32).contiguous()
+        if not bool(torch.isfinite(values).all()) or (kind == types.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max):
+            raise NumericError(f"'{name}' holds values that are not finite in {kind.name.lower()}; write another --dtype.")
+        writer.write_tensor_data(gguf.quants.quantize(values.numpy(), kind))

@@ -1,0 +1,168 @@
+"""Writing a shrunk model as a Hugging Face checkpoint: safetensors, a config that tells the truth, tokenizer, and what the caller adds.
+
+Three layouts. uniform: a plain transformers config, every engine opens it, all layers must have the same widths. padded: plain too, layers
+zero-padded to the widest, the same function and no gain in size. native: each layer its own widths, opened after `import compresso` or
+with `trust_remote_code`, as the modelling file lies beside the weights.
+"""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.arch.base import LayerShape
+from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.errors import ExportError, NumericError
+from compresso.formats.layout import (
+    Layout,
+    native_config,
+    stock_config,
+    stock_obstacle,
+    uniform_obstacle,
+    widest,
+    with_one_epsilon,
+)
+from compresso.formats.pad import pad_tensors
+from compresso.formats.plain import check_plain
+from compresso.formats.reopen import reopen_and_compare
+from compresso.formats.shrunk import Shrunk, describe
+from compresso.native import MODELING_FILE, family_of
+
+__all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    shapes: Sequence[LayerShape],
+    folder: Path | str,
+    layout: Layout | Literal["auto"] = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+    force: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Layout:
+    """Write a shrunk model so that `folder` is complete or untouched, and return the layout used.
+
+    Args:
+        model: live model with stock parameter names and per-layer widths; an absent sub-layer has no parameters.
+        shapes: widths of each layer; 0 for an absent sub-layer.
+        layout: "auto" takes uniform where it can hold the model, else native.
+        dtype: dtype to store; None keeps that of the model.
+        files: further text files, name -> text (recipe.yaml, README.md, ...).
+        force: replace a folder that is not empty.
+
+    Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding to `dtype`),
+    CheckpointError if `folder` may not be written, ResourceError if it does not fit.
+    """
+    if family_of(model.config.model_type) is None:
+        check_plain(model, shapes, layout)
+        _write_plain(model, folder, tokenizer, dtype, files or {}, force, max_shard_size)
+        return "uniform"
+    described = describe(model, shapes)
+    layout = choose_layout(described, layout)
+    config, tensors = _lay_out(described, layout)
+    tensors = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    config.dtype = dtype or model.dtype
+    _check_complete(config, tensors, described.tied)
+    with new_folder(folder, force) as temporary:
+        save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        write_text(temporary / "config.json", config.to_json_string())
+        for weights in temporary.glob("*.safetensors"):  # the library makes them readable by their owner only
+            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
+        if layout == "native":
+            shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
+        if getattr(model, "generation_config", None) is not None:
+            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
+        _add_files(temporary, tokenizer, files or {})
+    return layout
+
+
+def _write_plain(
+    model: PreTrainedModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    files: Mapping[str, str],
+    force: bool,
+    max_shard_size: int | str,
+) -> None:
+    """Write a model that its own class and config hold, under the tensor names that its class writes."""
+    tensors = {name: _stored(name, tensor.detach(), dtype) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with new_folder(folder, force) as temporary:
+        model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
+        write_text(temporary / "config.json", config.to_json_string())
+        for weights in temporary.glob("*.safetensors"):
+            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
+        _add_files(temporary, tokenizer, files)
+
+
+def _add_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None, files: Mapping[str, str]) -> None:
+    """Write the tokenizer and further text files. Raises ExportError for a name that is not plain or taken."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in files.items():
+        if Path(name).name != name or (folder / name).exists():
+            raise ExportError(f"further file '{name}' must have a plain name that the checkpoint does not use itself.")
+        write_text(folder / name, text)
+
+
+def choose_layout(model: Shrunk, layout: Layout | Literal["auto"]) -> Layout:
+    """The layout to write. Raises ExportError naming the first obstacle and the layouts that would do."""
+    obstacle = uniform_obstacle(model)
+    if layout == "auto":
+        return "native" if obstacle else "uniform"
+    if layout == "uniform" and obstacle:
+        others = "native" if stock_obstacle(model, widest(model)) else "native (real widths) or padded (any engine, no smaller)"
+        raise ExportError(f"layout uniform cannot hold this model: {obstacle}. Use layout {others}.")
+    if layout == "padded" and (obstacle := stock_obstacle(model, widest(model))):
+        raise ExportError(f"layout padded cannot hold this model: {obstacle}. Use layout native.")
+    if layout not in ("uniform", "padded", "native"):
+        raise ExportError(f"unknown layout '{layout}'; known: auto, uniform, padded, native.")
+    return layout
+
+
+def _lay_out(model: Shrunk, layout: Layout) -> tuple[PreTrainedConfig, Mapping[str, Tensor]]:
+    """Config and tensors of a layout that can hold the model."""
+    if layout == "native":
+        return native_config(model), model.tensors
+    model = with_one_epsilon(model)
+    wide = widest(model)
+    config = stock_config(model, wide)
+    if layout == "uniform":
+        return config, model.tensors
+    return config, pad_tensors(model.tensors, _expected(config, model.tied), model.shapes, wide, model.head_dim)
+
+
+def _expected(config: PreTrainedConfig, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a reader of this config will look for, from the meta device."""
+    with torch.device("meta"):
+        reader = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    return {name: tuple(tensor.shape) for name, tensor in reader.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def _check_complete(config: PreTrainedConfig, tensors: Mapping[str, Tensor], tied: bool) -> None:
+    """Raise ExportError if a reader of the config would miss a tensor, find one too many or of another shape."""
+    expected = _expected(config, tied)
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if odd := sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name)):
+        told = ", ".join(f"{name} is {have.get(name, 'absent')}, wanted {expected.get(name, 'none')}" for name in odd[:4])
+        raise ExportError(f"the model does not have its architecture's tensors: {told}. Merge adapters, and shrink by a plan.")
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor as it goes to disk: its dtype, contiguous, with a storage of its own. Raises NumericError if it is not finite."""
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if tensor.is_floating_point() and tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        raise NumericError(f"'{name}' holds NaN or Inf in {str(tensor.dtype).removeprefix('torch.')} and is not written.")
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -1,0 +1,87 @@
+"""Writing a checkpoint whose tensors do not fit into memory together: one file a block, under the names and dtypes they came with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compresso.arch.base import arch_for
+from compresso.arch.outputs import outputs
+from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.store import DTYPES
+from compresso.errors import ExportError, NumericError
+from compresso.native import MODELING_FILE
+from compresso.sweep.offload import Streamed
+
+_COPIED = ("config.json", "generation_config.json", MODELING_FILE.name)
+
+
+def save_streamed(
+    streamed: Streamed, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, atol: float
+) -> tuple[Literal["uniform", "native"], float]:
+    """Write the tensors of a streamed model into an empty folder and open it again, streamed too.
+
+    Args:
+        streamed: the edited model; shapes are those of its source.
+        source: what it came from: dtypes, config, and the layout they are in.
+        folder: the new checkpoint's.
+        tokenizer: written beside it.
+        ids: what both are asked [1, seq].
+        atol: largest difference of logits, in float32.
+
+    Returns:
+        The layout, and the difference.
+
+    Raises ExportError if they differ by more, NumericError naming a tensor that is not finite once rounded to its stored dtype.
+    """
+    assert source.folder is not None  # the store was opened with it
+    blocks = arch_for(streamed.model.config).blocks(streamed.model)
+    files = [[name for name in streamed.of_block(block) if name in source.tensors] for block in blocks]
+    inside = {name for names in files for name in names}
+    files += [[name] for name in streamed.store if name in source.tensors and name not in inside]  # each alone: they may be the largest
+    where: dict[str, str] = {}
+    for index, names in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        save_file({name: _stored(name, streamed.store[name], source) for name in names}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    total = sum(source.tensors[name].end - source.tensors[name].begin for name in where)
+    write_text(
+        folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+    )
+    for name in _COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode & 0o777)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    layout: Literal["uniform", "native"] = "native" if (folder / MODELING_FILE.name).is_file() else "uniform"
+    return layout, _compared(streamed, folder, ids, atol)
+
+
+def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
+    stored = tensor.to(DTYPES[source.tensors[name].dtype])
+    if stored.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(stored)):
+        raise NumericError(f"'{name}' holds NaN or Inf in {source.tensors[name].dtype} and is not written.")
+    return stored.contiguous()
+
+
+@torch.no_grad()
+def _compared(streamed: Streamed, folder: Path, ids: Tensor, atol: float) -> float:
+    """The largest difference between the logits of the live weights, rounded as they are stored, and those of the folder."""
+    again = Streamed(open_source(folder), streamed.store.dtype, streamed.device)
+    found: list[Tensor] = []
+    streamed.store.round_as(open_source(folder).tensors)
+    for one in (streamed, again):
+        with one.whole():
+            found.append(outputs(one.model, ids.to(one.device)).float())
+    difference = float((found[0] - found[1]).abs().max())
+    if not difference <= atol:
+        raise ExportError(f"logits of {folder.name} differ by {difference:.3g} from the live model's; wanted at most {atol:g}")
+    return difference

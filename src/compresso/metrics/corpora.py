@@ -1,0 +1,73 @@
+"""Texts to measure on, by name or file, and where they came from.
+
+    wikitext2        the raw test split
+    c4               the beginning of the validation split
+    notes.txt        any local file of texts that training data could be read from, whole
+    owner/name       a data set on the hub
+
+A local copy stands in for a named corpus where one is there; what sets it apart from the original is said in `Corpus.source`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compresso.data.formats import suffix_of
+from compresso.data.registry import REGISTERED, load_records
+from compresso.errors import DataError
+from compresso.metrics.protocol import usual_split
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts and their origin.
+
+    Args:
+        name: what measurements are named after: the registered name, or the stem of the file.
+        split: "all" for a local file.
+        texts: the documents in order, empty ones included.
+        source: where they came from, in words, without folders.
+        sha256: identity of the texts, wherever they came from.
+    """
+
+    name: str
+    split: str
+    texts: tuple[str, ...]
+    source: str
+    sha256: str
+
+    @property
+    def remark(self) -> str:
+        """The sentence that stands beside a number on these texts."""
+        return f"Texts: {self.source}; {len(self.texts)} documents."
+
+
+def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | Path | None = None) -> Corpus:
+    """Read a corpus.
+
+    Args:
+        name_or_file: "wikitext2", "c4", another registered name, a hub id, or a file.
+        split: None: the one that a corpus is measured on.
+        data_root: a folder with local copies of the named corpora; that of the environment variable COMPRESSO_DATA if None.
+
+    Raises DataError for what is unknown, cannot be reached, has no text, or is made of instructions or ready windows.
+    """
+    name, path = str(name_or_file), Path(name_or_file)
+    if name not in REGISTERED and (suffix := suffix_of(path)):
+        name, usual = path.name[: -len(suffix)], "all"
+    else:
+        usual = "test" if "/" in name else usual_split(name)
+    split = split or usual
+    if data_root is not None and not Path(data_root).is_dir():
+        raise DataError(f"{data_root}: no such folder; give the folder of local copies that COMPRESSO_DATA would name")
+    records = load_records(name_or_file, split=split, local=data_root)
+    if records.kind != "text":
+        raise DataError(f"corpus {records.source} holds data of kind '{records.kind}'; perplexity is measured on texts: give such a file")
+    texts = tuple(records.texts())
+    if not any(text.strip() for text in texts):
+        raise DataError(f"corpus {records.source}: all of its {len(texts)} texts are empty; give a file with text")
+    return Corpus(name, split, texts, records.source, records.sha256)
+
+
+def corpus_texts(name_or_file: str | Path, split: str | None = None, data_root: str | Path | None = None) -> list[str]:
+    """The texts of `corpus`, where their origin does not matter."""
+    return list(corpus(name_or_file, split, data_root).texts)

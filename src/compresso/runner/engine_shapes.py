@@ -1,0 +1,144 @@
+"""Shapes that an engine wants, written into a recipe's budgets before anything is pruned: `--for llama.cpp:q4_k`.
+
+    llama.cpp:q4_k ...   K-quants hold 256 inputs a block; matrices of other widths fall back to larger types
+    llama.cpp:q8_0, q4_0 blocks of 32
+    awq:gN, gptq:gN      groups of N inputs that share a scale
+    vllm:tpN             heads and channels shared out to N devices, the same widths in every layer
+
+A unit of a head axis is a key/value head with its query heads: what o_proj reads of one is head_dim times its query heads, and counts of
+heads are held to the multiple that makes those inputs fit.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from compresso.arch.base import arch_for
+from compresso.checkpoint.source import meta_model, open_source
+from compresso.core.axis import Kind
+from compresso.errors import RecipeError
+from compresso.job import card
+from compresso.runner.recipe import stages_of, with_knob
+
+_BLOCKS = {**dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"), 256), **dict.fromkeys(("q8_0", "q4_0"), 32)}
+EXAMPLES = "llama.cpp:q4_k, llama.cpp:q8_0, awq:g128, gptq:g128 or vllm:tp2"
+_PLURALS = {Kind.HEAD: "heads", Kind.CHANNEL: "channels", Kind.HIDDEN: "hidden dimensions"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an engine wants of a model's shapes.
+
+    Args:
+        engine: as it was asked for.
+        inputs: multiple of the inputs of every matrix; 1 for any.
+        heads, channels: multiples of their counts, whatever a head's width.
+        uniform: the same widths in every layer.
+    """
+
+    engine: str
+    inputs: int = 1
+    heads: int = 1
+    channels: int = 1
+    uniform: bool = False
+
+
+def parse_engine(text: str) -> Wanted:
+    """What stands after --for.
+
+    >>> parse_engine("awq:g64").inputs
+    64
+
+    Raises RecipeError, naming what is known.
+    """
+    engine, _, detail = text.partition(":")
+    if engine == "llama.cpp" and detail in _BLOCKS:
+        return Wanted(text, inputs=_BLOCKS[detail])
+    if engine in ("awq", "gptq") and (group := re.fullmatch(r"g([1-9]\d{0,4})", detail)):
+        return Wanted(text, inputs=int(group[1]))
+    if engine == "vllm" and (devices := re.fullmatch(r"tp([1-9]\d{0,2})", detail)):
+        return Wanted(text, heads=int(devices[1]), channels=int(devices[1]), uniform=True)
+    raise RecipeError(f"--for {text}: unknown engine; give {EXAMPLES}")
+
+
+def multiples(want: Wanted, model: str) -> dict[Kind, int]:
+    """The multiple of each kind's counts in a model; kinds that may have any count are absent."""
+    live = meta_model(open_source(model, weights=False))
+    arch = arch_for(live.config)
+    found = {Kind.CHANNEL: math.lcm(want.inputs, want.channels), Kind.HIDDEN: want.inputs}
+    widths = {gate.width for axis in arch.axes(live) if axis.kind == Kind.HEAD for gate in axis.gates}
+    found[Kind.HEAD] = math.lcm(want.heads, *(want.inputs // math.gcd(want.inputs, width) for width in widths))
+    return {kind: multiple for kind, multiple in found.items() if multiple > 1}
+
+
+def for_engine(raw: Mapping[str, Any], want: Wanted, held: Mapping[Kind, int]) -> dict[str, Any]:
+    """The raw recipe whose budgets are held to these multiples as well as their own, and to equal widths if the engine wants them."""
+    changed = held_to(raw, held)
+    return with_knob(changed, "layout", "uniform", required=False) if want.uniform else changed
+
+
+def held_to(raw: Mapping[str, Any], held: Mapping[Kind, int]) -> dict[str, Any]:
+    """The raw recipe whose budgets are held to these multiples as well as their own."""
+    stages: list[dict[str, Any]] = []
+    for name, knobs in stages_of(raw):
+        if hasattr(card(name).type, "budget") and hasattr(card(name).type, "multiple_of"):
+            own: Mapping[str, int] = knobs.get("multiple_of") or {}
+            both = {str(kind): math.lcm(multiple, own.get(str(kind), 1)) for kind, multiple in held.items()}
+            knobs = {**knobs, "multiple_of": {**own, **both}}
+        stages.append({name: knobs})
+    return {**raw, "stages": stages}
+
+
+def writable_heads(config: PreTrainedConfig) -> int:
+    """The smallest divisor of a config's key/value heads whose multiples it takes all: some want query heads to divide the hidden size."""
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or not groups or heads % groups or getattr(config, "head_dim", None) is None:
+        return 1  # no such config holds fewer heads; `check_plain` says so
+
+    def taken(kept: int) -> bool:
+        tried = copy.deepcopy(config)
+        try:
+            tried.num_attention_heads, tried.num_key_value_heads = kept * heads // groups, kept
+            tried.validate()
+        except (ValueError, StrictDataclassError):
+            return False
+        return True
+
+    divisors = [one for one in range(1, groups + 1) if groups % one == 0]
+    return next((one for one in divisors if all(taken(kept) for kept in range(one, groups + 1, one))), 1)
+
+
+def without_multiple(raw: Mapping[str, Any], kind: Kind, multiple: int) -> dict[str, Any]:
+    """The raw recipe whose budgets are not held to one of the multiples that `for_engine` gave."""
+    stages: list[dict[str, Any]] = []
+    for name, knobs in stages_of(raw):
+        own = knobs.get("multiple_of")
+        if isinstance(own, dict) and own.get(str(kind), 1) % multiple == 0:
+            knobs = {**knobs, "multiple_of": {key: value for key, value in own.items() if key != str(kind)}}
+        stages.append({name: knobs})
+    return {**raw, "stages": stages}
+
+
+def misfits(want: Wanted, held: Mapping[Kind, int], model: str) -> list[str]:
+    """Sentences on sizes of the dense model that are no such multiple: what keeps all of them keeps that size."""
+    live = meta_model(open_source(model, weights=False))
+    told: list[str] = []
+    for kind, multiple in held.items():
+        sizes = {axis.size for axis in arch_for(live.config).axes(live) if axis.kind == kind} - {0}
+        if not sizes and kind == Kind.HIDDEN:
+            sizes = {int(live.config.hidden_size)}
+        for size in sorted(size for size in sizes if size % multiple):
+            told.append(f"{want.engine}: {size} {_PLURALS[kind]} are no multiple of {multiple}; where all of them stay, that size stays")
+    return told
+
+
+def words(want: Wanted, kind: Kind, multiple: int) -> str:
+    """A constraint in words."""
+    return f"{want.engine}: {_PLURALS[kind]} in multiples of {multiple}"

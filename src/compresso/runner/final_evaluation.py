@@ -1,0 +1,232 @@
+"""The account that a run ends with: the dense model and the smaller one, asked the same questions on the same machine, at the same time.
+
+The dense model is read once more for it, beside the smaller one. Where both do not fit into memory, what needs the dense model is left out
+and the account says why. Nothing here changes the result; it decides whether the result may be written (`Findings.guard`).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
+from compresso.data.batches import Row
+from compresso.data.instructions import encode_prompt
+from compresso.job import Job
+from compresso.metrics.divergence import divergence, reference
+from compresso.metrics.forward import context_of
+from compresso.metrics.generation import PROMPTS, generation_measurements, samples, world_prompts
+from compresso.metrics.guard import Guard, judge
+from compresso.metrics.held import held_loss
+from compresso.metrics.latency import speed_measurements
+from compresso.metrics.record import Account, Environment, Measurement, Sample, Subject
+from compresso.metrics.size import size_measurements
+from compresso.native.stock import as_stock
+from compresso.sweep.memory import available
+
+DENSE, PRUNED = "dense", "pruned"
+NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8
+SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
+STREAMED = "weights were read from disk block by block, which takes a pass over the files for each token"
+LARGE = 1_000_000_000
+"""Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes seconds."""
+
+
+@dataclass
+class Answers:
+    """What one model was found to be: numbers, texts, and what was not measured, with the reason."""
+
+    measurements: list[Measurement] = field(default_factory=list[Measurement])
+    samples: tuple[Sample, ...] = ()
+    not_measured: dict[str, str] = field(default_factory=dict[str, str])
+
+    def rate(self, name: str) -> float | None:
+        """The first number of that name."""
+        return next((one.value for one in self.measurements if one.name == name), None)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Both models' answers, and the verdict on the smaller one."""
+
+    dense: Answers
+    pruned: Answers
+    guard: Guard
+
+    def account(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Account:
+        """The account, once the smaller model is written.
+
+        Args:
+            dense: the model the run started from.
+            result, folder: the checkpoint that was written.
+            counts: "before" and "after", as `measure.size.counts` gives them.
+        """
+        here = Environment.here()
+        sizes = (
+            (DENSE, dense.identity, self.dense, size_measurements(counts["before"], dense.folder, here)),
+            (PRUNED, result, self.pruned, size_measurements(counts["after"], folder, here)),
+        )
+        subjects = tuple(
+            Subject(
+                name=name,
+                model=identity.name,
+                fingerprint=identity.fingerprint,
+                measurements=(*size, *answers.measurements),
+                samples=answers.samples,
+                not_measured=answers.not_measured,
+            )
+            for name, identity, answers, size in sizes
+        )
+        return Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=subjects)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What both models are asked.
+
+    Args:
+        corpus: of the held-out examples, in a word.
+        prompts, encode, new_tokens: of the texts; no prompts where none can be asked.
+        prompt_format: how a prompt reaches the model.
+        refused: why there are no texts; "" if there are.
+    """
+
+    corpus: str
+    prompts: Sequence[str]
+    encode: Callable[[PreTrainedTokenizerBase, str], list[int]] | None
+    new_tokens: int
+    prompt_format: str
+    refused: str = ""
+
+
+def take(
+    job: Job, source: Source, *, corpus: str, instructions: bool, prompt_on: bool, before: float | None, after: float | None
+) -> Findings:
+    """Ask both models and judge.
+
+    Args:
+        job: with the smaller model, live.
+        source: of the dense model.
+        corpus: name of the training data.
+        instructions, prompt_on: whether it was trained on instructions, and with the collaborative prompt.
+        before, after: losses on the held-out examples, nats a token; None without data.
+
+    Raises:
+        NumericError: a model gives NaN.
+    """
+    kept = job.plan.kept.get("vocab")
+    # a model whose vocabulary was cut reads and writes with a tokenizer of its own
+    theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
+    asked = questions(job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on)
+    answers = {DENSE: Answers(), PRUNED: Answers()}
+    pruned = job.model.eval()
+    if job.streamed:
+        asked = replace(asked, prompts=(), refused=STREAMED)
+    if lacking := STREAMED if job.streamed else _lacking(source, job.device, pruned.dtype):
+        for what in ("texts", "speed", "held/perplexity"):
+            answers[DENSE].not_measured[what] = lacking
+        answers[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
+        models = {PRUNED: pruned}
+    else:
+        dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
+        models = {DENSE: dense, PRUNED: pruned}
+    with job.callable_model():
+        for name, model in models.items():
+            _ask(answers[name], model, job, theirs if name == DENSE else job.tokenizer, asked, is_dense=name == DENSE)
+    if DENSE in models:
+        windows = shared_windows(job.dense_held or job.held, kept)
+        if windows:
+            answers[PRUNED].measurements += divergence(pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept)
+        elif job.held:
+            answers[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
+        if kept is not None and before is not None:  # examples may have been dropped since
+            before = held_loss(models[DENSE], job.dense_held or job.held).mean
+        for name, speeds in _speeds(models).items():
+            answers[name].measurements += speeds
+    guard = judge(
+        vocabulary=int(pruned.config.vocab_size),
+        dense_loss=before,
+        pruned_loss=after,
+        dense_degenerate=answers[DENSE].rate("degenerate"),
+        pruned_degenerate=answers[PRUNED].rate("degenerate"),
+    )
+    return Findings(answers[DENSE], answers[PRUNED], guard)
+
+
+def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list[int]]:
+    """Ids of examples as far as both models have their tokens; kept: ids that the smaller model has, None for all."""
+    if kept is None:
+        return [list(row["input_ids"]) for row in rows]
+    staying = set(kept)
+    windows = [list(takewhile(staying.__contains__, row["input_ids"])) for row in rows]
+    return [window for window in windows if len(window) > 1]
+
+
+def questions(
+    model: PreTrainedModel, tokenizers: Sequence[PreTrainedTokenizerBase | None], *, corpus: str, instructions: bool, prompt_on: bool
+) -> Questions:
+    """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
+
+    tokenizers: of all models that are asked; there must be room for the longest encoding.
+    """
+    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    if not known:
+        return Questions(corpus, (), None, 0, "", "the model has no tokenizer")
+    of_world = corpus.startswith("world")
+    prompts = world_prompts(len(PROMPTS)) if of_world else PROMPTS
+    encode, words = None, "beginning token, then the bare text"
+    if instructions and not of_world:
+        encode = lambda tokenizer, text: encode_prompt(tokenizer, text, prompt_on=prompt_on)  # noqa: E731
+        words = "as an instruction" + (", with the collaborative prompt" if prompt_on else "")
+    longest = max(len(encode(one, text) if encode else one.encode(text)) for one in known for text in prompts) + 1
+    context = context_of(model)
+    room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
+    if room < LEAST_NEW_TOKENS:
+        return Questions(corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}")
+    return Questions(corpus, prompts, encode, room, words)
+
+
+def _ask(
+    answers: Answers, model: PreTrainedModel, job: Job, tokenizer: PreTrainedTokenizerBase | None, asked: Questions, *, is_dense: bool
+) -> None:
+    """Held-out loss and texts of one model, added to its answers."""
+    here = Environment.here(model.device, model.dtype)
+    if job.held:
+        rows = job.dense_held if is_dense and job.dense_held is not None else job.held
+        answers.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(here, asked.corpus, noise=is_dense)
+    else:
+        answers.not_measured["held/perplexity"] = "the run had no data"
+    if asked.refused or tokenizer is None:
+        answers.not_measured["texts"] = asked.refused
+        return
+    encode = None if asked.encode is None else partial(asked.encode, tokenizer)
+    answers.samples = samples(model, tokenizer, asked.prompts, asked.new_tokens, encode)
+    settings = {"max_new_tokens": asked.new_tokens, "prompt_format": asked.prompt_format}
+    answers.measurements += generation_measurements(answers.samples, here, **settings)
+
+
+def _speeds(models: Mapping[str, PreTrainedModel]) -> dict[str, tuple[Measurement, ...]]:
+    """Speed of both models in turn, at batch 1."""
+    context = context_of(models[DENSE])
+    large = sum(p.numel() for p in models[DENSE].parameters()) >= LARGE
+    new = SPEED_NEW // 2 if large else SPEED_NEW
+    if context is not None:
+        new = min(new, max(1, context // 2))
+    prompt = SPEED_PROMPT if context is None else min(SPEED_PROMPT, context - new)
+    return speed_measurements(models, (1,), prompt, new, 3 if large else SPEED_ROUNDS)
+
+
+def _lacking(source: Source, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the dense model cannot be read beside the smaller one; "" if it can."""
+    needed = sum(math.prod(tensor.shape) for tensor in source.tensors.values()) * dtype.itemsize
+    free = available(device)
+    if needed * 1.2 <= free:  # a fifth more for activations
+        return ""
+    return f"the dense model needs {needed / 1e9:.1f} GB beside the smaller one, and {free / 1e9:.1f} GB are free on {device}"

@@ -1,0 +1,50 @@
+"""Runs on models larger than memory: the job whose weights stay on disk, and the estimate that is said and kept before it starts."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from compresso.checkpoint.source import open_source
+from compresso.errors import ResourceError
+from compresso.job import Job
+from compresso.runner.output import stored_dtype
+from compresso.runner.preflight import Prepared
+from compresso.sweep.memory import estimate, give_back_large_blocks_, refuse_above
+from compresso.sweep.offload import Streamed
+from compresso.training.launch import processes
+
+log = logging.getLogger(__name__)
+
+
+def computed_in(prepared: Prepared) -> torch.dtype:
+    """The dtype of weights in memory: float32 on a CPU, where bfloat16 would round small updates away, else the stored one."""
+    return torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
+
+
+def streamed_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
+    """The job with its weights on disk, once the estimate of its memory was said.
+
+    Raises ResourceError if it takes more memory than there is and nobody insists, or in several processes.
+    """
+    if processes() > 1:
+        raise ResourceError(f"a streamed run is one process, and {processes()} were launched; start it without torchrun")
+    dtype = computed_in(prepared)
+    (_, stage) = prepared.recipe.stages[0]
+    needed = estimate(job.model, job.arch, stage, [len(row["input_ids"]) for row in job.rows], dtype)
+    if not job.quiet:
+        log.warning("memory: %s", needed.words())
+    if not over_memory:
+        refuse_above(needed, prepared.device)
+    give_back_large_blocks_()
+    streamed = Streamed(prepared.source, dtype, prepared.device)
+    return replace(job, model=streamed.model, streamed=streamed, original=None)
+
+
+def opened_streamed(folder: Path, prepared: Prepared) -> PreTrainedModel:
+    """A written checkpoint whose weights are read as they are needed; it can be called."""
+    streamed = Streamed(open_source(folder), computed_in(prepared), prepared.device)
+    streamed.attach_()
+    return streamed.model

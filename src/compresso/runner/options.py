@@ -1,0 +1,105 @@
+"""Command-line budgets and overrides, written into a recipe before it is checked."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from compresso.core.axis import Kind
+from compresso.errors import BudgetError, RecipeError, nearest
+from compresso.native import family_of
+from compresso.runner.engine_shapes import for_engine, held_to, multiples, parse_engine, writable_heads
+from compresso.runner.inspection import inspect
+from compresso.runner.recipe import override, read, with_knob
+from compresso.runner.recipe_file import plain
+
+AskedLayout = Literal["auto", "uniform", "padded", "native"]
+LAYOUTS = get_args(AskedLayout)
+
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def count(text: str) -> float:
+    """A number of parameters: "5.4B", "300M", "6738415616".
+
+    >>> count("5.4B")
+    5400000000.0
+
+    Raises:
+        BudgetError: if it is not a positive number with an optional K, M, B or T.
+    """
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        value = float(text[: len(text) - len(unit)]) * _UNITS[unit]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise BudgetError(f"--parameters {text!r}: wanted a positive number with an optional K, M, B or T, such as 5.4B")
+    return value
+
+
+def with_options(
+    recipe: str | Path,
+    *,
+    model: str,
+    keep: float | None = None,
+    parameters: str | None = None,
+    speedup: float | None = None,
+    layout: str = "auto",
+    max_steps: int | None = None,
+    sets: list[str] | tuple[str, ...] = (),
+    engine: str | None = None,
+) -> dict[str, Any]:
+    """The raw recipe with budget, layout, step cap, `path=value` overrides and the shapes that an engine wants in it.
+
+    Raises:
+        BudgetError: more than one budget, or one outside its range.
+        RecipeError: an unknown recipe or engine, or an override that fits nothing.
+    """
+    raw = read(recipe)
+    for one in sets:
+        path, equals, value = one.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
+        raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
+    given = [name for name, value in (("--keep", keep), ("--parameters", parameters), ("--speedup", speedup)) if value is not None]
+    if len(given) > 1:
+        raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
+    if keep is not None:
+        if not 0 < keep <= 1:  # also refuses NaN
+            raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
+        raw = with_knob(raw, "keep", keep)
+    elif parameters is not None:
+        wanted, total = count(parameters), inspect(model)["parameters"]["total"]
+        if wanted > total:
+            raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
+        raw = with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
+    elif speedup is not None:
+        if not (math.isfinite(speedup) and speedup >= 1):
+            raise BudgetError(f"--speedup {speedup}: wanted a factor of at least 1, such as 1.5")
+        raw = with_knob(with_knob(raw, "keep", 1 / speedup), "of", "macs")
+    if max_steps is not None:
+        if max_steps < 1:
+            raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
+        raw = with_knob(raw, "max_steps", max_steps)
+    if engine is not None:
+        want = parse_engine(engine)
+        raw = for_engine(raw, want, multiples(want, model))
+    return for_layout(raw, layout)
+
+
+def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """The raw recipe for an export layout: "uniform" asks every stage that can to keep equal widths. Raises RecipeError if unknown."""
+    if layout not in LAYOUTS:
+        raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
+    return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)
+
+
+def for_family(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """As `for_layout`; families that have no form with widths of each layer's own get equal ones, and heads that their config can name."""
+    if family_of(config.model_type) is not None:
+        return for_layout(raw, layout)
+    heads = writable_heads(config)
+    return held_to(for_layout(raw, "uniform" if layout == "auto" else layout), {Kind.HEAD: heads} if heads > 1 else {})

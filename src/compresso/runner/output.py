@@ -1,0 +1,172 @@
+"""What a run writes: saved stages, the final checkpoint and its records."""
+
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.source import Source, open_source
+from compresso.data.instructions import Encoded
+from compresso.data.records import Records
+from compresso.edit.patches import patch_, unpatch_
+from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
+from compresso.formats.offloaded import save_streamed
+from compresso.job import Job
+from compresso.metrics.held import held_loss
+from compresso.metrics.size import counts, weight_bytes
+from compresso.report.card import model_card
+from compresso.report.html import report_of_run
+from compresso.report.records import FORMAT, RunRecords
+from compresso.runner.final_evaluation import Findings
+from compresso.runner.recipe import Recipe
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+REOPENED_WITHIN = 1e-4
+"""Largest difference of logits, computed in float32, between the live model and the checkpoint opened in a fresh process."""
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    return {"compresso": version("compresso-llm"), **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}}
+
+
+def origin(
+    recipe: Recipe, source: Source, records: Records | None, encoded: Encoded | None, prompt: Mapping[str, str] | None, seed: int
+) -> dict[str, Any]:
+    """What a result was made from, without paths of this machine; `recipe` names its data by file names."""
+    return {
+        "format": FORMAT,
+        "recipe": recipe.to_dict(),
+        "model": asdict(source.identity),
+        "data": None if records is None or encoded is None else _data(records, encoded),
+        "prompt": prompt,
+        "seed": seed,
+        "versions": versions(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads(), "cuda": _cuda()},
+    }
+
+
+def state(job: Job) -> dict[str, Any]:
+    """Counts of the model as it is, and its mean loss on held-out examples (nats a labelled token; None without data).
+
+    Raises NumericError if that loss is not finite.
+    """
+    return {
+        **counts(job.cost()),
+        "held_loss": _held_loss(job) if job.held else None,
+    }
+
+
+def _held_loss(job: Job) -> float:
+    with job.callable_model():
+        return round(held_loss(job.model, job.held, counted_as=job.dense_held).mean, 6)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype most of a checkpoint's numbers are stored in."""
+    numbers = dict.fromkeys(_DTYPES, 0)
+    for tensor in source.tensors.values():
+        if tensor.dtype in numbers:
+            numbers[tensor.dtype] += math.prod(tensor.shape)
+    return _DTYPES[max(numbers, key=lambda dtype: numbers[dtype])]
+
+
+def finish(
+    job: Job,
+    facts: Mapping[str, Any],
+    findings: Findings,
+    source: Source,
+    layout: Layout | Literal["auto"],
+    output: Path,
+    force: bool,
+    dtype: torch.dtype,
+    ask: Callable[[Path], Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint beside `output`, reopen it in a fresh process, add its account, then rename it into place.
+
+    Args:
+        job: with the smaller model, live.
+        facts, findings: of the run so far.
+        source: of the dense model.
+        layout, output, force: as the run was asked.
+        dtype: to store.
+        ask: what every engine makes of the written folder, for the records; None asks none.
+
+    Returns:
+        The records, with layout, bytes, the reopened difference, the guard and the account.
+
+    Raises:
+        ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left at `output`.
+    """
+    model = job.model
+    shapes = job.arch.shapes(model)
+    ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
+    with new_folder(output, force) as folder:
+        unpatch_(model)  # the files hold no patch: what they compute is compared without it
+        if job.streamed:
+            used, difference = save_streamed(job.streamed, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
+        else:
+            used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
+            difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
+        patch_(model, job.patches)
+        written = {
+            **facts,
+            "layout": used,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes": weight_bytes(folder),
+            "reopened_max_abs_difference": difference,
+            "guard": findings.guard.model_dump(mode="json"),
+        }
+        write_text(folder / "records.json", _json(written))  # engines are asked what they make of it with what is known of it
+        written["engines"] = list(ask(folder)) if ask else []
+        result = replace(open_source(folder).identity, name=output.name)
+        written["account"] = findings.account(source, result, folder, facts).model_dump(mode="json")
+        records = RunRecords.checked(written, "the run's records")
+        texts = {
+            "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
+            "plan.json": job.plan.to_json(),
+            "records.json": _json(written),
+            "README.md": model_card(records),
+            "report.html": report_of_run(records, job.plan),
+        }
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        if job.adapters is not None and job.adapters.is_dir():
+            shutil.copytree(job.adapters, folder / "adapters")
+    return written
+
+
+def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it was run, and under `run` what else decided the result; it can be run again as it is."""
+    data = facts["data"]
+    known = {name: facts[name] for name in ("model", "prompt", "seed", "versions", "layout")}
+    return {**facts["recipe"], "run": {**known, "data": data and {name: data[name] for name in ("source", "sha256")}}}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
+    """Where the training data came from, its identity, and what became of it."""
+    return {
+        "source": records.source,
+        "kind": records.kind,
+        "sha256": records.sha256,
+        "skipped_lines": records.n_bad,
+        "skipped": list(records.bad),
+        "examples": asdict(encoded.stats),
+    }
+
+
+def _cuda() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,180 @@
+"""Everything that can be wrong with a run, found before weights are read and before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from compresso.checkpoint.atomic import check_output
+from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
+from compresso.checkpoint.workfolder import WorkFolder
+from compresso.core.budget import InfeasibleBudget
+from compresso.data.instructions import Encoded, encode
+from compresso.data.prompt import prompt_identity
+from compresso.data.records import Chat, Instruction, Records
+from compresso.data.registry import load_records
+from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
+from compresso.formats.plain import check_written
+from compresso.native import family_of
+from compresso.runner.options import AskedLayout, for_family, for_layout
+from compresso.runner.output import origin, versions
+from compresso.runner.plan import act_out
+from compresso.runner.recipe import Recipe, build
+from compresso.training.device import choose_device
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against.
+
+    Args:
+        recipe, source: checked; weights not read yet.
+        output: absolute.
+        device: where it runs.
+        tokenizer: None for a model without one, in a recipe without data.
+        records, encoded: the data; None in a recipe without.
+        prompt: identity of the collaborative prompt, if the recipe uses it.
+        seed: of every random draw.
+        layout: asked for.
+    """
+
+    recipe: Recipe
+    source: Source
+    output: Path
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase | None
+    records: Records | None
+    encoded: Encoded | None
+    prompt: Mapping[str, str] | None
+    seed: int
+    layout: AskedLayout
+
+    def identity(self) -> dict[str, Any]:
+        """What a resume must agree on."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "model": asdict(self.source.identity),
+            "data": self.records.sha256 if self.records else None,
+            "prompt": self.prompt,
+            "layout": self.layout,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+    def origin(self) -> dict[str, Any]:
+        """What the records say of where the result comes from."""
+        return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed)
+
+
+def prepare(
+    raw: Mapping[str, Any],
+    model: str,
+    data: str | None,
+    *,
+    output: Path,
+    layout: str,
+    seed: int,
+    device: str,
+    force: bool,
+    skip_bad: bool,
+    stream: bool = False,
+) -> Prepared:
+    """Check a run's arguments against each other and read its data.
+
+    Raises:
+        CompressoError: with the cure; nothing was written.
+    """
+    recipe = build(for_layout(raw, layout), str(raw.get("name", "recipe")))
+    source = open_source(model)
+    if family_of(source.config.model_type) is None:
+        check_written(source.config.model_type, layout)
+        recipe = build(for_family(raw, layout, source.config), recipe.name)
+    if not source.tensors:
+        raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
+    if stream:
+        check_streamed(recipe, layout)
+    output = output.resolve()
+    check_output(output, source.folder, force)
+    check_output(WorkFolder.beside(output), source.folder, force=True)
+    act_out(recipe, source)
+    where = choose_device(device)
+    if data is not None and not recipe.needs("data"):
+        raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
+    chosen = data or recipe.data.source
+    _spare_data(chosen, output)
+    tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
+    # a model reads no further than its context: longer examples would train positions that it does not have
+    length = min(recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length)
+    recipe = replace(recipe, data=replace(recipe.data, max_length=length))
+    records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
+    for name, stage in recipe.stages:
+        if encoded is not None and hasattr(stage, "check_data"):
+            packed = records is not None and records.kind == "text" and recipe.data.pack
+            _checked_data(name, stage, encoded, tokenizer, source.config, length if packed else None)
+    recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
+    prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
+    prompt = prompt_identity() if recipe.data.prompt and prompted else None
+    return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
+
+
+def check_streamed(recipe: Recipe, layout: str) -> None:
+    """Raise RecipeError for a recipe that needs the whole model in memory, or a layout other than the model's own."""
+    if layout != "auto":
+        raise RecipeError(f"--layout {layout}: a streamed run writes its model in the layout it came in; leave --layout or --stream out")
+    stages = [name for name, _ in recipe.stages]
+    if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
+        raise RecipeError(
+            f"recipe {recipe.name} ({', '.join(stages)}) cannot be streamed: wanted one stage that sweeps over the blocks, such as wanda, "
+            "sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
+        )
+
+
+def _checked_data(
+    name: str, stage: Any, encoded: Encoded, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+) -> None:
+    """Let a stage look at the data before weights are read; `window` is the length that plain text was cut to."""
+    try:
+        stage.check_data(encoded.rows, tokenizer, config, window)
+    except InfeasibleBudget as error:
+        raise BudgetError(f"stage '{name}': {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"stage '{name}': {error}") from error
+
+
+def _without_folders(data: str | None) -> str | None:
+    """What a person wrote after --data, with files named without the folders of this machine."""
+    if data is None:
+        return None
+    parts = [part.strip() for part in data.split(",")]
+    return ",".join(Path(part).name if Path(part).expanduser().is_file() else part for part in parts)
+
+
+def _spare_data(data: str | None, output: Path) -> None:
+    """Refuse data files that lie in a folder the run would replace."""
+    for part in filter(None, map(str.strip, (data or "").split(","))):
+        path = Path(part).expanduser()
+        for folder in (output, WorkFolder.beside(output)):
+            if path.is_file() and path.resolve().is_relative_to(folder):
+                raise DataError(f"data {path} lies in {folder}, which the run replaces. Move it, or choose another output")
+
+
+def _examples(
+    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, skip_bad: bool
+) -> tuple[Records | None, Encoded | None]:
+    """Read and tokenise the training data, if the recipe needs any."""
+    if not recipe.needs("data"):
+        return None, None
+    if data is None:
+        raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
+    assert tokenizer is not None  # the caller loads one for a recipe that needs data
+    records = load_records(data, skip_bad=skip_bad)
+    knobs = recipe.data
+    encoded = encode(
+        records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit, vocab_size=vocab_size
+    )
+    if len(encoded.rows) <= knobs.held:
+        raise DataError(f"{data} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower data.held")
+    return records, encoded

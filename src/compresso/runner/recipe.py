@@ -1,0 +1,162 @@
+"""Recipes: raw mapping in, checked stages out, before any weight is read.
+
+    name: compresso
+    title: learned structured pruning
+    paper: "2310.05015"
+    data: {source: null, max_length: 512, prompt: true}
+    stages:
+      - learn_gates: {keep: 0.7, kinds: [head, channel]}
+      - recover: {rank: 8}
+
+Reading YAML is `recipe_file`'s part. An unknown recipe, stage or knob names the nearest.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from compresso.core.axis import Kind
+from compresso.errors import RecipeError, nearest
+from compresso.job import Effects, Stage, card, check_order
+from compresso.runner.recipe_file import names, parse, read, short, stages_of
+
+__all__ = ["DataKnobs", "Recipe", "build", "names", "override", "parse", "read", "with_knob"]
+
+
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DataKnobs:
+    """What a recipe says of its data.
+
+    Args:
+        source: used when the command line gives none; null means that data must be given.
+        max_length: tokens an example is truncated to, prompt included.
+        prompt: whether the collaborative prompt stands before each instruction.
+        pack: whether plain text is cut into full windows instead of one document a row.
+        limit: examples read at most.
+        held: examples kept out of training for the before/after loss.
+    """
+
+    source: str | None = None
+    max_length: Annotated[int, Ge(2)] = 512
+    prompt: bool = True
+    pack: bool = True
+    limit: Annotated[int, Ge(1)] | None = None
+    held: Annotated[int, Ge(0)] = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: names and stages in order of execution.
+
+    Args:
+        name: of the recipe; stages of the same name may occur once.
+        stages: (stage name, stage) in order.
+        data: data knobs.
+        title, paper, description: for people.
+    """
+
+    name: str
+    stages: tuple[tuple[str, Stage], ...]
+    data: DataKnobs
+    title: str = ""
+    paper: str = ""
+    description: str = ""
+
+    def needs(self, what: str) -> bool:
+        """Whether any stage needs "data", "gradients" or "training"."""
+        return any(what in card(name).needs for name, _ in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with every knob spelled out, as it can be run again."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "paper": self.paper,
+            "description": self.description,
+            "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
+            "stages": [{name: TypeAdapter(type(one)).dump_python(one, mode="json")} for name, one in self.stages],
+        }
+
+
+def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Check a raw mapping and make its stages.
+
+    Raises:
+        RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal order.
+    """
+    stages: list[tuple[str, Stage]] = []
+    effects: list[tuple[str, Effects]] = []
+    for key, knobs in stages_of(raw, name):
+        if any(key == other for other, _ in stages):
+            raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
+        row = card(key)
+        made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
+        if Kind.VOCAB in getattr(made, "kinds", ()):
+            raise RecipeError(
+                f"recipe {name}: stage '{key}': kinds names vocab, which only the stage 'cut_vocab' removes: the tokenizer has to follow. "
+                "Leave it out, and put cut_vocab before this stage"
+            )
+        stages.append((key, made))
+        effects.append((key, row.effects))
+    check_order(effects)
+    data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
+    texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
+    return Recipe(str(raw.get("name") or name), tuple(stages), data, **texts)
+
+
+def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a raw recipe with `stages.learn_gates.mask_lr` (a dotted path) set to a value. Raises RecipeError for an unknown path."""
+    parts = path.split(".")
+    if parts[0] == "stages" and len(parts) >= 3:
+        stages = stages_of(raw)
+        have = [name for name, _ in stages]
+        if parts[1] not in have:
+            raise RecipeError(f"--set {path}: the recipe has no stage '{parts[1]}'; {nearest(parts[1], have)}")
+        changed = [(name, _set(knobs, parts[2:], value, path) if name == parts[1] else knobs) for name, knobs in stages]
+        return {**raw, "stages": [{name: knobs} for name, knobs in changed]}
+    if parts[0] == "data" and len(parts) == 2:
+        return {**raw, "data": _set({} if raw.get("data") is None else raw["data"], parts[1:], value, path)}
+    raise RecipeError(f"--set {path}: wanted stages.STAGE.KNOB=value or data.KNOB=value, such as stages.learn_gates.mask_lr=0.02")
+
+
+def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = True) -> dict[str, Any]:
+    """A copy with a knob set in every stage that has it. Raises RecipeError if none has and it is required."""
+    stages = stages_of(raw)
+    having = [any(field.name == knob for field in dataclasses.fields(card(name).type)) for name, _ in stages]
+    if required and not any(having):
+        name = raw.get("name", "recipe")
+        raise RecipeError(f"no stage of recipe '{name}' has the knob '{knob}'; see `compresso recipes {name}`")
+    changed = [{name: _set(knobs, [knob], value, knob) if has else knobs} for (name, knobs), has in zip(stages, having, strict=True)]
+    return {**raw, "stages": changed}
+
+
+def _set(target: Any, parts: Sequence[str], value: Any, path: str) -> dict[str, Any]:
+    """A copy of nested mappings with one value set."""
+    if not isinstance(target, dict):
+        raise RecipeError(f"--set {path}: {short(target)} holds no '{parts[0]}'; set the whole value instead")
+    if len(parts) == 1:
+        return {**target, parts[0]: value}
+    inner = target.get(parts[0])
+    return {**target, parts[0]: _set({} if inner is None else inner, parts[1:], value, path)}
+
+
+def _validated(kind: type, knobs: Any, where: str) -> Any:
+    """An instance of a validated dataclass; its first validation error as one line."""
+    if not isinstance(knobs, dict):
+        raise RecipeError(f"{where}: knobs must be a mapping such as {{rank: 8}}, got {short(knobs)}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in knobs:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown knob '{key}'; {nearest(str(key), known)}")
+    try:
+        return TypeAdapter(kind).validate_python(knobs)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        given = f"{path}={short(first['input'])}: " if path else ""  # of several knobs together the message names them
+        raise RecipeError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from error

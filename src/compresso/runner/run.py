@@ -1,0 +1,257 @@
+"""The job from a model and a recipe to a checkpoint that loads, with its records.
+
+Everything that can be wrong is checked first (`preflight`); weights are read last. Each finished stage is saved in a work folder beside the
+output; the result is renamed into place at the end, after a fresh process has reopened it. Launched in several processes (torchrun,
+accelerate), all of them run the stages, and the main one owns the folders.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import DistributedType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from compresso.arch.base import arch_for
+from compresso.checkpoint.source import load_model, meta_model
+from compresso.checkpoint.workfolder import WorkFolder
+from compresso.core.plan import Plan
+from compresso.data.batches import pad_id
+from compresso.data.template import apply_to_tokenizer_
+from compresso.edit.patches import patch_
+from compresso.engines.verify import engines
+from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError
+from compresso.formats.hf import save_checkpoint
+from compresso.job import Job, check_finite
+from compresso.metrics.guard import Guard
+from compresso.native.stock import as_stock
+from compresso.runner.final_evaluation import Findings, take
+from compresso.runner.offload import computed_in, opened_streamed, streamed_job
+from compresso.runner.output import finish, state, stored_dtype
+from compresso.runner.preflight import Prepared, prepare
+from compresso.runner.recipe import read
+from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.training.launch import new_accelerator, told
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run hands back.
+
+    Args:
+        model: the smaller model, live.
+        tokenizer: with the prompt in its chat template if the model was pruned with one; None for a model without tokenizer.
+        plan: everything removed, in terms of the original model.
+        records: what records.json holds.
+        folder: the checkpoint.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: Plan
+    records: Mapping[str, Any]
+    folder: Path
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    model: str | Path | PreTrainedModel,
+    data: str | Path | None = None,
+    *,
+    output: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layout: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    skip_bad: bool = False,
+    quiet: bool = False,
+    stream: bool = False,
+    over_memory: bool = False,
+    verify: bool = False,
+) -> Result:
+    """Run a recipe on a model and write the result to `output`.
+
+    Args:
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one (`compresso.runner.options.with_options` writes budgets
+            into it).
+        model: hub id, local folder of safetensors, or a live model, which stays as it is.
+        data: registered name or local file(s); the recipe's own if None.
+        tokenizer: of a live model; others bring theirs.
+        layout: "uniform", "padded", "native", or "auto": uniform where the shapes allow it, else native.
+        seed: of every random draw.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        resume: continue an interrupted run of the same arguments.
+        force: replace an existing output, and write a result that the collapse guard refuses.
+        skip_bad: leave malformed data lines out (counted) instead of stopping.
+        quiet: show no progress.
+        stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated stage only.
+        over_memory: stream even where the estimate is above what is there.
+        verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
+
+    Raises:
+        CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is untouched.
+        Interrupted: SIGINT or SIGTERM came while a stage trained; its state is saved for `resume`.
+
+    Example:
+        compresso.run("compresso", "meta-llama/Llama-2-7b-hf", "alpaca-gpt4", output="llama-5b")
+    """
+    started = time.time()
+    raw = recipe if isinstance(recipe, Mapping) else read(recipe)
+    with _named(model, tokenizer) as name, _progress_bars(shown=not quiet):
+        prepared = prepare(
+            raw,
+            name,
+            None if data is None else str(data),
+            output=Path(output),
+            layout=layout,
+            seed=seed,
+            device=device,
+            force=force,
+            skip_bad=skip_bad,
+            stream=stream,
+        )
+        accelerator = new_accelerator(prepared.device)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ResourceError(
+                "a run cannot shrink weights that FSDP has sharded; launch it with DDP or as one process (`fit` alone takes FSDP)"
+            )
+        is_main = accelerator.is_main_process
+        owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=force)
+        with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
+            accelerator.wait_for_everyone()
+            done = work.finished([stage for stage, _ in prepared.recipe.stages])
+            job = new_job(prepared, work.path, quiet)
+            if stream and done:
+                raise ResumeError(
+                    "the interrupted run has finished its stage in memory; resume it without --stream, or start anew with --force"
+                )
+            if stream:
+                job = streamed_job(job, prepared, over_memory=over_memory)
+            job, before = _with_weights(job, prepared, done)
+            for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
+                if index < len(done):
+                    continue
+                begun = time.time()
+                job = stage(replace(job, out=work.training(stage_name)))
+                if not stream:  # a sweep looks at each weight it makes
+                    check_finite(job.model, stage_name)
+                job = job.note(stage_name, seconds=round(time.time() - begun, 2))
+                if is_main and not stream:  # the journal of a streamed sweep holds what is done
+                    work.save_stage(index, stage_name, partial(save_stage, job, before))
+                accelerator.wait_for_everyone()
+            if prepared.prompt is not None and job.tokenizer is not None:
+                apply_to_tokenizer_(job.tokenizer, prompt_on=True)
+            facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records), "patches": list(job.patches)}
+            if is_main:
+                findings = _account(job, prepared, facts)
+                _refuse_collapse(findings.guard, force=force, quiet=quiet)
+                facts["seconds"] = round(time.time() - started, 1)
+                dtype = stored_dtype(prepared.source)
+                facts = finish(
+                    job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype, engines if verify else None
+                )
+                work.discard()
+            facts = told(accelerator, facts)
+            if stream:
+                job = replace(job, model=opened_streamed(Path(output), prepared))
+    return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
+
+
+@contextmanager
+def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """What to open a model by; a live one is written to a temporary folder, so that it is checked and hashed as any other."""
+    if isinstance(model, PreTrainedModel):
+        with tempfile.TemporaryDirectory(prefix="compresso-") as scratch:
+            folder = Path(scratch, type(model).__name__)  # so that it has a name in the records
+            model = as_stock(model)
+            save_checkpoint(model, arch_for(model.config).shapes(model), folder, tokenizer=tokenizer)
+            yield str(folder)
+        return
+    if tokenizer is not None:
+        raise CheckpointError(f"tokenizer= goes with a live model; {model} brings its own, so leave it out")
+    yield str(model)
+
+
+def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
+    """The job before its weights are read; `out` is where stages keep what they need for a resume."""
+    rows = prepared.encoded.rows if prepared.encoded else []
+    # spread over the data, so that every source of a mix is held out in its share
+    held = {i * len(rows) // prepared.recipe.data.held for i in range(prepared.recipe.data.held)} if rows else set()
+    model = meta_model(prepared.source)
+    return Job(
+        model=model,
+        arch=arch_for(model.config),
+        tokenizer=prepared.tokenizer,
+        rows=[row for i, row in enumerate(rows) if i not in held],
+        held=[row for i, row in enumerate(rows) if i in held],
+        plan=Plan(),
+        records={},
+        identity=prepared.identity(),
+        seed=prepared.seed,
+        out=out,
+        adapters=out / "adapters",
+        pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
+        quiet=quiet,
+        original=lambda dtype, device: as_stock(load_model(prepared.source, dtype=dtype, device=device)),
+    )
+
+
+def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
+    """The job with the original's weights or those of the last finished stage, and what the original measured."""
+    dtype = computed_in(prepared)
+    if job.streamed:
+        return job, state(job)
+    if not done:
+        job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
+        return job, state(job)
+    model, plan, facts = load_stage(done[-1], prepared.source, dtype, prepared.device)
+    patches = tuple(facts.get("patches", ()))  # a stage that was saved before there were any names none
+    patch_(model, patches)
+    if "vocab" in plan.kept:
+        job, _ = job.with_tokens(plan.kept["vocab"])
+    return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
+
+
+def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:
+    """What the dense model and the smaller one answer, and the verdict."""
+    return take(
+        job,
+        prepared.source,
+        corpus=(prepared.recipe.data.source or "data") if prepared.records is not None else "none",
+        instructions=prepared.records is not None and prepared.records.kind != "text",
+        prompt_on=prepared.prompt is not None,
+        before=facts["before"]["held_loss"],
+        after=facts["after"]["held_loss"],
+    )
+
+
+def _refuse_collapse(guard: Guard, *, force: bool, quiet: bool) -> None:
+    """Say what the guard found. Raises CollapseError if it refuses and nobody insists; the finished stages stay for a resume."""
+    if guard.verdict == "refuse" and not force:
+        raise CollapseError(f"{guard.message()} The finished stages are kept: --resume --force writes this result without training again")
+    if guard.verdict in ("warn", "refuse") and not quiet:
+        log.warning(guard.message())
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Silence the bars of transformers while a quiet run reads and writes."""
+    were_on = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers_logging.enable_progress_bar()

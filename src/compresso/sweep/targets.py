@@ -1,0 +1,151 @@
+"""Which linears of a model a weight method works on: those in its blocks, by layer, name pattern and exception.
+
+The head, the embeddings and the norms lie outside of the blocks' linears and are never among them. Patterns are those of a shell, matched
+against full module names such as `model.layers.3.self_attn.q_proj`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated_dataclass
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compresso.arch.base import Arch
+from compresso.arch.producers import Feeder
+from compresso.errors import ArchError, RecipeError, nearest
+
+
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Where:
+    """Which linears a stage works on.
+
+    Args:
+        layers: [first, end) of the layers; None for all.
+        modules: patterns of module names, such as "*.self_attn.*"; a linear that matches one is worked on.
+        ignore: patterns of those that stay as they are.
+    """
+
+    layers: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]] | None = None
+    modules: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a range that holds nothing."""
+        if self.layers is not None and self.layers[0] >= self.layers[1]:
+            raise ValueError(f"layers={list(self.layers)} is empty; give [first, end) with first < end")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one block that read the same input, by full name.
+
+    Args:
+        layer: of the block.
+        names: the linears.
+        feeder: what writes their inputs, by full name, if they are all that reads them.
+    """
+
+    layer: int
+    names: tuple[str, ...]
+    feeder: Feeder | None = None
+
+
+Groups = Mapping[int, Sequence[Group]]
+"""By layer, in the order of computation; layers without any are absent."""
+
+
+def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 1) -> Groups:
+    """The linears that a stage works on; their inputs must be a multiple of some number. Needs shapes only.
+
+    Raises:
+        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, or inputs are no such multiple.
+        ArchError: one of them is no linear, or its weight is shared with another module.
+    """
+    blocks = arch.blocks(model)
+    root = next(name for name, module in model.named_modules() if module is blocks)
+    if where.layers is not None and where.layers[1] > len(blocks):
+        raise RecipeError(f"layers={list(where.layers)} reaches past the model's {len(blocks)} layers; end it at {len(blocks)} or before")
+    everything = {
+        layer: [tuple(f"{root}.{layer}.{name}" for name in names) for names in arch.linear_groups(block)]
+        for layer, block in enumerate(blocks)
+    }
+    feeders = {
+        tuple(f"{root}.{layer}.{name}" for name in names): replace(feeder, module=f"{root}.{layer}.{feeder.module}")
+        for layer, block in enumerate(blocks)
+        for names, feeder in arch.feeders(block).items()
+    }
+    in_blocks = [name for groups in everything.values() for names in groups for name in names]
+    anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned")
+    _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    wanted = range(*(where.layers or (0, len(blocks))))
+    found: dict[int, list[Group]] = {}
+    for layer in wanted:
+        for names in everything[layer]:
+            mine = tuple(name for name in names if matches(name, where.modules) and not matches(name, where.ignore))
+            if mine:
+                inputs = matrix(model, mine[0]).shape[1]
+                if inputs % multiple_of:
+                    raise RecipeError(
+                        f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group, or add it to ignore"
+                    )
+                found.setdefault(layer, []).append(Group(layer, mine, feeders.get(mine)))
+            for name in mine:
+                sharing = owners[id(weight_of(model, name))]
+                if len(sharing) > 1:
+                    raise ArchError(f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to ignore")
+    if not found:
+        raise RecipeError(f"no linear is left to work on: modules={list(where.modules)}, ignore={list(where.ignore)}; ignore less")
+    return found
+
+
+def names_of(groups: Groups) -> list[str]:
+    """Full names of all linears, in order."""
+    return [name for here in groups.values() for group in here for name in group.names]
+
+
+def touched(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
+    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it rescales."""
+    fed = [group.feeder.module for group in groups if group.feeder and rescales]
+    feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
+    return list(dict.fromkeys([*(f"{name}.weight" for group in groups for name in group.names), *feeding]))
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of some shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """A linear's weight parameter. Raises ArchError if the module is neither `nn.Linear` nor transformers' `Conv1D`."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ArchError(f"{name} is a {type(module).__name__}, and only linears can be worked on; add it to ignore")
+    return module.weight
+
+
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a module is an `nn.Linear` or transformers' `Conv1D`."""
+    return isinstance(model.get_submodule(name), nn.Linear | Conv1D)
+
+
+def matrix(model: nn.Module, name: str) -> Tensor:
+    """A linear's weight as [out, in], a view; `Conv1D` stores it the other way round."""
+    weight = weight_of(model, name).detach()
+    return weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
+
+
+def _check_patterns(knob: str, patterns: Sequence[str], names: Sequence[str], remark: str) -> None:
+    """Raise RecipeError for a pattern that matches nothing."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RecipeError(f"{knob}: '{pattern}' matches no linear; {nearest(pattern, names[:16])}{remark}")

@@ -1,0 +1,183 @@
+"""What distillation minimises: a divergence from a teacher's next-token distributions, and by choice a label loss and one on hidden states.
+
+Both models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as wide as the vocabulary)
+for a few hundred tokens at a time. The teacher is no submodule of the objective, so it stays in evaluation mode, frozen, where and in
+which dtype it is, and out of every checkpoint.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compresso.core.distillation import Distance, Divergence, chunked, divergences, dynamic_scale, hidden_distance
+from compresso.core.losses import IGNORED
+from compresso.errors import ArchError, RecipeError
+from compresso.training.order import Micro
+
+
+@dataclass(frozen=True)
+class Network:
+    """A causal language model in two halves: ids -> hidden states, hidden states -> logits.
+
+    Args:
+        model: without or with adapters in its layers.
+        blocks: those of its layers whose outputs are wanted.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[nn.Module] = ()
+
+    def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads [batch, seq, hidden], and the outputs of the blocks, each of that shape; on the model's device."""
+        inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        with _outputs(self.blocks) as found:
+            last = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return last, list(found)
+
+    def head(self) -> nn.Module:
+        """The linear that makes logits."""
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Logits [n, vocab] of what the head reads [n, hidden]."""
+        logits = self.head()(last)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the two halves with the whole. Raises ArchError if something unknown lies between them."""
+        ids = torch.arange(min(8, self.vocabulary), device=self.model.device).unsqueeze(0)
+        whole = self.model(input_ids=ids, use_cache=False).logits
+        halves = self.logits(self.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
+        if float((whole - halves).abs().max()) > 1e2 * torch.finfo(whole.dtype).eps * float(whole.abs().max()):
+            name = type(self.model).__name__
+            raise ArchError(f"{name} changes its logits after the head in a way nobody described; distil another architecture")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        weight = self.head().get_parameter("weight")
+        return int(weight.shape[0])
+
+
+class DistillObjective(nn.Module):
+    """The divergence from a teacher, averaged over tokens, plus weighted other losses.
+
+    Args:
+        model: the smaller model, with adapters or with trainable weights.
+        student, teacher: both models in halves; as many blocks each, in pairs, if hidden states are compared.
+        dimensions: which of the teacher's hidden dimensions the student has left [student's hidden], int64; None for all.
+        divergence, temperature, beta: as in `core.distillation.divergences`.
+        hard_weight: of the next-token loss on labels.
+        intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves `intermediate` unused.
+        intermediate: the distance.
+        tokens: where both are compared: "labelled" (positions that predict a label), or "all" but padding.
+        chunk: tokens whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: Network,
+        teacher: Network,
+        *,
+        dimensions: Tensor | None = None,
+        divergence: Divergence = "forward",
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        hard_weight: float = 0.0,
+        intermediate_weight: float = 0.0,
+        intermediate: Distance = "cosine",
+        tokens: Literal["labelled", "all"] = "labelled",
+        chunk: int = 512,
+    ) -> None:
+        """Raises RecipeError if the vocabularies differ, ArchError for a model that cannot be cut in halves."""
+        super().__init__()
+        if student.vocabulary != teacher.vocabulary:
+            raise RecipeError(
+                f"the smaller model has a vocabulary of {student.vocabulary}, its teacher one of {teacher.vocabulary}: "
+                "no token is comparable. Distil before tokens are removed"
+            )
+        for network in (student, teacher):
+            network.check()
+        self.model = model
+        self._student, self._teacher, self._dimensions = student, teacher, dimensions
+        self._divergence: Divergence = divergence
+        self._intermediate: Distance = intermediate
+        self._temperature, self._beta = temperature, beta
+        self._hard_weight, self._intermediate_weight = hard_weight, intermediate_weight
+        self._tokens, self._chunk = tokens, chunk
+
+    def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
+        """batch: input_ids, attention_mask, labels, each int64 [batch, seq].
+
+        Returns:
+            "loss" [] to differentiate, and to log, where they have a weight: "divergence", "hard", "intermediate" (before scaling).
+
+        Raises:
+            ValueError: if no position of the batch counts.
+        """
+        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # of the position before
+        chosen = targets != IGNORED if self._tokens == "labelled" else batch["attention_mask"].bool()
+        with torch.no_grad():
+            taught, examples = self._teacher.read(batch)
+            taught = taught[chosen.to(taught.device)]
+        last, states = self._student.read(batch)
+        loss, facts = self._on_logits(last[chosen], taught, targets[chosen])
+        if self._intermediate_weight:
+            pairs = zip(states, examples, strict=True)
+            distances = [self._distance(ours[chosen], theirs[chosen.to(theirs.device)]) for ours, theirs in pairs]
+            distance = torch.stack(distances).mean()
+            loss = loss + self._intermediate_weight * dynamic_scale(facts["divergence"], distance) * distance
+            facts["intermediate"] = distance.detach()
+        return {"loss": loss, **facts}
+
+    def _on_logits(self, last: Tensor, taught: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Divergence plus label loss over tokens: last, taught [n, hidden] of each model, targets [n]."""
+        n_labels = int((targets != IGNORED).sum())
+        if self._hard_weight and not n_labels:
+            raise ValueError(f"none of a batch's {len(targets)} tokens is labelled, so hard_weight has nothing to weigh")
+
+        def loss(rows: slice, part: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self._student.logits(part)
+            with torch.no_grad():
+                wanted = self._teacher.logits(taught[rows]).to(logits.device)
+            divergence = divergences(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(targets)
+            if not self._hard_weight:
+                return divergence, divergence.reshape(1)
+            hard = functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum") / n_labels
+            return divergence + self._hard_weight * hard, torch.stack([divergence, hard])
+
+        total, facts = chunked(loss, last, list(self._student.head().parameters()), self._chunk)
+        return total, dict(zip(("divergence", "hard"), facts, strict=False))
+
+    def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Between hidden states [n, hidden] of one pair of blocks, on the dimensions that both have."""
+        if self._dimensions is not None:
+            theirs = theirs[:, self._dimensions.to(theirs.device)]
+        return hidden_distance(ours, theirs.to(ours.device), self._intermediate)
+
+
+@contextmanager
+def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The blocks' outputs, in order, once a forward pass has run."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

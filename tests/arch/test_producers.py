@@ -1,0 +1,44 @@
+"""A scale that moves between a group of linears and what feeds it changes nothing, in every architecture, whole and pruned."""
+
+import pytest
+import torch
+from tests.arch.conftest import CONFIGS
+from tests.arch.test_laws import GENERATING, Tiny, described, logits, random_masks
+from torch import nn
+
+from compresso.core.plan import Plan
+from compresso.edit.shrink import shrink_
+from compresso.sweep.scaling import divide_
+from compresso.sweep.targets import Where, chosen, matrix
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_scale_moves_through_every_feeder(tiny: Tiny, name: str, pruned: bool) -> None:
+    model = tiny(name)
+    arch, axes = described(model)
+    if pruned:
+        shrink_(model, axes, Plan.from_masks(axes, random_masks(axes, "together", soft=False)))
+    before = logits(model)
+    generator, moved = torch.Generator().manual_seed(1), 0
+    for here in chosen(model, arch, Where()).values():
+        for group in here:
+            if group.feeder is None:
+                continue
+            scale = torch.rand(matrix(model, group.names[0]).shape[1], generator=generator) * 3 + 0.2
+            divide_(model, group.feeder, scale)
+            with torch.no_grad():
+                for linear in group.names:
+                    matrix(model, linear).mul_(scale)
+            moved += 1
+    torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=1e-4)
+    assert moved >= (2 if name in GENERATING else 0)
+
+
+def test_a_part_of_a_group_has_no_feeder(tiny: Tiny) -> None:
+    model = tiny("llama_gqa")
+    arch, _ = described(model)
+    groups = chosen(model, arch, Where(ignore=("*.q_proj",)))[0]
+    assert [group.feeder and group.feeder.module.rpartition("0.")[2] for group in groups][:2] == [None, None]  # k, v; o, of grouped queries
+    assert groups[2].feeder is not None and groups[2].feeder.module == "model.layers.0.post_attention_layernorm"
+    assert groups[3].feeder is not None and isinstance(model.get_submodule(groups[3].feeder.module), nn.Linear)

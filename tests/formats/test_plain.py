@@ -1,0 +1,74 @@
+"""OPT, BERT, ViT and Gemma: what their own config holds is written and reopened; what it does not hold is refused with what would do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compresso.arch.base import arch_for
+from compresso.core.plan import Plan
+from compresso.edit.shrink import shrink_
+from compresso.errors import ExportError
+from compresso.formats.hf import reopen_and_compare, save_checkpoint
+from compresso.loading import load
+from compresso.runner.inspection import inspect
+from tests.arch.conftest import CLASSES, build
+
+INPUTS = torch.arange(2, 26).reshape(2, 12)
+PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def channels(keep: int, layers: range = range(4)) -> dict[str, tuple[int, ...]]:
+    return {f"layers.{i}.channels": tuple(range(keep)) for i in layers}
+
+
+def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> None:
+    model = build("gemma2")
+    model.config.num_attention_heads = 7
+    with pytest.raises(ExportError, match=r"cannot hold this gemma2: .*not a multiple of the number of attention heads \(7\)"):
+        save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"])
+def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build(name).eval()
+    arch = arch_for(model.config)
+    kept = channels(50) | ({f"layers.{i}.heads": (1,) for i in range(4)} if name.startswith("gemma") else {})
+    kept |= {} if name.startswith("bert") else {"layers": (0, 2, 3)}
+    shrink_(model, arch.axes(model), Plan(kept))
+    assert save_checkpoint(model, arch.shapes(model), tmp_path / "out") == "uniform"
+    given = PIXELS if name.startswith("vit") else INPUTS
+    if name in ("bert", "vit_bare", "gemma3"):
+        reopen_and_compare(tmp_path / "out", model, given, atol=1e-5)
+    for path in (tmp_path / "out", tmp_path / "out" / "config.json"):
+        assert inspect(path)["parameters"]["total"] == model.num_parameters()
+    loaded = load(tmp_path / "out").model
+    assert type(loaded) is CLASSES.get(name, type(model)) and arch.shapes(loaded) == arch.shapes(model)
+    with torch.no_grad():
+        assert (loaded(given)[0] - model(given)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["opt", "bert", "vit"])
+def test_head_counts_that_a_config_without_head_dim_cannot_hold(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    arch = arch_for(model.config)
+    shrink_(model, arch.axes(model), Plan({f"layers.{i}.heads": (0, 1) for i in range(4)}))
+    with pytest.raises(ExportError, match="no head_dim, so keep all heads and prune FFN channels"):
+        save_checkpoint(model, arch.shapes(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_is_refused(tmp_path: Path) -> None:
+    model = build("bert")
+    arch = arch_for(model.config)
+    for layout in ("native", "padded"):
+        with pytest.raises(ExportError, match=f"{layout} is not written for model_type 'bert'. Use uniform"):
+            save_checkpoint(model, arch.shapes(model), tmp_path / "out", layout)  # type: ignore[arg-type]
+    shrink_(model, arch.axes(model), Plan(channels(9, range(1, 2))))
+    with pytest.raises(ExportError, match=r"layers\.1 has 9 channels, layers\.0 has 176; keep as many"):
+        save_checkpoint(model, arch.shapes(model), tmp_path / "out")
+    shrink_(model, arch.axes(model), Plan({"mlp": (0, 1, 3)}))
+    with pytest.raises(ExportError, match=r"keep as many in every layer|no channels"):
+        save_checkpoint(model, arch.shapes(model), tmp_path / "out")

@@ -1,0 +1,152 @@
+"""Recipes on families whose config holds one width for all layers: they end in stock checkpoints, or say why they cannot."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.arch.test_laws import described
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+
+import compresso
+from compresso.checkpoint.source import load_model, meta_model, open_source
+from compresso.core.plan import Plan
+from compresso.data import nano
+from compresso.edit.shrink import shrink_
+from compresso.errors import ExportError, RecipeError, ResumeError
+from compresso.job import Job
+from compresso.runner.plan import plan
+from compresso.runner.saved_stages import load_stage, save_stage
+
+TOKENS = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=512, n_inner=48),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
+    "phi3": lambda: Phi3Config(**SIZES, num_key_value_heads=4, intermediate_size=48),
+    "gemma2": lambda: Gemma2Config(**SIZES, num_key_value_heads=4, head_dim=8, intermediate_size=48),
+}
+LORA = {"rank": 2, "alpha": 4, "batch": 8, "micro_batch": 8, "lr": 1e-3}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a tiny model of a family, whose weights are large enough to tell units apart, and the nano's tokenizer."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("families") / name
+            model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 2:
+                        parameter.normal_(0, 0.2, generator=generator)
+            model.save_pretrained(made[name])
+            AutoTokenizer.from_pretrained(nano.path()).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def pruned_then_tuned(kinds: list[str]) -> dict[str, Any]:
+    prune = {"keep": 0.7, "kinds": kinds, "batches": 2, "batch": 8}
+    return {
+        "name": "short",
+        "data": {"max_length": 64, "held": 8, "prompt": False},
+        "stages": [{"gate_taylor": prune}, {"recover": {**LORA, "steps": 3}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("gpt2", ["channel"]),
+        ("gpt_neox", ["channel"]),
+        ("opt", ["channel"]),
+        ("phi3", ["head", "channel"]),
+        ("gemma2", ["head", "channel"]),
+    ],
+)
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_recipe_ends_in_a_stock_checkpoint(
+    name: str, kinds: list[str], family: Callable[[str], Path], instructions: Path, tmp_path: Path
+) -> None:
+    result = compresso.run(pruned_then_tuned(kinds), family(name), instructions, output=tmp_path / "out", quiet=True)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert opened.config.model_type == name and result.records["layout"] == "uniform"
+    before, after = (result.records[when]["parameters"] for when in ("before", "after"))
+    assert opened.num_parameters() == after["total"] == compresso.inspect(tmp_path / "out")["parameters"]["total"]
+    assert 0.55 < after["blocks"] / before["blocks"] <= 0.72
+    with torch.no_grad():
+        ids = torch.arange(3, 40).unsqueeze(0)
+        torch.testing.assert_close(opened(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
+    family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ExportError, match=r"cannot hold this gpt2: .*keep all heads and prune FFN channels"):
+        compresso.run(pruned_then_tuned(["head"]), family("gpt2"), instructions, output=tmp_path / "out")
+    with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
+        compresso.run(pruned_then_tuned(["channel"]), family("opt"), instructions, output=tmp_path / "out", layout="native")
+    with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
+        plan(pruned_then_tuned(["channel"]), str(family("opt")), layout="native")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [{"loraprune": {"steps": 4, "spared": 0.0}}, {"lorashear": {"unprunable": 0.0}}])
+def test_adapters_of_a_conv1d_are_refused_before_weights_are_read(
+    stage: dict[str, Any], family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    knobs = {"keep": 0.7, "kinds": ["channel"], "rank": 2, "batch": 8, "micro_batch": 8}
+    stages = [{name: knobs | more} for name, more in stage.items()]
+    raw = {"name": "short", "data": {"max_length": 64, "held": 8, "prompt": False}, "stages": stages}
+    with pytest.raises(RecipeError, match=r"transformer\.h\.0\.\S+ is a Conv1D, whose units cannot be scored by adapters"):
+        compresso.run(raw, family("gpt2"), instructions, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["phi3", "opt"])
+def test_a_stage_of_uneven_widths_comes_back(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    source = open_source(family(name))
+    model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    arch, axes = described(model)
+    kept = {"layers.0.channels": (1, 5, 7), "layers.1.heads": (0, 3)} | ({"hidden": tuple(range(4, 30))} if name == "phi3" else {})
+    shrink_(model, axes, Plan(kept))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    job = Job(
+        model=model, arch=arch, tokenizer=None, rows=[], held=[], plan=Plan(kept), records={}, identity={}, seed=0, out=tmp_path, quiet=True
+    )
+    save_stage(job, {"held_loss": 1.0}, tmp_path / "01-prune")
+    again, removed, facts = load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
+    assert removed == job.plan and facts["before"] == {"held_loss": 1.0}
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    (tmp_path / "01-prune" / "plan.json").write_text(Plan({"layers.0.channels": (1, 5)}).to_json())
+    with pytest.raises(ResumeError, match=r"is \[.*\] in 01-prune, which the plan does not give; start anew with --force"):
+        load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
+
+
+def test_meta_models_say_the_same(family: Callable[[str], Path]) -> None:
+    for name in CONFIGS:
+        source = open_source(family(name))
+        on_meta, with_weights = meta_model(source), load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+        assert described(on_meta)[1] == described(with_weights)[1]

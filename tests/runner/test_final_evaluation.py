@@ -1,0 +1,95 @@
+"""The account a run ends with is true, and a collapsed model is not written unless somebody insists."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Ran
+
+import compresso
+from compresso.data import nano
+from compresso.errors import CollapseError
+from compresso.metrics.guard import Guard
+from compresso.metrics.record import Account, Subject
+from compresso.runner.run import run
+
+RUINED: dict[str, Any] = {
+    "name": "ruined",
+    "data": {"source": "world", "limit": 60, "held": 12, "max_length": 96, "prompt": False, "pack": False},
+    "stages": [{"magnitude_structured": {"keep": 0.4}}, {"recover": {"steps": 1, "lr": 1e-9, "batch": 4, "micro_batch": 4, "rank": 1}}],
+}
+
+
+def subjects(records: Any) -> tuple[Subject, Subject]:
+    dense, pruned = Account.model_validate(records["account"]).subjects
+    return dense, pruned
+
+
+def test_both_models_answer_the_same_questions(ran: Ran) -> None:
+    result = ran("gate-taylor/nano")
+    dense, pruned = subjects(result.records)
+    assert (dense.name, pruned.name, pruned.model) == ("dense", "pruned", result.folder.name)
+    assert dense.fingerprint == result.records["model"]["fingerprint"] != pruned.fingerprint
+    here = {one.name: one for one in dense.measurements}
+    there = {one.name: one for one in pruned.measurements}
+    for name in ("held/perplexity", "repetition", "degenerate", "decode/batch1", "prefill/batch1"):
+        assert here[name].same_protocol(there[name]), name
+    assert {"kl", "top1_agreement", "decode_speedup/batch1", "decode_bound/batch1"} <= there.keys() - here.keys()
+    assert there["kl"].value > 0
+    for records, side in ((result.records["before"], here), (result.records["after"], there)):
+        assert {part: side[f"parameters/{part}"].value for part in records["parameters"]} == records["parameters"]
+        assert side["held/perplexity"].value == pytest.approx(torch.tensor(records["held_loss"]).exp().item(), rel=1e-5)
+    assert there["bytes/disk"].value == result.records["bytes"]
+    assert [one.prompt for one in dense.samples] == [one.prompt for one in pruned.samples]
+    assert dense.not_measured == pruned.not_measured == {}
+
+
+def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+    whole = {
+        "name": "whole",
+        "data": {"source": str(instructions), "prompt": False, "held": 4},
+        "stages": [
+            {"magnitude_structured": {"keep": 1.0}},
+            {"recover": {"steps": 1, "lr": 1e-12, "batch": 4, "micro_batch": 4, "rank": 1}},
+        ],
+    }
+    result = run(whole, tiny_folder, output=tmp_path / "out", quiet=True)
+    dense, pruned = subjects(result.records)
+    assert pruned.value("kl") == pytest.approx(0, abs=1e-9)
+    assert pruned.value("top1_agreement") == 1
+    assert [one.text for one in dense.samples] == [one.text for one in pruned.samples]
+    assert dense.value("held/perplexity") == pytest.approx(pruned.value("held/perplexity"))
+
+
+def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: Path, tmp_path: Path) -> None:
+    model = compresso.load(tiny_folder).model
+    result = run({"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]}, model, output=tmp_path / "out", quiet=True)
+    dense, pruned = subjects(result.records)
+    for one in (dense, pruned):
+        assert one.not_measured == {"held/perplexity": "the run had no data", "texts": "the model has no tokenizer"}
+    assert result.records["guard"]["verdict"] == "unchecked"
+    assert "not known" in Guard.model_validate(result.records["guard"]).message()
+
+
+def test_where_the_dense_model_does_not_fit_the_account_says_so(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compresso.runner.final_evaluation._lacking", lambda *_: "no room")
+    result = run({"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]}, tiny_folder, output=tmp_path / "out", quiet=True)
+    dense, pruned = subjects(result.records)
+    assert dense.not_measured["speed"] == pruned.not_measured["speed"] == pruned.not_measured["kl"] == "no room"
+    assert pruned.value("decode/batch1") is None
+    assert dense.value("parameters/total")
+
+
+def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(CollapseError, match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --force") as refused:
+        run(RUINED, nano.path(), output=output, quiet=True)
+    assert refused.value.exit_code == 4
+    assert not output.exists()
+    assert (tmp_path / "out.partial" / "stages" / "02-recover").is_dir()
+    monkeypatch.setattr("compresso.methods.recover.fit", pytest.fail)
+    result = run(RUINED, nano.path(), output=output, quiet=True, resume=True, force=True)
+    assert result.records["guard"]["verdict"] == "refuse"
+    assert (output / "report.html").is_file()
+    assert not (tmp_path / "out.partial").exists()
