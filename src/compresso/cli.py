@@ -172,7 +172,7 @@ def run(
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
     from compresso.engines import verify as verifying
-    from compresso.engines.parity import Answer
+    from compresso.engines.parity import Parity
     from compresso.report.records import RunRecords
     from compresso.runner.run import run as run_job
 
@@ -201,7 +201,7 @@ def run(
     print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:
-        verifying.show([Answer(**engine.model_dump()) for engine in records.engines], as_json=False)
+        verifying.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
     if dense := records.stored_dense():
         print(dense)
 

@@ -36,9 +36,9 @@ from compresso.errors import CheckpointError, DataError, NumericError, RecipeErr
 from compresso.sweep.audit import audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
-from compresso.sweep.offload import Streamed
+from compresso.sweep.offload import Offloaded
 from compresso.sweep.sweep import Edit, Fold, sweep
-from compresso.sweep.targets import Groups, names_of, touched
+from compresso.sweep.targets import Groups, edited_names, names_of
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.history import History
 from compresso.training.launch import processes
@@ -86,7 +86,7 @@ class Job:
         original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of distillation. None
             where there is nothing to read it from.
         dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is whole.
-        streamed: where the weights of a model larger than memory are; None where `model` holds them.
+        offloaded: where the weights of a model larger than memory are; None where `model` holds them.
     """
 
     model: PreTrainedModel
@@ -105,20 +105,20 @@ class Job:
     patches: tuple[str, ...] = ()
     original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
     dense_held: Sequence[Row] | None = None
-    streamed: Streamed | None = None
+    offloaded: Offloaded | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.streamed.device if self.streamed else self.model.device
+        return self.offloaded.device if self.offloaded else self.model.device
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The model's tensors by name; those of a streamed model are read when they are asked for."""
-        return self.streamed.store if self.streamed else self.model.state_dict()
+        """The model's tensors by name; those of an offloaded model are read when they are asked for."""
+        return self.offloaded.store if self.offloaded else self.model.state_dict()
 
     def callable_model(self) -> AbstractContextManager[None]:
         """Within the context the model can be called, also one whose weights are on disk."""
-        return self.streamed.whole() if self.streamed else nullcontext()
+        return self.offloaded.whole() if self.offloaded else nullcontext()
 
     def note(self, stage: str, **facts: Any) -> "Job":
         """The same job with more facts about a stage in its records."""
@@ -230,11 +230,11 @@ class Job:
             true_sequential=calibration.true_sequential,
             rescales=rescales,
             journal=journal,
-            streamed=self.streamed,
+            offloaded=self.offloaded,
             progress=self.progress(),
             name=stage,
         )
-        feeding = touched(self.model, [group for here in groups.values() for group in here], rescales)
+        feeding = edited_names(self.model, [group for here in groups.values() for group in here], rescales)
         facts = audit(self.tensors(), before, names_of(groups), feeding)
         read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
         return self.note(stage, **facts, **read), notes

@@ -23,10 +23,10 @@ def test_a_scale_moves_through_every_feeder(tiny: Tiny, name: str, pruned: bool)
     generator, moved = torch.Generator().manual_seed(1), 0
     for here in chosen(model, arch, Where()).values():
         for group in here:
-            if group.feeder is None:
+            if group.producer is None:
                 continue
             scale = torch.rand(matrix(model, group.names[0]).shape[1], generator=generator) * 3 + 0.2
-            divide_(model, group.feeder, scale)
+            divide_(model, group.producer, scale)
             with torch.no_grad():
                 for linear in group.names:
                     matrix(model, linear).mul_(scale)
@@ -39,6 +39,9 @@ def test_a_part_of_a_group_has_no_feeder(tiny: Tiny) -> None:
     model = tiny("llama_gqa")
     arch, _ = described(model)
     groups = chosen(model, arch, Where(ignore=("*.q_proj",)))[0]
-    assert [group.feeder and group.feeder.module.rpartition("0.")[2] for group in groups][:2] == [None, None]  # k, v; o, of grouped queries
-    assert groups[2].feeder is not None and groups[2].feeder.module == "model.layers.0.post_attention_layernorm"
-    assert groups[3].feeder is not None and isinstance(model.get_submodule(groups[3].feeder.module), nn.Linear)
+    assert [group.producer and group.producer.module.rpartition("0.")[2] for group in groups][:2] == [
+        None,
+        None,
+    ]  # k, v; o, of grouped queries
+    assert groups[2].producer is not None and groups[2].producer.module == "model.layers.0.post_attention_layernorm"
+    assert groups[3].producer is not None and isinstance(model.get_submodule(groups[3].producer.module), nn.Linear)

@@ -28,7 +28,7 @@ from compresso.checkpoint.code import NATIVE, refuse_code, trusted
 from compresso.checkpoint.source import load_model, load_tokenizer, open_source
 from compresso.data import nano
 from compresso.engines import vllm as vllm_engine
-from compresso.engines.parity import WORDS, ask_transformers, ask_vllm
+from compresso.engines.parity import WORDS, check_transformers, check_vllm
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
@@ -119,9 +119,9 @@ def openings(folder: Path) -> dict[str, Callable[[], object]]:
         "open": lambda: open_source(folder),
         "open without weights": lambda: open_source(folder, weights=False),
         "load": lambda: compresso.load(folder),
-        "ask": lambda: ask_transformers("transformers", folder, IDS, logits, IDS, folder.parent),
-        "ask with trust": lambda: ask_transformers(REMOTE, folder, IDS, logits, IDS, folder.parent),
-        "ask vLLM": lambda: ask_vllm("vLLM", folder, IDS, logits, IDS),
+        "ask": lambda: check_transformers("transformers", folder, IDS, logits, IDS, folder.parent),
+        "ask with trust": lambda: check_transformers(REMOTE, folder, IDS, logits, IDS, folder.parent),
+        "ask vLLM": lambda: check_vllm("vLLM", folder, IDS, logits, IDS),
         "trusted": lambda: trusted(folder),
     }
 
@@ -273,8 +273,8 @@ def test_our_own_file_is_trusted_byte_for_byte(what: str, native: Path, ran: Pat
     with pytest.raises(CheckpointError, match="is not the file that this version of compresso writes, and is not run"):
         trusted(native)
     for answer in (
-        ask_transformers(REMOTE, native, IDS, torch.zeros(4, 1024), IDS, tmp_path),
-        ask_vllm("vLLM", native, IDS, torch.zeros(4, 1024), IDS, shipped=NATIVE),
+        check_transformers(REMOTE, native, IDS, torch.zeros(4, 1024), IDS, tmp_path),
+        check_vllm("vLLM", native, IDS, torch.zeros(4, 1024), IDS, shipped=NATIVE),
     ):
         assert answer.opens == "not checked"
         assert answer.reason.startswith("this folder/modeling_compresso.py is not the file")

@@ -11,7 +11,7 @@ from tests.conftest import Call
 import compresso
 from compresso.commands import demo
 from compresso.engines import verify as verifying
-from compresso.engines.parity import Answer
+from compresso.engines.parity import Parity
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.record import Account, Subject
 from compresso.runner.recipe import override, read, with_knob
@@ -35,7 +35,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
         return speed_measurements(models, batches=(1,), prompt_tokens=2, new_tokens=2, rounds=1)
 
     monkeypatch.setattr(demo, "speed_measurements", briefly)
-    answers = [Answer("transformers", "yes", same_tokens=8), Answer("vLLM", "not installed", "vllm is not installed")]
+    answers = [Parity("transformers", "yes", same_tokens=8), Parity("vLLM", "not installed", "vllm is not installed")]
     monkeypatch.setattr(verifying, "verify", lambda folder: answers if folder.name == "compresso" else [])
 
 

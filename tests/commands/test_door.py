@@ -85,6 +85,6 @@ def test_a_run_passes_the_gate_each_time_it_reads_a_model(
 
 def test_verify_refuses_before_any_engine_is_asked(strange: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(verifying, "ask_transformers", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(verifying, "check_transformers", lambda *arguments: asked.append(arguments))
     assert call("verify", strange)[0] == 2
     assert not asked

@@ -20,7 +20,7 @@ from compresso.data import nano
 from compresso.edit.shrink import shrink_
 from compresso.engines import llama_cpp, llama_quantize
 from compresso.engines.llama_quantize import KINDS
-from compresso.engines.parity import Answer
+from compresso.engines.parity import Parity
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats import gguf
 from compresso.formats.hf import save_checkpoint
@@ -59,7 +59,7 @@ def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> N
 
 @pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
 def test_an_onnx_folder_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "ask_onnx_runtime", lambda *_: Answer("ONNX Runtime", "no", "logits differ by up to 2"))
+    monkeypatch.setattr(exporting, "check_onnx_runtime", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2"))
     with pytest.raises(ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"):
         exporting.export(nano.path(), tmp_path / "onnx", format="onnx")
     assert not list(tmp_path.iterdir())
@@ -90,7 +90,7 @@ def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         exporting.export(nano.path(), tmp_path / "x", format="gguf")
 
 
-def _absent(name: str) -> Answer:
+def _absent(name: str) -> Parity:
     raise ImportError(name)
 
 

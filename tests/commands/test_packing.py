@@ -14,7 +14,7 @@ from compresso.checkpoint.source import open_source
 from compresso.commands import export as exporting
 from compresso.engines import transformers_process as opened
 from compresso.engines import verify as verifying
-from compresso.engines.parity import Answer
+from compresso.engines.parity import Parity
 from compresso.errors import ExportError
 from compresso.runner.options import with_options
 from compresso.runner.run import Result, run
@@ -91,7 +91,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = rounded("rtn/4-bit", tiny_folder, instructions, tmp_path / "out", ROUNDED["rtn/4-bit"])
-    monkeypatch.setattr(exporting, "ask_packed", lambda *_: Answer("transformers", "no", "logits differ by up to 3"))
+    monkeypatch.setattr(exporting, "check_packed", lambda *_: Parity("transformers", "no", "logits differ by up to 3"))
     with pytest.raises(ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"):
         exporting.export(result.folder, tmp_path / "packed", format="compressed-tensors")
     assert not list(tmp_path.glob("packed*"))

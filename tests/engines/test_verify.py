@@ -20,7 +20,7 @@ from compresso.checkpoint.source import open_source
 from compresso.engines import llama_cpp
 from compresso.engines import transformers_process as opened
 from compresso.engines import verify as verifying
-from compresso.engines.parity import ONNX, OWN, Answer, ask_llama_cpp, ids_of, judged, within_rounding
+from compresso.engines.parity import ONNX, OWN, Parity, check_llama_cpp, ids_of, judged, within_rounding
 from compresso.engines.verify import verify
 from compresso.errors import CheckpointError
 from compresso.formats.hf import save_checkpoint
@@ -107,10 +107,10 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
     model = pruned_nano()
     path = tmp_path / "m.gguf"
     save_gguf(model, arch_for(model.config).shapes(model), path, nano_tokenizer(), "f32")
-    assert ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "yes"
+    assert check_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "yes"
     for layer in model.model.layers:  # what a wrong order of rows would do
         layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.roll(1, 0)
-    assert ask_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "no"
+    assert check_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "no"
 
 
 def test_only_language_models_with_weights(native: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
 
 def test_records_name_no_folder_of_this_machine(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"{Path(tempfile.gettempdir(), 'x', 'model.gguf')} does not open in llama.cpp, which refuses it: no"
-    monkeypatch.setattr(verifying, "verify", lambda folder: [Answer("llama.cpp, as GGUF", "no", said)])
+    monkeypatch.setattr(verifying, "verify", lambda folder: [Parity("llama.cpp, as GGUF", "no", said)])
     assert verifying.engines(native)[0]["reason"] == "a temporary file does not open in llama.cpp, which refuses it: no"
 
 

@@ -16,7 +16,7 @@ from compresso.core.rounding import fit
 from compresso.engines import transformers_process as opened
 from compresso.engines import verify as verifying
 from compresso.engines import vllm as vllm_engine
-from compresso.engines.parity import DECI, VLLM, VLLM_PACKED, ask_vllm_packed
+from compresso.engines.parity import DECI, VLLM, VLLM_PACKED, check_vllm_packed
 from compresso.errors import ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.layout import Layout
@@ -88,7 +88,7 @@ def test_few_bits_run_packed(packing: tuple[Any, ...], tmp_path: Path) -> None:
         weight.copy_(fit(weight, bits, group=group, symmetric=symmetric).round(weight))
     asked = Packing(linears, bits, group, symmetric, inputs)
     save_packed(model, asked, tmp_path / "packed", tokenizer=nano_tokenizer())
-    answer = ask_vllm_packed(tmp_path / "packed", model, asked, nano_tokenizer())
+    answer = check_vllm_packed(tmp_path / "packed", model, asked, nano_tokenizer())
     assert (answer.engine, answer.opens) == (VLLM_PACKED, "yes"), answer.reason
     assert answer.same_tokens is not None and answer.same_tokens >= 1 and answer.difference is not None and answer.difference < 0.05
 

@@ -13,7 +13,7 @@ from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.awq import Awq
 from compresso.methods.rtn import Rtn
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(make_job: MakeJob) -> None:
 
 def test_equal_inputs_and_weights_need_no_scale() -> None:
     weight = torch.ones(4, 32)
-    scale, facts = Awq(group=16)._search(weight, Seen(torch.cat([torch.eye(32), torch.ones(1, 32)]), 1))  # type: ignore[attr-defined]
+    scale, facts = Awq(group=16)._search(weight, Stats(torch.cat([torch.eye(32), torch.ones(1, 32)]), 1))  # type: ignore[attr-defined]
     assert facts["exponent"] is None and facts["error_of_unscaled"] == 1.0 and torch.equal(scale, torch.ones(32))
 
 
@@ -95,7 +95,7 @@ def test_ranges_are_clamped_for_the_inputs_as_the_scaled_weights_meet_them() -> 
     inputs = torch.randn(60, 32, generator=generator, dtype=torch.float64) @ torch.randn(32, 32, generator=generator, dtype=torch.float64)
     weight = torch.randn(8, 32, generator=generator, dtype=torch.float64)
     scale = torch.randn(32, generator=generator, dtype=torch.float64).exp()
-    seen = Seen(torch.cat([inputs.T @ inputs, inputs.abs().sum(dim=0, keepdim=True)]), len(inputs))
+    seen = Stats(torch.cat([inputs.T @ inputs, inputs.abs().sum(dim=0, keepdim=True)]), len(inputs))
     stage = Awq(bits=3, group=16)
     found = stage._round("model.layers.0.mlp.up_proj", weight * scale, seen, scale)  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from compresso.errors import RecipeError
 from compresso.methods.gptq import Gptq
 from compresso.methods.rtn import Rtn
 from compresso.sweep.one_shot import compensated
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group
 from tests.methods.conftest import MakeJob
 from tests.methods.test_sparsegpt import divergence, noisy
@@ -84,5 +84,5 @@ def test_a_group_gets_its_grid_when_the_sweep_reaches_it() -> None:
         now[:, j] = rounded
     model = nn.ModuleDict({"only": linear})
     edit = compensated(model, quantize=Gptq(bits=3, group=4)._rounding, block=8)
-    edit(Group(0, ("only",)), Seen(inputs.T @ inputs, 40))
+    edit(Group(0, ("only",)), Stats(inputs.T @ inputs, 40))
     torch.testing.assert_close(linear.weight.double(), now, atol=1e-4, rtol=1e-4)

@@ -28,7 +28,7 @@ from compresso.job import Job
 from compresso.methods.llm_pruner import LlmPruner
 from compresso.metrics.held import held_loss
 from compresso.observe.gradients import weight_fisher, weight_gradients
-from compresso.runner.plan import act_out
+from compresso.runner.plan import dry_run
 from compresso.runner.recipe import build, override, read
 from tests.arch.test_counts import LLAMA_3_8B, LLAMA_7B, TINY_LLAMA
 from tests.methods.conftest import MakeJob
@@ -110,7 +110,7 @@ def test_published_sizes(tmp_path: Path, sizes: dict[str, int], recipe: str, lay
     raw = read(f"llm-pruner/{recipe}")
     for knob in ("attention_layers", "mlp_layers") if layers else ():
         raw = override(raw, f"stages.llm_pruner.{knob}", layers)
-    shown = act_out(build(raw), open_source(folder_of(tmp_path, sizes), weights=False))
+    shown = dry_run(build(raw), open_source(folder_of(tmp_path, sizes), weights=False))
     assert shown.after["parameters"]["total"] == total
     if total == 5_422_977_024:
         assert shown.training[0].trainable == {"lora": 17_419_264}
@@ -280,7 +280,7 @@ def test_knobs_that_contradict_each_other_are_refused(knobs: dict[str, Any], tol
 def test_what_the_model_cannot_give_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     source = open_source(folder_of(tmp_path, {**LLAMA_7B, "num_hidden_layers": 8}), weights=False)
     with pytest.raises(BudgetError, match=r"attention_layers=\[4, 30\] reaches past the model's 8 layers"):
-        act_out(build(read("llm-pruner/block20")), source)
+        dry_run(build(read("llm-pruner/block20")), source)
     raw = {"stages": [{"llm_pruner": {"keep": 0.3, "attention_layers": [0, 2], "mlp_layers": [0, 2]}}]}
     with pytest.raises(BudgetError, match=r"keep=0.3 allows .* but at least .* stay .* or widen attention_layers and mlp_layers"):
-        act_out(build(raw), source)
+        dry_run(build(raw), source)

@@ -142,10 +142,10 @@ def test_an_unprunable_share_that_is_too_large_is_named_before_weights_are_read(
     job = make_job()
     axes = job.arch.axes(job.model)
     with pytest.raises(CompressoError, match=r"unprunable=0.5 keeps 3 of 6 axes whole: lower it or raise keep"):
-        LoraShear(keep=0.1, unprunable=0.5).rehearse(axes, job.cost())
+        LoraShear(keep=0.1, unprunable=0.5).dry_run_plan(axes, job.cost())
     with pytest.raises(ValueError, match="floor"):
-        LoraShear(keep=0.1, unprunable=0.5, floor={Kind.CHANNEL: 40}).rehearse(axes, job.cost())
-    assert job.cost().of(LoraShear(keep=0.5).rehearse(axes, job.cost())).parameters()["blocks"] <= 0.5 * blocks(job)
+        LoraShear(keep=0.1, unprunable=0.5, floor={Kind.CHANNEL: 40}).dry_run_plan(axes, job.cost())
+    assert job.cost().of(LoraShear(keep=0.5).dry_run_plan(axes, job.cost())).parameters()["blocks"] <= 0.5 * blocks(job)
 
 
 def test_too_few_updates_to_shrink_in_are_refused(make_job: MakeJob) -> None:

@@ -19,7 +19,7 @@ from compresso.methods.sparsegpt import SparseGpt
 from compresso.methods.wanda import Wanda
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group, Where
 from tests.methods.conftest import MakeJob
 from tests.methods.oracles import check_weights, needs_oracles, oracle_job, perplexity
@@ -66,7 +66,7 @@ def test_the_reported_loss_is_the_mean_squared_error_of_the_outputs_a_token() ->
     model = nn.ModuleDict({name: nn.Linear(16, out, bias=False) for name, out in (("one", 6), ("other", 3))}).requires_grad_(False)
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
     edit = compensated(model, choose=lambda _, scores: lowest_share(scores, 0.5), every=16)
-    notes = edit(Group(0, ("one", "other")), Seen(inputs.T @ inputs, len(inputs)))
+    notes = edit(Group(0, ("one", "other")), Stats(inputs.T @ inputs, len(inputs)))
     mean_diagonal = 2 / 50 * float(inputs.square().sum()) / 16
     for name in ("one", "other"):
         change = model.get_parameter(f"{name}.weight") - dense[f"{name}.weight"]

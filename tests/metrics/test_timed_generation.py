@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM,
 from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import ArchError, DataError
 from compresso.metrics.forward import context_of
-from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, keeps_last, lengths, prompts, stopwatch, turn
+from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, keeps_last, lengths, prefill_and_decode, prompts, stopwatch
 from tests.conftest import Ran
 from tests.metrics.tiny import tiny
 
@@ -33,7 +33,7 @@ def test_a_turn_reads_the_prompt_and_then_one_greedy_token_a_forward() -> None:
     model = tiny()
     seen = forwards(model)
     ids = prompts(2, 5, 40, seed=0)
-    reading, decoding, read = turn(model, ids, 3, untimed)
+    reading, decoding, read = prefill_and_decode(model, ids, 3, untimed)
     seen = seen.copy()
     assert (reading, decoding) == (1.0, 1.0)
     assert [tuple(given.shape) for given, _ in seen] == [(2, 5), (2, 1), (2, 1), (2, 1)]
@@ -51,7 +51,7 @@ def test_a_layer_without_attention_reads_no_cache(ran: Ran) -> None:
     result = ran("gate-taylor", layout="native", sets=("stages.gate_taylor.batches=1",), max_steps=1)
     model = load_model(open_source(result.folder), torch.float32)
     counted = result.records["after"]["kv_bytes_per_token"] // 2  # entries a token: two bytes each in the records
-    assert turn(model, prompts(1, 4, 1024, seed=0), 1, untimed)[2] == 4 * 5 * counted
+    assert prefill_and_decode(model, prompts(1, 4, 1024, seed=0), 1, untimed)[2] == 4 * 5 * counted
 
 
 def test_a_model_that_cannot_leave_logits_out_is_seen(tiny_folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_model_that_cannot_leave_logits_out_is_seen(tiny_folder: Path) -> None
 def test_a_model_without_a_key_value_cache_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1, expand=1)).eval()
     with pytest.raises(ArchError, match="mamba returns no key/value cache"):
-        turn(model, prompts(1, 3, 16, seed=0), 1, untimed)
+        prefill_and_decode(model, prompts(1, 3, 16, seed=0), 1, untimed)
 
 
 def test_prompts_are_those_of_the_seed_and_in_the_vocabulary() -> None:
@@ -116,6 +116,6 @@ def test_the_clock_of_the_processor_does_the_work_once() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_clock_of_a_gpu_waits_for_its_work() -> None:
     model, device = tiny().cuda(), torch.device("cuda")
-    reading, decoding, read = turn(model, prompts(2, 5, 40, seed=0).to(device), 3, stopwatch(device))
+    reading, decoding, read = prefill_and_decode(model, prompts(2, 5, 40, seed=0).to(device), 3, stopwatch(device))
     assert reading > 0 and decoding > 0
     assert read == 2 * 4 * 2 * (2 * 2 * 4) * 7

@@ -7,7 +7,7 @@ import pytest
 from compresso.checkpoint.source import open_source
 from compresso.data import nano
 from compresso.job import card
-from compresso.runner.plan import act_out
+from compresso.runner.plan import dry_run
 from compresso.runner.recipe import build, names, read, with_knob
 from compresso.runner.recipe_file import parse, plain
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
@@ -43,7 +43,7 @@ def test_a_recipe_spelled_out_is_the_same_recipe(name: str) -> None:
 @pytest.mark.parametrize("name", FOR_ANY_MODEL)
 def test_a_recipe_fits_the_embedded_model(name: str) -> None:
     built = build(read(name), name)
-    shown = act_out(built, open_source(nano.path(), weights=False))
+    shown = dry_run(built, open_source(nano.path(), weights=False))
     kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
     (keep,) = (stage.keep for _, stage in built.stages if hasattr(stage, "keep"))
     assert keep - (0.06 if name.startswith("shortgpt") else 0.01) < kept <= keep + 1e-9  # of six layers
@@ -52,7 +52,7 @@ def test_a_recipe_fits_the_embedded_model(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_a_one_shot_recipe_finds_its_linears_and_leaves_every_shape(name: str) -> None:
     raw = with_knob(read(name), "group", 64, required=False)  # published groups of 128 do not divide the embedded model's 192
-    shown = act_out(build(raw, name), open_source(nano.path(), weights=False))
+    shown = dry_run(build(raw, name), open_source(nano.path(), weights=False))
     assert shown.after == shown.before
 
 

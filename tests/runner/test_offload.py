@@ -25,7 +25,7 @@ from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError, RecipeError, ResourceError
 from compresso.formats.hf import save_checkpoint
 from compresso.runner.options import with_options
-from compresso.sweep.offload import Streamed
+from compresso.sweep.offload import Offloaded
 
 RECIPES = {
     "wanda/50": [],
@@ -62,17 +62,17 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     model.save_pretrained(folder, max_shard_size="20KB")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     whole = done(recipe, folder, instructions, tmp_path / "whole")
-    streamed = done(recipe, folder, instructions, tmp_path / "streamed", stream=True)
-    one, other = stored(whole.folder), stored(streamed.folder)
+    offloaded = done(recipe, folder, instructions, tmp_path / "offloaded", stream=True)
+    one, other = stored(whole.folder), stored(offloaded.folder)
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    facts = [{**next(iter(result.records["stages"].values())), "seconds": 0} for result in (whole, streamed)]
+    facts = [{**next(iter(result.records["stages"].values())), "seconds": 0} for result in (whole, offloaded)]
     assert facts[0] == facts[1]
-    assert whole.records["after"] == streamed.records["after"] and whole.records["before"] == streamed.records["before"]
-    opened = AutoModelForCausalLM.from_pretrained(streamed.folder, dtype=torch.float32)
+    assert whole.records["after"] == offloaded.records["after"] and whole.records["before"] == offloaded.records["before"]
+    opened = AutoModelForCausalLM.from_pretrained(offloaded.folder, dtype=torch.float32)
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(streamed.model(input_ids=ids).logits, opened(input_ids=ids).logits)
-    assert "texts" in streamed.records["account"]["subjects"][1]["not_measured"]
+        torch.testing.assert_close(offloaded.model(input_ids=ids).logits, opened(input_ids=ids).logits)
+    assert "texts" in offloaded.records["account"]["subjects"][1]["not_measured"]
 
 
 @pytest.mark.usefixtures("quick_reopening")
@@ -85,13 +85,13 @@ def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(tiny_folder: Path, in
     native = tmp_path / "native"
     assert save_checkpoint(model, arch.shapes(model), native, tokenizer=AutoTokenizer.from_pretrained(tiny_folder)) == "native"
     whole = done("wanda/50", native, instructions, tmp_path / "whole")
-    streamed = done("wanda/50", native, instructions, tmp_path / "streamed", stream=True)
-    one, other = stored(whole.folder), stored(streamed.folder)
+    offloaded = done("wanda/50", native, instructions, tmp_path / "offloaded", stream=True)
+    one, other = stored(whole.folder), stored(offloaded.folder)
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert streamed.records["layout"] == "native"
+    assert offloaded.records["layout"] == "native"
     ids = torch.arange(3, 20).unsqueeze(0)
     with torch.no_grad():
-        opened = compresso.load(streamed.folder).model(input_ids=ids).logits
+        opened = compresso.load(offloaded.folder).model(input_ids=ids).logits
     torch.testing.assert_close(opened, whole.model.eval()(input_ids=ids).logits.detach())
 
 
@@ -99,13 +99,13 @@ def test_no_more_than_one_block_is_in_memory(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[set[str]] = []
-    plain = Streamed._put
+    plain = Offloaded._put
 
-    def watched(self: Streamed, name: str, parameter: torch.nn.Parameter) -> None:
+    def watched(self: Offloaded, name: str, parameter: torch.nn.Parameter) -> None:
         plain(self, name, parameter)
         held.append({".".join(name.split(".")[:3]) for name, parameter in self.model.named_parameters() if not parameter.is_meta})
 
-    monkeypatch.setattr(Streamed, "_put", watched)
+    monkeypatch.setattr(Offloaded, "_put", watched)
     result = done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True)
     blocks = [{name for name in names if name.startswith("model.layers.")} for names in held]
     assert max(map(len, blocks)) == 1 and {name for names in blocks for name in names} == {f"model.layers.{i}" for i in range(3)}
@@ -134,12 +134,12 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(tiny_folder: Path, instruc
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipe gate-taylor \(gate_taylor, recover\) cannot be streamed: wanted one stage that sweeps"):
+    with pytest.raises(RecipeError, match=r"recipe gate-taylor \(gate_taylor, recover\) cannot be offloaded: wanted one stage that sweeps"):
         compresso.run("gate-taylor", tiny_folder, instructions, output=tmp_path / "out", stream=True)
-    with pytest.raises(RecipeError, match=r"recipe magnitude/50 \(magnitude\) cannot be streamed"):
+    with pytest.raises(RecipeError, match=r"recipe magnitude/50 \(magnitude\) cannot be offloaded"):
         compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", stream=True)
     for layout in ("padded", "native"):
-        with pytest.raises(RecipeError, match=f"--layout {layout}: a streamed run writes its model in the layout it came in"):
+        with pytest.raises(RecipeError, match=f"--layout {layout}: an offloaded run writes its model in the layout it came in"):
             done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, layout=layout)
     assert not list(tmp_path.iterdir())
 
@@ -218,8 +218,8 @@ def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Pat
         env = {**os.environ, "OMP_NUM_THREADS": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
         whole = subprocess.run(start, preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
         assert whole.returncode != 0  # the limit is real: the model does not fit
-        streamed = subprocess.run([*start, "--stream"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
-        assert streamed.returncode == 0, streamed.stderr[-2000:]
+        offloaded = subprocess.run([*start, "--stream"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
+        assert offloaded.returncode == 0, offloaded.stderr[-2000:]
         records = json.loads((output / "records.json").read_text())
         assert records["stages"]["wanda"]["changed"] == 280 and records["stages"]["wanda"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
         assert records["reopened_max_abs_difference"] <= 1e-4

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compresso.core.axis import Axis, Kind
-from compresso.solve.greedy import Flat, Items, fill
+from compresso.solve.greedy import Flat, Items, admit_greedily
 
 
 @settings(deadline=None, max_examples=200)
@@ -33,7 +33,7 @@ def test_runs_admit_what_trying_each_item_admits(prices: list[int], groups: list
         expected = trial if price(trial) <= capacity else expected
     for closing in (True, False):
         items = Items(torch.arange(len(group)), group, torch.full((len(group),), closing))
-        assert torch.equal(fill(items, lambda trial: price(trial) <= capacity, given_items), expected)
+        assert torch.equal(admit_greedily(items, lambda trial: price(trial) <= capacity, given_items), expected)
 
 
 def test_units_of_no_item_stay_as_they_started() -> None:

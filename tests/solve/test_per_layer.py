@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from compresso.core.axis import Kind
 from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.cost import CostModel
-from compresso.solve.per_layer import BOUNDS, allocate_spread, equal_weights, sensitivity_weights
+from compresso.solve.per_layer import BOUNDS, allocate_per_layer, equal_weights, sensitivity_weights
 
 
 def _scores(cost: CostModel, seed: int) -> dict[str, torch.Tensor]:
@@ -22,7 +22,7 @@ def test_equal_shares_meet_the_budget_and_differ_by_a_unit_at_most(tiny: CostMod
     budget = Budget(keep, of, floor={Kind.HEAD: 1})  # type: ignore[arg-type]
     scores = _scores(tiny, seed)
     try:
-        plan = allocate_spread(tiny.axes, scores, tiny, budget, equal_weights(tiny.axes, budget))
+        plan = allocate_per_layer(tiny.axes, scores, tiny, budget, equal_weights(tiny.axes, budget))
     except InfeasibleBudget:
         return
     assert float(tiny.of(plan).count(budget.of)) <= budget.limit(tiny)
@@ -42,7 +42,7 @@ def test_a_sensitive_layer_keeps_more_within_bounds(tiny: CostModel) -> None:
     budget = Budget(0.75, kinds=("channel",))  # type: ignore[arg-type]
     weights = sensitivity_weights(tiny.axes, scores, budget)
     assert weights == {"layers.0.channels": pytest.approx((1 / 1.25) ** 0.5), "layers.1.channels": pytest.approx((1.5 / 1.25) ** 0.5)}
-    kept = allocate_spread(tiny.axes, scores, tiny, budget, weights).kept
+    kept = allocate_per_layer(tiny.axes, scores, tiny, budget, weights).kept
     assert len(kept["layers.1.channels"]) > len(kept["layers.0.channels"])
     loud = {name: score * (1e6 if "1." in name else 1) for name, score in scores.items()}
     assert list(sensitivity_weights(tiny.axes, loud, budget).values()) == [BOUNDS[0], pytest.approx(2**0.5)]
@@ -53,13 +53,13 @@ def test_a_sensitive_layer_keeps_more_within_bounds(tiny: CostModel) -> None:
 def test_multiples_hold_and_keeping_all_keeps_all(tiny: CostModel) -> None:
     scores = _scores(tiny, 0)
     budget = Budget(0.6, multiple_of={Kind.CHANNEL: 8})
-    kept = allocate_spread(tiny.axes, scores, tiny, budget, equal_weights(tiny.axes, budget)).kept
+    kept = allocate_per_layer(tiny.axes, scores, tiny, budget, equal_weights(tiny.axes, budget)).kept
     assert all(len(kept[axis.name]) % 8 == 0 for axis in tiny.axes if axis.kind == Kind.CHANNEL)
     whole = Budget(1.0)
-    assert allocate_spread(tiny.axes, scores, tiny, whole, equal_weights(tiny.axes, whole)).is_noop(tiny.axes)
+    assert allocate_per_layer(tiny.axes, scores, tiny, whole, equal_weights(tiny.axes, whole)).is_noop(tiny.axes)
 
 
 def test_an_impossible_floor_is_named(tiny: CostModel) -> None:
     budget = Budget(0.2, floor={Kind.CHANNEL: 20})
     with pytest.raises(InfeasibleBudget, match="may not go below 20 of 24 units"):
-        allocate_spread(tiny.axes, _scores(tiny, 0), tiny, budget, equal_weights(tiny.axes, budget))
+        allocate_per_layer(tiny.axes, _scores(tiny, 0), tiny, budget, equal_weights(tiny.axes, budget))

@@ -8,7 +8,7 @@ from compresso.arch.base import arch_for
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import TOLERANCE, Budget, InfeasibleBudget
 from compresso.core.cost import CostModel
-from compresso.solve.shapes import BELOW, GRID, candidates
+from compresso.solve.shapes import BELOW, GRID, candidate_shapes
 from compresso.solve.uniform import uniform_targets
 
 
@@ -35,7 +35,7 @@ def test_all_are_different_and_on_the_budget(
 ) -> None:
     axes, cost = model
     budget = Budget(0.7, kinds=kinds, uniform_over=kinds, multiple_of=multiples)
-    found = candidates(axes, cost, budget, 12)
+    found = candidate_shapes(axes, cost, budget, 12)
     assert found[0] == uniform_targets(axes, cost, budget)
     assert 2 <= len(found) <= 12
     assert len({tuple(sorted(counts.items())) for counts in found}) == len(found)
@@ -51,10 +51,10 @@ def test_all_are_different_and_on_the_budget(
 def test_the_number_asked_for_takes_those_nearest_to_the_even_shape(model: tuple[tuple[Axis, ...], CostModel]) -> None:
     axes, cost = model
     budget = Budget(0.7, kinds=(Kind.CHANNEL, Kind.HIDDEN))
-    everything = candidates(axes, cost, budget, 1000)
+    everything = candidate_shapes(axes, cost, budget, 1000)
     assert len(everything) <= 1 + 2 * GRID
     for n in (1, 3):
-        assert candidates(axes, cost, budget, n) == everything[:n]
+        assert candidate_shapes(axes, cost, budget, n) == everything[:n]
     drift = [abs(counts[Kind.HIDDEN] - everything[0][Kind.HIDDEN]) for counts in everything]
     assert drift == sorted(drift) and max(drift) > 8
 
@@ -62,6 +62,6 @@ def test_the_number_asked_for_takes_those_nearest_to_the_even_shape(model: tuple
 def test_what_cannot_be_met_is_refused(model: tuple[tuple[Axis, ...], CostModel]) -> None:
     axes, cost = model
     with pytest.raises(InfeasibleBudget, match=r"Raise keep"):
-        candidates(axes, cost, Budget(0.2, kinds=(Kind.CHANNEL,), floor={Kind.CHANNEL: 100}), 3)
+        candidate_shapes(axes, cost, Budget(0.2, kinds=(Kind.CHANNEL,), floor={Kind.CHANNEL: 100}), 3)
     with pytest.raises(ValueError, match="0 candidates"):
-        candidates(axes, cost, Budget(0.7), 0)
+        candidate_shapes(axes, cost, Budget(0.7), 0)

@@ -1,4 +1,4 @@
-"""What a streamed sweep takes, estimated, and what this process may still take."""
+"""What an offloaded sweep takes, estimated, and what this process may still take."""
 
 import resource
 from dataclasses import replace

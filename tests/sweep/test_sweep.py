@@ -16,7 +16,7 @@ from compresso.errors import ArchError, DataError, NumericError, ResumeError
 from compresso.sweep.activation_store import Place
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
-from compresso.sweep.sweep import Edit, Seen, second_moment, squares, sweep
+from compresso.sweep.sweep import Edit, Stats, second_moment, squares, sweep
 from compresso.sweep.targets import Group, Where, chosen, matrix
 
 SIZES: dict[str, Any] = {
@@ -49,12 +49,12 @@ def ids(rows: int = 6, length: int = 10, seed: int = 0) -> Tensor:
     return torch.randint(0, 32, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def nothing(group: Group, seen: Seen) -> dict[str, Any]:
+def nothing(group: Group, seen: Stats) -> dict[str, Any]:
     return {group.names[0]: {"tokens": seen.tokens, "total": seen.total.tolist()}}
 
 
 def zeroing(model: nn.Module) -> Edit:
-    def edit(group: Group, seen: Seen) -> dict[str, Any]:
+    def edit(group: Group, seen: Stats) -> dict[str, Any]:
         for name in group.names:
             matrix(model, name).masked_fill_(matrix(model, name).abs() < 0.01, 0)
         return {group.names[0]: {"trace": float(seen.total.sum())}}
@@ -63,11 +63,11 @@ def zeroing(model: nn.Module) -> Edit:
 
 
 @pytest.mark.parametrize("name", MAKE)
-@pytest.mark.parametrize("only_look", [True, False])
-def test_linears_read_what_they_read_in_a_plain_pass(name: str, only_look: bool) -> None:
+@pytest.mark.parametrize("collect_only", [True, False])
+def test_linears_read_what_they_read_in_a_plain_pass(name: str, collect_only: bool) -> None:
     model, arch = made(name)
     groups = chosen(model, arch, Where())
-    found = sweep(model, arch, groups, [ids(), ids(2, 7, 1)], squares, nothing, only_look=only_look)
+    found = sweep(model, arch, groups, [ids(), ids(2, 7, 1)], squares, nothing, collect_only=collect_only)
     read: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(linear).register_forward_pre_hook(
@@ -118,7 +118,7 @@ def test_a_block_is_run_twice_but_the_last_one_once(monkeypatch: pytest.MonkeyPa
         return runs[3:]  # the first pass only records what blocks are called with
 
     assert counted() == [0, 0, 1, 1, 2]
-    assert counted(only_look=True) == [0, 1, 2]
+    assert counted(collect_only=True) == [0, 1, 2]
     assert counted(where=Where(layers=(1, 2))) == [0, 1]
     assert counted(true_sequential=True, where=Where(layers=(0, 1))) == [0] * 4
 
@@ -129,7 +129,7 @@ def test_a_journal_is_read_instead_of_doing_the_work(tmp_path: Path) -> None:
     whole = sweep(model, arch, groups, [ids()], squares, zeroing(model), journal=Journal(tmp_path / "j", {"of": 1}))
     again, _ = made()
 
-    def refuse(group: Group, seen: Seen) -> dict[str, Any]:
+    def refuse(group: Group, seen: Stats) -> dict[str, Any]:
         assert group.layer == 2
         return zeroing(again)(group, seen)
 
@@ -194,7 +194,7 @@ def test_the_statistics_of_the_public_code(tmp_path: Path) -> None:
     groups = {0: chosen(job.model, job.arch, Where(layers=(0, 1)))[0]}
     batches = Calibration().batches(job.rows, 0)
     for fold, prefix, factor in ((squares, "wanda_scaler_row", 1 / 16), (second_moment, "sparsegpt_H", 2 / 16)):
-        found = sweep(job.model, job.arch, groups, batches, fold, nothing, only_look=True)
+        found = sweep(job.model, job.arch, groups, batches, fold, nothing, collect_only=True)
         for group in groups[0]:
             ours = torch.tensor(found[group.names[0]]["total"]) * factor
             for name in group.names:

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.arch.producers import Feeders
+from compresso.arch.producers import Producers
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import Weight
 from compresso.errors import ArchError
@@ -61,7 +61,7 @@ class Arch(Protocol):
         """Names, relative to the block, of the linears that share one input, in the order of computation."""
         ...
 
-    def feeders(self, block: nn.Module) -> Feeders:
+    def producers(self, block: nn.Module) -> Producers:
         """What writes the inputs of these groups, so that a scale can move between the two."""
         ...
 

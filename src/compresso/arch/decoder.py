@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import checked_shapes, sync_config_
-from compresso.arch.producers import Feeders, feeders
+from compresso.arch.producers import Producers, producers
 from compresso.arch.stream import hidden_axis
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
@@ -66,12 +66,12 @@ class Decoder:
         mlp = () if is_absent(block.get_submodule("mlp")) else (_MLP[:2], _MLP[2:])
         return attention + mlp
 
-    def feeders(self, block: nn.Module) -> Feeders:
+    def producers(self, block: nn.Module) -> Producers:
         """The norms; v for o if heads share no values; up for down."""
         here = self.linear_groups(block)
         norms = {_ATTENTION[:3]: "input_layernorm", _MLP[:2]: "post_attention_layernorm"}
         writers = {_ATTENTION[3:]: "self_attn.v_proj", _MLP[2:]: "mlp.up_proj"}
-        return feeders(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
+        return producers(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
 
     def shapes(self, model: PreTrainedModel) -> list[LayerShape]:
         """The widths of each layer. Raises ArchError if the modules are not what the config says."""

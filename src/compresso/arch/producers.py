@@ -25,17 +25,17 @@ class Feeder:
     one_plus: bool = False
 
 
-Feeders = Mapping[tuple[str, ...], Feeder]
+Producers = Mapping[tuple[str, ...], Feeder]
 """By the linears that read one input, as `Arch.linear_groups` names them; those that nothing feeds so are absent."""
 
 
-def feeders(block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: Mapping[tuple[str, ...], str]) -> Feeders:
-    """The feeders among these modules that are there and fit.
+def producers(block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: Mapping[tuple[str, ...], str]) -> Producers:
+    """The producers among these modules that are there and fit.
 
     Args:
         block: a layer.
-        norms: linears -> the norm in front of them; one that was replaced by something else is no feeder.
-        writers: linears -> the linear that writes their inputs; one of another width is no feeder.
+        norms: linears -> the norm in front of them; one that was replaced by something else is no producer.
+        writers: linears -> the linear that writes their inputs; one of another width is no producer.
     """
     found: dict[tuple[str, ...], Feeder] = {}
     for names, module in norms.items():

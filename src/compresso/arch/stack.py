@@ -21,7 +21,7 @@ from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
 from compresso.arch.layer_config import config_of_layer
 from compresso.arch.parts import Parts, output_dim, tensors, written
-from compresso.arch.producers import Feeders, feeders
+from compresso.arch.producers import Producers, producers
 from compresso.arch.stream import hidden_axis, is_norm
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
@@ -133,14 +133,14 @@ class Stack:
         attention = () if self._is_empty(block, Kind.ATTENTION) else (parts.read, (parts.write,))
         return attention + (() if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,)))
 
-    def feeders(self, block: nn.Module) -> Feeders:
+    def producers(self, block: nn.Module) -> Producers:
         """Norms that lie first; v for o if it is apart and heads share no values; up for down where a gate multiplies it."""
         parts, here = self.parts, self.linear_groups(block)
         first = getattr(block, "do_layer_norm_before", True)
         norms = {names: of[0] for names, of in ((parts.read, parts.attention_norms), (parts.up, parts.ffn_norms)) if of and first}
         writers = {(parts.write,): parts.read[2]} if parts.packing == "apart" else {}
         writers |= {(parts.down,): parts.up[1]} if len(parts.up) == 2 else {}
-        return feeders(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
+        return producers(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
 
     def empty_(self, block: nn.Module, kind: Kind) -> None:
         """Put modules that add nothing in a sub-layer's place and identities in that of the norms that leave with it."""

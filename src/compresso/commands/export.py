@@ -13,7 +13,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.engines import llama_cpp
 from compresso.engines import vllm as vllm_engine
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
-from compresso.engines.parity import DECI, ONNX_WITHIN, ask_llama_cpp, ask_onnx_runtime, ask_packed, ask_vllm, ids_of
+from compresso.engines.parity import DECI, ONNX_WITHIN, check_llama_cpp, check_onnx_runtime, check_packed, check_vllm, ids_of
 from compresso.engines.transformers_process import continued
 from compresso.errors import CheckpointError, ExportError, nearest
 from compresso.formats.gguf import library, save_gguf
@@ -78,7 +78,7 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
         if (missing := llama_cpp.missing()) is not None:
             told["checked"] = f"not opened: {missing}"
             return
-        answer = ask_llama_cpp(written, live, tokenizer, "llama.cpp", _WITHIN.get(dtype, 1.0))
+        answer = check_llama_cpp(written, live, tokenizer, "llama.cpp", _WITHIN.get(dtype, 1.0))
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written.")
         told.update(checked="opened in llama.cpp", difference=answer.difference, same_tokens=answer.same_tokens)
@@ -109,7 +109,7 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
         if importlib.util.find_spec("onnxruntime") is None:
             told["checked"] = "not opened: onnxruntime is not installed"
             return
-        answer = ask_onnx_runtime(written, live, tokenizer, ONNX_WITHIN if dtype == "f32" else None)
+        answer = check_onnx_runtime(written, live, tokenizer, ONNX_WITHIN if dtype == "f32" else None)
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in ONNX Runtime: {answer.reason}. It was not written.")
         told.update(checked="opened in ONNX Runtime", difference=answer.difference, same_tokens=answer.same_tokens)
@@ -130,7 +130,7 @@ def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
             told["checked"] = f"not opened: {missing}"
             return
         ids = ids_of(tokenizer, live.config.vocab_size)
-        answer = ask_vllm(DECI, written, ids, *continued(live.float(), ids), shipped=DECI_CLASS)
+        answer = check_vllm(DECI, written, ids, *continued(live.float(), ids), shipped=DECI_CLASS)
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in vLLM: {answer.reason}. It was not written.")
         told.update(checked="opened in vLLM", difference=answer.difference, same_tokens=answer.same_tokens)
@@ -147,7 +147,7 @@ def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
     told: dict[str, Any] = {"output": str(output), "format": "compressed-tensors", "arch": source.config.model_type}
 
     def check(written: Path) -> None:
-        answer = ask_packed(written, stored, packing, tokenizer)
+        answer = check_packed(written, stored, packing, tokenizer)
         if answer.opens != "yes":
             raise ExportError(f"{output} would read back differently in transformers: {answer.reason}. It was not written.")
         told.update(checked="opened in transformers", difference=answer.difference, same_tokens=answer.same_tokens)

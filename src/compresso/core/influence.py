@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def turn(before: Tensor, after: Tensor) -> Tensor:
+def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
     """1 - cos(before, after) of each token [...], in [0, 2]; NaN where a state is zero and has no direction.
 
     before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.03853, eq. 1, without the mean.
@@ -42,7 +42,7 @@ def _length(states: Tensor) -> Tensor:
     return states.square().sum(dim=-1, keepdim=True).sqrt()
 
 
-def least_turning_run(distances: Tensor, fits: Callable[[range], bool]) -> range | None:
+def least_distant_run(distances: Tensor, fits: Callable[[range], bool]) -> range | None:
     """The layers of the shortest contiguous run whose removal fits; of several, the least distant, then the first.
 
     Args:

@@ -48,7 +48,7 @@ WORDS = {"transformers": (), OWN: ("compresso",), "transformers, trust_remote_co
 
 
 @dataclass(frozen=True)
-class Answer:
+class Parity:
     """What one engine makes of a checkpoint.
 
     Args:
@@ -72,7 +72,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
     return torch.tensor(tokenizer(TEXT)["input_ids"], dtype=torch.long)
 
 
-def ask_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Answer:
+def check_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Parity:
     """Compare a packed folder, opened by plain transformers in a fresh process, with the live model it was written from.
 
     The model becomes float32. Where activations are rounded, here and there by steps of slightly different size, a difference of twice what
@@ -83,14 +83,14 @@ def ask_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer
     logits, greedy, made = _rounded(model, packing, ids)
     within += 2 * made / max(1.0, float(logits.abs().max()))
     with tempfile.TemporaryDirectory() as scratch:
-        return replace(ask_transformers(next(iter(WORDS)), folder, ids, logits, greedy, Path(scratch), within), engine=PACKED)
+        return replace(check_transformers(next(iter(WORDS)), folder, ids, logits, greedy, Path(scratch), within), engine=PACKED)
 
 
-def ask_vllm_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Answer:
-    """As `ask_packed` in vLLM, which computes weights of few bits with half the precision. The model becomes float32."""
+def check_vllm_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Parity:
+    """As `check_packed` in vLLM, which computes weights of few bits with half the precision. The model becomes float32."""
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy, _ = _rounded(model, packing, ids)
-    return ask_vllm(VLLM_PACKED, folder, ids, logits, greedy, dtype="bfloat16")
+    return check_vllm(VLLM_PACKED, folder, ids, logits, greedy, dtype="bfloat16")
 
 
 def _rounded(model: PreTrainedModel, packing: Packing, ids: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -105,14 +105,14 @@ def _rounded(model: PreTrainedModel, packing: Packing, ids: Tensor) -> tuple[Ten
     return logits, greedy, float((logits - exact).abs().max())
 
 
-def ask_transformers(
+def check_transformers(
     engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path, within: float = LOGITS_WITHIN
-) -> Answer:
+) -> Parity:
     """What a fresh process makes of a folder. Raises CheckpointError if it names code that is not of compresso."""
     words = WORDS[engine]
     refuse_code(folder)
     if "remote" in words and (strange := _strange(folder, NATIVE)):
-        return Answer(engine, "not checked", strange)
+        return Parity(engine, "not checked", strange)
     given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
     result.unlink(missing_ok=True)
     save_file({"ids": ids.contiguous()}, given)
@@ -128,10 +128,10 @@ def ask_transformers(
         check=False,
     )
     if done.returncode:
-        return Answer(engine, "no", _why(done.stderr, done.returncode).replace(str(folder.resolve()), "this folder"))
+        return Parity(engine, "no", _why(done.stderr, done.returncode).replace(str(folder.resolve()), "this folder"))
     found = load_file(result)
     if found["logits"].shape != logits.shape:
-        return Answer(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
+        return Parity(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
     difference = float((found["logits"] - logits).abs().max())
     return judged(engine, difference, within_rounding(found["logits"], logits, within), found["greedy"].tolist(), greedy.tolist(), "logits")
 
@@ -150,13 +150,13 @@ def within_rounding(found: Tensor, wanted: Tensor, within: float = LOGITS_WITHIN
     return float((found - wanted).abs().max()) <= within * max(1.0, float(wanted.abs().max()))
 
 
-def ask_onnx_runtime(
+def check_onnx_runtime(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     within: float | None,
     engine: Literal["ONNX Runtime, as ONNX", "OpenVINO, as ONNX"] = ONNX,
-) -> Answer:
+) -> Parity:
     """Compare an ONNX folder in an engine, prompt and cached steps, with the live model it was written from; within None allows all."""
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy = opened.continued(model, ids)
@@ -166,27 +166,27 @@ def ask_onnx_runtime(
         last, _ = written(ids[-1:].unsqueeze(0), cache)
         tokens = written.greedy(ids, len(greedy)).tolist()
     except RuntimeError as error:  # of the engine
-        return Answer(engine, "no", " ".join(str(error).split())[:300])
+        return Parity(engine, "no", " ".join(str(error).split())[:300])
     found = torch.cat([found, last], dim=1)[0]
     difference = float((found - logits).abs().max())
     fits = bool(found.isfinite().all()) if within is None else within_rounding(found, logits, within)
     return judged(engine, difference, fits, tokens, greedy.tolist(), "logits")
 
 
-def ask_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Answer:
+def check_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Parity:
     """Compare a GGUF file in llama.cpp with the live model it was written from. Raises ExportError if it does not open."""
     found = llama_cpp.continue_texts(path, [TEXT], opened.NEW_TOKENS)[0]
     ids = ids_of(tokenizer, model.config.vocab_size)
     if found.tokens != ids.tolist():
-        return Answer(engine, "no", f"it reads the text as tokens {found.tokens}, transformers as {ids.tolist()}")
+        return Parity(engine, "no", f"it reads the text as tokens {found.tokens}, transformers as {ids.tolist()}")
     logits, greedy = opened.continued(model, ids)
     difference = float((torch.tensor(found.probabilities[0]) - logits[-1].softmax(-1)).abs().max())
     return judged(engine, difference, difference <= within, found.greedy, greedy.tolist(), "probabilities")
 
 
-def ask_vllm(
+def check_vllm(
     engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, *, dtype: str = "float32", shipped: Shipped | None = None
-) -> Answer:
+) -> Parity:
     """Compare a folder in vLLM with logits [seq, vocabulary] and greedy ids of the model it was written from.
 
     Args:
@@ -194,24 +194,24 @@ def ask_vllm(
         shipped: code of ours that may run if the folder names it; None for none.
     """
     if shipped is not None and (strange := _strange(folder, shipped)):
-        return Answer(engine, "not checked", strange)
+        return Parity(engine, "not checked", strange)
     try:
         found = vllm_engine.continue_ids(folder, ids, len(greedy), dtype=dtype, shipped=shipped)
     except ExportError as error:
-        return Answer(engine, "no", str(error))
+        return Parity(engine, "no", str(error))
     wanted = logits[-1].softmax(-1)
     if found.logprobs.shape != wanted.shape:
-        return Answer(engine, "no", f"probabilities are of {len(found.logprobs)} tokens instead of {len(wanted)}")
+        return Parity(engine, "no", f"probabilities are of {len(found.logprobs)} tokens instead of {len(wanted)}")
     difference = float((found.logprobs.exp() - wanted).abs().max())
     within = PROBABILITIES_WITHIN if dtype == "float32" else HALF_PROBABILITIES_WITHIN
     return judged(engine, difference, difference <= within, found.greedy.tolist(), greedy.tolist(), "probabilities")
 
 
-def judged(engine: str, difference: float, within: bool, found: Sequence[int], wanted: Sequence[int], what: str) -> Answer:
+def judged(engine: str, difference: float, within: bool, found: Sequence[int], wanted: Sequence[int], what: str) -> Parity:
     """Yes if the difference is allowed; tokens may part where two are equally likely, so they are told and not judged."""
     same = next((step for step, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other), len(wanted))
     reason = "" if within else f"{what} differ by up to {difference:.2g}"
-    return Answer(engine, "yes" if within else "no", reason, difference, same)
+    return Parity(engine, "yes" if within else "no", reason, difference, same)
 
 
 def _why(stderr: str, code: int) -> str:

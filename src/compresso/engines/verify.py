@@ -34,13 +34,13 @@ from compresso.engines.parity import (
     PROBABILITIES_WITHIN,
     VLLM,
     WORDS,
-    Answer,
-    ask_llama_cpp,
-    ask_onnx_runtime,
-    ask_packed,
-    ask_transformers,
-    ask_vllm,
-    ask_vllm_packed,
+    Parity,
+    check_llama_cpp,
+    check_onnx_runtime,
+    check_packed,
+    check_transformers,
+    check_vllm,
+    check_vllm_packed,
     ids_of,
 )
 from compresso.errors import CheckpointError, CompressoError
@@ -52,7 +52,7 @@ from compresso.native.stock import as_stock
 from compresso.sweep.memory import available
 
 
-def verify(model: str | Path) -> list[Answer]:
+def verify(model: str | Path) -> list[Parity]:
     """Ask every engine about a hub id or a folder of safetensors.
 
     Raises CheckpointError if it is no causal language model or cannot be read, ResourceError if memory is short.
@@ -78,37 +78,37 @@ def engines(folder: Path) -> list[dict[str, Any]]:
     size = 4 * sum(math.prod(tensor.shape) for tensor in open_source(folder).tensors.values())
     if 2.2 * size > (there := available(torch.device("cpu"))):
         reason = f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify asks elsewhere"
-        return [asdict(Answer(engine, "not checked", reason)) for engine in WORDS]
+        return [asdict(Parity(engine, "not checked", reason)) for engine in WORDS]
     temporary = re.compile(re.escape(tempfile.gettempdir()) + r"[^\s:]*")  # records name no folder of this machine
     return [asdict(answer) | {"reason": temporary.sub("a temporary file", answer.reason)} for answer in verify(folder)]
 
 
-def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Answer:
+def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> Parity:
     """Open the folder in a fresh process, with compresso, with the folder's code, or with neither."""
     assert source.folder is not None
-    return ask_transformers(engine, source.folder, ids, logits, greedy, scratch)
+    return check_transformers(engine, source.folder, ids, logits, greedy, scratch)
 
 
-def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Answer:
+def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Parity:
     """Write the model as GGUF in f32, and open that."""
     engine = "llama.cpp, as GGUF"
     missing = "gguf is not installed; pip install gguf" if importlib.util.find_spec("gguf") is None else llama_cpp.missing()
     if missing is not None:
-        return Answer(engine, "not installed", missing)
+        return Parity(engine, "not installed", missing)
     if tokenizer is None:
-        return Answer(engine, "no", "it has no tokenizer, which a GGUF file wants")
+        return Parity(engine, "no", "it has no tokenizer, which a GGUF file wants")
     path = scratch / "model.gguf"
     try:
         stock = as_stock(model)
         save_gguf(stock, arch_for(stock.config).shapes(stock), path, tokenizer, "f32")
-        return ask_llama_cpp(path, stock, tokenizer, engine, PROBABILITIES_WITHIN)
+        return check_llama_cpp(path, stock, tokenizer, engine, PROBABILITIES_WITHIN)
     except CompressoError as error:
-        return Answer(engine, "no", str(error))
+        return Parity(engine, "no", str(error))
     finally:
         path.unlink(missing_ok=True)
 
 
-def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Answer]:
+def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Parity]:
     """Write the model as ONNX in f32, and run that in ONNX Runtime and OpenVINO."""
     runtimes: dict[Any, str] = {ONNX: "onnxruntime", OPENVINO: "openvino"}
     missing = {
@@ -116,7 +116,7 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scr
         for engine, runtime in runtimes.items()
     }
     answers = {
-        engine: Answer(engine, "not installed", f"{name} is not installed; pip install onnx onnxscript {runtimes[engine]}")
+        engine: Parity(engine, "not installed", f"{name} is not installed; pip install onnx onnxscript {runtimes[engine]}")
         for engine, name in missing.items()
     }
     asked = [engine for engine, name in missing.items() if name is None]
@@ -125,51 +125,51 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scr
         stock = as_stock(model)
         if asked:
             save_onnx(stock, arch_for(stock.config).shapes(stock), folder)
-        answers |= {engine: ask_onnx_runtime(folder, stock, tokenizer, ONNX_WITHIN, engine) for engine in asked}
+        answers |= {engine: check_onnx_runtime(folder, stock, tokenizer, ONNX_WITHIN, engine) for engine in asked}
     except CompressoError as error:
-        answers |= {engine: Answer(engine, "no", str(error)) for engine in asked}
+        answers |= {engine: Parity(engine, "no", str(error)) for engine in asked}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return list(answers.values())
 
 
-def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> list[Answer]:
+def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> list[Parity]:
     """Open the folder in vLLM; where it does not compute the same there, write it for vLLM's DeciLM class, and open that, too."""
     if (missing := vllm_engine.missing()) is not None:
-        return [Answer(VLLM, "not installed", missing)]
-    answer = ask_vllm(VLLM, folder, ids, logits, greedy, shipped=NATIVE)
+        return [Parity(VLLM, "not installed", missing)]
+    answer = check_vllm(VLLM, folder, ids, logits, greedy, shipped=NATIVE)
     if answer.opens in ("yes", "not checked"):
         return [answer]
     twin = scratch / "deci"
     try:
         stock = as_stock(model)
         save_vllm_deci(stock, arch_for(stock.config).shapes(stock), twin)
-        return [answer, ask_vllm(DECI, twin, ids, logits, greedy, shipped=DECI_CLASS)]
+        return [answer, check_vllm(DECI, twin, ids, logits, greedy, shipped=DECI_CLASS)]
     except CompressoError as error:
-        return [answer, Answer(DECI, "no", str(error))]
+        return [answer, Parity(DECI, "no", str(error))]
     finally:
         shutil.rmtree(twin, ignore_errors=True)
 
 
-def _compressed(source: Source, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Answer]:
+def _compressed(source: Source, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Parity]:
     """Pack what the run rounded, and open that in plain transformers and, if it is there, in vLLM."""
     if importlib.util.find_spec("compressed_tensors") is None:
-        return [Answer(PACKED, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")]
+        return [Parity(PACKED, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")]
     try:
         packing = packing_of(source.folder)
     except CompressoError as error:
-        return [Answer(PACKED, "not checked", str(error))]
+        return [Parity(PACKED, "not checked", str(error))]
     folder = scratch / "packed"
     try:
         model = load_model(source)
         save_packed(model, packing, folder, tokenizer=tokenizer)
     except CompressoError as error:
-        return [Answer(PACKED, "no", str(error))]
-    answer = ask_packed(folder, model, packing, tokenizer)
-    return [answer] if vllm_engine.missing() else [answer, ask_vllm_packed(folder, model, packing, tokenizer)]
+        return [Parity(PACKED, "no", str(error))]
+    answer = check_packed(folder, model, packing, tokenizer)
+    return [answer] if vllm_engine.missing() else [answer, check_vllm_packed(folder, model, packing, tokenizer)]
 
 
-def show(answers: Sequence[Answer], as_json: bool) -> None:
+def show(answers: Sequence[Parity], as_json: bool) -> None:
     """Print answers, as JSON or one a line."""
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2, allow_nan=False))

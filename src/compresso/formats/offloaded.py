@@ -17,18 +17,18 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.store import DTYPES
 from compresso.errors import ExportError, NumericError
 from compresso.native import MODELING_FILE
-from compresso.sweep.offload import Streamed
+from compresso.sweep.offload import Offloaded
 
 _COPIED = ("config.json", "generation_config.json", MODELING_FILE.name)
 
 
-def save_streamed(
-    streamed: Streamed, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, atol: float
+def save_offloaded(
+    offloaded: Offloaded, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, atol: float
 ) -> tuple[Literal["uniform", "native"], float]:
-    """Write the tensors of a streamed model into an empty folder and open it again, streamed too.
+    """Write the tensors of an offloaded model into an empty folder and open it again, offloaded too.
 
     Args:
-        streamed: the edited model; shapes are those of its source.
+        offloaded: the edited model; shapes are those of its source.
         source: what it came from: dtypes, config, and the layout they are in.
         folder: the new checkpoint's.
         tokenizer: written beside it.
@@ -41,14 +41,14 @@ def save_streamed(
     Raises ExportError if they differ by more, NumericError naming a tensor that is not finite once rounded to its stored dtype.
     """
     assert source.folder is not None  # the store was opened with it
-    blocks = arch_for(streamed.model.config).blocks(streamed.model)
-    files = [[name for name in streamed.of_block(block) if name in source.tensors] for block in blocks]
+    blocks = arch_for(offloaded.model.config).blocks(offloaded.model)
+    files = [[name for name in offloaded.of_block(block) if name in source.tensors] for block in blocks]
     inside = {name for names in files for name in names}
-    files += [[name] for name in streamed.store if name in source.tensors and name not in inside]  # each alone: they may be the largest
+    files += [[name] for name in offloaded.store if name in source.tensors and name not in inside]  # each alone: they may be the largest
     where: dict[str, str] = {}
     for index, names in enumerate(files):
         file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        save_file({name: _stored(name, streamed.store[name], source) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: _stored(name, offloaded.store[name], source) for name in names}, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     total = sum(source.tensors[name].end - source.tensors[name].begin for name in where)
     write_text(
@@ -62,7 +62,7 @@ def save_streamed(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     layout: Literal["uniform", "native"] = "native" if (folder / MODELING_FILE.name).is_file() else "uniform"
-    return layout, _compared(streamed, folder, ids, atol)
+    return layout, _compared(offloaded, folder, ids, atol)
 
 
 def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
@@ -73,12 +73,12 @@ def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
 
 
 @torch.no_grad()
-def _compared(streamed: Streamed, folder: Path, ids: Tensor, atol: float) -> float:
+def _compared(offloaded: Offloaded, folder: Path, ids: Tensor, atol: float) -> float:
     """The largest difference between the logits of the live weights, rounded as they are stored, and those of the folder."""
-    again = Streamed(open_source(folder), streamed.store.dtype, streamed.device)
+    again = Offloaded(open_source(folder), offloaded.store.dtype, offloaded.device)
     found: list[Tensor] = []
-    streamed.store.round_as(open_source(folder).tensors)
-    for one in (streamed, again):
+    offloaded.store.round_as(open_source(folder).tensors)
+    for one in (offloaded, again):
         with one.whole():
             found.append(outputs(one.model, ids.to(one.device)).float())
     difference = float((found[0] - found[1]).abs().max())

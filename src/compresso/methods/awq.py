@@ -24,7 +24,7 @@ from compresso.core.scales import activation_scales, best_scale, round_clipped
 from compresso.job import Effects, Job, stage
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, names_of
 
 
@@ -87,14 +87,14 @@ class Awq:
     def _nearest(self, weight: Tensor) -> Tensor:
         return fit(weight, self.bits, group=self.group, symmetric=self.symmetric).round(weight)
 
-    def _search(self, weight: Tensor, seen: Seen) -> Found:
+    def _search(self, weight: Tensor, seen: Stats) -> Found:
         """The scale whose rounded weights change the group's outputs least."""
         moment, size = seen.total[:-1] / seen.tokens, seen.total[-1] / seen.tokens
         candidates = activation_scales(size, weight, self.group, self.steps, self.by_weight)
         exponent, scale, least, plain = best_scale(weight, moment, candidates, self._nearest)
         return scale, {"exponent": exponent, "error_of_unscaled": least / plain if plain else 1.0}
 
-    def _round(self, name: str, weight: Tensor, seen: Seen, scale: Tensor) -> Tensor:
+    def _round(self, name: str, weight: Tensor, seen: Stats, scale: Tensor) -> Tensor:
         """A linear's scaled weights, clamped and rounded."""
         if not self.clip or matches(name, self.unclipped):
             return self._nearest(weight)

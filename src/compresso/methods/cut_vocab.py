@@ -58,7 +58,7 @@ class CutVocab:
     def budget(self) -> None:
         """None: no share of the model describes the choice."""
 
-    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """The first `most` tokens; without data nobody knows which ones stay, or how many without a limit."""
         size = _vocab(axes).size
         return Plan() if self.most is None or self.most >= size else Plan({"vocab": tuple(range(self.most))})

@@ -81,7 +81,7 @@ class DropLayers:
         """The share that these knobs describe; with `drop` everything may stay."""
         return Budget(self.keep or (0.7 if self.drop is None else 1.0), self.of, self.kinds)
 
-    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan within the budget for parts that are all alike. Raises ValueError if there is none."""
         axes = [axis for axis in axes if axis.kind in self.kinds]
         if self.score == "angular":

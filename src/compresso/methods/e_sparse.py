@@ -31,7 +31,7 @@ from compresso.core.sparsity import lowest_in_groups, parse_pattern
 from compresso.edit.reorder import reorder_
 from compresso.job import Effects, Job, stage
 from compresso.sweep.calibration import Calibration
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
 
 
@@ -79,7 +79,7 @@ class ESparse:
         groups = self.check(job.model, job.arch)
         foldable = _foldable(job, groups)
 
-        def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
+        def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
             return self._prune(job.model, group, seen, foldable.get(group.names))
 
         job, notes = job.swept("e_sparse", self, groups, self.calibration, histograms, edit)
@@ -93,7 +93,7 @@ class ESparse:
             orders=[facts["order"] for facts in first.values() if facts["order"] is not None],
         )
 
-    def _prune(self, model: PreTrainedModel, group: Group, seen: Seen, axis: Axis | None) -> dict[str, Any]:
+    def _prune(self, model: PreTrainedModel, group: Group, seen: Stats, axis: Axis | None) -> dict[str, Any]:
         """Zero the weights of a group, and reorder its channels where that is free; facts by linear, those of the group at the first."""
         n, m = parse_pattern(self.pattern)
         told = entropy(seen.total[:BINS]).float()

@@ -214,7 +214,7 @@ class LearnGates:
         if self.save_adapter:
             job.keep_adapter(lora, "learn_gates")
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
-        masks = self._land(objective.final_values(), axes, cost, budget)
+        masks = self._project(objective.final_values(), axes, cost, budget)
         merged = replace(job, model=merge_(lora))
         return merged.without(
             masks,
@@ -249,7 +249,7 @@ class LearnGates:
         shift = shift_to_budget(spread, cost, self.keep, self.of)
         return {name: hard_concrete.clamp_(one + shift) for name, one in spread.items()}
 
-    def _land(self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget) -> dict[str, Tensor]:
+    def _project(self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget) -> dict[str, Tensor]:
         """Masks of exactly the budget: the deterministic rule, or the highest gates where layouts or multiples are asked for."""
         values = {name: value.cpu() for name, value in values.items()}
         if self.finish == "soft" and self.layout == "free" and not budget.rounds:

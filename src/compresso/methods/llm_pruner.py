@@ -153,7 +153,7 @@ class LlmPruner:
             final = {name: len(units) for name, units in plan.kept.items()}
         return {axis.name: axis.size - int((axis.size - final[axis.name]) * progress) for axis in chosen}
 
-    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan of these counts for units that are all alike. Raises as `counts`."""
         return Plan({name: tuple(range(n)) for name, n in self.counts(axes, cost).items()})
 

@@ -142,7 +142,7 @@ class LoraPrune:
         last = {name: torch.where(gone[name], -1.0, score) if name in gone else score for name, score in scores.items()}
         return keep_counts(axes, last, counts)
 
-    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike. Raises InfeasibleBudget."""
         chosen = self.chosen(axes)
         return self.plan(chosen, {axis.name: torch.zeros(axis.size) for axis in chosen}, {}, cost, self.keep)

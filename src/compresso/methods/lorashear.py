@@ -145,7 +145,7 @@ class LoraShear:
         uniform = self.kinds if self.layout == "uniform" else ()
         return Budget(self.keep, self.of, self.kinds, uniform_over=uniform, multiple_of=self.multiple_of or {}, floor=self.floor or {})
 
-    def rehearse(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike, if the smallest axes turn out unprunable.
 
         Raises ValueError or BudgetError if there is none.

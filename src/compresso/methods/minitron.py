@@ -25,7 +25,7 @@ from compresso.edit.gate import gated
 from compresso.job import Effects, Job, stage
 from compresso.observe.activations import Aggregate, activation_scores
 from compresso.solve.allocate import keep_best
-from compresso.solve.shapes import candidates
+from compresso.solve.shapes import candidate_shapes
 from compresso.training.objectives import language_loss
 
 
@@ -75,7 +75,7 @@ class Minitron:
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         blocks = list(job.arch.blocks(job.model))
         scores = activation_scores(job.model, axes, blocks, self._batches(job, self.batches), self.over_tokens, self.over_examples)
-        shapes = candidates(axes, job.cost(), self.budget(), self.candidates)
+        shapes = candidate_shapes(axes, job.cost(), self.budget(), self.candidates)
         plans = [keep_best(axes, scores, counts) for counts in shapes]
         losses = [self._loss(job, axes, plan) for plan in plans] if len(plans) > 1 else [0.0]
         best = losses.index(min(losses))

@@ -20,7 +20,7 @@ from compresso.core.sparsity import lowest_in_rows, outlier_weighted, outliers, 
 from compresso.job import Effects, Job, stage
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
-from compresso.sweep.sweep import Seen, second_moment, squares, sweep
+from compresso.sweep.sweep import Stats, second_moment, squares, sweep
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
 from compresso.training.noise import mixed_seed
 
@@ -97,7 +97,7 @@ class Owl:
         read: dict[str, Tensor] = {}
         found: dict[int, float] = {}
 
-        def look(group: Group, seen: Seen) -> dict[str, Any]:
+        def look(group: Group, seen: Stats) -> dict[str, Any]:
             read.update(dict.fromkeys(group.names, seen.total))
             if group is groups[group.layer][-1]:  # the block's last: its weights may be gone after it
                 found[group.layer] = outliers([wanda_score(matrix(job.model, name), total) for name, total in read.items()], self.times)
@@ -114,7 +114,7 @@ class Owl:
             look,
             place=self.calibration.activations,
             scratch=job.out / "look",
-            only_look=True,
-            streamed=job.streamed,
+            collect_only=True,
+            offloaded=job.offloaded,
         )
         return [found[layer] for layer in groups]

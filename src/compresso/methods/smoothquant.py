@@ -26,7 +26,7 @@ from compresso.edit.round_inputs import Range, named, round_inputs_
 from compresso.job import Effects, Job, stage
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, largest, rescaled
-from compresso.sweep.sweep import Seen
+from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
 
 
@@ -60,7 +60,7 @@ class SmoothQuant:
         """The linears that are rounded, fed by norms alone; needs shapes only. Raises RecipeError or ArchError."""
         found = chosen(model, arch, self.where)
         return {
-            layer: [replace(g, feeder=None) if g.feeder and is_linear(model, g.feeder.module) else g for g in of]
+            layer: [replace(g, producer=None) if g.producer and is_linear(model, g.producer.module) else g for g in of]
             for layer, of in found.items()
         }
 
@@ -75,10 +75,10 @@ class SmoothQuant:
         job = replace(job, patches=(*job.patches, named(self.inputs, names)))
         return job.note("smoothquant", sparsity=None, bits=8.0, activation_bits=8, largest_scale=smoothed)
 
-    def _search(self, weight: Tensor, seen: Seen) -> Found:
+    def _search(self, weight: Tensor, seen: Stats) -> Found:
         scale = smoothing_scale(seen.total, weight, self.alpha)
         return scale, {"largest_scale": float(scale.max())}
 
-    def _round(self, name: str, weight: Tensor, seen: Seen, scale: Tensor) -> Tensor:
+    def _round(self, name: str, weight: Tensor, seen: Stats, scale: Tensor) -> Tensor:
         rows = weight if self.weights == "row" else weight.reshape(1, -1)
         return fit(rows, 8, symmetric=True).round(rows).reshape(weight.shape)

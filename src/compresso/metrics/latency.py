@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 from compresso.errors import DataError
 from compresso.metrics.forward import context_of
 from compresso.metrics.record import Environment, Measurement, Setting
-from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, Stopwatch, keeps_last, lengths, prompts, stopwatch, turn
+from compresso.metrics.timed_generation import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Stopwatch,
+    keeps_last,
+    lengths,
+    prefill_and_decode,
+    prompts,
+    stopwatch,
+)
 from compresso.metrics.traffic import Weights, bytes_bound, paired, verdict
 
 
@@ -73,7 +82,7 @@ def speed_measurements(
                 for name, model in models.items():
                     advance(f"{name}, batch {batch}, " + ("warm-up" if number < 1 else f"round {number} of {rounds}"))
                     ids = prompts(batch, prompt_tokens, model.config.vocab_size, seed).to(device)
-                    reading, decoding, timed[name].cache_read = turn(model, ids, new_tokens, clock)
+                    reading, decoding, timed[name].cache_read = prefill_and_decode(model, ids, new_tokens, clock)
                     if number >= 1:
                         timed[name].prefill.append(reading)
                         timed[name].decode.append(decoding)

@@ -24,7 +24,7 @@ from compresso import errors
 from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import CheckpointError, CompressoError, ResourceError
 from compresso.metrics.record import Environment, Measurement
-from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, prompts, turn
+from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, prefill_and_decode, prompts
 
 _CURE = "free memory, measure a smaller batch or prompt, or leave this out with --no-memory"
 
@@ -114,7 +114,7 @@ def _measured(
         before = peak_resident()
     model = load_model(source, getattr(torch, dtype) if dtype else None, where)
     ids = prompts(batch, prompt_tokens, model.config.vocab_size, seed).to(where)
-    turn(model, ids, new_tokens, _untimed)
+    prefill_and_decode(model, ids, new_tokens, _untimed)
     peak = torch.cuda.max_memory_allocated(where) if on_gpu else peak_resident() - before
     return {"peak": peak, "dtype": str(model.dtype).removeprefix("torch.")}
 

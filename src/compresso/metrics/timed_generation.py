@@ -63,7 +63,7 @@ def keeps_last(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode()
-def turn(model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch) -> tuple[float, float, float]:
+def prefill_and_decode(model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch) -> tuple[float, float, float]:
     """Read the prompts ids [batch, prompt_tokens] and continue each by `new_tokens`.
 
     Returns:

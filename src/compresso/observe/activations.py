@@ -139,13 +139,13 @@ class _Place:
         self.axis, self.sites = axis, list(blocks) if axis.kind == Kind.LAYER else sites
         self.real = torch.zeros(0)
         self._sums = [_Sums(over_tokens, over_examples) for _ in sites]
-        self._turned, self._n_tokens = torch.zeros(len(blocks), dtype=torch.float64), 0
+        self._distance, self._n_tokens = torch.zeros(len(blocks), dtype=torch.float64), 0
 
     def see(self, i: int, given: Tensor, output: Tensor) -> None:
         """A call of the i-th site, with its first input and its output, each [batch, seq, width]."""
         if self.axis.kind == Kind.LAYER:
-            turn = 1 - functional.cosine_similarity(given.float(), output.float(), dim=-1)
-            self._turned[i] += turn.double()[self.real].sum().cpu()
+            distance = 1 - functional.cosine_similarity(given.float(), output.float(), dim=-1)
+            self._distance[i] += distance.double()[self.real].sum().cpu()
             self._n_tokens += int(self.real.sum()) if i == 0 else 0
         else:
             self._sums[i].add(output if self.axis.kind == Kind.HIDDEN else given, self.real)
@@ -153,7 +153,7 @@ class _Place:
     def score(self) -> Tensor:
         """[size], float64. Raises NumericError if it is not finite."""
         if self.axis.kind == Kind.LAYER:
-            score = self._turned / max(self._n_tokens, 1)
+            score = self._distance / max(self._n_tokens, 1)
         else:
             entries = torch.stack([sums.value() for sums in self._sums]).sum(dim=0)
             score = entries.reshape(self.axis.size, -1).square().sum(dim=1).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis, Kind
-from compresso.core.influence import angle, turn
+from compresso.core.influence import angle, cosine_distance
 from compresso.core.losses import IGNORED, next_token_loss
 from compresso.edit.gate import gated
 from compresso.errors import ArchError, NumericError
@@ -84,13 +84,13 @@ def block_influence(
     def fold(layer: int, block: Block) -> None:
         """Take in one block of one batch."""
         if Kind.LAYER in parts:
-            means[parts[Kind.LAYER].name, layer].add(turn(block.entered, block.left))
+            means[parts[Kind.LAYER].name, layer].add(cosine_distance(block.entered, block.left))
         stream = block.entered.to(torch.promote_types(block.entered.dtype, torch.float32))
         for kind in _SUB_LAYERS:
             if kind in block.written:
                 before, stream = stream, stream + block.written[kind]
                 if kind in parts:
-                    means[parts[kind].name, layer].add(turn(before, stream))
+                    means[parts[kind].name, layer].add(cosine_distance(before, stream))
         if block.written:
             _check_sum(layer, stream, block.left)
 

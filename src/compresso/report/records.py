@@ -78,7 +78,7 @@ class StageFacts(Strict):
 
 
 class Engine(Strict):
-    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.engines.verify.Answer`."""
+    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.engines.verify.Parity`."""
 
     engine: str
     opens: Literal["yes", "no", "not installed", "not checked"]

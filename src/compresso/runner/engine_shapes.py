@@ -32,7 +32,7 @@ _PLURALS = {Kind.HEAD: "heads", Kind.CHANNEL: "channels", Kind.HIDDEN: "hidden d
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ShapeConstraints:
     """What an engine wants of a model's shapes.
 
     Args:
@@ -49,7 +49,7 @@ class Wanted:
     uniform: bool = False
 
 
-def parse_engine(text: str) -> Wanted:
+def parse_engine(text: str) -> ShapeConstraints:
     """What stands after --for.
 
     >>> parse_engine("awq:g64").inputs
@@ -59,15 +59,15 @@ def parse_engine(text: str) -> Wanted:
     """
     engine, _, detail = text.partition(":")
     if engine == "llama.cpp" and detail in _BLOCKS:
-        return Wanted(text, inputs=_BLOCKS[detail])
+        return ShapeConstraints(text, inputs=_BLOCKS[detail])
     if engine in ("awq", "gptq") and (group := re.fullmatch(r"g([1-9]\d{0,4})", detail)):
-        return Wanted(text, inputs=int(group[1]))
+        return ShapeConstraints(text, inputs=int(group[1]))
     if engine == "vllm" and (devices := re.fullmatch(r"tp([1-9]\d{0,2})", detail)):
-        return Wanted(text, heads=int(devices[1]), channels=int(devices[1]), uniform=True)
+        return ShapeConstraints(text, heads=int(devices[1]), channels=int(devices[1]), uniform=True)
     raise RecipeError(f"--for {text}: unknown engine; give {EXAMPLES}")
 
 
-def multiples(want: Wanted, model: str) -> dict[Kind, int]:
+def multiples(want: ShapeConstraints, model: str) -> dict[Kind, int]:
     """The multiple of each kind's counts in a model; kinds that may have any count are absent."""
     live = meta_model(open_source(model, weights=False))
     arch = arch_for(live.config)
@@ -77,7 +77,7 @@ def multiples(want: Wanted, model: str) -> dict[Kind, int]:
     return {kind: multiple for kind, multiple in found.items() if multiple > 1}
 
 
-def for_engine(raw: Mapping[str, Any], want: Wanted, held: Mapping[Kind, int]) -> dict[str, Any]:
+def for_engine(raw: Mapping[str, Any], want: ShapeConstraints, held: Mapping[Kind, int]) -> dict[str, Any]:
     """The raw recipe whose budgets are held to these multiples as well as their own, and to equal widths if the engine wants them."""
     changed = held_to(raw, held)
     return with_knob(changed, "layout", "uniform", required=False) if want.uniform else changed
@@ -126,7 +126,7 @@ def without_multiple(raw: Mapping[str, Any], kind: Kind, multiple: int) -> dict[
     return {**raw, "stages": stages}
 
 
-def misfits(want: Wanted, held: Mapping[Kind, int], model: str) -> list[str]:
+def misfits(want: ShapeConstraints, held: Mapping[Kind, int], model: str) -> list[str]:
     """Sentences on sizes of the dense model that are no such multiple: what keeps all of them keeps that size."""
     live = meta_model(open_source(model, weights=False))
     told: list[str] = []
@@ -139,6 +139,6 @@ def misfits(want: Wanted, held: Mapping[Kind, int], model: str) -> list[str]:
     return told
 
 
-def words(want: Wanted, kind: Kind, multiple: int) -> str:
+def words(want: ShapeConstraints, kind: Kind, multiple: int) -> str:
     """A constraint in words."""
     return f"{want.engine}: {_PLURALS[kind]} in multiples of {multiple}"

@@ -1,7 +1,7 @@
 """The account that a run ends with: the dense model and the smaller one, asked the same questions on the same machine, at the same time.
 
 The dense model is read once more for it, beside the smaller one. Where both do not fit into memory, what needs the dense model is left out
-and the account says why. Nothing here changes the result; it decides whether the result may be written (`Findings.guard`).
+and the account says why. Nothing here changes the result; it decides whether the result may be written (`FinalEvaluation.guard`).
 """
 
 import math
@@ -34,13 +34,13 @@ from compresso.sweep.memory import available
 DENSE, PRUNED = "dense", "pruned"
 NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8
 SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
-STREAMED = "weights were read from disk block by block, which takes a pass over the files for each token"
+OFFLOADED = "weights were read from disk block by block, which takes a pass over the files for each token"
 LARGE = 1_000_000_000
 """Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes seconds."""
 
 
 @dataclass
-class Answers:
+class Evaluated:
     """What one model was found to be: numbers, texts, and what was not measured, with the reason."""
 
     measurements: list[Measurement] = field(default_factory=list[Measurement])
@@ -53,11 +53,11 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Findings:
+class FinalEvaluation:
     """Both models' answers, and the verdict on the smaller one."""
 
-    dense: Answers
-    pruned: Answers
+    dense: Evaluated
+    pruned: Evaluated
     guard: Guard
 
     def account(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Account:
@@ -88,7 +88,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvaluationSettings:
     """What both models are asked.
 
     Args:
@@ -108,7 +108,7 @@ class Questions:
 
 def take(
     job: Job, source: Source, *, corpus: str, instructions: bool, prompt_on: bool, before: float | None, after: float | None
-) -> Findings:
+) -> FinalEvaluation:
     """Ask both models and judge.
 
     Args:
@@ -125,11 +125,11 @@ def take(
     # a model whose vocabulary was cut reads and writes with a tokenizer of its own
     theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
     asked = questions(job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on)
-    answers = {DENSE: Answers(), PRUNED: Answers()}
+    answers = {DENSE: Evaluated(), PRUNED: Evaluated()}
     pruned = job.model.eval()
-    if job.streamed:
-        asked = replace(asked, prompts=(), refused=STREAMED)
-    if lacking := STREAMED if job.streamed else _lacking(source, job.device, pruned.dtype):
+    if job.offloaded:
+        asked = replace(asked, prompts=(), refused=OFFLOADED)
+    if lacking := OFFLOADED if job.offloaded else _lacking(source, job.device, pruned.dtype):
         for what in ("texts", "speed", "held/perplexity"):
             answers[DENSE].not_measured[what] = lacking
         answers[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
@@ -157,7 +157,7 @@ def take(
         dense_degenerate=answers[DENSE].rate("degenerate"),
         pruned_degenerate=answers[PRUNED].rate("degenerate"),
     )
-    return Findings(answers[DENSE], answers[PRUNED], guard)
+    return FinalEvaluation(answers[DENSE], answers[PRUNED], guard)
 
 
 def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list[int]]:
@@ -171,14 +171,14 @@ def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list
 
 def questions(
     model: PreTrainedModel, tokenizers: Sequence[PreTrainedTokenizerBase | None], *, corpus: str, instructions: bool, prompt_on: bool
-) -> Questions:
+) -> EvaluationSettings:
     """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
 
     tokenizers: of all models that are asked; there must be room for the longest encoding.
     """
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
     if not known:
-        return Questions(corpus, (), None, 0, "", "the model has no tokenizer")
+        return EvaluationSettings(corpus, (), None, 0, "", "the model has no tokenizer")
     of_world = corpus.startswith("world")
     prompts = world_prompts(len(PROMPTS)) if of_world else PROMPTS
     encode, words = None, "beginning token, then the bare text"
@@ -189,12 +189,18 @@ def questions(
     context = context_of(model)
     room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
     if room < LEAST_NEW_TOKENS:
-        return Questions(corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}")
-    return Questions(corpus, prompts, encode, room, words)
+        return EvaluationSettings(corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}")
+    return EvaluationSettings(corpus, prompts, encode, room, words)
 
 
 def _ask(
-    answers: Answers, model: PreTrainedModel, job: Job, tokenizer: PreTrainedTokenizerBase | None, asked: Questions, *, is_dense: bool
+    answers: Evaluated,
+    model: PreTrainedModel,
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase | None,
+    asked: EvaluationSettings,
+    *,
+    is_dense: bool,
 ) -> None:
     """Held-out loss and texts of one model, added to its answers."""
     here = Environment.here(model.device, model.dtype)

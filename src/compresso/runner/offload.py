@@ -13,7 +13,7 @@ from compresso.job import Job
 from compresso.runner.output import stored_dtype
 from compresso.runner.preflight import Prepared
 from compresso.sweep.memory import estimate, give_back_large_blocks_, refuse_above
-from compresso.sweep.offload import Streamed
+from compresso.sweep.offload import Offloaded
 from compresso.training.launch import processes
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ def computed_in(prepared: Prepared) -> torch.dtype:
     return torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
 
 
-def streamed_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
+def offloaded_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
     """The job with its weights on disk, once the estimate of its memory was said.
 
     Raises ResourceError if it takes more memory than there is and nobody insists, or in several processes.
     """
     if processes() > 1:
-        raise ResourceError(f"a streamed run is one process, and {processes()} were launched; start it without torchrun")
+        raise ResourceError(f"an offloaded run is one process, and {processes()} were launched; start it without torchrun")
     dtype = computed_in(prepared)
     (_, stage) = prepared.recipe.stages[0]
     needed = estimate(job.model, job.arch, stage, [len(row["input_ids"]) for row in job.rows], dtype)
@@ -39,12 +39,12 @@ def streamed_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
     if not over_memory:
         refuse_above(needed, prepared.device)
     give_back_large_blocks_()
-    streamed = Streamed(prepared.source, dtype, prepared.device)
-    return replace(job, model=streamed.model, streamed=streamed, original=None)
+    offloaded = Offloaded(prepared.source, dtype, prepared.device)
+    return replace(job, model=offloaded.model, offloaded=offloaded, original=None)
 
 
-def opened_streamed(folder: Path, prepared: Prepared) -> PreTrainedModel:
+def opened_offloaded(folder: Path, prepared: Prepared) -> PreTrainedModel:
     """A written checkpoint whose weights are read as they are needed; it can be called."""
-    streamed = Streamed(open_source(folder), computed_in(prepared), prepared.device)
-    streamed.attach_()
-    return streamed.model
+    offloaded = Offloaded(open_source(folder), computed_in(prepared), prepared.device)
+    offloaded.attach_()
+    return offloaded.model

@@ -19,14 +19,14 @@ from compresso.data.instructions import Encoded
 from compresso.data.records import Records
 from compresso.edit.patches import patch_, unpatch_
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
-from compresso.formats.offloaded import save_streamed
+from compresso.formats.offloaded import save_offloaded
 from compresso.job import Job
 from compresso.metrics.held import held_loss
 from compresso.metrics.size import counts, weight_bytes
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
-from compresso.runner.final_evaluation import Findings
+from compresso.runner.final_evaluation import FinalEvaluation
 from compresso.runner.recipe import Recipe
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -83,7 +83,7 @@ def stored_dtype(source: Source) -> torch.dtype:
 def finish(
     job: Job,
     facts: Mapping[str, Any],
-    findings: Findings,
+    evaluation: FinalEvaluation,
     source: Source,
     layout: Layout | Literal["auto"],
     output: Path,
@@ -95,7 +95,7 @@ def finish(
 
     Args:
         job: with the smaller model, live.
-        facts, findings: of the run so far.
+        facts, evaluation: of the run so far.
         source: of the dense model.
         layout, output, force: as the run was asked.
         dtype: to store.
@@ -112,8 +112,8 @@ def finish(
     ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
     with new_folder(output, force) as folder:
         unpatch_(model)  # the files hold no patch: what they compute is compared without it
-        if job.streamed:
-            used, difference = save_streamed(job.streamed, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
+        if job.offloaded:
+            used, difference = save_offloaded(job.offloaded, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
         else:
             used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
             difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
@@ -124,12 +124,12 @@ def finish(
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
-            "guard": findings.guard.model_dump(mode="json"),
+            "guard": evaluation.guard.model_dump(mode="json"),
         }
         write_text(folder / "records.json", _json(written))  # engines are asked what they make of it with what is known of it
         written["engines"] = list(ask(folder)) if ask else []
         result = replace(open_source(folder).identity, name=output.name)
-        written["account"] = findings.account(source, result, folder, facts).model_dump(mode="json")
+        written["account"] = evaluation.account(source, result, folder, facts).model_dump(mode="json")
         records = RunRecords.checked(written, "the run's records")
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),

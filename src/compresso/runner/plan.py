@@ -63,7 +63,7 @@ class Trained:
 
 
 @dataclass
-class Rehearsal:
+class DryRun:
     """What acting a recipe out showed.
 
     Args:
@@ -82,7 +82,7 @@ class Rehearsal:
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
 
 
-def act_out(recipe: Recipe, source: Source) -> Rehearsal:
+def dry_run(recipe: Recipe, source: Source) -> DryRun:
     """Go through a recipe without weights and data.
 
     Raises:
@@ -100,7 +100,7 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
     dense = (int(cost().total), int(cost().macs))
-    shown, removed = Rehearsal(counts(cost), counts(cost)), Plan()
+    shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     steps: tuple[tuple[str, Any], ...] = recipe.stages
     for name, stage in steps:
         if hasattr(stage, "micro_batch"):
@@ -122,7 +122,7 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
             teacher = dense if hasattr(stage, "teacher_dtype") else (0, 0)
             shown.training.append(Trained(name, stage, model.config, total, macs, trainable, teacher))
         if hasattr(stage, "budget"):
-            budget, plan = rehearse(name, axes, cost, stage)
+            budget, plan = dry_run_plan(name, axes, cost, stage)
             removed = removed.then(plan)
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
@@ -142,34 +142,34 @@ def act_out(recipe: Recipe, source: Source) -> Rehearsal:
     return shown
 
 
-def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: str, shown: Rehearsal) -> list[str]:
+def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: str, shown: DryRun) -> list[str]:
     """What each constraint of an engine does to the size, in sentences; the others hold meanwhile."""
     want = parse_engine(engine)
     held = multiples(want, model)
     told: list[str] = []
     for kind, multiple in held.items():
-        free = act_out(build(without_multiple(raw, kind, multiple), "recipe"), source).after["parameters"]["total"]
+        free = dry_run(build(without_multiple(raw, kind, multiple), "recipe"), source).after["parameters"]["total"]
         told.append(f"{words(want, kind, multiple)}: {shown.after['parameters']['total'] - free:+,} parameters")
     if want.uniform:
         told.append(f"{engine}: the same widths in every layer; a plan shows them in any case")
     return told + misfits(want, held, model)
 
 
-def rehearse(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
+def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
 
-    The plan is the stage's own if it has `rehearse(axes, cost)`: one whose choice a budget does not describe. Its budget may be None.
+    The plan is the stage's own if it has `dry_run_plan(axes, cost)`: one whose choice a budget does not describe. Its budget may be None.
 
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
     """
     try:
         budget: Budget | None = stage.budget()
-        if hasattr(stage, "rehearse"):
-            return budget, stage.rehearse(axes, cost)
+        if hasattr(stage, "dry_run_plan"):
+            return budget, stage.dry_run_plan(axes, cost)
     except ValueError as error:
         raise BudgetError(f"stage '{name}': {error}") from error
-    assert budget is not None  # only stages that rehearse go without
+    assert budget is not None  # only stages that dry_run_plan go without
     try:
         counted = uniform_targets(axes, cost, budget)
         return budget, Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})
@@ -199,7 +199,7 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
     if family_of(source.config.model_type) is None:
         check_written(source.config.model_type, layout)
     recipe = build(for_family(raw, layout, source.config), str(raw.get("name", "recipe")))
-    shown = act_out(recipe, source)
+    shown = dry_run(recipe, source)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, engine, shown)
     device = choose_device("auto")

@@ -21,7 +21,7 @@ from compresso.formats.plain import check_written
 from compresso.native import family_of
 from compresso.runner.options import AskedLayout, for_family, for_layout
 from compresso.runner.output import origin, versions
-from compresso.runner.plan import act_out
+from compresso.runner.plan import dry_run
 from compresso.runner.recipe import Recipe, build
 from compresso.training.device import choose_device
 
@@ -95,11 +95,11 @@ def prepare(
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
     if stream:
-        check_streamed(recipe, layout)
+        check_offloaded(recipe, layout)
     output = output.resolve()
     check_output(output, source.folder, force)
     check_output(WorkFolder.beside(output), source.folder, force=True)
-    act_out(recipe, source)
+    dry_run(recipe, source)
     where = choose_device(device)
     if data is not None and not recipe.needs("data"):
         raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
@@ -120,14 +120,14 @@ def prepare(
     return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
 
 
-def check_streamed(recipe: Recipe, layout: str) -> None:
+def check_offloaded(recipe: Recipe, layout: str) -> None:
     """Raise RecipeError for a recipe that needs the whole model in memory, or a layout other than the model's own."""
     if layout != "auto":
-        raise RecipeError(f"--layout {layout}: a streamed run writes its model in the layout it came in; leave --layout or --stream out")
+        raise RecipeError(f"--layout {layout}: an offloaded run writes its model in the layout it came in; leave --layout or --stream out")
     stages = [name for name, _ in recipe.stages]
     if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
         raise RecipeError(
-            f"recipe {recipe.name} ({', '.join(stages)}) cannot be streamed: wanted one stage that sweeps over the blocks, such as wanda, "
+            f"recipe {recipe.name} ({', '.join(stages)}) cannot be offloaded: wanted one stage that sweeps over the blocks, such as wanda, "
             "sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
         )
 

@@ -32,13 +32,13 @@ from compresso.formats.hf import save_checkpoint
 from compresso.job import Job, check_finite
 from compresso.metrics.guard import Guard
 from compresso.native.stock import as_stock
-from compresso.runner.final_evaluation import Findings, take
-from compresso.runner.offload import computed_in, opened_streamed, streamed_job
+from compresso.runner.final_evaluation import FinalEvaluation, take
+from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.output import finish, state, stored_dtype
 from compresso.runner.preflight import Prepared, prepare
 from compresso.runner.recipe import read
 from compresso.runner.saved_stages import load_stage, save_stage
-from compresso.training.launch import new_accelerator, told
+from compresso.training.launch import broadcast, new_accelerator
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def run(
                     "the interrupted run has finished its stage in memory; resume it without --stream, or start anew with --force"
                 )
             if stream:
-                job = streamed_job(job, prepared, over_memory=over_memory)
+                job = offloaded_job(job, prepared, over_memory=over_memory)
             job, before = _with_weights(job, prepared, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
@@ -147,24 +147,24 @@ def run(
                 if not stream:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
-                if is_main and not stream:  # the journal of a streamed sweep holds what is done
+                if is_main and not stream:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, stage_name, partial(save_stage, job, before))
                 accelerator.wait_for_everyone()
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
             facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records), "patches": list(job.patches)}
             if is_main:
-                findings = _account(job, prepared, facts)
-                _refuse_collapse(findings.guard, force=force, quiet=quiet)
+                evaluation = _account(job, prepared, facts)
+                _refuse_collapse(evaluation.guard, force=force, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
                 facts = finish(
-                    job, facts, findings, prepared.source, prepared.layout, prepared.output, force, dtype, engines if verify else None
+                    job, facts, evaluation, prepared.source, prepared.layout, prepared.output, force, dtype, engines if verify else None
                 )
                 work.discard()
-            facts = told(accelerator, facts)
+            facts = broadcast(accelerator, facts)
             if stream:
-                job = replace(job, model=opened_streamed(Path(output), prepared))
+                job = replace(job, model=opened_offloaded(Path(output), prepared))
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
 
 
@@ -210,7 +210,7 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
 def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
     """The job with the original's weights or those of the last finished stage, and what the original measured."""
     dtype = computed_in(prepared)
-    if job.streamed:
+    if job.offloaded:
         return job, state(job)
     if not done:
         job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
@@ -223,7 +223,7 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
-def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> Findings:
+def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalEvaluation:
     """What the dense model and the smaller one answer, and the verdict."""
     return take(
         job,

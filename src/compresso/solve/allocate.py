@@ -20,7 +20,7 @@ from compresso.core.budget import TOLERANCE, Budget, InfeasibleBudget, infeasibl
 from compresso.core.cost import CostModel
 from compresso.core.hard_concrete import removal_order
 from compresso.core.plan import Plan
-from compresso.solve.greedy import Flat, Items, fill
+from compresso.solve.greedy import Flat, Items, admit_greedily
 
 __all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
 
@@ -147,7 +147,7 @@ def _land(items: Items, excess: Callable[[Tensor], float], tolerance: float, may
 
     def filled(given: Tensor) -> tuple[float, Tensor]:
         """How far from the target the items lie that are admitted around the given ones, and those items."""
-        admitted = fill(items, lambda trial: excess(trial) <= 0, given)
+        admitted = admit_greedily(items, lambda trial: excess(trial) <= 0, given)
         near = [(-excess(admitted), admitted)]
         if may_exceed:
             near += [(excess(more), more) for more in (_with(admitted, item) for item in items.next_of_groups(admitted))]

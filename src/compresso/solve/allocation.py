@@ -11,7 +11,7 @@ from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.score import parameters_per_unit
 from compresso.solve.allocate import allocate
-from compresso.solve.per_layer import allocate_spread, equal_weights, sensitivity_weights
+from compresso.solve.per_layer import allocate_per_layer, equal_weights, sensitivity_weights
 
 Allocation = Literal["global", "per_layer", "sensitivity", "exact"]
 """global: one pool of all layers. per_layer: every layer the same share. sensitivity: shares by what a layer's units are worth. exact: the
@@ -33,9 +33,9 @@ def allocated(
     if how == "global":
         return allocate(axes, scores, cost, budget)
     if how == "per_layer":
-        return allocate_spread(axes, scores, cost, budget, equal_weights(axes, budget))
+        return allocate_per_layer(axes, scores, cost, budget, equal_weights(axes, budget))
     if how == "sensitivity":
-        return allocate_spread(axes, scores, cost, budget, sensitivity_weights(axes, scores, budget))
+        return allocate_per_layer(axes, scores, cost, budget, sensitivity_weights(axes, scores, budget))
     from compresso.solve.exact import allocate_exactly  # scipy's solver takes a while to import
 
     prices = parameters_per_unit(axes, cost)

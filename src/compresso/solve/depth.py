@@ -7,7 +7,7 @@ from torch import Tensor
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
 from compresso.core.cost import CostModel
-from compresso.core.influence import least_turning_run
+from compresso.core.influence import least_distant_run
 from compresso.core.plan import Plan
 
 Part = tuple[str, int]
@@ -41,7 +41,7 @@ def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> P
 def drop_run(axis: Axis, distances: Tensor, cost: CostModel, budget: Budget, n: int | None = None) -> Plan:
     """The plan without the least turning contiguous run of layers: of n layers, or of as few as the budget takes.
 
-    axis: the layers. distances: [size + 1, size + 1], as `least_turning_run` reads them. Raises InfeasibleBudget if no run will do.
+    axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them. Raises InfeasibleBudget if no run will do.
     """
     limit = budget.limit(cost)
 
@@ -50,7 +50,7 @@ def drop_run(axis: Axis, distances: Tensor, cost: CostModel, budget: Budget, n: 
             return len(run) == n
         return float(cost.of(without([axis], [(axis.name, unit) for unit in run])).count(budget.of)) <= limit
 
-    run = least_turning_run(distances, fits)
+    run = least_distant_run(distances, fits)
     if run is None and n is not None:
         raise InfeasibleBudget(
             f"drop={n}: the model has {axis.size} layers, of which at most {axis.size - 1} may leave; lower drop to {axis.size - 1}"

@@ -43,7 +43,7 @@ class Items:
         return [int(left[groups == group][0]) for group in sorted(set(groups.tolist()))]  # pyright: ignore
 
 
-def fill(items: Items, fits: Callable[[Tensor], bool], given: Tensor | None = None) -> Tensor:
+def admit_greedily(items: Items, fits: Callable[[Tensor], bool], given: Tensor | None = None) -> Tensor:
     """The items admitted [items], bool: in order, each that still fits.
 
     Args:

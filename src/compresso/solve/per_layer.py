@@ -43,7 +43,7 @@ def sensitivity_weights(axes: Sequence[Axis], scores: Mapping[str, Tensor], budg
     return weights
 
 
-def allocate_spread(
+def allocate_per_layer(
     axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, weights: Mapping[str, float]
 ) -> Plan:
     """The plan in which axis a keeps its best min(1, s * weights[a]) of its units, with the largest s that the budget allows.

@@ -15,7 +15,7 @@ from compresso.core.budget import Budget, InfeasibleBudget, infeasible
 from compresso.core.cost import CostModel, Counted
 from compresso.core.hard_concrete import LOG_ALPHA_HIGH, LOG_ALPHA_LOW, expected_kept, keep_probability, removal_order, soft_value
 from compresso.core.plan import Plan
-from compresso.solve.greedy import Flat, Items, fill
+from compresso.solve.greedy import Flat, Items, admit_greedily
 
 _FAR = 40.0
 """A shift beyond which every gate is as closed or as open as its probability can be."""
@@ -120,7 +120,7 @@ def deterministic_to_budget(
     group = torch.cat([torch.full((axis.size,), i) for i, axis in enumerate(pool)])[best_first]
     tiled = torch.tensor([all(piece.unit is None for piece in axis.slices) for axis in pool])
     items = Items(of_unit, group, tiled[group])
-    masks = flat.split(items.units(fill(items, lambda trial: fits(items.units(trial, start))), start))
+    masks = flat.split(items.units(admit_greedily(items, lambda trial: fits(items.units(trial, start))), start))
     return {
         name: soft_value(log_alpha[name].detach()) * mask.to(device=log_alpha[name].device, dtype=log_alpha[name].dtype)
         for name, mask in masks.items()

@@ -20,7 +20,7 @@ BELOW = 0.05
 """How far below the target a shape may lie, as a share of it: the paper's range."""
 
 
-def candidates(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int) -> list[dict[Kind, int]]:
+def candidate_shapes(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int) -> list[dict[Kind, int]]:
     """At most `most` shapes within the budget, the first being that of `uniform_targets`, the others the further from it the later.
 
     Of the finest kind each keeps as many units as fit, at most 5 % below the target; above it, by up to 0.5 %, only where the budget has

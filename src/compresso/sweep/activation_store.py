@@ -11,7 +11,7 @@ from torch import Tensor
 Place = Literal["device", "cpu", "disk"]
 
 
-class Kept:
+class ActivationStore:
     """A list of tensors [batch, seq, hidden] that is read and written one at a time.
 
     Args:

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, and how much a streamed sweep will: said before it starts."""
+"""How much memory this process may still take, and how much an offloaded sweep will: said before it starts."""
 
 import ctypes
 import math
@@ -57,7 +57,7 @@ def available(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a streamed sweep takes at its largest, by what takes them."""
+    """Bytes that an offloaded sweep takes at its largest, by what takes them."""
 
     block: int
     around: int
@@ -84,7 +84,7 @@ class Estimate:
 
 
 def estimate(model: PreTrainedModel, arch: Arch, stage: Any, rows: Iterable[int], dtype: torch.dtype) -> Estimate:
-    """What one stage of a streamed run takes.
+    """What one stage of an offloaded run takes.
 
     Args:
         model: on the meta device.

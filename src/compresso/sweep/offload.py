@@ -18,7 +18,7 @@ from compresso.errors import CheckpointError
 from compresso.native.stock import as_stock
 
 
-class Streamed:
+class Offloaded:
     """A model on the meta device, and where its weights are read.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compresso.core.obs import NotPositiveDefiniteError, Quantize, column_sweep, inverse_factor
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_share, wanda_score
 from compresso.errors import NumericError
-from compresso.sweep.sweep import Edit, Seen
+from compresso.sweep.sweep import Edit, Stats
 from compresso.sweep.targets import Group, matrix
 
 Compat = str
@@ -22,7 +22,7 @@ def zeroed(model: nn.Module, gone: Callable[[Group, Tensor], tuple[Tensor, Mappi
     gone: a group and the score [out, in] of one of its matrices -> which entries become zero [out, in], and facts to note.
     """
 
-    def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
+    def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         notes: dict[str, Any] = {}
         for name in group.names:
             weight = matrix(model, name)
@@ -59,14 +59,14 @@ def compensated(
     Raises NumericError, when it edits and nothing else was told, naming the linears whose second moment cannot be inverted.
     """
 
-    def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
+    def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         moment = seen.total * (2 / seen.tokens)
         order = moment.diagonal().argsort(descending=True, stable=True) if in_order else torch.arange(len(moment), device=moment.device)
         try:
             factor = inverse_factor(moment[order][:, order] if in_order else moment, damping)
         except NotPositiveDefiniteError as error:
             if otherwise is not None:
-                told = otherwise(group, Seen(seen.total.diagonal().clamp(min=0), seen.tokens))
+                told = otherwise(group, Stats(seen.total.diagonal().clamp(min=0), seen.tokens))
                 return {name: {**facts, "loss": None, "not_inverted": str(error)} for name, facts in told.items()}
             raise NumericError(
                 f"{', '.join(group.names)}: {error}; give more calibration examples, raise damping, or add it to ignore"

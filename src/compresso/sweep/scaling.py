@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from compresso.arch.producers import Feeder
-from compresso.sweep.sweep import Edit, Seen, second_moment
+from compresso.sweep.sweep import Edit, Stats, second_moment
 from compresso.sweep.targets import Group, matrix
 
 Found = tuple[Tensor, Mapping[str, Any]]
 """A scale [in], and facts to note."""
-Search = Callable[[Tensor, Seen], Found]
+Search = Callable[[Tensor, Stats], Found]
 """Weights [out, in] of a group's linears, one below the other, and what they read -> the scale of their inputs."""
-RoundOne = Callable[[str, Tensor, Seen, Tensor], Tensor]
+RoundOne = Callable[[str, Tensor, Stats, Tensor], Tensor]
 """A linear's name, its scaled weights [out, in], what it reads unscaled, and the scale [in] -> its rounded weights."""
 
 
@@ -36,24 +36,24 @@ def largest(total: Tensor | None, inputs: Tensor) -> Tensor:
 def rescaled(model: nn.Module, search: Search, rounded: RoundOne) -> Edit:
     """An edit that scales a group's weights, divides what feeds them, and rounds; a group that nothing feeds is rounded alone."""
 
-    def edit(group: Group, seen: Seen) -> Mapping[str, Any]:
+    def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         pieces = [matrix(model, name).float() for name in group.names]
         scale, facts = torch.ones_like(pieces[0][0]), dict[str, Any]()
-        if group.feeder is not None:
+        if group.producer is not None:
             scale, found = search(torch.cat(pieces), seen)
-            divide_(model, group.feeder, scale)
+            divide_(model, group.producer, scale)
             facts |= found
         for name, piece in zip(group.names, pieces, strict=True):
             matrix(model, name).copy_(rounded(name, piece * scale, seen, scale))
-        return {name: {**facts, "scaled": group.feeder is not None} for name in group.names}
+        return {name: {**facts, "scaled": group.producer is not None} for name in group.names}
 
     return edit
 
 
 @torch.no_grad()
-def divide_(model: nn.Module, feeder: Feeder, scale: Tensor) -> None:
-    """Divide a feeder's outputs by a scale [outputs], in its parameters."""
-    module = model.get_submodule(feeder.module)
+def divide_(model: nn.Module, producer: Feeder, scale: Tensor) -> None:
+    """Divide a producer's outputs by a scale [outputs], in its parameters."""
+    module = model.get_submodule(producer.module)
     for name, parameter in module.named_parameters():
-        wide, offset = parameter.float(), float(feeder.one_plus and name == "weight")
+        wide, offset = parameter.float(), float(producer.one_plus and name == "weight")
         parameter.copy_((wide + offset) / (scale[:, None] if parameter.dim() == 2 else scale) - offset)

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.errors import ArchError, NumericError
-from compresso.sweep.activation_store import Kept, Place
+from compresso.sweep.activation_store import ActivationStore, Place
 from compresso.sweep.journal import Journal
-from compresso.sweep.offload import Streamed
-from compresso.sweep.targets import Group, Groups, touched, weight_of
+from compresso.sweep.offload import Offloaded
+from compresso.sweep.targets import Group, Groups, edited_names, weight_of
 from compresso.training.progress import Progress
 from compresso.training.signals import SIGNALS, Interrupted, noted_signals
 
@@ -33,14 +33,14 @@ Fold = Callable[[Tensor | None, Tensor], Tensor]
 
 
 @dataclass
-class Seen:
+class Stats:
     """What a group of linears read: the statistic, and how many tokens it is of."""
 
     total: Tensor
     tokens: int
 
 
-Edit = Callable[[Group, Seen], Mapping[str, Any]]
+Edit = Callable[[Group, Stats], Mapping[str, Any]]
 """Changes the weights of a group's linears in place; returns what is to be noted of them, JSON values by full name."""
 
 
@@ -88,10 +88,10 @@ def sweep(
     place: Place = "device",
     scratch: Path = Path("activations"),
     true_sequential: bool = False,
-    only_look: bool = False,
+    collect_only: bool = False,
     rescales: bool = False,
     journal: Journal | None = None,
-    streamed: Streamed | None = None,
+    offloaded: Offloaded | None = None,
     progress: Progress | None = None,
     name: str = "sweep",
 ) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def sweep(
         fold, edit: see `Fold` and `Edit`.
         place, scratch: where the states between two blocks are kept, and the folder for "disk".
         true_sequential: look again after each group.
-        only_look: `edit` changes nothing, so that no block is run twice.
+        collect_only: `edit` changes nothing, so that no block is run twice.
         rescales: `edit` changes what feeds a group, too.
         journal: of finished blocks, which are read instead of done; None keeps none.
-        streamed: where weights of a model on the meta device come from, block by block; the journal holds the edited ones.
+        offloaded: where weights of a model on the meta device come from, block by block; the journal holds the edited ones.
         progress, name: display.
 
     Returns:
@@ -119,35 +119,35 @@ def sweep(
         ArchError: linears of a group do not read the same input.
         Interrupted: SIGINT or SIGTERM came and the journal has what is done.
     """
-    if streamed is None:
+    if offloaded is None:
         check_weights(model, groups)
     blocks, last = arch.blocks(model), max(groups)
     done = set(journal.finished(list(groups))) if journal else set[int]()
-    states = Kept(place, streamed.device if streamed else model.device, scratch)
+    states = ActivationStore(place, offloaded.device if offloaded else model.device, scratch)
     notes: dict[str, Any] = {}
     model.eval()
     shown = progress or Progress("silent")
     tokens = float(sum(batch.numel() for batch in batches))
     try:
-        with streamed.loaded(streamed.around(blocks)) if streamed else nullcontext():
+        with offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
             calls = _recorded(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(last + 1, 0):
             for layer, block in enumerate(blocks[: last + 1]):
                 run = _Runner(block, layer, [calls[i][layer] for i in range(len(batches))], states)
                 here = groups.get(layer, ())
-                with streamed.loaded(streamed.of_block(block)) if streamed else nullcontext():
+                with offloaded.loaded(offloaded.of_block(block)) if offloaded else nullcontext():
                     if journal and layer in done:
                         weights, facts = journal.read(layer)
                         for parameter, weight in weights.items():
                             model.get_parameter(parameter).copy_(weight)
                     else:
-                        facts = _edited(model, here, run, fold, edit, true_sequential, keep=only_look)
+                        facts = _edited(model, here, run, fold, edit, true_sequential, keep=collect_only)
                         if journal and here:
-                            journal.write(layer, {one: model.get_parameter(one) for one in touched(model, here, rescales)}, facts)
+                            journal.write(layer, {one: model.get_parameter(one) for one in edited_names(model, here, rescales)}, facts)
                     notes |= facts
-                    if streamed and journal and here:
-                        streamed.store.replace(journal.weights(layer))
-                    if layer < last and not (only_look and here):
+                    if offloaded and journal and here:
+                        offloaded.store.replace(journal.weights(layer))
+                    if layer < last and not (collect_only and here):
                         run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
                 if requests.arrived:
@@ -180,7 +180,7 @@ def _edited(
 class _Runner:
     """Runs one block on all batches."""
 
-    def __init__(self, block: nn.Module, layer: int, calls: Sequence[_Call], states: Kept) -> None:
+    def __init__(self, block: nn.Module, layer: int, calls: Sequence[_Call], states: ActivationStore) -> None:
         self._block, self._layer, self._calls, self._states = block, layer, calls, states
 
     def __call__(self, keep: bool) -> None:
@@ -197,9 +197,9 @@ class _Runner:
 
 
 @contextmanager
-def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Iterator[dict[str, Seen]]:
+def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Iterator[dict[str, Stats]]:
     """Within the context, what each group reads is folded: name of its first linear -> what was seen."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, Stats] = {}
     read: dict[str, Tensor] = {}
 
     def first(name: str) -> Callable[..., None]:
@@ -211,7 +211,7 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
                 seen[name].total = fold(seen[name].total, flat)
                 seen[name].tokens += len(flat)
             elif len(flat):
-                seen[name] = Seen(fold(None, flat), len(flat))
+                seen[name] = Stats(fold(None, flat), len(flat))
 
         return hook
 
@@ -236,7 +236,7 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
             handle.remove()
 
 
-def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: Kept) -> list[list[_Call]]:
+def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: ActivationStore) -> list[list[_Call]]:
     """What each block is called with, by batch and layer; the states before the first block go into `states`."""
     calls: list[list[_Call]] = []
     known: dict[tuple[int, str], Any] = {}

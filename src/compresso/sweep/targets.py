@@ -48,12 +48,12 @@ class Group:
     Args:
         layer: of the block.
         names: the linears.
-        feeder: what writes their inputs, by full name, if they are all that reads them.
+        producer: what writes their inputs, by full name, if they are all that reads them.
     """
 
     layer: int
     names: tuple[str, ...]
-    feeder: Feeder | None = None
+    producer: Feeder | None = None
 
 
 Groups = Mapping[int, Sequence[Group]]
@@ -75,10 +75,10 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
         layer: [tuple(f"{root}.{layer}.{name}" for name in names) for names in arch.linear_groups(block)]
         for layer, block in enumerate(blocks)
     }
-    feeders = {
-        tuple(f"{root}.{layer}.{name}" for name in names): replace(feeder, module=f"{root}.{layer}.{feeder.module}")
+    producers = {
+        tuple(f"{root}.{layer}.{name}" for name in names): replace(producer, module=f"{root}.{layer}.{producer.module}")
         for layer, block in enumerate(blocks)
-        for names, feeder in arch.feeders(block).items()
+        for names, producer in arch.producers(block).items()
     }
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -98,7 +98,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                     raise RecipeError(
                         f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group, or add it to ignore"
                     )
-                found.setdefault(layer, []).append(Group(layer, mine, feeders.get(mine)))
+                found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine)))
             for name in mine:
                 sharing = owners[id(weight_of(model, name))]
                 if len(sharing) > 1:
@@ -113,9 +113,9 @@ def names_of(groups: Groups) -> list[str]:
     return [name for here in groups.values() for group in here for name in group.names]
 
 
-def touched(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
+def edited_names(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
     """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it rescales."""
-    fed = [group.feeder.module for group in groups if group.feeder and rescales]
+    fed = [group.producer.module for group in groups if group.producer and rescales]
     feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
     return list(dict.fromkeys([*(f"{name}.weight" for group in groups for name in group.names), *feeding]))
 

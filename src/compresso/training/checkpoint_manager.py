@@ -11,11 +11,11 @@ from torch import nn
 from compresso.errors import CompressoError
 from compresso.training.checkpoint import Saved, TrainingCheckpoints, refuse_other_run
 from compresso.training.history import History
-from compresso.training.launch import told
+from compresso.training.launch import broadcast
 from compresso.training.state import collect, is_sharded, restore_
 
 
-class Keeper:
+class CheckpointManager:
     """The checkpoints of one run, or of a run that keeps none.
 
     Args:
@@ -74,7 +74,7 @@ class Keeper:
                     path = str(self._checkpoints.save(Saved(done, tensors, history, self._identity)))
                 except CompressoError as refusal:
                     error = refusal
-        path, error = told(self._accelerator, (path, error))
+        path, error = broadcast(self._accelerator, (path, error))
         if error is not None:
             raise error
         self.saved = path
@@ -91,5 +91,5 @@ class Keeper:
         if self._checkpoints is None:
             return None
         path = self._checkpoints.latest() if self._accelerator.is_main_process else None
-        self.saved = told(self._accelerator, None if path is None else str(path))
+        self.saved = broadcast(self._accelerator, None if path is None else str(path))
         return None if self.saved is None else self._checkpoints.load(Path(self.saved))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compresso.errors import CompressoError, NumericError
 from compresso.training.checkpoint import TrainingCheckpoints
-from compresso.training.checkpoint_manager import Keeper
+from compresso.training.checkpoint_manager import CheckpointManager
 from compresso.training.device import choose_device, choose_precision
 from compresso.training.groups import Group, adamw, all_finite, check_groups, clip_, gradient_norms, set_rates_
 from compresso.training.history import History
@@ -97,8 +97,8 @@ def fit(
     }
     optimizer = adamw(groups)
     model = prepare(accelerator, objective, optimizer)
-    keeper = Keeper(accelerator, objective, optimizer, checkpoints, run)
-    done, history = keeper.resume()
+    manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run)
+    done, history = manager.resume()
     shown = progress if progress is not None and accelerator.is_main_process else Progress("silent")
 
     with noted_signals() as requests, _training(objective, accelerator.device), shown.running(steps, done):
@@ -115,7 +115,7 @@ def fit(
             if sums["#bad"]:
                 history.skipped.append(update)
                 shown.say(f"update {update} skipped: its loss ({row['loss']}) or gradient is not finite")
-                _give_up_after_skips(history, row["loss"], keeper)
+                _give_up_after_skips(history, row["loss"], manager)
             else:
                 set_rates_(optimizer, groups, update)
                 if before_step is not None:
@@ -126,13 +126,13 @@ def fit(
                 history.rows.append(row)
             optimizer.zero_grad(set_to_none=True)
             if stop or update + 1 == steps or (update + 1) % save_every == 0:
-                keeper.save(update + 1, history)
+                manager.save(update + 1, history)
             shown.step(update + 1, phase(update), row, sums["#tokens"])
             if stop:
-                raise Interrupted(stop, keeper.saved)
+                raise Interrupted(stop, manager.saved)
         late = asked(summed(accelerator, requests.flags()))  # came during the last save
         if late:
-            raise Interrupted(late, keeper.saved)
+            raise Interrupted(late, manager.saved)
     return history
 
 
@@ -167,11 +167,11 @@ def _tokens(batch: Mapping[str, Tensor]) -> float:
     return float(batch["input_ids"].numel()) if "input_ids" in batch else 0.0
 
 
-def _give_up_after_skips(history: History, loss: float, keeper: Keeper) -> None:
+def _give_up_after_skips(history: History, loss: float, manager: CheckpointManager) -> None:
     last = history.skipped[-1]
     if history.skipped[-MOST_SKIPS:] == list(range(last - MOST_SKIPS + 1, last + 1)):
         raise NumericError(
-            f"update {last}: loss {loss}; {MOST_SKIPS} updates in a row had a loss or gradient that is not finite; {keeper.rewind()}; "
+            f"update {last}: loss {loss}; {MOST_SKIPS} updates in a row had a loss or gradient that is not finite; {manager.rewind()}; "
             "lower the learning rate, or look at the data of these updates"
         )
 

@@ -80,7 +80,7 @@ def summed(accelerator: Accelerator, numbers: Mapping[str, Tensor]) -> dict[str,
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
-def told(accelerator: Accelerator, value: Value) -> Value:
+def broadcast(accelerator: Accelerator, value: Value) -> Value:
     """The main process' value, in every process."""
     if accelerator.num_processes == 1:
         return value
