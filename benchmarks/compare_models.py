@@ -1,10 +1,13 @@
-"""Dense, magnitude, gate-Taylor and Compresso on several models, equal updates: what was kept, what it costs, how fast it runs.
+"""Dense, magnitude, gate-Taylor and Compresso on several models, equal updates: what was kept, what it costs, how fast
+it runs.
 
-    python benchmarks/compare_models.py [--models nano stories260K babyllama-tok361] [--keep 0.7] [--updates 300] [--seed 0]
+    python benchmarks/compare_models.py [--models nano stories260K babyllama-tok361] [--keep 0.7] [--updates 300]
+    [--seed 0]
 
-Besides the embedded nano model there are the models under COMPRESSO_DATA, which are pruned with text of theirs; one that is absent is left
-out with a word. Each model's account goes to results/models_NAME.json, the same file that `compresso compare` reads, and all of them into
-the table results/models.md. `--only-table` writes the table anew from what is there.
+Besides the embedded nano model there are the models under COMPRESSO_DATA, which are pruned with text of theirs; one
+that is absent is left out with a word. Each model's account goes to results/models_NAME.json, the same file that
+`compresso compare` reads, and all of them into the table results/models.md. `--only-table` writes the table anew from
+what is there.
 """
 
 import argparse
@@ -61,7 +64,9 @@ def cases() -> dict[str, Case]:
 
 
 def recipe_of(method: str, configuration: str, keep: float, updates: int | None) -> dict[str, Any]:
-    """A method's recipe; with `updates`, those of all its training stages together, so that learning gates is not extra."""
+    """A method's recipe; with `updates`, those of all its training stages together, so that learning gates is not
+    extra.
+    """
     raw = with_knob(read(method + configuration), "keep", keep)
     if updates is None:
         return raw
@@ -91,7 +96,10 @@ def row(subject: Subject) -> list[str]:
 
 def table(accounts: dict[str, Account]) -> str:
     """Markdown, one block of rows a model."""
-    lines = ["| model | method | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
+    lines = [
+        "| model | method | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
+        "|---|---|" + "---:|" * len(COLUMNS),
+    ]
     for model, account in accounts.items():
         lines += [f"| {model} | {subject.name} | " + " | ".join(row(subject)) + " |" for subject in account.subjects]
     return "\n".join(lines) + "\n"

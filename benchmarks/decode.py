@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--rounds 9] [--threads 1]
 
-A LLaMA that reads 134 million parameters a token (hidden 1024, 8 layers, random weights), float32, batch 1. Each variant is cut by
-`shrink_`, saved, and loaded again by `AutoModelForCausalLM.from_pretrained`, so what is timed is what a user opens. A speed-up over
-bound of 1.0 is all that memory traffic allows. Wanted on a CPU: at least 0.85.
+A LLaMA that reads 134 million parameters a token (hidden 1024, 8 layers, random weights), float32, batch 1. Each
+variant is cut by `shrink_`, saved, and loaded again by `AutoModelForCausalLM.from_pretrained`, so what is timed is what
+a user opens. A speed-up over bound of 1.0 is all that memory traffic allows. Wanted on a CPU: at least 0.85.
 """
 
 import argparse
@@ -30,8 +30,16 @@ from compresso.solve.allocate import allocate
 VARIANTS = {
     "heads and channels, 70 %, per layer": {"keep": 0.7, "kinds": ("head", "channel")},
     "heads and channels, 50 %, per layer": {"keep": 0.5, "kinds": ("head", "channel")},
-    "heads and channels, 50 %, uniform": {"keep": 0.5, "kinds": ("head", "channel"), "uniform_over": ("head", "channel")},
-    "heads, channels and hidden, 50 %, per layer": {"keep": 0.5, "kinds": ("head", "channel", "hidden"), "multiple_of": {"hidden": 64}},
+    "heads and channels, 50 %, uniform": {
+        "keep": 0.5,
+        "kinds": ("head", "channel"),
+        "uniform_over": ("head", "channel"),
+    },
+    "heads, channels and hidden, 50 %, per layer": {
+        "keep": 0.5,
+        "kinds": ("head", "channel", "hidden"),
+        "multiple_of": {"hidden": 64},
+    },
 }
 
 
@@ -39,7 +47,12 @@ def dense() -> PreTrainedModel:
     """The model all variants are cut from."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16, intermediate_size=2816, vocab_size=32000
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        intermediate_size=2816,
+        vocab_size=32000,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -79,7 +92,10 @@ def main() -> None:
             "mb_per_token": round(weight_bytes_read(models[name]) / 1e6, 1),
             "bytes_bound": round(bound, 3),
         }
-        row |= {"tokens_per_s": round(decode.value, 2), "range": [round(end, 2) for end in (decode.low, decode.high) if end is not None]}
+        row |= {
+            "tokens_per_s": round(decode.value, 2),
+            "range": [round(end, 2) for end in (decode.low, decode.high) if end is not None],
+        }
         rows.append(row | {"speedup": round(speedup, 3), "speedup_over_bound": round(speedup / bound, 3)})
         print(rows[-1], flush=True)
     worst = min(row["speedup_over_bound"] for row in rows[1:])

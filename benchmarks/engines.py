@@ -1,13 +1,15 @@
-"""What each engine makes of a model, dense and pruned, in each layout and precision: opens, difference, speed, size, memory.
+"""What each engine makes of a model, dense and pruned, in each layout and precision: opens, difference, speed, size,
+memory.
 
     python benchmarks/engines.py [--rounds 5]
 
-A LLaMA of 57 million parameters (hidden 768, 8 layers, 12 heads, random weights, the embedded model's tokenizer) is cut to 70 and 50 % of
-its blocks by random scores, channels in multiples of 32, and written in every layout. transformers and ONNX Runtime open the folder or what
-is exported from it, llama.cpp the GGUF file. Each engine reads 128 tokens and writes 32, one thread; the variants of one engine and
-precision take turns in one process, and speeds are medians over the rounds, as ratios to dense. The bound is dense bytes over its own: what
-reading fewer weights allows. Differences are those of `compresso verify`: logits, or probabilities in llama.cpp. Peak memory is that of a
-process of its own that opens one file, reads and writes once.
+A LLaMA of 57 million parameters (hidden 768, 8 layers, 12 heads, random weights, the embedded model's tokenizer) is cut
+to 70 and 50 % of its blocks by random scores, channels in multiples of 32, and written in every layout. transformers
+and ONNX Runtime open the folder or what is exported from it, llama.cpp the GGUF file. Each engine reads 128 tokens and
+writes 32, one thread; the variants of one engine and precision take turns in one process, and speeds are medians over
+the rounds, as ratios to dense. The bound is dense bytes over its own: what reading fewer weights allows. Differences
+are those of `compresso verify`: logits, or probabilities in llama.cpp. Peak memory is that of a process of its own that
+opens one file, reads and writes once.
 """
 
 import argparse
@@ -78,7 +80,9 @@ def made(keep: float, layout: str, folder: Path) -> None:
         even = ("head", "channel") if layout == "uniform" else ()
         budget = Budget(keep, kinds=("head", "channel"), uniform_over=even, multiple_of={"channel": 32})  # type: ignore[arg-type]
         shrink_(model, axes, allocate(axes, scores, CostModel(axes, arch.weights(model)), budget))
-    save_checkpoint(model, arch.shapes(model), folder, layout=layout, tokenizer=AutoTokenizer.from_pretrained(nano.path()))  # type: ignore[arg-type]
+    save_checkpoint(
+        model, arch.shapes(model), folder, layout=layout, tokenizer=AutoTokenizer.from_pretrained(nano.path())
+    )  # type: ignore[arg-type]
 
 
 def onnx_times(folders: Mapping[str, Path], rounds: int) -> Times:
@@ -101,10 +105,19 @@ def onnx_times(folders: Mapping[str, Path], rounds: int) -> Times:
 
 def llama_cpp_run(files: list[Path], rounds: int) -> dict[str, Any]:
     """What llama_cpp_speed.mjs says of files."""
-    asked = {"files": [str(path) for path in files], "prompt": [i % 1000 + 3 for i in range(PROMPT)], "new_tokens": NEW, "rounds": rounds}
+    asked = {
+        "files": [str(path) for path in files],
+        "prompt": [i % 1000 + 3 for i in range(PROMPT)],
+        "new_tokens": NEW,
+        "rounds": rounds,
+    }
     script = Path(__file__).with_name("llama_cpp_speed.mjs")
     done = subprocess.run(
-        ["node", str(script), str(llama_cpp._modules())], input=json.dumps(asked), capture_output=True, text=True, check=True
+        ["node", str(script), str(llama_cpp._modules())],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -114,14 +127,19 @@ def transformers_times(folders: Mapping[str, Path], rounds: int) -> dict[str, tu
     models = {name: as_stock(load_model(open_source(folder), dtype=torch.float32)) for name, folder in folders.items()}
     found = speed_measurements(models, (1,), PROMPT, NEW, rounds)
     values = {name: {one.name: one.value for one in numbers} for name, numbers in found.items()}
-    return {name: (one.get("prefill_speedup/batch1", 1.0), one.get("decode_speedup/batch1", 1.0)) for name, one in values.items()}
+    return {
+        name: (one.get("prefill_speedup/batch1", 1.0), one.get("decode_speedup/batch1", 1.0))
+        for name, one in values.items()
+    }
 
 
 def ratios(times: Times) -> dict[str, tuple[float, float]]:
     """Speed of each variant over that of dense, round by round, the median."""
     dense = times["dense"]
     return {
-        name: tuple(statistics.median(base / own for base, own in zip(dense[part], mine[part], strict=True)) for part in (0, 1))  # type: ignore[misc]
+        name: tuple(
+            statistics.median(base / own for base, own in zip(dense[part], mine[part], strict=True)) for part in (0, 1)
+        )  # type: ignore[misc]
         for name, mine in times.items()
     }
 
@@ -130,7 +148,9 @@ def peak(kind: str, path: Path) -> float:
     """Peak MiB of a process that opens a file, reads and writes once."""
     if kind == "llama.cpp":
         return llama_cpp_run([path], 1)["peak_kib"] / 1024
-    done = subprocess.run([sys.executable, __file__, "--open", kind, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--open", kind, str(path)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -140,7 +160,9 @@ def opened(kind: str, path: Path) -> None:
     if kind == "onnx":
         OnnxModel(path, threads=1).greedy(ids[0], NEW)
     else:
-        load_model(open_source(path), dtype=torch.float32).generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)  # type: ignore[operator]
+        load_model(open_source(path), dtype=torch.float32).generate(
+            ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )  # type: ignore[operator]
     print(high_water_mib())
 
 
@@ -154,7 +176,11 @@ def size(path: Path) -> int:
 
 
 def rows_of(
-    engine: str, kind: str, paths: Mapping[str, Path], speeds: Mapping[str, tuple[float, float]], asks: Callable[[str], Any]
+    engine: str,
+    kind: str,
+    paths: Mapping[str, Path],
+    speeds: Mapping[str, tuple[float, float]],
+    asks: Callable[[str], Any],
 ) -> list[Any]:
     """One row a variant."""
     rows: list[Any] = []
@@ -195,9 +221,13 @@ def main() -> None:
         folders = {name: base / f"hf-{i}" for i, name in enumerate(VARIANTS)}
         for name, (keep, layout) in VARIANTS.items():
             made(keep, layout, folders[name])
-        live = {name: as_stock(load_model(open_source(folder), dtype=torch.float32)) for name, folder in folders.items()}
+        live = {
+            name: as_stock(load_model(open_source(folder), dtype=torch.float32)) for name, folder in folders.items()
+        }
         tokenizer = load_tokenizer(open_source(folders["dense"]))
-        rows += rows_of("transformers, f32", "transformers", folders, transformers_times(folders, given.rounds), lambda name: None)
+        rows += rows_of(
+            "transformers, f32", "transformers", folders, transformers_times(folders, given.rounds), lambda name: None
+        )
         for dtype in ("f32", "int8"):
             paths = {name: base / f"onnx-{dtype}-{i}" for i, name in enumerate(VARIANTS)}
             for name, path in paths.items():
@@ -214,7 +244,13 @@ def main() -> None:
             rows += rows_of(f"llama.cpp, {dtype}", "llama.cpp", paths, ratios(times), asks)
     write(
         "engines",
-        {"rows": rows, "prompt": PROMPT, "new": NEW, "machine": facts, "command": f"python benchmarks/engines.py --rounds {given.rounds}"},
+        {
+            "rows": rows,
+            "prompt": PROMPT,
+            "new": NEW,
+            "machine": facts,
+            "command": f"python benchmarks/engines.py --rounds {given.rounds}",
+        },
     )
     lines = [
         "| engine | model | opens | difference | prefill, of dense | decode, of dense | bytes bound | MB | peak MiB |",
@@ -225,7 +261,9 @@ def main() -> None:
         told = f"{row['engine']} | {row['variant']} | {row['opens']} | {row['difference']:.1g}"
         lines.append(f"| {told} | {speeds} | {row['megabytes']:.0f} | {row['peak_mib']:.0f} |")
     where = f"{facts['processor']}, one of {facts['cores']} cores, torch {facts['versions']['torch']}"
-    (RESULTS / "engines.md").write_text("\n".join([*lines, "", f"{given.rounds} rounds in turn, medians; {where}.", ""]), "utf-8")
+    (RESULTS / "engines.md").write_text(
+        "\n".join([*lines, "", f"{given.rounds} rounds in turn, medians; {where}.", ""]), "utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""LLaMA-7B shapes on one GPU, random bfloat16 weights: what a mask-training step costs, and how fast what it leaves runs.
+"""LLaMA-7B shapes on one GPU, random bfloat16 weights: what a mask-training step costs, and how fast what it leaves
+runs.
 
     python benchmarks/gpu_7b.py [--pairs 5] [--rounds 3]
 
-Step: sequence 1024, one sequence, LoRA of rank 8 on q and v (the published configuration), gates on heads, channels and hidden dimensions;
-with and without recomputing activations. Peak memory of each alone, time of the two interleaved. Speed: dense beside 5.4, 5.0 and 4.5
-billion parameters (heads and channels leave in equal shares of importance drawn at random, since speed depends on widths alone), with
-equal widths in all layers and with widths of each layer's own, at multiples of 64 channels and at any count. Every variant is timed in
-turn with the dense model; "bound" is what reading fewer bytes allows. Eager decoding of such a model waits for Python to launch kernels, so
-the same step is also captured as a CUDA graph and replayed ("graph"). Results go to results/gpu_7b.json and gpu_7b.md.
+Step: sequence 1024, one sequence, LoRA of rank 8 on q and v (the published configuration), gates on heads, channels and
+hidden dimensions; with and without recomputing activations. Peak memory of each alone, time of the two interleaved.
+Speed: dense beside 5.4, 5.0 and 4.5 billion parameters (heads and channels leave in equal shares of importance drawn at
+random, since speed depends on widths alone), with equal widths in all layers and with widths of each layer's own, at
+multiples of 64 channels and at any count. Every variant is timed in turn with the dense model; "bound" is what reading
+fewer bytes allows. Eager decoding of such a model waits for Python to launch kernels, so the same step is also captured
+as a CUDA graph and replayed ("graph"). Results go to results/gpu_7b.json and gpu_7b.md.
 """
 
 import argparse
@@ -46,7 +48,11 @@ def dense(layers: int, hidden: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     heads = hidden // 128
     config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=hidden * 43 // 16, vocab_size=32000
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=hidden * 43 // 16,
+        vocab_size=32000,
     )
     config.max_position_embeddings = 4096
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,7 +152,9 @@ def captured_step(model: LlamaForCausalLM, rows: int) -> Step:
 
     def step() -> None:
         fresh = copy.copy(cache)
-        fresh.layers = [copy.copy(layer) for layer in cache.layers]  # the step appends to these, not to the cache itself
+        fresh.layers = [
+            copy.copy(layer) for layer in cache.layers
+        ]  # the step appends to these, not to the cache itself
         model(input_ids=token, past_key_values=fresh, use_cache=True)
 
     aside = torch.cuda.Stream()
@@ -232,9 +240,14 @@ def table(steps: list[dict[str, object]], rows: list[dict[str, object]]) -> str:
         )
     titles = ("prefill x", "decode x", "graph decode x", "bytes bound")
     columns = [f"{what}_{at}_{kind}" for at in ("batch1", "batch8") for what, kind in KINDS]
-    lines += ["", "| size | layout | " + " | ".join(f"{title}{at}" for at in ("", ", batch 8") for title in titles) + " |"]
+    lines += [
+        "",
+        "| size | layout | " + " | ".join(f"{title}{at}" for at in ("", ", batch 8") for title in titles) + " |",
+    ]
     lines += ["|---|---|" + "---:|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "-")) for column in ["size", "layout", *columns]) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(str(row.get(column, "-")) for column in ["size", "layout", *columns]) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

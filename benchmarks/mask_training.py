@@ -2,10 +2,10 @@
 
     python benchmarks/mask_training.py [--pairs 7] [--threads 1]
 
-Plain: peft's LoRA on q and v, the model's own loss, AdamW, without compresso (steps.py). Ours: the objective and loop of
-`learn_gates` with gates on heads, FFN channels and hidden dimensions, noise per example, projection after every update. CPU seconds of
-the process (wall time beside them), median over pairs. Peak memory of each in a process of its own, the median of three: it varies
-by 2 %. Wanted: time and memory at most 1.10 times the plain step.
+Plain: peft's LoRA on q and v, the model's own loss, AdamW, without compresso (steps.py). Ours: the objective and loop
+of `learn_gates` with gates on heads, FFN channels and hidden dimensions, noise per example, projection after every
+update. CPU seconds of the process (wall time beside them), median over pairs. Peak memory of each in a process of its
+own, the median of three: it varies by 2 %. Wanted: time and memory at most 1.10 times the plain step.
 """
 
 import argparse
@@ -21,7 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import high_water_mib, machine, write
 from steps import Step, batch, masked_steps, plain_step
 
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376, "vocab_size": 32000}
+SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 1376,
+    "vocab_size": 32000,
+}
 ROWS, LENGTH = 4, 256
 
 
@@ -53,7 +59,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps a timing")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["plain", "masked"], help="run three steps of one kind and print the peak memory in MiB")
+    parser.add_argument(
+        "--only", choices=["plain", "masked"], help="run three steps of one kind and print the peak memory in MiB"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.only:

@@ -2,9 +2,10 @@
 
     python benchmarks/nano_table.py [--keep 0.7 0.5 0.3] [--seeds 0 1 2] [--items 300] [--ablations]
 
-Every run goes through `compresso.run` and is measured on the checkpoint reopened from disk. Finished runs are kept as lines of
-results/nano_runs.jsonl and not repeated; the table is results/nano_table.json and results/nano_table.md. Items and documents come from a
-seed that neither training, nor the demo, nor any choice of knobs has seen. `--ablations` turns one knob of the default recipe at a time.
+Every run goes through `compresso.run` and is measured on the checkpoint reopened from disk. Finished runs are kept as
+lines of results/nano_runs.jsonl and not repeated; the table is results/nano_table.json and results/nano_table.md. Items
+and documents come from a seed that neither training, nor the demo, nor any choice of knobs has seen. `--ablations`
+turns one knob of the default recipe at a time.
 """
 
 import argparse
@@ -44,13 +45,17 @@ def measure(folder: Path, items: int) -> dict[str, Any]:
     """Accuracy by task, their mean, and perplexity of a checkpoint, in float32."""
     loaded = load(folder, dtype=torch.float32)
     assert loaded.tokenizer is not None
-    accuracy = choice_accuracy(loaded.model, loaded.tokenizer, [item for task in world.TASKS for item in world.items(task, items, FRESH)])
+    accuracy = choice_accuracy(
+        loaded.model, loaded.tokenizer, [item for task in world.TASKS for item in world.items(task, items, FRESH)]
+    )
     protocol = every_token("world", "fresh", 256)
     return {
         "accuracy": accuracy.accuracy,
         "stderr": accuracy.stderr,
         "tasks": accuracy.tasks,
-        "perplexity": perplexity(loaded.model, loaded.tokenizer, world.documents(DOCUMENTS, FRESH), protocol, batch_size=16).value,
+        "perplexity": (
+            perplexity(loaded.model, loaded.tokenizer, world.documents(DOCUMENTS, FRESH), protocol, batch_size=16).value
+        ),
         "parameters": sum(p.numel() for p in loaded.model.parameters()),
     }
 
@@ -98,13 +103,20 @@ def main() -> None:
             else:
                 plan += [(name, read(RECIPES[name]), keep, seed) for name in given.recipes]
     if not given.ablations and not any(row["name"] == "dense" for row in rows_of(log)):
-        append(log, {"name": "dense", "keep": 1.0, "seed": 0, "items": given.items, "kept_blocks": 1.0} | measure(nano.path(), given.items))
+        append(
+            log,
+            {"name": "dense", "keep": 1.0, "seed": 0, "items": given.items, "kept_blocks": 1.0}
+            | measure(nano.path(), given.items),
+        )
     for name, raw, keep, seed in plan:
         if any((row["name"], row["keep"], row["seed"]) == (name, keep, seed) for row in rows_of(log)):
             continue
         row = one_run(name, raw, keep, seed, given.items)
         append(log, row)
-        print(f"{name} keep {keep} seed {seed}: accuracy {row['accuracy']:.3f}, perplexity {row['perplexity']:.3f}", flush=True)
+        print(
+            f"{name} keep {keep} seed {seed}: accuracy {row['accuracy']:.3f}, perplexity {row['perplexity']:.3f}",
+            flush=True,
+        )
     write_table(rows_of(log), "nano_ablations" if given.ablations else "nano_table")
 
 
@@ -149,8 +161,8 @@ def write_table(rows: list[dict[str, Any]], name: str = "nano_table") -> None:
     for row in table:
         spread = [f" ± {row[key]}" if row[key] is not None else "" for key in ("accuracy_sd", "perplexity_sd")]
         lines.append(
-            f"| {row['keep']:.0%} | {row['name']} | {row['accuracy']:.3f}{spread[0]} | {row['perplexity']:.3f}{spread[1]} "
-            f"| {row['parameters']:,} | {row['seeds']} |"
+            f"| {row['keep']:.0%} | {row['name']} | {row['accuracy']:.3f}{spread[0]} |"
+            f" {row['perplexity']:.3f}{spread[1]} | {row['parameters']:,} | {row['seeds']} |"
         )
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))

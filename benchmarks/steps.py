@@ -1,4 +1,6 @@
-"""The two training steps that are compared: a plain LoRA step as peft's documentation writes it, and a mask-training step of ours."""
+"""The two training steps that are compared: a plain LoRA step as peft's documentation writes it, and a mask-training
+step of ours.
+"""
 
 from collections.abc import Callable
 
@@ -28,7 +30,9 @@ def batch(rows: int, length: int, device: torch.device | str = "cpu") -> dict[st
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def plain_step(model: PreTrainedModel, rows: dict[str, Tensor], *, bf16: bool = False, checkpointing: bool = False) -> Step:
+def plain_step(
+    model: PreTrainedModel, rows: dict[str, Tensor], *, bf16: bool = False, checkpointing: bool = False
+) -> Step:
     """LoRA by peft alone: the model's own loss and AdamW, under autocast where `bf16`."""
     lora = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
     if checkpointing:
@@ -62,7 +66,9 @@ class OneBatch:
 def masked_steps(
     model: PreTrainedModel, rows: dict[str, Tensor], per_call: int, *, bf16: bool = False, checkpointing: bool = False
 ) -> Step:
-    """`per_call` updates of mask training: gates on heads, channels and hidden dimensions, noise per example, projection after each."""
+    """`per_call` updates of mask training: gates on heads, channels and hidden dimensions, noise per example,
+    projection after each.
+    """
     arch = arch_for(model.config)
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
@@ -72,9 +78,19 @@ def masked_steps(
     if checkpointing:
         recompute_(model, on=True)
     objective = GatedObjective(
-        lora, gates, ShareOfModel(cost, 0.7), starts=0, progress=lambda k: 1.0, use_lagrangian=False, noise="example", seed=0
+        lora,
+        gates,
+        ShareOfModel(cost, 0.7),
+        starts=0,
+        progress=lambda k: 1.0,
+        use_lagrangian=False,
+        noise="example",
+        seed=0,
     )
-    groups = [Group("lora", [p for p in lora.parameters() if p.requires_grad], 5e-5), Group("gates", objective.gate_parameters(), 0.02)]
+    groups = [
+        Group("lora", [p for p in lora.parameters() if p.requires_grad], 5e-5),
+        Group("gates", objective.gate_parameters(), 0.02),
+    ]
     precision = "bf16" if bf16 else "no"
 
     def after(update: int) -> dict[str, float]:

@@ -1,16 +1,17 @@
 """Structured pruning, compared fairly: one size, the same data, the same number of training updates for every method.
 
-    python benchmarks/structured.py [--models nano babyllama-tok361] [--keep 0.8 0.7 0.5] [--seeds 0 1 2] [--updates 200]
-        [--methods "gate-Taylor" Compresso] [--workers 2] [--device cuda] [--time-limit 600]
+    python benchmarks/structured.py [--models nano babyllama-tok361] [--keep 0.8 0.7 0.5] [--seeds 0 1 2] [--updates
+        200] [--methods "gate-Taylor" Compresso] [--workers 2] [--device cuda] [--time-limit 600]
     python benchmarks/structured_report.py        # the tables and the page, from what is there
 
-A job is one model, share, seed and method: prune, measure, train, measure. Jobs run in `--workers` processes of one thread each and add
-a line to results/structured.jsonl as they finish; those found there are not repeated. All methods of a seed come before the next seed, so
-that a run that was stopped compares like with like. A method whose recipe is not there is named and left out.
+A job is one model, share, seed and method: prune, measure, train, measure. Jobs run in `--workers` processes of one
+thread each and add a line to results/structured.jsonl as they finish; those found there are not repeated. All methods
+of a seed come before the next seed, so that a run that was stopped compares like with like. A method whose recipe is
+not there is named and left out.
 
-Quality of the nano model: mean accuracy on nine tasks of fresh items, and perplexity of fresh documents. Of babyllama-tok361: loss in nats
-a token on windows held out from training, and on the first window of five stories of another split. Seconds are wall seconds with all
-workers busy; peak memory is the GPU's, of the job alone.
+Quality of the nano model: mean accuracy on nine tasks of fresh items, and perplexity of fresh documents. Of
+babyllama-tok361: loss in nats a token on windows held out from training, and on the first window of five stories of
+another split. Seconds are wall seconds with all workers busy; peak memory is the GPU's, of the job alone.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def prepared(case_name: str, device: str) -> Prepared:
     case = cases()[case_name]
     raw = recipe_of(case, METHODS["gate-Taylor"], 0.5, 2)
     output = Path(tempfile.gettempdir(), f"compresso-structured-{os.getpid()}")
-    return prepare(raw, str(case.model), case.data, output=output, layout="auto", seed=0, device=device, force=True, skip_bad=False)
+    return prepare(
+        raw, str(case.model), case.data, output=output, layout="auto", seed=0, device=device, force=True, skip_bad=False
+    )
 
 
 def quality(case: Case, job: Job, items: int) -> dict[str, Any]:
@@ -73,7 +76,10 @@ def quality(case: Case, job: Job, items: int) -> dict[str, Any]:
             "stderr": round(result.stderr, 5),
             "items": result.n,
             "perplexity": round(
-                perplexity(job.model, job.tokenizer, documents, every_token("world", "fresh", 256), batch_size=64).value, 4
+                perplexity(
+                    job.model, job.tokenizer, documents, every_token("world", "fresh", 256), batch_size=64
+                ).value,
+                4,
             ),
         }
     else:
@@ -131,13 +137,17 @@ def _measured(case: Case, keep: float, seed: int, name: str, updates: int, items
         if on_gpu:
             facts["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         if seed == 0:
-            facts["kept"] = {axis: list(units) if axis in WHOLE else len(units) for axis, units in job.plan.kept.items()}
+            facts["kept"] = {
+                axis: list(units) if axis in WHOLE else len(units) for axis, units in job.plan.kept.items()
+            }
             model = job.model.cpu()
             folder = Path(scratch, "checkpoint")
             facts["layout"] = save_checkpoint(model, job.arch.shapes(model), folder, tokenizer=job.tokenizer)
             ids = torch.arange(32).unsqueeze(0)
             with torch.no_grad():
-                again = load_model(open_source(folder), dtype=torch.float32, device=torch.device("cpu"))(input_ids=ids).logits
+                again = load_model(open_source(folder), dtype=torch.float32, device=torch.device("cpu"))(
+                    input_ids=ids
+                ).logits
                 facts["reopened_difference"] = float((again - model(input_ids=ids).logits).abs().max())
         return facts
 

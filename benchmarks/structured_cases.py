@@ -1,7 +1,8 @@
 """The fair comparison's models and methods: who is compared, with which knobs, and for how many updates.
 
-Every method is its shipped recipe's first stage; everything after it is the same for all: LoRA on all linears at one rank and schedule, on
-the same data, with the updates that are left after the method has spent its own. "KD" stands for distillation in the place of labels.
+Every method is its shipped recipe's first stage; everything after it is the same for all: LoRA on all linears at one
+rank and schedule, on the same data, with the updates that are left after the method has spent its own. "KD" stands for
+distillation in the place of labels.
 """
 
 import copy

@@ -2,9 +2,10 @@
 
     python benchmarks/structured_memory.py [--updates 20]
 
-Beside `structured.py`, whose memory and seconds are those of a GPU and lack the methods that did not run there. Each job is a process of
-its own with one thread. Memory is the kernel's high-water mark over what the process held with data and dense model loaded; seconds are
-the processor's, so that other work on the machine changes them little. Writes results/structured_memory.json.
+Beside `structured.py`, whose memory and seconds are those of a GPU and lack the methods that did not run there. Each
+job is a process of its own with one thread. Memory is the kernel's high-water mark over what the process held with data
+and dense model loaded; seconds are the processor's, so that other work on the machine changes them little. Writes
+results/structured_memory.json.
 """
 
 import argparse
@@ -55,7 +56,10 @@ def main() -> None:
                 mib, seconds = pool.apply(cost, ((case_name, method, given.updates),))
             found.setdefault(case_name, {})[method] = {"mib": mib, "seconds": seconds}
             print(f"{case_name} {method}: {mib:.0f} MiB, {seconds:.1f} s", flush=True)
-    what = f"{given.updates} updates in all at {KEEP:.0%} of the blocks, one thread: MiB over the loaded model, processor seconds"
+    what = (
+        f"{given.updates} updates in all at {KEEP:.0%} of the blocks, one thread: MiB over the loaded model, processor"
+        " seconds"
+    )
     write("structured_memory", {"what": what, "cost": found, "machine": machine()})
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/structured_report.py [--no-speed]
 
-Reads results/structured.jsonl and, of structured_memory.py, structured_memory.json. Decode speed is measured here, on this machine: every
-method's shapes of seed 0 (the weights do not matter) in turn with the dense model, in float32 on one thread, beside what reading fewer
-bytes allows. Writes structured.md, structured.html and structured_speed.json, and what the catalogue shows into the package.
+Reads results/structured.jsonl and, of structured_memory.py, structured_memory.json. Decode speed is measured here, on
+this machine: every method's shapes of seed 0 (the weights do not matter) in turn with the dense model, in float32 on
+one thread, beside what reading fewer bytes allows. Writes structured.md, structured.html and structured_speed.json, and
+what the catalogue shows into the package.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from structured import WHOLE, rows_of
 from structured_cases import DENSE, METHODS, cases
 
 QUALITY = {
-    "nano": (("accuracy", "accuracy of nine tasks", ".3f", False), ("perplexity", "perplexity of fresh documents", ".2f", True)),
+    "nano": (
+        ("accuracy", "accuracy of nine tasks", ".3f", False),
+        ("perplexity", "perplexity of fresh documents", ".2f", True),
+    ),
     "babyllama-tok361": (
         ("unseen_loss", "loss on unseen stories, nats", ".3f", True),
         ("held_loss", "loss on held-out windows, nats", ".3f", True),
@@ -68,7 +72,13 @@ def tables(rows: Rows, speed: Speeds, measured: Speeds) -> dict[str, list[list[s
             lines = [["method", *(f"{keep:.0%} of the blocks" for keep in keeps)]]
             lines += [[DENSE, *(cell([row for row in mine if row["method"] == DENSE], number, form) for _ in keeps)]]
             lines += [
-                [name, *(cell([row for row in mine if row["method"] == name and row["keep"] == keep], number, form) for keep in keeps)]
+                [
+                    name,
+                    *(
+                        cell([row for row in mine if row["method"] == name and row["keep"] == keep], number, form)
+                        for keep in keeps
+                    ),
+                ]
                 for name in names
             ]
             made[f"{model}: {title}"] = lines
@@ -90,7 +100,10 @@ def tables(rows: Rows, speed: Speeds, measured: Speeds) -> dict[str, list[list[s
         made[f"{model}: cost on a GPU"] = lines
         if model in measured:
             costs = [[name, f"{one['mib']:.0f}", f"{one['seconds']:.1f}"] for name, one in measured[model].items()]
-            made[f"{model}: 20 updates at 70%, one CPU thread"] = [["method", "MiB over the loaded model", "CPU seconds"], *costs]
+            made[f"{model}: 20 updates at 70%, one CPU thread"] = [
+                ["method", "MiB over the loaded model", "CPU seconds"],
+                *costs,
+            ]
     return made
 
 
@@ -108,7 +121,12 @@ def speeds(rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
             for row in rows:
                 if (row["model"], row["keep"], row["seed"]) == (name, keep, 0) and "kept" in row:
                     model = fresh()
-                    plan = Plan({axis: tuple(left) if axis in WHOLE else tuple(range(left)) for axis, left in row["kept"].items()})
+                    plan = Plan(
+                        {
+                            axis: tuple(left) if axis in WHOLE else tuple(range(left))
+                            for axis, left in row["kept"].items()
+                        }
+                    )
                     shrink_(model, arch_for(model.config).axes(model), plan)
                     models[f"{row['method']} {keep}"] = model
             if len(models) > 1:
@@ -140,17 +158,29 @@ def plots(rows: Rows) -> list[tuple[str, Markup]]:
             ends = {name: [row for row in mine if row["method"] == name and when in row] for name in METHODS}
             for chunk, families in FAMILIES.items():
                 lines = {
-                    name: [(0.0, dense[0])]
-                    + [
-                        (100 * (1 - keep), statistics.mean(row[when][number] for row in ends[name] if row["keep"] == keep))
-                        for keep in sorted({row["keep"] for row in ends[name]}, reverse=True)
-                    ]
+                    name: (
+                        [(0.0, dense[0])]
+                        + [
+                            (
+                                100 * (1 - keep),
+                                statistics.mean(row[when][number] for row in ends[name] if row["keep"] == keep),
+                            )
+                            for keep in sorted({row["keep"] for row in ends[name]}, reverse=True)
+                        ]
+                    )
                     for name in families
                     if ends.get(name)
                 }
-                label = f"{model}: {title}, {'after recovery' if when == 'after' else 'straight after pruning'}; {chunk}"
+                label = (
+                    f"{model}: {title}, {'after recovery' if when == 'after' else 'straight after pruning'}; {chunk}"
+                )
                 if lines:
-                    drawn.append((label, curves(lines, label + ", over % of block parameters removed", axis="% of blocks removed")))
+                    drawn.append(
+                        (
+                            label,
+                            curves(lines, label + ", over % of block parameters removed", axis="% of blocks removed"),
+                        )
+                    )
     return drawn
 
 
@@ -158,14 +188,22 @@ FAMILIES = {
     "one pass": ("random", "magnitude", "gate-Taylor", "LLM-Pruner element^1", "LLM-Pruner vector", "contextual"),
     "learned": ("gate-Taylor", "Compresso", "LoRAPrune", "LoRAShear"),
     "depth and width": ("gate-Taylor", "ShortGPT", "Minitron depth", "Minitron width"),
-    "labels or the dense model": ("gate-Taylor", "gate-Taylor, KD", "Compresso", "Compresso, KD", "Minitron width", "Minitron width, KD"),
+    "labels or the dense model": (
+        "gate-Taylor",
+        "gate-Taylor, KD",
+        "Compresso",
+        "Compresso, KD",
+        "Minitron width",
+        "Minitron width, KD",
+    ),
 }
 """Methods that share a plot."""
 STYLE = """:root{--ink:#1b1f24;--muted:#5b6570;--line:#d8dde3;--accent:#2f6fde;--paper:#fff;--s0:#2f6fde;--s1:#d1495b;
 --s2:#2a9d8f;--s3:#8e5bd0;--s4:#c77d0a;--s5:#4d7c0f;--s6:#0e7490;--s7:#9f1239;--warn:#b45309}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--muted:#9aa4ae;--line:#333b44;--paper:#14181c;--s0:#7aa7ff;--s1:#ff8b98;--s2:#5fd3c4;--s3:#c4a1ff;
 --s4:#f0b35a;--s5:#a3d65c;--s6:#67d5ea;--s7:#ff8fb0}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:72rem;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+  max-width:72rem;margin:2rem auto;padding:0 1rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}
 figure{margin:0}figcaption{font-size:13px;color:var(--muted)}
 table{border-collapse:collapse;font-size:13px;margin:.5rem 0 1.5rem}
@@ -176,28 +214,43 @@ td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}"""
 def page(rows: Rows, made: Mapping[str, list[list[str]]]) -> str:
     """One HTML page that needs nothing else."""
     keeps = sorted({row["keep"] for row in rows if row["method"] != DENSE}, reverse=True)
-    seeds = {keep: sorted({row["seed"] for row in rows if row["keep"] == keep and row["method"] != DENSE}) for keep in keeps}
+    seeds = {
+        keep: sorted({row["seed"] for row in rows if row["keep"] == keep and row["method"] != DENSE}) for keep in keeps
+    }
     named = {keep: ", ".join(map(str, found)) for keep, found in seeds.items()}
     same = len(set(named.values())) == 1
     told = named[keeps[0]] if same else "; ".join(f"{found} at {keep:.0%}" for keep, found in named.items())
     updates = sorted({row["updates"] for row in rows})
     intro = (
-        f"Every method at the same share of block parameters, with the same data, the same LoRA recovery and {updates[0]} updates in all "
-        f"(what a method learns with is part of them). Seeds {told}; mean ± standard deviation where there are two "
-        "or more; in brackets the value straight after pruning. ShortGPT drops whole layers and never keeps more than the share: see the "
-        "blocks it kept. On models this small a token costs Python, not memory: only removed layers speed up decoding."
+        "Every method at the same share of block parameters, with the same data, the same LoRA recovery and"
+        f" {updates[0]} updates in all (what a method learns with is part of them). Seeds {told}; mean ± standard"
+        " deviation where there are two or more; in brackets the value straight after pruning. ShortGPT drops whole"
+        " layers and never keeps more than the share: see the blocks it kept. On models this small a token costs"
+        " Python, not memory: only removed layers speed up decoding."
     )
-    body = [Markup("<h1>Structured pruning, compared fairly</h1><p>{}</p>").format(intro), Markup('<div class="plots">')]
+    body = [
+        Markup("<h1>Structured pruning, compared fairly</h1><p>{}</p>").format(intro),
+        Markup('<div class="plots">'),
+    ]
     body += [Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(svg, label) for label, svg in plots(rows)]
     body.append(Markup("</div>"))
     for title, (header, *lines) in made.items():
         head = Markup("").join(Markup("<th>{}</th>").format(one) for one in header)
         cells = Markup("").join(
-            Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(one) for one in line)) for line in lines
+            Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(one) for one in line))
+            for line in lines
         )
-        body.append(Markup('<h2>{}</h2><div class="wide"><table><tr>{}</tr>{}</table></div>').format(title, head, cells))
+        body.append(
+            Markup('<h2>{}</h2><div class="wide"><table><tr>{}</tr>{}</table></div>').format(title, head, cells)
+        )
     opening = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return opening + "<title>Structured pruning</title>" + f"<style>{STYLE}</style><body>" + "\n".join(body) + "</body></html>\n"
+    return (
+        opening
+        + "<title>Structured pruning</title>"
+        + f"<style>{STYLE}</style><body>"
+        + "\n".join(body)
+        + "</body></html>\n"
+    )
 
 
 def catalogue(rows: Rows) -> dict[str, Any]:
@@ -211,12 +264,24 @@ def catalogue(rows: Rows) -> dict[str, Any]:
                 stage = next(iter(read(method.recipe)["stages"][0]))
                 dense = [row for row in rows if row["model"] == model and row["method"] == DENSE]
                 keeps = sorted({row["keep"] for row in mine}, reverse=True)
-                kept = {f"{keep:.0%}": cell([row for row in mine if row["keep"] == keep], number, form) for keep in keeps}
+                kept = {
+                    f"{keep:.0%}": cell([row for row in mine if row["keep"] == keep], number, form) for keep in keeps
+                }
                 found.append(
-                    {"stage": stage, "method": name, "model": model, "what": title, "dense": cell(dense, number, form), "kept": kept}
+                    {
+                        "stage": stage,
+                        "method": name,
+                        "model": model,
+                        "what": title,
+                        "dense": cell(dense, number, form),
+                        "kept": kept,
+                    }
                 )
     updates, seeds = sorted({row["updates"] for row in rows}), sorted({row["seed"] for row in rows})
-    how = f"benchmarks/structured.py: {updates[0]} updates in all, seeds {', '.join(map(str, seeds))}; in brackets before recovery"
+    how = (
+        f"benchmarks/structured.py: {updates[0]} updates in all, seeds {', '.join(map(str, seeds))}; in brackets before"
+        " recovery"
+    )
     return {"how": how, "rows": found}
 
 
@@ -233,7 +298,8 @@ def main() -> None:
     else:
         speed = speeds(rows)
         write(
-            "structured_speed", {"what": "decode speed-up over dense, batch 1, float32, one thread", "speed": speed, "machine": machine()}
+            "structured_speed",
+            {"what": "decode speed-up over dense, batch 1, float32, one thread", "speed": speed, "machine": machine()},
         )
     memory = RESULTS / "structured_memory.json"
     made = tables(rows, speed, json.loads(memory.read_text("utf-8"))["cost"] if memory.exists() else {})

@@ -1,15 +1,16 @@
-"""One-shot pruning against a plain forward of the same model: how much the sweep costs beside the passes it cannot do without.
+"""One-shot pruning against a plain forward of the same model: how much the sweep costs beside the passes it cannot do
+without.
 
     python benchmarks/sweep.py [--pairs 5] [--threads 1] [--against CHECKOUT]
 
-A LLaMA of 8 layers (hidden 512, FFN 1376, random weights) and 8 x 256 tokens. Each job gets fresh weights. CPU seconds of the process,
-forward and jobs in turn, the median of ratios over rounds; peak memory of each job in a process of its own, over that of the forward.
-A sequential sweep needs two passes over each block but the last, 1.9 forwards.
+A LLaMA of 8 layers (hidden 512, FFN 1376, random weights) and 8 x 256 tokens. Each job gets fresh weights. CPU seconds
+of the process, forward and jobs in turn, the median of ratios over rounds; peak memory of each job in a process of its
+own, over that of the forward. A sequential sweep needs two passes over each block but the last, 1.9 forwards.
 
---against times the classes of a checkout of locuslab/wanda (`lib/layerwrapper.py`, `lib/sparsegpt.py`) or IST-DASLab/sparsegpt
-(`sparsegpt.py`) in the same rounds. Their own loops do not run on today's transformers; here their classes get what these loops give
-them: each linear its own statistic, one sample at a time, blocks in order, the last one run again. `torch.cuda.synchronize`, which
-they call, does nothing here.
+--against times the classes of a checkout of locuslab/wanda (`lib/layerwrapper.py`, `lib/sparsegpt.py`) or
+IST-DASLab/sparsegpt (`sparsegpt.py`) in the same rounds. Their own loops do not run on today's transformers; here their
+classes get what these loops give them: each linear its own statistic, one sample at a time, blocks in order, the last
+one run again. `torch.cuda.synchronize`, which they call, does nothing here.
 """
 
 import argparse
@@ -35,7 +36,13 @@ from compresso.sweep.one_shot import compensated, obs_choice, zeroed
 from compresso.sweep.sweep import second_moment, squares, sweep
 from compresso.sweep.targets import Where, chosen
 
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376, "vocab_size": 32000}
+SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 1376,
+    "vocab_size": 32000,
+}
 ROWS, LENGTH = 8, 256
 WANTED = {"wanda 50 %": 2.3, "wanda 2:4": 2.2, "sparsegpt 50 %": 4.2}
 Job = Callable[[LlamaForCausalLM, Tensor], None]
@@ -61,7 +68,9 @@ def forward(network: LlamaForCausalLM, ids: Tensor) -> None:
 
 def wanda(network: LlamaForCausalLM, ids: Tensor, pattern: tuple[int, int] | None = None) -> None:
     """Ours: 50 % of each row, or n of m kept."""
-    choose = (lambda score: lowest_in_groups(score, *pattern)) if pattern else (lambda score: lowest_in_rows(score, 0.5))
+    choose = (
+        (lambda score: lowest_in_groups(score, *pattern)) if pattern else (lambda score: lowest_in_rows(score, 0.5))
+    )
     groups = chosen(network, arch_for(network.config), Where(), pattern[1] if pattern else 1)
     edit = zeroed(network, lambda _, score: (choose(score), {}))
     sweep(network, arch_for(network.config), groups, list(ids.split(1)), squares, edit)
@@ -89,7 +98,9 @@ def theirs(checkout: Path) -> dict[str, Job]:
         if any((checkout / folder / f"{file}.py").is_file() for folder in ("", "lib")):
             found[name] = partial(_with_classes, getattr(importlib.import_module(file), kind), edit)
     if not found:
-        raise SystemExit(f"--against {checkout}: wanted a checkout with lib/layerwrapper.py, lib/sparsegpt.py or sparsegpt.py")
+        raise SystemExit(
+            f"--against {checkout}: wanted a checkout with lib/layerwrapper.py, lib/sparsegpt.py or sparsegpt.py"
+        )
     return found
 
 
@@ -168,7 +179,11 @@ def main() -> None:
         name: {
             "forwards_median": round(statistics.median(found), 3),
             "forwards_range": [round(min(found), 3), round(max(found), 3)],
-            **({"wanted_at_most": WANTED[name], "peak_mib_over_forward": round(peak_mib(name) - base, 1)} if name in JOBS else {}),
+            **(
+                {"wanted_at_most": WANTED[name], "peak_mib_over_forward": round(peak_mib(name) - base, 1)}
+                if name in JOBS
+                else {}
+            ),
         }
         for name, found in ratios.items()
     }
@@ -193,11 +208,16 @@ def main() -> None:
         ),
     }
     write(Path(__file__).stem, result)
-    lines = ["| job | forwards, median | range | wanted | peak MiB over a forward | of the checkout's time |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| job | forwards, median | range | wanted | peak MiB over a forward | of the checkout's time |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         low, high = row["forwards_range"]
         more = (row.get(key, "") for key in ("wanted_at_most", "peak_mib_over_forward", "of_the_checkouts_time"))
-        lines.append(f"| {name} | {row['forwards_median']} | {low} to {high} | {' | '.join(str(one) for one in more)} |")
+        lines.append(
+            f"| {name} | {row['forwards_median']} | {low} to {high} | {' | '.join(str(one) for one in more)} |"
+        )
     setting = f"{result['what']}; {ROWS} x {LENGTH} tokens, {facts['processor']}, {given.threads} thread"
     text = f"# One-shot pruning, in plain forwards\n\n{setting}.\n\n"
     (Path(__file__).parent / "results" / "sweep.md").write_text(text + "\n".join(lines) + "\n", "utf-8")

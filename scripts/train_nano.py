@@ -1,12 +1,13 @@
-"""Trains the nano model that is shipped in `compresso/data/nano`: tokenizer, model, log and scores, from nothing but a seed.
+"""Trains the nano model that is shipped in `compresso/data/nano`: tokenizer, model, log and scores, from nothing but a
+seed.
 
     python scripts/train_nano.py --output src/compresso/data/nano --force
 
-All training text comes from the embedded world (`compresso.data.world`) and from `nano_english.txt` beside this script, which gives
-the tokenizer and the model some ordinary English. Matrices are trained with Muon (orthogonalised momentum), embeddings and norms
-with AdamW; both hold float32 weights, and a copy in bf16 computes. The rate is flat for the first half and falls linearly to zero in
-the second. Rows of `--row` tokens hold whole documents,
-`<s> ... </s>` each, and later ones see earlier ones, so that the model also learns to answer after other text.
+All training text comes from the embedded world (`compresso.data.world`) and from `nano_english.txt` beside this script,
+which gives the tokenizer and the model some ordinary English. Matrices are trained with Muon (orthogonalised momentum),
+embeddings and norms with AdamW; both hold float32 weights, and a copy in bf16 computes. The rate is flat for the first
+half and falls linearly to zero in the second. Rows of `--row` tokens hold whole documents, `<s> ... </s>` each, and
+later ones see earlier ones, so that the model also learns to answer after other text.
 
 Text counts with weight `TEXT_WEIGHT`, the answer of an instruction with 1, the rest of it with `CONTEXT_WEIGHT`.
 """
@@ -30,7 +31,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from compresso.data import world
 from compresso.data.prompt import body
@@ -46,7 +53,10 @@ FRESH_SEED = 900_001
 def make_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with single digits; it adds `<s>` before a text and nothing after it, and loses no character."""
     tokenizer = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    splits = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -55,7 +65,10 @@ def make_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [*world.documents(6000, seed), *(body(r["instruction"], r["input"]) + r["output"] for r in world.instructions(6000, seed))]
+    texts = [
+        *world.documents(6000, seed),
+        *(body(r["instruction"], r["input"]) + r["output"] for r in world.instructions(6000, seed)),
+    ]
     tokenizer.train_from_iterator(texts + 40 * ENGLISH.read_text().splitlines(), trainer)
     start = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.Sequence(
@@ -96,7 +109,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
     return LlamaForCausalLM(config)
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast, n: int, seed: int, instruction_share: float) -> list[tuple[list[int], list[float]]]:
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, n: int, seed: int, instruction_share: float
+) -> list[tuple[list[int], list[float]]]:
     """`n` documents as (tokens with both ends, loss weight of each token), in random order."""
     rng = random.Random(seed)
     english = ENGLISH.read_text().splitlines()
@@ -120,7 +135,9 @@ def encoded(tokenizer: PreTrainedTokenizerFast, n: int, seed: int, instruction_s
 
 
 def packed(documents: list[tuple[list[int], list[float]]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of whole documents [rows, length], each filled from a small pool with whatever still fits; padding has weight 0."""
+    """Rows of whole documents [rows, length], each filled from a small pool with whatever still fits; padding has
+    weight 0.
+    """
     pool: list[tuple[list[int], list[float]]] = []
     rows, weights = [], []
     source = iter(documents)
@@ -142,7 +159,8 @@ def packed(documents: list[tuple[list[int], list[float]]], length: int, pad: int
 def batches(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches (tokens [rows, row], weights [rows, row]), made in portions from seeds that never repeat.
 
-    Of `LONG_EVERY` batches, one has rows four times as long (and a quarter as many), so that the model knows long contexts too.
+    Of `LONG_EVERY` batches, one has rows four times as long (and a quarter as many), so that the model knows long
+    contexts too.
     """
     portion = 0
     while True:
@@ -160,7 +178,13 @@ def batches(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Ite
 
 
 def causal_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Plain causal attention over whole rows; on CPUs its backward is several times faster than the fused one."""
     batch, heads, length, width = query.shape
@@ -181,7 +205,9 @@ def weighted_loss(model: LlamaForCausalLM, tokens: Tensor, weights: Tensor) -> T
 
 
 def optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the layers, AdamW on the embedding and the norms; `model` holds the float32 weights."""
+    """Muon on the matrices inside the layers, AdamW on the embedding and the norms;
+    `model` holds the float32 weights.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
@@ -220,8 +246,12 @@ def scores(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, 
     }
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, force: bool, extra: dict[str, str]) -> None:
-    """Writes the checkpoint in bf16 beside `output`, then puts each file in its place; other files there (code, notes) stay."""
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, force: bool, extra: dict[str, str]
+) -> None:
+    """Writes the checkpoint in bf16 beside `output`, then puts each file in its place; other files there (code, notes)
+    stay.
+    """
     output.mkdir(parents=True, exist_ok=True)
     if (output / "model.safetensors").exists() and not force:
         raise SystemExit(f"{output} already holds a model; pass --force to replace it")
@@ -246,7 +276,9 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2282)
-    parser.add_argument("--minutes", type=float, help="set --steps by the clock: twice the steps done in half of these minutes")
+    parser.add_argument(
+        "--minutes", type=float, help="set --steps by the clock: twice the steps done in half of these minutes"
+    )
     parser.add_argument("--rows", type=int, default=32, help="rows a step")
     parser.add_argument("--row", type=int, default=128, help="tokens a row")
     parser.add_argument("--hidden", type=int, default=192)
@@ -255,20 +287,28 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--instruction-share", type=float, default=0.7, help="share of instructions among the documents")
+    parser.add_argument(
+        "--instruction-share", type=float, default=0.7, help="share of instructions among the documents"
+    )
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=4e-3)
     parser.add_argument("--evaluate-every", type=int, default=200, help="steps between short evaluations")
     parser.add_argument("--items", type=int, default=400, help="fresh items a task for the final scores")
-    parser.add_argument("--keep-every", type=int, default=0, help="also save the model every so many steps (0: only at the end)")
-    parser.add_argument("--polite", type=int, default=0, metavar="THREADS", help="use so many threads, but one while others are busy")
+    parser.add_argument(
+        "--keep-every", type=int, default=0, help="also save the model every so many steps (0: only at the end)"
+    )
+    parser.add_argument(
+        "--polite", type=int, default=0, metavar="THREADS", help="use so many threads, but one while others are busy"
+    )
     args = parser.parse_args()
 
     tokenizer = make_tokenizer(args.vocabulary, args.seed)
     model = make_model(tokenizer, args)
     AttentionInterface.register("plain_causal", causal_attention)
     AttentionMaskInterface.register("plain_causal", lambda *_, **__: None)
-    worker = LlamaForCausalLM._from_config(copy.deepcopy(model.config), attn_implementation="plain_causal").to(torch.bfloat16)
+    worker = LlamaForCausalLM._from_config(copy.deepcopy(model.config), attn_implementation="plain_causal").to(
+        torch.bfloat16
+    )
     worker.load_state_dict(model.state_dict())
     pairs = list(zip(model.parameters(), worker.parameters(), strict=True))
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -292,7 +332,11 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "training_seed": args.seed,
             "command": command,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
         lines = "".join(json.dumps(entry) + "\n" for entry in log)
         save(
@@ -342,7 +386,11 @@ def main() -> None:
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
             if args.polite:
                 torch.set_num_threads(1 if os.getloadavg()[0] > torch.get_num_threads() + 1 else args.polite)
-            entry: dict[str, object] = {"step": step + 1, "loss": round(sum(recent) / len(recent), 4), "tokens": tokens_seen}
+            entry: dict[str, object] = {
+                "step": step + 1,
+                "loss": round(sum(recent) / len(recent), 4),
+                "tokens": tokens_seen,
+            }
             entry |= {"rate": round(factor, 4), "seconds": round(time.perf_counter() - started, 1)}
             recent.clear()
             if (step + 1) % args.evaluate_every == 0 and step + 1 < args.steps:

@@ -1,4 +1,6 @@
-"""A tiny LLaMA with the embedded model's tokenizer, a few instructions, and runs of recipes that tests share because they cost seconds."""
+"""A tiny LLaMA with the embedded model's tokenizer, a few instructions, and runs of recipes that tests share because
+they cost seconds.
+"""
 
 import copy
 import json
@@ -35,7 +37,9 @@ FOR_ANY_MODEL = [
     for name, stages in _STAGES.items()
     if any(hasattr(stage, "keep") for stage in stages) and not any(getattr(stage, "ratio", None) for stage in stages)
 ]
-"""Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes of certain models."""
+"""Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes
+of certain models.
+"""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 transformers_logging.disable_progress_bar()
@@ -74,7 +78,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 short Alpaca rows."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join(str(i) for i in range(1, n % 7 + 2))} for n in range(48)]
+    rows = [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(str(i) for i in range(1, n % 7 + 2))}
+        for n in range(48)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -118,13 +125,19 @@ Ran = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def ran(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """ran(recipe, layout="auto", seed=0, sets=(), **options): the result of a shortened run; equal arguments share one."""
+    """ran(recipe, layout="auto", seed=0, sets=(), **options): the result of a shortened run;
+    equal arguments share one.
+    """
     done: dict[Any, Result] = {}
 
-    def once(recipe: str, *, layout: str = "auto", seed: int = 0, sets: tuple[str, ...] = (), copy: int = 0, **options: Any) -> Result:
+    def once(
+        recipe: str, *, layout: str = "auto", seed: int = 0, sets: tuple[str, ...] = (), copy: int = 0, **options: Any
+    ) -> Result:
         key = (recipe, layout, seed, sets, copy, *sorted(options.items()))
         if key not in done:
-            raw = with_options(recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **{"max_steps": 3, **options})
+            raw = with_options(
+                recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **{"max_steps": 3, **options}
+            )
             output = tmp_path_factory.mktemp("runs") / "out"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
@@ -172,7 +185,9 @@ Forked = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def forked(served: subprocess.Popen[str], tmp_path: Path) -> Forked:
-    """forked(arguments, event="", phase="", at=0): exit code and output of a command line with an event in it, see `tests/forked.py`."""
+    """forked(arguments, event="", phase="", at=0): exit code and output of a command line with an event in it, see
+    `tests/forked.py`.
+    """
 
     def _forked(arguments: list[str], event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
         log = tmp_path / "log"

@@ -1,8 +1,9 @@
 """Command lines that may die: a process imports compresso once and forks a child for each line it reads.
 
-Run as a script. Each line of its input is {"arguments": [...], "log": file, "event": "kill" | "term" | "nan" | "", "phase": str,
-"at": int}; for each it prints the child's exit code, negative for a signal. The event comes after `at` updates of the phase: the
-process is killed, gets SIGTERM, or every loss from then on is NaN. The phase "saved" is the moment after `at` stages were saved.
+Run as a script. Each line of its input is {"arguments": [...], "log": file, "event": "kill" | "term" | "nan" | "",
+"phase": str, "at": int}; for each it prints the child's exit code, negative for a signal. The event comes after `at`
+updates of the phase: the process is killed, gets SIGTERM, or every loss from then on is NaN. The phase "saved" is the
+moment after `at` stages were saved.
 """
 
 import json

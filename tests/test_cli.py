@@ -1,4 +1,6 @@
-"""The command line: what it prints, the codes it exits with, and one line with the cure for everything that can be said wrong."""
+"""The command line: what it prints, the codes it exits with, and one line with the cure for everything that can be said
+wrong.
+"""
 
 import errno
 import json
@@ -46,7 +48,9 @@ def reads_weights() -> None:
 def refused(call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path) -> Callable[..., str]:
     """refused(recipe, *more, model=..., data=...): the one line on stderr; exit code 2, and nothing written."""
 
-    def _refused(recipe: object, *more: object, model: object = tiny_folder, data: object = instructions, code: int = 2) -> str:
+    def _refused(
+        recipe: object, *more: object, model: object = tiny_folder, data: object = instructions, code: int = 2
+    ) -> str:
         there = sorted(path for path in tmp_path.rglob("*"))
         given = [] if data is None else ["--data", data]
         found, out, error = call("run", recipe, "--model", model, *given, "--output", tmp_path / "new" / "out", *more)
@@ -73,26 +77,32 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--keep", "nan"), "--keep nan"),
         (("compresso", "--keep", "half"), "usage: Invalid value for '--keep'"),
         (("compresso", "--keep", "0.7", "--speedup", "2"), "--keep and --speedup are two budgets; give one"),
-        (("compresso", "--parameters", "5.4Q"), "--parameters '5.4Q': wanted a positive number with an optional K, M, B or T"),
+        (("compresso", "--parameters", "5.4Q"),
+         "--parameters '5.4Q': wanted a positive number with an optional K, M, B or T"),
         (("compresso", "--parameters", "-3M"), "--parameters '-3M'"),
         (("compresso", "--parameters", "5B"), "--parameters 5B: the model has"),
         (("compresso", "--speedup", "0.5"), "--speedup 0.5: wanted a factor of at least 1"),
         (("compresso", "--speedup", "1000"), "stage 'learn_gates': keep=0.001"),
         (("compresso", "--layout", "unifrom"), "--layout 'unifrom' is unknown; did you mean 'uniform'?"),
         (("compresso", "--max-steps", "0"), "usage: Invalid value for '--max-steps'"),
-        (("compresso", "--set", "stages.learn_gates.mask_lr"), "wanted path=value, such as stages.learn_gates.mask_lr=0.02"),
+        (("compresso", "--set", "stages.learn_gates.mask_lr"),
+         "wanted path=value, such as stages.learn_gates.mask_lr=0.02"),
         (("compresso", "--set", "stages.learn_gates.mask_rl=1"), "unknown knob 'mask_rl'; did you mean 'mask_lr'?"),
-        (("compresso", "--set", "stages.lern_gates.mask_lr=1"), "the recipe has no stage 'lern_gates'; did you mean 'learn_gates'?"),
-        (("compresso", "--set", "stages.learn_gates.mask_lr=-1"), "mask_lr=-1: Input should be greater than or equal to 0"),
+        (("compresso", "--set", "stages.lern_gates.mask_lr=1"),
+         "the recipe has no stage 'lern_gates'; did you mean 'learn_gates'?"),
+        (("compresso", "--set", "stages.learn_gates.mask_lr=-1"),
+         "mask_lr=-1: Input should be greater than or equal to 0"),
         (("compresso", "--set", "stages.learn_gates.mask_lr=.nan"), "mask_lr=nan: Input should be a finite number"),
         (("compresso", "--set", "stages.learn_gates.mask_lr=[1"), "the value line 1 is not plain YAML"),
         (("compresso", "--set", "stages.learn_gates.kinds.0=head"), "holds no '0'; set the whole value instead"),
         (("compresso", "--set", "stages.learn_gates.kinds=[]"), "stage 'learn_gates': kinds is empty"),
         (("compresso", "--set", "stages.learn_gates.kinds=[heads]"), "kinds.0='heads': Input should be 'head'"),
-        (("compresso", "--set", "stages.learn_gates.hold=2 epoches"), "hold='2 epoches': duration '2 epoches' is not understood"),
+        (("compresso", "--set", "stages.learn_gates.hold=2 epoches"),
+         "hold='2 epoches': duration '2 epoches' is not understood"),
         (("compresso", "--set", "stages.learn_gates.batch=6"), "batch=6 cannot be split into micro-batches of 4"),
         (("compresso", "--set", "stages.recover.targets=[q_porj]"), "did you mean 'q_proj'?"),
-        (("compresso", "--set", "stages.learn_gates.floor={channel: 48}", "--keep", "0.4"), "may not go below 48 of 48 units"),
+        (("compresso", "--set", "stages.learn_gates.floor={channel: 48}", "--keep", "0.4"),
+         "may not go below 48 of 48 units"),
         (("compresso", "--set", "data.held=-1"), "held=-1: Input should be greater than or equal to 0"),
         (("compresso", "--set", "data.held=1000"), "1000 are held out; give more, or lower data.held"),
         (("compresso", "--set", "data.max_length=64"), "raise max_length or turn the collaborative prompt off"),
@@ -100,7 +110,9 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--nonsense",), "usage: No such option: --nonsense"),
     ],
 )  # fmt: skip
-def test_a_wrong_word_is_named_with_its_cure(refused: Callable[..., str], arguments: tuple[str, ...], message: str) -> None:
+def test_a_wrong_word_is_named_with_its_cure(
+    refused: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
     assert message in refused(*arguments)
 
 
@@ -118,7 +130,8 @@ def test_a_wrong_word_is_named_with_its_cure(refused: Callable[..., str], argume
         ("stages: [{recover: {}}]\ndata: 3", "data: knobs must be a mapping"),
         ("stages: [{recover: {rank: 1, rank: 2}}]", "the key 'rank' twice in one mapping (line 1)"),
         ("stages: [{recover: &a {rank: 1}}, {gate_taylor: *a}]", "YAML alias"),
-        ("stages: [{recover: !!python/object/apply:os.system ['touch canary']}]", "line 1 is not plain YAML: could not determine"),
+        ("stages: [{recover: !!python/object/apply:os.system ['touch canary']}]",
+         "line 1 is not plain YAML: could not determine"),
         ("stages: " + "[" * 4000 + "]" * 4000, "nested too deeply; at most 12"),
         ("stages: [{recover: {rank: " + "9" * 5000 + "}}]", "is not plain YAML"),
         ("stages: [{recover: {rank: 2024-13-45}}]", "is not plain YAML"),
@@ -149,7 +162,9 @@ def test_recipes_that_are_no_text(refused: Callable[..., str], tmp_path: Path) -
         ('{"instruction": "a", "output": ""}\n', "nothing to learn"),
     ],
 )
-def test_bad_data_is_named_by_file_and_line(refused: Callable[..., str], tmp_path: Path, content: str, message: str) -> None:
+def test_bad_data_is_named_by_file_and_line(
+    refused: Callable[..., str], tmp_path: Path, content: str, message: str
+) -> None:
     assert message in refused("gate-taylor", data=written(tmp_path, content, "rows.jsonl"))
 
 
@@ -191,16 +206,22 @@ def broken(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_bad_models_are_refused_by_their_headers(refused: Callable[..., str], broken: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_models_are_refused_by_their_headers(
+    refused: Callable[..., str], broken: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = written(tmp_path, NOTHING)
     check = lambda model: refused(recipe, model=model, data=None)  # noqa: E731
     assert f"missing: {UP}" in check(broken(tensors=lambda stored: stored.pop(UP)))
-    assert f"wrong shape: {UP} [47, 32] instead of [48, 32]" in check(broken(tensors=lambda t: t.update({UP: t[UP][:47].clone()})))
+    assert f"wrong shape: {UP} [47, 32] instead of [48, 32]" in check(
+        broken(tensors=lambda t: t.update({UP: t[UP][:47].clone()}))
+    )
     half = lambda folder: os.truncate(folder / "model.safetensors", 9000)  # noqa: E731
     assert "it is truncated" in check(broken(raw=half))
     pickled = lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # noqa: E731
     assert "pickled weights" in check(broken(raw=pickled))
-    assert "auto_map" in check(broken(config=lambda values: values.update(model_type="mine", auto_map={"AutoConfig": "a.B"})))
+    assert "auto_map" in check(
+        broken(config=lambda values: values.update(model_type="mine", auto_map={"AutoConfig": "a.B"}))
+    )
     codegen = lambda folder: CodeGenConfig(n_layer=1, n_embd=8, n_head=2, rotary_dim=4).save_pretrained(folder)  # noqa: E731
     assert "no architecture describes model_type 'codegen'" in check(broken(raw=codegen))
     only_config = broken() / "config.json"
@@ -228,7 +249,9 @@ def test_devices_that_are_not_there(refused: Callable[..., str]) -> None:
         (NumericError("loss is nan"), 4, "NumericError: loss is nan"),
     ],
 )
-def test_exit_codes(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str) -> None:
+def test_exit_codes(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
     def fails(*_: object) -> None:
         raise error
 
@@ -283,7 +306,12 @@ def test_inspect_json_is_the_contract(call: Call, tiny_folder: Path) -> None:
     attention, mlp = 2 * 32 * 64 + 2 * 32 * 32, 3 * 32 * 48
     blocks = 3 * (attention + mlp)
     assert facts["architecture"] == "llama"
-    assert facts["parameters"] == {"total": blocks + 1024 * 32 + 7 * 32, "blocks": blocks, "embeddings": 1024 * 32, "norms": 7 * 32}
+    assert facts["parameters"] == {
+        "total": blocks + 1024 * 32 + 7 * 32,
+        "blocks": blocks,
+        "embeddings": 1024 * 32,
+        "norms": 7 * 32,
+    }
     assert facts["macs_per_token"] == blocks + 1024 * 32
     assert facts["kv_bytes_per_token"] == 3 * 2 * 32 * 2
     assert all(set(axis) == {"kind", "count", "size", "parameters_per_unit"} for axis in facts["axes"])
@@ -294,7 +322,9 @@ def test_inspect_json_is_the_contract(call: Call, tiny_folder: Path) -> None:
 
 
 def test_plan_json_is_the_contract(call: Call, tiny_folder: Path) -> None:
-    code, out, error = call("plan", "compresso", "--model", tiny_folder / "config.json", "--keep", 0.5, "--max-steps", 8, "--json")
+    code, out, error = call(
+        "plan", "compresso", "--model", tiny_folder / "config.json", "--keep", 0.5, "--max-steps", 8, "--json"
+    )
     assert (code, error) == (0, "")
     facts = json.loads(out)
     dense = json.loads(call("inspect", tiny_folder, "--json")[1])
@@ -323,8 +353,13 @@ def test_plan_counts_the_teacher_of_distillation(call: Call, tiny_folder: Path) 
     (lora,), (everything,) = (facts["training"] for facts in found)
     left = found[0]["after"]
     for one, per_mac in ((lora, 4), (everything, 6)):
-        assert one["flops_at_most"] == (per_mac * left["macs_per_token"] + 2 * dense["macs_per_token"]) * one["tokens_at_most"]
-        assert one["memory_bytes_estimated"]["weights"] == 4 * (left["parameters"]["total"] + dense["parameters"]["total"])
+        assert (
+            one["flops_at_most"]
+            == (per_mac * left["macs_per_token"] + 2 * dense["macs_per_token"]) * one["tokens_at_most"]
+        )
+        assert one["memory_bytes_estimated"]["weights"] == 4 * (
+            left["parameters"]["total"] + dense["parameters"]["total"]
+        )
     assert everything["trainable"] == {"all": left["parameters"]["total"]}
     assert list(lora["trainable"]) == ["lora"]
 
@@ -375,12 +410,19 @@ def test_a_printed_recipe_can_be_run(call: Call, tmp_path: Path, tiny_folder: Pa
 
 
 def test_nothing_but_text_goes_to_what_is_no_terminal(call: Call, tiny_folder: Path) -> None:
-    for arguments in (("inspect", tiny_folder), ("methods",), ("recipes",), ("plan", "gate-taylor", "--model", tiny_folder)):
+    for arguments in (
+        ("inspect", tiny_folder),
+        ("methods",),
+        ("recipes",),
+        ("plan", "gate-taylor", "--model", tiny_folder),
+    ):
         assert "\x1b" not in call(*arguments)[1]
 
 
 @pytest.mark.usefixtures("reads_weights", "quick_reopening")
-def test_run_prints_where_the_result_is_and_json_prints_nothing_else(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+def test_run_prints_where_the_result_is_and_json_prints_nothing_else(
+    call: Call, tiny_folder: Path, tmp_path: Path
+) -> None:
     recipe = written(tmp_path, NOTHING)
     code, out, error = call("run", recipe, "--model", tiny_folder, "--output", tmp_path / "out")
     assert (code, error) == (0, "")
@@ -394,9 +436,23 @@ def test_run_prints_where_the_result_is_and_json_prints_nothing_else(call: Call,
 @pytest.mark.usefixtures("reads_weights")
 def test_the_whole_way_with_a_fresh_process(call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     """Without short cuts: the checkpoint is reopened in a process of its own."""
-    sets = [part for one in (*SHORT, "stages.gate_taylor.batches=1", "stages.gate_taylor.batch=4") for part in ("--set", one)]
+    sets = [
+        part
+        for one in (*SHORT, "stages.gate_taylor.batches=1", "stages.gate_taylor.batch=4")
+        for part in ("--set", one)
+    ]
     code, _, error = call(
-        "run", "gate-taylor", "--model", tiny_folder, "--data", instructions, "--output", tmp_path / "out", "--max-steps", 1, *sets
+        "run",
+        "gate-taylor",
+        "--model",
+        tiny_folder,
+        "--data",
+        instructions,
+        "--output",
+        tmp_path / "out",
+        "--max-steps",
+        1,
+        *sets,
     )
     assert code == 0, error
     assert json.loads((tmp_path / "out" / "records.json").read_text())["reopened_max_abs_difference"] <= 1e-4

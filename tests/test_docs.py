@@ -1,7 +1,8 @@
 """The prose is true of the code: its examples run, and the paths, commands, recipes, knobs and names in it exist.
 
-The Python blocks of the how-tos run in order, as one module each, on copies of the registries. The README's first block runs on a tiny
-model with two updates a stage; all other blocks must compile. What stands in backticks is looked up in the repository.
+The Python blocks of the how-tos run in order, as one module each, on copies of the registries. The README's first block
+runs on a tiny model with two updates a stage; all other blocks must compile. What stands in backticks is looked up in
+the repository.
 """
 
 import functools
@@ -30,7 +31,10 @@ from compresso.runner.options import with_options
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "compresso"
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 HOW_TOS = ["adding_a_method.md", "adding_an_architecture.md"]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -59,7 +63,11 @@ def blocks(page: Path, language: str) -> list[str]:
 def quoted(page: Path) -> list[str]:
     """What stands in backticks outside of blocks; the README's results name files that come and go."""
     text = re.sub(r"<!-- results -->.*?<!-- /results -->", "", page.read_text("utf-8"), flags=re.DOTALL)
-    return [token for token in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)) if "NAME" not in token and "OUTPUT" not in token]
+    return [
+        token
+        for token in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+        if "NAME" not in token and "OUTPUT" not in token
+    ]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -70,7 +78,13 @@ def commands(page: Path) -> list[list[str]]:
 
 @functools.cache
 def words_of_the_code() -> frozenset[str]:
-    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml"), *(ROOT / "tests").rglob("*.py"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *PACKAGE.rglob("*.yaml"),
+        *(ROOT / "tests").rglob("*.py"),
+        ROOT / "pyproject.toml",
+        ROOT / "Makefile",
+    ]
     files.remove(Path(__file__))
     return frozenset(word for file in files for word in re.findall(r"\w+", file.read_text("utf-8")))
 
@@ -111,13 +125,23 @@ def test_how_tos_run(name: str, registries: None, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    widths = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    widths = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**widths, vocab_size=1024, bos_token_id=0, eos_token_id=1)).save_pretrained("my-model")
     AutoTokenizer.from_pretrained(nano.path()).save_pretrained("my-model")
-    Path("my-data.jsonl").write_text("".join(json.dumps({"text": f"The {i}th cat sat on the mat."}) + "\n" for i in range(24)))
+    Path("my-data.jsonl").write_text(
+        "".join(json.dumps({"text": f"The {i}th cat sat on the mat."}) + "\n" for i in range(24))
+    )
     real = compresso.run
 
     def shortened(name: str, *args: Any, **kwargs: Any) -> compresso.Result:
@@ -149,7 +173,11 @@ def test_commands_are_those_of_the_program(page: Path) -> None:
         if program == "compresso":
             given = COMMANDS[args[0]].make_context(args[0], list(args[1:])).params  # a usage error fails here
             if "recipe" in given:
-                recipe.build(with_options(given["recipe"], model="", keep=given["keep"], layout=given["layout"], sets=given["sets"] or []))
+                recipe.build(
+                    with_options(
+                        given["recipe"], model="", keep=given["keep"], layout=given["layout"], sets=given["sets"] or []
+                    )
+                )
 
 
 @every_page
@@ -160,7 +188,11 @@ def test_paths_exist(page: Path) -> None:
         if test:
             file = ROOT / name if name else file
             assert f"def {test}(" in file.read_text("utf-8"), f"{file.name} has no {test}"
-        elif PATH.fullmatch(token) and not token.startswith((".json", ".txt", ".parquet", ".gz")) and token not in OF_A_RUN | TO_BE_WRITTEN:
+        elif (
+            PATH.fullmatch(token)
+            and not token.startswith((".json", ".txt", ".parquet", ".gz"))
+            and token not in OF_A_RUN | TO_BE_WRITTEN
+        ):
             places = [ROOT / token, PACKAGE / token, *([] if "/" in token else PACKAGE.rglob(token))]
             assert any(place.exists() for place in places), f"{page.name} names {token}, which does not exist"
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
@@ -179,14 +211,20 @@ def test_names_exist(page: Path) -> None:
             assert flag in flags, f"{page.name}: no command has {flag}"
         if token.startswith("--set "):
             path = re.sub(r"^--set '?|=.*$", "", token)
-            recipe.build(recipe.override(recipe.read("compresso"), path, {"channel": 64} if path.endswith("multiple_of") else False))
+            recipe.build(
+                recipe.override(
+                    recipe.read("compresso"), path, {"channel": 64} if path.endswith("multiple_of") else False
+                )
+            )
         if (knob := re.fullmatch(r"(\w+): [\w.{\[].*", token)) is not None:
             assert knob[1] in knobs, f"{page.name}: no stage has the knob {knob[1]}"
         if token.startswith(folders) and not token.endswith("/"):
             assert token in recipe.names(), f"{page.name}: no recipe is called {token}"
         if re.fullmatch(r"@?[A-Za-z_][\w.]*(\(.*\))?(\.\w+)?", token) and not PATH.fullmatch(token):
             for name in re.findall(r"\w+", token.partition("(")[0]):
-                assert name in words_of_the_code() | {"random_structured"}, f"{page.name} names {token}, and no code does"
+                assert name in words_of_the_code() | {"random_structured"}, (
+                    f"{page.name} names {token}, and no code does"
+                )
 
 
 def test_the_readme_says_what_it_must() -> None:

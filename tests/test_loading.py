@@ -54,10 +54,14 @@ def test_ids_at_inference_start_with_bos_and_the_prompt(prompted: Result, monkey
     assert loaded.tokenizer.decode(with_input[1:]) == full_prompt("Add.", "1 2")
 
 
-def test_the_chat_template_of_the_checkpoint_gives_the_same_ids(prompted: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chat_template_of_the_checkpoint_gives_the_same_ids(
+    prompted: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So an engine that knows nothing of compresso asks the same."""
     tokenizer = AutoTokenizer.from_pretrained(prompted.folder)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], add_generation_prompt=True, return_dict=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Count to 3."}], add_generation_prompt=True, return_dict=False
+    )
     assert chat == asked(compresso.load(prompted.folder), monkeypatch, "generate", "Count to 3.")
 
 
@@ -112,4 +116,6 @@ def test_answers_are_text_without_special_tokens() -> None:
     answer = loaded.generate("Count.", max_new_tokens=5)
     assert isinstance(answer, str)
     assert "<" not in answer
-    assert loaded.complete("The", max_new_tokens=5) == loaded.complete("The", max_new_tokens=5)  # greedy unless asked otherwise
+    assert loaded.complete("The", max_new_tokens=5) == loaded.complete(
+        "The", max_new_tokens=5
+    )  # greedy unless asked otherwise

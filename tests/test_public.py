@@ -10,7 +10,9 @@ PUBLIC = ["Budget", "CostModel", "Plan", "Result", "allocate", "fit", "gated", "
 def test_public_names() -> None:
     assert sorted(compresso.__all__) == compresso.__all__ == PUBLIC
     assert all(hasattr(compresso, name) for name in PUBLIC)
-    assert all(callable(getattr(compresso, name)) for name in PUBLIC)  # `run` is the function, not the module of that name
+    assert all(
+        callable(getattr(compresso, name)) for name in PUBLIC
+    )  # `run` is the function, not the module of that name
 
 
 def test_importing_compresso_registers_its_models() -> None:

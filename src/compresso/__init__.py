@@ -1,6 +1,7 @@
 """compresso: smaller, faster Hugging Face checkpoints, with an account of what they cost.
 
-Importing it registers our per-layer model classes, so that `AutoModelForCausalLM.from_pretrained` opens what compresso wrote.
+Importing it registers our per-layer model classes, so that `AutoModelForCausalLM.from_pretrained` opens what compresso
+wrote.
 """
 
 from importlib.metadata import version as _version

@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything it does can be done from Python with the functions it calls.
 
-Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on stderr; an exception
-that nobody foresaw keeps its traceback, and exits with 1.
+Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on
+stderr; an exception that nobody foresaw keeps its traceback, and exits with 1.
 """
 
 import errno
@@ -25,15 +25,19 @@ from compresso.training.signals import Interrupted
 
 app = typer.Typer(
     name="compresso",
-    help="Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
-    "Example: compresso demo --output demo-output",
+    help=(
+        "Makes Hugging Face language models really smaller and faster, and measures what it cost.\n\n"
+        "Example: compresso demo --output demo-output"
+    ),
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")
+]
 
 
 def _version(asked: bool) -> None:
@@ -44,7 +48,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """The options before a command; its help text is the app's."""
 
@@ -65,7 +71,9 @@ def demo(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method in full.")] = None, as_json: Json = False
+) -> None:
     """The catalogue: what each method removes, needs, when to use it and how it fails.
 
     Example: compresso methods learn_gates
@@ -90,7 +98,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 def inspect(
     model: ModelArg,
     as_json: Json = False,
-    explain: Annotated[str | None, typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, and why.")] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, and why.")
+    ] = None,
 ) -> None:
     """What can be removed from a model: axes, units, parameters a unit. Reads no weights.
 
@@ -102,17 +112,29 @@ def inspect(
 
 
 Keep = Annotated[
-    float | None, typer.Option(help="Share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.")
+    float | None,
+    typer.Option(help="Share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else."),
 ]
 Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, such as 5.4B.")]
-Speedup = Annotated[float | None, typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound).")]
-Layout = Annotated[str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")]
+Speedup = Annotated[
+    float | None,
+    typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound)."),
+]
+Layout = Annotated[
+    str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")
+]
+MaxSteps = Annotated[
+    int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")
+]
 For = Annotated[
-    str | None, typer.Option("--for", metavar="ENGINE", help="Shapes that an engine likes, such as llama.cpp:q4_k, awq:g128 or vllm:tp2.")
+    str | None,
+    typer.Option(
+        "--for", metavar="ENGINE", help="Shapes that an engine likes, such as llama.cpp:q4_k, awq:g128 or vllm:tp2."
+    ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02.")
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02."),
 ]
 
 
@@ -146,7 +168,8 @@ def run(
     model: Annotated[str, typer.Option(help="Hub id or local folder of safetensors.")],
     output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
     data: Annotated[
-        str | None, typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas.")
+        str | None,
+        typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas."),
     ] = None,
     keep: Keep = None,
     parameters: Parameters = None,
@@ -157,14 +180,27 @@ def run(
     engine: For = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output; write a collapsed result.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read weights from disk block by block: models larger than memory, one-shot recipes.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")
     ] = False,
-    over_memory: Annotated[bool, typer.Option("--over-memory", help="Stream even if the estimate is above what is there.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing output; write a collapsed result.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")
+    ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Read weights from disk block by block: models larger than memory, one-shot recipes."
+        ),
+    ] = False,
+    over_memory: Annotated[
+        bool, typer.Option("--over-memory", help="Stream even if the estimate is above what is there.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The job: prune, recover, write a checkpoint that loads, and record what was done.
@@ -198,7 +234,10 @@ def run(
         print(json.dumps(result.records, indent=2, allow_nan=False))
         return
     before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
-    print(f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with compresso.load({str(output)!r})")
+    print(
+        f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with"
+        f" compresso.load({str(output)!r})"
+    )
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:
         verifying.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
@@ -210,13 +249,21 @@ def run(
 def measure(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids, the dense one first.")],
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8; default 1,8, and 32 on a GPU.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompts; default 256, or what a context holds.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded after each; default 64, or what a context holds.")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompts; default 256, or what a context holds.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded after each; default 64, or what a context holds.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds, in which the models take turns.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for all; default: as the first is stored.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 for all; default: as the first is stored.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")
+    ] = True,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the account.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -247,14 +294,25 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
     suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Single tasks, several with commas, such as piqa,boolq.")] = None,
-    prompt: Annotated[str, typer.Option(help="Collaborative prompt: on, off or both; auto: on if pruned with it.")] = "auto",
+    prompt: Annotated[
+        str, typer.Option(help="Collaborative prompt: on, off or both; auto: on if pruned with it.")
+    ] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Most items of each task, the first ones.")] = None,
-    corpus: Annotated[str | None, typer.Option(help="Perplexity on wikitext2, c4 or a local file; without tasks, wikitext2.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Perplexity on wikitext2, c4 or a local file; without tasks, wikitext2.")
+    ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="sparsegpt (2048 tokens), llm-pruner (128), compresso (1024); default: the first that the context holds."),
+        typer.Option(
+            help=(
+                "sparsegpt (2048 tokens), llm-pruner (128), compresso (1024); default: the first that the context"
+                " holds."
+            )
+        ),
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder with local data files; else that of COMPRESSO_DATA, else the hub.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with local data files; else that of COMPRESSO_DATA, else the hub.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
@@ -289,10 +347,12 @@ def evaluate(
 
 @app.command()
 def compare(
-    results: Annotated[list[str], typer.Argument(metavar="DIR|FILE.json...", help="Folders of runs, files of evaluate and measure.")],
-    output: Annotated[Path, typer.Option(help="The page with tables, plots and texts; a report that lies there is replaced.")] = Path(
-        "report.html"
-    ),
+    results: Annotated[
+        list[str], typer.Argument(metavar="DIR|FILE.json...", help="Folders of runs, files of evaluate and measure.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The page with tables, plots and texts; a report that lies there is replaced.")
+    ] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Several results side by side: a table here, and one self-contained HTML page.
@@ -311,11 +371,17 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     file_format: Annotated[
-        str, typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci.")
+        str,
+        typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci."),
     ],
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of gguf: f32, f16 (the default), bf16, q8_0, q4_0, q4_k_m and its like; of onnx: f32 (the default), int8."),
+        typer.Option(
+            help=(
+                "Of gguf: f32, f16 (the default), bf16, q8_0, q4_0, q4_k_m and its like; of onnx: f32 (the default),"
+                " int8."
+            )
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Json = False,
@@ -335,7 +401,8 @@ def export(
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")], as_json: Json = False
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    as_json: Json = False,
 ) -> None:
     """In which engines a checkpoint opens and computes the same, and why not in the others.
 
@@ -414,8 +481,13 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, TyperException):
         return f"usage: {error.format_message()} See `compresso --help`", 2
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16", 3
-    if isinstance(error, BrokenPipeError):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
+        return (
+            f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16",
+            3,
+        )
+    if isinstance(
+        error, BrokenPipeError
+    ):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "", 0
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

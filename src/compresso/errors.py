@@ -6,7 +6,8 @@
       BudgetError                  a budget that cannot be met
       DataError                    empty, malformed or unknown data
       CheckpointError              a checkpoint that is missing, truncated, foreign or unsafe to read
-      ExportError                  a shape that the asked layout cannot hold, or a written file that reads back differently
+      ExportError                  a shape that the asked layout cannot hold, or a written file that reads back
+                                   differently
       ResumeError                  a resume that would not continue the same run
       ResourceError                exit 3: not enough disk, memory or device
       NumericError                 exit 4: NaN or Inf where a number was needed

@@ -1,8 +1,8 @@
 """A job and its stages: what flows from stage to stage, what a stage may do to it, and the registry of stages.
 
-A stage is a frozen dataclass whose fields are the knobs of a recipe; calling it on a `Job` returns the next `Job`. `@stage(...)` registers
-it under its recipe name with the paper it comes from. Stages are found by importing every module of `compresso.methods`; an import error is
-an error. Order on a recipe's page is order of execution.
+A stage is a frozen dataclass whose fields are the knobs of a recipe; calling it on a `Job` returns the next `Job`.
+`@stage(...)` registers it under its recipe name with the paper it comes from. Stages are found by importing every
+module of `compresso.methods`; an import error is an error. Order on a recipe's page is order of execution.
 """
 
 import importlib
@@ -83,9 +83,10 @@ class Job:
         quiet: no progress display.
         adapters: where stages that are asked to keep their adapter save it; None keeps none.
         patches: forward patches applied so far.
-        original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of distillation. None
-            where there is nothing to read it from.
-        dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is whole.
+        original: reads the model that the run started from once more, in a dtype and on a device; it is the teacher of
+            distillation. None where there is nothing to read it from.
+        dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is
+            whole.
         offloaded: where the weights of a model larger than memory are; None where `model` holds them.
     """
 
@@ -129,7 +130,9 @@ class Job:
         return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
 
     def batches(self, batch: int, stage: str) -> ShuffledBatches:
-        """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without training data."""
+        """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without
+        training data.
+        """
         return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed))
 
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -156,9 +159,11 @@ class Job:
     def without(self, masks: Mapping[str, Tensor], stage: str, **facts: Any) -> "Job":
         """The job after removing the units whose mask is 0, with other mask values folded into the weights.
 
-        The masked model is run beforehand and the smaller one afterwards on the same tokens; how far their logits differ is recorded.
+        The masked model is run beforehand and the smaller one afterwards on the same tokens; how far their logits
+        differ is recorded.
 
-        If tokens leave, tokenizer, examples and teacher follow, and the comparison is over what stays; see `with_tokens`.
+        If tokens leave, tokenizer, examples and teacher follow, and the comparison is over what stays; see
+        `with_tokens`.
 
         Raises:
             NumericError: if they differ by more than rounding explains: the shape surgery would be wrong.
@@ -167,7 +172,11 @@ class Job:
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")
         job, told = (self, {}) if tokens is None else self.with_tokens(tokens)
-        ids = list(self.held[0]["input_ids"][:128]) if self.held else list(range(min(64, getattr(self.model.config, "vocab_size", 0))))
+        ids = (
+            list(self.held[0]["input_ids"][:128])
+            if self.held
+            else list(range(min(64, getattr(self.model.config, "vocab_size", 0))))
+        )
         places = {i: i for i in ids} if tokens is None else {old: new for new, old in enumerate(tokens)}
         ids = [i for i in ids if i in places] or list(places)[:64]
         dense = self.cost()
@@ -181,10 +190,13 @@ class Job:
         allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
         if not difference <= allowed:
             raise NumericError(
-                f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more than {allowed:.3g}"
+                f"stage '{stage}': the smaller model's logits differ from the masked model's by {difference:.3g}, more"
+                f" than {allowed:.3g}"
             )
         after = self.cost()().parameters()
-        kept = {name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()}
+        kept = {
+            name: f"{len(units)}/{next(a.size for a in axes if a.name == name)}" for name, units in plan.kept.items()
+        }
         return replace(job, plan=self.plan.then(plan)).note(
             stage,
             parameters_before=before,
@@ -197,9 +209,17 @@ class Job:
         )
 
     def swept(
-        self, stage: str, knobs: Any, groups: Groups, calibration: Calibration, fold: Fold, edit: Edit, rescales: bool = False
+        self,
+        stage: str,
+        knobs: Any,
+        groups: Groups,
+        calibration: Calibration,
+        fold: Fold,
+        edit: Edit,
+        rescales: bool = False,
     ) -> tuple["Job", dict[str, Any]]:
-        """The job after a sweep over the blocks that edits the weights of some linears, journalled; and what the edits noted, by linear.
+        """The job after a sweep over the blocks that edits the weights of some linears, journalled; and what the edits
+        noted, by linear.
 
         What changed, and what did not although it was meant to, goes into the records.
 
@@ -213,11 +233,19 @@ class Job:
         Raises as `sweep` and `audit`; ResumeError if the journal is another run's, ResourceError in several processes.
         """
         if processes() > 1:
-            raise ResourceError(f"stage '{stage}' sweeps in one process, and {processes()} were launched; start it without torchrun")
+            raise ResourceError(
+                f"stage '{stage}' sweeps in one process, and {processes()} were launched; start it without torchrun"
+            )
         before, seed = fingerprints(self.tensors()), mixed_seed(stage, self.seed)
         batches = calibration.batches(self.rows, seed)
-        same = {"run": dict(self.identity), "stage": stage, "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json")}
-        journal = Journal(self.out, same | {"weights": digest(before), "calibration": digest([batch.tolist() for batch in batches])})
+        same = {
+            "run": dict(self.identity),
+            "stage": stage,
+            "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json"),
+        }
+        journal = Journal(
+            self.out, same | {"weights": digest(before), "calibration": digest([batch.tolist() for batch in batches])}
+        )
         notes = sweep(
             self.model,
             self.arch,
@@ -236,26 +264,33 @@ class Job:
         )
         feeding = edited_names(self.model, [group for here in groups.values() for group in here], rescales)
         facts = audit(self.tensors(), before, names_of(groups), feeding)
-        read = {"calibration_examples": sum(map(len, batches)), "calibration_tokens": sum(batch.numel() for batch in batches)}
+        read = {
+            "calibration_examples": sum(map(len, batches)),
+            "calibration_tokens": sum(batch.numel() for batch in batches),
+        }
         return self.note(stage, **facts, **read), notes
 
     def with_tokens(self, kept: Sequence[int]) -> tuple["Job", dict[str, Any]]:
         """The job in the numbering of the tokens that stay, and what became of its examples; the model is not touched.
 
-        A token that left is spelled with what stays, as the smaller tokenizer would; an example with one that cannot be spelled (there is
-        no tokenizer, or only an unknown token is left) is dropped and counted. The teacher loses the same rows of its embedding and head.
+        A token that left is spelled with what stays, as the smaller tokenizer would; an example with one that cannot be
+        spelled (there is no tokenizer, or only an unknown token is left) is dropped and counted. The teacher loses the
+        same rows of its embedding and head.
 
         Args:
             kept: ids, ascending, in the job's present numbering.
 
         Raises:
-            CheckpointError: the tokenizer cannot be cut like this, or the model's config names a token that would leave.
+            CheckpointError: the tokenizer cannot be cut like this, or the model's config names a token that would
+                leave.
             DataError: no example is left to train on, or none that was held out.
         """
         config, staying = self.model.config, set(kept)
         size = int(config.vocab_size)
         if lost := sorted(i for i in token_ids(self.model) - staying if 0 <= i < size):
-            raise CheckpointError(f"the model's config gives the tokens {lost} a meaning, so they may not leave; keep them")
+            raise CheckpointError(
+                f"the model's config gives the tokens {lost} a meaning, so they may not leave; keep them"
+            )
         tokenizer = None if self.tokenizer is None else cut(self.tokenizer, kept, size)
         to, context = translation(self.tokenizer, tokenizer, kept), getattr(config, "max_position_embeddings", None)
         rows, n_rows_spelled = to.rows(self.rows, context)
@@ -265,7 +300,8 @@ class Job:
         for what, before, left in (("training", rows, trained), ("held-out", held, pairs)):
             if before and not left:
                 raise DataError(
-                    f"all {len(before)} {what} examples hold tokens that left and have no spelling; keep more, or give more text"
+                    f"all {len(before)} {what} examples hold tokens that left and have no spelling; keep more, or give"
+                    " more text"
                 )
         original, arch = self.original, self.arch
 
@@ -282,7 +318,13 @@ class Job:
             rows=trained,
             held=[new for new, _ in pairs if new is not None],
             dense_held=[old for _, old in pairs],
-            pad_id=pad_id(tokenizer) if tokenizer is not None else list(kept).index(self.pad_id) if self.pad_id in staying else 0,
+            pad_id=(
+                pad_id(tokenizer)
+                if tokenizer is not None
+                else list(kept).index(self.pad_id)
+                if self.pad_id in staying
+                else 0
+            ),
             original=None if original is None else teacher,
         )
         facts = {
@@ -311,7 +353,10 @@ def accumulation(batch: int, micro_batch: int) -> int:
     share, rest = divmod(batch, processes())
     size = min(micro_batch, share)
     if rest or not share or share % size:
-        raise RecipeError(f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose multiples")
+        raise RecipeError(
+            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose"
+            " multiples"
+        )
     return share // size
 
 
@@ -354,7 +399,14 @@ _T = TypeVar("_T")
 
 
 def stage(
-    name: str, *, title: str, effects: Effects, paper: str = "", needs: Sequence[str] = (), when: str = "", failures: str = ""
+    name: str,
+    *,
+    title: str,
+    effects: Effects,
+    paper: str = "",
+    needs: Sequence[str] = (),
+    when: str = "",
+    failures: str = "",
 ) -> Callable[[type[_T]], type[_T]]:
     """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
 
@@ -364,7 +416,10 @@ def stage(
 
     def register(cls: type[_T]) -> type[_T]:
         if name in _CARDS:
-            raise RecipeError(f"stage '{name}' is registered twice: by {_CARDS[name].type.__qualname__} and {cls.__qualname__}; rename one")
+            raise RecipeError(
+                f"stage '{name}' is registered twice: by {_CARDS[name].type.__qualname__} and {cls.__qualname__};"
+                " rename one"
+            )
         made = validated_dataclass(cls, frozen=True, config=KNOBS)
         _CARDS[name] = Card(name, made, paper, title, effects, tuple(needs), when, failures)
         return made  # type: ignore[return-value]
@@ -397,9 +452,13 @@ def check_order(effects: Sequence[tuple[str, Effects]]) -> None:
     formatted = patched = ""
     for name, effect in effects:
         if formatted and effect is not Effects.NONE:
-            raise RecipeError(f"stage '{name}' follows '{formatted}', which changes the storage format; put '{name}' before it")
+            raise RecipeError(
+                f"stage '{name}' follows '{formatted}', which changes the storage format; put '{name}' before it"
+            )
         if patched and Effects.SHAPES in effect:
-            raise RecipeError(f"stage '{name}' changes shapes after '{patched}' patched the forward pass; put '{name}' before it")
+            raise RecipeError(
+                f"stage '{name}' changes shapes after '{patched}' patched the forward pass; put '{name}' before it"
+            )
         formatted = name if Effects.FORMAT in effect else formatted
         patched = name if Effects.FORWARD in effect else patched
 
@@ -408,7 +467,9 @@ def check_finite(model: PreTrainedModel, stage: str) -> None:
     """Refuse a model with NaN or Inf in a weight. Raises NumericError naming the stage and the tensor."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise NumericError(f"stage '{stage}' left NaN or Inf in {name}; nothing was written. Lower its learning rate")
+            raise NumericError(
+                f"stage '{stage}' left NaN or Inf in {name}; nothing was written. Lower its learning rate"
+            )
 
 
 def curve(history: History, points: int = 200) -> dict[str, list[float | None]]:

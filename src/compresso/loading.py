@@ -56,25 +56,37 @@ class Loaded:
         return self._continued(self.tokenizer, ids, max_new_tokens, options)
 
     @torch.no_grad()
-    def _continued(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], max_new_tokens: int, options: dict[str, Any]) -> str:
+    def _continued(
+        self, tokenizer: PreTrainedTokenizerBase, ids: list[int], max_new_tokens: int, options: dict[str, Any]
+    ) -> str:
         inputs = torch.tensor([ids], device=self.model.device)
-        options = {"do_sample": False, "pad_token_id": pad_id(tokenizer), "eos_token_id": tokenizer.eos_token_id, **options}
-        output = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+        options = {
+            "do_sample": False,
+            "pad_token_id": pad_id(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            **options,
+        }
+        output = self.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, **options
+        )  # type: ignore[operator]
         return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False) -> Loaded:
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False
+) -> Loaded:
     """Open a checkpoint folder.
 
     Args:
         path: a folder that `compresso.run` wrote, or any model folder or hub id.
         dtype: None keeps the stored one.
         device: where the weights go.
-        gather: weights that E-Sparse pruned lie in n:m groups, and their inputs are gathered to meet them; see `compresso.edit.gather`.
+        gather: weights that E-Sparse pruned lie in n:m groups, and their inputs are gathered to meet them; see
+            `compresso.edit.gather`.
 
     Raises:
-        CheckpointError: if it is not a safe, complete checkpoint, was pruned with a prompt that this version does not know, or has no
-            orders to gather by.
+        CheckpointError: if it is not a safe, complete checkpoint, was pruned with a prompt that this version does not
+            know, or has no orders to gather by.
     """
     source = open_source(path)
     prompt = _prompt(source)
@@ -98,7 +110,8 @@ def _orders(source: Source, records: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] | None = records.get("stages", {}).get("e_sparse", {}).get("orders")
     if not found:
         raise CheckpointError(
-            f"gather=True: {source.name} has no orders to gather by; they are in the records of e_sparse with shuffle: all"
+            f"gather=True: {source.name} has no orders to gather by; they are in the records of e_sparse with"
+            " shuffle: all"
         )
     return found
 
@@ -111,7 +124,7 @@ def _prompt(source: Source) -> Prompt | None:
     known = prompt_identity()
     if stored != known:
         raise CheckpointError(
-            f"{source.name} was pruned with prompt {stored.get('version')} ({str(stored.get('sha256'))[:12]}), this compresso has "
-            f"{known['version']} ({known['sha256'][:12]}); use the compresso version in its records.json"
+            f"{source.name} was pruned with prompt {stored.get('version')} ({str(stored.get('sha256'))[:12]}), this"
+            f" compresso has {known['version']} ({known['sha256'][:12]}); use the compresso version in its records.json"
         )
     return collaborative_prompt(with_input=False)

@@ -55,31 +55,62 @@ ENCODER = {
 BERT = {**ENCODER, "vocab_size": 128, "max_position_embeddings": 64}
 VIT = {**ENCODER, "image_size": 16, "patch_size": 4}
 OPT_SIZES = {
-    **{key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "pad_token_id")},
+    **{
+        key: SIZES[key]
+        for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "pad_token_id")
+    },
     "num_attention_heads": 4,
     "ffn_dim": 176,
     "dropout": 0.0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 128, "bos_token_id": 1, "eos_token_id": None}
+GPT2 = {
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 GPT2 |= {"pad_token_id": 0, "n_inner": 176, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NEOX = {key: value for key, value in SIZES.items() if key != "rms_norm_eps"} | {"num_attention_heads": 4}
 PHI3 = {**SIZES, "num_attention_heads": 8, "sliding_window": None}
-GEMMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 5}
+GEMMA = {
+    **SIZES,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
-    "llama_gqa_tied": lambda: LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
+    "llama_gqa_tied": lambda: LlamaConfig(
+        **SIZES, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True
+    ),
     "llama_gqa": lambda: LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=2),
-    "llama_biased": lambda: LlamaConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True),
+    "llama_biased": lambda: LlamaConfig(
+        **SIZES, num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    ),
     "mistral": lambda: MistralConfig(**SIZES, num_attention_heads=8, num_key_value_heads=4, sliding_window=5),
     "qwen2": lambda: Qwen2Config(
-        **SIZES, num_attention_heads=4, num_key_value_heads=4, use_sliding_window=True, sliding_window=5, max_window_layers=2
+        **SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
     ),
-    "qwen3": lambda: Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True
+    ),
     "opt": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64),
-    "opt_unbiased": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=64, enable_bias=False, tie_word_embeddings=False),
+    "opt_unbiased": lambda: OPTConfig(
+        **OPT_SIZES, word_embed_proj_dim=64, enable_bias=False, tie_word_embeddings=False
+    ),
     "opt_post_norm": lambda: OPTConfig(**OPT_SIZES, word_embed_proj_dim=32, do_layer_norm_before=False),
     "gpt2": lambda: GPT2Config(**GPT2),
     "gpt_neox": lambda: GPTNeoXConfig(**NEOX),
@@ -146,7 +177,9 @@ def tiny() -> Callable[[str], PreTrainedModel]:
 
 @pytest.fixture
 def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets RMSNorms compute in their input's dtype; the stock ones always go through float32, which would hide errors below 1e-7."""
+    """Lets RMSNorms compute in their input's dtype; the stock ones always go through float32, which would hide errors
+    below 1e-7.
+    """
 
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -154,8 +187,12 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def one_plus(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
-    for norm in {type(m) for name in CONFIGS for m in _original(name).modules() if type(m).__name__.endswith("RMSNorm")}:
+    for norm in {
+        type(m) for name in CONFIGS for m in _original(name).modules() if type(m).__name__.endswith("RMSNorm")
+    }:
         monkeypatch.setattr(norm, "forward", one_plus if norm.__name__.startswith("Gemma") else forward)
     softmax = nn.functional.softmax
-    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))  # eager attention asks for float32
+    monkeypatch.setattr(
+        nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)
+    )  # eager attention asks for float32
     yield

@@ -52,12 +52,15 @@ def test_described(config: PreTrainedConfig) -> None:
 
 @pytest.mark.parametrize("config", [FalconConfig(), MixtralConfig()])
 def test_unknown_architectures_are_named_with_the_known_ones(config: PreTrainedConfig) -> None:
-    with pytest.raises(ArchError, match=rf"'{config.model_type}'; described are .*llama, mistral, .*qwen2, qwen3.*\. Use one of these"):
+    with pytest.raises(
+        ArchError, match=rf"'{config.model_type}'; described are .*llama, mistral, .*qwen2, qwen3.*\. Use one of these"
+    ):
         arch_for(config)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("hidden_size", 96), ("vocab_size", 7), ("num_hidden_layers", 3), ("tie_word_embeddings", True)]
+    ("field", "value"),
+    [("hidden_size", 96), ("vocab_size", 7), ("num_hidden_layers", 3), ("tie_word_embeddings", True)],
 )
 def test_a_config_that_lies(tiny: Tiny, field: str, value: int) -> None:
     model = tiny("llama_mha")
@@ -83,7 +86,9 @@ def test_modules_that_are_not_plain(tiny: Tiny) -> None:
     model.model.layers[3].self_attn.k_proj = torch.nn.Linear(64, 32, bias=False)
     with pytest.raises(ArchError, match=r"layers\.3\.self_attn"):
         arch.axes(model)
-    headless = LlamaModel(LlamaConfig(hidden_size=8, num_attention_heads=1, intermediate_size=8, num_hidden_layers=1, vocab_size=8))
+    headless = LlamaModel(
+        LlamaConfig(hidden_size=8, num_attention_heads=1, intermediate_size=8, num_hidden_layers=1, vocab_size=8)
+    )
     with pytest.raises(ArchError, match="with its head"):
         arch.axes(headless)
 
@@ -111,7 +116,13 @@ def test_a_surviving_bias_keeps_one_unit(tiny: Tiny) -> None:
 
 def test_hidden_width_that_the_heads_do_not_divide(tiny: Tiny) -> None:
     """Llama's config refuses such a width on construction; live surgery, forward and generate must not care."""
-    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "vocab_size": 32,
+    }
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, eos_token_id=None, pad_token_id=0)).eval()
     arch = arch_for(model.config)
     kept = {"hidden": tuple(range(320)), "layers.0.heads": tuple(range(7)), "layers.1.heads": tuple(range(7))}
@@ -140,7 +151,13 @@ def test_a_stack_whose_modules_are_not_the_stock_ones(tiny: Tiny) -> None:
     model.bert.encoder.layer[1].intermediate.dense = torch.nn.Linear(64, 90)
     with pytest.raises(ArchError, match=r"layer\.1\.output\.dense reads 176 channels, \[90\]"):
         arch.axes(model)
-    small = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    small = {
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
     crossed = BertLMHeadModel(BertConfig(**small, is_decoder=True, add_cross_attention=True))
     with pytest.raises(ArchError, match=r"crossattention.*not part of a plain bert"):
         arch.axes(crossed)
@@ -152,7 +169,13 @@ def test_a_stack_whose_modules_are_not_the_stock_ones(tiny: Tiny) -> None:
 def test_sub_layers_of_a_stack_that_are_gone(tiny: Tiny, name: str, heads: int) -> None:
     model = tiny(name)
     arch = arch_for(model.config)
-    kept = {"layers.0.heads": (), "layers.1.channels": (), "layers.2.heads": (heads - 1,), "layers.2.channels": (1, 2), "layers": (0, 1, 2)}
+    kept = {
+        "layers.0.heads": (),
+        "layers.1.channels": (),
+        "layers.2.heads": (heads - 1,),
+        "layers.2.channels": (1, 2),
+        "layers": (0, 1, 2),
+    }
     shrink_(model, arch.axes(model), Plan(kept))
     names = {axis.name for axis in arch.axes(model)}
     assert "layers.0.heads" not in names and "layers.1.channels" not in names and "layers.3.heads" not in names
@@ -160,6 +183,8 @@ def test_sub_layers_of_a_stack_that_are_gone(tiny: Tiny, name: str, heads: int) 
     assert [(shape.kv_heads, shape.channels) for shape in shapes] == [(0, 176), (heads, 0), (1, 2)]
     assert model.config.num_hidden_layers == 3 and model.config.num_attention_heads == 4
     slots = [arch.blocks(model)[i].self_attn.layer_idx for i in (1, 2)]
-    assert slots == ([0, 1] if name == "opt_unbiased" else [0, 2])  # gemma's second layer sees everything; the third has a window
+    assert slots == (
+        [0, 1] if name == "opt_unbiased" else [0, 2]
+    )  # gemma's second layer sees everything; the third has a window
     assert not any("norm" in key for key, _ in arch.blocks(model)[0].self_attn.named_parameters())
     assert len(arch.linear_groups(arch.blocks(model)[0])) == 2

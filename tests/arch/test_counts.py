@@ -1,7 +1,8 @@
 """Published models on the meta device against closed forms and counts that authors printed.
 
-Oracles: LLaMA-7B's 6,738,415,616 and the pruned 5,422,977,024 are printed by LLM-Pruner (its 20 % setting); 6,612,586,496 and 945,907,712
-by the same authors for Llama-3-8B and TinyLlama; 4.54M is Compresso's trainable size (arXiv 2310.05015). The rest is arithmetic.
+Oracles: LLaMA-7B's 6,738,415,616 and the pruned 5,422,977,024 are printed by LLM-Pruner (its 20 % setting);
+6,612,586,496 and 945,907,712 by the same authors for Llama-3-8B and TinyLlama; 4.54M is Compresso's trainable size
+(arXiv 2310.05015). The rest is arithmetic.
 """
 
 import pytest
@@ -30,11 +31,25 @@ from compresso.core.plan import Plan
 from compresso.edit.lora import attach_
 from compresso.edit.shrink import shrink_
 
-LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 LLAMA_3_8B = {**LLAMA_7B, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
-TINY_LLAMA = {**LLAMA_7B, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
+TINY_LLAMA = {
+    **LLAMA_7B,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+}
 
-PYTHIA_160M = GPTNeoXConfig(vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+PYTHIA_160M = GPTNeoXConfig(
+    vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
 
 
 def on_meta(sizes: dict[str, int]) -> PreTrainedModel:
@@ -44,7 +59,9 @@ def on_meta(sizes: dict[str, int]) -> PreTrainedModel:
 
 def cut(heads: int, channels: int, layers: range, hidden: int | None = None) -> Plan:
     """Keep the first units of each axis in some layers, and of the residual stream."""
-    kept = {f"layers.{i}.{axis}": tuple(range(n)) for i in layers for axis, n in (("heads", heads), ("channels", channels))}
+    kept = {
+        f"layers.{i}.{axis}": tuple(range(n)) for i in layers for axis, n in (("heads", heads), ("channels", channels))
+    }
     return Plan(kept if hidden is None else {**kept, "hidden": tuple(range(hidden))})
 
 
@@ -54,7 +71,12 @@ def test_llama_7b() -> None:
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))
     dense = cost()
-    assert dense.parameters() == {"total": 6_738_415_616, "blocks": 6_476_005_376, "embeddings": 262_144_000, "norms": 266_240}
+    assert dense.parameters() == {
+        "total": 6_738_415_616,
+        "blocks": 6_476_005_376,
+        "embeddings": 262_144_000,
+        "norms": 266_240,
+    }
     assert int(dense.macs) == 6_476_005_376 + 131_072_000 and int(dense.cached) == 2 * 32 * 4096
 
     def fewer(axis: str, size: int) -> dict[str, int]:
@@ -120,7 +142,13 @@ def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrained
     cost = CostModel(axes, arch.weights(model))
     assert cost().parameters()["total"] == model.num_parameters()
     assert cost().parameters()["blocks"] == blocks
-    plan = Plan({"layers.1.heads": (0, 2), "layers.3.channels": tuple(range(100)), "mlp": tuple(range(1, config.num_hidden_layers))})
+    plan = Plan(
+        {
+            "layers.1.heads": (0, 2),
+            "layers.3.channels": tuple(range(100)),
+            "mlp": tuple(range(1, config.num_hidden_layers)),
+        }
+    )
     predicted = cost.of(plan).parameters()
     shrink_(model, axes, plan)
     assert predicted["total"] == model.num_parameters() < cost().parameters()["total"]
@@ -128,11 +156,17 @@ def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrained
 
 @pytest.mark.parametrize(
     ("config", "total", "cached"),
-    [(GPT2Config(), 124_439_808, 12 * 2 * 768), (PYTHIA_160M, 162_322_944, 12 * 2 * 768), (Phi3Config(), 3_821_079_552, 32 * 2 * 3072)],
+    [
+        (GPT2Config(), 124_439_808, 12 * 2 * 768),
+        (PYTHIA_160M, 162_322_944, 12 * 2 * 768),
+        (Phi3Config(), 3_821_079_552, 32 * 2 * 3072),
+    ],
     ids=["gpt2", "pythia-160m", "phi-3-mini"],
 )
 def test_published_sizes_of_fused_models(config: PreTrainedConfig, total: int, cached: int) -> None:
-    """The hub's sizes, and a cache of as many keys and values as there are heads; half of a layer's heads hold half of its share."""
+    """The hub's sizes, and a cache of as many keys and values as there are heads; half of a layer's heads hold half of
+    its share.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     arch = arch_for(model.config)

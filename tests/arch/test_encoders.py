@@ -1,4 +1,6 @@
-"""Encoders: data-free pruning works from Python and is written; a recipe's run refuses them in one line before weights are read."""
+"""Encoders: data-free pruning works from Python and is written; a recipe's run refuses them in one line before weights
+are read.
+"""
 
 import sys
 from pathlib import Path
@@ -50,10 +52,14 @@ def test_magnitude_pruning(name: str, kinds: tuple[str, ...], tmp_path: Path) ->
         ("vit", r"\(vit\) is not a causal language model"),
     ],
 )
-def test_a_run_is_refused_before_weights_are_read(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_before_weights_are_read(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(name)
     save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "model")
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
     with pytest.raises(ArchError, match=said) as caught:
         compresso.run(
             {"name": "prune-only", "stages": [{"magnitude_structured": {"keep": 0.7}}]},

@@ -1,7 +1,8 @@
 """The laws every architecture obeys: gated == shrunk, cost == counted, keep everything == no-op, cache == no cache.
 
-They compare the masked model (hooks on the stock forward) with the physically smaller one (stock forward on sliced weights); neither
-shares code with the other beyond the axes. `test_each_correction_matters` shows that the comparison notices what is easily forgotten.
+They compare the masked model (hooks on the stock forward) with the physically smaller one (stock forward on sliced
+weights); neither shares code with the other beyond the axes. `test_each_correction_matters` shows that the comparison
+notices what is easily forgotten.
 """
 
 import re
@@ -24,10 +25,14 @@ from compresso.edit.shrink import shrink_
 NAMES = list(CONFIGS)
 GENERATING = [name for name in NAMES if name not in CLASSES]
 TOGETHER = "together"
-WITHOUT = {name: {Kind.HIDDEN} | ({Kind.VOCAB} if name in CLASSES else set()) for name in NAMES if name not in WITH_HIDDEN}
+WITHOUT = {
+    name: {Kind.HIDDEN} | ({Kind.VOCAB} if name in CLASSES else set()) for name in NAMES if name not in WITH_HIDDEN
+}
 for name in POST_NORM:
     WITHOUT[name] |= {Kind.LAYER}
-CASES = [(name, kind) for name in NAMES for kind in (*(str(k) for k in Kind if k not in WITHOUT.get(name, ())), TOGETHER)]
+CASES = [
+    (name, kind) for name in NAMES for kind in (*(str(k) for k in Kind if k not in WITHOUT.get(name, ())), TOGETHER)
+]
 Tiny = Callable[[str], PreTrainedModel]
 
 IDS = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -39,8 +44,9 @@ def described(model: PreTrainedModel) -> tuple[Arch, tuple[Axis, ...]]:
 
 
 def random_masks(axes: tuple[Axis, ...], kind: str, seed: int = 0, soft: bool = True) -> dict[str, Tensor]:
-    """Masks with zeros for the axes of one kind, or of all that have gates; the tokens of IDS stay. Among them, where no bias forbids it:
-    layer 0 without heads, another layer without heads or channels, one with a single channel."""
+    """Masks with zeros for the axes of one kind, or of all that have gates; the tokens of IDS stay. Among them, where
+    no bias forbids it: layer 0 without heads, another layer without heads or channels, one with a single channel.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks: dict[str, Tensor] = {}
     for axis in axes:
@@ -74,7 +80,9 @@ def output(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
     """What the model computes from tokens, or from one image a row of tokens; encoders see padding in the middle."""
     if model.main_input_name == "pixel_values":
         seeds = [torch.Generator().manual_seed(int(row.sum())) for row in ids]
-        result = model(pixel_values=torch.stack([torch.randn(3, 16, 16, generator=seed) for seed in seeds]).to(model.dtype))
+        result = model(
+            pixel_values=torch.stack([torch.randn(3, 16, 16, generator=seed) for seed in seeds]).to(model.dtype)
+        )
     elif model.config.model_type == "bert":
         result = model(input_ids=ids, attention_mask=(ids % 5 != 0).long())
     else:
@@ -96,9 +104,13 @@ def tokens_left(masks: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor]:
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = True, attention_mask: Tensor | None = None) -> list[list[int]]:
+def greedy(
+    model: PreTrainedModel, ids: Tensor, *, use_cache: bool = True, attention_mask: Tensor | None = None
+) -> list[list[int]]:
     attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    generated = model.generate(ids, attention_mask=attention_mask, max_new_tokens=12, do_sample=False, use_cache=use_cache)
+    generated = model.generate(
+        ids, attention_mask=attention_mask, max_new_tokens=12, do_sample=False, use_cache=use_cache
+    )
     return generated[:, ids.shape[1] :].tolist()
 
 
@@ -113,7 +125,9 @@ def test_gated_equals_shrunk(tiny: Tiny, name: str, kind: str) -> None:
     kept, ids = tokens_left(masks)
     shrunk(model, axes, masks)
     assert 0.3 < dense.std() < 5, "the model is too small in scale for this test to say anything"
-    assert (expected - dense).abs().max() > 0.1 or kind == Kind.VOCAB, "the masks are too close to 1 for this test to say anything"
+    assert (expected - dense).abs().max() > 0.1 or kind == Kind.VOCAB, (
+        "the masks are too close to 1 for this test to say anything"
+    )
     assert (logits(model, ids) - expected[..., kept]).abs().max() < 1e-5
 
 
@@ -140,7 +154,11 @@ def test_each_correction_matters(tiny: Tiny, name: str) -> None:
     masks = random_masks(axes, TOGETHER)
     shrunk(model, axes, masks)
     right = logits(model)
-    norms = [module for key, module in model.named_modules() if key.endswith(("layernorm", "model.norm")) and hasattr(module, "weight")]
+    norms = [
+        module
+        for key, module in model.named_modules()
+        if key.endswith(("layernorm", "model.norm")) and hasattr(module, "weight")
+    ]
     kept = masks["hidden"].nonzero().flatten()
     ratio = 64 / len(kept)
     assert ratio > 1.1
@@ -206,7 +224,13 @@ def test_cost_equals_counted(tiny: Tiny, name: str, kind: str) -> None:
     plan = shrunk(model, axes, masks)
     counted = {"total": 0, "blocks": 0, "embeddings": 0, "norms": 0}
     for key, parameter in model.named_parameters():
-        group = "norms" if "norm" in key.lower() or ".ln_" in key else "blocks" if re.search(r"\b(layers?|h)\.\d", key) else "embeddings"
+        group = (
+            "norms"
+            if "norm" in key.lower() or ".ln_" in key
+            else "blocks"
+            if re.search(r"\b(layers?|h)\.\d", key)
+            else "embeddings"
+        )
         counted[group] += parameter.numel()
         counted["total"] += parameter.numel()
     assert predicted.parameters() == counted == cost.of(plan).parameters()
@@ -217,7 +241,9 @@ def test_cost_equals_counted(tiny: Tiny, name: str, kind: str) -> None:
         return
     with torch.no_grad():
         cache = model(input_ids=tokens_left(masks)[1][:1], use_cache=True).past_key_values
-    entries = sum(t.shape[1] * t.shape[3] for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values))
+    entries = sum(
+        t.shape[1] * t.shape[3] for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)
+    )
     assert predicted.cached == entries
 
 
@@ -261,7 +287,9 @@ def shrunk_plan(axes: tuple[Axis, ...], seed: int) -> Plan:
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation(tiny: Tiny, name: str) -> None:
-    """Greedy tokens, past the sliding windows and with cache holes: masked == shrunk, cached == not cached, left-padded batch == alone."""
+    """Greedy tokens, past the sliding windows and with cache holes: masked == shrunk, cached == not cached, left-padded
+    batch == alone.
+    """
     model = tiny(name)
     _, axes = described(model)
     masks = random_masks(axes, TOGETHER)
@@ -280,7 +308,9 @@ def test_generation(tiny: Tiny, name: str) -> None:
 
 @pytest.mark.parametrize("without", [(0,), (1,), (2,), (0, 1), (0, 2), (2, 3), (0, 1, 3), (0, 2, 3)])
 def test_cache_with_mixed_layer_types(tiny: Tiny, without: tuple[int, ...]) -> None:
-    """qwen2: layers 0 and 1 see everything, 2 and 3 a window; whatever attentions leave, cached == not cached == masked."""
+    """qwen2: layers 0 and 1 see everything, 2 and 3 a window; whatever attentions leave, cached == not cached ==
+    masked.
+    """
     model = tiny("qwen2")
     _, axes = described(model)
     mask = torch.ones(4)
@@ -292,7 +322,9 @@ def test_cache_with_mixed_layer_types(tiny: Tiny, without: tuple[int, ...]) -> N
         step = model(input_ids=IDS[:, :7], use_cache=True)
         rows = [step.logits]
         for position in range(7, IDS.shape[1]):
-            step = model(input_ids=IDS[:, position : position + 1], past_key_values=step.past_key_values, use_cache=True)
+            step = model(
+                input_ids=IDS[:, position : position + 1], past_key_values=step.past_key_values, use_cache=True
+            )
             rows.append(step.logits)
     assert (logits(model) - expected).abs().max() < 1e-5
     assert (torch.cat(rows, dim=1) - expected).abs().max() < 1e-5
@@ -319,7 +351,11 @@ def test_every_mask_gets_the_same_gradient_with_checkpointing(tiny: Tiny, name: 
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         generator = torch.Generator().manual_seed(6)
-        masks = {axis.name: torch.empty(axis.size).uniform_(0.2, 1, generator=generator).requires_grad_() for axis in axes if axis.gates}
+        masks = {
+            axis.name: torch.empty(axis.size).uniform_(0.2, 1, generator=generator).requires_grad_()
+            for axis in axes
+            if axis.gates
+        }
         with gated(model, axes, masks):
             loss = (
                 model(input_ids=IDS, labels=IDS, use_cache=False).loss
@@ -348,7 +384,11 @@ def test_config_and_fields_are_true_after_shrinking(tiny: Tiny, name: str) -> No
     )
     shrink_(model, axes, plan)
     kv = model.config.num_key_value_heads
-    assert arch.shapes(model) == [LayerShape(group, 1, 176), LayerShape(kv * group, kv, 9), LayerShape(kv * group, kv, 1)]
+    assert arch.shapes(model) == [
+        LayerShape(group, 1, 176),
+        LayerShape(kv * group, kv, 9),
+        LayerShape(kv * group, kv, 1),
+    ]
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.intermediate_size) == (53, 3, 176)
     assert (model.config.num_attention_heads, model.config.head_dim) == (kv * group, head_dim)
     assert model.config.rms_norm_eps == pytest.approx(1e-2 * 64 / 53)

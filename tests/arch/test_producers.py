@@ -1,4 +1,6 @@
-"""A scale that moves between a group of linears and what feeds it changes nothing, in every architecture, whole and pruned."""
+"""A scale that moves between a group of linears and what feeds it changes nothing, in every architecture, whole and
+pruned.
+"""
 
 import pytest
 import torch

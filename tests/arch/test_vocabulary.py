@@ -1,6 +1,8 @@
-"""Tokens as units: rows leave the embedding and the head, ids follow everywhere, and what is left computes what it computed.
+"""Tokens as units: rows leave the embedding and the head, ids follow everywhere, and what is left computes what it
+computed.
 
-The oracle is the dense model itself: without its removed tokens' logits it must be the smaller one, alone and beside other removals.
+The oracle is the dense model itself: without its removed tokens' logits it must be the smaller one, alone and beside
+other removals.
 """
 
 import pytest

@@ -1,4 +1,6 @@
-"""A failure or kill -9 at any system call of a write leaves the old content or the new; unusable outputs are refused before any work."""
+"""A failure or kill -9 at any system call of a write leaves the old content or the new; unusable outputs are refused
+before any work.
+"""
 
 import errno
 import os
@@ -12,7 +14,16 @@ import pytest
 
 import compresso
 from compresso.checkpoint import atomic
-from compresso.checkpoint.atomic import check_output, lock, new_folder, verify_manifest, write_bytes, write_json, write_manifest, write_text
+from compresso.checkpoint.atomic import (
+    check_output,
+    lock,
+    new_folder,
+    verify_manifest,
+    write_bytes,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from compresso.errors import CheckpointError, ResourceError
 
 OLD = {"a": "old", "sub/b": "old too"}
@@ -56,7 +67,8 @@ class Fault:
 
 
 @pytest.mark.parametrize(
-    ("code", "error", "exit_code"), [(errno.ENOSPC, ResourceError, 3), (errno.EIO, ResourceError, 3), (errno.EACCES, CheckpointError, 2)]
+    ("code", "error", "exit_code"),
+    [(errno.ENOSPC, ResourceError, 3), (errno.EIO, ResourceError, 3), (errno.EACCES, CheckpointError, 2)],
 )
 def test_file_write_fails_at_every_call(
     code: int, error: type[Exception], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +121,9 @@ def test_folder_fails_at_every_call(exchange: bool, code: int, tmp_path: Path, m
                 failures += 1
         if fault.calls < at:
             break
-        assert [one.name for one in tmp_path.iterdir() if not one.name.startswith(".")] == ["out"]  # clearing up may fail too
+        assert [one.name for one in tmp_path.iterdir() if not one.name.startswith(".")] == [
+            "out"
+        ]  # clearing up may fail too
         assert read(target) in (OLD, NEW)
         if read(target) == NEW:  # only the last fsync comes after the swap
             fill(target, OLD)
@@ -178,7 +192,9 @@ assert not seen[0] and seen[-1] and len(seen) > 20
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("exchange", [True, False])
 def test_folder_survives_kill_at_every_call(exchange: bool, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT + KILLED, tmp_path / "out", str(exchange)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT + KILLED, tmp_path / "out", str(exchange)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

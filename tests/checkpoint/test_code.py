@@ -1,7 +1,8 @@
-"""The gate for code: each field and file that transformers would act upon is refused in one line, and none of the code runs.
+"""The gate for code: each field and file that transformers would act upon is refused in one line, and none of the code
+runs.
 
-`ran` is the canary: every piece of code in these folders creates it. That the canary sings is tested too, with the trust that compresso
-never gives.
+`ran` is the canary: every piece of code in these folders creates it. That the canary sings is tested too, with the
+trust that compresso never gives.
 """
 
 import json
@@ -35,7 +36,13 @@ from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
 from tests.formats.nano_variants import nano_tokenizer, pruned_nano
 
 IDS = torch.arange(4)
-TINY = {"vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 OURS = {"AutoConfig": "modeling_compresso.CompressoLlamaConfig"}
 REMOTE = next(name for name, words in WORDS.items() if "remote" in words)
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -43,7 +50,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CONFIG, {"auto_map": {"AutoConfig": "strange.X"}}, r"auto_map names code to run \(strange\.X\)"),
     (CONFIG, {"auto_map": {"AutoModelForCausalLM": "owner/repo--strange.X"}}, "auto_map names code"),
     (CONFIG, {"auto_map": OURS | {"AutoModelForCausalLM": "strange.X"}}, "auto_map names code"),
-    (CONFIG, {"auto_map": {"AutoConfig": "owner/repo--modeling_compresso.CompressoLlamaConfig"}}, "auto_map names code"),
+    (
+        CONFIG,
+        {"auto_map": {"AutoConfig": "owner/repo--modeling_compresso.CompressoLlamaConfig"}},
+        "auto_map names code",
+    ),
     (CONFIG, {"auto_map": {"AutoConfig": "modeling_compresso.torch"}}, "auto_map names code"),
     (CONFIG, {"auto_map": "strange.X"}, "auto_map names code"),
     (CONFIG, {"text_config": {"auto_map": OURS}}, r"text_config\.auto_map names code"),
@@ -52,10 +63,22 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CONFIG, {"custom_generate": "owner/repo"}, r"custom_generate names code to run \(owner/repo\)"),
     (CONFIG, {"configuration_files": ["config.4.0.0.json"]}, "configuration_files names other files"),
     (CONFIG, {"tokenizer_class": "RagTokenizer"}, "tokenizer_class is RagTokenizer, which is no tokenizer"),
-    (CONFIG, {"attn_implementation": "owner/kernel"}, r"attn_implementation names a kernel of the hub \(owner/kernel\)"),
+    (
+        CONFIG,
+        {"attn_implementation": "owner/kernel"},
+        r"attn_implementation names a kernel of the hub \(owner/kernel\)",
+    ),
     (CONFIG, {"_attn_implementation": "paged|owner/kernel@v1:run"}, "_attn_implementation names a kernel"),
-    (CONFIG, {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}}, "attn_implementation names a kernel"),
-    (CONFIG, {"text_config": {"attn_implementation": "owner/kernel"}}, r"text_config\.attn_implementation names a kernel"),
+    (
+        CONFIG,
+        {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}},
+        "attn_implementation names a kernel",
+    ),
+    (
+        CONFIG,
+        {"text_config": {"attn_implementation": "owner/kernel"}},
+        r"text_config\.attn_implementation names a kernel",
+    ),
     (CONFIG, {"experts_implementation": "sonicmoe"}, "experts_implementation is sonicmoe"),
     (CONFIG, {"_experts_implementation": {"text_config": "owner/kernel"}}, "_experts_implementation is owner/kernel"),
     (CONFIG, {"use_kernels": True}, "use_kernels is True"),
@@ -70,7 +93,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TOKENIZER, {"auto_map": {"AutoTokenizer": [None, "strange.X"]}}, "auto_map names code"),
     (TOKENIZER, {"auto_map": ["strange.X", None]}, "auto_map names code"),
     (TOKENIZER, {"auto_map": OURS}, "auto_map names code"),
-    (TOKENIZER, {"tokenizer_class": "AutoModelForCausalLM"}, "tokenizer_class is AutoModelForCausalLM, which is no tokenizer"),
+    (
+        TOKENIZER,
+        {"tokenizer_class": "AutoModelForCausalLM"},
+        "tokenizer_class is AutoModelForCausalLM, which is no tokenizer",
+    ),
     ("processor_config.json", {"auto_map": {"AutoProcessor": "strange.X"}}, "auto_map names code"),
     ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "strange.X"}}, "auto_map names code"),
     ("video_preprocessor_config.json", {"auto_map": {"AutoVideoProcessor": "strange.X"}}, "auto_map names code"),
@@ -109,7 +136,9 @@ def change(path: Path, fields: dict[str, Any]) -> None:
 
 def custom_generate(folder: Path, ran: Path) -> None:
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(f"open({str(ran)!r}, 'w')\ndef generate(model, *a, **k): pass\n")
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(ran)!r}, 'w')\ndef generate(model, *a, **k): pass\n"
+    )
 
 
 def openings(folder: Path) -> dict[str, Callable[[], object]]:
@@ -142,7 +171,9 @@ def vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_python", lambda: "false")
 
 
-@pytest.mark.parametrize(("file", "fields", "message"), FIELDS, ids=[f"{file}-{number}" for number, (file, *_) in enumerate(FIELDS)])
+@pytest.mark.parametrize(
+    ("file", "fields", "message"), FIELDS, ids=[f"{file}-{number}" for number, (file, *_) in enumerate(FIELDS)]
+)
 def test_a_field_that_names_code_is_refused_by_file_and_field(
     file: str, fields: dict[str, Any], message: str, folder: Path, ran: Path
 ) -> None:
@@ -177,11 +208,15 @@ def test_the_canary_sings_where_trust_is_given(folder: Path, ran: Path) -> None:
     opens = "import sys, transformers as t; t.{}.from_pretrained(sys.argv[1], trust_remote_code=True)"
     custom_generate(folder, ran)
     home = {"HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", opens.format("AutoModelForCausalLM"), folder], env=home, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", opens.format("AutoModelForCausalLM"), folder], env=home, check=True, capture_output=True
+    )
     assert ran.exists()
     ran.unlink()
     change(folder / CONFIG, {"model_type": "strange", "auto_map": {"AutoConfig": "strange.X"}})
-    subprocess.run([sys.executable, "-c", opens.format("AutoConfig"), folder], env=home, check=False, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", opens.format("AutoConfig"), folder], env=home, check=False, capture_output=True
+    )
     assert ran.exists()
 
 
@@ -236,7 +271,9 @@ def test_a_config_as_deep_as_its_file_is_long(folder: Path) -> None:
     assert len(str(raised.value)) < 600
 
 
-def test_our_own_folder_opens_without_a_look_at_its_file(native: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_folder_opens_without_a_look_at_its_file(
+    native: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers is not asked for a class from a folder at all, whatever lies there."""
 
     def refuse(*arguments: object, **_: object) -> None:

@@ -1,4 +1,6 @@
-"""Bad safetensors files end in one CheckpointError with little memory; what is accepted, safetensors' own reader accepts (the oracle)."""
+"""Bad safetensors files end in one CheckpointError with little memory; what is accepted, safetensors' own reader
+accepts (the oracle).
+"""
 
 import json
 import struct
@@ -18,7 +20,8 @@ from compresso.checkpoint.header import read_header
 from compresso.errors import CheckpointError
 
 GOOD = save(
-    {"a": torch.arange(6.0).reshape(2, 3), "b.é": torch.zeros(4, dtype=torch.bfloat16), "empty": torch.zeros(0, 3)}, {"format": "pt"}
+    {"a": torch.arange(6.0).reshape(2, 3), "b.é": torch.zeros(4, dtype=torch.bfloat16), "empty": torch.zeros(0, 3)},
+    {"format": "pt"},
 )
 
 
@@ -51,7 +54,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "metadata not text": (built({"__metadata__": {"a": 1}}), "a name is missing"),
     "entry too long": (built({"a": entry(shape=[1] * 3_000)}, b"\0" * 4), "no entry"),
     "entry is a number": (built({"a": 1}), "no entry"),
-    "same name twice": (built(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), b"\0" * 4), "'a' occurs twice"),
+    "same name twice": (
+        built(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), b"\0" * 4),
+        "'a' occurs twice",
+    ),
     "unknown dtype": (built({"a": entry(dtype="F33")}, b"\0" * 4), "unknown dtype F33"),
     "dtype a list": (built({"a": entry(dtype=["F32"])}, b"\0" * 4), "unknown dtype"),
     "negative shape": (built({"a": entry(shape=[-1])}, b"\0" * 4), "no proper shape"),
@@ -103,7 +109,9 @@ def test_good_file_reads_as_safetensors_reads_it(tmp_path: Path) -> None:
 @given(
     changes=st.lists(
         st.tuples(
-            st.integers(0, len(GOOD) - 1), st.sampled_from(["set", "insert", "delete", "cut"]), st.sampled_from(b'\0\1\xff{}[]",:019-e \\')
+            st.integers(0, len(GOOD) - 1),
+            st.sampled_from(["set", "insert", "delete", "cut"]),
+            st.sampled_from(b'\0\1\xff{}[]",:019-e \\'),
         ),
         min_size=1,
         max_size=4,

@@ -1,4 +1,6 @@
-"""Hub names without a network: the cache at once, or an error that says what to do; what the hub offers is judged before downloading."""
+"""Hub names without a network: the cache at once, or an error that says what to do; what the hub offers is judged
+before downloading.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,9 @@ def put_in_cache(cache: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(REVISION)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(snapshot)
     for number, path in enumerate(sorted(snapshot.iterdir())):
         path.rename(repository / "blobs" / str(number))
@@ -49,10 +53,14 @@ def test_cached_model_opens_without_network(offline: bool, cache: Path, monkeypa
     assert load_model(source).config.hidden_size == 16
 
 
-@pytest.mark.parametrize(("offline", "why"), [(True, "HF_HUB_OFFLINE is set"), (False, r"the hub did not answer \(ConnectError\)")])
+@pytest.mark.parametrize(
+    ("offline", "why"), [(True, "HF_HUB_OFFLINE is set"), (False, r"the hub did not answer \(ConnectError\)")]
+)
 def test_model_that_is_nowhere(offline: bool, why: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with pytest.raises(CheckpointError, match=f"'owner/absent' is neither a local folder nor in the hub cache, and {why}"):
+    with pytest.raises(
+        CheckpointError, match=f"'owner/absent' is neither a local folder nor in the hub cache, and {why}"
+    ):
         open_source("owner/absent")
 
 
@@ -77,7 +85,9 @@ def test_only_what_is_needed_is_fetched(cache: Path, monkeypatch: pytest.MonkeyP
     asked: list[list[str]] = []
     siblings = [SimpleNamespace(rfilename="model.safetensors")]
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=REVISION, siblings=siblings))
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or str(cache))
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or str(cache)
+    )
     assert hub.fetch("owner/tiny") == (cache, REVISION)
     hub.fetch("owner/tiny", weights=False)
     assert [("*.safetensors" in patterns) for patterns in asked] == [True, False]
@@ -85,7 +95,8 @@ def test_only_what_is_needed_is_fetched(cache: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("name", "possible"), [("gpt2", True), ("owner/name-1.0", True), ("a/b/c", False), ("../x", False), ("x.json", False), ("", False)]
+    ("name", "possible"),
+    [("gpt2", True), ("owner/name-1.0", True), ("a/b/c", False), ("../x", False), ("x.json", False), ("", False)],
 )
 def test_hub_names(name: str, possible: bool) -> None:
     assert hub.is_hub_name(name) == possible

@@ -1,4 +1,6 @@
-"""Opening a model: each kind of bad folder is refused with its cure before weights are read, and nothing in it is run."""
+"""Opening a model: each kind of bad folder is refused with its cure before weights are read,
+and nothing in it is run.
+"""
 
 import json
 import pickle
@@ -18,7 +20,14 @@ from compresso.checkpoint import source as source_module
 from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
 from compresso.errors import ArchError, CheckpointError, NumericError
 
-TINY = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 1}
+TINY = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 1,
+}
 
 
 def tiny(**fields: Any) -> LlamaForCausalLM:
@@ -109,7 +118,9 @@ def test_shards_and_stored_dtype(tmp_path: Path) -> None:
 def test_config_alone(folder: Path) -> None:
     for source in (open_source(folder / "config.json"), open_source(folder, weights=False)):
         assert source.tensors == {}
-        assert sum(parameter.numel() for parameter in meta_model(source).parameters()) == sum(p.numel() for p in tiny().parameters())
+        assert sum(parameter.numel() for parameter in meta_model(source).parameters()) == sum(
+            p.numel() for p in tiny().parameters()
+        )
         assert {parameter.device.type for parameter in meta_model(source).parameters()} == {"meta"}
         with pytest.raises(CheckpointError, match="without weights"):
             load_model(source)
@@ -136,8 +147,14 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
         ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid llama config"),
         ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "not a valid llama config"),
         ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "tensors for the 1000000000 layers"),
-        ('{"model_type": "llama", "hidden_size": 1099511627776, "num_hidden_layers": 1}', "cannot be built|does not fit"),
-        ('{"model_type": "llama", "num_hidden_layers": 1, "rope_parameters": {"rope_type": "?"}}', "cannot be built|not a valid"),
+        (
+            '{"model_type": "llama", "hidden_size": 1099511627776, "num_hidden_layers": 1}',
+            "cannot be built|does not fit",
+        ),
+        (
+            '{"model_type": "llama", "num_hidden_layers": 1, "rope_parameters": {"rope_type": "?"}}',
+            "cannot be built|not a valid",
+        ),
         ('{"x": "' + "x" * 5_000_000 + '"}', "at most 4000000 are read"),
     ],
 )
@@ -163,7 +180,9 @@ def test_lora_adapter(folder: Path) -> None:
 
 def test_not_a_language_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ArchError, match=r"resnet with no architecture is not opened\. Give a causal language model, or an encoder"):
+    with pytest.raises(
+        ArchError, match=r"resnet with no architecture is not opened\. Give a causal language model, or an encoder"
+    ):
         meta_model(open_source(tmp_path / "config.json"))
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}')
     with pytest.raises(ArchError, match="bert with the architecture BertForQuestionAnswering is not opened"):
@@ -205,7 +224,11 @@ def test_pickles_are_not_opened(name: str, folder: Path, opened: list[str]) -> N
 def test_code_in_the_folder_is_not_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     canary = folder.parent / "ran"
     (folder / "modeling_x.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
-    names = {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["modeling_x.X", None]}
+    names = {
+        "AutoConfig": "modeling_x.X",
+        "AutoModelForCausalLM": "modeling_x.X",
+        "AutoTokenizer": ["modeling_x.X", None],
+    }
     inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
     source = open_source(folder)  # a file that nothing names is not run
@@ -219,14 +242,28 @@ def test_code_in_the_folder_is_not_run(folder: Path, capfd: pytest.CaptureFixtur
     edit_config(folder, model_type="llama", auto_map=None)
     path = folder / "tokenizer_config.json"
     path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["modeling_x.X", None]}})
+        json.dumps(
+            json.loads(path.read_text())
+            | {
+                "tokenizer_class": "X",
+                "auto_map": {"AutoTokenizer": ["modeling_x.X", None]},
+            }
+        )
     )
     refused(folder, r"tokenizer_config\.json: auto_map names code to run")
     assert not canary.exists()
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/outside.safetensors", "sub/x.safetensors", "..\\x.safetensors", "x.bin", ".safetensors"]
+    "shard",
+    [
+        "../outside.safetensors",
+        "/etc/outside.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "x.bin",
+        ".safetensors",
+    ],
 )
 def test_index_stays_in_the_folder(shard: str, sharded: Path, opened: list[str]) -> None:
     shutil.copy(next(sharded.glob("model-*.safetensors")), sharded.parent / "outside.safetensors")
@@ -289,7 +326,8 @@ def test_tensors_are_compared_with_the_architecture(folder: Path) -> None:
     edit_tensors(folder, change)
     refused(
         folder,
-        r"missing: model\.norm\.weight; unexpected: surplus; wrong shape: lm_head\.weight \[31, 15\] instead of \[31, 16\]; "
+        r"missing: model\.norm\.weight; unexpected: surplus; wrong shape: lm_head\.weight \[31, 15\] instead of \[31,"
+        r" 16\]; "
         r"not plain floats: model\.layers\.0\.mlp\.up_proj\.weight I8\.",
     )
 

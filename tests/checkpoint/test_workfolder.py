@@ -8,7 +8,11 @@ import pytest
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.errors import CheckpointError, ResumeError
 
-IDENTITY: dict[str, Any] = {"recipe": {"stages": [{"one": {"rate": 0.1, "kinds": ("a", "b")}}, {"two": {}}]}, "seed": 0, "data": None}
+IDENTITY: dict[str, Any] = {
+    "recipe": {"stages": [{"one": {"rate": 0.1, "kinds": ("a", "b")}}, {"two": {}}]},
+    "seed": 0,
+    "data": None,
+}
 NAMES = ["one", "two"]
 
 
@@ -43,7 +47,9 @@ def test_a_stage_counts_only_with_all_before_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("x"), Path.unlink], ids=["altered", "missing"])
-def test_a_damaged_stage_and_those_after_it_are_done_again(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_stage_and_those_after_it_are_done_again(
+    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     work = interrupted(tmp_path / "out", stages=2)
     damage(work / "stages" / "01-one" / "weights")
     with WorkFolder.open(tmp_path / "out", IDENTITY, resume=True, force=False) as resumed:
@@ -119,11 +125,17 @@ def test_what_no_run_made_is_never_removed(tmp_path: Path, force: bool) -> None:
     theirs = tmp_path / "out.partial"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("mine")
-    with pytest.raises(CheckpointError, match="no run made it"), WorkFolder.open(tmp_path / "out", IDENTITY, resume=False, force=force):
+    with (
+        pytest.raises(CheckpointError, match="no run made it"),
+        WorkFolder.open(tmp_path / "out", IDENTITY, resume=False, force=force),
+    ):
         pass
     assert (theirs / "thesis.tex").read_text() == "mine"
     (tmp_path / "file.partial").write_text("mine")
-    with pytest.raises(CheckpointError, match="in the way"), WorkFolder.open(tmp_path / "file", IDENTITY, resume=False, force=force):
+    with (
+        pytest.raises(CheckpointError, match="in the way"),
+        WorkFolder.open(tmp_path / "file", IDENTITY, resume=False, force=force),
+    ):
         pass
     assert (tmp_path / "file.partial").read_text() == "mine"
 
@@ -132,5 +144,8 @@ def test_a_damaged_identity_is_no_traceback(tmp_path: Path) -> None:
     work = interrupted(tmp_path / "out")
     for content in ("{", "[]"):
         (work / "identity.json").write_text(content)
-        with pytest.raises(ResumeError, match="is damaged"), WorkFolder.open(tmp_path / "out", IDENTITY, resume=True, force=False):
+        with (
+            pytest.raises(ResumeError, match="is damaged"),
+            WorkFolder.open(tmp_path / "out", IDENTITY, resume=True, force=False),
+        ):
             pass

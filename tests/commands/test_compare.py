@@ -11,19 +11,31 @@ from compresso.commands import compare as comparison
 from compresso.metrics.record import Account
 
 
-def test_the_verb_prints_tables_and_writes_the_page(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_prints_tables_and_writes_the_page(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     facts = records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))
     code, out, error = call("compare", run_folder(tmp_path / "small", facts), "--output", tmp_path / "r.html")
     assert (code, error) == (0, "")
     assert out.index("dense") < out.index("small")
-    for words in ("no speed-up: zeros", "70.0 % of dense", "within noise", "estimated", "Not measured: ", f"report: {tmp_path / 'r.html'}"):
+    for words in (
+        "no speed-up: zeros",
+        "70.0 % of dense",
+        "within noise",
+        "estimated",
+        "Not measured: ",
+        f"report: {tmp_path / 'r.html'}",
+    ):
         assert words in out, words
     assert (tmp_path / "r.html").read_text("utf-8").startswith("<!doctype html>")
 
 
 def test_json_is_an_account_that_can_be_compared_again(call: Call, tmp_path: Path) -> None:
-    run, extra = run_folder(tmp_path / "small"), account_file(tmp_path / "dense.json", dense(number("c4/perplexity", 5)))
+    run, extra = (
+        run_folder(tmp_path / "small"),
+        account_file(tmp_path / "dense.json", dense(number("c4/perplexity", 5))),
+    )
     code, out, error = call("compare", run, extra, "--json", "--output", tmp_path / "r.html")
     assert (code, error) == (0, "")
     merged = Account.model_validate_json(out)

@@ -42,7 +42,9 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("shortened", "quick_reopening")
 def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    code, out, error = call("demo", "--output", output, "--keep", 0.7, "--force")  # one update: the guard may refuse the result
+    code, out, error = call(
+        "demo", "--output", output, "--keep", 0.7, "--force"
+    )  # one update: the guard may refuse the result
     assert code == 0, error
     account = Account.model_validate(json.loads((output / "account.json").read_text(), parse_constant=pytest.fail))
     assert [subject.name for subject in account.subjects] == ROWS
@@ -62,8 +64,16 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
     flat = " ".join(out.split())
     assert all(name in flat for name in ROWS)
     assert f'compresso.load("{output / "compresso"}")' in out.replace("\n", "")
-    assert "transformers yes 8 of 8 greedy tokens the same" in flat and flat.endswith("vLLM not installed vllm is not installed")
-    assert sorted(path.name for path in output.iterdir()) == ["account.json", "compresso", "gate-taylor", "magnitude", "report.html"]
+    assert "transformers yes 8 of 8 greedy tokens the same" in flat and flat.endswith(
+        "vLLM not installed vllm is not installed"
+    )
+    assert sorted(path.name for path in output.iterdir()) == [
+        "account.json",
+        "compresso",
+        "gate-taylor",
+        "magnitude",
+        "report.html",
+    ]
     report = (output / "report.html").read_text("utf-8")
     assert all(name in report for name in ROWS)
     loaded = compresso.load(output / "compresso")

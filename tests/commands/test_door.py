@@ -1,4 +1,6 @@
-"""Every command that opens a model folder refuses one that brings code: exit code 2, one line, and the code did not run."""
+"""Every command that opens a model folder refuses one that brings code: exit code 2, one line, and the code did not
+run.
+"""
 
 import shutil
 from pathlib import Path
@@ -29,8 +31,12 @@ def strange(tiny_folder: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "strange"
     shutil.copytree(tiny_folder, folder)
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(model, **k): pass\n")
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"auto_map": {"AutoConfig": "strange.X"},', 1))
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(model, **k): pass\n"
+    )
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("{", '{"auto_map": {"AutoConfig": "strange.X"},', 1)
+    )
     (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
     return folder
 
@@ -40,7 +46,10 @@ def test_every_command_stops_at_the_door(
     name: str, strange: Path, tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call
 ) -> None:
     there = {"MODEL": str(strange), "GOOD": str(tiny_folder), "DATA": str(instructions), "OUT": str(tmp_path / "out")}
-    arguments = [one.replace("MODEL", str(strange)) if one.startswith("MODEL/") else there.get(one, one) for one in COMMANDS[name]]
+    arguments = [
+        one.replace("MODEL", str(strange)) if one.startswith("MODEL/") else there.get(one, one)
+        for one in COMMANDS[name]
+    ]
     found, out, error = call(*arguments)
     assert (found, out) == (2, ""), error
     assert len(error.splitlines()) == 1, error
@@ -62,7 +71,12 @@ def test_compare_opens_no_model(strange: Path, tmp_path: Path, call: Call, monke
 
 
 def test_a_run_passes_the_gate_each_time_it_reads_a_model(
-    tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, quick_reopening: None
+    tiny_folder: Path,
+    instructions: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_reopening: None,
 ) -> None:
     """When it starts, when it reads the teacher of a distillation, and when it opens what it wrote."""
     seen: list[str] = []
@@ -75,7 +89,16 @@ def test_a_run_passes_the_gate_each_time_it_reads_a_model(
     monkeypatch.setattr("compresso.checkpoint.source.refuse_code", noted)
     short = (*SHORT, "stages.gate_taylor.batches=1", "stages.distill.batch=4", "stages.distill.lr_at_hidden=null")
     sets = [part for one in short for part in ("--set", one)]
-    arguments = ("run", "gate-taylor/distill", "--model", tiny_folder, "--data", instructions, "--output", tmp_path / "out")
+    arguments = (
+        "run",
+        "gate-taylor/distill",
+        "--model",
+        tiny_folder,
+        "--data",
+        instructions,
+        "--output",
+        tmp_path / "out",
+    )
     found, _, error = call(*arguments, "--max-steps", 1, "--force", *sets)
     assert found == 0, error
     model = seen.count(tiny_folder.resolve().name)

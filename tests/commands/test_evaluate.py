@@ -1,4 +1,6 @@
-"""`compresso evaluate`: what it measures by default, what it writes, and one line for everything that can be wrong before."""
+"""`compresso evaluate`: what it measures by default, what it writes, and one line for everything that can be wrong
+before.
+"""
 
 import json
 import shutil
@@ -64,7 +66,13 @@ class Language:
 
     def measurements(self, environment: Environment, remark: str | None) -> tuple[Measurement, ...]:
         one = Measurement(
-            name="wikitext2/perplexity", value=7.5, unit="1", how="measured", protocol=self.asked, environment=environment, remark=remark
+            name="wikitext2/perplexity",
+            value=7.5,
+            unit="1",
+            how="measured",
+            protocol=self.asked,
+            environment=environment,
+            remark=remark,
         )
         return (one,)
 
@@ -98,7 +106,9 @@ def test_scores_are_printed_and_written(call: Call, tmp_path: Path) -> None:
     (subject,) = account.subjects
     assert subject.fingerprint == open_source(nano.path()).identity.fingerprint
     assert (subject.name, subject.model) == ("nano", "nano")
-    assert [one.name for one in subject.measurements] == [f"world_{t}/{m}" for t in ("fact", "date") for m in ("acc", "acc_norm")]
+    assert [one.name for one in subject.measurements] == [
+        f"world_{t}/{m}" for t in ("fact", "date") for m in ("acc", "acc_norm")
+    ]
     assert {one.protocol["prompt"] for one in subject.measurements} == {None}
     assert call("evaluate", nano.path(), *QUICK, "--output", output, "--json")[0] == 0  # an account may be replaced
 
@@ -117,9 +127,18 @@ def test_without_a_wish_it_is_the_perplexity_on_wikitext2(call: Call, language: 
     assert "wikitext2/perplexity" in out
     assert "Not measured: tasks (--suite or --tasks)." in out
     account = evaluate(nano.path(), batch_size=2)
-    assert account.subjects[0].measurements[0].protocol == {"corpus": "wikitext2", "asked": None, "batch_size": 2, "texts": 1}
+    assert account.subjects[0].measurements[0].protocol == {
+        "corpus": "wikitext2",
+        "asked": None,
+        "batch_size": 2,
+        "texts": 1,
+    }
     both = evaluate(nano.path(), tasks=["world_fact"], corpus="c4", protocol="sparsegpt", limit=1)
-    assert [one.name for one in both.subjects[0].measurements] == ["wikitext2/perplexity", "world_fact/acc", "world_fact/acc_norm"]
+    assert [one.name for one in both.subjects[0].measurements] == [
+        "wikitext2/perplexity",
+        "world_fact/acc",
+        "world_fact/acc_norm",
+    ]
     assert both.subjects[0].measurements[0].protocol["corpus"] == "c4"
 
 
@@ -145,10 +164,15 @@ def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
         (("--suite", "world", "--batch", "0"), "usage: Invalid value for '--batch'"),
         (("--suite", "world", "--protocol", "sparsegpt"), "protocol 'sparsegpt' belongs to a corpus"),
         (("--limit", "3"), "prompt and limit belong to tasks"),
-        (("--suite", "reading"), "data set aps/super_glue is not in the local cache, and HF_HUB_OFFLINE is set. Give --data-root"),
+        (
+            ("--suite", "reading"),
+            "data set aps/super_glue is not in the local cache, and HF_HUB_OFFLINE is set. Give --data-root",
+        ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(options: tuple[str, ...], message: str, bad_call: Callable[..., str]) -> None:
+def test_what_is_wrong_is_said_in_one_line(
+    options: tuple[str, ...], message: str, bad_call: Callable[..., str]
+) -> None:
     assert message in bad_call(nano.path(), *options)
 
 
@@ -157,7 +181,9 @@ def test_a_device_that_is_not_there_is_no_bad_input(call: Call) -> None:
     assert (code, len(error.splitlines())) == (3, 1)
 
 
-def test_models_that_cannot_be_evaluated_are_refused(bad_call: Callable[..., str], tiny_folder: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_evaluated_are_refused(
+    bad_call: Callable[..., str], tiny_folder: Path, tmp_path: Path
+) -> None:
     bare, other = tmp_path / "bare", tmp_path / "other"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -176,7 +202,9 @@ def test_outputs_that_cannot_be_written_are_refused_before(bad_call: Callable[..
     precious = tmp_path / "config.json"
     precious.write_text('{"model_type": "llama"}')
     assert "is a folder; a file is wanted" in bad_call(nano.path(), *QUICK, "--output", tmp_path)
-    assert "is no folder that can be written to" in bad_call(nano.path(), *QUICK, "--output", tmp_path / "no" / "account.json")
+    assert "is no folder that can be written to" in bad_call(
+        nano.path(), *QUICK, "--output", tmp_path / "no" / "account.json"
+    )
     assert "exists and is no account of measurements" in bad_call(nano.path(), *QUICK, "--output", precious)
 
 

@@ -1,4 +1,6 @@
-"""`compresso export`: the file is what the folder holds, is opened by the engine, and is not left behind if it should not be."""
+"""`compresso export`: the file is what the folder holds, is opened by the engine, and is not left behind if it should
+not be.
+"""
 
 import importlib.util
 import json
@@ -48,7 +50,9 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
 @pytest.mark.parametrize("dtype", ["f32", "int8"])
 def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> None:
-    code, out, error = call("export", nano.path(), "--format", "onnx", "--output", tmp_path / "onnx", "--dtype", dtype, "--json")
+    code, out, error = call(
+        "export", nano.path(), "--format", "onnx", "--output", tmp_path / "onnx", "--dtype", dtype, "--json"
+    )
     assert code == 0, error
     told = json.loads(out)
     assert (told["checked"], told["dtype"]) == ("opened in ONNX Runtime", dtype)
@@ -58,9 +62,15 @@ def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> N
 
 
 @pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
-def test_an_onnx_folder_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "check_onnx_runtime", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2"))
-    with pytest.raises(ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"):
+def test_an_onnx_folder_that_reads_back_differently_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        exporting, "check_onnx_runtime", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2")
+    )
+    with pytest.raises(
+        ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"
+    ):
         exporting.export(nano.path(), tmp_path / "onnx", format="onnx")
     assert not list(tmp_path.iterdir())
 
@@ -72,7 +82,9 @@ def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypa
     monkeypatch.setattr(gguf, "_maker", wrong)
     path = tmp_path / "nano.gguf"
     path.write_text("old")
-    with pytest.raises(ExportError, match=r"nano\.gguf would read back differently in llama\.cpp: probabilities differ"):
+    with pytest.raises(
+        ExportError, match=r"nano\.gguf would read back differently in llama\.cpp: probabilities differ"
+    ):
         exporting.export(nano.path(), path, format="gguf", dtype="f32", force=True)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("nano.gguf", "old")]
 
@@ -95,7 +107,9 @@ def _absent(name: str) -> Parity:
 
 
 def quantizer(folder: Path, words: str) -> None:
-    """A stand-in for llama-quantize: what it is asked goes into a file, and a copy of its input is its output, or nothing."""
+    """A stand-in for llama-quantize: what it is asked goes into a file, and a copy of its input is its output, or
+    nothing.
+    """
     folder.mkdir()
     script = folder / "llama-quantize"
     script.write_text(f'#!/bin/sh\necho "$3" > {folder}/asked\n{words}\n')
@@ -109,7 +123,10 @@ def test_k_quants_are_left_to_llama_quantize_where_it_is(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     told = exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
     assert (tmp_path / "bin" / "asked").read_text() == "Q4_K_M\n"
-    assert {one.tensor_type.name for one in reader.GGUFReader(tmp_path / "nano.gguf").tensors} == {"F32", "F16"}  # the copy
+    assert {one.tensor_type.name for one in reader.GGUFReader(tmp_path / "nano.gguf").tensors} == {
+        "F32",
+        "F16",
+    }  # the copy
     assert told["dtype"] == "q4_k_m" and told["bytes"] == (tmp_path / "nano.gguf").stat().st_size
     assert "hidden size 192: no multiple of 256, so that matrix falls back to a larger type" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
@@ -118,12 +135,21 @@ def test_k_quants_are_left_to_llama_quantize_where_it_is(
 @engine
 @pytest.mark.skipif(llama_cpp.shared_library() is None, reason="node-llama-cpp brings no library for this machine")
 @pytest.mark.parametrize("dtype", KINDS)
-def test_k_quants_are_made_by_llama_cpp_and_open_in_it(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of different widths, one without an FFN; inputs that are multiples of 256 get the kind that was asked for."""
+def test_k_quants_are_made_by_llama_cpp_and_open_in_it(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of different widths, one without an FFN;
+    inputs that are multiples of 256 get the kind that was asked for.
+    """
     which = shutil.which
     monkeypatch.setattr(llama_quantize.shutil, "which", lambda name: None if name == "llama-quantize" else which(name))
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -143,7 +169,10 @@ def test_k_quants_are_made_by_llama_cpp_and_open_in_it(dtype: str, tmp_path: Pat
 def test_k_quants_that_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "shared_library", lambda: None)
     with pytest.raises(
-        ExportError, match=r"q4_k_m is made by llama\.cpp, and neither llama-quantize is on the PATH nor node-llama-cpp is installed"
+        ExportError,
+        match=(
+            r"q4_k_m is made by llama\.cpp, and neither llama-quantize is on the PATH nor node-llama-cpp is installed"
+        ),
     ):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q4_k_m")
     quantizer(tmp_path / "bin", "echo no such type >&2; exit 3")
@@ -160,6 +189,8 @@ def test_vllm_deci_is_written_and_said_to_be_unopened(tmp_path: Path, call: Call
     code, out, error = call("export", nano.path(), "--format", "vllm-deci", "--output", tmp_path / "deci")
     assert code == 0, error
     assert "arch DeciLM" in out and "not opened: vllm is not installed" in out
-    assert (tmp_path / "deci" / "configuration_decilm.py").is_file() and (tmp_path / "deci" / "tokenizer.json").is_file()
+    assert (tmp_path / "deci" / "configuration_decilm.py").is_file() and (
+        tmp_path / "deci" / "tokenizer.json"
+    ).is_file()
     with pytest.raises(ExportError, match="dtype=f32: vllm-deci keeps the stored one"):
         exporting.export(nano.path(), tmp_path / "other", format="vllm-deci", dtype="f32")

@@ -1,4 +1,6 @@
-"""`compresso measure` from the command line: the account it writes, the table it prints, and what it refuses before it reads a weight."""
+"""`compresso measure` from the command line: the account it writes, the table it prints, and what it refuses before it
+reads a weight.
+"""
 
 import json
 import shutil
@@ -28,8 +30,13 @@ def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Pa
     account = Account.model_validate_json(output.read_text("utf-8"))
     dense, small = account.subjects
     assert [dense.name, small.name] == [tiny_folder.name, pruned.name]
-    assert [one.fingerprint for one in account.subjects] == [open_source(folder).identity.fingerprint for folder in (tiny_folder, pruned)]
-    assert [(small.value(name) or 0) < (dense.value(name) or 0) for name in ("parameters/blocks", "bytes/disk", "macs/token")] == [True] * 3
+    assert [one.fingerprint for one in account.subjects] == [
+        open_source(folder).identity.fingerprint for folder in (tiny_folder, pruned)
+    ]
+    assert [
+        (small.value(name) or 0) < (dense.value(name) or 0)
+        for name in ("parameters/blocks", "bytes/disk", "macs/token")
+    ] == [True] * 3
     for batch in (1, 3):
         assert (small.value(f"decode_bound/batch{batch}") or 0) > 1
         assert (small.value(f"decode_speedup/batch{batch}") or 0) > 0
@@ -37,7 +44,11 @@ def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Pa
     assert dense.value("memory/peak") is None
     lines = [line for line in out.splitlines() if "│" in line]
     kinds = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines}
-    assert (kinds["decode speed-up"], kinds["decode bound (bytes)"], kinds["parameters"]) == ("measured", "estimated", "counted")
+    assert (kinds["decode speed-up"], kinds["decode bound (bytes)"], kinds["parameters"]) == (
+        "measured",
+        "estimated",
+        "counted",
+    )
     assert [kinds["batch 1"], kinds["batch 3"]] == ["", ""]
     assert all(name in out for name in (tiny_folder.name, pruned.name, "(reference)"))
     flat = " ".join(out.split())
@@ -53,7 +64,14 @@ def test_json_is_the_account_and_nothing_else(call: Call, tiny_folder: Path, mon
     def peak(folder: Path, **given: object) -> Measurement:
         asked.append({"folder": folder, **given})
         protocol = {"batch": 2}
-        return Measurement(name="memory/peak", value=5e7, unit="bytes", how="measured", protocol=protocol, environment=Environment.here())
+        return Measurement(
+            name="memory/peak",
+            value=5e7,
+            unit="bytes",
+            how="measured",
+            protocol=protocol,
+            environment=Environment.here(),
+        )
 
     monkeypatch.setattr(measuring, "peak_memory", peak)
     code, out, _ = call("measure", tiny_folder, tiny_folder, *BRIEF, "--batch", "2,2", "--dtype", "bfloat16", "--json")
@@ -87,7 +105,10 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--batch", "0"), "batches=(0,): all must be at least 1"),
         (("--rounds", "0"), "rounds=0"),
         (("--dtype", "flaot32"), "--dtype 'flaot32' is unknown; did you mean 'float32'?"),
-        (("--prompt-tokens", "1000", "--new-tokens", "64"), "exceed the context of tiny, 1024; lower --prompt-tokens or --new-tokens"),
+        (
+            ("--prompt-tokens", "1000", "--new-tokens", "64"),
+            "exceed the context of tiny, 1024; lower --prompt-tokens or --new-tokens",
+        ),
         (("--prompt-tokens", "0"), "both must be at least 1"),
         (("--output", "no/such/file.json"), "is no folder that can be written to. Choose another output."),
         (("--output", "."), "output . is a folder; a file is wanted"),
@@ -106,7 +127,9 @@ def test_what_cannot_be_measured_is_refused_at_once(
 
 
 @pytest.mark.usefixtures("nothing_read")
-def test_a_config_without_weights_and_an_unsafe_model_are_refused(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_config_without_weights_and_an_unsafe_model_are_refused(
+    call: Call, tiny_folder: Path, tmp_path: Path
+) -> None:
     assert "has no weights to measure" in call("measure", tiny_folder, tiny_folder / "config.json")[2]
     shutil.copytree(tiny_folder, tmp_path / "pickled")
     assert (
@@ -120,9 +143,12 @@ def test_a_config_without_weights_and_an_unsafe_model_are_refused(call: Call, ti
 
 
 @pytest.mark.usefixtures("nothing_read")
-def test_models_that_do_not_fit_together_are_refused(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_do_not_fit_together_are_refused(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = 4 * sum(
-        tensor.shape[0] * (tensor.shape[1] if len(tensor.shape) > 1 else 1) for tensor in open_source(tiny_folder).tensors.values()
+        tensor.shape[0] * (tensor.shape[1] if len(tensor.shape) > 1 else 1)
+        for tensor in open_source(tiny_folder).tensors.values()
     )
     Memory = namedtuple("Memory", "available")
     monkeypatch.setattr(measuring.psutil, "virtual_memory", lambda: Memory(2 * stored - 1))
@@ -146,7 +172,9 @@ def test_defaults_shrink_to_a_short_context(tiny_folder: Path, tmp_path: Path) -
 
 def test_kinds_of_numbers_never_share_a_row() -> None:
     common = {"protocol": {"batch": 1}, "environment": Environment.here()}
-    measured = Measurement(name="decode_speedup/batch1", value=1.01, low=0.9, high=1.1, n=5, unit="1", how="measured", **common)
+    measured = Measurement(
+        name="decode_speedup/batch1", value=1.01, low=0.9, high=1.1, n=5, unit="1", how="measured", **common
+    )
     measured = measured.model_copy(update={"remark": "no speed-up: zeros are stored dense"})
     estimated = Measurement(name="decode_speedup/batch1", value=1.5, unit="1", how="estimated", **common)
     unknown = Measurement(name="something/new", value=3, unit="1", how="counted", **common)

@@ -1,4 +1,6 @@
-"""`compresso export --format compressed-tensors`: what a run rounded, packed and opened by plain transformers, or refused in words."""
+"""`compresso export --format compressed-tensors`: what a run rounded, packed and opened by plain transformers, or
+refused in words.
+"""
 
 import importlib.util
 import json
@@ -20,7 +22,9 @@ from compresso.runner.options import with_options
 from compresso.runner.run import Result, run
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+    ),
     pytest.mark.filterwarnings("ignore"),  # the library's own
     pytest.mark.usefixtures("quick_reopening"),
 ]
@@ -42,22 +46,37 @@ def test_a_rounded_model_is_packed_and_computes_the_same(
     recipe: str, tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call
 ) -> None:
     result = rounded(recipe, tiny_folder, instructions, tmp_path / "out", ROUNDED[recipe])
-    code, out, error = call("export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json")
+    code, out, error = call(
+        "export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json"
+    )
     assert code == 0, error
     told = json.loads(out)
-    assert told["checked"] == "opened in transformers" and told["difference"] < 1e-4 and told["dtype"].startswith("4 bits, ")
+    assert (
+        told["checked"] == "opened in transformers"
+        and told["difference"] < 1e-4
+        and told["dtype"].startswith("4 bits, ")
+    )
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
-        torch.testing.assert_close(opened(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            opened(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
     packed, dense = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "packed", result.folder))
     assert packed < dense
-    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (
+        json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "compressed-tensors"
+    )
 
 
-def test_rounded_activations_go_with_the_weights(tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call) -> None:
+def test_rounded_activations_go_with_the_weights(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call
+) -> None:
     result = rounded("smoothquant/w8a8", tiny_folder, instructions, tmp_path / "out", [])
-    code, out, error = call("export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json")
+    code, out, error = call(
+        "export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json"
+    )
     assert code == 0, error
     told = json.loads(out)
     assert told["dtype"] == "8 bits, a scale a row, activations of 8 bits" and 0 < told["difference"] < 0.1
@@ -67,7 +86,9 @@ def test_rounded_activations_go_with_the_weights(tiny_folder: Path, instructions
     assert scheme["input_activations"]["strategy"] == "token"
 
 
-def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(
+    tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
     result = rounded("gptq/3", tiny_folder, instructions, tmp_path / "out", ROUNDED["gptq/3"])
     source = open_source(result.folder)
     (answer,) = verifying._compressed(source, None, tmp_path)
@@ -78,7 +99,8 @@ def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(tiny_folder:
 
 def test_what_cannot_be_packed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match="nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant"
+        ExportError,
+        match="nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant",
     ):
         exporting.export(tiny_folder, tmp_path / "packed", format="compressed-tensors")
     result = rounded("awq/4-g128", tiny_folder, instructions, tmp_path / "out", [GROUPS])
@@ -92,6 +114,8 @@ def test_a_folder_that_reads_back_differently_is_not_left(
 ) -> None:
     result = rounded("rtn/4-bit", tiny_folder, instructions, tmp_path / "out", ROUNDED["rtn/4-bit"])
     monkeypatch.setattr(exporting, "check_packed", lambda *_: Parity("transformers", "no", "logits differ by up to 3"))
-    with pytest.raises(ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"):
+    with pytest.raises(
+        ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"
+    ):
         exporting.export(result.folder, tmp_path / "packed", format="compressed-tensors")
     assert not list(tmp_path.glob("packed*"))

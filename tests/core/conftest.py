@@ -1,4 +1,6 @@
-"""Llama-like models as descriptions only: axes and weights written out by hand, without a framework, at any size in no memory."""
+"""Llama-like models as descriptions only: axes and weights written out by hand, without a framework, at any size in no
+memory.
+"""
 
 from collections.abc import Callable
 
@@ -54,7 +56,9 @@ def llama(
         channel_slices = (Slice(gate, 0), Slice(up, 0), Slice(down, 1))
         axes.append(Axis(f"layers.{i}.heads", Kind.HEAD, kv_heads, head_slices, (), f"{at}self_attn", i, (before,)))
         axes.append(Axis(f"layers.{i}.channels", Kind.CHANNEL, ffn, channel_slices, (), f"{at}mlp", i, (after,)))
-        stream += [Slice(name, 1) for name in (q, k, v, gate, up)] + [Slice(name, 0) for name in (o, down, before, after)]
+        stream += [Slice(name, 1) for name in (q, k, v, gate, up)] + [
+            Slice(name, 0) for name in (o, down, before, after)
+        ]
         attention = [Slice(name, 0, unit=i) for name in (q, k, v, o, before)]
         mlp = [Slice(name, 0, unit=i) for name in (gate, up, down, after)]
         whole["attention"] += attention

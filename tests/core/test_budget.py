@@ -33,9 +33,18 @@ def test_nonsense_is_refused(fields: dict[str, Any], message: str) -> None:
 
 
 def test_kinds_may_be_given_by_name() -> None:
-    by_name: Any = {"kinds": ["head", "hidden"], "uniform_over": ["head"], "multiple_of": {"hidden": 64}, "floor": {"head": 2}}
+    by_name: Any = {
+        "kinds": ["head", "hidden"],
+        "uniform_over": ["head"],
+        "multiple_of": {"hidden": 64},
+        "floor": {"head": 2},
+    }
     assert Budget(0.5, **by_name) == Budget(
-        0.5, kinds=(Kind.HEAD, Kind.HIDDEN), uniform_over=(Kind.HEAD,), multiple_of={Kind.HIDDEN: 64}, floor={Kind.HEAD: 2}
+        0.5,
+        kinds=(Kind.HEAD, Kind.HIDDEN),
+        uniform_over=(Kind.HEAD,),
+        multiple_of={Kind.HIDDEN: 64},
+        floor={Kind.HEAD: 2},
     )
 
 
@@ -66,7 +75,14 @@ def test_the_floor_is_the_strictest_that_the_axis_can_meet() -> None:
 
 def test_a_floor_may_follow_the_budgets_share() -> None:
     axis = Axis("a", Kind.HEAD, 4, (), (), "")
-    assert [Budget(keep, floor={Kind.HEAD: "keep"}).fewest(axis) for keep in (1, 0.75, 0.7, 0.5, 0.3, 0.01)] == [4, 3, 3, 2, 1, 0]
+    assert [Budget(keep, floor={Kind.HEAD: "keep"}).fewest(axis) for keep in (1, 0.75, 0.7, 0.5, 0.3, 0.01)] == [
+        4,
+        3,
+        3,
+        2,
+        1,
+        0,
+    ]
     with pytest.raises(ValueError, match=r"floor\['head'\]=half"):
         Budget(0.5, floor={"head": "half"})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"multiple_of\['head'\]=keep"):

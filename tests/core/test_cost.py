@@ -25,10 +25,18 @@ def uniform_plan(cost: CostModel, layers: range, **kept: int) -> Plan:
 
 
 def test_llama_7b(llama_7b: CostModel) -> None:
-    assert llama_7b().parameters() == {"total": 6_738_415_616, "blocks": 6_476_005_376, "embeddings": 262_144_000, "norms": 266_240}
+    assert llama_7b().parameters() == {
+        "total": 6_738_415_616,
+        "blocks": 6_476_005_376,
+        "embeddings": 262_144_000,
+        "norms": 266_240,
+    }
     assert llama_7b().macs == 6_476_005_376 + 32000 * 4096
     assert llama_7b().cached == 32 * 2 * 4096
-    gates = {kind: sum(axis.size for axis in llama_7b.axes if axis.kind == kind) for kind in (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)}
+    gates = {
+        kind: sum(axis.size for axis in llama_7b.axes if axis.kind == kind)
+        for kind in (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
+    }
     assert gates == {Kind.HEAD: 1_024, Kind.CHANNEL: 352_256, Kind.HIDDEN: 4_096}
 
 
@@ -50,17 +58,26 @@ def test_slices_of_one_axis_tile_a_fused_projection_together() -> None:
     """q, k and v in one weight [3 * 2 * 4, 5]: counts, cache and units as if they were three."""
     fused = tuple(Slice("qkv", 0, width, start=start) for width, start in ((8, 0), (4, 16), (4, 24)))
     apart = tuple(Slice(name, 0, width) for name, width in (("q", 8), ("k", 4), ("v", 4)))
-    one = CostModel((Axis("heads", Kind.HEAD, 2, fused, (), ""),), (Weight("qkv", (32, 5), Group.BLOCKS, macs=1, cached=16),))
+    one = CostModel(
+        (Axis("heads", Kind.HEAD, 2, fused, (), ""),), (Weight("qkv", (32, 5), Group.BLOCKS, macs=1, cached=16),)
+    )
     of_three = [
-        Weight(name, (size, 5), Group.BLOCKS, macs=1, cached=cached) for name, size, cached in (("q", 16, 0), ("k", 8, 8), ("v", 8, 8))
+        Weight(name, (size, 5), Group.BLOCKS, macs=1, cached=cached)
+        for name, size, cached in (("q", 16, 0), ("k", 8, 8), ("v", 8, 8))
     ]
     three = CostModel((Axis("heads", Kind.HEAD, 2, apart, (), ""),), of_three)
     for masks in (None, {"heads": torch.tensor([1.0, 0.0])}, {"heads": torch.tensor([0.3, 0.5])}):
-        assert (one(masks).blocks, one(masks).cached, one(masks).macs) == (three(masks).blocks, three(masks).cached, three(masks).macs)
+        assert (one(masks).blocks, one(masks).cached, one(masks).macs) == (
+            three(masks).blocks,
+            three(masks).cached,
+            three(masks).macs,
+        )
     weight = torch.arange(160.0).reshape(32, 5)
     parts = dict(zip("qkv", weight.split([16, 8, 8]), strict=True))
     of_units = [piece.entries(weight, 2) for piece in fused]
-    assert all(torch.equal(mine, piece.entries(parts[piece.param], 2)) for mine, piece in zip(of_units, apart, strict=True))
+    assert all(
+        torch.equal(mine, piece.entries(parts[piece.param], 2)) for mine, piece in zip(of_units, apart, strict=True)
+    )
     with pytest.raises(ValueError, match=r"2 units of 16 cannot tile dim 0 \(32\)"):
         overlapping = (*fused[:2], Slice("qkv", 0, 4, start=20))
         CostModel((Axis("heads", Kind.HEAD, 2, overlapping, (), ""),), one.weights)
@@ -100,13 +117,17 @@ def test_expected_sparsity_of_fresh_gates(llama_7b: CostModel) -> None:
 
     def sparsity(highest: float) -> float:
         gates = {axis.name: torch.full((axis.size,), min(means[axis.kind], highest)) for axis in llama_7b.axes}
-        return 1 - float(llama_7b({name: keep_probability(gate) for name, gate in gates.items()}).blocks) / 6_476_005_376
+        return (
+            1 - float(llama_7b({name: keep_probability(gate) for name, gate in gates.items()}).blocks) / 6_476_005_376
+        )
 
     assert sparsity(20) == pytest.approx(0.0013744, abs=5e-8)
     assert sparsity(LOG_ALPHA_HIGH) == pytest.approx(0.0040449, abs=5e-8)
 
 
-@pytest.mark.parametrize(("sparsity", "blocks", "total"), [(0.2, 5.181e9, 5.443e9), (0.3, 4.533e9, 4.796e9), (0.35, 4.209e9, 4.472e9)])
+@pytest.mark.parametrize(
+    ("sparsity", "blocks", "total"), [(0.2, 5.181e9, 5.443e9), (0.3, 4.533e9, 4.796e9), (0.35, 4.209e9, 4.472e9)]
+)
 def test_sparsity_of_blocks_in_parameters(llama_7b: CostModel, sparsity: float, blocks: float, total: float) -> None:
     dense = llama_7b()
     left = (1 - sparsity) * float(dense.blocks)
@@ -144,7 +165,9 @@ def test_expected_size_equals_compressos_factorised_formula(llama_7b: CostModel)
     p = random_probabilities(llama_7b)
     heads = sum(float(p[f"layers.{i}.heads"].sum()) for i in range(32))
     channels = sum(float(p[f"layers.{i}.channels"].sum()) for i in range(32))
-    assert float(llama_7b(p).blocks) == pytest.approx(float(p["hidden"].sum()) * (4 * 128 * heads + 3 * channels), rel=1e-12)
+    assert float(llama_7b(p).blocks) == pytest.approx(
+        float(p["hidden"].sum()) * (4 * 128 * heads + 3 * channels), rel=1e-12
+    )
 
 
 def test_float32_probabilities_are_summed_exactly(llama_7b: CostModel) -> None:
@@ -156,11 +179,15 @@ def test_float32_probabilities_are_summed_exactly(llama_7b: CostModel) -> None:
 def test_the_gradient_of_the_expected_size_matches_finite_differences(describe: Describe) -> None:
     cost = describe(4, 2, 2, 3, 5, depth=True)
     sizes = [axis.size for axis in cost.axes]
-    log_alpha = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    log_alpha = torch.randn(
+        sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
 
     def share(flat: Tensor) -> Tensor:
         parts = dict(zip([axis.name for axis in cost.axes], keep_probability(flat).split(sizes), strict=True))
-        return torch.stack([cost(parts).blocks / cost().blocks, cost(parts).total / cost().total, cost(parts).macs / cost().macs])
+        return torch.stack(
+            [cost(parts).blocks / cost().blocks, cost(parts).total / cost().total, cost(parts).macs / cost().macs]
+        )
 
     torch.autograd.gradcheck(share, log_alpha)
 

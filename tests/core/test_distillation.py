@@ -1,4 +1,6 @@
-"""Divergences against closed forms and finite differences; in pieces as in one piece; nothing to learn from an equal."""
+"""Divergences against closed forms and finite differences; in pieces as in one piece;
+nothing to learn from an equal.
+"""
 
 import math
 from typing import get_args
@@ -35,7 +37,9 @@ def test_closed_forms_on_two_tokens() -> None:
         "js": 0.2 * binary_kl(teacher, mixture) + 0.8 * binary_kl(student, mixture),
     }
     for kind in KINDS:
-        assert divergences(two_tokens(student), two_tokens(teacher), kind, beta=0.2).item() == pytest.approx(wanted[kind], rel=1e-12)
+        assert divergences(two_tokens(student), two_tokens(teacher), kind, beta=0.2).item() == pytest.approx(
+            wanted[kind], rel=1e-12
+        )
 
 
 @every_kind
@@ -64,7 +68,9 @@ def test_gradients_are_finite_differences(kind: Divergence) -> None:
 
 @every_kind
 def test_the_temperature_keeps_gradients_at_their_size(kind: Divergence) -> None:
-    """T^2 KL at temperature T is the same function of logits / T as KL; the gradient of hot ones tends to (student - teacher) / vocab."""
+    """T^2 KL at temperature T is the same function of logits / T as KL; the gradient of hot ones tends to (student -
+    teacher) / vocab.
+    """
     student, teacher = drawn(4, 6).requires_grad_(), drawn(4, 6, seed=1)
     hot = divergences(student, teacher, kind, temperature=3.0)
     torch.testing.assert_close(hot, 9 * divergences(student / 3, teacher / 3, kind))

@@ -30,7 +30,9 @@ def test_periods_take_equal_parts_and_end_on_the_target_itself(keep: float) -> N
 
 
 def test_a_group_leaves_with_its_trial_behind_the_half_space() -> None:
-    """<trial, old> < eps |old|^2: beyond a right angle at eps 0; at eps 0.5 also where less than half is left along the old direction."""
+    """<trial, old> < eps |old|^2: beyond a right angle at eps 0; at eps 0.5 also where less than half is left along the
+    old direction.
+    """
     old = torch.tensor([[3.0, 4.0]]).expand(5, 2)
     trial = torch.tensor([[3.0, 4.0], [-4.0, 3.0], [-4.1, 3.0], [1.4, 1.9], [0.0, 0.0]])
     inner, squared = (trial * old).sum(1), old.square().sum(1)

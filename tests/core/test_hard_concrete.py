@@ -1,4 +1,6 @@
-"""Closed forms of the hard-concrete distribution, checked against numbers worked out by hand and against its own draws."""
+"""Closed forms of the hard-concrete distribution,
+checked against numbers worked out by hand and against its own draws.
+"""
 
 import math
 
@@ -74,7 +76,9 @@ def test_draws_saturate_at_one_as_seldom_as_the_closed_form_says() -> None:
     n = 100_000
     u = uniform_noise((n,), torch.Generator().manual_seed(1), dtype=torch.float64)
     share = float((sample(torch.full((n,), LOG_ALPHA_HIGH, dtype=torch.float64), u) < 1).double().mean())
-    assert abs(share - 0.0471298) < 3 * math.sqrt(0.0471298 * 0.9528702 / n)  # by symmetry P(z < 1) at a is P(z > 0) at -a
+    assert abs(share - 0.0471298) < 3 * math.sqrt(
+        0.0471298 * 0.9528702 / n
+    )  # by symmetry P(z < 1) at a is P(z > 0) at -a
 
 
 def test_a_gate_is_open_exactly_above_the_threshold() -> None:
@@ -85,7 +89,10 @@ def test_a_gate_is_open_exactly_above_the_threshold() -> None:
 
 
 def test_noise_broadcasts_over_examples() -> None:
-    log_alpha, u = torch.randn(5, generator=torch.Generator().manual_seed(0)), uniform_noise((3, 5), torch.Generator().manual_seed(1))
+    log_alpha, u = (
+        torch.randn(5, generator=torch.Generator().manual_seed(0)),
+        uniform_noise((3, 5), torch.Generator().manual_seed(1)),
+    )
     z = sample(log_alpha, u)
     assert z.shape == (3, 5)
     assert torch.equal(z[1], sample(log_alpha, u[1]))
@@ -172,7 +179,9 @@ def test_initial_log_alpha_by_kind(kind: Kind, mean: float) -> None:
 
 
 def test_initial_log_alpha_of_given_mean_and_bad_rate() -> None:
-    assert float(initial_log_alpha(Kind.CHANNEL, 5000, torch.Generator().manual_seed(0), mean=5.0).mean()) == pytest.approx(5, abs=1e-3)
+    assert float(
+        initial_log_alpha(Kind.CHANNEL, 5000, torch.Generator().manual_seed(0), mean=5.0).mean()
+    ) == pytest.approx(5, abs=1e-3)
     for droprate in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match=f"droprate={droprate}"):
             initial_log_alpha(Kind.CHANNEL, 4, torch.Generator(), droprate=droprate)

@@ -36,7 +36,9 @@ def test_the_least_turning_run_is_the_least_of_all_runs() -> None:
     for n in range(1, 7):
         run = least_distant_run(distances, lambda run, n=n: len(run) >= n)
         assert run is not None and len(run) == n
-        assert float(distances[run.start, run.stop]) == min(float(distances[start, start + n]) for start in range(7 - n + 1))
+        assert float(distances[run.start, run.stop]) == min(
+            float(distances[start, start + n]) for start in range(7 - n + 1)
+        )
 
 
 def test_runs_reach_both_ends_ties_take_the_first_and_one_layer_stays() -> None:

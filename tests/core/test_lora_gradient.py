@@ -1,15 +1,26 @@
-"""LoRAPrune's importance against its definition, computed densely; the step it stands for; its schedule (arXiv 2305.18403, section 3.2)."""
+"""LoRAPrune's importance against its definition, computed densely; the step it stands for; its schedule (arXiv
+2305.18403, section 3.2).
+"""
 
 import pytest
 import torch
 
 from compresso.core.axis import Axis, Kind, Slice
-from compresso.core.lora_gradient import EPSILON, Factors, cubic_progress, estimated_gradient, moved_average, unit_importance
+from compresso.core.lora_gradient import (
+    EPSILON,
+    Factors,
+    cubic_progress,
+    estimated_gradient,
+    moved_average,
+    unit_importance,
+)
 
 
 def _factors(out: int, into: int, rank: int, seed: int, scale: float = 0.5) -> Factors:
     generator = torch.Generator().manual_seed(seed)
-    b, a, db, da = (torch.randn(*shape, generator=generator) for shape in ((out, rank), (rank, into), (out, rank), (rank, into)))
+    b, a, db, da = (
+        torch.randn(*shape, generator=generator) for shape in ((out, rank), (rank, into), (out, rank), (rank, into))
+    )
     return Factors(b, a, db, da, scale)
 
 

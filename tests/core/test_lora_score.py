@@ -40,7 +40,9 @@ def test_each_criterion_is_its_formula_over_the_root_mean_square() -> None:
     size, inner, added = [math.sqrt(10), math.sqrt(11)], [0.5, -3.0], [0.5, 1.0]
     assert score("magnitude") == pytest.approx(normalised(size))
     assert score("average") == pytest.approx(normalised([s / 5 for s in size]))
-    assert score("cosine") == pytest.approx(normalised([i / (s * a) + 1 for i, s, a in zip(inner, size, added, strict=True)]))
+    assert score("cosine") == pytest.approx(
+        normalised([i / (s * a) + 1 for i, s, a in zip(inner, size, added, strict=True)])
+    )
     assert score("first") == pytest.approx(normalised([0.5, 3.0]))
     assert score("second") == pytest.approx(normalised([0.125, 4.5]))
 

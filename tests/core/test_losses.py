@@ -1,4 +1,6 @@
-"""Cross-entropy against transformers' own causal loss, and the Lagrangian's dynamics with Compresso's published rates."""
+"""Cross-entropy against transformers' own causal loss,
+and the Lagrangian's dynamics with Compresso's published rates.
+"""
 
 import pytest
 import torch

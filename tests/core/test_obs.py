@@ -1,6 +1,7 @@
 """The column sweep against closed forms: least squares, the quadratic's own minimum, the papers' worked numbers.
 
-Oracles: golden vectors in float64, worked by hand from SparseGPT's algorithm on a 2 x 4 layer; torch.linalg on the normal equations.
+Oracles: golden vectors in float64, worked by hand from SparseGPT's algorithm on a 2 x 4 layer; torch.linalg on the
+normal equations.
 """
 
 import pytest
@@ -11,7 +12,9 @@ from compresso.core.obs import Choose, NotPositiveDefiniteError, column_sweep, i
 from compresso.core.rounding import fit
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_in_rows, lowest_share, wanda_score
 
-X = torch.tensor([[2, -1, 0, 1, 3, -2], [1, 0, 2, -1, 1, 0], [0, 3, -1, 2, -2, 1], [-1, 1, 1, 0, 2, -3]], dtype=torch.float64)
+X = torch.tensor(
+    [[2, -1, 0, 1, 3, -2], [1, 0, 2, -1, 1, 0], [0, 3, -1, 2, -2, 1], [-1, 1, 1, 0, 2, -3]], dtype=torch.float64
+)
 W = torch.tensor([[3, -1, 2, 1], [1, 2, -2, 4]], dtype=torch.float64)
 H = 2 * X @ X.T
 
@@ -62,7 +65,9 @@ def test_the_factor_of_the_golden_layer() -> None:
 
 
 def test_golden_unstructured_by_the_reference_rule_and_by_exact_count() -> None:
-    reference = column_sweep(W, inverse_factor(H), choose=lambda scores, _: at_most_threshold(scores, 0.5), every=4, block=4)
+    reference = column_sweep(
+        W, inverse_factor(H), choose=lambda scores, _: at_most_threshold(scores, 0.5), every=4, block=4
+    )
     close(reference.weight, [[3, 0, 0, 0], [0, 0, 0, 5.547748]])
     assert float(reference.loss.sum()) == pytest.approx(283.593799, abs=1e-5)
     assert int(reference.pruned.sum()) == 6  # a tie at the threshold takes both rows' entries
@@ -71,7 +76,9 @@ def test_golden_unstructured_by_the_reference_rule_and_by_exact_count() -> None:
 
 
 def test_golden_two_of_four() -> None:
-    swept = column_sweep(W, inverse_factor(H), choose=lambda scores, _: lowest_in_groups(scores, 2, 4), every=4, block=4)
+    swept = column_sweep(
+        W, inverse_factor(H), choose=lambda scores, _: lowest_in_groups(scores, 2, 4), every=4, block=4
+    )
     close(swept.weight, [[3, 0, 2.288067, 0], [0, 0, -2.929110, 4.641043]])
     assert float(swept.loss.sum()) == pytest.approx(52.953730, abs=1e-5)
     rounded = fit(W, 4)
@@ -102,7 +109,9 @@ def test_golden_gptq_without_damping() -> None:
 def test_the_loss_is_that_of_the_damped_quadratic() -> None:
     weight, inputs = layer(16, 32, 0)
     moment = moment_of(inputs)
-    swept = column_sweep(weight, inverse_factor(moment), choose=lambda scores, _: lowest_share(scores, 0.5), every=8, block=8)
+    swept = column_sweep(
+        weight, inverse_factor(moment), choose=lambda scores, _: lowest_share(scores, 0.5), every=8, block=8
+    )
     assert float(swept.loss.sum()) == pytest.approx(change(weight, swept.weight, damped(moment)), rel=1e-9)
 
 
@@ -118,7 +127,9 @@ def test_with_a_fixed_mask_the_block_size_changes_nothing(block: int) -> None:
     assert torch.equal(whole.pruned, mask)
 
 
-@pytest.mark.parametrize(("block", "every"), [(4, 4), (48, 4), (96, 32), (100, 50), (128, 2), (128, 128), (33, 3), (40, 40)])
+@pytest.mark.parametrize(
+    ("block", "every"), [(4, 4), (48, 4), (96, 32), (100, 50), (128, 2), (128, 128), (33, 3), (40, 40)]
+)
 def test_columns_taken_together_are_those_taken_one_by_one(block: int, every: int) -> None:
     weight, inputs = layer(5, 150, 21)
     upper = inverse_factor(moment_of(inputs)).upper
@@ -130,7 +141,9 @@ def test_columns_taken_together_are_those_taken_one_by_one(block: int, every: in
         error = (now[:, j] / upper[j, j]).masked_fill(~gone[:, j], 0)
         now[:, j] = now[:, j].masked_fill(gone[:, j], 0)
         now[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
-    swept = column_sweep(weight, inverse_factor(moment_of(inputs)), choose=lambda s, _: lowest_in_rows(s, 0.5), every=every, block=block)
+    swept = column_sweep(
+        weight, inverse_factor(moment_of(inputs)), choose=lambda s, _: lowest_in_rows(s, 0.5), every=every, block=block
+    )
     assert torch.equal(swept.pruned, gone)
     torch.testing.assert_close(swept.weight, now, atol=1e-9, rtol=0)
 
@@ -145,8 +158,14 @@ def test_each_kept_suffix_is_the_minimum_with_the_columns_before_it_frozen() -> 
             now[j] = 0
             frozen, free = slice(0, j + 1), slice(j + 1, 12)
             moved = (now - weight[0])[frozen]
-            now[free] = weight[0, free] - torch.linalg.solve(moment[free, free], moment[free, frozen] @ moved) if j < 11 else now[free]
-    torch.testing.assert_close(column_sweep(weight, factor, choose=fixed(mask), every=1).weight[0], now, atol=1e-10, rtol=0)
+            now[free] = (
+                weight[0, free] - torch.linalg.solve(moment[free, free], moment[free, frozen] @ moved)
+                if j < 11
+                else now[free]
+            )
+    torch.testing.assert_close(
+        column_sweep(weight, factor, choose=fixed(mask), every=1).weight[0], now, atol=1e-10, rtol=0
+    )
 
 
 def test_pruned_first_is_the_least_squares_refit_and_pruned_last_plain_zeroing() -> None:
@@ -154,9 +173,13 @@ def test_pruned_first_is_the_least_squares_refit_and_pruned_last_plain_zeroing()
     factor, moment = inverse_factor(moment_of(inputs)), damped(moment_of(inputs))
     first = torch.arange(10).expand(5, 10) < 4
     refit = weight[:, 4:] + torch.linalg.solve(moment[4:, 4:], moment[4:, :4] @ weight[:, :4].T).T
-    torch.testing.assert_close(column_sweep(weight, factor, choose=fixed(first), every=1).weight[:, 4:], refit, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        column_sweep(weight, factor, choose=fixed(first), every=1).weight[:, 4:], refit, atol=1e-10, rtol=0
+    )
     last = torch.arange(10).expand(5, 10) >= 6
-    torch.testing.assert_close(column_sweep(weight, factor, choose=fixed(last), every=1).weight, weight.masked_fill(last, 0))
+    torch.testing.assert_close(
+        column_sweep(weight, factor, choose=fixed(last), every=1).weight, weight.masked_fill(last, 0)
+    )
 
 
 def test_with_uncorrelated_inputs_kept_weights_stay_and_rounding_is_to_the_nearest() -> None:
@@ -180,7 +203,9 @@ def test_quality_on_correlated_inputs() -> None:
         for row, gone in enumerate(mask):
             kept = ~gone
             refit[row, gone] = 0
-            refit[row, kept] += torch.linalg.solve(damped(moment)[kept][:, kept], damped(moment)[kept][:, gone] @ weight[row, gone])
+            refit[row, kept] += torch.linalg.solve(
+                damped(moment)[kept][:, kept], damped(moment)[kept][:, gone] @ weight[row, gone]
+            )
         ours = change(weight, swept.weight, moment)
         magnitude = change(weight, weight.masked_fill(lowest_share(weight.abs(), 0.5), 0), moment)
         zeroed = change(weight, weight.masked_fill(mask, 0), moment)
@@ -198,7 +223,9 @@ def test_joint_beats_pruning_and_then_rounding() -> None:
     factor = inverse_factor(moment)
     choose: Choose = lambda scores, _: lowest_in_groups(scores, 2, 4)  # noqa: E731
     apart = column_sweep(weight, factor, choose=choose, every=4)
-    joint = column_sweep(weight, factor, choose=choose, every=4, quantize=lambda weights, j: grid.round(weights[:, :1], j).squeeze(1))
+    joint = column_sweep(
+        weight, factor, choose=choose, every=4, quantize=lambda weights, j: grid.round(weights[:, :1], j).squeeze(1)
+    )
     assert change(weight, joint.weight, moment) < change(weight, grid.round(apart.weight), moment)
     assert torch.equal(grid.round(joint.weight), joint.weight)
     groups = (joint.pruned.reshape(64, -1, 4)).sum(dim=2)
@@ -237,7 +264,9 @@ def test_one_token_of_calibration_is_enough_for_a_factor(dtype: torch.dtype) -> 
     weight, inputs = layer(4, 32, 10)
     moment = moment_of(inputs[:, :1]).to(dtype)
     factor = inverse_factor(moment)
-    swept = column_sweep(weight.to(dtype), factor, choose=lambda scores, _: lowest_share(scores, 0.5), every=32, block=32)
+    swept = column_sweep(
+        weight.to(dtype), factor, choose=lambda scores, _: lowest_share(scores, 0.5), every=32, block=32
+    )
     assert bool(swept.weight.isfinite().all())
     assert int(swept.pruned.sum()) == 64
 

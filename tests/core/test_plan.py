@@ -14,13 +14,19 @@ AXES = tuple(Axis(name, KINDS.get(name, Kind.HEAD), size, (), (), "") for name, 
 
 
 def subsets(size: int, least: int = 0) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.sets(st.integers(0, size - 1), min_size=least).map(lambda units: tuple(sorted(units))) if size else st.just(())
+    return (
+        st.sets(st.integers(0, size - 1), min_size=least).map(lambda units: tuple(sorted(units)))
+        if size
+        else st.just(())
+    )
 
 
 @st.composite
 def plans(draw: st.DrawFn, sizes: dict[str, int] = SIZES) -> Plan:
     names = draw(st.sets(st.sampled_from(sorted(sizes))))
-    return Plan({name: draw(subsets(sizes[name], least=1 if name in ("hidden", "layers") else 0)) for name in sorted(names)})
+    return Plan(
+        {name: draw(subsets(sizes[name], least=1 if name in ("hidden", "layers") else 0)) for name in sorted(names)}
+    )
 
 
 def after(plan: Plan) -> tuple[dict[str, int], dict[str, tuple[str, list[int]]]]:
@@ -63,14 +69,18 @@ def test_axes_with_one_unit_a_layer_are_renumbered_with_the_layers() -> None:
 @given(plans())
 def test_json_and_masks_and_the_empty_plan_change_nothing(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_masks(AXES, plan.masks(AXES)) == Plan({axis.name: plan.kept[axis.name] for axis in AXES if axis.name in plan.kept})
+    assert Plan.from_masks(AXES, plan.masks(AXES)) == Plan(
+        {axis.name: plan.kept[axis.name] for axis in AXES if axis.name in plan.kept}
+    )
     assert plan.then(Plan()) == Plan().then(plan) == plan
     plan.check(AXES)
     assert plan.is_noop(AXES) == all(bool(mask.all()) for mask in plan.masks(AXES).values())
 
 
 def test_a_soft_mask_keeps_what_is_above_zero() -> None:
-    assert Plan.from_masks(AXES, {"layers.1.heads": torch.tensor([0.0, 0.2, 0.0, 1.0])}).kept == {"layers.1.heads": (1, 3)}
+    assert Plan.from_masks(AXES, {"layers.1.heads": torch.tensor([0.0, 0.2, 0.0, 1.0])}).kept == {
+        "layers.1.heads": (1, 3)
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,12 @@ def test_fewest_units_are_respected() -> None:
     Plan({"layers.0.heads": (0, 3)}).check([axis])
     with pytest.raises(ValueError, match="1 of 4 units; at least 2"):
         Plan({"layers.0.heads": (0,)}).check([axis])
-    assert [Axis("x", kind, 4, (), (), "").fewest for kind in (Kind.HEAD, Kind.HIDDEN, Kind.LAYER, Kind.MLP)] == [0, 1, 1, 0]
+    assert [Axis("x", kind, 4, (), (), "").fewest for kind in (Kind.HEAD, Kind.HIDDEN, Kind.LAYER, Kind.MLP)] == [
+        0,
+        1,
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("text", ["[]", '{"format": 2, "kept": {}}', '{"format": 1, "kept": []}', "{"])

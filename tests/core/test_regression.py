@@ -1,7 +1,7 @@
 """Regressions against the normal equations, fits without the rows themselves, and counts by hand.
 
-Oracles: torch.linalg on the augmented least-squares system (an intercept column that is not penalised); brute force for left-out rows;
-Kendall's tau counted by hand, ties by the textbook's formula for tau-b.
+Oracles: torch.linalg on the augmented least-squares system (an intercept column that is not penalised); brute force for
+left-out rows; Kendall's tau counted by hand, ties by the textbook's formula for tau-b.
 """
 
 import math
@@ -32,7 +32,9 @@ def least_squares(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, float]
     rows, columns = x.shape
     penalty = math.sqrt(strength) * torch.eye(columns, columns + 1, dtype=torch.float64)
     system = torch.cat([torch.cat([x, torch.ones(rows, 1, dtype=torch.float64)], dim=1), penalty])
-    solution = torch.linalg.lstsq(system, torch.cat([y, torch.zeros(columns, dtype=torch.float64)]).unsqueeze(1), driver="gelsd").solution
+    solution = torch.linalg.lstsq(
+        system, torch.cat([y, torch.zeros(columns, dtype=torch.float64)]).unsqueeze(1), driver="gelsd"
+    ).solution
     return solution[:-1, 0], float(solution[-1])
 
 
@@ -94,7 +96,9 @@ def test_pairs_left_out_alone_flatter_a_fit_that_knows_nothing_of_new_masks() ->
         ((2, 2), (2,), 2, "2 rows do not make at least two groups of 2"),
     ],
 )
-def test_rows_that_cannot_be_left_out_are_refused(x: tuple[int, int], y: tuple[int], together: int, message: str) -> None:
+def test_rows_that_cannot_be_left_out_are_refused(
+    x: tuple[int, int], y: tuple[int], together: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ridge(torch.ones(x), torch.ones(y), together=together)
 
@@ -177,10 +181,15 @@ def test_the_published_regression_ranks_units_and_a_seed_fixes_it() -> None:
 
 @pytest.mark.parametrize("settings", [Settings(0.0, 1.0, 32), Settings(0.01, 0.1, 64), Settings(100.0, 10.0, 128)])
 def test_the_published_epochs_are_those_of_autograd(settings: Settings) -> None:
-    """Written again with a graph, PyTorch's own losses, and the authors' rule of stopping: over 10 epochs since the best."""
+    """Written again with a graph, PyTorch's own losses, and the authors' rule of stopping: over 10 epochs since the
+    best.
+    """
     x, y, _ = pairs_of_masks(40)
     y = y - 0.3 * x[:, 0] * x[:, 1] * x[:, 5]
-    theta, bias = torch.zeros(40, 1, dtype=torch.float64, requires_grad=True), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    theta, bias = (
+        torch.zeros(40, 1, dtype=torch.float64, requires_grad=True),
+        torch.zeros(1, dtype=torch.float64, requires_grad=True),
+    )
     optimizer = torch.optim.Adam([theta, bias], lr=1 / (40 * settings.lr_factor))
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=3, min_lr=1e-5)
     generator, best, wanted, since = torch.Generator().manual_seed(5), -1e5, theta.detach().clone(), 0
@@ -211,19 +220,26 @@ def test_the_published_penalty_keeps_coefficients_of_no_use_small_and_one_point_
 
 
 def test_the_first_published_steps_by_hand() -> None:
-    """One epoch of one batch from zero moves every coefficient by the learning rate, in the direction of its correlation with y."""
+    """One epoch of one batch from zero moves every coefficient by the learning rate, in the direction of its
+    correlation with y.
+    """
     x = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.float64)
     y = torch.tensor([3.0, -1.0, 2.0, 0.0])
     model = l1_regression(x, y, 0, grid=[Settings(0.0, 10.0, 4)], epochs=1)
     rate = 1 / (2 * 10)  # two columns are ever on
-    torch.testing.assert_close(model.coefficients, torch.tensor([rate, -rate, 0], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.coefficients, torch.tensor([rate, -rate, 0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
     assert model.intercept == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_grid_is_judged_by_rows_that_no_epoch_saw() -> None:
     x, y, _ = problem(50, 30, noise=6.0)
     grid = [Settings(0.0, 1.0, 32), Settings(0.0, 0.1, 32)]
-    means = [sum(fitted(x[~held], y[~held], x[held], y[held], settings, 0)[1] for held in folds(50, 5, 2)) / 5 for settings in grid]
+    means = [
+        sum(fitted(x[~held], y[~held], x[held], y[held], settings, 0)[1] for held in folds(50, 5, 2)) / 5
+        for settings in grid
+    ]
     chosen = l1_regression(x, y, 0, grid=grid, together=2).chosen
     assert chosen["tau"] == max(means)
     assert chosen["lr_factor"] == grid[means.index(max(means))].lr_factor

@@ -32,7 +32,14 @@ def by_hand(importance: Importance) -> Tensor:
 
     def entry(name: str, *at: int) -> float:
         w, g, f = (float(tensors[name][at]) for tensors in (WEIGHTS, GRADIENTS, FISHER))
-        signed = {"vector": w * g, "first": w * g, "second": w * f * w, "mixed": w * g - 0.5 * w * f * w, "l1": w, "l2": w * w}[importance]
+        signed = {
+            "vector": w * g,
+            "first": w * g,
+            "second": w * f * w,
+            "mixed": w * g - 0.5 * w * f * w,
+            "l1": w,
+            "l2": w * w,
+        }[importance]
         return signed if importance == "vector" else abs(signed)
 
     result = torch.zeros(3, 2, 3, dtype=torch.float64)
@@ -48,14 +55,29 @@ def by_hand(importance: Importance) -> Tensor:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "last"])
 def test_parts_of_a_fused_projection_are_coupled_slices(reduction: Reduction) -> None:
-    """q, k and v behind one another in one weight and bias, as GPT-2 and Phi-3 have them, score as three linears would."""
-    fused = [Slice(f"qkv.{tensor}", 0, width, start=start) for width, start in ((6, 0), (3, 12), (3, 18)) for tensor in ("weight", "bias")]
-    apart = [Slice(f"{name}.{tensor}", 0, width) for name, width in (("q", 6), ("k", 3), ("v", 3)) for tensor in ("weight", "bias")]
-    parameters = {"qkv.weight": torch.randn(24, 5, generator=GENERATOR), "qkv.bias": torch.randn(24, generator=GENERATOR)}
+    """q, k and v behind one another in one weight and bias, as GPT-2 and Phi-3 have them,
+    score as three linears would.
+    """
+    fused = [
+        Slice(f"qkv.{tensor}", 0, width, start=start)
+        for width, start in ((6, 0), (3, 12), (3, 18))
+        for tensor in ("weight", "bias")
+    ]
+    apart = [
+        Slice(f"{name}.{tensor}", 0, width)
+        for name, width in (("q", 6), ("k", 3), ("v", 3))
+        for tensor in ("weight", "bias")
+    ]
+    parameters = {
+        "qkv.weight": torch.randn(24, 5, generator=GENERATOR),
+        "qkv.bias": torch.randn(24, generator=GENERATOR),
+    }
     for tensor in ("weight", "bias"):
         parts = parameters[f"qkv.{tensor}"].split([12, 6, 6])
         parameters |= {f"{name}.{tensor}": part for name, part in zip("qkv", parts, strict=True)}
-    one, three = (Axis("layers.0.heads", Kind.HEAD, 2, tuple(pieces), (), "attention", layer=0) for pieces in (fused, apart))
+    one, three = (
+        Axis("layers.0.heads", Kind.HEAD, 2, tuple(pieces), (), "attention", layer=0) for pieces in (fused, apart)
+    )
     for importance in ("l1", "l2"):
         scores = unit_scores(one, importance, parameters, reduction=reduction)
         assert torch.equal(scores, unit_scores(three, importance, parameters, reduction=reduction))
@@ -111,7 +133,12 @@ def test_what_is_missing_or_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="'mixed' needs squared gradients"):
         salience("mixed", weight, gradient=weight)
     with pytest.raises(ValueError, match="axis hidden has no slice that computes last"):
-        unit_scores(Axis("hidden", Kind.HIDDEN, 2, (Slice("a.weight", 0),), (), "model"), "l1", {"a.weight": weight}, reduction="last")
+        unit_scores(
+            Axis("hidden", Kind.HIDDEN, 2, (Slice("a.weight", 0),), (), "model"),
+            "l1",
+            {"a.weight": weight},
+            reduction="last",
+        )
 
 
 def test_half_precision_is_widened_first() -> None:

@@ -1,11 +1,20 @@
-"""Scales between a layer and its inputs: exact before rounding, worth it where inputs have outliers, finite where inputs are dead."""
+"""Scales between a layer and its inputs: exact before rounding, worth it where inputs have outliers, finite where
+inputs are dead.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
 from compresso.core.rounding import fit
-from compresso.core.scales import activation_scales, best_scale, output_error, round_clipped, smoothing_scale, typical_weight
+from compresso.core.scales import (
+    activation_scales,
+    best_scale,
+    output_error,
+    round_clipped,
+    smoothing_scale,
+    typical_weight,
+)
 
 
 def layer(outlier: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,17 @@ import pytest
 import torch
 from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from compresso.core.schedule import Schedule, constant, cosine, cubic_ramp, linear, linear_ramp, progress, rate, rate_for_width
+from compresso.core.schedule import (
+    Schedule,
+    constant,
+    cosine,
+    cubic_ramp,
+    linear,
+    linear_ramp,
+    progress,
+    rate,
+    rate_for_width,
+)
 
 
 def factors_of(make: object, warmup: int, total: int) -> list[float]:
@@ -22,7 +32,9 @@ def factors_of(make: object, warmup: int, total: int) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize(("ours", "theirs"), [(linear, get_linear_schedule_with_warmup), (cosine, get_cosine_schedule_with_warmup)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(linear, get_linear_schedule_with_warmup), (cosine, get_cosine_schedule_with_warmup)]
+)
 def test_rates_equal_those_of_transformers(ours: object, theirs: object, warmup: int) -> None:
     schedule: Schedule = ours(11, warmup)  # type: ignore[operator]
     assert [schedule(k) for k in range(12)] == pytest.approx(factors_of(theirs, warmup, 11), abs=1e-12)
@@ -44,7 +56,9 @@ def test_linear_ramp_reaches_its_target_at_the_end_of_the_warm_up() -> None:
 
 def test_cubic_ramp_follows_its_formula() -> None:
     target = cubic_ramp(0.6, 10, start=0.2)
-    assert [target(k) for k in range(13)] == pytest.approx([0.6 + (0.2 - 0.6) * (1 - min(1, k / 10)) ** 3 for k in range(13)])
+    assert [target(k) for k in range(13)] == pytest.approx(
+        [0.6 + (0.2 - 0.6) * (1 - min(1, k / 10)) ** 3 for k in range(13)]
+    )
 
 
 @pytest.mark.parametrize("ramp", [linear_ramp, cubic_ramp])

@@ -57,7 +57,10 @@ def test_it_comes_within_a_hundredth_of_the_best_split() -> None:
     for seed in range(60):
         scores = randoms(6, 8, seed)
         order, _ = best_order(scores, 2, 4)
-        splits = [torch.tensor([0, *first, *(i for i in range(1, 8) if i not in first)]) for first in combinations(range(1, 8), 3)]
+        splits = [
+            torch.tensor([0, *first, *(i for i in range(1, 8) if i not in first)])
+            for first in combinations(range(1, 8), 3)
+        ]
         assert len(splits) == 35
         shares.append(kept(scores, order, 2, 4) / max(kept(scores, split, 2, 4) for split in splits))
     assert min(shares) >= 0.99 and max(shares) <= 1 + 1e-6
@@ -96,8 +99,12 @@ def test_later_tokens_beyond_the_range_count_at_its_ends() -> None:
 
 
 def test_bins_are_of_equal_width_and_closed_below_the_last_one_on_both_sides() -> None:
-    """Oracle in whole numbers: of a range of 1024 steps, step k lies in bin floor(100 k / 1024); no quotient is rounded."""
-    steps = torch.cat([torch.tensor([0, 1024]), torch.randint(1025, (3000,), generator=torch.Generator().manual_seed(0))])
+    """Oracle in whole numbers: of a range of 1024 steps, step k lies in bin floor(100 k / 1024); no quotient is
+    rounded.
+    """
+    steps = torch.cat(
+        [torch.tensor([0, 1024]), torch.randint(1025, (3000,), generator=torch.Generator().manual_seed(0))]
+    )
     wanted = Counter(min(step * BINS // 1024, BINS - 1) for step in steps.tolist())
     found = histograms(None, torch.stack([steps.float(), steps.float() / 4 - 96], dim=1))
     for channel in range(2):

@@ -1,4 +1,6 @@
-"""Selections: exact counts, ties by index, n of m kept; scores and allocations against worked numbers of the papers' algorithms."""
+"""Selections: exact counts, ties by index, n of m kept; scores and allocations against worked numbers of the papers'
+algorithms.
+"""
 
 import pytest
 import torch
@@ -59,7 +61,12 @@ def test_groups_lose_what_a_stable_sort_puts_first(m: int) -> None:
 @pytest.mark.parametrize("values", ["distinct", "tied", "tiny", "negative"])
 def test_a_long_matrix_loses_what_a_stable_sort_puts_first(values: str) -> None:
     scores = randoms(1, 5000, 3)
-    scores = {"distinct": scores.abs(), "tied": (scores * 4).round().abs(), "tiny": scores.abs() * 1e-42, "negative": scores}[values]
+    scores = {
+        "distinct": scores.abs(),
+        "tied": (scores * 4).round().abs(),
+        "tiny": scores.abs() * 1e-42,
+        "negative": scores,
+    }[values]
     for share in (0.0002, 0.1, 0.5, 0.9, 0.9998):
         wanted = torch.zeros(5000, dtype=torch.bool)
         wanted[scores[0].argsort(stable=True)[: count_of(share, 5000)]] = True
@@ -113,7 +120,9 @@ def test_the_variant_meets_the_share_with_rows_that_differ() -> None:
     assert abs(float(mask.double().mean()) - 0.5) <= 1e-3
     assert 0 < alpha < 0.8
     assert len(set(mask.sum(dim=1).tolist())) > 1
-    for row, gone in zip(scores, mask, strict=True):  # the mass that goes is alpha's share, and one more would be too much
+    for row, gone in zip(
+        scores, mask, strict=True
+    ):  # the mass that goes is alpha's share, and one more would be too much
         assert float(row[gone].sum()) <= alpha * float(row.sum()) + 1e-4
         assert float(row[gone].sum() + row[~gone].min()) > alpha * float(row.sum()) - 1e-4
 

@@ -1,7 +1,8 @@
 """What masks a search may draw, and what a regression can learn from them.
 
-The law is the rank of the centred design: with as many pairs as columns every unit's worth can be told from the others', under the
-independent sampler; under the published one a column per module is lost, and with it the order of units of different modules.
+The law is the rank of the centred design: with as many pairs as columns every unit's worth can be told from the
+others', under the independent sampler; under the published one a column per module is lost, and with it the order of
+units of different modules.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,9 @@ def rank(masks: Tensor) -> int:
 
 def additive(pool: Pool, masks: Tensor, worth: Mapping[str, Tensor]) -> Tensor:
     """A score that is the sum of what the units that are on are worth."""
-    return torch.stack([sum((pool.masks(row)[name].double() @ worth[name] for name in worth), torch.tensor(0.0)) for row in masks])
+    return torch.stack(
+        [sum((pool.masks(row)[name].double() @ worth[name] for name in worth), torch.tensor(0.0)) for row in masks]
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,10 @@ def test_no_unit_that_may_be_off_is_an_error_and_so_is_a_prior_that_is_not_finit
 
 
 def test_columns_come_back_to_their_units() -> None:
-    pool = Pool({"a": torch.tensor([0, 2]), "b": torch.tensor([], dtype=torch.long), "c": torch.tensor([1])}, {"a": 3, "b": 1, "c": 2})
+    pool = Pool(
+        {"a": torch.tensor([0, 2]), "b": torch.tensor([], dtype=torch.long), "c": torch.tensor([1])},
+        {"a": 3, "b": 1, "c": 2},
+    )
     found = pool.scatter(torch.tensor([1.5, 2.5, 3.5]), float("inf"))
     assert {name: values.tolist() for name, values in found.items()} == {
         "a": [1.5, torch.inf, 2.5],
@@ -80,9 +86,13 @@ def test_columns_come_back_to_their_units() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("modules", "size", "pairs"), [(1, 3, 3), (1, 5, 5), (2, 3, 4), (10, 3, 21), (10, 3, 12), (8, 32, 20)])
+@pytest.mark.parametrize(
+    ("modules", "size", "pairs"), [(1, 3, 3), (1, 5, 5), (2, 3, 4), (10, 3, 21), (10, 3, 12), (8, 32, 20)]
+)
 def test_independent_pairs_say_as_much_as_pairs_can(modules: int, size: int, pairs: int, seed: int) -> None:
-    """Full column rank with as many pairs as columns, so also with one mask more than columns before complements: always."""
+    """Full column rank with as many pairs as columns, so also with one mask more than columns before complements:
+    always.
+    """
     given = priors(modules, size, seed)
     pool = perturbable(given, shares(given))
     assert rank(independent(pool, pairs, seed)) == min(pairs, len(pool))
@@ -108,7 +118,10 @@ def test_each_independent_mask_is_followed_by_its_complement_and_leaves_fixed_un
 def test_a_seed_fixes_the_masks_of_both_samplers() -> None:
     given = priors(4, 40)
     pool, theirs = perturbable(given, shares(given)), published_pool(given, shares(given))
-    for draw in (lambda seed: independent(pool, 9, seed), lambda seed: published(theirs, given, shares(given), 9, seed)):
+    for draw in (
+        lambda seed: independent(pool, 9, seed),
+        lambda seed: published(theirs, given, shares(given), 9, seed),
+    ):
         assert torch.equal(draw(1), draw(1))
         assert not torch.equal(draw(1), draw(2))
 
@@ -122,7 +135,9 @@ def test_published_masks_switch_the_same_number_off_in_every_module_and_rarely_t
     assert (masks[::2].reshape(-1, 3, 10).sum(dim=2) == 10 - 6).all()
     prior = given["layers.0.heads"]
     off = pool.units["layers.0.heads"][prior[pool.units["layers.0.heads"]].argsort()]
-    often = {unit: float((~masks[::2, i]).double().mean()) for i, unit in enumerate(pool.units["layers.0.heads"].tolist())}
+    often = {
+        unit: float((~masks[::2, i]).double().mean()) for i, unit in enumerate(pool.units["layers.0.heads"].tolist())
+    }
     assert often[int(off[0])] > often[int(off[-1])] + 0.02
 
 
@@ -150,7 +165,9 @@ def test_equal_priors_can_be_drawn_from() -> None:
 
 
 def worst_found(draw: str, modules: int, size: int, seed: int) -> bool:
-    """Whether ridge gives the least coefficient to the unit that an additive score needs least, among those that may be off."""
+    """Whether ridge gives the least coefficient to the unit that an additive score needs least, among those that may be
+    off.
+    """
     given = priors(modules, size, seed)
     generator = torch.Generator().manual_seed(seed + 1000)
     worth = {name: 1 + torch.rand(size, generator=generator, dtype=torch.float64) for name in given}
@@ -158,7 +175,9 @@ def worst_found(draw: str, modules: int, size: int, seed: int) -> bool:
     target = list(given)[int(torch.randint(modules, (1,), generator=generator))]
     worth[target][pool.units[target]] = torch.linspace(0.5, 0.6, len(pool.units[target]), dtype=torch.float64)
     pairs = 50  # more than columns
-    masks = independent(pool, pairs, seed) if draw == "independent" else published(pool, given, shares(given), pairs, seed)
+    masks = (
+        independent(pool, pairs, seed) if draw == "independent" else published(pool, given, shares(given), pairs, seed)
+    )
     least = pool.scatter(ridge(masks, additive(pool, masks, worth), together=2).coefficients, float("inf"))
     found = min(least, key=lambda name: float(least[name].min()))
     return found == target and int(least[target].argmin()) == int(pool.units[target][0])
@@ -169,7 +188,9 @@ def test_the_planted_worst_group_of_ten_modules_of_three_is_found() -> None:
 
 
 def test_published_masks_find_the_planted_worst_unit_by_chance_only() -> None:
-    """12 units a module, two of which vary: a module that hardly matters looks like any other, since its columns add up to a constant."""
+    """12 units a module, two of which vary: a module that hardly matters looks like any other, since its columns add up
+    to a constant.
+    """
     assert all(worst_found("independent", 10, 12, seed) for seed in range(20))
     assert sum(worst_found("published", 10, 12, seed) for seed in range(20)) <= 3
 

@@ -19,19 +19,32 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 def _finish(tokenizer: Tokenizer, bos: bool, adds_bos: bool, **named: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **({"bos_token": "<s>"} if bos else {}), eos_token="</s>", unk_token="<unk>", **named
+        tokenizer_object=tokenizer,
+        **({"bos_token": "<s>"} if bos else {}),
+        eos_token="</s>",
+        unk_token="<unk>",
+        **named,
     )
 
 
-def byte_level(use_regex: bool, bos: bool = True, adds_bos: bool = True, trims: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; without the regex, tokens merge across words, ':' and line breaks; `trims` leaves white space out of offsets."""
+def byte_level(
+    use_regex: bool, bos: bool = True, adds_bos: bool = True, trims: bool = False
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; without the regex, tokens merge across words, ':' and line breaks; `trims` leaves white space out
+    of offsets.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex, trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=420,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if trims:
@@ -40,7 +53,9 @@ def byte_level(use_regex: bool, bos: bool = True, adds_bos: bool = True, trims: 
 
 
 def metaspace(scheme: str) -> PreTrainedTokenizerFast:
-    """A sentencepiece-like BPE with byte fallback: "legacy" prepends ▁ to every piece of text, "first" only to the first."""
+    """A sentencepiece-like BPE with byte fallback: "legacy" prepends ▁ to every piece of text, "first" only to the
+    first.
+    """
     pieces = Tokenizer(models.BPE(unk_token="<unk>"))
     pieces.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(
@@ -49,19 +64,25 @@ def metaspace(scheme: str) -> PreTrainedTokenizerFast:
     pieces.train_from_iterator([text.replace("\n", "") for text in CORPUS], trainer)
     model = json.loads(pieces.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=model["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     if scheme == "legacy":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return _finish(tokenizer, bos=True, adds_bos=True)
 
 
 TOKENIZERS = {
     "byte-level": lambda: byte_level(use_regex=True),
     "byte-level, merging across words": lambda: byte_level(use_regex=False),
-    "byte-level, merging across words, trimmed offsets": lambda: byte_level(use_regex=False, adds_bos=False, trims=True),
+    "byte-level, merging across words, trimmed offsets": lambda: byte_level(
+        use_regex=False, adds_bos=False, trims=True
+    ),
     "byte-level, bos not added": lambda: byte_level(use_regex=True, adds_bos=False),
     "byte-level, no bos": lambda: byte_level(use_regex=True, bos=False, adds_bos=False),
     "metaspace, legacy": lambda: metaspace("legacy"),

@@ -6,13 +6,18 @@ from compresso.data.batches import Row
 from compresso.data.crops import crops
 from compresso.errors import DataError
 
-ROWS = [Row(input_ids=[100 * i + j for j in range(length)], labels=[-100] * length) for i, length in enumerate((3, 8, 9, 20, 30))]
+ROWS = [
+    Row(input_ids=[100 * i + j for j in range(length)], labels=[-100] * length)
+    for i, length in enumerate((3, 8, 9, 20, 30))
+]
 
 
 def test_windows_are_consecutive_labelled_and_from_different_examples() -> None:
     windows = crops(ROWS, 3, 8, seed=0)
     assert all(window["labels"] == window["input_ids"] for window in windows)
-    assert all(window["input_ids"] == list(range(window["input_ids"][0], window["input_ids"][0] + 8)) for window in windows)
+    assert all(
+        window["input_ids"] == list(range(window["input_ids"][0], window["input_ids"][0] + 8)) for window in windows
+    )
     assert len({window["input_ids"][0] // 100 for window in windows}) == 3
 
 

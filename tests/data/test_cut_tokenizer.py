@@ -1,7 +1,8 @@
-"""Tokenizers without some of their tokens: text of kept tokens is encoded as before, all other text can still be written.
+"""Tokenizers without some of their tokens: text of kept tokens is encoded as before, all other text can still be
+written.
 
-The oracle is the old tokenizer: encodings must be the same tokens, and decoded text the same text. Small tokenizers of every kind are
-trained here by the tokenizers library; real ones are read where COMPRESSO_DATA has them.
+The oracle is the old tokenizer: encodings must be the same tokens, and decoded text the same text. Small tokenizers of
+every kind are trained here by the tokenizers library; real ones are read where COMPRESSO_DATA has them.
 """
 
 import json
@@ -39,8 +40,12 @@ def bytes_bpe() -> PreTrainedTokenizerBase:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TRAINED_ON, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.train_from_iterator(
+        TRAINED_ON, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     tokenizer = wrapped(backend)
     tokenizer.add_tokens(["<tool>"])
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -51,20 +56,27 @@ def bytes_bpe() -> PreTrainedTokenizerBase:
 def suffix_bpe() -> PreTrainedTokenizerBase:
     backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder("</w>")
-    backend.train_from_iterator(TRAINED_ON, trainers.BpeTrainer(vocab_size=160, special_tokens=SPECIAL, end_of_word_suffix="</w>"))
+    backend.train_from_iterator(
+        TRAINED_ON, trainers.BpeTrainer(vocab_size=160, special_tokens=SPECIAL, end_of_word_suffix="</w>")
+    )
     return wrapped(backend)
 
 
 def unigram() -> PreTrainedTokenizerBase:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.train_from_iterator(TRAINED_ON, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>"))
+    backend.train_from_iterator(
+        TRAINED_ON, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>")
+    )
     return wrapped(backend)
 
 
 def word_piece() -> PreTrainedTokenizerBase:
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
+    backend.normalizer, backend.pre_tokenizer = (
+        normalizers.BertNormalizer(lowercase=False),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     backend.decoder = decoders.WordPiece()
     backend.train_from_iterator(TRAINED_ON, trainers.WordPieceTrainer(vocab_size=180, special_tokens=SPECIAL))
     backend.post_processor = processors.BertProcessing(("</s>", 1), ("<s>", 0))
@@ -135,7 +147,12 @@ def test_whatever_was_encoded_with_kept_tokens_alone_still_is(name: str) -> None
     tokenizer = MAKERS[name]()
     new, kept = smaller(tokenizer)
     words = sorted({word for text in TRAINED_ON for word in text.split()})
-    phrases = [*words, *(f"{a} {b}" for a, b in zip(words, reversed(words), strict=True)), "thethethe cataton mattt", "  the\n\ncat "]
+    phrases = [
+        *words,
+        *(f"{a} {b}" for a, b in zip(words, reversed(words), strict=True)),
+        "thethethe cataton mattt",
+        "  the\n\ncat ",
+    ]
     same = 0
     for phrase in phrases:
         old = encoded(tokenizer, phrase)
@@ -175,7 +192,9 @@ def test_what_belongs_to_no_text_survives() -> None:
     assert {new.decode([i]) for i in range(len(new))} <= {tokenizer.decode([i]) for i in range(len(tokenizer))}
     merges = [tuple(pair) for pair in state_of(new)["model"]["merges"]]
     assert all({a, b, a + b} <= new.get_vocab().keys() for a, b in merges)
-    assert merges == [pair for pair in map(tuple, state_of(tokenizer)["model"]["merges"]) if pair in set(merges)], "the order is kept"
+    assert merges == [pair for pair in map(tuple, state_of(tokenizer)["model"]["merges"]) if pair in set(merges)], (
+        "the order is kept"
+    )
 
 
 def test_a_token_that_is_made_in_two_ways_needs_one_of_them() -> None:

@@ -1,4 +1,6 @@
-"""Good files of every format read back what was written; each kind of bad file is refused by file and line, and counted on request."""
+"""Good files of every format read back what was written; each kind of bad file is refused by file and line, and counted
+on request.
+"""
 
 import gzip
 import json
@@ -14,11 +16,26 @@ from safetensors.torch import save_file
 
 from compresso.data import lines
 from compresso.data.formats import read_file
-from compresso.data.records import BadRecord, Chat, Instruction, Message, Records, Text, Window, digest, parse, records_from
+from compresso.data.records import (
+    BadRecord,
+    Chat,
+    Instruction,
+    Message,
+    Records,
+    Text,
+    Window,
+    digest,
+    parse,
+    records_from,
+)
 from compresso.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
-ROWS = [GOOD, {"instruction": "Greet.", "input": None, "output": "Hello", "text": "ignored"}, {"instruction": "Stop.", "output": ""}]
+ROWS = [
+    GOOD,
+    {"instruction": "Greet.", "input": None, "output": "Hello", "text": "ignored"},
+    {"instruction": "Stop.", "output": ""},
+]
 PARSED = [Instruction("Add.", "1 2", "3"), Instruction("Greet.", "", "Hello"), Instruction("Stop.", "", "")]
 
 
@@ -44,17 +61,30 @@ def test_json_in_all_its_forms(write, name: str, content: bytes) -> None:
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([None, 0, 4])), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([None, 0, 4])),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_any_text_survives_json(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int | None]]) -> None:
     folder = tmp_path_factory.mktemp("json")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text, _ in rows), newline="")
-    (folder / "b.json").write_text(json.dumps([{"text": text} for text, _ in rows], indent=rows[0][1], ensure_ascii=False), newline="")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text, _ in rows), newline=""
+    )
+    (folder / "b.json").write_text(
+        json.dumps([{"text": text} for text, _ in rows], indent=rows[0][1], ensure_ascii=False), newline=""
+    )
     wanted = [Text(text) for text, _ in rows]
     assert read_file(folder / "a.jsonl").rows == wanted == read_file(folder / "b.json").rows
 
 
 def test_text_files_are_split_at_blank_lines(write) -> None:
-    assert read_file(write("a.txt", "One.\nStill one.\n\n \n\nTwo.\r\n")).rows == [Text("One.\nStill one."), Text("Two.")]
+    assert read_file(write("a.txt", "One.\nStill one.\n\n \n\nTwo.\r\n")).rows == [
+        Text("One.\nStill one."),
+        Text("Two."),
+    ]
     assert read_file(write("b.txt.gz", gzip.compress(b"One.\nTwo.\n"))).rows == [Text("One."), Text("Two.")]
 
 
@@ -74,7 +104,13 @@ def test_ready_windows_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_conversations_are_messages_under_another_name() -> None:
-    value = {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    value = {
+        "conversations": [
+            {"from": "system", "value": "S"},
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello"},
+        ]
+    }
     assert parse(value) == Chat((Message("system", "S"), Message("user", "Hi"), Message("assistant", "Hello")))
 
 
@@ -91,7 +127,10 @@ BAD_LINES = [
     (b'{"text": "\xff\xfe"}', "byte 11 of the line is not UTF-8"),
     (b'{"text": "' + b"x" * (10 * 2**20) + b'"}', "the line is longer than 8388608 bytes"),
     (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-    (b'{"prompt": "Add.", "answer": "3"}', "fields are: prompt, answer; wanted instruction + output (+ input), messages, or text"),
+    (
+        b'{"prompt": "Add.", "answer": "3"}',
+        "fields are: prompt, answer; wanted instruction + output (+ input), messages, or text",
+    ),
     (b"{}", "fields are: none"),
     (b"[1, 2]", "holds a list; wanted an object"),
     (b"null", "holds null; wanted an object"),
@@ -105,7 +144,10 @@ BAD_LINES = [
     (b'{"messages": [{"role": "user"}]}', "turn 1: field 'content' is missing"),
     (b'{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
     (b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "user", "content": "?"}]}', "turn 2 is by 'user'"),
-    (b'{"messages": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "?"}]}', "turn 2 is by 'assistant'"),
+    (
+        b'{"messages": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "?"}]}',
+        "turn 2 is by 'assistant'",
+    ),
 ]
 
 
@@ -114,7 +156,9 @@ def test_a_bad_line_is_named_and_on_request_skipped_and_counted(write, line: byt
     path = write("a.jsonl", GOOD_LINE + b"\n" + GOOD_LINE + b"\n" + line + b"\n" + GOOD_LINE)
     with pytest.raises(DataError) as raised:
         read_file(path)
-    assert str(raised.value).startswith(f"{path}:3: ") and message in str(raised.value) and "\n" not in str(raised.value)
+    assert (
+        str(raised.value).startswith(f"{path}:3: ") and message in str(raised.value) and "\n" not in str(raised.value)
+    )
     read = read_file(path, skip_bad=True)
     assert (len(read.rows), read.n_bad) == (3, 1)
     assert read.bad[0].startswith(f"{path}:3: ") and message in read.bad[0]
@@ -209,7 +253,12 @@ def test_parquet_without_a_known_column_is_refused(tmp_path: Path) -> None:
 def test_the_digest_sees_content_kind_and_order() -> None:
     rows = [Instruction("a", "b", "c"), Text("a")]
     assert digest(rows) == digest(list(rows)) != digest(rows[::-1])
-    assert len({digest([row]) for row in (Instruction("a", "b", "c"), Instruction("a", "", "bc"), Text("a"), Window((1,)))}) == 4
+    assert (
+        len(
+            {digest([row]) for row in (Instruction("a", "b", "c"), Instruction("a", "", "bc"), Text("a"), Window((1,)))}
+        )
+        == 4
+    )
     assert Records("text", [Text("a")], "x").sha256 == Records("text", [Text("a")], "y").sha256
 
 

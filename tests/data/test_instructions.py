@@ -1,4 +1,5 @@
-"""The ids are those an engine computes from the rendered template, and the labels cover exactly the responses and their end tokens.
+"""The ids are those an engine computes from the rendered template, and the labels cover exactly the responses and their
+end tokens.
 
 The oracle for the labels knows the bytes of every token and counts them; it does not use the tokenizers' offsets.
 """
@@ -27,7 +28,9 @@ BYTES_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 per_tokenizer = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # ends of sentences and white space, on which tokens merge across the beginning of a response
 words = st.lists(
-    st.sampled_from(["red", "re", "a", "b", " ", "\n", "\n\n", "'tis", ":", "é", "日", "🙂", "."]), min_size=1, max_size=8
+    st.sampled_from(["red", "re", "a", "b", " ", "\n", "\n\n", "'tis", ":", "é", "日", "🙂", "."]),
+    min_size=1,
+    max_size=8,
 ).map("".join)
 
 
@@ -48,7 +51,9 @@ def bytes_of(tokenizer: PreTrainedTokenizerFast, token: int) -> bytes:
 
 
 def check_labels(tokenizer: PreTrainedTokenizerFast, row: Row, text: str, responses: list[str]) -> None:
-    """Every token that holds a byte of a response, and no other, is labelled with its own id; the tokens spell the text."""
+    """Every token that holds a byte of a response, and no other, is labelled with its own id; the tokens spell the
+    text.
+    """
     wanted = [False] * len(text.encode())
     place = 0
     for response in responses:
@@ -78,7 +83,9 @@ def test_loss_falls_on_the_response_and_its_end(
     tokenizer: PreTrainedTokenizerFast, instruction: str, given_input: str, output: str, prompt_on: bool
 ) -> None:
     row = encode(records_of(Instruction(instruction, given_input, output)), tokenizer, 10_000, prompt_on).rows[0]
-    check_labels(tokenizer, row, bos(tokenizer) + full_prompt(instruction, given_input, prompt_on) + output + "</s>", [output])
+    check_labels(
+        tokenizer, row, bos(tokenizer) + full_prompt(instruction, given_input, prompt_on) + output + "</s>", [output]
+    )
     assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
     if tokenizer.bos_token:
         assert row["input_ids"].count(tokenizer.bos_token_id) == 1 and row["input_ids"][0] == tokenizer.bos_token_id
@@ -101,7 +108,9 @@ def test_ids_are_those_of_the_chat_template(
 
 @per_tokenizer
 @given(instruction=words, given_input=st.one_of(st.just(""), words))
-def test_ids_at_inference_begin_with_bos_and_the_prompt(tokenizer: PreTrainedTokenizerFast, instruction: str, given_input: str) -> None:
+def test_ids_at_inference_begin_with_bos_and_the_prompt(
+    tokenizer: PreTrainedTokenizerFast, instruction: str, given_input: str
+) -> None:
     ids = encode_prompt(tokenizer, instruction, given_input)
     head = [tokenizer.bos_token_id] if tokenizer.bos_token else []
     text = b"".join(bytes_of(tokenizer, token) for token in ids[len(head) :]).decode()
@@ -116,9 +125,15 @@ def test_ids_at_inference_begin_with_bos_and_the_prompt(tokenizer: PreTrainedTok
 
 def test_the_opening_is_a_prefix_of_every_prompted_example(tokenizer: PreTrainedTokenizerFast) -> None:
     head = opening_ids(tokenizer)
-    assert encode_prompt(tokenizer, "Name a colour.")[: len(head)] == head == encode_prompt(tokenizer, "\n\nred")[: len(head)]
+    assert (
+        encode_prompt(tokenizer, "Name a colour.")[: len(head)]
+        == head
+        == encode_prompt(tokenizer, "\n\nred")[: len(head)]
+    )
     spelled = b"".join(bytes_of(tokenizer, token) for token in head).decode().removeprefix("<s>").removeprefix(" ")
-    assert spelled.startswith(collaborative_prompt(False).text) and (collaborative_prompt(False).text + "\n\n").startswith(spelled)
+    assert spelled.startswith(collaborative_prompt(False).text) and (
+        collaborative_prompt(False).text + "\n\n"
+    ).startswith(spelled)
 
 
 @per_tokenizer
@@ -126,7 +141,11 @@ def test_the_opening_is_a_prefix_of_every_prompted_example(tokenizer: PreTrained
 def test_every_token_of_a_text_is_learned(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     row = encode(records_of(Text(text)), tokenizer, 1000, prompt_on=True).rows[0]
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token else []
-    assert row["input_ids"] == row["labels"] == [*begin, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    assert (
+        row["input_ids"]
+        == row["labels"]
+        == [*begin, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    )
 
 
 @pytest.mark.parametrize("trims", [False, True], ids=["whole offsets", "trimmed offsets"])
@@ -184,7 +203,9 @@ def test_cuts_are_counted_and_an_example_without_response_is_dropped(plain_token
 def test_when_nothing_is_left_to_learn_the_cure_is_named(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = records_of(Instruction("Name a colour.", "", "red"))
     shortest = len(encode_prompt(plain_tokenizer, "Name a colour."))
-    with pytest.raises(DataError, match=rf"1 lost their whole response \(the shortest prompt has {shortest} tokens\).*prompt off"):
+    with pytest.raises(
+        DataError, match=rf"1 lost their whole response \(the shortest prompt has {shortest} tokens\).*prompt off"
+    ):
         encode(rows, plain_tokenizer, 16, prompt_on=True)
     with pytest.raises(DataError, match=r"2 records, 2 of them empty"):
         encode(records_of(Text(""), Instruction("a", "", "")), plain_tokenizer, 16, prompt_on=True)
@@ -200,7 +221,9 @@ def test_a_limit_takes_the_first_records_and_of_a_mix_some_of_each(plain_tokeniz
 
 def test_windows_are_used_as_they_are(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(records_of(Window((5, 4, 3)), Window((0, 0, 0))), plain_tokenizer, 8, prompt_on=True)
-    assert [row["input_ids"] for row in encoded.rows] == [[5, 4, 3], [0, 0, 0]] == [row["labels"] for row in encoded.rows]
+    assert (
+        [row["input_ids"] for row in encoded.rows] == [[5, 4, 3], [0, 0, 0]] == [row["labels"] for row in encoded.rows]
+    )
     with pytest.raises(DataError, match=r"window 1 holds 3 ids, max_length is 2"):
         encode(records_of(Window((5, 4, 3))), plain_tokenizer, 2, prompt_on=True)
 
@@ -236,13 +259,14 @@ def test_useless_bounds_are_refused(plain_tokenizer: PreTrainedTokenizerFast, fi
 
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' +"
+    " '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant'"
+    " %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] +"
+    " '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%"
+    " endif %}"
 )
 SHIFTING = "{% for message in messages %}{{ loop.length ~ message['content'] }}{% endfor %}"
 
@@ -259,7 +283,12 @@ def chat_tokenizer(plain_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], 
 
 
 CONVERSATION = Chat(
-    (Message("user", "Name a colour."), Message("assistant", "red"), Message("user", "red"), Message("assistant", "The cat"))
+    (
+        Message("user", "Name a colour."),
+        Message("assistant", "red"),
+        Message("user", "red"),
+        Message("assistant", "The cat"),
+    )
 )
 
 
@@ -275,7 +304,9 @@ def test_a_chat_model_learns_in_its_own_template(
     assert row["input_ids"] == tokenizer.apply_chat_template(conversation)["input_ids"]
     learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
     assert tokenizer.decode(learned) == "red<|im_end|>The cat<|im_end|>"
-    assert row == encode(records_of(CONVERSATION), tokenizer, 2000, prompt_on).rows[0], "the applied template changes nothing"
+    assert row == encode(records_of(CONVERSATION), tokenizer, 2000, prompt_on).rows[0], (
+        "the applied template changes nothing"
+    )
 
 
 def test_instructions_follow_a_chat_models_template(chat_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
@@ -287,7 +318,9 @@ def test_instructions_follow_a_chat_models_template(chat_tokenizer: Callable[[st
     assert "###System Instruction:" in tokenizer.decode(before)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused(
+    chat_tokenizer: Callable[[str], PreTrainedTokenizerFast],
+) -> None:
     with pytest.raises(DataError, match="does not render turn 2 as a continuation"):
         encode(records_of(CONVERSATION), chat_tokenizer(SHIFTING), 2000, prompt_on=False)
     with pytest.raises(DataError, match=r"refuses a conversation of \d turns: never"):
@@ -310,6 +343,9 @@ def check_real(tokenizer: PreTrainedTokenizerFast, output: str) -> None:
     row = encode(records_of(Instruction("Name a colour.", "warm", output)), tokenizer, 4000, prompt_on=True).rows[0]
     check_labels(tokenizer, row, "<s>" + full_prompt("Name a colour.", "warm") + output + "</s>", [output])
     apply_to_tokenizer_(tokenizer, prompt_on=True)
-    conversation = [{"role": "user", "content": user_turn("Name a colour.", "warm")}, {"role": "assistant", "content": output}]
+    conversation = [
+        {"role": "user", "content": user_turn("Name a colour.", "warm")},
+        {"role": "assistant", "content": output},
+    ]
     assert row["input_ids"] == tokenizer.apply_chat_template(conversation)["input_ids"]
     assert row["input_ids"].count(1) == 1

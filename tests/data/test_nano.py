@@ -53,7 +53,10 @@ def test_shape_and_size(model):
     assert config.num_key_value_heads >= 4
     assert config.head_dim == 32
     assert 2e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert sum(file.stat().st_size for file in nano.path().rglob("*") if file.is_file() and file.suffix != ".pyc") <= 10 * 2**20
+    assert (
+        sum(file.stat().st_size for file in nano.path().rglob("*") if file.is_file() and file.suffix != ".pyc")
+        <= 10 * 2**20
+    )
 
 
 def test_knows_the_world_far_above_chance(model, tokenizer):

@@ -1,4 +1,6 @@
-"""The prompt's bytes are part of every trained checkpoint: they are pinned, and so is the text around an instruction."""
+"""The prompt's bytes are part of every trained checkpoint:
+they are pinned, and so is the text around an instruction.
+"""
 
 import re
 

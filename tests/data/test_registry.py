@@ -41,9 +41,16 @@ def test_a_file_is_read_and_described_without_its_folder(write) -> None:
 
 
 def test_sources_joined_by_commas_keep_their_order(write) -> None:
-    text, instructions = write("a.jsonl", '{"text": "a"}\n'), write("b.jsonl", '{"instruction": "b", "output": "c"}\nbroken\n')
+    text, instructions = (
+        write("a.jsonl", '{"text": "a"}\n'),
+        write("b.jsonl", '{"instruction": "b", "output": "c"}\nbroken\n'),
+    )
     records = load_records(f"{text}, {instructions}", skip_bad=True)
-    assert (records.kind, records.rows, records.source) == ("mixed", [Text("a"), Instruction("b", "", "c")], "a.jsonl + b.jsonl")
+    assert (records.kind, records.rows, records.source) == (
+        "mixed",
+        [Text("a"), Instruction("b", "", "c")],
+        "a.jsonl + b.jsonl",
+    )
     assert records.n_bad == 1 and records.bad[0].startswith(f"{instructions}:2: bad JSON")
     assert records.texts() == ["a"]
     with pytest.raises(DataError, match=r"b\.jsonl:2: bad JSON"):
@@ -58,9 +65,14 @@ def test_half_of_the_world_is_text_and_any_beginning_holds_both(small_world: Non
     records = load_records("world", limit=7, seed=3)
     assert [type(row) for row in records.rows] == [Instruction, Text] * 3 + [Instruction]
     assert records.rows[1] == Text("document 0 of 3")
-    assert load_records("world-text", limit=5).kind == "text" and load_records("world-instructions", limit=5).kind == "instruction"
+    assert (
+        load_records("world-text", limit=5).kind == "text"
+        and load_records("world-instructions", limit=5).kind == "instruction"
+    )
     assert len(load_records("world").rows) == registry.WORLD_ROWS
-    assert load_records("world", limit=7, seed=3).sha256 == records.sha256 != load_records("world", limit=7, seed=4).sha256
+    assert (
+        load_records("world", limit=7, seed=3).sha256 == records.sha256 != load_records("world", limit=7, seed=4).sha256
+    )
 
 
 def test_the_real_world_can_be_read() -> None:
@@ -105,7 +117,11 @@ def test_hub_rows_become_records(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"instruction": "a", "input": "", "output": "b", "text": "c", "id": 1}]
 
     monkeypatch.setattr(hub, "rows", rows)
-    assert load_records("alpaca-gpt4").rows == [Instruction("a", "", "b")] == load_records("owner/name:small", split="test", limit=1).rows
+    assert (
+        load_records("alpaca-gpt4").rows
+        == [Instruction("a", "", "b")]
+        == load_records("owner/name:small", split="test", limit=1).rows
+    )
     assert asked == [(REGISTERED["alpaca-gpt4"].hub, "train", None), (HubSet("owner/name", "small"), "test", 1)]
     assert "first 1 rows of owner/name" in load_records("owner/name", limit=1).source
     monkeypatch.setattr(hub, "rows", lambda *_: [{"title": "a"}])
@@ -136,10 +152,16 @@ print(json.dumps([message, len(attempts)]))
 
 def offline(data: str, cache: Path, **environment: str) -> tuple[str, int]:
     """The error message of a fresh process in which every connection fails, and how many it tried."""
-    names = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY") and name != "COMPRESSO_DATA"}
+    names = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().endswith("_PROXY") and name != "COMPRESSO_DATA"
+    }
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, data],
-        env=names | {"HF_HOME": str(cache), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment,
+        env=names
+        | {"HF_HOME": str(cache), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        | environment,
         capture_output=True,
         text=True,
         check=True,

@@ -1,4 +1,6 @@
-"""Rows know which source they came from, also after a limit and with packing, and one source's rows are what they were."""
+"""Rows know which source they came from, also after a limit and with packing,
+and one source's rows are what they were.
+"""
 
 import json
 from pathlib import Path
@@ -19,13 +21,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def both(tmp_path: Path) -> str:
     """Six instructions in one file, four texts in another."""
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"instruction": f"say {i}", "output": f"{i}"}) + "\n" for i in range(6)))
-    (tmp_path / "told.jsonl").write_text("".join(json.dumps({"text": f"once upon a time there were {i}"}) + "\n" for i in range(4)))
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"instruction": f"say {i}", "output": f"{i}"}) + "\n" for i in range(6))
+    )
+    (tmp_path / "told.jsonl").write_text(
+        "".join(json.dumps({"text": f"once upon a time there were {i}"}) + "\n" for i in range(4))
+    )
     return f"{tmp_path / 'asked.jsonl'},{tmp_path / 'told.jsonl'}"
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(None, [6, 4]), (5, [3, 2]), (100, [6, 4])])
-def test_rows_carry_the_name_of_their_source(tokenizer: PreTrainedTokenizerBase, both: str, limit: int | None, wanted: list[int]) -> None:
+def test_rows_carry_the_name_of_their_source(
+    tokenizer: PreTrainedTokenizerBase, both: str, limit: int | None, wanted: list[int]
+) -> None:
     rows = encode(load_records(both), tokenizer, 64, prompt_on=False, limit=limit).rows
     assert [row.get("source") for row in rows] == ["asked.jsonl"] * wanted[0] + ["told.jsonl"] * wanted[1]
 

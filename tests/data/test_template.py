@@ -11,12 +11,12 @@ from compresso.data.records import Message
 from compresso.data.template import apply_to_tokenizer_, chat_template, original_template, prompt_version, transcript
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' +"
+    " '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NO_SYSTEM = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system"
+    " role') }}{% endif %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
 )
 LEADING_NEWLINE = "\n\nAt the top:\n{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = collaborative_prompt(with_input=False).text
@@ -76,7 +76,9 @@ def test_a_chat_model_gets_the_prompt_before_its_system_message() -> None:
     wrapped = chat_template(CHATML, prompt_on=True)
     user = ("user", "Hello")
     assert render(wrapped, [user]) == render(CHATML, [("system", PROMPT), user])
-    assert render(wrapped, [("system", "Be short."), user]) == render(CHATML, [("system", PROMPT + "\n\nBe short."), user])
+    assert render(wrapped, [("system", "Be short."), user]) == render(
+        CHATML, [("system", PROMPT + "\n\nBe short."), user]
+    )
     assert render(wrapped, [user], generation=True).endswith("<|im_start|>assistant\n")
 
 
@@ -88,7 +90,10 @@ def test_a_template_without_system_messages_gets_the_prompt_before_the_first_mes
 
 
 def test_text_at_the_beginning_of_a_template_survives_wrapping() -> None:
-    assert render(chat_template(LEADING_NEWLINE, prompt_on=True), [("user", "Hello")]) == "\n\nAt the top:\n" + PROMPT + "Hello"
+    assert (
+        render(chat_template(LEADING_NEWLINE, prompt_on=True), [("user", "Hello")])
+        == "\n\nAt the top:\n" + PROMPT + "Hello"
+    )
 
 
 @pytest.mark.parametrize("original", [None, CHATML, NO_SYSTEM])
@@ -107,7 +112,10 @@ def test_a_template_tells_which_prompt_it_carries() -> None:
 def test_every_named_template_of_a_tokenizer_is_set(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     plain_tokenizer.chat_template = {"default": CHATML, "tool_use": NO_SYSTEM}
     apply_to_tokenizer_(plain_tokenizer, prompt_on=True)
-    assert plain_tokenizer.chat_template == {"default": chat_template(CHATML, True), "tool_use": chat_template(NO_SYSTEM, True)}
+    assert plain_tokenizer.chat_template == {
+        "default": chat_template(CHATML, True),
+        "tool_use": chat_template(NO_SYSTEM, True),
+    }
 
 
 def test_the_template_survives_saving(plain_tokenizer: PreTrainedTokenizerFast, tmp_path) -> None:

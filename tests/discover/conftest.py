@@ -49,7 +49,11 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.stack, self.norm = nn.Embedding(64, 24), nn.ModuleList(Block() for _ in range(3)), nn.RMSNorm(24, eps=1e-2)
+        self.embed, self.stack, self.norm = (
+            nn.Embedding(64, 24),
+            nn.ModuleList(Block() for _ in range(3)),
+            nn.RMSNorm(24, eps=1e-2),
+        )
         self.head = nn.Linear(24, 64, bias=False)
         self.head.weight = self.embed.weight
 
@@ -65,13 +69,23 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=16, vocab_size=64, bos_token_id=1, eos_token_id=2)
     ),
     "opt": lambda: AutoModelForCausalLM.from_config(
-        OPTConfig(**TEXT, **SHORT, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32)
+        OPTConfig(
+            **TEXT,
+            **SHORT,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+        )
     ),
     "gpt_neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES, **TEXT, **SHORT)),
     "bert": lambda: AutoModelForMaskedLM.from_config(BertConfig(**SIZES, **TEXT, **SHORT)),
     "vit": lambda: AutoModelForImageClassification.from_config(ViTConfig(**SIZES, image_size=16, patch_size=8)),
     "phi3": lambda: AutoModelForCausalLM.from_config(Phi3Config(**SIZES, **TEXT, **SHORT, num_key_value_heads=2)),
-    "gemma2": lambda: AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, **TEXT, **SHORT, num_key_value_heads=2, head_dim=8)),
+    "gemma2": lambda: AutoModelForCausalLM.from_config(
+        Gemma2Config(**SIZES, **TEXT, **SHORT, num_key_value_heads=2, head_dim=8)
+    ),
     "toy": Toy,
 }
 
@@ -103,7 +117,10 @@ def outputs(model: nn.Module) -> Tensor:
 def mask_(model: nn.Module, found: Found, mask: Tensor) -> nn.Module:
     """Multiply where the axis' gates say so."""
     for gate in found.gates:
-        module, values = model.get_submodule(gate.module), mask if gate.unit is None else mask[gate.unit : gate.unit + 1]
+        module, values = (
+            model.get_submodule(gate.module),
+            mask if gate.unit is None else mask[gate.unit : gate.unit + 1],
+        )
         values = values.repeat_interleave(gate.width)
         if gate.side == "input":
             module.register_forward_pre_hook(lambda _m, args, v=values: (args[0] * v, *args[1:]))

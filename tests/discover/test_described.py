@@ -1,4 +1,5 @@
-"""The law that makes discovery trustworthy: on every architecture somebody described, it finds the described axes and no others.
+"""The law that makes discovery trustworthy: on every architecture somebody described, it finds the described axes and
+no others.
 
 But for the tokens: they are looked up by number, which a trace of shapes cannot follow.
 """
@@ -22,7 +23,9 @@ def facts(axes: tuple[Axis, ...]) -> set[tuple[object, ...]]:
 
 
 OUTSIDE = {"opt_post_norm": {"model.decoder.channels"}, "bert_classifier": {"channels"}}
-"""Axes that lie outside the layers and that descriptions leave alone: OPT-350m's narrower embedding, and BERT's pooler."""
+"""Axes that lie outside the layers and that descriptions leave alone:
+OPT-350m's narrower embedding, and BERT's pooler.
+"""
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -43,7 +46,12 @@ def test_discovered_axes_are_the_described_ones(name: str, attention: str) -> No
 
 def test_heads_that_share_one_key_are_one_unit() -> None:
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, intermediate_size=48, vocab_size=64
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        vocab_size=64,
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -8,7 +8,13 @@ from transformers import LlamaConfig, Starcoder2Config
 from compresso.errors import ArchError
 from compresso.runner.inspection import inspect, show
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 64,
+}
 STARCODER = Starcoder2Config(**SIZES, num_key_value_heads=4, bos_token_id=1, eos_token_id=2)
 
 

@@ -31,7 +31,9 @@ def test_every_block_has_its_axes(undescribed: Undescribed, name: str) -> None:
     counted = kinds(found_in(undescribed(name)))
     assert counted[Kind.CHANNEL] == 3
     assert counted[Kind.HEAD] == (0 if name == "toy" else 3)
-    assert counted[Kind.HIDDEN] == (1 if name in ("toy", "phi3") else 0)  # LayerNorm, and Gemma's 1 + weight, cannot be folded
+    assert counted[Kind.HIDDEN] == (
+        1 if name in ("toy", "phi3") else 0
+    )  # LayerNorm, and Gemma's 1 + weight, cannot be folded
     assert counted[Kind.MLP] == 1 and counted[Kind.ATTENTION] == (0 if name == "toy" else 1)
     assert counted[Kind.LAYER] == (0 if name == "bert" else 1)  # BERT's norms stand behind the sum and stay
 
@@ -88,9 +90,16 @@ def test_fused_projections_are_owned_block_by_block(undescribed: Undescribed) ->
     fused = next(owner for owner in found.owners if owner.param.endswith("c_attn.weight"))
     assert fused.dim == 1 and fused.width is None
     assert fused.unit_of.tolist() == [index % 32 // 8 for index in range(96)]
-    assert [(piece.width, piece.start) for piece in found.axis.slices if piece.param == fused.param] == [(8, 0), (8, 32), (8, 64)]
+    assert [(piece.width, piece.start) for piece in found.axis.slices if piece.param == fused.param] == [
+        (8, 0),
+        (8, 32),
+        (8, 64),
+    ]
     interleaved = {f.name: f for f in found_in(undescribed("gpt_neox")).found}["layers.0.heads"]
-    assert {owner.param.rsplit(".", 2)[1]: owner.width for owner in interleaved.owners} == {"query_key_value": 24, "dense": 8}
+    assert {owner.param.rsplit(".", 2)[1]: owner.width for owner in interleaved.owners} == {
+        "query_key_value": 24,
+        "dense": 8,
+    }
 
 
 def test_units_in_no_order_are_no_axis() -> None:
@@ -122,7 +131,11 @@ X = {"x": torch.zeros(1, 3, 8)}
 @pytest.mark.parametrize("mix", [lambda x: x.cumsum(1), lambda x: x.sigmoid() * x])
 def test_channels_that_are_not_mixed_can_leave(mix: Callable[[Tensor], Tensor]) -> None:
     (found,) = discover(Mixing(mix), X).found
-    assert {(o.param, o.dim, o.width) for o in found.owners} == {("up.weight", 0, 1), ("up.bias", 0, 1), ("down.weight", 1, 1)}
+    assert {(o.param, o.dim, o.width) for o in found.owners} == {
+        ("up.weight", 0, 1),
+        ("up.bias", 0, 1),
+        ("down.weight", 1, 1),
+    }
     assert (found.kind, found.size) == (Kind.CHANNEL, 16)
 
 
@@ -136,8 +149,14 @@ def test_channels_that_are_not_mixed_can_leave(mix: Callable[[Tensor], Tensor]) 
         (lambda x: x * torch.linspace(0, 1, 16, device=x.device), r"mul\) it meets a table of fixed size"),
         (lambda x: torch.cat([x[..., :8], x[..., :8]], -1), "its units differ in size"),
         (lambda x: x[..., ::2].repeat_interleave(2, -1), "its units differ in size"),
-        (lambda x: x.view(1, 3, 4, 4).transpose(-1, -2).softmax(-1).reshape(1, 3, 16), "whole rows or columns|combined over"),
-        (lambda x: (torch.ones(16, 16, device=x.device) @ x.transpose(1, 2)).transpose(1, 2), "multiplied by a fixed table"),
+        (
+            lambda x: x.view(1, 3, 4, 4).transpose(-1, -2).softmax(-1).reshape(1, 3, 16),
+            "whole rows or columns|combined over",
+        ),
+        (
+            lambda x: (torch.ones(16, 16, device=x.device) @ x.transpose(1, 2)).transpose(1, 2),
+            "multiplied by a fixed table",
+        ),
         (lambda x: x @ (x.transpose(1, 2) @ x), "all its entries leave together|all units share it"),
     ],
 )
@@ -149,7 +168,11 @@ def test_channels_that_are_mixed_stay(mix: Callable[[Tensor], Tensor], why: str)
 
 @pytest.mark.parametrize("operation", ["sort", "roll", "argsort"])
 def test_an_unknown_operation_is_refused_by_name(operation: str) -> None:
-    mixes = {"sort": lambda x: x.sort(dim=-1).values, "roll": lambda x: x.roll(1, -1), "argsort": lambda x: x.argsort(-1) * x}
+    mixes = {
+        "sort": lambda x: x.sort(dim=-1).values,
+        "roll": lambda x: x.roll(1, -1),
+        "argsort": lambda x: x.argsort(-1) * x,
+    }
     with pytest.raises(ArchError, match=rf"^inner \({operation}\) is an operation nobody knows|^inner \(sort\)"):
         discover(nn.Sequential(OrderedDict(inner=Mixing(mixes[operation]))), {"input": X["x"]})
 
@@ -169,11 +192,18 @@ def test_a_write_through_a_view_is_refused() -> None:
 
 
 class Shifted(nn.Module):
-    """A residual stream to which a parameter is added that no module's output could mask, before an RMSNorm that must be folded."""
+    """A residual stream to which a parameter is added that no module's output could mask, before an RMSNorm that must
+    be folded.
+    """
 
     def __init__(self, shift: bool) -> None:
         super().__init__()
-        self.embed, self.block, self.norm, self.head = nn.Embedding(32, 24), Block(), nn.RMSNorm(24, eps=1e-2), nn.Linear(24, 32)
+        self.embed, self.block, self.norm, self.head = (
+            nn.Embedding(32, 24),
+            Block(),
+            nn.RMSNorm(24, eps=1e-2),
+            nn.Linear(24, 32),
+        )
         self.shift = nn.Parameter(torch.ones(24)) if shift else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -188,7 +218,13 @@ def test_a_norm_is_folded_only_behind_the_masks() -> None:
 
 
 def test_heads_under_one_norm_of_all_queries_stay() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(Olmo2Config(**sizes))
     discovery = discover(model)

@@ -1,4 +1,6 @@
-"""Masks in a context: what they refuse and leave behind, adapters, checkpointing. Equality with removal: tests/arch/test_laws.py."""
+"""Masks in a context: what they refuse and leave behind, adapters, checkpointing. Equality with removal:
+tests/arch/test_laws.py.
+"""
 
 from collections.abc import Callable
 
@@ -48,7 +50,9 @@ def test_hooks_leave_with_the_context_and_after_an_error(make: Make) -> None:
     axes = arch_for(model.config).axes(model)
     masks = soft_masks(axes)
     with gated(model, axes, masks):
-        assert hooks(model) == 1 + 3 * 5  # one a site, however many axes meet there: embedding; o (in, out), gate, up, down
+        assert (
+            hooks(model) == 1 + 3 * 5
+        )  # one a site, however many axes meet there: embedding; o (in, out), gate, up, down
     assert hooks(model) == 0
     with pytest.raises(RuntimeError, match="inside"), gated(model, axes, masks):
         raise RuntimeError("inside")
@@ -56,9 +60,15 @@ def test_hooks_leave_with_the_context_and_after_an_error(make: Make) -> None:
 
 
 def compresso_forward(model: LlamaForCausalLM, ids: Tensor, masks: dict[str, Tensor]) -> Tensor:
-    """The masked forward written out from the method's description (arXiv 2310.05015 and its code), with nothing of this package."""
+    """The masked forward written out from the method's description (arXiv 2310.05015 and its code), with nothing of
+    this package.
+    """
     config, decoder = model.config, model.model
-    width, heads, groups = config.head_dim, config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    width, heads, groups = (
+        config.head_dim,
+        config.num_attention_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     cos, sin = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(ids.shape[1])[None])
 
     def norm(x: Tensor, module: torch.nn.Module) -> Tensor:
@@ -80,7 +90,10 @@ def compresso_forward(model: LlamaForCausalLM, ids: Tensor, masks: dict[str, Ten
         for head in range(heads):
             scores = (q[:, head] @ k[:, head // groups].transpose(1, 2) / width**0.5).masked_fill(future, -torch.inf)
             heard.append(scores.softmax(-1) @ v[:, head // groups] * masks[f"layers.{i}.heads"][head // groups])
-        h = h + attention.o_proj(torch.cat(heard, dim=-1)) * masks["hidden"] * masks["attention"][i] * masks["layers"][i]
+        h = (
+            h
+            + attention.o_proj(torch.cat(heard, dim=-1)) * masks["hidden"] * masks["attention"][i] * masks["layers"][i]
+        )
         x = norm(h, layer.post_attention_layernorm)
         z = masks[f"layers.{i}.channels"]
         x = mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(x) * z) * (mlp.up_proj(x) * z))

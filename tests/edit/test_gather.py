@@ -1,4 +1,6 @@
-"""Weights in another order of inputs and inputs gathered: the same function, one gather for those that share, and files as they were."""
+"""Weights in another order of inputs and inputs gathered: the same function, one gather for those that share, and files
+as they were.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +38,17 @@ def orders_of(model: PreTrainedModel) -> list[dict[str, Any]]:
             groups.setdefault(f"{parent}.{shared}", []).append(name)
     source = torch.Generator().manual_seed(1)
     widths = {key: model.get_submodule(names[0]).weight.shape[across(model)] for key, names in groups.items()}
-    return [{"linears": names, "order": torch.randperm(widths[key], generator=source).tolist()} for key, names in groups.items()]
+    return [
+        {"linears": names, "order": torch.randperm(widths[key], generator=source).tolist()}
+        for key, names in groups.items()
+    ]
 
 
 @pytest.mark.parametrize("make", [gpt2, lambda: model_of("llama"), lambda: model_of("qwen2")])
 @torch.no_grad()
-def test_the_same_function_over_weights_that_moved_and_back(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+def test_the_same_function_over_weights_that_moved_and_back(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
     model, dense = make().double(), make().double()
     orders = orders_of(model)
     assert len(orders) >= 2 * 4
@@ -99,7 +106,9 @@ def test_what_does_not_fit_is_refused_and_moves_nothing() -> None:
     model = model_of("llama")
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good = orders_of(model)[0]
-    with pytest.raises(ArchError, match=r"inputs of model\.layers\.9\.mlp cannot be gathered: the model has no such module"):
+    with pytest.raises(
+        ArchError, match=r"inputs of model\.layers\.9\.mlp cannot be gathered: the model has no such module"
+    ):
         gather_inputs_(model, [good, {"linears": ["model.layers.9.mlp"], "order": [0]}])
     for wrong in ([0, 1], [0] * len(good["order"])):
         with pytest.raises(ArchError, match="its order does not name each of its inputs once"):

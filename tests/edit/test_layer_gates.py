@@ -14,7 +14,11 @@ def test_closed_gates_give_the_dense_model(make: Callable[..., LlamaForCausalLM]
     model = make()
     axes = arch_for(model.config).axes(model)
     ids = torch.arange(2, 9)[None]
-    units = {axis.name: torch.rand(axis.size, generator=torch.Generator().manual_seed(0)) for axis in axes if axis.layer is not None}
+    units = {
+        axis.name: torch.rand(axis.size, generator=torch.Generator().manual_seed(0))
+        for axis in axes
+        if axis.layer is not None
+    }
     with torch.no_grad():
         dense = model(input_ids=ids).logits
         for gate, same in ((0.0, True), (0.49, True), (0.51, False), (1.0, False)):

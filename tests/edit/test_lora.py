@@ -9,7 +9,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
@@ -53,7 +62,9 @@ def test_only_float32_adapters_are_trainable_and_start_at_zero(make: Make, dtype
 
 def test_a_seed_fixes_the_adapters_and_the_global_generator_is_left_alone(make: Make) -> None:
     def a(seed: int) -> torch.Tensor:
-        return torch.cat([p.flatten() for name, p in attach_(make(), 4, 8, seed=seed).named_parameters() if "lora_A" in name]).detach()
+        return torch.cat(
+            [p.flatten() for name, p in attach_(make(), 4, 8, seed=seed).named_parameters() if "lora_A" in name]
+        ).detach()
 
     model, state = make(), torch.random.get_rng_state()
     attach_(model, 4, 8)
@@ -97,11 +108,16 @@ def test_adapters_go_where_other_families_hold_the_same() -> None:
             "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
         ),
         (Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=24)), "qkv_proj o_proj gate_up_proj down_proj"),
-        (OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16)), "q_proj k_proj v_proj out_proj fc1 fc2"),
+        (
+            OPTForCausalLM(OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16)),
+            "q_proj k_proj v_proj out_proj fc1 fc2",
+        ),
     ):
         adapted = trained(attach_(model, rank=4, alpha=8, targets=every))
         found = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
-        assert all(any(one.endswith(f".{name}") for one in found) for name in names.split()) and len(found) == len(names.split())
+        assert all(any(one.endswith(f".{name}") for one in found) for name in names.split()) and len(found) == len(
+            names.split()
+        )
         reference = copy.deepcopy(adapted).merge_and_unload()
         if isinstance(model, GPT2LMHeadModel):
             with pytest.raises(RecipeError, match="is a Conv1D, whose units cannot be scored by adapters"):
@@ -133,7 +149,9 @@ def test_merging_refuses_what_is_not_finite_and_changes_nothing(make: Make) -> N
     assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight, before)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own loading asks by the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated"
+)  # peft's own loading asks by the old name
 def test_a_saved_adapter_is_read_back_by_peft(make: Make, tmp_path: Path) -> None:
     adapted = trained(attach_(uneven(make()), rank=4, alpha=8))
     save_adapter(adapted, tmp_path)

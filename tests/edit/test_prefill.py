@@ -16,7 +16,13 @@ from compresso.edit.prefill import named, skip_in_prefill_
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -29,7 +35,11 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def model_of(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = FAMILIES[family](**SIZES, vocab_size=64, head_dim=8) if family != "qwen2" else FAMILIES[family](**SIZES, vocab_size=64)
+    config = (
+        FAMILIES[family](**SIZES, vocab_size=64, head_dim=8)
+        if family != "qwen2"
+        else FAMILIES[family](**SIZES, vocab_size=64)
+    )
     model = Auto.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -65,7 +75,9 @@ def test_a_slot_holds_the_rotated_keys_and_the_values_of_what_the_layer_would_ha
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(cache), "update", lambda self, k, v, *_, filled=filled: filled.extend((k, v)) or (k, v))
             rotation = model.model.rotary_emb(seen[layer], torch.arange(IDS.shape[1]).unsqueeze(0))
-            model.model.layers[layer](seen[layer], position_embeddings=rotation, past_key_values=cache, attention_mask=None)
+            model.model.layers[layer](
+                seen[layer], position_embeddings=rotation, past_key_values=cache, attention_mask=None
+            )
         torch.testing.assert_close(cache.layers[layer].keys, filled[0])
         torch.testing.assert_close(cache.layers[layer].values, filled[1])
 
@@ -88,7 +100,9 @@ def test_a_scored_text_sees_the_model_without_those_layers() -> None:
     shorter = copy.deepcopy(model)
     shrink_(shorter, arch_for(model.config).axes(shorter), Plan({"layers": (0, 3)}))
     skip_in_prefill_(model, [1, 2])
-    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, shorter(input_ids=IDS, use_cache=False).logits)
+    torch.testing.assert_close(
+        model(input_ids=IDS, use_cache=False).logits, shorter(input_ids=IDS, use_cache=False).logits
+    )
     written = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False)
     assert written.shape == (1, IDS.shape[1] + 6)
 

@@ -46,7 +46,9 @@ def test_the_patch_goes_on_and_off_once() -> None:
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(ArchError, match=r"inputs of model\.layers\.9\.mlp cannot be rounded: the model has no such module"):
+    with pytest.raises(
+        ArchError, match=r"inputs of model\.layers\.9\.mlp cannot be rounded: the model has no such module"
+    ):
         round_inputs_(model_of("llama"), "token", ["model.layers.9.mlp"])
     with pytest.raises(ArchError, match="forward patch 'round_inputs row' is unknown"):
         patch_(model_of("llama"), ["round_inputs row"])

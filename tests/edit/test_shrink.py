@@ -1,4 +1,6 @@
-"""What shrinking does to parameters, fields and types, and what it refuses. Equality with masking is in tests/arch/test_laws.py."""
+"""What shrinking does to parameters, fields and types, and what it refuses. Equality with masking is in
+tests/arch/test_laws.py.
+"""
 
 from collections.abc import Callable
 
@@ -21,7 +23,13 @@ IDS = torch.arange(2, 9)[None]
 def test_the_norms_numbers() -> None:
     """4096 -> 4088 dimensions: weight by 1.000978, eps by 1.001957 (arithmetic)."""
     with torch.device("meta"):
-        sizes = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 4}
+        sizes = {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "vocab_size": 4,
+        }
         model = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-6))
     model.model.norm.weight = torch.nn.Parameter(torch.ones(4096))
     shrink_(model, arch_for(model.config).axes(model), Plan({"hidden": tuple(range(4088))}))
@@ -70,7 +78,9 @@ def test_parameters_keep_what_is_not_their_shape(make: Make) -> None:
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     untouched = model.model.layers[1].mlp.up_proj.weight
     axes = arch_for(model.config).axes(model)
-    shrink_(model, axes, Plan({"layers.0.channels": tuple(range(0, 48, 2))}), {"layers.0.channels": torch.full((48,), 0.5)})
+    shrink_(
+        model, axes, Plan({"layers.0.channels": tuple(range(0, 48, 2))}), {"layers.0.channels": torch.full((48,), 0.5)}
+    )
     up, gate = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj
     assert (up.weight.requires_grad, gate.weight.requires_grad, up.weight.dtype) == (False, True, torch.bfloat16)
     assert (up.out_features, up.in_features) == (24, 32)
@@ -96,7 +106,11 @@ def test_a_kept_unit_with_mask_zero_is_folded_to_zero(make: Make) -> None:
     """Plans that round widths up re-admit such units; the tied head's division must not divide by them."""
     model = make()
     axes = arch_for(model.config).axes(model)
-    soft = {axis.name: torch.full((axis.size,), 0.5) for axis in axes if axis.name in ("hidden", "layers.1.heads", "layers.0.channels")}
+    soft = {
+        axis.name: torch.full((axis.size,), 0.5)
+        for axis in axes
+        if axis.name in ("hidden", "layers.1.heads", "layers.0.channels")
+    }
     for mask in soft.values():
         mask[1] = 0
     with torch.no_grad(), gated(model, axes, soft):
@@ -115,7 +129,11 @@ def test_an_overflow_while_folding_is_an_error(make: Make) -> None:
 
 def test_layers_are_renumbered_without_cache_holes(make: Make) -> None:
     model = make(num_hidden_layers=5)
-    shrink_(model, arch_for(model.config).axes(model), Plan({"layers": (0, 2, 3, 4), "layers.0.heads": (), "layers.3.heads": ()}))
+    shrink_(
+        model,
+        arch_for(model.config).axes(model),
+        Plan({"layers": (0, 2, 3, 4), "layers.0.heads": (), "layers.3.heads": ()}),
+    )
     assert [getattr(layer.self_attn, "layer_idx", None) for layer in model.model.layers] == [None, 0, None, 1]
     assert model.config.num_hidden_layers == len(model.model.layers) == 4
 

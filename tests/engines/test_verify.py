@@ -1,4 +1,5 @@
-"""Which engines open a checkpoint: a native one, a uniform one, one with a stranger's code, and one that an engine would misread.
+"""Which engines open a checkpoint: a native one, a uniform one, one with a stranger's code, and one that an engine
+would misread.
 
 The native one is asked about in all engines, each a process of seconds; the others only in those where they differ.
 """
@@ -39,7 +40,10 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> None:
     answers = {answer.engine: answer for answer in verify(native)}
     assert answers[PLAIN].opens == "no"
-    assert "The repository this folder contains custom code" in answers[PLAIN].reason and str(native) not in answers[PLAIN].reason
+    assert (
+        "The repository this folder contains custom code" in answers[PLAIN].reason
+        and str(native) not in answers[PLAIN].reason
+    )
     for engine in (OWN, REMOTE):
         assert (answers[engine].opens, answers[engine].same_tokens) == ("yes", opened.NEW_TOKENS)
         assert answers[engine].difference == pytest.approx(0, abs=1e-4)
@@ -54,7 +58,10 @@ def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> No
         assert answers[ONNX].difference == pytest.approx(0, abs=1e-3)  # of logits up to 30
     else:
         assert answers[ONNX].opens == "not installed"
-    assert {answers[engine].opens for engine in ("compressed-tensors, packed", "vLLM")} <= {"not installed", "not checked"}
+    assert {answers[engine].opens for engine in ("compressed-tensors, packed", "vLLM")} <= {
+        "not installed",
+        "not checked",
+    }
 
 
 def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
@@ -81,7 +88,9 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
 
 
 def test_a_uniform_checkpoint_opens_without_compresso_but_without_tokenizer_not_in_llama_cpp(tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "plain")
     source, ids = open_source(tmp_path / "plain"), torch.arange(1, 9)
@@ -125,13 +134,19 @@ def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
 
 @pytest.mark.engines
 def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_path: Path, call: Call) -> None:
-    """It stands in the records, the card and the report, with commands for the engines that opened it; --no-verify asks none."""
+    """It stands in the records, the card and the report, with commands for the engines that opened it; --no-verify asks
+    none.
+    """
     more = ("--set", "stages.rtn.symmetric=true", "--set", "stages.rtn.group=16", "--force")
     code, out, error = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "out", *more)
     assert code == 0, error
-    found = {one["engine"]: one["opens"] for one in json.loads((tmp_path / "out" / "records.json").read_text())["engines"]}
+    found = {
+        one["engine"]: one["opens"] for one in json.loads((tmp_path / "out" / "records.json").read_text())["engines"]
+    }
     assert list(found)[:3] == [PLAIN, OWN, REMOTE] and {found[engine] for engine in (PLAIN, OWN, REMOTE)} == {"yes"}
-    assert all(any(line.startswith(engine) and opens in line for line in out.splitlines()) for engine, opens in found.items())
+    assert all(
+        any(line.startswith(engine) and opens in line for line in out.splitlines()) for engine, opens in found.items()
+    )
     packed = "yes" if importlib.util.find_spec("compressed_tensors") else "not installed"
     assert found["compressed-tensors, packed"] == packed  # it was asked with what the records will say
     card, report = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))
@@ -142,7 +157,9 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
         ("compressed-tensors, packed", "--format compressed-tensors"),
     ):
         assert (command in card) == (command in report) == (found[engine] == "yes")
-    code, out, _ = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "quiet", *more, "--no-verify")
+    code, out, _ = call(
+        "run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "quiet", *more, "--no-verify"
+    )
     assert code == 0 and "vLLM" not in out
     assert json.loads((tmp_path / "quiet" / "records.json").read_text())["engines"] == []
 

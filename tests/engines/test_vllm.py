@@ -1,4 +1,6 @@
-"""Checkpoints in a real vLLM: layers of different widths as they are written and as DeciLM, few bits, and what it refuses."""
+"""Checkpoints in a real vLLM: layers of different widths as they are written and as DeciLM, few bits, and what it
+refuses.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,9 @@ def assert_same(found: vllm_engine.Continued, model: PreTrainedModel) -> None:
 
 @real
 @pytest.mark.parametrize("variant", [{"keep": 0.8}, {"keep": 0.8, "mlp": (3,)}, {}])
-def test_heads_and_channels_of_each_layer_s_own_run_as_they_are_written(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_heads_and_channels_of_each_layer_s_own_run_as_they_are_written(
+    variant: dict[str, Any], tmp_path: Path
+) -> None:
     model = pruned_nano(**variant)
     folder = saved(model, tmp_path / "model", "native" if variant else "uniform")
     assert_same(vllm_engine.continue_ids(folder, IDS, 8, shipped=NATIVE), model)
@@ -76,12 +80,16 @@ def test_an_exported_deci_folder_is_opened(tmp_path: Path) -> None:
 @real
 @pytest.mark.filterwarnings("ignore")  # of compressed-tensors
 @pytest.mark.parametrize(
-    "packing", [(4, 32, True, None), (4, 32, False, None), (8, 0, True, "token")], ids=["symmetric", "asymmetric", "w8a8"]
+    "packing",
+    [(4, 32, True, None), (4, 32, False, None), (8, 0, True, "token")],
+    ids=["symmetric", "asymmetric", "w8a8"],
 )
 def test_few_bits_run_packed(packing: tuple[Any, ...], tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     model = pruned_nano()
-    linears = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name)
+    linears = tuple(
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name
+    )
     bits, group, symmetric, inputs = packing
     for name in linears:
         weight = model.get_submodule(name).weight.data
@@ -90,12 +98,19 @@ def test_few_bits_run_packed(packing: tuple[Any, ...], tmp_path: Path) -> None:
     save_packed(model, asked, tmp_path / "packed", tokenizer=nano_tokenizer())
     answer = check_vllm_packed(tmp_path / "packed", model, asked, nano_tokenizer())
     assert (answer.engine, answer.opens) == (VLLM_PACKED, "yes"), answer.reason
-    assert answer.same_tokens is not None and answer.same_tokens >= 1 and answer.difference is not None and answer.difference < 0.05
+    assert (
+        answer.same_tokens is not None
+        and answer.same_tokens >= 1
+        and answer.difference is not None
+        and answer.difference < 0.05
+    )
 
 
 @real
 def test_what_it_refuses_is_said_in_its_words(tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # heads of 8 dimensions: no kernel on a processor
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ExportError, match=r"vLLM does not open it: .*SafetensorError"):

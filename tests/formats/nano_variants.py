@@ -1,4 +1,6 @@
-"""Pruned variants of the embedded model, and their greedy continuation by transformers: what engines are compared with."""
+"""Pruned variants of the embedded model, and their greedy continuation by transformers:
+what engines are compared with.
+"""
 
 import functools
 
@@ -22,13 +24,17 @@ def nano_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def pruned_nano(keep: float = 1.0, attention: tuple[int, ...] = (), mlp: tuple[int, ...] = ()) -> PreTrainedModel:
-    """The embedded model in float32, without the named layers' attention and FFN, cut at random to a share of its block parameters."""
+    """The embedded model in float32, without the named layers' attention and FFN, cut at random to a share of its block
+    parameters.
+    """
     model = AutoModelForCausalLM.from_pretrained(nano.path(), dtype=torch.float32).eval()
     arch = arch_for(model.config)
     layers = range(model.config.num_hidden_layers)
     gone = {"attention": attention, "mlp": mlp}
     if attention or mlp:
-        plan = Plan({name: tuple(one for one in layers if one not in without) for name, without in gone.items() if without})
+        plan = Plan(
+            {name: tuple(one for one in layers if one not in without) for name, without in gone.items() if without}
+        )
         shrink_(model, arch.axes(model), plan)
     if keep < 1.0:
         axes = arch.axes(model)

@@ -1,7 +1,8 @@
-"""Shrunk models made by hand, independently of the package: stock models whose Linear modules are replaced by narrower ones.
+"""Shrunk models made by hand, independently of the package: stock models whose Linear modules are replaced by narrower
+ones.
 
-Where a sub-layer is absent, the layer's forward is replaced by one that does without it. These live models are the oracle: what is written
-must compute what they compute.
+Where a sub-layer is absent, the layer's forward is replaced by one that does without it. These live models are the
+oracle: what is written must compute what they compute.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ SHAPES = {
 
 
 def narrow_model(family: str, shapes: Sequence[LayerShape], seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A stock model of the family in float32 with random weights, its layers cut to the shapes, its config left as it was."""
+    """A stock model of the family in float32 with random weights, its layers cut to the shapes, its config left as it
+    was.
+    """
     torch.manual_seed(seed)
     fields = {
         "vocab_size": VOCAB,
@@ -63,7 +66,10 @@ def narrow_model(family: str, shapes: Sequence[LayerShape], seed: int = 0, **con
         else:
             layer.self_attn, layer.input_layernorm = _Nothing(), nn.Identity()
         if shape.channels:
-            layer.mlp.gate_proj, layer.mlp.up_proj = _rows(layer.mlp.gate_proj, shape.channels), _rows(layer.mlp.up_proj, shape.channels)
+            layer.mlp.gate_proj, layer.mlp.up_proj = (
+                _rows(layer.mlp.gate_proj, shape.channels),
+                _rows(layer.mlp.up_proj, shape.channels),
+            )
             layer.mlp.down_proj = _columns(layer.mlp.down_proj, shape.channels)
         else:
             layer.mlp, layer.post_attention_layernorm = None, nn.Identity()

@@ -1,6 +1,8 @@
-"""What is written as GGUF: opened by llama.cpp it computes what transformers computes, and its fields and tensors say so without an engine.
+"""What is written as GGUF: opened by llama.cpp it computes what transformers computes, and its fields and tensors say
+so without an engine.
 
-The oracles are transformers (greedy tokens, probabilities, tokenizers, scaled rotary frequencies), llama.cpp itself, and gguf's own reader.
+The oracles are transformers (greedy tokens, probabilities, tokenizers, scaled rotary frequencies), llama.cpp itself,
+and gguf's own reader.
 """
 
 import os
@@ -48,14 +50,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def write(model: PreTrainedModel, path: Path, dtype: str = "f32", **more: Any) -> str:
-    return save_gguf(model, arch_for(model.config).shapes(model), path, more.pop("tokenizer", nano_tokenizer()), dtype, **more)
+    return save_gguf(
+        model, arch_for(model.config).shapes(model), path, more.pop("tokenizer", nano_tokenizer()), dtype, **more
+    )
 
 
 def read(path: Path) -> Any:
     return gguf.GGUFReader(path)
 
 
-def assert_same(path: Path, model: PreTrainedModel, atol: float, texts: tuple[str, ...] = TEXTS, tokenizer: Any = None) -> None:
+def assert_same(
+    path: Path, model: PreTrainedModel, atol: float, texts: tuple[str, ...] = TEXTS, tokenizer: Any = None
+) -> None:
     for text, found in zip(texts, continue_texts(path, texts), strict=True):
         ids = (tokenizer or nano_tokenizer())(text)["input_ids"]
         assert found.tokens == ids
@@ -120,9 +126,13 @@ def test_byte_level_tokens_of_every_known_split(name: str, tmp_path: Path) -> No
         "digit": pre_tokenizers.Digits(individual_digits=True),
     }
     inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence([made.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
     inner.train_from_iterator([*STRANGE, *TEXTS] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     shapes = (LayerShape(4, 2, 40),) * 2
@@ -161,7 +171,9 @@ def test_fields_tell_widths_special_tokens_and_template(tmp_path: Path) -> None:
     assert fields["deci.attention.head_count"] == [1] + [shape.query_heads for shape in kept[1:]]
     assert fields["deci.attention.head_count_kv"] == [1] + [shape.kv_heads for shape in kept[1:]]
     assert fields["deci.feed_forward_length"] == [max(-(-shape.channels // 32), 1) * 32 for shape in kept]
-    assert {fields[f"deci.{name}"] for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")} == {32}
+    assert {
+        fields[f"deci.{name}"] for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    } == {32}
     assert [fields[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos")] == [0, 1]
     assert fields["tokenizer.ggml.padding_token_id"] == 2
     assert fields["tokenizer.ggml.add_bos_token"] is True
@@ -223,7 +235,9 @@ def test_what_llama_cpp_cannot_hold_is_named_with_what_would_do(tmp_path: Path, 
 
 
 def qwen(family: str, pruned: bool) -> PreTrainedModel:
-    """A tiny Qwen with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in another."""
+    """A tiny Qwen with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in
+    another.
+    """
     config = (Qwen2Config if family == "qwen2" else Qwen3Config)(
         vocab_size=1024,
         hidden_size=64,
@@ -243,7 +257,13 @@ def qwen(family: str, pruned: bool) -> PreTrainedModel:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.dim() == 1) * 0.5)
     if pruned:
         hidden = {"hidden": tuple(range(32)) + tuple(range(32, 64, 2))} if family == "qwen3" else {}
-        kept = {"layers.0.heads": (1, 3), "layers.3.channels": tuple(range(0, 90, 2)), "attention": (0, 2, 3), "mlp": (1, 2, 3), **hidden}
+        kept = {
+            "layers.0.heads": (1, 3),
+            "layers.3.channels": tuple(range(0, 90, 2)),
+            "attention": (0, 2, 3),
+            "mlp": (1, 2, 3),
+            **hidden,
+        }
         shrink_(model, arch_for(config).axes(model), Plan(kept))
     return model
 
@@ -269,7 +289,9 @@ def test_qwen_says_what_it_cannot_hold(tmp_path: Path) -> None:
 
 
 def gemma(family: str, pruned: bool, **config: Any) -> PreTrainedModel:
-    """A tiny Gemma with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in another."""
+    """A tiny Gemma with the embedded model's tokens; pruned: other widths in two layers, no attention in one, no FFN in
+    another.
+    """
     kind, n_layers = (Gemma2Config, 4) if family == "gemma2" else (Gemma3TextConfig, 7)
     settings = {
         "vocab_size": 1024,
@@ -291,7 +313,12 @@ def gemma(family: str, pruned: bool, **config: Any) -> PreTrainedModel:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.dim() == 1) * 0.2)
     if pruned:
         layers = tuple(range(n_layers))
-        kept = {"layers.0.heads": (1, 3), "layers.3.channels": tuple(range(0, 90, 2)), "attention": (0, *layers[2:]), "mlp": layers[1:]}
+        kept = {
+            "layers.0.heads": (1, 3),
+            "layers.3.channels": tuple(range(0, 90, 2)),
+            "attention": (0, *layers[2:]),
+            "mlp": layers[1:],
+        }
         shrink_(model, arch_for(model.config).axes(model), Plan(kept))
     return model
 
@@ -334,10 +361,26 @@ def test_numbers_of_a_gemma_that_llama_cpp_knows_otherwise(family: str, config: 
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("gemma2", {"layer_types": ["full_attention"] * 4}, r"layers\.0 has full_attention, and llama\.cpp's gemma2 computes sliding"),
-        ("gemma3", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0, and llama\.cpp's gemma3 caps none"),
-        ("gemma2", {"tie_word_embeddings": False}, r"the head is not tied to the embedding, and llama\.cpp's gemma2 ties them"),
-        ("gemma2", {"hidden_activation": "silu"}, r"hidden_activation is 'silu', llama\.cpp computes gelu_pytorch_tanh"),
+        (
+            "gemma2",
+            {"layer_types": ["full_attention"] * 4},
+            r"layers\.0 has full_attention, and llama\.cpp's gemma2 computes sliding",
+        ),
+        (
+            "gemma3",
+            {"final_logit_softcapping": 30.0},
+            r"final_logit_softcapping is 30\.0, and llama\.cpp's gemma3 caps none",
+        ),
+        (
+            "gemma2",
+            {"tie_word_embeddings": False},
+            r"the head is not tied to the embedding, and llama\.cpp's gemma2 ties them",
+        ),
+        (
+            "gemma2",
+            {"hidden_activation": "silu"},
+            r"hidden_activation is 'silu', llama\.cpp computes gelu_pytorch_tanh",
+        ),
         ("gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention is set"),
     ],
 )

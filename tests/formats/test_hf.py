@@ -1,4 +1,6 @@
-"""What is written computes what the live model computes, for every family, layout and kind of missing sub-layer; oracle: narrow.py."""
+"""What is written computes what the live model computes, for every family, layout and kind of missing sub-layer;
+oracle: narrow.py.
+"""
 
 import copy
 import json
@@ -47,7 +49,9 @@ def test_native_is_the_live_model(family: str, name: str, tmp_path: Path) -> Non
     again = reopened(tmp_path / "out")
     assert again.config.model_type == f"compresso_{family}"
     assert difference(live, again) <= 1e-6
-    assert sum(tensor.numel() for tensor in stored(tmp_path / "out").values()) == n_parameters(live) == n_parameters(again)
+    assert (
+        sum(tensor.numel() for tensor in stored(tmp_path / "out").values()) == n_parameters(live) == n_parameters(again)
+    )
     assert set(stored(tmp_path / "out")) == set(live.state_dict())
 
 
@@ -67,14 +71,21 @@ def test_padded_is_plain_and_equal(family: str, name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("heads", [4, 5])
 def test_uniform_is_plain(family: str, heads: int, tmp_path: Path) -> None:
-    shapes = (LayerShape(heads, 1, 40),) * 2  # 5 heads do not divide the hidden size of 48, which Llama's own config refuses
+    shapes = (
+        LayerShape(heads, 1, 40),
+    ) * 2  # 5 heads do not divide the hidden size of 48, which Llama's own config refuses
     live = narrow_model(family, shapes)
     assert save_checkpoint(live, shapes, tmp_path / "out") == "uniform"
     again = reopened(tmp_path / "out")
     assert again.config.model_type == ("mistral" if (family, heads) == ("llama", 5) else family)
     assert getattr(again.config, "sliding_window", None) is None or family == "mistral"
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert (config["head_dim"], config["num_attention_heads"], config["intermediate_size"], config["dtype"]) == (8, heads, 40, "float32")
+    assert (config["head_dim"], config["num_attention_heads"], config["intermediate_size"], config["dtype"]) == (
+        8,
+        heads,
+        40,
+        "float32",
+    )
     assert difference(live, again) <= 1e-6
     assert n_parameters(live) == n_parameters(again)
 
@@ -109,7 +120,9 @@ def test_biases(layout: Any, tmp_path: Path) -> None:
 
 def test_rope_scaling_and_activation_are_kept(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    live = narrow_model("llama", UNEVEN, rope_parameters=rope | {"original_max_position_embeddings": 32}, hidden_act="gelu")
+    live = narrow_model(
+        "llama", UNEVEN, rope_parameters=rope | {"original_max_position_embeddings": 32}, hidden_act="gelu"
+    )
     for layout in ("padded", "native"):
         save_checkpoint(live, UNEVEN, tmp_path / layout, layout)
         assert difference(live, reopened(tmp_path / layout)) <= 1e-5
@@ -171,10 +184,17 @@ def test_sliding_windows(tmp_path: Path) -> None:
 
 
 def test_uniform_refusal_names_the_layer_and_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"layers\.1 has 6 query heads, layers\.0 has 4\. Use layout native .* or padded"):
+    with pytest.raises(
+        ExportError, match=r"layers\.1 has 6 query heads, layers\.0 has 4\. Use layout native .* or padded"
+    ):
         save_checkpoint(narrow_model("llama", UNEVEN), UNEVEN, tmp_path / "out", "uniform")
     with pytest.raises(ExportError, match=r"layers\.1 has no query heads"):
-        save_checkpoint(narrow_model("llama", SHAPES["no middle attention"]), SHAPES["no middle attention"], tmp_path / "out", "uniform")
+        save_checkpoint(
+            narrow_model("llama", SHAPES["no middle attention"]),
+            SHAPES["no middle attention"],
+            tmp_path / "out",
+            "uniform",
+        )
     shapes = (LayerShape(5, 1, 40),) * 2
     live = narrow_model("llama", shapes, attention_bias=True)
     with pytest.raises(ExportError, match=r"5 query heads do not divide the hidden size 48.*Use layout native\."):
@@ -251,7 +271,14 @@ def test_everything_else_is_saved(tmp_path: Path, tokenizer: PreTrainedTokenizer
     live.generation_config.temperature = 0.5
     save_checkpoint(live, UNEVEN, tmp_path / "out", tokenizer=tokenizer, files={"plan.json": "{}", "README.md": "# x"})
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"plan.json", "README.md", "modeling_compresso.py", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {
+        "plan.json",
+        "README.md",
+        "modeling_compresso.py",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
     source = open_source(tmp_path / "out")
     assert load_model(source).generation_config.temperature == 0.5
     config = json.loads((tmp_path / "out/config.json").read_text())

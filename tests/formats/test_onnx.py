@@ -40,10 +40,13 @@ def written(
 
 
 @pytest.mark.parametrize(
-    ("name", "pruned"), [("llama_gqa", True), ("llama_mha", False), ("mistral", True), ("qwen3", True), ("phi3", True), ("gpt2", False)]
+    ("name", "pruned"),
+    [("llama_gqa", True), ("llama_mha", False), ("mistral", True), ("qwen3", True), ("phi3", True), ("gpt2", False)],
 )
 @pytest.mark.parametrize("engine", ENGINES)
-def test_prompt_chunks_and_tokens_are_those_of_transformers(name: str, pruned: bool, engine: type[OnnxModel], tmp_path: Path) -> None:
+def test_prompt_chunks_and_tokens_are_those_of_transformers(
+    name: str, pruned: bool, engine: type[OnnxModel], tmp_path: Path
+) -> None:
     """Pruned: a layer without attention, one without FFN, and other widths in every layer."""
     model, graph = written(name, tmp_path / "onnx", pruned, engine=engine)
     logits, greedy = continued(model, IDS)  # type: ignore[arg-type]
@@ -81,7 +84,11 @@ def test_eight_bits_make_the_file_smaller_and_move_the_logits_a_little(tmp_path:
     assert 1e-4 < float((found[0] - logits).abs().max()) < 0.5 * float(logits.abs().max())
     small, large = ((tmp_path / name / "model.onnx").stat().st_size for name in ("int8", "f32"))
     assert small < 0.6 * large
-    assert {path.name for path in (tmp_path / "int8").iterdir()} == {"model.onnx", "config.json", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "int8").iterdir()} == {
+        "model.onnx",
+        "config.json",
+        "generation_config.json",
+    }
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Packed checkpoints open in plain transformers and compute the same; the library is optional, and its absence is said."""
+"""Packed checkpoints open in plain transformers and compute the same;
+the library is optional, and its absence is said.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -15,13 +17,20 @@ from compresso.formats.packed import Packing, save_packed
 
 THERE = importlib.util.find_spec("compressed_tensors") is not None
 has_library = pytest.mark.skipif(not THERE, reason="needs compressed-tensors")
-LINEARS = tuple(f"model.layers.{i}.{name}_proj" for i in range(2) for name in ("self_attn.q", "self_attn.v", "mlp.up", "mlp.down"))
+LINEARS = tuple(
+    f"model.layers.{i}.{name}_proj" for i in range(2) for name in ("self_attn.q", "self_attn.v", "mlp.up", "mlp.down")
+)
 
 
 def tiny(bits: int = 0, group: int = 0, symmetric: bool = True) -> LlamaForCausalLM:
     """A tied model with rounded linears; others keep all their bits."""
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, tie_word_embeddings=True
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -36,7 +45,9 @@ def tiny(bits: int = 0, group: int = 0, symmetric: bool = True) -> LlamaForCausa
 @pytest.mark.filterwarnings("ignore")  # the library's own
 @pytest.mark.parametrize(("bits", "group"), [(4, 0), (4, 16), (3, 0), (8, 16)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_packed_checkpoint_opens_and_computes_the_same(tmp_path: Path, bits: int, group: int, symmetric: bool) -> None:
+def test_a_packed_checkpoint_opens_and_computes_the_same(
+    tmp_path: Path, bits: int, group: int, symmetric: bool
+) -> None:
     model = tiny(bits, group, symmetric)
     save_packed(model, Packing(LINEARS, bits, group, symmetric), tmp_path / "packed")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
@@ -59,14 +70,18 @@ def test_activations_are_rounded_where_the_folder_says_so(tmp_path: Path, inputs
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
     found = opened(input_ids=ids).logits
     for name in LINEARS:
-        torch.testing.assert_close(opened.get_submodule(name).weight, model.get_submodule(name).weight, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            opened.get_submodule(name).weight, model.get_submodule(name).weight, rtol=1e-6, atol=0
+        )
     round_inputs_(model, inputs, LINEARS)
     rounded = model(input_ids=ids).logits
     made = float((rounded - exact).abs().max())
     assert 1e-4 < made < 1e-2
     assert 0 < float((found - rounded).abs().max()) < 2 * made  # the library's steps are 1/127.5 of the largest entry
     assert float((found - exact).abs().max()) > 1e-4
-    assert all(load_file(tmp_path / "packed" / "model.safetensors")[f"{name}.weight"].dtype == torch.int8 for name in LINEARS)
+    assert all(
+        load_file(tmp_path / "packed" / "model.safetensors")[f"{name}.weight"].dtype == torch.int8 for name in LINEARS
+    )
 
 
 @has_library

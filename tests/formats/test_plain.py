@@ -1,4 +1,6 @@
-"""OPT, BERT, ViT and Gemma: what their own config holds is written and reopened; what it does not hold is refused with what would do."""
+"""OPT, BERT, ViT and Gemma: what their own config holds is written and reopened; what it does not hold is refused with
+what would do.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,9 @@ def channels(keep: int, layers: range = range(4)) -> dict[str, tuple[int, ...]]:
 def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> None:
     model = build("gemma2")
     model.config.num_attention_heads = 7
-    with pytest.raises(ExportError, match=r"cannot hold this gemma2: .*not a multiple of the number of attention heads \(7\)"):
+    with pytest.raises(
+        ExportError, match=r"cannot hold this gemma2: .*not a multiple of the number of attention heads \(7\)"
+    ):
         save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,5 @@
-"""The DeciLM form: fields as vLLM's class reads them, tensors of the sizes it builds, and the same function in a per-layer LLaMA.
+"""The DeciLM form: fields as vLLM's class reads them, tensors of the sizes it builds, and the same function in a
+per-layer LLaMA.
 
 vLLM itself is not run here.
 """
@@ -45,7 +46,10 @@ def test_the_config_is_read_as_vllm_reads_it(tmp_path: Path, monkeypatch: pytest
     model = written(tmp_path / "deci")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "deci"), str(tmp_path / "again")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", READ, str(tmp_path / "deci"), str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = done.stdout.strip().splitlines()[-len(model.model.layers) :]
     heads = max(shape.kv_heads for shape in arch_for(model.config).shapes(model))

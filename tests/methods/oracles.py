@@ -1,7 +1,7 @@
 """Reference outputs under COMPRESSO_DATA: what the public code of Wanda and SparseGPT makes of a seeded 3-layer LLaMA.
 
-Calibration was fed one sequence at a time, in order, in float32. Acceptance: masks agree in at least 99.9 % of each matrix, weights within
-1e-4. `pruned` is 1 where a weight was removed.
+Calibration was fed one sequence at a time, in order, in float32. Acceptance: masks agree in at least 99.9 % of each
+matrix, weights within 1e-4. `pruned` is 1 where a weight was removed.
 """
 
 import os

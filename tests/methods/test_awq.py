@@ -1,4 +1,6 @@
-"""AWQ on whole models: nothing but rounding changes, outliers are kept, groups stay on grids. The arithmetic is tested in tests/core."""
+"""AWQ on whole models: nothing but rounding changes, outliers are kept, groups stay on grids. The arithmetic is tested
+in tests/core.
+"""
 
 from itertools import product
 from typing import Any
@@ -46,7 +48,9 @@ def test_an_outlier_costs_half_of_what_it_costs_rounding_to_nearest(make_job: Ma
     facts = job.records["awq"]
     assert all(share <= 1 for share in facts["error_of_unscaled"].values())
     assert facts["bits"] == 4 + (16 + (0 if knobs.get("symmetric") else 4)) / 16
-    assert facts["not_scaled"] == [f"model.layers.{i}.self_attn.o_proj" for i in range(3)]  # a value head serves several query heads
+    assert facts["not_scaled"] == [
+        f"model.layers.{i}.self_attn.o_proj" for i in range(3)
+    ]  # a value head serves several query heads
 
 
 def test_without_rounding_the_model_computes_what_it_did(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +59,9 @@ def test_without_rounding_the_model_computes_what_it_did(make_job: MakeJob, monk
     job = Awq(group=16)(outlying(make_job(folder="awq")))
     ids = torch.tensor([row["input_ids"] for row in dense.rows])
     with torch.no_grad():
-        torch.testing.assert_close(job.model(input_ids=ids).logits, dense.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            job.model(input_ids=ids).logits, dense.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )
     assert not torch.allclose(job.model.get_parameter(NORM.format(0)), dense.model.get_parameter(NORM.format(0)))
 
 
@@ -73,7 +79,9 @@ def test_part_of_a_group_is_rounded_without_a_scale(make_job: MakeJob) -> None:
     dense = make_job().model.state_dict()
     job = Awq(group=16, clip=False, where=Where(layers=(0, 1), modules=("*.q_proj", "*.k_proj")))(make_job())
     facts = job.records["awq"]
-    assert facts["exponents"] == {} and facts["not_scaled"] == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
+    assert facts["exponents"] == {} and facts["not_scaled"] == [
+        f"model.layers.0.self_attn.{name}_proj" for name in "qk"
+    ]
     assert torch.equal(job.model.get_parameter(NORM.format(0)), dense[NORM.format(0)])
 
 
@@ -92,7 +100,9 @@ def test_equal_inputs_and_weights_need_no_scale() -> None:
 def test_ranges_are_clamped_for_the_inputs_as_the_scaled_weights_meet_them() -> None:
     """Oracle: of ten limits, each row and group takes the one whose outputs on x / s are nearest, token by token."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(60, 32, generator=generator, dtype=torch.float64) @ torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(60, 32, generator=generator, dtype=torch.float64) @ torch.randn(
+        32, 32, generator=generator, dtype=torch.float64
+    )
     weight = torch.randn(8, 32, generator=generator, dtype=torch.float64)
     scale = torch.randn(32, generator=generator, dtype=torch.float64).exp()
     seen = Stats(torch.cat([inputs.T @ inputs, inputs.abs().sum(dim=0, keepdim=True)]), len(inputs))

@@ -1,4 +1,6 @@
-"""Contextual pruning to a size: planted unused units leave first and without a trace, constant ones move into a bias, domains differ."""
+"""Contextual pruning to a size: planted unused units leave first and without a trace, constant ones move into a bias,
+domains differ.
+"""
 
 from dataclasses import replace
 
@@ -36,8 +38,9 @@ def biased(job: Job) -> Job:
 
 @torch.no_grad()
 def planted(job: Job, *, up: float) -> Job:
-    """Every fourth FFN unit gives `relu(gate) * up` with gate 1 and up constant: 0 is unused, others are the same whatever is read. What it
-    gives weighs a hundred times as much as others'."""
+    """Every fourth FFN unit gives `relu(gate) * up` with gate 1 and up constant: 0 is unused, others are the same
+    whatever is read. What it gives weighs a hundred times as much as others'.
+    """
     for layer in range(3):
         for part, value in (("gate_proj", 1.0), ("up_proj", up)):
             job.model.get_parameter(f"model.layers.{layer}.mlp.{part}.weight")[::4] = 0
@@ -109,7 +112,9 @@ def test_it_does_not_depend_on_how_many_examples_are_read_at_once(make_job: Make
 
 
 def test_what_a_domain_uses_stays_for_it(make_job: MakeJob) -> None:
-    """Two domains of disjoint tokens, and units that fire for one of them each: pruning on a domain spares it and hurts the other."""
+    """Two domains of disjoint tokens, and units that fire for one of them each: pruning on a domain spares it and hurts
+    the other.
+    """
 
     @torch.no_grad()
     def two_domains() -> Job:
@@ -136,7 +141,9 @@ def test_what_a_domain_uses_stays_for_it(make_job: MakeJob) -> None:
 
 
 def test_sizes_shapes_and_knobs(make_job: MakeJob) -> None:
-    job = Contextual(keep=0.6, kinds=(Kind.CHANNEL, Kind.HEAD), layout="uniform", multiple_of={Kind.CHANNEL: 8}, **QUICK)(make_job())  # type: ignore[arg-type]
+    job = Contextual(
+        keep=0.6, kinds=(Kind.CHANNEL, Kind.HEAD), layout="uniform", multiple_of={Kind.CHANNEL: 8}, **QUICK
+    )(make_job())  # type: ignore[arg-type]
     widths = {(shape.kv_heads, shape.channels) for shape in job.arch.shapes(job.model)}
     assert len(widths) == 1 and widths.pop()[1] % 8 == 0
     assert relative(torch.tensor([1.0, 4.0])).tolist() == [0.25, 1] and relative(torch.zeros(2)).tolist() == [0, 0]

@@ -68,7 +68,9 @@ def test_unseen_tokens_are_zeroed_but_not_special_ones(make_job: MakeJob) -> Non
         stays = [bool(found[i].any()) for i in range(64)]
         assert stays == [i in seen | special for i in range(64)]
         assert torch.equal(found[sorted(seen)], before[name][sorted(seen)])
-    assert all(torch.equal(after.model.get_parameter(name), value) for name, value in before.items() if ".layers." in name)
+    assert all(
+        torch.equal(after.model.get_parameter(name), value) for name, value in before.items() if ".layers." in name
+    )
 
 
 def test_zeros_stay_zero_through_training_and_others_move(make_job: MakeJob) -> None:
@@ -88,7 +90,9 @@ def test_zeros_stay_zero_through_training_and_others_move(make_job: MakeJob) -> 
 
 
 def test_a_zeroed_row_that_has_a_gradient_stays_zero(make_job: MakeJob) -> None:
-    """Behind a dead ReLU gradients are 0 anyway; a row of `up_proj` learns through the open gate beside it, as its bias does."""
+    """Behind a dead ReLU gradients are 0 anyway; a row of `up_proj` learns through the open gate beside it, as its bias
+    does.
+    """
     job = biased(make_job())
     with torch.no_grad():
         job.model.get_parameter(f"{MLP}.up_proj.weight")[3] *= 1e-6
@@ -103,7 +107,9 @@ def test_a_zeroed_row_that_has_a_gradient_stays_zero(make_job: MakeJob) -> None:
 def test_more_is_zeroed_as_thresholds_rise(make_job: MakeJob) -> None:
     job = with_dead_neuron(make_job())
     uses = linear_uses(job.model, [job.collated(job.rows)])
-    counts = [sum(int((~stays).sum()) for stays in linear_masks(job.model, uses, t, t).values()) for t in (0, 0.1, 0.4, 2, 50)]
+    counts = [
+        sum(int((~stays).sum()) for stays in linear_masks(job.model, uses, t, t).values()) for t in (0, 0.1, 0.4, 2, 50)
+    ]
     assert counts == sorted(counts) and counts[0] < counts[2] < counts[-1]
     assert not linear_masks(job.model, uses, None, None)[f"{MLP}.up_proj.weight"].logical_not().any()
 

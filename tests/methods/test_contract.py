@@ -39,7 +39,9 @@ def test_declared_effects_are_the_effects(card: Card, make_job: MakeJob) -> None
     job = make_job()
     before = tensors(job)
     after = tensors(done(card, job))
-    shapes_changed = {name: tensor.shape for name, tensor in before.items()} != {name: tensor.shape for name, tensor in after.items()}
+    shapes_changed = {name: tensor.shape for name, tensor in before.items()} != {
+        name: tensor.shape for name, tensor in after.items()
+    }
     assert shapes_changed == (Effects.SHAPES in card.effects)
     if not shapes_changed:
         same = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -113,7 +115,9 @@ def test_a_stage_leaves_the_job_it_was_given(card: Card, make_job: MakeJob) -> N
 def test_orders_that_cannot_work_are_refused() -> None:
     from compresso.errors import RecipeError
 
-    check_order([("a", Effects.SHAPES | Effects.WEIGHTS), ("b", Effects.WEIGHTS), ("c", Effects.FORMAT), ("d", Effects.NONE)])
+    check_order(
+        [("a", Effects.SHAPES | Effects.WEIGHTS), ("b", Effects.WEIGHTS), ("c", Effects.FORMAT), ("d", Effects.NONE)]
+    )
     with pytest.raises(RecipeError, match="'b' follows 'a', which changes the storage format"):
         check_order([("a", Effects.FORMAT), ("b", Effects.WEIGHTS)])
     with pytest.raises(RecipeError, match="'b' changes shapes after 'a'"):

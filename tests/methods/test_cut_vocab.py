@@ -1,4 +1,5 @@
-"""Tokens leave model, tokenizer and data together: what is left computes what it computed, and numbers about text stay comparable.
+"""Tokens leave model, tokenizer and data together: what is left computes what it computed, and numbers about text stay
+comparable.
 
 The oracle is the dense model: its logits on kept tokens, its own encoding of every text.
 """
@@ -94,13 +95,19 @@ def test_model_tokenizer_and_rows_stay_one(job: Job) -> None:
     kept = after.plan.kept["vocab"]
     assert after.tokenizer is not None and job.tokenizer is not None
     assert len(after.tokenizer) == after.model.config.vocab_size == after.model.lm_head.out_features == len(kept) < 500
-    assert (after.model.config.eos_token_id, after.pad_id) == (after.tokenizer.eos_token_id, after.tokenizer.pad_token_id) == (1, 2)
+    assert (
+        (after.model.config.eos_token_id, after.pad_id)
+        == (after.tokenizer.eos_token_id, after.tokenizer.pad_token_id)
+        == (1, 2)
+    )
     for text, old, new in zip(TEXTS, before, after.rows, strict=True):
         assert [kept[i] for i in new["input_ids"]] == old["input_ids"]
         assert after.tokenizer(text)["input_ids"] == new["input_ids"][:-1]
         with torch.no_grad():
             found = after.model(torch.tensor([new["input_ids"]])).logits
-            torch.testing.assert_close(found, dense(torch.tensor([old["input_ids"]])).logits[..., list(kept)], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found, dense(torch.tensor([old["input_ids"]])).logits[..., list(kept)], atol=1e-5, rtol=1e-5
+            )
     records = after.records["cut_vocab"]
     assert records["tokens"] == [len(kept), 1024] and records["units_kept"]["vocab"] == f"{len(kept)}/1024"
     assert records["text_left_whole"] == 1 and records["kept_share_of_blocks"] == 1
@@ -137,7 +144,9 @@ def test_divergence_is_over_the_tokens_that_both_have(job: Job) -> None:
     with torch.no_grad():
         probabilities = torch.cat([dense(torch.tensor([window])).logits[0, :-1].softmax(-1) for window in windows])
     assert found["kl"].value < 1e-6
-    assert found["removed_mass"].value == pytest.approx(float(1 - probabilities[:, list(kept)].sum(-1).mean()), abs=1e-6)
+    assert found["removed_mass"].value == pytest.approx(
+        float(1 - probabilities[:, list(kept)].sum(-1).mean()), abs=1e-6
+    )
     assert found["top1_agreement"].value == pytest.approx(
         float(torch.isin(probabilities.argmax(-1), torch.tensor(kept)).double().mean()), abs=1e-9
     )
@@ -210,11 +219,18 @@ def recipe(*sets: str) -> dict[str, object]:
     return with_options("contextual/vocab", model=str(nano.path()), max_steps=2, sets=[*SHORT, *sets])
 
 
-def test_a_run_writes_a_checkpoint_that_others_open(tiny_folder: Path, text_file: Path, tmp_path: Path, quick_reopening: None) -> None:
-    """Without updates the text is the dense model's wherever removed tokens play no part; tokenizer, ids and plan agree."""
+def test_a_run_writes_a_checkpoint_that_others_open(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, quick_reopening: None
+) -> None:
+    """Without updates the text is the dense model's wherever removed tokens play no part; tokenizer, ids and plan
+    agree.
+    """
     result = run(recipe("stages.recover.lr=0"), tiny_folder, text_file, output=tmp_path / "out", quiet=True)
     tokenizer, model = AutoTokenizer.from_pretrained(result.folder), AutoModelForCausalLM.from_pretrained(result.folder)
-    dense_tokenizer, dense = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    dense_tokenizer, dense = (
+        AutoTokenizer.from_pretrained(tiny_folder),
+        AutoModelForCausalLM.from_pretrained(tiny_folder),
+    )
     kept = json.loads((result.folder / "plan.json").read_text())["kept"]["vocab"]
     assert len(tokenizer) == model.config.vocab_size == len(kept) < 1024
     old, new = (t(TEXTS[0], return_tensors="pt")["input_ids"] for t in (dense_tokenizer, tokenizer))
@@ -240,7 +256,11 @@ def test_a_resumed_run_goes_on_in_the_new_vocabulary(
         run(raw, tiny_folder, text_file, output=tmp_path / "again", quiet=True)
     again = run(raw, tiny_folder, text_file, output=tmp_path / "again", quiet=True, resume=True)
     assert again.plan == whole.plan
-    assert again.tokenizer is not None and whole.tokenizer is not None and again.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    assert (
+        again.tokenizer is not None
+        and whole.tokenizer is not None
+        and again.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    )
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
     assert again.records["after"] == whole.records["after"]
@@ -254,7 +274,14 @@ def test_bad_input_is_one_line_and_exit_2(call: Call, tiny_folder: Path, text_fi
     cases = {
         "less than one window of 256": ("--data", short, "--set", "data.held=0"),
         "nothing to learn": ("--data", empty),
-        "most=7 tokens, but 259 of 1024 must stay": ("--data", text_file, "--set", "stages.cut_vocab.most=7", "--set", "data.pack=false"),
+        "most=7 tokens, but 259 of 1024 must stay": (
+            "--data",
+            text_file,
+            "--set",
+            "stages.cut_vocab.most=7",
+            "--set",
+            "data.pack=false",
+        ),
         "needs data": (),
     }
     for message, more in cases.items():
@@ -266,12 +293,19 @@ def test_bad_input_is_one_line_and_exit_2(call: Call, tiny_folder: Path, text_fi
     tokenizer["model"]["dropout"] = 0.1
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    code, _, err = call(*arguments[:2], "--model", folder, "--output", tmp_path / "out", "--data", text_file, "--set", "data.pack=false")
+    code, _, err = call(
+        *arguments[:2], "--model", folder, "--output", tmp_path / "out", "--data", text_file, "--set", "data.pack=false"
+    )
     assert (code, err.count("\n")) == (2, 1) and "dropout=0.1 draws its encodings" in err
 
 
 def test_other_stages_do_not_take_tokens(call: Call, tiny_folder: Path) -> None:
     code, _, err = call(
-        "plan", "magnitude-structured", "--model", tiny_folder, "--set", "stages.magnitude_structured.kinds=[channel, vocab]"
+        "plan",
+        "magnitude-structured",
+        "--model",
+        tiny_folder,
+        "--set",
+        "stages.magnitude_structured.kinds=[channel, vocab]",
     )
     assert (code, err.count("\n")) == (2, 1) and "which only the stage 'cut_vocab' removes" in err

@@ -1,4 +1,6 @@
-"""Distillation brings a damaged model back towards the dense one, whatever was removed, and survives an interruption."""
+"""Distillation brings a damaged model back towards the dense one,
+whatever was removed, and survives an interruption.
+"""
 
 import hashlib
 import shutil
@@ -55,7 +57,9 @@ def without(job: Job, kind: Kind, gone: Sequence[int]) -> Job:
     ],
     ids=lambda knobs: ",".join(knobs) or "default",
 )
-def test_a_damaged_model_comes_nearer_to_the_dense_one_and_keeps_its_shapes(make_job: MakeJob, knobs: dict[str, Any]) -> None:
+def test_a_damaged_model_comes_nearer_to_the_dense_one_and_keeps_its_shapes(
+    make_job: MakeJob, knobs: dict[str, Any]
+) -> None:
     damaged = MagnitudeStructured(keep=0.6)(make_job())
     before, shapes = from_dense(damaged), damaged.arch.shapes(damaged.model)
     job = Distill(**{"steps": 40, **SHORT, **knobs})(damaged)
@@ -71,9 +75,13 @@ def test_a_damaged_model_comes_nearer_to_the_dense_one_and_keeps_its_shapes(make
     assert (records["trainable"] == everything) == (knobs.get("train") == "all")
 
 
-@pytest.mark.parametrize(("kind", "gone"), [(Kind.HIDDEN, range(24, 32)), (Kind.LAYER, [1]), (Kind.ATTENTION, [2]), (Kind.MLP, [0])])
+@pytest.mark.parametrize(
+    ("kind", "gone"), [(Kind.HIDDEN, range(24, 32)), (Kind.LAYER, [1]), (Kind.ATTENTION, [2]), (Kind.MLP, [0])]
+)
 def test_hidden_states_are_paired_through_the_plan(make_job: MakeJob, kind: Kind, gone: Sequence[int]) -> None:
-    """Whatever is removed: the first layer of a student without layer 1 is compared with the teacher's first, the second with its third."""
+    """Whatever is removed: the first layer of a student without layer 1 is compared with the teacher's first, the
+    second with its third.
+    """
     damaged = without(make_job(), kind, gone)
     before = from_dense(damaged)
     job = Distill(steps=30, **SHORT, intermediate_weight=1.0)(damaged)
@@ -119,7 +127,10 @@ def test_a_resumed_run_has_its_teacher_again(
     """The smaller model comes from the finished stage, the teacher from where the run started."""
     recipe = {
         "data": {"held": 4, "prompt": False, "pack": False},
-        "stages": [{"magnitude_structured": {"keep": 0.6}}, {"distill": {"steps": 4, "batch": 4, "micro_batch": 4, "lr": 1e-2}}],
+        "stages": [
+            {"magnitude_structured": {"keep": 0.6}},
+            {"distill": {"steps": 4, "batch": 4, "micro_batch": 4, "lr": 1e-2}},
+        ],
     }
 
     def digest(name: str, **more: Any) -> str:

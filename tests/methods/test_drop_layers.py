@@ -1,4 +1,6 @@
-"""Depth pruning: parts that do nothing go first, as much goes as was asked, and what is left still generates with its cache."""
+"""Depth pruning: parts that do nothing go first, as much goes as was asked, and what is left still generates with its
+cache.
+"""
 
 import copy
 from dataclasses import replace
@@ -8,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
@@ -66,7 +75,8 @@ def planted() -> tuple[PreTrainedModel, list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"score": "influence"}, {"score": "angular"}, {"score": "perplexity"}, {"score": "perplexity", "iterative": True}]
+    "knobs",
+    [{"score": "influence"}, {"score": "angular"}, {"score": "perplexity"}, {"score": "perplexity", "iterative": True}],
 )
 @pytest.mark.parametrize("size", [{"drop": 2}, {"keep": 0.75}])
 def test_layers_that_do_nothing_go_first(
@@ -82,7 +92,9 @@ def test_layers_that_do_nothing_go_first(
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_sub_layers_that_do_nothing_go_first(planted: tuple[PreTrainedModel, list[list[int]]], kind: str, tmp_path: Path) -> None:
+def test_sub_layers_that_do_nothing_go_first(
+    planted: tuple[PreTrainedModel, list[list[int]]], kind: str, tmp_path: Path
+) -> None:
     model, rows = planted
     for score in ("influence", "perplexity"):
         job = dropping(score=score, kinds=(kind,), drop=2)(job_of(copy.deepcopy(model), rows, tmp_path))
@@ -94,11 +106,15 @@ def test_what_was_found_is_recorded(planted: tuple[PreTrainedModel, list[list[in
     records = dropping(drop=2)(job_of(copy.deepcopy(model), rows, tmp_path)).records["drop_layers"]
     assert records["scores"]["layers"][3:5] == [0.0, 0.0] and min(records["scores"]["layers"][:3]) > 1e-3
     assert records["calibration_tokens"] == 2 * 4 * 25
-    distances = dropping(score="angular", drop=2)(job_of(copy.deepcopy(model), rows, tmp_path)).records["drop_layers"]["distances"]
+    distances = dropping(score="angular", drop=2)(job_of(copy.deepcopy(model), rows, tmp_path)).records["drop_layers"][
+        "distances"
+    ]
     assert distances[3][5] == 0.0 and distances[2][5] > 1e-3
 
 
-@pytest.mark.parametrize(("score", "kinds"), [(s, k) for s in SCORES for k in KINDS if s != "angular" or k == ("layer",)])
+@pytest.mark.parametrize(
+    ("score", "kinds"), [(s, k) for s in SCORES for k in KINDS if s != "angular" or k == ("layer",)]
+)
 def test_drop_is_how_many_leave(make_job: MakeJob, score: str, kinds: tuple[str, ...]) -> None:
     job = dropping(score=score, kinds=kinds, drop=2)(make_job())
     assert sum(len(gone(job, axis)) for axis in job.plan.kept) == 2
@@ -106,7 +122,9 @@ def test_drop_is_how_many_leave(make_job: MakeJob, score: str, kinds: tuple[str,
 
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.6])
-def test_the_result_is_never_above_its_budget_and_nothing_needless_leaves(make_job: MakeJob, kinds: tuple[str, ...], keep: float) -> None:
+def test_the_result_is_never_above_its_budget_and_nothing_needless_leaves(
+    make_job: MakeJob, kinds: tuple[str, ...], keep: float
+) -> None:
     dense = make_job().cost()
     job = dropping(kinds=kinds, keep=keep)(make_job())
     kept = job.cost()().parameters()["blocks"]
@@ -125,7 +143,9 @@ def test_reverse_takes_the_last_and_random_follows_the_seed(make_job: MakeJob) -
     assert (gone(both, "attention"), gone(both, "mlp")) == ([1, 2], [2])
     drawn = [gone(dropping(score="random", drop=1)(replace(make_job(seed=seed), **bare))) for seed in range(12)]
     assert {part for one in drawn for part in one} == {0, 1, 2}
-    assert drawn[:3] == [gone(dropping(score="random", drop=1)(replace(make_job(seed=seed), **bare))) for seed in range(3)]
+    assert drawn[:3] == [
+        gone(dropping(score="random", drop=1)(replace(make_job(seed=seed), **bare))) for seed in range(3)
+    ]
 
 
 def test_an_angular_run_is_contiguous(make_job: MakeJob) -> None:
@@ -150,15 +170,25 @@ def test_iterative_scoring_sees_what_has_left(make_job: MakeJob) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize(("kind", "drop"), [("layer", 1), ("layer", 3), ("attention", 2), ("mlp", 2)])
 @pytest.mark.parametrize("score", ["reverse", "influence", "random"])
-def test_what_is_left_generates_with_its_cache(architecture: str, kind: str, drop: int, score: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+def test_what_is_left_generates_with_its_cache(
+    architecture: str, kind: str, drop: int, score: str, tmp_path: Path
+) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    }
     common = {**sizes, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": None}
     types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model: PreTrainedModel
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**common, use_sliding_window=True, sliding_window=4, layer_types=list(types)))
+        model = Qwen3ForCausalLM(
+            Qwen3Config(**common, use_sliding_window=True, sliding_window=4, layer_types=list(types))
+        )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -210,7 +240,9 @@ def test_a_dry_run_shows_what_would_stay_and_refuses_what_cannot(tiny_folder: Pa
     assert tried(drop=2)["shapes"] == {"layers": [1, 3]}
     assert tried(keep=0.7)["shapes"] == {"layers": [2, 3]}
     assert tried(drop=2)["notes"] == ["drop_layers: about 0.3333 of blocks stay"]
-    with pytest.raises(BudgetError, match="drop=3: the model has 3 layers, of which at most 2 may leave; lower drop to 2"):
+    with pytest.raises(
+        BudgetError, match="drop=3: the model has 3 layers, of which at most 2 may leave; lower drop to 2"
+    ):
         tried(drop=3)
     with pytest.raises(BudgetError, match=r"Raise keep to 0\.333"):
         tried(keep=0.2)
@@ -218,16 +250,18 @@ def test_a_dry_run_shows_what_would_stay_and_refuses_what_cannot(tiny_folder: Pa
 
 def test_nine_layers_are_the_published_share_of_llama_2_7b(tmp_path: Path) -> None:
     """27.03 % of the parameters; arXiv 2403.03853 gives 27.1."""
-    LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000).save_pretrained(
-        tmp_path
-    )
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ).save_pretrained(tmp_path)
     shown = dry_run({"name": "x", "stages": [{"drop_layers": {"drop": 9}}]}, str(tmp_path))
     before, after = (shown[when]["parameters"]["total"] for when in ("before", "after"))
     assert (before, before - after) == (6_738_415_616, 9 * 202_383_360)
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-def test_half_precision_models_are_scored(planted: tuple[PreTrainedModel, list[list[int]]], kinds: tuple[str, ...], tmp_path: Path) -> None:
+def test_half_precision_models_are_scored(
+    planted: tuple[PreTrainedModel, list[list[int]]], kinds: tuple[str, ...], tmp_path: Path
+) -> None:
     model, rows = planted
     drop = 2 * len(kinds)
     job = dropping(kinds=kinds, drop=drop)(job_of(copy.deepcopy(model).bfloat16(), rows, tmp_path))

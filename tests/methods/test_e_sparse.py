@@ -1,4 +1,6 @@
-"""E-Sparse on whole models: the pattern holds where it is said to, dense weights are only moved, and limits are those of its neighbours."""
+"""E-Sparse on whole models: the pattern holds where it is said to, dense weights are only moved, and limits are those
+of its neighbours.
+"""
 
 import pytest
 import torch
@@ -45,7 +47,9 @@ def test_where_all_weights_stay_only_their_places_change(make_job: MakeJob, monk
     dense, job = make_job(), ESparse()(make_job(folder="other"))
     ids = torch.tensor([row["input_ids"] for row in dense.rows])
     with torch.no_grad():
-        torch.testing.assert_close(job.model(input_ids=ids).logits, dense.model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            job.model(input_ids=ids).logits, dense.model(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+        )
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(job.model.get_parameter(name), dense.model.get_parameter(name))
 
@@ -56,7 +60,9 @@ def test_without_shuffle_a_huge_alpha_is_wanda(make_job: MakeJob) -> None:
     assert all(torch.equal(tensor, wanda[name]) for name, tensor in found.items())
 
 
-def test_without_shuffle_norm_and_difference_of_entropies_it_is_magnitude(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_shuffle_norm_and_difference_of_entropies_it_is_magnitude(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import compresso.methods.e_sparse as module
 
     monkeypatch.setattr(module, "entropy", lambda counts: torch.ones(counts.shape[1]))
@@ -71,7 +77,9 @@ def test_without_the_writers_down_has_an_order_in_the_records(make_job: MakeJob)
     job = ESparse(where=Where(modules=("*.down_proj",)))(make_job())
     facts = job.records["e_sparse"]
     assert facts["folded"] == [] and facts["orders"]
-    assert {name for group in facts["orders"] for name in group["linears"]} <= {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+    assert {name for group in facts["orders"] for name in group["linears"]} <= {
+        f"model.layers.{i}.mlp.down_proj" for i in range(3)
+    }
 
 
 def test_a_block_that_cuts_groups_is_refused() -> None:

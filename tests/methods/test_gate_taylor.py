@@ -62,7 +62,9 @@ def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None
     scores = sensitivity_per_parameter(job, axes, job.cost(), 4, 8, 4)
     stage = GateTaylor(keep=0.7)
     good, bad = (
-        make_job().without(allocate(axes, {n: sign * s for n, s in scores.items()}, job.cost(), stage.budget()).masks(axes), "x")
+        make_job().without(
+            allocate(axes, {n: sign * s for n, s in scores.items()}, job.cost(), stage.budget()).masks(axes), "x"
+        )
         for sign in (1, -1)
     )
     assert held_loss(good.model, good.held).mean < held_loss(bad.model, bad.held).mean

@@ -18,7 +18,8 @@ from tests.methods.test_sparsegpt import divergence, noisy
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"group": 16}, {"act_order": True}, {"group": 16, "act_order": True}, {"symmetric": True, "clip": True}]
+    "knobs",
+    [{}, {"group": 16}, {"act_order": True}, {"group": 16, "act_order": True}, {"symmetric": True, "clip": True}],
 )
 def test_every_row_and_group_has_at_most_so_many_values(make_job: MakeJob, knobs: dict[str, Any]) -> None:
     job = Gptq(bits=3, **knobs)(make_job())
@@ -64,7 +65,9 @@ def test_groups_that_do_not_fit_are_refused(make_job: MakeJob) -> None:
 
 
 def test_a_group_gets_its_grid_when_the_sweep_reaches_it() -> None:
-    """Oracle: GPTQ one column at a time, each group's range taken from the weights that earlier errors have already moved."""
+    """Oracle: GPTQ one column at a time, each group's range taken from the weights that earlier errors have already
+    moved.
+    """
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(40, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     linear = nn.Linear(12, 6, bias=False).requires_grad_(False)

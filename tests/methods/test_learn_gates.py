@@ -1,4 +1,6 @@
-"""Compresso's mask training: it lands on the budget whatever the knobs, and does not repeat the published code's mistakes."""
+"""Compresso's mask training: it lands on the budget whatever the knobs, and does not repeat the published code's
+mistakes.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -42,8 +44,12 @@ def widths(job: Job) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("keep", [0.35, 0.7])
 @pytest.mark.parametrize("kinds", [("head", "channel"), ("channel",), ("head", "channel", "hidden")])
 @pytest.mark.parametrize("knobs", [{}, {"finish": "hard", **HARD}, {**HARD, "finish": "soft", "start": "open"}])
-def test_block_parameters_land_on_the_target(make_job: MakeJob, knobs: Mapping[str, Any], kinds: tuple[str, ...], keep: float) -> None:
-    """Within one unit of the smallest kind, by construction of the last step; on models of real size that is far below 0.5 %."""
+def test_block_parameters_land_on_the_target(
+    make_job: MakeJob, knobs: Mapping[str, Any], kinds: tuple[str, ...], keep: float
+) -> None:
+    """Within one unit of the smallest kind, by construction of the last step; on models of real size that is far below
+    0.5 %.
+    """
     job = make_job()
     if kinds == ("channel",):
         keep = max(keep, 0.65)  # attention alone is 0.57 of this model
@@ -65,14 +71,18 @@ def test_on_a_larger_model_the_landing_is_within_half_a_percent(make_job: MakeJo
 
 def test_uniform_layout_learns_equal_widths(make_job: MakeJob) -> None:
     for knobs in ({"finish": "hard", **HARD}, {"finish": "soft"}):
-        job = LearnGates(keep=0.6, layout="uniform", kinds=("head", "channel"), **{**QUICK, **knobs})(make_job(folder=str(len(knobs))))  # type: ignore[arg-type]
+        job = LearnGates(keep=0.6, layout="uniform", kinds=("head", "channel"), **{**QUICK, **knobs})(
+            make_job(folder=str(len(knobs)))
+        )  # type: ignore[arg-type]
         assert len(set(widths(job))) == 1
         assert blocks(job) / blocks(make_job()) == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.parametrize("finish", ["soft", "hard"])
 def test_kept_counts_are_multiples_and_the_smaller_model_is_the_masked_one(make_job: MakeJob, finish: str) -> None:
-    """Re-admitted gates change the masked model too: it is run again with the new masks and compared with the result."""
+    """Re-admitted gates change the masked model too:
+    it is run again with the new masks and compared with the result.
+    """
     knobs = {**QUICK, "multiple_of": {"channel": 8, "hidden": 8}, "finish": finish}
     job = LearnGates(keep=0.6, **knobs)(make_job())  # type: ignore[arg-type]
     assert all(channels % 8 == 0 for _, _, channels in widths(job))
@@ -107,7 +117,9 @@ def test_the_lagrangian_reaches_its_target_and_lambda2_only_grows(make_job: Make
 def test_after_every_update_every_log_alpha_is_in_the_published_range(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
 ) -> None:
-    """Head gates start at 10, and a step of 50 throws every gate far out: both are brought back before anything reads them."""
+    """Head gates start at 10, and a step of 50 throws every gate far out: both are brought back before anything reads
+    them.
+    """
     seen: list[Tensor] = []
     state = GatedObjective.state
 
@@ -124,7 +136,9 @@ def test_after_every_update_every_log_alpha_is_in_the_published_range(
 
 
 def test_phases_count_updates_not_micro_batches(make_job: MakeJob) -> None:
-    """Upstream counts its first phase in micro-batches: with accumulation, pruning starts too late. Here halving them changes nothing."""
+    """Upstream counts its first phase in micro-batches: with accumulation, pruning starts too late. Here halving them
+    changes nothing.
+    """
     curves = []
     for micro_batch in (4, 2):
         knobs = {**QUICK, "micro_batch": micro_batch, "tune": 2}
@@ -150,7 +164,15 @@ def test_starting_from_scores_keeps_what_scores_keep_when_nothing_is_learned(mak
     """With rates of zero the result is gate-Taylor's own choice of units, on the same calibration batches."""
     from compresso.methods.gate_taylor import GateTaylor
 
-    knobs = {**QUICK, **HARD, "lr": 0.0, "mask_lr": 0.0, "kinds": ("head", "channel"), "finish": "hard", "score_spread": 0.3}
+    knobs = {
+        **QUICK,
+        **HARD,
+        "lr": 0.0,
+        "mask_lr": 0.0,
+        "kinds": ("head", "channel"),
+        "finish": "hard",
+        "score_spread": 0.3,
+    }
     learned = LearnGates(keep=0.6, **knobs)(make_job())  # type: ignore[arg-type]
     scored = GateTaylor(keep=0.6, kinds=("head", "channel"), batches=1, batch=4)(make_job(folder="other"))  # type: ignore[arg-type]
     assert learned.plan == scored.plan
@@ -175,11 +197,15 @@ def test_layer_gates_train_and_land(make_job: MakeJob, layer_gates: str) -> None
 
 def test_gradient_checkpointing_changes_nothing(make_job: MakeJob) -> None:
     plain, saving = (
-        LearnGates(keep=0.7, checkpointing=checkpointing, **{**QUICK, "finish": "hard"})(make_job(folder=f"w{checkpointing}"))  # type: ignore[arg-type]
+        LearnGates(keep=0.7, checkpointing=checkpointing, **{**QUICK, "finish": "hard"})(
+            make_job(folder=f"w{checkpointing}")
+        )  # type: ignore[arg-type]
         for checkpointing in (False, True)
     )
     assert plain.plan == saving.plan
-    assert plain.records["learn_gates"]["curve"]["loss"] == pytest.approx(saving.records["learn_gates"]["curve"]["loss"], abs=1e-4)
+    assert plain.records["learn_gates"]["curve"]["loss"] == pytest.approx(
+        saving.records["learn_gates"]["curve"]["loss"], abs=1e-4
+    )
 
 
 def test_the_published_configurations_say_what_was_published() -> None:
@@ -187,13 +213,27 @@ def test_the_published_configurations_say_what_was_published() -> None:
     paper, script = (dict(build(read(f"compresso/{name}")).stages)["learn_gates"] for name in ("paper", "script"))
     assert isinstance(paper, LearnGates)
     assert isinstance(script, LearnGates)
-    shared = {"rank": 8, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "lr": 5e-5, "mask_lr": 0.1, "lambda_lr": 0.1, "dropout": 0.0}
+    shared = {
+        "rank": 8,
+        "alpha": 8.0,
+        "targets": ("q_proj", "v_proj"),
+        "lr": 5e-5,
+        "mask_lr": 0.1,
+        "lambda_lr": 0.1,
+        "dropout": 0.0,
+    }
     for name, value in shared.items():
         assert getattr(paper, name) == getattr(script, name) == value
     assert (paper.tune, paper.ramp, paper.hold, paper.batch) == ("1 epoch", "5 epochs", "1 epoch", 8)
     assert (script.tune, script.ramp, script.hold, script.batch) == ("1 epoch", "4 epochs", "3 epochs", 1)
     for one in (paper, script):
-        assert (one.constraint, one.start, one.noise, one.finish, one.ramp_shape) == ("lagrangian", "open", "batch", "soft", "linear")
+        assert (one.constraint, one.start, one.noise, one.finish, one.ramp_shape) == (
+            "lagrangian",
+            "open",
+            "batch",
+            "soft",
+            "linear",
+        )
         assert (one.channel_droprate, one.open_mean, one.layer_gates) == (0.01, 10.0, "none")
         assert one.kinds == (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
     recover = dict(build(read("compresso/script")).stages)["recover"]
@@ -210,7 +250,9 @@ def test_gates_that_start_open_expect_what_the_published_start_expects(make_job:
     for axis in axes:
         mean = 4.59512 if axis.kind == Kind.CHANNEL else 10.0
         assert float(initial[axis.name].mean()) == pytest.approx(mean, abs=0.02)
-    clamped = {name: hard_concrete.keep_probability(hard_concrete.clamp_(value.clone())) for name, value in initial.items()}
+    clamped = {
+        name: hard_concrete.keep_probability(hard_concrete.clamp_(value.clone())) for name, value in initial.items()
+    }
     assert 0.003 < 1 - float(cost(clamped).blocks / cost().blocks) < 0.005
 
 
@@ -227,7 +269,10 @@ def test_nan_gates_never_leave_the_stage(make_job: MakeJob) -> None:
 @pytest.mark.parametrize(
     ("knobs", "told"),
     [
-        ({"layer_gates": "layer", "constraint": "projection"}, "layer_gates='layer' learn under constraint='lagrangian' only"),
+        (
+            {"layer_gates": "layer", "constraint": "projection"},
+            "layer_gates='layer' learn under constraint='lagrangian' only",
+        ),
         ({"cost_aware": True}, "cost_aware=True goes with constraint='projection'"),
     ],
 )

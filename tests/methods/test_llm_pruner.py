@@ -34,7 +34,9 @@ from tests.arch.test_counts import LLAMA_3_8B, LLAMA_7B, TINY_LLAMA
 from tests.methods.conftest import MakeJob
 
 MHA = Path(os.environ.get("COMPRESSO_DATA", "")) / "oracles" / "mha"
-needs_oracle = pytest.mark.skipif(not (MHA / "llmpruner_taylor.safetensors").is_file(), reason="COMPRESSO_DATA holds no oracles/mha")
+needs_oracle = pytest.mark.skipif(
+    not (MHA / "llmpruner_taylor.safetensors").is_file(), reason="COMPRESSO_DATA holds no oracles/mha"
+)
 PUBLISHED = {"vector": "vectorize", "first": "param_first", "second": "param_second", "mixed": "param_mix"}
 """Our importances and the authors' names for them."""
 
@@ -84,13 +86,22 @@ def test_saliences_of_single_matrices_are_those_of_plain_autograd(reference_job:
     for layer in range(3):
         for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
             got = entries(f"model.layers.{layer}.self_attn.{module}.weight").sum(dim=0 if module == "o_proj" else 1)
-            torch.testing.assert_close(got, published[f"attn.{layer}.{module}.{PUBLISHED[importance]}"], rtol=1e-4, atol=0)
-        mlp = [entries(f"model.layers.{layer}.mlp.{m}.weight").sum(dim=d) for m, d in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0))]
-        torch.testing.assert_close(torch.stack(mlp), published[f"mlp.{layer}.{PUBLISHED[importance]}"], rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                got, published[f"attn.{layer}.{module}.{PUBLISHED[importance]}"], rtol=1e-4, atol=0
+            )
+        mlp = [
+            entries(f"model.layers.{layer}.mlp.{m}.weight").sum(dim=d)
+            for m, d in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0))
+        ]
+        torch.testing.assert_close(
+            torch.stack(mlp), published[f"mlp.{layer}.{PUBLISHED[importance]}"], rtol=1e-4, atol=0
+        )
 
 
 def folder_of(tmp_path: Path, sizes: dict[str, int]) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes})
+    )
     return tmp_path
 
 
@@ -106,7 +117,9 @@ def folder_of(tmp_path: Path, sizes: dict[str, int]) -> Path:
     ],
     ids=["20 %", "50 %", "channel 20 %", "channel 50 %", "llama-3-8b", "tinyllama"],
 )
-def test_published_sizes(tmp_path: Path, sizes: dict[str, int], recipe: str, layers: list[int] | None, total: int) -> None:
+def test_published_sizes(
+    tmp_path: Path, sizes: dict[str, int], recipe: str, layers: list[int] | None, total: int
+) -> None:
     raw = read(f"llm-pruner/{recipe}")
     for knob in ("attention_layers", "mlp_layers") if layers else ():
         raw = override(raw, f"stages.llm_pruner.{knob}", layers)
@@ -136,7 +149,13 @@ def test_dead_units_leave_first(make_job: MakeJob, importance: Any, reduction: A
 def taught() -> LlamaForCausalLM:
     """A tiny model trained for a second on a stream where the next token is the last one plus one."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, vocab_size=64, pad_token_id=0))  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -148,13 +167,17 @@ def taught() -> LlamaForCausalLM:
 
 
 def test_first_order_scores_follow_the_true_change_of_the_loss(make_job: MakeJob) -> None:
-    """On the embedded model, against the loss without a channel. The signed sum is the first-order term of removing all of it.
+    """On the embedded model, against the loss without a channel. The signed sum is the first-order term of removing all
+    of it.
 
-    Element^1 adds up sizes instead, of which no derivative is made: it follows at about 0.8, and so does not bear a bound of 0.8.
+    Element^1 adds up sizes instead, of which no derivative is made: it follows at about 0.8, and so does not bear a
+    bound of 0.8.
     """
     source = open_source(nano.path())
     model, tokenizer = load_model(source, dtype=torch.float32), load_tokenizer(source)
-    encoded = encode(load_records("world"), tokenizer, max_length=64, prompt_on=False, pack=False, limit=16, vocab_size=1024)
+    encoded = encode(
+        load_records("world"), tokenizer, max_length=64, prompt_on=False, pack=False, limit=16, vocab_size=1024
+    )
     job = replace(make_job(), model=model, arch=arch_for(model.config), rows=encoded.rows)
     axes = axes_of(job, Kind.CHANNEL)
     stage = LlmPruner(ratio=0.25, importance="vector", batch=4, micro_batch=4)
@@ -172,7 +195,9 @@ def test_first_order_scores_follow_the_true_change_of_the_loss(make_job: MakeJob
     with torch.no_grad():
         dense = float(model(**batch).loss)
     true = [abs(loss_without(axis, unit) - dense) for axis, unit in units]
-    ranks = torch.stack([torch.tensor(values).argsort().argsort() for values in ([scores[a.name][u] for a, u in units], true)])
+    ranks = torch.stack(
+        [torch.tensor(values).argsort().argsort() for values in ([scores[a.name][u] for a, u in units], true)]
+    )
     assert torch.corrcoef(ranks.float())[0, 1] > 0.8
 
 
@@ -282,5 +307,7 @@ def test_what_the_model_cannot_give_is_refused_before_weights_are_read(tmp_path:
     with pytest.raises(BudgetError, match=r"attention_layers=\[4, 30\] reaches past the model's 8 layers"):
         dry_run(build(read("llm-pruner/block20")), source)
     raw = {"stages": [{"llm_pruner": {"keep": 0.3, "attention_layers": [0, 2], "mlp_layers": [0, 2]}}]}
-    with pytest.raises(BudgetError, match=r"keep=0.3 allows .* but at least .* stay .* or widen attention_layers and mlp_layers"):
+    with pytest.raises(
+        BudgetError, match=r"keep=0.3 allows .* but at least .* stay .* or widen attention_layers and mlp_layers"
+    ):
         dry_run(build(raw), source)

@@ -1,4 +1,6 @@
-"""LoRAPrune: what is planted dead leaves first, masks only lose units, no weight has a gradient, and the result is on its budget."""
+"""LoRAPrune: what is planted dead leaves first, masks only lose units, no weight has a gradient, and the result is on
+its budget.
+"""
 
 import itertools
 import shutil
@@ -18,7 +20,16 @@ from compresso.methods.loraprune import LoraPrune
 from compresso.training.lora_pruning import PruningObjective
 from tests.methods.conftest import MakeJob
 
-QUICK: dict[str, Any] = {"steps": 10, "every": 2, "batch": 4, "micro_batch": 4, "rank": 2, "lr": 1e-2, "spared": 0, "dropout": 0}
+QUICK: dict[str, Any] = {
+    "steps": 10,
+    "every": 2,
+    "batch": 4,
+    "micro_batch": 4,
+    "rank": 2,
+    "lr": 1e-2,
+    "spared": 0,
+    "dropout": 0,
+}
 
 
 def pruned(job: Job, **knobs: Any) -> Job:
@@ -29,7 +40,9 @@ def blocks(job: Job) -> int:
     return job.cost()().parameters()["blocks"]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"scope": "global"}, {"kinds": ("channel",), "keep": 0.75}, {"spared": 0.34, "keep": 0.8}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"scope": "global"}, {"kinds": ("channel",), "keep": 0.75}, {"spared": 0.34, "keep": 0.8}]
+)
 def test_block_parameters_land_on_the_target(make_job: MakeJob, knobs: dict[str, Any]) -> None:
     knobs = {"keep": 0.6, **knobs}
     job = pruned(make_job(), **knobs)
@@ -65,7 +78,9 @@ def test_no_weight_has_a_gradient_and_masks_only_lose_units(make_job: MakeJob, m
 
     def watched(self: PruningObjective, update: int) -> None:
         named = list(self.model.named_parameters())
-        assert all(parameter.grad is None and not parameter.requires_grad for name, parameter in named if "lora_" not in name)
+        assert all(
+            parameter.grad is None and not parameter.requires_grad for name, parameter in named if "lora_" not in name
+        )
         assert all(parameter.grad is not None for name, parameter in named if "lora_" in name)
         observe(self, update)
         seen.append(self.mask.clone())
@@ -101,7 +116,10 @@ def test_units_that_are_gone_stay_gone_whatever_their_scores(make_job: MakeJob, 
 
 
 def test_scores_do_not_depend_on_clipping_or_on_micro_batches(make_job: MakeJob) -> None:
-    plans = [pruned(make_job(folder=str(i)), lr=0.0, **knobs).plan for i, knobs in enumerate(({}, {"clip": 1e-6}, {"micro_batch": 2}))]
+    plans = [
+        pruned(make_job(folder=str(i)), lr=0.0, **knobs).plan
+        for i, knobs in enumerate(({}, {"clip": 1e-6}, {"micro_batch": 2}))
+    ]
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -134,10 +152,14 @@ def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob, monkeypatch: pyt
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize(("ratio", "heads", "channels", "total"), [(0.5, 16, 5504, 3_905_163_264), (0.2, 26, 8807, 5_628_809_216)])
+@pytest.mark.parametrize(
+    ("ratio", "heads", "channels", "total"), [(0.5, 16, 5504, 3_905_163_264), (0.2, 26, 8807, 5_628_809_216)]
+)
 def test_the_published_sizes_of_llama_7b(ratio: float, heads: int, channels: int, total: int) -> None:
     """The spec's counts: so many heads and channels in 28 of 32 layers, dense in the first three and the last."""
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     arch = arch_for(config)
@@ -152,7 +174,9 @@ def test_the_published_sizes_of_llama_7b(ratio: float, heads: int, channels: int
     kept = LoraPrune(keep=share, spared=0.1).dry_run_plan(axes, cost).kept
     assert {len(kept[axis.name]) for axis in chosen if axis.kind == "head"} <= {heads, heads + 1, heads - 1}
     if ratio == 0.5:
-        assert {name: len(units) for name, units in kept.items()} == {name: len(units) for name, units in plan.kept.items()}
+        assert {name: len(units) for name, units in kept.items()} == {
+            name: len(units) for name, units in plan.kept.items()
+        }
 
 
 def test_bad_knobs_name_the_cure(make_job: MakeJob) -> None:

@@ -14,7 +14,16 @@ from compresso.methods.lorashear import LoraShear
 from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob
 
-QUICK: dict[str, Any] = {"tune": 1, "shrink": 6, "periods": 2, "batches": 1, "batch": 4, "micro_batch": 4, "rank": 2, "lr": 1e-2}
+QUICK: dict[str, Any] = {
+    "tune": 1,
+    "shrink": 6,
+    "periods": 2,
+    "batches": 1,
+    "batch": 4,
+    "micro_batch": 4,
+    "rank": 2,
+    "lr": 1e-2,
+}
 
 
 def shear(job: Job, **knobs: Any) -> Job:
@@ -25,7 +34,9 @@ def blocks(job: Job) -> int:
     return job.cost()().parameters()["blocks"]
 
 
-@pytest.mark.parametrize("knobs", [{}, {"kinds": ("channel",), "keep": 0.75}, {"kinds": ("head",), "keep": 0.75}, {"unprunable": 0.4}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"kinds": ("channel",), "keep": 0.75}, {"kinds": ("head",), "keep": 0.75}, {"unprunable": 0.4}]
+)
 def test_block_parameters_land_on_the_target_and_zero_means_gone(make_job: MakeJob, knobs: dict[str, Any]) -> None:
     knobs = {"keep": 0.6, **knobs}
     job = shear(make_job(), **knobs)
@@ -33,7 +44,9 @@ def test_block_parameters_land_on_the_target_and_zero_means_gone(make_job: MakeJ
     wanted = knobs["keep"] * blocks(make_job())
     assert wanted - unit < blocks(job) <= wanted
     record = job.records["lorashear"]
-    assert record["curve"]["at_zero"][-1] == sum(int(b) - int(a) for a, b in (kept.split("/") for kept in record["units_kept"].values()))
+    assert record["curve"]["at_zero"][-1] == sum(
+        int(b) - int(a) for a, b in (kept.split("/") for kept in record["units_kept"].values())
+    )
     assert record["masked_minus_smaller_max_abs"] < 1e-4
 
 
@@ -41,12 +54,19 @@ def test_layouts_multiples_and_floors_hold(make_job: MakeJob) -> None:
     uniform = shear(make_job(folder="u"), keep=0.6, layout="uniform", unprunable=0)
     assert len({(shape.kv_heads, shape.channels) for shape in uniform.arch.shapes(uniform.model)}) == 1
     rounded = shear(make_job(folder="m"), keep=0.6, multiple_of={"channel": 8}, floor={"head": 2, "channel": 16})
-    assert all(shape.channels % 8 == 0 and shape.channels >= 16 and shape.kv_heads >= 2 for shape in rounded.arch.shapes(rounded.model))
-    assert blocks(rounded) == pytest.approx(0.6 * blocks(make_job(folder="d")), rel=0.02)  # half a multiple in each layer
+    assert all(
+        shape.channels % 8 == 0 and shape.channels >= 16 and shape.kv_heads >= 2
+        for shape in rounded.arch.shapes(rounded.model)
+    )
+    assert blocks(rounded) == pytest.approx(
+        0.6 * blocks(make_job(folder="d")), rel=0.02
+    )  # half a multiple in each layer
 
 
 def test_planted_dead_units_leave_first(make_job: MakeJob) -> None:
-    """10 of 48 channels in each layer carry nothing; a budget of exactly so many removes these and no other, in both periods."""
+    """10 of 48 channels in each layer carry nothing; a budget of exactly so many removes these and no other, in both
+    periods.
+    """
     job = make_job()
     dead = list(range(5, 15))
     with torch.no_grad():
@@ -70,7 +90,9 @@ def test_axes_whose_loss_harms_most_keep_their_width(make_job: MakeJob) -> None:
     record = after.records["lorashear"]
     assert len(record["unprunable"]) == 2
     harm = record["loss_when_probed"]
-    assert min(harm[name] for name in record["unprunable"]) >= max(loss for name, loss in harm.items() if name not in record["unprunable"])
+    assert min(harm[name] for name in record["unprunable"]) >= max(
+        loss for name, loss in harm.items() if name not in record["unprunable"]
+    )
     for name in record["unprunable"]:
         assert name not in after.plan.kept
 

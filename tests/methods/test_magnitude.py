@@ -1,4 +1,6 @@
-"""Magnitude pruning: what goes is what is smallest, exactly as often as asked. Oracle: masks of Wanda's public code, see `oracles`."""
+"""Magnitude pruning: what goes is what is smallest, exactly as often as asked. Oracle: masks of Wanda's public code,
+see `oracles`.
+"""
 
 from pathlib import Path
 
@@ -29,7 +31,10 @@ def test_counts_are_exact_and_the_smallest_leave(make_job: MakeJob, scope: str) 
     total = sum(dense[name].numel() for name in names)
     if scope == "matrix":
         assert all(int(mask.sum()) == int(0.3 * mask.numel()) for mask in zeros.values())
-        assert all(float(dense[name][zeros[name]].abs().max()) <= float(dense[name][~zeros[name]].abs().min()) for name in names)
+        assert all(
+            float(dense[name][zeros[name]].abs().max()) <= float(dense[name][~zeros[name]].abs().min())
+            for name in names
+        )
     elif scope == "row":
         assert all(set(mask.sum(dim=1).tolist()) == {int(0.3 * mask.shape[1] + 1e-9)} for mask in zeros.values())
     else:
@@ -38,7 +43,9 @@ def test_counts_are_exact_and_the_smallest_leave(make_job: MakeJob, scope: str) 
             float(dense[name][~zeros[name]].abs().min()) for name in names
         )
     assert facts["sparsity"] == sum(int(mask.sum()) for mask in zeros.values()) / total
-    assert all(torch.equal(job.model.get_parameter(name).detach(), dense[name].masked_fill(zeros[name], 0)) for name in names)
+    assert all(
+        torch.equal(job.model.get_parameter(name).detach(), dense[name].masked_fill(zeros[name], 0)) for name in names
+    )
     assert facts["changed"] == len(names) == 21
     assert facts["meant_but_unchanged"] == []
 

@@ -1,4 +1,6 @@
-"""Minitron's pruning: planted dead parts leave without a trace, all layers keep equal widths, and the best candidate is taken."""
+"""Minitron's pruning: planted dead parts leave without a trace, all layers keep equal widths, and the best candidate is
+taken.
+"""
 
 import pytest
 import torch
@@ -51,7 +53,10 @@ def test_what_does_nothing_leaves_first_and_without_a_trace(make_job: MakeJob, k
     dense = planted(make_job(), kind)
     before, cost = logits(dense), dense.cost()
     axes = [axis for axis in dense.arch.axes(dense.model) if axis.kind == kind]
-    left = {axis.name: tuple(i for i in range(axis.size) if (i != 1 if kind in (Kind.HEAD, Kind.LAYER) else i % 4)) for axis in axes}
+    left = {
+        axis.name: tuple(i for i in range(axis.size) if (i != 1 if kind in (Kind.HEAD, Kind.LAYER) else i % 4))
+        for axis in axes
+    }
     keep = float(cost.of(Plan(left)).count("blocks") / cost().count("blocks"))
     job = Minitron(keep=keep, kinds=(kind,), **QUICK)(dense)  # type: ignore[arg-type]
     assert dict(job.plan.kept) == left
@@ -59,7 +64,10 @@ def test_what_does_nothing_leaves_first_and_without_a_trace(make_job: MakeJob, k
 
 
 def test_all_layers_keep_equal_widths_that_are_multiples(make_job: MakeJob) -> None:
-    knobs = {"kinds": (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER), "multiple_of": {Kind.CHANNEL: 8, Kind.HIDDEN: 4}}
+    knobs = {
+        "kinds": (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER),
+        "multiple_of": {Kind.CHANNEL: 8, Kind.HIDDEN: 4},
+    }
     job = Minitron(keep=0.5, **knobs, **QUICK)(make_job())  # type: ignore[arg-type]
     channels, heads = set(units(job, Kind.CHANNEL).values()), set(units(job, Kind.HEAD).values())
     assert len(channels) == len(heads) == 1

@@ -1,4 +1,6 @@
-"""OWL: shares follow outliers measured on the dense model. The arithmetic of sharing out is tested in tests/core/test_sparsity.py."""
+"""OWL: shares follow outliers measured on the dense model. The arithmetic of sharing out is tested in
+tests/core/test_sparsity.py.
+"""
 
 import pytest
 import torch

@@ -29,7 +29,9 @@ def test_only_targets_move(make_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize(("steps", "cap", "done"), [(10, 4, 4), ("1 epoch", None, 9), ("1 epoch", 100, 9)])
-def test_length_in_updates_or_epochs_with_a_cap(make_job: MakeJob, steps: int | str, cap: int | None, done: int) -> None:
+def test_length_in_updates_or_epochs_with_a_cap(
+    make_job: MakeJob, steps: int | str, cap: int | None, done: int
+) -> None:
     job = Recover(steps=steps, batch=4, micro_batch=4, max_steps=cap)(make_job())
     assert job.records["recover"]["updates"] == done
 

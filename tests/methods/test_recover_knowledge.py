@@ -1,4 +1,6 @@
-"""Two-stage recovery: each stage sees its own kind, most of what was lost most, and a resumed run repeats the whole one."""
+"""Two-stage recovery: each stage sees its own kind, most of what was lost most, and a resumed run repeats the whole
+one.
+"""
 
 import copy
 from dataclasses import replace
@@ -16,7 +18,15 @@ from compresso.methods.recover_knowledge import RecoverKnowledge, sources_of, sp
 from compresso.metrics.held import held_loss
 from tests.methods.conftest import MakeJob
 
-QUICK: dict[str, Any] = {"text_steps": 3, "instruction_steps": 3, "every": 2, "probed": 4, "batch": 4, "micro_batch": 4, "lr": 1e-2}
+QUICK: dict[str, Any] = {
+    "text_steps": 3,
+    "instruction_steps": 3,
+    "every": 2,
+    "probed": 4,
+    "batch": 4,
+    "micro_batch": 4,
+    "lr": 1e-2,
+}
 _LEARNED: dict[str, Tensor] = {}
 
 

@@ -1,4 +1,6 @@
-"""Rounding to nearest on whole models: the grid's values, where asked and nowhere else. Grids are tested in tests/core/test_rounding.py."""
+"""Rounding to nearest on whole models: the grid's values, where asked and nowhere else. Grids are tested in
+tests/core/test_rounding.py.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""ShortGPT-gen: the layers that turn the stream least are skipped, the files stay dense, and `load` applies the patch."""
+"""ShortGPT-gen: the layers that turn the stream least are skipped,
+the files stay dense, and `load` applies the patch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,9 @@ def test_the_files_are_dense_and_load_applies_the_patch(
         "stages": [{"skip_in_prefill": {"skip": 0.4, **QUICK}}],
     }
     result = run(recipe, tiny_folder, instructions, output=tmp_path / "out", quiet=True, force=True)
-    assert result.records["patches"] == ["skip_in_prefill " + str(result.records["stages"]["skip_in_prefill"]["skipped"][0])]
+    assert result.records["patches"] == [
+        "skip_in_prefill " + str(result.records["stages"]["skip_in_prefill"]["skipped"][0])
+    ]
     ids = torch.arange(3, 20).unsqueeze(0)
     loaded = compresso.load(tmp_path / "out", dtype=torch.float32).model
     with torch.no_grad():

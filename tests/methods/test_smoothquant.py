@@ -1,4 +1,6 @@
-"""SmoothQuant on whole models: exact before rounding, outliers cost less, activations rounded by a patch, in no file."""
+"""SmoothQuant on whole models: exact before rounding, outliers cost less,
+activations rounded by a patch, in no file.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ from tests.methods.conftest import MakeJob
 from tests.methods.test_awq import lost, outlying
 
 
-def test_smoothed_and_not_rounded_the_model_computes_what_it_did(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoothed_and_not_rounded_the_model_computes_what_it_did(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(SmoothQuant, "_round", lambda self, name, weight, seen, scale: weight)
     dense, job = outlying(make_job()), SmoothQuant()(outlying(make_job(folder="smooth")))
     unpatch_(job.model)

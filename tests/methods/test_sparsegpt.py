@@ -1,4 +1,6 @@
-"""SparseGPT on whole models. Its mathematics is tested in tests/core/test_obs.py. Oracle: weights of the authors' code, see `oracles`."""
+"""SparseGPT on whole models. Its mathematics is tested in tests/core/test_obs.py. Oracle: weights of the authors' code,
+see `oracles`.
+"""
 
 import copy
 from pathlib import Path
@@ -63,7 +65,9 @@ def test_the_reported_loss_is_the_mean_squared_error_of_the_outputs_a_token() ->
     """With H = 2 / n X^T X, half of tr(D H D^T) is the error itself; damping adds its share of H's mean diagonal."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(50, 16, generator=generator) * torch.randn(16, generator=generator).exp()
-    model = nn.ModuleDict({name: nn.Linear(16, out, bias=False) for name, out in (("one", 6), ("other", 3))}).requires_grad_(False)
+    model = nn.ModuleDict(
+        {name: nn.Linear(16, out, bias=False) for name, out in (("one", 6), ("other", 3))}
+    ).requires_grad_(False)
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
     edit = compensated(model, choose=lambda _, scores: lowest_share(scores, 0.5), every=16)
     notes = edit(Group(0, ("one", "other")), Stats(inputs.T @ inputs, len(inputs)))
@@ -71,7 +75,9 @@ def test_the_reported_loss_is_the_mean_squared_error_of_the_outputs_a_token() ->
     for name in ("one", "other"):
         change = model.get_parameter(f"{name}.weight") - dense[f"{name}.weight"]
         error = float((inputs @ change.T).square().sum()) / 50
-        assert notes[name]["loss"] == pytest.approx(error + 0.01 * mean_diagonal / 2 * float(change.square().sum()), rel=1e-4)
+        assert notes[name]["loss"] == pytest.approx(
+            error + 0.01 * mean_diagonal / 2 * float(change.square().sum()), rel=1e-4
+        )
 
 
 def test_order_of_quality(make_job: MakeJob) -> None:
@@ -108,7 +114,9 @@ def test_weights_stored_in_bfloat16_keep_their_type_and_count(make_job: MakeJob)
     job.model.to(torch.bfloat16)
     job = SparseGpt(pattern="2:4")(job)
     assert {parameter.dtype for parameter in job.model.parameters()} == {torch.bfloat16}
-    assert job.records["sparsegpt"]["sparsity"] == pytest.approx(0.5, abs=1e-3)  # rounding may make a few zeros more, never fewer
+    assert job.records["sparsegpt"]["sparsity"] == pytest.approx(
+        0.5, abs=1e-3
+    )  # rounding may make a few zeros more, never fewer
     assert job.records["sparsegpt"]["sparsity"] >= 0.5
 
 
@@ -129,11 +137,15 @@ def test_a_second_moment_beyond_repair_names_its_linears(make_job: MakeJob, monk
     import compresso.methods.sparsegpt as module
 
     monkeypatch.setattr(module, "second_moment", lambda total, inputs: -(inputs.T @ inputs))
-    with pytest.raises(NumericError, match=r"model\.layers\.0\.self_attn\.q_proj, .*v_proj: the second moment .* raise damping"):
+    with pytest.raises(
+        NumericError, match=r"model\.layers\.0\.self_attn\.q_proj, .*v_proj: the second moment .* raise damping"
+    ):
         SparseGpt()(make_job())
 
 
-def test_where_the_recipe_says_so_wanda_takes_over_and_the_records_tell(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_recipe_says_so_wanda_takes_over_and_the_records_tell(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import compresso.sweep.one_shot as module
 
     invert = module.inverse_factor
@@ -149,7 +161,10 @@ def test_where_the_recipe_says_so_wanda_takes_over_and_the_records_tell(make_job
         SparseGpt(where=where)(make_job())
     job = SparseGpt(where=where, not_invertible="wanda")(make_job(folder="other"))
     wanda = Wanda(where=where)(make_job(folder="wanda"))
-    assert all(torch.equal(job.model.get_parameter(f"{name}.weight"), wanda.model.get_parameter(f"{name}.weight")) for name in names)
+    assert all(
+        torch.equal(job.model.get_parameter(f"{name}.weight"), wanda.model.get_parameter(f"{name}.weight"))
+        for name in names
+    )
     assert list(job.records["sparsegpt"]["by_wanda"]) == names
     assert "not positive definite" in job.records["sparsegpt"]["by_wanda"][names[0]]
     everywhere = SparseGpt(pattern="2:4", not_invertible="wanda")(make_job(folder="all"))
@@ -168,7 +183,9 @@ def test_one_example_and_a_dead_channel_do(make_job: MakeJob) -> None:
 
 def test_true_sequential_sees_the_edited_attention(make_job: MakeJob) -> None:
     plain = SparseGpt(where=Where(layers=(0, 1)))(make_job()).model
-    sequential = SparseGpt(where=Where(layers=(0, 1)), calibration=Calibration(true_sequential=True))(make_job(folder="other")).model
+    sequential = SparseGpt(where=Where(layers=(0, 1)), calibration=Calibration(true_sequential=True))(
+        make_job(folder="other")
+    ).model
     first, behind = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(plain.get_parameter(first), sequential.get_parameter(first))
     assert not torch.equal(plain.get_parameter(behind), sequential.get_parameter(behind))

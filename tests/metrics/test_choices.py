@@ -72,7 +72,9 @@ def test_likelihoods_are_equal_to_one_sequence_at_a_time(model, tokenizer):
             target = tokenizer(choice, add_special_tokens=False)["input_ids"]
             rows.append((context + target, len(target)))
         expected += _by_hand(model, tokenizer, item, "")
-    torch.testing.assert_close(torch.tensor(_log_likelihoods(model, rows, 10)), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(_log_likelihoods(model, rows, 10)), torch.tensor(expected), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_model_that_knows_one_answer_is_right_about_it(model, tokenizer):

@@ -17,8 +17,16 @@ N_POSITIONS = 7 + 1 + 4 + 7
 
 def llama(seed: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=vocabulary, max_position_embeddings=16, initializer_range=0.3)).eval()
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, vocab_size=vocabulary, max_position_embeddings=16, initializer_range=0.3)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,10 @@ def test_equal_to_torch_on_plain_forwards(dense: LlamaForCausalLM, pruned: Llama
 
 
 def test_the_direction_is_from_dense(dense: LlamaForCausalLM, pruned: LlamaForCausalLM) -> None:
-    there, back = divergence(pruned, reference(dense, WINDOWS, corpus="held")), divergence(dense, reference(pruned, WINDOWS, corpus="held"))
+    there, back = (
+        divergence(pruned, reference(dense, WINDOWS, corpus="held")),
+        divergence(dense, reference(pruned, WINDOWS, corpus="held")),
+    )
     assert there[0].value != pytest.approx(back[0].value, rel=1e-3)
     assert there[1].value == back[1].value
 
@@ -61,7 +72,9 @@ def test_the_direction_is_from_dense(dense: LlamaForCausalLM, pruned: LlamaForCa
 @pytest.mark.parametrize("max_bytes", [2**20, 4 * VOCABULARY * 5])
 def test_a_model_does_not_diverge_from_itself(dense: LlamaForCausalLM, max_bytes: int) -> None:
     for batch_size in (1, 3, 8):
-        kl, agreement = divergence(dense, reference(dense, WINDOWS, corpus="held", max_bytes=max_bytes, batch_size=batch_size))
+        kl, agreement = divergence(
+            dense, reference(dense, WINDOWS, corpus="held", max_bytes=max_bytes, batch_size=batch_size)
+        )
         assert (kl.value, kl.stderr, agreement.value) == (0.0, 0.0, 1.0)
 
 
@@ -83,7 +96,9 @@ def test_divergences_are_never_below_zero() -> None:
     assert divergences(p, p).abs().max() == 0
 
 
-def test_where_there_is_no_room_for_all_positions_they_are_spread(dense: LlamaForCausalLM, pruned: LlamaForCausalLM) -> None:
+def test_where_there_is_no_room_for_all_positions_they_are_spread(
+    dense: LlamaForCausalLM, pruned: LlamaForCausalLM
+) -> None:
     made = reference(dense, WINDOWS, corpus="held", max_bytes=4 * VOCABULARY * 5 + 3)
     assert made.log_probs.shape == (5, VOCABULARY) and made.n_candidates == N_POSITIONS
     candidates = [[i, j] for i, window in enumerate(WINDOWS) for j in range(len(window) - 1)]
@@ -91,14 +106,18 @@ def test_where_there_is_no_room_for_all_positions_they_are_spread(dense: LlamaFo
     at = [candidates.index(place) for place in made.places.tolist()]
     torch.testing.assert_close(made.log_probs, log_probs(dense)[at], rtol=1e-5, atol=1e-5)
     kl, agreement = divergence(pruned, made)
-    each = torch.nn.functional.kl_div(log_probs(pruned)[at], log_probs(dense)[at], log_target=True, reduction="none").sum(-1)
+    each = torch.nn.functional.kl_div(
+        log_probs(pruned)[at], log_probs(dense)[at], log_target=True, reduction="none"
+    ).sum(-1)
     assert kl.value == pytest.approx(float(each.mean()), rel=1e-4)
     assert kl.n == agreement.n == 5
     assert (kl.protocol["chosen"], kl.protocol["of_positions"]) == ("evenly spaced", N_POSITIONS)
     assert not kl.same_protocol(divergence(pruned, reference(dense, WINDOWS, corpus="held"))[0])
 
 
-def test_a_reference_comes_back_from_disk_as_it_was(dense: LlamaForCausalLM, pruned: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_a_reference_comes_back_from_disk_as_it_was(
+    dense: LlamaForCausalLM, pruned: LlamaForCausalLM, tmp_path: Path
+) -> None:
     made = reference(dense, WINDOWS, corpus="held", batch_size=3)
     made.save(tmp_path / "dense.safetensors")
     back = DenseReference.load(tmp_path / "dense.safetensors")

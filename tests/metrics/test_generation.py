@@ -1,4 +1,6 @@
-"""Written text: what counts as broken, on sequences made by hand; greedy decoding against a plain forward and transformers' own."""
+"""Written text: what counts as broken, on sequences made by hand; greedy decoding against a plain forward and
+transformers' own.
+"""
 
 import math
 
@@ -26,8 +28,18 @@ HERE = Environment.here(dtype=torch.float32)
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    ids = {
+        "bos_token_id": TOKENIZER.bos_token_id,
+        "eos_token_id": TOKENIZER.eos_token_id,
+        "pad_token_id": TOKENIZER.pad_token_id,
+    }
     config = LlamaConfig(**sizes, **ids, vocab_size=len(TOKENIZER), max_position_embeddings=128, initializer_range=0.3)
     return LlamaForCausalLM(config).eval()
 
@@ -114,7 +126,9 @@ def test_the_embedded_model_writes_as_transformers_lets_it() -> None:
         ids = trained.generate(**given, do_sample=False, max_new_tokens=48)[0, given["input_ids"].shape[1] :]
         assert one.text == TOKENIZER.decode(ids, skip_special_tokens=True)
         sentences = one.text.replace(". ", ".. ").split(". ")
-        assert one.degenerate is (max(map(sentences.count, sentences)) >= 3)  # even this one says some things three times
+        assert one.degenerate is (
+            max(map(sentences.count, sentences)) >= 3
+        )  # even this one says some things three times
     assert {one.degenerate for one in made} == {True, False}
 
 
@@ -135,7 +149,9 @@ def test_a_model_that_says_one_thing_is_degenerate(model: LlamaForCausalLM) -> N
     with torch.no_grad():
         stuck.lm_head.weight.zero_()
     stuck.generation_config.eos_token_id = TOKENIZER.eos_token_id
-    made = samples(stuck, TOKENIZER, encode=lambda text: [3, *TOKENIZER.encode(text, add_special_tokens=False)], max_new_tokens=20)
+    made = samples(
+        stuck, TOKENIZER, encode=lambda text: [3, *TOKENIZER.encode(text, add_special_tokens=False)], max_new_tokens=20
+    )
     assert all(one.degenerate for one in made)  # token 0, the lowest of equals, which is BOS and no text
     assert [one.repetition for one in made] == [pytest.approx(16 / 17)] * len(PROMPTS)
     rate, share = generation_measurements(made, HERE, max_new_tokens=20)
@@ -167,7 +183,9 @@ def test_measurements_of_samples() -> None:
     assert (share.name, share.unit, share.value) == ("degenerate", "share", 0.25)
     assert share.stderr == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     assert {"max_new_tokens": 9, "prompt_format": "instruction", "prompts": 4}.items() <= share.protocol.items()
-    assert not rate.same_protocol(generation_measurements(made[:3], HERE, max_new_tokens=9, prompt_format="instruction")[0])
+    assert not rate.same_protocol(
+        generation_measurements(made[:3], HERE, max_new_tokens=9, prompt_format="instruction")[0]
+    )
 
 
 def test_the_mode_of_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> None:

@@ -1,4 +1,6 @@
-"""The guard: published cases get the verdict they deserve, thresholds are where they say, and nothing unmeasured passes as ok."""
+"""The guard: published cases get the verdict they deserve, thresholds are where they say, and nothing unmeasured passes
+as ok.
+"""
 
 import math
 
@@ -48,7 +50,14 @@ def test_a_loss_no_better_than_guessing_is_refused_where_growth_alone_would_pass
 
 @pytest.mark.parametrize(
     ("dense", "pruned", "verdict"),
-    [(0.0, 0.125, "ok"), (0.0, 0.25, "warn"), (0.125, 0.625, "warn"), (0.25, 0.75, "refuse"), (0.5, 1.0, "refuse"), (1.0, 1.0, "ok")],
+    [
+        (0.0, 0.125, "ok"),
+        (0.0, 0.25, "warn"),
+        (0.125, 0.625, "warn"),
+        (0.25, 0.75, "refuse"),
+        (0.5, 1.0, "refuse"),
+        (1.0, 1.0, "ok"),
+    ],
 )
 def test_broken_texts_count_by_their_rise(dense: float, pruned: float, verdict: str) -> None:
     found = of_perplexities(10, 11, dense_degenerate=dense, pruned_degenerate=pruned)
@@ -67,14 +76,20 @@ def test_an_untrained_model_is_never_refused(
     above: float, pruned: float, before: float | None, after: float | None, vocabulary: int
 ) -> None:
     loss = math.log(vocabulary) + above
-    found = judge(vocabulary=vocabulary, dense_loss=loss, pruned_loss=pruned, dense_degenerate=before, pruned_degenerate=after)
+    found = judge(
+        vocabulary=vocabulary, dense_loss=loss, pruned_loss=pruned, dense_degenerate=before, pruned_degenerate=after
+    )
     assert found.verdict == "unchecked" and "nothing to lose" in found.message()
 
 
 def test_what_was_not_measured_is_not_ok() -> None:
     nothing = judge(vocabulary=100, dense_loss=None, pruned_loss=None)
     assert nothing.verdict == "unchecked" and {one.verdict for one in nothing.checks} == {"unchecked"}
-    assert "not known" in nothing.message() and "not measured" in nothing.message() and "no text was generated" in nothing.message()
+    assert (
+        "not known" in nothing.message()
+        and "not measured" in nothing.message()
+        and "no text was generated" in nothing.message()
+    )
     only_text = judge(vocabulary=100, dense_loss=None, pruned_loss=None, dense_degenerate=0.0, pruned_degenerate=0.0)
     assert only_text.verdict == "unchecked"
     only_loss = of_perplexities(10, 11)

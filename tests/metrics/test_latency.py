@@ -52,7 +52,9 @@ def test_rates_speed_ups_and_spread_of_a_made_up_clock() -> None:
     weights = [4 * sum(p.numel() for p in model.parameters()) for model in models.values()]
     cache = 2 * 4 * 2 * (2 * 2 * 4) * (9 + 10 + 11) / 3
     assert pruned["decode_bound/batch2"].value == pytest.approx((weights[0] + cache) / (weights[1] + cache))
-    assert {one.name: one.how for one in found["pruned"] if one.how != "measured"} == {"decode_bound/batch2": "estimated"}
+    assert {one.name: one.how for one in found["pruned"] if one.how != "measured"} == {
+        "decode_bound/batch2": "estimated"
+    }
     assert {one.unit for one in found["dense"]} == {"tokens/s"}
     assert prefill.protocol["prefill_logits"] == "last position"
     assert (prefill.protocol["batch"], prefill.protocol["prompt_tokens"], prefill.protocol["rounds"]) == (2, 8, 3)
@@ -63,7 +65,9 @@ def test_rates_speed_ups_and_spread_of_a_made_up_clock() -> None:
 def test_a_larger_batch_reads_weights_once_and_more_cache() -> None:
     models = {"dense": tiny(), "pruned": tiny(channels=8)}
     found = by_name(speed_measurements(models, (1, 8), 4, 2, rounds=1, clock=scripted([1.0] * 16))["pruned"])
-    assert 1 < found["decode_bound/batch8"].value < found["decode_bound/batch1"].value  # the caches are alike: the gain is diluted
+    assert (
+        1 < found["decode_bound/batch8"].value < found["decode_bound/batch1"].value
+    )  # the caches are alike: the gain is diluted
     assert found["decode/batch8"].value == 8 * found["decode/batch1"].value
 
 
@@ -73,7 +77,11 @@ def test_a_masked_model_is_no_faster_and_says_why() -> None:
     with torch.no_grad():
         for parameter in masked.parameters():
             parameter[: parameter.shape[0] // 2] = 0
-    found = by_name(speed_measurements({"dense": dense, "masked": masked}, (1,), 4, 2, rounds=2, clock=scripted([1.0] * 12))["masked"])
+    found = by_name(
+        speed_measurements({"dense": dense, "masked": masked}, (1,), 4, 2, rounds=2, clock=scripted([1.0] * 12))[
+            "masked"
+        ]
+    )
     assert found["decode_bound/batch1"].value == 1
     for name in ("decode_speedup/batch1", "prefill_speedup/batch1"):
         assert (found[name].value, found[name].remark) == (1, "no speed-up: zeros are stored dense")
@@ -83,7 +91,9 @@ def test_a_smaller_model_that_is_no_faster_names_its_bound() -> None:
     models = {"dense": tiny(), "pruned": tiny(channels=8)}
     found = by_name(speed_measurements(models, (1,), 4, 2, rounds=1, warmup=0, clock=scripted([1.0] * 4))["pruned"])
     bound = found["decode_bound/batch1"].value
-    assert f"no speed-up: measured 1.00, noise 0.02, against a bound of {bound:.2f}" in (found["decode_speedup/batch1"].remark or "")
+    assert f"no speed-up: measured 1.00, noise 0.02, against a bound of {bound:.2f}" in (
+        found["decode_speedup/batch1"].remark or ""
+    )
 
 
 def test_one_model_alone_has_no_speed_up_and_models_are_left_as_they_were() -> None:
@@ -110,6 +120,8 @@ def test_settings_that_cannot_be_are_refused_before_a_forward(wrong: dict[str, o
         raise AssertionError("a model ran")
 
     with pytest.raises(DataError, match=message):
-        speed_measurements({"dense": tiny()}, **{"batches": (1,), "prompt_tokens": 4, "new_tokens": 2, **wrong}, clock=never)  # type: ignore[arg-type]
+        speed_measurements(
+            {"dense": tiny()}, **{"batches": (1,), "prompt_tokens": 4, "new_tokens": 2, **wrong}, clock=never
+        )  # type: ignore[arg-type]
     with pytest.raises(DataError, match="0 models"):
         speed_measurements({}, clock=never)

@@ -15,8 +15,16 @@ from compresso.metrics.memory import peak_memory, peak_resident
 
 
 def test_a_process_of_its_own_holds_the_weights_and_nothing_of_ours(tmp_path: Path) -> None:
-    """64 MB of weights count at least once and not many times; 512 MB that this process has held before do not count at all."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 250_000}
+    """64 MB of weights count at least once and not many times; 512 MB that this process has held before do not count at
+    all.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 250_000,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).float()
     weights = 4 * sum(p.numel() for p in model.parameters())
     model.save_pretrained(tmp_path)
@@ -31,14 +39,29 @@ def test_a_process_of_its_own_holds_the_weights_and_nothing_of_ours(tmp_path: Pa
 @pytest.mark.parametrize(
     ("code", "last", "kind", "message"),
     [
-        (-signal.SIGKILL, "", ResourceError, "ended by signal 9, as the system does when memory runs out; free memory, "),
+        (
+            -signal.SIGKILL,
+            "",
+            ResourceError,
+            "ended by signal 9, as the system does when memory runs out; free memory, ",
+        ),
         (128 + signal.SIGKILL, "Killed", ResourceError, "ended by signal 9"),
         (-signal.SIGSEGV, "", ResourceError, "ended by signal 11; free memory"),
         (1, "torch.OutOfMemoryError: CUDA out of memory.", ResourceError, "does not fit into memory while it runs"),
         (1, "RuntimeError: DefaultCPUAllocator: can't allocate memory: 7 bytes", ResourceError, "--no-memory"),
-        (3, "ResourceError: model m does not fit into memory of cpu", ResourceError, "^model m does not fit into memory of cpu$"),
+        (
+            3,
+            "ResourceError: model m does not fit into memory of cpu",
+            ResourceError,
+            "^model m does not fit into memory of cpu$",
+        ),
         (2, "CheckpointError: m lacks weights: all", CheckpointError, "^m lacks weights: all$"),
-        (1, "ZeroDivisionError: division by zero", CheckpointError, "could not be run in a process of its own: ZeroDivisionError"),
+        (
+            1,
+            "ZeroDivisionError: division by zero",
+            CheckpointError,
+            "could not be run in a process of its own: ZeroDivisionError",
+        ),
     ],
 )
 def test_a_process_that_dies_is_named_with_its_cure(

@@ -27,7 +27,13 @@ HERE = Environment.here(dtype=torch.float32)
 
 def llama(context: int = 512) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(**sizes, vocab_size=len(TOKENIZER), max_position_embeddings=context, initializer_range=0.1)
     return LlamaForCausalLM(config)
 
@@ -78,7 +84,9 @@ def test_equal_to_one_token_at_a_time(model: LlamaForCausalLM, fields: dict, bat
     assert result.nats == pytest.approx(sum(map(sum, nats)), rel=1e-5)
     means = [sum(one) / len(one) for one in nats]
     by_token = result.nats / result.n_tokens
-    assert result.loss == pytest.approx(sum(means) / len(means) if protocol.averaging == "windows" else by_token, rel=1e-5)
+    assert result.loss == pytest.approx(
+        sum(means) / len(means) if protocol.averaging == "windows" else by_token, rel=1e-5
+    )
     assert result.value == math.exp(result.loss)
     assert result.n_bytes == sum(window.n_bytes or 0 for window in windows)
     assert result.by_byte == pytest.approx(math.exp(result.nats / result.n_bytes))
@@ -100,12 +108,17 @@ def test_no_overlap_and_nothing_left_out_is_the_plain_loss_of_each_block(model: 
 
 
 def test_the_batch_size_does_not_change_the_number(model: LlamaForCausalLM) -> None:
-    for protocol in (every_token("world", "fresh", 64), replace(PRESETS["llm-pruner"], joining="separate", remainder="kept")):
+    for protocol in (
+        every_token("world", "fresh", 64),
+        replace(PRESETS["llm-pruner"], joining="separate", remainder="kept"),
+    ):
         results = [perplexity(model, TOKENIZER, TEXTS, protocol, batch_size=size) for size in (1, 2, 7, 100)]
         for other in results[1:]:
             assert other.loss == pytest.approx(results[0].loss, rel=1e-6)
             assert other.stderr == pytest.approx(results[0].stderr, rel=1e-4)
-            assert replace(other, loss=0.0, stderr=None, nats=0.0) == replace(results[0], loss=0.0, stderr=None, nats=0.0)
+            assert replace(other, loss=0.0, stderr=None, nats=0.0) == replace(
+                results[0], loss=0.0, stderr=None, nats=0.0
+            )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -118,7 +131,9 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(blank: Llam
 
 
 def test_bytes_compare_models_with_different_tokenizers(blank: LlamaForCausalLM) -> None:
-    """A guess costs the same for each token, so one token a byte makes the vocabulary the perplexity by byte, and fewer make it less."""
+    """A guess costs the same for each token, so one token a byte makes the vocabulary the perplexity by byte, and fewer
+    make it less.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE(vocab={one: i for i, one in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -201,11 +216,15 @@ def test_the_mode_of_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> Non
 def test_bad_input_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(DataError, match="2048 tokens at once, the model was made for 512"):
         perplexity(model, TOKENIZER, TEXTS, PRESETS["sparsegpt"])
-    with pytest.raises(DataError, match=r"corpus 'wikitext2': 1 texts make \d tokens in a row.*wanted 128 for a full window"):
+    with pytest.raises(
+        DataError, match=r"corpus 'wikitext2': 1 texts make \d tokens in a row.*wanted 128 for a full window"
+    ):
         perplexity(model, TOKENIZER, ["A short text."], PRESETS["llm-pruner"])
     for texts in ([], ["", ""]):
         with pytest.raises(DataError, match=r"make 0 tokens in a row.*wanted 2\."):
-            perplexity(model, TOKENIZER, texts, PerplexityProtocol("held", "all", "tokens", 8, remainder="kept", bos="none"))
+            perplexity(
+                model, TOKENIZER, texts, PerplexityProtocol("held", "all", "tokens", 8, remainder="kept", bos="none")
+            )
     with pytest.raises(DataError, match="batch_size=0"):
         perplexity(model, TOKENIZER, TEXTS, PRESETS["llm-pruner"], batch_size=0)
 
@@ -237,12 +256,18 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         ("babyllama-tok361", 256, "tinystories_v2_valid_5", 5, 0.5592, 1_275),
     ],
 )
-def test_losses_that_were_measured_elsewhere(name: str, context: int, file: str, n_stories: int, loss: float, n_tokens: int) -> None:
-    """By token, BOS first, the first window of each text: the table beside the local copies, whose last digit is rounded."""
+def test_losses_that_were_measured_elsewhere(
+    name: str, context: int, file: str, n_stories: int, loss: float, n_tokens: int
+) -> None:
+    """By token, BOS first, the first window of each text: the table beside the local copies, whose last digit is
+    rounded.
+    """
     folder = Path(str(LOCAL), "models", name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = corpus(Path(str(LOCAL), "datasets", "text", f"{file}.jsonl.gz")).texts
-    first = PerplexityProtocol(file, "all", "separate", context, bos="start", remainder="kept", documents=n_stories, max_windows=1)
+    first = PerplexityProtocol(
+        file, "all", "separate", context, bos="start", remainder="kept", documents=n_stories, max_windows=1
+    )
     result = perplexity(model, AutoTokenizer.from_pretrained(folder), texts, first, batch_size=8)
     assert result.n_tokens == n_tokens
     assert result.loss == pytest.approx(loss, abs=6e-5)

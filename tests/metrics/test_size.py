@@ -60,7 +60,9 @@ def test_a_live_per_layer_model_is_counted_as_it_was_written_and_left_as_it_is(r
 
 
 def test_a_model_nobody_described_has_a_total_and_no_zeros(tmp_path: Path) -> None:
-    model = CodeGenForCausalLM(CodeGenConfig(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=16, rotary_dim=4))
+    model = CodeGenForCausalLM(
+        CodeGenConfig(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=16, rotary_dim=4)
+    )
     model.save_pretrained(tmp_path)
     found = by_name(size_measurements(model, tmp_path, HERE))
     assert set(found) == {"parameters/total", "bytes/disk"}

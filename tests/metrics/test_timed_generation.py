@@ -12,7 +12,15 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM,
 from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import ArchError, DataError
 from compresso.metrics.forward import context_of
-from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, keeps_last, lengths, prefill_and_decode, prompts, stopwatch
+from compresso.metrics.timed_generation import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    keeps_last,
+    lengths,
+    prefill_and_decode,
+    prompts,
+    stopwatch,
+)
 from tests.conftest import Ran
 from tests.metrics.tiny import tiny
 
@@ -25,7 +33,9 @@ def untimed(work: Any) -> float:
 def forwards(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Filled with the ids and the logits of every forward of the model."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    model.register_forward_hook(lambda _, args, given, output: seen.append((given["input_ids"], output.logits)), with_kwargs=True)
+    model.register_forward_hook(
+        lambda _, args, given, output: seen.append((given["input_ids"], output.logits)), with_kwargs=True
+    )
     return seen
 
 
@@ -65,7 +75,9 @@ def test_a_model_that_cannot_leave_logits_out_is_seen(tiny_folder: Path) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_without_a_key_value_cache_is_refused() -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1, expand=1)).eval()
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=1, expand=1)
+    ).eval()
     with pytest.raises(ArchError, match="mamba returns no key/value cache"):
         prefill_and_decode(model, prompts(1, 3, 16, seed=0), 1, untimed)
 

@@ -36,7 +36,9 @@ def test_a_token_reads_every_matrix_once_and_one_row_of_an_untied_embedding() ->
 
 def test_a_cache_holds_keys_and_values_of_all_positions() -> None:
     cache = tiny()(input_ids=torch.arange(14).view(2, 7), use_cache=True).past_key_values
-    assert cache_bytes(cache) == 4 * 2 * 7 * 2 * (2 * 2 * 4)  # float32, sequences, positions, layers, keys and values of 2 heads of 4
+    assert cache_bytes(cache) == 4 * 2 * 7 * 2 * (
+        2 * 2 * 4
+    )  # float32, sequences, positions, layers, keys and values of 2 heads of 4
 
 
 @given(st.integers(0, 999), st.integers(0, 99), st.integers(1, 50))
@@ -46,7 +48,9 @@ def test_the_mean_read_is_that_of_steps_that_append_first(before: int, growth: i
 
 
 @given(amounts, amounts, amounts, amounts)
-def test_the_bound_lies_between_those_of_weights_and_cache(dense: float, dense_cache: float, weights: float, cache: float) -> None:
+def test_the_bound_lies_between_those_of_weights_and_cache(
+    dense: float, dense_cache: float, weights: float, cache: float
+) -> None:
     bound = bytes_bound(dense, dense_cache, weights, cache)
     ends = sorted((dense / weights, dense_cache / cache))
     assert ends[0] * (1 - 1e-9) <= bound <= ends[1] * (1 + 1e-9)
@@ -87,7 +91,8 @@ def test_zeros_are_counted_in_matrices() -> None:
         (1.02, SMALLER, 2.0, "no speed-up: measured 1.02, noise 0.05, against a bound of 2.00" + OTHER_PACE),
         (0.9, SMALLER, 1.01, "no speed-up: measured 0.90, noise 0.05, against a bound of 1.01"),
         (1.0, SMALLER, None, "no speed-up: measured 1.00, noise 0.05"),
-        (1.0, replace(SMALLER, zeros=0.25), None, "no speed-up: measured 1.00, noise 0.05; 25% of its matrices are zeros, stored dense"),
+        (1.0, replace(SMALLER, zeros=0.25), None,
+         "no speed-up: measured 1.00, noise 0.05; 25% of its matrices are zeros, stored dense"),
         (1.9, SMALLER, 2.0, None),
         (1.9, SMALLER, None, None),
         (2.05, SMALLER, 2.0, None),
@@ -100,6 +105,7 @@ def test_the_words_beside_a_speed_up(speedup: float, weights: Weights, bound: fl
 
 def test_a_noisy_speed_up_is_one_if_every_round_shows_it_and_else_uncertain() -> None:
     assert verdict([1.06, 2.2, 3.2], 1.9, SMALLER, DENSE, 2.0) is None
-    assert verdict([0.9, 2.2, 3.2], 1.9, SMALLER, DENSE, 2.0) == (
-        "uncertain: measured 2.20, noise 1.90, against a bound of 2.00; more rounds or a quieter machine would tell"
+    assert (
+        verdict([0.9, 2.2, 3.2], 1.9, SMALLER, DENSE, 2.0)
+        == "uncertain: measured 2.20, noise 1.90, against a bound of 2.00; more rounds or a quieter machine would tell"
     )

@@ -16,7 +16,9 @@ BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
 
 
 def protocol(**fields) -> PerplexityProtocol:
-    return PerplexityProtocol(**{"corpus": "held", "split": "all", "joining": "tokens", "seq_len": 8, "bos": "none"} | fields)
+    return PerplexityProtocol(
+        **{"corpus": "held", "split": "all", "joining": "tokens", "seq_len": 8, "bos": "none"} | fields
+    )
 
 
 def ids(text: str) -> list[int]:
@@ -24,7 +26,9 @@ def ids(text: str) -> list[int]:
 
 
 def by_hand(n: int, how: PerplexityProtocol, n_head: int) -> list[tuple[int, int]]:
-    """(place of a predicted token in its stream, place of the first token that the model sees before it) for each, in order."""
+    """(place of a predicted token in its stream, place of the first token that the model sees before it) for each, in
+    order.
+    """
     body = how.seq_len - n_head
     step = how.stride or body
     found: list[tuple[int, int]] = []
@@ -126,4 +130,9 @@ def test_bytes_reach_from_the_end_of_the_token_before() -> None:
     assert bytes_of_tokens("ab c", [2, 4]) == [2, 2]
     assert bytes_of_tokens("é€😀.", [1, 2, 3, 4]) == [2, 3, 4, 1]
     assert bytes_of_tokens("😀", [1, 1, 1, 1]) == [4, 0, 0, 0]
-    assert bytes_of_tokens("a.\n\nb \n", [0, 1, 2, 5]) == [0, 1, 1, 5]  # a special token first; dropped white space goes to who comes next
+    assert bytes_of_tokens("a.\n\nb \n", [0, 1, 2, 5]) == [
+        0,
+        1,
+        1,
+        5,
+    ]  # a special token first; dropped white space goes to who comes next

@@ -1,4 +1,6 @@
-"""The per-layer classes as models: generation with every cache, padding, attention kernels, gradients; opened without compresso."""
+"""The per-layer classes as models: generation with every cache, padding, attention kernels, gradients; opened without
+compresso.
+"""
 
 import os
 import subprocess
@@ -98,7 +100,9 @@ def test_opens_without_compresso_by_trust_remote_code(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.save(live(some_ids()).logits, tmp_path / "logits")
     torch.save(some_ids(), tmp_path / "ids")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "HF_HOME": str(tmp_path / "hf")
+    }
     done = subprocess.run(
         [sys.executable, "-P", "-c", ALONE, tmp_path / "out", tmp_path / "ids", tmp_path / "logits"],
         env=environment | {"HF_HUB_OFFLINE": "1"},
@@ -116,7 +120,9 @@ def test_registration_is_idempotent() -> None:
     register()
     for family, (config, decoder, language_model) in CLASSES.items():
         assert family_of(family) == family_of(config.model_type) == family
-        made = AutoConfig.for_model(config.model_type, head_dim=8, num_hidden_layers=1, hidden_size=16, intermediate_size=8, vocab_size=9)
+        made = AutoConfig.for_model(
+            config.model_type, head_dim=8, num_hidden_layers=1, hidden_size=16, intermediate_size=8, vocab_size=9
+        )
         assert type(made) is config
         with torch.device("meta"):
             assert type(AutoModel.from_config(made)) is decoder
@@ -133,7 +139,13 @@ def test_registration_is_idempotent() -> None:
     ],
 )
 def test_impossible_layers_are_named(layers: dict[int, dict[str, object]], message: str) -> None:
-    fields = {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 40}
+    fields = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "hidden_size": 40,
+    }
     with pytest.raises(StrictDataclassError, match=message):
         CLASSES["llama"][0](**fields, per_layer_config=layers)
     CLASSES["llama"][0](**fields)  # 6 heads do not divide 40, and need not
@@ -149,5 +161,7 @@ def test_a_config_of_defaults_can_be_built(family: str) -> None:
 def test_heads_that_do_not_say_their_width_are_refused() -> None:
     with pytest.raises(StrictDataclassError, match="`head_dim` must be given"):
         AutoConfig.for_model(
-            "compresso_qwen2", num_hidden_layers=2, per_layer_config={0: {"num_attention_heads": 16, "num_key_value_heads": 16}}
+            "compresso_qwen2",
+            num_hidden_layers=2,
+            per_layer_config={0: {"num_attention_heads": 16, "num_key_value_heads": 16}},
         )

@@ -1,4 +1,6 @@
-"""A reopened per-layer model turned back into its stock class: the same function, and as editable as a freshly shrunk model."""
+"""A reopened per-layer model turned back into its stock class: the same function, and as editable as a freshly shrunk
+model.
+"""
 
 import copy
 from pathlib import Path

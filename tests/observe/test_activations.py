@@ -64,7 +64,9 @@ def scores(model: LlamaForCausalLM, size: int = 3, **how: Any) -> dict[str, Tens
 
 
 def seen(model: LlamaForCausalLM) -> list[dict[str, Tensor]]:
-    """Every example alone, without padding: what each module gets ("module<") and gives ("module>"), [tokens, width]."""
+    """Every example alone, without padding:
+    what each module gets ("module<") and gives ("module>"), [tokens, width].
+    """
     found: list[dict[str, Tensor]] = []
     for row in examples():
         here: dict[str, Tensor] = {}
@@ -93,13 +95,19 @@ def test_scores_are_the_formulas_written_out(model: LlamaForCausalLM) -> None:
         return torch.stack([run[name].abs().mean(dim=0) for run in runs]).square().sum(dim=0).sqrt()
 
     for i in range(3):
-        torch.testing.assert_close(found[f"layers.{i}.channels"], l2_of_means(f"layers.{i}.mlp.down_proj<"), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found[f"layers.{i}.channels"], l2_of_means(f"layers.{i}.mlp.down_proj<"), rtol=1e-4, atol=1e-6
+        )
         heads = l2_of_means(f"layers.{i}.self_attn.o_proj<").reshape(2, 8).norm(dim=1)
         torch.testing.assert_close(found[f"layers.{i}.heads"], heads, rtol=1e-4, atol=1e-6)
     norms = [f"layers.{i}.{name}>" for i in range(3) for name in ("input_layernorm", "post_attention_layernorm")]
-    torch.testing.assert_close(found["hidden"], torch.stack([l2_of_means(name) for name in norms]).sum(dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found["hidden"], torch.stack([l2_of_means(name) for name in norms]).sum(dim=0), rtol=1e-4, atol=1e-6
+    )
     for i in range(3):
-        turns = torch.cat([1 - functional.cosine_similarity(run[f"layers.{i}<"], run[f"layers.{i}>"], dim=-1) for run in runs])
+        turns = torch.cat(
+            [1 - functional.cosine_similarity(run[f"layers.{i}<"], run[f"layers.{i}>"], dim=-1) for run in runs]
+        )
         assert found["layers"][i].item() == pytest.approx(turns.mean().item(), rel=1e-4)
 
 

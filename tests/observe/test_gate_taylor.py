@@ -1,4 +1,6 @@
-"""Gate-Taylor scores against gradients taken one example at a time, and against what dimming a gate does to the loss."""
+"""Gate-Taylor scores against gradients taken one example at a time,
+and against what dimming a gate does to the loss.
+"""
 
 import pytest
 import torch

@@ -14,7 +14,13 @@ NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.w
 @pytest.fixture
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 50}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "vocab_size": 50,
+    }
     made = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, tie_word_embeddings=True)).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in made.parameters():
@@ -65,7 +71,9 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     weight_fisher(model, NAMES, batch())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["model.layers.0.mlp.gate_proj.weight"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "model.layers.0.mlp.gate_proj.weight"
+    ]
     assert not frozen.requires_grad
     plainly(model, batch())  # no hook is left that would take the gradient away
 
@@ -75,7 +83,9 @@ def test_float16_is_widened_meanwhile(model: PreTrainedModel) -> None:
     before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
     squares = weight_fisher(half, NAMES, batch())
     after = half.state_dict()
-    assert all(after[name].dtype == torch.float16 and torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(
+        after[name].dtype == torch.float16 and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
     smallest = torch.finfo(torch.float16).smallest_normal
     assert ((squares[NAMES[1]] > 0) & (squares[NAMES[1]] < smallest)).any()  # float16 would have made these 0 or coarse
 

@@ -1,4 +1,6 @@
-"""Influence, angles and losses without a part, against a reference on a trained model, definitions written out, and removal itself."""
+"""Influence, angles and losses without a part, against a reference on a trained model, definitions written out, and
+removal itself.
+"""
 
 import json
 import os
@@ -26,7 +28,13 @@ Batch = Mapping[str, torch.Tensor]
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    }
     made = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, pad_token_id=0)).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -47,7 +55,9 @@ def batch(lengths: tuple[int, ...], left: int = 0, right: int = 0, seed: int = 0
     return {"input_ids": ids, "attention_mask": (labels != -100).long(), "labels": labels}
 
 
-def influence(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], kinds: tuple[Kind, ...] = KINDS) -> dict[str, torch.Tensor]:
+def influence(
+    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], kinds: tuple[Kind, ...] = KINDS
+) -> dict[str, torch.Tensor]:
     arch = arch_for(model.config)
     return block_influence(model, arch.blocks(model), arch.axes(model), kinds, batches).scores
 
@@ -60,7 +70,9 @@ def streams(model: PreTrainedModel, one: Batch) -> list[torch.Tensor]:
     """The stream before each layer and behind the last, by running the layers with the final norm cut out."""
     norm, model.model.norm = model.model.norm, torch.nn.Identity()
     with torch.no_grad():
-        found = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"], output_hidden_states=True).hidden_states
+        found = model(
+            input_ids=one["input_ids"], attention_mask=one["attention_mask"], output_hidden_states=True
+        ).hidden_states
     model.model.norm = norm
     return [state.double() for state in found]
 
@@ -72,7 +84,9 @@ def test_block_influence_is_that_of_the_reference() -> None:
     ids = load_file(ORACLE / "tokens.safetensors")["calib_ids"].long()
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(3)]
     found = influence(trained, batches)["layers"]
-    torch.testing.assert_close(found, torch.tensor(expected["shortgpt_block_influence"], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found, torch.tensor(expected["shortgpt_block_influence"], dtype=torch.float64), rtol=0, atol=1e-6
+    )
     assert abs(float(found[-1]) - expected["shortgpt_last_block_if_post_norm_hidden_states_are_used_WRONG"]) > 1e-5
 
 
@@ -94,7 +108,10 @@ def test_a_sub_layer_is_judged_by_the_stream_around_it(model: PreTrainedModel) -
         for layer, before in enumerate(state.float() for state in streams(model, one)[:4]):
             block = model.model.layers[layer]
             rotary = model.model.rotary_emb(before, torch.arange(6)[None])
-            between = before + block.self_attn(block.input_layernorm(before), position_embeddings=rotary, attention_mask=None)[0]
+            between = (
+                before
+                + block.self_attn(block.input_layernorm(before), position_embeddings=rotary, attention_mask=None)[0]
+            )
             after = between + block.mlp(block.post_attention_layernorm(between))
             for name, start, stop in (("attention", before, between), ("mlp", between, after)):
                 assert float(found[name][layer]) == pytest.approx(
@@ -108,7 +125,9 @@ def test_angles_are_those_of_the_last_real_token(model: PreTrainedModel) -> None
     found, states = angles(model, [one]), streams(model, one)
     for i in range(5):
         for j in range(i + 1, 5):
-            cosines = [cosine_similarity(states[i][row, last], states[j][row, last], dim=0) for row, last in ((0, 6), (1, 3))]
+            cosines = [
+                cosine_similarity(states[i][row, last], states[j][row, last], dim=0) for row, last in ((0, 6), (1, 3))
+            ]
             assert float(found[i, j]) == pytest.approx(float(torch.stack(cosines).arccos().mean()) / torch.pi, abs=1e-6)
     assert float(found.tril().abs().max()) == 0
 
@@ -146,7 +165,9 @@ def test_the_loss_without_a_part_is_that_of_the_smaller_model(model: PreTrainedM
     shrink_(model, axes, Plan({name: (1, 3)}))
     counts = [int((one["labels"][:, 1:] != -100).sum()) for one in part]
     with torch.no_grad():
-        by_hand = sum(float(language_loss(model, one)) * count for one, count in zip(part, counts, strict=True)) / sum(counts)
+        by_hand = sum(float(language_loss(model, one)) * count for one, count in zip(part, counts, strict=True)) / sum(
+            counts
+        )
     assert float(found) == pytest.approx(by_hand, rel=1e-6)
 
 

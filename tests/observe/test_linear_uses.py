@@ -45,7 +45,10 @@ def test_they_are_the_means_by_hand() -> None:
     torch.testing.assert_close(found.activated.float(), torch.nn.functional.silu(gate).abs().mean(0))
     down = uses["model.layers.1.mlp.down_proj"]
     torch.testing.assert_close(down.inputs.float(), (torch.nn.functional.silu(gate) * up).abs().mean(0))
-    assert uses["model.layers.1.mlp.up_proj"].activated is None and uses["model.layers.1.self_attn.q_proj"].unbiased is None
+    assert (
+        uses["model.layers.1.mlp.up_proj"].activated is None
+        and uses["model.layers.1.self_attn.q_proj"].unbiased is None
+    )
     torch.testing.assert_close(uses["lm_head"].inputs.float(), final.abs().mean(0))
     assert len(uses) == 2 * 7 + 1
 

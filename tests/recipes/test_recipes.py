@@ -51,7 +51,9 @@ def test_a_recipe_fits_the_embedded_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_SHOT)
 def test_a_one_shot_recipe_finds_its_linears_and_leaves_every_shape(name: str) -> None:
-    raw = with_knob(read(name), "group", 64, required=False)  # published groups of 128 do not divide the embedded model's 192
+    raw = with_knob(
+        read(name), "group", 64, required=False
+    )  # published groups of 128 do not divide the embedded model's 192
     shown = dry_run(build(raw, name), open_source(nano.path(), weights=False))
     assert shown.after == shown.before
 
@@ -73,7 +75,9 @@ def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
 def test_a_pattern_needs_no_quotes(text: str) -> None:
     """YAML 1.1 counts in sixties: an unquoted 2:4 would be 124."""
     assert plain(text, "value") == text.strip("'")
-    assert parse(f"stages: [{{wanda: {{pattern: {text}}}}}]", "mine")["stages"] == [{"wanda": {"pattern": text.strip("'")}}]
+    assert parse(f"stages: [{{wanda: {{pattern: {text}}}}}]", "mine")["stages"] == [
+        {"wanda": {"pattern": text.strip("'")}}
+    ]
     assert plain("[1e-3, 1.5, 12, 0x10]", "value") == ["1e-3", 1.5, 12, 16]
 
 

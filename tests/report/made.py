@@ -16,16 +16,31 @@ OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
 TEXT = {"corpus": "wikitext2", "split": "test", "seq_len": 2048}
 TASK = {"shots": 0, "limit": 50}
 ROUNDS = {"batch": 1, "rounds": 5}
-PLAN = Plan({"layers.0.heads": (0, 2, 3), "layers.0.channels": tuple(range(5)), "layers.1.heads": (), "layers.1.channels": (1, 2)})
+PLAN = Plan(
+    {
+        "layers.0.heads": (0, 2, 3),
+        "layers.0.channels": tuple(range(5)),
+        "layers.1.heads": (),
+        "layers.1.channels": (1, 2),
+    }
+)
 UNITS = {"layers.0.heads": "3/4", "layers.0.channels": "5/8", "layers.1.heads": "0/4", "layers.1.channels": "2/8"}
 
 
 def environment(hardware: str = "a processor") -> Environment:
-    return Environment(device="cpu", hardware=hardware, threads=1, system="Linux", dtype="float32", versions={"torch": "2.13.0"})
+    return Environment(
+        device="cpu", hardware=hardware, threads=1, system="Linux", dtype="float32", versions={"torch": "2.13.0"}
+    )
 
 
 def number(
-    name: str, value: float, unit: str = "1", how: Any = "measured", protocol: Any = None, hardware: str = "a processor", **more: Any
+    name: str,
+    value: float,
+    unit: str = "1",
+    how: Any = "measured",
+    protocol: Any = None,
+    hardware: str = "a processor",
+    **more: Any,
 ):
     return Measurement(
         name=name, value=value, unit=unit, how=how, protocol=protocol or TEXT, environment=environment(hardware), **more
@@ -45,17 +60,23 @@ def numbers(total: int, perplexity: float, accuracy: float, speed: float) -> tup
 
 def dense(*more: Measurement, samples: tuple[Sample, ...] = ()) -> Subject:
     measured = (*numbers(1000, 10.0, 0.6, 100.0), *more)
-    return Subject(name="dense", model="tiny", fingerprint=DENSE, measurements=measured, samples=samples or said("a dog."))
+    return Subject(
+        name="dense", model="tiny", fingerprint=DENSE, measurements=measured, samples=samples or said("a dog.")
+    )
 
 
-def pruned(name: str = "compresso", fingerprint: str = SMALL, perplexity: float = 12.0, remark: str | None = None) -> Subject:
+def pruned(
+    name: str = "compresso", fingerprint: str = SMALL, perplexity: float = 12.0, remark: str | None = None
+) -> Subject:
     relative = (
         number("decode_speedup/batch1", 0.9, "1", protocol=ROUNDS, low=0.8, high=1.0, n=5, remark=remark),
         number("decode_bound/batch1", 1.4, "1", "estimated", {"formula": "ratio of bytes read"}),
         number("kl", 0.25, "nats/token", stderr=0.01),
     )
     measured = (*numbers(700, perplexity, 0.55, 90.0), *relative)
-    return Subject(name=name, model=name, fingerprint=fingerprint, measurements=measured, samples=said("a a a a", broken=True))
+    return Subject(
+        name=name, model=name, fingerprint=fingerprint, measurements=measured, samples=said("a a a a", broken=True)
+    )
 
 
 def said(text: str, broken: bool = False) -> tuple[Sample, ...]:
@@ -91,7 +112,10 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
             "paper": "2310.05015",
             "description": "Our default.",
             "data": {"source": "rows.jsonl", "prompt": True},
-            "stages": [{"learn_gates": {"keep": 0.7, "of": "blocks", "kinds": ["head", "channel"]}}, {"recover": {"steps": 20}}],
+            "stages": [
+                {"learn_gates": {"keep": 0.7, "of": "blocks", "kinds": ["head", "channel"]}},
+                {"recover": {"steps": 20}},
+            ],
         },
         "model": {"name": model, "fingerprint": DENSE},
         "data": {
@@ -106,8 +130,18 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
         "seed": 3,
         "versions": {"compresso": "0.1.0", "torch": "2.13.0"},
         "machine": {"system": "Linux", "processor": "x86_64", "threads": 1, "cuda": None},
-        "before": {"parameters": {"total": 1000, "blocks": 800}, "macs_per_token": 900, "kv_bytes_per_token": 64, "held_loss": 2.0},
-        "after": {"parameters": {"total": 760, "blocks": 560}, "macs_per_token": 650, "kv_bytes_per_token": 24, "held_loss": 2.2},
+        "before": {
+            "parameters": {"total": 1000, "blocks": 800},
+            "macs_per_token": 900,
+            "kv_bytes_per_token": 64,
+            "held_loss": 2.0,
+        },
+        "after": {
+            "parameters": {"total": 760, "blocks": 560},
+            "macs_per_token": 650,
+            "kv_bytes_per_token": 24,
+            "held_loss": 2.2,
+        },
         "stages": {
             "learn_gates": {"units_kept": UNITS, "kept_share_of_blocks": 0.7, "curve": curves(), "seconds": 12.5},
             "recover": {"curve": {"update": [0.0, 1.0], "loss": [2.4, 2.3]}, "seconds": 130.0},

@@ -1,4 +1,6 @@
-"""The page in a real browser: nothing is asked for, nothing complains, everything is there and readable, on a phone too."""
+"""The page in a real browser: nothing is asked for, nothing complains, everything is there and readable, on a phone
+too.
+"""
 
 import re
 import shutil
@@ -28,7 +30,8 @@ INSTALLED = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
 LONG = "a-very-long-model-name-without-any-place-to-break-it-" * 3
 CONTRAST = """
 () => {
-  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
   const colour = text => (text.match(/[\\d.]+/g) || []).map(Number);
   const behind = node => {
@@ -58,7 +61,9 @@ def browser() -> Iterator[Browser]:
             opened = program.chromium.launch(executable_path=INSTALLED, args=list(FLAGS))
         except BrowserError as error:
             if INSTALLED is None and "Executable doesn't exist" in str(error):
-                pytest.skip("no Chromium is installed: neither chromium nor google-chrome on PATH, nor playwright's own")
+                pytest.skip(
+                    "no Chromium is installed: neither chromium nor google-chrome on PATH, nor playwright's own"
+                )
             raise
         yield opened
         opened.close()
@@ -69,8 +74,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, one with a long name, a hostile text and a remark; a task table too wide for a phone."""
     folder = tmp_path_factory.mktemp("page")
     tasks = [number(f"task{i}/acc", 0.5, "share", protocol={"shots": 0}, stderr=0.1) for i in range(12)]
-    one = run_folder(folder / LONG, records(account(dense(*tasks), pruned(remark="no speed-up: zeros are stored dense"))))
-    evil = pruned("<script>document.title = 'owned'</script><img src=x onerror=fetch('http://127.0.0.1:9/')>", SMALLER, perplexity=11.0)
+    one = run_folder(
+        folder / LONG, records(account(dense(*tasks), pruned(remark="no speed-up: zeros are stored dense")))
+    )
+    evil = pruned(
+        "<script>document.title = 'owned'</script><img src=x onerror=fetch('http://127.0.0.1:9/')>",
+        SMALLER,
+        perplexity=11.0,
+    )
     two = account_file(folder / "two.json", evil)
     write_report(folder / "report.html", read_subjects([one, two]))
     return folder / "report.html"
@@ -97,7 +108,10 @@ def opened(browser: Browser, report: Path, request: pytest.FixtureRequest) -> It
 
 
 everywhere = pytest.mark.parametrize(
-    "opened", [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")], indirect=True, ids=lambda at: f"{at[0]}-{at[1]}"
+    "opened",
+    [(1280, "light"), (1280, "dark"), (375, "light"), (375, "dark")],
+    indirect=True,
+    ids=lambda at: f"{at[0]}-{at[1]}",
 )
 
 
@@ -111,7 +125,10 @@ def test_it_loads_without_a_request_or_a_complaint_and_fits(opened: Opened, repo
     width = page.viewport_size["width"] if page.viewport_size else 0
     boxes = [drawing.bounding_box() for drawing in page.locator("figure svg").all()]
     assert len(boxes) >= 7
-    assert all(box and box["width"] > 200 and box["height"] > 50 and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    assert all(
+        box and box["width"] > 200 and box["height"] > 50 and box["x"] >= 0 and box["x"] + box["width"] <= width
+        for box in boxes
+    )
     table = page.get_by_role("region", name="Tasks: accuracy, part 1 of 2")
     assert table.evaluate("node => node.scrollWidth > node.clientWidth")  # it scrolls in itself
 
@@ -132,7 +149,9 @@ def test_what_is_slower_is_said_in_red(opened: Opened) -> None:
     shown = opened.page.locator(".remark", has_text="no speed-up: zeros are stored dense")
     assert shown.count() >= 2
     for i in range(shown.count()):
-        red, green, blue = map(int, re.findall(r"\d+", shown.nth(i).evaluate("node => getComputedStyle(node).color"))[:3])
+        red, green, blue = map(
+            int, re.findall(r"\d+", shown.nth(i).evaluate("node => getComputedStyle(node).color"))[:3]
+        )
         assert shown.nth(i).is_visible() and red > 2 * max(green, blue)
 
 

@@ -24,10 +24,18 @@ def test_the_hub_reads_the_results() -> None:
     found = {(one.dataset_type, one.metric_type): one for one in data.eval_results or ()}
     assert set(found) == {("Salesforce/wikitext", "perplexity"), ("piqa", "accuracy")}
     perplexity = found["Salesforce/wikitext", "perplexity"]
-    assert (perplexity.metric_value, perplexity.dataset_split, perplexity.dataset_config) == (12.0, "test", "wikitext-2-raw-v1")
+    assert (perplexity.metric_value, perplexity.dataset_split, perplexity.dataset_config) == (
+        12.0,
+        "test",
+        "wikitext-2-raw-v1",
+    )
     assert perplexity.metric_args == {**TEXT, "stderr": 0.05, "n": 1000}
     assert found["piqa", "accuracy"].metric_args == {**TASK, "stderr": 0.05, "n": 50, "seed": 0}
-    assert (data.base_model, data.library_name, data.pipeline_tag) == ("owner/name-1B", "transformers", "text-generation")
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (
+        "owner/name-1B",
+        "transformers",
+        "text-generation",
+    )
     assert data.to_dict()["base_model_relation"] in {"adapter", "merge", "quantized", "finetune"}
     assert "pruned" in data.tags and data.license is None
 

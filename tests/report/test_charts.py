@@ -20,9 +20,15 @@ def checked(svg: str) -> ElementTree.Element:
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img" and root.get("aria-label")
     assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
-    assert not [name for element in root.iter() for name in element.attrib if name.lower().startswith("on") or "href" in name]
+    assert not [
+        name for element in root.iter() for name in element.attrib if name.lower().startswith("on") or "href" in name
+    ]
     assert "var(--muted)" in svg
-    colours = {element.get(kind) for element in root.iter() for kind in ("fill", "stroke")} - {None, "none", "transparent"}
+    colours = {element.get(kind) for element in root.iter() for kind in ("fill", "stroke")} - {
+        None,
+        "none",
+        "transparent",
+    }
     assert all(colour.startswith("var(--") for colour in colours if colour), colours
     assert float(root.get("width") or 0) <= 343  # a phone of 375 px less its margins
     return root
@@ -68,7 +74,9 @@ def test_no_name_ends_the_process(odd: str) -> None:
 
 def test_a_model_keeps_its_mark_where_others_are_absent() -> None:
     def colours(*points: Point) -> set[str]:
-        return set(re.findall(r"var\(--(?:ink|s\d)\)", charts.trade_off(points, "x", "y", "l", x_lower=True, y_lower=True)))
+        return set(
+            re.findall(r"var\(--(?:ink|s\d)\)", charts.trade_off(points, "x", "y", "l", x_lower=True, y_lower=True))
+        )
 
     a, b, c = (Point(name, i, i + 1.0, 1.0 + i) for i, name in enumerate("abc"))
     assert colours(a, c) < colours(a, b, c)
@@ -80,7 +88,9 @@ def test_the_frontier_is_what_no_other_beats(places: list[tuple[int, int]], x_lo
     front = undominated(points, x_lower=x_lower, y_lower=y_lower)
 
     def at_least(one: Point, other: Point) -> bool:
-        return (one.x <= other.x if x_lower else one.x >= other.x) and (one.y <= other.y if y_lower else one.y >= other.y)
+        return (one.x <= other.x if x_lower else one.x >= other.x) and (
+            one.y <= other.y if y_lower else one.y >= other.y
+        )
 
     assert front
     for point in points:

@@ -12,7 +12,11 @@ HOWS = st.sampled_from(["measured", "counted", "estimated"])
 NAMES = st.sampled_from(["wikitext2/perplexity", "piqa/acc", "kl", "decode/batch1", "parameters/total"])
 PROTOCOLS = st.fixed_dictionaries({"seq_len": st.integers(1, 2), "split": st.sampled_from(["test", None])})
 NUMBERS = st.builds(
-    lambda name, how, protocol, value: number(name, value, how=how, protocol=protocol), NAMES, HOWS, PROTOCOLS, st.floats(0, 9)
+    lambda name, how, protocol, value: number(name, value, how=how, protocol=protocol),
+    NAMES,
+    HOWS,
+    PROTOCOLS,
+    st.floats(0, 9),
 )
 
 
@@ -67,7 +71,9 @@ def test_noise_floors_get_no_column() -> None:
         ("something/new", "Other", None, False),
     ],
 )
-def test_names_of_the_contract_have_a_place_and_a_direction(name: str, table: str, lower: bool | None, relative: bool) -> None:
+def test_names_of_the_contract_have_a_place_and_a_direction(
+    name: str, table: str, lower: bool | None, relative: bool
+) -> None:
     assert (group(name), lower_is_better(name), is_against_dense(name)) == (table, lower, relative)
     assert title(name)
 
@@ -89,5 +95,7 @@ def test_names_of_the_contract_have_a_place_and_a_direction(name: str, table: st
         (0.25, "nats/token", "kl", 0.01, "0.250 ± 0.010 nats/token"),
     ],
 )
-def test_numbers_are_written_with_two_digits_of_their_error(value: float, unit: str, name: str, error: float | None, text: str) -> None:
+def test_numbers_are_written_with_two_digits_of_their_error(
+    value: float, unit: str, name: str, error: float | None, text: str
+) -> None:
     assert written(value, unit, name, error) == text

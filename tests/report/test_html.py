@@ -43,7 +43,12 @@ def safe(text: str) -> Reader:
     seen = Reader(text)
     assert not {tag for tag, _ in seen.tags} & {"script", "img", "iframe", "object", "embed", "form", "base"}
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
-    links = [value for _, attributes in seen.tags for name, value in attributes.items() if name in ("href", "src", "xlink:href")]
+    links = [
+        value
+        for _, attributes in seen.tags
+        for name, value in attributes.items()
+        if name in ("href", "src", "xlink:href")
+    ]
     assert all(str(link).startswith("#") or link == "data:," for link in links), links
     assert "url(" not in text and "@import" not in text
     ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
@@ -53,7 +58,9 @@ def safe(text: str) -> Reader:
 
 
 def test_the_page_of_a_run_says_everything() -> None:
-    seen = safe(report_of_run(checked(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))), PLAN))
+    seen = safe(
+        report_of_run(checked(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))), PLAN)
+    )
     for words in (
         "learn_gates keeps 70 % of the block parameters; what may leave: heads, FFN units",
         "70.0 % of the block parameters, 76.0 % of all parameters",
@@ -105,8 +112,14 @@ def test_a_large_comparison_stays_below_two_megabytes(tmp_path: Path) -> None:
     n_layers, runs = 48, []
     plan = Plan({f"layers.{i}.{part}": tuple(range(5)) for i in range(n_layers) for part in ("heads", "channels")})
     units = dict.fromkeys(plan.kept, "5/32")
-    text = tuple(Sample(prompt=f"Prompt {i}", text="word " * 60, tokens=60, repetition=0.1, degenerate=False) for i in range(10))
-    tasks = tuple(number(f"task{i}/{kind}", 0.5, "share", protocol={"shots": 0}) for i in range(20) for kind in ("acc", "acc_norm"))
+    text = tuple(
+        Sample(prompt=f"Prompt {i}", text="word " * 60, tokens=60, repetition=0.1, degenerate=False) for i in range(10)
+    )
+    tasks = tuple(
+        number(f"task{i}/{kind}", 0.5, "share", protocol={"shots": 0})
+        for i in range(20)
+        for kind in ("acc", "acc_norm")
+    )
     for i in range(8):
         mine = pruned(fingerprint=f"sha256:{i:064d}").model_copy(update={"samples": text})
         facts = records(account(dense(*tasks), mine.model_copy(update={"measurements": (*mine.measurements, *tasks)})))
@@ -122,7 +135,12 @@ def test_without_runs_and_without_dense_the_page_says_what_is_absent(tmp_path: P
     assert "What was asked" not in seen.words
     bare = pruned().model_copy(update={"measurements": (), "samples": ()})
     seen = safe(page(read_subjects([account_file(tmp_path / "two.json", bare)])))
-    for words in ("Nothing was counted or timed", "no model was asked to write", "fewer than two models", "Not measured: Size, Perplexity"):
+    for words in (
+        "Nothing was counted or timed",
+        "no model was asked to write",
+        "fewer than two models",
+        "Not measured: Size, Perplexity",
+    ):
         assert words in seen.words
 
 
@@ -133,7 +151,11 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     write_report(target, comparison)
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
-    for path, says in ((mine, "is not a report"), (tmp_path, "is a folder"), (tmp_path / "no" / "r.html", "there is no folder")):
+    for path, says in (
+        (mine, "is not a report"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "r.html", "there is no folder"),
+    ):
         with pytest.raises(ExportError, match=says):
             write_report(path, comparison)
     assert mine.read_text() == "<p>mine</p>"

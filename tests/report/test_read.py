@@ -28,7 +28,10 @@ from tests.report.made import (
 
 def test_one_model_in_two_inputs_is_one_subject_and_the_newer_number_counts(tmp_path: Path) -> None:
     again = pruned(perplexity=14.0).model_copy(update={"name": "evaluated"})
-    old, new = account_file(tmp_path / "old.json", dense(), pruned()), account_file(tmp_path / "new.json", again, created=NEW)
+    old, new = (
+        account_file(tmp_path / "old.json", dense(), pruned()),
+        account_file(tmp_path / "new.json", again, created=NEW),
+    )
     for order in itertools.permutations([old, new]):
         merged = read_subjects(order)
         assert [one.fingerprint for one in merged.subjects] == [DENSE, SMALL]
@@ -38,8 +41,13 @@ def test_one_model_in_two_inputs_is_one_subject_and_the_newer_number_counts(tmp_
 
 
 def test_another_protocol_is_another_number(tmp_path: Path) -> None:
-    other = pruned().model_copy(update={"measurements": (number("wikitext2/perplexity", 99, protocol={"seq_len": 128}),)})
-    paths = [account_file(tmp_path / "a.json", dense(), pruned()), account_file(tmp_path / "b.json", other, created=NEW)]
+    other = pruned().model_copy(
+        update={"measurements": (number("wikitext2/perplexity", 99, protocol={"seq_len": 128}),)}
+    )
+    paths = [
+        account_file(tmp_path / "a.json", dense(), pruned()),
+        account_file(tmp_path / "b.json", other, created=NEW),
+    ]
     values = [one.value for one in read_subjects(paths).subjects[1].measurements if one.name == "wikitext2/perplexity"]
     assert values == [12.0, 99.0]
 
@@ -114,7 +122,10 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
         ({"guard": {"verdict": "perhaps"}}, "guard.verdict: "),
         ({"account": {"format": 1, "created": OLD, "subjects": [{"name": "x"}]}}, "account.subjects.0.model: "),
         ({"account": account(dense()).model_dump(mode="json")}, "no model beside the one the run started from"),
-        ({"account": account(dense(), pruned(), created="yesterday").model_dump(mode="json")}, "'yesterday' is not an ISO date"),
+        (
+            {"account": account(dense(), pruned(), created="yesterday").model_dump(mode="json")},
+            "'yesterday' is not an ISO date",
+        ),
     ],
 )
 def test_damaged_records_name_the_field(tmp_path: Path, change: dict[str, object], says: str) -> None:

@@ -21,7 +21,12 @@ def test_what_a_run_wrote_comes_back_as_it_was(ran: Ran, recipe: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"seed": "three"}, "seed: "), ({"seconds": float("nan")}, "seconds: "), ({"format": 3}, "format: "), ({"extra": 1}, "extra: ")],
+    [
+        ({"seed": "three"}, "seed: "),
+        ({"seconds": float("nan")}, "seconds: "),
+        ({"format": 3}, "format: "),
+        ({"extra": 1}, "extra: "),
+    ],
 )
 def test_anything_else_is_refused_by_the_name_of_its_field(change: dict[str, object], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):

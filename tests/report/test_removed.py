@@ -25,10 +25,15 @@ def test_hidden_dimensions_are_the_same_in_every_layer() -> None:
 
 
 def test_whole_layers_leave_with_their_parts() -> None:
-    cells = left(Plan({"layers": (0, 2), "layers.1.heads": (0, 1), "mlp": (1, 2)}), stage(layers="2/3", layers_1_heads="2/2", mlp="2/3"))
+    cells = left(
+        Plan({"layers": (0, 2), "layers.1.heads": (0, 1), "mlp": (1, 2)}),
+        stage(layers="2/3", layers_1_heads="2/2", mlp="2/3"),
+    )
     gone = {(cell.layer, cell.part) for cell in cells if cell.kept == 0}
     assert gone == {(1, HEADS), (1, CHANNELS), (0, CHANNELS)}
-    assert {(cell.layer, cell.part) for cell in cells} == {(layer, part) for layer in range(3) for part in (HEADS, CHANNELS)}
+    assert {(cell.layer, cell.part) for cell in cells} == {
+        (layer, part) for layer in range(3) for part in (HEADS, CHANNELS)
+    }
 
 
 def test_a_second_stage_refines_and_the_first_knows_the_sizes() -> None:
@@ -51,7 +56,9 @@ def test_a_real_run_adds_up(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
     stages = {name: StageFacts.model_validate(facts) for name, facts in result.records["stages"].items()}
     cells = left(result.plan, stages)
-    assert {(cell.layer, cell.part) for cell in cells} == {(layer, part) for layer in range(3) for part in (HEADS, CHANNELS)}
+    assert {(cell.layer, cell.part) for cell in cells} == {
+        (layer, part) for layer in range(3) for part in (HEADS, CHANNELS)
+    }
     for part, name, of in ((HEADS, "heads", 4), (CHANNELS, "channels", 48)):
         mine = [cell for cell in cells if cell.part == part]
         assert [cell.kept for cell in mine] == [len(result.plan.kept[f"layers.{i}.{name}"]) for i in range(3)]

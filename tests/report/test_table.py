@@ -40,14 +40,20 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
 
 def test_without_a_dense_model_its_row_says_so(tmp_path: Path) -> None:
     made = drawn(tmp_path, pruned())
-    assert {(table.rows[0].name, cell.text) for table in made.values() for cell in table.rows[0].cells} == {("dense", NOT_MEASURED)}
+    assert {(table.rows[0].name, cell.text) for table in made.values() for cell in table.rows[0].cells} == {
+        ("dense", NOT_MEASURED)
+    }
     assert all(cell.against == "" for table in made.values() for cell in table.rows[1].cells)
     assert made["Distance from the dense model"].rows[1].cells[0].text.startswith("0.250")
 
 
 def test_a_remark_stays_with_its_number(tmp_path: Path) -> None:
     speed = drawn(tmp_path, dense(), pruned(remark="no speed-up: zeros are stored dense"))["Speed"]
-    told = [(column.name, cell.remark) for column, cell in zip(speed.columns, speed.rows[1].cells, strict=True) if cell.remark]
+    told = [
+        (column.name, cell.remark)
+        for column, cell in zip(speed.columns, speed.rows[1].cells, strict=True)
+        if cell.remark
+    ]
     assert told == [("decode_speedup/batch1", "no speed-up: zeros are stored dense")]
 
 

@@ -22,16 +22,32 @@ KNOBS = (
     *("tune=0", "ramp=0", "hold=6", "batch=4", "micro_batch=4", "score_batches=1", "save_every=2"),
     *("rank=2", "dropout=0.1"),  # dropout draws from torch's generator: a resume must restore that too
 )
-SETS = [*SHORT, *(f"stages.learn_gates.{knob}" for knob in KNOBS), "stages.recover.save_every=2", "stages.recover.batch=4"]
+SETS = [
+    *SHORT,
+    *(f"stages.learn_gates.{knob}" for knob in KNOBS),
+    "stages.recover.save_every=2",
+    "stages.recover.batch=4",
+]
 Crash = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
 def command(tiny_folder: Path, instructions: Path, forked: Forked) -> Crash:
-    """command(output, *more, event="", phase="", at=0): exit code and output of a short `compresso run compresso` with an event in it."""
+    """command(output, *more, event="", phase="", at=0): exit code and output of a short `compresso run compresso` with
+    an event in it.
+    """
 
     def _command(output: Path, *more: str, event: str = "", phase: str = "", at: int = 0) -> tuple[int, str]:
-        arguments = ["run", "compresso", "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
+        arguments = [
+            "run",
+            "compresso",
+            "--model",
+            str(tiny_folder),
+            "--data",
+            str(instructions),
+            "--output",
+            str(output),
+        ]
         arguments += ["--max-steps", "6", *(part for one in SETS for part in ("--set", one))]
         return forked([*arguments, *more], event=event, phase=phase, at=at)
 
@@ -39,7 +55,9 @@ def command(tiny_folder: Path, instructions: Path, forked: Forked) -> Crash:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def uninterrupted(
+    tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any]]:
     """Hash of the weights and curves of the run that nothing happens to."""
     output = tmp_path_factory.mktemp("whole") / "out"
     raw = with_options("compresso", model=str(tiny_folder), max_steps=6, sets=SETS)
@@ -55,11 +73,16 @@ def outcome(output: Path) -> tuple[str, dict[str, Any]]:
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(), facts
 
 
-def test_killed_again_and_again_a_run_ends_in_the_same_bytes(command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path) -> None:
+def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
+    command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     assert command(output, event="kill", phase="hold", at=5)[0] == -9
     assert not output.exists()
-    assert sorted(path.name for path in (work_of(output) / "training" / "learn_gates").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(path.name for path in (work_of(output) / "training" / "learn_gates").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
 
     assert command(output, "--resume", event="kill", phase="saved", at=1)[0] == -9  # between the stages
     stage = work_of(output) / "stages" / "01-learn_gates"
@@ -79,7 +102,9 @@ def test_killed_again_and_again_a_run_ends_in_the_same_bytes(command: Crash, uni
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
-def test_sigterm_saves_says_how_to_go_on_and_exits_143(command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path) -> None:
+def test_sigterm_saves_says_how_to_go_on_and_exits_143(
+    command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     code, log = command(output, event="term", phase="hold", at=3)
     assert code == 143
@@ -89,7 +114,9 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(command: Crash, uninterru
     assert outcome(output) == uninterrupted
 
 
-def test_a_truncated_checkpoint_is_passed_over_with_a_warning(command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_passed_over_with_a_warning(
+    command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     command(output, event="kill", phase="hold", at=5)
     newest = work_of(output) / "training" / "learn_gates" / "step-000004" / "state.safetensors"
@@ -125,7 +152,19 @@ def test_resume_refuses_another_run_and_names_the_difference(
     other.write_text(instructions.read_text().replace("Count", "Number"))
 
     def resumed(*more: object, data: Path = instructions) -> str:
-        arguments = ["run", "compresso", "--model", tiny_folder, "--data", data, "--output", output, "--max-steps", 6, *sets]
+        arguments = [
+            "run",
+            "compresso",
+            "--model",
+            tiny_folder,
+            "--data",
+            data,
+            "--output",
+            output,
+            "--max-steps",
+            6,
+            *sets,
+        ]
         code, _, error = call(*arguments, *more, "--resume")
         assert code == 2
         assert len(error.splitlines()) == 1
@@ -169,7 +208,9 @@ def old_output(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("quick_reopening")
-def test_force_keeps_the_old_output_until_the_new_one_is_whole(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_keeps_the_old_output_until_the_new_one_is_whole(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = old_output(tmp_path)
 
     def differs(*_: object, **__: object) -> float:
@@ -189,7 +230,9 @@ def test_force_keeps_the_old_output_until_the_new_one_is_whole(tiny_folder: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_failure_before_anything_was_done_leaves_nothing(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_before_anything_was_done_leaves_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def overflows(*_: object) -> None:
         raise NumericError("overflow")
 
@@ -237,7 +280,15 @@ def test_input_folders_are_never_outputs(call: Call, tiny_folder: Path, instruct
     assert (tmp_path / "out.partial" / "model.safetensors").is_file()
     shutil.copy(instructions, old_output(tmp_path))
     code, _, error = call(
-        "run", "gate-taylor", "--model", tiny_folder, "--data", tmp_path / "out" / "rows.jsonl", "--output", tmp_path / "out", "--force"
+        "run",
+        "gate-taylor",
+        "--model",
+        tiny_folder,
+        "--data",
+        tmp_path / "out" / "rows.jsonl",
+        "--output",
+        tmp_path / "out",
+        "--force",
     )
     assert code == 2
     assert "which the run replaces" in error

@@ -1,4 +1,6 @@
-"""`--for ENGINE`: shapes an engine likes become multiples of the budgets, plans say what they cost, results obey them."""
+"""`--for ENGINE`: shapes an engine likes become multiples of the budgets,
+plans say what they cost, results obey them.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,14 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from compresso.core.axis import Kind
 from compresso.errors import RecipeError
-from compresso.runner.engine_shapes import for_engine, misfits, multiples, parse_engine, without_multiple, writable_heads
+from compresso.runner.engine_shapes import (
+    for_engine,
+    misfits,
+    multiples,
+    parse_engine,
+    without_multiple,
+    writable_heads,
+)
 from compresso.runner.options import for_family, with_options
 from compresso.runner.run import run
 
@@ -19,7 +28,9 @@ GATES: dict[str, Any] = {"name": "short", "stages": [{"gate_taylor": {"keep": 0.
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    """LLaMA with 8 query and 4 key/value heads of 16, so that o_proj reads 32 of a unit; 96 hidden dimensions, 400 channels."""
+    """LLaMA with 8 query and 4 key/value heads of 16, so that o_proj reads 32 of a unit; 96 hidden dimensions, 400
+    channels.
+    """
     given = LlamaConfig(
         hidden_size=96,
         intermediate_size=400,
@@ -50,7 +61,10 @@ def test_multiples_make_every_input_fit(engine: str, wanted: dict[Kind, int], co
 
 
 def test_a_recipe_s_own_multiples_hold_as_well(config: str) -> None:
-    raw = {**GATES, "stages": [{"gate_taylor": {"keep": 0.6, "multiple_of": {"channel": 12, "layer": 2}}}, {"recover": {}}]}
+    raw = {
+        **GATES,
+        "stages": [{"gate_taylor": {"keep": 0.6, "multiple_of": {"channel": 12, "layer": 2}}}, {"recover": {}}],
+    }
     want = parse_engine("vllm:tp8")
     held = multiples(want, config)
     found = for_engine(raw, want, held)
@@ -73,14 +87,22 @@ def test_dense_sizes_that_do_not_fit_are_said(config: str) -> None:
 
 def test_a_plan_says_what_each_constraint_costs(config: str, call: Call) -> None:
     plain = json.loads(call("plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--json")[1])
-    code, out, error = call("plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--for", "awq:g64", "--json")
+    code, out, error = call(
+        "plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--for", "awq:g64", "--json"
+    )
     assert code == 0, error
     facts = json.loads(out)
     assert facts["shapes"]["layers.0.heads"][0] % 2 == 0 and facts["shapes"]["layers.0.channels"][0] % 64 == 0
     costs = {
-        note.split(": ")[1]: note.split(": ")[2] for note in facts["notes"] if note.startswith("awq:g64: ") and note.endswith("parameters")
+        note.split(": ")[1]: note.split(": ")[2]
+        for note in facts["notes"]
+        if note.startswith("awq:g64: ") and note.endswith("parameters")
     }
-    assert list(costs) == ["channels in multiples of 64", "hidden dimensions in multiples of 64", "heads in multiples of 2"]
+    assert list(costs) == [
+        "channels in multiples of 64",
+        "hidden dimensions in multiples of 64",
+        "heads in multiples of 2",
+    ]
     assert any(int(cost.split()[0].replace(",", "")) for cost in costs.values())
     assert facts["after"] != plain["after"]
 
@@ -88,7 +110,12 @@ def test_a_plan_says_what_each_constraint_costs(config: str, call: Call) -> None
 @pytest.mark.usefixtures("quick_reopening")
 def test_a_result_obeys(tiny_folder: Path, tmp_path: Path) -> None:
     raw = with_options(
-        "magnitude-structured", model=str(tiny_folder), keep=0.6, max_steps=1, engine="awq:g16", sets=["stages.recover.batch=4"]
+        "magnitude-structured",
+        model=str(tiny_folder),
+        keep=0.6,
+        max_steps=1,
+        engine="awq:g16",
+        sets=["stages.recover.batch=4"],
     )
     first = {**raw, "stages": raw["stages"][:1]}
     result = run(first, tiny_folder, output=tmp_path / "out", quiet=True, force=True)
@@ -103,7 +130,9 @@ def test_unknown_engines_are_refused(engine: str) -> None:
 
 
 def gemma(hidden: int, heads: int, groups: int) -> Gemma2Config:
-    return Gemma2Config(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, head_dim=16, vocab_size=64)
+    return Gemma2Config(
+        hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, head_dim=16, vocab_size=64
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +146,9 @@ def gemma(hidden: int, heads: int, groups: int) -> Gemma2Config:
     ],
 )
 def test_heads_are_held_to_what_the_family_s_config_takes(config: PreTrainedConfig, multiple: int) -> None:
-    """transformers' Gemma wants heads to divide the hidden size, though head_dim is given: a run ended in a traceback."""
+    """transformers' Gemma wants heads to divide the hidden size, though head_dim is given:
+    a run ended in a traceback.
+    """
     assert writable_heads(config) == multiple
     stages = for_family(GATES, "auto", config)["stages"]
     if config.model_type == "gemma2":

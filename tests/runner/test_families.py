@@ -1,4 +1,6 @@
-"""Recipes on families whose config holds one width for all layers: they end in stock checkpoints, or say why they cannot."""
+"""Recipes on families whose config holds one width for all layers: they end in stock checkpoints, or say why they
+cannot.
+"""
 
 import sys
 from collections.abc import Callable
@@ -43,7 +45,9 @@ LORA = {"rank": 2, "alpha": 4, "batch": 8, "micro_batch": 8, "lr": 1e-3}
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with a tiny model of a family, whose weights are large enough to tell units apart, and the nano's tokenizer."""
+    """A folder with a tiny model of a family, whose weights are large enough to tell units apart, and the nano's
+    tokenizer.
+    """
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -93,17 +97,23 @@ def test_a_recipe_ends_in_a_stock_checkpoint(
     assert 0.55 < after["blocks"] / before["blocks"] <= 0.72
     with torch.no_grad():
         ids = torch.arange(3, 40).unsqueeze(0)
-        torch.testing.assert_close(opened(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            opened(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4
+        )
 
 
 def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
     family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
     with pytest.raises(ExportError, match=r"cannot hold this gpt2: .*keep all heads and prune FFN channels"):
         compresso.run(pruned_then_tuned(["head"]), family("gpt2"), instructions, output=tmp_path / "out")
     with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
-        compresso.run(pruned_then_tuned(["channel"]), family("opt"), instructions, output=tmp_path / "out", layout="native")
+        compresso.run(
+            pruned_then_tuned(["channel"]), family("opt"), instructions, output=tmp_path / "out", layout="native"
+        )
     with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
         plan(pruned_then_tuned(["channel"]), str(family("opt")), layout="native")
     assert not (tmp_path / "out").exists()
@@ -111,13 +121,21 @@ def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
 
 @pytest.mark.parametrize("stage", [{"loraprune": {"steps": 4, "spared": 0.0}}, {"lorashear": {"unprunable": 0.0}}])
 def test_adapters_of_a_conv1d_are_refused_before_weights_are_read(
-    stage: dict[str, Any], family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: dict[str, Any],
+    family: Callable[[str], Path],
+    instructions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
     knobs = {"keep": 0.7, "kinds": ["channel"], "rank": 2, "batch": 8, "micro_batch": 8}
     stages = [{name: knobs | more} for name, more in stage.items()]
     raw = {"name": "short", "data": {"max_length": 64, "held": 8, "prompt": False}, "stages": stages}
-    with pytest.raises(RecipeError, match=r"transformer\.h\.0\.\S+ is a Conv1D, whose units cannot be scored by adapters"):
+    with pytest.raises(
+        RecipeError, match=r"transformer\.h\.0\.\S+ is a Conv1D, whose units cannot be scored by adapters"
+    ):
         compresso.run(raw, family("gpt2"), instructions, output=tmp_path / "out")
 
 
@@ -126,13 +144,25 @@ def test_a_stage_of_uneven_widths_comes_back(name: str, family: Callable[[str], 
     source = open_source(family(name))
     model = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
     arch, axes = described(model)
-    kept = {"layers.0.channels": (1, 5, 7), "layers.1.heads": (0, 3)} | ({"hidden": tuple(range(4, 30))} if name == "phi3" else {})
+    kept = {"layers.0.channels": (1, 5, 7), "layers.1.heads": (0, 3)} | (
+        {"hidden": tuple(range(4, 30))} if name == "phi3" else {}
+    )
     shrink_(model, axes, Plan(kept))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     job = Job(
-        model=model, arch=arch, tokenizer=None, rows=[], held=[], plan=Plan(kept), records={}, identity={}, seed=0, out=tmp_path, quiet=True
+        model=model,
+        arch=arch,
+        tokenizer=None,
+        rows=[],
+        held=[],
+        plan=Plan(kept),
+        records={},
+        identity={},
+        seed=0,
+        out=tmp_path,
+        quiet=True,
     )
     save_stage(job, {"held_loss": 1.0}, tmp_path / "01-prune")
     again, removed, facts = load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
@@ -141,7 +171,9 @@ def test_a_stage_of_uneven_widths_comes_back(name: str, family: Callable[[str], 
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     (tmp_path / "01-prune" / "plan.json").write_text(Plan({"layers.0.channels": (1, 5)}).to_json())
-    with pytest.raises(ResumeError, match=r"is \[.*\] in 01-prune, which the plan does not give; start anew with --force"):
+    with pytest.raises(
+        ResumeError, match=r"is \[.*\] in 01-prune, which the plan does not give; start anew with --force"
+    ):
         load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
 
 

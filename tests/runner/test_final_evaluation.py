@@ -17,7 +17,10 @@ from compresso.runner.run import run
 RUINED: dict[str, Any] = {
     "name": "ruined",
     "data": {"source": "world", "limit": 60, "held": 12, "max_length": 96, "prompt": False, "pack": False},
-    "stages": [{"magnitude_structured": {"keep": 0.4}}, {"recover": {"steps": 1, "lr": 1e-9, "batch": 4, "micro_batch": 4, "rank": 1}}],
+    "stages": [
+        {"magnitude_structured": {"keep": 0.4}},
+        {"recover": {"steps": 1, "lr": 1e-9, "batch": 4, "micro_batch": 4, "rank": 1}},
+    ],
 }
 
 
@@ -64,7 +67,12 @@ def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions
 
 def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: Path, tmp_path: Path) -> None:
     model = compresso.load(tiny_folder).model
-    result = run({"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]}, model, output=tmp_path / "out", quiet=True)
+    result = run(
+        {"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]},
+        model,
+        output=tmp_path / "out",
+        quiet=True,
+    )
     dense, pruned = subjects(result.records)
     for one in (dense, pruned):
         assert one.not_measured == {"held/perplexity": "the run had no data", "texts": "the model has no tokenizer"}
@@ -72,9 +80,16 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
     assert "not known" in Guard.model_validate(result.records["guard"]).message()
 
 
-def test_where_the_dense_model_does_not_fit_the_account_says_so(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_dense_model_does_not_fit_the_account_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("compresso.runner.final_evaluation._lacking", lambda *_: "no room")
-    result = run({"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]}, tiny_folder, output=tmp_path / "out", quiet=True)
+    result = run(
+        {"name": "prune", "stages": [{"magnitude_structured": {"keep": 0.6}}]},
+        tiny_folder,
+        output=tmp_path / "out",
+        quiet=True,
+    )
     dense, pruned = subjects(result.records)
     assert dense.not_measured["speed"] == pruned.not_measured["speed"] == pruned.not_measured["kl"] == "no room"
     assert pruned.value("decode/batch1") is None
@@ -83,7 +98,9 @@ def test_where_the_dense_model_does_not_fit_the_account_says_so(tiny_folder: Pat
 
 def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    with pytest.raises(CollapseError, match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --force") as refused:
+    with pytest.raises(
+        CollapseError, match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --force"
+    ) as refused:
         run(RUINED, nano.path(), output=output, quiet=True)
     assert refused.value.exit_code == 4
     assert not output.exists()

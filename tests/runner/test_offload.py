@@ -1,4 +1,6 @@
-"""Runs whose weights stay on disk: the same bytes as in memory, one block at a time, and a word about memory before the start."""
+"""Runs whose weights stay on disk: the same bytes as in memory, one block at a time, and a word about memory before the
+start.
+"""
 
 import json
 import os
@@ -67,7 +69,9 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     facts = [{**next(iter(result.records["stages"].values())), "seconds": 0} for result in (whole, offloaded)]
     assert facts[0] == facts[1]
-    assert whole.records["after"] == offloaded.records["after"] and whole.records["before"] == offloaded.records["before"]
+    assert (
+        whole.records["after"] == offloaded.records["after"] and whole.records["before"] == offloaded.records["before"]
+    )
     opened = AutoModelForCausalLM.from_pretrained(offloaded.folder, dtype=torch.float32)
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
@@ -76,14 +80,21 @@ def test_the_bytes_are_those_of_a_run_in_memory(
 
 
 @pytest.mark.usefixtures("quick_reopening")
-def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(
+    tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     arch = arch_for(model.config)
     shrink_(
-        model, arch.axes(model), Plan({"layers.0.channels": (1, 3, 5, 8), "layers.1.heads": (0, 2), "attention": (0, 1), "mlp": (0, 2)})
+        model,
+        arch.axes(model),
+        Plan({"layers.0.channels": (1, 3, 5, 8), "layers.1.heads": (0, 2), "attention": (0, 1), "mlp": (0, 2)}),
     )
     native = tmp_path / "native"
-    assert save_checkpoint(model, arch.shapes(model), native, tokenizer=AutoTokenizer.from_pretrained(tiny_folder)) == "native"
+    assert (
+        save_checkpoint(model, arch.shapes(model), native, tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
+        == "native"
+    )
     whole = done("wanda/50", native, instructions, tmp_path / "whole")
     offloaded = done("wanda/50", native, instructions, tmp_path / "offloaded", stream=True)
     one, other = stored(whole.folder), stored(offloaded.folder)
@@ -103,19 +114,40 @@ def test_no_more_than_one_block_is_in_memory(
 
     def watched(self: Offloaded, name: str, parameter: torch.nn.Parameter) -> None:
         plain(self, name, parameter)
-        held.append({".".join(name.split(".")[:3]) for name, parameter in self.model.named_parameters() if not parameter.is_meta})
+        held.append(
+            {
+                ".".join(name.split(".")[:3])
+                for name, parameter in self.model.named_parameters()
+                if not parameter.is_meta
+            }
+        )
 
     monkeypatch.setattr(Offloaded, "_put", watched)
     result = done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True)
     blocks = [{name for name in names if name.startswith("model.layers.")} for names in held]
-    assert max(map(len, blocks)) == 1 and {name for names in blocks for name in names} == {f"model.layers.{i}" for i in range(3)}
+    assert max(map(len, blocks)) == 1 and {name for names in blocks for name in names} == {
+        f"model.layers.{i}" for i in range(3)
+    }
     assert all(parameter.is_meta for parameter in result.model.parameters())
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bytes(tiny_folder: Path, instructions: Path, tmp_path: Path, forked: Forked) -> None:
+def test_killed_and_resumed_it_ends_in_the_same_bytes(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, forked: Forked
+) -> None:
     def command(output: Path, *more: str, event: str = "", at: int = 0, phase: str = "sparsegpt") -> tuple[int, str]:
-        arguments = ["run", "sparsegpt/50", "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
-        return forked([*arguments, *(part for one in SETS for part in ("--set", one)), *more], event=event, phase=phase, at=at)
+        arguments = [
+            "run",
+            "sparsegpt/50",
+            "--model",
+            str(tiny_folder),
+            "--data",
+            str(instructions),
+            "--output",
+            str(output),
+        ]
+        return forked(
+            [*arguments, *(part for one in SETS for part in ("--set", one)), *more], event=event, phase=phase, at=at
+        )
 
     code, log = command(tmp_path / "whole", "--force", "--stream")
     assert code == 0, log
@@ -134,12 +166,17 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(tiny_folder: Path, instruc
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipe gate-taylor \(gate_taylor, recover\) cannot be offloaded: wanted one stage that sweeps"):
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe gate-taylor \(gate_taylor, recover\) cannot be offloaded: wanted one stage that sweeps",
+    ):
         compresso.run("gate-taylor", tiny_folder, instructions, output=tmp_path / "out", stream=True)
     with pytest.raises(RecipeError, match=r"recipe magnitude/50 \(magnitude\) cannot be offloaded"):
         compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", stream=True)
     for layout in ("padded", "native"):
-        with pytest.raises(RecipeError, match=f"--layout {layout}: an offloaded run writes its model in the layout it came in"):
+        with pytest.raises(
+            RecipeError, match=f"--layout {layout}: an offloaded run writes its model in the layout it came in"
+        ):
             done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, layout=layout)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +185,9 @@ def test_more_memory_than_there_is_is_refused_unless_insisted_upon(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compresso.sweep.memory.available", lambda device: 1_000_000)
-    with pytest.raises(ResourceError, match=r"this needs about 0\.\d+ GB at once \(.*\), and 0\.00 GB are there\..*--over-memory"):
+    with pytest.raises(
+        ResourceError, match=r"this needs about 0\.\d+ GB at once \(.*\), and 0\.00 GB are there\..*--over-memory"
+    ):
         done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True)
     assert not list(tmp_path.iterdir())
     assert done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, over_memory=True).folder.is_dir()
@@ -165,7 +204,9 @@ def test_a_damaged_block_is_named(tiny_folder: Path, instructions: Path, tmp_pat
 
 
 def large_checkpoint(folder: Path, layers: int) -> int:
-    """A LLaMA of `layers` blocks of 50 million parameters, float32, one file a block, of which all hold the same numbers; bytes written."""
+    """A LLaMA of `layers` blocks of 50 million parameters, float32, one file a block, of which all hold the same
+    numbers; bytes written.
+    """
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=2048,
@@ -179,11 +220,17 @@ def large_checkpoint(folder: Path, layers: int) -> int:
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    one = {name: tensor.clone() for name, tensor in LlamaForCausalLM(config).state_dict().items() if name != "lm_head.weight"}
+    one = {
+        name: tensor.clone()
+        for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        if name != "lm_head.weight"
+    }
     folder.mkdir()
     where: dict[str, str] = {}
     for layer in range(layers):
-        block = {name.replace("layers.0.", f"layers.{layer}."): tensor for name, tensor in one.items() if "layers.0." in name}
+        block = {
+            name.replace("layers.0.", f"layers.{layer}."): tensor for name, tensor in one.items() if "layers.0." in name
+        }
         save_file(block, folder / f"block-{layer:03d}.safetensors", metadata={"format": "pt"})
         where |= dict.fromkeys(block, f"block-{layer:03d}.safetensors")
     rest = {name: tensor for name, tensor in one.items() if "layers.0." not in name}
@@ -212,16 +259,30 @@ def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Pat
     try:
         assert large_checkpoint(folder, 40) > 8e9
         sets = ["data.held=1", "data.pack=false", "data.limit=3", "data.max_length=48"]
-        arguments = ["run", "wanda/50", "--model", str(folder), "--data", str(instructions), "--output", str(output), "--force"]
+        arguments = [
+            "run",
+            "wanda/50",
+            "--model",
+            str(folder),
+            "--data",
+            str(instructions),
+            "--output",
+            str(output),
+            "--force",
+        ]
         arguments += [part for one in sets for part in ("--set", one)]
         start = [sys.executable, "-c", "import sys; from compresso.cli import main; main(sys.argv[1:])", *arguments]
         env = {**os.environ, "OMP_NUM_THREADS": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
         whole = subprocess.run(start, preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
         assert whole.returncode != 0  # the limit is real: the model does not fit
-        offloaded = subprocess.run([*start, "--stream"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
+        offloaded = subprocess.run(
+            [*start, "--stream"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False
+        )
         assert offloaded.returncode == 0, offloaded.stderr[-2000:]
         records = json.loads((output / "records.json").read_text())
-        assert records["stages"]["wanda"]["changed"] == 280 and records["stages"]["wanda"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+        assert records["stages"]["wanda"]["changed"] == 280 and records["stages"]["wanda"]["sparsity"] == pytest.approx(
+            0.5, abs=1e-3
+        )
         assert records["reopened_max_abs_difference"] <= 1e-4
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""Runs of one-shot recipes, one a stage: what is written opens, records and card are true, a killed run goes on to the same bytes."""
+"""Runs of one-shot recipes, one a stage: what is written opens, records and card are true, a killed run goes on to the
+same bytes.
+"""
 
 import hashlib
 import json
@@ -56,7 +58,11 @@ def test_a_checkpoint_of_e_sparse_computes_the_same_gathered_and_is_n_of_m_then(
     with torch.no_grad():
         torch.testing.assert_close(gathered(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     held = [
-        [bool(((one.reshape(len(one), -1, 4) != 0).sum(dim=2) <= 2).all()) for name, one in model.named_parameters() if "proj" in name]
+        [
+            bool(((one.reshape(len(one), -1, 4) != 0).sum(dim=2) <= 2).all())
+            for name, one in model.named_parameters()
+            if "proj" in name
+        ]
         for model in (plain, gathered)
     ]
     assert all(held[1]) and not all(held[0])
@@ -89,9 +95,20 @@ def test_the_last_line_says_what_zeros_are_worth(call: Call, tiny_folder: Path, 
     )
 
 
-def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_read(
+    call: Call, tiny_folder: Path, tmp_path: Path
+) -> None:
     code, _, error = call(
-        *("run", "magnitude/50", "--model", tiny_folder, "--output", tmp_path / "out", "--set", "stages.magnitude.where.ignore=[lm_heda]")
+        *(
+            "run",
+            "magnitude/50",
+            "--model",
+            tiny_folder,
+            "--output",
+            tmp_path / "out",
+            "--set",
+            "stages.magnitude.where.ignore=[lm_heda]",
+        )
     )
     assert code == 2
     assert "ignore: 'lm_heda' matches no linear" in error
@@ -103,7 +120,9 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def command(forked: Forked, tiny_folder: Path, instructions: Path) -> Command:
-    """command(recipe, output, *more, event="", at=0): exit code and output of a run; the event comes after `at` blocks."""
+    """command(recipe, output, *more, event="", at=0): exit code and output of a run;
+    the event comes after `at` blocks.
+    """
 
     def _command(recipe: str, output: Path, *more: str, event: str = "", at: int = 0) -> tuple[int, str]:
         arguments = ["run", recipe, "--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
@@ -119,7 +138,9 @@ def weights_hash(output: Path) -> str:
 
 @pytest.mark.parametrize("recipe", ["sparsegpt/50", "awq/4-g128", "e-sparse/2-4"])
 def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, command: Command, tmp_path: Path) -> None:
-    """awq also changes norms, and e-sparse the order of channels, which blocks that are read from the journal must get back."""
+    """awq also changes norms, and e-sparse the order of channels, which blocks that are read from the journal must get
+    back.
+    """
     stage = recipe.partition("/")[0].replace("-", "_")
     more = ["--set", GROUPS] if stage == "awq" else []
     whole, killed = tmp_path / "whole", tmp_path / "killed"

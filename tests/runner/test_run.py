@@ -53,8 +53,12 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> 
     assert sum(tensor.numel() for tensor in load_file(result.folder / "model.safetensors").values()) == after["total"]
     assert inspect(str(result.folder))["parameters"] == after
     before = result.records["before"]["parameters"]
-    (keep,) = (knobs["keep"] for stage in result.records["recipe"]["stages"] for knobs in stage.values() if "keep" in knobs)
-    assert after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32  # one channel more at most, and what multiples may add
+    (keep,) = (
+        knobs["keep"] for stage in result.records["recipe"]["stages"] for knobs in stage.values() if "keep" in knobs
+    )
+    assert (
+        after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32
+    )  # one channel more at most, and what multiples may add
     assert after["blocks"] >= (keep - 0.1) * before["blocks"]
 
 
@@ -118,7 +122,10 @@ def test_layouts_hold_the_same_function(ran: Ran, layout: str) -> None:
     assert "per_layer_config" not in config
     if config["model_type"] == "llama":  # the stock class, called by its name
         torch.testing.assert_close(
-            logits(LlamaForCausalLM.from_pretrained(result.folder, dtype=torch.float32)), logits(result.model), rtol=0, atol=1e-4
+            logits(LlamaForCausalLM.from_pretrained(result.folder, dtype=torch.float32)),
+            logits(result.model),
+            rtol=0,
+            atol=1e-4,
         )
     widths = {json.dumps(vars_of(shape)) for shape in widths_of(result)}
     assert len(widths) == 1 or layout == "padded"
@@ -152,7 +159,9 @@ def test_keeping_all_is_the_identity(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_live_model_is_pruned_and_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
     live = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
-    result = run(PRUNE_ONLY, live, output=tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(tiny_folder), quiet=True)
+    result = run(
+        PRUNE_ONLY, live, output=tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(tiny_folder), quiet=True
+    )
     assert result.records["model"]["name"] == "LlamaForCausalLM"
     assert (result.folder / "tokenizer.json").is_file()
     assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())
@@ -163,7 +172,9 @@ def test_a_live_model_is_pruned_and_left_alone(tiny_folder: Path, tmp_path: Path
 @pytest.mark.usefixtures("quick_reopening")
 def test_a_pruned_model_is_pruned_again(ran: Ran, tmp_path: Path) -> None:
     first = ran("gate-taylor")  # native: layers of different widths
-    again = run({"stages": [{"magnitude_structured": {"keep": 0.8}}]}, first.folder, output=tmp_path / "out", quiet=True)
+    again = run(
+        {"stages": [{"magnitude_structured": {"keep": 0.8}}]}, first.folder, output=tmp_path / "out", quiet=True
+    )
     assert again.records["before"]["parameters"] == first.records["after"]["parameters"]
     assert again.records["after"]["parameters"]["blocks"] <= 0.8 * first.records["after"]["parameters"]["blocks"]
 
@@ -193,7 +204,11 @@ def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions
     if kind == "text":
         data = tmp_path / "text.jsonl"
         data.write_text("".join(json.dumps({"text": f"A pigazz lives in dune {n}. " * 8}) + "\n" for n in range(200)))
-    recipe = {"name": "x", "data": {"max_length": 4096, "held": 2}, "stages": [{"recover": {"steps": 1, "batch": 2, "micro_batch": 2}}]}
+    recipe = {
+        "name": "x",
+        "data": {"max_length": 4096, "held": 2},
+        "stages": [{"recover": {"steps": 1, "batch": 2, "micro_batch": 2}}],
+    }
     result = run(recipe, tiny_folder, str(data), output=tmp_path / "out", quiet=True)
     context = LlamaForCausalLM.from_pretrained(tiny_folder).config.max_position_embeddings
     assert result.records["recipe"]["data"]["max_length"] == context
@@ -204,23 +219,31 @@ def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions
 
 
 def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, quick_reopening: None, ran: Ran) -> None:
-    """The result minus the kept adapter is the model before recovery, and the folder still opens as a plain checkpoint."""
+    """The result minus the kept adapter is the model before recovery,
+    and the folder still opens as a plain checkpoint.
+    """
     sets = ("stages.recover.save_adapter=true", "stages.recover.lr=0.01")
     result = ran("magnitude-structured", sets=sets)
     folder = result.folder / "adapters" / "recover"
     assert not any(str(tiny_folder) in path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
     adapter = load_file(folder / "adapter_model.safetensors")
     scale = json.loads((folder / "adapter_config.json").read_text())
-    after = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).get_parameter("model.layers.1.mlp.up_proj.weight")
+    after = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32).get_parameter(
+        "model.layers.1.mlp.up_proj.weight"
+    )
     first = {"name": "x", "stages": [{"magnitude_structured": {"keep": 0.7}}]}
     before = run(first, tiny_folder, output=tmp_path / "out", quiet=True).model
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
     added = adapter[name.format("B")] @ adapter[name.format("A")] * scale["lora_alpha"] / scale["r"]
     assert added.abs().max() > 1e-4
-    torch.testing.assert_close(after - added, before.get_parameter("model.layers.1.mlp.up_proj.weight"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        after - added, before.get_parameter("model.layers.1.mlp.up_proj.weight"), atol=1e-5, rtol=0
+    )
 
 
-def test_a_run_under_fsdp_is_refused_before_weights_are_read(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_under_fsdp_is_refused_before_weights_are_read(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Sharded:
         distributed_type = "FSDP"
 

@@ -126,7 +126,9 @@ def test_only_the_order_of_scores_matters(tiny: CostModel, keep: float, seed: in
     seed=st.integers(0, 1000),
     uniform=st.sets(st.sampled_from([Kind.HEAD, Kind.CHANNEL]), min_size=1),
 )
-def test_uniform_kinds_have_equal_counts_in_all_layers(describe: Describe, keep: float, seed: int, uniform: set[Kind]) -> None:
+def test_uniform_kinds_have_equal_counts_in_all_layers(
+    describe: Describe, keep: float, seed: int, uniform: set[Kind]
+) -> None:
     cost = describe(12, 3, 4, 20, 10)
     budget = Budget(keep, kinds=KINDS, uniform_over=tuple(sorted(uniform)))
     scores = integer_scores(cost, seed, levels=1000)
@@ -190,13 +192,22 @@ def test_multiples_weigh_the_mean_score_of_their_units(describe: Describe) -> No
     cost = describe(8, 2, 2, 8, 10)
     scores = {"layers.0.channels": torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 0]), "layers.1.channels": torch.full((8,), 3.0)}
     count = float(cost().blocks) - 2 * 4 * 3 * 8  # two multiples of four channels go
-    plan = allocate(cost.axes, scores, cost, Budget(count / float(cost().blocks), kinds=(Kind.CHANNEL,), multiple_of={Kind.CHANNEL: 4}))
+    plan = allocate(
+        cost.axes,
+        scores,
+        cost,
+        Budget(count / float(cost().blocks), kinds=(Kind.CHANNEL,), multiple_of={Kind.CHANNEL: 4}),
+    )
     assert {name: len(kept) for name, kept in plan.kept.items()} == {"layers.0.channels": 0, "layers.1.channels": 8}
 
 
 @pytest.mark.parametrize(("above", "multiples_removed"), [(30, 1), (66, 2)])
-def test_multiples_land_above_the_target_only_where_that_is_nearer(describe: Describe, above: int, multiples_removed: int) -> None:
-    """A multiple is 96 parameters; with one multiple less the model is `above` parameters above the target, with two 96 - above below."""
+def test_multiples_land_above_the_target_only_where_that_is_nearer(
+    describe: Describe, above: int, multiples_removed: int
+) -> None:
+    """A multiple is 96 parameters; with one multiple less the model is `above` parameters above the target, with two 96
+    - above below.
+    """
     cost = describe(8, 2, 2, 8, 10)
     dense = float(cost().blocks)
     budget = Budget((dense - 96 - above) / dense, kinds=(Kind.CHANNEL,), multiple_of={Kind.CHANNEL: 4})
@@ -249,7 +260,12 @@ def test_an_infeasible_budget_names_value_wanted_and_cure(tiny: CostModel, descr
     with pytest.raises(InfeasibleBudget, match=r"in what the kinds head do not reach. Raise keep to 0\.6 or add kinds"):
         allocate(tiny.axes, scores, tiny, Budget(0.5, kinds=(Kind.HEAD,)))
     keep = 0.6 * (1 - TOLERANCE / 2)  # a little less than the multiples allow is met as nearly as they do
-    assert allocate(tiny.axes, scores, tiny, Budget(keep, kinds=(Kind.HEAD,), multiple_of={Kind.HEAD: 2})).kept["layers.0.heads"] == ()
+    assert (
+        allocate(tiny.axes, scores, tiny, Budget(keep, kinds=(Kind.HEAD,), multiple_of={Kind.HEAD: 2})).kept[
+            "layers.0.heads"
+        ]
+        == ()
+    )
     with pytest.raises(ValueError, match="no units of the kinds layer; it has channel, head, hidden"):
         allocate(tiny.axes, scores, tiny, Budget(0.5, kinds=(Kind.LAYER,)))
 
@@ -286,11 +302,15 @@ def test_keep_best_keeps_a_count_per_kind(tiny: CostModel) -> None:
 def test_devices_agree(llama_7b: CostModel) -> None:
     scores = {name: value.float() for name, value in integer_scores(llama_7b, 0).items()}
     on_gpu = {name: value.cuda() for name, value in scores.items()}
-    assert allocate(llama_7b.axes, scores, llama_7b, Budget(0.7)) == allocate(llama_7b.axes, on_gpu, llama_7b, Budget(0.7))
+    assert allocate(llama_7b.axes, scores, llama_7b, Budget(0.7)) == allocate(
+        llama_7b.axes, on_gpu, llama_7b, Budget(0.7)
+    )
 
 
 def test_no_layer_falls_below_its_share_where_the_floor_says_so(tiny: CostModel) -> None:
-    scores = {axis.name: torch.arange(axis.size) + 100.0 * number for number, axis in enumerate(tiny.axes)}  # later layers win everything
+    scores = {
+        axis.name: torch.arange(axis.size) + 100.0 * number for number, axis in enumerate(tiny.axes)
+    }  # later layers win everything
     kept = allocate(tiny.axes, scores, tiny, Budget(0.5, floor={Kind.HEAD: "keep"})).kept
     heads = [axis for axis in tiny.axes if axis.kind == Kind.HEAD]
     assert all(2 * len(kept[axis.name]) >= axis.size for axis in heads)
@@ -300,10 +320,17 @@ def test_no_layer_falls_below_its_share_where_the_floor_says_so(tiny: CostModel)
 
 @pytest.mark.parametrize(
     "shapes",
-    [{}, {"uniform_over": (Kind.HEAD, Kind.CHANNEL)}, {"multiple_of": {Kind.CHANNEL: 8}}, {"floor": {Kind.HEAD: 2, Kind.CHANNEL: 10}}],
+    [
+        {},
+        {"uniform_over": (Kind.HEAD, Kind.CHANNEL)},
+        {"multiple_of": {Kind.CHANNEL: 8}},
+        {"floor": {Kind.HEAD: 2, Kind.CHANNEL: 10}},
+    ],
 )
 @pytest.mark.parametrize("seed", range(4))
-def test_units_that_are_gone_stay_gone_though_scores_change(describe: Describe, shapes: Mapping[str, Any], seed: int) -> None:
+def test_units_that_are_gone_stay_gone_though_scores_change(
+    describe: Describe, shapes: Mapping[str, Any], seed: int
+) -> None:
     """A budget reached in four steps, each with new scores: plans nest, meet their step's budget and its shapes."""
     cost = describe(64, 3, 8, 96, 32)
     pool = [axis for axis in cost.axes if axis.kind in (Kind.HEAD, Kind.CHANNEL)]

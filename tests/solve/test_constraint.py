@@ -1,4 +1,6 @@
-"""Budgets on learned gates: gaps vanish exactly where the expected counts meet the target, and projection puts them there."""
+"""Budgets on learned gates: gaps vanish exactly where the expected counts meet the target, and projection puts them
+there.
+"""
 
 import pytest
 import torch
@@ -11,14 +13,28 @@ from compresso.solve.constraint import CountsPerLayer, ShareOfModel
 
 
 def model(layers: int = 3, heads: int = 8, channels: int = 24) -> tuple[list[Axis], CostModel]:
-    """A decoder as the counter sees it: q and o of `heads` heads of 4, up and down of `channels`, hidden 16, no hidden axis."""
+    """A decoder as the counter sees it: q and o of `heads` heads of 4, up and down of `channels`, hidden 16, no hidden
+    axis.
+    """
     axes: list[Axis] = []
     weights: list[Weight] = []
     for i in range(layers):
-        weights += [Weight(f"{i}.q", (heads * 4, 16), Group.BLOCKS, 1), Weight(f"{i}.o", (16, heads * 4), Group.BLOCKS, 1)]
-        weights += [Weight(f"{i}.up", (channels, 16), Group.BLOCKS, 1), Weight(f"{i}.down", (16, channels), Group.BLOCKS, 1)]
-        axes.append(Axis(f"layers.{i}.heads", Kind.HEAD, heads, (Slice(f"{i}.q", 0, 4), Slice(f"{i}.o", 1, 4)), (), "", i))
-        axes.append(Axis(f"layers.{i}.channels", Kind.CHANNEL, channels, (Slice(f"{i}.up", 0), Slice(f"{i}.down", 1)), (), "", i))
+        weights += [
+            Weight(f"{i}.q", (heads * 4, 16), Group.BLOCKS, 1),
+            Weight(f"{i}.o", (16, heads * 4), Group.BLOCKS, 1),
+        ]
+        weights += [
+            Weight(f"{i}.up", (channels, 16), Group.BLOCKS, 1),
+            Weight(f"{i}.down", (16, channels), Group.BLOCKS, 1),
+        ]
+        axes.append(
+            Axis(f"layers.{i}.heads", Kind.HEAD, heads, (Slice(f"{i}.q", 0, 4), Slice(f"{i}.o", 1, 4)), (), "", i)
+        )
+        axes.append(
+            Axis(
+                f"layers.{i}.channels", Kind.CHANNEL, channels, (Slice(f"{i}.up", 0), Slice(f"{i}.down", 1)), (), "", i
+            )
+        )
     return axes, CostModel(axes, weights)
 
 
@@ -78,7 +94,9 @@ def test_a_shift_keeps_the_order_of_the_gates() -> None:
 
 
 def test_a_gap_per_layer_is_expected_minus_wanted_sparsity_by_hand() -> None:
-    """Halfway to 4 of 8 heads and 12 of 24 channels, 6 and 18 are wanted: a layer with more has too little sparsity, a negative gap."""
+    """Halfway to 4 of 8 heads and 12 of 24 channels, 6 and 18 are wanted: a layer with more has too little sparsity, a
+    negative gap.
+    """
     axes, cost = model()
     constraint = CountsPerLayer(axes, {Kind.HEAD: 4, Kind.CHANNEL: 12}, cost)
     open_share = {"heads": (1.0, 0.75, 0.5), "channels": (0.5, 1.0, 0.875)}

@@ -37,7 +37,9 @@ def test_parts_that_are_gone_are_none(cost: CostModel) -> None:
 
 def test_more_than_may_leave_is_refused(cost: CostModel) -> None:
     layers = axes_of(cost, Kind.LAYER)
-    with pytest.raises(InfeasibleBudget, match="drop=5: the model has 5 layers, of which at most 4 may leave; lower drop to 4"):
+    with pytest.raises(
+        InfeasibleBudget, match="drop=5: the model has 5 layers, of which at most 4 may leave; lower drop to 4"
+    ):
         drop_lowest(layers, {"layers": torch.zeros(5)}, 5)
     with pytest.raises(InfeasibleBudget, match="lower drop to 4"):
         drop_run(layers[0], torch.zeros(6, 6), cost, Budget(1.0, kinds=(Kind.LAYER,)), 5)

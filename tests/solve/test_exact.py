@@ -42,7 +42,10 @@ def test_nothing_is_worth_more_than_the_exact_plan(keep: float, seed: int, multi
     for counts in itertools.product(*(budget.allowed(axis.kind, axis.size) for axis in cost.axes)):
         masks = {axis.name: (torch.arange(axis.size) < n).double() for axis, n in zip(cost.axes, counts, strict=True)}
         if float(cost(masks).blocks) <= budget.limit(cost):
-            ranked = [scores[axis.name].sort(descending=True).values[:n].sum() for axis, n in zip(cost.axes, counts, strict=True)]
+            ranked = [
+                scores[axis.name].sort(descending=True).values[:n].sum()
+                for axis, n in zip(cost.axes, counts, strict=True)
+            ]
             best = max(best, float(sum(ranked)))
     assert _worth(scores, plan) == pytest.approx(best, rel=2e-4, abs=1e-6)
     for axis in cost.axes:

@@ -15,8 +15,12 @@ from compresso.solve.greedy import Flat, Items, admit_greedily
     capacity=st.integers(0, 60),
     first=st.sets(st.integers(0, 29)),
 )
-def test_runs_admit_what_trying_each_item_admits(prices: list[int], groups: list[int], capacity: int, first: set[int]) -> None:
-    """Items of one group have one price here; the price of group 0 grows with what group 1 has, as heads and hidden dimensions do."""
+def test_runs_admit_what_trying_each_item_admits(
+    prices: list[int], groups: list[int], capacity: int, first: set[int]
+) -> None:
+    """Items of one group have one price here; the price of group 0 grows with what group 1 has, as heads and hidden
+    dimensions do.
+    """
     group = torch.tensor([g % len(prices) for g in groups], dtype=torch.long)
 
     def price(admitted: torch.Tensor) -> int:
@@ -45,8 +49,18 @@ def test_units_of_no_item_stay_as_they_started() -> None:
 
 
 def test_axes_are_laid_end_to_end_and_back() -> None:
-    flat = Flat([Axis("a", Kind.HEAD, 2, (), (), ""), Axis("empty", Kind.HEAD, 0, (), (), ""), Axis("b", Kind.CHANNEL, 3, (), (), "")])
+    flat = Flat(
+        [
+            Axis("a", Kind.HEAD, 2, (), (), ""),
+            Axis("empty", Kind.HEAD, 0, (), (), ""),
+            Axis("b", Kind.CHANNEL, 3, (), (), ""),
+        ]
+    )
     values = {"b": torch.tensor([3.0, 4.0, 5.0]), "a": torch.tensor([1.0, 2.0]), "empty": torch.zeros(0)}
     joined = flat.join(values)
     assert joined.tolist() == [1, 2, 3, 4, 5] and joined.dtype == torch.float64
-    assert {name: part.tolist() for name, part in flat.split(joined).items()} == {"a": [1, 2], "empty": [], "b": [3, 4, 5]}
+    assert {name: part.tolist() for name, part in flat.split(joined).items()} == {
+        "a": [1, 2],
+        "empty": [],
+        "b": [3, 4, 5],
+    }

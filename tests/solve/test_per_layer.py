@@ -18,7 +18,9 @@ def _scores(cost: CostModel, seed: int) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=30, deadline=None)
 @given(keep=st.floats(0.15, 1), seed=st.integers(0, 9), of=st.sampled_from(["blocks", "macs", "total"]))
-def test_equal_shares_meet_the_budget_and_differ_by_a_unit_at_most(tiny: CostModel, keep: float, seed: int, of: str) -> None:
+def test_equal_shares_meet_the_budget_and_differ_by_a_unit_at_most(
+    tiny: CostModel, keep: float, seed: int, of: str
+) -> None:
     budget = Budget(keep, of, floor={Kind.HEAD: 1})  # type: ignore[arg-type]
     scores = _scores(tiny, seed)
     try:
@@ -41,7 +43,10 @@ def test_a_sensitive_layer_keeps_more_within_bounds(tiny: CostModel) -> None:
     scores = {axis.name: torch.ones(axis.size) * (1.0 if axis.layer == 0 else 1.5) for axis in tiny.axes}
     budget = Budget(0.75, kinds=("channel",))  # type: ignore[arg-type]
     weights = sensitivity_weights(tiny.axes, scores, budget)
-    assert weights == {"layers.0.channels": pytest.approx((1 / 1.25) ** 0.5), "layers.1.channels": pytest.approx((1.5 / 1.25) ** 0.5)}
+    assert weights == {
+        "layers.0.channels": pytest.approx((1 / 1.25) ** 0.5),
+        "layers.1.channels": pytest.approx((1.5 / 1.25) ** 0.5),
+    }
     kept = allocate_per_layer(tiny.axes, scores, tiny, budget, weights).kept
     assert len(kept["layers.1.channels"]) > len(kept["layers.0.channels"])
     loud = {name: score * (1e6 if "1." in name else 1) for name, score in scores.items()}

@@ -28,9 +28,13 @@ Describe = Callable[..., CostModel]
 KINDS = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
 
 
-def gates(cost: CostModel, seed: int, spread: float = 2.0, dtype: torch.dtype = torch.float64, kinds: Any = KINDS) -> dict[str, Tensor]:
+def gates(
+    cost: CostModel, seed: int, spread: float = 2.0, dtype: torch.dtype = torch.float64, kinds: Any = KINDS
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {a.name: (torch.randn(a.size, generator=generator) * spread + 1).to(dtype) for a in cost.axes if a.kind in kinds}
+    return {
+        a.name: (torch.randn(a.size, generator=generator) * spread + 1).to(dtype) for a in cost.axes if a.kind in kinds
+    }
 
 
 def share(cost: CostModel, log_alpha: dict[str, Tensor], of: Any = "blocks") -> float:
@@ -74,7 +78,9 @@ def test_float32_gates_land_as_well_as_float32_can(llama_7b: CostModel) -> None:
 
 
 def test_reachable_is_what_clamped_gates_express(llama_7b: CostModel) -> None:
-    closed, open_ = (float(keep_probability(torch.tensor(end, dtype=torch.float64))) for end in (LOG_ALPHA_LOW, LOG_ALPHA_HIGH))
+    closed, open_ = (
+        float(keep_probability(torch.tensor(end, dtype=torch.float64))) for end in (LOG_ALPHA_LOW, LOG_ALPHA_HIGH)
+    )
     assert reachable(gates(llama_7b, 0), llama_7b) == pytest.approx((closed**2, open_**2))
     assert 1 - open_**2 == pytest.approx(0.0040, abs=1e-4)
     for keep in reachable(gates(llama_7b, 0), llama_7b):
@@ -104,7 +110,12 @@ def kept_count(cost: CostModel, masks: dict[str, Tensor]) -> float:
 
 
 @settings(deadline=None, max_examples=30)
-@given(keep=st.floats(0.05, 1.0), seed=st.integers(0, 1000), spread=st.floats(0, 4), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    keep=st.floats(0.05, 1.0),
+    seed=st.integers(0, 1000),
+    spread=st.floats(0, 4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_final_masks_are_on_the_budget_and_nothing_more_fits(
     tiny: CostModel, keep: float, seed: int, spread: float, dtype: torch.dtype
 ) -> None:
@@ -158,7 +169,9 @@ def test_final_masks_keep_the_fewest_units_that_must_stay(tiny: CostModel) -> No
 
 
 def test_masks_that_cannot_get_small_enough_are_refused(tiny: CostModel) -> None:
-    with pytest.raises(InfeasibleBudget, match=r"keep=0\.3 allows 1,152 of 3,840 block parameters, but at least 1,536 stay"):
+    with pytest.raises(
+        InfeasibleBudget, match=r"keep=0\.3 allows 1,152 of 3,840 block parameters, but at least 1,536 stay"
+    ):
         deterministic_to_budget(gates(tiny, 0, kinds=(Kind.CHANNEL,)), tiny.axes, tiny, 0.3)
 
 

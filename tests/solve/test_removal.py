@@ -19,7 +19,11 @@ def cost(describe: Describe) -> CostModel:
 
 def scores(cost: CostModel, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {axis.name: torch.rand(axis.size, generator=generator) for axis in cost.axes if axis.kind in (Kind.HEAD, Kind.CHANNEL)}
+    return {
+        axis.name: torch.rand(axis.size, generator=generator)
+        for axis in cost.axes
+        if axis.kind in (Kind.HEAD, Kind.CHANNEL)
+    }
 
 
 @pytest.mark.parametrize("seed", range(5))

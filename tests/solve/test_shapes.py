@@ -15,7 +15,13 @@ from compresso.solve.uniform import uniform_targets
 @pytest.fixture(scope="module")
 def model() -> tuple[tuple[Axis, ...], CostModel]:
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=8, vocab_size=96
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=96,
     )
     with torch.device("meta"):
         built = LlamaForCausalLM(config)
@@ -24,7 +30,11 @@ def model() -> tuple[tuple[Axis, ...], CostModel]:
 
 
 def counted(axes: tuple[Axis, ...], cost: CostModel, counts: dict[Kind, int]) -> float:
-    masks = {axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size).double() for axis in axes if axis.kind in counts}
+    masks = {
+        axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size).double()
+        for axis in axes
+        if axis.kind in counts
+    }
     return float(cost(masks).count("blocks"))
 
 

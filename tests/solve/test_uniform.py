@@ -19,7 +19,9 @@ KINDS = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
 
 def count(cost: CostModel, targets: dict[Kind, int], budget: Budget) -> float:
     return float(
-        cost.of(Plan({axis.name: tuple(range(targets[axis.kind])) for axis in cost.axes if axis.kind in targets})).count(budget.of)
+        cost.of(
+            Plan({axis.name: tuple(range(targets[axis.kind])) for axis in cost.axes if axis.kind in targets})
+        ).count(budget.of)
     )
 
 
@@ -52,7 +54,10 @@ def test_targets_are_allowed_and_land_on_the_budget(
     finest = max(kinds, key=lambda kind: n_steps[kind])
     allowed = budget.allowed(finest, sizes[finest])
     at = allowed.index(targets[finest])
-    for n in (allowed[max(at - 1, 0)], allowed[min(at + 1, len(allowed) - 1)]):  # neither step of the finest kind comes nearer
+    for n in (
+        allowed[max(at - 1, 0)],
+        allowed[min(at + 1, len(allowed) - 1)],
+    ):  # neither step of the finest kind comes nearer
         stepped = count(cost, {**targets, finest: n}, budget)
         assert abs(stepped - limit) >= abs(found - limit) or (stepped > limit and not budget.rounds)
 
@@ -68,7 +73,11 @@ def test_all_kinds_keep_about_the_same_share(llama_7b: CostModel, keep: float) -
 
 def test_keep_1_keeps_everything_and_floors_hold(describe: Describe) -> None:
     cost = describe(64, 3, 8, 200, 50)
-    assert uniform_targets(cost.axes, cost, Budget(1, kinds=KINDS)) == {Kind.HEAD: 8, Kind.CHANNEL: 200, Kind.HIDDEN: 64}
+    assert uniform_targets(cost.axes, cost, Budget(1, kinds=KINDS)) == {
+        Kind.HEAD: 8,
+        Kind.CHANNEL: 200,
+        Kind.HIDDEN: 64,
+    }
     held = uniform_targets(cost.axes, cost, Budget(0.4, floor={Kind.HEAD: 7}))
     assert held[Kind.HEAD] == 7
     with pytest.raises(InfeasibleBudget, match=r"may not go below 64 of 64 units"):

@@ -17,8 +17,12 @@ from compresso.sweep.memory import Estimate, available, estimate
 CPU = torch.device("cpu")
 
 
-def of(stage: object, layers: int = 2, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (100,) * 16) -> Estimate:
-    config = LlamaConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4, vocab_size=1000)
+def of(
+    stage: object, layers: int = 2, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (100,) * 16
+) -> Estimate:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4, vocab_size=1000
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     return estimate(model, arch_for(config), stage, rows, dtype)
@@ -37,7 +41,9 @@ def test_second_moments_tokens_and_disk_count() -> None:
     wanda, obs = of(Wanda()), of(SparseGpt())
     assert obs.statistics - wanda.statistics >= 4 * (3 * 64**2 + 176**2)
     on_disk = of(Wanda(calibration=Calibration(activations="disk")))
-    assert wanda.activations - on_disk.activations == 4 * 64 * 100 * 8  # 16 rows are kept, of which one batch of 8 is at hand
+    assert (
+        wanda.activations - on_disk.activations == 4 * 64 * 100 * 8
+    )  # 16 rows are kept, of which one batch of 8 is at hand
     assert of(Wanda(calibration=Calibration(examples=8))).activations == on_disk.activations
 
 

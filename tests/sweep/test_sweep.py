@@ -1,4 +1,6 @@
-"""The sweep. Law: with no edits, each linear reads in it what it reads in a plain forward pass, whatever the architecture passes along."""
+"""The sweep. Law: with no edits, each linear reads in it what it reads in a plain forward pass, whatever the
+architecture passes along.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 from tests.methods.oracles import FOLDER, needs_oracles, oracle_job
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from compresso.arch.base import Arch, arch_for
 from compresso.errors import ArchError, DataError, NumericError, ResumeError
@@ -33,7 +43,12 @@ MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
     "qwen3": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", *["sliding_attention"] * 2])
+        Qwen3Config(
+            **SIZES,
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=["full_attention", *["sliding_attention"] * 2],
+        )
     ),
 }
 
@@ -71,7 +86,9 @@ def test_linears_read_what_they_read_in_a_plain_pass(name: str, collect_only: bo
     read: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(linear).register_forward_pre_hook(
-            lambda _, inputs, linear=linear: read.__setitem__(linear, read.get(linear, 0) + inputs[0].detach().square().sum(dim=(0, 1)))
+            lambda _, inputs, linear=linear: read.__setitem__(
+                linear, read.get(linear, 0) + inputs[0].detach().square().sum(dim=(0, 1))
+            )
         )
         for linear in found
     ]
@@ -88,7 +105,9 @@ def test_linears_read_what_they_read_in_a_plain_pass(name: str, collect_only: bo
 
 @pytest.mark.parametrize("place", ["device", "cpu", "disk"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_where_states_are_kept_and_how_rows_are_batched_changes_nothing(tmp_path: Path, place: Place, batch: int) -> None:
+def test_where_states_are_kept_and_how_rows_are_batched_changes_nothing(
+    tmp_path: Path, place: Place, batch: int
+) -> None:
     model, arch = made()
     sweep(
         model,
@@ -188,7 +207,9 @@ def test_the_second_moment_is_the_product_however_it_is_cut(width: int) -> None:
 
 @needs_oracles
 def test_the_statistics_of_the_public_code(tmp_path: Path) -> None:
-    """Of layer 0 on dense inputs: Wanda's mean of squares a sequence, SparseGPT's 2/n times the second moment, n sequences."""
+    """Of layer 0 on dense inputs: Wanda's mean of squares a sequence, SparseGPT's 2/n times the second moment, n
+    sequences.
+    """
     job = oracle_job(tmp_path)
     wanted = load_file(FOLDER / "stages.safetensors")
     groups = {0: chosen(job.model, job.arch, Where(layers=(0, 1)))[0]}

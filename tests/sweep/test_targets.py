@@ -14,7 +14,9 @@ from compresso.sweep.targets import Where, chosen, matrix, names_of
 
 
 def made() -> tuple[PreTrainedModel, Arch]:
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
+    )
     with torch.device("meta"):  # shapes are enough
         model = LlamaForCausalLM(config)
     return model, arch_for(config)
@@ -29,7 +31,10 @@ def test_everything_in_the_blocks_and_nothing_else() -> None:
 
 
 def test_ranges_patterns_and_exceptions_go_together() -> None:
-    groups = chosen(*made(), Where(layers=(1, 3), modules=("*.mlp.*", "*.o_proj"), ignore=("*.gate_proj", "model.layers.2.*.o_proj")))
+    groups = chosen(
+        *made(),
+        Where(layers=(1, 3), modules=("*.mlp.*", "*.o_proj"), ignore=("*.gate_proj", "model.layers.2.*.o_proj")),
+    )
     assert {layer: [group.names for group in here] for layer, here in groups.items()} == {
         1: [("model.layers.1.self_attn.o_proj",), ("model.layers.1.mlp.up_proj",), ("model.layers.1.mlp.down_proj",)],
         2: [("model.layers.2.mlp.up_proj",), ("model.layers.2.mlp.down_proj",)],
@@ -45,7 +50,9 @@ def test_shared_weights_are_refused() -> None:
     model, arch = made()
     layers = arch.blocks(model)
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    with pytest.raises(ArchError, match=r"layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ArchError, match=r"layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         chosen(model, arch, Where())
     chosen(model, arch, Where(ignore=("*.up_proj",)))
 

@@ -27,7 +27,9 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run tiny.py with arguments, in as many processes as asked."""
 
     def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        )
         paths = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, *launcher, str(HERE / "tiny.py"), *map(str, arguments)]

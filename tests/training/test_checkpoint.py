@@ -71,7 +71,9 @@ def flip(share: float) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("name", ["state.safetensors", "history.safetensors", "facts.json", "manifest.json"])
 @pytest.mark.parametrize(
-    "damage", [truncate, flip(0), flip(0.5), flip(1), Path.unlink], ids=["truncated", "flip0", "flip50", "flip100", "missing"]
+    "damage",
+    [truncate, flip(0), flip(0.5), flip(1), Path.unlink],
+    ids=["truncated", "flip0", "flip50", "flip100", "missing"],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, damage: Callable[[Path], None]):
     checkpoints = TrainingCheckpoints(tmp_path)
@@ -191,8 +193,17 @@ def test_what_is_not_finite_is_never_written(tmp_path: Path, value: float):
 
 def test_nothing_is_pickled(tmp_path: Path):
     path = TrainingCheckpoints(tmp_path).save(state(4))
-    assert sorted(p.name for p in path.iterdir()) == ["facts.json", "history.safetensors", "manifest.json", "state.safetensors"]
-    assert sorted(json.loads((path / "manifest.json").read_text())["files"]) == ["facts.json", "history.safetensors", "state.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "facts.json",
+        "history.safetensors",
+        "manifest.json",
+        "state.safetensors",
+    ]
+    assert sorted(json.loads((path / "manifest.json").read_text())["files"]) == [
+        "facts.json",
+        "history.safetensors",
+        "state.safetensors",
+    ]
 
 
 def test_another_runs_checkpoint_is_refused_with_all_differences(tmp_path: Path):
@@ -203,5 +214,8 @@ def test_another_runs_checkpoint_is_refused_with_all_differences(tmp_path: Path)
     with pytest.raises(ResumeError) as refusal:
         refuse_other_run(tmp_path, found, other)
     message = str(refusal.value)
-    assert "data was 'a', is 'b'; groups.lora.lr was 0.1, is 0.2; new was 'absent', is None; old was 3, is 'absent'" in message
+    assert (
+        "data was 'a', is 'b'; groups.lora.lr was 0.1, is 0.2; new was 'absent', is None; old was 3, is 'absent'"
+        in message
+    )
     assert "seed" not in message and "betas" not in message

@@ -18,7 +18,11 @@ def test_named_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device(torch.device("cuda:1")) == torch.device("cuda:1")
-    for name, message in (("cuda:2", "torch sees 2 CUDA devices"), ("mps", "not supported"), ("gpu", "'gpu' is not a device name")):
+    for name, message in (
+        ("cuda:2", "torch sees 2 CUDA devices"),
+        ("mps", "not supported"),
+        ("gpu", "'gpu' is not a device name"),
+    ):
         with pytest.raises(ResourceError, match=message):
             choose_device(name)
 

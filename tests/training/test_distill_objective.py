@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from compresso.errors import ArchError, RecipeError
 from compresso.training.distill_objective import DistillObjective, Network
@@ -32,7 +40,9 @@ SIZES: dict[str, Any] = {
 def llama(seed: int, **sizes: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "initializer_range": 0.5, "tie_word_embeddings": True, **sizes}))
+        model = LlamaForCausalLM(
+            LlamaConfig(**{**SIZES, "initializer_range": 0.5, "tie_word_embeddings": True, **sizes})
+        )
     return model.eval()
 
 
@@ -77,7 +87,9 @@ def test_the_loss_is_the_one_over_all_logits(tokens: Any) -> None:
     torch.testing.assert_close(numbers["loss"], divergence + 0.25 * hard)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"divergence": "reverse", "tokens": "all"}, {"divergence": "js", "hard_weight": 0.5}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"divergence": "reverse", "tokens": "all"}, {"divergence": "js", "hard_weight": 0.5}]
+)
 def test_gradients_are_those_of_the_plain_loss_whatever_the_chunk(knobs: dict[str, Any]) -> None:
     """All weights, with the head tied to the embedding: both of its uses are counted."""
     student, teacher, given = llama(0), llama(1), batch()
@@ -129,7 +141,9 @@ def test_hidden_states_weigh_as_much_as_the_divergence_and_are_compared_block_by
     found: dict[PreTrainedModel, list[Tensor]] = {student: [], teacher: []}
     for model, states in found.items():
         for layer in model.model.layers:
-            layer.register_forward_hook(lambda module, inputs, output, states=states: states.append(output[:, 2:6].flatten(0, 1)))
+            layer.register_forward_hook(
+                lambda module, inputs, output, states=states: states.append(output[:, 2:6].flatten(0, 1))
+            )
         model(**given)
     distance: Callable[[Tensor, Tensor], Tensor] = (
         functional.mse_loss if kind == "mse" else lambda a, b: 1 - functional.cosine_similarity(a, b, dim=-1).mean()
@@ -179,7 +193,9 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 def test_a_teacher_in_half_precision_is_nearly_the_same() -> None:
     student, given = llama(0), batch()
-    exact, half = (objective(student, llama(1).to(dtype))(given, MICRO)["divergence"] for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        objective(student, llama(1).to(dtype))(given, MICRO)["divergence"] for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.dtype == torch.float32
     assert float(half) == pytest.approx(float(exact), rel=0.05)
     assert float(half) != float(exact)
@@ -188,7 +204,9 @@ def test_a_teacher_in_half_precision_is_nearly_the_same() -> None:
 def test_logits_that_are_capped_after_the_head_are_capped_here() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Gemma2ForCausalLM(Gemma2Config(**SIZES, initializer_range=2.0, final_logit_softcapping=3.0, sliding_window=8)).eval()
+        model = Gemma2ForCausalLM(
+            Gemma2Config(**SIZES, initializer_range=2.0, final_logit_softcapping=3.0, sliding_window=8)
+        ).eval()
     Network(model).check()
     last, _ = Network(model).read(batch())
     torch.testing.assert_close(Network(model).logits(last), model(**batch()).logits)

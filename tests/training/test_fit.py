@@ -54,7 +54,10 @@ def data(global_batch: int = 4) -> ShuffledBatches:
     generator = torch.Generator().manual_seed(0)
     rows = [(x, x @ torch.tensor([1.0, 2.0, -1.0])) for x in torch.randn(10, 3, generator=generator)]
     return ShuffledBatches(
-        rows, global_batch, lambda some: {"x": torch.stack([x for x, _ in some]), "y": torch.stack([y for _, y in some])}, seed=1
+        rows,
+        global_batch,
+        lambda some: {"x": torch.stack([x for x, _ in some]), "y": torch.stack([y for _, y in some])},
+        seed=1,
     )
 
 
@@ -78,7 +81,9 @@ def test_the_loop_is_the_plain_loop():
     ascend = torch.optim.AdamW([plain.multiplier], lr=0.1, weight_decay=0.0, maximize=True)
     source, losses = data(), []
     for update in range(6):
-        halves = [plain(source.at(update, rows), Micro(update, i, rows)) for i, rows in enumerate((range(2), range(2, 4)))]
+        halves = [
+            plain(source.at(update, rows), Micro(update, i, rows)) for i, rows in enumerate((range(2), range(2, 4)))
+        ]
         loss = sum(half["loss"] for half in halves) / 2
         loss.backward()
         descend.step()
@@ -90,7 +95,10 @@ def test_the_loop_is_the_plain_loop():
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(history.column("loss"), losses, rtol=1e-5, atol=1e-7)
     assert [row["update"] for row in history.rows] == list(range(6))
-    assert [m.slot for m in line.micros[:4]] == [0, 1, 0, 1] and [m.rows for m in line.micros[:2]] == [range(2), range(2, 4)]
+    assert [m.slot for m in line.micros[:4]] == [0, 1, 0, 1] and [m.rows for m in line.micros[:2]] == [
+        range(2),
+        range(2, 4),
+    ]
 
 
 def test_accumulation_equals_the_whole_batch():
@@ -105,7 +113,9 @@ def test_accumulation_equals_the_whole_batch():
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_gradient_of_an_update_is_that_of_its_whole_batch(accumulation: int):
-    """In closed form. AdamW forgets the scale of a gradient, so weights after training do not show it; a clip and scores do."""
+    """In closed form. AdamW forgets the scale of a gradient, so weights after training do not show it; a clip and
+    scores do.
+    """
     line, seen = Line(), list[Tensor]()
 
     def before(update: int) -> None:
@@ -187,7 +197,11 @@ def test_schedules_count_updates():
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_an_update_that_is_not_finite_is_skipped_whole(how: str, tmp_path: Path):
-    line, checkpoints, called = Line(break_at={1: how, 3: how, 4: how}), TrainingCheckpoints(tmp_path, keep=9), list[int]()
+    line, checkpoints, called = (
+        Line(break_at={1: how, 3: how, 4: how}),
+        TrainingCheckpoints(tmp_path, keep=9),
+        list[int](),
+    )
     seen = list[int]()
     history = train(line, 6, checkpoints=checkpoints, save_every=1, before_step=seen.append, after_update=called.append)
     assert history.skipped == [1, 3, 4] and seen == called == [0, 2, 5] == [row["update"] for row in history.rows]
@@ -225,7 +239,9 @@ def test_nan_made_after_the_update_never_reaches_the_disk(tmp_path: Path):
         if update == 3:
             line.multiplier.fill_(math.nan)
 
-    with pytest.raises(NumericError, match=r"param/multiplier holds NaN or Inf after 4 updates, so no checkpoint was written"):
+    with pytest.raises(
+        NumericError, match=r"param/multiplier holds NaN or Inf after 4 updates, so no checkpoint was written"
+    ):
         train(line, checkpoints=TrainingCheckpoints(tmp_path), save_every=2, after_update=poison)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
@@ -307,7 +323,9 @@ def test_a_checkpoint_of_a_different_module_is_refused(tmp_path: Path):
             self.register_buffer("scale", torch.ones(1))
 
     train(Line(), checkpoints=TrainingCheckpoints(tmp_path))
-    with pytest.raises(ResumeError, match="1 tensors are only in the checkpoint or only in the model, the first is buffer/scale"):
+    with pytest.raises(
+        ResumeError, match="1 tensors are only in the checkpoint or only in the model, the first is buffer/scale"
+    ):
         train(Other(), checkpoints=TrainingCheckpoints(tmp_path))
 
 
@@ -346,7 +364,9 @@ def test_a_signal_saves_at_the_end_of_the_update_and_stops(tmp_path: Path, numbe
     assert stop.value.code == 128 + number and stop.value.signal == number
     assert str(stop.value) == f"stopped by {number.name}; continue from {tmp_path / f'step-{done:06d}'}"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert train(resumed, checkpoints=TrainingCheckpoints(tmp_path)) == wanted and equal(weights(resumed), weights(whole))
+    assert train(resumed, checkpoints=TrainingCheckpoints(tmp_path)) == wanted and equal(
+        weights(resumed), weights(whole)
+    )
     assert len(resumed.micros) == 6 - done
 
 

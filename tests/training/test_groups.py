@@ -101,7 +101,9 @@ def test_groups_must_cover_the_trainable_parameters_exactly():
         check_groups([Group("one", [a], lr=1.0)], named)
     with pytest.raises(CompressoError, match="parameter a is in the groups 'one' and 'two'"):
         check_groups([Group("one", [a, b], lr=1.0), Group("two", [a], lr=1.0)], named)
-    with pytest.raises(CompressoError, match=r"group 'one' holds a parameter of shape \(3,\) that is not a trainable parameter"):
+    with pytest.raises(
+        CompressoError, match=r"group 'one' holds a parameter of shape \(3,\) that is not a trainable parameter"
+    ):
         check_groups([Group("one", [a, b, foreign], lr=1.0)], named)
     with pytest.raises(CompressoError, match=r"lr=-0.1, wanted >= 0; for gradient ascent set ascend=True"):
         check_groups([Group("one", [a, b], lr=-0.1)], named)

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from compresso.training.history import History
 
-ROWS = st.lists(st.dictionaries(st.sampled_from(["loss", "sparsity", "a/b"]), st.floats(allow_nan=False), min_size=1), max_size=6)
+ROWS = st.lists(
+    st.dictionaries(st.sampled_from(["loss", "sparsity", "a/b"]), st.floats(allow_nan=False), min_size=1), max_size=6
+)
 
 
 @given(rows=ROWS, skipped=st.lists(st.integers(0, 99)))

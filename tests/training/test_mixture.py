@@ -13,7 +13,9 @@ ROWS = torch.tensor([10, 30, 60])
 
 
 def test_shares_are_in_proportion_to_losses_of_the_running_stage() -> None:
-    assert shares(torch.tensor([0.2, 0.6, 5.0]), torch.tensor([True, True, False]), ROWS).tolist() == pytest.approx([0.25, 0.75, 0])
+    assert shares(torch.tensor([0.2, 0.6, 5.0]), torch.tensor([True, True, False]), ROWS).tolist() == pytest.approx(
+        [0.25, 0.75, 0]
+    )
 
 
 @pytest.mark.parametrize("lost", [[0.0, 0.0, 0.0], [-1.0, -0.5, 0.0]])
@@ -23,7 +25,9 @@ def test_where_nothing_was_lost_rows_decide(lost: list[float]) -> None:
 
 def drawn(wanted: list[float], updates: int, batch: int = 32) -> list[tuple[int, int]]:
     sources = [list(range(n)) for n in ROWS.tolist()]
-    batches = MixedBatches(sources, batch, lambda rows: {"x": torch.tensor(rows)}, 3, lambda update: torch.tensor(wanted))
+    batches = MixedBatches(
+        sources, batch, lambda rows: {"x": torch.tensor(rows)}, 3, lambda update: torch.tensor(wanted)
+    )
     return [one for update in range(updates) for one in batches.drawn(update, range(batch))]
 
 

@@ -26,11 +26,15 @@ def test_every_epoch_sees_every_example_once(n: int, global_batch: int, seed: in
 
 
 @given(processes=st.integers(1, 4), accumulation=st.integers(1, 4), size=st.integers(1, 3), update=st.integers(0, 9))
-def test_processes_and_micro_batches_share_out_the_same_global_batch(processes: int, accumulation: int, size: int, update: int):
+def test_processes_and_micro_batches_share_out_the_same_global_batch(
+    processes: int, accumulation: int, size: int, update: int
+):
     """N processes with A micro-batches see, slot by slot, what one process with N * A sees."""
     source = batches(17, processes * accumulation * size)
     alone = micros_of(update, source.global_batch, processes * accumulation, 0, 1)
-    together = [m for rank in range(processes) for m in micros_of(update, source.global_batch, accumulation, rank, processes)]
+    together = [
+        m for rank in range(processes) for m in micros_of(update, source.global_batch, accumulation, rank, processes)
+    ]
     assert sorted(together, key=lambda m: m.slot) == alone
     assert [row for m in alone for row in m.rows] == list(range(source.global_batch))
     assert [x for m in alone for x in source.at(update, m.rows)["x"].tolist()] == seen(source, update)
@@ -63,7 +67,9 @@ def test_no_data_is_refused():
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(CompressoError, match="6 cannot be split over 2 processes x 2 micro-batches; choose a multiple of 4"):
+    with pytest.raises(
+        CompressoError, match="6 cannot be split over 2 processes x 2 micro-batches; choose a multiple of 4"
+    ):
         micros_of(0, 6, 2, 0, 2)
     with pytest.raises(CompressoError, match="0 micro-batches"):
         micros_of(0, 6, 0, 0, 2)

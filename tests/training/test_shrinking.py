@@ -110,7 +110,9 @@ def test_a_group_that_turns_round_is_zero_at_once_even_at_eps_0() -> None:
     """Layer 0's channels are all adapter, and an update reverses it; layer 1's only shrink by the factor of 2/3."""
     tested = objective()
     ours = [parameter for name, parameter in tested.model.named_parameters() if "layers.0.mlp" in name]
-    adapters = [parameter for name, parameter in tested.model.named_parameters() if "layers.0.mlp" in name and "lora_B" in name]
+    adapters = [
+        parameter for name, parameter in tested.model.named_parameters() if "layers.0.mlp" in name and "lora_B" in name
+    ]
     with torch.no_grad():
         for parameter in ours:
             if not parameter.requires_grad:

@@ -1,7 +1,8 @@
-"""A tiny LLaMA with LoRA and hard-concrete gates on its FFN channels, as a training objective; run as a script, one training process.
+"""A tiny LLaMA with LoRA and hard-concrete gates on its FFN channels, as a training objective; run as a script, one
+training process.
 
-The gates' mathematics is written out here (Louizos et al., arXiv 1712.01312), so that these tests depend on the loop alone. Updates
-before GATES_FROM train LoRA only.
+The gates' mathematics is written out here (Louizos et al., arXiv 1712.01312), so that these tests depend on the loop
+alone. Updates before GATES_FROM train LoRA only.
 """
 
 import argparse
@@ -50,7 +51,9 @@ class Gated(nn.Module):
         )
         lora = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # PEFT's call
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )  # PEFT's call
             self.model = get_peft_model(LlamaForCausalLM(config), lora)
         self.log_alpha = nn.Parameter(torch.full((LAYERS, CHANNELS), 2.0))
         self.lambdas = nn.Parameter(torch.zeros(2))
@@ -61,7 +64,9 @@ class Gated(nn.Module):
         with contextlib.ExitStack() as hooks:
             if gating:
                 rows = micro.rows if self.noise == "example" else None
-                u = gate_noise(SEED, micro.update, LAYERS * CHANNELS, rows, self.log_alpha.device).reshape(-1, LAYERS, CHANNELS)
+                u = gate_noise(SEED, micro.update, LAYERS * CHANNELS, rows, self.log_alpha.device).reshape(
+                    -1, LAYERS, CHANNELS
+                )
                 z = (torch.sigmoid((u.logit() + self.log_alpha) * 1.5) * 1.2 - 0.1).clamp(0, 1)
                 for i, layer in enumerate(self.model.get_base_model().model.layers):
                     hook = layer.mlp.down_proj.register_forward_pre_hook(lambda m, x, z=z[:, i, None]: (x[0] * z,))
@@ -118,11 +123,15 @@ def train(
 
     checkpoints = TrainingCheckpoints(folder, {"model": "tiny"}) if folder else None
     settings = {"seed": SEED, "accumulation": accumulation, "save_every": save_every, "device": "cpu"} | how
-    return fit(objective, objective.groups(), batches(), steps, after_update=after_update, checkpoints=checkpoints, **settings)
+    return fit(
+        objective, objective.groups(), batches(), steps, after_update=after_update, checkpoints=checkpoints, **settings
+    )
 
 
 def shard_on_cpu() -> None:
-    """Make accelerate shard on CPUs (FSDP 2), which it refuses by itself, so that sharded training is tested without two GPUs."""
+    """Make accelerate shard on CPUs (FSDP 2), which it refuses by itself, so that sharded training is tested without
+    two GPUs.
+    """
     module = sys.modules["compresso.training.fit"]
     plain = module.new_accelerator
 
@@ -143,7 +152,8 @@ def shard_on_cpu() -> None:
 def main() -> None:
     """Train once for each run asked and write what was learned to <out>.<run>.safetensors.
 
-    Runs: "batch" and "example" (noise); "sharded", which is stopped by a SIGTERM and continued with a new model, and comes last.
+    Runs: "batch" and "example" (noise); "sharded", which is stopped by a SIGTERM and continued with a new model, and
+    comes last.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)

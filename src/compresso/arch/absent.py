@@ -1,6 +1,8 @@
-"""What stands in for a removed sub-layer, so that the stock decoder layer still runs: it adds zero to the residual stream.
+"""What stands in for a removed sub-layer, so that the stock decoder layer still runs: it adds zero to the residual
+stream.
 
-Neither module has parameters, and that is how a removed sub-layer is recognised. The norm before it becomes `nn.Identity`.
+Neither module has parameters, and that is how a removed sub-layer is recognised. The norm before it becomes
+`nn.Identity`.
 """
 
 from torch import Tensor, nn

@@ -1,7 +1,8 @@
 """What an architecture tells the rest of the program, and how one is found for a config.
 
-An architecture is described once, in a file of its own beside this one; masking, counting, shrinking and exporting follow from the
-description. Files of this package are found by walking it, so a new file is a new architecture. One that cannot be imported is an error.
+An architecture is described once, in a file of its own beside this one; masking, counting, shrinking and exporting
+follow from the description. Files of this package are found by walking it, so a new file is a new architecture. One
+that cannot be imported is an error.
 """
 
 import importlib
@@ -34,7 +35,9 @@ class LayerShape:
 
 
 class Arch(Protocol):
-    """One architecture. Every method reads shapes off the modules, so all of them hold on the meta device and for shrunk models."""
+    """One architecture. Every method reads shapes off the modules, so all of them hold on the meta device and for
+    shrunk models.
+    """
 
     @property
     def name(self) -> str:
@@ -70,7 +73,9 @@ class Arch(Protocol):
         ...
 
     def empty_(self, block: nn.Module, kind: Kind) -> None:
-        """Replace a block's attention (Kind.ATTENTION) or FFN (Kind.MLP) and its norm by modules without parameters that add nothing."""
+        """Replace a block's attention (Kind.ATTENTION) or FFN (Kind.MLP) and its norm by modules without parameters
+        that add nothing.
+        """
         ...
 
     def sync_config_(self, model: PreTrainedModel) -> None:

@@ -1,7 +1,8 @@
 """BERT (arXiv 1810.04805): the bidirectional encoder, with any head or none; every linear has a bias.
 
-No hidden axis: LayerNorm subtracts the mean of the residual stream. No axis of layers either: the norms lie behind the residual sums, so a
-layer whose sub-layers add nothing still normalises; its attention and its FFN can leave, its two norms stay.
+No hidden axis: LayerNorm subtracts the mean of the residual stream. No axis of layers either: the norms lie behind the
+residual sums, so a layer whose sub-layers add nothing still normalises; its attention and its FFN can leave, its two
+norms stay.
 """
 
 from compresso.arch.base import register

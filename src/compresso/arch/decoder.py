@@ -2,11 +2,12 @@
 
     embed_tokens -> [ + o(attention(q, k, v of norm)), + down(act(gate) * up of norm) ] x layers -> norm -> lm_head
 
-Masks apply where Compresso (arXiv 2310.05015) puts them: heads before `o_proj`, FFN channels on `gate_proj` and `up_proj` before the
-activation, hidden dimensions on the embedding's output and on both sub-layers' outputs; norms keep dividing by the original width.
-A unit of a head axis is one key/value head with the query heads that share it, so grouped-query attention stays grouped.
-A bias on `o_proj` (or `down_proj`) outlives the last head (or channel); such an axis must keep one unit, while removing the whole
-sub-layer through the axes `attention`, `mlp` or `layers` removes the bias too and stays exact.
+Masks apply where Compresso (arXiv 2310.05015) puts them: heads before `o_proj`, FFN channels on `gate_proj` and
+`up_proj` before the activation, hidden dimensions on the embedding's output and on both sub-layers' outputs; norms keep
+dividing by the original width. A unit of a head axis is one key/value head with the query heads that share it, so
+grouped-query attention stays grouped. A bias on `o_proj` (or `down_proj`) outlives the last head (or channel); such an
+axis must keep one unit, while removing the whole sub-layer through the axes `attention`, `mlp` or `layers` removes the
+bias too and stays exact.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ class Decoder:
 
     Args:
         name: the `model_type` described.
-        head_norms: norms inside the attention that run over one head's entries; they are shared by all heads and leave with the last.
+        head_norms: norms inside the attention that run over one head's entries; they are shared by all heads and leave
+            with the last.
     """
 
     name: str
@@ -45,7 +47,9 @@ class Decoder:
         return config.model_type == self.name
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `hidden`, `layers`, `attention`, `mlp`, `vocab`."""
+        """`layers.{i}.heads` and `layers.{i}.channels` of what is there, then `hidden`, `layers`, `attention`, `mlp`,
+        `vocab`.
+        """
         return decoder_axes(model, self.head_norms)
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
@@ -71,7 +75,9 @@ class Decoder:
         here = self.linear_groups(block)
         norms = {_ATTENTION[:3]: "input_layernorm", _MLP[:2]: "post_attention_layernorm"}
         writers = {_ATTENTION[3:]: "self_attn.v_proj", _MLP[2:]: "mlp.up_proj"}
-        return producers(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
+        return producers(
+            block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here}
+        )
 
     def shapes(self, model: PreTrainedModel) -> list[LayerShape]:
         """The widths of each layer. Raises ArchError if the modules are not what the config says."""
@@ -114,7 +120,12 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
         ("attention", Kind.ATTENTION, owned_by_attention, (attentions,)),
         ("mlp", Kind.MLP, owned_by_mlp, (mlps,)),
     ):
-        slices = tuple(Slice(p, 0, unit=i) for i, prefixes in owned.items() for p, _ in model.named_parameters() if p.startswith(prefixes))
+        slices = tuple(
+            Slice(p, 0, unit=i)
+            for i, prefixes in owned.items()
+            for p, _ in model.named_parameters()
+            if p.startswith(prefixes)
+        )
         gates = tuple(Gate(module, "output", unit=i) for site in sites for i, module in site.items())
         axes.append(Axis(name, kind, len(shapes), slices, gates, "model.layers"))
     return (*axes, vocabulary_axis(model))
@@ -151,7 +162,10 @@ def _channels(model: PreTrainedModel, i: int, shape: LayerShape) -> Axis:
         name=f"layers.{i}.channels",
         kind=Kind.CHANNEL,
         size=shape.channels,
-        slices=(*(Slice(name, 0) for module in read for name in _tensors(model, module)), Slice(f"{mlp}.down_proj.weight", 1)),
+        slices=(
+            *(Slice(name, 0) for module in read for name in _tensors(model, module)),
+            Slice(f"{mlp}.down_proj.weight", 1),
+        ),
         gates=tuple(Gate(module, "output") for module in read),
         container=mlp,
         layer=i,

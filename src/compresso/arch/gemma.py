@@ -1,10 +1,13 @@
-"""Gemma 2 (arXiv 2408.00118) and Gemma 3's text model (arXiv 2503.19786): four norms a layer, soft-capped logits, sliding layers.
+"""Gemma 2 (arXiv 2408.00118) and Gemma 3's text model (arXiv 2503.19786): four norms a layer, soft-capped logits,
+sliding layers.
 
-The norm behind a sub-layer turns zeros into zeros, so that both of a sub-layer's norms leave with it. A soft mask on a whole attention or
-FFN is seen by that norm, which divides it out again but for its epsilon: 0/1 masks there are exact, learned ones have hardly a gradient.
+The norm behind a sub-layer turns zeros into zeros, so that both of a sub-layer's norms leave with it. A soft mask on a
+whole attention or FFN is seen by that norm, which divides it out again but for its epsilon: 0/1 masks there are exact,
+learned ones have hardly a gradient.
 
-No hidden axis. These norms multiply by 1 + weight and call their epsilon `eps`, and the embedding is scaled by the root of the config's
-hidden size; the correction in `edit/shrink.py` multiplies weights and leaves that scale out, so fewer dimensions would not be exact.
+No hidden axis. These norms multiply by 1 + weight and call their epsilon `eps`, and the embedding is scaled by the root
+of the config's hidden size; the correction in `edit/shrink.py` multiplies weights and leaves that scale out, so fewer
+dimensions would not be exact.
 """
 
 from compresso.arch.base import register

@@ -1,8 +1,9 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm decoder with learned positions; q, k and v from one `Conv1D`, whose weight is [in, out].
+"""GPT-2 (Radford et al. 2019): LayerNorm decoder with learned positions; q, k and v from one `Conv1D`, whose weight is
+[in, out].
 
-No hidden axis: LayerNorm subtracts the mean of the residual stream. Every linear has a bias, so that no layer may lose its last head or
-channel; whole sub-layers and layers can leave. With `scale_attn_by_inverse_layer_idx` the layers that stay keep the scale of their old
-place, which a model rebuilt from the config would not.
+No hidden axis: LayerNorm subtracts the mean of the residual stream. Every linear has a bias, so that no layer may lose
+its last head or channel; whole sub-layers and layers can leave. With `scale_attn_by_inverse_layer_idx` the layers that
+stay keep the scale of their old place, which a model rebuilt from the config would not.
 """
 
 from compresso.arch.base import register

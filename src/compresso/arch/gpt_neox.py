@@ -1,7 +1,9 @@
-"""GPT-NeoX (arXiv 2204.06745; Pythia): LayerNorm decoder with rotary positions; one linear holds, head by head, q, k and v.
+"""GPT-NeoX (arXiv 2204.06745; Pythia): LayerNorm decoder with rotary positions; one linear holds, head by head, q, k
+and v.
 
-No hidden axis: LayerNorm subtracts the mean of the residual stream. Attention and FFN read the same stream (or, by the config, follow one
-another); their sums are the same whichever leaves. With biases no layer may lose its last head or channel.
+No hidden axis: LayerNorm subtracts the mean of the residual stream. Attention and FFN read the same stream (or, by the
+config, follow one another); their sums are the same whichever leaves. With biases no layer may lose its last head or
+channel.
 """
 
 from compresso.arch.base import register

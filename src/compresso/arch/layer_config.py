@@ -1,4 +1,6 @@
-"""A config that says another head count for one layer, for families whose attention reads it off the model's config (Phi-3)."""
+"""A config that says another head count for one layer, for families whose attention reads it off the model's config
+(Phi-3).
+"""
 
 from typing import Any
 
@@ -6,7 +8,9 @@ from transformers import PreTrainedConfig
 
 
 class LayerConfig:
-    """The model's own config, but for one layer's count of attention heads; everything else is read off that config as it is then."""
+    """The model's own config, but for one layer's count of attention heads; everything else is read off that config as
+    it is then.
+    """
 
     def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
         self.config, self.num_attention_heads = config, num_attention_heads
@@ -18,7 +22,9 @@ class LayerConfig:
 
 
 def config_of_layer(config: PreTrainedConfig, heads: int, head_dim: int) -> PreTrainedConfig | LayerConfig:
-    """What an attention of that many heads has to read; the model's own config, told `head_dim`, if that says the same."""
+    """What an attention of that many heads has to read;
+    the model's own config, told `head_dim`, if that says the same.
+    """
     if getattr(config, "head_dim", None) is None and config.hidden_size // config.num_attention_heads != head_dim:
         config.head_dim = head_dim
     return config if config.num_attention_heads == heads else LayerConfig(config, heads)

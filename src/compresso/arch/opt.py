@@ -1,6 +1,8 @@
-"""OPT (arXiv 2205.01068): LayerNorm decoder with learned positions, ReLU FFN and biases; norms first, or behind the sums (the 350m model).
+"""OPT (arXiv 2205.01068): LayerNorm decoder with learned positions, ReLU FFN and biases; norms first, or behind the
+sums (the 350m model).
 
-No hidden axis: LayerNorm subtracts the mean of the residual stream. The 350m model, whose norms lie behind the sums, has no axis of layers.
+No hidden axis: LayerNorm subtracts the mean of the residual stream. The 350m model, whose norms lie behind the sums,
+has no axis of layers.
 """
 
 from compresso.arch.base import register

@@ -1,8 +1,8 @@
 """The parts of one layer of a `Stack` by name, and how its linears hold queries, keys and values, or gate and up.
 
-Some families write q, k and v with one linear, and gate and up with another. Their outputs then lie one behind the other, either all of q,
-all of k and all of v ("blocks": GPT-2, Phi-3), or for each head its q, k and v ("heads": GPT-NeoX). GPT-2's linears are `Conv1D`s, whose
-weight is [in, out].
+Some families write q, k and v with one linear, and gate and up with another. Their outputs then lie one behind the
+other, either all of q, all of k and all of v ("blocks": GPT-2, Phi-3), or for each head its q, k and v ("heads":
+GPT-NeoX). GPT-2's linears are `Conv1D`s, whose weight is [in, out].
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,9 @@ class Parts:
     heads_in_config: bool = False
 
     def head_widths(self, block: nn.Module, where: str) -> tuple[int, int, int, int]:
-        """How many entries q, k, v and o hold. Raises ArchError if they are not plain linears or do not fit each other."""
+        """How many entries q, k, v and o hold.
+        Raises ArchError if they are not plain linears or do not fit each other.
+        """
         given = linear(block, self.write, where)[1]
         if self.packing == "apart":
             q, k, v = (linear(block, name, where)[0] for name in self.read)
@@ -73,11 +75,16 @@ class Parts:
         written = linear(block, self.read[0], where)[0]
         shared, odd = divmod(written - given, 2)
         if shared <= 0 or odd or (self.packing == "heads" and shared != given):
-            raise ArchError(f"{where}.{self.read[0]} writes {written} entries of q, k and v, of which {where}.{self.write} reads {given}")
+            raise ArchError(
+                f"{where}.{self.read[0]} writes {written} entries of q, k and v, of which {where}.{self.write} reads"
+                f" {given}"
+            )
         return given, shared, shared, given
 
     def ffn_widths(self, block: nn.Module, where: str) -> tuple[int, ...]:
-        """How many channels each of `up` writes, once for every time it does, then those that `down` reads. Raises ArchError likewise."""
+        """How many channels each of `up` writes, once for every time it does, then those that `down` reads. Raises
+        ArchError likewise.
+        """
         down, widths = linear(block, self.down, where)[1], list[int]()
         for name in self.up:
             width, rest = divmod(linear(block, name, where)[0], self.fused_up)
@@ -85,7 +92,8 @@ class Parts:
         return (*widths, down)
 
     def standing_for(self, name: str) -> str | None:
-        """The linear, relative to the layer, that does what LLaMA's of that name does (q_proj, ..., down_proj); None if there is none.
+        """The linear, relative to the layer, that does what LLaMA's of that name does (q_proj, ..., down_proj); None if
+        there is none.
 
         A fused linear stands for all that it holds, the first linear of an FFN without a gate for `gate_proj`, too.
         """
@@ -107,7 +115,9 @@ class Parts:
         return tuple((name, part * channels, 1) for name in self.up for part in range(self.fused_up))
 
     def cached(self, module: str, kv_entries: int) -> int:
-        """How many outputs of a linear, named relative to the layer, are keys or values. kv_entries: of the layer's keys."""
+        """How many outputs of a linear, named relative to the layer, are keys or values. kv_entries: of the layer's
+        keys.
+        """
         if self.packing == "apart":
             return kv_entries if module in self.read[1:] else 0
         return 2 * kv_entries if module in self.read else 0
@@ -119,7 +129,9 @@ def linear(block: nn.Module, name: str, where: str) -> tuple[int, int]:
     if type(module) is Conv1D:
         return module.weight.shape[1], module.weight.shape[0]
     if type(module) is not nn.Linear:
-        raise ArchError(f"{where}.{name} is {type(module).__name__}, wanted Linear; merge adapters or load unquantised weights")
+        raise ArchError(
+            f"{where}.{name} is {type(module).__name__}, wanted Linear; merge adapters or load unquantised weights"
+        )
     return module.weight.shape[0], module.weight.shape[1]
 
 

@@ -1,7 +1,8 @@
 """Phi-3 (arXiv 2404.14219): a LLaMA whose q, k and v come from one linear, and gate and up from another.
 
-RMSNorms, so hidden dimensions can leave. The stock attention splits q, k and v by the config's head count, so that a layer with another
-count gets a config of its own (`compresso.arch.layer_config`); a checkpoint needs as many heads in every layer.
+RMSNorms, so hidden dimensions can leave. The stock attention splits q, k and v by the config's head count, so that a
+layer with another count gets a config of its own (`compresso.arch.layer_config`); a checkpoint needs as many heads in
+every layer.
 """
 
 from compresso.arch.base import register

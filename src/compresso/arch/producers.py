@@ -1,9 +1,9 @@
-"""What writes the inputs of a block's linears one by one, so that a scale can move from those inputs into the linears that read them.
+"""What writes the inputs of a block's linears one by one, so that a scale can move from those inputs into the linears
+that read them.
 
-A norm in front of linears is one: its weight (and bias) times 1 / s makes their inputs x / s. So is a linear whose outputs
-reach them through nothing but products and weighted means: v for o, if every head has a value head of its own, and up for down where a
-gate multiplies.
-An activation function in between forbids it.
+A norm in front of linears is one: its weight (and bias) times 1 / s makes their inputs x / s. So is a linear whose
+outputs reach them through nothing but products and weighted means: v for o, if every head has a value head of its own,
+and up for down where a gate multiplies. An activation function in between forbids it.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,9 @@ Producers = Mapping[tuple[str, ...], Feeder]
 """By the linears that read one input, as `Arch.linear_groups` names them; those that nothing feeds so are absent."""
 
 
-def producers(block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: Mapping[tuple[str, ...], str]) -> Producers:
+def producers(
+    block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: Mapping[tuple[str, ...], str]
+) -> Producers:
     """The producers among these modules that are there and fit.
 
     Args:
@@ -44,6 +46,10 @@ def producers(block: nn.Module, norms: Mapping[tuple[str, ...], str], writers: M
             found[names] = Feeder(module, one_plus=type(norm).__name__.startswith("Gemma"))
     for names, module in writers.items():
         writer, reader = block.get_submodule(module), block.get_submodule(names[0])
-        if isinstance(writer, nn.Linear) and isinstance(reader, nn.Linear) and writer.out_features == reader.in_features:
+        if (
+            isinstance(writer, nn.Linear)
+            and isinstance(reader, nn.Linear)
+            and writer.out_features == reader.in_features
+        ):
             found[names] = Feeder(module)
     return found

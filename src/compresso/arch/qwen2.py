@@ -1,4 +1,6 @@
-"""Qwen2: the plain decoder with biases on q, k and v, which leave with their heads, and a sliding window in some layers."""
+"""Qwen2: the plain decoder with biases on q, k and v, which leave with their heads, and a sliding window in some
+layers.
+"""
 
 from compresso.arch.base import register
 from compresso.arch.decoder import Decoder

@@ -1,13 +1,15 @@
-"""Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, Phi-3, BERT, ViT and Gemma.
+"""Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, Phi-3, BERT, ViT and
+Gemma.
 
     stream -> [ + o(attention(q, k, v)), + down(act(up)) or + down(act(gate) * up) ] x layers
 
-Heads are masked before `o`, FFN channels before `down`, so any activation will do; whole sub-layers at the output of `o` and `down`.
-Most have no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would change; Gemma says its own reason.
-A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT) stays, so that such a model has no axis of whole layers:
-norm(x + 0) is not x. A bias on `o` or `down` outlives the last unit, which therefore has to stay.
-Of multiply-accumulates a token, those of layers and of language-model heads are counted; poolers, classifiers and the projection of image
-patches do not run once a token and count none. Everything outside the layers that is no norm is counted with the embeddings.
+Heads are masked before `o`, FFN channels before `down`, so any activation will do; whole sub-layers at the output of
+`o` and `down`. Most have no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would
+change; Gemma says its own reason. A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT)
+stays, so that such a model has no axis of whole layers: norm(x + 0) is not x. A bias on `o` or `down` outlives the last
+unit, which therefore has to stay. Of multiply-accumulates a token, those of layers and of language-model heads are
+counted; poolers, classifiers and the projection of image patches do not run once a token and count none. Everything
+outside the layers that is no norm is counted with the embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +47,8 @@ class Stack:
         parts: the names of a layer's parts.
         generates: whether keys and values are cached.
         norm_first: whether, by its config, a model's norms lie before the sub-layers and not behind the residual sums.
-        final_norm: where the norm that only the head reads may lie, if all norms are RMSNorms and hidden dimensions can leave.
+        final_norm: where the norm that only the head reads may lie, if all norms are RMSNorms and hidden dimensions can
+            leave.
     """
 
     name: str
@@ -76,13 +79,15 @@ class Stack:
         types = getattr(model.config, "layer_types", None)
         if types is not None and (len(types) != len(shapes) or set(types) - set(PLAIN_LAYER_TYPES)):
             raise ArchError(
-                f"layer_types {types[:4]} are not those of a plain {self.name}; wanted {' or '.join(PLAIN_LAYER_TYPES)} a layer"
+                f"layer_types {types[:4]} are not those of a plain {self.name}; wanted {' or '.join(PLAIN_LAYER_TYPES)}"
+                " a layer"
             )
         return shapes
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """`layers.{i}.heads` and `.channels` of what is there, `hidden` (of RMSNorm models), `layers` (if norms lie first), `attention`,
-        `mlp`, `vocab` (of models that generate)."""
+        """`layers.{i}.heads` and `.channels` of what is there, `hidden` (of RMSNorm models), `layers` (if norms lie
+        first), `attention`, `mlp`, `vocab` (of models that generate).
+        """
         where, shapes, head = self._where(model), self.shapes(model), model.get_output_embeddings()
         axes: list[Axis] = []
         for i, shape in enumerate(shapes):
@@ -97,10 +102,21 @@ class Stack:
         if self.final_norm:
             axes.append(self._hidden(model, where, tuple(attentions), tuple(mlps)))
         rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
-        rows += [("attention", Kind.ATTENTION, attentions, ((attentions, o),)), ("mlp", Kind.MLP, mlps, ((mlps, down),))]
+        rows += [
+            ("attention", Kind.ATTENTION, attentions, ((attentions, o),)),
+            ("mlp", Kind.MLP, mlps, ((mlps, down),)),
+        ]
         for name, kind, owned, sites in rows:
-            prefixes = {i: tuple(f"{where}.{i}.{part}." if part else f"{where}.{i}." for part in parts) for i, parts in owned.items()}
-            slices = tuple(Slice(p, 0, unit=i) for i, of in prefixes.items() for p, _ in model.named_parameters() if p.startswith(of))
+            prefixes = {
+                i: tuple(f"{where}.{i}.{part}." if part else f"{where}.{i}." for part in parts)
+                for i, parts in owned.items()
+            }
+            slices = tuple(
+                Slice(p, 0, unit=i)
+                for i, of in prefixes.items()
+                for p, _ in model.named_parameters()
+                if p.startswith(of)
+            )
             gates = tuple(Gate(f"{where}.{i}.{module}", "output", unit=i) for present, module in sites for i in present)
             axes.append(Axis(name, kind, len(shapes), slices, gates, where))
         return (*axes, vocabulary_axis(model)) if self.generates and head is not None else tuple(axes)
@@ -118,7 +134,9 @@ class Stack:
                 weights.append(Weight(name, shape, Group.NORMS))
             elif name.startswith(where):
                 index, _, inside = module.removeprefix(where).partition(".")
-                kv_entries = shapes[int(index)].kv_heads * int(getattr(blocks[int(index)].get_submodule(parts.core), parts.head_dim, 0))
+                kv_entries = shapes[int(index)].kv_heads * int(
+                    getattr(blocks[int(index)].get_submodule(parts.core), parts.head_dim, 0)
+                )
                 cached = parts.cached(inside, kv_entries) if self.generates and is_matrix else 0
                 output = output_dim(model.get_submodule(module))
                 weights.append(Weight(name, shape, Group.BLOCKS, macs=int(is_matrix), cached=cached, output=output))
@@ -134,16 +152,26 @@ class Stack:
         return attention + (() if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,)))
 
     def producers(self, block: nn.Module) -> Producers:
-        """Norms that lie first; v for o if it is apart and heads share no values; up for down where a gate multiplies it."""
+        """Norms that lie first; v for o if it is apart and heads share no values; up for down where a gate multiplies
+        it.
+        """
         parts, here = self.parts, self.linear_groups(block)
         first = getattr(block, "do_layer_norm_before", True)
-        norms = {names: of[0] for names, of in ((parts.read, parts.attention_norms), (parts.up, parts.ffn_norms)) if of and first}
+        norms = {
+            names: of[0]
+            for names, of in ((parts.read, parts.attention_norms), (parts.up, parts.ffn_norms))
+            if of and first
+        }
         writers = {(parts.write,): parts.read[2]} if parts.packing == "apart" else {}
         writers |= {(parts.down,): parts.up[1]} if len(parts.up) == 2 else {}
-        return producers(block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here})
+        return producers(
+            block, {k: v for k, v in norms.items() if k in here}, {k: v for k, v in writers.items() if k in here}
+        )
 
     def empty_(self, block: nn.Module, kind: Kind) -> None:
-        """Put modules that add nothing in a sub-layer's place and identities in that of the norms that leave with it."""
+        """Put modules that add nothing in a sub-layer's place and identities in that of the
+        norms that leave with it.
+        """
         parts = self.parts
         if kind == Kind.ATTENTION:
             block.set_submodule(parts.core, NoAttention())
@@ -161,8 +189,9 @@ class Stack:
     def sync_config_(self, model: PreTrainedModel) -> None:
         """Set config and shape fields to what the parameters are, and give each attention its cache slot.
 
-        `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class built from it would
-        give heads another width; the exporter refuses such a model. Phi-3 has no such field but obeys it, so it is given one.
+        `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class
+        built from it would give heads another width; the exporter refuses such a model. Phi-3 has no such field but
+        obeys it, so it is given one.
         """
         config, blocks, shapes, parts = model.config, self.blocks(model), self._shapes(model), self.parts
         config.num_hidden_layers = len(blocks)
@@ -176,7 +205,10 @@ class Stack:
         if any(shape.channels for shape in shapes):
             setattr(config, parts.channels, max(shape.channels for shape in shapes))
         cores = [block.get_submodule(parts.core) for block in blocks]
-        kinds = [getattr(core, "layer_type", None) or "" if s.kv_heads else None for core, s in zip(cores, shapes, strict=True)]
+        kinds = [
+            getattr(core, "layer_type", None) or "" if s.kv_heads else None
+            for core, s in zip(cores, shapes, strict=True)
+        ]
         labels, slots = cache_slots(kinds)
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = [label or "full_attention" for label in labels]
@@ -186,7 +218,9 @@ class Stack:
             if shape.kv_heads:
                 width = int(getattr(core, parts.head_dim))
                 fields: dict[str, object] = dict.fromkeys(parts.heads, shape.query_heads)
-                fields |= dict.fromkeys(parts.kv_heads, shape.kv_heads) | dict.fromkeys(parts.widths, shape.query_heads * width)
+                fields |= dict.fromkeys(parts.kv_heads, shape.kv_heads) | dict.fromkeys(
+                    parts.widths, shape.query_heads * width
+                )
                 if parts.heads_in_config:
                     fields["config"] = config_of_layer(config, shape.query_heads, width)
                 for field, value in fields.items():
@@ -208,7 +242,10 @@ class Stack:
                 continue
             if isinstance(found, nn.ModuleList) and len(found):
                 return name
-        raise ArchError(f"{type(model).__name__} has no layers at {' or '.join(self.layers)}; load it with a stock class of {self.name}")
+        raise ArchError(
+            f"{type(model).__name__} has no layers at {' or '.join(self.layers)}; load it with a stock class of"
+            f" {self.name}"
+        )
 
     def _norms(self, kind: Kind) -> tuple[str, ...]:
         return self.parts.attention_norms if kind == Kind.ATTENTION else self.parts.ffn_norms
@@ -220,19 +257,32 @@ class Stack:
         return linears + (self._norms(kind) if self.norm_first(config) else ())
 
     def _is_empty(self, block: nn.Module, kind: Kind) -> bool:
-        return is_absent(block.get_submodule(self.parts.core if kind == Kind.ATTENTION else self.parts.ffn or self.parts.down))
+        return is_absent(
+            block.get_submodule(self.parts.core if kind == Kind.ATTENTION else self.parts.ffn or self.parts.down)
+        )
 
     def _shapes(self, model: PreTrainedModel) -> list[LayerShape]:
-        """The widths of each layer, read off its linears. Raises ArchError if a module or a width is not the stock layer's."""
+        """The widths of each layer, read off its linears. Raises ArchError if a module or a width is not the stock
+        layer's.
+        """
         where, parts = self._where(model), self.parts
         norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms)
-        known = (*parts.read, parts.write, *parts.up, parts.down, *norms, "attention.output.LayerNorm", "output.LayerNorm")
+        known = (
+            *parts.read,
+            parts.write,
+            *parts.up,
+            parts.down,
+            *norms,
+            "attention.output.LayerNorm",
+            "output.LayerNorm",
+        )
         shapes: list[LayerShape] = []
         for i, block in enumerate(self.blocks(model)):
             for name, _ in block.named_parameters():
                 if name.rpartition(".")[0] not in known:
                     raise ArchError(
-                        f"parameter '{where}.{i}.{name}' is not part of a plain {self.name}; merge adapters, pass the stock model"
+                        f"parameter '{where}.{i}.{name}' is not part of a plain {self.name}; merge adapters, pass the"
+                        " stock model"
                     )
             query_heads = kv_heads = channels = 0
             if not self._is_empty(block, Kind.ATTENTION):
@@ -242,7 +292,8 @@ class Stack:
                 query_heads, kv_heads = heads[0], heads[1]
                 if not kv_heads or heads != [query_heads, kv_heads, kv_heads, query_heads] or query_heads % kv_heads:
                     raise ArchError(
-                        f"{where}.{i}.{parts.attention} has {heads} heads in q, k, v and o; wanted as many in q and o, and in k and v"
+                        f"{where}.{i}.{parts.attention} has {heads} heads in q, k, v and o; wanted as many in q and o,"
+                        " and in k and v"
                     )
             if not self._is_empty(block, Kind.MLP):
                 *ups, channels = parts.ffn_widths(block, f"{where}.{i}")
@@ -258,32 +309,70 @@ class Stack:
         group = head_dim * (shape.query_heads // shape.kv_heads)
         slices = written(model, block, parts.head_runs(shape.kv_heads, group, head_dim))
         writer = f"{block}.{parts.write}"
-        return self._axis(model, f"layers.{i}.heads", Kind.HEAD, shape.kv_heads, i, (slices, writer, group), f"{block}.{parts.attention}")
+        return self._axis(
+            model,
+            f"layers.{i}.heads",
+            Kind.HEAD,
+            shape.kv_heads,
+            i,
+            (slices, writer, group),
+            f"{block}.{parts.attention}",
+        )
 
     def _channels(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
         """One FFN unit: a row of what reads the stream and a column of down."""
         parts = self.parts
         slices = written(model, block, parts.channel_runs(shape.channels))
         container = f"{block}.{parts.ffn}" if parts.ffn else block
-        return self._axis(model, f"layers.{i}.channels", Kind.CHANNEL, shape.channels, i, (slices, f"{block}.{parts.down}", 1), container)
+        return self._axis(
+            model,
+            f"layers.{i}.channels",
+            Kind.CHANNEL,
+            shape.channels,
+            i,
+            (slices, f"{block}.{parts.down}", 1),
+            container,
+        )
 
     def _hidden(self, model: PreTrainedModel, where: str, attentions: Sequence[int], mlps: Sequence[int]) -> Axis:
         """One dimension of the stream. attentions, mlps: the layers that have one."""
         parts = self.parts
-        read = [f"{where}.{i}.{name}" for layers, names in ((attentions, parts.read), (mlps, parts.up)) for i in layers for name in names]
-        written = [f"{where}.{i}.{name}" for layers, name in ((attentions, parts.write), (mlps, parts.down)) for i in layers]
-        norms = {f"{where}.{i}.{norm}" for i in (*attentions, *mlps) for norm in (*parts.attention_norms, *parts.ffn_norms)}
+        read = [
+            f"{where}.{i}.{name}"
+            for layers, names in ((attentions, parts.read), (mlps, parts.up))
+            for i in layers
+            for name in names
+        ]
+        written = [
+            f"{where}.{i}.{name}" for layers, name in ((attentions, parts.write), (mlps, parts.down)) for i in layers
+        ]
+        norms = {
+            f"{where}.{i}.{norm}" for i in (*attentions, *mlps) for norm in (*parts.attention_norms, *parts.ffn_norms)
+        }
         return hidden_axis(model, written, read, norms, self._final(model))
 
     def _axis(
-        self, model: PreTrainedModel, name: str, kind: Kind, size: int, layer: int, ends: tuple[tuple[Slice, ...], str, int], container: str
+        self,
+        model: PreTrainedModel,
+        name: str,
+        kind: Kind,
+        size: int,
+        layer: int,
+        ends: tuple[tuple[Slice, ...], str, int],
+        container: str,
     ) -> Axis:
-        """An axis of one layer. ends: the slices that write the units, the linear that reads them, and the width it reads of each."""
+        """An axis of one layer. ends: the slices that write the units, the linear that reads them, and the width it
+        reads of each.
+        """
         slices, reader, width = ends
         biased = f"{reader}.bias" in dict(model.get_submodule(reader).named_parameters(prefix=reader))
         block = f"{self._where(model)}.{layer}"
         norms = (*self._norms(Kind.ATTENTION), *self.parts.head_norms) if kind == Kind.HEAD else self._norms(Kind.MLP)
-        leaving = tuple(p for norm in norms for p in tensors(model, f"{block}.{norm}")) if self.norm_first(model.config) else ()
+        leaving = (
+            tuple(p for norm in norms for p in tensors(model, f"{block}.{norm}"))
+            if self.norm_first(model.config)
+            else ()
+        )
         return Axis(
             name=name,
             kind=kind,

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 from compresso.core.axis import Axis, Gate, Kind, Slice
 
 
-def hidden_axis(model: PreTrainedModel, written: Collection[str], read: Collection[str], norms: Collection[str], final: str) -> Axis:
+def hidden_axis(
+    model: PreTrainedModel, written: Collection[str], read: Collection[str], norms: Collection[str], final: str
+) -> Axis:
     """The axis `hidden`: one unit a dimension of the stream.
 
     Args:
@@ -18,7 +20,9 @@ def hidden_axis(model: PreTrainedModel, written: Collection[str], read: Collecti
         norms: RMSNorms over it inside the layers.
         final: the norm that only the head reads.
     """
-    embedding, head = (_name_of(model, module) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding, head = (
+        _name_of(model, module) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     slices: list[Slice] = []
     folded: list[str] = []
     for name, _ in model.named_parameters():
@@ -51,4 +55,6 @@ def is_norm(module: str) -> bool:
 
 def _name_of(model: PreTrainedModel, wanted: object) -> str | None:
     """The qualified name of a module; None if there is none."""
-    return next((name for name, module in model.named_modules() if isinstance(wanted, nn.Module) and module is wanted), None)
+    return next(
+        (name for name, module in model.named_modules() if isinstance(wanted, nn.Module) and module is wanted), None
+    )

@@ -1,4 +1,5 @@
-"""ViT (arXiv 2010.11929): the vision transformer, with a classifier or none; norms before the sub-layers, biases on `o_proj` and the FFN.
+"""ViT (arXiv 2010.11929): the vision transformer, with a classifier or none; norms before the sub-layers, biases on
+`o_proj` and the FFN.
 
 No hidden axis: LayerNorm subtracts the mean of the residual stream.
 """

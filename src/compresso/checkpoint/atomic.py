@@ -1,8 +1,9 @@
 """Writing files and folders so that a crash at any instant leaves the old content or the new, never a mix.
 
-Everything is written beside its target, forced to disk and renamed. A folder that replaces an old one is swapped with it by a single
-system call where the kernel offers one (Linux); elsewhere by two renames, the first of which is undone if the second fails. What a
-killed process left behind is found by the process id in its name and removed, or put back if the target is missing.
+Everything is written beside its target, forced to disk and renamed. A folder that replaces an old one is swapped with
+it by a single system call where the kernel offers one (Linux); elsewhere by two renames, the first of which is undone
+if the second fails. What a killed process left behind is found by the process id in its name and removed, or put back
+if the target is missing.
 """
 
 import hashlib
@@ -27,7 +28,9 @@ _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises ResourceError if the disk is full or broken, CheckpointError if writing is not allowed."""
+    """Write a file whole or not at all. Raises ResourceError if the disk is full or broken, CheckpointError if writing
+    is not allowed.
+    """
     temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
@@ -61,8 +64,8 @@ def write_json(path: Path, value: Json) -> None:
 def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it does not.
 
-    Raises CheckpointError if `target` is a non-empty folder (without `force`) or a file; ResourceError if the disk is full or broken.
-    With `force` the old folder is exchanged for the new one after the new one is complete and on disk.
+    Raises CheckpointError if `target` is a non-empty folder (without `force`) or a file; ResourceError if the disk is
+    full or broken. With `force` the old folder is exchanged for the new one after the new one is complete and on disk.
     """
     target = Path(target).resolve()  # a link to a folder stays a link
     refuse_occupied(target, force)
@@ -86,23 +89,29 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_occupied(target: Path, force: bool) -> None:
-    """Raise CheckpointError if `target` may not be written: a file, a non-empty folder without `force`, or a folder we stand in."""
+    """Raise CheckpointError if `target` may not be written: a file, a non-empty folder without `force`, or a folder we
+    stand in.
+    """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"output {target} is a file; a folder is wanted. Choose another output.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:
-        raise CheckpointError(f"output {target} exists and is not empty. Choose another output, or add --force to replace it.")
+        raise CheckpointError(
+            f"output {target} exists and is not empty. Choose another output, or add --force to replace it."
+        )
     for precious, what in ((Path.cwd(), "the working folder"), (Path.home(), "your home folder")):
         if precious.resolve().is_relative_to(target):
-            raise CheckpointError(f"output {target} holds {what} and will not be replaced even with --force. Choose another output.")
+            raise CheckpointError(
+                f"output {target} holds {what} and will not be replaced even with --force. Choose another output."
+            )
 
 
 def check_output(output: Path | str, model_path: Path | str | None, force: bool = False) -> None:
     """Refuse an unusable output folder before any work is done; nothing is created.
 
-    Raises CheckpointError if it is, or holds, the input model (also through links), is occupied without `force`, or its parent cannot be
-    written; ResourceError if its disk is full.
+    Raises CheckpointError if it is, or holds, the input model (also through links), is occupied without `force`, or its
+    parent cannot be written; ResourceError if its disk is full.
     """
     output = Path(output).resolve()
     model = Path(model_path).resolve() if model_path is not None else None
@@ -129,7 +138,9 @@ def check_output(output: Path | str, model_path: Path | str | None, force: bool 
 
 
 def write_manifest(folder: Path | str) -> None:
-    """List every file below `folder`, with size and sha256, in its manifest.json; call it last: it says that the folder is complete."""
+    """List every file below `folder`, with size and sha256, in its manifest.json; call it last: it says that the folder
+    is complete.
+    """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     entries: dict[str, Json] = {
@@ -141,7 +152,8 @@ def write_manifest(folder: Path | str) -> None:
 def verify_manifest(folder: Path | str) -> tuple[str, ...]:
     """Names of the listed files, all of them present and unchanged; files that are not listed are not looked at.
 
-    Raises CheckpointError naming the first file that is missing, truncated or altered, or saying that the folder was never finished.
+    Raises CheckpointError naming the first file that is missing, truncated or altered, or saying that the folder was
+    never finished.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -176,11 +188,12 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock(folder: Path | str) -> Iterator[None]:
-    """Keep other processes from writing the same output while the block runs. Raises CheckpointError if one already does.
+    """Keep other processes from writing the same output while the block runs. Raises CheckpointError if one already
+    does.
 
-    The lock is the kernel's (flock) on a file beside the folder, not a pid in a file: it goes with the process that held it, however
-    that ended, so the file a dead process left is taken over at once and no live process is ever mistaken for a dead one. Beside the
-    folder and not inside, because the folder itself is renamed.
+    The lock is the kernel's (flock) on a file beside the folder, not a pid in a file: it goes with the process that
+    held it, however that ended, so the file a dead process left is taken over at once and no live process is ever
+    mistaken for a dead one. Beside the folder and not inside, because the folder itself is renamed.
     """
     folder = Path(folder).resolve()
     with storage_errors(folder):
@@ -191,11 +204,15 @@ def lock(folder: Path | str) -> Iterator[None]:
         with storage_errors(folder):
             held.acquire()
     except Timeout as error:
-        raise CheckpointError(f"another process is writing {folder}. Wait for it to end, or choose another output.") from error
+        raise CheckpointError(
+            f"another process is writing {folder}. Wait for it to end, or choose another output."
+        ) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # removed while still held: filelock does not accept a lock on a file that lost its name
+        with suppress(
+            OSError
+        ):  # removed while still held: filelock does not accept a lock on a file that lost its name
             path.unlink(missing_ok=True)
         held.release()
 
@@ -219,7 +236,9 @@ def _install(temporary: Path, target: Path) -> None:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what earlier runs on this machine left beside `target`; an old folder whose swap was cut short is put back."""
+    """Remove what earlier runs on this machine left beside `target`; an old folder whose swap was cut short is put
+    back.
+    """
     pattern = re.compile(re.escape(f".{target.name}.{_HOST}.") + r"(\d+)\.(partial|old)")
     for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)

@@ -1,24 +1,33 @@
 """The gate for code: what in a model folder transformers would import or run, refused before anything opens the folder.
 
-Every way into a folder goes through `refuse_code`, also that of a fresh process; the processes that pass trust_remote_code=True go through
-`trusted` as well. What transformers 5.23 would import or run, by the file that makes it do so:
+Every way into a folder goes through `refuse_code`, also that of a fresh process; the processes that pass
+trust_remote_code=True go through `trusted` as well. What transformers 5.23 would import or run, by the file that makes
+it do so:
 
-    custom_generate/generate.py   replaces `generate`, without a field that names it (generation/utils.py, load_custom_generate)
-    custom_generate               a folder or repository whose generate.py takes over; in generation_config.json or config.json
-    auto_map                      module.Class or owner/repo--module.Class for a config, a model, a tokenizer or a processor; in the files
+    custom_generate/generate.py   replaces `generate`, without a field that names it (generation/utils.py,
+                                  load_custom_generate)
+    custom_generate               a folder or repository whose generate.py takes over; in generation_config.json or
+                                  config.json
+    auto_map                      module.Class or owner/repo--module.Class for a config, a model, a tokenizer or a
+                                  processor; in the files
                                   of any of them, and in configs inside configs
     custom_pipelines              module.Class for `pipeline`; in config.json
     configuration_files           another config in place of config.json, which nobody would have looked at
-    tokenizer_class               any public name of transformers, also one that is no tokenizer and opens further folders
-    attn_implementation           owner/repo[@revision][:function], a kernel from the hub; also with `_` before it, or one a sub-config
+    tokenizer_class               any public name of transformers, also one that is no tokenizer and opens further
+                                  folders
+    attn_implementation           owner/repo[@revision][:function], a kernel from the hub; also with `_` before it, or
+                                  one a sub-config
     experts_implementation        the same; some of transformers' own names fetch kernels, too
     kernel_config, use_kernels    layers replaced by kernels from the hub or from a local folder
-    quantization_config           quant_method chooses a package to import, and some fetch kernels; compressed-tensors is data alone
-    auto_mapping                  peft imports its parent_library; a folder with adapter_config.json is refused whole, by `check_folder`
+    quantization_config           quant_method chooses a package to import, and some fetch kernels; compressed-tensors
+                                  is data alone
+    auto_mapping                  peft imports its parent_library; a folder with adapter_config.json is refused whole,
+                                  by `check_folder`
 
-Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask: `generate` is never told to
-trust, so decoding modes that moved to the hub stay there; pickles are refused beside this (`folder.py`), chat templates run in a sandbox.
-The one file that may run is the modelling file that compresso writes, byte for byte, with no link that leads elsewhere.
+Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
+`generate` is never told to trust, so decoding modes that moved to the hub stay there; pickles are refused beside this
+(`folder.py`), chat templates run in a sandbox. The one file that may run is the modelling file that compresso writes,
+byte for byte, with no link that leads elsewhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +73,9 @@ class Shipped:
 
 
 NATIVE = Shipped(MODELING_FILE, frozenset(cls.__name__ for classes in CLASSES.values() for cls in classes))
-"""The per-layer classes. `import compresso` registers them, so that a folder's copy of the file is not read unless it is trusted."""
+"""The per-layer classes. `import compresso` registers them, so that a folder's copy of the file is not read unless it
+is trusted.
+"""
 
 
 def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
@@ -79,14 +90,18 @@ def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
     """
     custom = folder / "custom_generate"
     if custom.exists() or custom.is_symlink():
-        raise CheckpointError(f"{custom} holds code that replaces `generate`, and {_NEVER}. Remove it; the weights open without it.")
+        raise CheckpointError(
+            f"{custom} holds code that replaces `generate`, and {_NEVER}. Remove it; the weights open without it."
+        )
     for name in _CONFIGS:
         if (folder / name).is_file():
             refuse_fields(folder / name, read_json(folder / name), shipped)
 
 
 def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE) -> None:
-    """Raise CheckpointError if a field of a config, however deep, makes transformers import or run something, as `refuse_code`."""
+    """Raise CheckpointError if a field of a config, however deep, makes transformers import or run something, as
+    `refuse_code`.
+    """
     for where, key, value in _fields(data):
         if key == "auto_map" and where == key and path.name == "config.json" and shipped.named_by(value):
             continue
@@ -97,16 +112,21 @@ def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE
 def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
     """Whether a folder names code of ours that may run: True if it does, False if it names none.
 
-    Raises CheckpointError if it names other code, or if the file beside it is not, byte for byte, the one that this version writes.
+    Raises CheckpointError if it names other code, or if the file beside it is not, byte for byte, the one that this
+    version writes.
     """
     refuse_code(folder, shipped)
     if not read_json(folder / "config.json").get("auto_map"):
         return False
     beside = folder / shipped.file.name
-    if not beside.is_file() or not beside.resolve().is_relative_to(_root(folder)) or beside.read_bytes() != shipped.file.read_bytes():
+    if (
+        not beside.is_file()
+        or not beside.resolve().is_relative_to(_root(folder))
+        or beside.read_bytes() != shipped.file.read_bytes()
+    ):
         raise CheckpointError(
-            f"{beside} is not the file that this version of compresso writes, and is not run. Open the folder after `import compresso`, "
-            f"which does not read the file, or write it again with this version."
+            f"{beside} is not the file that this version of compresso writes, and is not run. Open the folder after"
+            " `import compresso`, which does not read the file, or write it again with this version."
         )
     return True
 
@@ -118,7 +138,9 @@ def _root(folder: Path) -> Path:
 
 
 def _fields(data: dict[str, object]) -> Iterator[tuple[str, str, object]]:
-    """Every field of a JSON object as (dotted place, name, value), without recursion, as files choose how deep they are."""
+    """Every field of a JSON object as (dotted place, name, value), without recursion, as files choose how deep they
+    are.
+    """
     waiting: list[tuple[str, object]] = [("", data)]
     while waiting:
         place, value = waiting.pop()
@@ -139,7 +161,10 @@ def _words(value: object) -> list[str]:
 def _names_code(value: object) -> str:
     inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
     first = str(inside[0])[:60] if inside else str(value)[:60]
-    return f"names code to run ({first}), and {_NEVER}. Remove the field if transformers has a class for this; convert the model otherwise."
+    return (
+        f"names code to run ({first}), and {_NEVER}. Remove the field if transformers has a class for this; convert the"
+        " model otherwise."
+    )
 
 
 def _elsewhere(value: object) -> str:
@@ -148,12 +173,20 @@ def _elsewhere(value: object) -> str:
 
 def _attention(value: object) -> str:
     hub = [word for word in _words(value) if "/" in word]
-    return f"names a kernel of the hub ({hub[0][:60]}), whose code would run. Remove the field, or write sdpa or eager." if hub else ""
+    return (
+        f"names a kernel of the hub ({hub[0][:60]}), whose code would run. Remove the field, or write sdpa or eager."
+        if hub
+        else ""
+    )
 
 
 def _experts(value: object) -> str:
     other = [word for word in _words(value) if word not in _EXPERTS]
-    return f"is {other[0][:60]}, which may run code from the hub. Remove the field, or write one of {', '.join(_EXPERTS)}." if other else ""
+    return (
+        f"is {other[0][:60]}, which may run code from the hub. Remove the field, or write one of {', '.join(_EXPERTS)}."
+        if other
+        else ""
+    )
 
 
 def _kernels(value: object) -> str:
@@ -165,7 +198,8 @@ def _quantised(value: object) -> str:
     if method == "compressed-tensors":
         return ""
     return (
-        f"says that the weights are quantised by {str(method)[:60]}, which imports code to read them. Give the model before quantisation."
+        f"says that the weights are quantised by {str(method)[:60]}, which imports code to read them. Give the model"
+        " before quantisation."
     )
 
 
@@ -175,8 +209,13 @@ def _tokenizer(value: object) -> str:
     try:
         named = getattr(transformers, value, None)
     except Exception as error:  # transformers imports what a name stands for, which may fail in any way
-        return f"is {value[:60]}, which transformers cannot import ({' '.join(str(error).split())[:120]}). Name a tokenizer class."
-    absent = getattr(named, "__module__", "").startswith("transformers.utils.dummy")  # stands for a class whose package is not installed
+        return (
+            f"is {value[:60]}, which transformers cannot import ({' '.join(str(error).split())[:120]}). Name a"
+            " tokenizer class."
+        )
+    absent = getattr(named, "__module__", "").startswith(
+        "transformers.utils.dummy"
+    )  # stands for a class whose package is not installed
     if named is None or absent or (isinstance(named, type) and issubclass(named, PreTrainedTokenizerBase)):
         return ""
     return f"is {value[:60]}, which is no tokenizer. Remove the field, or write TokenizersBackend."

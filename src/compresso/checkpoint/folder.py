@@ -1,4 +1,6 @@
-"""What a model folder holds, found out without trusting it: no code is imported, no pickle opened, nothing outside it read."""
+"""What a model folder holds, found out without trusting it: no code is imported, no pickle opened, nothing outside it
+read.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,14 @@ from compresso.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")  # what transformers may open in a model folder
+_READ = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".tiktoken",
+)  # what transformers may open in a model folder
 _MAX_JSON_BYTES = {"config.json": 4_000_000, INDEX: 32_000_000, "tokenizer_config.json": 32_000_000}
 _CONVERT = "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
 
@@ -26,14 +35,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Fetch or write the file again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; a JSON object is wanted. Fetch or write the file again.")
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}; a JSON object is wanted. Fetch or write the file again."
+        )
     return value
 
 
 def read_config(path: Path) -> PreTrainedConfig:
     """The config in a config.json, built by a class that transformers or compresso brings along.
 
-    Raises CheckpointError if it is malformed, needs code from the folder, is quantised, or points elsewhere for its weights.
+    Raises CheckpointError if it is malformed, needs code from the folder, is quantised, or points elsewhere for its
+    weights.
     """
     data = read_json(path)
     model_type = data.get("model_type")
@@ -42,17 +54,22 @@ def read_config(path: Path) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         code = " and wants to run code of its own (auto_map), which is never run" if "auto_map" in data else ""
         raise CheckpointError(
-            f"{path}: transformers does not know model_type '{model_type[:60]}'{code}. Convert the model to one it knows."
+            f"{path}: transformers does not know model_type '{model_type[:60]}'{code}. Convert the model to one it"
+            " knows."
         )
     if data.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantised, which cannot be pruned. Give the model before quantisation.")
+        raise CheckpointError(
+            f"{path}: the weights are quantised, which cannot be pruned. Give the model before quantisation."
+        )
     if "transformers_weights" in data:
         raise CheckpointError(f"{path}: transformers_weights names another weight file. Give a folder with {SINGLE}.")
     try:
         return CONFIG_MAPPING[model_type].from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} is not a valid {model_type} config: {reason} Fetch or write the file again.") from error
+        raise CheckpointError(
+            f"{path} is not a valid {model_type} config: {reason} Fetch or write the file again."
+        ) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -68,7 +85,9 @@ def check_folder(folder: Path) -> None:
         if path.is_symlink() and read and not any(path.resolve().is_relative_to(root) for root in roots):
             raise CheckpointError(f"{path} leads out of the model folder. Copy the file into it.")
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} holds a LoRA adapter (adapter_config.json). Merge it into its base model first.")
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter (adapter_config.json). Merge it into its base model first."
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json. Give a folder that holds a Hugging Face model.")
 
@@ -76,14 +95,17 @@ def check_folder(folder: Path) -> None:
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     """All tensors in the files that transformers would load, from their checked headers.
 
-    Raises CheckpointError if weights are absent, pickled, or if the index names files outside the folder, missing, or not as described.
+    Raises CheckpointError if weights are absent, pickled, or if the index names files outside the folder, missing, or
+    not as described.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(_PICKLES))
         if pickles:
-            raise CheckpointError(f"{folder} holds pickled weights only ({pickles[0]}), and reading a pickle can run any code. {_CONVERT}")
+            raise CheckpointError(
+                f"{folder} holds pickled weights only ({pickles[0]}), and reading a pickle can run any code. {_CONVERT}"
+            )
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
@@ -97,8 +119,14 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{index} names {shard}, which is missing. Fetch the rest of the model.")
         header = read_header(folder / shard)
         if twice := sorted(header.keys() & tensors.keys()):
-            raise CheckpointError(f"{folder / shard}: '{twice[0]}' is in {tensors[twice[0]].file} too. Fetch or write the model again.")
+            raise CheckpointError(
+                f"{folder / shard}: '{twice[0]}' is in {tensors[twice[0]].file} too. Fetch or write the model again."
+            )
         tensors |= header
-    if absent := sorted(name for name, shard in weight_map.items() if name not in tensors or tensors[name].file != shard):
-        raise CheckpointError(f"{index} says that '{absent[0][:120]}' is in {weight_map[absent[0]]}; it is not. Fetch the model again.")
+    if absent := sorted(
+        name for name, shard in weight_map.items() if name not in tensors or tensors[name].file != shard
+    ):
+        raise CheckpointError(
+            f"{index} says that '{absent[0][:120]}' is in {weight_map[absent[0]]}; it is not. Fetch the model again."
+        )
     return tensors

@@ -1,9 +1,10 @@
 """What a safetensors file says it holds, checked by hand before anything else touches the file.
 
-The format (huggingface.co/docs/safetensors) is 8 bytes of header length, a JSON header and the tensors' bytes. A hostile or damaged header
-can name regions outside the file, overlap them, or be so large or so deep that parsing it exhausts memory. So the header is scanned
-piece by piece: its size and the number and length of its entries are bounded, and only one small entry at a time reaches the JSON parser.
-Stricter than the format in one point: it allows headers of 100 MB; no model comes near our 32 MB.
+The format (huggingface.co/docs/safetensors) is 8 bytes of header length, a JSON header and the tensors' bytes. A
+hostile or damaged header can name regions outside the file, overlap them, or be so large or so deep that parsing it
+exhausts memory. So the header is scanned piece by piece: its size and the number and length of its entries are bounded,
+and only one small entry at a time reaches the JSON parser. Stricter than the format in one point: it allows headers of
+100 MB; no model comes near our 32 MB.
 """
 
 import json
@@ -33,7 +34,9 @@ _BODY = re.compile(r"\{[^{}]*\}")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor: dtype as safetensors spells it (`BF16`), shape, file name, and its bytes [begin, end) after the header."""
+    """One stored tensor: dtype as safetensors spells it (`BF16`), shape, file name, and its bytes [begin, end) after
+    the header.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +46,8 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of a safetensors file by name, with every claim of the header checked against the file's size; no tensor is read.
+    """Tensors of a safetensors file by name, with every claim of the header checked against the file's size; no tensor
+    is read.
 
     Raises CheckpointError naming the file, and the tensor where one is at fault.
     """
@@ -54,7 +58,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if size < 10:
             raise _damaged(path, f"{size} bytes cannot hold a header")
         if length > size - 8:
-            raise _damaged(path, f"its header claims {length} bytes, but only {size - 8} follow: it is truncated or not safetensors")
+            raise _damaged(
+                path,
+                f"its header claims {length} bytes, but only {size - 8} follow: it is truncated or not safetensors",
+            )
         if length > MAX_HEADER_BYTES:
             raise _damaged(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
         try:
@@ -68,18 +75,26 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != end:
-            what = "overlaps the tensor before it" if tensor.begin < end else f"leaves {tensor.begin - end} bytes unused before it"
+            what = (
+                "overlaps the tensor before it"
+                if tensor.begin < end
+                else f"leaves {tensor.begin - end} bytes unused before it"
+            )
             raise _damaged(path, f"'{_short(name)}' {what}")
         end = tensor.end
     if end != size - 8 - length:
         raise _damaged(
-            path, f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated, or something was appended"
+            path,
+            f"its tensors need {end} bytes, the file holds {size - 8 - length}: it is truncated, or something was"
+            " appended",
         )
     return tensors
 
 
 def _entries(text: str, path: Path) -> dict[str, TensorInfo]:
-    """Scan the header's JSON object. Raises ValueError where it is not one of named tensor entries and string metadata."""
+    """Scan the header's JSON object. Raises ValueError where it is not one of named tensor
+    entries and string metadata.
+    """
     tensors: dict[str, TensorInfo] = {}
     at = _expect(text, 0, "{")
     while text[at : at + 1] != "}":
@@ -92,7 +107,9 @@ def _entries(text: str, path: Path) -> dict[str, TensorInfo]:
             if body is None:
                 raise ValueError(f"'{_short(name)}' has no entry")
             if name in tensors or len(tensors) == MAX_TENSORS:
-                raise ValueError(f"'{_short(name)}' occurs twice" if name in tensors else f"more than {MAX_TENSORS} tensors")
+                raise ValueError(
+                    f"'{_short(name)}' occurs twice" if name in tensors else f"more than {MAX_TENSORS} tensors"
+                )
             tensors[name] = _entry(name, json.loads(body[0]), path)
             at = body.end()
         at = _next(text, at)
@@ -106,7 +123,11 @@ def _entry(name: str, entry: Any, path: Path) -> TensorInfo:
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"'{_short(name)}' has unknown dtype {_short(str(dtype))}")
-    whole = isinstance(shape, list) and isinstance(offsets, list) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
+    whole = (
+        isinstance(shape, list)
+        and isinstance(offsets, list)
+        and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets))
+    )
     if not whole or len(offsets) != 2 or len(shape) > 64:
         raise ValueError(f"'{_short(name)}' has no proper shape and offsets")
     bits = prod(shape) * _BITS[dtype]

@@ -1,7 +1,9 @@
-"""From a hub name to a local folder: one short question to the hub, then a download; the local cache at once where there is no network.
+"""From a hub name to a local folder: one short question to the hub, then a download; the local cache at once where
+there is no network.
 
-The hub client retries for half a minute when the network is away. Here a single request with a short timeout decides: answered, the
-named revision is fetched; not answered, or HF_HUB_OFFLINE set, the newest cached revision is used, or the error says what to do.
+The hub client retries for half a minute when the network is away. Here a single request with a short timeout decides:
+answered, the named revision is fetched; not answered, or HF_HUB_OFFLINE set, the newest cached revision is used, or the
+error says what to do.
 """
 
 import logging
@@ -23,14 +25,17 @@ _log = logging.getLogger(__name__)
 
 def is_hub_name(name: str) -> bool:
     """Whether this could be `name` or `owner/name` on the hub; what ends like a file is not taken for one."""
-    return _NAME.fullmatch(name) is not None and ".." not in name and not name.endswith((".json", ".safetensors", ".yaml"))
+    return (
+        _NAME.fullmatch(name) is not None and ".." not in name and not name.endswith((".json", ".safetensors", ".yaml"))
+    )
 
 
 def fetch(name: str, weights: bool = True) -> tuple[Path, str]:
-    """Folder and revision of a hub model: safetensors (if `weights`), configs and tokenizer files, never code or pickles.
+    """Folder and revision of a hub model: safetensors (if `weights`), configs and tokenizer files, never code or
+    pickles.
 
-    Raises CheckpointError if the hub does not know it, offers pickled weights only, or is out of reach with nothing in the cache;
-    ResourceError if the disk is full.
+    Raises CheckpointError if the hub does not know it, offers pickled weights only, or is out of reach with nothing in
+    the cache; ResourceError if the disk is full.
     """
     patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else [])]
     if constants.HF_HUB_OFFLINE:
@@ -40,7 +45,8 @@ def fetch(name: str, weights: bool = True) -> tuple[Path, str]:
         files = [one.rfilename for one in info.siblings or ()]
         if weights and not any(fnmatch(file, "*.safetensors") for file in files):
             raise CheckpointError(
-                f"hub model {name} has no safetensors weights (files: {', '.join(files[:6])}). Choose a revision or copy that has them."
+                f"hub model {name} has no safetensors weights (files: {', '.join(files[:6])}). Choose a revision or"
+                " copy that has them."
             )
         with storage_errors(Path(constants.HF_HUB_CACHE)):
             folder = snapshot_download(name, revision=info.sha, allow_patterns=patterns, endpoint=constants.ENDPOINT)
@@ -49,7 +55,8 @@ def fetch(name: str, weights: bool = True) -> tuple[Path, str]:
         raise
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"model '{name}' is neither a local folder nor a hub model that you may read. Check the spelling, or `hf auth login`."
+            f"model '{name}' is neither a local folder nor a hub model that you may read. Check the spelling, or `hf"
+            " auth login`."
         ) from error
     except Exception as error:  # the client's network errors have no common base that is part of its interface
         why = f"the hub did not answer ({type(error).__name__})"
@@ -63,6 +70,7 @@ def _cached(name: str, patterns: list[str], why: str, cause: Exception | None = 
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"model '{name}' is neither a local folder nor in the hub cache, and {why}. Give a local folder, or fetch it while online."
+            f"model '{name}' is neither a local folder nor in the hub cache, and {why}. Give a local folder, or fetch"
+            " it while online."
         ) from (cause or error)
     return folder, folder.name

@@ -1,7 +1,7 @@
 """Opening a model: everything that can be wrong is found before its weights are read.
 
-`open_source` looks at names, sizes, links, the config and the safetensors headers, and compares these with what the architecture expects,
-on the meta device. Only `load_model` reads weights; it never fills a gap with random numbers.
+`open_source` looks at names, sizes, links, the config and the safetensors headers, and compares these with what the
+architecture expects, on the meta device. Only `load_model` reads weights; it never fills a gap with random numbers.
 """
 
 import copy
@@ -44,7 +44,9 @@ _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a model is called and what it is: a name without a path, and `sha256:…` or, for large ones, `sampled-sha256:…`."""
+    """What a model is called and what it is: a name without a path, and `sha256:…` or, for large ones,
+    `sampled-sha256:…`.
+    """
 
     name: str
     fingerprint: str
@@ -76,11 +78,16 @@ class Source:
     def identity(self) -> Identity:
         """Name and fingerprint of config and weights.
 
-        Below 1 GB every byte is hashed. Above, each file's size, its first and 64 evenly spaced pieces of 64 KiB: a training step changes
-        all of them, and a large model is named in a second; a single altered element may go unnoticed.
+        Below 1 GB every byte is hashed. Above, each file's size, its first and 64 evenly spaced pieces of 64 KiB: a
+        training step changes all of them, and a large model is named in a second; a single altered element may go
+        unnoticed.
         """
         digest = hashlib.sha256(self.config_file.read_bytes())
-        files = [self.folder / name for name in sorted({tensor.file for tensor in self.tensors.values()})] if self.folder else []
+        files = (
+            [self.folder / name for name in sorted({tensor.file for tensor in self.tensors.values()})]
+            if self.folder
+            else []
+        )
         whole = sum(path.stat().st_size for path in files) < _FULL_HASH_BELOW
         for path in files:
             digest.update(f"\n{path.name} {path.stat().st_size} ".encode())
@@ -105,29 +112,39 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
         if path.is_dir():
             return _open_folder(path, "folder", path.resolve().name, weights)
         if not isinstance(model, str) or not hub.is_hub_name(model):
-            raise CheckpointError(f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json.")
+            raise CheckpointError(
+                f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json."
+            )
         folder, revision = hub.fetch(model, weights)
         return replace(_open_folder(folder, "hub", model, weights), revision=revision)
     except OSError as error:
-        raise CheckpointError(f"model {model} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
+        raise CheckpointError(
+            f"model {model} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Which of transformers' auto classes opens a model: the one whose class the config's `architectures` names, else a causal one.
+    """Which of transformers' auto classes opens a model: the one whose class the config's `architectures` names, else a
+    causal one.
 
-    Raises ArchError if the config names none of a causal language model, a masked one, a classifier or a bare model, and is not causal.
+    Raises ArchError if the config names none of a causal language model, a masked one, a classifier or a bare model,
+    and is not causal.
     """
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
         mapping: Any = auto._model_mapping
         if type(config) in mapping and mapping[type(config)].__name__ == named:
             return auto
-    if type(config) in AutoModelForCausalLM._model_mapping and config.model_type != "bert":  # transformers has a causal BERT too
+    if (
+        type(config) in AutoModelForCausalLM._model_mapping and config.model_type != "bert"
+    ):  # transformers has a causal BERT too
         return AutoModelForCausalLM
     if not named and config.model_type in ("bert", "vit"):
         return AutoModel
     said = f"the architecture {named}" if named else "no architecture"
-    raise ArchError(f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head.")
+    raise ArchError(
+        f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head."
+    )
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
@@ -146,11 +163,13 @@ def meta_model(source: Source) -> PreTrainedModel:
 def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Read the weights (in the stored dtype unless one is given) and return the model in eval mode.
 
-    Raises CheckpointError if there are no weights or they do not fill the model exactly, NumericError naming a tensor with NaN or Inf,
-    ResourceError if memory does not suffice.
+    Raises CheckpointError if there are no weights or they do not fill the model exactly, NumericError naming a tensor
+    with NaN or Inf, ResourceError if memory does not suffice.
     """
     if source.folder is None or not source.tensors:
-        raise CheckpointError(f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name.")
+        raise CheckpointError(
+            f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name."
+        )
     refuse_code(source.folder)  # once more, as the folder may have changed since it was opened
     try:
         model, info = auto_class(source.config).from_pretrained(  # a pair, as asked for
@@ -165,11 +184,19 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
         if gaps := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
             raise CheckpointError(f"model {source.name} lacks weights for {_listed(gaps)}. Fetch or write it again.")
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-                raise NumericError(f"model {source.name}: '{name}' holds NaN or Inf. Fetch the model again, or train it again.")
+            if (
+                tensor.is_floating_point()
+                and tensor.numel()
+                and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+            ):
+                raise NumericError(
+                    f"model {source.name}: '{name}' holds NaN or Inf. Fetch the model again, or train it again."
+                )
         return model.to(device)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(f"model {source.name} does not fit into memory of {device}. Use a smaller model or --device cpu.") from error
+        raise ResourceError(
+            f"model {source.name} does not fit into memory of {device}. Use a smaller model or --device cpu."
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"model {source.name} cannot be loaded: {_line(error)}") from error
 
@@ -180,9 +207,13 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its code."""
+    """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its
+    code.
+    """
     if source.folder is None or not has_tokenizer(source):
-        raise CheckpointError(f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder.")
+        raise CheckpointError(
+            f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder."
+        )
     refuse_code(source.folder)
     try:
         return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
@@ -198,7 +229,9 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
     config = read_config(folder / "config.json")
     refuse_code(folder)
     source = Source(config, folder, kind, name, folder / "config.json", stored_tensors(folder) if weights else {})
-    if weights and family_of(config.model_type):  # for others transformers may rename tensors on the way in; load_model checks them
+    if weights and family_of(
+        config.model_type
+    ):  # for others transformers may rename tensors on the way in; load_model checks them
         _check_tensors(source)
     return source
 
@@ -210,23 +243,33 @@ def _as_written(source: Source) -> PreTrainedModel:
     """
     layers = getattr(source.config, "num_hidden_layers", 0) or 0
     if layers > _MAX_LAYERS:
-        raise CheckpointError(f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config.")
+        raise CheckpointError(
+            f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config."
+        )
     auto = auto_class(source.config)
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
-        raise CheckpointError(f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config.") from error
+        raise CheckpointError(
+            f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config."
+        ) from error
 
 
 def _check_tensors(source: Source) -> None:
-    """Raise CheckpointError listing tensors that are missing, unexpected, of the wrong shape or not of a plain float dtype."""
+    """Raise CheckpointError listing tensors that are missing, unexpected, of the wrong shape or not of a plain float
+    dtype.
+    """
     if (layers := source.config.num_hidden_layers) > len(source.tensors):
-        raise CheckpointError(f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json.")
+        raise CheckpointError(
+            f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json."
+        )
     model = _as_written(source)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if source.config.tie_word_embeddings else set()
-    stored = {name: info for name, info in source.tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files still have it
+    stored = {
+        name: info for name, info in source.tensors.items() if not name.endswith("rotary_emb.inv_freq")
+    }  # old files still have it
     problems = {
         "missing": sorted(wanted.keys() - stored.keys() - tied),
         "unexpected": sorted(stored.keys() - wanted.keys()),
@@ -239,7 +282,9 @@ def _check_tensors(source: Source) -> None:
     }
     if any(problems.values()):
         told = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-        raise CheckpointError(f"{source.folder} does not fit its config.json: {told}. Fetch the model again, or correct its config.")
+        raise CheckpointError(
+            f"{source.folder} does not fit its config.json: {told}. Fetch the model again, or correct its config."
+        )
 
 
 def _listed(names: list[str]) -> str:

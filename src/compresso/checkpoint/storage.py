@@ -1,4 +1,5 @@
-"""The operating system's side of safe writing: errors in our words, forcing to disk, swapping two folders, asking for a process.
+"""The operating system's side of safe writing: errors in our words, forcing to disk, swapping two folders, asking for a
+process.
 
 Unusual: safetensors reports I/O failures as its own exception type, with the errno only in the text.
 """

@@ -1,7 +1,7 @@
 """Tensors that are read from disk when they are asked for, so that memory holds only those in use.
 
-Bytes are read, not mapped: a mapped file counts as memory under a limit on address space or data, and a written-to page stays. Headers were
-checked when the source was opened.
+Bytes are read, not mapped: a mapped file counts as memory under a limit on address space or data, and a written-to page
+stays. Headers were checked when the source was opened.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,18 +31,25 @@ class Store(Mapping[str, Tensor]):
 
     def __init__(self, source: Source, names: Iterable[str], dtype: torch.dtype, tied: Mapping[str, str]) -> None:
         if source.folder is None or not source.tensors:
-            raise CheckpointError(f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name.")
+            raise CheckpointError(
+                f"model {source.name} was opened without weights, and this needs them. Give its folder or hub name."
+            )
         self.dtype = dtype
         self._where: dict[str, tuple[Path, TensorInfo]] = {
-            name: (source.folder / source.tensors[name].file, source.tensors[name]) for name in names if name in source.tensors
+            name: (source.folder / source.tensors[name].file, source.tensors[name])
+            for name in names
+            if name in source.tensors
         }
         self._rounded: dict[str, torch.dtype] = {}
-        self._where |= {name: self._where[other] for name, other in tied.items() if name not in self._where and other in self._where}
+        self._where |= {
+            name: self._where[other] for name, other in tied.items() if name not in self._where and other in self._where
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor.
 
-        Raises KeyError for one that is not stored, CheckpointError if its file has become shorter, NumericError if it holds NaN or Inf.
+        Raises KeyError for one that is not stored, CheckpointError if its file has become shorter, NumericError if it
+        holds NaN or Inf.
         """
         path, info = self._where[name]
         content = bytearray(info.end - info.begin)
@@ -50,7 +57,9 @@ class Store(Mapping[str, Tensor]):
             start = 8 + int.from_bytes(file.read(8), "little")
             file.seek(start + info.begin)
             if file.readinto(content) != len(content):
-                raise CheckpointError(f"{path.name} ends inside '{name}'; it was changed while it was read. Fetch or write it again")
+                raise CheckpointError(
+                    f"{path.name} ends inside '{name}'; it was changed while it was read. Fetch or write it again"
+                )
         if not content:
             return torch.empty(info.shape, dtype=self.dtype)
         tensor = torch.frombuffer(content, dtype=DTYPES[info.dtype]).reshape(info.shape)

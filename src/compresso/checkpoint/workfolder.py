@@ -5,8 +5,8 @@
       stages/01-NAME/      a finished stage: checkpoint, plan.json, records.json and a manifest written last
       training/NAME/       training checkpoints of the running stage
 
-One process at a time owns it (a lock beside it). It is removed after the result stands, and when a run fails before it has anything worth
-resuming. Only a folder that a run made is ever removed: whatever else has that name is left alone.
+One process at a time owns it (a lock beside it). It is removed after the result stands, and when a run fails before it
+has anything worth resuming. Only a folder that a run made is ever removed: whatever else has that name is left alone.
 """
 
 import json
@@ -45,8 +45,8 @@ class WorkFolder:
         """Own the work folder of an output for a run, new or resumed.
 
         Raises:
-            CheckpointError: if another run owns it, an interrupted run lies there and neither `resume` nor `force` was said, or something
-                lies there that no run made.
+            CheckpointError: if another run owns it, an interrupted run lies there and neither `resume` nor `force` was
+                said, or something lies there that no run made.
             ResumeError: if there is nothing to resume, or it was another run: the differing fields are named.
             ResourceError: if the disk is full.
         """
@@ -57,7 +57,9 @@ class WorkFolder:
                 _agree(_identity(path), json.loads(json.dumps(identity)))
             else:
                 if path.exists() and not force and WorkFolder(path)._worth_resuming():
-                    raise CheckpointError(f"{path} holds an interrupted run; continue it with --resume or discard it with --force")
+                    raise CheckpointError(
+                        f"{path} holds an interrupted run; continue it with --resume or discard it with --force"
+                    )
                 with storage_errors(path):
                     shutil.rmtree(path, ignore_errors=True)
                     path.mkdir()
@@ -71,7 +73,9 @@ class WorkFolder:
                 raise
 
     def finished(self, names: Sequence[str]) -> list[Path]:
-        """Folders of the finished stages among a recipe's, in order; a damaged one and all after it are done again, with a warning."""
+        """Folders of the finished stages among a recipe's, in order; a damaged one and all after it are done again,
+        with a warning.
+        """
         done: list[Path] = []
         for index, name in enumerate(names):
             folder = self._stage(index, name)
@@ -112,9 +116,13 @@ class WorkFolder:
 def refuse_foreign(path: Path) -> None:
     """Raise CheckpointError if something lies at a work folder's path that no run made."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise CheckpointError(f"{path} is in the way: a run keeps its unfinished work there. Move it, or choose another output.")
+        raise CheckpointError(
+            f"{path} is in the way: a run keeps its unfinished work there. Move it, or choose another output."
+        )
     if path.is_dir() and any(path.iterdir()) and not (path / _IDENTITY).is_file():
-        raise CheckpointError(f"{path} is in the way: no run made it, and a run keeps its unfinished work there. Choose another output.")
+        raise CheckpointError(
+            f"{path} is in the way: no run made it, and a run keeps its unfinished work there. Choose another output."
+        )
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -140,7 +148,9 @@ def _agree(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if was.get(name, absent) != is_now.get(name, absent)
     ]
     if differing:
-        raise ResumeError(f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with --force")
+        raise ResumeError(
+            f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with --force"
+        )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -20,7 +20,9 @@ def show_methods(name: str | None, as_json: bool) -> None:
         return
     console = Console()
     if name is None:
-        table = Table("method", "paper", "what it does", "needs", title="Methods (stages of recipes)", title_justify="left")
+        table = Table(
+            "method", "paper", "what it does", "needs", title="Methods (stages of recipes)", title_justify="left"
+        )
         for one in cards().values():
             table.add_row(one.name, one.paper or "-", one.title, ", ".join(one.needs) or "-")
         console.print(table)
@@ -48,7 +50,9 @@ def show_methods(name: str | None, as_json: bool) -> None:
             column.overflow = "fold"
         for row in rows:
             number = f"{row['what']} (dense {row['dense']})"
-            table.add_row(f"{row['method']}: {row['model']}", number, *(row["kept"].get(share, "-") for share in shares))
+            table.add_row(
+                f"{row['method']}: {row['model']}", number, *(row["kept"].get(share, "-") for share in shares)
+            )
         console.print(table)
         console.print(rows[0]["how"])
 

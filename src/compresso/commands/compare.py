@@ -19,7 +19,8 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
         The models, dense first; `Comparison.account()` is what a file holds.
 
     Raises:
-        CheckpointError: an input that is no result, is damaged, or has nothing in common with the others; nothing is written.
+        CheckpointError: an input that is no result, is damaged, or has nothing in common with the others; nothing is
+            written.
         ExportError: an output that is a folder or not a report.
     """
     if output is not None:
@@ -64,5 +65,7 @@ def _cell(cell: Cell) -> Text:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Text from outside: no markup is read from it, and control characters, which could steer the terminal, are shown as '?'."""
+    """Text from outside: no markup is read from it, and control characters, which could steer the terminal, are shown
+    as '?'.
+    """
     return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text), style=style)

@@ -41,7 +41,8 @@ _COLUMNS = {
 
 
 def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int = 0) -> Account:
-    """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the report.
+    """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the
+    report.
 
     Args:
         output: becomes a folder with one checkpoint a recipe, `account.json` and `report.html`.
@@ -75,7 +76,8 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
     console.print(f'    model = compresso.load("{best}")')
     console.print('    print(model.generate("What does a thitem eat?"))\n')
     console.print(
-        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with trust_remote_code=True.\n"
+        "or, after `import compresso`, with AutoModelForCausalLM.from_pretrained; without compresso, with"
+        " trust_remote_code=True.\n"
     )
     console.print("[bold]opening[/bold] it in every engine of this machine, each in a process of its own")
     verifying.show(verifying.verify(best), as_json=False)
@@ -83,7 +85,9 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
 
 
 def measured(folders: Mapping[str, Path]) -> Account:
-    """Size, perplexity, accuracy and speed of each checkpoint, the first being the dense one, on items that none was trained on."""
+    """Size, perplexity, accuracy and speed of each checkpoint, the first being the dense one, on items that none was
+    trained on.
+    """
     items = [item for task in world.TASKS for item in world.items(task, ITEMS_PER_TASK, FRESH)]
     texts = list(world.documents(DOCUMENTS, FRESH))
     models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
@@ -111,7 +115,9 @@ def _answered(one: Loaded, items: list[world.Item], texts: list[str]) -> tuple[M
 
 
 def _print(console: Console, account: Account, keep: float) -> None:
-    table = Table(title=f"nano on fresh items, {keep:.0%} of block parameters kept, equal training", title_justify="left")
+    table = Table(
+        title=f"nano on fresh items, {keep:.0%} of block parameters kept, equal training", title_justify="left"
+    )
     table.add_column("")
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")

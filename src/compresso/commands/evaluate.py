@@ -1,4 +1,5 @@
-"""What a model can do: perplexity and benchmark tasks, with and without the collaborative prompt, as an account of measurements.
+"""What a model can do: perplexity and benchmark tasks, with and without the collaborative prompt, as an account of
+measurements.
 
 What can be wrong with the words of a command (names, data, output) is found before weights are read.
 """
@@ -49,7 +50,8 @@ def evaluate(
         suite: commonsense, reading, mmlu, bbh or world.
         tasks: single tasks, in place of a suite.
         corpus: wikitext2, c4 or a local file.
-        protocol: sparsegpt, llm-pruner or compresso; None: sparsegpt, or llm-pruner if the model's context is shorter than its windows.
+        protocol: sparsegpt, llm-pruner or compresso; None: sparsegpt, or llm-pruner if the model's context is shorter
+            than its windows.
         prompt: the collaborative prompt before the requests of tasks; "auto": on if the model was pruned with it.
         limit: most items of each task, the first ones.
         data_root: folder with local files; None: that of COMPRESSO_DATA, if set, else the hub.
@@ -80,7 +82,9 @@ def evaluate(
     load_tokenizer(source)
     language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
     if language is None and protocol is not None:
-        raise DataError(f"protocol '{protocol}' belongs to a corpus, and none was asked for; give one, such as wikitext2")
+        raise DataError(
+            f"protocol '{protocol}' belongs to a corpus, and none was asked for; give one, such as wikitext2"
+        )
     ready = None
     if names:
         from compresso.metrics.tasks import prepare
@@ -98,11 +102,16 @@ def evaluate(
     if ready:
         from compresso.metrics.tasks import task_measurements
 
-        score = partial(task_measurements, loaded.model, loaded.tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed)
+        score = partial(
+            task_measurements, loaded.model, loaded.tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed
+        )
         for one in prompts(loaded, prompt):
             measurements += score(prompt=one)
     subject = Subject(
-        name=source.identity.name, model=source.identity.name, fingerprint=source.identity.fingerprint, measurements=tuple(measurements)
+        name=source.identity.name,
+        model=source.identity.name,
+        fingerprint=source.identity.fingerprint,
+        measurements=tuple(measurements),
     )
     account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=(subject,))
     if target:
@@ -135,7 +144,14 @@ def show(account: Account) -> None:
     console = Console()
     for subject in account.subjects:
         table = Table(
-            "", "value", "± stderr", "n", "shots", "prompt", title=f"{subject.name} {subject.fingerprint[:19]}", title_justify="left"
+            "",
+            "value",
+            "± stderr",
+            "n",
+            "shots",
+            "prompt",
+            title=f"{subject.name} {subject.fingerprint[:19]}",
+            title_justify="left",
         )
         table.columns[0].no_wrap = True
         for column in table.columns[1:5]:
@@ -161,7 +177,11 @@ def show(account: Account) -> None:
 
 def _notes(subject: Subject) -> list[str]:
     """Where the rows of tasks came from, and the remarks beside numbers, each once."""
-    sources = [f"{one.protocol['data']}: {one.protocol['data_remark']}" for one in subject.measurements if one.protocol.get("data_remark")]
+    sources = [
+        f"{one.protocol['data']}: {one.protocol['data_remark']}"
+        for one in subject.measurements
+        if one.protocol.get("data_remark")
+    ]
     remarks = [f"{one.name}: {one.remark}" for one in subject.measurements if one.remark]
     return list(dict.fromkeys([*sources, *remarks]))
 
@@ -169,16 +189,24 @@ def _notes(subject: Subject) -> list[str]:
 def _absent(subject: Subject) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
     units = {one.unit for one in subject.measurements}
-    return [what for unit, what in (("share", "tasks (--suite or --tasks)"), ("1", "perplexity (--corpus)")) if unit not in units]
+    return [
+        what
+        for unit, what in (("share", "tasks (--suite or --tasks)"), ("1", "perplexity (--corpus)"))
+        if unit not in units
+    ]
 
 
-def _language(source: Source, corpus: str, protocol: str | None, data_root: str | Path | None) -> "tuple[Corpus, PerplexityProtocol]":
+def _language(
+    source: Source, corpus: str, protocol: str | None, data_root: str | Path | None
+) -> "tuple[Corpus, PerplexityProtocol]":
     """Texts and protocol of a perplexity, checked against the model's context."""
     from compresso.metrics.corpora import corpus as read_corpus
     from compresso.metrics.protocol import check_context, preset
 
     context = getattr(source.config, "max_position_embeddings", None)
-    chosen = protocol or ("llm-pruner" if isinstance(context, int) and context < preset("sparsegpt").seq_len else "sparsegpt")
+    chosen = protocol or (
+        "llm-pruner" if isinstance(context, int) and context < preset("sparsegpt").seq_len else "sparsegpt"
+    )
     preset(chosen)
     texts = read_corpus(corpus, data_root=data_root)
     how = preset(chosen, texts.name, texts.split)

@@ -13,7 +13,15 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.engines import llama_cpp
 from compresso.engines import vllm as vllm_engine
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
-from compresso.engines.parity import DECI, ONNX_WITHIN, check_llama_cpp, check_onnx_runtime, check_packed, check_vllm, ids_of
+from compresso.engines.parity import (
+    DECI,
+    ONNX_WITHIN,
+    check_llama_cpp,
+    check_onnx_runtime,
+    check_packed,
+    check_vllm,
+    ids_of,
+)
 from compresso.engines.transformers_process import continued
 from compresso.errors import CheckpointError, ExportError, nearest
 from compresso.formats.gguf import library, save_gguf
@@ -26,10 +34,14 @@ from compresso.native.stock import as_stock
 log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
 _WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
-"""Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to judge."""
+"""Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to
+judge.
+"""
 
 
-def export(model: str | Path, output: Path, *, format: str, dtype: str | None = None, force: bool = False) -> dict[str, Any]:
+def export(
+    model: str | Path, output: Path, *, format: str, dtype: str | None = None, force: bool = False
+) -> dict[str, Any]:
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
@@ -39,19 +51,23 @@ def export(model: str | Path, output: Path, *, format: str, dtype: str | None = 
         force: replace what is there.
 
     Returns:
-        `{"output", "format", "arch", "dtype", "bytes", "checked", "difference", "same_tokens"}`; `checked` says by what it was opened, or
-        why it was not; `difference` is the largest of the probabilities after a text, None if unchecked.
+        `{"output", "format", "arch", "dtype", "bytes", "checked", "difference", "same_tokens"}`; `checked` says by what
+        it was opened, or why it was not; `difference` is the largest of the probabilities after a text, None if
+        unchecked.
 
     Raises:
         CheckpointError: if the model cannot be read or the output may not be written.
-        ExportError: if the format cannot hold the model, or the engine reads something else than was written; then no file is left.
+        ExportError: if the format cannot hold the model, or the engine reads something else than was written; then no
+            file is left.
     """
     if format not in FORMATS:
         raise ExportError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
     source = open_source(model)
     if format == "compressed-tensors":
         if dtype is not None:
-            raise ExportError(f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out")
+            raise ExportError(
+                f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
+            )
         return _packed(source, output, force)
     if format == "vllm-deci":
         if dtype is not None:
@@ -72,7 +88,13 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
             raise CheckpointError(f"{output} exists. Choose another output, or replace a file with --force.")
     tokenizer = load_tokenizer(source)
     live = as_stock(load_model(source, dtype=torch.float32))
-    told: dict[str, Any] = {"output": str(output), "format": "gguf", "dtype": dtype, "difference": None, "same_tokens": None}
+    told: dict[str, Any] = {
+        "output": str(output),
+        "format": "gguf",
+        "dtype": dtype,
+        "difference": None,
+        "same_tokens": None,
+    }
 
     def check(written: Path) -> None:
         if (missing := llama_cpp.missing()) is not None:
@@ -80,7 +102,9 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
             return
         answer = check_llama_cpp(written, live, tokenizer, "llama.cpp", _WITHIN.get(dtype, 1.0))
         if answer.opens != "yes":
-            raise ExportError(f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written.")
+            raise ExportError(
+                f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written."
+            )
         told.update(checked="opened in llama.cpp", difference=answer.difference, same_tokens=answer.same_tokens)
 
     shapes = arch_for(live.config).shapes(live)
@@ -111,7 +135,9 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
             return
         answer = check_onnx_runtime(written, live, tokenizer, ONNX_WITHIN if dtype == "f32" else None)
         if answer.opens != "yes":
-            raise ExportError(f"{output} would read back differently in ONNX Runtime: {answer.reason}. It was not written.")
+            raise ExportError(
+                f"{output} would read back differently in ONNX Runtime: {answer.reason}. It was not written."
+            )
         told.update(checked="opened in ONNX Runtime", difference=answer.difference, same_tokens=answer.same_tokens)
 
     save_onnx(live, arch_for(live.config).shapes(live), output, tokenizer, dtype=dtype, force=force, check=check)
@@ -122,7 +148,12 @@ def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
     """A folder for vLLM's DeciLM class, opened in vLLM."""
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     live = as_stock(load_model(source))
-    told: dict[str, Any] = {"output": str(output), "format": "vllm-deci", "arch": "DeciLM", "dtype": str(live.dtype).removeprefix("torch.")}
+    told: dict[str, Any] = {
+        "output": str(output),
+        "format": "vllm-deci",
+        "arch": "DeciLM",
+        "dtype": str(live.dtype).removeprefix("torch."),
+    }
     told |= {"difference": None, "same_tokens": None}
 
     def check(written: Path) -> None:
@@ -149,7 +180,9 @@ def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
     def check(written: Path) -> None:
         answer = check_packed(written, stored, packing, tokenizer)
         if answer.opens != "yes":
-            raise ExportError(f"{output} would read back differently in transformers: {answer.reason}. It was not written.")
+            raise ExportError(
+                f"{output} would read back differently in transformers: {answer.reason}. It was not written."
+            )
         told.update(checked="opened in transformers", difference=answer.difference, same_tokens=answer.same_tokens)
 
     save_packed(stored, packing, output, tokenizer=tokenizer, force=force, check=check)

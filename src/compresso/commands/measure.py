@@ -1,7 +1,7 @@
 """`compresso measure`: size, cost, speed and memory of models side by side, the first being the dense one.
 
-All models are found, checked and fitted into memory before the first is read. Peak memory comes first, in processes of their own, while
-this one holds no weights; then all models are loaded together, so that they can be timed in turn.
+All models are found, checked and fitted into memory before the first is read. Peak memory comes first, in processes of
+their own, while this one holds no weights; then all models are loaded together, so that they can be timed in turn.
 """
 
 import math
@@ -72,7 +72,8 @@ def measure(
     Args:
         models: folders or hub ids.
         batches: batch sizes; None for 1 and 8, and 32 on a GPU. Peak memory is measured at the first.
-        prompt_tokens, new_tokens: of each sequence; None for 256 and 64, or fewer where a model's context holds no more.
+        prompt_tokens, new_tokens: of each sequence; None for 256 and 64, or fewer where a model's context holds no
+            more.
         rounds: timed ones, after one that is not.
         memory: whether to measure peak memory, which takes a process a model.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -85,8 +86,8 @@ def measure(
         One subject a model, in the order given.
 
     Raises:
-        CompressoError: a model that is missing or unsafe, or settings that cannot be, before anything is timed or written; ResourceError
-            if the models do not fit into memory together.
+        CompressoError: a model that is missing or unsafe, or settings that cannot be, before anything is timed or
+            written; ResourceError if the models do not fit into memory together.
     """
     plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
     target = None if output is None else account_file(output, [source.folder for source in plan.sources.values()])
@@ -104,7 +105,14 @@ def measure(
             live[name] = load_model(source, plan.dtype, plan.device)
             found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device))
         speeds = speed_measurements(
-            live, plan.batches, plan.prompt_tokens, plan.new_tokens, plan.rounds, warmup=WARMUP, seed=seed, advance=advance
+            live,
+            plan.batches,
+            plan.prompt_tokens,
+            plan.new_tokens,
+            plan.rounds,
+            warmup=WARMUP,
+            seed=seed,
+            advance=advance,
         )
     subjects = tuple(
         Subject(
@@ -164,17 +172,24 @@ def _planned(
 
 def _check_fit(plan: Plan) -> None:
     """Raise ResourceError if the weights of all models do not fit into the device's free memory together."""
-    each = {name: sum(math.prod(t.shape) for t in source.tensors.values()) * plan.dtype.itemsize for name, source in plan.sources.items()}
+    each = {
+        name: sum(math.prod(t.shape) for t in source.tensors.values()) * plan.dtype.itemsize
+        for name, source in plan.sources.items()
+    }
     host = psutil.virtual_memory().available
     cure = "measure fewer models at a time, give --dtype bfloat16, or free memory"
     for needed, free, what in (
-        (sum(each.values()), torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else host, f"on {plan.device}"),
+        (
+            sum(each.values()),
+            torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else host,
+            f"on {plan.device}",
+        ),
         (max(each.values()), host, "of the host, through which weights are read"),
     ):
         if needed > free:
             raise ResourceError(
-                f"the weights of {', '.join(each)} in {_short(plan.dtype)} need {needed / 1e9:.1f} GB {what}, of which {free / 1e9:.1f} GB "
-                f"are free; {cure}"
+                f"the weights of {', '.join(each)} in {_short(plan.dtype)} need {needed / 1e9:.1f} GB {what}, of which"
+                f" {free / 1e9:.1f} GB are free; {cure}"
             )
 
 
@@ -184,7 +199,9 @@ def _short(dtype: torch.dtype) -> str:
 
 @contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that counts pieces of work; on no terminal, one line for each thing that is done to a model."""
+    """A bar on standard error that counts pieces of work; on no terminal, one line for each thing that is done to a
+    model.
+    """
     if quiet or not sys.stderr.isatty():
         said: set[str] = set()
 

@@ -1,4 +1,6 @@
-"""What `compresso measure` prints: one column a model, and in each row numbers of one kind, measured, counted or estimated."""
+"""What `compresso measure` prints: one column a model, and in each row numbers of one kind, measured, counted or
+estimated.
+"""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +35,12 @@ def show(account: Account, as_json: bool) -> None:
         return
     console = Console()
     subjects = account.subjects
-    table = Table(title=_title(subjects), title_justify="left", caption="medians; below them lowest-highest", caption_justify="left")
+    table = Table(
+        title=_title(subjects),
+        title_justify="left",
+        caption="medians; below them lowest-highest",
+        caption_justify="left",
+    )
     for column in ("", "kind"):
         table.add_column(column, no_wrap=True)
     for number, subject in enumerate(subjects):
@@ -47,7 +54,9 @@ def show(account: Account, as_json: bool) -> None:
 
 
 def rows(subjects: tuple[Subject, ...]) -> Iterator[list[str]]:
-    """Label, kind of number, and one cell a model; kinds never share a row. Before the rows of a batch size stands one with its name."""
+    """Label, kind of number, and one cell a model; kinds never share a row. Before the rows of a batch size stands one
+    with its name.
+    """
     held = [{(one.name, one.how): one for one in subject.measurements} for subject in subjects]
     keys = list(dict.fromkeys(key for of_one in held for key in of_one))
     shown = 0
@@ -61,7 +70,12 @@ def rows(subjects: tuple[Subject, ...]) -> Iterator[list[str]]:
 
 def remarks(subjects: tuple[Subject, ...]) -> list[str]:
     """The sentences that a reader must see beside the numbers, each with its model and number."""
-    return [f"{subject.name}, {_label(one)}: {one.remark}" for subject in subjects for one in subject.measurements if one.remark]
+    return [
+        f"{subject.name}, {_label(one)}: {one.remark}"
+        for subject in subjects
+        for one in subject.measurements
+        if one.remark
+    ]
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -109,9 +123,14 @@ def _title(subjects: tuple[Subject, ...]) -> str:
     timed = next((one for one in every if one.unit == "tokens/s"), None)
     environment = (timed or every[0]).environment
     threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
-    text = f"{environment.hardware} ({environment.device}{threads})" + (f", {environment.dtype}" if environment.dtype else "")
+    text = f"{environment.hardware} ({environment.device}{threads})" + (
+        f", {environment.dtype}" if environment.dtype else ""
+    )
     if timed is None:
         return text
     facts = timed.protocol
     order = "interleaved " if facts.get("interleaved") else ""
-    return f"{text}\nprompts of {facts['prompt_tokens']} tokens, {facts['new_tokens']} new ones, {facts['rounds']} {order}rounds"
+    return (
+        f"{text}\nprompts of {facts['prompt_tokens']} tokens, {facts['new_tokens']} new ones, {facts['rounds']}"
+        f" {order}rounds"
+    )

@@ -17,7 +17,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     title = f"{facts['recipe']} on {facts['model']}: a dry run"
     table = Table("", "before", "after (equal widths)", "ratio", title=title, title_justify="left")
     before, after = facts["before"], facts["after"]
-    rows = [(f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]]
+    rows = [
+        (f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]
+    ]
     rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
     for name, old, new in rows:
@@ -30,14 +32,16 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
-            f"{one['stage']}: {one['duration']} updates; about {_bytes(memory['total'])} on {facts['device']} (estimated: weights "
-            f"{_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations {_bytes(memory['activations'])})",
+            f"{one['stage']}: {one['duration']} updates; about {_bytes(memory['total'])} on {facts['device']}"
+            f" (estimated: weights {_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations"
+            f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
         if one["tokens_at_most"] is not None:
             console.print(
-                f"  at most {one['tokens_at_most']:,} tokens and {one['flops_at_most']:.2e} FLOPs: about {_time(one['seconds_estimated'])} "
-                "at this machine's matrix-product rate (estimated; real steps take longer)",
+                f"  at most {one['tokens_at_most']:,} tokens and {one['flops_at_most']:.2e} FLOPs: about"
+                f" {_time(one['seconds_estimated'])} at this machine's matrix-product rate (estimated; real steps take"
+                " longer)",
                 soft_wrap=True,
             )
 

@@ -1,4 +1,6 @@
-"""What was measured of each method, kept beside the package for its catalogue: written by `benchmarks/structured_report.py`, read here."""
+"""What was measured of each method, kept beside the package for its catalogue: written by
+`benchmarks/structured_report.py`, read here.
+"""
 
 import json
 from importlib.resources import files
@@ -6,7 +8,8 @@ from typing import Any
 
 
 def measured(stage: str) -> list[dict[str, Any]]:
-    """The rows of one stage: {"method", "model", "what", "dense", "kept": {share of blocks: "mean ± sd (before recovery)"}, "how"}.
+    """The rows of one stage: {"method", "model", "what", "dense", "kept": {share of blocks: "mean ± sd (before
+    recovery)"}, "how"}.
 
     Empty for a stage that the comparison does not hold.
     """

@@ -1,11 +1,13 @@
 """What can be removed from a network, and which tensor entries leave with it.
 
-An `Axis` is a set of units (heads, FFN channels, hidden dimensions, layers, tokens) whose tensor entries must leave together. It is plain
-data: an architecture writes its axes down once, and masking, counting, shrinking and planning are all derived from them.
+An `Axis` is a set of units (heads, FFN channels, hidden dimensions, layers, tokens) whose tensor entries must leave
+together. It is plain data: an architecture writes its axes down once, and masking, counting, shrinking and planning are
+all derived from them.
 
 Two ways a unit owns entries of a tensor:
 
-    unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [start + u * width, start + (u + 1) * width)
+    unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [start + u * width, start + (u
+                + 1) * width)
     unit=k      the whole tensor belongs to unit k (a layer's matrices belong to unit k of the layer axis)
 """
 
@@ -36,7 +38,9 @@ class Kind(StrEnum):
     MLP = "mlp"
     """The FFN sub-layer of a layer, with its norm."""
     VOCAB = "vocab"
-    """One token: its row of the embedding and of the head. The others are renumbered, and the tokenizer has to follow."""
+    """One token: its row of the embedding and of the head.
+    The others are renumbered, and the tokenizer has to follow.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,8 @@ class Slice:
         dim: tensor dimension along which the units lie (0 where `unit` is given and the dimension has no meaning).
         width: entries of one unit along `dim`.
         unit: None if the units tile `dim`; k if the whole tensor belongs to unit k.
-        start: where the first unit's entries begin. Several slices of one axis together tile a dimension in which a fused projection
-            holds q, k and v, or gate and up, one behind the other.
+        start: where the first unit's entries begin. Several slices of one axis together tile a dimension in which a
+            fused projection holds q, k and v, or gate and up, one behind the other.
     """
 
     param: str
@@ -59,7 +63,9 @@ class Slice:
     start: int = 0
 
     def entries(self, tensor: Tensor, size: int) -> Tensor:
-        """The entries of each unit [size, entries of one], from a tensor of the parameter's shape; for slices whose units tile `dim`."""
+        """The entries of each unit [size, entries of one], from a tensor of the parameter's shape; for slices whose
+        units tile `dim`.
+        """
         return tensor.narrow(self.dim, self.start, size * self.width).movedim(self.dim, 0).reshape(size, -1)
 
 
@@ -85,20 +91,23 @@ class Axis:
     """Units that can be removed one by one, and everything that leaves with each.
 
     Args:
-        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`, `mlp`, `vocab`.
+        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`,
+            `mlp`, `vocab`.
         kind: what a unit is.
         size: number of units.
         slices: parameter entries owned by the units.
-        gates: places where a mask on the units is applied; their product with a 0/1 mask must equal removal. None for tokens: a model that
-            is never given a removed token and whose logits of removed tokens are passed over is the smaller one already.
-        container: qualified name of the module whose shape fields describe this axis (the attention of a head axis, the FFN of a
-            channel axis, the layer list of a layer, attention or mlp axis, the decoder of the hidden axis).
+        gates: places where a mask on the units is applied; their product with a 0/1 mask must equal removal. None for
+            tokens: a model that is never given a removed token and whose logits of removed tokens are passed over is
+            the smaller one already.
+        container: qualified name of the module whose shape fields describe this axis (the attention of a head axis, the
+            FFN of a channel axis, the layer list of a layer, attention or mlp axis, the decoder of the hidden axis).
         layer: index of the layer the axis lies in; None for axes of the whole model.
         with_last_unit: parameters that leave when no unit is left (the norm before an attention that has no heads).
         min_units: fewest units that may stay. 1 where a bias would survive the removal of the last unit.
-        norms: RMSNorm modules whose mean runs over this axis. Masked training keeps dividing by the original size, so removal scales
-            their weight by sqrt(size / kept) and their eps by size / kept.
-        head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be divided out there.
+        norms: RMSNorm modules whose mean runs over this axis. Masked training keeps dividing by the original size, so
+            removal scales their weight by sqrt(size / kept) and their eps by size / kept.
+        head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be
+            divided out there.
     """
 
     name: str

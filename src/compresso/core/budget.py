@@ -10,7 +10,9 @@ from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 
 TOLERANCE = 0.005
-"""How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as infeasible."""
+"""How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as
+infeasible.
+"""
 
 Floor = int | Literal["keep"]
 """Fewest units of an axis that stay: a number, or "keep" for the budget's own share of them, to the nearest unit."""
@@ -33,15 +35,17 @@ class Budget:
 
     Args:
         keep: share of the count that may stay, in (0, 1].
-        of: the count: parameters of the blocks, all parameters, multiply-accumulates per token, or key/value cache entries per token.
+        of: the count: parameters of the blocks, all parameters, multiply-accumulates per token, or key/value cache
+            entries per token.
         kinds: kinds of units that may be removed.
         uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
         multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.
-        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them. "keep" stands for this budget's own
-            share of the axis, to the nearest unit: no layer loses much more of that kind than the model loses in all.
+        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them. "keep" stands for
+            this budget's own share of the axis, to the nearest unit: no layer loses much more of that kind than the
+            model loses in all.
 
-    `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by name.
-    Raises ValueError for values out of range, with the cure.
+    `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by
+    name. Raises ValueError for values out of range, with the cure.
 
     >>> Budget(keep=0.7, kinds=("head", "channel"), multiple_of={"channel": 64}).allowed(Kind.CHANNEL, 150)
     [0, 64, 128, 150]
@@ -57,7 +61,9 @@ class Budget:
     def __post_init__(self) -> None:
         """Turn names of kinds into kinds and check all values."""
         if not 0 < self.keep <= 1:  # also refuses NaN
-            raise ValueError(f"keep={self.keep} is not a share of the model; give a number above 0 and at most 1, such as 0.7")
+            raise ValueError(
+                f"keep={self.keep} is not a share of the model; give a number above 0 and at most 1, such as 0.7"
+            )
         if self.of not in _COUNTED:
             raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(_COUNTED)}")
         object.__setattr__(self, "kinds", _kinds("kinds", self.kinds))
@@ -71,7 +77,9 @@ class Budget:
                 if name == "floor" and value == "keep":
                     continue
                 if isinstance(value, str) or value != int(value) or value < least:
-                    raise ValueError(f"{name}['{kind}']={value} is not a number of units; give a whole number of at least {least}")
+                    raise ValueError(
+                        f"{name}['{kind}']={value} is not a number of units; give a whole number of at least {least}"
+                    )
             object.__setattr__(self, name, values)
 
     @property
@@ -90,17 +98,24 @@ class Budget:
         return min(axis.size, max(axis.fewest, round(self.keep * axis.size) if floor == "keep" else floor))
 
     def allowed(self, kind: Kind, size: int, fewest: int = 0) -> list[int]:
-        """The counts of units that `size` units of a kind may be reduced to, ascending; never empty, the last is `size`."""
+        """The counts of units that `size` units of a kind may be reduced to, ascending; never empty, the last is
+        `size`.
+        """
         step = self.multiple_of.get(kind, 1)
         return [*range(-(-fewest // step) * step, size, step), size]
 
 
 def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
-    """The axes whose units the budget may remove; axes without units are passed over. Raises ValueError if there are none."""
+    """The axes whose units the budget may remove; axes without units are passed over. Raises ValueError if there are
+    none.
+    """
     chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
     if not chosen:
         has = ", ".join(sorted({axis.kind for axis in axes}))
-        raise ValueError(f"the model has no units of the kinds {', '.join(budget.kinds)}; it has {has}: name some of those in 'kinds'")
+        raise ValueError(
+            f"the model has no units of the kinds {', '.join(budget.kinds)}; it has {has}: name some of those in"
+            " 'kinds'"
+        )
     return chosen
 
 
@@ -115,8 +130,12 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: CostModel, smallest: 
     if held.get(name):
         axis = next(axis for axis in axes if axis.name == name)
         cause = f"{name} may not go below {len(smallest.kept[name])} of {axis.size} units"
-        return InfeasibleBudget(f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'")
-    return InfeasibleBudget(f"{message} in what the kinds {', '.join(budget.kinds)} do not reach. Raise keep to {needed} or add kinds")
+        return InfeasibleBudget(
+            f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'"
+        )
+    return InfeasibleBudget(
+        f"{message} in what the kinds {', '.join(budget.kinds)} do not reach. Raise keep to {needed} or add kinds"
+    )
 
 
 def _kinds(name: str, given: Sequence[Kind]) -> tuple[Kind, ...]:

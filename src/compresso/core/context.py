@@ -1,4 +1,6 @@
-"""Which rows and columns of a linear layer a text does not use (Mini-GPTs, arXiv 2312.12682): absolute thresholds on mean activations."""
+"""Which rows and columns of a linear layer a text does not use (Mini-GPTs, arXiv 2312.12682): absolute thresholds on
+mean activations.
+"""
 
 from dataclasses import dataclass
 
@@ -39,8 +41,9 @@ class Stays:
 def used(uses: Uses, linear: float | None, activation: float | None) -> Stays:
     """What lies above the thresholds; None turns a rule off, and 0 takes what is exactly 0.
 
-    A row leaves if its output, or its output without the bias, is at or below `linear`; its bias only if the whole output is. A row and its
-    bias leave if the activation function's output is at or below `activation`. A column leaves if its input is at or below `linear`.
+    A row leaves if its output, or its output without the bias, is at or below `linear`; its bias only if the whole
+    output is. A row and its bias leave if the activation function's output is at or below `activation`. A column leaves
+    if its input is at or below `linear`.
     """
     rows, columns = torch.ones_like(uses.outputs, dtype=torch.bool), torch.ones_like(uses.inputs, dtype=torch.bool)
     bias = rows.clone()

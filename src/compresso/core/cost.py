@@ -1,9 +1,10 @@
 """One differentiable function that counts the dense model, the expected model under soft masks and the shrunk model.
 
-A parameter's count is a product: for each dimension the entries that stay, times one factor for each unit that owns the whole tensor.
-With keep probabilities instead of 0/1 masks the same product is the expected count (gates are independent), in closed form and in
-time linear in the number of gates: Compresso's expected size (arXiv 2310.05015, L0 objective) without a [hidden, layers x ffn] product.
-Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's 24 bits.
+A parameter's count is a product: for each dimension the entries that stay, times one factor for each unit that owns the
+whole tensor. With keep probabilities instead of 0/1 masks the same product is the expected count (gates are
+independent), in closed form and in time linear in the number of gates: Compresso's expected size (arXiv 2310.05015, L0
+objective) without a [hidden, layers x ffn] product. Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's
+24 bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,8 @@ class Weight:
         name: qualified parameter name.
         shape: its dense shape.
         group: what it counts as.
-        macs: multiply-accumulates each entry costs per token (1 for a Linear weight or a tied head, 0 for lookups, norms and biases).
+        macs: multiply-accumulates each entry costs per token (1 for a Linear weight or a tied head, 0 for lookups,
+            norms and biases).
         cached: how many of its outputs are values of the key/value cache per token, in the dense model.
         output: the dimension of its outputs, if some are cached.
     """
@@ -56,8 +58,8 @@ class Weight:
 class Cost:
     """Counts, each a float64 scalar Tensor [] (differentiable where the masks are).
 
-    `total` counts parameters with tied ones once; `macs` is multiply-accumulates per token in matrices with a full head, attention scores
-    excluded (they depend on the context length); `cached` is key/value cache entries per token.
+    `total` counts parameters with tied ones once; `macs` is multiply-accumulates per token in matrices with a full
+    head, attention scores excluded (they depend on the context length); `cached` is key/value cache entries per token.
     """
 
     total: Tensor
@@ -68,7 +70,9 @@ class Cost:
     cached: Tensor
 
     def count(self, of: Counted) -> Tensor:
-        """The count that a budget is a share of []: block parameters, all parameters, multiply-accumulates or cache entries per token."""
+        """The count that a budget is a share of []: block parameters, all parameters, multiply-accumulates or cache
+        entries per token.
+        """
         return {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}[of]
 
     def parameters(self) -> dict[str, int]:
@@ -94,7 +98,9 @@ class CostModel:
         columns: dict[tuple[str, int | str], int] = {}
 
         def atom(axis: str, what: int | str) -> int:
-            """Index of a scalar read off a mask: the sum over its units, the value of one unit, or whether any unit is left."""
+            """Index of a scalar read off a mask: the sum over its units, the value of one unit, or whether any unit is
+            left.
+            """
             key = (axis, what)
             if key not in columns:
                 columns[key] = len(self._atoms) + 1  # 0 is the constant one
@@ -104,7 +110,9 @@ class CostModel:
         by_name = {weight.name: weight for weight in self.weights}
         constants = {weight.name: 1 for weight in self.weights}
         factors: dict[str, list[int]] = {weight.name: [] for weight in self.weights}
-        rows: dict[str, list[int]] = {weight.name: [] for weight in self.weights}  # factors of outputs and of presence: cached entries
+        rows: dict[str, list[int]] = {
+            weight.name: [] for weight in self.weights
+        }  # factors of outputs and of presence: cached entries
         tiled: dict[tuple[str, int], int] = {}  # entries of one unit
         sizes: dict[tuple[str, int], int] = {}  # units
         for axis in self.axes:
@@ -113,7 +121,9 @@ class CostModel:
                     raise ValueError(f"axis {axis.name} slices '{piece.param}', which is not a parameter of the model")
                 if piece.unit is not None:
                     if not 0 <= piece.unit < axis.size:
-                        raise ValueError(f"axis {axis.name} has {axis.size} units; {piece.param} cannot belong to unit {piece.unit}")
+                        raise ValueError(
+                            f"axis {axis.name} has {axis.size} units; {piece.param} cannot belong to unit {piece.unit}"
+                        )
                     index = atom(axis.name, piece.unit)
                     factors[piece.param].append(index)
                     rows[piece.param].append(index)
@@ -123,7 +133,10 @@ class CostModel:
                     raise ValueError(f"axis {axis.name} lies along dim {dim} of {param}, whose shape is {list(shape)}")
                 width = sum(piece.width for piece in pieces)
                 if not axis.tiles(pieces, shape[dim]) or (param, dim) in tiled:
-                    raise ValueError(f"axis {axis.name}: {axis.size} units of {width} cannot tile dim {dim} ({shape[dim]}) of {param}")
+                    raise ValueError(
+                        f"axis {axis.name}: {axis.size} units of {width} cannot tile dim {dim} ({shape[dim]}) of"
+                        f" {param}"
+                    )
                 tiled[param, dim], sizes[param, dim] = width, axis.size
                 index = atom(axis.name, "sum")
                 factors[param].append(index)
@@ -131,7 +144,9 @@ class CostModel:
                     rows[param].append(index)
             for name in axis.with_last_unit:
                 if name not in by_name:
-                    raise ValueError(f"axis {axis.name} takes '{name}' with its last unit, which is not a parameter of the model")
+                    raise ValueError(
+                        f"axis {axis.name} takes '{name}' with its last unit, which is not a parameter of the model"
+                    )
                 factors[name].append(atom(axis.name, "any"))
         row_constants: list[int] = []
         for weight in self.weights:
@@ -142,12 +157,17 @@ class CostModel:
         self._factors = _padded([factors[weight.name] for weight in self.weights])
         self._rows = _padded([rows[weight.name] for weight in self.weights])
         entries = torch.tensor([constants[weight.name] for weight in self.weights], dtype=torch.float64)
-        groups = [torch.tensor([float(weight.group == group) for weight in self.weights], dtype=torch.float64) for group in Group]
+        groups = [
+            torch.tensor([float(weight.group == group) for weight in self.weights], dtype=torch.float64)
+            for group in Group
+        ]
         macs = torch.tensor([float(weight.macs) for weight in self.weights], dtype=torch.float64)
         self._entry_coefficients = torch.stack([entries * column for column in (*groups, macs)])  # [4, weights]
         self._row_coefficients = torch.tensor(row_constants, dtype=torch.float64)
         self._ones = {axis.name: axis.size for axis in self.axes}
-        self._dense = torch.tensor([1.0, *(self._ones[axis] if what == "sum" else 1.0 for axis, what in self._atoms)], dtype=torch.float64)
+        self._dense = torch.tensor(
+            [1.0, *(self._ones[axis] if what == "sum" else 1.0 for axis, what in self._atoms)], dtype=torch.float64
+        )
         self._of_axis: dict[str, list[tuple[int, int | str]]] = {}
         for column, (name, what) in enumerate(self._atoms, start=1):
             self._of_axis.setdefault(name, []).append((column, what))
@@ -155,7 +175,9 @@ class CostModel:
         self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
     def __call__(self, masks: Mapping[str, Tensor] | None = None) -> Cost:
-        """Count under masks or keep probabilities: axis name -> [size], values in [0, 1]; an absent axis keeps all its units."""
+        """Count under masks or keep probabilities: axis name -> [size], values in [0, 1]; an absent axis keeps all its
+        units.
+        """
         masks = masks or {}
         unknown = set(masks) - set(self._ones)
         if unknown:
@@ -176,7 +198,9 @@ class CostModel:
         Raises ValueError for an axis whose total does not say what its units cost.
         """
         if owning := [name for name, _ in self._units(names)]:
-            raise ValueError(f"units of {owning[0]} own whole tensors, so that it matters which of them stay; count by masks")
+            raise ValueError(
+                f"units of {owning[0]} own whole tensors, so that it matters which of them stay; count by masks"
+            )
         return self._count(self._atoms_of(tuple(names), totals, totals))
 
     def tiled(self, names: Sequence[str]) -> bool:
@@ -201,10 +225,14 @@ class CostModel:
 
     def _units(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """The single units of these axes that own whole tensors: axis name and index."""
-        return [(name, int(what)) for name in names for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")]
+        return [
+            (name, int(what)) for name in names for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")
+        ]
 
     def _columns(self, names: tuple[str, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-        """For sums, presences and single units: the atoms to fill and the rows of the values that fill them, on the device; kept."""
+        """For sums, presences and single units: the atoms to fill and the rows of the values that fill them, on the
+        device; kept.
+        """
         key = (device, names)
         if key not in self._filled:
             filled: tuple[list[tuple[int, int]], ...] = ([], [], [])

@@ -1,15 +1,19 @@
-"""What a smaller model learns from a larger one: divergences between next-token distributions, and distances between hidden states.
+"""What a smaller model learns from a larger one: divergences between next-token distributions, and distances between
+hidden states.
 
-    forward   KL(teacher || student)                                  Hinton et al., arXiv 1503.02531; Minitron, arXiv 2407.14679
+    forward   KL(teacher || student)                                  Hinton et al., arXiv 1503.02531; Minitron, arXiv
+              2407.14679
     reverse   KL(student || teacher)                                  MiniLLM, arXiv 2306.08543
-    js        b KL(teacher || M) + (1 - b) KL(student || M),          generalised Jensen-Shannon; GKD, arXiv 2306.13649, equation 1
+    js        b KL(teacher || M) + (1 - b) KL(student || M),          generalised Jensen-Shannon; GKD, arXiv 2306.13649,
+              equation 1
               M = b teacher + (1 - b) student
 
-All are multiplied by the squared temperature (Hinton et al., section 2), so that a temperature does not change the size of gradients;
-Minitron's training code leaves this factor out, and trains at temperature 1.
+All are multiplied by the squared temperature (Hinton et al., section 2), so that a temperature does not change the size
+of gradients; Minitron's training code leaves this factor out, and trains at temperature 1.
 
-Unusual: `chunked` takes the gradients of a piece of the tokens as soon as the loss of that piece is known, and keeps only those of the
-hidden states and of the head. Logits, as wide as the vocabulary, exist for one piece at a time, and nothing is computed twice.
+Unusual: `chunked` takes the gradients of a piece of the tokens as soon as the loss of that piece is known, and keeps
+only those of the hidden states and of the head. Logits, as wide as the vocabulary, exist for one piece at a time, and
+nothing is computed twice.
 """
 
 import math
@@ -23,10 +27,14 @@ from torch.nn import functional
 Divergence = Literal["forward", "reverse", "js"]
 Distance = Literal["cosine", "mse"]
 ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
-"""Rows [start, stop) and their hidden states -> the loss to differentiate [], and numbers to log [k]; both are summed over the pieces."""
+"""Rows [start, stop) and their hidden states -> the loss to differentiate [], and numbers to log [k]; both are summed
+over the pieces.
+"""
 
 
-def divergences(student: Tensor, teacher: Tensor, kind: Divergence, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+def divergences(
+    student: Tensor, teacher: Tensor, kind: Divergence, temperature: float = 1.0, beta: float = 0.5
+) -> Tensor:
     """The divergence of each row's distributions in nats times temperature^2 [n], float32 or wider.
 
     Args:
@@ -38,7 +46,9 @@ def divergences(student: Tensor, teacher: Tensor, kind: Divergence, temperature:
     Raises ValueError for unequal shapes, a temperature not above 0 and a beta outside (0, 1).
     """
     if student.shape != teacher.shape or student.dim() != 2:
-        raise ValueError(f"wanted two tensors of logits [n, vocab], got {list(student.shape)} and {list(teacher.shape)}")
+        raise ValueError(
+            f"wanted two tensors of logits [n, vocab], got {list(student.shape)} and {list(teacher.shape)}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} divides the logits; give a number above 0")
     q, p = (_wide(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
@@ -48,14 +58,17 @@ def divergences(student: Tensor, teacher: Tensor, kind: Divergence, temperature:
         found = _kl(q, p)
     else:
         if not 0 < beta < 1:
-            raise ValueError(f"beta={beta} is the teacher's share of a mixture; give a number between 0 and 1, both excluded")
+            raise ValueError(
+                f"beta={beta} is the teacher's share of a mixture; give a number between 0 and 1, both excluded"
+            )
         mixture = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
         found = beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
     return found * temperature**2
 
 
 def chunked(loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk: int) -> tuple[Tensor, Tensor]:
-    """A loss over tokens, computed and differentiated `chunk` tokens at a time: the sums of what `loss` returns ([], [k]).
+    """A loss over tokens, computed and differentiated `chunk` tokens at a time: the sums of what `loss` returns ([],
+    [k]).
 
     Args:
         loss: of one piece; it must depend on nothing that needs a gradient but its second argument and `parameters`.
@@ -77,7 +90,9 @@ def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
     "cosine": 1 - cosine (Minitron's default); "mse": mean squared difference. Raises ValueError for unequal shapes.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"hidden states are {list(student.shape)} and {list(teacher.shape)}; select the dimensions that are left")
+        raise ValueError(
+            f"hidden states are {list(student.shape)} and {list(teacher.shape)}; select the dimensions that are left"
+        )
     ours, theirs = _wide(student), _wide(teacher)
     if kind == "mse":
         return (ours - theirs).square().mean()
@@ -85,7 +100,8 @@ def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
 
 
 def dynamic_scale(reference: Tensor, loss: Tensor) -> Tensor:
-    """reference / loss without a gradient, 0 where the loss is 0: the factor that makes an auxiliary loss as large as the main one.
+    """reference / loss without a gradient, 0 where the loss is 0: the factor that makes an auxiliary loss as large as
+    the main one.
 
     Minitron (arXiv 2407.14679, section 3): alpha is the ratio of the two losses, taken anew each step.
     """
@@ -118,7 +134,9 @@ class _Chunked(torch.autograd.Function):
             total = value.detach() if total is None else total + value.detach()
             facts = numbers.detach() if facts is None else facts + numbers.detach()
         assert total is not None and facts is not None  # there is at least one piece
-        ctx.save_for_backward(to_hidden, *(sum_.to(parameters[i].dtype) for i, sum_ in zip(wanted, to_parameters, strict=True)))
+        ctx.save_for_backward(
+            to_hidden, *(sum_.to(parameters[i].dtype) for i, sum_ in zip(wanted, to_parameters, strict=True))
+        )
         ctx.wanted, ctx.n_parameters = wanted, len(parameters)
         ctx.mark_non_differentiable(facts)
         return total, facts

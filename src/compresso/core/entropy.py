@@ -1,6 +1,7 @@
 """How much the values of a channel tell: the entropy of their histogram (E-Sparse, arXiv 2310.15929, section 3.2).
 
-The range of a channel is that of the first tokens seen; later values beyond it count in the outermost bins, so that one pass is enough.
+The range of a channel is that of the first tokens seen; later values beyond it count in the outermost bins, so that one
+pass is enough.
 """
 
 import torch
@@ -10,7 +11,8 @@ BINS = 100
 
 
 def histograms(total: Tensor | None, inputs: Tensor) -> Tensor:
-    """Fold: rows of counts [BINS], least value, greatest value, and sum of squares, of each channel: [BINS + 3, in], float64.
+    """Fold: rows of counts [BINS], least value, greatest value, and sum of squares, of each channel: [BINS + 3, in],
+    float64.
 
     inputs: [tokens, in]; the first that come say the range.
     """

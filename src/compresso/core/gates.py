@@ -1,6 +1,7 @@
 """All learned gates of a model as one parameter.
 
-One flat log-alpha [n_gates] instead of one tensor per layer: one sampling, one optimizer step and one clamp an update, whatever the depth.
+One flat log-alpha [n_gates] instead of one tensor per layer: one sampling, one optimizer step and one clamp an update,
+whatever the depth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ class Gates(nn.Module):
         for axis in axes:
             if axis.name not in initial or tuple(initial[axis.name].shape) != (axis.size,):
                 raise ValueError(
-                    f"gates of {axis.name} want initial log-alpha [{axis.size}], got {tuple(initial.get(axis.name, torch.empty(0)).shape)}"
+                    f"gates of {axis.name} want initial log-alpha [{axis.size}], got"
+                    f" {tuple(initial.get(axis.name, torch.empty(0)).shape)}"
                 )
         self.axes = tuple(axes)
         self.log_alpha = nn.Parameter(torch.cat([initial[axis.name].float().flatten() for axis in axes]))

@@ -1,10 +1,12 @@
 """Gates that are exactly 0 or 1 with positive probability, yet have a gradient: the hard-concrete distribution.
 
-Louizos, Welling and Kingma, "Learning sparse neural networks through L0 regularization" (arXiv 1712.01312), with the constants and the
-evaluation rule of CoFi (arXiv 2204.00408), which Compresso (arXiv 2310.05015) keeps. One parameter a gate, `log_alpha`; high means open.
+Louizos, Welling and Kingma, "Learning sparse neural networks through L0 regularization" (arXiv 1712.01312), with the
+constants and the evaluation rule of CoFi (arXiv 2204.00408), which Compresso (arXiv 2310.05015) keeps. One parameter a
+gate, `log_alpha`; high means open.
 
-Unusual: the temperature divides the logit when a gate is drawn, and multiplies a constant in the probability that it is open; both are
-right. Ranking and rounding for evaluation run in float64 on the CPU, so that every device removes the same units.
+Unusual: the temperature divides the logit when a gate is drawn, and multiplies a constant in the probability that it is
+open; both are right. Ranking and rounding for evaluation run in float64 on the CPU, so that every device removes the
+same units.
 """
 
 import math
@@ -30,11 +32,14 @@ INITIAL_SPREAD = 0.01
 OPEN = 10.0
 """Mean of a fresh log_alpha for everything but FFN channels; the first clamp brings it to ln 100."""
 
-_THRESHOLD = TEMPERATURE * math.log(-STRETCH_LOW / STRETCH_HIGH)  # a gate is open where log_alpha + logit(u) exceeds this: -1.598597
+_THRESHOLD = TEMPERATURE * math.log(
+    -STRETCH_LOW / STRETCH_HIGH
+)  # a gate is open where log_alpha + logit(u) exceeds this: -1.598597
 
 
 def keep_probability(log_alpha: Tensor) -> Tensor:
-    """Probability that a gate is above zero, in log_alpha's shape and dtype (float32 or float64), within [1e-6, 1 - 1e-6].
+    """Probability that a gate is above zero, in log_alpha's shape and dtype (float32 or float64), within [1e-6, 1 -
+    1e-6].
 
     Raises TypeError for narrower dtypes, in which sums over thousands of gates lose whole units.
 
@@ -60,7 +65,9 @@ def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
 
 def uniform_noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Noise for `sample`, uniform in (1e-6, 1 - 1e-6), on the generator's device."""
-    return torch.empty(tuple(shape), dtype=dtype, device=generator.device).uniform_(EPSILON, 1 - EPSILON, generator=generator)
+    return torch.empty(tuple(shape), dtype=dtype, device=generator.device).uniform_(
+        EPSILON, 1 - EPSILON, generator=generator
+    )
 
 
 def soft_value(log_alpha: Tensor) -> Tensor:
@@ -71,9 +78,9 @@ def soft_value(log_alpha: Tensor) -> Tensor:
 def deterministic(log_alpha: Tensor, kept: int | None = None) -> Tensor:
     """The evaluation mask of one axis [n] without gradient: the lowest gates are 0, the others keep their soft value.
 
-    Without `kept`, as many are 0 as are expected to be: round(n - sum of keep probabilities), halves to even. With `kept`, exactly that
-    many survive (LLM-Shearing, arXiv 2310.06694). Among equal gates the lowest index is removed first.
-    Raises ValueError if log_alpha is not one-dimensional or `kept` is outside [0, n].
+    Without `kept`, as many are 0 as are expected to be: round(n - sum of keep probabilities), halves to even. With
+    `kept`, exactly that many survive (LLM-Shearing, arXiv 2310.06694). Among equal gates the lowest index is removed
+    first. Raises ValueError if log_alpha is not one-dimensional or `kept` is outside [0, n].
     """
     if log_alpha.dim() != 1:
         raise ValueError(f"a mask belongs to one axis: wanted log_alpha of shape [n], got {list(log_alpha.shape)}")
@@ -135,4 +142,6 @@ def _exact(values: Tensor) -> Tensor:
 
 def _require_wide(log_alpha: Tensor) -> None:
     if log_alpha.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"gates need float32 or float64, got {log_alpha.dtype}; keep log_alpha out of the model's reduced precision")
+        raise TypeError(
+            f"gates need float32 or float64, got {log_alpha.dtype}; keep log_alpha out of the model's reduced precision"
+        )

@@ -1,8 +1,9 @@
 """How far a part of a network turns the residual stream, and which contiguous run of layers turns it least.
 
-Block influence is ShortGPT's (arXiv 2403.03853, section 3.2, eq. 1), the angular distance is that of Gromov et al. (arXiv 2403.17887,
-section 3.2, eq. 7). Unusual: neither takes the difference 1 - cos or the arccos of a cosine near 1, where half of the digits are lost; both
-start from the chord between the two unit vectors. So a part that changes nothing, or only the length, scores 0 in float32 too.
+Block influence is ShortGPT's (arXiv 2403.03853, section 3.2, eq. 1), the angular distance is that of Gromov et al.
+(arXiv 2403.17887, section 3.2, eq. 7). Unusual: neither takes the difference 1 - cos or the arccos of a cosine near 1,
+where half of the digits are lost; both start from the chord between the two unit vectors. So a part that changes
+nothing, or only the length, scores 0 in float32 too.
 """
 
 import math
@@ -15,7 +16,8 @@ from torch import Tensor
 def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
     """1 - cos(before, after) of each token [...], in [0, 2]; NaN where a state is zero and has no direction.
 
-    before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.03853, eq. 1, without the mean.
+    before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.03853, eq. 1, without the
+    mean.
     """
     return (unit(before) - unit(after)).square().sum(dim=-1) / 2
 
@@ -23,7 +25,8 @@ def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 def angle(before: Tensor, after: Tensor) -> Tensor:
     """arccos(cos(before, after)) / pi of each token [...], in [0, 1]; NaN where a state is zero and has no direction.
 
-    before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.17887, eq. 7, without the mean.
+    before, after: [..., hidden], any float dtype; computed in float32 or wider. arXiv 2403.17887, eq. 7, without the
+    mean.
     """
     one, other = unit(before), unit(after)
     return 2 * torch.atan2(_length(one - other), _length(one + other)).squeeze(-1) / math.pi
@@ -46,8 +49,8 @@ def least_distant_run(distances: Tensor, fits: Callable[[range], bool]) -> range
     """The layers of the shortest contiguous run whose removal fits; of several, the least distant, then the first.
 
     Args:
-        distances: [layers + 1, layers + 1]; entry [i, j] is the distance between the streams before layer i and before layer j, where
-            "before layer `layers`" is behind the last one. Entries below the diagonal are not read.
+        distances: [layers + 1, layers + 1]; entry [i, j] is the distance between the streams before layer i and before
+            layer j, where "before layer `layers`" is behind the last one. Entries below the diagonal are not read.
         fits: whether the model without these layers is small enough.
 
     Returns None if no run fits that leaves a layer. arXiv 2403.17887, section 3.2: l* = argmin over l of d(l, l + n).

@@ -1,15 +1,18 @@
-"""The regression that Bonsai publishes (arXiv 2402.05406): a penalty on absolute coefficients, Adam, tuned by held-out Kendall tau.
+"""The regression that Bonsai publishes (arXiv 2402.05406): a penalty on absolute coefficients, Adam, tuned by held-out
+Kendall tau.
 
-For fidelity; `compresso.core.regression.ridge` is exact and instant, and orders units better: where a score is linear without noise (40
-columns, 200 rows), its coefficients agree with the weights to a tau of 1, those of these epochs to one between 0.4 and 0.8.
+For fidelity; `compresso.core.regression.ridge` is exact and instant, and orders units better: where a score is linear
+without noise (40 columns, 200 rows), its coefficients agree with the weights to a tau of 1, those of these epochs to
+one between 0.4 and 0.8.
 
-As in the authors' code: batches are drawn in a new order every epoch; the learning rate is 1 / (columns that were ever on x its factor) and
-halves after 3 epochs without a better tau; the epoch of the best tau is kept, 50 at most, and 10 without a better one end the fit; the
-grid's best point by mean tau over five folds is then fitted on all rows, which also judge its epochs.
+As in the authors' code: batches are drawn in a new order every epoch; the learning rate is 1 / (columns that were ever
+on x its factor) and halves after 3 epochs without a better tau; the epoch of the best tau is kept, 50 at most, and 10
+without a better one end the fit; the grid's best point by mean tau over five folds is then fitted on all rows, which
+also judge its epochs.
 
-Departures: a mask and its complement stay in one fold; y is centred, predictions are not; a tau without order counts 0 (there it is NaN,
-and passed over, so that a model that orders rows the wrong way round would win over one that says nothing); all in float64. The gradient
-of the loss is written out, so that nothing is recorded for a backward pass.
+Departures: a mask and its complement stay in one fold; y is centred, predictions are not; a tau without order counts 0
+(there it is NaN, and passed over, so that a model that orders rows the wrong way round would win over one that says
+nothing); all in float64. The gradient of the loss is written out, so that nothing is recorded for a backward pass.
 """
 
 from collections.abc import Sequence
@@ -46,7 +49,9 @@ GRID = tuple(Settings(*point) for point in product((1e2, 1e-4, 0.0), (100.0, 10.
 """The published grid."""
 
 
-def l1_regression(x: Tensor, y: Tensor, seed: int, *, grid: Sequence[Settings] = GRID, epochs: int = EPOCHS, together: int = 1) -> Linear:
+def l1_regression(
+    x: Tensor, y: Tensor, seed: int, *, grid: Sequence[Settings] = GRID, epochs: int = EPOCHS, together: int = 1
+) -> Linear:
     """The model of the best point of a grid, fitted on all rows.
 
     Args:
@@ -58,8 +63,8 @@ def l1_regression(x: Tensor, y: Tensor, seed: int, *, grid: Sequence[Settings] =
         together: so many consecutive rows stay in one fold.
 
     Returns:
-        The model; `chosen` holds `penalty`, `lr_factor` and `batch`, and with several points `tau`, their best mean over the folds: an
-        optimistic one, since each fold also chose its epoch.
+        The model; `chosen` holds `penalty`, `lr_factor` and `batch`, and with several points `tau`, their best mean
+        over the folds: an optimistic one, since each fold also chose its epoch.
 
     Raises:
         ValueError: as `check_rows` and `folds`, or the grid is empty.
@@ -84,7 +89,9 @@ def l1_regression(x: Tensor, y: Tensor, seed: int, *, grid: Sequence[Settings] =
 def fitted(
     x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor, settings: Settings, seed: int, epochs: int = EPOCHS
 ) -> tuple[Linear, float]:
-    """The model after the epoch whose tau on held-out rows is best, and that tau. All tensors are float64 on the CPU."""
+    """The model after the epoch whose tau on held-out rows is best, and that tau.
+    All tensors are float64 on the CPU.
+    """
     mean, columns = float(y.mean()), x.shape[1]
     theta, bias = torch.zeros(columns, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     ever_on = int((x.mean(dim=0) != 0).sum())

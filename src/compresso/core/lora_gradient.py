@@ -1,13 +1,14 @@
 """What a unit is worth by the gradients of its LoRA adapters alone (LoRAPrune, arXiv 2305.18403, section 3.2).
 
-With W + s B A in the forward, one step of gradient descent at rate 1 on the factors changes B A by -(dB A + B dA - dB dA). LoRAPrune takes
-that change as the gradient of the weight:
+With W + s B A in the forward, one step of gradient descent at rate 1 on the factors changes B A by -(dB A + B dA - dB
+dA). LoRAPrune takes that change as the gradient of the weight:
 
     G = dB A + B dA - dB dA,    I = |G * (W + s B A)|   entry by entry
 
-Entries are summed over a unit's rows (or columns) of each matrix, divided by the L2 norm of that matrix' sums, and added over the matrices.
-Never more than one matrix of the weight's shape exists at a time. Departure: a unit is a key/value head with its query heads, or a channel,
-whatever the number of heads; the public code cuts every matrix into 32 blocks of 128 rows.
+Entries are summed over a unit's rows (or columns) of each matrix, divided by the L2 norm of that matrix' sums, and
+added over the matrices. Never more than one matrix of the weight's shape exists at a time. Departure: a unit is a
+key/value head with its query heads, or a channel, whatever the number of heads; the public code cuts every matrix into
+32 blocks of 128 rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,8 @@ def estimated_gradient(factors: Factors) -> Tensor:
 
 
 def unit_importance(axis: Axis, weight: Callable[[str], Tensor], adapters: Mapping[str, Factors]) -> Tensor:
-    """LoRAPrune's score of each unit of an axis [size], float64 on the CPU; matrices without an adapter count for nothing.
+    """LoRAPrune's score of each unit of an axis [size], float64 on the CPU; matrices without an adapter count for
+    nothing.
 
     Args:
         axis: of heads or channels.
@@ -57,7 +59,10 @@ def unit_importance(axis: Axis, weight: Callable[[str], Tensor], adapters: Mappi
     total = torch.zeros(axis.size, dtype=torch.float64)
     pieces = [piece for piece in axis.slices if piece.param in adapters]
     if not pieces:
-        raise ValueError(f"no matrix of {axis.name} has an adapter, so LoRA gradients say nothing of its units; add its linears to targets")
+        raise ValueError(
+            f"no matrix of {axis.name} has an adapter, so LoRA gradients say nothing of its units; add its linears to"
+            " targets"
+        )
     for name in dict.fromkeys(piece.param for piece in pieces):
         factors = adapters[name]
         importance = estimated_gradient(factors)
@@ -78,7 +83,8 @@ def moved_average(old: Sequence[Tensor], new: Sequence[Tensor], momentum: float)
 
 
 def cubic_progress(step: int, steps: int, warmup: float = 0.1, done: float = 0.9) -> float:
-    """The share of the way to the target after `step` of `steps` updates: 0 up to `warmup` of them, 1 from `done`, cubic between.
+    """The share of the way to the target after `step` of `steps` updates: 0 up to `warmup` of them, 1 from `done`,
+    cubic between.
 
     >>> [round(cubic_progress(k, 100), 3) for k in (10, 50, 90)]
     [0.0, 0.875, 1.0]

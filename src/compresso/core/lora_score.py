@@ -1,7 +1,9 @@
-"""How redundant a unit of a LoRA-adapted model is: the public importance functions of LHSPG (only-train-once; LoRAShear, arXiv 2310.18356).
+"""How redundant a unit of a LoRA-adapted model is: the public importance functions of LHSPG (only-train-once;
+LoRAShear, arXiv 2310.18356).
 
-A unit is its entries W of the base weights together with what the adapters add to them, U = scale B A: rows of B for outputs, columns of A
-for inputs. U stands where other methods have a gradient. Five criteria, each divided by its root mean square, weighted and added:
+A unit is its entries W of the base weights together with what the adapters add to them, U = scale B A: rows of B for
+outputs, columns of A for inputs. U stands where other methods have a gradient. Five criteria, each divided by its root
+mean square, weighted and added:
 
     magnitude   |W|
     average     |W| / number of entries
@@ -9,9 +11,10 @@ for inputs. U stands where other methods have a gradient. Five criteria, each di
     first       |<W, U>|
     second      <W, U>^2 / 2
 
-Departures: the public code divides by the L2 norm, which differs by the number of units alone; it can also be taken within each kind
-here, because a head has many times the entries of a channel, and in one pool no head would leave before nearly all channels. Its LHSPG
-divides the average by the number of groups; here, as in its HESSO, by the unit's entries.
+Departures: the public code divides by the L2 norm, which differs by the number of units alone; it can also be taken
+within each kind here, because a head has many times the entries of a channel, and in one pool no head would leave
+before nearly all channels. Its LHSPG divides the average by the number of groups; here, as in its HESSO, by the unit's
+entries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +61,11 @@ def lora_scores(
     """
     found = {axis.name: _criteria(axis, weight, update) for axis in axes}
     total = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
-    pools = [[axis for axis in axes if axis.kind == kind] for kind in dict.fromkeys(axis.kind for axis in axes)] if within_kinds else [axes]
+    pools = (
+        [[axis for axis in axes if axis.kind == kind] for kind in dict.fromkeys(axis.kind for axis in axes)]
+        if within_kinds
+        else [axes]
+    )
     for name, share in criteria.items():
         for pool in pools:
             spread = float(torch.cat([found[axis.name][name] for axis in pool]).square().mean().sqrt()) if pool else 0.0

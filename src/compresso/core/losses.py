@@ -1,7 +1,8 @@
 """The two terms of mask training: next-token cross-entropy and the Lagrangian that holds the size.
 
-Unusual: where less than half of the positions are labelled, only their logits are gathered and widened to float32, so that a long prompt
-costs no memory; where most are, gathering would cost more than it saves, and the loss runs over all of them in place.
+Unusual: where less than half of the positions are labelled, only their logits are gathered and widened to float32, so
+that a long prompt costs no memory; where most are, gathering would cost more than it saves, and the loss runs over all
+of them in place.
 """
 
 from typing import overload
@@ -25,7 +26,9 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labelled = _labelled(logits, labels)
     if 2 * int(labelled.sum()) > labelled.numel():
-        shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # as long as the logits, so that these are not copied
+        shifted = functional.pad(
+            labels[:, 1:], (0, 1), value=IGNORED
+        )  # as long as the logits, so that these are not copied
         return functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED)
     return _token_losses(logits, labels, labelled).mean()
 
@@ -48,8 +51,11 @@ def next_token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:
 def lagrangian(sparsity: Tensor, target: float, lambda1: Tensor, lambda2: Tensor) -> Tensor: ...
 @overload
 def lagrangian(sparsity: float, target: float, lambda1: float, lambda2: float) -> float: ...
-def lagrangian(sparsity: Tensor | float, target: float, lambda1: Tensor | float, lambda2: Tensor | float) -> Tensor | float:
-    """The penalty lambda1 (s - t) + lambda2 (s - t)^2 for expected sparsity s and target t (Compresso, arXiv 2310.05015; CoFi).
+def lagrangian(
+    sparsity: Tensor | float, target: float, lambda1: Tensor | float, lambda2: Tensor | float
+) -> Tensor | float:
+    """The penalty lambda1 (s - t) + lambda2 (s - t)^2 for expected sparsity s and target t (Compresso, arXiv
+    2310.05015; CoFi).
 
     Gates descend on it and both multipliers ascend: lambda2 can only grow, lambda1 turns where s crosses t.
 
@@ -63,10 +69,15 @@ def lagrangian(sparsity: Tensor | float, target: float, lambda1: Tensor | float,
 def _labelled(logits: Tensor, labels: Tensor) -> Tensor:
     """Which positions predict a label [batch, seq - 1], bool. Raises ValueError if none does or the shapes disagree."""
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(f"wanted logits [batch, seq, vocab] and labels [batch, seq], got {list(logits.shape)} and {list(labels.shape)}")
+        raise ValueError(
+            f"wanted logits [batch, seq, vocab] and labels [batch, seq], got {list(logits.shape)} and"
+            f" {list(labels.shape)}"
+        )
     labelled = labels[:, 1:] != IGNORED
     if not bool(labelled.any()):
-        raise ValueError(f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off?")
+        raise ValueError(
+            f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off?"
+        )
     return labelled
 
 

@@ -1,12 +1,13 @@
-"""Optimal brain surgeon on one linear layer, column by column: the sweep that SparseGPT, GPTQ and their joint form share.
+"""Optimal brain surgeon on one linear layer, column by column: the sweep that SparseGPT, GPTQ and their joint form
+share.
 
-W is [out, in] and H [in, in] the second moment of the layer's inputs. With H^-1 = U^T U, U upper triangular, a column that has just been
-frozen at another value spreads its error over the columns to its right along a row of U; this is exact while the columns to its left are
-frozen (SparseGPT, arXiv 2301.00774, section 3.2 and algorithm 1; GPTQ, arXiv 2210.17323, algorithm 1). One factorisation serves all rows,
-and all matrices that read the same inputs.
+W is [out, in] and H [in, in] the second moment of the layer's inputs. With H^-1 = U^T U, U upper triangular, a column
+that has just been frozen at another value spreads its error over the columns to its right along a row of U; this is
+exact while the columns to its left are frozen (SparseGPT, arXiv 2301.00774, section 3.2 and algorithm 1; GPTQ, arXiv
+2210.17323, algorithm 1). One factorisation serves all rows, and all matrices that read the same inputs.
 
-What is pruned and how a column is rounded are functions handed in, so that this file knows neither method. Both are asked when all columns
-to the left are done, and so look at the compensated weights.
+What is pruned and how a column is rounded are functions handed in, so that this file knows neither method. Both are
+asked when all columns to the left are done, and so look at the compensated weights.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from torch import Tensor
 Choose = Callable[[Tensor, int], Tensor]
 """Scores [out, width] of the columns from an index on -> which entries go, bool [out, width]."""
 Quantize = Callable[[Tensor, int], Tensor]
-"""Compensated weights [out, width] that begin at the index of a column -> the rounded column [out]; pruned entries are 0 and stay so."""
+"""Compensated weights [out, width] that begin at the index of a column -> the rounded column [out]; pruned entries are
+0 and stay so.
+"""
 
 _STEP = 32
 """Columns from which on one product is faster than as many updates of rank one."""
@@ -47,7 +50,8 @@ class Factor:
 def inverse_factor(moment: Tensor, damping: float = 0.01) -> Factor:
     """Factor the inverse of H + damping * mean(diag H) * I.
 
-    Where that fails the damping grows tenfold, up to three times, then the same is tried in float64; the damping used is in the result.
+    Where that fails the damping grows tenfold, up to three times, then the same is tried in float64; the damping used
+    is in the result.
 
     Args:
         moment: H [in, in], symmetric, float32 or float64.
@@ -103,17 +107,25 @@ class Swept:
 
 
 def column_sweep(
-    weight: Tensor, factor: Factor, *, choose: Choose | None = None, every: int = 128, quantize: Quantize | None = None, block: int = 128
+    weight: Tensor,
+    factor: Factor,
+    *,
+    choose: Choose | None = None,
+    every: int = 128,
+    quantize: Quantize | None = None,
+    block: int = 128,
 ) -> Swept:
     """Prune and round a layer's columns from left to right, each error compensated by the columns that are left.
 
     Args:
-        weight: W [out, in]; rows of several layers that share the factor may be stacked. Weights of dead inputs become 0.
+        weight: W [out, in]; rows of several layers that share the factor may be stacked. Weights of dead inputs become
+            0.
         factor: of the layer's inputs.
         choose: called for every `every` columns with w^2 / U_jj^2; None prunes nothing.
         every: columns whose entries are chosen together: `block` for unstructured pruning, m for n:m.
         quantize: None rounds nothing.
-        block: columns updated together before the rest is; a matter of speed alone where `every` is not bound to it. `every` divides it.
+        block: columns updated together before the rest is; a matter of speed alone where `every` is not bound to it.
+            `every` divides it.
 
     Raises ValueError if `every` does not divide `block`, or shapes do not fit.
     """
@@ -122,13 +134,17 @@ def column_sweep(
     if block % every and choose is not None:
         raise ValueError(f"block={block} is no multiple of the {every} columns that are chosen together")
     if upper.shape != (columns, columns):
-        raise ValueError(f"the factor is {list(upper.shape)} for a weight of {rows} x {columns}; wanted [{columns}, {columns}]")
+        raise ValueError(
+            f"the factor is {list(upper.shape)} for a weight of {rows} x {columns}; wanted [{columns}, {columns}]"
+        )
     done = weight.to(upper.dtype, copy=True)
     done[:, factor.dead] = 0
     pruned = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     loss = torch.zeros(rows, dtype=upper.dtype, device=weight.device)
     diagonal = upper.diagonal()
-    step = _columns_at_once(block, every) if quantize is None else block  # `quantize` wants to see all columns of the block as they are
+    step = (
+        _columns_at_once(block, every) if quantize is None else block
+    )  # `quantize` wants to see all columns of the block as they are
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         now = done[:, begin:end].T.contiguous()  # [width, out]: a column lies in one piece
@@ -149,9 +165,13 @@ def column_sweep(
                 now[at] = value
             near = min((at // step + 1) * step, end - begin)
             now[at + 1 : near].addr_(upper[j, j + 1 : begin + near], errors[at], alpha=-1)
-            if at + 1 == near < end - begin:  # what is further right in the block gets the errors of these columns together
+            if (
+                at + 1 == near < end - begin
+            ):  # what is further right in the block gets the errors of these columns together
                 first = at // step * step
-                now[near:].addmm_(upper[begin + first : begin + near, begin + near : end].T, errors[first:near], alpha=-1)
+                now[near:].addmm_(
+                    upper[begin + first : begin + near, begin + near : end].T, errors[first:near], alpha=-1
+                )
         now.masked_fill_(gone, 0)
         pruned[:, begin:end] = gone.T
         done[:, begin:end] = now.T
@@ -161,7 +181,9 @@ def column_sweep(
 
 
 def _columns_at_once(block: int, every: int) -> int:
-    """Columns whose errors go to the rest of a block together: about 32, and whole groups of those that are chosen together."""
+    """Columns whose errors go to the rest of a block together: about 32, and whole groups of those that are chosen
+    together.
+    """
     if every <= _STEP:
         return _STEP // every * every
     return _STEP if every % _STEP == 0 else block

@@ -18,7 +18,8 @@ _ONE_UNIT_A_LAYER = ("attention", "mlp")
 class Plan:
     """Kept unit indices per axis name, ascending; an axis that is absent keeps all its units.
 
-    Whole layers are the axis `layers`; axes of one layer are named `layers.{i}.…`. Indices and names refer to the model before removal.
+    Whole layers are the axis `layers`; axes of one layer are named `layers.{i}.…`. Indices and names refer to the model
+    before removal.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -33,7 +34,9 @@ class Plan:
                 kept[axis.name] = tuple(i for i, stays in enumerate(alive) if stays)
         return Plan(kept)
 
-    def masks(self, axes: Iterable[Axis], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def masks(
+        self, axes: Iterable[Axis], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """0/1 masks [size] for every axis that the plan names."""
         result: dict[str, Tensor] = {}
         for axis in axes:
@@ -44,26 +47,36 @@ class Plan:
         return result
 
     def check(self, axes: Iterable[Axis]) -> None:
-        """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, or `min_units` is undercut."""
+        """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, or `min_units` is
+        undercut.
+        """
         by_name = {axis.name: axis for axis in axes}
         for name, kept in self.kept.items():
             if name not in by_name:
-                raise ValueError(f"plan names axis '{name}', which the model does not have; its axes start with {sorted(by_name)[:3]}")
+                raise ValueError(
+                    f"plan names axis '{name}', which the model does not have; its axes start with"
+                    f" {sorted(by_name)[:3]}"
+                )
             axis = by_name[name]
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < axis.size):
-                raise ValueError(f"plan for '{name}' must list ascending unit indices in [0, {axis.size}), got {list(kept)[:8]}")
+                raise ValueError(
+                    f"plan for '{name}' must list ascending unit indices in [0, {axis.size}), got {list(kept)[:8]}"
+                )
             if len(kept) < axis.fewest:
-                raise ValueError(f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must stay")
+                raise ValueError(
+                    f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must stay"
+                )
 
     def is_noop(self, axes: Iterable[Axis]) -> bool:
         """Whether every unit of every axis stays."""
         return all(axis.name not in self.kept or len(self.kept[axis.name]) == axis.size for axis in axes)
 
     def then(self, later: "Plan") -> "Plan":
-        """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already smaller model.
+        """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already
+        smaller model.
 
-        A smaller model numbers the units that are left from 0: those that this plan keeps and, for the axes `attention` and `mlp`, whose
-        units lie one in each layer, only those in layers that this plan keeps.
+        A smaller model numbers the units that are left from 0: those that this plan keeps and, for the axes `attention`
+        and `mlp`, whose units lie one in each layer, only those in layers that this plan keeps.
         """
         combined = dict(self.kept)
         layers = self.kept.get("layers")

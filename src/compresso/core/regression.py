@@ -1,15 +1,16 @@
 """Linear regression of a model's score on which of its units were on: few observations, many columns, no training loop.
 
-Ridge in its dual form costs one eigendecomposition of [rows, rows], whatever the number of columns, and gives for every strength the errors
-of rows that were left out without fitting again. With an intercept that is not penalised, x and y less their means:
+Ridge in its dual form costs one eigendecomposition of [rows, rows], whatever the number of columns, and gives for every
+strength the errors of rows that were left out without fitting again. With an intercept that is not penalised, x and y
+less their means:
 
     theta = X^T (X X^T + lambda I)^-1 y                                     (1)
     M = lambda (X X^T + lambda I)^-1 - 1 1^T / n                            (2)  M y are the residuals
     left-out residuals of the rows G = (M_GG)^-1 (M y)_G                    (3)  exactly those of a fit without G
 
-Unusual: rows may be left out `together`. A mask and its complement are one observation as far as single units go: with one of them in the
-fit, the other is predicted from it alone, which tells nothing about unseen masks. All of it runs in float64 on the CPU, so that devices
-agree.
+Unusual: rows may be left out `together`. A mask and its complement are one observation as far as single units go: with
+one of them in the fit, the other is predicted from it alone, which tells nothing about unseen masks. All of it runs in
+float64 on the CPU, so that devices agree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,15 @@ def ridge(x: Tensor, y: Tensor, *, strengths: Sequence[float] = STRENGTHS, toget
         x: [rows, columns], of any dtype.
         y: [rows], of any floating dtype.
         strengths: relative to the mean eigenvalue of X X^T, so that they suit any scale; above 0, strongest first.
-        together: so many consecutive rows are left out at once (2 for masks that are each followed by their complement).
+        together: so many consecutive rows are left out at once (2 for masks that are each followed by their
+            complement).
 
     Returns:
         The model; `chosen` holds `strength` (lambda itself) and `left_out_error` (mean square over the left-out rows).
 
     Raises:
-        ValueError: rows are too few or cannot be left out in such groups, a value is not finite, or a strength is not above 0.
+        ValueError: rows are too few or cannot be left out in such groups, a value is not finite, or a strength is not
+            above 0.
     """
     x, y = observed(x), observed(y)
     n = check_rows(x, y, together)
@@ -89,7 +92,8 @@ def _left_out(maker: Tensor, residuals: Tensor, together: int) -> Tensor:
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
-    """Kendall's tau-b between two [n]: 1 for the same order, -1 for the reverse, 0 if either has no order (all values are equal).
+    """Kendall's tau-b between two [n]: 1 for the same order, -1 for the reverse, 0 if either has no order (all values
+    are equal).
 
     >>> round(kendall_tau(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])), 4)
     0.6667
@@ -100,19 +104,25 @@ def kendall_tau(a: Tensor, b: Tensor) -> float:
 
 
 def folds(rows: int, n_folds: int, together: int = 1) -> list[Tensor]:
-    """Which rows each fold holds out, bool [rows]; consecutive, `together` of them never parted, sizes as equal as that allows.
+    """Which rows each fold holds out, bool [rows]; consecutive, `together` of them never parted, sizes as equal as that
+    allows.
 
     Raises ValueError for fewer groups of rows than folds, or fewer than 2 folds.
     """
     groups = rows // together
     if n_folds < 2 or groups < n_folds or rows % together:
-        raise ValueError(f"{rows} rows, {together} together, do not make {n_folds} folds; give at least 2 folds and as many groups of rows")
+        raise ValueError(
+            f"{rows} rows, {together} together, do not make {n_folds} folds; give at least 2 folds and as many groups"
+            " of rows"
+        )
     fold = torch.arange(groups).mul(n_folds).div(groups, rounding_mode="floor").repeat_interleave(together)
     return [fold == i for i in range(n_folds)]
 
 
 def cross_validated_tau(fit: Fit, x: Tensor, y: Tensor, *, n_folds: int = 5, together: int = 1) -> float:
-    """Mean Kendall tau between observed and predicted y of the rows that each fold holds out. Raises ValueError as `fit` and `folds` do."""
+    """Mean Kendall tau between observed and predicted y of the rows that each fold holds out. Raises ValueError as
+    `fit` and `folds` do.
+    """
     taus = [kendall_tau(fit(x[~held], y[~held])(x[held]), y[held]) for held in folds(len(y), n_folds, together)]
     return sum(taus) / len(taus)
 
@@ -123,7 +133,9 @@ def observed(values: Tensor) -> Tensor:
 
 
 def check_rows(x: Tensor, y: Tensor, together: int) -> int:
-    """The number of rows. Raises ValueError unless x [rows, columns] and y [rows] are finite and make at least two groups of rows."""
+    """The number of rows. Raises ValueError unless x [rows, columns] and y [rows] are finite and make at least two
+    groups of rows.
+    """
     if x.dim() != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} do not match; wanted [rows, columns] and [rows]")
     if together < 1 or len(y) % together or len(y) < 2 * together:

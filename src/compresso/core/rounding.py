@@ -1,11 +1,11 @@
 """Uniform grids for weights and rounding to the nearest point: 2 to 8 bits, per output channel or per group of inputs.
 
-Asymmetric: the range of a row or group, widened to hold 0, is cut into 2^b - 1 steps; the zero point is a whole step: 0 stays 0.
-Symmetric: [-m, m] in 2^b - 1 steps with the zero point in the middle (as GPTQ's code); one code is never used and 0 stays 0.
-A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to 0).
+Asymmetric: the range of a row or group, widened to hold 0, is cut into 2^b - 1 steps; the zero point is a whole step: 0
+stays 0. Symmetric: [-m, m] in 2^b - 1 steps with the zero point in the middle (as GPTQ's code); one code is never used
+and 0 stays 0. A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to 0).
 
-`clip` shrinks the range in steps of 1 % down to 20 % and keeps the smallest sum of |error|^2.4, as the search in the public code of
-SparseGPT (unused there) and GPTQ (its `mse` option) does.
+`clip` shrinks the range in steps of 1 % down to 20 % and keeps the smallest sum of |error|^2.4, as the search in the
+public code of SparseGPT (unused there) and GPTQ (its `mse` option) does.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,9 @@ def fit(weight: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, c
         grid = _grid(low * (1 - step / 100), high * (1 - step / 100), bits, group, symmetric)
         found = _error(weight, grid)
         better = found < error
-        scale, zero, error = (torch.where(better, new, old) for new, old in ((grid.scale, scale), (grid.zero, zero), (found, error)))
+        scale, zero, error = (
+            torch.where(better, new, old) for new, old in ((grid.scale, scale), (grid.zero, zero), (found, error))
+        )
     return Grid(scale, zero, bits, group)
 
 
@@ -100,7 +102,8 @@ def _error(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def bits_per_weight(shapes: Sequence[tuple[int, ...]], bits: int, group: int, symmetric: bool) -> float:
-    """What packed codes take, with a 16-bit scale and, if asymmetric, a zero point of `bits` for each row or group; shapes [out, in].
+    """What packed codes take, with a 16-bit scale and, if asymmetric, a zero point of `bits` for each row or group;
+    shapes [out, in].
 
     >>> bits_per_weight([(64, 256)], 4, 128, symmetric=False)
     4.15625

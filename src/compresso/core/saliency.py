@@ -1,14 +1,16 @@
-"""How much the loss is expected to change when a unit leaves, read off weights and gradients: LLM-Pruner (arXiv 2305.11627, section 3.2).
+"""How much the loss is expected to change when a unit leaves, read off weights and gradients: LLM-Pruner (arXiv
+2305.11627, section 3.2).
 
-A unit owns slices of several tensors that leave together (the rows of q, k, v and the columns of o that make a head). Its score is found in
-three steps: entries get a salience, the entries of each slice are summed to one value a channel, and the values of the coupled slices are
-reduced. A head is as many channels as its key has rows; reduction runs over the slices channel by channel, then the channels add up.
+A unit owns slices of several tensors that leave together (the rows of q, k, v and the columns of o that make a head).
+Its score is found in three steps: entries get a salience, the entries of each slice are summed to one value a channel,
+and the values of the coupled slices are reduced. A head is as many channels as its key has rows; reduction runs over
+the slices channel by channel, then the channels add up.
 
-Unusual:
-    With grouped queries a key/value head has more query rows than key rows. They are added head by head to the channels of their own
-    key/value head; the authors' code folds the query rows in another order, which pairs most of them with a foreign head.
-    A linear's bias counts with the rows of its weight. The authors' code passes biases over; the models it was written for have none.
-    Products over slices are logarithms of products, because products of hundreds of small numbers underflow; the order is the same.
+Unusual: With grouped queries a key/value head has more query rows than key rows. They are added head by head to the
+    channels of their own key/value head; the authors' code folds the query rows in another order, which pairs most of
+    them with a foreign head. A linear's bias counts with the rows of its weight. The authors' code passes biases over;
+    the models it was written for have none. Products over slices are logarithms of products, because products of
+    hundreds of small numbers underflow; the order is the same.
 """
 
 from collections.abc import Mapping
@@ -20,10 +22,13 @@ from torch import Tensor
 from compresso.core.axis import Axis
 
 Importance = Literal["vector", "first", "second", "mixed", "l1", "l2"]
-"""First-order Taylor terms summed with their signs ("vector") or by size ("first": element^1); second-order terms with the diagonal Fisher
-information ("second": element^2); both orders ("mixed"); absolute and squared weights."""
+"""First-order Taylor terms summed with their signs ("vector") or by size ("first": element^1); second-order terms with
+the diagonal Fisher information ("second": element^2); both orders ("mixed"); absolute and squared weights.
+"""
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
-"""What becomes of the values of coupled slices; "last" takes the slice that computes last (`o_proj`, `down_proj`) for all."""
+"""What becomes of the values of coupled slices; "last" takes the slice that computes last (`o_proj`, `down_proj`) for
+all.
+"""
 
 WITH_GRADIENT: tuple[Importance, ...] = ("vector", "first", "mixed")
 """Importances that need the gradient of a batch's loss."""
@@ -33,8 +38,11 @@ WITH_FISHER: tuple[Importance, ...] = ("second", "mixed")
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def salience(importance: Importance, weight: Tensor, gradient: Tensor | None = None, fisher: Tensor | None = None) -> Tensor:
-    """The salience of each entry of a weight, in its shape, float32 (section 3.2, equations 3 to 5); signed for "vector", else at least 0.
+def salience(
+    importance: Importance, weight: Tensor, gradient: Tensor | None = None, fisher: Tensor | None = None
+) -> Tensor:
+    """The salience of each entry of a weight, in its shape, float32 (section 3.2, equations 3 to 5); signed for
+    "vector", else at least 0.
 
     Args:
         importance: which.
@@ -44,8 +52,8 @@ def salience(importance: Importance, weight: Tensor, gradient: Tensor | None = N
 
     Raises ValueError if a gradient that the importance needs is missing.
 
-    >>> salience("mixed", torch.tensor([2.0, -1.0]), gradient=torch.tensor([0.5, 3.0]), fisher=torch.tensor([0.25, 4.0]))
-    tensor([0.5000, 5.0000])
+    >>> salience("mixed", torch.tensor([2.0, -1.0]), gradient=torch.tensor([0.5, 3.0]), fisher=torch.tensor([0.25,
+    4.0])) tensor([0.5000, 5.0000])
     """
     w = weight.detach().float()
     if importance == "l1":
@@ -56,7 +64,11 @@ def salience(importance: Importance, weight: Tensor, gradient: Tensor | None = N
         raise ValueError(f"importance '{importance}' needs the gradient of the loss; give gradient")
     if importance in WITH_FISHER and fisher is None:
         raise ValueError(f"importance '{importance}' needs squared gradients of single examples; give fisher")
-    first = w * gradient.float() if gradient is not None and importance in WITH_GRADIENT else torch.zeros((), device=w.device)
+    first = (
+        w * gradient.float()
+        if gradient is not None and importance in WITH_GRADIENT
+        else torch.zeros((), device=w.device)
+    )
     if importance == "vector":
         return first
     if importance == "first":
@@ -74,14 +86,18 @@ def unit_scores(
     fisher: Mapping[str, Tensor] | None = None,
     reduction: Reduction = "sum",
 ) -> Tensor:
-    """The score of each unit of an axis [size], float64, on the CPU; higher stays. Under "prod" it is the logarithm of the product.
+    """The score of each unit of an axis [size], float64, on the CPU; higher stays. Under "prod" it is the logarithm of
+    the product.
 
-    parameters, gradients, fisher: name -> tensor, at least for the parameters that the axis slices. Raises ValueError as `salience` does,
-    and for the reduction "last" of an axis other than heads or channels, whose slices do not compute one after another.
+    parameters, gradients, fisher: name -> tensor, at least for the parameters that the axis slices. Raises ValueError
+    as `salience` does, and for the reduction "last" of an axis other than heads or channels, whose slices do not
+    compute one after another.
     """
     if reduction == "last" and axis.kind not in ("head", "channel"):
         raise ValueError(f"axis {axis.name} has no slice that computes last; reduce by sum, mean, max or prod")
-    values: dict[tuple[int | None, str, int], Tensor] = {}  # (unit or None, module, start in it) -> what weight and bias add up to
+    values: dict[
+        tuple[int | None, str, int], Tensor
+    ] = {}  # (unit or None, module, start in it) -> what weight and bias add up to
     for piece in axis.slices:
         name = piece.param
         entries = salience(importance, parameters[name], (gradients or {}).get(name), (fisher or {}).get(name))
@@ -101,7 +117,9 @@ def unit_scores(
 
 
 def channels_per_unit(axis: Axis) -> int:
-    """Channels that make a unit: entries of its narrowest slice (head_dim for a head, with or without grouped queries; 1 for all else)."""
+    """Channels that make a unit: entries of its narrowest slice (head_dim for a head, with or without grouped queries;
+    1 for all else).
+    """
     return min(piece.width for piece in axis.slices)
 
 

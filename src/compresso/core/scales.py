@@ -1,7 +1,9 @@
-"""Scales that move between a linear layer and what feeds it: W diag(s) applied to x / s is W x, but rounds better (AWQ, SmoothQuant).
+"""Scales that move between a linear layer and what feeds it: W diag(s) applied to x / s is W x, but rounds better (AWQ,
+SmoothQuant).
 
-W is [out, in], s [in]. Which s is best is measured by what rounding changes in the layer's outputs on average over calibration tokens,
-tr(D M D^T) with D the change of the weights and M = E[x x^T] their inputs' second moment: the mean squared error, without the tokens.
+W is [out, in], s [in]. Which s is best is measured by what rounding changes in the layer's outputs on average over
+calibration tokens, tr(D M D^T) with D the change of the weights and M = E[x x^T] their inputs' second moment: the mean
+squared error, without the tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,18 +21,25 @@ _LEAST = 1e-4
 
 
 def output_error(change: Tensor, moment: Tensor) -> float:
-    """Mean squared error of a layer's outputs, summed over outputs. change: of its weights [out, in]; moment: E[x x^T] [in, in]."""
+    """Mean squared error of a layer's outputs, summed over outputs. change: of its weights [out, in]; moment: E[x x^T]
+    [in, in].
+    """
     return float((change @ moment * change).sum())
 
 
 def typical_weight(weight: Tensor, group: int) -> Tensor:
-    """Mean over outputs of |W| / the largest |W| of its row and group [in] (AWQ's public code, `w_mean`). group 0 is the whole row."""
+    """Mean over outputs of |W| / the largest |W| of its row and group [in] (AWQ's public code, `w_mean`). group 0 is
+    the whole row.
+    """
     grouped = weight.abs().reshape(len(weight), -1, group or weight.shape[1])
     return (grouped / grouped.amax(dim=2, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(dim=0)
 
 
-def activation_scales(size: Tensor, weight: Tensor, group: int, steps: int, by_weight: bool) -> Iterator[tuple[float, Tensor]]:
-    """AWQ's candidates (arXiv 2306.00978, eq. 5): s = a^r for r = 0, 1/steps, ..., as (r, s [in]); the geometric middle of s's range is 1.
+def activation_scales(
+    size: Tensor, weight: Tensor, group: int, steps: int, by_weight: bool
+) -> Iterator[tuple[float, Tensor]]:
+    """AWQ's candidates (arXiv 2306.00978, eq. 5): s = a^r for r = 0, 1/steps, ..., as (r, s [in]); the geometric middle
+    of s's range is 1.
 
     Args:
         size: a, the mean |x| of each input [in].
@@ -49,7 +58,8 @@ def activation_scales(size: Tensor, weight: Tensor, group: int, steps: int, by_w
 
 
 def smoothing_scale(top: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """s = max|x|^alpha / max|w|^(1 - alpha) of each input [in] (SmoothQuant, arXiv 2211.10438, eq. 4); 1 where either is 0.
+    """s = max|x|^alpha / max|w|^(1 - alpha) of each input [in] (SmoothQuant, arXiv 2211.10438, eq. 4); 1 where either
+    is 0.
 
     Args:
         top: the largest |x| of each input [in].
@@ -61,8 +71,11 @@ def smoothing_scale(top: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return torch.where((top > 0) & (largest > 0), scale.clamp(1e-5, 1e5), 1.0)
 
 
-def round_clipped(weight: Tensor, moment: Tensor, bits: int, *, group: int, symmetric: bool, steps: int = 20, least: float = 0.5) -> Tensor:
-    """Rounded weights [out, in], each row and group first clamped where that lowers its outputs' error (AWQ's code, `auto_clip`).
+def round_clipped(
+    weight: Tensor, moment: Tensor, bits: int, *, group: int, symmetric: bool, steps: int = 20, least: float = 0.5
+) -> Tensor:
+    """Rounded weights [out, in], each row and group first clamped where that lowers its outputs' error (AWQ's code,
+    `auto_clip`).
 
     Args:
         weight: [out, in], float32.
@@ -72,7 +85,9 @@ def round_clipped(weight: Tensor, moment: Tensor, bits: int, *, group: int, symm
         least: share of the largest |w| that no candidate is at or below.
     """
     width = group or weight.shape[1]
-    own = torch.stack([moment[at : at + width, at : at + width] for at in range(0, len(moment), width)])  # [groups, width, width]
+    own = torch.stack(
+        [moment[at : at + width, at : at + width] for at in range(0, len(moment), width)]
+    )  # [groups, width, width]
     grouped = weight.reshape(len(weight), -1, width)
     top = grouped.abs().amax(dim=2, keepdim=True)
     best, lowest = grouped, torch.full(grouped.shape[:2], torch.inf, dtype=weight.dtype, device=weight.device)

@@ -1,7 +1,7 @@
 """What changes over a run: the target sparsity of mask training and the factor on a learning rate.
 
-Every function returns a closure from the number of updates done so far (0 before the first) to a number. Counting is in optimizer updates,
-never in micro-batches, so accumulation does not change a schedule.
+Every function returns a closure from the number of updates done so far (0 before the first) to a number. Counting is in
+optimizer updates, never in micro-batches, so accumulation does not change a schedule.
 """
 
 import math
@@ -12,10 +12,11 @@ Schedule = Callable[[int], float]
 
 
 def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
-    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and stays; warmup 0 is `final` at once.
+    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and stays; warmup 0 is `final`
+    at once.
 
-    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408). Raises ValueError for a sparsity outside [0, 1) or a negative
-    warm-up.
+    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408). Raises ValueError for a sparsity outside [0,
+    1) or a negative warm-up.
 
     >>> target = linear_ramp(0.3, warmup=10)
     >>> target(0), target(5), target(99)
@@ -64,10 +65,12 @@ def rate(name: Literal["constant", "linear", "cosine"], total: int, warmup: int 
 
 
 def rate_for_width(lr: float, at: int | None, width: int) -> float:
-    """A learning rate meant for hidden size `at`, for a model of hidden size `width`: lr (at / width)^0.75; lr itself if `at` is None.
+    """A learning rate meant for hidden size `at`, for a model of hidden size `width`: lr (at / width)^0.75; lr itself
+    if `at` is None.
 
-    Narrow models bear and need higher rates. The exponent lies between no rule and the 1 / width of maximal-update parametrisation (Yang et
-    al., arXiv 2203.03466); it takes the usual 5e-4 of wide models to the best rates found at hidden sizes 192 (5e-3) and 64 (1e-2).
+    Narrow models bear and need higher rates. The exponent lies between no rule and the 1 / width of maximal-update
+    parametrisation (Yang et al., arXiv 2203.03466); it takes the usual 5e-4 of wide models to the best rates found at
+    hidden sizes 192 (5e-3) and 64 (1e-2).
 
     >>> round(rate_for_width(5e-4, 4096, 192), 4)
     0.005
@@ -98,7 +101,8 @@ def linear(total: int, warmup: int = 0) -> Schedule:
 
 
 def cosine(total: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
-    """Learning-rate factor that rises linearly over `warmup` updates, then falls along half a cosine to `floor` at `total`.
+    """Learning-rate factor that rises linearly over `warmup` updates, then falls along half a cosine to `floor` at
+    `total`.
 
     Raises ValueError unless 0 <= warmup < total and 0 <= floor <= 1.
     """
@@ -139,4 +143,6 @@ def _check_ramp(final: float, warmup: int, start: float) -> None:
 
 def _check_rate(total: int, warmup: int) -> None:
     if not 0 <= warmup < total:
-        raise ValueError(f"warmup={warmup} of total={total} updates leaves no update at a falling rate; wanted 0 <= warmup < total")
+        raise ValueError(
+            f"warmup={warmup} of total={total} updates leaves no update at a falling rate; wanted 0 <= warmup < total"
+        )

@@ -12,8 +12,9 @@ from compresso.core.cost import CostModel, Counted
 def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mean square of each unit's own entries, float32: axis name -> [size].
 
-    The structured form of magnitude pruning: Han et al. (arXiv 1506.02626) on whole units, L2 over the group as LLM-Pruner offers it
-    (arXiv 2305.11627, section 3.2), divided by the number of entries so that kinds of different size compare.
+    The structured form of magnitude pruning: Han et al. (arXiv 1506.02626) on whole units, L2 over the group as
+    LLM-Pruner offers it (arXiv 2305.11627, section 3.2), divided by the number of entries so that kinds of different
+    size compare.
     """
     scores: dict[str, Tensor] = {}
     for axis in axes:
@@ -36,5 +37,7 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
 def parameters_per_unit(axes: Sequence[Axis], cost: CostModel, of: Counted = "blocks") -> dict[str, float]:
     """How much of a count one unit of each axis carries in the dense model: the count's gradient at all-ones masks."""
     ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
-    gradients = torch.autograd.grad(cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True
+    )
     return {name: float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}

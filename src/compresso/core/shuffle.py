@@ -1,8 +1,8 @@
 """Orders of input channels in which n:m pruning keeps more (E-Sparse, arXiv 2310.15929, section 3.3).
 
-n of every m consecutive channels are kept in each row, so channels that matter should not meet in one group. A global deal spreads them by
-their mean score; swaps between groups, inside blocks, then improve what is kept. Scores are [rows, columns]; what is kept in a row and
-group is the sum of its n largest.
+n of every m consecutive channels are kept in each row, so channels that matter should not meet in one group. A global
+deal spreads them by their mean score; swaps between groups, inside blocks, then improve what is kept. Scores are [rows,
+columns]; what is kept in a row and group is the sum of its n largest.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,16 @@ def dealt(scores: Tensor, m: int) -> Tensor:
 
 
 def swapped(scores: Tensor, order: Tensor, n: int, m: int, *, block: int = 256, least: float = 1e-6) -> Tensor:
-    """An order improved by swaps of two channels in different groups of a block, always the best one, while it is worth something.
+    """An order improved by swaps of two channels in different groups of a block, always the best one, while it is worth
+    something.
 
     Args:
         scores: [rows, columns].
         order: to start from [columns].
         n, m: n of m are kept.
         block: places that are improved together, a multiple of m; the last block may be shorter.
-        least: gain below which the search ends, as a share of what the block keeps; after as many swaps as it has places it ends, too.
+        least: gain below which the search ends, as a share of what the block keeps; after as many swaps as it has
+            places it ends, too.
     """
     result = order.clone()
     for begin in range(0, len(order), block):
@@ -65,19 +67,25 @@ def _improved(scores: Tensor, n: int, m: int, least: float) -> Tensor:
 
 
 def _with_each(scores: Tensor, columns: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """What a group keeps with every column of the block in the place of each of its own [m, width], and what it keeps now."""
+    """What a group keeps with every column of the block in the place of each of its own [m, width], and what it keeps
+    now.
+    """
     mine = scores[:, columns]
     rows: list[Tensor] = []
     for place in range(len(columns)):
-        others = torch.cat([mine[:, :place], mine[:, place + 1 :]], dim=1).topk(n, dim=1).values  # n < m, so there are n
+        others = (
+            torch.cat([mine[:, :place], mine[:, place + 1 :]], dim=1).topk(n, dim=1).values
+        )  # n < m, so there are n
         rows.append(torch.maximum(scores, others[:, -1:]).sum(dim=0) + others[:, :-1].sum())
     return torch.stack(rows), mine.topk(n, dim=1).values.sum()
 
 
 def best_order(scores: Tensor, n: int, m: int, *, block: int = 256, rows: int = 512) -> tuple[Tensor, dict[str, float]]:
-    """The best of three orders: as it is, that with swaps, and dealt with swaps; and what each keeps, as a share of the first.
+    """The best of three orders: as it is, that with swaps, and dealt with swaps; and what each keeps, as a share of the
+    first.
 
-    Dealing alone can be worse than nothing. rows: swaps are chosen by so many rows at most, evenly spread; orders are compared by all.
+    Dealing alone can be worse than nothing. rows: swaps are chosen by so many rows at most, evenly spread; orders are
+    compared by all.
     """
     step = max(1, -(-len(scores) // rows))
     sample = scores[::step]
@@ -92,4 +100,6 @@ def best_order(scores: Tensor, n: int, m: int, *, block: int = 256, rows: int = 
         orders[name] = swapped(sample, start, n, m, block=block)
     found = {name: kept(scores, order, n, m) for name, order in orders.items()}
     best = max(found, key=lambda name: found[name])  # the first of equal ones
-    return orders[best], {name: value / found["unchanged"] if found["unchanged"] else 1.0 for name, value in found.items()}
+    return orders[best], {
+        name: value / found["unchanged"] if found["unchanged"] else 1.0 for name, value in found.items()
+    }

@@ -1,10 +1,13 @@
-"""Which entries of a matrix become zero: scores, and selections of an exact number of entries with ties broken by index.
+"""Which entries of a matrix become zero: scores, and selections of an exact number of entries with ties broken by
+index.
 
-`n:m` means that n of every m consecutive inputs are KEPT, as hardware and papers write it. In the public code of SparseGPT, Wanda and OWL
-`prune_n` counts those that are removed; for 2:4 and 4:8 both readings agree, for 1:4 they do not.
+`n:m` means that n of every m consecutive inputs are KEPT, as hardware and papers write it. In the public code of
+SparseGPT, Wanda and OWL `prune_n` counts those that are removed; for 2:4 and 4:8 both readings agree, for 1:4 they do
+not.
 
-Everything is removed exactly as often as asked, floor(share * entries), the lowest index first among equal scores. That code compares with
-the entry at that index of the sorted scores by `<=`, so one more entry goes, and every one that ties with it: `at_most_threshold`.
+Everything is removed exactly as often as asked, floor(share * entries), the lowest index first among equal scores. That
+code compares with the entry at that index of the sorted scores by `<=`, so one more entry goes, and every one that ties
+with it: `at_most_threshold`.
 """
 
 import math
@@ -55,7 +58,9 @@ def count_of(share: float, entries: int) -> int:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count` entries of lowest score in each row, bool, the shape of `scores` [rows, columns]; the first ones among equals."""
+    """The `count` entries of lowest score in each row, bool, the shape of `scores` [rows, columns]; the first ones
+    among equals.
+    """
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= scores.shape[1]:
@@ -80,8 +85,9 @@ def _cut(scores: Tensor, count: int) -> Tensor:
 
 
 def _cut_by_digits(scores: Tensor, count: int) -> Tensor:
-    """As `_cut` for one long row of float32 that are not negative: bits read as whole numbers order them, so the upper half of the bits
-    says, counted, in which of 2^15 bins the score lies, and only that bin is searched."""
+    """As `_cut` for one long row of float32 that are not negative: bits read as whole numbers order them, so the upper
+    half of the bits says, counted, in which of 2^15 bins the score lies, and only that bin is searched.
+    """
     upper = scores.view(torch.int32) >> 16
     ends = torch.bincount(upper, minlength=1).cumsum(dim=0)
     bin_of = int(torch.searchsorted(ends, count))
@@ -90,12 +96,16 @@ def _cut_by_digits(scores: Tensor, count: int) -> Tensor:
 
 
 def lowest_share(scores: Tensor, share: float) -> Tensor:
-    """The lowest floor(share * entries) entries of the whole of `scores` [rows, columns], bool; the first ones among equals."""
+    """The lowest floor(share * entries) entries of the whole of `scores` [rows, columns], bool; the first ones among
+    equals.
+    """
     return lowest(scores.reshape(1, -1), count_of(share, scores.numel())).reshape(scores.shape)
 
 
 def lowest_in_rows(scores: Tensor, share: float) -> Tensor:
-    """The lowest floor(share * columns) entries of each row of `scores` [rows, columns], bool; the first ones among equals."""
+    """The lowest floor(share * columns) entries of each row of `scores` [rows, columns], bool; the first ones among
+    equals.
+    """
     return lowest(scores, count_of(share, scores.shape[1]))
 
 
@@ -109,7 +119,9 @@ def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     if m > _COMPARED:
         return lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
     entries = scores.reshape(-1, m).T.contiguous()
-    before = torch.zeros(entries.shape, dtype=torch.int8, device=scores.device)  # how many of its group come before an entry
+    before = torch.zeros(
+        entries.shape, dtype=torch.int8, device=scores.device
+    )  # how many of its group come before an entry
     for j in range(1, m):
         smaller = entries[j] < entries[:j]
         before[:j] += smaller
@@ -118,9 +130,11 @@ def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def at_most_threshold(scores: Tensor, share: float) -> Tensor:
-    """The entries of `scores` at or below its entry at int(share * entries) in ascending order, bool: one more than asked, and all ties.
+    """The entries of `scores` at or below its entry at int(share * entries) in ascending order, bool: one more than
+    asked, and all ties.
 
-    As the public code of SparseGPT, and Wanda's for magnitude, choose; share 1 has no such entry there, and takes all here.
+    As the public code of SparseGPT, and Wanda's for magnitude, choose; share 1 has no such entry there, and takes all
+    here.
     """
     if share <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -129,11 +143,13 @@ def at_most_threshold(scores: Tensor, share: float) -> Tensor:
 
 
 def lowest_mass(scores: Tensor, share: float, tolerance: float = 1e-3) -> tuple[Tensor, float]:
-    """Wanda's variant (its public code, `use_variant`): of each row the lowest scores whose sum is at most alpha of the row's.
+    """Wanda's variant (its public code, `use_variant`): of each row the lowest scores whose sum is at most alpha of the
+    row's.
 
-    One alpha for the matrix is found by bisection in [0, 0.8], until the share of entries that go is within `tolerance` of `share` or the
-    bracket is as narrow. Rows lose different numbers of entries. Where the lowest score alone is more than alpha of the row, the row loses
-    none (there, an index of -1 is an error). A share above about 0.9 may be out of reach; the caller sees what came of it.
+    One alpha for the matrix is found by bisection in [0, 0.8], until the share of entries that go is within `tolerance`
+    of `share` or the bracket is as narrow. Rows lose different numbers of entries. Where the lowest score alone is more
+    than alpha of the row, the row loses none (there, an index of -1 is an error). A share above about 0.9 may be out of
+    reach; the caller sees what came of it.
 
     Returns:
         Which entries go [rows, columns], bool, and alpha.
@@ -151,16 +167,20 @@ def lowest_mass(scores: Tensor, share: float, tolerance: float = 1e-3) -> tuple[
 
 
 def outliers(scores: Sequence[Tensor], times: float) -> float:
-    """Percentage of a block's scores above `times` their mean (OWL, arXiv 2310.05175, eq. 1); scores are those of all its matrices."""
+    """Percentage of a block's scores above `times` their mean (OWL, arXiv 2310.05175, eq. 1); scores are those of all
+    its matrices.
+    """
     n = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / n
     return 100 * sum(int((score > times * mean).sum()) for score in scores) / n
 
 
 def outlier_weighted(outlying: Sequence[float], share: float, spread: float) -> list[float]:
-    """Sparsity of each block from its percentage of outliers, `share` on average: more outliers, less sparsity (OWL, section 3.2).
+    """Sparsity of each block from its percentage of outliers, `share` on average: more outliers, less sparsity (OWL,
+    section 3.2).
 
-    They lie within [share - 2 spread, share + 2 spread], 2 spread apart, and at 0.01 at least. Blocks that are all alike get `share`.
+    They lie within [share - 2 spread, share + 2 spread], 2 spread apart, and at 0.01 at least. Blocks that are all
+    alike get `share`.
 
     >>> [round(value, 6) for value in outlier_weighted([1.2, 3, 2, 5], 0.7, 0.08)]
     [0.767368, 0.691579, 0.733684, 0.607368]

@@ -1,14 +1,19 @@
-"""Sub-models that a forward-only search tries: which units may be off, and masks of several modules' units drawn at once.
+"""Sub-models that a forward-only search tries: which units may be off, and masks of several modules' units drawn at
+once.
 
-Bonsai (arXiv 2402.05406) perturbs, in each module, the units that a prior thinks least of, and follows every mask by its complement, so
-that each unit is as often on as off and interactions of two units cancel in what a unit seems worth. Two ways to draw:
+Bonsai (arXiv 2402.05406) perturbs, in each module, the units that a prior thinks least of, and follows every mask by
+its complement, so that each unit is as often on as off and interactions of two units cancel in what a unit seems worth.
+Two ways to draw:
 
-    independent     each unit off with probability 1/2, whatever the others are: a coefficient for every unit can be told from the rest
-    published       a fixed number of units off in every module. Then the columns of a module add up to a constant, and coefficients of
+    independent     each unit off with probability 1/2, whatever the others are: a coefficient for every unit can be
+                    told from the rest
+    published       a fixed number of units off in every module. Then the columns of a module add up to a constant, and
+                    coefficients of
                     different modules do not compare; with one unit a module, all of its masks are the same.
 
-Unusual: an independent mask that says nothing new is drawn again, so that P pairs have a centred design of rank min(P, columns) always,
-not just likely. (A mask and its complement lie opposite each other around the mean, so a pair adds one to the rank, not two.)
+Unusual: an independent mask that says nothing new is drawn again, so that P pairs have a centred design of rank min(P,
+columns) always, not just likely. (A mask and its complement lie opposite each other around the mean, so a pair adds one
+to the rank, not two.)
 """
 
 import math
@@ -39,7 +44,9 @@ class Pool:
         return sum(len(units) for units in self.units.values())
 
     def scatter(self, values: Tensor, elsewhere: float) -> dict[str, Tensor]:
-        """Values of the columns [columns] at their modules' units: module -> [size] of the same dtype, `elsewhere` for other units."""
+        """Values of the columns [columns] at their modules' units: module -> [size] of the same dtype, `elsewhere` for
+        other units.
+        """
         parts = torch.split(values, [len(units) for units in self.units.values()])
         values_of: dict[str, Tensor] = {}
         for (name, units), part in zip(self.units.items(), parts, strict=True):
@@ -53,7 +60,11 @@ class Pool:
 
 
 def perturbable(
-    priors: Mapping[str, Tensor], shares: Mapping[str, float], *, least: int = LEAST, fewest: Mapping[str, int] | None = None
+    priors: Mapping[str, Tensor],
+    shares: Mapping[str, float],
+    *,
+    least: int = LEAST,
+    fewest: Mapping[str, int] | None = None,
 ) -> Pool:
     """In each module of n units the max(ceil(2 p n), least) lowest by prior; of equal ones the first.
 
@@ -61,7 +72,8 @@ def perturbable(
         priors: module -> [n], finite; higher for units that are thought to matter.
         shares: module -> p, the share of units that a round removes.
         least: see `LEAST`.
-        fewest: module -> units that stay on in every mask, at least 1 unless given: no mask switches a whole module off but where 0 is.
+        fewest: module -> units that stay on in every mask, at least 1 unless given: no mask switches a whole module off
+            but where 0 is.
 
     Raises:
         ValueError: a prior is not finite, or no module has a unit that may be off.
@@ -73,12 +85,15 @@ def perturbable(
         units[name] = _lowest(name, prior, max(min(n - (fewest or {}).get(name, 1), wanted), 0))
     pool = Pool(units, {name: len(prior) for name, prior in priors.items()})
     if not len(pool):
-        raise ValueError(f"none of {len(priors)} modules has a unit that may be off; lower floor, or name kinds with more units")
+        raise ValueError(
+            f"none of {len(priors)} modules has a unit that may be off; lower floor, or name kinds with more units"
+        )
     return pool
 
 
 def independent(pool: Pool, pairs: int, seed: int) -> Tensor:
-    """Masks [2 pairs, columns], bool, True for on: each unit off with probability 1/2, every mask followed by its complement.
+    """Masks [2 pairs, columns], bool, True for on: each unit off with probability 1/2, every mask followed by its
+    complement.
 
     Their centred design has rank min(pairs, columns). Raises ValueError unless pairs >= 1.
     """
@@ -104,8 +119,8 @@ def published_pool(priors: Mapping[str, Tensor], shares: Mapping[str, float]) ->
     """In each module of n units all but the best int(n (1 - 2 p)) by prior, as Bonsai's code takes them.
 
     Raises:
-        ValueError: a module's masks would all be alike, since it has one such unit or as many as every mask switches off (int(p n) + 1);
-            no regression could tell it from other modules.
+        ValueError: a module's masks would all be alike, since it has one such unit or as many as every mask switches
+            off (int(p n) + 1); no regression could tell it from other modules.
     """
     units: dict[str, Tensor] = {}
     for name, prior in priors.items():
@@ -114,17 +129,18 @@ def published_pool(priors: Mapping[str, Tensor], shares: Mapping[str, float]) ->
         u, off = len(units[name]), _n_off(n, shares[name])
         if u < 2 or off >= u:
             raise ValueError(
-                f"the published sampler would vary {u} of {name}'s {n} units and switch {off} off in every mask, so that all of its masks "
-                "are the same and nothing is learned of it; take the sampler 'independent'"
+                f"the published sampler would vary {u} of {name}'s {n} units and switch {off} off in every mask, so"
+                " that all of its masks are the same and nothing is learned of it; take the sampler 'independent'"
             )
     return Pool(units, {name: len(prior) for name, prior in priors.items()})
 
 
 def published(pool: Pool, priors: Mapping[str, Tensor], shares: Mapping[str, float], pairs: int, seed: int) -> Tensor:
-    """Masks [2 pairs, columns], bool, True for on: int(p n) + 1 units of each module off, every mask followed by its complement.
+    """Masks [2 pairs, columns], bool, True for on: int(p n) + 1 units of each module off, every mask followed by its
+    complement.
 
-    A unit's chance falls with its prior: it is proportional to the module's highest prior less its own. pool: as `published_pool` makes it.
-    Raises ValueError unless pairs >= 1.
+    A unit's chance falls with its prior: it is proportional to the module's highest prior less its own. pool: as
+    `published_pool` makes it. Raises ValueError unless pairs >= 1.
     """
     _check_pairs(pairs)
     generator, parts = torch.Generator().manual_seed(seed), list[Tensor]()
@@ -150,7 +166,9 @@ def _n_off(size: int, share: float) -> int:
 def _lowest(name: str, prior: Tensor, n: int) -> Tensor:
     """The n units of the lowest prior, ascending. Raises ValueError for a prior that is not finite."""
     if not bool(prior.isfinite().all()):
-        raise ValueError(f"the prior of {name} holds NaN or infinity; wanted finite numbers, higher for units that matter more")
+        raise ValueError(
+            f"the prior of {name} holds NaN or infinity; wanted finite numbers, higher for units that matter more"
+        )
     return prior.detach().cpu().argsort(stable=True)[:n].sort().values
 
 

@@ -14,7 +14,9 @@ IGNORED = -100
 
 
 class Row(TypedDict):
-    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; where it is known, the source it came from."""
+    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; where it is known, the source
+    it came from.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -32,8 +34,8 @@ class Batch(TypedDict):
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to fill up with: the tokenizer's own, else its end token, else 0.
 
-    Padding is masked in the attention and in the labels, so any id in the vocabulary will do. The authors' code adds a [PAD] token and
-    grows the embedding by a row for it; here the embedding keeps its size.
+    Padding is masked in the attention and in the labels, so any id in the vocabulary will do. The authors' code adds a
+    [PAD] token and grows the embedding by a row for it; here the embedding keeps its size.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(candidate, int):
@@ -49,7 +51,8 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> Batch:
     """
     if not rows or not all(row["input_ids"] for row in rows):
         raise DataError(
-            f"a batch of {len(rows)} rows with {sum(not row['input_ids'] for row in rows)} empty ones; wanted at least one token a row"
+            f"a batch of {len(rows)} rows with {sum(not row['input_ids'] for row in rows)} empty ones; wanted at least"
+            " one token a row"
         )
     longest = max(len(row["input_ids"]) for row in rows)
     width = -(-longest // multiple) * multiple

@@ -1,7 +1,7 @@
 """Windows of equal length out of training examples, for methods that are calibrated on plain text.
 
-LLM-Pruner (arXiv 2305.11627, section 4.1) draws 10 samples of 64 tokens from BookCorpus: documents of at least that length, each at most
-once, cut at a random place, all tokens predicted. Here the examples are those of the run.
+LLM-Pruner (arXiv 2305.11627, section 4.1) draws 10 samples of 64 tokens from BookCorpus: documents of at least that
+length, each at most once, cut at a random place, all tokens predicted. Here the examples are those of the run.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def crops(rows: Sequence[Row], examples: int, tokens: int, seed: int) -> list[Ro
     long_enough = [row for row in rows if len(row["input_ids"]) >= tokens]
     if len(long_enough) < examples:
         raise DataError(
-            f"{len(long_enough)} of {len(rows)} examples have the {tokens} tokens of a calibration window, wanted {examples}; "
-            "give longer text, or ask for shorter windows"
+            f"{len(long_enough)} of {len(rows)} examples have the {tokens} tokens of a calibration window, wanted"
+            f" {examples}; give longer text, or ask for shorter windows"
         )
     chosen: list[int] = torch.randperm(len(long_enough), generator=generator)[:examples].tolist()  # pyright: ignore
     windows: list[Row] = []

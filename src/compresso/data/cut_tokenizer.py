@@ -1,7 +1,8 @@
 """A tokenizer without the tokens that a model loses, and rows of ids in its numbering.
 
-Tokens that stay keep their order and are numbered from 0, as the rows of the smaller embedding are. Merges that make or need a token that
-is gone go too. Added and special tokens, the byte alphabet, normalizer, pre-tokenizer, decoder and chat template stay as they are.
+Tokens that stay keep their order and are numbered from 0, as the rows of the smaller embedding are. Merges that make or
+need a token that is gone go too. Added and special tokens, the byte alphabet, normalizer, pre-tokenizer, decoder and
+chat template stay as they are.
 """
 
 import copy
@@ -23,7 +24,8 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokenizer.json of a tokenizer. Raises CheckpointError for one that cannot be cut."""
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"{type(tokenizer).__name__} runs in Python and cannot be cut; save it as a fast tokenizer (tokenizer.json) first"
+            f"{type(tokenizer).__name__} runs in Python and cannot be cut; save it as a fast tokenizer (tokenizer.json)"
+            " first"
         )
     state: dict[str, Any] = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
     pieces.check(state)
@@ -53,11 +55,15 @@ def cut(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], size: int) -> P
     vocab = pieces.vocabulary(state)
     staying = {piece: new(i) for piece, i in vocab.items() if new(i) is not None}
     if gone := sorted(pieces.lasting(state) - {i for i in pieces.lasting(state) if new(i) is not None}):
-        raise CheckpointError(f"the tokens with ids {gone[:8]} may not leave this tokenizer: they are special, or any text needs them")
+        raise CheckpointError(
+            f"the tokens with ids {gone[:8]} may not leave this tokenizer: they are special, or any text needs them"
+        )
     made_of = pieces.makings(state)
     for piece in staying:
         if lost := [part for part in made_of(piece) if part not in staying]:
-            raise CheckpointError(f"token '{piece}' stays but '{lost[0]}', which it is made of, does not; keep both or neither")
+            raise CheckpointError(
+                f"token '{piece}' stays but '{lost[0]}', which it is made of, does not; keep both or neither"
+            )
     if model["type"] == "Unigram":
         model["vocab"] = [entry for entry in model["vocab"] if entry[0] in staying]
         if model.get("unk_id") is not None:
@@ -76,7 +82,9 @@ def cut(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], size: int) -> P
     wanted = {piece: new(i) for piece, i in tokenizer.get_vocab().items() if new(i) is not None}
     if smaller.get_vocab() != wanted:
         odd = sorted(set(smaller.get_vocab().items()) ^ set(wanted.items()))[:2]
-        raise CheckpointError(f"the tokenizer did not take its new numbers ({odd}); its ids have gaps, so keep the vocabulary whole")
+        raise CheckpointError(
+            f"the tokenizer did not take its new numbers ({odd}); its ids have gaps, so keep the vocabulary whole"
+        )
     return smaller
 
 
@@ -117,7 +125,8 @@ class Translation:
 
     Args:
         kept: old ids of the tokens that stay, ascending.
-        spelled: old id of a token that left -> new ids that stand for the same text; ids that are missing here have no spelling.
+        spelled: old id of a token that left -> new ids that stand for the same text; ids that are missing here have no
+            spelling.
     """
 
     kept: tuple[int, ...]
@@ -144,8 +153,12 @@ class Translation:
         return translated, n_spelled
 
 
-def translation(tokenizer: PreTrainedTokenizerBase | None, smaller: PreTrainedTokenizerBase | None, kept: Sequence[int]) -> Translation:
-    """How rows of a tokenizer are written with a smaller one made by `cut`; without tokenizers no token that left has a spelling."""
+def translation(
+    tokenizer: PreTrainedTokenizerBase | None, smaller: PreTrainedTokenizerBase | None, kept: Sequence[int]
+) -> Translation:
+    """How rows of a tokenizer are written with a smaller one made by `cut`; without tokenizers no token that left has a
+    spelling.
+    """
     if tokenizer is None or smaller is None:
         return Translation(tuple(kept), {})
     spell = pieces.spelling(state_of(smaller))

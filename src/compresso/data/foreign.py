@@ -22,13 +22,15 @@ def foreign_prompt(tokenizer: PreTrainedTokenizerBase, template: str, user: str,
 def foreign_transcript(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], prompt_on: bool
 ) -> tuple[str, Spans]:
-    """The rendered conversation, and per assistant turn the span from where its generation begins to the token that ends it.
+    """The rendered conversation, and per assistant turn the span from where its generation begins to the token that
+    ends it.
 
-    Templates with generation marks say it themselves. For the others, a turn begins where the conversation before it, rendered with a
-    generation prompt, ends.
+    Templates with generation marks say it themselves. For the others, a turn begins where the conversation before it,
+    rendered with a generation prompt, ends.
 
     Raises:
-        DataError: the template refuses the conversation, or does not render a turn as a continuation of the turns before it.
+        DataError: the template refuses the conversation, or does not render a turn as a continuation of the turns
+            before it.
     """
     jinja = chat_template(template, prompt_on)
     if _GENERATION_MARK.search(template):
@@ -41,8 +43,8 @@ def foreign_transcript(
             place = text.find(turn.content.strip(), len(before))
             if not text.startswith(before) or place < 0:
                 raise DataError(
-                    f"the tokenizer's chat template does not render turn {number + 1} as a continuation of the turns before it; "
-                    "use a template with generation marks"
+                    f"the tokenizer's chat template does not render turn {number + 1} as a continuation of the turns"
+                    " before it; use a template with generation marks"
                 )
             spans.append((len(before), _after_special(tokenizer, text, place + len(turn.content.strip()))))
     return text, spans
@@ -67,7 +69,9 @@ def _after_special(tokenizer: PreTrainedTokenizerBase, text: str, place: int) ->
     return place + white + end if end else place
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message], generation: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message], generation: bool = False
+) -> str:
     try:
         rendered, _ = render_jinja_template(  # pyright: ignore[reportAssignmentType]
             [_plain(messages)],
@@ -76,7 +80,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[M
             **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
         )
     except Exception as error:  # templates refuse with any error they like
-        raise DataError(f"the tokenizer's chat template refuses a conversation of {len(messages)} turns: {error}") from error
+        raise DataError(
+            f"the tokenizer's chat template refuses a conversation of {len(messages)} turns: {error}"
+        ) from error
     return rendered[0]
 
 

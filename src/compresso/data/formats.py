@@ -57,8 +57,8 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> F
     """Read a file, up to `limit` records.
 
     Raises:
-        DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and `skip_bad` is
-            False; or it has no good line at all.
+        DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and
+            `skip_bad` is False; or it has no good line at all.
     """
     suffix = suffix_of(path)
     if not suffix:
@@ -72,9 +72,13 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> F
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
     except (pyarrow.ArrowInvalid, SafetensorError) as error:
-        raise DataError(f"{path}: not a readable {suffix} file ({_first_line(error)}); fetch or write the file again") from error
+        raise DataError(
+            f"{path}: not a readable {suffix} file ({_first_line(error)}); fetch or write the file again"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file and its permissions") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file and its permissions"
+        ) from error
 
 
 def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None) -> FileRecords:
@@ -88,11 +92,14 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
             row = each.value if isinstance(each.value, Text | Window) else parse(each.value)
             if rows and kind_of(row) != kind_of(rows[0]):
                 raise BadRecord(
-                    f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(rows[0])}; put each kind into its own file"
+                    f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(rows[0])}; put each kind into its"
+                    " own file"
                 )
         except BadRecord as error:
             if not skip_bad:
-                raise DataError(f"{each.place}: {error}. Repair it, or pass skip_bad to skip and count bad lines.") from error
+                raise DataError(
+                    f"{each.place}: {error}. Repair it, or pass skip_bad to skip and count bad lines."
+                ) from error
             n_bad += 1
             if len(bad) < NAMED_BAD_LINES:
                 bad.append(f"{each.place}: {error}")
@@ -101,7 +108,11 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
         if len(rows) == limit:
             break
     if not rows:
-        raise DataError(f"{path}: no record among {n_bad} bad lines; the first: {bad[0]}" if bad else f"{path}: the file holds no record")
+        raise DataError(
+            f"{path}: no record among {n_bad} bad lines; the first: {bad[0]}"
+            if bad
+            else f"{path}: the file holds no record"
+        )
     return FileRecords(rows, n_bad, tuple(bad))
 
 
@@ -139,7 +150,9 @@ def _begins_list(path: Path) -> bool:
 
 
 def _json_list(path: Path) -> Iterator[_Found]:
-    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows it has no certain beginning."""
+    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows it has no
+    certain beginning.
+    """
     lines: list[str] = []
     for number, line, wrong in decoded_lines(path):
         if wrong:
@@ -167,7 +180,10 @@ def _json_list(path: Path) -> Iterator[_Found]:
         if text[place : place + 1] == "]":
             return
         if text[place : place + 1] != ",":
-            raise DataError(f"{path}:{line_number + text.count(chr(10), counted, place)}: bad JSON (wanted ',' or ']'); repair the file")
+            raise DataError(
+                f"{path}:{line_number + text.count(chr(10), counted, place)}: bad JSON (wanted ',' or ']'); repair the"
+                " file"
+            )
         place = _skip_space(text, place + 1)
 
 
@@ -198,7 +214,9 @@ def _parquet_rows(path: Path) -> Iterator[_Found]:
         names = file.schema_arrow.names
         known = [name for name in _COLUMNS if name in names]
         if not known:
-            raise DataError(f"{path}: columns are: {', '.join(names[:8])}; wanted instruction + output (+ input), messages, or text")
+            raise DataError(
+                f"{path}: columns are: {', '.join(names[:8])}; wanted instruction + output (+ input), messages, or text"
+            )
         number = total = 0
         for batch in file.iter_batches(batch_size=256, columns=known):
             total += batch.nbytes
@@ -211,12 +229,16 @@ def _parquet_rows(path: Path) -> Iterator[_Found]:
 def _windows(path: Path) -> Iterator[_Found]:
     with safe_open(str(path), framework="pt") as file:
         if "input_ids" not in file.keys():  # noqa: SIM118 - not a mapping
-            raise DataError(f"{path}: tensors are: {', '.join(list(file.keys())[:8]) or 'none'}; wanted input_ids [n, seq]")
+            raise DataError(
+                f"{path}: tensors are: {', '.join(list(file.keys())[:8]) or 'none'}; wanted input_ids [n, seq]"
+            )
         shape = file.get_slice("input_ids").get_shape()
         if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
             raise DataError(f"{path}: input_ids has shape {shape}; wanted [n, seq] with n >= 1 and seq >= 2")
         if shape[0] * shape[1] > MAX_WINDOW_IDS:
-            raise DataError(f"{path}: input_ids has {shape[0] * shape[1]} ids; at most {MAX_WINDOW_IDS} are read. Split the file.")
+            raise DataError(
+                f"{path}: input_ids has {shape[0] * shape[1]} ids; at most {MAX_WINDOW_IDS} are read. Split the file."
+            )
         ids = file.get_tensor("input_ids")
     if ids.is_floating_point() or ids.is_complex() or str(ids.dtype) == "torch.bool":
         raise DataError(f"{path}: input_ids is {str(ids.dtype).removeprefix('torch.')}; wanted an integer type")

@@ -1,7 +1,7 @@
 """Rows of a data set on the Hugging Face hub, through `datasets`: at once, or an error at once.
 
-Without a network the libraries would try for half a minute before they say so. Here the hub is asked one question first, with a short time
-limit; when it does not answer, or HF_HUB_OFFLINE is set, only the local cache is tried.
+Without a network the libraries would try for half a minute before they say so. Here the hub is asked one question
+first, with a short time limit; when it does not answer, or HF_HUB_OFFLINE is set, only the local cache is tried.
 """
 
 from collections.abc import Iterator
@@ -46,8 +46,8 @@ def rows(hub: HubSet, split: str, limit: int | None = None) -> list[dict[str, An
     except Exception as error:
         reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data set {hub.id}{f' ({hub.config})' if hub.config else ''}, split '{split}': not in the local cache, and {reason}. "
-            "Download it where there is a network, or pass a local file (.jsonl, .json, .parquet, .txt)."
+            f"data set {hub.id}{f' ({hub.config})' if hub.config else ''}, split '{split}': not in the local cache, and"
+            f" {reason}. Download it where there is a network, or pass a local file (.jsonl, .json, .parquet, .txt)."
         ) from error
     return [dict(row) for row in islice(loaded, limit)]
 
@@ -71,7 +71,9 @@ def why_silent(hub_id: str) -> str:
         HfApi().dataset_info(hub_id, timeout=ANSWER_WITHIN_S)
     except HfHubHTTPError as error:
         return f"the hub refused it ({(str(error).splitlines() or [''])[0]})"
-    except Exception as error:  # the HTTP library and so the error type depend on the hub client's version; all of them mean no answer
+    except (
+        Exception
+    ) as error:  # the HTTP library and so the error type depend on the hub client's version; all of them mean no answer
         return f"the hub did not answer ({type(error).__name__})"
     return ""
 

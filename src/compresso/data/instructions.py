@@ -1,11 +1,12 @@
-"""From records to token ids and labels: the loss falls on responses and their end token, or on every token of a plain text.
+"""From records to token ids and labels: the loss falls on responses and their end token, or on every token of a plain
+text.
 
-A conversation is written out as one string, with its special tokens, and tokenised once, exactly as an engine tokenises a rendered chat
-template. Characters decide the labels: a token is learned if any of its characters belongs to a response, so a token that a BPE merged
-across the beginning of a response counts as response.
+A conversation is written out as one string, with its special tokens, and tokenised once, exactly as an engine tokenises
+a rendered chat template. Characters decide the labels: a token is learned if any of its characters belongs to a
+response, so a token that a BPE merged across the beginning of a response counts as response.
 
-Departures from the authors' code (Compresso, arXiv 2310.05015): examples are cut at `max_length` (there, the cut is set after the data was
-tokenised, and so does not act), and no [PAD] row is added to the embedding.
+Departures from the authors' code (Compresso, arXiv 2310.05015): examples are cut at `max_length` (there, the cut is set
+after the data was tokenised, and so does not act), and no [PAD] row is added to the embedding.
 """
 
 from bisect import bisect_right
@@ -80,19 +81,23 @@ def encode(
     Args:
         max_length: most tokens of a row, the prompt included.
         prompt_on: put the collaborative prompt before instructions and conversations.
-        pack: join the plain texts of a source, each between its beginning and end token, and cut the stream into rows of `max_length`
-            (attention then crosses from one text to the next); otherwise each text is a row of its own, cut at `max_length`.
-        limit: most records to look at: the first ones, or evenly spaced ones of a mix of kinds, so that every kind is met.
+        pack: join the plain texts of a source, each between its beginning and end token, and cut the stream into rows
+            of `max_length` (attention then crosses from one text to the next); otherwise each text is a row of its own,
+            cut at `max_length`.
+        limit: most records to look at: the first ones, or evenly spaced ones of a mix of kinds, so that every kind is
+            met.
         vocab_size: ids must be smaller; the tokenizer's size if not given. Pass the model's where it is at hand.
 
     Raises:
-        DataError: the tokenizer has no end token, an id is outside the vocabulary, a ready window is too long or all padding, or no record
-            leaves anything to learn.
+        DataError: the tokenizer has no end token, an id is outside the vocabulary, a ready window is too long or all
+            padding, or no record leaves anything to learn.
     """
     if max_length < 2:
         raise DataError(f"max_length={max_length}: wanted at least 2, because a prediction needs a token before it")
     if not tokenizer.eos_token:
-        raise DataError("the tokenizer has no end-of-sequence token, so no response would ever end; set tokenizer.eos_token")
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so no response would ever end; set tokenizer.eos_token"
+        )
     tally = _Tally()
     chosen = _chosen(records, limit)
     rows: list[Row] = []
@@ -111,11 +116,17 @@ def encode(
         raise DataError(_nothing_left(records, len(chosen.rows), max_length, prompt_on, tally))
     tokens = sum(len(row["input_ids"]) for row in rows)
     learned = sum(label != IGNORED for row in rows for label in row["labels"])
-    return Encoded(rows, Stats(len(chosen.rows), tally.truncated, tally.dropped, tally.empty, len(rows), tokens, learned))
+    return Encoded(
+        rows, Stats(len(chosen.rows), tally.truncated, tally.dropped, tally.empty, len(rows), tokens, learned)
+    )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "", prompt_on: bool = True) -> list[int]:
-    """The ids that stand before a response at inference, as in training: beginning token, collaborative prompt if on, body."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "", prompt_on: bool = True
+) -> list[int]:
+    """The ids that stand before a response at inference, as in training: beginning token, collaborative prompt if on,
+    body.
+    """
     if (foreign := original_template(single_template(tokenizer))) is not None:
         text = foreign_prompt(tokenizer, foreign, user_turn(instruction, input), prompt_on)
     else:
@@ -124,10 +135,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, input: s
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids with which every prompted example begins: beginning token and collaborative prompt, up to the user's header.
+    """The ids with which every prompted example begins: beginning token and collaborative prompt, up to the user's
+    header.
 
-    They are to stand before a request that is not worded as an instruction, like those of likelihood tasks. Where a tokenizer merges the
-    prompt's last line break with the header, that token is left out.
+    They are to stand before a request that is not worded as an instruction, like those of likelihood tasks. Where a
+    tokenizer merges the prompt's last line break with the header, that token is left out.
     """
     head = bos_text(tokenizer) + opening("", prompt_on=True)
     ids, ends = ids_and_ends(tokenizer, [head + body(".")])[0]
@@ -149,12 +161,19 @@ def _chosen(records: Records, limit: int | None) -> Records:
 
 
 def _rows(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_on: bool, pack: bool, tally: _Tally
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    prompt_on: bool,
+    pack: bool,
+    tally: _Tally,
 ) -> Iterator[Row]:
     stream: list[int] = []
     numbered = enumerate(records, 1)
     while together := list(islice(numbered, _TOGETHER)):
-        conversations = iter(_conversation_ids([r for _, r in together if isinstance(r, Instruction | Chat)], tokenizer, prompt_on))
+        conversations = iter(
+            _conversation_ids([r for _, r in together if isinstance(r, Instruction | Chat)], tokenizer, prompt_on)
+        )
         texts = iter(_text_ids([r.text for _, r in together if isinstance(r, Text) and r.text], tokenizer))
         for number, record in together:
             match record:
@@ -182,7 +201,9 @@ def _rows(
 
 
 def _cut(row: Row, max_length: int, tally: _Tally) -> Iterator[Row]:
-    """The row at no more than `max_length`, or nothing if the cut leaves no label that a token before it could predict."""
+    """The row at no more than `max_length`,
+    or nothing if the cut leaves no label that a token before it could predict.
+    """
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) > max_length:
         tally.truncated += 1
@@ -194,7 +215,9 @@ def _cut(row: Row, max_length: int, tally: _Tally) -> Iterator[Row]:
     yield Row(input_ids=ids[:max_length], labels=labels[:max_length])
 
 
-def _conversation_ids(records: Sequence[Instruction | Chat], tokenizer: PreTrainedTokenizerBase, prompt_on: bool) -> list[Row | None]:
+def _conversation_ids(
+    records: Sequence[Instruction | Chat], tokenizer: PreTrainedTokenizerBase, prompt_on: bool
+) -> list[Row | None]:
     """Ids and labels of each record; None where every response is empty."""
     foreign = original_template(single_template(tokenizer))
     written: list[tuple[str, Spans] | None] = []
@@ -225,11 +248,13 @@ def _check_specials(rows: Sequence[Row | None], tokenizer: PreTrainedTokenizerBa
     for row in rows:
         if row is not None and tokenizer.bos_token and row["input_ids"][0] != tokenizer.bos_token_id:
             raise DataError(
-                f"the tokenizer does not read its own {tokenizer.bos_token!r} as id {tokenizer.bos_token_id}; add it as a special token"
+                f"the tokenizer does not read its own {tokenizer.bos_token!r} as id {tokenizer.bos_token_id}; add it as"
+                " a special token"
             )
         if row is not None and tokenizer.eos_token_id not in row["labels"]:
             raise DataError(
-                f"the tokenizer does not read its own {tokenizer.eos_token!r} as id {tokenizer.eos_token_id}; add it as a special token"
+                f"the tokenizer does not read its own {tokenizer.eos_token!r} as id {tokenizer.eos_token_id}; add it as"
+                " a special token"
             )
 
 
@@ -243,7 +268,10 @@ def _window_ids(window: Window, number: int, tokenizer: PreTrainedTokenizerBase,
     """A window's ids without the padding at its end, where the tokenizer has an id for padding and nothing else."""
     ids = list(window.input_ids)
     if len(ids) > max_length:
-        raise DataError(f"window {number} holds {len(ids)} ids, max_length is {max_length}; ready windows are not cut, so raise max_length")
+        raise DataError(
+            f"window {number} holds {len(ids)} ids, max_length is {max_length}; ready windows are not cut, so raise"
+            " max_length"
+        )
     pad = tokenizer.pad_token_id
     if pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
         return ids
@@ -260,4 +288,7 @@ def _nothing_left(records: Records, n: int, max_length: int, prompt_on: bool, ta
         lost = f"cut at max_length={max_length}, {tally.dropped} lost their whole response"
         lost += f" (the shortest prompt has {tally.shortest_prompt} tokens)"
         return f"{records.source}: nothing is left to learn in {n} records: {lost}; {cure}"
-    return f"{records.source}: nothing to learn in {n} records, {tally.empty} of them empty; give data with responses or text"
+    return (
+        f"{records.source}: nothing to learn in {n} records, {tally.empty} of them empty; give data with responses or"
+        " text"
+    )

@@ -1,4 +1,5 @@
-"""Numbered lines of text files that come from strangers: a line, a file and what a compressed file may grow to have caps.
+"""Numbered lines of text files that come from strangers: a line, a file and what a compressed file may grow to have
+caps.
 
 gzip is read as a stream, so a small file that would fill the memory is refused when it passes a cap, not after.
 """
@@ -14,7 +15,9 @@ MAX_LINE_BYTES = 8 * 2**20
 MAX_BYTES = 4 * 2**30
 """Most bytes a file may hold once decompressed."""
 MAX_RATIO = 200
-"""Most bytes that one compressed byte may become, looked at beyond `RATIO_FREE_BYTES`; text compresses 3 to 20 times."""
+"""Most bytes that one compressed byte may become, looked at beyond `RATIO_FREE_BYTES`;
+text compresses 3 to 20 times.
+"""
 RATIO_FREE_BYTES = 64 * 2**20
 
 
@@ -41,7 +44,9 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def check_size(path: Path, total: int, packed_bytes: int) -> None:
-    """Refuse `total` bytes that came out of `packed_bytes` if they are too many, or too many for what they came out of."""
+    """Refuse `total` bytes that came out of `packed_bytes` if they are too many,
+    or too many for what they came out of.
+    """
     if total > MAX_BYTES:
         raise DataError(f"{path}: holds more than {MAX_BYTES} bytes; split the file")
     if total > RATIO_FREE_BYTES and total > MAX_RATIO * packed_bytes:

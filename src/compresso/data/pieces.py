@@ -1,12 +1,14 @@
 """Which tokens a token is made of, and how a text piece is spelled with the tokens that are left.
 
-A tokenizer is looked at as the JSON that the tokenizers library writes. What may leave it so that every text whose encoding used only
-tokens that stay is encoded as before:
+A tokenizer is looked at as the JSON that the tokenizers library writes. What may leave it so that every text whose
+encoding used only tokens that stay is encoded as before:
 
-    BPE         No merge ever crossed a border between two tokens of the encoding: inside each, exactly those merges happened, in that
-                order, that happen to the token alone. A token therefore needs the symbols of its own derivation, and nothing else. With
-                these, every merge of the old encoding is still there, and it is still the first in rank.
-    Unigram     The best path stays the best of fewer. An unknown character costs 10 below the worst piece, so that piece stays.
+    BPE         No merge ever crossed a border between two tokens of the encoding: inside each, exactly those merges
+                happened, in that order, that happen to the token alone. A token therefore needs the symbols of its own
+                derivation, and nothing else. With these, every merge of the old encoding is still there, and it is
+                still the first in rank.
+    Unigram     The best path stays the best of fewer. An unknown character costs 10 below the worst piece, so that
+                piece stays.
     WordPiece, WordLevel   The longest match that is there stays the longest. Nothing is needed.
 """
 
@@ -33,17 +35,24 @@ def check(state: State) -> None:
     """Raise CheckpointError for a tokenizer that cannot be cut so that encodings stay."""
     model, cure = state["model"], "keep the vocabulary whole"
     if model.get("type") not in MODELS:
-        raise CheckpointError(f"a tokenizer of type {model.get('type')} cannot be cut; known are {', '.join(MODELS)}: {cure}")
+        raise CheckpointError(
+            f"a tokenizer of type {model.get('type')} cannot be cut; known are {', '.join(MODELS)}: {cure}"
+        )
     if model.get("dropout"):
-        raise CheckpointError(f"a BPE tokenizer with dropout={model['dropout']} draws its encodings, so none could stay as it is; {cure}")
+        raise CheckpointError(
+            f"a BPE tokenizer with dropout={model['dropout']} draws its encodings, so none could stay as it is; {cure}"
+        )
     if model["type"] == "BPE" and model.get("continuing_subword_prefix"):
         raise CheckpointError(
-            f"a BPE tokenizer with the continuing_subword_prefix '{model['continuing_subword_prefix']}' is not understood; {cure}"
+            f"a BPE tokenizer with the continuing_subword_prefix '{model['continuing_subword_prefix']}' is not"
+            f" understood; {cure}"
         )
 
 
 def lasting(state: State) -> set[int]:
-    """Ids that stay whatever a text uses: added and unknown tokens, bytes or, where there are none, all single characters."""
+    """Ids that stay whatever a text uses: added and unknown tokens, bytes or, where there are none, all single
+    characters.
+    """
     model, vocab = state["model"], vocabulary(state)
     ids = {int(token["id"]) for token in state["added_tokens"]}
     unknown = model.get("unk_id") if model["type"] == "Unigram" else vocab.get(model.get("unk_token") or "")
@@ -64,7 +73,9 @@ def lasting(state: State) -> set[int]:
 
 
 def makings(state: State) -> Callable[[str], list[str]]:
-    """A function from a token to the tokens that must be there for it to be made; the token itself is the last of them."""
+    """A function from a token to the tokens that must be there for it to be made;
+    the token itself is the last of them.
+    """
     if state["model"]["type"] != "BPE":
         return lambda piece: [piece]
     derive = _deriving(state)
@@ -84,7 +95,9 @@ def closed(state: State, ids: Iterable[int]) -> set[int]:
 
 
 def spelling(state: State) -> Callable[[str], list[int] | None]:
-    """A function from a piece of another vocabulary to ids of this one that stand for the same text; None where there are none."""
+    """A function from a piece of another vocabulary to ids of this one that stand for the same text; None where there
+    are none.
+    """
     model, vocab = state["model"], vocabulary(state)
     if model["type"] == "BPE":
         derive = _deriving(state)
@@ -114,7 +127,9 @@ def spelling(state: State) -> Callable[[str], list[int] | None]:
 
 
 def _deriving(state: State) -> Callable[[str], tuple[list[str], list[str]]]:
-    """A function from a piece to every symbol that BPE meets on the way, in order, and to the symbols that it ends with."""
+    """A function from a piece to every symbol that BPE meets on the way, in order, and to the symbols that it ends
+    with.
+    """
     model = state["model"]
     suffix: str = model.get("end_of_word_suffix") or ""
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(merge_pairs(model["merges"]))))}
@@ -125,7 +140,9 @@ def _deriving(state: State) -> Callable[[str], tuple[list[str], list[str]]]:
             symbols[-1] += suffix
         seen = list(dict.fromkeys(symbols))
         while True:
-            best = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(symbols, [*symbols[1:], ""], strict=True)))
+            best = min(
+                (ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(symbols, [*symbols[1:], ""], strict=True))
+            )
             if best[0] >= len(ranks):
                 return seen, symbols
             at = best[1]
@@ -137,7 +154,9 @@ def _deriving(state: State) -> Callable[[str], tuple[list[str], list[str]]]:
 
 def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
     """The merges as pairs; older files write them as one string with a space."""
-    return [(first, second) for first, second in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)]
+    return [
+        (first, second) for first, second in (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    ]
 
 
 def _longest_first(piece: str, vocab: Mapping[str, int], prefix: str) -> list[int] | None:

@@ -1,8 +1,9 @@
 """The collaborative prompt, and the text that surrounds an instruction.
 
-Compresso (arXiv 2310.05015, on the collaborative prompt) tells the model, in words, that it is being pruned and asks it to go along. The
-wording here is ours; the structure follows the paper: a header that marks a system instruction, a line that asks for attention, six titled
-one-liners, a closing encouragement, and the sentence that leads over to the user's instruction, which has a variant for one with input.
+Compresso (arXiv 2310.05015, on the collaborative prompt) tells the model, in words, that it is being pruned and asks it
+to go along. The wording here is ours; the structure follows the paper: a header that marks a system instruction, a line
+that asks for attention, six titled one-liners, a closing encouragement, and the sentence that leads over to the user's
+instruction, which has a variant for one with input.
 
 The same bytes serve training and inference, so the text has a version and a hash, and a new wording gets a new file.
 """
@@ -39,11 +40,17 @@ def collaborative_prompt(with_input: bool) -> Prompt:
 
 def prompt_identity() -> dict[str, str]:
     """Version and sha256 of both variants: what a checkpoint records and `compresso.load` compares."""
-    return {"version": VERSION, "sha256": collaborative_prompt(False).sha256, "sha256_with_input": collaborative_prompt(True).sha256}
+    return {
+        "version": VERSION,
+        "sha256": collaborative_prompt(False).sha256,
+        "sha256_with_input": collaborative_prompt(True).sha256,
+    }
 
 
 def user_turn(instruction: str, input: str = "") -> str:
-    """What the user says: the instruction, followed by its input if there is one; the content of a chat message with the same meaning."""
+    """What the user says: the instruction, followed by its input if there is one; the content of a chat message with
+    the same meaning.
+    """
     return f"{instruction}{INPUT_HEADER}{input}" if input else instruction
 
 
@@ -55,8 +62,8 @@ def body(instruction: str, input: str = "") -> str:
 def opening(turn: str, prompt_on: bool) -> str:
     """What precedes the first user header: the collaborative prompt in the variant that suits `turn`, or nothing.
 
-    The variant is read from the text of the turn, so that a chat message which spells out its input gets the same bytes as an
-    instruction that came with one.
+    The variant is read from the text of the turn, so that a chat message which spells out its input gets the same bytes
+    as an instruction that came with one.
     """
     return collaborative_prompt(INPUT_HEADER in turn).text + BETWEEN_BLOCKS if prompt_on else ""
 

@@ -1,13 +1,15 @@
 """What one line of data can be, and how an untyped object becomes one.
 
-Four kinds, told apart by their fields (the first match wins, so an Alpaca row that also has a `text` column is an instruction):
+Four kinds, told apart by their fields (the first match wins, so an Alpaca row that also has a `text` column is an
+instruction):
 
     Instruction   instruction, output, and optionally input          (Alpaca)
     Chat          messages [{role, content}], or conversations [{from, value}]
     Text          text
     Window        input_ids: ready token ids, used as they are
 
-Parsing is strict: what does not fit raises `BadRecord` with the reason, and the reader that knows the file and the line decides what to do.
+Parsing is strict: what does not fit raises `BadRecord` with the reason, and the reader that knows the file and the line
+decides what to do.
 """
 
 import hashlib
@@ -18,11 +20,19 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 KINDS = ("instruction", "chat", "text", "window")
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 class BadRecord(ValueError):
-    """One object that is not a record; the message says what is wrong with it and is completed with the place by the reader."""
+    """One object that is not a record; the message says what is wrong with it and is completed with the place by the
+    reader.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,8 @@ def parse(value: object) -> Record:
     """The record that `value` describes.
 
     Raises:
-        BadRecord: it is not an object, has none of the known sets of fields, or a field has the wrong type or cannot be UTF-8.
+        BadRecord: it is not an object, has none of the known sets of fields, or a field has the wrong type or cannot be
+            UTF-8.
     """
     if not isinstance(value, Mapping):
         raise BadRecord(f"holds {_type_name(value)}; wanted an object with named fields")
@@ -171,7 +182,9 @@ def _conversation(value: object, name: str, role_key: str, content_key: str) -> 
     turns: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
-            raise BadRecord(f"turn {number} of '{name}' is {_type_name(turn)}; wanted an object with {role_key} and {content_key}")
+            raise BadRecord(
+                f"turn {number} of '{name}' is {_type_name(turn)}; wanted an object with {role_key} and {content_key}"
+            )
         role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
             raise BadRecord(f"turn {number} has {role_key} {turn.get(role_key)!r}; wanted one of {', '.join(_ROLES)}")
@@ -198,7 +211,9 @@ def _text(value: Mapping[object, object], name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(f"field '{name}' holds half of a surrogate pair at character {error.start}, which is no text") from error
+        raise BadRecord(
+            f"field '{name}' holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from error
     return text
 
 
@@ -215,5 +230,12 @@ def _fields(row: Record) -> Iterator[object]:
 
 
 def _type_name(value: object) -> str:
-    names = {"NoneType": "null", "str": "a string", "bool": "true/false", "int": "a number", "float": "a number", "list": "a list"}
+    names = {
+        "NoneType": "null",
+        "str": "a string",
+        "bool": "true/false",
+        "int": "a number",
+        "float": "a number",
+        "list": "a list",
+    }
     return "empty" if value in ([], ()) else names.get(type(value).__name__, f"a {type(value).__name__}")

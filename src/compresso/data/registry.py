@@ -1,12 +1,14 @@
-"""From what a person writes after --data to records: registered names, hub ids, local files, and several of them joined by commas.
+"""From what a person writes after --data to records: registered names, hub ids, local files, and several of them joined
+by commas.
 
     alpaca-gpt4                     a registered name
     owner/name or owner/name:config a data set on the hub
     answers.jsonl                   a local file
-    answers.jsonl,wikitext2         both; text and instructions in one training set recover a pruned model better than instructions alone
+    answers.jsonl,wikitext2         both; text and instructions in one training set recover a pruned model better than
+                                    instructions alone
 
-A registered name is read from the hub. Where the environment variable COMPRESSO_DATA names a folder with local copies, those stand in, and
-the description says which file did and how it differs. The embedded world needs neither.
+A registered name is read from the hub. Where the environment variable COMPRESSO_DATA names a folder with local copies,
+those stand in, and the description says which file did and how it differs. The embedded world needs neither.
 """
 
 import os
@@ -36,7 +38,9 @@ class LocalCopy:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A registered name: its place on the hub, the columns that matter, the rows read by default, and local copies per split."""
+    """A registered name: its place on the hub, the columns that matter, the rows read by default, and local copies per
+    split.
+    """
 
     hub: HubSet
     columns: tuple[str, ...]
@@ -48,19 +52,26 @@ _ALPACA_COLUMNS = ("instruction", "input", "output")
 _ALPACA_FILE = "datasets/instruct/alpaca_subset.jsonl.gz"
 _C4_SAMPLE = LocalCopy("datasets/text/c4_sample_300.jsonl.gz", "300 documents")
 REGISTERED: dict[str, Registered] = {
-    "alpaca": Registered(HubSet("tatsu-lab/alpaca"), _ALPACA_COLUMNS, local={"train": LocalCopy(_ALPACA_FILE, "a third of it")}),
+    "alpaca": Registered(
+        HubSet("tatsu-lab/alpaca"), _ALPACA_COLUMNS, local={"train": LocalCopy(_ALPACA_FILE, "a third of it")}
+    ),
     "alpaca-gpt4": Registered(
         HubSet("vicgalle/alpaca-gpt4"),
         _ALPACA_COLUMNS,
         local={"train": LocalCopy(_ALPACA_FILE, "a part of the first Alpaca, not GPT-4's answers")},
     ),
     "alpaca-cleaned": Registered(
-        HubSet("yahma/alpaca-cleaned"), _ALPACA_COLUMNS, local={"train": LocalCopy(_ALPACA_FILE, "a part of the first Alpaca, not cleaned")}
+        HubSet("yahma/alpaca-cleaned"),
+        _ALPACA_COLUMNS,
+        local={"train": LocalCopy(_ALPACA_FILE, "a part of the first Alpaca, not cleaned")},
     ),
     "c4": Registered(
         HubSet(
             "allenai/c4",
-            files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+            files={
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            },
         ),
         ("text",),
         rows=20_000,
@@ -70,7 +81,9 @@ REGISTERED: dict[str, Registered] = {
         HubSet("Salesforce/wikitext", "wikitext-2-raw-v1"),
         ("text",),
         local={
-            "train": LocalCopy("datasets/text/wikitext2_raw_train_part.jsonl.gz", "a part of the training split, without headings"),
+            "train": LocalCopy(
+                "datasets/text/wikitext2_raw_train_part.jsonl.gz", "a part of the training split, without headings"
+            ),
             "test": LocalCopy("datasets/text/wikitext2_raw_test.jsonl.gz", "the whole split"),
         },
     ),
@@ -100,11 +113,14 @@ def load_records(
         local: a folder with local copies of registered names; that of COMPRESSO_DATA if None.
 
     Raises:
-        DataError: an unknown name, data that cannot be reached, or a file that is empty or malformed (with file and line).
+        DataError: an unknown name, data that cannot be reached, or a file that is empty or malformed (with file and
+            line).
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: wanted at least 1 row")
-    parts = [str(data)] if isinstance(data, Path) or Path(data).is_file() else [part.strip() for part in data.split(",")]
+    parts = (
+        [str(data)] if isinstance(data, Path) or Path(data).is_file() else [part.strip() for part in data.split(",")]
+    )
     if not all(parts):
         raise DataError(f"data={str(data)!r} names an empty source; wanted names or files, joined by single commas")
     sources = [_one(part, split, seed, limit, skip_bad, local) for part in parts]
@@ -144,7 +160,9 @@ def _registered(name: str, split: str, limit: int | None, local: str | Path | No
     folder = local or os.environ.get("COMPRESSO_DATA")
     copy = (known.local or {}).get(split)
     if folder and copy and (path := Path(folder) / copy.file).is_file():
-        return replace(_file(path, limit, skip_bad=False), source=f"{name} {split}, local copy {path.name} ({copy.remark})")
+        return replace(
+            _file(path, limit, skip_bad=False), source=f"{name} {split}, local copy {path.name} ({copy.remark})"
+        )
     return _from_hub(known.hub, known.columns, split, limit or known.rows, name)
 
 
@@ -163,7 +181,9 @@ def _from_hub(place: HubSet, columns: tuple[str, ...] | None, split: str, limit:
 
 
 def _world(name: str, seed: int, n: int) -> Records:
-    """Documents and instructions of the embedded world; `world` takes them in turn, so that any beginning of it holds both."""
+    """Documents and instructions of the embedded world; `world` takes them in turn, so that any beginning of it holds
+    both.
+    """
     from compresso.data import world
 
     documents = ({"text": text} for text in world.documents(n, seed))

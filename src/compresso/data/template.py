@@ -1,14 +1,17 @@
-"""The training text as a chat template, so that every engine which applies templates gives a pruned model the bytes it was trained on.
+"""The training text as a chat template, so that every engine which applies templates gives a pruned model the bytes it
+was trained on.
 
-A base model gets a template of its own: opening, "###User Instruction:", response, end token, and so on turn by turn. A chat model keeps
-its template; the collaborative prompt is put before its system message (or before the first message, where the template has no place for
-a system message). What is wrapped is marked, so that wrapping twice changes nothing and the prompt can be taken out again.
+A base model gets a template of its own: opening, "###User Instruction:", response, end token, and so on turn by turn. A
+chat model keeps its template; the collaborative prompt is put before its system message (or before the first message,
+where the template has no place for a system message). What is wrapped is marked, so that wrapping twice changes nothing
+and the prompt can be taken out again.
 
-The template writes the beginning-of-sequence token itself, because engines tokenise a rendered template without adding special tokens. Who
-renders to text and tokenises later must therefore pass `add_special_tokens=False`, or the model sees two of them.
+The template writes the beginning-of-sequence token itself, because engines tokenise a rendered template without adding
+special tokens. Who renders to text and tokenises later must therefore pass `add_special_tokens=False`, or the model
+sees two of them.
 
-Limits: a template that hides its own default system message when one is given (Qwen's) loses that default; messages are strings, not lists
-of parts, where the prompt has to go before them.
+Limits: a template that hides its own default system message when one is given (Qwen's) loses that default; messages are
+strings, not lists of parts, where the prompt has to go before them.
 """
 
 import json
@@ -17,7 +20,15 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from compresso.data.prompt import BETWEEN_BLOCKS, INPUT_HEADER, RESPONSE_HEADER, USER_HEADER, VERSION, collaborative_prompt, opening
+from compresso.data.prompt import (
+    BETWEEN_BLOCKS,
+    INPUT_HEADER,
+    RESPONSE_HEADER,
+    USER_HEADER,
+    VERSION,
+    collaborative_prompt,
+    opening,
+)
 from compresso.data.records import Message
 from compresso.data.tokens import Spans
 
@@ -92,7 +103,9 @@ def apply_to_tokenizer_(tokenizer: PreTrainedTokenizerBase, prompt_on: bool) -> 
 
 
 def _own_template(prompt_on: bool) -> str:
-    """One line, all text in string literals: engines differ in how they trim the text between tags, but not in literals."""
+    """One line, all text in string literals: engines differ in how they trim the text between tags, but not in
+    literals.
+    """
     with_input, without = (_literal(collaborative_prompt(variant).text + BETWEEN_BLOCKS) for variant in (True, False))
     prompt = (
         f'{_PROMPT_MARK}{{%- if {_literal(INPUT_HEADER)} in turns[0]["content"] -%}}{{{{- {with_input} -}}}}'
@@ -101,7 +114,10 @@ def _own_template(prompt_on: bool) -> str:
     return "".join(
         (
             _OWN,
-            '{%- if messages[0]["role"] == "system" -%}{%- set system = messages[0]["content"] -%}{%- set turns = messages[1:] -%}',
+            (
+                '{%- if messages[0]["role"] == "system" -%}{%- set system = messages[0]["content"] -%}{%- set turns ='
+                " messages[1:] -%}"
+            ),
             "{%- else -%}{%- set system = none -%}{%- set turns = messages -%}{%- endif -%}",
             '{%- if not turns -%}{{- raise_exception("The conversation has no user turn.") -}}{%- endif -%}',
             '{{- bos_token or "" -}}',

@@ -1,4 +1,6 @@
-"""The few things asked of a tokenizer, with plain types: ids, the characters they stand for, and the special tokens as text."""
+"""The few things asked of a tokenizer, with plain types: ids, the characters they stand for, and the special tokens as
+text.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -45,7 +47,8 @@ def ids_and_ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     if not tokenizer.is_fast:
         raise DataError(
-            f"{type(tokenizer).__name__} does not tell the characters of its tokens; save it as a fast tokenizer (tokenizer.json)"
+            f"{type(tokenizer).__name__} does not tell the characters of its tokens; save it as a fast tokenizer"
+            " (tokenizer.json)"
         )
     out = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = zip(out["input_ids"], out["offset_mapping"], strict=True)  # pyright: ignore[reportArgumentType]
@@ -71,7 +74,9 @@ def label_spans(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], spans:
 
 
 def _reaches_beyond(tokenizer: PreTrainedTokenizerBase, token: int, text: str, begin: int) -> bool:
-    """Whether a token that seems to end at `begin` holds white space after it, which byte-level tokenizers leave out of their offsets."""
+    """Whether a token that seems to end at `begin` holds white space after it, which byte-level tokenizers leave out of
+    their offsets.
+    """
     before, after = text[max(begin - 1, 0) : begin], text[begin : begin + 1]
     if not (after.isspace() and before.isascii() and before.strip()) or token in tokenizer.all_special_ids:
         return False

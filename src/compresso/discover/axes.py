@@ -1,7 +1,7 @@
 """The axes of a model nobody described: dimensions whose classes leave together, and sub-layers that leave whole.
 
-Rounds of propagation are repeated until nothing more is joined; only then are pins believed. Each family of parameter dimensions that share
-classes becomes one axis, or a dimension that stays, with the operation that holds it.
+Rounds of propagation are repeated until nothing more is joined; only then are pins believed. Each family of parameter
+dimensions that share classes becomes one axis, or a dimension that stays, with the operation that holds it.
 """
 
 from collections import defaultdict
@@ -27,7 +27,8 @@ class Owner:
     Args:
         param: qualified parameter name.
         dim: the dimension.
-        unit_of: unit of each index, int64; any layout, so that a fused projection can hold a unit's rows in several places.
+        unit_of: unit of each index, int64; any layout, so that a fused projection can hold a unit's rows in several
+            places.
         why: what the operation that brought it in does with it.
     """
 
@@ -57,7 +58,9 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """An axis as the trace shows it: which entries leave together, in whatever layout; `axis` is the same as an `Axis`."""
+    """An axis as the trace shows it: which entries leave together, in whatever layout;
+    `axis` is the same as an `Axis`.
+    """
 
     name: str
     kind: Kind
@@ -78,7 +81,15 @@ class Found:
         tiled = tuple(piece for owner in self.owners for piece in owner.slices)
         fewest = 1 if self.kind in (Kind.HEAD, Kind.CHANNEL) else 0
         return Axis(
-            self.name, self.kind, self.size, tiled + self.whole, self.gates, self.container, self.layer, min_units=fewest, norms=self.norms
+            self.name,
+            self.kind,
+            self.size,
+            tiled + self.whole,
+            self.gates,
+            self.container,
+            self.layer,
+            min_units=fewest,
+            norms=self.norms,
         )
 
 
@@ -119,8 +130,9 @@ class _Family:
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Discovery:
     """The axes of a model, from a trace of one forward; weights are not read, so the meta device will do.
 
-    inputs: example inputs, if the model is not one of transformers that reads tokens or images; only their shapes are used.
-    Raises ArchError, naming module and operation, if the forward has an operation whose dependencies are not known.
+    inputs: example inputs, if the model is not one of transformers that reads tokens or images; only their shapes are
+    used. Raises ArchError, naming module and operation, if the forward has an operation whose dependencies are not
+    known.
     """
     traced = trace(model, inputs)
     flow = Flow(traced, model)
@@ -133,7 +145,9 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Di
         round_.run()
         if not classes.merge():
             break
-    stream = {int(c) for n in flow.residual_sums if isinstance(v := round_.values.get(n), Tensor) for c in torch.unique(v)} - {0}
+    stream = {
+        int(c) for n in flow.residual_sums if isinstance(v := round_.values.get(n), Tensor) for c in torch.unique(v)
+    } - {0}
     found: list[Found] = []
     fixed: list[Fixed] = []
     reasons = _reasons(classes)
@@ -165,7 +179,9 @@ def _families(classes: Classes) -> list[_Family]:
     return list({id(family): family for family in family_of.values()}.values())
 
 
-def _axis(family: _Family, classes: Classes, reasons: Mapping[int, tuple[Place, str]], stream: set[int], flow: Flow) -> Found | Fixed:
+def _axis(
+    family: _Family, classes: Classes, reasons: Mapping[int, tuple[Place, str]], stream: set[int], flow: Flow
+) -> Found | Fixed:
     """One family as an axis, or what holds it."""
     sources, model = tuple(family.sources), flow.model
     units = list(dict.fromkeys(c for source in sources for c in classes.of(source).tolist()))
@@ -180,7 +196,9 @@ def _axis(family: _Family, classes: Classes, reasons: Mapping[int, tuple[Place, 
     attended = {int(c) for labels in classes.attended for c in labels}
     heads = not attended.isdisjoint(units)
     if not written or not read:
-        return stays(Place(sources[0][0].rpartition(".")[0], "parameter"), "nothing reads it" if written else "nothing writes it")
+        return stays(
+            Place(sources[0][0].rpartition(".")[0], "parameter"), "nothing reads it" if written else "nothing writes it"
+        )
     if len(units) == 1 and not heads:
         return stays(classes.writes[written[0]], "all its entries leave together")
     order = torch.full((len(classes.canonical),), -1)
@@ -189,14 +207,23 @@ def _axis(family: _Family, classes: Classes, reasons: Mapping[int, tuple[Place, 
     if any(len(torch.unique(owner.unit_of.bincount(minlength=len(units)))) > 1 for owner in owners):
         return stays(classes.writes[written[0]], "its units differ in size")
     kind = Kind.HEAD if heads else Kind.CHANNEL if stream.isdisjoint(units) else Kind.HIDDEN
-    if kind != Kind.HIDDEN and (folded := next((p for labels, p in classes.norms if not set(labels.tolist()).isdisjoint(units)), None)):
+    if kind != Kind.HIDDEN and (
+        folded := next((p for labels, p in classes.norms if not set(labels.tolist()).isdisjoint(units)), None)
+    ):
         return stays(folded, "it is averaged over, and masks are put only behind that")
-    norms = tuple(dict.fromkeys(place.module for labels, place in classes.norms if not set(labels.tolist()).isdisjoint(units)))
+    norms = tuple(
+        dict.fromkeys(place.module for labels, place in classes.norms if not set(labels.tolist()).isdisjoint(units))
+    )
     side, ends, places = ("output", written, classes.writes) if kind == Kind.HIDDEN else ("input", read, classes.reads)
     widths = {owner.param: owner.width or len(owner.unit_of) // len(units) for owner in owners}
-    gates = tuple({places[end].module: Gate(places[end].module, side, widths[end[0]]) for end in ends if end in places}.values())
+    gates = tuple(
+        {places[end].module: Gate(places[end].module, side, widths[end[0]]) for end in ends if end in places}.values()
+    )
     if outside := next((gate for gate in gates if not flow.is_leaf(gate.module)), None):
-        return stays(Place(outside.module, "parameter"), "no module of its own computes with it, so there is nowhere to put a mask")
+        return stays(
+            Place(outside.module, "parameter"),
+            "no module of its own computes with it, so there is nowhere to put a mask",
+        )
     container = _common([source[0].rpartition(".")[0] for source in sources])
     if kind == Kind.HIDDEN and not container:
         container = str(getattr(model, "base_model_prefix", ""))
@@ -233,7 +260,9 @@ def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
             if chosen:
                 whole = tuple(Slice(name, 0, unit=i) for i, sub_layer in chosen for name in sub_layer.parameters)
                 gates = tuple(Gate(sub_layer.writer, "output", unit=i) for i, sub_layer in chosen)
-                found.append(Found(f"{kind}s" if kind == Kind.LAYER else str(kind), kind, size, (), whole, gates, layers))
+                found.append(
+                    Found(f"{kind}s" if kind == Kind.LAYER else str(kind), kind, size, (), whole, gates, layers)
+                )
     return found
 
 
@@ -262,16 +291,26 @@ _WORDS = {Kind.HEAD: "heads", Kind.CHANNEL: "channels"}
 
 
 def _named(found: list[Found]) -> tuple[Found, ...]:
-    """The same axes under readable names: `layers.3.heads`, `hidden`; a number tells apart what would be called alike."""
+    """The same axes under readable names: `layers.3.heads`, `hidden`;
+    a number tells apart what would be called alike.
+    """
     taken: dict[str, int] = defaultdict(int)
     named: list[Found] = []
     for one in sorted(found, key=lambda f: (f.layer is None, f.layer or 0, _ORDER.index(f.kind))):
         if one.kind in _WORDS:
             word = _WORDS[one.kind]
-            name = f"layers.{one.layer}.{word}" if one.layer is not None else f"{one.container}.{word}" if one.container else word
+            name = (
+                f"layers.{one.layer}.{word}"
+                if one.layer is not None
+                else f"{one.container}.{word}"
+                if one.container
+                else word
+            )
         else:
             name = str(one.kind) if one.kind == Kind.HIDDEN else one.name
         taken[name] += 1
         name = name if taken[name] == 1 else f"{name}.{taken[name]}"
-        named.append(Found(name, one.kind, one.size, one.owners, one.whole, one.gates, one.container, one.layer, one.norms))
+        named.append(
+            Found(name, one.kind, one.size, one.owners, one.whole, one.gates, one.container, one.layer, one.norms)
+        )
     return tuple(named)

@@ -1,4 +1,6 @@
-"""What is said about one discovered axis, or about a parameter that stays: which tensors leave together, and which operation says so."""
+"""What is said about one discovered axis, or about a parameter that stays: which tensors leave together, and which
+operation says so.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +12,9 @@ from compresso.errors import ArchError, nearest
 def explain(discovery: Discovery, name: str) -> dict[str, Any]:
     """An axis by name, or a parameter that stays.
 
-    Returns `{"name", "kind", "size", "tensors": [{"name", "dim", "entries", "why"}], "masked_at", "folded_norms"}`. `entries` are those of
-    one unit along `dim`, both None where a unit owns the whole tensor. For a parameter that stays: `{"name", "stays": [sentences]}`.
-    Raises ArchError if neither is called so.
+    Returns `{"name", "kind", "size", "tensors": [{"name", "dim", "entries", "why"}], "masked_at", "folded_norms"}`.
+    `entries` are those of one unit along `dim`, both None where a unit owns the whole tensor. For a parameter that
+    stays: `{"name", "stays": [sentences]}`. Raises ArchError if neither is called so.
     """
     for found in discovery.found:
         if found.name == name:

@@ -1,7 +1,8 @@
 """Who makes and who reads each tensor of a trace: RMSNorms, and the sub-layers that only add to a residual stream.
 
-A sub-layer is a term f(x) of a sum x + f(x) + ... whose operations read x, constants and parameters, and are read by nobody else. Without
-it the sum is what it is with f = 0, so it can leave whole; this is proved on the trace, not read off the module names.
+A sub-layer is a term f(x) of a sum x + f(x) + ... whose operations read x, constants and parameters, and are read by
+nobody else. Without it the sum is what it is with f = 0, so it can leave whole; this is proved on the trace, not read
+off the module names.
 """
 
 from collections import defaultdict
@@ -48,18 +49,33 @@ class Flow:
         return self.trace.steps[self.maker[number]] if number in self.maker else None
 
     def is_rms_norm(self, mean: Step) -> bool:
-        """Whether a mean is that of an RMSNorm, weight * x * rsqrt(mean(x * x) + eps), in a module that holds weight and eps."""
+        """Whether a mean is that of an RMSNorm, weight * x * rsqrt(mean(x * x) + eps), in a module that holds weight
+        and eps.
+        """
         module = self.model.get_submodule(mean.module)
         squares = self.made_by(mean.inputs[0])
-        if mean.name != "mean" or squares is None or not any(hasattr(module, name) for name in ("variance_epsilon", "eps")):
+        if (
+            mean.name != "mean"
+            or squares is None
+            or not any(hasattr(module, name) for name in ("variance_epsilon", "eps"))
+        ):
             return False
-        squared = (squares.name == "pow" and squares.args[1] == 2) or (squares.name == "mul" and len(set(squares.inputs)) == 1)
+        squared = (squares.name == "pow" and squares.args[1] == 2) or (
+            squares.name == "mul" and len(set(squares.inputs)) == 1
+        )
         shifted = self._only_reader(mean.outputs[0])
-        scale = self._only_reader(shifted.outputs[0]) if shifted and shifted.name == "add" and len(shifted.inputs) == 1 else None
+        scale = (
+            self._only_reader(shifted.outputs[0])
+            if shifted and shifted.name == "add" and len(shifted.inputs) == 1
+            else None
+        )
         scaled = self._only_reader(scale.outputs[0]) if scale and scale.name == "rsqrt" else None
         if not squared or scaled is None or scaled.name != "mul":
             return False
-        if {self._uncast(number) for number in scaled.inputs} != {self._uncast(squares.inputs[0]), scale.outputs[0] if scale else -1}:
+        if {self._uncast(number) for number in scaled.inputs} != {
+            self._uncast(squares.inputs[0]),
+            scale.outputs[0] if scale else -1,
+        }:
             return False
         weighted = self._only_reader(scaled.outputs[0])
         while weighted is not None and weighted.name == "_to_copy":
@@ -68,7 +84,9 @@ class Flow:
         return weighted is not None and weighted.name == "mul" and f"{mean.module}.weight" in factors
 
     def is_leaf(self, module: str) -> bool:
-        """Whether a module has no modules inside and no parameters but a weight and a bias, so that its output is its operation's."""
+        """Whether a module has no modules inside and no parameters but a weight and a bias, so that its output is its
+        operation's.
+        """
         found = self.model.get_submodule(module)
         return not found._modules and {name for name, _ in found.named_parameters()} <= {"weight", "bias"}
 
@@ -101,7 +119,11 @@ class Flow:
             streams = [t for t in terms if all(t == other or self._reaches(other, t) for other in terms)]
             if not streams:
                 continue
-            sub_layers = [s for t in terms if t != streams[0] and (s := self._sub_layer(t, streams[0], step.outputs[0])) is not None]
+            sub_layers = [
+                s
+                for t in terms
+                if t != streams[0] and (s := self._sub_layer(t, streams[0], step.outputs[0])) is not None
+            ]
             if sub_layers:
                 found.append((step.outputs[0], sub_layers))
         return found
@@ -118,7 +140,9 @@ class Flow:
         terms: list[int] = []
         for term in step.inputs:
             maker = self.made_by(term)
-            inner = maker is not None and maker.name == "add" and len(maker.inputs) == 2 and len(self.readers[term]) == 1
+            inner = (
+                maker is not None and maker.name == "add" and len(maker.inputs) == 2 and len(self.readers[term]) == 1
+            )
             terms += self._terms(term) if inner else [term]
         return terms
 
@@ -144,7 +168,13 @@ class Flow:
         weights = {number for at in steps for number in self.trace.steps[at].inputs if number in self.trace.parameters}
         own = {number for number in weights if all(at in steps for at in self.readers[number])}
         depends = self._depending(steps, weights | {stream})
-        leaks = any(reader not in steps for at in depends for n in self.trace.steps[at].outputs if n != term for reader in self.readers[n])
+        leaks = any(
+            reader not in steps
+            for at in depends
+            for n in self.trace.steps[at].outputs
+            if n != term
+            for reader in self.readers[n]
+        )
         if not own or own != weights or leaks or len(self.readers[term]) != 1 or term in self.trace.results:
             return None
         writer = self.made_by(term)

@@ -1,7 +1,7 @@
 """Which entries of which parameter every number in a forward comes from.
 
-Every index of every parameter dimension starts as a class of its own; 0 means "belongs to nothing removable". A tensor of the trace is one
-of three things:
+Every index of every parameter dimension starts as a class of its own; 0 means "belongs to nothing removable". A tensor
+of the trace is one of three things:
 
     None       a constant: inputs, masks, position tables
     Weight     a parameter, perhaps transposed: one vector of classes for each dimension
@@ -23,7 +23,9 @@ Source = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter: for each dimension its classes, and the parameter dimension they came from (None if it was made up)."""
+    """A parameter: for each dimension its classes,
+    and the parameter dimension they came from (None if it was made up).
+    """
 
     classes: tuple[Tensor, ...]
     sources: tuple[Source | None, ...]
@@ -52,7 +54,8 @@ class Place:
 class Classes:
     """The classes of all parameter dimensions, and what the operations say about them.
 
-    Joins are collected during a round and merged at its end; pins, reads, writes and norms are those of the current round.
+    Joins are collected during a round and merged at its end; pins, reads, writes and norms are those of the current
+    round.
     """
 
     first: dict[Source, int] = field(default_factory=dict)
@@ -66,7 +69,9 @@ class Classes:
     _joins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, name: str, shape: tuple[int, ...]) -> None:
-        """Give every index of every dimension of a parameter a class of its own; a dimension of size 1 broadcasts and has none."""
+        """Give every index of every dimension of a parameter a class of its own; a dimension of size 1 broadcasts and
+        has none.
+        """
         for dim, size in enumerate(shape):
             if size > 1 or len(shape) == 1:
                 self.first[name, dim], self.sizes[name, dim] = len(self.canonical), size
@@ -142,7 +147,9 @@ def spread(classes: Tensor, dim: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def as_entries(value: Weight, classes: Classes, place: Place) -> Tensor:
-    """A parameter used as activations: its last wide dimension carries the classes, the others are positions and stay."""
+    """A parameter used as activations:
+    its last wide dimension carries the classes, the others are positions and stay.
+    """
     shape = tuple(len(c) for c in value.classes)
     wide = value.wide or [len(shape) - 1]
     for dim in wide[:-1]:

@@ -2,15 +2,17 @@
 
     elementwise          entries that meet leave together; a constant that differs along a removable dimension pins it
     contraction          the weight's input dimension joins what it reads; its output dimension is a new writer
-    activation product   query times key, weights times value: everything inside one batch entry (a head) leaves together
+    activation product   query times key, weights times value: everything inside one batch entry (a head) leaves
+                         together
     reduction            over one class: that class; over several: a foldable RMSNorm, or they are pinned
     rearrangement        done to the classes themselves
     anything else        refused by name if it touches a class
 
 A small parameter that meets several units at one index (a norm shared by the heads) belongs to none of them.
 
-An RMSNorm can be folded only if a masked entry reaches it as zero. So it is followed, too, which tensors vanish where the modules that
-write them are masked: sums of such tensors do, and products with one, and functions with f(0) = 0; nothing else is trusted to.
+An RMSNorm can be folded only if a masked entry reaches it as zero. So it is followed, too, which tensors vanish where
+the modules that write them are masked: sums of such tensors do, and products with one, and functions with f(0) = 0;
+nothing else is trusted to.
 """
 
 from collections.abc import Callable
@@ -25,13 +27,37 @@ from compresso.discover.trace import Ref, Step, Trace
 
 _COPIES = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "contiguous", "dropout"}
 _MOVES = {
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "slice", "select", "split",
-    "split_with_sizes", "unbind", "cat", "stack", "repeat", "_reshape_alias",
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "slice", "select",
+    "split", "split_with_sizes", "unbind", "cat", "stack", "repeat", "_reshape_alias",
 }  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "prod"}
 _ALONG = {"cumsum", "_softmax", "_safe_softmax", "_log_softmax", "softmax"}
-_ZERO_AT_ZERO = {"neg", "relu", "silu", "gelu", "tanh", "sin", "sqrt", "abs", "div", "erf", "leaky_relu", "hardswish", "mish"}
-_SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"}
+_ZERO_AT_ZERO = {
+    "neg",
+    "relu",
+    "silu",
+    "gelu",
+    "tanh",
+    "sin",
+    "sqrt",
+    "abs",
+    "div",
+    "erf",
+    "leaky_relu",
+    "hardswish",
+    "mish",
+}
+_SHAPES_ONLY = {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "new_empty_strided",
+}
 
 
 class Propagation:
@@ -45,7 +71,9 @@ class Propagation:
         }
 
     def run(self) -> None:
-        """Apply every step, check that what leaves is a slab of every tensor, and pin what reaches the model's output."""
+        """Apply every step, check that what leaves is a slab of every tensor,
+        and pin what reaches the model's output.
+        """
         for step in self.trace.steps:
             self._apply(step)
             for number in step.outputs:
@@ -77,7 +105,9 @@ class Propagation:
         elif step.name in _REDUCTIONS:
             self.values[step.outputs[0]] = self._reduction(step, place)
         elif step.name in _ALONG:
-            self.values[step.outputs[0]] = self._normalised(self._entries(step.inputs[0], place), step.args[1], place, "is combined over")
+            self.values[step.outputs[0]] = self._normalised(
+                self._entries(step.inputs[0], place), step.args[1], place, "is combined over"
+            )
         elif step.name == "native_layer_norm":
             self.values[step.outputs[0]] = self._layer_norm(step, place)
         elif torch.Tag.pointwise in step.op.tags or step.name in ("masked_fill", "where"):
@@ -114,14 +144,20 @@ class Propagation:
         constants = [self.trace.shapes[n] for n in inputs if self.values.get(n) is None]
         if not entries:
             number, weight = weights[0]
-            if len(weights) == 1 and self.trace.shapes[number] == shape and all(max(c, default=1) == 1 for c in constants):
+            if (
+                len(weights) == 1
+                and self.trace.shapes[number] == shape
+                and all(max(c, default=1) == 1 for c in constants)
+            ):
                 return weight
             entries, weights = [as_entries(weight, self.classes, place)], weights[1:]
         out = entries[0].expand(shape)
         for other in entries[1:]:
             other = other.expand(shape)
             self.classes.join(out, other)
-            self.classes.pin(torch.where((out == 0) != (other == 0), out + other, 0), place, "it meets entries of fixed size")
+            self.classes.pin(
+                torch.where((out == 0) != (other == 0), out + other, 0), place, "it meets entries of fixed size"
+            )
             out = torch.where(out != 0, out, other)
         for _, weight in weights:
             self._meet(out, weight, place)
@@ -211,14 +247,20 @@ class Propagation:
             a, b = a[None], b[None]
         if not bool(a.any()) or not bool(b.any()):
             one = a if bool(a.any()) else b
-            out = self._normalised(one, 2 if one is a else 1, place, "is multiplied by a fixed table").narrow(2 if one is a else 1, 0, 1)
+            out = self._normalised(one, 2 if one is a else 1, place, "is multiplied by a fixed table").narrow(
+                2 if one is a else 1, 0, 1
+            )
             out = out.expand(a.shape[0], a.shape[1], b.shape[2])
             return out if batched else out[0]
         flat = torch.cat([a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)], dim=1)
         head = flat.amax(dim=1, keepdim=True)
         self.classes.join(flat, head.expand(flat.shape))
         if bool((flat == 0).any()):
-            self.classes.pin(torch.where((flat == 0).any(dim=1, keepdim=True), flat, 0), place, "it is multiplied by entries of fixed size")
+            self.classes.pin(
+                torch.where((flat == 0).any(dim=1, keepdim=True), flat, 0),
+                place,
+                "it is multiplied by entries of fixed size",
+            )
         self.classes.attended.append(head.reshape(-1))
         out = head[:, :, None].expand(a.shape[0], a.shape[1], b.shape[2])
         return out if batched else out[0]
@@ -263,11 +305,17 @@ class Propagation:
         if isinstance(first, Weight) and step.name in ("t", "transpose", "permute"):
             dims = torch.empty(tuple(range(len(first.classes))), device="meta")  # sizes that name the dimensions
             at = step.op(*[dims if isinstance(arg, Ref) else arg for arg in step.args], **step.kwargs).shape
-            self.values[step.outputs[0]] = Weight(tuple(first.classes[d] for d in at), tuple(first.sources[d] for d in at))
+            self.values[step.outputs[0]] = Weight(
+                tuple(first.classes[d] for d in at), tuple(first.sources[d] for d in at)
+            )
             return
         for number in step.inputs:
             weight = self.values.get(number)
-            if isinstance(weight, Weight) and len(weight.wide) > 1 and step.name not in ("expand", "cat", "slice", "unsqueeze", "select"):
+            if (
+                isinstance(weight, Weight)
+                and len(weight.wide) > 1
+                and step.name not in ("expand", "cat", "slice", "unsqueeze", "select")
+            ):
                 raise refuse(place, f"rearranges the parameter {weight.sources[0][0] if weight.sources[0] else ''}")
 
         def classes_of(leaf: Any) -> Any:
@@ -284,7 +332,13 @@ class Propagation:
     def _reduction(self, step: Step, place: Place) -> Value:
         """Over one class: that class. Over several: a norm that can be folded, or a pin."""
         x, shape = self._entries(step.inputs[0], place), self.trace.shapes[step.outputs[0]]
-        given = step.args[1] if len(step.args) > 1 and step.name != "linalg_vector_norm" else step.args[2] if len(step.args) > 2 else None
+        given = (
+            step.args[1]
+            if len(step.args) > 1 and step.name != "linalg_vector_norm"
+            else step.args[2]
+            if len(step.args) > 2
+            else None
+        )
         dims = [given] if isinstance(given, int) else list(given) if given else list(range(x.ndim))
         reduced = sorted(d % x.ndim for d in dims)
         over = [d for d in varying(x) if d in reduced]
@@ -305,7 +359,9 @@ class Propagation:
         return x
 
     def _layer_norm(self, step: Step, place: Place) -> Value:
-        """A LayerNorm subtracts the mean over its width, which no change of weights makes up for; its parameters follow its input."""
+        """A LayerNorm subtracts the mean over its width, which no change of weights makes up for; its parameters follow
+        its input.
+        """
         x = self._entries(step.inputs[0], place)
         for dim in range(x.ndim - len(step.args[1]), x.ndim):
             x = self._normalised(x, dim, place, "is averaged over, and the mean subtracted")

@@ -1,7 +1,8 @@
 """One forward of a model on the meta device, recorded as a list of elementary tensor operations.
 
-The parameters are replaced by shapes without memory, so tracing a large model costs neither memory nor arithmetic. Composite operations
-(linear, matmul, attention) arrive already taken apart, which leaves a few dozen operations to know about.
+The parameters are replaced by shapes without memory, so tracing a large model costs neither memory nor arithmetic.
+Composite operations (linear, matmul, attention) arrive already taken apart, which leaves a few dozen operations to know
+about.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,7 +71,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Trace
     Raises ArchError if the forward needs tensor values, or reads a tensor that was written to through a view of it.
     """
     given = {name: torch.empty_like(tensor, device="meta") for name, tensor in (inputs or _inputs(model)).items()}
-    parameters = {name: nn.Parameter(torch.empty_like(p, device="meta"), p.is_floating_point()) for name, p in model.named_parameters()}
+    parameters = {
+        name: nn.Parameter(torch.empty_like(p, device="meta"), p.is_floating_point())
+        for name, p in model.named_parameters()
+    }
     buffers = {name: torch.empty_like(b, device="meta") for name, b in model.named_buffers()}
     recorder = _Recorder()
     for name, parameter in parameters.items():
@@ -82,7 +86,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Trace
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             where, what = recorder.module or type(model).__name__, str(error).partition("\n")[0]
             raise ArchError(f"{where} cannot be traced without weights: {what}; describe this architecture") from error
-    recorder.trace.results = tuple(recorder.number(leaf) for leaf in tree_leaves(_plain(result)) if isinstance(leaf, Tensor))
+    recorder.trace.results = tuple(
+        recorder.number(leaf) for leaf in tree_leaves(_plain(result)) if isinstance(leaf, Tensor)
+    )
     recorder.trace.steps = _needed(recorder.trace)
     return recorder.trace
 
@@ -118,16 +124,25 @@ class _Recorder(TorchDispatchMode):
             self._sharers.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
         return self._numbers[id(tensor)]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         def referred(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and id(leaf) in self._stale:
-                raise ArchError(f"{self.module} ({func}) reads a tensor that was written to under another name; describe this architecture")
+                raise ArchError(
+                    f"{self.module} ({func}) reads a tensor that was written to under another name; describe this"
+                    " architecture"
+                )
             return Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf
 
         kwargs = kwargs or {}
         seen_args, seen_kwargs = tree_map(referred, args), tree_map(referred, kwargs)
         inputs = tuple(leaf.number for leaf in tree_leaves((seen_args, seen_kwargs)) if isinstance(leaf, Ref))
-        written = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} if func._schema.is_mutable else set[int]()
+        written = (
+            {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            if func._schema.is_mutable
+            else set[int]()
+        )
         result = func(*args, **kwargs)
         outputs: list[int] = []
         for leaf in tree_leaves(result):
@@ -143,7 +158,9 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _without_padding(model: nn.Module) -> Iterator[None]:
-    """No padding token in the config for a while: stock forwards look for it among the token ids, which have no values here."""
+    """No padding token in the config for a while: stock forwards look for it among the token ids, which have no values
+    here.
+    """
     config = getattr(model, "config", None)
     if getattr(config, "pad_token_id", None) is None:
         yield
@@ -204,5 +221,11 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _plain(result: Any) -> Any:
-    """Model outputs are dictionaries to a tree walker only once they are plain; a key/value cache is for the model's own use."""
-    return {name: part for name, part in result.items() if name != "past_key_values"} if isinstance(result, Mapping) else result
+    """Model outputs are dictionaries to a tree walker only once they are plain; a key/value cache is for the model's
+    own use.
+    """
+    return (
+        {name: part for name, part in result.items() if name != "past_key_values"}
+        if isinstance(result, Mapping)
+        else result
+    )

@@ -1,4 +1,6 @@
-"""Puts what removed inputs gave on average into the bias of the linear that read them (the outer part of OBS for a constant input)."""
+"""Puts what removed inputs gave on average into the bias of the linear that read them (the outer part of OBS for a
+constant input).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +8,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def compensate_(linear: nn.Module, mean: Tensor, removed: Tensor) -> bool:
-    """b += W m, where m is the mean input at the entries that leave and 0 elsewhere; whether the linear has a bias to take it.
+    """b += W m, where m is the mean input at the entries that leave and 0 elsewhere; whether the linear has a bias to
+    take it.
 
     Args:
         linear: changed in place; whatever its weight's orientation.

@@ -1,10 +1,11 @@
 """Multiplies masks into a model's activations for as long as a context lasts, without touching a parameter.
 
-This is the common ground of learned masks, search over masks and measuring before cutting: with 0/1 masks the model computes exactly what
-`shrink_` would leave. Masks of several axes that meet at one site are multiplied once on entry, so a call costs one product a site.
+This is the common ground of learned masks, search over masks and measuring before cutting: with 0/1 masks the model
+computes exactly what `shrink_` would leave. Masks of several axes that meet at one site are multiplied once on entry,
+so a call costs one product a site.
 
-Gradient checkpointing runs the forward again inside `backward`, and the hooks must still be there: call `backward` inside the context.
-(Outside, torch notices the different graph and raises CheckpointError.)
+Gradient checkpointing runs the forward again inside `backward`, and the hooks must still be there: call `backward`
+inside the context. (Outside, torch notices the different graph and raises CheckpointError.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ from compresso.errors import nearest
 
 
 class GateSites:
-    """The places of a model where masks are multiplied in. Made by `gated`; `set` changes the masks while the context lasts."""
+    """The places of a model where masks are multiplied in. Made by `gated`; `set` changes the masks while the context
+    lasts.
+    """
 
     def __init__(self, axes: Sequence[Axis]) -> None:
         """axes: those whose gates are hooked."""
@@ -27,7 +30,8 @@ class GateSites:
         self._masks: dict[tuple[str, str], Tensor] = {}
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
-        """Use these masks from the next forward pass on; a backward pass that recomputes activations must come before the next `set`.
+        """Use these masks from the next forward pass on; a backward pass that recomputes activations must come before
+        the next `set`.
 
         Raises ValueError for an unknown axis and for masks of the wrong shape or dtype.
         """
@@ -59,8 +63,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
     Args:
         model: the model that the axes describe, or a PEFT wrapper of it.
         axes: from `Arch.axes`.
-        masks: axis name -> [size], or [batch, size] with one row an example; any floating dtype, cast to the activation's at use.
-            Axes without a mask are left alone.
+        masks: axis name -> [size], or [batch, size] with one row an example; any floating dtype, cast to the
+            activation's at use. Axes without a mask are left alone.
 
     Yields the sites, whose `set` exchanges the masks, for loops that draw new ones every step.
 
@@ -73,7 +77,9 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
     """
     sites = GateSites(axes)
     sites.set(masks)
-    unwrap = getattr(model, "get_base_model", None)  # of a PeftModel; its linears then are adapter layers, which take the same hooks
+    unwrap = getattr(
+        model, "get_base_model", None
+    )  # of a PeftModel; its linears then are adapter layers, which take the same hooks
     base: nn.Module = unwrap() if unwrap is not None else model
     places = {(gate.module, gate.side): None for axis in axes for gate in axis.gates}
     handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -101,13 +107,19 @@ def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple
         axis = by_name[name]
         if not mask.is_floating_point() or mask.dim() not in (1, 2) or mask.shape[-1] != axis.size:
             raise ValueError(
-                f"the mask of {name} is {mask.dtype} {list(mask.shape)}, wanted floating [{axis.size}] or [batch, {axis.size}]"
+                f"the mask of {name} is {mask.dtype} {list(mask.shape)}, wanted floating [{axis.size}] or [batch,"
+                f" {axis.size}]"
             )
         if mask.dim() == 2:
             batches.setdefault(mask.shape[0], name)
             if len(batches) > 1:
-                raise ValueError(f"masks disagree on the batch: {', '.join(f'{axis} has {size} rows' for size, axis in batches.items())}")
-        wide = mask.to(torch.promote_types(mask.dtype, torch.float32))  # products of half-precision masks would be rounded twice
+                raise ValueError(
+                    "masks disagree on the batch:"
+                    f" {', '.join(f'{axis} has {size} rows' for size, axis in batches.items())}"
+                )
+        wide = mask.to(
+            torch.promote_types(mask.dtype, torch.float32)
+        )  # products of half-precision masks would be rounded twice
         for gate in axis.gates:
             values, site = _values(gate, wide), (gate.module, gate.side)
             sites[site] = sites[site] * values if site in sites else values
@@ -124,7 +136,9 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
 
 
 def _times(activation: Tensor, mask: Tensor) -> Tensor:
-    """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets [batch, 1, width]."""
+    """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets
+    [batch, 1, width].
+    """
     if mask.dim() == activation.dim() + 1:
         return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
     return activation * mask.to(activation)

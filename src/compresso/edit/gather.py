@@ -1,8 +1,9 @@
-"""Weights stored in a better order of inputs, and inputs gathered to meet them (E-Sparse, arXiv 2310.15929, section 3.4).
+"""Weights stored in a better order of inputs, and inputs gathered to meet them (E-Sparse, arXiv 2310.15929, section
+3.4).
 
-A linear that computes W x computes W[:, order] x[order] instead: the same sums in another order. A checkpoint keeps W as any engine reads
-it, and the order in its records; here both move, so that weights lie in n:m groups, as kernels for such weights want them. A state dict
-has the columns where they were: what is saved is what was opened.
+A linear that computes W x computes W[:, order] x[order] instead: the same sums in another order. A checkpoint keeps W
+as any engine reads it, and the order in its records; here both move, so that weights lie in n:m groups, as kernels for
+such weights want them. A state dict has the columns where they were: what is saved is what was opened.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,9 @@ class _Gathered:
 
     def __init__(self, order: Tensor, readers: int) -> None:
         self.order, self.readers = order, readers
-        self.seen: Any = None  # a weak reference to the last inputs, their version, the same gathered, and who has yet to read them
+        self.seen: Any = (
+            None  # a weak reference to the last inputs, their version, the same gathered, and who has yet to read them
+        )
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a linear reads in the place of its inputs [..., in]."""
@@ -44,7 +47,8 @@ def gather_inputs_(model: PreTrainedModel, orders: Sequence[Mapping[str, Any]]) 
     """Reorder the columns of linears and gather their inputs, in place; once.
 
     Args:
-        orders: of each group of linears that read the same: {"linears": full names, "order": places of their inputs [in]}.
+        orders: of each group of linears that read the same: {"linears": full names, "order": places of their inputs
+            [in]}.
 
     Raises ArchError, with nothing changed, if a linear is not there or has other inputs than the order.
     """
@@ -55,7 +59,9 @@ def gather_inputs_(model: PreTrainedModel, orders: Sequence[Mapping[str, Any]]) 
             if name not in modules:
                 raise ArchError(f"the inputs of {name} cannot be gathered: the model has no such module")
             if sorted(group["order"]) != list(range(_inputs(modules[name]))):
-                raise ArchError(f"the inputs of {name} cannot be gathered: its order does not name each of its inputs once")
+                raise ArchError(
+                    f"the inputs of {name} cannot be gathered: its order does not name each of its inputs once"
+                )
     for group in orders:
         order = torch.tensor(group["order"])
         gathered = _Gathered(order, len(group["linears"]))

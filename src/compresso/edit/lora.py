@@ -1,7 +1,7 @@
 """Low-rank adapters through peft: attached, merged, saved (LoRA, arXiv 2106.09685).
 
-Unusual: the initial A comes from a generator on the CPU, so a seed gives the same adapters on every device; and merging checks every
-sum for NaN and Inf before it changes the first weight.
+Unusual: the initial A comes from a generator on the CPU, so a seed gives the same adapters on every device; and merging
+checks every sum for NaN and Inf before it changes the first weight.
 """
 
 import math
@@ -28,28 +28,40 @@ def attach_(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> PeftModel:
-    """Freeze the model and put an adapter on each linear whose last name is a target; layers that have none are skipped.
+    """Freeze the model and put an adapter on each linear whose last name is a target; layers that have none are
+    skipped.
 
-    Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's `attn.c_attn` for `q_proj`),
-    the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
-    The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out, rank] zero, both
-    float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank below 1.
+    Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's
+    `attn.c_attn` for `q_proj`), the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
+    The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out,
+    rank] zero, both float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank
+    below 1.
     """
     head = model.get_output_embeddings()  # may be the embedding, so it is no target
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
     linears = {name.rpartition(".")[2] for name in modules}
     parts = getattr(arch_for(model.config), "parts", None)
     names: list[str] = []
     if not linears:
-        raise RecipeError("no linear is left in this model's layers to put adapters on: the budget removed them all; keep more")
+        raise RecipeError(
+            "no linear is left in this model's layers to put adapters on: the budget removed them all; keep more"
+        )
     for target in targets:
         name = target if target in linears or parts is None else parts.standing_for(target)
         if name is None or not any(f".{one}".endswith(f".{name}") for one in modules):
             raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
         names.append(name)
-    adapted_ones = [module for name, module in modules.items() if f".{name}".endswith(tuple(f".{one}" for one in names))]
+    adapted_ones = [
+        module for name, module in modules.items() if f".{name}".endswith(tuple(f".{one}" for one in names))
+    ]
     if rank < 1 or not targets:
-        raise RecipeError(f"adapters need rank >= 1 and at least one target, got rank={rank} and targets={list(targets)}")
+        raise RecipeError(
+            f"adapters need rank >= 1 and at least one target, got rank={rank} and targets={list(targets)}"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # declared int, used as a factor
@@ -83,7 +95,10 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, layer in _adapters(adapted):
             if not bool(torch.isfinite(_merged(layer)).all()):
-                raise NumericError(f"merging adapters makes {name}.weight NaN or Inf; the training diverged, resume from an earlier state")
+                raise NumericError(
+                    f"merging adapters makes {name}.weight NaN or Inf; the training diverged, resume from an earlier"
+                    " state"
+                )
         for _, layer in _adapters(adapted):
             layer.get_base_layer().get_parameter("weight").copy_(_merged(layer))
     base = adapted.unload()
@@ -92,13 +107,17 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
 
 
 def adapter_parameters(adapted: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter, float]]:
-    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight [out, in]: the live parameters.
+    """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight [out, in]: the live
+    parameters.
 
     Raises RecipeError for an adapter on a `Conv1D`, whose weight is [in, out].
     """
     for name, layer in _adapters(adapted):
         if isinstance(layer.get_base_layer(), Conv1D):
-            raise RecipeError(f"{name} is a Conv1D, whose units cannot be scored by adapters; prune this model by its weights or gradients")
+            raise RecipeError(
+                f"{name} is a Conv1D, whose units cannot be scored by adapters; prune this model by its weights or"
+                " gradients"
+            )
     return {
         f"{name}.weight": (
             layer.lora_B.get_submodule("default").get_parameter("weight"),
@@ -136,7 +155,11 @@ def _merged(layer: LoraLayer) -> Tensor:
     """A base weight plus its adapter's update, summed in float32 or wider and cast to the base's dtype."""
     weight, a, b = (
         module.get_parameter("weight")
-        for module in (layer.get_base_layer(), layer.lora_A.get_submodule("default"), layer.lora_B.get_submodule("default"))
+        for module in (
+            layer.get_base_layer(),
+            layer.lora_A.get_submodule("default"),
+            layer.lora_B.get_submodule("default"),
+        )
     )
     wide = torch.promote_types(weight.dtype, torch.float32)
     update = b.to(wide) @ a.to(wide)

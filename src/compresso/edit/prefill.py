@@ -1,9 +1,11 @@
-"""Layers that are skipped while a prompt is read, and run for every token after it (ShortGPT-gen, arXiv 2403.03853, ACL version).
+"""Layers that are skipped while a prompt is read, and run for every token after it (ShortGPT-gen, arXiv 2403.03853, ACL
+version).
 
-A forward patch: weights, shapes and files stay those of the dense model, and so do decoding and the cache. Where a chunk of more than one
-token comes, a skipped layer hands the stream on as it is and only fills its slot of the cache: keys and values of its normed input, with
-the keys rotated as its own attention would. (The public code caches them without rotation.) A later single token finds the slot it
-expects. Without a cache, as in training and in scoring, a skipped layer does nothing at all.
+A forward patch: weights, shapes and files stay those of the dense model, and so do decoding and the cache. Where a
+chunk of more than one token comes, a skipped layer hands the stream on as it is and only fills its slot of the cache:
+keys and values of its normed input, with the keys rotated as its own attention would. (The public code caches them
+without rotation.) A later single token finds the slot it expects. Without a cache, as in training and in scoring, a
+skipped layer does nothing at all.
 """
 
 import sys
@@ -31,7 +33,8 @@ def named(layers: Sequence[int]) -> str:
 def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Skip these layers in every chunk of more than one token, in place.
 
-    Raises ArchError for a layer that is not there, or whose attention is not made of q_proj, k_proj and v_proj behind one norm.
+    Raises ArchError for a layer that is not there, or whose attention is not made of q_proj, k_proj and v_proj behind
+    one norm.
     """
     blocks = arch_for(model.config).blocks(model)
     for layer in layers:
@@ -39,8 +42,13 @@ def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
             raise ArchError(f"layer {layer} cannot be skipped: the model has layers 0 to {len(blocks) - 1}")
         block = blocks[layer]
         attention = getattr(block, "self_attn", None)
-        if not all(hasattr(attention, part) for part in ("k_proj", "v_proj", "head_dim")) or not hasattr(block, "input_layernorm"):
-            raise ArchError(f"layer {layer} of {model.config.model_type} cannot be skipped in prefill; Llama-like attention is wanted")
+        if not all(hasattr(attention, part) for part in ("k_proj", "v_proj", "head_dim")) or not hasattr(
+            block, "input_layernorm"
+        ):
+            raise ArchError(
+                f"layer {layer} of {model.config.model_type} cannot be skipped in prefill; Llama-like attention is"
+                " wanted"
+            )
         block.forward = _skipping(block, block.forward)
 
 

@@ -1,4 +1,6 @@
-"""Recomputing activations in the backward pass, to save memory: transformers renamed the switch, and both names are in use."""
+"""Recomputing activations in the backward pass, to save memory: transformers renamed the switch, and both names are in
+use.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Units of an axis in another order: every tensor that knows them is reordered with them, so that the model computes the same."""
+"""Units of an axis in another order: every tensor that knows them is reordered with them, so that the model computes
+the same.
+"""
 
 from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ def reorder_(model: nn.Module, axis: Axis, order: Tensor | Sequence[int]) -> Non
     if sorted(units.tolist()) != list(range(axis.size)):
         raise ValueError(f"the order of {axis.name} does not name each of its {axis.size} units once")
     for (name, dim), pieces in axis.tilings().items():
-        places = torch.cat([(piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten() for piece in pieces])
+        places = torch.cat(
+            [(piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten() for piece in pieces]
+        )
         parameter = model.get_parameter(name)
         parameter.copy_(parameter.index_select(dim, places.to(parameter.device)))

@@ -1,6 +1,8 @@
-"""Activations of 8 bits: what some linears read is rounded to 255 steps, anew at every call (SmoothQuant, arXiv 2211.10438, section 3).
+"""Activations of 8 bits: what some linears read is rounded to 255 steps, anew at every call (SmoothQuant, arXiv
+2211.10438, section 3).
 
-A forward patch: weights and files do not know of it. It computes what an engine with integer activations would, with floating point.
+A forward patch: weights and files do not know of it. It computes what an engine with integer activations would, with
+floating point.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,18 +2,20 @@
 
 Everything follows from the axes, so there is nothing here about any one architecture:
 
-    fold    a soft mask at a linear's input scales the weight's columns, at its output the rows and the bias, at an embedding's output
-            the columns. Heads therefore fold into `o_proj` (the same as scaling rows of v, and LoRA on q and v is left alone), channels
-            into gate and up before the activation, hidden dimensions into everything that writes to the residual stream.
+    fold    a soft mask at a linear's input scales the weight's columns, at its output the rows and the bias, at an
+            embedding's output the columns. Heads therefore fold into `o_proj` (the same as scaling rows of v, and LoRA
+            on q and v is left alone), channels into gate and up before the activation, hidden dimensions into
+            everything that writes to the residual stream.
     slice   the entries of kept units.
     norms   masked training divides by the original width d, a stock RMSNorm by the kept width d':
             x / sqrt(S/d + eps) = sqrt(d/d') x / sqrt(S/d' + eps d/d'), hence weight *= sqrt(d/d'), eps *= d/d'.
 
-A head tied to the embedding would see the folded hidden mask a second time. The norm that only the head reads is divided by it instead:
-exact, without untying and without one parameter more.
+A head tied to the embedding would see the folded hidden mask a second time. The norm that only the head reads is
+divided by it instead: exact, without untying and without one parameter more.
 
-The stock model class keeps running afterwards: emptied sub-layers become modules that add nothing, remaining layers are renumbered without
-holes in the key/value cache, and the config says what is there. Optimisers built before hold the old parameters; build new ones.
+The stock model class keeps running afterwards: emptied sub-layers become modules that add nothing, remaining layers are
+renumbered without holes in the key/value cache, and the config says what is there. Optimisers built before hold the old
+parameters; build new ones.
 """
 
 import math
@@ -42,19 +44,25 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
     Afterwards the model computes what `gated` computed with masks that are `soft` (or 1) on kept units and 0 elsewhere.
 
     Args:
-        model: changed in place; on any device, meta included. Parameters that change are new ones of the same dtype and device.
+        model: changed in place; on any device, meta included. Parameters that change are new ones of the same dtype and
+            device.
         axes: `Arch.axes(model)`; axes that are left out are not touched.
         plan: kept units. Keeping everything without soft masks changes nothing, bit for bit.
         soft: axis name -> [size], finite and not negative. Values of removed units are ignored.
 
-    Raises ArchError if plan, soft masks or axes do not fit the model, before anything is changed, and NumericError if folding overflows.
+    Raises ArchError if plan, soft masks or axes do not fit the model, before anything is changed, and NumericError if
+    folding overflows.
     """
     soft = dict(soft or {})
     _check(model, axes, plan, soft)
     if plan.is_noop(axes) and not soft:
         return
     arch = arch_for(model.config)
-    kept = {axis.name: list(plan.kept[axis.name]) for axis in axes if len(plan.kept.get(axis.name, range(axis.size))) < axis.size}
+    kept = {
+        axis.name: list(plan.kept[axis.name])
+        for axis in axes
+        if len(plan.kept.get(axis.name, range(axis.size))) < axis.size
+    }
     leaving = _leaving(axes, kept)
     selections = _selections(axes, kept)
     factors = _factors(model, axes, kept, soft)
@@ -93,7 +101,10 @@ def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mappi
     by_name = {axis.name: axis for axis in axes}
     for name, mask in soft.items():
         if name not in by_name or list(mask.shape) != [by_name[name].size]:
-            raise ArchError(f"soft mask '{name}' {list(mask.shape)} fits no axis; wanted the name and [size] of one of the model's axes")
+            raise ArchError(
+                f"soft mask '{name}' {list(mask.shape)} fits no axis; wanted the name and [size] of one of the model's"
+                " axes"
+            )
         if not bool((torch.isfinite(mask) & (mask >= 0)).all()):
             raise ArchError(f"soft mask '{name}' has values that are negative or not finite; wanted values in [0, 1]")
         if by_name[name].kind == Kind.VOCAB and not bool(((mask == 0) | (mask == 1)).all()):
@@ -103,9 +114,12 @@ def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mappi
         tilings = axis.tilings()
         for name in dict.fromkeys(piece.param for piece in axis.slices):
             shape = None if (parameter := parameters.get(name)) is None else list(parameter.shape)
-            if shape is None or any(not axis.tiles(pieces, shape[dim]) for (param, dim), pieces in tilings.items() if param == name):
+            if shape is None or any(
+                not axis.tiles(pieces, shape[dim]) for (param, dim), pieces in tilings.items() if param == name
+            ):
                 raise ArchError(
-                    f"axis {axis.name} does not fit {name} {shape}; take the axes from the model as it is now, without adapters"
+                    f"axis {axis.name} does not fit {name} {shape}; take the axes from the model as it is now, without"
+                    " adapters"
                 )
 
 
@@ -128,12 +142,17 @@ def _selections(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[tup
         if axis.name in kept:
             units = torch.tensor(kept[axis.name], dtype=torch.long)
             for key, pieces in axis.tilings().items():
-                owned = [(piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten() for piece in pieces]
+                owned = [
+                    (piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten()
+                    for piece in pieces
+                ]
                 selections[key] = torch.cat(owned)
     return selections
 
 
-def _factors(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, list[int]], soft: Mapping[str, Tensor]) -> _Factors:
+def _factors(
+    model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, list[int]], soft: Mapping[str, Tensor]
+) -> _Factors:
     """Everything that weights are multiplied by: soft masks, and the norms' correction for their smaller width."""
     factors: _Factors = {}
 
@@ -146,14 +165,20 @@ def _factors(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, list[int
             mask = soft[axis.name].detach().to("cpu", torch.float64)
             for gate in axis.gates:
                 for parameter, dim in _read_or_written(model, gate):
-                    values = mask[gate.unit : gate.unit + 1] if gate.unit is not None else mask.repeat_interleave(gate.width)
+                    values = (
+                        mask[gate.unit : gate.unit + 1] if gate.unit is not None else mask.repeat_interleave(gate.width)
+                    )
                     multiply(parameter, dim, values)
             if axis.head_norm is not None:
                 # where the mask is 0 the stream is 0 and the norm's entry is never seen
                 multiply(f"{axis.head_norm}.weight", 0, 1 / torch.where(mask > 0, mask, 1.0))
         if axis.name in kept:
             for norm in axis.norms:
-                multiply(f"{norm}.weight", 0, torch.tensor([math.sqrt(axis.size / len(kept[axis.name]))], dtype=torch.float64))
+                multiply(
+                    f"{norm}.weight",
+                    0,
+                    torch.tensor([math.sqrt(axis.size / len(kept[axis.name]))], dtype=torch.float64),
+                )
     return factors
 
 
@@ -163,11 +188,16 @@ def _read_or_written(model: nn.Module, gate: Gate) -> list[tuple[str, int]]:
     transposed = isinstance(module, Conv1D)  # its weight is [in, out]
     if isinstance(module, nn.Embedding) or gate.side == "input":
         return [(f"{gate.module}.weight", 0 if transposed else 1)]
-    return [(f"{gate.module}.{name}", int(transposed and name == "weight")) for name, _ in module.named_parameters(recurse=False)]
+    return [
+        (f"{gate.module}.{name}", int(transposed and name == "weight"))
+        for name, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def _edited(name: str, parameter: Tensor, by_dim: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """A parameter sliced and scaled; by_dim: for each dimension the entries that stay, and factors along it before slicing."""
+    """A parameter sliced and scaled; by_dim: for each dimension the entries that stay, and factors along it before
+    slicing.
+    """
     result = parameter.detach()
     for dim, (selection, _) in enumerate(by_dim):
         if selection is not None:

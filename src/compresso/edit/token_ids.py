@@ -1,4 +1,6 @@
-"""Gives the tokens that stay their new numbers wherever a model writes token ids down: config, generation config, modules."""
+"""Gives the tokens that stay their new numbers wherever a model writes token ids down: config, generation config,
+modules.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +49,11 @@ def renumber_(model: PreTrainedModel, size: int, kept: Sequence[int]) -> None:
         """An id, or a list of what can be renumbered; None for what is gone."""
         if isinstance(value, list | tuple):
             found = [renumbered(one) for one in value]
-            return None if None in found and not isinstance(value[0], list | tuple) else [one for one in found if one is not None]
+            return (
+                None
+                if None in found and not isinstance(value[0], list | tuple)
+                else [one for one in found if one is not None]
+            )
         if value < 0:  # some configs say "none" like this
             return value
         return value - size + len(kept) if value >= size else new.get(value)

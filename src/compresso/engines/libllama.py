@@ -1,7 +1,8 @@
-"""A GGUF file rounded by llama.cpp's library, in a process of its own: it ends the process when it does not like a file.
+"""A GGUF file rounded by llama.cpp's library, in a process of its own: it ends the process when it does not like a
+file.
 
-`llama-quantize` is a command around the same function, `llama_model_quantize` in llama.h. Run as a script, this wants the library, input,
-output and the number of the file type.
+`llama-quantize` is a command around the same function, `llama_model_quantize` in llama.h. Run as a script, this wants
+the library, input, output and the number of the file type.
 """
 
 import ctypes

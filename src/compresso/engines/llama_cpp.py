@@ -1,7 +1,7 @@
 """A GGUF file opened in llama.cpp: its own tokens, greedy continuations and probabilities.
 
-The engine is the npm package node-llama-cpp, which ships it built for CPUs. It is looked for in the folder that the environment variable
-COMPRESSO_NODE_MODULES names, then beside the Python environment, then in the current folder.
+The engine is the npm package node-llama-cpp, which ships it built for CPUs. It is looked for in the folder that the
+environment variable COMPRESSO_NODE_MODULES names, then beside the Python environment, then in the current folder.
 """
 
 import json
@@ -42,7 +42,9 @@ def missing() -> str | None:
     return None
 
 
-def continue_texts(file: Path | str, texts: Sequence[str], new_tokens: int = 8, timeout: float = 600.0) -> list[Continued]:
+def continue_texts(
+    file: Path | str, texts: Sequence[str], new_tokens: int = 8, timeout: float = 600.0
+) -> list[Continued]:
     """Open a GGUF file in a process of its own and continue each text.
 
     Args:
@@ -55,7 +57,12 @@ def continue_texts(file: Path | str, texts: Sequence[str], new_tokens: int = 8, 
     asked = {"file": str(Path(file).resolve()), "texts": list(texts), "new_tokens": new_tokens}
     try:
         done = subprocess.run(
-            ["node", str(_SCRIPT), str(_modules())], input=json.dumps(asked), capture_output=True, text=True, check=False, timeout=timeout
+            ["node", str(_SCRIPT), str(_modules())],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"llama.cpp did not answer about {file} within {timeout:g} s.") from error
@@ -78,4 +85,6 @@ def _modules() -> Path | None:
     """The node_modules folder with node-llama-cpp in it."""
     named = os.environ.get("COMPRESSO_NODE_MODULES")
     places = ([Path(named)] if named else []) + [Path(sys.prefix, "node_modules"), Path("node_modules")]
-    return next((place.resolve() for place in places if (place / "node-llama-cpp" / "dist" / "index.js").is_file()), None)
+    return next(
+        (place.resolve() for place in places if (place / "node-llama-cpp" / "dist" / "index.js").is_file()), None
+    )

@@ -1,4 +1,6 @@
-"""K-quants of a GGUF file, made by llama.cpp: by its `llama-quantize` on the PATH, or else by the library that node-llama-cpp brings."""
+"""K-quants of a GGUF file, made by llama.cpp: by its `llama-quantize` on the PATH, or else by the library that
+node-llama-cpp brings.
+"""
 
 import shutil
 import subprocess
@@ -18,7 +20,9 @@ _TOOL = "llama-quantize"
 
 
 def tool(kind: str) -> list[str]:
-    """The command that makes K-quants, without its last words. Raises ExportError, with what would do without it, if none is there."""
+    """The command that makes K-quants, without its last words. Raises ExportError, with what would do without it, if
+    none is there.
+    """
     if (program := shutil.which(_TOOL)) is not None:
         return [program]
     if (library := llama_cpp.shared_library()) is not None:
@@ -35,7 +39,11 @@ def fallbacks(shapes: Sequence[LayerShape], hidden: int, head_dim: int) -> list[
     for index, shape in enumerate(shapes):
         found[f"layers.{index} reads {shape.query_heads} heads x {head_dim}"] = shape.query_heads * head_dim
         found[f"layers.{index} reads {shape.channels} channels"] = shape.channels
-    return [f"{what}: no multiple of {BLOCK}, so that matrix falls back to a larger type" for what, width in found.items() if width % BLOCK]
+    return [
+        f"{what}: no multiple of {BLOCK}, so that matrix falls back to a larger type"
+        for what, width in found.items()
+        if width % BLOCK
+    ]
 
 
 def quantize(whole: Path, output: Path, kind: str) -> None:

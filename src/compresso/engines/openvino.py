@@ -21,7 +21,9 @@ class OpenVinoModel(OnnxModel):
 
     def _open(self, folder: Path, threads: int) -> set[str]:
         core = library("openvino").Core()
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"} | (
+            {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        )
         self._compiled: Any = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", settings)
         return {one.any_name for one in self._compiled.inputs}
 

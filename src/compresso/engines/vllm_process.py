@@ -1,8 +1,9 @@
-"""A checkpoint opened in vLLM, in a process that knows nothing of compresso: this file is run by its path, and imports vLLM and torch only.
+"""A checkpoint opened in vLLM, in a process that knows nothing of compresso: this file is run by its path, and imports
+vLLM and torch only.
 
-Arguments: the folder, a safetensors file with `ids` [seq], the safetensors file to write, how many tokens to add, the precision to compute
-in, and by choice the word `remote` (let the folder's own code run). Written are `greedy` [new tokens] and `logprobs` [vocabulary], the
-logarithms of the probabilities after the ids.
+Arguments: the folder, a safetensors file with `ids` [seq], the safetensors file to write, how many tokens to add, the
+precision to compute in, and by choice the word `remote` (let the folder's own code run). Written are `greedy` [new
+tokens] and `logprobs` [vocabulary], the logarithms of the probabilities after the ids.
 """
 
 import sys

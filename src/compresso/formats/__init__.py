@@ -1,1 +1,3 @@
-"""Writing a shrunk model so that others can open it. Importing this package stays cheap: its modules are imported by name."""
+"""Writing a shrunk model so that others can open it. Importing this package stays cheap: its modules are imported by
+name.
+"""

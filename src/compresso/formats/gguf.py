@@ -1,16 +1,17 @@
 """Writing a shrunk LLaMA, Mistral, Qwen2, Qwen3 or Gemma as one GGUF file, the format of llama.cpp.
 
-Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer by layer. What that
-engine does not compute is written as something equal that it does (each of these was run in llama.cpp). Archs `qwen2`, `qwen3`, `gemma2`
-and `gemma3` hold one width for all layers; narrower ones are filled with zeros to the widest, which computes the same and is no faster.
+Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer
+by layer. What that engine does not compute is written as something equal that it does (each of these was run in
+llama.cpp). Archs `qwen2`, `qwen3`, `gemma2` and `gemma3` hold one width for all layers; narrower ones are filled with
+zeros to the widest, which computes the same and is no faster.
 
 - attention without an FFN would lose the attention's output, so the FFN is written as one block of zeros;
 - the first layer's heads size the cache, so a missing first attention is written as one head whose output is zero;
 - a layer without attention and FFN is left out (not of a Gemma, whose layers llama.cpp tells apart by their number);
 - under quantization FFN widths are filled with zero channels up to whole blocks.
 
-In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q and k are reordered,
-by each layer's own number of heads.
+In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q
+and k are reordered, by each layer's own number of heads.
 """
 
 import importlib
@@ -45,7 +46,13 @@ _BIASED = ("q_proj", "k_proj", "v_proj")
 _GEMMA = tuple(ARCHS.values())
 _ONE_WIDTH = ("qwen2", "qwen3", *_GEMMA)
 """Families whose arch holds the same widths in every layer."""
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+_FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
 Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
@@ -58,16 +65,18 @@ def save_gguf(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> str:
-    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch, such as "llama" or "deci".
+    """Write a live shrunk model as the GGUF file `path`, whole or not at all; return its arch, such as "llama" or
+    "deci".
 
     Args:
         shapes: widths of each layer; 0 for an absent sub-layer.
-        dtype: f32, f16, bf16, q8_0 or q4_0, of all matrices; norms stay f32, and q4_0 keeps the head in q8_0, as llama.cpp does.
+        dtype: f32, f16, bf16, q8_0 or q4_0, of all matrices; norms stay f32, and q4_0 keeps the head in q8_0, as
+            llama.cpp does.
         force: replace a file that is there.
         check: called with the whole file before it takes its name; what it raises leaves `path` as it was.
 
-    Raises ExportError if llama.cpp cannot hold the model or its tokenizer, NumericError if a tensor is not finite in `dtype`,
-    CheckpointError if `path` may not be written, ResourceError if it does not fit.
+    Raises ExportError if llama.cpp cannot hold the model or its tokenizer, NumericError if a tensor is not finite in
+    `dtype`, CheckpointError if `path` may not be written, ResourceError if it does not fit.
     """
     if dtype not in get_args(Dtype):
         raise ExportError(f"unknown dtype '{dtype}' for gguf; known: {', '.join(get_args(Dtype))}.")
@@ -129,11 +138,14 @@ LayerShape(query_heads=0, kv_heads=0, channels=32)]
 
 
 def _widest(shapes: Sequence[LayerShape]) -> LayerShape:
-    """The widths that hold every layer. Raises ExportError if query heads share key/value heads in different numbers."""
+    """The widths that hold every layer.
+    Raises ExportError if query heads share key/value heads in different numbers.
+    """
     shared = sorted({shape.query_heads // shape.kv_heads for shape in shapes if shape.kv_heads})
     if len(shared) > 1:
         raise ExportError(
-            f"layers have {' and '.join(map(str, shared))} query heads a key/value head, and one number is held. Write --format onnx."
+            f"layers have {' and '.join(map(str, shared))} query heads a key/value head, and one number is held. Write"
+            " --format onnx."
         )
     kv_heads = max(shape.kv_heads for shape in shapes)
     return LayerShape(kv_heads * shared[0] if shared else 0, kv_heads, max(shape.channels for shape in shapes))
@@ -148,7 +160,8 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
     window = getattr(config, "sliding_window", None)
     if model.family == "mistral" and window is not None and window < config.max_position_embeddings:
         raise ExportError(
-            f"config.sliding_window is {window}, and llama.cpp's llama attends to all. Set it to null, or write --format onnx."
+            f"config.sliding_window is {window}, and llama.cpp's llama attends to all. Set it to null, or write"
+            " --format onnx."
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ExportError(f"config.hidden_act is '{config.hidden_act}', llama.cpp computes silu. {cure}")
@@ -159,20 +172,27 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
         raise ExportError(f"{biased[0]} is a bias, and none is written to gguf. {cure}")
     rope = _rope(model)
     if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(f"rope_parameters {rope} are not written to gguf; default, linear and llama3 are, on whole heads. {cure}")
+        raise ExportError(
+            f"rope_parameters {rope} are not written to gguf; default, linear and llama3 are, on whole heads. {cure}"
+        )
     hidden = model.tensors["model.embed_tokens.weight"].shape[1]
     unquantized = "Write --dtype f16, or prune to multiples of that."
     if hidden % block:
-        raise ExportError(f"hidden_size {hidden} is not a multiple of {block}, which a quantized row wants. {unquantized}")
+        raise ExportError(
+            f"hidden_size {hidden} is not a multiple of {block}, which a quantized row wants. {unquantized}"
+        )
     for index, shape in zip(kept, written, strict=True):
         if (width := shape.query_heads * model.head_dim) % block:
             raise ExportError(
-                f"layers.{index}: query heads x head_dim is {width}, a quantized row wants multiples of {block}. {unquantized}"
+                f"layers.{index}: query heads x head_dim is {width}, a quantized row wants multiples of {block}."
+                f" {unquantized}"
             )
 
 
 def _rope(model: Shrunk) -> dict[str, Any]:
-    """The rope parameters, `rope_type` and `rope_theta` among them; where kinds of layers have their own, of those that attend to all."""
+    """The rope parameters, `rope_type` and `rope_theta` among them; where kinds of layers have their own, of those that
+    attend to all.
+    """
     return dict(model.config.rope_parameters.get("full_attention", model.config.rope_parameters))
 
 
@@ -205,7 +225,9 @@ def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerSh
 
 
 def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) -> Iterator[Named]:
-    """Name, shape and maker of each tensor, in llama.cpp's order of rows and filled with zeros up to the written widths."""
+    """Name, shape and maker of each tensor, in llama.cpp's order of rows and filled with zeros up to the written
+    widths.
+    """
     tensors, dim = model.tensors, model.head_dim
     hidden = tensors["model.embed_tokens.weight"].shape[1]
 
@@ -231,9 +253,15 @@ def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) 
                 heads = rows[part] if part in ("q_proj", "k_proj") and model.family not in _ONE_WIDTH else 0
                 yield f"blk.{new}.{name}.weight", size, _maker(tensor, size, heads)
                 if model.family == "qwen2" and part in _BIASED:
-                    yield f"blk.{new}.{name}.bias", size[:1], _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1])
+                    yield (
+                        f"blk.{new}.{name}.bias",
+                        size[:1],
+                        _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1]),
+                    )
             for part in ("q", "k") if model.family in ("qwen3", "gemma3") else ():
-                yield _norm(f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim)
+                yield _norm(
+                    f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim
+                )
         for name, norm in (NORMS if model.family in _GEMMA else _FFN_NORM).items():
             if name != "attn_norm":
                 yield _norm(f"blk.{new}.{name}.weight", tensors.get(f"{source}.{norm}.weight"), hidden)
@@ -249,7 +277,9 @@ def _norm(name: str, weight: Tensor | None, width: int) -> Named:
 
 
 def _maker(tensor: Tensor | None, size: tuple[int, ...], heads: int = 0) -> Callable[[], Tensor]:
-    """Makes the tensor [size], zero where the model has nothing; of `heads` heads the two halves' rows come to alternate."""
+    """Makes the tensor [size], zero where the model has nothing; of `heads` heads the two halves' rows come to
+    alternate.
+    """
 
     def make() -> Tensor:
         if tensor is None:
@@ -266,7 +296,9 @@ def _maker(tensor: Tensor | None, size: tuple[int, ...], heads: int = 0) -> Call
 
 
 def rope_factors(model: Shrunk) -> Tensor:
-    """What llama.cpp divides each plain rotary frequency [head_dim / 2] by, from transformers' own scaled frequencies."""
+    """What llama.cpp divides each plain rotary frequency [head_dim / 2] by,
+    from transformers' own scaled frequencies.
+    """
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     scaled, _ = ROPE_INIT_FUNCTIONS[_rope(model)["rope_type"]](model.config, torch.device("cpu"))
     return _rope(model)["rope_theta"] ** -exponents / scaled
@@ -291,6 +323,10 @@ def _write_tensors(writer: Any, gguf: Any, tensors: Sequence[Named], dtype: str)
     writer.write_ti_data_to_file()
     for (name, _, make), kind in zip(tensors, kinds, strict=True):
         values = make().to("cpu", torch.float32).contiguous()
-        if not bool(torch.isfinite(values).all()) or (kind == types.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max):
-            raise NumericError(f"'{name}' holds values that are not finite in {kind.name.lower()}; write another --dtype.")
+        if not bool(torch.isfinite(values).all()) or (
+            kind == types.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max
+        ):
+            raise NumericError(
+                f"'{name}' holds values that are not finite in {kind.name.lower()}; write another --dtype."
+            )
         writer.write_tensor_data(gguf.quants.quantize(values.numpy(), kind))

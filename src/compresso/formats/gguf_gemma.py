@@ -1,8 +1,9 @@
 """Gemma 2 and Gemma 3's text model as llama.cpp wants them: archs `gemma2` and `gemma3`, one width for all layers.
 
-The norms multiply by 1 + weight, llama.cpp's by the weight, so the 1 is added here. That engine knows some numbers by heart: which layers
-slide (every second, or five of six), the scale of attention scores (by a head's dimensions; in models of 46 or 62 layers by hidden size
-over heads), and that Gemma 2 caps scores and logits. Another scale is folded into the queries; what cannot be folded is refused.
+The norms multiply by 1 + weight, llama.cpp's by the weight, so the 1 is added here. That engine knows some numbers by
+heart: which layers slide (every second, or five of six), the scale of attention scores (by a head's dimensions; in
+models of 46 or 62 layers by hidden size over heads), and that Gemma 2 caps scores and logits. Another scale is folded
+into the queries; what cannot be folded is refused.
 """
 
 import math
@@ -44,11 +45,18 @@ def describe_gemma(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shru
     if head is None or head.weight is not embedding.weight:
         raise ExportError(f"the head is not tied to the embedding, and llama.cpp's {arch} ties them. {_CURE}")
     if getattr(config, "hidden_activation", None) not in ("gelu_pytorch_tanh", None):
-        raise ExportError(f"config.hidden_activation is '{config.hidden_activation}', llama.cpp computes gelu_pytorch_tanh. {_CURE}")
+        raise ExportError(
+            f"config.hidden_activation is '{config.hidden_activation}', llama.cpp computes gelu_pytorch_tanh. {_CURE}"
+        )
     if arch == "gemma3" and getattr(config, "final_logit_softcapping", None):
-        raise ExportError(f"config.final_logit_softcapping is {config.final_logit_softcapping}, and llama.cpp's {arch} caps none. {_CURE}")
+        raise ExportError(
+            f"config.final_logit_softcapping is {config.final_logit_softcapping}, and llama.cpp's {arch} caps none."
+            f" {_CURE}"
+        )
     if getattr(config, "use_bidirectional_attention", None):
-        raise ExportError(f"config.use_bidirectional_attention is set, and llama.cpp's {arch} attends to the past alone. {_CURE}")
+        raise ExportError(
+            f"config.use_bidirectional_attention is set, and llama.cpp's {arch} attends to the past alone. {_CURE}"
+        )
     described = Shrunk(
         family=arch,
         config=config,
@@ -66,10 +74,16 @@ def describe_gemma(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shru
 
 
 def _kinds(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> tuple[str, ...]:
-    """What each layer attends to, by its live attention, for a config counts the layers that have one; "" for a layer without."""
+    """What each layer attends to, by its live attention, for a config counts the layers that have one; "" for a layer
+    without.
+    """
     layers = list(model.get_decoder().layers)  # pyright: ignore[reportArgumentType]
-    windows = [layer.self_attn.sliding_window if shape.query_heads else 0 for layer, shape in zip(layers, shapes, strict=True)]
-    return tuple("" if window == 0 else "full_attention" if window is None else "sliding_attention" for window in windows)
+    windows = [
+        layer.self_attn.sliding_window if shape.query_heads else 0 for layer, shape in zip(layers, shapes, strict=True)
+    ]
+    return tuple(
+        "" if window == 0 else "full_attention" if window is None else "sliding_attention" for window in windows
+    )
 
 
 def _score_scale(config: Any, arch: str, shapes: Sequence[LayerShape]) -> float:
@@ -95,7 +109,9 @@ def _check_kinds(model: Shrunk) -> None:
     for index, kind in enumerate(model.kinds if model.kinds and not same_either_way else ()):
         theirs = "full_attention" if index % period == period - 1 else "sliding_attention"
         if kind not in ("", theirs):
-            raise ExportError(f"layers.{index} has {kind}, and llama.cpp's {model.family} computes {theirs} there. {_CURE}")
+            raise ExportError(
+                f"layers.{index} has {kind}, and llama.cpp's {model.family} computes {theirs} there. {_CURE}"
+            )
 
 
 def add_gemma_fields(writer: Any, model: Shrunk) -> None:
@@ -108,5 +124,7 @@ def add_gemma_fields(writer: Any, model: Shrunk) -> None:
     else:
         local = config.rope_parameters["sliding_attention"]
         if local["rope_type"] != "default":
-            raise ExportError(f"rope_parameters of sliding layers are {local}, and llama.cpp's {model.family} scales none. {_CURE}")
+            raise ExportError(
+                f"rope_parameters of sliding layers are {local}, and llama.cpp's {model.family} scales none. {_CURE}"
+            )
         writer.add_rope_freq_base_swa(local["rope_theta"])

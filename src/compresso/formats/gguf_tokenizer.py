@@ -1,8 +1,9 @@
 """A Hugging Face fast tokenizer as the fields of a GGUF file.
 
-llama.cpp has tokenizers of its own. Two kinds are written: byte-level BPE ("gpt2" there), whose splitting before the merges llama.cpp
-knows by name only, and BPE with byte fallback as converted from SentencePiece ("llama" there), which it redoes by the pieces' scores. A
-tokenizer that is neither, or splits in a way without a name here, is refused: a guess would give other tokens and no error.
+llama.cpp has tokenizers of its own. Two kinds are written: byte-level BPE ("gpt2" there), whose splitting before the
+merges llama.cpp knows by name only, and BPE with byte fallback as converted from SentencePiece ("llama" there), which
+it redoes by the pieces' scores. A tokenizer that is neither, or splits in a way without a name here, is refused: a
+guess would give other tokens and no error.
 """
 
 import json
@@ -35,12 +36,15 @@ def add_tokenizer(writer: Any, gguf: Any, tokenizer: PreTrainedTokenizerBase, ro
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is None:
         raise ExportError(
-            f"{type(tokenizer).__name__} has no tokenizer.json, which gguf is written from. Save its fast form beside the model."
+            f"{type(tokenizer).__name__} has no tokenizer.json, which gguf is written from. Save its fast form beside"
+            " the model."
         )
     told = json.loads(inner.to_str())
     model = told["model"]
     if model["type"] != "BPE":
-        raise ExportError(f"a {model['type']} tokenizer is not written to gguf; BPE is, byte-level or converted from SentencePiece.")
+        raise ExportError(
+            f"a {model['type']} tokenizer is not written to gguf; BPE is, byte-level or converted from SentencePiece."
+        )
     pieces = bool(model.get("byte_fallback"))
     merges = [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one) for one in model["merges"]]
     tokens, types = _vocabulary(gguf.TokenType, told, rows, pieces)
@@ -65,7 +69,9 @@ def _vocabulary(kinds: Any, told: Mapping[str, Any], rows: int, pieces: bool) ->
         number: entry["content"] for number, entry in added.items()
     }
     if max(texts) >= rows:
-        raise ExportError(f"token id {max(texts)} of the tokenizer has no row in the embedding of {rows}. Resize the embedding.")
+        raise ExportError(
+            f"token id {max(texts)} of the tokenizer has no row in the embedding of {rows}. Resize the embedding."
+        )
     unknown = told["model"].get("unk_token")
     types = []
     for number in range(rows):
@@ -85,7 +91,8 @@ def _vocabulary(kinds: Any, told: Mapping[str, Any], rows: int, pieces: bool) ->
 
 
 def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], rows: int) -> list[float]:
-    """Minus the rank of the merge that makes each token; llama.cpp joins the neighbours whose union has the highest score.
+    """Minus the rank of the merge that makes each token; llama.cpp joins the neighbours whose union has the highest
+    score.
 
     Raises ExportError where joining by score allows a merge that the list does not have.
     """
@@ -97,7 +104,9 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, ...]], ro
         for cut in range(1, len(text)):
             if text[:cut] in vocabulary and text[cut:] in vocabulary and (text[:cut], text[cut:]) not in listed:
                 pair = f"'{text[:cut]}' with '{text[cut:]}'"
-                raise ExportError(f"the tokenizer does not merge {pair}, llama.cpp would: it was not converted from SentencePiece.")
+                raise ExportError(
+                    f"the tokenizer does not merge {pair}, llama.cpp would: it was not converted from SentencePiece."
+                )
     scores = [float(-len(merges))] * rows
     for text, rank in ranks.items():
         if text in vocabulary:
@@ -128,7 +137,8 @@ def _split_name(told: Mapping[str, Any]) -> str:
     name = _SPLITS.get(tuple(steps))
     if name is None:
         raise ExportError(
-            f"the tokenizer splits texts by {steps}, for which no name of llama.cpp is known; known: {', '.join(_SPLITS.values())}."
+            f"the tokenizer splits texts by {steps}, for which no name of llama.cpp is known; known:"
+            f" {', '.join(_SPLITS.values())}."
         )
     return name
 

@@ -1,8 +1,9 @@
-"""Writing a shrunk model as a Hugging Face checkpoint: safetensors, a config that tells the truth, tokenizer, and what the caller adds.
+"""Writing a shrunk model as a Hugging Face checkpoint: safetensors, a config that tells the truth, tokenizer, and what
+the caller adds.
 
-Three layouts. uniform: a plain transformers config, every engine opens it, all layers must have the same widths. padded: plain too, layers
-zero-padded to the widest, the same function and no gain in size. native: each layer its own widths, opened after `import compresso` or
-with `trust_remote_code`, as the modelling file lies beside the weights.
+Three layouts. uniform: a plain transformers config, every engine opens it, all layers must have the same widths.
+padded: plain too, layers zero-padded to the widest, the same function and no gain in size. native: each layer its own
+widths, opened after `import compresso` or with `trust_remote_code`, as the modelling file lies beside the weights.
 """
 
 import copy
@@ -58,8 +59,8 @@ def save_checkpoint(
         files: further text files, name -> text (recipe.yaml, README.md, ...).
         force: replace a folder that is not empty.
 
-    Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding to `dtype`),
-    CheckpointError if `folder` may not be written, ResourceError if it does not fit.
+    Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding
+    to `dtype`), CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
     if family_of(model.config.model_type) is None:
         check_plain(model, shapes, layout)
@@ -121,7 +122,11 @@ def choose_layout(model: Shrunk, layout: Layout | Literal["auto"]) -> Layout:
     if layout == "auto":
         return "native" if obstacle else "uniform"
     if layout == "uniform" and obstacle:
-        others = "native" if stock_obstacle(model, widest(model)) else "native (real widths) or padded (any engine, no smaller)"
+        others = (
+            "native"
+            if stock_obstacle(model, widest(model))
+            else "native (real widths) or padded (any engine, no smaller)"
+        )
         raise ExportError(f"layout uniform cannot hold this model: {obstacle}. Use layout {others}.")
     if layout == "padded" and (obstacle := stock_obstacle(model, widest(model))):
         raise ExportError(f"layout padded cannot hold this model: {obstacle}. Use layout native.")
@@ -146,7 +151,11 @@ def _expected(config: PreTrainedConfig, tied: bool) -> dict[str, tuple[int, ...]
     """Names and shapes that a reader of this config will look for, from the meta device."""
     with torch.device("meta"):
         reader = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    return {name: tuple(tensor.shape) for name, tensor in reader.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in reader.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
 
 
 def _check_complete(config: PreTrainedConfig, tensors: Mapping[str, Tensor], tied: bool) -> None:
@@ -154,15 +163,27 @@ def _check_complete(config: PreTrainedConfig, tensors: Mapping[str, Tensor], tie
     expected = _expected(config, tied)
     have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if odd := sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name)):
-        told = ", ".join(f"{name} is {have.get(name, 'absent')}, wanted {expected.get(name, 'none')}" for name in odd[:4])
-        raise ExportError(f"the model does not have its architecture's tensors: {told}. Merge adapters, and shrink by a plan.")
+        told = ", ".join(
+            f"{name} is {have.get(name, 'absent')}, wanted {expected.get(name, 'none')}" for name in odd[:4]
+        )
+        raise ExportError(
+            f"the model does not have its architecture's tensors: {told}. Merge adapters, and shrink by a plan."
+        )
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor as it goes to disk: its dtype, contiguous, with a storage of its own. Raises NumericError if it is not finite."""
+    """The tensor as it goes to disk: its dtype, contiguous, with a storage of its own. Raises NumericError if it is not
+    finite.
+    """
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
-    if tensor.is_floating_point() and tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-        raise NumericError(f"'{name}' holds NaN or Inf in {str(tensor.dtype).removeprefix('torch.')} and is not written.")
+    if (
+        tensor.is_floating_point()
+        and tensor.numel()
+        and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+    ):
+        raise NumericError(
+            f"'{name}' holds NaN or Inf in {str(tensor.dtype).removeprefix('torch.')} and is not written."
+        )
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

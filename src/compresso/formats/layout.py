@@ -1,4 +1,6 @@
-"""Which config holds a shrunk model, if any does: one width for all layers, all padded to the widest, or each layer its own."""
+"""Which config holds a shrunk model, if any does: one width for all layers, all padded to the widest, or each layer its
+own.
+"""
 
 import math
 from dataclasses import replace
@@ -43,28 +45,42 @@ def stock_obstacle(model: Shrunk, shape: LayerShape) -> str | None:
     """Why no config class of transformers holds this model even with the same width everywhere; None if one does."""
     if _stock_family(model, shape) is None:
         hidden = _hidden(model)
-        return f"{shape.query_heads} query heads do not divide the hidden size {hidden}, and Mistral, which allows that, has no biases"
-    if _eps_scale(model) != 1 and any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in model.tensors.values()):
-        return f"q and k norms have epsilon {model.head_eps:g}, the others {model.eps:g}; 16-bit weights cannot absorb the difference"
+        return (
+            f"{shape.query_heads} query heads do not divide the hidden size {hidden}, and Mistral, which allows that,"
+            " has no biases"
+        )
+    if _eps_scale(model) != 1 and any(
+        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in model.tensors.values()
+    ):
+        return (
+            f"q and k norms have epsilon {model.head_eps:g}, the others {model.eps:g}; 16-bit weights cannot absorb the"
+            " difference"
+        )
     return None
 
 
 def widest(model: Shrunk) -> LayerShape:
-    """The width that every layer fits into: most groups, most query heads a group, most channels; at least one of each."""
+    """The width that every layer fits into: most groups, most query heads a group, most channels;
+    at least one of each.
+    """
     kv_heads = max([1, *(shape.kv_heads for shape in model.shapes)])
     group = max([1, *(shape.query_heads // shape.kv_heads for shape in model.shapes if shape.kv_heads)])
     return LayerShape(kv_heads * group, kv_heads, max([1, *(shape.channels for shape in model.shapes)]))
 
 
 def stock_config(model: Shrunk, shape: LayerShape) -> PreTrainedConfig:
-    """A plain transformers config with this width everywhere; Mistral's for a Llama whose heads do not divide the hidden size."""
+    """A plain transformers config with this width everywhere; Mistral's for a Llama whose heads do not divide the
+    hidden size.
+    """
     family = _stock_family(model, shape)
     assert family is not None, "callers ask stock_obstacle first"
     fields = _common_fields(model) | {key: getattr(shape, name) for name, key in _FIELDS.items()}
     if model.head_eps is not None:
         fields["rms_norm_eps"] = model.head_eps
     if family != model.family:
-        fields = {key: value for key, value in fields.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")}
+        fields = {
+            key: value for key, value in fields.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")
+        }
         fields["sliding_window"] = None
     config = CONFIG_MAPPING[family](**fields)
     config.architectures = [f"{family.capitalize()}ForCausalLM"]
@@ -72,7 +88,9 @@ def stock_config(model: Shrunk, shape: LayerShape) -> PreTrainedConfig:
 
 
 def native_config(model: Shrunk) -> PreTrainedConfig:
-    """Our config class: the widest layer's numbers globally, each layer's differences and absent sub-layers in `per_layer_config`."""
+    """Our config class: the widest layer's numbers globally, each layer's differences and absent sub-layers in
+    `per_layer_config`.
+    """
     with_attention = [shape for shape in model.shapes if shape.kv_heads]
     top = LayerShape(
         max((shape.query_heads for shape in with_attention), default=1),
@@ -81,14 +99,20 @@ def native_config(model: Shrunk) -> PreTrainedConfig:
     )
     layers: dict[int, dict[str, Any]] = {}
     for index, shape in enumerate(model.shapes):
-        own = {key: getattr(shape, name) for name, key in _FIELDS.items() if getattr(shape, name) not in (0, getattr(top, name))}
+        own = {
+            key: getattr(shape, name)
+            for name, key in _FIELDS.items()
+            if getattr(shape, name) not in (0, getattr(top, name))
+        }
         skip = [part for part, absent in (("attention", shape.kv_heads == 0), ("mlp", shape.channels == 0)) if absent]
         if own or skip:
             layers[index] = own | ({"skip": skip} if skip else {})
     fields = _common_fields(model) | {key: getattr(top, name) for name, key in _FIELDS.items()}
     if model.kinds is not None:
         kinds = list(model.kinds)
-        if model.shapes[0].kv_heads == 0 and with_attention:  # layer 0's kind is free, and its cache slot must be someone's
+        if (
+            model.shapes[0].kv_heads == 0 and with_attention
+        ):  # layer 0's kind is free, and its cache slot must be someone's
             kinds[0] = next(kind for kind, shape in zip(kinds, model.shapes, strict=True) if shape.kv_heads)
         fields["layer_types"] = kinds
     if model.head_eps not in (None, model.eps):
@@ -102,10 +126,11 @@ def native_config(model: Shrunk) -> PreTrainedConfig:
 
 
 def with_one_epsilon(model: Shrunk) -> Shrunk:
-    """The same function with all norms at the q and k norms' epsilon, by rescaling the residual stream; exact but for rounding.
+    """The same function with all norms at the q and k norms' epsilon, by rescaling the residual stream; exact but for
+    rounding.
 
-    norm(s x; s^2 eps) = norm(x; eps), so everything that writes into the stream is multiplied by s = sqrt(head_eps / eps). A head tied
-    to the embedding is multiplied too, which the final norm's weight takes back.
+    norm(s x; s^2 eps) = norm(x; eps), so everything that writes into the stream is multiplied by s = sqrt(head_eps /
+    eps). A head tied to the embedding is multiplied too, which the final norm's weight takes back.
     """
     scale = _eps_scale(model)
     if scale == 1:
@@ -120,8 +145,14 @@ def with_one_epsilon(model: Shrunk) -> Shrunk:
 
 
 def _common_fields(model: Shrunk) -> dict[str, Any]:
-    """Config fields that do not depend on the layout; what the model's config says beyond widths (rope, activation, token ids) is kept."""
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in (*_REBUILT, "head_norm_eps", *_FIELDS.values())}
+    """Config fields that do not depend on the layout; what the model's config says beyond widths (rope, activation,
+    token ids) is kept.
+    """
+    fields = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in (*_REBUILT, "head_norm_eps", *_FIELDS.values())
+    }
     fields |= {
         "vocab_size": model.tensors["model.embed_tokens.weight"].shape[0],
         "hidden_size": _hidden(model),

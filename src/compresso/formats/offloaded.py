@@ -1,4 +1,6 @@
-"""Writing a checkpoint whose tensors do not fit into memory together: one file a block, under the names and dtypes they came with."""
+"""Writing a checkpoint whose tensors do not fit into memory together: one file a block, under the names and dtypes they
+came with.
+"""
 
 import json
 import shutil
@@ -23,7 +25,12 @@ _COPIED = ("config.json", "generation_config.json", MODELING_FILE.name)
 
 
 def save_offloaded(
-    offloaded: Offloaded, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None, ids: Tensor, atol: float
+    offloaded: Offloaded,
+    source: Source,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ids: Tensor,
+    atol: float,
 ) -> tuple[Literal["uniform", "native"], float]:
     """Write the tensors of an offloaded model into an empty folder and open it again, offloaded too.
 
@@ -38,21 +45,29 @@ def save_offloaded(
     Returns:
         The layout, and the difference.
 
-    Raises ExportError if they differ by more, NumericError naming a tensor that is not finite once rounded to its stored dtype.
+    Raises ExportError if they differ by more, NumericError naming a tensor that is not finite once rounded to its
+    stored dtype.
     """
     assert source.folder is not None  # the store was opened with it
     blocks = arch_for(offloaded.model.config).blocks(offloaded.model)
     files = [[name for name in offloaded.of_block(block) if name in source.tensors] for block in blocks]
     inside = {name for names in files for name in names}
-    files += [[name] for name in offloaded.store if name in source.tensors and name not in inside]  # each alone: they may be the largest
+    files += [
+        [name] for name in offloaded.store if name in source.tensors and name not in inside
+    ]  # each alone: they may be the largest
     where: dict[str, str] = {}
     for index, names in enumerate(files):
         file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        save_file({name: _stored(name, offloaded.store[name], source) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: _stored(name, offloaded.store[name], source) for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         where |= dict.fromkeys(names, file)
     total = sum(source.tensors[name].end - source.tensors[name].begin for name in where)
     write_text(
-        folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+        folder / "model.safetensors.index.json",
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n",
     )
     for name in _COPIED:
         if (source.folder / name).is_file():
@@ -74,7 +89,9 @@ def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
 
 @torch.no_grad()
 def _compared(offloaded: Offloaded, folder: Path, ids: Tensor, atol: float) -> float:
-    """The largest difference between the logits of the live weights, rounded as they are stored, and those of the folder."""
+    """The largest difference between the logits of the live weights, rounded as they are stored, and those of the
+    folder.
+    """
     again = Offloaded(open_source(folder), offloaded.store.dtype, offloaded.device)
     found: list[Tensor] = []
     offloaded.store.round_as(open_source(folder).tensors)
@@ -83,5 +100,7 @@ def _compared(offloaded: Offloaded, folder: Path, ids: Tensor, atol: float) -> f
             found.append(outputs(one.model, ids.to(one.device)).float())
     difference = float((found[0] - found[1]).abs().max())
     if not difference <= atol:
-        raise ExportError(f"logits of {folder.name} differ by {difference:.3g} from the live model's; wanted at most {atol:g}")
+        raise ExportError(
+            f"logits of {folder.name} differ by {difference:.3g} from the live model's; wanted at most {atol:g}"
+        )
     return difference

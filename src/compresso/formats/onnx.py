@@ -1,14 +1,17 @@
-"""Writing a model as one ONNX graph with a key/value cache, layers of different widths included, through torch's exporter.
+"""Writing a model as one ONNX graph with a key/value cache, layers of different widths included, through torch's
+exporter.
 
-The graph serves the prompt and every token after it: with an empty cache it reads a prompt, with one it goes on. Names as optimum has them:
+The graph serves the prompt and every token after it: with an empty cache it reads a prompt, with one it goes on. Names
+as optimum has them:
 
     input_ids, attention_mask, position_ids      [batch, seq], [batch, past + seq], [batch, seq]
     past_key_values.{i}.key and .value           [batch, heads of layer i, past, head_dim]
-    logits, present.{i}.key and .value           [batch, seq, vocabulary], [batch, heads of layer i, past + seq, head_dim]
+    logits                                       [batch, seq, vocabulary]
+    present.{i}.key and .value                   [batch, heads of layer i, past + seq, head_dim]
 
-i counts the attentions that are there: a layer without one has no cache. Sizes are dynamic; torch traces a cache and a chunk of more than
-one token, so that nothing is specialised to their absence. int8: weights of matrix products in 8 bits, activations rounded as they come,
-by ONNX Runtime's own quantizer.
+i counts the attentions that are there: a layer without one has no cache. Sizes are dynamic; torch traces a cache and a
+chunk of more than one token, so that nothing is specialised to their absence. int8: weights of matrix products in 8
+bits, activations rounded as they come, by ONNX Runtime's own quantizer.
 """
 
 import importlib
@@ -42,13 +45,19 @@ class _WithCache(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         """Logits, then keys and values of each attention, those of `past` followed by the new ones."""
         cache = DynamicCache()
         for slot in range(len(past) // 2):
             cache.update(past[2 * slot], past[2 * slot + 1], slot)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
         layers: list[Any] = cache.layers
         return (out.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
@@ -141,13 +150,20 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
                 dynamo=True,
-                input_names=["input_ids", "attention_mask", "position_ids", *cache_names(len(heads), "past_key_values")],
+                input_names=[
+                    "input_ids",
+                    "attention_mask",
+                    "position_ids",
+                    *cache_names(len(heads), "past_key_values"),
+                ],
                 output_names=["logits", *cache_names(len(heads), "present")],
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
     except Exception as error:  # the exporter fails in any way on what it cannot follow
-        raise ExportError(f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}") from error
+        raise ExportError(
+            f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Writing rounded weights as codes of few bits, in the formats of compressed-tensors, for engines that read them.
 
-`rtn`, `gptq`, `awq` and `smoothquant` leave values on a grid, stored as full numbers. The grid can be told from the values, so any such
-checkpoint can be packed later, without the run that made it. The library packs, unpacks and words the config.
+`rtn`, `gptq`, `awq` and `smoothquant` leave values on a grid, stored as full numbers. The grid can be told from the
+values, so any such checkpoint can be packed later, without the run that made it. The library packs, unpacks and words
+the config.
 
-Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so (`dequantize`); it
-says so for asymmetric grids, since their packed zero points are not read the first way. The file is smaller, the model in memory and its
-speed are not. Weights of 8 bits under rounded activations (`smoothquant`): int-quantized, for engines that multiply integers;
-transformers computes it with full numbers. The library's steps of activations are 1/127.5 of the largest entry, those of `compresso.load`
-1/127.
+Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so
+(`dequantize`); it says so for asymmetric grids, since their packed zero points are not read the first way. The file is
+smaller, the model in memory and its speed are not. Weights of 8 bits under rounded activations (`smoothquant`):
+int-quantized, for engines that multiply integers; transformers computes it with full numbers. The library's steps of
+activations are 1/127.5 of the largest entry, those of `compresso.load` 1/127.
 """
 
 import importlib
@@ -52,7 +53,9 @@ class Packing:
         """In words, such as "4 bits, groups of 128, asymmetric"."""
         shared = f"groups of {self.group}" if self.group else "a scale a row"
         return (
-            f"{self.bits} bits, {shared}" + ("" if self.symmetric else ", asymmetric") + (", activations of 8 bits" if self.inputs else "")
+            f"{self.bits} bits, {shared}"
+            + ("" if self.symmetric else ", asymmetric")
+            + (", activations of 8 bits" if self.inputs else "")
         )
 
     @property
@@ -69,10 +72,13 @@ def packing_of(folder: Path | None) -> Packing:
     path = None if folder is None else folder / "records.json"
     records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
     stages: list[dict[str, Any]] = records.get("recipe", {}).get("stages", [])
-    rounding = [(name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name == "smoothquant"]
+    rounding = [
+        (name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name == "smoothquant"
+    ]
     if not rounding:
         raise ExportError(
-            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant on it first"
+            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant on"
+            " it first"
         )
     name, knobs = rounding[-1]
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
@@ -99,16 +105,26 @@ def save_packed(
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
 
-    Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if `folder` may not be
-    written.
+    Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if
+    `folder` may not be written.
     """
     tied: dict[str, Any] = getattr(model, "_tied_weights_keys", None) or {}
-    state = {name: tensor for name, tensor in model.state_dict().items() if not (model.config.tie_word_embeddings and name in tied)}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_word_embeddings and name in tied)
+    }
     for name in packing.linears:
-        state |= {f"{name}.{part}": tensor for part, tensor in _packed(name, state.pop(f"{name}.weight"), packing).items()}
+        state |= {
+            f"{name}.{part}": tensor for part, tensor in _packed(name, state.pop(f"{name}.weight"), packing).items()
+        }
     config = {**json.loads(model.config.to_json_string()), "quantization_config": _config(model, packing)}
     with new_folder(folder, force) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            temporary / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -117,7 +133,9 @@ def save_packed(
 
 
 def _packed(name: str, weight: Tensor, packing: Packing) -> dict[str, Tensor]:
-    """What is written of a linear's weight [out, in]: codes, scales [out, groups] and, of asymmetric grids, zero points."""
+    """What is written of a linear's weight [out, in]: codes, scales [out, groups] and, of asymmetric grids, zero
+    points.
+    """
     bits = packing.bits
     grid = recovered(weight, bits, packing.group, symmetric=packing.symmetric)
     if grid is None:
@@ -145,19 +163,34 @@ def _config(model: nn.Module, packing: Packing) -> dict[str, Any]:
     quantization = _library("quantization")
     group = packing.group
     weights = quantization.QuantizationArgs(
-        num_bits=packing.bits, type="int", symmetric=packing.symmetric, strategy="group" if group else "channel", group_size=group or None
+        num_bits=packing.bits,
+        type="int",
+        symmetric=packing.symmetric,
+        strategy="group" if group else "channel",
+        group_size=group or None,
     )
-    inputs = packing.inputs and quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy=packing.inputs, dynamic=True)
-    whole = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packing.linears]
+    inputs = packing.inputs and quantization.QuantizationArgs(
+        num_bits=8, type="int", symmetric=True, strategy=packing.inputs, dynamic=True
+    )
+    whole = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packing.linears
+    ]
     made = quantization.QuantizationConfig(
-        config_groups={"group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
+        config_groups={
+            "group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+        },
         format=packing.format,
         quantization_status="compressed",
         ignore=whole,
     )
     version = _library("version").__version__
     at_once = {} if packing.symmetric else {"dequantize": True}
-    return {"quant_method": "compressed-tensors", "version": version, **made.model_dump(mode="json", exclude={"quant_method"}), **at_once}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": version,
+        **made.model_dump(mode="json", exclude={"quant_method"}),
+        **at_once,
+    }
 
 
 def _library(part: str) -> Any:

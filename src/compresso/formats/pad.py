@@ -1,4 +1,6 @@
-"""Zero padding that leaves the function unchanged: added heads and channels compute something that meets only zeros on its way out."""
+"""Zero padding that leaves the function unchanged: added heads and channels compute something that meets only zeros on
+its way out.
+"""
 
 from collections.abc import Mapping
 
@@ -9,11 +11,17 @@ from compresso.arch.base import LayerShape
 
 
 def pad_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], shapes: tuple[LayerShape, ...], wide: LayerShape, head_dim: int
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    shapes: tuple[LayerShape, ...],
+    wide: LayerShape,
+    head_dim: int,
 ) -> dict[str, Tensor]:
-    """All expected tensors: those there are, padded to the wide layer; those of absent sub-layers zero, their norms one.
+    """All expected tensors: those there are, padded to the wide layer; those of absent sub-layers zero, their norms
+    one.
 
-    Query heads stay with their key/value head: a layer's [kv, group] heads become the first entries of [wide kv, wide group].
+    Query heads stay with their key/value head: a layer's [kv, group] heads become the first entries of [wide kv, wide
+    group].
     """
     like = tensors["model.embed_tokens.weight"]
     padded: dict[str, Tensor] = {}

@@ -1,4 +1,6 @@
-"""Models without a per-layer form of ours: their own class and config hold them with the same widths in every layer, or nothing does."""
+"""Models without a per-layer form of ours: their own class and config hold them with the same widths in every layer, or
+nothing does.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channel
 
 
 def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: str) -> None:
-    """Raise ExportError, saying what would do, if a layout other than uniform is asked for or the model's own config cannot hold it."""
+    """Raise ExportError, saying what would do, if a layout other than uniform is asked for or the model's own config
+    cannot hold it.
+    """
     kind = model.config.model_type
     check_written(kind, layout)
     if (obstacle := plain_obstacle(model, shapes)) is not None:
@@ -25,7 +29,8 @@ def check_written(model_type: str, layout: str) -> None:
     """Raise ExportError for a layout that such families have not."""
     if layout not in ("auto", "uniform"):
         raise ExportError(
-            f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every layer."
+            f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every"
+            " layer."
         )
 
 

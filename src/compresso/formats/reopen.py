@@ -1,6 +1,7 @@
 """Opening a written checkpoint in a fresh process and comparing its logits with those of the model it was written from.
 
-Run as `python -m compresso.formats.reopen`, this file is also that fresh process: what it knows of the model is on disk.
+Run as `python -m compresso.formats.reopen`, this file is also that fresh process: what it knows of the model is on
+disk.
 """
 
 import json
@@ -24,19 +25,25 @@ from compresso.errors import ExportError, ResourceError
 
 
 def reopen_and_compare(
-    folder: Path | str, model: PreTrainedModel, ids: Tensor, atol: float, dtype: torch.dtype = torch.float32, device: str | None = None
+    folder: Path | str,
+    model: PreTrainedModel,
+    ids: Tensor,
+    atol: float,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
 ) -> float:
     """Open `folder` in a fresh Python process and return the largest difference of its logits from the live model's.
 
-    Both run in `dtype` on the same device; the live model's weights are rounded to the stored dtype first, and restored after. A large
-    model is compared with less memory in its own dtype.
+    Both run in `dtype` on the same device; the live model's weights are rounded to the stored dtype first, and restored
+    after. A large model is compared with less memory in its own dtype.
 
     Args:
         ids: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
         atol: largest difference allowed.
         device: where the fresh process computes; None for the live model's device.
 
-    Raises ExportError if the folder does not open, or its logits differ by more than `atol` or in shape; ResourceError if memory is short.
+    Raises ExportError if the folder does not open, or its logits differ by more than `atol` or in shape; ResourceError
+    if memory is short.
     """
     folder = Path(folder).resolve()
     stored = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
@@ -47,7 +54,17 @@ def reopen_and_compare(
         package_root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (package_root, os.environ.get("PYTHONPATH")) if part)
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "compresso.formats.reopen", str(folder), given, result, name, device or str(model.device)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "compresso.formats.reopen",
+                str(folder),
+                given,
+                result,
+                name,
+                device or str(model.device),
+            ],
             env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -56,7 +73,8 @@ def reopen_and_compare(
         last = (done.stderr.strip().splitlines() or [""])[-1][:300]
         if done.returncode < 0 or "OutOfMemory" in last or "MemoryError" in last:
             raise ResourceError(
-                f"reopening {folder} ended by signal or lack of memory ({done.returncode}: {last}). Free memory and try again."
+                f"reopening {folder} ended by signal or lack of memory ({done.returncode}: {last}). Free memory and try"
+                " again."
             )
         if done.returncode:
             raise ExportError(f"{folder} does not open in a fresh process: {last}")
@@ -67,13 +85,17 @@ def reopen_and_compare(
         raise ExportError(f"{folder} reads back with logits {list(found.shape)} instead of {list(wanted.shape)}.")
     worst = float((found - wanted).abs().max())
     if not worst <= atol:  # also for NaN
-        raise ExportError(f"{folder} reads back differently: logits differ by up to {worst:.3g}, allowed is {atol:.3g}.")
+        raise ExportError(
+            f"{folder} reads back differently: logits differ by up to {worst:.3g}, allowed is {atol:.3g}."
+        )
     return worst
 
 
 @contextmanager
 def _as_stored(model: PreTrainedModel, stored: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
-    """The model in eval mode with its parameters rounded to one dtype and computing in another; as before on leaving."""
+    """The model in eval mode with its parameters rounded to one dtype and computing in another;
+    as before on leaving.
+    """
     training, before = model.training, [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         model.eval()

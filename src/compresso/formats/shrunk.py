@@ -1,6 +1,7 @@
 """A live shrunk model as it is: what a layout needs to know, read off its modules and tensors.
 
-All widths come from the shapes, the tensors and the live norms, never from the model's config: that may be from before pruning.
+All widths come from the shapes, the tensors and the live norms, never from the model's config: that may be from before
+pruning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,13 +37,18 @@ class Shrunk:
 
 
 def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
-    """Read a live model of a known family. Raises ExportError if shapes and modules disagree, or norms have different epsilons."""
+    """Read a live model of a known family. Raises ExportError if shapes and modules disagree, or norms have different
+    epsilons.
+    """
     family = family_of(model.config.model_type)
     if family is None:
         raise ExportError(f"cannot write model_type '{model.config.model_type}'; known: {', '.join(CLASSES)}.")
     n_layers = len(list(model.get_decoder().layers))  # pyright: ignore[reportArgumentType]
     if n_layers != len(shapes):
-        raise ExportError(f"{len(shapes)} layer shapes were given for a model of {n_layers} layers. Describe the model after shrinking it.")
+        raise ExportError(
+            f"{len(shapes)} layer shapes were given for a model of {n_layers} layers. Describe the model after"
+            " shrinking it."
+        )
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -56,7 +62,8 @@ def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
         if len(epsilons) > 1:
             told = ", ".join(f"{name} {eps:g}" for eps, name in epsilons.items())
             raise ExportError(
-                f"norms have different epsilons ({told}), and no layout holds more than one. Prune the hidden size in all of them."
+                f"norms have different epsilons ({told}), and no layout holds more than one. Prune the hidden size in"
+                " all of them."
             )
     described = Shrunk(
         family=family,
@@ -81,7 +88,9 @@ def _head_dim(config: PreTrainedConfig, tensors: Mapping[str, Tensor], shapes: S
         weight = tensors.get(f"model.layers.{index}.self_attn.q_proj.weight")
         if shape.query_heads and weight is not None:
             return weight.shape[0] // shape.query_heads
-    raise ExportError("neither the config nor an attention layer tells the head_dim. Merge adapters, or set config.head_dim.")
+    raise ExportError(
+        "neither the config nor an attention layer tells the head_dim. Merge adapters, or set config.head_dim."
+    )
 
 
 def _kinds(config: PreTrainedConfig, shapes: Sequence[LayerShape]) -> tuple[str, ...] | None:
@@ -93,7 +102,8 @@ def _kinds(config: PreTrainedConfig, shapes: Sequence[LayerShape]) -> tuple[str,
         return tuple(kinds[:1]) * len(shapes)
     if len(kinds) != len(shapes):
         raise ExportError(
-            f"config.layer_types lists {len(kinds)} layers, the model has {len(shapes)}. Remove the entries of removed layers."
+            f"config.layer_types lists {len(kinds)} layers, the model has {len(shapes)}. Remove the entries of removed"
+            " layers."
         )
     return tuple(kinds)
 
@@ -102,7 +112,9 @@ def check_against_tensors(model: Shrunk) -> None:
     """Raise ExportError naming the first projection whose size is not what the shapes say."""
     for index, shape in enumerate(model.shapes):
         if bool(shape.query_heads) != bool(shape.kv_heads) or (shape.kv_heads and shape.query_heads % shape.kv_heads):
-            raise ExportError(f"layers.{index}: {shape.query_heads} query heads cannot share {shape.kv_heads} key/value heads evenly.")
+            raise ExportError(
+                f"layers.{index}: {shape.query_heads} query heads cannot share {shape.kv_heads} key/value heads evenly."
+            )
         for part, rows in (
             ("self_attn.q_proj", shape.query_heads * model.head_dim),
             ("self_attn.k_proj", shape.kv_heads * model.head_dim),
@@ -110,4 +122,7 @@ def check_against_tensors(model: Shrunk) -> None:
         ):
             tensor = model.tensors.get(f"model.layers.{index}.{part}.weight")
             if (found := 0 if tensor is None else tensor.shape[0]) != rows:
-                raise ExportError(f"layers.{index}.{part} has {found} rows, its shape says {rows}. Describe the model after shrinking it.")
+                raise ExportError(
+                    f"layers.{index}.{part} has {found} rows, its shape says {rows}. Describe the model after"
+                    " shrinking it."
+                )

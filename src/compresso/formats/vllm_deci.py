@@ -1,8 +1,10 @@
-"""Writing a shrunk LLaMA or Mistral as a DeciLM, the per-layer form that vLLM has a class of its own for (`nemotron_nas.py`).
+"""Writing a shrunk LLaMA or Mistral as a DeciLM, the per-layer form that vLLM has a class of its own for
+(`nemotron_nas.py`).
 
-FFNs keep the width of their layer. Query heads are one number for the whole model there, so that narrower attentions are filled with zeros
-to the widest, which computes the same; an absent attention or FFN is a `no_op`, but for the first attention, which that class cannot do
-without: it is written as zeros. Run in vLLM 0.32 on a processor: the same greedy tokens as transformers.
+FFNs keep the width of their layer. Query heads are one number for the whole model there, so that narrower attentions
+are filled with zeros to the widest, which computes the same; an absent attention or FFN is a `no_op`, but for the first
+attention, which that class cannot do without: it is written as zeros. Run in vLLM 0.32 on a processor: the same greedy
+tokens as transformers.
 """
 
 import json
@@ -25,7 +27,15 @@ from compresso.formats.shrunk import Shrunk, describe
 
 CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
 DECI_CLASS = Shipped(CONFIGURATION, frozenset({"DeciLMConfig"}))
-_KEPT = ("vocab_size", "max_position_embeddings", "rope_parameters", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT = (
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_parameters",
+    "hidden_act",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 def save_vllm_deci(
@@ -81,7 +91,10 @@ def deci_config(model: Shrunk, live: PreTrainedModel) -> dict[str, Any]:
     wide, given = widest(model), live.config.to_dict()
     blocks = [
         {
-            "attention": {"no_op": not shape.kv_heads, "n_heads_in_group": wide.query_heads // wide.kv_heads if shape.kv_heads else None},
+            "attention": {
+                "no_op": not shape.kv_heads,
+                "n_heads_in_group": wide.query_heads // wide.kv_heads if shape.kv_heads else None,
+            },
             "ffn": {"no_op": not shape.channels, "intermediate_size": shape.channels or None},
         }
         for shape in deci_shapes(model)
@@ -120,9 +133,15 @@ def deci_tensors(model: Shrunk) -> dict[str, Tensor]:
             expected |= {f"{layer}.self_attn.{part}.weight": size for part, size in sizes.items()}
         if shape.channels:
             expected[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-            sizes = {"gate_proj": (shape.channels, hidden), "up_proj": (shape.channels, hidden), "down_proj": (hidden, shape.channels)}
+            sizes = {
+                "gate_proj": (shape.channels, hidden),
+                "up_proj": (shape.channels, hidden),
+                "down_proj": (hidden, shape.channels),
+            }
             expected |= {f"{layer}.mlp.{part}.weight": size for part, size in sizes.items()}
-    outside = {name: tuple(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("model.layers.")}
+    outside = {
+        name: tuple(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("model.layers.")
+    }
     return pad_tensors(model.tensors, {**outside, **expected}, model.shapes, widest(model), dim)
 
 

@@ -1,15 +1,17 @@
-"""AWQ: the inputs with large activations get larger weights before rounding, so that they lose less (Lin et al., arXiv 2306.00978).
+"""AWQ: the inputs with large activations get larger weights before rounding, so that they lose less (Lin et al., arXiv
+2306.00978).
 
-Section 3.2, eq. 4 and 5: W diag(s) is rounded, and x / s comes from what feeds the layer: the norm in front of it, v for o, up for down.
-    s = a^r with a the mean |x| of each input; r is searched on a grid of 20.
-Public code: by choice s = a^r / w^(1 - r) (`by_weight`); then the range of each group is clamped where that lowers the error of its
-    outputs, but not in q and k, and weights are rounded to nearest.
+Section 3.2, eq. 4 and 5: W diag(s) is rounded, and x / s comes from what feeds the layer: the norm in front of it, v
+    for o, up for down. s = a^r with a the mean |x| of each input; r is searched on a grid of 20.
+Public code: by choice s = a^r / w^(1 - r) (`by_weight`); then the range of each group is clamped where that lowers the
+    error of its outputs, but not in q and k, and weights are rounded to nearest.
 
-Departures: the error is that of the linears' own outputs over all calibration tokens, by their second moment; the public code runs the
-attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is calibrated on what the rounded blocks before
-it give out, where the public code takes the dense ones' outputs. A group whose inputs nothing feeds linearly (o under grouped queries, an
-FFN without a gate, fused projections), or of which `where` leaves a part out, is rounded without a scale, and the records say so.
-Values are stored as full numbers, so this shows what rounding costs, not what packing saves.
+Departures: the error is that of the linears' own outputs over all calibration tokens, by their second moment; the
+public code runs the attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is
+calibrated on what the rounded blocks before it give out, where the public code takes the dense ones' outputs. A group
+whose inputs nothing feeds linearly (o under grouped queries, an FFN without a gate, fused projections), or of which
+`where` leaves a part out, is rounded without a scale, and the records say so. Values are stored as full numbers, so
+this shows what rounding costs, not what packing saves.
 """
 
 from typing import Annotated, ClassVar
@@ -35,7 +37,10 @@ from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, name
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="Weights of 3 or 4 bits in groups, where few examples are at hand; it fits them less than gptq does.",
-    failures="At 3 bits small models lose much. Values are stored as full numbers. o is not scaled under grouped-query attention.",
+    failures=(
+        "At 3 bits small models lose much. Values are stored as full numbers. o is not scaled under grouped-query"
+        " attention."
+    ),
 )
 class Awq:
     """Knobs of AWQ.

@@ -1,14 +1,15 @@
-"""Contextual pruning for a target size: units that a domain's text hardly activates leave for good (Mini-GPTs, arXiv 2312.12682).
+"""Contextual pruning for a target size: units that a domain's text hardly activates leave for good (Mini-GPTs, arXiv
+2312.12682).
 
-The paper's measure, mean absolute activations on text of the domain, as a method that shrinks: each layer's means are divided by their
-largest, all layers are ranked together, and the least used units leave until a budget is met. `contextual_thresholds` is the published
-procedure, and `cut_vocab` its part about tokens.
+The paper's measure, mean absolute activations on text of the domain, as a method that shrinks: each layer's means are
+divided by their largest, all layers are ranked together, and the least used units leave until a budget is met.
+`contextual_thresholds` is the published procedure, and `cut_vocab` its part about tokens.
 
-Departures:
-    A unit is an FFN channel with its rows and columns, or a head, instead of single rows and columns that are zeroed.
-    Means are relative to their layer and a size is met, since activations grow with depth: one threshold means another in each.
-    The mean output of what leaves goes into the bias of the linear that read it, where the architecture has one; the records say where not.
-    Calibration examples are training examples; held-out ones of the same domain are never read.
+Departures: A unit is an FFN channel with its rows and columns, or a head, instead of single rows and columns that are
+    zeroed. Means are relative to their layer and a size is met, since activations grow with depth: one threshold means
+    another in each. The mean output of what leaves goes into the bias of the linear that read it, where the
+    architecture has one; the records say where not. Calibration examples are training examples; held-out ones of the
+    same domain are never read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,10 @@ from compresso.solve.allocate import allocate
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data",),
     when="For models of one domain, with text of that domain; one pass of forward passes, no gradients.",
-    failures="What other domains need is gone, and a unit that speaks rarely but matters counts as unused: measure on what must survive.",
+    failures=(
+        "What other domains need is gone, and a unit that speaks rarely but matters counts as unused: measure on what"
+        " must survive."
+    ),
 )
 class Contextual:
     """Knobs of contextual pruning to a size.
@@ -67,10 +71,21 @@ class Contextual:
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(self.keep, self.of, self.kinds, uniform_over=uniform, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=uniform,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def check_data(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: PreTrainedConfig,
+        window: int | None,
     ) -> None:
         """Raises DataError for plain text of less than a window."""
         check_window(rows, window)
@@ -101,7 +116,9 @@ class Contextual:
     def _batches(self, job: Job) -> Iterator[dict[str, Tensor]]:
         """The calibration batches, `micro_batch` examples at a time."""
         source = job.batches(self.batch, "contextual")
-        parts = [range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)]
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
         return (source.at(update, rows) for update in range(self.batches) for rows in parts)
 
 

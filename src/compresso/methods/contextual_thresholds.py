@@ -1,23 +1,24 @@
-"""Mini-GPTs as published: weights that a domain's text does not use become 0 by absolute thresholds, the rest is tuned (arXiv 2312.12682).
+"""Mini-GPTs as published: weights that a domain's text does not use become 0 by absolute thresholds, the rest is tuned
+(arXiv 2312.12682).
 
 Means of absolute activations are taken in one pass over the dense model, for all linear layers. Then
-linear      a column whose input, and a row whose output (or output without the bias) lies at or below a threshold, becomes 0
+linear      a column whose input, and a row whose output (or output without the bias) lies at or below a threshold,
+            becomes 0
 activation  so does a row and its bias whose activation function gives no more than a threshold
 embedding   so do the embedding and head rows of tokens whose share of the text is at or below a threshold
 tuning      all weights learn the domain's text with AdamW; gradients of zeroed weights are masked, so that they stay 0
 
 Nothing gets smaller: `contextual` and `cut_vocab` remove for good.
 
-Departures, most of them bugs of the public code (tval2/contextual-pruning) that are not repeated:
-    Calibration reads whole batches (there: the first example of each for activations) and training examples only; perplexity is measured on
-    held-out ones (there: on the 40 calibration windows).
-    Activation functions of any kind are found by the tensor they are given (there: ReLU and one GELU, by the names of Phi-1.5).
-    Layers without a bias are pruned too (there: a crash), a threshold of 0 takes what is exactly 0 (there: the rule is skipped), and null
-    turns a rule off (there: -1, for embeddings alone).
-    Tuning sees all training examples for a number of updates (there: one sequence of 512 tokens, up to 200 epochs or until the perplexity
-    is that of the dense model). Norm weights that are 0 are not masked.
-    A head tied to the embedding is left out of the linear rule, which would zero the embedding with it.
-    The share of zeros is recorded as what it is, not as a size.
+Departures, most of them bugs of the public code (tval2/contextual-pruning) that are not repeated: Calibration reads
+    whole batches (there: the first example of each for activations) and training examples only; perplexity is measured
+    on held-out ones (there: on the 40 calibration windows). Activation functions of any kind are found by the tensor
+    they are given (there: ReLU and one GELU, by the names of Phi-1.5). Layers without a bias are pruned too (there: a
+    crash), a threshold of 0 takes what is exactly 0 (there: the rule is skipped), and null turns a rule off (there: -1,
+    for embeddings alone). Tuning sees all training examples for a number of updates (there: one sequence of 512 tokens,
+    up to 200 epochs or until the perplexity is that of the dense model). Norm weights that are 0 are not masked. A head
+    tied to the embedding is left out of the linear rule, which would zero the embedding with it. The share of zeros is
+    recorded as what it is, not as a size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +53,14 @@ Masks = dict[str, Tensor]
     paper="2312.12682",
     effects=Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
-    when="To repeat the paper, or to see how little of a model a domain uses. Zeros are stored dense: no size and no speed is gained.",
-    failures="One threshold means another thing in every layer, since activations grow with depth; too high a one silences early layers.",
+    when=(
+        "To repeat the paper, or to see how little of a model a domain uses. Zeros are stored dense: no size and no"
+        " speed is gained."
+    ),
+    failures=(
+        "One threshold means another thing in every layer, since activations grow with depth; too high a one silences"
+        " early layers."
+    ),
 )
 class ContextualThresholds:
     """Knobs of the published procedure.
@@ -89,7 +96,11 @@ class ContextualThresholds:
     save_every: Annotated[int, Ge(1)] = 50
 
     def check_data(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: PreTrainedConfig,
+        window: int | None,
     ) -> None:
         """Raises DataError for plain text of less than a window."""
         check_window(rows, window)
@@ -104,7 +115,9 @@ class ContextualThresholds:
         if self.embedding is not None:
             special = set(job.tokenizer.all_special_ids if job.tokenizer else ()) | token_ids(job.model) | {job.pad_id}
             share = shares((row["input_ids"] for row in rows), int(job.model.config.vocab_size))
-            masks = with_tokens_zeroed(job.model, masks, (share > self.embedding).index_fill(0, torch.tensor(sorted(special)), True))
+            masks = with_tokens_zeroed(
+                job.model, masks, (share > self.embedding).index_fill(0, torch.tensor(sorted(special)), True)
+            )
         model = cast(PreTrainedModel, cast(nn.Module, job.model).float()).requires_grad_(True)
         zero_(model, masks)
         named = dict(model.named_parameters())
@@ -131,11 +144,19 @@ class ContextualThresholds:
         model = cast(PreTrainedModel, cast(nn.Module, model).to(stored)).requires_grad_(False)
         zeroed = {name: int((~stays).sum()) for name, stays in masks.items() if not bool(stays.all())}
         n = sum(parameter.numel() for parameter in model.parameters())
-        facts = {"updates": total, "lr": self.lr, "zeroed": sum(zeroed.values()) / n, "zeroed_tensors": zeroed, "curve": curve(history)}
+        facts = {
+            "updates": total,
+            "lr": self.lr,
+            "zeroed": sum(zeroed.values()) / n,
+            "zeroed_tensors": zeroed,
+            "curve": curve(history),
+        }
         return replace(job, model=model).note("contextual_thresholds", **facts)
 
 
-def linear_masks(model: PreTrainedModel, uses: Mapping[str, Uses], linear: float | None, activation: float | None) -> Masks:
+def linear_masks(
+    model: PreTrainedModel, uses: Mapping[str, Uses], linear: float | None, activation: float | None
+) -> Masks:
     """What the linear and the activation rule leave of every linear layer's weight and bias."""
     masks: Masks = {}
     embedding = model.get_input_embeddings()

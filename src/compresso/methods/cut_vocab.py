@@ -1,14 +1,15 @@
-"""Takes tokens that a domain does not use out of embedding, head and tokenizer (contextual pruning, arXiv 2312.12682, embeddings).
+"""Takes tokens that a domain does not use out of embedding, head and tokenizer (contextual pruning, arXiv 2312.12682,
+embeddings).
 
-The paper scores a token by its share of the domain's text and zeroes the embedding and head rows of those at or below a threshold.
+The paper scores a token by its share of the domain's text and zeroes the embedding and head rows of those at or below a
+threshold.
 
-Departures:
-    The rows leave, and the tokenizer with them. A zeroed head row still gives the logit 0, which wins wherever others are negative.
-    Tokens stay that a used token is merged from, special and added tokens, and bytes or characters: any text can still be written, and
-    text whose tokens all stay is encoded as before.
-    Shares are counted on training examples alone. Held-out and training examples with a token that left are spelled with what stays;
-    without a tokenizer they are dropped. Both are counted in the records.
-    The number of tokens may be limited, and filled up to a multiple that hardware likes.
+Departures: The rows leave, and the tokenizer with them. A zeroed head row still gives the logit 0, which wins wherever
+    others are negative. Tokens stay that a used token is merged from, special and added tokens, and bytes or
+    characters: any text can still be written, and text whose tokens all stay is encoded as before. Shares are counted
+    on training examples alone. Held-out and training examples with a token that left are spelled with what stays;
+    without a tokenizer they are dropped. Both are counted in the records. The number of tokens may be limited, and
+    filled up to a multiple that hardware likes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,14 +40,21 @@ from compresso.solve.tokens import keep_tokens, shares
     paper="2312.12682",
     effects=Effects.SHAPES,
     needs=("data",),
-    when="For models of one domain or language whose embeddings weigh much. Before all other stages, so that they train on the new tokens.",
-    failures="Other text costs more tokens and loses quality: look at removed_mass and at how many held-out examples were spelled anew.",
+    when=(
+        "For models of one domain or language whose embeddings weigh much. Before all other stages, so that they train"
+        " on the new tokens."
+    ),
+    failures=(
+        "Other text costs more tokens and loses quality: look at removed_mass and at how many held-out examples were"
+        " spelled anew."
+    ),
 )
 class CutVocab:
     """Knobs of the cut.
 
     Args:
-        threshold: a token leaves where its share of the training examples' tokens is at or below this; 0 takes what never occurs.
+        threshold: a token leaves where its share of the training examples' tokens is at or below this; 0 takes what
+            never occurs.
         most: tokens that stay at most, the most frequent first; null for no limit.
         multiple_of: fill up with the lowest ids to a multiple of this; 64 suits GPUs.
     """
@@ -64,10 +72,15 @@ class CutVocab:
         return Plan() if self.most is None or self.most >= size else Plan({"vocab": tuple(range(self.most))})
 
     def check_data(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: PreTrainedConfig,
+        window: int | None,
     ) -> None:
-        """Raises DataError for plain text of less than a window, CheckpointError for a tokenizer that cannot be cut, InfeasibleBudget for a
-        limit below what must stay."""
+        """Raises DataError for plain text of less than a window, CheckpointError for a tokenizer that cannot be cut,
+        InfeasibleBudget for a limit below what must stay.
+        """
         check_window(rows, window)
         words = _Words.of(tokenizer)
         keep_tokens(torch.zeros(config.vocab_size, dtype=torch.float64), words.lasting, words.made_of, most=self.most)
@@ -79,7 +92,9 @@ class CutVocab:
         used = shares((row["input_ids"] for row in job.rows), axis.size)
         lasting = {*words.lasting, *token_ids(job.model), job.pad_id}
         try:
-            kept = keep_tokens(used, lasting, words.made_of, threshold=self.threshold, most=self.most, multiple_of=self.multiple_of)
+            kept = keep_tokens(
+                used, lasting, words.made_of, threshold=self.threshold, most=self.most, multiple_of=self.multiple_of
+            )
         except InfeasibleBudget as error:
             raise BudgetError(f"stage 'cut_vocab': {error}") from error
         mask = torch.zeros(axis.size)
@@ -96,7 +111,9 @@ def _vocab(axes: Sequence[Axis]) -> Axis:
     """The axis of tokens. Raises ArchError where the architecture describes none."""
     found = next((axis for axis in axes if axis.kind == Kind.VOCAB), None)
     if found is None:
-        raise ArchError("stage 'cut_vocab': this architecture's tokens are not described as an axis; leave the stage out")
+        raise ArchError(
+            "stage 'cut_vocab': this architecture's tokens are not described as an axis; leave the stage out"
+        )
     return found
 
 
@@ -109,10 +126,15 @@ class _Words:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | None) -> "_Words":
-        """Without a tokenizer every token is made of itself and none has to last. Raises CheckpointError if it cannot be cut."""
+        """Without a tokenizer every token is made of itself and none has to last. Raises CheckpointError if it cannot
+        be cut.
+        """
         if tokenizer is None:
             return cls(frozenset(), lambda i: (i,))
         state = state_of(tokenizer)
         vocab, parts = pieces.vocabulary(state), pieces.makings(state)
         names = {i: piece for piece, i in vocab.items()}
-        return cls(frozenset(lasting_ids(tokenizer)), lambda i: [vocab[part] for part in parts(names[i])] if i in names else (i,))
+        return cls(
+            frozenset(lasting_ids(tokenizer)),
+            lambda i: [vocab[part] for part in parts(names[i])] if i in names else (i,),
+        )

@@ -1,12 +1,13 @@
 """Distillation: the smaller model learns to predict what the dense model predicts (Hinton et al., arXiv 1503.02531).
 
-As Minitron (arXiv 2407.14679, section 3) uses it to retrain pruned models: the teacher is the model the run started from, read once more;
-the loss is the divergence of next-token distributions alone, and by choice a label loss and a distance between hidden states whose weight
-is scaled to the divergence at each step.
+As Minitron (arXiv 2407.14679, section 3) uses it to retrain pruned models: the teacher is the model the run started
+from, read once more; the loss is the divergence of next-token distributions alone, and by choice a label loss and a
+distance between hidden states whose weight is scaled to the divergence at each step.
 
-Departures. The loss is multiplied by the squared temperature (Hinton et al.; not in Minitron's code; nothing at temperature 1). By default
-LoRA adapters learn, as in `recover`; Minitron trains all weights (`train: all`). Hidden states are compared on the layers and hidden
-dimensions that are left, which the plan knows, instead of through a learned projection; and after the layers, before the final norm.
+Departures. The loss is multiplied by the squared temperature (Hinton et al.; not in Minitron's code; nothing at
+temperature 1). By default LoRA adapters learn, as in `recover`; Minitron trains all weights (`train: all`). Hidden
+states are compared on the layers and hidden dimensions that are left, which the plan knows, instead of through a
+learned projection; and after the layers, before the final norm.
 """
 
 from dataclasses import replace
@@ -36,9 +37,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
     paper="1503.02531",
     effects=Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
-    when="Instead of `recover`, or after it, where the dense model fits beside the smaller one; a step costs one more forward pass.",
-    failures="Without data like the dense model's own it teaches what the dense model thinks of foreign text. A temperature far above 1 "
-    "teaches the tail of the vocabulary; a rising held-out loss shows either, or too high a rate.",
+    when=(
+        "Instead of `recover`, or after it, where the dense model fits beside the smaller one; a step costs one more"
+        " forward pass."
+    ),
+    failures=(
+        "Without data like the dense model's own it teaches what the dense model thinks of foreign text. A temperature"
+        " far above 1 teaches the tail of the vocabulary; a rising held-out loss shows either, or too high a rate."
+    ),
 )
 class Distill:
     """Knobs of distillation.
@@ -49,12 +55,14 @@ class Distill:
         train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         divergence: "forward" KL(dense || smaller), "reverse", or "js" (generalised Jensen-Shannon).
         temperature: divides both models' logits.
         beta: the dense model's share of the mixture of "js".
         hard_weight: of the next-token loss on labels, beside the divergence.
-        intermediate_weight: of the hidden states' distance, relative to the divergence; 0 compares none. For models that lost many layers.
+        intermediate_weight: of the hidden states' distance, relative to the divergence; 0 compares none. For models
+            that lost many layers.
         intermediate: that distance: "cosine" or "mse".
         tokens: which positions count: those that predict a "labelled" token, or "all" but padding.
         chunk: tokens whose logits exist at a time.
@@ -101,7 +109,11 @@ class Distill:
         (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
         stored = job.model.eval().dtype
         teacher = self._teacher(job)
-        adapted = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed) if self.train == "lora" else None
+        adapted = (
+            attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
+            if self.train == "lora"
+            else None
+        )
         # small updates of all weights would be rounded away in half precision
         model: nn.Module = job.model.float().requires_grad_(True) if adapted is None else adapted
         objective = self._objective(job, model, teacher)
@@ -129,13 +141,20 @@ class Distill:
         if self.save_adapter and adapted is not None:
             job.keep_adapter(adapted, "distill")
         trained = cast(Any, job.model).to(stored).requires_grad_(False) if adapted is None else merge_(adapted)
-        facts = {"updates": total, "trainable": sum(parameter.numel() for parameter in learning), "lr": lr, "curve": curve(history)}
+        facts = {
+            "updates": total,
+            "trainable": sum(parameter.numel() for parameter in learning),
+            "lr": lr,
+            "curve": curve(history),
+        }
         return replace(job, model=trained).note("distill", **facts)
 
     def _teacher(self, job: Job) -> PreTrainedModel:
         """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""
         if job.original is None:
-            raise CheckpointError("distillation needs the dense model as its teacher, and this job names none; set Job.original")
+            raise CheckpointError(
+                "distillation needs the dense model as its teacher, and this job names none; set Job.original"
+            )
         device = torch.device("cpu") if self.teacher_device == "cpu" else job.device
         teacher = job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device)
         teacher.requires_grad_(False)

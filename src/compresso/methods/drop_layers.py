@@ -1,19 +1,20 @@
 """Depth pruning: whole layers, or attention or MLP sub-layers, leave; what is left runs as it did.
 
-    influence   ShortGPT (Men et al., arXiv 2403.03853, section 3): block influence 1 - cos of the stream before and after, the mean over
-                all tokens; the least influential go, wherever they lie
-    angular     Gromov et al. (arXiv 2403.17887, section 3.2): the contiguous run of n layers whose input and output differ by the
-                smallest angle at an example's last token
-    perplexity  Minitron (arXiv 2407.14679, section 2.2): the loss after each has been left out alone, or, iterative, one after another with
-                those chosen before already left out
+    influence   ShortGPT (Men et al., arXiv 2403.03853, section 3): block influence 1 - cos of the stream before and
+                after, the mean over all tokens; the least influential go, wherever they lie
+    angular     Gromov et al. (arXiv 2403.17887, section 3.2): the contiguous run of n layers whose input and output
+                differ by the smallest angle at an example's last token
+    perplexity  Minitron (arXiv 2407.14679, section 2.2): the loss after each has been left out alone, or, iterative,
+                one after another with those chosen before already left out
     reverse     the last first, a baseline
     random      a baseline
 
-Departures: the stream is read before the final norm (ShortGPT's public code takes the last of transformers' `hidden_states`, which lies
-behind it), padding counts nowhere, a token whose state is zero has no direction and is left out. Calibration is a shuffled part of the
-training data instead of PG19 (ShortGPT). ShortGPT drops round(share x layers) layers; here, as everywhere, the result is never above its
-budget, or `drop` says how many. ShortGPT scores layers only: sub-layers get the same score on the stream around them, attention and MLP in
-one pool if both are named. Of equal scores the lowest index goes first. Loss instead of perplexity: it ranks the same.
+Departures: the stream is read before the final norm (ShortGPT's public code takes the last of transformers'
+`hidden_states`, which lies behind it), padding counts nowhere, a token whose state is zero has no direction and is left
+out. Calibration is a shuffled part of the training data instead of PG19 (ShortGPT). ShortGPT drops round(share x
+layers) layers; here, as everywhere, the result is never above its budget, or `drop` says how many. ShortGPT scores
+layers only: sub-layers get the same score on the stream around them, attention and MLP in one pool if both are named.
+Of equal scores the lowest index goes first. Loss instead of perplexity: it ranks the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +41,14 @@ from compresso.training.noise import mixed_seed
     paper="2403.03853",
     effects=Effects.SHAPES,
     needs=("data",),
-    when="For speed: decoding time and cache fall with every layer that leaves; up to about a quarter of the layers, recovery after it.",
-    failures="Open-ended generation breaks before multiple-choice scores fall: read the texts. Coarse: a whole layer is the unit.",
+    when=(
+        "For speed: decoding time and cache fall with every layer that leaves; up to about a quarter of the layers,"
+        " recovery after it."
+    ),
+    failures=(
+        "Open-ended generation breaks before multiple-choice scores fall: read the texts. Coarse: a whole layer is the"
+        " unit."
+    ),
 )
 class DropLayers:
     """Knobs of depth pruning.
@@ -71,11 +78,17 @@ class DropLayers:
         if self.keep is not None and self.drop is not None:
             raise ValueError(f"keep={self.keep} and drop={self.drop} are two budgets; give one")
         if set(self.kinds) not in ({Kind.LAYER}, {Kind.ATTENTION}, {Kind.MLP}, {Kind.ATTENTION, Kind.MLP}):
-            raise ValueError(f"kinds={[*map(str, self.kinds)]} do not go together; give [layer], [attention], [mlp] or [attention, mlp]")
+            raise ValueError(
+                f"kinds={[*map(str, self.kinds)]} do not go together; give [layer], [attention], [mlp] or [attention,"
+                " mlp]"
+            )
         if self.score == "angular" and Kind.LAYER not in self.kinds:
             raise ValueError("score=angular measures runs of whole layers; give kinds: [layer], or score: influence")
         if self.iterative and self.score != "perplexity":
-            raise ValueError(f"iterative=true scores again after each removal, which score={self.score} does not; give score: perplexity")
+            raise ValueError(
+                f"iterative=true scores again after each removal, which score={self.score} does not; give score:"
+                " perplexity"
+            )
 
     def budget(self) -> Budget:
         """The share that these knobs describe; with `drop` everything may stay."""
@@ -96,12 +109,22 @@ class DropLayers:
             plan = drop_run(axes[0], distances, cost, self.budget(), self.drop)
             return job.without(plan.masks(axes), "drop_layers", distances=distances.tolist())
         if self.score == "influence":
-            found = block_influence(job.model, job.arch.blocks(job.model), job.arch.axes(job.model), self.kinds, self._calibration(job))
-            scores, facts = found.scores, {"calibration_tokens": found.tokens, "states_without_direction": found.left_out}
+            found = block_influence(
+                job.model, job.arch.blocks(job.model), job.arch.axes(job.model), self.kinds, self._calibration(job)
+            )
+            scores, facts = (
+                found.scores,
+                {"calibration_tokens": found.tokens, "states_without_direction": found.left_out},
+            )
         else:
-            scores, facts = self._losses(job, axes, cost) if self.score == "perplexity" else self._baseline(axes, job.seed), {}
+            scores, facts = (
+                self._losses(job, axes, cost) if self.score == "perplexity" else self._baseline(axes, job.seed),
+                {},
+            )
         plan = self._lowest(axes, scores, cost)
-        return job.without(plan.masks(axes), "drop_layers", **facts, scores={name: score.tolist() for name, score in scores.items()})
+        return job.without(
+            plan.masks(axes), "drop_layers", **facts, scores={name: score.tolist() for name, score in scores.items()}
+        )
 
     def _calibration(self, job: Job) -> Iterator[dict[str, Tensor]]:
         """Examples to score on, `micro_batch` at a time."""
@@ -111,7 +134,9 @@ class DropLayers:
                 yield source.at(update, range(start, min(start + self.micro_batch, self.batch)))
 
     def _losses(self, job: Job, axes: Sequence[Axis], cost: CostModel) -> dict[str, Tensor]:
-        """Axis name -> [size]: the loss without each part; iterative: the turn it left in, and one more for those that stay."""
+        """Axis name -> [size]: the loss without each part; iterative: the turn it left in, and one more for those that
+        stay.
+        """
         batches, left, gone = list(self._calibration(job)), parts_of(axes), list[Part]()
         scores = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
         if not self.iterative:
@@ -141,4 +166,6 @@ class DropLayers:
 
     def _lowest(self, axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel) -> Plan:
         """The plan without the parts of the lowest scores: `drop` of them, or those that the budget asks for."""
-        return allocate(axes, scores, cost, self.budget()) if self.drop is None else drop_lowest(axes, scores, self.drop)
+        return (
+            allocate(axes, scores, cost, self.budget()) if self.drop is None else drop_lowest(axes, scores, self.drop)
+        )

@@ -1,19 +1,22 @@
-"""E-Sparse: n:m pruning by weight, input norm and input entropy, over channels in a better order (Li et al., arXiv 2310.15929).
+"""E-Sparse: n:m pruning by weight, input norm and input entropy, over channels in a better order (Li et al., arXiv
+2310.15929).
 
 Section 3.2: the score of a weight is |W_ij| * (IR_j + alpha * ||x_j||_2), IR_j the entropy of the histogram of input j.
 Section 3.3: channels are dealt to groups by their mean score, then swapped between groups in blocks of 256 places.
-Section 3.4: linears that read the same input share one order. The order of FFN channels is folded into the rows of the linears that write
+Section 3.4: linears that read the same input share one order. The order of FFN channels is folded into the rows of the
+linears that write
     them, which costs nothing.
 
-No public code was found; these are choices of ours: 100 bins between the extremes of the first batch of tokens, natural logarithms,
-alpha = 1; the norm is the root mean square over tokens, so that both terms are of order one (`norm: sum` for the root of the sum, as
-Wanda's); of the orders unchanged, swapped, and dealt and swapped, each group gets the one that keeps most, since dealing alone can lose.
+No public code was found; these are choices of ours: 100 bins between the extremes of the first batch of tokens, natural
+logarithms, alpha = 1; the norm is the root mean square over tokens, so that both terms are of order one (`norm: sum`
+for the root of the sum, as Wanda's); of the orders unchanged, swapped, and dealt and swapped, each group gets the one
+that keeps most, since dealing alone can lose.
 
-Where an order cannot be folded (q, k, v, o, gate, up, and FFNs with biases), the paper stores weights in it and gathers the inputs before
-each product. Files here keep such weights where they were, so that any engine computes the right thing, and the records give the order
-(`orders`); `compresso.load(..., gather=True)` reorders them and gathers, so that they lie in n:m groups, for kernels that want them so.
-`shuffle: folded` keeps such groups in their own order: every weight is n:m as it lies.
-Zeros stored dense save no bytes and no time.
+Where an order cannot be folded (q, k, v, o, gate, up, and FFNs with biases), the paper stores weights in it and gathers
+the inputs before each product. Files here keep such weights where they were, so that any engine computes the right
+thing, and the records give the order (`orders`); `compresso.load(..., gather=True)` reorders them and gathers, so that
+they lie in n:m groups, for kernels that want them so. `shuffle: folded` keeps such groups in their own order: every
+weight is n:m as it lies. Zeros stored dense save no bytes and no time.
 """
 
 from collections.abc import Mapping
@@ -42,7 +45,10 @@ from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="n:m sparsity without updates; the order of channels keeps more than wanda's at the same pattern.",
-    failures="Zeros stored dense save no bytes and no time. An order that is not folded holds where inputs are gathered (gather=True).",
+    failures=(
+        "Zeros stored dense save no bytes and no time. An order that is not folded holds where inputs are gathered"
+        " (gather=True)."
+    ),
 )
 class ESparse:
     """Knobs of E-Sparse.
@@ -68,7 +74,9 @@ class ESparse:
     def __post_init__(self) -> None:
         """Refuse a block that cuts groups."""
         if self.block % parse_pattern(self.pattern)[1]:
-            raise ValueError(f"block={self.block} is no multiple of the {parse_pattern(self.pattern)[1]} of pattern {self.pattern}")
+            raise ValueError(
+                f"block={self.block} is no multiple of the {parse_pattern(self.pattern)[1]} of pattern {self.pattern}"
+            )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
@@ -94,7 +102,9 @@ class ESparse:
         )
 
     def _prune(self, model: PreTrainedModel, group: Group, seen: Stats, axis: Axis | None) -> dict[str, Any]:
-        """Zero the weights of a group, and reorder its channels where that is free; facts by linear, those of the group at the first."""
+        """Zero the weights of a group, and reorder its channels where that is free; facts by linear, those of the group
+        at the first.
+        """
         n, m = parse_pattern(self.pattern)
         told = entropy(seen.total[:BINS]).float()
         size = (seen.total[BINS + 2] / (seen.tokens if self.norm == "mean" else 1)).sqrt().float()
@@ -118,7 +128,9 @@ class ESparse:
 
 
 def _foldable(job: Job, groups: Groups) -> dict[tuple[str, ...], Axis]:
-    """The groups that read FFN channels of which all other tensors are weights that are pruned as well: names -> the axis."""
+    """The groups that read FFN channels of which all other tensors are weights that are pruned as well: names -> the
+    axis.
+    """
     mine = {f"{name}.weight" for name in names_of(groups)}
     readers = {
         tuple(gate.module for gate in axis.gates if gate.side == "input") or _readers(axis): axis

@@ -1,8 +1,9 @@
 """Gate-Taylor: one-shot removal of the units whose gates the loss minds least, all kinds and layers in one pool.
 
-The squared gradient of each example's loss with respect to a unit's gate at 1 (the gates' diagonal Fisher information; Michel et al., arXiv
-1905.10650, use its absolute first-order form), divided by the unit's parameters. The strong one-shot baseline that every learned method
-here is measured against; also the starting point of Compresso's gates under `start: score`.
+The squared gradient of each example's loss with respect to a unit's gate at 1 (the gates' diagonal Fisher information;
+Michel et al., arXiv 1905.10650, use its absolute first-order form), divided by the unit's parameters. The strong
+one-shot baseline that every learned method here is measured against; also the starting point of Compresso's gates under
+`start: score`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,10 @@ from compresso.solve.allocation import Allocation, allocated
     effects=Effects.SHAPES,
     needs=("data", "gradients"),
     when="One pass over a few hundred examples; good up to about half of the blocks with LoRA recovery afterwards.",
-    failures="Scores units one at a time: redundant units look dispensable together, so very deep cuts take whole skills away.",
+    failures=(
+        "Scores units one at a time: redundant units look dispensable together, so very deep cuts take whole skills"
+        " away."
+    ),
 )
 class GateTaylor:
     """Knobs of gate-Taylor removal.
@@ -38,7 +42,8 @@ class GateTaylor:
         kinds: what may be removed.
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
         layout: "free" or "uniform" (equal widths in all layers).
-        allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer programming).
+        allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer
+            programming).
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """

@@ -1,15 +1,16 @@
 """GPTQ: weights are rounded column by column, and those to the right make up for it (Frantar et al., arXiv 2210.17323).
 
-Section 3, step 1: one order of columns for all rows; `act_order` takes the inputs with the largest second moments first (the authors' code,
-    after the paper).
+Section 3, step 1: one order of columns for all rows; `act_order` takes the inputs with the largest second moments first
+    (the authors' code, after the paper).
 Section 3, step 2: lazy updates in blocks of 128 columns.
 Section 3, step 3: the Cholesky factor of the inverse of the damped second moment; all three in `compresso.core.obs`.
 Grids: per row, or per group of inputs, fitted to the compensated weights when the sweep reaches the group.
 
-Departures: with `act_order` the grids of groups are fitted to the weights before anything is done, in their own order, so that groups stay
-contiguous (the authors' `static_groups`); other grids would need an index for each input. q, k, v, and gate, up, share one second moment.
-Where it cannot be factored, damping grows tenfold up to three times, then in float64, then the run stops. Values are stored as full
-numbers, so this shows what rounding costs, not what packing saves.
+Departures: with `act_order` the grids of groups are fitted to the weights before anything is done, in their own order,
+so that groups stay contiguous (the authors' `static_groups`); other grids would need an index for each input. q, k, v,
+and gate, up, share one second moment. Where it cannot be factored, damping grows tenfold up to three times, then in
+float64, then the run stops. Values are stored as full numbers, so this shows what rounding costs, not what packing
+saves.
 """
 
 from typing import Annotated, ClassVar
@@ -78,7 +79,11 @@ class Gptq:
         """Sweep over the blocks."""
         groups = self.check(job.model, job.arch)
         edit = compensated(
-            job.model, quantize=self._rounding, in_order=self.act_order, damping=self.damping, block=max(self.block, self.group)
+            job.model,
+            quantize=self._rounding,
+            in_order=self.act_order,
+            damping=self.damping,
+            block=max(self.block, self.group),
         )
         job, notes = job.swept("gptq", self, groups, self.calibration, second_moment, edit)
         sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]

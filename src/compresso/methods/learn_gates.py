@@ -1,24 +1,24 @@
 """Compresso: structured pruning learned during instruction tuning (arXiv 2310.05015).
 
-Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA adapters and
-one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s - t)^2, with s the expected
-sparsity of the block parameters and t its target, ramped up (section 3.2). The learned masks are folded in and the model is really made
-smaller.
+Removes heads (a key/value head with its query heads), FFN units and hidden dimensions. Base weights stay frozen; LoRA
+adapters and one hard-concrete gate per unit learn together: loss = next-token loss + lambda1 (s - t) + lambda2 (s -
+t)^2, with s the expected sparsity of the block parameters and t its target, ramped up (section 3.2). The learned masks
+are folded in and the model is really made smaller.
 
 In the published configurations (recipes compresso/paper, compresso/script) these departures remain, each for a reason:
   - expected size by the factorised sum in float64, not an fp16 outer product (5e-4 relative error);
-  - all counts are updates, not micro-batches; one draw of noise an update for all micro-batches and processes, and gate and multiplier
-    gradients are reduced over processes (the public code lets each process sample its own);
+  - all counts are updates, not micro-batches; one draw of noise an update for all micro-batches and processes, and gate
+    and multiplier gradients are reduced over processes (the public code lets each process sample its own);
   - multipliers ascend explicitly; clipping covers LoRA alone, as documented there;
-  - the last step lands on the target: one uniform shift of log-alpha before the deterministic rule, then single units (the public rule
-    rounds per layer and misses by up to a few percent);
+  - the last step lands on the target: one uniform shift of log-alpha before the deterministic rule, then single units
+    (the public rule rounds per layer and misses by up to a few percent);
   - gates of a GQA model belong to key/value heads.
 
-The default recipe departs further, each a knob of this stage: `constraint: projection` holds the budget exactly after every update
-instead of by multipliers, and `cost_aware` then charges gates for their parameters; `start: score` starts log-alpha from gate-Taylor
-scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one before recovery; adapters lie on all linears at
-a rate that `lr_at_hidden` scales with the width; `layout: uniform` learns equal widths per layer (per-kind targets as in LLM-Shearing,
-arXiv 2310.06694, section 2.1).
+The default recipe departs further, each a knob of this stage: `constraint: projection` holds the budget exactly after
+every update instead of by multipliers, and `cost_aware` then charges gates for their parameters; `start: score` starts
+log-alpha from gate-Taylor scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one
+before recovery; adapters lie on all linears at a rate that `lr_at_hidden` scales with the width; `layout: uniform`
+learns equal widths per layer (per-kind targets as in LLM-Shearing, arXiv 2310.06694, section 2.1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,10 +59,14 @@ Rate = Annotated[float, Ge(0)]
     paper="2310.05015",
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
-    when="You have a few thousand examples and can afford LoRA training; strongest where half or more is removed. "
-    "For a quick 10-20 % use gate-taylor, which needs a single pass.",
-    failures="Too high a gate rate freezes an early choice (expected sparsity jumps within the first updates); instruction-only data ruins "
-    "plain-text perplexity: mix text in.",
+    when=(
+        "You have a few thousand examples and can afford LoRA training; strongest where half or more is removed. "
+        "For a quick 10-20 % use gate-taylor, which needs a single pass."
+    ),
+    failures=(
+        "Too high a gate rate freezes an early choice (expected sparsity jumps within the first updates);"
+        " instruction-only data ruins plain-text perplexity: mix text in."
+    ),
 )
 class LearnGates:
     """Knobs of Compresso's mask training.
@@ -76,7 +80,8 @@ class LearnGates:
         batch: examples an update, over all processes and micro-batches; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, clip: LoRA's AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
         cost_aware: under projection, charge each gate for its parameters.
@@ -138,14 +143,26 @@ class LearnGates:
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
         if self.layer_gates != "none" and self.constraint != "lagrangian":
-            raise ValueError(f"layer_gates={self.layer_gates!r} learn under constraint='lagrangian' only; a projection does not move them")
+            raise ValueError(
+                f"layer_gates={self.layer_gates!r} learn under constraint='lagrangian' only; a projection does not move"
+                " them"
+            )
         if self.cost_aware and self.constraint != "projection":
-            raise ValueError("cost_aware=True goes with constraint='projection'; a Lagrangian already charges gates for their cost")
+            raise ValueError(
+                "cost_aware=True goes with constraint='projection'; a Lagrangian already charges gates for their cost"
+            )
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(self.keep, self.of, self.kinds, uniform_over=uniform, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=uniform,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def __call__(self, job: Job) -> Job:
         """Train gates and LoRA together, land on the budget, merge, fold and shrink."""
@@ -245,12 +262,18 @@ class LearnGates:
         scores = sensitivity_per_parameter(job, axes, cost, self.score_batches, self.batch, self.micro_batch)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
-        spread = {name: (log - pooled.mean()) / pooled.std().clamp(min=1e-6) * self.score_spread for name, log in logs.items()}
+        spread = {
+            name: (log - pooled.mean()) / pooled.std().clamp(min=1e-6) * self.score_spread for name, log in logs.items()
+        }
         shift = shift_to_budget(spread, cost, self.keep, self.of)
         return {name: hard_concrete.clamp_(one + shift) for name, one in spread.items()}
 
-    def _project(self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget) -> dict[str, Tensor]:
-        """Masks of exactly the budget: the deterministic rule, or the highest gates where layouts or multiples are asked for."""
+    def _project(
+        self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget
+    ) -> dict[str, Tensor]:
+        """Masks of exactly the budget: the deterministic rule, or the highest gates where layouts or multiples are
+        asked for.
+        """
         values = {name: value.cpu() for name, value in values.items()}
         if self.finish == "soft" and self.layout == "free" and not budget.rounds:
             return deterministic_to_budget(values, axes, cost, self.keep, self.of)

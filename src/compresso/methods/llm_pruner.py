@@ -1,18 +1,17 @@
 """LLM-Pruner: gradient-guided removal of coupled structures, then LoRA recovery (Ma, Fang and Wang, arXiv 2305.11627).
 
-Section 3.1, coupled structures: the axes say which slices leave together: heads, FFN channels, hidden dimensions, whole layers.
-Section 3.2, importance: `compresso.core.saliency`, on a few examples; "position" keeps the first units, the authors' layer-wise baseline.
-Section 3.3, recovery: the stage `recover`, with the loss on responses only.
+Section 3.1, coupled structures: the axes say which slices leave together: heads, FFN channels, hidden dimensions, whole
+layers. Section 3.2, importance: `compresso.core.saliency`, on a few examples; "position" keeps the first units, the
+authors' layer-wise baseline. Section 3.3, recovery: the stage `recover`, with the loss on responses only.
 
-Departures:
-    A key/value head leaves with its own query heads, and is scored with them; the authors' code folds query rows in another order.
-    Calibration examples are those of the run, whole or cut to `tokens` as the authors cut BookCorpus; later iterations draw new ones.
-    Layers are scored like other units by every importance but "position"; the authors' code only keeps the first ones.
-    Hidden dimensions that leave count as zeros in the norms, so that the result computes what the masked model did; there, norms average
-    over what is left.
-    A global ranking compares scores per parameter (or whatever the budget counts) and meets a budget. The authors' threshold on the bare
-    scores takes a head for as much as one channel, so that nearly all channels leave before the first head.
-    A size may be given as `keep` instead of the published `ratio`. float16 is widened to float32 for gradients.
+Departures: A key/value head leaves with its own query heads, and is scored with them; the authors' code folds query
+    rows in another order. Calibration examples are those of the run, whole or cut to `tokens` as the authors cut
+    BookCorpus; later iterations draw new ones. Layers are scored like other units by every importance but "position";
+    the authors' code only keeps the first ones. Hidden dimensions that leave count as zeros in the norms, so that the
+    result computes what the masked model did; there, norms average over what is left. A global ranking compares scores
+    per parameter (or whatever the budget counts) and meets a budget. The authors' threshold on the bare scores takes a
+    head for as much as one channel, so that nearly all channels leave before the first head. A size may be given as
+    `keep` instead of the published `ratio`. float16 is widened to float32 for gradients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,15 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
-from compresso.core.saliency import WITH_FISHER, WITH_GRADIENT, Importance, Reduction, channels_per_unit, kept_units, unit_scores
+from compresso.core.saliency import (
+    WITH_FISHER,
+    WITH_GRADIENT,
+    Importance,
+    Reduction,
+    channels_per_unit,
+    kept_units,
+    unit_scores,
+)
 from compresso.core.score import parameters_per_unit
 from compresso.data.crops import crops
 from compresso.errors import BudgetError
@@ -38,7 +45,12 @@ from compresso.solve.allocation import Allocation, allocated
 from compresso.solve.uniform import uniform_targets
 from compresso.training.noise import mixed_seed
 
-_KINDS = {"block": (Kind.HEAD, Kind.CHANNEL), "global": (Kind.HEAD, Kind.CHANNEL), "channel": (Kind.HIDDEN,), "layer": (Kind.LAYER,)}
+_KINDS = {
+    "block": (Kind.HEAD, Kind.CHANNEL),
+    "global": (Kind.HEAD, Kind.CHANNEL),
+    "channel": (Kind.HIDDEN,),
+    "layer": (Kind.LAYER,),
+}
 Layers = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]]
 
 
@@ -48,8 +60,14 @@ Layers = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]]
     paper="2305.11627",
     effects=Effects.SHAPES,
     needs=("data", "gradients"),
-    when="A handful of examples and one backward pass; the published baseline of structured pruning, up to about a fifth without recovery.",
-    failures="Equal widths ignore that some layers matter more; keep the first and last layers whole. Past half, text falls apart.",
+    when=(
+        "A handful of examples and one backward pass; the published baseline of structured pruning, up to about a fifth"
+        " without recovery."
+    ),
+    failures=(
+        "Equal widths ignore that some layers matter more; keep the first and last layers whole. Past half, text falls"
+        " apart."
+    ),
 )
 class LlmPruner:
     """Knobs of LLM-Pruner.
@@ -58,8 +76,8 @@ class LlmPruner:
         keep: share of `of` that stays; 0.7 if neither it nor a ratio is given.
         ratio: share of units that leaves in each layer of the ranges, as published; not a share of the model.
         of: "blocks", "total", "macs" or "kv" (cache entries).
-        scope: "block" (heads and channels, equally in every layer), "global" (all of them in one pool), "channel" (hidden dimensions) or
-            "layer".
+        scope: "block" (heads and channels, equally in every layer), "global" (all of them in one pool), "channel"
+            (hidden dimensions) or "layer".
         attention_layers, mlp_layers: [first, end) of the layers that lose heads and channels; None for all.
         importance: "vector", "first" (element^1), "second" (element^2), "mixed", "l1", "l2", "random" or "position".
         reduction: of coupled slices: "sum", "mean", "max", "prod" or "last".
@@ -67,7 +85,8 @@ class LlmPruner:
         batch, micro_batch: calibration examples of an iteration, and examples a forward pass.
         tokens: length of calibration windows, all of whose tokens count; None for whole examples with their own labels.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
-        layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could upset).
+        layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could
+            upset).
         allocation: of a global ranking: "global" (one pool), "per_layer", "sensitivity" or "exact".
     """
 
@@ -90,21 +109,37 @@ class LlmPruner:
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
         if self.keep is not None and self.ratio is not None:
-            raise ValueError(f"keep={self.keep} and ratio={self.ratio} are two sizes; set one to null (--set stages.llm_pruner.ratio=null)")
+            raise ValueError(
+                f"keep={self.keep} and ratio={self.ratio} are two sizes; set one to null (--set"
+                " stages.llm_pruner.ratio=null)"
+            )
         if self.ratio is not None and self.scope == "global":
             raise ValueError("scope='global' ranks units of unequal size in one pool; give keep instead of ratio")
         if self.allocation != "global" and self.scope != "global":
-            raise ValueError(f"allocation='{self.allocation}' spreads a global ranking; scope='{self.scope}' has counts of its own")
+            raise ValueError(
+                f"allocation='{self.allocation}' spreads a global ranking; scope='{self.scope}' has counts of its own"
+            )
         if self.reduction == "prod" and self.scope == "global":
-            raise ValueError("reduction='prod' multiplies 4 slices for a head and 3 for a channel, which cannot compare in scope='global'")
+            raise ValueError(
+                "reduction='prod' multiplies 4 slices for a head and 3 for a channel, which cannot compare in"
+                " scope='global'"
+            )
         if self.reduction == "last" and self.scope in ("channel", "layer"):
-            raise ValueError(f"reduction='last' means nothing for scope='{self.scope}', whose slices do not compute one after another")
+            raise ValueError(
+                f"reduction='last' means nothing for scope='{self.scope}', whose slices do not compute one after"
+                " another"
+            )
         for knob in ("attention_layers", "mlp_layers"):
             layers: Layers | None = getattr(self, knob)
             if layers is not None and self.scope in ("channel", "layer"):
-                raise ValueError(f"{knob}={list(layers)} goes with scope 'block' or 'global'; hidden dimensions and layers lie in no range")
+                raise ValueError(
+                    f"{knob}={list(layers)} goes with scope 'block' or 'global'; hidden dimensions and layers lie in no"
+                    " range"
+                )
             if layers is not None and self.layout == "uniform":
-                raise ValueError(f"{knob}={list(layers)} leaves other layers wider; set it to null, or layout to 'free'")
+                raise ValueError(
+                    f"{knob}={list(layers)} leaves other layers wider; set it to null, or layout to 'free'"
+                )
             if layers is not None and layers[0] >= layers[1]:
                 raise ValueError(f"{knob}={list(layers)} is empty; give [first, end) with first < end")
 
@@ -123,14 +158,23 @@ class LlmPruner:
         for knob, layers in (("attention_layers", self.attention_layers), ("mlp_layers", self.mlp_layers)):
             if layers is not None and layers[1] > n_layers:
                 raise BudgetError(
-                    f"stage 'llm_pruner': {knob}={list(layers)} reaches past the model's {n_layers} layers; end it at {n_layers} or before"
+                    f"stage 'llm_pruner': {knob}={list(layers)} reaches past the model's {n_layers} layers; end it at"
+                    f" {n_layers} or before"
                 )
-        ranges = {Kind.HEAD: range(*(self.attention_layers or (0, n_layers))), Kind.CHANNEL: range(*(self.mlp_layers or (0, n_layers)))}
+        ranges = {
+            Kind.HEAD: range(*(self.attention_layers or (0, n_layers))),
+            Kind.CHANNEL: range(*(self.mlp_layers or (0, n_layers))),
+        }
         kinds = _KINDS[self.scope]
-        return [axis for axis in axes if axis.kind in kinds and axis.size and (axis.layer is None or axis.layer in ranges[axis.kind])]
+        return [
+            axis
+            for axis in axes
+            if axis.kind in kinds and axis.size and (axis.layer is None or axis.layer in ranges[axis.kind])
+        ]
 
     def counts(self, axes: Sequence[Axis], cost: CostModel, progress: float = 1.0) -> dict[str, int]:
-        """How many units each axis keeps at a share of the way: axis name -> number. Of a global ranking, what equal shares would keep.
+        """How many units each axis keeps at a share of the way: axis name -> number. Of a global ranking, what equal
+        shares would keep.
 
         Raises InfeasibleBudget or BudgetError.
         """
@@ -138,7 +182,10 @@ class LlmPruner:
         if self.ratio is not None:
             least = Budget(max(1 - self.ratio * progress, 1e-9), kinds=_KINDS[self.scope], floor=self.floor or {})
             return {
-                axis.name: max(kept_units(axis.size, channels_per_unit(axis), self.ratio * progress), least.fewest(axis)) for axis in chosen
+                axis.name: max(
+                    kept_units(axis.size, channels_per_unit(axis), self.ratio * progress), least.fewest(axis)
+                )
+                for axis in chosen
             }
         assert budget is not None
         try:
@@ -180,7 +227,9 @@ class LlmPruner:
             kept_share_of_blocks=after["blocks"] / before["blocks"],
             units_kept={name: f"{len(units)}/{sizes[name]}" for name, units in removed.kept.items()},
             iterations=self.iterations,
-            calibration_examples=self.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0,
+            calibration_examples=(
+                self.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0
+            ),
         )
 
     def scores(self, job: Job, axes: Sequence[Axis], iteration: int = 0) -> dict[str, Tensor]:
@@ -196,7 +245,9 @@ class LlmPruner:
         gradients = weight_gradients(job.model, names, batch, self.micro_batch) if importance in WITH_GRADIENT else None
         fisher = weight_fisher(job.model, names, batch) if importance in WITH_FISHER else None
         parameters = dict(job.model.named_parameters())
-        return {axis.name: unit_scores(axis, importance, parameters, gradients, fisher, self.reduction) for axis in axes}
+        return {
+            axis.name: unit_scores(axis, importance, parameters, gradients, fisher, self.reduction) for axis in axes
+        }
 
     def _examples(self, job: Job, iteration: int) -> dict[str, Tensor]:
         """The calibration examples of an iteration."""

@@ -1,18 +1,19 @@
-"""LoRAPrune: heads and channels leave while LoRA tunes, scored by the adapters' gradients alone (Zhang et al., arXiv 2305.18403).
+"""LoRAPrune: heads and channels leave while LoRA tunes, scored by the adapters' gradients alone (Zhang et al., arXiv
+2305.18403).
 
-Section 3.2: the importance of a weight is |G * (W + s B A)|, with G built from the gradients of B and A (`core/lora_gradient.py`), so
-that no weight ever has a gradient. Section 3.3: a moving average over updates; every `every` updates the lowest units of each layer are
-masked, at a ratio that rises cubically from `warmup` to `done` of the updates; then adapters are merged and the masked units removed.
+Section 3.2: the importance of a weight is |G * (W + s B A)|, with G built from the gradients of B and A
+(`core/lora_gradient.py`), so that no weight ever has a gradient. Section 3.3: a moving average over updates; every
+`every` updates the lowest units of each layer are masked, at a ratio that rises cubically from `warmup` to `done` of
+the updates; then adapters are merged and the masked units removed.
 
-Departures:
-    The size is a budget of block parameters, shared out as equal shares of heads and channels over the layers that may be pruned
-    (published: one ratio for them, whatever the model's size becomes); `scope: global` ranks all layers in one pool instead.
-    The last prune is at exactly the target; the public code's strict comparison never applies its final ratio.
-    Gradients are scored unscaled and before they are clipped; the public code clips them first, still scaled.
-    Masks multiply before o_proj and at gate_proj and up_proj instead of every output: the same function.
-    A unit of a grouped-query model is a key/value head with its query heads; the public code assumes 32 heads of 128.
-    Matrices without an adapter do not count for a score but are cut like the others; the public code neither masks nor cuts them.
-    keep = 1 trains nothing. Recovery is the recipe's next stage.
+Departures: The size is a budget of block parameters, shared out as equal shares of heads and channels over the layers
+    that may be pruned (published: one ratio for them, whatever the model's size becomes); `scope: global` ranks all
+    layers in one pool instead. The last prune is at exactly the target; the public code's strict comparison never
+    applies its final ratio. Gradients are scored unscaled and before they are clipped; the public code clips them
+    first, still scaled. Masks multiply before o_proj and at gate_proj and up_proj instead of every output: the same
+    function. A unit of a grouped-query model is a key/value head with its query heads; the public code assumes 32 heads
+    of 128. Matrices without an adapter do not count for a score but are cut like the others; the public code neither
+    masks nor cuts them. keep = 1 trains nothing. Recovery is the recipe's next stage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,10 @@ Count = Annotated[int, Ge(1)]
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
     when="The gradients of all weights do not fit, or the weights are stored in few bits: only adapters have any.",
-    failures="Early scores come from adapters that have hardly moved: a short run prunes by noise; give it a warm-up and a moving average.",
+    failures=(
+        "Early scores come from adapters that have hardly moved: a short run prunes by noise; give it a warm-up and a"
+        " moving average."
+    ),
 )
 class LoraPrune:
     """Knobs of LoRAPrune.
@@ -68,7 +72,8 @@ class LoraPrune:
         batch: examples an update; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
@@ -114,16 +119,28 @@ class LoraPrune:
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
         if not self.kinds or not set(self.kinds) <= {Kind.HEAD, Kind.CHANNEL}:
-            raise ValueError(f"kinds={[*map(str, self.kinds)]}: only heads and channels are scored; give [head, channel] or one of them")
+            raise ValueError(
+                f"kinds={[*map(str, self.kinds)]}: only heads and channels are scored; give [head, channel] or one of"
+                " them"
+            )
         if self.warmup >= self.done:
             raise ValueError(f"warmup={self.warmup} is not before done={self.done}; both are shares of the updates")
         if self.layout == "uniform" and (self.spared or self.scope == "global"):
-            raise ValueError(f"layout='uniform' wants equal widths: set spared to 0 (it is {self.spared}) and scope to 'layer'")
+            raise ValueError(
+                f"layout='uniform' wants equal widths: set spared to 0 (it is {self.spared}) and scope to 'layer'"
+            )
 
     def budget(self, keep: float | None = None) -> Budget:
         """The budget these knobs describe, or the same for another share."""
         even = self.kinds if self.scope == "layer" else ()
-        return Budget(keep or self.keep, self.of, self.kinds, uniform_over=even, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            keep or self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=even,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def chosen(self, axes: Sequence[Axis]) -> list[Axis]:
         """The axes that may lose units: those of all layers but the spared ones."""
@@ -131,7 +148,14 @@ class LoraPrune:
         layers = range(int(self.spared * n_layers), n_layers - bool(self.spared))
         return [axis for axis in removable(axes, self.budget()) if axis.layer in layers]
 
-    def plan(self, axes: Sequence[Axis], scores: Mapping[str, Tensor], gone: Mapping[str, Tensor], cost: CostModel, keep: float) -> Plan:
+    def plan(
+        self,
+        axes: Sequence[Axis],
+        scores: Mapping[str, Tensor],
+        gone: Mapping[str, Tensor],
+        cost: CostModel,
+        keep: float,
+    ) -> Plan:
         """What stays of the axes at a share of the model; units that are gone stay gone. Raises InfeasibleBudget."""
         if self.scope == "global":
             return allocate(axes, scores, cost, self.budget(keep), gone)
@@ -151,7 +175,9 @@ class LoraPrune:
         """Tune, score and mask; merge, and remove what is masked."""
         cost, axes = job.cost(), self.chosen(job.arch.axes(job.model))
         if self.keep == 1:
-            return job.without({axis.name: torch.ones(axis.size) for axis in axes}, "loraprune", wanted_keep=1.0, updates=0)
+            return job.without(
+                {axis.name: torch.ones(axis.size) for axis in axes}, "loraprune", wanted_keep=1.0, updates=0
+            )
         weights = {name: parameter.detach() for name, parameter in job.model.named_parameters()}
         (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
 
@@ -191,7 +217,9 @@ class LoraPrune:
             )
         masks = objective.masks()
         if total - 1 in history.skipped:  # the update that removes the rest was not finite
-            masks = self.plan(axes, objective.scores(), {name: mask == 0 for name, mask in masks.items()}, cost, self.keep).masks(axes)
+            masks = self.plan(
+                axes, objective.scores(), {name: mask == 0 for name, mask in masks.items()}, cost, self.keep
+            ).masks(axes)
         if self.checkpointing:
             recompute_(job.model, on=False)
         if self.save_adapter:

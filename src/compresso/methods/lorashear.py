@@ -1,29 +1,28 @@
 """LoRAShear: units shrink to exactly zero while LoRA tunes, then leave (Chen et al., arXiv 2310.18356).
 
-The authors' code was never released. Public are the paper's steps and, in the authors' library only-train-once, importance functions for
-LoRA-adapted groups and HESSO, an optimizer that drives groups to zero. In the paper's order:
+The authors' code was never released. Public are the paper's steps and, in the authors' library only-train-once,
+importance functions for LoRA-adapted groups and HESSO, an optimizer that drives groups to zero. In the paper's order:
 
-    groups      A unit is a head group or an FFN channel of the adapted model: its entries of W with its rows of B and columns of A. The
-                axes say which.
-    knowledge   In each layer's heads or channels the units of smallest magnitude are switched off for a moment; where that hurts most, a
-                share of these axes becomes unprunable and keeps its width.
-    shrinking   P periods; each chooses the lowest scores (`core/lora_score.py`, as in only-train-once) and multiplies those units to zero
-                while AdamW tunes the adapters of all (`core/half_space.py`, HESSO's schedule).
+    groups      A unit is a head group or an FFN channel of the adapted model: its entries of W with its rows of B and
+                columns of A. The axes say which.
+    knowledge   In each layer's heads or channels the units of smallest magnitude are switched off for a moment; where
+                that hurts most, a share of these axes becomes unprunable and keeps its width.
+    shrinking   P periods; each chooses the lowest scores (`core/lora_score.py`, as in only-train-once) and multiplies
+                those units to zero while AdamW tunes the adapters of all (`core/half_space.py`, HESSO's schedule).
     removal     What is zero leaves. Recovery in two stages is the stage `recover_knowledge`.
 
-Our choices, none of them the authors', whose own are not public:
-    HESSO's schedule stands for LHSPG. The half-space step, which HESSO dropped, is tested on W + B A with `half_space` (eps); at 0 it
-    rarely acts, since W does not move.
-    What leaves is set by a budget and not by a share of groups: period p of P ends at the allocation to 1 - (1 - keep) p / P of the dense
-    count, without what left before. So heads and channels land on one target, and floors, multiples and equal widths hold.
-    A unit is scaled by one number where its axis has gates (heads before o_proj, channels at gate_proj and up_proj) instead of in each of
-    its tensors; at zero both are the same function. The frozen W stays as read, so training checkpoints hold the numbers alone.
-    Knowledge: the share of units that is switched off (`probed`), harm as the loss on `batches` training batches, and the share
-    `unprunable`, rounded down to whole axes.
-    Equal weights of the five criteria are only-train-once's default; `relative` says over which units they are normalised. Over all of them
-    no head leaves before nearly all channels, since it has many more entries. Rates, lengths, periods, rank and clip are ours.
-    Under `layout: uniform` no axis can keep its width while others lose units, so it goes with `unprunable: 0` only.
-    keep = 1 trains nothing.
+Our choices, none of them the authors', whose own are not public: HESSO's schedule stands for LHSPG. The half-space
+    step, which HESSO dropped, is tested on W + B A with `half_space` (eps); at 0 it rarely acts, since W does not move.
+    What leaves is set by a budget and not by a share of groups: period p of P ends at the allocation to 1 - (1 - keep)
+    p / P of the dense count, without what left before. So heads and channels land on one target, and floors, multiples
+    and equal widths hold. A unit is scaled by one number where its axis has gates (heads before o_proj, channels at
+    gate_proj and up_proj) instead of in each of its tensors; at zero both are the same function. The frozen W stays as
+    read, so training checkpoints hold the numbers alone. Knowledge: the share of units that is switched off (`probed`),
+    harm as the loss on `batches` training batches, and the share `unprunable`, rounded down to whole axes. Equal
+    weights of the five criteria are only-train-once's default; `relative` says over which units they are normalised.
+    Over all of them no head leaves before nearly all channels, since it has many more entries. Rates, lengths, periods,
+    rank and clip are ours. Under `layout: uniform` no axis can keep its width while others lose units, so it goes with
+    `unprunable: 0` only. keep = 1 trains nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,8 +63,13 @@ _CRITERIA: Mapping[Criterion, float] = {"magnitude": 0.2, "average": 0.2, "cosin
     paper="2310.18356",
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
-    when="You can afford LoRA training and want survivors to learn while others fade; published at 20 and 50 % of LLaMA-7B.",
-    failures="Scores read mostly magnitudes while adapters are small: tune first. Short periods jump instead of fading.",
+    when=(
+        "You can afford LoRA training and want survivors to learn while others fade; published at 20 and 50 % of"
+        " LLaMA-7B."
+    ),
+    failures=(
+        "Scores read mostly magnitudes while adapters are small: tune first. Short periods jump instead of fading."
+    ),
 )
 class LoraShear:
     """Knobs of LoRAShear's shrinking.
@@ -80,12 +84,14 @@ class LoraShear:
         tune, shrink, hold: updates or epochs with LoRA alone; in which units shrink; with all of them at zero.
         periods: parts of `shrink`, each with a choice of its own; fewer where a part would be below 2 updates.
         criteria: weight of each score: magnitude, average, cosine, first, second.
-        relative: scores compare within "kinds" (relative to the other heads, to the other channels) or over "all" units as published.
+        relative: scores compare within "kinds" (relative to the other heads, to the other channels) or over "all" units
+            as published.
         half_space: eps of the half-space step.
         batch: examples an update; micro_batch: examples a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
@@ -134,16 +140,27 @@ class LoraShear:
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
         if not self.kinds or not set(self.kinds) <= {Kind.HEAD, Kind.CHANNEL}:
-            raise ValueError(f"kinds={[*map(str, self.kinds)]}: only heads and channels shrink; give [head, channel] or one of them")
+            raise ValueError(
+                f"kinds={[*map(str, self.kinds)]}: only heads and channels shrink; give [head, channel] or one of them"
+            )
         if self.layout == "uniform" and self.unprunable:
-            raise ValueError(f"unprunable={self.unprunable} keeps some layers wider than layout='uniform' allows; set it to 0")
+            raise ValueError(
+                f"unprunable={self.unprunable} keeps some layers wider than layout='uniform' allows; set it to 0"
+            )
         if self.criteria is not None and not any(self.criteria.values()):
             raise ValueError(f"criteria={dict(self.criteria)} score nothing; give at least one a weight above 0")
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(self.keep, self.of, self.kinds, uniform_over=uniform, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=uniform,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike, if the smallest axes turn out unprunable.
@@ -168,7 +185,9 @@ class LoraShear:
         """Find unprunable axes, tune and shrink, merge, remove what is zero."""
         pool, cost = removable(job.arch.axes(job.model), self.budget()), job.cost()
         if self.keep == 1:
-            return job.without({axis.name: torch.ones(axis.size) for axis in pool}, "lorashear", wanted_keep=1.0, updates=0)
+            return job.without(
+                {axis.name: torch.ones(axis.size) for axis in pool}, "lorashear", wanted_keep=1.0, updates=0
+            )
         weights = {name: parameter.detach() for name, parameter in job.model.named_parameters()}
         harm = self._harm(job, pool, weights)
         spared = set(sorted(harm, key=lambda name: -harm[name])[: self.n_unprunable(pool)])
@@ -179,13 +198,16 @@ class LoraShear:
         )
         if shrink < 2:
             raise RecipeError(
-                f"stage 'lorashear': {shrink} updates are left to shrink in, at least 2 are needed; raise shrink or max_steps"
+                f"stage 'lorashear': {shrink} updates are left to shrink in, at least 2 are needed; raise shrink or"
+                " max_steps"
             )
         periods = min(self.periods, shrink // 2)
 
         def choose(period: int, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
             """Masks at the end of a period."""
-            return allocate(axes, scores, cost, replace(self.budget(), keep=keep_after(self.keep, period, periods)), gone).masks(axes)
+            return allocate(
+                axes, scores, cost, replace(self.budget(), keep=keep_after(self.keep, period, periods)), gone
+            ).masks(axes)
 
         lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
         if self.checkpointing:
@@ -202,7 +224,10 @@ class LoraShear:
             criteria=self.criteria or _CRITERIA,
             within_kinds=self.relative == "kinds",
         ).to(job.device)
-        total, lr = tune + shrink + hold, schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
+        total, lr = (
+            tune + shrink + hold,
+            schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size),
+        )
         adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
         with objective.attached():
             history = fit(
@@ -238,21 +263,29 @@ class LoraShear:
         return replace(job, model=merge_(lora)).without(objective.masks(), "lorashear", **facts)
 
     def _harm(self, job: Job, pool: Sequence[Axis], weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """The loss with the smallest units of each axis switched off: axis name -> nats a token; empty if no axis is to be unprunable."""
+        """The loss with the smallest units of each axis switched off: axis name -> nats a token; empty if no axis is to
+        be unprunable.
+        """
         if not self.n_unprunable(pool):
             return {}
         source = job.batches(self.batch, "lorashear")
-        parts = [range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)]
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
         batches = [source.at(update, part) for update in range(self.batches) for part in parts]
         harm: dict[str, float] = {}
         for axis in pool:
-            smallest = removal_order(unit_products(axis, weights.get, weights.get))[: max(1, round(self.probed * axis.size))]
+            smallest = removal_order(unit_products(axis, weights.get, weights.get))[
+                : max(1, round(self.probed * axis.size))
+            ]
             gone = [(axis.name, int(unit)) for unit in smallest.tolist()]  # pyright: ignore
             harm[axis.name] = float(losses_without(job.model, pool, gone[-1:], batches, gone[:-1])[0])
         return harm
 
     def _check(self, axes: Sequence[Axis], chosen: Sequence[Axis], cost: CostModel) -> None:
-        """Raise BudgetError where only the unprunable axes stand in the way, InfeasibleBudget where the budget fails without them too."""
+        """Raise BudgetError where only the unprunable axes stand in the way, InfeasibleBudget where the budget fails
+        without them too.
+        """
         pool = removable(axes, self.budget())
         try:
             allocate(chosen, {axis.name: torch.zeros(axis.size) for axis in chosen}, cost, self.budget())
@@ -260,7 +293,8 @@ class LoraShear:
             allocate(pool, {axis.name: torch.zeros(axis.size) for axis in pool}, cost, self.budget())
             n = len(pool) - len(chosen)
             raise BudgetError(
-                f"stage 'lorashear': {error}; unprunable={self.unprunable} keeps {n} of {len(pool)} axes whole: lower it or raise keep"
+                f"stage 'lorashear': {error}; unprunable={self.unprunable} keeps {n} of {len(pool)} axes whole: lower"
+                " it or raise keep"
             ) from error
 
 

@@ -1,10 +1,11 @@
-"""Unstructured magnitude pruning: the smallest weights become zero (Han et al., arXiv 1506.02626, without the retraining).
+"""Unstructured magnitude pruning: the smallest weights become zero (Han et al., arXiv 1506.02626, without the
+retraining).
 
-The baseline of every one-shot paper. Weights compare within a matrix (as in SparseGPT's and Wanda's papers), within an output row, or over
-all matrices of the model at once. Needs no data.
+The baseline of every one-shot paper. Weights compare within a matrix (as in SparseGPT's and Wanda's papers), within an
+output row, or over all matrices of the model at once. Needs no data.
 
-Departures: exactly floor(share * entries) leave, the first ones among equals; Wanda's public code takes one more and every tie
-(`compat: reference`). n:m means n kept, while that code's `prune_n` counts those removed.
+Departures: exactly floor(share * entries) leave, the first ones among equals; Wanda's public code takes one more and
+every tie (`compat: reference`). n:m means n kept, while that code's `prune_n` counts those removed.
 """
 
 from typing import Annotated, Literal
@@ -52,7 +53,10 @@ class Magnitude:
         if self.pattern is not None:
             parse_pattern(self.pattern)
             if self.sparsity is not None or self.scope == "global":
-                raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and scope to matrix")
+                raise ValueError(
+                    f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and scope to"
+                    " matrix"
+                )
         if self.compat == "reference" and (self.scope != "matrix" or self.pattern is not None):
             raise ValueError("compat=reference is about a share of each matrix; leave pattern out and scope at matrix")
 

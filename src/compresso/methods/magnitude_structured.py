@@ -1,7 +1,8 @@
 """Structured magnitude pruning: each layer loses the same share of its smallest units.
 
-The L2 norm of a unit's own weights, as the weight-only baseline of LLM-Pruner (arXiv 2305.11627, section 3.2, "L2"). Every layer keeps the
-same number of units of a kind, because magnitudes of different layers and kinds do not compare. Needs no data.
+The L2 norm of a unit's own weights, as the weight-only baseline of LLM-Pruner (arXiv 2305.11627, section 3.2, "L2").
+Every layer keeps the same number of units of a kind, because magnitudes of different layers and kinds do not compare.
+Needs no data.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,14 @@ class MagnitudeStructured:
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
-        return Budget(self.keep, self.of, self.kinds, uniform_over=self.kinds, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=self.kinds,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the best of every layer, shrink."""

@@ -1,13 +1,16 @@
-"""Minitron: one ranking of all units by their activations, equal widths in every layer, then distillation (arXiv 2407.14679).
+"""Minitron: one ranking of all units by their activations, equal widths in every layer, then distillation (arXiv
+2407.14679).
 
-FFN units, heads with their key/value head, hidden dimensions and layers are ranked once, on the dense model, from forward passes alone
-(section 2.2); the best of each axis stay, the same number in every layer (section 2.3). The stage `distill` comes after it (section 3).
+FFN units, heads with their key/value head, hidden dimensions and layers are ranked once, on the dense model, from
+forward passes alone (section 2.2); the best of each axis stay, the same number in every layer (section 2.3). The stage
+`distill` comes after it (section 3).
 
-Departures. How many units of each kind stay follows from one budget, near one share for all kinds, instead of from a hand-written
-architecture; with `candidates` several such shapes are tried and the one with the lowest loss on calibration data is taken, without the
-paper's light retraining (section 2.4). Query heads leave only together with their key/value head. Norms are corrected for their
-smaller width, so that dimensions that are always zero leave without a trace; the published code leaves that to distillation. Heads are
-not merged into their neighbours. Layers are scored by block influence, not by perplexity.
+Departures. How many units of each kind stay follows from one budget, near one share for all kinds, instead of from a
+hand-written architecture; with `candidates` several such shapes are tried and the one with the lowest loss on
+calibration data is taken, without the paper's light retraining (section 2.4). Query heads leave only together with
+their key/value head. Norms are corrected for their smaller width, so that dimensions that are always zero leave without
+a trace; the published code leaves that to distillation. Heads are not merged into their neighbours. Layers are scored
+by block influence, not by perplexity.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +38,14 @@ from compresso.training.objectives import language_loss
     paper="2407.14679",
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data",),
-    when="Before distillation on much data, where a plain architecture must come out: hidden size, FFN width, heads and layers.",
-    failures="Activations are not importance: without distillation the loss is far up. Removing layers hurts generation most.",
+    when=(
+        "Before distillation on much data, where a plain architecture must come out: hidden size, FFN width, heads and"
+        " layers."
+    ),
+    failures=(
+        "Activations are not importance: without distillation the loss is far up. Removing layers hurts generation"
+        " most."
+    ),
 )
 class Minitron:
     """Knobs of Minitron's pruning.
@@ -44,7 +53,8 @@ class Minitron:
     Args:
         keep: share of `of` that stays.
         of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed, of head, channel, hidden and layer; the paper's width pruning leaves heads and layers alone.
+        kinds: what may be removed, of head, channel, hidden and layer; the paper's width pruning leaves heads and
+            layers alone.
         multiple_of: kind -> multiple that kept counts are rounded to; the paper takes 64 for hidden and channel.
         floor: kind -> fewest units an axis keeps; "keep" for its share of them.
         batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
@@ -68,13 +78,22 @@ class Minitron:
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
-        return Budget(self.keep, self.of, self.kinds, uniform_over=self.kinds, multiple_of=self.multiple_of or {}, floor=self.floor or {})
+        return Budget(
+            self.keep,
+            self.of,
+            self.kinds,
+            uniform_over=self.kinds,
+            multiple_of=self.multiple_of or {},
+            floor=self.floor or {},
+        )
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the best of every axis, shrink."""
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         blocks = list(job.arch.blocks(job.model))
-        scores = activation_scores(job.model, axes, blocks, self._batches(job, self.batches), self.over_tokens, self.over_examples)
+        scores = activation_scores(
+            job.model, axes, blocks, self._batches(job, self.batches), self.over_tokens, self.over_examples
+        )
         shapes = candidate_shapes(axes, job.cost(), self.budget(), self.candidates)
         plans = [keep_best(axes, scores, counts) for counts in shapes]
         losses = [self._loss(job, axes, plan) for plan in plans] if len(plans) > 1 else [0.0]
@@ -82,13 +101,17 @@ class Minitron:
         facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
         if len(plans) > 1:
             tried = [{str(kind): n for kind, n in counts.items()} for counts in shapes]
-            facts["candidates"] = [{"kept": counts, "loss": round(loss, 6)} for counts, loss in zip(tried, losses, strict=True)]
+            facts["candidates"] = [
+                {"kept": counts, "loss": round(loss, 6)} for counts, loss in zip(tried, losses, strict=True)
+            ]
         return job.without(plans[best].masks(axes), "minitron", **facts)
 
     def _batches(self, job: Job, n: int) -> Iterator[dict[str, Tensor]]:
         """The first n calibration batches, `micro_batch` examples at a time."""
         source = job.batches(self.batch, "minitron")
-        parts = [range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)]
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
         return (source.at(update, rows) for update in range(n) for rows in parts)
 
     @torch.no_grad()
@@ -98,5 +121,7 @@ class Minitron:
         losses: list[float] = []
         with gated(job.model, axes, masks):
             for batch in self._batches(job, self.candidate_batches):
-                losses.append(float(language_loss(job.model, {name: value.to(job.device) for name, value in batch.items()})))
+                losses.append(
+                    float(language_loss(job.model, {name: value.to(job.device) for name, value in batch.items()}))
+                )
         return sum(losses) / len(losses)

@@ -1,12 +1,13 @@
-"""OWL: blocks with many outlying scores lose fewer weights (Yin et al., arXiv 2310.05175); the rest is Wanda or SparseGPT.
+"""OWL: blocks with many outlying scores lose fewer weights (Yin et al., arXiv 2310.05175); the rest is Wanda or
+SparseGPT.
 
-Section 3.1, eq. 1: a block's share of Wanda scores above M times their mean, over all its linears together, on the dense model.
-Section 3.2: shares of zeros follow from them, `spread` (lambda) around the one asked for; `compresso.core.sparsity.outlier_weighted`.
-Then a sweep as in `wanda` or `sparsegpt`, each block at its own share.
+Section 3.1, eq. 1: a block's share of Wanda scores above M times their mean, over all its linears together, on the
+dense model. Section 3.2: shares of zeros follow from them, `spread` (lambda) around the one asked for;
+`compresso.core.sparsity.outlier_weighted`. Then a sweep as in `wanda` or `sparsegpt`, each block at its own share.
 
-Departures: the mean share is of blocks, as in the authors' code; blocks of unequal size miss the total a little, and the records say by
-how much. Scores of the first pass are taken on the run's calibration rows, those of the sweep. Magnitude as a base and the n:m form of the
-authors' code are not here. Counts are exact, and ties leave by index.
+Departures: the mean share is of blocks, as in the authors' code; blocks of unequal size miss the total a little, and
+the records say by how much. Scores of the first pass are taken on the run's calibration rows, those of the sweep.
+Magnitude as a base and the n:m form of the authors' code are not here. Counts are exact, and ties leave by index.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,7 +33,9 @@ from compresso.training.noise import mixed_seed
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="From about 70 % of zeros on, where equal shares break the blocks that carry outliers.",
-    failures="At half it helps little or harms. Zeros stored dense save no bytes and no time without a kernel for them.",
+    failures=(
+        "At half it helps little or harms. Zeros stored dense save no bytes and no time without a kernel for them."
+    ),
 )
 class Owl:
     """Knobs of OWL.
@@ -62,7 +65,10 @@ class Owl:
     def __post_init__(self) -> None:
         """Refuse a spread that reaches a whole block."""
         if self.sparsity + 2 * self.spread >= 1:
-            raise ValueError(f"sparsity={self.sparsity} and spread={self.spread} could zero whole blocks; wanted sparsity + 2 spread < 1")
+            raise ValueError(
+                f"sparsity={self.sparsity} and spread={self.spread} could zero whole blocks; wanted sparsity + 2"
+                " spread < 1"
+            )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
@@ -100,7 +106,9 @@ class Owl:
         def look(group: Group, seen: Stats) -> dict[str, Any]:
             read.update(dict.fromkeys(group.names, seen.total))
             if group is groups[group.layer][-1]:  # the block's last: its weights may be gone after it
-                found[group.layer] = outliers([wanda_score(matrix(job.model, name), total) for name, total in read.items()], self.times)
+                found[group.layer] = outliers(
+                    [wanda_score(matrix(job.model, name), total) for name, total in read.items()], self.times
+                )
                 read.clear()
             return {}
 

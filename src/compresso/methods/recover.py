@@ -1,8 +1,9 @@
-"""LoRA recovery: adapters trained on the already smaller model, then merged (Hu et al., arXiv 2106.09685; LLM-Pruner's third stage,
-arXiv 2305.11627, section 3.3; Compresso's optional fine-tuning with frozen masks, arXiv 2310.05015).
+"""LoRA recovery: adapters trained on the already smaller model, then merged (Hu et al., arXiv 2106.09685; LLM-Pruner's
+third stage, arXiv 2305.11627, section 3.3; Compresso's optional fine-tuning with frozen masks, arXiv 2310.05015).
 
-After Compresso the masks are folded into the weights, so they are frozen by construction. Departure from Compresso's script: adapters start
-fresh on merged weights instead of going on with those of mask training, so recovery can follow any pruning.
+After Compresso the masks are folded into the weights, so they are frozen by construction. Departure from Compresso's
+script: adapters start fresh on merged weights instead of going on with those of mask training, so recovery can follow
+any pruning.
 """
 
 from dataclasses import replace
@@ -27,7 +28,10 @@ from compresso.training.objectives import LanguageObjective
     effects=Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
     when="After any removal; worth most where much was removed.",
-    failures="Instruction-only data ruins plain-text perplexity: mix text in. Too high a rate shows as a rising held-out loss.",
+    failures=(
+        "Instruction-only data ruins plain-text perplexity: mix text in. Too high a rate shows as a rising held-out"
+        " loss."
+    ),
 )
 class Recover:
     """Knobs of LoRA recovery.
@@ -37,7 +41,8 @@ class Recover:
         batch, micro_batch: examples an update, and a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         checkpointing: recompute activations in the backward pass.
         save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
         precision: "auto", "no" or "bf16" autocast.
@@ -91,4 +96,6 @@ class Recover:
         if self.save_adapter:
             job.keep_adapter(lora, "recover")
         trainable = sum(parameter.numel() for parameter in adapters)
-        return replace(job, model=merge_(lora)).note("recover", updates=total, trainable=trainable, lr=lr, curve=curve(history))
+        return replace(job, model=merge_(lora)).note(
+            "recover", updates=total, trainable=trainable, lr=lr, curve=curve(history)
+        )

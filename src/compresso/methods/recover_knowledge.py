@@ -1,17 +1,17 @@
-"""Dynamic knowledge recovery: LoRA on text like that of pretraining, then on instructions, most where most was lost (LoRAShear, arXiv
-2310.18356, section on recovery).
+"""Dynamic knowledge recovery: LoRA on text like that of pretraining, then on instructions, most where most was lost
+(LoRAShear, arXiv 2310.18356, section on recovery).
 
-Stage 1 trains on plain texts, stage 2 on instructions and conversations. Sources are what `data` joins by commas, each split by these two
-kinds. Every `every` updates the loss on some examples of each source, which are not trained on, is compared with the dense model's, and
-the rows of the next updates are drawn from the sources of the running stage in proportion to the rise.
+Stage 1 trains on plain texts, stage 2 on instructions and conversations. Sources are what `data` joins by commas, each
+split by these two kinds. Every `every` updates the loss on some examples of each source, which are not trained on, is
+compared with the dense model's, and the rows of the next updates are drawn from the sources of the running stage in
+proportion to the rise.
 
-Published is this outline alone. Our choices, none of them the authors':
-    The measure of what was lost (loss, not perplexity), examples per source (`probed`), how often, and that shares are proportional to it
-    (to the numbers of rows where nothing was lost). Subsets are drawn row by row with replacement instead of being assembled ahead.
-    Both stages run their full length and share one adapter and one learning-rate schedule. The paper stops a stage early when it no longer
-    helps; recipes are compared at equal updates, so here it does not.
-    Data without rows of one kind has one stage, which takes all updates; the records say so.
-    A row without any unlabelled token counts as plain text.
+Published is this outline alone. Our choices, none of them the authors': The measure of what was lost (loss, not
+    perplexity), examples per source (`probed`), how often, and that shares are proportional to it (to the numbers of
+    rows where nothing was lost). Subsets are drawn row by row with replacement instead of being assembled ahead. Both
+    stages run their full length and share one adapter and one learning-rate schedule. The paper stops a stage early
+    when it no longer helps; recipes are compared at equal updates, so here it does not. Data without rows of one kind
+    has one stage, which takes all updates; the records say so. A row without any unlabelled token counts as plain text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,10 @@ from compresso.training.noise import mixed_seed
     paper="2310.18356",
     effects=Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
-    when="After any removal, with data of several sources: `--data c4,wikitext2,alpaca-gpt4`. With one source of one kind use recover.",
+    when=(
+        "After any removal, with data of several sources: `--data c4,wikitext2,alpaca-gpt4`. With one source of one"
+        " kind use recover."
+    ),
     failures="Repeats a small source that has lost much until it is learned by heart: watch its held-out loss.",
 )
 class RecoverKnowledge:
@@ -54,7 +57,8 @@ class RecoverKnowledge:
         batch, micro_batch: examples an update, and a forward pass.
         rank, alpha, targets, dropout: LoRA.
         lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75. None: as it is.
+        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
+            None: as it is.
         precision: "auto", "no" or "bf16" autocast.
         max_steps: cap on all updates together.
         save_every: updates between training checkpoints.
@@ -111,7 +115,9 @@ class RecoverKnowledge:
         history = fit(
             objective,
             [Group("lora", adapters, lr, rate, clip=self.clip)],
-            MixedBatches(list(training.values()), self.batch, job.collated, mixed_seed("recover_knowledge", job.seed), shares_at),
+            MixedBatches(
+                list(training.values()), self.batch, job.collated, mixed_seed("recover_knowledge", job.seed), shares_at
+            ),
             total,
             seed=job.seed,
             accumulation=job.accumulation(self.batch, self.micro_batch),
@@ -126,8 +132,16 @@ class RecoverKnowledge:
         facts = {
             "updates": {"texts": texts_end, "instructions": total - texts_end},
             "sources": [
-                {"source": name, "kind": "text" if plain else "instruction", "rows": len(rows), "lost_before": a, "lost_after": b}
-                for ((name, plain), rows), a, b in zip(training.items(), before.tolist(), objective.lost.tolist(), strict=True)
+                {
+                    "source": name,
+                    "kind": "text" if plain else "instruction",
+                    "rows": len(rows),
+                    "lost_before": a,
+                    "lost_after": b,
+                }
+                for ((name, plain), rows), a, b in zip(
+                    training.items(), before.tolist(), objective.lost.tolist(), strict=True
+                )
             ],
             "trainable": sum(parameter.numel() for parameter in adapters),
             "lr": lr,
@@ -137,16 +151,23 @@ class RecoverKnowledge:
 
     def _phases(self, examples: Sequence[int]) -> tuple[int, int]:
         """Updates of the first stage and of both; a kind without examples gives its updates to the other."""
-        asked = [updates(one, n or 1, self.batch) for one, n in zip((self.text_steps, self.instruction_steps), examples, strict=True)]
+        asked = [
+            updates(one, n or 1, self.batch)
+            for one, n in zip((self.text_steps, self.instruction_steps), examples, strict=True)
+        ]
         if not all(examples):
             asked = [sum(asked) if n else 0 for n in examples]
         texts, instructions = shortened(asked, self.max_steps)
         return texts, texts + instructions
 
     def _dense_losses(self, job: Job, probes: Mapping[tuple[str, bool], Sequence[Row]]) -> Tensor:
-        """Losses of the model that the run started from [sources]. Raises CheckpointError if the job does not know where from."""
+        """Losses of the model that the run started from [sources]. Raises CheckpointError if the job does not know
+        where from.
+        """
         if job.original is None:
-            raise CheckpointError("recover_knowledge compares with the dense model, and this job names none; set Job.original")
+            raise CheckpointError(
+                "recover_knowledge compares with the dense model, and this job names none; set Job.original"
+            )
         return _losses(replace(job, model=job.original(job.model.dtype, job.device)), probes)
 
 
@@ -161,13 +182,18 @@ def sources_of(rows: Sequence[Row]) -> dict[tuple[str, bool], list[Row]]:
 def split(
     sources: Mapping[tuple[str, bool], Sequence[Row]], probed: int
 ) -> tuple[dict[tuple[str, bool], list[Row]], dict[tuple[str, bool], list[Row]]]:
-    """Examples to measure on, evenly spaced, and those to train on, by source. Raises DataError for a source of a single row."""
+    """Examples to measure on, evenly spaced, and those to train on, by source. Raises DataError for a source of a
+    single row.
+    """
     probes: dict[tuple[str, bool], list[Row]] = {}
     training: dict[tuple[str, bool], list[Row]] = {}
     for key, rows in sources.items():
         n = min(probed, len(rows) // 2)
         if not n:
-            raise DataError(f"source {key[0]!r} has {len(rows)} row of its kind; recover_knowledge needs 2, one of them to measure on")
+            raise DataError(
+                f"source {key[0]!r} has {len(rows)} row of its kind; recover_knowledge needs 2, one of them to"
+                " measure on"
+            )
         chosen = {i * len(rows) // n for i in range(n)}
         probes[key] = [row for i, row in enumerate(rows) if i in chosen]
         training[key] = [row for i, row in enumerate(rows) if i not in chosen]

@@ -1,7 +1,7 @@
 """Rounding to the nearest point of a uniform grid: the baseline of weight quantization. Needs no data.
 
-One grid a row, or one for each group of inputs of a row (ZeroQuant, arXiv 2206.01861, section 4.1, group-wise weights); grids are those of
-`compresso.core.rounding`.
+One grid a row, or one for each group of inputs of a row (ZeroQuant, arXiv 2206.01861, section 4.1, group-wise weights);
+grids are those of `compresso.core.rounding`.
 
 Departure: values are rounded and stored as full numbers, so this shows what rounding costs, not what packing saves.
 """
@@ -26,7 +26,9 @@ from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
     paper="2206.01861",
     effects=Effects.WEIGHTS,
     when="As the baseline of quantization; at 8 bits hardly anything is lost.",
-    failures="Below 4 bits, or without groups at 4, quality falls; gptq holds longer. Values are stored as full numbers.",
+    failures=(
+        "Below 4 bits, or without groups at 4, quality falls; gptq holds longer. Values are stored as full numbers."
+    ),
 )
 class Rtn:
     """Knobs of rounding to nearest.
@@ -61,4 +63,6 @@ class Rtn:
             weight.copy_(fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip).round(exact))
         sizes = [tuple(matrix(job.model, name).shape) for name in names]
         facts = audit(job.tensors(), before, names)
-        return job.note("rtn", **{**facts, "sparsity": None, "bits": bits_per_weight(sizes, self.bits, self.group, self.symmetric)})
+        return job.note(
+            "rtn", **{**facts, "sparsity": None, "bits": bits_per_weight(sizes, self.bits, self.group, self.symmetric)}
+        )

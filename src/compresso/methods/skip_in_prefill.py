@@ -1,14 +1,15 @@
-"""ShortGPT-gen: the least influential layers are skipped while the prompt is read, and run for every token after it (arXiv 2403.03853).
+"""ShortGPT-gen: the least influential layers are skipped while the prompt is read, and run for every token after it
+(arXiv 2403.03853).
 
-Plain removal ruins open-ended generation; skipping in the prefill alone keeps decoding dense. Layers are chosen by block influence, as in
-`drop_layers`. What it saves is time to the first token; memory and decoding stay as they were. A scored text goes through the patched
-prefill, so perplexities are those of the shorter model.
+Plain removal ruins open-ended generation; skipping in the prefill alone keeps decoding dense. Layers are chosen by
+block influence, as in `drop_layers`. What it saves is time to the first token; memory and decoding stay as they were. A
+scored text goes through the patched prefill, so perplexities are those of the shorter model.
 
-Departures: keys of skipped layers are rotated before they are cached (the public code caches them unrotated, so that attention mixes two
-kinds); a share of layers is never exceeded, as in `drop_layers`.
+Departures: keys of skipped layers are rotated before they are cached (the public code caches them unrotated, so that
+attention mixes two kinds); a share of layers is never exceeded, as in `drop_layers`.
 
-The result's files are the dense model's: no format can say that a layer runs for some tokens only. `compresso.load` applies the patch that
-the records name; other engines open the dense model.
+The result's files are the dense model's: no format can say that a layer runs for some tokens only. `compresso.load`
+applies the patch that the records name; other engines open the dense model.
 """
 
 from dataclasses import replace
@@ -30,7 +31,10 @@ from compresso.solve.depth import drop_lowest
     effects=Effects.FORWARD,
     needs=("data",),
     when="Long prompts and short answers, where time to the first token counts; nothing becomes smaller.",
-    failures="Only `compresso.load` applies it: other engines run all layers. Answers that hinge on the prompt's details suffer first.",
+    failures=(
+        "Only `compresso.load` applies it: other engines run all layers. Answers that hinge on the prompt's details"
+        " suffer first."
+    ),
 )
 class SkipInPrefill:
     """Knobs of ShortGPT-gen.
@@ -49,12 +53,21 @@ class SkipInPrefill:
         """Score, choose, patch."""
         axis = next(axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER)
         source = job.batches(self.batch, "skip_in_prefill")
-        parts = [range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)]
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
         calibration = (source.at(update, part) for update in range(self.batches) for part in parts)
-        found = block_influence(job.model, job.arch.blocks(job.model), job.arch.axes(job.model), (Kind.LAYER,), calibration)
+        found = block_influence(
+            job.model, job.arch.blocks(job.model), job.arch.axes(job.model), (Kind.LAYER,), calibration
+        )
         n = int(self.skip * axis.size + 1e-9)
         kept = drop_lowest([axis], found.scores, n).kept[axis.name]
         skipped = sorted(set(range(axis.size)) - set(kept))
         skip_in_prefill_(job.model, skipped)
-        facts = {"skipped": skipped, "layers": axis.size, "scores": found.scores[axis.name].tolist(), "calibration_tokens": found.tokens}
+        facts = {
+            "skipped": skipped,
+            "layers": axis.size,
+            "scores": found.scores[axis.name].tolist(),
+            "calibration_tokens": found.tokens,
+        }
         return replace(job, patches=(*job.patches, named(skipped))).note("skip_in_prefill", **facts)

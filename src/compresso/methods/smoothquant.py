@@ -1,15 +1,17 @@
-"""SmoothQuant: outliers of activations move into weights, so that both can be rounded to 8 bits (Xiao et al., arXiv 2211.10438).
+"""SmoothQuant: outliers of activations move into weights, so that both can be rounded to 8 bits (Xiao et al., arXiv
+2211.10438).
 
-Section 4, eq. 3 and 4: inputs are divided by s = max|x|^alpha / max|w|^(1 - alpha), in the norm in front of them, and weights multiplied.
-Section 4, "applying SmoothQuant to transformer blocks": the linears behind a norm are smoothed; all linears are rounded.
-Section 3: weights of 8 bits, one scale a matrix or a row; activations of 8 bits, one scale a token (O1) or a tensor (O2), taken anew at
+Section 4, eq. 3 and 4: inputs are divided by s = max|x|^alpha / max|w|^(1 - alpha), in the norm in front of them, and
+weights multiplied. Section 4, "applying SmoothQuant to transformer blocks": the linears behind a norm are smoothed; all
+linears are rounded. Section 3: weights of 8 bits, one scale a matrix or a row; activations of 8 bits, one scale a token
+(O1) or a tensor (O2), taken anew at
     every call.
 
-Departures: each block is calibrated on what the blocks before it give out with rounded weights, where the paper takes the dense model's
-activations. Static activation scales (O3) are left out, and so are integer products of queries and keys: attention runs as it was.
-Files hold the smoothed and rounded weights as full numbers, which any engine opens. Rounding of activations is a forward patch that the
-records name and `compresso.load` applies; other engines run without it. `compresso export --format compressed-tensors` writes integers, and
-engines of that format round what meets them.
+Departures: each block is calibrated on what the blocks before it give out with rounded weights, where the paper takes
+the dense model's activations. Static activation scales (O3) are left out, and so are integer products of queries and
+keys: attention runs as it was. Files hold the smoothed and rounded weights as full numbers, which any engine opens.
+Rounding of activations is a forward patch that the records name and `compresso.load` applies; other engines run without
+it. `compresso export --format compressed-tensors` writes integers, and engines of that format round what meets them.
 """
 
 from dataclasses import replace
@@ -37,7 +39,10 @@ from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
     effects=Effects.WEIGHTS | Effects.FORWARD,
     needs=("data",),
     when="Engines that multiply 8-bit integers; large models, whose activations have outliers.",
-    failures="Rounding of activations lives in compresso.load and in exported compressed-tensors; elsewhere weights alone are rounded.",
+    failures=(
+        "Rounding of activations lives in compresso.load and in exported compressed-tensors; elsewhere weights alone"
+        " are rounded."
+    ),
 )
 class SmoothQuant:
     """Knobs of SmoothQuant.

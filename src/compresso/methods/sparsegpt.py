@@ -1,16 +1,20 @@
-"""SparseGPT: weights leave by optimal brain surgeon scores, and those to their right make up for them (Frantar, Alistarh, 2301.00774).
+"""SparseGPT: weights leave by optimal brain surgeon scores, and those to their right make up for them (Frantar,
+Alistarh, 2301.00774).
 
 Section 3.1: the second moment H of a linear's inputs, damped by 1 % of its mean diagonal, inverted once for all rows.
-Section 3.2: w^2 / U_jj^2 within all rows of 128 columns (unstructured), or n of every m inputs of a row (section 3.4, n:m), chosen when the
+Section 3.2: w^2 / U_jj^2 within all rows of 128 columns (unstructured), or n of every m inputs of a row (section 3.4,
+n:m), chosen when the
     sweep gets there, so from compensated weights; `compresso.core.obs`.
-Section 3.5, joint with quantization: `bits` rounds what is left to a grid of each row, fitted to the weights before anything is done; its
-    error is compensated as well. A few small weights more round to zero.
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out; `compresso.sweep.sweep`.
+Section 3.5, joint with quantization: `bits` rounds what is left to a grid of each row, fitted to the weights before
+    anything is done; its error is compensated as well. A few small weights more round to zero.
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out;
+`compresso.sweep.sweep`.
 
-Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a block of columns leave;
-there, one more and every tie (`compat: reference`). q, k, v, and gate, up, share one second moment and one factorisation: they read the
-same inputs. The last block is not run again. Where H cannot be factored, damping grows tenfold up to three times, then in float64, then the
-run stops: never an identity in its place. Calibration rows are the run's, not C4 by itself.
+Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a
+block of columns leave; there, one more and every tie (`compat: reference`). q, k, v, and gate, up, share one second
+moment and one factorisation: they read the same inputs. The last block is not run again. Where H cannot be factored,
+damping grows tenfold up to three times, then in float64, then the run stops: never an identity in its place.
+Calibration rows are the run's, not C4 by itself.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -36,8 +40,14 @@ from compresso.sweep.targets import Group, Groups, Where, chosen
     paper="2301.00774",
     effects=Effects.WEIGHTS,
     needs=("data",),
-    when="The best of the one-shot methods from about half of the weights on, or with 2:4; jointly with rounding to few bits.",
-    failures="Zeros stored dense save no bytes and no time without a kernel for them. Little data: what is left fits that data alone.",
+    when=(
+        "The best of the one-shot methods from about half of the weights on, or with 2:4; jointly with rounding to few"
+        " bits."
+    ),
+    failures=(
+        "Zeros stored dense save no bytes and no time without a kernel for them. Little data: what is left fits that"
+        " data alone."
+    ),
 )
 class SparseGpt:
     """Knobs of SparseGPT.
@@ -49,8 +59,8 @@ class SparseGpt:
         damping: share of H's mean diagonal that is added to it.
         block: columns among which weights are chosen, and updated together.
         compat: "exact" or "reference" (the authors' off-by-one and ties).
-        not_invertible: what becomes of linears whose second moment cannot be inverted: "stop" the run, or prune them by "wanda", which the
-            records tell.
+        not_invertible: what becomes of linears whose second moment cannot be inverted: "stop" the run, or prune them by
+            "wanda", which the records tell.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """

@@ -1,13 +1,16 @@
-"""Wanda: weights leave where |W_ij| ||x_j|| is small, in each output row alike (Sun et al., arXiv 2306.11695). Nothing is updated.
+"""Wanda: weights leave where |W_ij| ||x_j|| is small, in each output row alike (Sun et al., arXiv 2306.11695). Nothing
+is updated.
 
-Section 3, eq. 1, the score: `compresso.core.sparsity.wanda_score`, the norm over all calibration tokens.
-Section 3, comparison group: each output row loses floor(share * inputs) entries; or n of every m inputs stay.
-The variant of the authors' code (`use_variant`): rows lose equal shares of their score instead, one alpha a matrix (`variant: true`).
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out (`compresso.sweep.sweep`).
+Section 3, eq. 1, the score: `compresso.core.sparsity.wanda_score`, the norm over all calibration tokens. Section 3,
+comparison group: each output row loses floor(share * inputs) entries; or n of every m inputs stay. The variant of the
+authors' code (`use_variant`): rows lose equal shares of their score instead, one alpha a matrix (`variant: true`).
+Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out
+(`compresso.sweep.sweep`).
 
-Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one statistic: they read the
-same inputs. The last block is not run again. Ties leave by index, as in a stable sort. Calibration rows are the run's, not C4 by itself.
-Attention alone (`where: {modules: ["*.self_attn.*"]}`) is the pruning of arXiv 2401.10862.
+Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one
+statistic: they read the same inputs. The last block is not run again. Ties leave by index, as in a stable sort.
+Calibration rows are the run's, not C4 by itself. Attention alone (`where: {modules: ["*.self_attn.*"]}`) is the pruning
+of arXiv 2401.10862.
 """
 
 from collections.abc import Mapping
@@ -33,7 +36,9 @@ from compresso.sweep.targets import Group, Groups, Where, chosen
     effects=Effects.WEIGHTS,
     needs=("data",),
     when="Zeros in seconds, up to about half of the weights, or 2:4 for hardware that has it.",
-    failures="Zeros stored dense save no bytes and no time without a kernel for them. Past half, sparsegpt holds longer.",
+    failures=(
+        "Zeros stored dense save no bytes and no time without a kernel for them. Past half, sparsegpt holds longer."
+    ),
 )
 class Wanda:
     """Knobs of Wanda.
@@ -57,7 +62,10 @@ class Wanda:
         if self.pattern is not None:
             parse_pattern(self.pattern)
             if self.sparsity is not None or self.variant:
-                raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and variant to false")
+                raise ValueError(
+                    f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and variant to"
+                    " false"
+                )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""

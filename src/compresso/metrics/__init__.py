@@ -1,1 +1,3 @@
-"""Measures of a model: perplexity, divergence, written text, multiple choice, decoding speed; each number with its protocol."""
+"""Measures of a model: perplexity, divergence, written text, multiple choice, decoding speed; each number with its
+protocol.
+"""

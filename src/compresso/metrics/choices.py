@@ -1,7 +1,9 @@
-"""Accuracy on multiple-choice items by the likelihood of the choices: nothing is generated, so nothing has to be parsed.
+"""Accuracy on multiple-choice items by the likelihood of the choices: nothing is generated, so nothing has to be
+parsed.
 
-A choice scores the sum of the log-probabilities of its tokens after BOS + prompt + body(instruction, input). Sums are not divided by
-length: the choices of an item should be about equally long. A tie, which a model without any knowledge can produce, goes to the first.
+A choice scores the sum of the log-probabilities of its tokens after BOS + prompt + body(instruction, input). Sums are
+not divided by length: the choices of an item should be about equally long. A tie, which a model without any knowledge
+can produce, goes to the first.
 """
 
 import math
@@ -43,7 +45,9 @@ class ChoiceResult:
     tasks: dict[str, float] = field(default_factory=dict)
     n_by_task: dict[str, int] = field(default_factory=dict)
 
-    def measurements(self, suite: str, environment: Environment, seed: int | None = None, **settings: Setting) -> tuple[Measurement, ...]:
+    def measurements(
+        self, suite: str, environment: Environment, seed: int | None = None, **settings: Setting
+    ) -> tuple[Measurement, ...]:
         """The accuracy over all items, as "SUITE/acc".
 
         Args:
@@ -59,7 +63,9 @@ class ChoiceResult:
             **settings,
         }
         shared = {"unit": "share", "how": "measured", "stderr": self.stderr, "n": self.n, "seed": seed}
-        return (Measurement(name=f"{suite}/acc", value=self.accuracy, protocol=protocol, environment=environment, **shared),)
+        return (
+            Measurement(name=f"{suite}/acc", value=self.accuracy, protocol=protocol, environment=environment, **shared),
+        )
 
 
 def choice_accuracy(
@@ -83,7 +89,9 @@ def choice_accuracy(
         for choice in item.choices:
             target = _ids(tokenizer, choice)
             if not target:
-                raise DataError(f"item '{item.instruction}' of task '{item.task}' has the empty choice {choice!r}; give it text")
+                raise DataError(
+                    f"item '{item.instruction}' of task '{item.task}' has the empty choice {choice!r}; give it text"
+                )
             rows.append((context + target, len(target)))
     scored = _log_likelihoods(model, rows, batch_size)
     right: dict[str, list[bool]] = {}

@@ -5,7 +5,8 @@
     notes.txt        any local file of texts that training data could be read from, whole
     owner/name       a data set on the hub
 
-A local copy stands in for a named corpus where one is there; what sets it apart from the original is said in `Corpus.source`.
+A local copy stands in for a named corpus where one is there; what sets it apart from the original is said in
+`Corpus.source`.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
     Args:
         name_or_file: "wikitext2", "c4", another registered name, a hub id, or a file.
         split: None: the one that a corpus is measured on.
-        data_root: a folder with local copies of the named corpora; that of the environment variable COMPRESSO_DATA if None.
+        data_root: a folder with local copies of the named corpora; that of the environment variable COMPRESSO_DATA if
+            None.
 
     Raises DataError for what is unknown, cannot be reached, has no text, or is made of instructions or ready windows.
     """
@@ -61,7 +63,10 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
         raise DataError(f"{data_root}: no such folder; give the folder of local copies that COMPRESSO_DATA would name")
     records = load_records(name_or_file, split=split, local=data_root)
     if records.kind != "text":
-        raise DataError(f"corpus {records.source} holds data of kind '{records.kind}'; perplexity is measured on texts: give such a file")
+        raise DataError(
+            f"corpus {records.source} holds data of kind '{records.kind}'; perplexity is measured on texts: give such a"
+            " file"
+        )
     texts = tuple(records.texts())
     if not any(text.strip() for text in texts):
         raise DataError(f"corpus {records.source}: all of its {len(texts)} texts are empty; give a file with text")

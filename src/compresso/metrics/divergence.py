@@ -1,11 +1,14 @@
-"""How far a model's predictions have moved from the dense model's: perplexity and multiple choice hide damage that this shows.
+"""How far a model's predictions have moved from the dense model's: perplexity and multiple choice hide damage that this
+shows.
 
-At each position of held text the dense model P and the other Q give a distribution of the next token. Measured are the mean of
-KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) in nats, and how often both have the same most likely token. Where the other model has only
-some of the tokens, P is taken over these, normalised anew, and the share of P that lay on the others is measured beside it.
+At each position of held text the dense model P and the other Q give a distribution of the next token. Measured are the
+mean of KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)) in nats, and how often both have the same most likely token. Where
+the other model has only some of the tokens, P is taken over these, normalised anew, and the share of P that lay on the
+others is measured beside it.
 
-Both models need not be in memory at once: `reference` keeps the dense model's log-probabilities, `divergence` compares another model with
-them. The whole distribution is kept, since the tail is where pruned models drift, so positions are few where the vocabulary is large.
+Both models need not be in memory at once: `reference` keeps the dense model's log-probabilities, `divergence` compares
+another model with them. The whole distribution is kept, since the tail is where pruned models drift, so positions are
+few where the vocabulary is large.
 """
 
 import hashlib
@@ -81,26 +84,39 @@ class DenseReference:
 
 
 def reference(
-    model: PreTrainedModel, windows: Sequence[Sequence[int]], *, corpus: str, max_bytes: int = MAX_BYTES, batch_size: int = 8
+    model: PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    corpus: str,
+    max_bytes: int = MAX_BYTES,
+    batch_size: int = 8,
 ) -> DenseReference:
-    """What the dense model predicts on held windows, each a list of ids; windows of one token have no position to look at.
+    """What the dense model predicts on held windows, each a list of ids; windows of one token have no position to look
+    at.
 
     Where all positions would take more than `max_bytes`, evenly spaced ones are taken.
 
     Raises:
-        DataError: no position with a next token, a window beyond the model's context, or room for not even one position.
+        DataError: no position with a next token, a window beyond the model's context, or room for not even one
+            position.
         NumericError: a log-probability is NaN.
     """
     context = context_of(model)
     longest = max((len(window) for window in windows), default=0)
     if context is not None and longest > context:
-        raise DataError(f"a window of {longest} tokens is beyond the model's context of {context}; cut windows to at most that")
+        raise DataError(
+            f"a window of {longest} tokens is beyond the model's context of {context}; cut windows to at most that"
+        )
     candidates = [(i, j) for i, window in enumerate(windows) for j in range(len(window) - 1)]
     if not candidates:
-        raise DataError(f"{len(windows)} windows of '{corpus}' have no token with a next one; give windows of two tokens or more")
+        raise DataError(
+            f"{len(windows)} windows of '{corpus}' have no token with a next one; give windows of two tokens or more"
+        )
     vocabulary = _vocabulary(model)
     if max_bytes < 4 * vocabulary:
-        raise DataError(f"max_bytes={max_bytes} holds no position of a vocabulary of {vocabulary}; wanted at least {4 * vocabulary}")
+        raise DataError(
+            f"max_bytes={max_bytes} holds no position of a vocabulary of {vocabulary}; wanted at least {4 * vocabulary}"
+        )
     n = min(len(candidates), max_bytes // (4 * vocabulary))
     places = torch.tensor([candidates[i * len(candidates) // n] for i in range(n)])
     log_probs = torch.empty(n, vocabulary)
@@ -113,16 +129,21 @@ def reference(
 
 
 def divergence(
-    model: PreTrainedModel, reference: DenseReference, environment: Environment | None = None, kept: Sequence[int] | None = None
+    model: PreTrainedModel,
+    reference: DenseReference,
+    environment: Environment | None = None,
+    kept: Sequence[int] | None = None,
 ) -> tuple[Measurement, ...]:
-    """Mean KL(dense || model) in nats a token ("kl"), and the share of positions with the same top token ("top1_agreement").
+    """Mean KL(dense || model) in nats a token ("kl"), and the share of positions with the same top token
+    ("top1_agreement").
 
-    The model that made the reference gives exactly 0 and 1. Standard errors take positions as independent; neighbours are not quite.
+    The model that made the reference gives exactly 0 and 1. Standard errors take positions as independent; neighbours
+    are not quite.
 
     Args:
-        kept: the dense model's ids, ascending, of the tokens that the model has, where it has not all; the windows may hold only these.
-            Then the mean probability that the dense model gave to the others ("removed_mass") is measured too, and a top token among
-            them agrees with nothing.
+        kept: the dense model's ids, ascending, of the tokens that the model has, where it has not all; the windows may
+            hold only these. Then the mean probability that the dense model gave to the others ("removed_mass") is
+            measured too, and a top token among them agrees with nothing.
 
     Raises:
         DataError: another vocabulary, or a window with a token that the model does not have.
@@ -131,11 +152,19 @@ def divergence(
     n, vocabulary = reference.log_probs.shape
     tokens = torch.arange(vocabulary) if kept is None else torch.tensor(kept)
     if _vocabulary(model) != len(tokens):
-        raise DataError(f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {len(tokens)}; wanted the same")
+        raise DataError(
+            f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {len(tokens)}; wanted the"
+            " same"
+        )
     new = {int(old): i for i, old in enumerate(tokens)}
     if any(i not in new for window in reference.windows for i in window):
-        raise DataError(f"windows of '{reference.corpus}' hold tokens that the model does not have; give windows of tokens that both have")
-    windows = reference.windows if kept is None else tuple(tuple(new[i] for i in window) for window in reference.windows)
+        raise DataError(
+            f"windows of '{reference.corpus}' hold tokens that the model does not have; give windows of tokens that"
+            " both have"
+        )
+    windows = (
+        reference.windows if kept is None else tuple(tuple(new[i] for i in window) for window in reference.windows)
+    )
     kl = torch.empty(n, dtype=torch.float64)
     same = torch.empty(n, dtype=torch.float64)
     removed = torch.zeros(n, dtype=torch.float64)
@@ -158,7 +187,11 @@ def divergence(
             "of_positions": reference.n_candidates,
             "chosen": "all" if n == reference.n_candidates else "evenly spaced",
             "direction": "dense || model",
-            **({} if kept is None else {"tokens": f"{len(tokens)} of {vocabulary}, the dense model normalised over these"}),
+            **(
+                {}
+                if kept is None
+                else {"tokens": f"{len(tokens)} of {vocabulary}, the dense model normalised over these"}
+            ),
             "windows_sha256": hashlib.sha256(repr(reference.windows).encode()).hexdigest()[:16],
         },
         "environment": environment or Environment.here(model.device, model.dtype),
@@ -169,7 +202,11 @@ def divergence(
         Measurement(name="kl", value=max(0.0, float(kl.mean())), unit="nats/token", stderr=spread, **shared),
         Measurement(name="top1_agreement", value=agreement, unit="share", stderr=binomial, **shared),
     )
-    return found if kept is None else (*found, Measurement(name="removed_mass", value=float(removed.mean()), unit="share", **shared))
+    return (
+        found
+        if kept is None
+        else (*found, Measurement(name="removed_mass", value=float(removed.mean()), unit="share", **shared))
+    )
 
 
 def divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -189,7 +226,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _log_probs(
     model: PreTrainedModel, windows: Sequence[Sequence[int]], places: Tensor, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of (rows of `places`, log-probabilities there [rows, vocab], float32); windows without a place are not read."""
+    """Pieces of (rows of `places`, log-probabilities there [rows, vocab], float32); windows without a place are not
+    read.
+    """
     wanted = places[:, 0].unique().tolist()
     size = rows_at_once(2 * _vocabulary(model))
     for i, logits in window_logits(model, [windows[i] for i in wanted], batch_size):

@@ -1,6 +1,7 @@
 """Logits of many sequences of different lengths, in batches whose make-up leaves the numbers as they are.
 
-Sequences of like length share a batch and are padded on the right, where causal attention never looks from a real token.
+Sequences of like length share a batch and are padded on the right, where causal attention never looks from a real
+token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,10 +31,15 @@ def check_ids(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> None:
     rows = int(model.config.vocab_size)
     highest = max((max(window) for window in windows if window), default=0)
     if highest >= rows:
-        raise DataError(f"token id {highest} is beyond the model's vocabulary of {rows}; give the tokenizer this model was trained with")
+        raise DataError(
+            f"token id {highest} is beyond the model's vocabulary of {rows}; give the tokenizer this model was trained"
+            " with"
+        )
 
 
-def window_logits(model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+def window_logits(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[int, Tensor]]:
     """The place of each window and its logits [tokens, vocab], longest windows first; an empty window has none.
 
     The model's mode is as before once the iterator is exhausted or closed.

@@ -1,7 +1,8 @@
 """What a model writes: greedy continuations of a fixed list of prompts, and how many of them are broken.
 
-Pruned models fail here first: a perplexity that doubled may still write, or may say one word without end. Nothing judges the content;
-counted is what a program can see (`broken`), and the texts are there to be read, dense and pruned side by side.
+Pruned models fail here first: a perplexity that doubled may still write, or may say one word without end. Nothing
+judges the content; counted is what a program can see (`broken`), and the texts are there to be read, dense and pruned
+side by side.
 """
 
 import hashlib
@@ -55,7 +56,9 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether the end is one cycle said over and over: 16 tokens or more, of at least three whole turns of at most 16 tokens each."""
+    """Whether the end is one cycle said over and over: 16 tokens or more, of at least three whole turns of at most 16
+    tokens each.
+    """
     for turn in range(1, LOOP_TOKENS + 1):
         needed = max(LOOP_TOKENS, LOOP_TURNS * turn)
         end = tokens[-needed:]
@@ -67,8 +70,8 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
 def broken(text: str, tokens: Sequence[int], ended: bool) -> bool:
     """Whether a continuation counts as degenerate.
 
-    It does if nothing but white space was written; if more than half of its 4-grams occurred before in it; or if it was cut off at the
-    limit (`ended` is False) while it was in a loop. To stop early is no fault.
+    It does if nothing but white space was written; if more than half of its 4-grams occurred before in it; or if it was
+    cut off at the limit (`ended` is False) while it was in a loop. To stop early is no fault.
     """
     return not text.strip() or repetition(tokens) > MOST_REPETITION or (not ended and ends_in_loop(tokens))
 
@@ -83,10 +86,11 @@ def samples(
     """The greedy continuation of each prompt, up to the end token or `max_new_tokens`.
 
     Args:
-        encode: ids of a prompt, for a model that expects a format of its own; None: BOS, where the tokenizer has one, and the bare text.
+        encode: ids of a prompt, for a model that expects a format of its own; None: BOS, where the tokenizer has one,
+            and the bare text.
 
-    Greedy means the most likely token, the lowest of equals; a generation config with sampling or penalties is not looked at, except for
-    its end tokens.
+    Greedy means the most likely token, the lowest of equals; a generation config with sampling or penalties is not
+    looked at, except for its end tokens.
 
     Raises:
         DataError: no prompts, a prompt without tokens, or prompt and continuation beyond the model's context.
@@ -103,8 +107,8 @@ def samples(
             raise DataError(f"prompt {prompt!r} has no tokens; give it text")
         if context is not None and len(ids) + max_new_tokens > context:
             raise DataError(
-                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are beyond the model's context of {context}; "
-                "give shorter prompts or a smaller max_new_tokens"
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are beyond the model's context of"
+                f" {context}; give shorter prompts or a smaller max_new_tokens"
             )
     was_training = model.training
     model.eval()
@@ -114,7 +118,11 @@ def samples(
             tokens, ended = _greedy(model, ids, max_new_tokens, ends)
             text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             degenerate = broken(text, tokens, ended)
-            written.append(Sample(prompt=prompt, text=text, tokens=len(tokens), repetition=repetition(tokens), degenerate=degenerate))
+            written.append(
+                Sample(
+                    prompt=prompt, text=text, tokens=len(tokens), repetition=repetition(tokens), degenerate=degenerate
+                )
+            )
     finally:
         model.train(was_training)
     return tuple(written)

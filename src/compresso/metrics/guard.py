@@ -1,22 +1,23 @@
-"""Whether a pruned model is worth writing: a few numbers against thresholds, decided before the checkpoint takes its name.
+"""Whether a pruned model is worth writing: a few numbers against thresholds, decided before the checkpoint takes its
+name.
 
 Thresholds and why:
 
-    perplexity on held text, pruned over dense
-        warn from 1.5: published models that lost a fifth of their parameters and were tuned lie at 1.3 to 1.75 times the dense
-            perplexity, those that were pruned without a look at the data far above (LLM-Pruner, arXiv 2305.11627, WikiText-2: 12.62 to
-            17.58 tuned, 19.09 to 74.63 untuned).
-        refuse from 5: models cut in half and tuned lie at 3 to 3.6 times (38.12 to 45.70), the same untuned at 8 to 11 (106 to 141).
-            Of those that lost a fifth, whole channels untuned lie at 5.9 and magnitude at 46 (582), with 45 and 43 % on seven
-            multiple-choice tasks where the dense model has 63 and guessing 36.
+    perplexity on held text, pruned over dense warn from 1.5: published models that lost a fifth of their parameters and
+        were tuned lie at 1.3 to 1.75 times the dense
+            perplexity, those that were pruned without a look at the data far above (LLM-Pruner, arXiv 2305.11627,
+            WikiText-2: 12.62 to 17.58 tuned, 19.09 to 74.63 untuned).
+        refuse from 5: models cut in half and tuned lie at 3 to 3.6 times (38.12 to 45.70), the same untuned at 8 to 11
+            (106 to 141). Of those that lost a fifth, whole channels untuned lie at 5.9 and magnitude at 46 (582), with
+            45 and 43 % on seven multiple-choice tasks where the dense model has 63 and guessing 36.
     loss on held text
         refuse from ln(vocabulary): a guess that takes all tokens as equally likely does as well.
-    degenerate rate of greedy continuations, over that of the dense model
-        warn from .25 more: with eight prompts, two more broken texts.
-        refuse from .5 more, if at least three quarters of all are broken then. Small dense models loop by themselves, so the rise counts.
+    degenerate rate of greedy continuations, over that of the dense model warn from .25 more: with eight prompts, two
+        more broken texts. refuse from .5 more, if at least three quarters of all are broken then. Small dense models
+        loop by themselves, so the rise counts.
 
-A dense model whose own loss is within half a nat of that guess has nothing to lose, and nothing can be said of what became of it: the
-verdict is "unchecked", as it is without data.
+A dense model whose own loss is within half a nat of that guess has nothing to lose, and nothing can be said of what
+became of it: the verdict is "unchecked", as it is without data.
 """
 
 import math
@@ -63,8 +64,8 @@ class Guard(Strict):
     """The verdict on a pruned model and the checks behind it.
 
     Args:
-        verdict: "refuse" if a check refuses, else "warn" if one warns, else "unchecked" if the loss was not checked (a text that is not
-            broken proves little), else "ok".
+        verdict: "refuse" if a check refuses, else "warn" if one warns, else "unchecked" if the loss was not checked (a
+            text that is not broken proves little), else "ok".
         checks: all of them, made or not.
     """
 
@@ -77,7 +78,10 @@ class Guard(Strict):
         words = "; ".join(dict.fromkeys(telling or [one.words for one in self.checks]))
         match self.verdict:
             case "refuse":
-                return f"The pruned model has collapsed: {words}. Keep more, recover longer or with other data, or pass --force."
+                return (
+                    f"The pruned model has collapsed: {words}. Keep more, recover longer or with other data, or pass"
+                    " --force."
+                )
             case "warn":
                 return f"The pruned model has lost much: {words}."
             case "unchecked":
@@ -137,9 +141,18 @@ def _growth(dense: float | None, pruned: float | None, why: str) -> Check:
         why = "the loss on held text was not measured, for want of data or a tokenizer"
     elif not why:
         verdict = "refuse" if growth >= REFUSE_GROWTH else "warn" if growth >= WARN_GROWTH else "ok"
-        why = f"perplexity on held text is {growth:.3g} times the dense one (warned from {WARN_GROWTH:g}, refused from {REFUSE_GROWTH:g})"
+        why = (
+            f"perplexity on held text is {growth:.3g} times the dense one (warned from {WARN_GROWTH:g}, refused from"
+            f" {REFUSE_GROWTH:g})"
+        )
     return Check(
-        name="perplexity_growth", verdict=verdict, value=growth, unit="1", warn_from=WARN_GROWTH, refuse_from=REFUSE_GROWTH, words=why
+        name="perplexity_growth",
+        verdict=verdict,
+        value=growth,
+        unit="1",
+        warn_from=WARN_GROWTH,
+        refuse_from=REFUSE_GROWTH,
+        words=why,
     )
 
 
@@ -151,7 +164,9 @@ def _level(dense: float | None, pruned: float | None, guess: float, why: str) ->
     elif not why:
         verdict = "refuse" if pruned >= guess else "ok"
         why = f"loss on held text is {pruned:.3f} nats a token (refused from {guess:.3f}, a uniform guess)"
-    return Check(name="loss", verdict=verdict, value=pruned, unit="nats/token", warn_from=None, refuse_from=guess, words=why)
+    return Check(
+        name="loss", verdict=verdict, value=pruned, unit="nats/token", warn_from=None, refuse_from=guess, words=why
+    )
 
 
 def _degenerate(dense: float | None, pruned: float | None, why: str) -> Check:
@@ -166,4 +181,12 @@ def _degenerate(dense: float | None, pruned: float | None, why: str) -> Check:
             f"broken texts went from {dense:.0%} to {pruned:.0%} (warned from {100 * WARN_RISE:g} points more, "
             f"refused from {100 * REFUSE_RISE:g} points more and {REFUSE_RATE:.0%} in all)"
         )
-    return Check(name="degenerate", verdict=verdict, value=rise, unit="share", warn_from=WARN_RISE, refuse_from=REFUSE_RISE, words=why)
+    return Check(
+        name="degenerate",
+        verdict=verdict,
+        value=rise,
+        unit="share",
+        warn_from=WARN_RISE,
+        refuse_from=REFUSE_RISE,
+        words=why,
+    )

@@ -52,7 +52,9 @@ class HeldLoss:
         return statistics.stdev(residuals) * math.sqrt(n) / sum(self.tokens)
 
     def half_split(self, splits: int = SPLITS) -> float | None:
-        """How far the perplexities of two random halves of the examples lie apart, the median over `splits`; None for a single example."""
+        """How far the perplexities of two random halves of the examples lie apart, the median over `splits`; None for a
+        single example.
+        """
         if len(self.nats) < 2:
             return None
         generator = torch.Generator().manual_seed(0)
@@ -64,10 +66,14 @@ class HeldLoss:
         return statistics.median(apart)
 
     def _of(self, chosen: Sequence[int]) -> "HeldLoss":
-        return HeldLoss(tuple(self.nats[i] for i in chosen), tuple(self.tokens[i] for i in chosen), self.examples_sha256)
+        return HeldLoss(
+            tuple(self.nats[i] for i in chosen), tuple(self.tokens[i] for i in chosen), self.examples_sha256
+        )
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
-        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between halves of the examples."""
+        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between halves of the
+        examples.
+        """
         shared: dict[str, Any] = {"unit": "1", "how": "measured", "n": sum(self.tokens), "environment": environment}
         protocol = {
             "corpus": corpus,
@@ -84,11 +90,14 @@ class HeldLoss:
         return tuple(found)
 
 
-def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8, counted_as: Sequence[Row] | None = None) -> HeldLoss:
-    """Losses of examples {"input_ids", "labels"}; the token at s + 1 is predicted from those up to s, -100 carries no loss.
+def held_loss(
+    model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8, counted_as: Sequence[Row] | None = None
+) -> HeldLoss:
+    """Losses of examples {"input_ids", "labels"}; the token at s + 1 is predicted from those up to s, -100 carries no
+    loss.
 
-    counted_as: the same examples in another model's tokens, whose number the losses are shared out over: then both models' numbers
-    are about the same text in the same unit.
+    counted_as: the same examples in another model's tokens, whose number the losses are shared out over: then both
+    models' numbers are about the same text in the same unit.
 
     Raises:
         DataError: no labelled token, or ids that the model does not have.
@@ -100,13 +109,18 @@ def held_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 8, 
         places = (labels != IGNORED).nonzero().squeeze(-1)
         losses = torch.nn.functional.cross_entropy(logits[places].float(), labels[places], reduction="none")
         nats[i] = float(losses.double().sum())
-        tokens[i] = len(places) if counted_as is None else sum(label != IGNORED for label in counted_as[i]["labels"][1:])
+        tokens[i] = (
+            len(places) if counted_as is None else sum(label != IGNORED for label in counted_as[i]["labels"][1:])
+        )
     counted = [i for i, n in enumerate(tokens) if n]
     if not counted:
         raise DataError(f"{len(rows)} held-out examples have no labelled token; give more data or a larger max_length")
     found = HeldLoss(tuple(nats[i] for i in counted), tuple(tokens[i] for i in counted), _digest(counted_as or rows))
     if not math.isfinite(found.mean):
-        raise NumericError(f"the loss on {len(rows)} held-out examples is {found.mean}; the model overflows on it, use float32 or bfloat16")
+        raise NumericError(
+            f"the loss on {len(rows)} held-out examples is {found.mean}; the model overflows on it, use float32 or"
+            " bfloat16"
+        )
     return found
 
 

@@ -1,6 +1,8 @@
-"""Prefill and decode speed of several models, timed in turn in one process, so that a machine that slows down slows them all.
+"""Prefill and decode speed of several models, timed in turn in one process, so that a machine that slows down slows
+them all.
 
-In every round each model has its turn: A, B, A, B. A speed-up is taken within each round and then over rounds, so that drift cancels.
+In every round each model has its turn: A, B, A, B. A speed-up is taken within each round and then over rounds, so that
+drift cancels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +31,9 @@ from compresso.metrics.traffic import Weights, bytes_bound, paired, verdict
 
 @dataclass
 class Rounds:
-    """One model at one batch size: seconds of prefill and decode, one a round, and mean bytes of cache that a decoding step reads."""
+    """One model at one batch size: seconds of prefill and decode, one a round, and mean bytes of cache that a decoding
+    step reads.
+    """
 
     prefill: list[float] = field(default_factory=list[float])
     decode: list[float] = field(default_factory=list[float])
@@ -48,7 +52,8 @@ def speed_measurements(
     clock: Stopwatch | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> dict[str, tuple[Measurement, ...]]:
-    """Speed of each model, and its speed-up against the first, the dense one: medians over rounds, `low` and `high` the extremes.
+    """Speed of each model, and its speed-up against the first, the dense one: medians over rounds, `low` and `high` the
+    extremes.
 
     Args:
         models: name -> model; all on one device, which is where they are timed.
@@ -60,16 +65,20 @@ def speed_measurements(
         advance: called with a description before each turn.
 
     Returns:
-        By name, for each batch B "prefill/batchB" and "decode/batchB" (tokens/s, of the whole batch); of all but the first also
-        "prefill_speedup/batchB" and "decode_speedup/batchB" (measured, 1) and "decode_bound/batchB" (estimated, 1: what reading fewer bytes
-        allows). A speed-up that is none, or that bytes do not explain, says so in `remark`.
+        By name, for each batch B "prefill/batchB" and "decode/batchB" (tokens/s, of the whole batch); of all but the
+        first also "prefill_speedup/batchB" and "decode_speedup/batchB" (measured, 1) and "decode_bound/batchB"
+        (estimated, 1: what reading fewer bytes allows). A speed-up that is none, or that bytes do not explain, says so
+        in `remark`.
 
     Raises:
         DataError: a number that is not positive, or more tokens than a context holds.
         ArchError: a model without a key/value cache.
     """
     if not models or not batches or min(rounds, *batches) < 1 or warmup < 0:
-        raise DataError(f"{len(models)} models, batches={list(batches)}, rounds={rounds}, warmup={warmup}: at least 1 wanted, of warmup 0")
+        raise DataError(
+            f"{len(models)} models, batches={list(batches)}, rounds={rounds}, warmup={warmup}: at least 1 wanted, of"
+            " warmup 0"
+        )
     lengths({name: context_of(model) for name, model in models.items()}, prompt_tokens, new_tokens)
     first, device = next(iter(models)), next(iter(models.values())).device
     clock = clock or stopwatch(device)
@@ -103,13 +112,21 @@ def speed_measurements(
                     found[name].append(measured(f"{what}/batch{batch}", rates, "tokens/s"))
                 if name == first:
                     continue
-                bound = bytes_bound(weights[first].bytes_read, dense.cache_read, weights[name].bytes_read, mine.cache_read)
+                bound = bytes_bound(
+                    weights[first].bytes_read, dense.cache_read, weights[name].bytes_read, mine.cache_read
+                )
                 for what, limit in (("prefill", None), ("decode", bound)):
                     ratios, noise = paired(getattr(dense, what), getattr(mine, what))
                     remark = verdict(ratios, noise, weights[name], weights[first], limit)
                     found[name].append(measured(f"{what}_speedup/batch{batch}", ratios, "1", remark))
                 reads = sizes | {"bytes": "weights once a step, and the cache of every sequence"}
-                estimate = {"value": bound, "unit": "1", "how": "estimated", "protocol": reads, "environment": environment}
+                estimate = {
+                    "value": bound,
+                    "unit": "1",
+                    "how": "estimated",
+                    "protocol": reads,
+                    "environment": environment,
+                }
                 found[name].append(Measurement(name=f"decode_bound/batch{batch}", **estimate))
     return {name: tuple(measurements) for name, measurements in found.items()}
 

@@ -1,12 +1,14 @@
-"""Peak memory of loading a model and using it, measured in a process of its own, where nothing else has left anything behind.
+"""Peak memory of loading a model and using it, measured in a process of its own, where nothing else has left anything
+behind.
 
-On the CPU: the largest resident size of that process while it loads, reads a prompt and continues it, minus its size when all libraries
-were imported and no weight was read. Weights read in place from a mapped file count, as do tensors, the cache, activations, whatever the
-allocator keeps and what libraries load on first use (some 10 MB); a page swapped out does not. On a GPU: the largest sum of tensors that
-torch held on the device; the CUDA context does not count.
+On the CPU: the largest resident size of that process while it loads, reads a prompt and continues it, minus its size
+when all libraries were imported and no weight was read. Weights read in place from a mapped file count, as do tensors,
+the cache, activations, whatever the allocator keeps and what libraries load on first use (some 10 MB); a page swapped
+out does not. On a GPU: the largest sum of tensors that torch held on the device; the CUDA context does not count.
 
-Linux keeps the peak (VmHWM) with the memory itself, so it starts anew in each process; getrusage's ru_maxrss, which a started process may
-inherit from the one that started it, is read on other systems only. Run as `python -m compresso.metrics.memory`, this file is that process.
+Linux keeps the peak (VmHWM) with the memory itself, so it starts anew in each process; getrusage's ru_maxrss, which a
+started process may inherit from the one that started it, is read on other systems only. Run as `python -m
+compresso.metrics.memory`, this file is that process.
 """
 
 import json
@@ -55,7 +57,13 @@ def peak_memory(
         ResourceError: memory did not suffice, or the system ended the process.
         CompressoError: as loading raises it.
     """
-    given = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "seed": seed, "threads": torch.get_num_threads()}
+    given = {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+    }
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "peak.json")
         order = {"folder": str(folder), "result": str(result), "device": str(device), "dtype": _name(dtype), **given}
@@ -71,13 +79,21 @@ def peak_memory(
         if done.returncode:
             raise _failure(Path(folder).name, done.returncode, (done.stderr.strip().splitlines() or [""])[-1][:600])
         found = json.loads(result.read_text("utf-8"))
-    counted = "tensors on the device" if torch.device(device).type == "cuda" else "resident size beyond that of the libraries"
+    counted = (
+        "tensors on the device" if torch.device(device).type == "cuda" else "resident size beyond that of the libraries"
+    )
     return Measurement(
         name="memory/peak",
         value=found["peak"],
         unit="bytes",
         how="measured",
-        protocol={"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "counted": counted, "includes": "loading"},
+        protocol={
+            "batch": batch,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "counted": counted,
+            "includes": "loading",
+        },
         seed=seed,
         environment=Environment.here(device, getattr(torch, found["dtype"])),
     )
@@ -88,7 +104,9 @@ def _failure(name: str, code: int, last: str) -> CompressoError:
     if code < 0 or code > 128:
         number = -code if code < 0 else code - 128
         killed = ", as the system does when memory runs out" if number == 9 else ""
-        return ResourceError(f"the process that measured the memory of {name} was ended by signal {number}{killed}; {_CURE}")
+        return ResourceError(
+            f"the process that measured the memory of {name} was ended by signal {number}{killed}; {_CURE}"
+        )
     if any(sign in last for sign in ("OutOfMemory", "MemoryError", "can't allocate memory")):
         return ResourceError(f"{name} does not fit into memory while it runs ({last}); {_CURE}")
     kind, _, message = last.partition(": ")
@@ -109,7 +127,9 @@ def _measured(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(where)
     else:
-        with suppress(OSError):  # not allowed everywhere; then what importing took for a moment counts as the libraries'
+        with suppress(
+            OSError
+        ):  # not allowed everywhere; then what importing took for a moment counts as the libraries'
             Path("/proc/self/clear_refs").write_text("5")
         before = peak_resident()
     model = load_model(source, getattr(torch, dtype) if dtype else None, where)

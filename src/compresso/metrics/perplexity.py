@@ -1,7 +1,8 @@
 """Perplexity, together with the protocol that makes the number mean something.
 
-By token: exp of the mean -log p of the predicted tokens. By byte: exp of all their nats over the UTF-8 bytes of their text, which compares
-models with different tokenizers (`windows.py` says which bytes a token has). Logarithms in float32, sums in float64.
+By token: exp of the mean -log p of the predicted tokens. By byte: exp of all their nats over the UTF-8 bytes of their
+text, which compares models with different tokenizers (`windows.py` says which bytes a token has). Logarithms in
+float32, sums in float64.
 """
 
 import hashlib
@@ -68,7 +69,12 @@ class PerplexityResult:
         """
         name = self.protocol.corpus
         texts = {**self.protocol.settings(), "documents": self.n_texts, "texts_sha256": self.texts_sha256}
-        tokens = {"tokens": self.n_tokens, "windows": self.n_windows, "has_bos": self.has_bos, "tokens_sha256": self.tokens_sha256}
+        tokens = {
+            "tokens": self.n_tokens,
+            "windows": self.n_windows,
+            "has_bos": self.has_bos,
+            "tokens_sha256": self.tokens_sha256,
+        }
         by_token = Measurement(
             name=f"{name}/perplexity",
             value=self.value,
@@ -87,7 +93,9 @@ class PerplexityResult:
             update={
                 "name": f"{name}/byte_perplexity",
                 "value": self.by_byte,
-                "stderr": None if self.stderr is None else self.by_byte * self.stderr * self.n_tokens / (self.n_bytes or 1),
+                "stderr": (
+                    None if self.stderr is None else self.by_byte * self.stderr * self.n_tokens / (self.n_bytes or 1)
+                ),
                 "n": self.n_bytes,
                 "protocol": {**texts, "averaging": "bytes"},
             }
@@ -116,8 +124,8 @@ def perplexity(
         longest = max((len(stream.ids) for stream in streams(tokenizer, chosen, protocol)), default=0)
         wanted = f"{protocol.seq_len} for a full window" if protocol.remainder == "dropped" else "2"
         raise DataError(
-            f"corpus '{protocol.corpus}': {len(chosen)} texts make {longest} tokens in a row, too few to predict one; wanted {wanted}. "
-            "Give more text, or a smaller seq_len."
+            f"corpus '{protocol.corpus}': {len(chosen)} texts make {longest} tokens in a row, too few to predict one;"
+            f" wanted {wanted}. Give more text, or a smaller seq_len."
         )
     nats = [0.0] * len(windows)
     for i, logits in window_logits(model, [window.ids for window in windows], batch_size):
@@ -128,7 +136,9 @@ def perplexity(
     if protocol.averaging == "windows":
         loss = math.fsum(one / window.n_scored for one, window in zip(nats, windows, strict=True)) / len(windows)
     if not math.isfinite(loss):
-        raise NumericError(f"the loss on corpus '{protocol.corpus}' is {loss}; the model overflows on it, use float32 or bfloat16")
+        raise NumericError(
+            f"the loss on corpus '{protocol.corpus}' is {loss}; the model overflows on it, use float32 or bfloat16"
+        )
     n_bytes = [window.n_bytes for window in windows if window.n_bytes is not None]
     return PerplexityResult(
         protocol=protocol,
@@ -149,7 +159,9 @@ def _nats(logits: Tensor, targets: Tensor) -> float:
     """Sum of -log p of the targets [tokens] under logits [tokens, vocab]."""
     size = rows_at_once(logits.shape[-1])
     parts = zip(logits.split(size), targets.split(size), strict=True)
-    return sum(torch.nn.functional.cross_entropy(a.float(), b, reduction="none").double().sum().item() for a, b in parts)
+    return sum(
+        torch.nn.functional.cross_entropy(a.float(), b, reduction="none").double().sum().item() for a, b in parts
+    )
 
 
 def _stderr(nats: Sequence[float], windows: Sequence[Window], mean: float) -> float | None:
@@ -174,4 +186,6 @@ def _exp(loss: float) -> float:
     try:
         return math.exp(loss)
     except OverflowError as error:
-        raise NumericError(f"a loss of {loss:.0f} nats a token has no perplexity in float64; the model is broken") from error
+        raise NumericError(
+            f"a loss of {loss:.0f} nats a token has no perplexity in float64; the model is broken"
+        ) from error

@@ -1,7 +1,7 @@
 """One number that somebody will quote, with everything needed to believe it; the same type in every command and file.
 
-`how` keeps kinds of numbers apart: what a clock or a model's answers gave (measured), what follows exactly from the shapes (counted), and
-what a formula predicts (estimated). Tables never put two of them in one column.
+`how` keeps kinds of numbers apart: what a clock or a model's answers gave (measured), what follows exactly from the
+shapes (counted), and what a formula predicts (estimated). Tables never put two of them in one column.
 """
 
 import os
@@ -48,7 +48,9 @@ class Environment(Strict):
     versions: dict[str, str]
 
     @classmethod
-    def here(cls, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **packages: str) -> "Environment":
+    def here(
+        cls, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **packages: str
+    ) -> "Environment":
         """The environment of this process; `packages` names further distributions that matter: `lm_eval="lm_eval"`."""
         device = torch.device(device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -140,7 +142,8 @@ class Subject(Strict):
 
 
 class Account(Strict):
-    """What `evaluate` and `measure` write, and what a run's records hold under "account": subjects, the dense one first.
+    """What `evaluate` and `measure` write, and what a run's records hold under "account": subjects, the dense one
+    first.
 
     Args:
         format: version of this schema.

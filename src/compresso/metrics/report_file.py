@@ -18,21 +18,28 @@ def account_file(output: str | Path, models: Iterable[Path | None] = ()) -> Path
         models: folders of the measured models, which stay as they are.
 
     Raises:
-        CheckpointError: a folder, a file that is no account, a place that cannot be written to, or one inside a model's folder.
+        CheckpointError: a folder, a file that is no account, a place that cannot be written to, or one inside a model's
+            folder.
     """
     path = Path(output).expanduser()
     if path.is_dir():
         raise CheckpointError(f"output {path} is a folder; a file is wanted, such as {path / 'account.json'}")
     parent = path.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"output {path} cannot be written: {parent} is no folder that can be written to. Choose another output.")
+        raise CheckpointError(
+            f"output {path} cannot be written: {parent} is no folder that can be written to. Choose another output."
+        )
     if any(folder is not None and parent.is_relative_to(folder.resolve()) for folder in models):
-        raise CheckpointError(f"output {path} lies in the folder of a measured model, which stays as it is; choose another output")
+        raise CheckpointError(
+            f"output {path} lies in the folder of a measured model, which stays as it is; choose another output"
+        )
     if path.exists():
         try:
             Account.model_validate(json.loads(path.read_bytes()))
         except ValueError as error:
-            raise CheckpointError(f"output {path} exists and is no account of measurements; choose another output") from error
+            raise CheckpointError(
+                f"output {path} exists and is no account of measurements; choose another output"
+            ) from error
     return path
 
 

@@ -1,7 +1,7 @@
 """How large a model is: parameters by group, bytes on disk, multiply-accumulates and cache bytes a token.
 
-All but the bytes on disk follow from the shapes alone, through the same `CostModel` that budgets are counted with. Of a model whose
-architecture nobody described only the total is known; the other counts are then left out, never zero.
+All but the bytes on disk follow from the shapes alone, through the same `CostModel` that budgets are counted with. Of a
+model whose architecture nobody described only the total is known; the other counts are then left out, never zero.
 """
 
 import copy
@@ -28,7 +28,9 @@ _CACHE: Protocol = {"element_bytes": KV_BYTES}
 
 
 def counts(cost: CostModel, masks: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Parameters, multiply-accumulates and cache bytes a token of the dense model or under 0/1 masks, as `compresso inspect` gives them."""
+    """Parameters, multiply-accumulates and cache bytes a token of the dense model or under 0/1 masks, as `compresso
+    inspect` gives them.
+    """
     counted = cost(masks)
     return {
         "parameters": counted.parameters(),
@@ -42,7 +44,9 @@ def weight_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in {tensor.file for tensor in stored_tensors(folder).values()})
 
 
-def size_measurements(model: PreTrainedModel | Mapping[str, Any], folder: Path | None, environment: Environment) -> tuple[Measurement, ...]:
+def size_measurements(
+    model: PreTrainedModel | Mapping[str, Any], folder: Path | None, environment: Environment
+) -> tuple[Measurement, ...]:
     """What a model weighs.
 
     Args:
@@ -51,9 +55,9 @@ def size_measurements(model: PreTrainedModel | Mapping[str, Any], folder: Path |
         environment: where this is done.
 
     Returns:
-        "parameters/total", "parameters/blocks", "parameters/embeddings", "parameters/norms" (parameters), "macs/token" (macs),
-        "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes, measured). Without a described architecture only the total and the
-        bytes on disk; the total's remark says so.
+        "parameters/total", "parameters/blocks", "parameters/embeddings", "parameters/norms" (parameters), "macs/token"
+        (macs), "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes, measured). Without a described
+        architecture only the total and the bytes on disk; the total's remark says so.
 
     Raises:
         ArchError: a described architecture, but modules that are not what its config says.
@@ -79,7 +83,11 @@ def size_measurements(model: PreTrainedModel | Mapping[str, Any], folder: Path |
         ("kv_bytes_per_token", "kv_bytes/token", "bytes", _CACHE),
     ):
         if key in facts:
-            found.append(Measurement(name=name, value=facts[key], unit=unit, how="counted", protocol=protocol, environment=environment))
+            found.append(
+                Measurement(
+                    name=name, value=facts[key], unit=unit, how="counted", protocol=protocol, environment=environment
+                )
+            )
     if folder is not None:
         found.append(
             Measurement(
@@ -106,7 +114,9 @@ def _counted(model: PreTrainedModel) -> tuple[Mapping[str, Any], str | None]:
 
 
 def _shapes_as_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in its family's stock class; a per-layer model is built again without memory, because `as_stock` takes modules away."""
+    """The model in its family's stock class; a per-layer model is built again without memory, because `as_stock` takes
+    modules away.
+    """
     if family_of(model.config.model_type) in (None, model.config.model_type):
         return model
     with torch.device("meta"):

@@ -1,7 +1,9 @@
-"""One turn of a model: a prompt read in one forward, then continued token by token with a key/value cache; timed by whoever asks.
+"""One turn of a model: a prompt read in one forward, then continued token by token with a key/value cache; timed by
+whoever asks.
 
-Prefill computes the logits of the last position only where the model can leave out the others, as serving does. Decoding is greedy and
-never stops early. A `Stopwatch` is the only thing that knows a clock, so that all else can be tested without one.
+Prefill computes the logits of the last position only where the model can leave out the others, as serving does.
+Decoding is greedy and never stops early. A `Stopwatch` is the only thing that knows a clock, so that all else can be
+tested without one.
 """
 
 import inspect
@@ -53,7 +55,12 @@ def lengths(contexts: Mapping[str, int | None], prompt_tokens: int | None, new_t
 
 def prompts(batch: int, prompt_tokens: int, vocab_size: int, seed: int) -> Tensor:
     """Random token ids [batch, prompt_tokens]; those of a smaller batch are its first rows, whatever the vocabulary."""
-    drawn = torch.stack([torch.randint(2**31, (prompt_tokens,), generator=torch.Generator().manual_seed(seed + i)) for i in range(batch)])
+    drawn = torch.stack(
+        [
+            torch.randint(2**31, (prompt_tokens,), generator=torch.Generator().manual_seed(seed + i))
+            for i in range(batch)
+        ]
+    )
     return drawn % vocab_size
 
 
@@ -63,7 +70,9 @@ def keeps_last(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode()
-def prefill_and_decode(model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch) -> tuple[float, float, float]:
+def prefill_and_decode(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch
+) -> tuple[float, float, float]:
     """Read the prompts ids [batch, prompt_tokens] and continue each by `new_tokens`.
 
     Returns:
@@ -87,7 +96,9 @@ def prefill_and_decode(model: PreTrainedModel, ids: Tensor, new_tokens: int, clo
 
     reading = clock(prefill)
     if not hasattr(getattr(output, "past_key_values", None), "layers"):
-        raise ArchError(f"{model.config.model_type} returns no key/value cache; give a causal language model that keeps one")
+        raise ArchError(
+            f"{model.config.model_type} returns no key/value cache; give a causal language model that keeps one"
+        )
     before = cache_bytes(output.past_key_values)
     decoding = clock(decode)
     return reading, decoding, mean_cache_read(before, cache_bytes(output.past_key_values), new_tokens)

@@ -1,9 +1,10 @@
 """What a decoded token reads, the speed-up that this allows, and the words for a speed-up that did not come.
 
-At small batches a decoding step does little but read: every weight once, for all sequences of the batch together, and each sequence's own
-key/value cache. So dense bytes over pruned bytes bounds the speed-up where reading sets the pace. The bound leaves out activations,
-writing and copying the cache, arithmetic (which takes over at large batches), the time to launch kernels (which takes over in small
-models), and processor caches that hold a whole small model. Where one of these sets the pace, a speed-up lies on either side of the bound.
+At small batches a decoding step does little but read: every weight once, for all sequences of the batch together, and
+each sequence's own key/value cache. So dense bytes over pruned bytes bounds the speed-up where reading sets the pace.
+The bound leaves out activations, writing and copying the cache, arithmetic (which takes over at large batches), the
+time to launch kernels (which takes over in small models), and processor caches that hold a whole small model. Where one
+of these sets the pace, a speed-up lies on either side of the bound.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,9 @@ class Weights:
 
 
 def weight_bytes_read(model: PreTrainedModel) -> int:
-    """Bytes of weights that one decoding step reads: all parameters, tied ones once, an untied input embedding left out (a row a token)."""
+    """Bytes of weights that one decoding step reads: all parameters, tied ones once, an untied input embedding left out
+    (a row a token).
+    """
     lookup = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is lookup
@@ -52,7 +55,9 @@ def weight_bytes_read(model: PreTrainedModel) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values in a transformers cache, over all its layers; layers that hold none, or other states, count nothing."""
+    """Bytes of keys and values in a transformers cache, over all its layers; layers that hold none, or other states,
+    count nothing.
+    """
     tensors = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -66,12 +71,15 @@ def mean_cache_read(before: int, after: int, steps: int) -> float:
 
 
 def bytes_bound(dense_weights: int, dense_cache: float, weights: int, cache: float) -> float:
-    """Speed-up that reading allows: bytes of weights and mean bytes of the batch's cache that a step reads, dense over pruned."""
+    """Speed-up that reading allows: bytes of weights and mean bytes of the batch's cache that a step reads, dense over
+    pruned.
+    """
     return (dense_weights + dense_cache) / (weights + cache)
 
 
 def paired(dense_seconds: Sequence[float], seconds: Sequence[float]) -> tuple[list[float], float]:
-    """The speed-up of each round against dense in the same round, and how far from 1 their median may lie and still be noise.
+    """The speed-up of each round against dense in the same round, and how far from 1 their median may lie and still be
+    noise.
 
     That is twice the median distance of the rounds from their median, and at least `LEAST_NOISE`.
     """
@@ -80,10 +88,14 @@ def paired(dense_seconds: Sequence[float], seconds: Sequence[float]) -> tuple[li
     return ratios, max(LEAST_NOISE, 2 * median(abs(ratio - middle) for ratio in ratios))
 
 
-def verdict(ratios: Sequence[float], noise: float, weights: Weights, dense: Weights, bound: float | None = None) -> str | None:
-    """The words that belong beside a speed-up: why there is none, or that bytes do not explain it; None if it speaks for itself.
+def verdict(
+    ratios: Sequence[float], noise: float, weights: Weights, dense: Weights, bound: float | None = None
+) -> str | None:
+    """The words that belong beside a speed-up: why there is none, or that bytes do not explain it; None if it speaks
+    for itself.
 
-    A model is faster if the median of its rounds lies above 1 by more than noise, or every round above 1 by more than `LEAST_NOISE`.
+    A model is faster if the median of its rounds lies above 1 by more than noise, or every round above 1 by more than
+    `LEAST_NOISE`.
 
     Args:
         ratios, noise: as `paired` returns them; 1 is as fast as dense.
@@ -100,7 +112,9 @@ def verdict(ratios: Sequence[float], noise: float, weights: Weights, dense: Weig
             return f"above the bound of {bound:.2f}: reading fewer bytes does not explain all of it"
         return None
     if same:
-        return "no speed-up: " + ("zeros are stored dense" if zeros else "every tensor is as large as the dense model's")
+        return "no speed-up: " + (
+            "zeros are stored dense" if zeros else "every tensor is as large as the dense model's"
+        )
     words = f"measured {speedup:.2f}, noise {noise:.2f}"
     if bound is not None:
         words += f", against a bound of {bound:.2f}"

@@ -1,9 +1,9 @@
 """From texts to the windows a model reads: which tokens of them count, and how many bytes of text those stand for.
 
-A token's bytes are the UTF-8 bytes of its text from the end of the token before it to its own end, as the tokenizer's offsets tell; the
-last token of a text takes what is left of it. So the bytes of all tokens of a text are exactly its bytes, whatever the tokenizer drops or
-splits, and of a character that is split over tokens the first one takes all bytes. BOS and EOS have none: predicting them costs nats,
-but gives no text.
+A token's bytes are the UTF-8 bytes of its text from the end of the token before it to its own end, as the tokenizer's
+offsets tell; the last token of a text takes what is left of it. So the bytes of all tokens of a text are exactly its
+bytes, whatever the tokenizer drops or splits, and of a character that is split over tokens the first one takes all
+bytes. BOS and EOS have none: predicting them costs nats, but gives no text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,9 @@ _BETWEEN = {"blank line": "\n\n", "space": " "}
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Ids that are read at once, of which those from place `first` on are predicted; `n_bytes` of text, None if not known."""
+    """Ids that are read at once, of which those from place `first` on are predicted; `n_bytes` of text, None if not
+    known.
+    """
 
     ids: list[int]
     first: int
@@ -41,7 +43,9 @@ class Stream:
     n_bytes: list[int] | None
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protocol: PerplexityProtocol) -> list[Window]:
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protocol: PerplexityProtocol
+) -> list[Window]:
     """All windows of the texts in which a token is predicted, in order."""
     bos = cast("int | None", tokenizer.bos_token_id)
     head = [bos] if protocol.bos == "window" and bos is not None else []
@@ -53,7 +57,9 @@ def streams(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protocol: 
     if not texts:
         return
     between = _BETWEEN.get(protocol.joining)
-    pieces = _pieces(tokenizer, texts if between is None else [between.join(texts)], specials=protocol.bos == "tokenizer")
+    pieces = _pieces(
+        tokenizer, texts if between is None else [between.join(texts)], specials=protocol.bos == "tokenizer"
+    )
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     eos = [] if tokenizer.eos_token_id is None or not protocol.eos else [cast(int, tokenizer.eos_token_id)]
     pieces = [_with_ends(piece, bos if protocol.bos == "document" else [], eos) for piece in pieces]
@@ -92,7 +98,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], specials: 
     if not known:
         return [Stream(list(of_text), None) for of_text in ids]
     offsets = cast("list[list[tuple[int, int]]]", out["offset_mapping"])
-    return [Stream(list(a), bytes_of_tokens(text, [end for _, end in b])) for text, a, b in zip(texts, ids, offsets, strict=True)]
+    return [
+        Stream(list(a), bytes_of_tokens(text, [end for _, end in b]))
+        for text, a, b in zip(texts, ids, offsets, strict=True)
+    ]
 
 
 def bytes_of_tokens(text: str, ends: Sequence[int]) -> list[int]:
@@ -115,4 +124,7 @@ def _with_ends(piece: Stream, bos: list[int], eos: list[int]) -> Stream:
 
 def _joined(pieces: Sequence[Stream]) -> Stream:
     known = all(piece.n_bytes is not None for piece in pieces)
-    return Stream([i for piece in pieces for i in piece.ids], [n for piece in pieces for n in piece.n_bytes or ()] if known else None)
+    return Stream(
+        [i for piece in pieces for i in piece.ids],
+        [n for piece in pieces for n in piece.n_bytes or ()] if known else None,
+    )

@@ -1,6 +1,7 @@
 """Our per-layer model classes, and their registration with transformers.
 
-`register()` runs at `import compresso`, so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
+`register()` runs at `import compresso`, so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without
+`trust_remote_code`.
 """
 
 from pathlib import Path
@@ -20,7 +21,9 @@ CLASSES = {
 
 
 def register() -> None:
-    """Tell transformers of `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`; idempotent."""
+    """Tell transformers of `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`;
+    idempotent.
+    """
     for config, decoder, language_model in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
@@ -28,6 +31,8 @@ def register() -> None:
 
 
 def family_of(model_type: str) -> str | None:
-    """The family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and `compresso_llama`; None if unknown."""
+    """The family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and `compresso_llama`;
+    None if unknown.
+    """
     family = model_type.removeprefix("compresso_")
     return family if family in CLASSES else None

@@ -1,7 +1,8 @@
 """A per-layer model as its family's stock class, the form in which models are edited.
 
-`shrink_` leaves a stock class with narrower modules. A model reopened from the native layout has the same modules under our own class; here
-they are moved back, so that whatever can be done to a freshly shrunk model can be done to a reopened one.
+`shrink_` leaves a stock class with narrower modules. A model reopened from the native layout has the same modules under
+our own class; here they are moved back, so that whatever can be done to a freshly shrunk model can be done to a
+reopened one.
 """
 
 import copy
@@ -29,13 +30,23 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     if family is None or family == model.config.model_type:
         return model
     given = copy.deepcopy(model.config).to_dict()
-    for field in ("per_layer_config", "model_type", "auto_map", "architectures", "head_norm_eps", "transformers_version"):
+    for field in (
+        "per_layer_config",
+        "model_type",
+        "auto_map",
+        "architectures",
+        "head_norm_eps",
+        "transformers_version",
+    ):
         given.pop(field, None)
-    # widths are placeholders until sync_config_ reads the modules; one head of the real head_dim passes every family's validation
+    # widths are placeholders until sync_config_ reads the modules; one head of the real head_dim passes every family's
+    # validation
     config = _CONFIGS[family](**{**given, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1})
     config.dtype = model.config.dtype
     with torch.device("meta"):
-        stock: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
+        stock: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=model.config._attn_implementation
+        )
     arch = arch_for(config)
     inner, own = stock.get_submodule("model"), model.get_submodule("model")
     for name in ("embed_tokens", "norm", "rotary_emb"):

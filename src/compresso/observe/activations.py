@@ -1,10 +1,13 @@
-"""Scores of units that need only forward passes: how large their activations are, or how much a layer turns the residual stream.
+"""Scores of units that need only forward passes: how large their activations are, or how much a layer turns the
+residual stream.
 
-Minitron, arXiv 2407.14679, section 2.2. Each example's tokens are aggregated first, then the examples; padding is left out, activations are
-widened to float32 and sums to float64, so neither the batch nor the order of examples changes a score.
+Minitron, arXiv 2407.14679, section 2.2. Each example's tokens are aggregated first, then the examples; padding is left
+out, activations are widened to float32 and sums to float64, so neither the batch nor the order of examples changes a
+score.
 
     channel   the input of the linear that reads it (after activation and gate)
-    head      the L2 norm over its entries at the input of the output projection: a key/value head with all its query heads
+    head      the L2 norm over its entries at the input of the output projection: a key/value head with all its query
+              heads
     hidden    summed over the norms inside the layers: their output (after the norm's weight)
     layer     1 - cosine between the layer's input and its output, mean over all tokens (block influence)
 """
@@ -64,7 +67,9 @@ def reader(model: nn.Module, axis: Axis) -> nn.Module:
 
 
 @torch.no_grad()
-def mean_inputs(model: PreTrainedModel, readers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def mean_inputs(
+    model: PreTrainedModel, readers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
     """Mean input of linears over all tokens but padding: name -> [in], float64.
 
     Args:
@@ -134,7 +139,12 @@ class _Place:
     """Where one axis' units show, and what was seen there."""
 
     def __init__(
-        self, axis: Axis, blocks: Sequence[nn.Module], sites: Sequence[nn.Module], over_tokens: Aggregate, over_examples: Aggregate
+        self,
+        axis: Axis,
+        blocks: Sequence[nn.Module],
+        sites: Sequence[nn.Module],
+        over_tokens: Aggregate,
+        over_examples: Aggregate,
     ) -> None:
         self.axis, self.sites = axis, list(blocks) if axis.kind == Kind.LAYER else sites
         self.real = torch.zeros(0)
@@ -175,7 +185,10 @@ def _sites(model: nn.Module, axis: Axis, blocks: Sequence[nn.Module]) -> list[nn
     written = {gate.module for gate in axis.gates if gate.side == "output"}
     readers = read or {piece.param.rpartition(".")[0] for piece in axis.slices} - written
     if len(readers) != 1:
-        raise ArchError(f"{axis.name} is read by {sorted(readers) or 'no linear'}; an activation score needs one linear that reads it")
+        raise ArchError(
+            f"{axis.name} is read by {sorted(readers) or 'no linear'}; an activation score needs one linear that"
+            " reads it"
+        )
     return [model.get_submodule(readers.pop())]
 
 
@@ -185,11 +198,17 @@ def _watched(places: Sequence[_Place]) -> Iterator[None]:
 
     def watcher(place: _Place, i: int) -> Callable[..., None]:
         def shown(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-            place.see(i, inputs[0] if inputs else named["hidden_states"], output[0] if isinstance(output, tuple) else output)
+            place.see(
+                i, inputs[0] if inputs else named["hidden_states"], output[0] if isinstance(output, tuple) else output
+            )
 
         return shown
 
-    handles = [site.register_forward_hook(watcher(place, i), with_kwargs=True) for place in places for i, site in enumerate(place.sites)]
+    handles = [
+        site.register_forward_hook(watcher(place, i), with_kwargs=True)
+        for place in places
+        for i, site in enumerate(place.sites)
+    ]
     try:
         yield
     finally:

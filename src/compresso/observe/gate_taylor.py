@@ -12,11 +12,15 @@ from compresso.edit.gate import gated
 from compresso.errors import NumericError
 
 
-def gate_taylor(model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Squared gradient of each example's loss with respect to each unit's gate at 1, averaged: axis name -> [size], float32.
+def gate_taylor(
+    model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Squared gradient of each example's loss with respect to each unit's gate at 1, averaged: axis name -> [size],
+    float32.
 
-    The diagonal Fisher information of the gates (Michel et al., arXiv 1905.10650, use its absolute first-order form). One backward pass a
-    batch: a mask row per example keeps the examples' gradients apart. Weights are never differentiated.
+    The diagonal Fisher information of the gates (Michel et al., arXiv 1905.10650, use its absolute first-order form).
+    One backward pass a batch: a mask row per example keeps the examples' gradients apart. Weights are never
+    differentiated.
 
     Raises:
         NumericError: if a gradient is not finite.
@@ -39,7 +43,8 @@ def gate_taylor(model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[
         for name, gradient in zip(masks, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise NumericError(
-                    f"gate gradient of {name} is not finite: the model's loss overflows on this data; use float32 or bfloat16"
+                    f"gate gradient of {name} is not finite: the model's loss overflows on this data; use float32 or"
+                    " bfloat16"
                 )
             total[name] += gradient.float().square().sum(dim=0)
         n_examples += rows

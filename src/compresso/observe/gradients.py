@@ -1,8 +1,9 @@
-"""Gradients of a frozen model's weights on a few examples, for scores that are read off them (LLM-Pruner, arXiv 2305.11627).
+"""Gradients of a frozen model's weights on a few examples, for scores that are read off them (LLM-Pruner, arXiv
+2305.11627).
 
-Each gradient is added to its total and freed as soon as the backward pass has made it, so that the gradients of all weights never lie in
-memory beside their totals. Totals are float32. Weights stored in float16 are widened meanwhile, exactly: squares of small gradients would
-underflow, as they do in the authors' code on a GPU.
+Each gradient is added to its total and freed as soon as the backward pass has made it, so that the gradients of all
+weights never lie in memory beside their totals. Totals are float32. Weights stored in float16 are widened meanwhile,
+exactly: squares of small gradients would underflow, as they do in the authors' code on a GPU.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,10 +17,13 @@ from compresso.core.losses import IGNORED, next_token_loss
 from compresso.errors import NumericError
 
 
-def weight_gradients(model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor], micro_batch: int) -> dict[str, Tensor]:
+def weight_gradients(
+    model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor], micro_batch: int
+) -> dict[str, Tensor]:
     """The gradient of a batch's mean loss over labelled tokens: name -> tensor in the weight's shape, float32.
 
-    The batch goes through in parts of `micro_batch` examples; the result does not depend on it. Raises NumericError if it is not finite.
+    The batch goes through in parts of `micro_batch` examples; the result does not depend on it. Raises NumericError if
+    it is not finite.
     """
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
     with _differentiated(model, names, lambda gradient: gradient) as totals:
@@ -30,10 +34,11 @@ def weight_gradients(model: PreTrainedModel, names: Collection[str], batch: Mapp
 
 
 def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Squared gradients of single examples' mean losses, averaged over the examples: name -> tensor in the weight's shape, float32.
+    """Squared gradients of single examples' mean losses, averaged over the examples: name -> tensor in the weight's
+    shape, float32.
 
-    The diagonal Fisher information as the paper approximates it (section 3.2). One backward pass an example: the square of a batch's
-    gradient is something else. Raises NumericError if it is not finite.
+    The diagonal Fisher information as the paper approximates it (section 3.2). One backward pass an example: the square
+    of a batch's gradient is something else. Raises NumericError if it is not finite.
     """
     examples = len(batch["labels"])
     with _differentiated(model, names, lambda gradient: gradient.square() / examples) as totals:
@@ -43,8 +48,12 @@ def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Mapping
 
 
 @contextmanager
-def _differentiated(model: PreTrainedModel, names: Collection[str], term: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Within the context each backward pass adds `term` of the named weights' gradients to the totals yielded; all else is frozen."""
+def _differentiated(
+    model: PreTrainedModel, names: Collection[str], term: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Within the context each backward pass adds `term` of the named weights' gradients to the totals yielded; all else
+    is frozen.
+    """
     parameters = dict(model.named_parameters())
     stored = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in parameters.items()}
     totals = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in sorted(names)}
@@ -93,5 +102,8 @@ def _finite(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The totals, if all are finite."""
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
-            raise NumericError(f"the gradient of {name} is not finite: the model's loss overflows on this data; use float32 or bfloat16")
+            raise NumericError(
+                f"the gradient of {name} is not finite: the model's loss overflows on this data; use float32 or"
+                " bfloat16"
+            )
     return totals

@@ -1,7 +1,9 @@
-"""Scores of layers and sub-layers that need a pass over data: how far each turns the residual stream, and the loss without each.
+"""Scores of layers and sub-layers that need a pass over data: how far each turns the residual stream, and the loss
+without each.
 
-The stream is read where blocks begin and end, so before the final norm (the last of transformers' `hidden_states` lies behind it), and only
-at real tokens: padding counts nowhere. States are folded as they appear; no pass keeps more than one of them, but for the last token's.
+The stream is read where blocks begin and end, so before the final norm (the last of transformers' `hidden_states` lies
+behind it), and only at real tokens: padding counts nowhere. States are folded as they appear; no pass keeps more than
+one of them, but for the last token's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +43,8 @@ class _Mean:
         """The mean. Raises NumericError if nothing was taken in."""
         if not self.count:
             raise NumericError(
-                f"{what}: no token of the calibration data has a direction there, its states are all zero; check the weights"
+                f"{what}: no token of the calibration data has a direction there, its states are all zero; check the"
+                " weights"
             )
         return self.total / self.count
 
@@ -62,16 +65,21 @@ class Influence:
 
 
 def block_influence(
-    model: PreTrainedModel, blocks: nn.ModuleList, axes: Sequence[Axis], kinds: Sequence[Kind], batches: Iterable[Mapping[str, Tensor]]
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    axes: Sequence[Axis],
+    kinds: Sequence[Kind],
+    batches: Iterable[Mapping[str, Tensor]],
 ) -> Influence:
-    """1 - cos between the residual stream before and after each part, averaged over all real tokens (arXiv 2403.03853, eq. 1).
+    """1 - cos between the residual stream before and after each part, averaged over all real tokens (arXiv 2403.03853,
+    eq. 1).
 
     Args:
         model: run in eval mode without gradients, head left out.
         blocks: its layers.
         axes: `Arch.axes(model)`.
-        kinds: which parts to score: LAYER, ATTENTION, MLP. Around a sub-layer the stream is what enters the block plus what it and the
-            sub-layers before it wrote.
+        kinds: which parts to score: LAYER, ATTENTION, MLP. Around a sub-layer the stream is what enters the block plus
+            what it and the sub-layers before it wrote.
         batches: {"input_ids", "attention_mask", ...}, each [batch, seq].
 
     Raises:
@@ -104,7 +112,10 @@ def block_influence(
     present = set(parts_of(list(parts.values())))
     scores = {
         axis.name: torch.tensor(
-            [means[axis.name, i].value(f"{axis.kind} {i}") if (axis.name, i) in present else 0.0 for i in range(axis.size)],
+            [
+                means[axis.name, i].value(f"{axis.kind} {i}") if (axis.name, i) in present else 0.0
+                for i in range(axis.size)
+            ],
             dtype=torch.float64,
         )
         for axis in parts.values()
@@ -113,10 +124,11 @@ def block_influence(
 
 
 def angular_distances(model: PreTrainedModel, blocks: nn.ModuleList, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Angle / pi between the streams before any two layers [layers + 1, layers + 1], float64 on the CPU (arXiv 2403.17887, eq. 7).
+    """Angle / pi between the streams before any two layers [layers + 1, layers + 1], float64 on the CPU (arXiv
+    2403.17887, eq. 7).
 
-    Only the last real token of each example counts, as in the paper. Entry [i, j], i <= j, is the mean over examples; the last row and
-    column stand for the stream behind the last layer, before the final norm. The rest is 0.
+    Only the last real token of each example counts, as in the paper. Entry [i, j], i <= j, is the mean over examples;
+    the last row and column stand for the stream behind the last layer, before the final norm. The rest is 0.
 
     Raises NumericError if a state is not finite, or one is zero and has no direction.
     """
@@ -139,7 +151,9 @@ def angular_distances(model: PreTrainedModel, blocks: nn.ModuleList, batches: It
             total[i, i:] += angle(stacked[i], stacked[i:]).sum(dim=1)
         examples += len(mask)
     if not bool(total.isfinite().all()):
-        raise NumericError("the last token of an example has a zero state, which has no direction; check the weights and the data")
+        raise NumericError(
+            "the last token of an example has a zero state, which has no direction; check the weights and the data"
+        )
     return total / max(examples, 1)
 
 
@@ -153,7 +167,8 @@ def losses_without(
 ) -> Tensor:
     """Mean next-token loss with each candidate in turn switched off [candidates], float64, nats a labelled token.
 
-    The perplexity criterion of depth pruning (arXiv 2407.14679, section 2.2, "PPL") without the exponential, which ranks the same.
+    The perplexity criterion of depth pruning (arXiv 2407.14679, section 2.2, "PPL") without the exponential, which
+    ranks the same.
 
     Args:
         model: run in eval mode without gradients.
@@ -168,13 +183,17 @@ def losses_without(
     model.eval()
     for batch in batches:
         here = {name: value.to(model.device) for name, value in batch.items()}
-        predicting = torch.nn.functional.pad(here["attention_mask"][:, :-1], (1, 0))  # what follows padding is predicted by nothing
+        predicting = torch.nn.functional.pad(
+            here["attention_mask"][:, :-1], (1, 0)
+        )  # what follows padding is predicted by nothing
         labels = here["labels"].masked_fill(predicting == 0, IGNORED)
         count = int((labels != IGNORED).sum())
         with gated(model, axes, {}) as sites:
             for i, candidate in enumerate(candidates):
                 sites.set(_masks(axes, [*gone, candidate]))
-                logits = model(input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False).logits
+                logits = model(
+                    input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False
+                ).logits
                 totals[i] += float(next_token_loss(logits, labels)) * count
         labelled += count
     for (name, unit), total in zip(candidates, totals.tolist(), strict=True):
@@ -198,6 +217,6 @@ def _check_sum(layer: int, summed: Tensor, left: Tensor) -> None:
     apart = float((summed - left).abs().max())
     if not apart <= allowed:
         raise ArchError(
-            f"layer {layer}: input and sub-layers' outputs differ by {apart:.3g} from its output, so a norm or a scale follows them; "
-            "score whole layers (kinds: [layer]) instead"
+            f"layer {layer}: input and sub-layers' outputs differ by {apart:.3g} from its output, so a norm or a scale"
+            " follows them; score whole layers (kinds: [layer]) instead"
         )

@@ -1,7 +1,8 @@
-"""What every linear layer of a model shows on a text: mean absolute inputs and outputs, and those of the activation function behind it.
+"""What every linear layer of a model shows on a text: mean absolute inputs and outputs, and those of the activation
+function behind it.
 
-The activation function that belongs to a linear is the one that is given its output, the very same tensor: no names have to be known.
-Padding is left out; sums run in float64.
+The activation function that belongs to a linear is the one that is given its output, the very same tensor: no names
+have to be known. Padding is left out; sums run in float64.
 """
 
 from collections.abc import Iterable, Mapping
@@ -69,4 +70,6 @@ def linear_uses(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]])
     for name, found in sums.items():
         if not all(bool(total.isfinite().all()) for total in found.values()):
             raise NumericError(f"activations at {name} are not finite on this data; use float32 or bfloat16")
-    return {name: Uses(**{what: total / max(n_tokens, 1) for what, total in found.items()}) for name, found in sums.items()}
+    return {
+        name: Uses(**{what: total / max(n_tokens, 1) for what, total in found.items()}) for name, found in sums.items()
+    }

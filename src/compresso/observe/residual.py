@@ -1,6 +1,8 @@
-"""Watches the residual stream of a model while it runs: what enters and leaves each layer, and what its sub-layers write.
+"""Watches the residual stream of a model while it runs: what enters and leaves each layer, and what its sub-layers
+write.
 
-Hooks only look. What is seen of one layer is handed on when the layer has run, so that a fold over layers and batches never holds more.
+Hooks only look. What is seen of one layer is handed on when the layer has run, so that a fold over layers and batches
+never holds more.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,9 @@ from compresso.errors import NumericError
 
 @dataclass
 class Block:
-    """What was seen of the block that runs, at the tokens of interest: the stream as it entered and left, and what sub-layers wrote."""
+    """What was seen of the block that runs, at the tokens of interest: the stream as it entered and left, and what
+    sub-layers wrote.
+    """
 
     entered: Tensor
     left: Tensor
@@ -33,14 +37,19 @@ def watched(
     pick: Callable[[Tensor], Tensor],
     seen: Callable[[int, Block], None],
 ) -> Iterator[None]:
-    """Within the context, `seen` is called with each block that has run; `pick` chooses tokens from [batch, seq, hidden]."""
+    """Within the context, `seen` is called with each block that has run; `pick` chooses tokens from [batch, seq,
+    hidden].
+    """
     entered = torch.empty(0)
     written: dict[Kind, Tensor] = {}
 
     def picked(states: Tensor, where: str) -> Tensor:
         chosen = pick(states)
         if not bool(chosen.isfinite().all()):
-            raise NumericError(f"the residual stream is not finite at {where}: the model overflows on this data; use float32 or bfloat16")
+            raise NumericError(
+                f"the residual stream is not finite at {where}: the model overflows on this data; use float32 or"
+                " bfloat16"
+            )
         return chosen
 
     def enters(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -68,7 +77,9 @@ def watched(
             handles.append(block.register_forward_pre_hook(enters, with_kwargs=True))
             handles.append(block.register_forward_hook(leaves(layer)))
         for axis in sub_layers:
-            handles += [model.get_submodule(gate.module).register_forward_hook(writes(axis.kind)) for gate in axis.gates]
+            handles += [
+                model.get_submodule(gate.module).register_forward_hook(writes(axis.kind)) for gate in axis.gates
+            ]
         yield
     finally:
         for handle in handles:

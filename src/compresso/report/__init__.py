@@ -1,1 +1,3 @@
-"""What a reader gets to see: tables, charts, one HTML page, the model card; read from records, nothing measured here."""
+"""What a reader gets to see: tables, charts, one HTML page, the model card;
+read from records, nothing measured here.
+"""

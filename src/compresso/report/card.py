@@ -1,8 +1,10 @@
-"""The README.md of a checkpoint: what it is, where it comes from, what became smaller, what was measured and what was not.
+"""The README.md of a checkpoint: what it is, where it comes from, what became smaller, what was measured and what was
+not.
 
-The front matter follows the hub's model card. Of its relations to a base model (adapter, merge, quantized, finetune) a pruned model is a
-finetune: its weights were changed and tuned, and it replaces the base model; there is no term for pruned, so the tags say it. A base model
-is named only if it has an owner on the hub, and a licence never, because nobody told us either.
+The front matter follows the hub's model card. Of its relations to a base model (adapter, merge, quantized, finetune) a
+pruned model is a finetune: its weights were changed and tuned, and it replaces the base model; there is no term for
+pruned, so the tags say it. A base model is named only if it has an owner on the hub, and a licence never, because
+nobody told us either.
 """
 
 from collections.abc import Iterable
@@ -55,7 +57,11 @@ def model_card(records: RunRecords) -> str:
         results=_results(comparison),
         places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
         engines=[(one.engine, one.opens, _one_line(facts.engine_remark(one))) for one in records.engines],
-        elsewhere=[(name, facts.ELSEWHERE[name].replace("{folder}", "path/to/this/folder")) for name in opened if name in facts.ELSEWHERE],
+        elsewhere=[
+            (name, facts.ELSEWHERE[name].replace("{folder}", "path/to/this/folder"))
+            for name in opened
+            if name in facts.ELSEWHERE
+        ],
         missing=[*map(_one_line, missing(comparison)), *_NEVER],
     )
 
@@ -63,14 +69,20 @@ def model_card(records: RunRecords) -> str:
 def _front_matter(records: RunRecords, pruned: Subject) -> dict[str, Any]:
     """The YAML head."""
     source = records.model.name
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["compresso", "pruned"]}
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["compresso", "pruned"],
+    }
     if "/" in source and is_hub_name(source):
         front |= {"base_model": source, "base_model_relation": "finetune"}
     if records.layout == "native":
         front["tags"].append("custom_code")
     results = _index(pruned.measurements)
     if results:
-        front["model-index"] = [{"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}]
+        front["model-index"] = [
+            {"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}
+        ]
     return front
 
 
@@ -87,11 +99,18 @@ def _index(numbers: Iterable[Measurement]) -> list[dict[str, Any]]:
         if isinstance(split, str):
             dataset["split"] = split
         entry = entries.setdefault(
-            (name, str(split)), {"task": {"type": "text-generation", "name": "Text generation"}, "dataset": dataset, "metrics": []}
+            (name, str(split)),
+            {"task": {"type": "text-generation", "name": "Text generation"}, "dataset": dataset, "metrics": []},
         )
-        extra = {key: value for key, value in (("stderr", number.stderr), ("n", number.n), ("seed", number.seed)) if value is not None}
+        extra = {
+            key: value
+            for key, value in (("stderr", number.stderr), ("n", number.n), ("seed", number.seed))
+            if value is not None
+        }
         kind = _METRICS.get(metric, metric)
-        entry["metrics"].append({"type": kind, "value": number.value, "name": metric, "args": {**number.protocol, **extra}})
+        entry["metrics"].append(
+            {"type": kind, "value": number.value, "name": metric, "args": {**number.protocol, **extra}}
+        )
     return list(entries.values())
 
 
@@ -109,7 +128,9 @@ def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for table in tables(comparison):
         dense = next(row for row in table.rows if row.kind == "dense")
-        mine = next((row for row in table.rows if row.kind == "pruned"), dense)  # the same weights, if the run kept everything
+        mine = next(
+            (row for row in table.rows if row.kind == "pruned"), dense
+        )  # the same weights, if the run kept everything
         for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
             if column.how != "counted":
                 name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")

@@ -1,8 +1,9 @@
-"""Charts as inline SVG, drawn by altair without JavaScript. Colours are CSS variables of the page, so one drawing serves light and dark.
+"""Charts as inline SVG, drawn by altair without JavaScript. Colours are CSS variables of the page, so one drawing
+serves light and dark.
 
-Each is one of several small ones, about as wide as a phone; the page lays them out. Only fixed field names reach altair, and all
-texts from outside are data, so a model's name cannot become markup or an expression. Characters that XML forbids are replaced first: the
-renderer would end the process at one.
+Each is one of several small ones, about as wide as a phone; the page lays them out. Only fixed field names reach
+altair, and all texts from outside are data, so a model's name cannot become markup or an expression. Characters that
+XML forbids are replaced first: the renderer would end the process at one.
 """
 
 import io
@@ -29,7 +30,9 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass(frozen=True)
 class Point:
-    """A model in a plot of quality against cost; `error` is a standard error of `y`, `mark` its place among the marks of all plots."""
+    """A model in a plot of quality against cost; `error` is a standard error of `y`, `mark` its place among the marks
+    of all plots.
+    """
 
     name: str
     mark: int
@@ -69,7 +72,9 @@ def heat_map(cells: Sequence[Left]) -> Markup:
     )
     opacity = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 0.5]), legend=None)
     full = base.mark_rect(color="var(--accent)").encode(opacity=opacity)
-    gone = base.transform_filter("datum.gone").mark_rect(filled=False, stroke="var(--warn)", strokeWidth=1, strokeDash=[3, 2])
+    gone = base.transform_filter("datum.gone").mark_rect(
+        filled=False, stroke="var(--warn)", strokeWidth=1, strokeDash=[3, 2]
+    )
     words = base.mark_text(color="var(--ink)", fontSize=10).encode(text="text:N")
     chart = alt.layer(full, gone, words).properties(width=WIDTH, height={"step": 24 if n_layers <= 16 else 17})
     return _svg(chart, f"Units left in each of {n_layers} layers: {', '.join(parts)}.", fit="fit-x")
@@ -88,7 +93,9 @@ def curves(
     names = list(lines)
     values = [{"update": x, "value": y, "line": name} for name, points in lines.items() for x, y in points]
     legend = (
-        None if len(names) == 1 else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, columnPadding=14, labelLimit=130)
+        None
+        if len(names) == 1
+        else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, columnPadding=14, labelLimit=130)
     )
     solid = [name for name in names if name not in dashed]
     colours = ["var(--muted)" if name in dashed else SERIES[solid.index(name) % len(SERIES)] for name in names]
@@ -98,10 +105,17 @@ def curves(
         .mark_line(strokeWidth=1.75, interpolate="linear")
         .encode(
             x=alt.X("update:Q", title=axis, axis=alt.Axis(tickCount=5, tickMinStep=1, format="d", grid=False)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=_value_axis("%" if percent else None)),
+            y=alt.Y(
+                "value:Q",
+                title=None,
+                scale=alt.Scale(zero=False, nice=True),
+                axis=_value_axis("%" if percent else None),
+            ),
             color=alt.Color("line:N", sort=names, scale=alt.Scale(domain=names, range=colours), legend=legend),
             strokeDash=alt.StrokeDash(
-                "line:N", scale=alt.Scale(domain=names, range=[[4, 3] if name in dashed else [1, 0] for name in names]), legend=None
+                "line:N",
+                scale=alt.Scale(domain=names, range=[[4, 3] if name in dashed else [1, 0] for name in names]),
+                legend=None,
             ),
         )
     )
@@ -111,27 +125,58 @@ def curves(
 
 
 def trade_off(
-    points: Sequence[Point], x_title: str, y_title: str, label: str, *, x_lower: bool, y_lower: bool, percent: bool = False
+    points: Sequence[Point],
+    x_title: str,
+    y_title: str,
+    label: str,
+    *,
+    x_lower: bool,
+    y_lower: bool,
+    percent: bool = False,
 ) -> Markup:
-    """Quality against cost: a mark for each model, bars of one standard error, and a line through those that no other beats in both."""
+    """Quality against cost: a mark for each model, bars of one standard error, and a line through those that no other
+    beats in both.
+    """
     points = [replace(point, name=drawable(point.name)) for point in points]
     names, marked = [point.name for point in points], [point.mark for point in points]
-    values = [{"name": p.name, "x": p.x, "y": p.y, "low": p.y - (p.error or 0), "high": p.y + (p.error or 0)} for p in points]
+    values = [
+        {"name": p.name, "x": p.x, "y": p.y, "low": p.y - (p.error or 0), "high": p.y + (p.error or 0)} for p in points
+    ]
     front = [{"x": p.x, "y": p.y} for p in undominated(points, x_lower=x_lower, y_lower=y_lower)]
-    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=4, format="~s", grid=True))
-    y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=_value_axis(".0%" if percent else None))
+    x = alt.X(
+        "x:Q",
+        title=x_title,
+        scale=alt.Scale(zero=False, nice=True, padding=12),
+        axis=alt.Axis(tickCount=4, format="~s", grid=True),
+    )
+    y = alt.Y(
+        "y:Q",
+        title=y_title,
+        scale=alt.Scale(zero=False, nice=True, padding=12),
+        axis=_value_axis(".0%" if percent else None),
+    )
     legend = alt.Legend(title=None, orient="bottom", columns=2, columnPadding=14, labelLimit=105, symbolSize=70)
     base = alt.Chart(alt.Data(values=values))
-    line = alt.Chart(alt.Data(values=front)).mark_line(color="var(--muted)", strokeWidth=1, strokeDash=[2, 3]).encode(x=x, y=y)
+    line = (
+        alt.Chart(alt.Data(values=front))
+        .mark_line(color="var(--muted)", strokeWidth=1, strokeDash=[2, 3])
+        .encode(x=x, y=y)
+    )
     bars = base.mark_rule(color="var(--muted)").encode(x=x, y=alt.Y("low:Q", title=y_title), y2="high:Q")
     marks = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=x,
         y=y,
         color=alt.Color(
-            "name:N", sort=names, scale=alt.Scale(domain=names, range=[_MARKS[i % len(_MARKS)] for i in marked]), legend=legend
+            "name:N",
+            sort=names,
+            scale=alt.Scale(domain=names, range=[_MARKS[i % len(_MARKS)] for i in marked]),
+            legend=legend,
         ),
         shape=alt.Shape(
-            "name:N", sort=names, scale=alt.Scale(domain=names, range=[SHAPES[i % len(SHAPES)] for i in marked]), legend=legend
+            "name:N",
+            sort=names,
+            scale=alt.Scale(domain=names, range=[SHAPES[i % len(SHAPES)] for i in marked]),
+            legend=legend,
         ),
     )
     return _svg(alt.layer(line, bars, marks).properties(width=WIDTH, height=HEIGHT + 50), label)
@@ -159,7 +204,9 @@ def _value_axis(format: str | None) -> alt.Axis:
     return axis if format is None else alt.Axis(tickCount=4, domain=False, ticks=False, format=format)
 
 
-def _svg(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Literal["fit", "fit-x"] = "fit") -> Markup:
+def _svg(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Literal["fit", "fit-x"] = "fit"
+) -> Markup:
     """The chart as an `<svg>` element that says in words what it shows."""
     configured = (
         chart.configure(
@@ -184,4 +231,6 @@ def _svg(chart: alt.Chart | alt.LayerChart | alt.FacetChart, label: str, fit: Li
     )
     drawn = io.StringIO()
     configured.save(drawn, format="svg")
-    return Markup('<svg role="img" aria-label="{}" ').format(drawable(label)) + Markup(drawn.getvalue().removeprefix("<svg "))
+    return Markup('<svg role="img" aria-label="{}" ').format(drawable(label)) + Markup(
+        drawn.getvalue().removeprefix("<svg ")
+    )

@@ -1,7 +1,8 @@
 """Which numbers may stand in one column, what a column is called, and how its numbers are written.
 
-One column holds one name, unit, kind (measured, counted, estimated) and protocol; for clocks and memory also one machine, because tokens a
-second of two machines do not compare. Where two columns would read alike, the settings in which they differ join the title.
+One column holds one name, unit, kind (measured, counted, estimated) and protocol; for clocks and memory also one
+machine, because tokens a second of two machines do not compare. Where two columns would read alike, the settings in
+which they differ join the title.
 """
 
 import json
@@ -29,7 +30,8 @@ GROUPS = (
 QUALITY = GROUPS[1:7]
 """Groups in which a difference is damage or luck, and noise matters."""
 NOISE = "noise/"
-"""A number of the dense model whose name is this and another number's name: how far dense lies from itself, in the same unit.
+"""A number of the dense model whose name is this and another number's name: how far dense lies from itself, in the same
+unit.
 
 Its protocol is that of the number, and under the key "noise" how it was found: "other seed", "half-split", "repeated".
 """

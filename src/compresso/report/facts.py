@@ -26,7 +26,10 @@ def asked(run: Run) -> Rows:
     records = run.records
     recipe, data = records.recipe, records.data
     paper = f" (arXiv {recipe.paper})" if recipe.paper else ""
-    rows = [("Recipe", f"{recipe.name}{paper}" + (f": {recipe.title}" if recipe.title else "")), ("Model", records.model.name)]
+    rows = [
+        ("Recipe", f"{recipe.name}{paper}" + (f": {recipe.title}" if recipe.title else "")),
+        ("Model", records.model.name),
+    ]
     for stage, knobs in recipe.knobs().items():
         if isinstance(keep := knobs.get("keep"), int | float):
             of = str(knobs.get("of", "blocks"))
@@ -34,17 +37,36 @@ def asked(run: Run) -> Rows:
             removable = f"; what may leave: {', '.join(kinds)}" if kinds else ""
             rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{removable}"))
     before, after = records.before.parameters, records.after.parameters
-    shares = [f"{after[part] / before[part]:.1%} of {words}" for part, words in list(_OF.items())[:2] if before.get(part) and part in after]
+    shares = [
+        f"{after[part] / before[part]:.1%} of {words}"
+        for part, words in list(_OF.items())[:2]
+        if before.get(part) and part in after
+    ]
     rows.append(("Left", ", ".join(shares).replace("%", " %")))
     if data is None:
         rows.append(("Data", "none: the recipe needs none"))
     else:
-        amounts = [f"{data.examples[key]:,} {words}" for key, words in (("n", "examples"), ("tokens", "tokens")) if key in data.examples]
+        amounts = [
+            f"{data.examples[key]:,} {words}"
+            for key, words in (("n", "examples"), ("tokens", "tokens"))
+            if key in data.examples
+        ]
         rows.append(("Data", f"{data.source} ({', '.join([data.kind, *amounts])})"))
-    prompt = f"collaborative prompt, version {records.prompt.get('version', '?')}" if records.prompt else "no prompt before the examples"
+    prompt = (
+        f"collaborative prompt, version {records.prompt.get('version', '?')}"
+        if records.prompt
+        else "no prompt before the examples"
+    )
     rows.append(("Prompt", prompt))
-    times = [f"{name} {written_time(stage.seconds)}" for name, stage in records.stages.items() if stage.seconds is not None]
-    rows.append(("Time", "; ".join(times + ([f"in all {written_time(records.seconds)}"] if records.seconds is not None else []))))
+    times = [
+        f"{name} {written_time(stage.seconds)}" for name, stage in records.stages.items() if stage.seconds is not None
+    ]
+    rows.append(
+        (
+            "Time",
+            "; ".join(times + ([f"in all {written_time(records.seconds)}"] if records.seconds is not None else [])),
+        )
+    )
     rows.append(("Layout", f"{records.layout}" + (f", {records.dtype}" if records.dtype else "")))
     return rows
 
@@ -66,7 +88,9 @@ def command(run: Run) -> str:
     words = ["compresso", "run", "recipe.yaml", "--model", records.model.name]
     if records.data is not None:  # as it was named; the records' own words tell what it turned out to be
         words += ["--data", str(records.recipe.data.get("source"))]
-    if records.layout != "uniform":  # uniform comes by itself where the shapes allow it; asked for, it would constrain them
+    if (
+        records.layout != "uniform"
+    ):  # uniform comes by itself where the shapes allow it; asked for, it would constrain them
         words += ["--layout", records.layout]
     return shlex.join([*words, "--seed", str(records.seed), "--output", f"{run.name.rpartition('/')[2]}-again"])
 
@@ -80,7 +104,12 @@ def loading(run: Run) -> list[tuple[str, str]]:
     """How to open the result: (what with, Python code)."""
     folder = repr(run.name.rpartition("/")[2])
     plain = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder})"
-    ways = [("compresso", f"import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))")]
+    ways = [
+        (
+            "compresso",
+            f"import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))",
+        )
+    ]
     if run.records.layout == "native":
         ways.append(("transformers, with compresso installed", f"import compresso  # knows this model type\n{plain}"))
         remote = plain.replace(f"({folder})", f"({folder}, trust_remote_code=True)")
@@ -96,14 +125,18 @@ def loading(run: Run) -> list[tuple[str, str]]:
 
 ELSEWHERE = {
     "llama.cpp, as GGUF": (
-        "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p 'Once upon a time'"
+        "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p"
+        " 'Once upon a time'"
     ),
     "ONNX Runtime, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx",
     "vLLM": "vllm serve {folder}{code}",
     "vLLM, as vllm-deci": (
-        "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci --trust-remote-code"
+        "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci"
+        " --trust-remote-code"
     ),
-    "vLLM, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed",
+    "vLLM, packed": (
+        "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed"
+    ),
     "OpenVINO, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx  # the same files",
     "compressed-tensors, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed",
 }

@@ -1,4 +1,6 @@
-"""Which charts a comparison gets: what is left by layer, how each stage trained, quality against size and against measured speed."""
+"""Which charts a comparison gets: what is left by layer, how each stage trained, quality against size and against
+measured speed.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ def training(run: Run) -> list[Figure]:
 
 
 def trade_offs(comparison: Comparison) -> list[Figure]:
-    """Quality against parameters and against measured decode speed, for pairs of numbers that at least two models have."""
+    """Quality against parameters and against measured decode speed,
+    for pairs of numbers that at least two models have.
+    """
     every = columns(number for subject in comparison.subjects for number in subject.measurements)
     sizes = [one for one in every if one.name == "parameters/total" and one.how == "counted"][:1]
     speeds = [one for one in every if one.name.startswith("decode/") and one.how == "measured"][:1]
@@ -62,7 +66,9 @@ def trade_offs(comparison: Comparison) -> list[Figure]:
 def _qualities(every: Sequence[Column]) -> list[Column]:
     """Measured columns of quality, perplexities and means over suites first."""
     measured = [one for one in every if one.how == "measured"]
-    perplexities = [one for one in measured if group(one.name) == "Perplexity" and not one.name.endswith("byte_perplexity")]
+    perplexities = [
+        one for one in measured if group(one.name) == "Perplexity" and not one.name.endswith("byte_perplexity")
+    ]
     tasks = [one for one in measured if group(one.name) == "Tasks: accuracy"]
     tasks.sort(key=lambda one: one.name not in _SUITES)
     half = MOST_QUALITIES // 2
@@ -76,7 +82,9 @@ def _point(subject: Subject, mark: int, cost: Column, quality: Column) -> charts
 
 def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) -> Figure:
     is_perplexity = group(quality.name) == "Perplexity"
-    what = f"{quality.title} {'perplexity' if is_perplexity else 'accuracy'}" + (f" ({quality.detail})" if quality.detail else "")
+    what = f"{quality.title} {'perplexity' if is_perplexity else 'accuracy'}" + (
+        f" ({quality.detail})" if quality.detail else ""
+    )
     x_title = "parameters, all" if cost.unit == "parameters" else f"{cost.title}, tokens a second"
     lower = lower_is_better(quality.name) is True
     svg = charts.trade_off(
@@ -106,7 +114,9 @@ def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Fi
         figures.append(Figure(f"{name}: sparsity", svg))
     multipliers = {key: column[key] for key in ("lambda1", "lambda2") if key in column}
     if multipliers:
-        figures.append(Figure(f"{name}: multipliers of the penalty", charts.curves(multipliers, f"Lagrange multipliers in {name}")))
+        figures.append(
+            Figure(f"{name}: multipliers of the penalty", charts.curves(multipliers, f"Lagrange multipliers in {name}"))
+        )
     elif "sparsity" in column:
         figures[-1] = Figure(figures[-1].caption, figures[-1].svg, "No multipliers: the budget is held by projection.")
     losses = {key: column[key] for key in ("language", "loss") if key in column}
@@ -117,7 +127,9 @@ def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Fi
         else:
             words = {"language": "next-token loss", "loss": "with penalty" if len(losses) == 2 else "loss"}
             losses = {words[key]: points for key, points in losses.items()}
-        figures.append(Figure(f"{name}: training loss, nats a token", charts.curves(losses, f"Training loss in {name}")))
+        figures.append(
+            Figure(f"{name}: training loss, nats a token", charts.curves(losses, f"Training loss in {name}"))
+        )
     for key in sorted(column.keys() - _DRAWN_TOGETHER):
         figures.append(Figure(f"{name}: {key}", charts.curves({key: column[key]}, f"{key} in {name}")))
     return figures

@@ -1,7 +1,7 @@
 """One self-contained HTML page: no script, no network, light and dark, for screens, phones and paper.
 
-Names of models, samples and recipes are untrusted text. jinja2 escapes all of it, the only markup let through is what `charts` drew, and
-the page's own content policy forbids scripts and requests.
+Names of models, samples and recipes are untrusted text. jinja2 escapes all of it, the only markup let through is what
+`charts` drew, and the page's own content policy forbids scripts and requests.
 """
 
 from collections.abc import Sequence
@@ -166,7 +166,9 @@ def _line(column: Column, subject: Subject, dense: Subject | None) -> tuple[str,
     beside = ""
     if reference and dense:
         noise = _NOISE[within_noise(number, reference, noise_floor(dense, reference))]
-        beside = f"dense {written(reference.value, reference.unit, reference.name)}; {against(number, reference)}{noise}"
+        beside = (
+            f"dense {written(reference.value, reference.unit, reference.name)}; {against(number, reference)}{noise}"
+        )
     return column.title + suffix, written(number.value, number.unit, number.name), beside
 
 
@@ -175,7 +177,13 @@ def _prompts(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, Sam
     writers = [subject for subject in subjects if subject.samples]
     prompts = dict.fromkeys(sample.prompt for subject in writers for sample in subject.samples)
     return [
-        (prompt, [(subject.name, next((one for one in subject.samples if one.prompt == prompt), None)) for subject in writers])
+        (
+            prompt,
+            [
+                (subject.name, next((one for one in subject.samples if one.prompt == prompt), None))
+                for subject in writers
+            ],
+        )
         for prompt in prompts
     ]
 
@@ -192,8 +200,10 @@ def _protocols(comparison: Comparison) -> list[dict[str, Any]]:
                 "group": group(column.name),
                 "how": column.how,
                 "settings": ", ".join(f"{key}: {value}" for key, value in column.protocol.items()),
-                "seeds": ", ".join(dict.fromkeys(str(number.seed) for number in mine if number.seed is not None)) or "none drawn",
-                "n": ", ".join(dict.fromkeys(f"{number.n:,}" for number in mine if number.n is not None)) or "not recorded",
+                "seeds": ", ".join(dict.fromkeys(str(number.seed) for number in mine if number.seed is not None))
+                or "none drawn",
+                "n": ", ".join(dict.fromkeys(f"{number.n:,}" for number in mine if number.n is not None))
+                or "not recorded",
                 "places": list(dict.fromkeys(facts.place(number.environment) for number in mine)),
             }
         )

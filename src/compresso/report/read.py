@@ -1,8 +1,8 @@
 """Run folders and account files in, one comparison out: the same weights are one subject wherever they were measured.
 
-A model is known by its fingerprint. Where two inputs hold the same number of the same model, made by the same protocol, the newer one
-counts; numbers are never averaged. Which model is dense follows from the runs (the model they started from), from the name "dense", or
-from standing first in an account of several models.
+A model is known by its fingerprint. Where two inputs hold the same number of the same model, made by the same protocol,
+the newer one counts; numbers are never averaged. Which model is dense follows from the runs (the model they started
+from), from the name "dense", or from standing first in an account of several models.
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,7 +72,9 @@ class Comparison:
     created: str
 
     def dense_of(self, subject: Subject) -> Subject | None:
-        """The dense model that a subject is compared with: the one its run started from, else the only one there is; None for itself."""
+        """The dense model that a subject is compared with: the one its run started from, else the only one there is;
+        None for itself.
+        """
         if subject.fingerprint in self.dense:
             return None
         bases = {run.result: run.base for run in self.runs}
@@ -82,7 +84,9 @@ class Comparison:
             fingerprint = bases[fingerprint]
         candidates = [one for one in self.subjects if one.fingerprint in self.dense]
         exact = [one for one in candidates if one.fingerprint == fingerprint]
-        return exact[0] if exact else candidates[0] if len(candidates) == 1 and subject.fingerprint not in bases else None
+        return (
+            exact[0] if exact else candidates[0] if len(candidates) == 1 and subject.fingerprint not in bases else None
+        )
 
     def run_of(self, subject: Subject) -> Run | None:
         """The run that wrote a subject."""
@@ -97,16 +101,21 @@ def read_subjects(paths: Sequence[str | Path]) -> Comparison:
     """Read run folders and account files (of `compresso evaluate` and `measure`) and merge them.
 
     Raises:
-        CheckpointError: no input, one that cannot be read, or two that have neither a model nor a measured number in common.
+        CheckpointError: no input, one that cannot be read, or two that have neither a model nor a measured number in
+            common.
     """
     if not paths:
-        raise CheckpointError("nothing to compare; give folders that `compresso run` wrote, or files of `compresso evaluate --output`")
+        raise CheckpointError(
+            "nothing to compare; give folders that `compresso run` wrote, or files of `compresso evaluate --output`"
+        )
     given = [Path(path).expanduser() for path in paths]
     return merged([_read(path, label) for path, label in zip(given, labels(given), strict=True)])
 
 
 def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
-    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its account lacks one of them."""
+    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its account
+    lacks one of them.
+    """
     result = _result_of(records.account, records.model.fingerprint, "the run's records")
     name = next(one.name for one in records.account.subjects if one.fingerprint == result)
     return merged([Input(name, records.account, Run(name, records, plan, result))])
@@ -126,7 +135,9 @@ def merged(inputs: Sequence[Input]) -> Comparison:
         samples: dict[str, Sample] = {}
         lacking: dict[str, str] = {}
         model = ""
-        for subject in (subject for one in by_age for subject in one.account.subjects if subject.fingerprint == fingerprint):
+        for subject in (
+            subject for one in by_age for subject in one.account.subjects if subject.fingerprint == fingerprint
+        ):
             numbers |= {column_key(number): number for number in subject.measurements}
             samples |= {sample.prompt: sample for sample in subject.samples}
             lacking |= subject.not_measured
@@ -163,11 +174,14 @@ def _read(path: Path, label: str) -> Input:
     """One input. Raises CheckpointError naming it."""
     if path.is_dir():
         if not (path / RECORDS).is_file():
-            raise CheckpointError(f"{path} has no {RECORDS}, so `compresso run` did not write it; give the file of `compresso evaluate`")
+            raise CheckpointError(
+                f"{path} has no {RECORDS}, so `compresso run` did not write it; give the file of `compresso evaluate`"
+            )
         return _read_run(path, label)
     if not path.is_file():
         raise CheckpointError(
-            f"{path} does not exist; give a folder that `compresso run` wrote, or a file of `compresso evaluate --output`"
+            f"{path} does not exist; give a folder that `compresso run` wrote, or a file of `compresso evaluate"
+            " --output`"
         )
     account = _account(path)
     return Input(label, account)
@@ -191,14 +205,20 @@ def _read_run(folder: Path, label: str) -> Input:
     try:
         plan = Plan.from_json((folder / PLAN).read_text("utf-8"))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote") from error
+        raise CheckpointError(
+            f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote"
+        ) from error
     account = records.account
     _time(account.created, folder / RECORDS)
-    return Input(label, account, Run(label, records, plan, _result_of(account, records.model.fingerprint, str(folder / RECORDS))))
+    return Input(
+        label, account, Run(label, records, plan, _result_of(account, records.model.fingerprint, str(folder / RECORDS)))
+    )
 
 
 def _result_of(account: Account, base: str, where: str) -> str:
-    """The fingerprint of the model that a run wrote: `base` itself if it kept everything. Raises CheckpointError if there is none."""
+    """The fingerprint of the model that a run wrote: `base` itself if it kept everything. Raises CheckpointError if
+    there is none.
+    """
     if len(account.subjects) < 2:
         raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
     return next((one.fingerprint for one in account.subjects if one.fingerprint != base), base)
@@ -227,7 +247,9 @@ def _names(inputs: Sequence[Input], dense: frozenset[str], runs: Sequence[Run]) 
                 name = by_run.get(fingerprint, subject.name)
             short = fingerprint.rpartition(":")[2][:8]
             tries = (name, f"{name} ({one.label})", f"{name} ({one.label}, {short})", fingerprint)
-            names[fingerprint] = next(text for text in tries if text not in names.values() and (text != "dense" or fingerprint in dense))
+            names[fingerprint] = next(
+                text for text in tries if text not in names.values() and (text != "dense" or fingerprint in dense)
+            )
     return names
 
 
@@ -241,8 +263,8 @@ def _refuse_strangers(inputs: Sequence[Input]) -> None:
         groups.append((touching[0][0] if touching else one.label, mine.union(*(marks for _, marks in touching))))
     if len(groups) > 1:
         raise CheckpointError(
-            f"{groups[0][0]} and {groups[1][0]} have no model and no measured number of one protocol in common, so there is nothing to "
-            "compare; evaluate both in the same way, or compare runs that started from one model"
+            f"{groups[0][0]} and {groups[1][0]} have no model and no measured number of one protocol in common, so"
+            " there is nothing to compare; evaluate both in the same way, or compare runs that started from one model"
         )
 
 
@@ -250,7 +272,11 @@ def _marks(one: Input) -> set[object]:
     """What ties an input to others: its models, and the columns in which it has a measured number."""
     marks: set[object] = {subject.fingerprint for subject in one.account.subjects}
     numbers: Iterable[Measurement] = (number for subject in one.account.subjects for number in subject.measurements)
-    return marks | {column_key(number) for number in numbers if number.how == "measured"} | ({one.run.base} if one.run else set())
+    return (
+        marks
+        | {column_key(number) for number in numbers if number.how == "measured"}
+        | ({one.run.base} if one.run else set())
+    )
 
 
 def _time(text: str, where: Path | None = None) -> datetime:
@@ -258,5 +284,7 @@ def _time(text: str, where: Path | None = None) -> datetime:
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise CheckpointError(f"{where or 'an account'}: created={text!r} is not an ISO date and time; it was changed") from error
+        raise CheckpointError(
+            f"{where or 'an account'}: created={text!r} is not an ISO date and time; it was changed"
+        ) from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -1,7 +1,8 @@
 """records.json: what a run did, from what, and what it found; one versioned schema for writing and for reading.
 
-An unknown field, a missing one or another version is an error, so that a damaged file is found before anything is drawn. Only what a stage
-notes of itself is open, since each method has facts of its own; those that reports show are typed.
+An unknown field, a missing one or another version is an error, so that a damaged file is found before anything is
+drawn. Only what a stage notes of itself is open, since each method has facts of its own; those that reports show are
+typed.
 """
 
 from collections.abc import Mapping
@@ -63,8 +64,8 @@ class Counted(Strict):
 class StageFacts(Strict):
     """What a stage noted, facts of its own among it.
 
-    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it worked on, `bits`
-    what one of these would take if they were packed.
+    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it
+    worked on, `bits` what one of these would take if they were packed.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -78,7 +79,9 @@ class StageFacts(Strict):
 
 
 class Engine(Strict):
-    """What one engine made of the files: yes only if it opened them and computed the same; see `compresso.engines.verify.Parity`."""
+    """What one engine made of the files: yes only if it opened them and computed the same; see
+    `compresso.engines.verify.Parity`.
+    """
 
     engine: str
     opens: Literal["yes", "no", "not installed", "not checked"]
@@ -92,7 +95,8 @@ class RunRecords(Strict):
 
     Args:
         format: version of this schema.
-        recipe, model, data, prompt, seed, versions, machine: what decided the result; `data` and `prompt` are None where there are none.
+        recipe, model, data, prompt, seed, versions, machine: what decided the result; `data` and `prompt` are None
+            where there are none.
         before, after: the model at both ends.
         stages: what each stage noted, by its name.
         patches: forward patches, which `compresso.load` applies to what the files hold.
@@ -126,21 +130,29 @@ class RunRecords(Strict):
     account: Account
 
     def stored_dense(self) -> str:
-        """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are none."""
+        """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are
+        none.
+        """
         zeros = [f"{facts.sparsity:.1%} zeros by {name}" for name, facts in self.stages.items() if facts.sparsity]
         rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in self.stages.items() if facts.bits]
         if not zeros and not rounded:
             return ""
-        said = f"{', '.join(zeros + rounded)}, of the weights it worked on, stored dense: no smaller and no faster for it."
+        said = (
+            f"{', '.join(zeros + rounded)}, of the weights it worked on, stored dense: no smaller and no faster for it."
+        )
         return (said[0].upper() + said[1:]).replace("%", " %")
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:
-        """The records in a mapping. Raises CheckpointError naming `where` and the first field that is not as it should be."""
+        """The records in a mapping. Raises CheckpointError naming `where` and the first field that is not as it should
+        be.
+        """
         try:
             return cls.model_validate(records)
         except ValidationError as error:
-            raise CheckpointError(f"{where}: {first_fault(error)}; it was changed, or written by another version of compresso") from error
+            raise CheckpointError(
+                f"{where}: {first_fault(error)}; it was changed, or written by another version of compresso"
+            ) from error
 
 
 def first_fault(error: ValidationError) -> str:

@@ -30,7 +30,8 @@ class Left:
 def dense_sizes(stages: Mapping[str, StageFacts]) -> dict[str, int]:
     """Axis name -> units before the first stage that touched it.
 
-    A stage that follows the removal of whole layers numbers those that are left, so axes first touched there are not known by name.
+    A stage that follows the removal of whole layers numbers those that are left, so axes first touched there are not
+    known by name.
     """
     sizes: dict[str, int] = {}
     for stage in stages.values():
@@ -42,7 +43,9 @@ def dense_sizes(stages: Mapping[str, StageFacts]) -> dict[str, int]:
 
 
 def left(plan: Plan, stages: Mapping[str, StageFacts]) -> list[Left]:
-    """Every layer's parts of which the plan says something, in the numbering of the original model; parts it does not name are whole."""
+    """Every layer's parts of which the plan says something, in the numbering of the original model; parts it does not
+    name are whole.
+    """
     sizes = dense_sizes(stages)
     known = {axis: len(plan.kept[axis]) for axis in sizes if axis in plan.kept}
     gone = {

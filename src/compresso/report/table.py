@@ -1,8 +1,9 @@
-"""Tables of a comparison: models in rows, the dense one first, one protocol a column; what was not measured is said in words.
+"""Tables of a comparison: models in rows, the dense one first, one protocol a column; what was not measured is said in
+words.
 
-A difference from dense is within noise if it is no larger than the noise floor (dense against itself), or than two standard errors of the
-difference, or if the ranges over rounds overlap. Standard errors treat the two models' answers as independent; on the same items they
-are not, so the true error is smaller and a difference beyond it is real.
+A difference from dense is within noise if it is no larger than the noise floor (dense against itself), or than two
+standard errors of the difference, or if the ranges over rounds overlap. Standard errors treat the two models' answers
+as independent; on the same items they are not, so the true error is smaller and a difference beyond it is real.
 """
 
 import math
@@ -80,7 +81,12 @@ def tables(comparison: Comparison) -> list[Table]:
             floor = _floors(comparison, mine) if name in QUALITY else None
             if floor is not None:
                 rows.insert(len(comparison.dense), floor)
-            untold = name in QUALITY and floor is None and bool(comparison.dense) and not all(is_against_dense(one.name) for one in mine)
+            untold = (
+                name in QUALITY
+                and floor is None
+                and bool(comparison.dense)
+                and not all(is_against_dense(one.name) for one in mine)
+            )
             made.append(Table(name, mine, tuple(rows), "Noise floor: not measured." if untold else ""))
     return made
 
@@ -89,7 +95,9 @@ def missing(comparison: Comparison) -> list[str]:
     """The groups in which no model has a number, and what single models lack, with the reason."""
     have = {group(number.name) for subject in comparison.subjects for number in subject.measurements}
     absent = [name for name in GROUPS if name not in have and name != "Other"]
-    return absent + [f"{what} of {one.name}: {why}" for one in comparison.subjects for what, why in one.not_measured.items()]
+    return absent + [
+        f"{what} of {one.name}: {why}" for one in comparison.subjects for what, why in one.not_measured.items()
+    ]
 
 
 def find(subject: Subject, column: Column) -> Measurement | None:
@@ -98,7 +106,9 @@ def find(subject: Subject, column: Column) -> Measurement | None:
 
 
 def noise_floor(dense: Subject, number: Measurement) -> Measurement | None:
-    """How far the dense model lies from itself in a number: one named "noise/<name>" whose protocol contradicts the number's nowhere."""
+    """How far the dense model lies from itself in a number: one named "noise/<name>" whose protocol contradicts the
+    number's nowhere.
+    """
     for one in dense.measurements:
         if one.name == NOISE + number.name and one.unit == number.unit:
             shared = one.protocol.keys() & number.protocol.keys()
@@ -108,7 +118,9 @@ def noise_floor(dense: Subject, number: Measurement) -> Measurement | None:
 
 
 def within_noise(number: Measurement, dense: Measurement, floor: Measurement | None) -> bool | None:
-    """Whether a difference from dense is no more than noise; None where neither a floor, standard errors nor ranges are known."""
+    """Whether a difference from dense is no more than noise; None where neither a floor, standard errors nor ranges are
+    known.
+    """
     difference = abs(number.value - dense.value)
     known: list[bool] = []
     if floor is not None:
@@ -142,7 +154,8 @@ def _rows(comparison: Comparison, mine: Sequence[Column]) -> list[Row]:
     rows += [Row(one.name, "dense", tuple(_cell(one, None, column, REFERENCE) for column in mine)) for one in dense]
     pruned = [subject for subject in comparison.subjects if subject.fingerprint not in comparison.dense]
     rows += [
-        Row(one.name, "pruned", tuple(_cell(one, comparison.dense_of(one), column, NOT_MEASURED) for column in mine)) for one in pruned
+        Row(one.name, "pruned", tuple(_cell(one, comparison.dense_of(one), column, NOT_MEASURED) for column in mine))
+        for one in pruned
     ]
     return rows
 
@@ -169,11 +182,16 @@ def _floors(comparison: Comparison, mine: Sequence[Column]) -> Row | None:
     cells: list[Cell] = []
     for column in mine:
         number = next((one for subject in dense if (one := find(subject, column)) is not None), None)
-        floor = next((one for subject in dense if number is not None and (one := noise_floor(subject, number)) is not None), None)
+        floor = next(
+            (one for subject in dense if number is not None and (one := noise_floor(subject, number)) is not None), None
+        )
         if floor is None:
             cells.append(Cell(REFERENCE if is_against_dense(column.name) else NOT_MEASURED, present=False))
         else:
             cells.append(
-                Cell("± " + written(float(f"{floor.value:.2g}"), floor.unit, floor.name), spread=str(floor.protocol.get("noise", "")))
+                Cell(
+                    "± " + written(float(f"{floor.value:.2g}"), floor.unit, floor.name),
+                    spread=str(floor.protocol.get("noise", "")),
+                )
             )
     return Row(NOISE_ROW, "noise", tuple(cells)) if any(cell.present for cell in cells) else None

@@ -5,8 +5,8 @@
     awq:gN, gptq:gN      groups of N inputs that share a scale
     vllm:tpN             heads and channels shared out to N devices, the same widths in every layer
 
-A unit of a head axis is a key/value head with its query heads: what o_proj reads of one is head_dim times its query heads, and counts of
-heads are held to the multiple that makes those inputs fit.
+A unit of a head axis is a key/value head with its query heads: what o_proj reads of one is head_dim times its query
+heads, and counts of heads are held to the multiple that makes those inputs fit.
 """
 
 import copy
@@ -78,7 +78,9 @@ def multiples(want: ShapeConstraints, model: str) -> dict[Kind, int]:
 
 
 def for_engine(raw: Mapping[str, Any], want: ShapeConstraints, held: Mapping[Kind, int]) -> dict[str, Any]:
-    """The raw recipe whose budgets are held to these multiples as well as their own, and to equal widths if the engine wants them."""
+    """The raw recipe whose budgets are held to these multiples as well as their own, and to equal widths if the engine
+    wants them.
+    """
     changed = held_to(raw, held)
     return with_knob(changed, "layout", "uniform", required=False) if want.uniform else changed
 
@@ -96,7 +98,9 @@ def held_to(raw: Mapping[str, Any], held: Mapping[Kind, int]) -> dict[str, Any]:
 
 
 def writable_heads(config: PreTrainedConfig) -> int:
-    """The smallest divisor of a config's key/value heads whose multiples it takes all: some want query heads to divide the hidden size."""
+    """The smallest divisor of a config's key/value heads whose multiples it takes all: some want query heads to divide
+    the hidden size.
+    """
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if not heads or not groups or heads % groups or getattr(config, "head_dim", None) is None:
@@ -135,7 +139,10 @@ def misfits(want: ShapeConstraints, held: Mapping[Kind, int], model: str) -> lis
         if not sizes and kind == Kind.HIDDEN:
             sizes = {int(live.config.hidden_size)}
         for size in sorted(size for size in sizes if size % multiple):
-            told.append(f"{want.engine}: {size} {_PLURALS[kind]} are no multiple of {multiple}; where all of them stay, that size stays")
+            told.append(
+                f"{want.engine}: {size} {_PLURALS[kind]} are no multiple of {multiple}; where all of them stay, that"
+                " size stays"
+            )
     return told
 
 

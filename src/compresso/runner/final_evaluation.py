@@ -1,7 +1,9 @@
-"""The account that a run ends with: the dense model and the smaller one, asked the same questions on the same machine, at the same time.
+"""The account that a run ends with: the dense model and the smaller one, asked the same questions on the same machine,
+at the same time.
 
-The dense model is read once more for it, beside the smaller one. Where both do not fit into memory, what needs the dense model is left out
-and the account says why. Nothing here changes the result; it decides whether the result may be written (`FinalEvaluation.guard`).
+The dense model is read once more for it, beside the smaller one. Where both do not fit into memory, what needs the
+dense model is left out and the account says why. Nothing here changes the result; it decides whether the result may be
+written (`FinalEvaluation.guard`).
 """
 
 import math
@@ -36,7 +38,9 @@ NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8
 SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
 OFFLOADED = "weights were read from disk block by block, which takes a pass over the files for each token"
 LARGE = 1_000_000_000
-"""Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes seconds."""
+"""Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes
+seconds.
+"""
 
 
 @dataclass
@@ -60,7 +64,9 @@ class FinalEvaluation:
     pruned: Evaluated
     guard: Guard
 
-    def account(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Account:
+    def account(
+        self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]
+    ) -> Account:
         """The account, once the smaller model is written.
 
         Args:
@@ -107,7 +113,14 @@ class EvaluationSettings:
 
 
 def take(
-    job: Job, source: Source, *, corpus: str, instructions: bool, prompt_on: bool, before: float | None, after: float | None
+    job: Job,
+    source: Source,
+    *,
+    corpus: str,
+    instructions: bool,
+    prompt_on: bool,
+    before: float | None,
+    after: float | None,
 ) -> FinalEvaluation:
     """Ask both models and judge.
 
@@ -143,7 +156,9 @@ def take(
     if DENSE in models:
         windows = shared_windows(job.dense_held or job.held, kept)
         if windows:
-            answers[PRUNED].measurements += divergence(pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept)
+            answers[PRUNED].measurements += divergence(
+                pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept
+            )
         elif job.held:
             answers[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         if kept is not None and before is not None:  # examples may have been dropped since
@@ -170,7 +185,12 @@ def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list
 
 
 def questions(
-    model: PreTrainedModel, tokenizers: Sequence[PreTrainedTokenizerBase | None], *, corpus: str, instructions: bool, prompt_on: bool
+    model: PreTrainedModel,
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    *,
+    corpus: str,
+    instructions: bool,
+    prompt_on: bool,
 ) -> EvaluationSettings:
     """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
 
@@ -189,7 +209,9 @@ def questions(
     context = context_of(model)
     room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
     if room < LEAST_NEW_TOKENS:
-        return EvaluationSettings(corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}")
+        return EvaluationSettings(
+            corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}"
+        )
     return EvaluationSettings(corpus, prompts, encode, room, words)
 
 
@@ -206,7 +228,9 @@ def _ask(
     here = Environment.here(model.device, model.dtype)
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
-        answers.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(here, asked.corpus, noise=is_dense)
+        answers.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(
+            here, asked.corpus, noise=is_dense
+        )
     else:
         answers.not_measured["held/perplexity"] = "the run had no data"
     if asked.refused or tokenizer is None:
@@ -235,4 +259,7 @@ def _lacking(source: Source, device: torch.device, dtype: torch.dtype) -> str:
     free = available(device)
     if needed * 1.2 <= free:  # a fifth more for activations
         return ""
-    return f"the dense model needs {needed / 1e9:.1f} GB beside the smaller one, and {free / 1e9:.1f} GB are free on {device}"
+    return (
+        f"the dense model needs {needed / 1e9:.1f} GB beside the smaller one, and {free / 1e9:.1f} GB are free on"
+        f" {device}"
+    )

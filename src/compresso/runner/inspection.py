@@ -23,18 +23,21 @@ from compresso.native.stock import as_stock
 
 
 def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
-    """Counts and axes of a hub id, a folder, a config.json or a live model; `explained` adds what leaves with one axis, and why.
+    """Counts and axes of a hub id, a folder, a config.json or a live model; `explained` adds what leaves with one axis,
+    and why.
 
     Returns:
         `{"architecture", "parameters": {"total", "blocks", "embeddings", "norms"}, "axes": [{"kind", "count", "size",
-        "parameters_per_unit"}], "macs_per_token", "kv_bytes_per_token"}`. `size` and `parameters_per_unit` are lists where layers differ.
-        `parameters_per_unit` is what leaves the model with one unit of the dense model, embeddings and norms included.
-        For an architecture nobody described the axes are found from a trace, of the parameters only the total is counted, and "stays"
-        says which dimensions cannot leave. `explained` adds "explained"; see `compresso.discover.explain`.
+        "parameters_per_unit"}], "macs_per_token", "kv_bytes_per_token"}`. `size` and `parameters_per_unit` are lists
+        where layers differ. `parameters_per_unit` is what leaves the model with one unit of the dense model, embeddings
+        and norms included. For an architecture nobody described the axes are found from a trace, of the parameters only
+        the total is counted, and "stays" says which dimensions cannot leave. `explained` adds "explained"; see
+        `compresso.discover.explain`.
 
     Raises:
         CheckpointError: if there is no such model or it is unsafe to read.
-        ArchError: if nobody described its architecture and a trace cannot prove its axes, or no axis is called as `explained` says.
+        ArchError: if nobody described its architecture and a trace cannot prove its axes, or no axis is called as
+            `explained` says.
     """
     live = as_stock(model) if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False))
     arch = _described(live)
@@ -59,7 +62,14 @@ def describe_traced(model: PreTrainedModel, discovery: Discovery) -> dict[str, A
         of_kind = [found for found in discovery.found if found.kind == kind]
         if of_kind:
             sizes, units = [found.size for found in of_kind], [_entries_per_unit(found, shapes) for found in of_kind]
-            rows.append({"kind": str(kind), "count": len(of_kind), "size": _one_or_all(sizes), "parameters_per_unit": _one_or_all(units)})
+            rows.append(
+                {
+                    "kind": str(kind),
+                    "count": len(of_kind),
+                    "size": _one_or_all(sizes),
+                    "parameters_per_unit": _one_or_all(units),
+                }
+            )
     total = sum(math.prod(shape) for shape in shapes.values())
     stays = [str(fixed) for fixed in discovery.fixed]
     return {"architecture": model.config.model_type, "parameters": {"total": total}, "axes": rows, "stays": stays}
@@ -85,7 +95,14 @@ def describe(model: PreTrainedModel, arch: Arch) -> dict[str, Any]:
         if of_kind:
             sizes = [axis.size for axis in of_kind]
             units = [round(per_unit[axis.name]) for axis in of_kind]
-            rows.append({"kind": str(kind), "count": len(of_kind), "size": _one_or_all(sizes), "parameters_per_unit": _one_or_all(units)})
+            rows.append(
+                {
+                    "kind": str(kind),
+                    "count": len(of_kind),
+                    "size": _one_or_all(sizes),
+                    "parameters_per_unit": _one_or_all(units),
+                }
+            )
     return {"architecture": arch.name, **counts(cost), "axes": rows}
 
 
@@ -100,8 +117,14 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     if "stays" in facts:
         console.print("  nobody described this architecture: the axes were found from a trace of its operations")
     else:
-        console.print(f"  blocks {parameters['blocks']:,} · embeddings {parameters['embeddings']:,} · norms {parameters['norms']:,}")
-        console.print(f"  {facts['macs_per_token']:,} multiply-accumulates and {facts['kv_bytes_per_token']:,} cache bytes a token")
+        console.print(
+            f"  blocks {parameters['blocks']:,} · embeddings {parameters['embeddings']:,} · norms"
+            f" {parameters['norms']:,}"
+        )
+        console.print(
+            f"  {facts['macs_per_token']:,} multiply-accumulates and {facts['kv_bytes_per_token']:,} cache bytes a"
+            " token"
+        )
     table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")
     for row in facts["axes"]:
         table.add_row(row["kind"], f"{row['count']:,}", _short(row["size"]), _short(row["parameters_per_unit"]))
@@ -118,10 +141,22 @@ def _show_explained(console: Console, said: Mapping[str, Any]) -> None:
         for reason in said["stays"]:
             console.print(f"{said['name']} {reason}", markup=False, soft_wrap=True)
         return
-    table = Table("tensor", "dimension", "entries a unit", "why", title=f"What leaves with a unit of {said['name']}", title_justify="left")
+    table = Table(
+        "tensor",
+        "dimension",
+        "entries a unit",
+        "why",
+        title=f"What leaves with a unit of {said['name']}",
+        title_justify="left",
+    )
     for tensor in said["tensors"]:
         whole = tensor["dim"] is None
-        table.add_row(tensor["name"], "all" if whole else str(tensor["dim"]), "all" if whole else f"{tensor['entries']:,}", tensor["why"])
+        table.add_row(
+            tensor["name"],
+            "all" if whole else str(tensor["dim"]),
+            "all" if whole else f"{tensor['entries']:,}",
+            tensor["why"],
+        )
     console.print(table)
     console.print(f"  masked at: {', '.join(said['masked_at'])}", markup=False, soft_wrap=True)
     if said["folded_norms"]:

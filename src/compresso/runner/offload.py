@@ -1,4 +1,6 @@
-"""Runs on models larger than memory: the job whose weights stay on disk, and the estimate that is said and kept before it starts."""
+"""Runs on models larger than memory: the job whose weights stay on disk, and the estimate that is said and kept before
+it starts.
+"""
 
 import logging
 from dataclasses import replace
@@ -20,7 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def computed_in(prepared: Prepared) -> torch.dtype:
-    """The dtype of weights in memory: float32 on a CPU, where bfloat16 would round small updates away, else the stored one."""
+    """The dtype of weights in memory: float32 on a CPU, where bfloat16 would round small updates away, else the stored
+    one.
+    """
     return torch.float32 if prepared.device.type == "cpu" else stored_dtype(prepared.source)
 
 
@@ -30,7 +34,9 @@ def offloaded_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
     Raises ResourceError if it takes more memory than there is and nobody insists, or in several processes.
     """
     if processes() > 1:
-        raise ResourceError(f"an offloaded run is one process, and {processes()} were launched; start it without torchrun")
+        raise ResourceError(
+            f"an offloaded run is one process, and {processes()} were launched; start it without torchrun"
+        )
     dtype = computed_in(prepared)
     (_, stage) = prepared.recipe.stages[0]
     needed = estimate(job.model, job.arch, stage, [len(row["input_ids"]) for row in job.rows], dtype)

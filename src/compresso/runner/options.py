@@ -36,7 +36,9 @@ def count(text: str) -> float:
     except (ValueError, KeyError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise BudgetError(f"--parameters {text!r}: wanted a positive number with an optional K, M, B or T, such as 5.4B")
+        raise BudgetError(
+            f"--parameters {text!r}: wanted a positive number with an optional K, M, B or T, such as 5.4B"
+        )
     return value
 
 
@@ -64,7 +66,11 @@ def with_options(
         if not equals:
             raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
         raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
-    given = [name for name, value in (("--keep", keep), ("--parameters", parameters), ("--speedup", speedup)) if value is not None]
+    given = [
+        name
+        for name, value in (("--keep", keep), ("--parameters", parameters), ("--speedup", speedup))
+        if value is not None
+    ]
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
     if keep is not None:
@@ -91,14 +97,18 @@ def with_options(
 
 
 def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """The raw recipe for an export layout: "uniform" asks every stage that can to keep equal widths. Raises RecipeError if unknown."""
+    """The raw recipe for an export layout: "uniform" asks every stage that can to keep equal widths. Raises RecipeError
+    if unknown.
+    """
     if layout not in LAYOUTS:
         raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
     return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)
 
 
 def for_family(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """As `for_layout`; families that have no form with widths of each layer's own get equal ones, and heads that their config can name."""
+    """As `for_layout`; families that have no form with widths of each layer's own get equal ones, and heads that their
+    config can name.
+    """
     if family_of(config.model_type) is not None:
         return for_layout(raw, layout)
     heads = writable_heads(config)

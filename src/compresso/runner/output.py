@@ -31,16 +31,26 @@ from compresso.runner.recipe import Recipe
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 REOPENED_WITHIN = 1e-4
-"""Largest difference of logits, computed in float32, between the live model and the checkpoint opened in a fresh process."""
+"""Largest difference of logits, computed in float32, between the live model and the checkpoint opened in a fresh
+process.
+"""
 
 
 def versions() -> dict[str, str]:
     """The versions a result depends on."""
-    return {"compresso": version("compresso-llm"), **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}}
+    return {
+        "compresso": version("compresso-llm"),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+    }
 
 
 def origin(
-    recipe: Recipe, source: Source, records: Records | None, encoded: Encoded | None, prompt: Mapping[str, str] | None, seed: int
+    recipe: Recipe,
+    source: Source,
+    records: Records | None,
+    encoded: Encoded | None,
+    prompt: Mapping[str, str] | None,
+    seed: int,
 ) -> dict[str, Any]:
     """What a result was made from, without paths of this machine; `recipe` names its data by file names."""
     return {
@@ -51,7 +61,12 @@ def origin(
         "prompt": prompt,
         "seed": seed,
         "versions": versions(),
-        "machine": {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads(), "cuda": _cuda()},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": _cuda(),
+        },
     }
 
 
@@ -105,7 +120,8 @@ def finish(
         The records, with layout, bytes, the reopened difference, the guard and the account.
 
     Raises:
-        ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left at `output`.
+        ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left
+            at `output`.
     """
     model = job.model
     shapes = job.arch.shapes(model)
@@ -126,7 +142,9 @@ def finish(
             "reopened_max_abs_difference": difference,
             "guard": evaluation.guard.model_dump(mode="json"),
         }
-        write_text(folder / "records.json", _json(written))  # engines are asked what they make of it with what is known of it
+        write_text(
+            folder / "records.json", _json(written)
+        )  # engines are asked what they make of it with what is known of it
         written["engines"] = list(ask(folder)) if ask else []
         result = replace(open_source(folder).identity, name=output.name)
         written["account"] = evaluation.account(source, result, folder, facts).model_dump(mode="json")

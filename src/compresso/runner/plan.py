@@ -1,7 +1,8 @@
-"""A dry run: what a recipe would do to a model, from its config alone. A run goes through it first, so that both refuse the same things.
+"""A dry run: what a recipe would do to a model, from its config alone. A run goes through it first, so that both refuse
+the same things.
 
-The stages are acted out in order on the meta device: adapters are attached and counted, and units that are all alike are removed to the
-budget. Memory and time are estimates, and named so.
+The stages are acted out in order on the meta device: adapters are attached and counted, and units that are all alike
+are removed to the budget. Memory and time are estimates, and named so.
 """
 
 import time
@@ -36,7 +37,9 @@ from compresso.training.device import choose_device
 from compresso.training.duration import shortened, updates
 
 FLOPS_PER_MAC = 4
-"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken, those of trained ones cost 2 more."""
+"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken, those of trained
+ones cost 2 more.
+"""
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
 
@@ -49,8 +52,10 @@ class Trained:
         name, stage: its name in the recipe, and its knobs.
         config: of the model it trains.
         parameters, macs: of that model, in all and per token.
-        trainable: parameters by group: "lora" or, where all weights learn, "all", and "gates" for a stage that learns them.
-        teacher: parameters and multiply-accumulates per token of the dense model that runs beside it; zeros without one.
+        trainable: parameters by group: "lora" or, where all weights learn, "all", and "gates" for a stage that learns
+            them.
+        teacher: parameters and multiply-accumulates per token of the dense model that runs beside it; zeros without
+            one.
     """
 
     name: str
@@ -86,13 +91,14 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     """Go through a recipe without weights and data.
 
     Raises:
-        CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that cannot be met,
-            LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of the family holds.
+        CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that
+            cannot be met, LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of
+            the family holds.
     """
     if not is_causal(source.config):
         raise ArchError(
-            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure only those; "
-            "shrink it from Python with compresso.shrink_ and write it with compresso.formats.hf"
+            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure"
+            " only those; shrink it from Python with compresso.shrink_ and write it with compresso.formats.hf"
         )
     model = meta_model(source)
     arch = arch_for(model.config)
@@ -138,7 +144,11 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         shown.layouts = {"uniform": None}
         return shown
     shrunk = describe(model, arch.shapes(model))
-    shown.layouts = {"uniform": uniform_obstacle(shrunk), "padded": stock_obstacle(shrunk, widest(shrunk)), "native": None}
+    shown.layouts = {
+        "uniform": uniform_obstacle(shrunk),
+        "padded": stock_obstacle(shrunk, widest(shrunk)),
+        "native": None,
+    }
     return shown
 
 
@@ -156,9 +166,11 @@ def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: st
 
 
 def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
-    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its shapes.
+    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
+    shapes.
 
-    The plan is the stage's own if it has `dry_run_plan(axes, cost)`: one whose choice a budget does not describe. Its budget may be None.
+    The plan is the stage's own if it has `dry_run_plan(axes, cost)`: one whose choice a budget does not describe. Its
+    budget may be None.
 
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
@@ -172,7 +184,9 @@ def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any)
     assert budget is not None  # only stages that dry_run_plan go without
     try:
         counted = uniform_targets(axes, cost, budget)
-        return budget, Plan({axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size})
+        return budget, Plan(
+            {axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size}
+        )
     except ValueError as first:
         if budget.uniform_over:
             raise BudgetError(f"stage '{name}': {first}") from first
@@ -185,11 +199,14 @@ def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any)
 def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str | None = None) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
-    engine: what the recipe's budgets were held to (see `compresso.runner.engine_shapes`); the notes then say what each constraint costs.
+    engine: what the recipe's budgets were held to (see `compresso.runner.engine_shapes`); the notes then say what each
+    constraint costs.
 
     Returns:
-        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "training", "weight_bytes"}. `after`, `shapes` and `layouts`
-        are those of equal widths in every layer: methods that learn or score choose others of the same total. Numbers that depend on the
+        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "training", "weight_bytes"}. `after`,
+        `shapes` and `layouts`
+        are those of equal widths in every layer: methods that learn or score choose others of the same total. Numbers
+            that depend on the
         length of the data are null.
 
     Raises:
@@ -217,14 +234,19 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
         "shapes": shown.shapes,
         "notes": shown.notes,
         "layouts": shown.layouts,
-        "weight_bytes": {"before": shown.before["parameters"]["total"] * stored, "after": shown.after["parameters"]["total"] * stored},
+        "weight_bytes": {
+            "before": shown.before["parameters"]["total"] * stored,
+            "after": shown.after["parameters"]["total"] * stored,
+        },
         "device": device.type,
         "training": training,
     }
 
 
 def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float:
-    """FLOPs a second of a square matrix product on this machine, in the type that training computes in: the best of a few."""
+    """FLOPs a second of a square matrix product on this machine, in the type that training computes in: the best of a
+    few.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = size * 8 if device.type == "cuda" else size
     matrix = torch.ones(size, size, dtype=dtype, device=device)
@@ -243,7 +265,11 @@ def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
     stage = one.stage
     durations = [getattr(stage, knob) for knob in ("tune", "ramp", "hold", "steps") if hasattr(stage, knob)]
     known = all(isinstance(duration, int) for duration in durations)
-    steps = sum(shortened([updates(duration, 1, 1) for duration in durations], stage.max_steps)) if known else stage.max_steps
+    steps = (
+        sum(shortened([updates(duration, 1, 1) for duration in durations], stage.max_steps))
+        if known
+        else stage.max_steps
+    )
     tokens = None if steps is None else steps * stage.batch * recipe.data.max_length
     at_once = min(stage.micro_batch, stage.batch) * recipe.data.max_length
     per_token = (FLOPS_PER_MAC + 2 * ("all" in one.trainable)) * one.macs + 2 * one.teacher[1]
@@ -264,17 +290,24 @@ def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
     }
 
 
-def activation_bytes(config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool, chunk: int | None = None) -> int:
-    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors; thrice the logits.
+def activation_bytes(
+    config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool, chunk: int | None = None
+) -> int:
+    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors;
+    thrice the logits.
 
     chunk: tokens whose logits (then those of two models) exist at a time; None for all.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = head * (2 * config.num_attention_heads + 2 * getattr(config, "num_key_value_heads", config.num_attention_heads))
+    attention = head * (
+        2 * config.num_attention_heads + 2 * getattr(config, "num_key_value_heads", config.num_attention_heads)
+    )
     widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
     ffn = next(filter(None, widths), 4 * config.hidden_size)
     layer = 8 * config.hidden_size + attention + 4 * ffn
-    layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (layer if checkpointing else 0)
+    layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (
+        layer if checkpointing else 0
+    )
     logits = 3 * tokens if chunk is None else 6 * min(chunk, tokens)
     return tokens * layers * width + logits * 4 * config.vocab_size
 

@@ -93,7 +93,10 @@ def prepare(
         check_written(source.config.model_type, layout)
         recipe = build(for_family(raw, layout, source.config), recipe.name)
     if not source.tensors:
-        raise CheckpointError(f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso plan`)")
+        raise CheckpointError(
+            f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso"
+            " plan`)"
+        )
     if stream:
         check_offloaded(recipe, layout)
     output = output.resolve()
@@ -107,7 +110,9 @@ def prepare(
     _spare_data(chosen, output)
     tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
     # a model reads no further than its context: longer examples would train positions that it does not have
-    length = min(recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length)
+    length = min(
+        recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length
+    )
     recipe = replace(recipe, data=replace(recipe.data, max_length=length))
     records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
     for name, stage in recipe.stages:
@@ -123,17 +128,25 @@ def prepare(
 def check_offloaded(recipe: Recipe, layout: str) -> None:
     """Raise RecipeError for a recipe that needs the whole model in memory, or a layout other than the model's own."""
     if layout != "auto":
-        raise RecipeError(f"--layout {layout}: an offloaded run writes its model in the layout it came in; leave --layout or --stream out")
+        raise RecipeError(
+            f"--layout {layout}: an offloaded run writes its model in the layout it came in; leave --layout or"
+            " --stream out"
+        )
     stages = [name for name, _ in recipe.stages]
     if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
         raise RecipeError(
-            f"recipe {recipe.name} ({', '.join(stages)}) cannot be offloaded: wanted one stage that sweeps over the blocks, such as wanda, "
-            "sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
+            f"recipe {recipe.name} ({', '.join(stages)}) cannot be offloaded: wanted one stage that sweeps over the"
+            " blocks, such as wanda, sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
         )
 
 
 def _checked_data(
-    name: str, stage: Any, encoded: Encoded, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, window: int | None
+    name: str,
+    stage: Any,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig,
+    window: int | None,
 ) -> None:
     """Let a stage look at the data before weights are read; `window` is the length that plain text was cut to."""
     try:
@@ -158,7 +171,9 @@ def _spare_data(data: str | None, output: Path) -> None:
         path = Path(part).expanduser()
         for folder in (output, WorkFolder.beside(output)):
             if path.is_file() and path.resolve().is_relative_to(folder):
-                raise DataError(f"data {path} lies in {folder}, which the run replaces. Move it, or choose another output")
+                raise DataError(
+                    f"data {path} lies in {folder}, which the run replaces. Move it, or choose another output"
+                )
 
 
 def _examples(
@@ -168,13 +183,25 @@ def _examples(
     if not recipe.needs("data"):
         return None, None
     if data is None:
-        raise DataError(f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data alpaca-gpt4")
+        raise DataError(
+            f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
+            " alpaca-gpt4"
+        )
     assert tokenizer is not None  # the caller loads one for a recipe that needs data
     records = load_records(data, skip_bad=skip_bad)
     knobs = recipe.data
     encoded = encode(
-        records, tokenizer, max_length=knobs.max_length, prompt_on=knobs.prompt, pack=knobs.pack, limit=knobs.limit, vocab_size=vocab_size
+        records,
+        tokenizer,
+        max_length=knobs.max_length,
+        prompt_on=knobs.prompt,
+        pack=knobs.pack,
+        limit=knobs.limit,
+        vocab_size=vocab_size,
     )
     if len(encoded.rows) <= knobs.held:
-        raise DataError(f"{data} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower data.held")
+        raise DataError(
+            f"{data} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower"
+            " data.held"
+        )
     return records, encoded

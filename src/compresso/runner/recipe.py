@@ -87,7 +87,8 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """Check a raw mapping and make its stages.
 
     Raises:
-        RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal order.
+        RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal
+            order.
     """
     stages: list[tuple[str, Stage]] = []
     effects: list[tuple[str, Effects]] = []
@@ -98,8 +99,8 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
         made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
         if Kind.VOCAB in getattr(made, "kinds", ()):
             raise RecipeError(
-                f"recipe {name}: stage '{key}': kinds names vocab, which only the stage 'cut_vocab' removes: the tokenizer has to follow. "
-                "Leave it out, and put cut_vocab before this stage"
+                f"recipe {name}: stage '{key}': kinds names vocab, which only the stage 'cut_vocab' removes: the"
+                " tokenizer has to follow. Leave it out, and put cut_vocab before this stage"
             )
         stages.append((key, made))
         effects.append((key, row.effects))
@@ -110,7 +111,9 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
 
 
 def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of a raw recipe with `stages.learn_gates.mask_lr` (a dotted path) set to a value. Raises RecipeError for an unknown path."""
+    """A copy of a raw recipe with `stages.learn_gates.mask_lr` (a dotted path) set to a value. Raises RecipeError for
+    an unknown path.
+    """
     parts = path.split(".")
     if parts[0] == "stages" and len(parts) >= 3:
         stages = stages_of(raw)
@@ -121,7 +124,9 @@ def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
         return {**raw, "stages": [{name: knobs} for name, knobs in changed]}
     if parts[0] == "data" and len(parts) == 2:
         return {**raw, "data": _set({} if raw.get("data") is None else raw["data"], parts[1:], value, path)}
-    raise RecipeError(f"--set {path}: wanted stages.STAGE.KNOB=value or data.KNOB=value, such as stages.learn_gates.mask_lr=0.02")
+    raise RecipeError(
+        f"--set {path}: wanted stages.STAGE.KNOB=value or data.KNOB=value, such as stages.learn_gates.mask_lr=0.02"
+    )
 
 
 def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = True) -> dict[str, Any]:
@@ -131,7 +136,10 @@ def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = Tr
     if required and not any(having):
         name = raw.get("name", "recipe")
         raise RecipeError(f"no stage of recipe '{name}' has the knob '{knob}'; see `compresso recipes {name}`")
-    changed = [{name: _set(knobs, [knob], value, knob) if has else knobs} for (name, knobs), has in zip(stages, having, strict=True)]
+    changed = [
+        {name: _set(knobs, [knob], value, knob) if has else knobs}
+        for (name, knobs), has in zip(stages, having, strict=True)
+    ]
     return {**raw, "stages": changed}
 
 

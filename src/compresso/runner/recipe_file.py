@@ -1,7 +1,8 @@
 """Reading a recipe's YAML without trusting it, and the recipes that ship.
 
-A safe loader with size, depth and alias limits; duplicate keys and tags are errors. What comes out is a raw mapping whose stages are still
-unchecked. The `recipe.yaml` of a result has a further key, `run`: facts of the run that wrote it, passed over when it is run again.
+A safe loader with size, depth and alias limits; duplicate keys and tags are errors. What comes out is a raw mapping
+whose stages are still unchecked. The `recipe.yaml` of a result has a further key, `run`: facts of the run that wrote
+it, passed over when it is run again.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,9 @@ _TOP_LEVEL = ("name", "title", "paper", "description", "data", "stages", "run")
 
 
 def names() -> list[str]:
-    """The recipes that ship, sorted: `compresso`, `compresso/paper`, ... (a folder's `default.yaml` goes by the folder's name)."""
+    """The recipes that ship, sorted: `compresso`, `compresso/paper`, ... (a folder's `default.yaml` goes by the
+    folder's name).
+    """
     root = resources.files("compresso") / "recipes"
     found: list[str] = []
     for folder in root.iterdir():
@@ -40,7 +43,9 @@ def read(recipe: str | Path) -> dict[str, Any]:
     name = str(recipe)
     if name in names():
         folder, _, stem = name.partition("/")
-        return parse((resources.files("compresso") / "recipes" / folder / f"{stem or 'default'}.yaml").read_text("utf-8"), name)
+        return parse(
+            (resources.files("compresso") / "recipes" / folder / f"{stem or 'default'}.yaml").read_text("utf-8"), name
+        )
     path = Path(recipe).expanduser()
     if not path.is_file():
         raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {nearest(name, names())}")
@@ -48,7 +53,9 @@ def read(recipe: str | Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise RecipeError(f"recipe {name} has more than the {MAX_BYTES} bytes that are read; give a recipe, not data")
+            raise RecipeError(
+                f"recipe {name} has more than the {MAX_BYTES} bytes that are read; give a recipe, not data"
+            )
         raw = parse(content.decode("utf-8"), name)
         return {**raw, "name": raw.get("name") or path.stem}
     except UnicodeDecodeError as error:
@@ -61,13 +68,17 @@ def parse(text: str, name: str) -> dict[str, Any]:
     """YAML text to a mapping with known top-level keys. Raises RecipeError."""
     data = plain(text, f"recipe {name}")
     if not isinstance(data, dict) or "stages" not in data:
-        raise RecipeError(f"recipe {name} must be a mapping with the key 'stages'; see `compresso recipes compresso` for one in full")
+        raise RecipeError(
+            f"recipe {name} must be a mapping with the key 'stages'; see `compresso recipes compresso` for one in full"
+        )
     stages_of(data, name)
     return data
 
 
 def plain(text: str, what: str) -> Any:
-    """The value of a YAML text without tags, aliases, duplicate keys and deep nesting; `what` begins the message of its RecipeError."""
+    """The value of a YAML text without tags, aliases, duplicate keys and deep nesting; `what` begins the message of its
+    RecipeError.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except RecipeError as error:
@@ -75,7 +86,9 @@ def plain(text: str, what: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: numbers and dates out of range
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{what}{where} is not plain YAML: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from error
+        raise RecipeError(
+            f"{what}{where} is not plain YAML: {' '.join(str(getattr(error, 'problem', None) or error).split())}"
+        ) from error
 
 
 def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
@@ -86,7 +99,10 @@ def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
             raise RecipeError(f"recipe {name}: unknown key '{key}'; {nearest(str(key), _TOP_LEVEL)}")
     listed = raw.get("stages")
     if not isinstance(listed, list) or not listed:
-        raise RecipeError(f"recipe {name}: 'stages' must be a list such as [{{learn_gates: {{keep: 0.7}}}}], got {type(listed).__name__}")
+        raise RecipeError(
+            f"recipe {name}: 'stages' must be a list such as [{{learn_gates: {{keep: 0.7}}}}], got"
+            f" {type(listed).__name__}"
+        )
     stages: list[tuple[str, Any]] = []
     for entry in listed:
         if isinstance(entry, str):
@@ -94,7 +110,10 @@ def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
         elif isinstance(entry, dict) and len(entry) == 1:
             stages.extend((str(key), {} if knobs is None else knobs) for key, knobs in entry.items())
         else:
-            raise RecipeError(f"recipe {name}: a stage is one name with its knobs, such as {{recover: {{rank: 8}}}}; got {short(entry)}")
+            raise RecipeError(
+                f"recipe {name}: a stage is one name with its knobs, such as {{recover: {{rank: 8}}}}; got"
+                f" {short(entry)}"
+            )
     return stages
 
 
@@ -125,7 +144,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise RecipeError(f"it has a key that is no plain word (line {key.start_mark.line + 1}); write a name")
             if key.value in seen:
-                raise RecipeError(f"it has the key '{key.value}' twice in one mapping (line {key.start_mark.line + 1}); keep one")
+                raise RecipeError(
+                    f"it has the key '{key.value}' twice in one mapping (line {key.start_mark.line + 1}); keep one"
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

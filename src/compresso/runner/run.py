@@ -1,8 +1,8 @@
 """The job from a model and a recipe to a checkpoint that loads, with its records.
 
-Everything that can be wrong is checked first (`preflight`); weights are read last. Each finished stage is saved in a work folder beside the
-output; the result is renamed into place at the end, after a fresh process has reopened it. Launched in several processes (torchrun,
-accelerate), all of them run the stages, and the main one owns the folders.
+Everything that can be wrong is checked first (`preflight`); weights are read last. Each finished stage is saved in a
+work folder beside the output; the result is renamed into place at the end, after a fresh process has reopened it.
+Launched in several processes (torchrun, accelerate), all of them run the stages, and the main one owns the folders.
 """
 
 import logging
@@ -49,7 +49,8 @@ class Result:
 
     Args:
         model: the smaller model, live.
-        tokenizer: with the prompt in its chat template if the model was pruned with one; None for a model without tokenizer.
+        tokenizer: with the prompt in its chat template if the model was pruned with one; None for a model without
+            tokenizer.
         plan: everything removed, in terms of the original model.
         records: what records.json holds.
         folder: the checkpoint.
@@ -83,8 +84,8 @@ def run(
     """Run a recipe on a model and write the result to `output`.
 
     Args:
-        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one (`compresso.runner.options.with_options` writes budgets
-            into it).
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one (`compresso.runner.options.with_options`
+            writes budgets into it).
         model: hub id, local folder of safetensors, or a live model, which stays as it is.
         data: registered name or local file(s); the recipe's own if None.
         tokenizer: of a live model; others bring theirs.
@@ -95,12 +96,14 @@ def run(
         force: replace an existing output, and write a result that the collapse guard refuses.
         skip_bad: leave malformed data lines out (counted) instead of stopping.
         quiet: show no progress.
-        stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated stage only.
+        stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated
+            stage only.
         over_memory: stream even where the estimate is above what is there.
         verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
 
     Raises:
-        CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is untouched.
+        CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is
+            untouched.
         Interrupted: SIGINT or SIGTERM came while a stage trained; its state is saved for `resume`.
 
     Example:
@@ -124,7 +127,8 @@ def run(
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ResourceError(
-                "a run cannot shrink weights that FSDP has sharded; launch it with DDP or as one process (`fit` alone takes FSDP)"
+                "a run cannot shrink weights that FSDP has sharded; launch it with DDP or as one process (`fit` alone"
+                " takes FSDP)"
             )
         is_main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=force)
@@ -134,7 +138,8 @@ def run(
             job = new_job(prepared, work.path, quiet)
             if stream and done:
                 raise ResumeError(
-                    "the interrupted run has finished its stage in memory; resume it without --stream, or start anew with --force"
+                    "the interrupted run has finished its stage in memory; resume it without --stream, or start anew"
+                    " with --force"
                 )
             if stream:
                 job = offloaded_job(job, prepared, over_memory=over_memory)
@@ -152,14 +157,28 @@ def run(
                 accelerator.wait_for_everyone()
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
-            facts = {**prepared.origin(), "before": before, "after": state(job), "stages": dict(job.records), "patches": list(job.patches)}
+            facts = {
+                **prepared.origin(),
+                "before": before,
+                "after": state(job),
+                "stages": dict(job.records),
+                "patches": list(job.patches),
+            }
             if is_main:
                 evaluation = _account(job, prepared, facts)
                 _refuse_collapse(evaluation.guard, force=force, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
                 facts = finish(
-                    job, facts, evaluation, prepared.source, prepared.layout, prepared.output, force, dtype, engines if verify else None
+                    job,
+                    facts,
+                    evaluation,
+                    prepared.source,
+                    prepared.layout,
+                    prepared.output,
+                    force,
+                    dtype,
+                    engines if verify else None,
                 )
                 work.discard()
             facts = broadcast(accelerator, facts)
@@ -170,7 +189,9 @@ def run(
 
 @contextmanager
 def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    """What to open a model by; a live one is written to a temporary folder, so that it is checked and hashed as any other."""
+    """What to open a model by; a live one is written to a temporary folder, so that it is checked and hashed as any
+    other.
+    """
     if isinstance(model, PreTrainedModel):
         with tempfile.TemporaryDirectory(prefix="compresso-") as scratch:
             folder = Path(scratch, type(model).__name__)  # so that it has a name in the records
@@ -237,9 +258,14 @@ def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalEva
 
 
 def _refuse_collapse(guard: Guard, *, force: bool, quiet: bool) -> None:
-    """Say what the guard found. Raises CollapseError if it refuses and nobody insists; the finished stages stay for a resume."""
+    """Say what the guard found. Raises CollapseError if it refuses and nobody insists; the finished stages stay for a
+    resume.
+    """
     if guard.verdict == "refuse" and not force:
-        raise CollapseError(f"{guard.message()} The finished stages are kept: --resume --force writes this result without training again")
+        raise CollapseError(
+            f"{guard.message()} The finished stages are kept: --resume --force writes this result without training"
+            " again"
+        )
     if guard.verdict in ("warn", "refuse") and not quiet:
         log.warning(guard.message())
 

@@ -1,7 +1,9 @@
-"""What a finished stage leaves for a resume: weights of whatever widths, the plan that led to them, and the records so far.
+"""What a finished stage leaves for a resume: weights of whatever widths, the plan that led to them, and the records so
+far.
 
-Families with a native layout are written in it and opened as any checkpoint. Others have no form for layers of different widths: their
-tensors are written alone, and the widths come back by shrinking the original once more by the plan.
+Families with a native layout are written in it and opened as any checkpoint. Others have no form for layers of
+different widths: their tensors are written alone, and the widths come back by shrinking the original once more by the
+plan.
 """
 
 import json
@@ -32,7 +34,9 @@ def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
     records = {"before": before, "stages": job.records, "patches": list(job.patches)}
     files = {"plan.json": job.plan.to_json(), "records.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
     if family_of(job.model.config.model_type) is not None:
-        save_checkpoint(job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files)
+        save_checkpoint(
+            job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files
+        )
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in _tensors(job.model).items()}, folder / _TENSORS)
@@ -40,7 +44,9 @@ def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
         (folder / name).write_text(text, "utf-8")
 
 
-def load_stage(folder: Path, original: Source, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
+def load_stage(
+    folder: Path, original: Source, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
     """The model of a finished stage, the plan that led to it and its records.
 
     Raises ResumeError if its tensors are not those of the original under that plan.
@@ -55,7 +61,9 @@ def load_stage(folder: Path, original: Source, dtype: torch.dtype, device: torch
     for name in sorted(saved.keys() | have.keys()):
         if name not in saved or name not in have or saved[name].shape != have[name].shape:
             there = list(saved[name].shape) if name in saved else "absent"
-            raise ResumeError(f"{name} is {there} in {folder.name}, which the plan does not give; start anew with --force")
+            raise ResumeError(
+                f"{name} is {there} in {folder.name}, which the plan does not give; start anew with --force"
+            )
         have[name].copy_(saved[name])
     return model, plan, facts
 

@@ -1,13 +1,13 @@
 """Turn scores into a plan that meets a budget: one pool of all units of all layers, lowest scores removed first.
 
-Unusual:
-    Never above the target: removal goes on until the count is at or below it; then every removed unit that still fits comes back, best
-    first. So the result ends less than one smallest unit below the target, though heads, channels and hidden dimensions share parameters
-    and a unit's price depends on what else is removed.
-    With multiples, a multiple of units is one item, worth the mean score of its units; kept units of an axis are always its best. The
-    result is the allowed shape found from below, or that and one more multiple (the one that overshoots least) where it lands nearer.
-    A refused coarse step (hidden multiples, a head in every layer) may strand the count over 0.5 % below; `_land` then looks around it.
-    Ties go by axis order, then index, lowest removed first. All of it runs in float64 on the CPU, so that devices agree.
+Unusual: Never above the target: removal goes on until the count is at or below it; then every removed unit that still
+    fits comes back, best first. So the result ends less than one smallest unit below the target, though heads, channels
+    and hidden dimensions share parameters and a unit's price depends on what else is removed. With multiples, a
+    multiple of units is one item, worth the mean score of its units; kept units of an axis are always its best. The
+    result is the allowed shape found from below, or that and one more multiple (the one that overshoots least) where it
+    lands nearer. A refused coarse step (hidden multiples, a head in every layer) may strand the count over 0.5 % below;
+    `_land` then looks around it. Ties go by axis order, then index, lowest removed first. All of it runs in float64 on
+    the CPU, so that devices agree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,19 +26,26 @@ __all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
 
 
 def allocate(
-    axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, gone: Mapping[str, Tensor] | None = None
+    axes: Sequence[Axis],
+    scores: Mapping[str, Tensor],
+    cost: CostModel,
+    budget: Budget,
+    gone: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """The plan that keeps the best units within a budget; it names every axis of the budget's kinds.
 
     Args:
         axes: the axes of the model, or those that may be touched.
-        scores: axis name -> [size]; higher stays; comparable across axes. Needed for every axis of the budget's kinds, others are ignored.
+        scores: axis name -> [size]; higher stays; comparable across axes. Needed for every axis of the budget's kinds,
+            others are ignored.
         cost: counts the model.
-        budget: what may stay. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer, worth their mean score.
-        gone: axis name -> [size], bool: units that left under an earlier, larger budget of the same shapes and do not come back.
+        budget: what may stay. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer,
+            worth their mean score.
+        gone: axis name -> [size], bool: units that left under an earlier, larger budget of the same shapes and do not
+            come back.
 
-    Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more than the target
-    (with multiples: by more than 0.5 % of it).
+    Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more
+    than the target (with multiples: by more than 0.5 % of it).
     """
     pool = removable(axes, budget)
     for axis in pool:
@@ -55,7 +62,9 @@ def allocate(
         raise infeasible(budget, pool, cost, Plan.from_masks(pool, flat.split(start)))
     units = start
     if excess(start) <= 0:
-        units = items.units(_land(items, lambda these: excess(items.units(these, start)), limit * TOLERANCE, budget.rounds), start)
+        units = items.units(
+            _land(items, lambda these: excess(items.units(these, start)), limit * TOLERANCE, budget.rounds), start
+        )
     return Plan.from_masks(pool, flat.split(units))
 
 
@@ -64,11 +73,15 @@ def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mappin
 
     Raises ValueError for unusable scores and for a count that an axis does not have or may not go down to.
     """
-    return keep_counts(axes, scores, {axis.name: counts[axis.kind] for axis in axes if axis.size and axis.kind in counts})
+    return keep_counts(
+        axes, scores, {axis.name: counts[axis.kind] for axis in axes if axis.size and axis.kind in counts}
+    )
 
 
 def keep_counts(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Plan:
-    """The plan that keeps, in every axis named, that many units with the highest scores. Raises ValueError as `keep_best` does."""
+    """The plan that keeps, in every axis named, that many units with the highest scores. Raises ValueError as
+    `keep_best` does.
+    """
     kept: dict[str, tuple[int, ...]] = {}
     for axis in axes:
         if axis.name in counts:
@@ -91,22 +104,31 @@ def _items(
     groups: list[Tensor] = []
     closing: list[Tensor] = []
     n_items = 0
-    # Groups last first and units best first, so that a stable descending sort admits them in the reverse of the order of removal.
+    # Groups last first and units best first, so that a stable descending sort admits them in the reverse of the order
+    # of removal.
     for group, members in reversed(list(enumerate(_groups(pool, budget)))):
         best = [_best_first(pool[i], scores, gone) for i in members]
         size = min(pool[i].size for i in members)
-        left = min(pool[i].size - int(gone[pool[i].name].sum()) if pool[i].name in gone else pool[i].size for i in members)
-        ranked = torch.stack([scores[pool[i].name].detach().cpu().double()[order[:size]] for i, order in zip(members, best, strict=True)])
+        left = min(
+            pool[i].size - int(gone[pool[i].name].sum()) if pool[i].name in gone else pool[i].size for i in members
+        )
+        ranked = torch.stack(
+            [scores[pool[i].name].detach().cpu().double()[order[:size]] for i, order in zip(members, best, strict=True)]
+        )
         allowed = budget.allowed(pool[members[0]].kind, size, max(min(size, budget.fewest(pool[i])) for i in members))
         counts = torch.tensor([count for count in allowed if count <= left])
         if not len(counts):
-            raise ValueError(f"{pool[members[0]].name} has {left} units left, fewer than the {allowed[0]} that must stay")
+            raise ValueError(
+                f"{pool[members[0]].name} has {left} units left, fewer than the {allowed[0]} that must stay"
+            )
         item = torch.searchsorted(counts, torch.arange(size), right=True) - 1  # -1 below the smallest count
         n_new = len(counts) - 1
         rising = (item >= 0) & (item < n_new)  # from n_new on: gone
         sums = torch.zeros(n_new, dtype=torch.float64).index_add_(0, item[rising], ranked.mean(dim=0)[rising])
         if n_new:
-            worths.append((sums / counts.diff()).cummin(dim=0).values)  # rounding of a mean must not put a worse item before a better one
+            worths.append(
+                (sums / counts.diff()).cummin(dim=0).values
+            )  # rounding of a mean must not put a worse item before a better one
         groups.append(torch.full((n_new,), group))
         closing.append(torch.full((n_new,), all(piece.unit is None for i in members for piece in pool[i].slices)))
         for i, order in zip(members, best, strict=True):
@@ -114,7 +136,9 @@ def _items(
             start[units[item < 0]] = True
             of_unit[units[rising]] = item[rising] + n_items
         n_items += n_new
-    admission = torch.sort(torch.cat([*worths, torch.zeros(0, dtype=torch.float64)]), descending=True, stable=True).indices
+    admission = torch.sort(
+        torch.cat([*worths, torch.zeros(0, dtype=torch.float64)]), descending=True, stable=True
+    ).indices
     number = torch.empty_like(admission).scatter_(0, admission, torch.arange(n_items))
     of_unit[of_unit >= 0] = number[of_unit[of_unit >= 0]]
     return start, Items(of_unit, torch.cat(groups)[admission], torch.cat(closing)[admission])
@@ -140,9 +164,9 @@ def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:
 def _land(items: Items, excess: Callable[[Tensor], float], tolerance: float, may_exceed: bool) -> Tensor:
     """The items admitted in order [items], bool, then changed where that brings the count nearer to the target.
 
-    A coarse item that does not fit (a multiple of the hidden width, a head in every layer) can leave the count far below the target with
-    all else admitted. While it is further away than the tolerance, the next item of each group in turn is taken as given and the rest
-    filled around it, and the nearest result is kept.
+    A coarse item that does not fit (a multiple of the hidden width, a head in every layer) can leave the count far
+    below the target with all else admitted. While it is further away than the tolerance, the next item of each group in
+    turn is taken as given and the rest filled around it, and the nearest result is kept.
     """
 
     def filled(given: Tensor) -> tuple[float, Tensor]:
@@ -150,7 +174,9 @@ def _land(items: Items, excess: Callable[[Tensor], float], tolerance: float, may
         admitted = admit_greedily(items, lambda trial: excess(trial) <= 0, given)
         near = [(-excess(admitted), admitted)]
         if may_exceed:
-            near += [(excess(more), more) for more in (_with(admitted, item) for item in items.next_of_groups(admitted))]
+            near += [
+                (excess(more), more) for more in (_with(admitted, item) for item in items.next_of_groups(admitted))
+            ]
         return min(near, key=lambda result: result[0])
 
     miss, admitted = filled(torch.zeros(len(items.group), dtype=torch.bool))
@@ -173,9 +199,13 @@ def _with(admitted: Tensor, item: int) -> Tensor:
 
 def _check_scores(axis: Axis, scores: Mapping[str, Tensor]) -> None:
     if axis.name not in scores:
-        raise ValueError(f"no scores for {axis.name}; every axis of the kinds that may be removed needs a score for each unit")
+        raise ValueError(
+            f"no scores for {axis.name}; every axis of the kinds that may be removed needs a score for each unit"
+        )
     given = scores[axis.name]
     if tuple(given.shape) != (axis.size,):
         raise ValueError(f"scores for {axis.name} have shape {list(given.shape)}; wanted [{axis.size}]")
     if not bool(torch.isfinite(given).all()):
-        raise ValueError(f"scores for {axis.name} hold NaN or infinity; wanted finite numbers, higher for units to keep")
+        raise ValueError(
+            f"scores for {axis.name} hold NaN or infinity; wanted finite numbers, higher for units to keep"
+        )

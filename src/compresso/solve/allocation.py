@@ -14,19 +14,26 @@ from compresso.solve.allocate import allocate
 from compresso.solve.per_layer import allocate_per_layer, equal_weights, sensitivity_weights
 
 Allocation = Literal["global", "per_layer", "sensitivity", "exact"]
-"""global: one pool of all layers. per_layer: every layer the same share. sensitivity: shares by what a layer's units are worth. exact: the
-greatest sum of scores, by integer programming."""
+"""global: one pool of all layers. per_layer: every layer the same share. sensitivity: shares by what a layer's units
+are worth. exact: the greatest sum of scores, by integer programming.
+"""
 
 
 def allocated(
-    how: Allocation, axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, per_unit: bool = False
+    how: Allocation,
+    axes: Sequence[Axis],
+    scores: Mapping[str, Tensor],
+    cost: CostModel,
+    budget: Budget,
+    per_unit: bool = False,
 ) -> Plan:
     """The plan for scores and a budget, by the named way.
 
     Args:
         how: see `Allocation`.
         axes, scores, cost, budget: as `core.allocate.allocate` takes them.
-        per_unit: whether scores are worth a unit; False where they are worth a parameter, so that "exact" multiplies by a unit's price.
+        per_unit: whether scores are worth a unit; False where they are worth a parameter, so that "exact" multiplies by
+            a unit's price.
 
     Raises InfeasibleBudget if floors or multiples leave more than the target; ValueError as the ways do.
     """

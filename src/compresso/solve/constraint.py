@@ -1,7 +1,9 @@
-"""Budgets that learned gates are held to: one for the whole model (Compresso), or one per kind and layer (LLM-Shearing).
+"""Budgets that learned gates are held to: one for the whole model (Compresso), or one per kind and layer
+(LLM-Shearing).
 
-Both say how far the expected counts are from where they should be (for a Lagrangian), and which shift of log-alpha would put them there
-(for a projection). `progress` in [0, 1] is the share of the way from the dense model to the final target.
+Both say how far the expected counts are from where they should be (for a Lagrangian), and which shift of log-alpha
+would put them there (for a projection). `progress` in [0, 1] is the share of the way from the dense model to the final
+target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,9 @@ class ShareOfModel:
     cost: CostModel
     keep: float
     of: Counted = "blocks"
-    _reach: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict[tuple[str, ...], tuple[float, float]], repr=False)
+    _reach: dict[tuple[str, ...], tuple[float, float]] = field(
+        default_factory=dict[tuple[str, ...], tuple[float, float]], repr=False
+    )
 
     @property
     def n_terms(self) -> int:
@@ -50,7 +54,9 @@ class ShareOfModel:
         return [(self.sparsity(probabilities) - self.target(progress)).reshape(1)]
 
     def project(self, gates: Gates, progress: float) -> Tensor:
-        """The one shift [] after which the expected count is the wanted one, or as near as gates that never quite open or close allow."""
+        """The one shift [] after which the expected count is the wanted one, or as near as gates that never quite open
+        or close allow.
+        """
         values = gates.values()
         names = tuple(values)
         if names not in self._reach:  # it depends on which axes have gates, not on where the gates stand
@@ -93,7 +99,10 @@ class CountsPerLayer:
 
     def target(self, progress: float) -> float:
         """The sparsity of a model with the wanted number of units in every layer."""
-        shares = {axis.name: torch.full((axis.size,), self._wanted(axis, progress) / axis.size, dtype=torch.float64) for axis in self.axes}
+        shares = {
+            axis.name: torch.full((axis.size,), self._wanted(axis, progress) / axis.size, dtype=torch.float64)
+            for axis in self.axes
+        }
         return float(self.sparsity(shares))
 
     def gaps(self, probabilities: Mapping[str, Tensor], progress: float) -> list[Tensor]:
@@ -101,7 +110,11 @@ class CountsPerLayer:
         result: list[Tensor] = []
         for kind in self._kinds():
             of_kind = [axis for axis in self.axes if axis.kind == kind]
-            result.append(torch.stack([(self._wanted(axis, progress) - probabilities[axis.name].sum()) / axis.size for axis in of_kind]))
+            result.append(
+                torch.stack(
+                    [(self._wanted(axis, progress) - probabilities[axis.name].sum()) / axis.size for axis in of_kind]
+                )
+            )
         return result
 
     def project(self, gates: Gates, progress: float) -> Tensor:
@@ -114,7 +127,9 @@ class CountsPerLayer:
 
 
 def _shift_to_count(log_alpha: Tensor, wanted: float) -> float:
-    """The shift s with sum keep_probability(clamp(log_alpha + s)) = wanted, or as near as the clamp range lets it come; by bisection."""
+    """The shift s with sum keep_probability(clamp(log_alpha + s)) = wanted, or as near as the clamp range lets it come;
+    by bisection.
+    """
     span = hard_concrete.LOG_ALPHA_HIGH - hard_concrete.LOG_ALPHA_LOW
     low = hard_concrete.LOG_ALPHA_LOW - float(log_alpha.max()) - 1e-6
     high = low + span + float(log_alpha.max() - log_alpha.min()) + 2e-6

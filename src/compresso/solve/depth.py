@@ -15,18 +15,28 @@ Part = tuple[str, int]
 
 
 def parts_of(axes: Sequence[Axis]) -> list[Part]:
-    """The parts that are there, in order of axes and units; a sub-layer that was removed before has no tensors and is none."""
-    return [(axis.name, unit) for axis in axes for unit in range(axis.size) if any(piece.unit == unit for piece in axis.slices)]
+    """The parts that are there, in order of axes and units; a sub-layer that was removed before has no tensors and is
+    none.
+    """
+    return [
+        (axis.name, unit)
+        for axis in axes
+        for unit in range(axis.size)
+        if any(piece.unit == unit for piece in axis.slices)
+    ]
 
 
 def without(axes: Sequence[Axis], gone: Sequence[Part]) -> Plan:
     """The plan that keeps all units of these axes but those."""
     leaving = set(gone)
-    return Plan({axis.name: tuple(unit for unit in range(axis.size) if (axis.name, unit) not in leaving) for axis in axes})
+    return Plan(
+        {axis.name: tuple(unit for unit in range(axis.size) if (axis.name, unit) not in leaving) for axis in axes}
+    )
 
 
 def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> Plan:
-    """The plan without the n parts of the lowest scores (axis name -> [size]); of equal ones the first in order goes first.
+    """The plan without the n parts of the lowest scores (axis name -> [size]); of equal ones the first in order goes
+    first.
 
     Raises InfeasibleBudget if fewer may leave.
     """
@@ -34,14 +44,17 @@ def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> P
     most = len(there) - sum(axis.fewest for axis in axes)
     if n > most:
         kinds = " and ".join(f"{axis.kind}s" for axis in axes)
-        raise InfeasibleBudget(f"drop={n}: the model has {len(there)} {kinds}, of which at most {most} may leave; lower drop to {most}")
+        raise InfeasibleBudget(
+            f"drop={n}: the model has {len(there)} {kinds}, of which at most {most} may leave; lower drop to {most}"
+        )
     return without(axes, sorted(there, key=lambda part: float(scores[part[0]][part[1]]))[:n])
 
 
 def drop_run(axis: Axis, distances: Tensor, cost: CostModel, budget: Budget, n: int | None = None) -> Plan:
     """The plan without the least turning contiguous run of layers: of n layers, or of as few as the budget takes.
 
-    axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them. Raises InfeasibleBudget if no run will do.
+    axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them. Raises InfeasibleBudget if no
+    run will do.
     """
     limit = budget.limit(cost)
 
@@ -53,7 +66,8 @@ def drop_run(axis: Axis, distances: Tensor, cost: CostModel, budget: Budget, n: 
     run = least_distant_run(distances, fits)
     if run is None and n is not None:
         raise InfeasibleBudget(
-            f"drop={n}: the model has {axis.size} layers, of which at most {axis.size - 1} may leave; lower drop to {axis.size - 1}"
+            f"drop={n}: the model has {axis.size} layers, of which at most {axis.size - 1} may leave; lower drop to"
+            f" {axis.size - 1}"
         )
     if run is None:
         raise infeasible(budget, [axis], cost, without([axis], [(axis.name, unit) for unit in range(axis.size - 1)]))

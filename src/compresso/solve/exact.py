@@ -1,9 +1,12 @@
-"""The best plan within a budget, by integer programming instead of greedily: which units to keep so that their scores sum to the most.
+"""The best plan within a budget, by integer programming instead of greedily: which units to keep so that their scores
+sum to the most.
 
-    maximise  sum of scores of kept units    subject to    sum of their prices <= what the budget leaves,  floors and multiples per axis
+    maximise  sum of scores of kept units    subject to    sum of their prices <= what the budget leaves,  floors and
+              multiples per axis
 
-A knapsack (scipy's `milp`, HiGHS). It is exact where a unit's price does not depend on which others stay: heads and channels of a model
-whose hidden width stays. Units of one axis have one price, so that an axis keeps its best units in any optimum.
+A knapsack (scipy's `milp`, HiGHS). It is exact where a unit's price does not depend on which others stay: heads and
+channels of a model whose hidden width stays. Units of one axis have one price, so that an axis keeps its best units in
+any optimum.
 """
 
 import itertools
@@ -34,15 +37,22 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
 
     Args:
         axes, cost, budget: as `allocate` takes them; only heads and channels, no `uniform_over`.
-        scores: axis name -> [size], what a kept unit is worth: a sum is maximised, so scores are per unit, not per parameter.
+        scores: axis name -> [size], what a kept unit is worth: a sum is maximised, so scores are per unit, not per
+            parameter.
 
-    Raises InfeasibleBudget if floors or multiples leave more than the target, ValueError for kinds whose prices do not add up, for equal
-    widths, and if the solver finds no plan in time.
+    Raises InfeasibleBudget if floors or multiples leave more than the target, ValueError for kinds whose prices do not
+    add up, for equal widths, and if the solver finds no plan in time.
     """
     if odd := [kind for kind in budget.kinds if kind not in ADDITIVE]:
-        raise ValueError(f"allocation 'exact' counts heads and channels; the price of a unit of kind '{odd[0]}' depends on the others")
+        raise ValueError(
+            f"allocation 'exact' counts heads and channels; the price of a unit of kind '{odd[0]}' depends on the"
+            " others"
+        )
     if budget.uniform_over:
-        raise ValueError("allocation 'exact' chooses each layer's width; for equal widths take allocation 'global' with layout 'uniform'")
+        raise ValueError(
+            "allocation 'exact' chooses each layer's width; for equal widths take allocation 'global' with layout"
+            " 'uniform'"
+        )
     pool = removable(axes, budget)
     least = {axis.name: budget.allowed(axis.kind, axis.size, budget.fewest(axis))[0] for axis in pool}
     floor_plan = Plan({name: tuple(range(n)) for name, n in least.items()})
@@ -72,7 +82,9 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
     return keep_counts(pool, scores, kept)
 
 
-def _solved(values: Sequence[float], prices: Sequence[float], left: float, chains: Sequence[tuple[int, int]]) -> list[int]:
+def _solved(
+    values: Sequence[float], prices: Sequence[float], left: float, chains: Sequence[tuple[int, int]]
+) -> list[int]:
     """0 or 1 for each step. Raises ValueError if the solver has no answer."""
     n = len(values)
     if not n:
@@ -92,6 +104,7 @@ def _solved(values: Sequence[float], prices: Sequence[float], left: float, chain
     )
     if answer.x is None or answer.status != 0:
         raise ValueError(
-            f"the exact allocation of {n:,} steps was not solved in {SECONDS:.0f} s ({answer.message}); take allocation 'global'"
+            f"the exact allocation of {n:,} steps was not solved in {SECONDS:.0f} s ({answer.message}); take allocation"
+            " 'global'"
         )
     return [round(float(value)) for value in answer.x]

@@ -1,9 +1,10 @@
 """Admit units best first until nothing more fits: the search that every landing on a budget shares.
 
-Units lie in one flat vector. An item is what is admitted at once: a unit, a multiple of units, or one unit of every layer. Items are
-numbered in the order of admission. Each step admits the longest run of items that fits, found by bisection, then passes over the item that
-does not fit and, where its whole group costs at least as much from now on, over its group. That gives exactly the result of trying every
-item in turn, with a number of counts that grows with the number of groups and not of units.
+Units lie in one flat vector. An item is what is admitted at once: a unit, a multiple of units, or one unit of every
+layer. Items are numbered in the order of admission. Each step admits the longest run of items that fits, found by
+bisection, then passes over the item that does not fit and, where its whole group costs at least as much from now on,
+over its group. That gives exactly the result of trying every item in turn, with a number of counts that grows with the
+number of groups and not of units.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,8 +23,9 @@ class Items:
     Args:
         of_unit: [units], int64: the item each unit belongs to; -1 for units that are not up for admission.
         group: [items], int64: items of one group cost the same, and are admitted in order.
-        closing: [items], bool: if this item does not fit, no later item of its group ever will. True where units tile their tensors:
-            admitting others only makes them dearer. False where units own whole tensors of different sizes.
+        closing: [items], bool: if this item does not fit, no later item of its group ever will. True where units tile
+            their tensors: admitting others only makes them dearer. False where units own whole tensors of different
+            sizes.
     """
 
     of_unit: Tensor
@@ -102,9 +104,13 @@ class Flat:
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Views of a vector [units] by axis name, each [size]."""
-        return {name: values[at : at + size] for name, at, size in zip(self.names, self.starts, self.sizes, strict=True)}
+        return {
+            name: values[at : at + size] for name, at, size in zip(self.names, self.starts, self.sizes, strict=True)
+        }
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
         """The axes' vectors end to end [units], in float64 on the CPU, without gradient."""
         device = values[self.names[0]].device if self.names else "cpu"
-        return torch.cat([values[name].detach().to(device) for name in self.names]).to(device="cpu", dtype=torch.float64)
+        return torch.cat([values[name].detach().to(device) for name in self.names]).to(
+            device="cpu", dtype=torch.float64
+        )

@@ -1,8 +1,8 @@
 """Share a budget out over layers before any unit is compared: each layer keeps its own share, and its best units.
 
-Where scores of different layers do not compare (magnitudes, gradients of different scale), a pool over all layers empties some of them.
-Two ways to set the shares: all layers the same, or in proportion to how much a layer's units are worth, within bounds. The second is ours;
-its bounds keep one loud layer from taking everything.
+Where scores of different layers do not compare (magnitudes, gradients of different scale), a pool over all layers
+empties some of them. Two ways to set the shares: all layers the same, or in proportion to how much a layer's units are
+worth, within bounds. The second is ours; its bounds keep one loud layer from taking everything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,8 @@ def equal_weights(axes: Sequence[Axis], budget: Budget) -> dict[str, float]:
 
 
 def sensitivity_weights(axes: Sequence[Axis], scores: Mapping[str, Tensor], budget: Budget) -> dict[str, float]:
-    """A layer's share grows with the square root of its units' mean score over that of all layers' units of the kind, within `BOUNDS`.
+    """A layer's share grows with the square root of its units' mean score over that of all layers' units of the kind,
+    within `BOUNDS`.
 
     Raises ValueError for scores below zero, of which no layer could be called twice as sensitive as another.
     """
@@ -46,12 +47,15 @@ def sensitivity_weights(axes: Sequence[Axis], scores: Mapping[str, Tensor], budg
 def allocate_per_layer(
     axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, weights: Mapping[str, float]
 ) -> Plan:
-    """The plan in which axis a keeps its best min(1, s * weights[a]) of its units, with the largest s that the budget allows.
+    """The plan in which axis a keeps its best min(1, s * weights[a]) of its units, with the largest s that the budget
+    allows.
 
-    What rounding to whole units (or multiples) leaves over goes to the axes that lost most by it, one step each. Never above the budget.
+    What rounding to whole units (or multiples) leaves over goes to the axes that lost most by it, one step each. Never
+    above the budget.
 
     Args:
-        axes, scores, cost, budget: as `allocate` takes them; `uniform_over` is met where all weights of a kind are equal.
+        axes, scores, cost, budget: as `allocate` takes them; `uniform_over` is met where all weights of a kind are
+            equal.
         weights: axis name -> relative share, above 0.
 
     Raises InfeasibleBudget if floors or multiples leave more than the target; ValueError as `allocate` does.
@@ -64,10 +68,15 @@ def allocate_per_layer(
         return {axis.name: min(1.0, share * weights[axis.name]) * axis.size for axis in pool}
 
     def counts(share: float) -> dict[str, int]:
-        return {name: max([n for n in allowed[name] if n <= most + 1e-9], default=allowed[name][0]) for name, most in wanted(share).items()}
+        return {
+            name: max([n for n in allowed[name] if n <= most + 1e-9], default=allowed[name][0])
+            for name, most in wanted(share).items()
+        }
 
     def fits(trial: Mapping[str, int]) -> bool:
-        masks = {axis.name: (torch.arange(axis.size) < trial[axis.name]).double() for axis in pool}  # which units does not matter
+        masks = {
+            axis.name: (torch.arange(axis.size) < trial[axis.name]).double() for axis in pool
+        }  # which units does not matter
         return float(cost(masks).count(budget.of)) <= limit
 
     if not fits(counts(0.0)):

@@ -1,7 +1,8 @@
-"""Hold learned gates on a budget: during training by one shift of all gates, at the end by choosing exactly which units stay.
+"""Hold learned gates on a budget: during training by one shift of all gates, at the end by choosing exactly which units
+stay.
 
-Departures from Compresso (arXiv 2310.05015), which holds the size by a Lagrangian alone and rounds each layer by itself: a Lagrangian run
-ends within a percent or two of its target, these functions on it.
+Departures from Compresso (arXiv 2310.05015), which holds the size by a Lagrangian alone and rounds each layer by
+itself: a Lagrangian run ends within a percent or two of its target, these functions on it.
 """
 
 import math
@@ -13,7 +14,14 @@ from torch import Tensor
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
 from compresso.core.cost import CostModel, Counted
-from compresso.core.hard_concrete import LOG_ALPHA_HIGH, LOG_ALPHA_LOW, expected_kept, keep_probability, removal_order, soft_value
+from compresso.core.hard_concrete import (
+    LOG_ALPHA_HIGH,
+    LOG_ALPHA_LOW,
+    expected_kept,
+    keep_probability,
+    removal_order,
+    soft_value,
+)
 from compresso.core.plan import Plan
 from compresso.solve.greedy import Flat, Items, admit_greedily
 
@@ -24,19 +32,23 @@ _FAR = 40.0
 def reachable(log_alpha: Mapping[str, Tensor], cost: CostModel, of: Counted = "blocks") -> tuple[float, float]:
     """The least and the greatest expected share of the dense count that gates within the clamp's range can express.
 
-    Gates never quite close or open: the range is about 0.002 to 0.996 where hidden dimensions and all blocks have gates. A target that
-    starts at the dense model must be cut to it.
+    Gates never quite close or open: the range is about 0.002 to 0.996 where hidden dimensions and all blocks have
+    gates. A target that starts at the dense model must be cut to it.
     """
     flat, dense = Flat(_gated(log_alpha, cost)), float(cost().count(of))
-    ends = [float(cost(flat.split(_probability(torch.full((flat.units,), end)))).count(of)) for end in (LOG_ALPHA_LOW, LOG_ALPHA_HIGH)]
+    ends = [
+        float(cost(flat.split(_probability(torch.full((flat.units,), end)))).count(of))
+        for end in (LOG_ALPHA_LOW, LOG_ALPHA_HIGH)
+    ]
     return ends[0] / dense, ends[1] / dense
 
 
 def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: float, of: Counted = "blocks") -> float:
     """The one number that, added to every log_alpha before the clamp, makes the expected count keep x dense, to 1e-9.
 
-    The count is taken after the clamp to [ln 0.01, ln 100]: gates at its ends do not move, and the others make up for them. So
-    `a.add_(shift)` and `clamp_(a)` for all gates end on the budget; where no gate is clamped the shift is the plain one.
+    The count is taken after the clamp to [ln 0.01, ln 100]: gates at its ends do not move, and the others make up for
+    them. So `a.add_(shift)` and `clamp_(a)` for all gates end on the budget; where no gate is clamped the shift is the
+    plain one.
 
     Args:
         log_alpha: axis name -> [size]; axes without gates stay dense.
@@ -47,10 +59,14 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
     Raises InfeasibleBudget if the target lies outside of `reachable`, ValueError for NaN.
     """
     flat = Flat(_gated(log_alpha, cost))
-    gates = torch.cat([log_alpha[name].detach().double() for name in flat.names])  # where they are: this runs after every update
+    gates = torch.cat(
+        [log_alpha[name].detach().double() for name in flat.names]
+    )  # where they are: this runs after every update
     lowest, highest = (float(end) for end in torch.aminmax(gates))
     if not math.isfinite(lowest + highest):
-        raise ValueError("log_alpha holds NaN or infinity; the update before this one diverged: lower the gates' learning rate")
+        raise ValueError(
+            "log_alpha holds NaN or infinity; the update before this one diverged: lower the gates' learning rate"
+        )
     target = Budget(keep).keep * float(cost().count(of))
 
     sizes = torch.tensor(flat.sizes, device=gates.device)
@@ -58,14 +74,20 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
 
     def excess(shift: float) -> float:
         open_ = _probability(gates + shift)
-        counted = cost.of_totals(flat.names, torch.segment_reduce(open_, "sum", lengths=sizes)) if by_totals else cost(flat.split(open_))
+        counted = (
+            cost.of_totals(flat.names, torch.segment_reduce(open_, "sum", lengths=sizes))
+            if by_totals
+            else cost(flat.split(open_))
+        )
         return float(counted.count(of)) - target
 
     # Past these ends every gate is clamped.
     shift = _root(excess, LOG_ALPHA_LOW - highest, LOG_ALPHA_HIGH - lowest, accuracy=1e-10 * target)
     if shift is None:
         least, most = reachable(log_alpha, cost, of)
-        raise InfeasibleBudget(f"keep={keep} of {of} is out of reach of these gates, which express {least:.7f} to {most:.7f}; cut it")
+        raise InfeasibleBudget(
+            f"keep={keep} of {of} is out of reach of these gates, which express {least:.7f} to {most:.7f}; cut it"
+        )
     return shift
 
 
@@ -74,9 +96,10 @@ def deterministic_to_budget(
 ) -> dict[str, Tensor]:
     """Evaluation masks whose kept units count keep x dense: never more, and less by under one smallest unit.
 
-    Each axis keeps as many of its best gates as the deterministic rule (round(n - sum of keep probabilities) are removed) gives for
-    log_alpha + s, with the largest s whose count is not above the target. Then gates that still fit come back, best first over all axes.
-    Survivors carry the soft value of their own, unshifted log_alpha. Equal gates: the lowest index is removed first.
+    Each axis keeps as many of its best gates as the deterministic rule (round(n - sum of keep probabilities) are
+    removed) gives for log_alpha + s, with the largest s whose count is not above the target. Then gates that still fit
+    come back, best first over all axes. Survivors carry the soft value of their own, unshifted log_alpha. Equal gates:
+    the lowest index is removed first.
 
     Args:
         log_alpha: axis name -> [size]; axes without gates stay dense and get no mask.
@@ -85,7 +108,8 @@ def deterministic_to_budget(
         keep: share of the dense count, in (0, 1].
         of: what is counted.
 
-    Returns masks by axis name, [size], in log_alpha's dtype and device. Raises InfeasibleBudget if the axes' `min_units` leave more.
+    Returns masks by axis name, [size], in log_alpha's dtype and device. Raises InfeasibleBudget if the axes'
+    `min_units` leave more.
     """
     pool = [axis for axis in axes if axis.name in log_alpha and axis.size]
     budget = Budget(keep, of, kinds=tuple({axis.kind for axis in pool}))
@@ -132,8 +156,8 @@ def round_up(
 ) -> dict[str, Tensor]:
     """The masks with kept counts raised to multiples: an axis' highest removed gates come back with their soft value.
 
-    An axis whose size is not a multiple may keep all its units; one that has lost all of them stays empty. The count grows; `allocate`
-    with `multiple_of` lands on a budget instead.
+    An axis whose size is not a multiple may keep all its units; one that has lost all of them stays empty. The count
+    grows; `allocate` with `multiple_of` lands on a budget instead.
     """
     raised = dict(masks)
     for axis in axes:
@@ -175,8 +199,8 @@ def _probability(gates: Tensor) -> Tensor:
 def _root(f: Callable[[float], float], low: float, high: float, accuracy: float) -> float | None:
     """Where a continuous, rising f is 0 in [low, high], to |f| <= accuracy; None if it does not come to 0 there.
 
-    After an update the root is near 0, so it is first bracketed from there by growing steps, then found by the Illinois variant of false
-    position: some eight evaluations in all, without derivatives.
+    After an update the root is near 0, so it is first bracketed from there by growing steps, then found by the Illinois
+    variant of false position: some eight evaluations in all, without derivatives.
     """
     a = min(max(0.0, low), high)
     fa = f(a)

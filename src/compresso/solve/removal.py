@@ -1,8 +1,9 @@
-"""One round of a removal in rounds: the units of the lowest scores that together are worth no more than the round may take.
+"""One round of a removal in rounds: the units of the lowest scores that together are worth no more than the round may
+take.
 
-Bonsai's rule (arXiv 2402.05406), counted exactly. It is not `allocate`, which ends at or below a size, puts units back that still fit, and
-may take any unit: a round ends before the first unit that is too much for it, and leaves units alone of which it has learned nothing. The
-last round, which has to meet the budget, is a case for `allocate`.
+Bonsai's rule (arXiv 2402.05406), counted exactly. It is not `allocate`, which ends at or below a size, puts units back
+that still fit, and may take any unit: a round ends before the first unit that is too much for it, and leaves units
+alone of which it has learned nothing. The last round, which has to meet the budget, is a case for `allocate`.
 """
 
 from bisect import bisect_right
@@ -26,7 +27,8 @@ def lowest_within(
     ties: Mapping[str, Tensor] | None = None,
     fewest: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan without the longest run of lowest scores whose removal takes at most `allowance` from a count. It names all axes given.
+    """The plan without the longest run of lowest scores whose removal takes at most `allowance` from a count. It names
+    all axes given.
 
     Args:
         axes: those that may lose units.
@@ -34,8 +36,9 @@ def lowest_within(
         cost: counts the model as it is.
         of: what is counted.
         allowance: how much may leave; a plan that removes nothing where the lowest unit is worth more.
-        ties: axis name -> [size], comparable across axes: of units of the same score, the one with less leaves first. Without, or where
-            they are the same, too, the first in order of axes and units. A penalty on absolute coefficients makes many of them 0.
+        ties: axis name -> [size], comparable across axes: of units of the same score, the one with less leaves first.
+            Without, or where they are the same, too, the first in order of axes and units. A penalty on absolute
+            coefficients makes many of them 0.
         fewest: axis name -> units that stay at least; the axis' own where not given.
 
     Raises:
@@ -43,7 +46,9 @@ def lowest_within(
     """
     order = _order(axes, scores, ties or {}, fewest or {})
     dense = float(cost().count(of))
-    place = {axis.name: torch.full((axis.size,), len(order)) for axis in axes}  # in the order; units that stay come after it
+    place = {
+        axis.name: torch.full((axis.size,), len(order)) for axis in axes
+    }  # in the order; units that stay come after it
     for i, (name, unit) in enumerate(order):
         place[name][unit] = i
 
@@ -65,7 +70,9 @@ def _order(
         if given is None or tuple(given.shape) != (axis.size,) or bool((given.isnan() | (given == -torch.inf)).any()):
             raise ValueError(f"scores for {axis.name} are missing, NaN, minus infinity or not of shape [{axis.size}]")
         of_unit: list[float] = given.detach().cpu().double().tolist()  # pyright: ignore
-        second: list[float] = ties[axis.name].detach().cpu().double().tolist() if axis.name in ties else [0.0] * axis.size  # pyright: ignore
+        second: list[float] = (
+            ties[axis.name].detach().cpu().double().tolist() if axis.name in ties else [0.0] * axis.size
+        )  # pyright: ignore
         mine = sorted((score, tie, i, unit) for unit, (score, tie) in enumerate(zip(of_unit, second, strict=True)))
         stays = max(axis.fewest, fewest.get(axis.name, 0))
         units += [entry for entry in mine[: max(axis.size - stays, 0)] if entry[0] < float("inf")]

@@ -21,10 +21,11 @@ BELOW = 0.05
 
 
 def candidate_shapes(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int) -> list[dict[Kind, int]]:
-    """At most `most` shapes within the budget, the first being that of `uniform_targets`, the others the further from it the later.
+    """At most `most` shapes within the budget, the first being that of `uniform_targets`, the others the further from
+    it the later.
 
-    Of the finest kind each keeps as many units as fit, at most 5 % below the target; above it, by up to 0.5 %, only where the budget has
-    multiples. Raises InfeasibleBudget as `allocate` does, ValueError unless most >= 1.
+    Of the finest kind each keeps as many units as fit, at most 5 % below the target; above it, by up to 0.5 %, only
+    where the budget has multiples. Raises InfeasibleBudget as `allocate` does, ValueError unless most >= 1.
     """
     if most < 1:
         raise ValueError(f"{most} candidates; wanted at least 1")
@@ -40,14 +41,18 @@ def candidate_shapes(axes: Sequence[Axis], cost: CostModel, budget: Budget, most
 
     def excess(counts: Mapping[Kind, int]) -> float:
         """How far above the target the model is whose axes keep these many units each."""
-        masks = {axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool}
+        masks = {
+            axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool
+        }
         return round(float(cost(masks).count(budget.of)), 2) - limit  # n / size * size is not always n
 
     finest = max(allowed, key=lambda kind: len(allowed[kind]))
     coarse = [kind for kind in allowed if kind != finest]
     found: list[dict[Kind, int]] = [even]
     everything = {kind: values[-1] for kind, values in allowed.items()}
-    large_enough = {kind: [n for n in allowed[kind] if excess({**everything, kind: n}) >= -BELOW * limit] for kind in coarse}
+    large_enough = {
+        kind: [n for n in allowed[kind] if excess({**everything, kind: n}) >= -BELOW * limit] for kind in coarse
+    }
     for picked in product(*(_spread(large_enough[kind]) for kind in coarse)):
         fixed = dict(zip(coarse, picked, strict=True))
         above = bisect_right(allowed[finest], 0, key=lambda n, fixed=fixed: excess({**fixed, finest: n}))

@@ -9,7 +9,9 @@ from compresso.core.budget import InfeasibleBudget
 
 
 def shares(rows: Iterable[Collection[int]], size: int) -> Tensor:
-    """How often each of `size` tokens occurs in rows of ids, as a share of all tokens read [size], float64; zeros without any."""
+    """How often each of `size` tokens occurs in rows of ids, as a share of all tokens read [size], float64; zeros
+    without any.
+    """
     flat = torch.tensor([i for row in rows for i in row], dtype=torch.long)
     return torch.bincount(flat, minlength=size)[:size].double() / max(len(flat), 1)
 
@@ -23,7 +25,8 @@ def keep_tokens(
     most: int | None = None,
     multiple_of: int = 1,
 ) -> tuple[int, ...]:
-    """Ids that stay, ascending: tokens used more than a threshold, most used first, then the lowest ids that fill up to a multiple.
+    """Ids that stay, ascending: tokens used more than a threshold, most used first, then the lowest ids that fill up to
+    a multiple.
 
     Args:
         used: [size], share of the text that each token makes up.
@@ -31,7 +34,8 @@ def keep_tokens(
         made_of: the ids that a token cannot do without, itself among them; an id beyond `size` is passed over.
         threshold: a token is not kept for its own sake where its share is at or below this.
         most: tokens that may stay; a token that does not fit with all it is made of is passed over. None for no limit.
-        multiple_of: the number of tokens is filled up to a multiple of this, where it neither passes `most` nor runs out of tokens.
+        multiple_of: the number of tokens is filled up to a multiple of this, where it neither passes `most` nor runs
+            out of tokens.
 
     Raises InfeasibleBudget if what must stay is more than `most`.
 
@@ -47,7 +51,8 @@ def keep_tokens(
     limit = size if most is None else most
     if len(kept) > limit:
         raise InfeasibleBudget(
-            f"most={limit} tokens, but {len(kept)} of {size} must stay: special ones and the alphabet; raise most to that"
+            f"most={limit} tokens, but {len(kept)} of {size} must stay: special ones and the alphabet; raise most to"
+            " that"
         )
     order: list[int] = torch.sort(used, descending=True, stable=True).indices.tolist()  # pyright: ignore
     for i in order:
@@ -55,7 +60,9 @@ def keep_tokens(
             break
         if len(more := kept | parts(i)) <= limit:
             kept = more
-    wanted = min(-(-len(kept) // multiple_of) * multiple_of, size if most is None else most // multiple_of * multiple_of)
+    wanted = min(
+        -(-len(kept) // multiple_of) * multiple_of, size if most is None else most // multiple_of * multiple_of
+    )
     for i in range(size):
         if len(kept) >= wanted:
             break

@@ -19,9 +19,10 @@ from compresso.solve.allocate import keep_best
 def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> dict[Kind, int]:
     """One kept count for each of the budget's kinds, the same in every layer, near one common share and on the budget.
 
-    All kinds but the finest take an allowed count beside the share at which fractional counts would meet the budget; the finest then
-    takes the count that lands on it: the largest that is not above the target or, with multiples, the nearest. Among the choices within
-    0.5 % of the target the one nearest to the common share wins. Raises InfeasibleBudget as `allocate` does.
+    All kinds but the finest take an allowed count beside the share at which fractional counts would meet the budget;
+    the finest then takes the count that lands on it: the largest that is not above the target or, with multiples, the
+    nearest. Among the choices within 0.5 % of the target the one nearest to the common share wins. Raises
+    InfeasibleBudget as `allocate` does.
     """
     pool = removable(axes, budget)
     of_kind = {kind: [axis for axis in pool if axis.kind == kind] for kind in budget.kinds}
@@ -35,7 +36,9 @@ def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> di
 
     def excess(counts: Mapping[Kind, float]) -> float:
         """How far above the target the model is whose axes keep these many units each, whichever they are."""
-        masks = {axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool}
+        masks = {
+            axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool
+        }
         return round(float(cost(masks).count(budget.of)), 2) - limit  # n / size * size is not always n
 
     def at(share: float) -> dict[Kind, float]:
@@ -49,7 +52,11 @@ def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> di
     def price(kind: Kind) -> float:
         """What one allowed step of a kind changes, on average; more than all else where there is no step."""
         steps = len(allowed[kind]) - 1
-        return (excess({**wanted, kind: allowed[kind][-1]}) - excess({**wanted, kind: allowed[kind][0]})) / steps if steps else math.inf
+        return (
+            (excess({**wanted, kind: allowed[kind][-1]}) - excess({**wanted, kind: allowed[kind][0]})) / steps
+            if steps
+            else math.inf
+        )
 
     finest = min(sizes, key=price)
     coarse = [kind for kind in sizes if kind != finest]

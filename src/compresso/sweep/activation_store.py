@@ -15,7 +15,8 @@ class ActivationStore:
     """A list of tensors [batch, seq, hidden] that is read and written one at a time.
 
     Args:
-        place: "device" (where they are used), "cpu", or "disk": one file each in `folder`, so that memory holds one of them.
+        place: "device" (where they are used), "cpu", or "disk": one file each in `folder`, so that memory holds one of
+            them.
         device: where they are used.
         folder: of "disk"; emptied at the beginning and removed by `discard`.
     """

@@ -1,4 +1,6 @@
-"""What a weight method really changed: every tensor of the model is looked at before and after, whether or not it was meant to change."""
+"""What a weight method really changed: every tensor of the model is looked at before and after, whether or not it was
+meant to change.
+"""
 
 import hashlib
 import json
@@ -16,7 +18,9 @@ Fingerprints = Mapping[str, tuple[int, ...]]
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> Fingerprints:
-    """Sums over the bits of every tensor, by name; changed values change them, but for rare accidents. They are looked at one by one."""
+    """Sums over the bits of every tensor, by name; changed values change them, but for rare accidents. They are looked
+    at one by one.
+    """
     return {name: _fingerprint(tensors[name]) for name in tensors}
 
 
@@ -25,7 +29,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def audit(tensors: Mapping[str, Tensor], before: Fingerprints, meant: Collection[str], rescaled: Collection[str] = ()) -> dict[str, Any]:
+def audit(
+    tensors: Mapping[str, Tensor], before: Fingerprints, meant: Collection[str], rescaled: Collection[str] = ()
+) -> dict[str, Any]:
     """What changed since fingerprints were taken.
 
     Args:
@@ -35,7 +41,8 @@ def audit(tensors: Mapping[str, Tensor], before: Fingerprints, meant: Collection
         rescaled: names of further parameters that may.
 
     Returns:
-        sparsity (share of zeros in these weights), zeros (name -> "zeros/entries"), changed (how many tensors), and meant_but_unchanged.
+        sparsity (share of zeros in these weights), zeros (name -> "zeros/entries"), changed (how many tensors), and
+        meant_but_unchanged.
 
     Raises:
         NumericError: another tensor changed.
@@ -59,7 +66,9 @@ def audit(tensors: Mapping[str, Tensor], before: Fingerprints, meant: Collection
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, ...]:
-    """Sums modulo 2^64 over all entries' bits: plain, and weighted by row and by column of a table that the bits are laid out in."""
+    """Sums modulo 2^64 over all entries' bits: plain, and weighted by row and by column of a table that the bits are
+    laid out in.
+    """
     flat = tensor.detach().reshape(-1).contiguous()
     bits = flat.view(torch.uint8) if flat.dtype == torch.bool else flat.view(_INTEGERS[flat.element_size()])
     whole = bits.view(torch.int64) if flat.nbytes % 8 == 0 and len(flat) else bits.to(torch.int64)

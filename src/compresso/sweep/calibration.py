@@ -22,7 +22,8 @@ class Calibration:
         examples: rows at most, drawn without repetition; all of them, in their order, where there are no more.
         batch: rows a forward pass.
         activations: where the states between two blocks are kept: "device", "cpu" or "disk".
-        true_sequential: look at a block again after each group of linears, so that those behind see the edited ones before them.
+        true_sequential: look at a block again after each group of linears, so that those behind see the edited ones
+            before them.
     """
 
     examples: Annotated[int, Ge(1)] = 128
@@ -31,7 +32,9 @@ class Calibration:
     true_sequential: bool = False
 
     def batches(self, rows: Sequence[Row], seed: int) -> list[Tensor]:
-        """Ids [rows, seq] of batches whose rows are equally long, so that nothing is padded. Raises DataError without rows."""
+        """Ids [rows, seq] of batches whose rows are equally long, so that nothing is padded. Raises DataError without
+        rows.
+        """
         if not rows:
             raise DataError("there is no calibration data: every example is held out; give more, or lower data.held")
         order = list(range(len(rows)))

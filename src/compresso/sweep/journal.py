@@ -1,7 +1,8 @@
 """A journal of blocks that a sweep is done with, so that a killed run goes on with the same weights, bit for bit.
 
-An entry `step-000003/` holds the weights that block 3 got and what was noted of them. It is written beside its name, forced to disk, sealed
-with a manifest and renamed: it is whole or absent. A damaged entry is done again, and all after it, whose inputs came from it.
+An entry `step-000003/` holds the weights that block 3 got and what was noted of them. It is written beside its name,
+forced to disk, sealed with a manifest and renamed: it is whole or absent. A damaged entry is done again, and all after
+it, whose inputs came from it.
 """
 
 import json
@@ -35,7 +36,9 @@ class Journal:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     def finished(self, layers: Sequence[int]) -> list[int]:
-        """The first of some layers, whose entries are whole; those after are removed. Raises ResumeError if they are another run's."""
+        """The first of some layers, whose entries are whole; those after are removed. Raises ResumeError if they are
+        another run's.
+        """
         done: list[int] = []
         for layer in layers:
             entry = self._entry(layer)

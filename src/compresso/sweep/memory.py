@@ -25,9 +25,11 @@ _LARGE = 4 << 20
 
 
 def give_back_large_blocks_() -> None:
-    """From now on large tensors that are freed go back to the system at once, in this process; without glibc's malloc nothing happens.
+    """From now on large tensors that are freed go back to the system at once, in this process; without glibc's malloc
+    nothing happens.
 
-    glibc otherwise learns to keep blocks of up to 32 MB, and small objects that land between them keep gigabytes reserved.
+    glibc otherwise learns to keep blocks of up to 32 MB, and small objects that land between them keep gigabytes
+    reserved.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -35,7 +37,9 @@ def give_back_large_blocks_() -> None:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may still take on a device: of the machine, of its own limits and of its control group."""
+    """Bytes that this process may still take on a device:
+    of the machine, of its own limits and of its control group.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [psutil.virtual_memory().available]
@@ -105,7 +109,9 @@ def estimate(model: PreTrainedModel, arch: Arch, stage: Any, rows: Iterable[int]
         widest = max(widest, *inputs, *(sum(matrix(model, name).shape[0] for name in group.names) for group in here))
         if getattr(stage, "keeps_moments", False):
             statistics = max(statistics, 4 * (sum(width**2 for width in inputs) + 5 * max(inputs) ** 2))
-    edited = 3 * 4 * max((math.prod(matrix(model, n).shape) for n in names_of(groups)), default=0)  # a matrix and its scores
+    edited = (
+        3 * 4 * max((math.prod(matrix(model, n).shape) for n in names_of(groups)), default=0)
+    )  # a matrix and its scores
     kept = one_batch if stage.calibration.activations == "disk" else sum(lengths)
     scores = int(getattr(model.config, "num_attention_heads", 1)) * max(lengths, default=0)
     return Estimate(

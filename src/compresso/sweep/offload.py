@@ -1,6 +1,7 @@
 """A model larger than memory: modules without weights, which come from disk block by block.
 
-During a sweep one block is in memory; for measuring, accelerate's hooks read each module's weights when its turn comes and drop them after.
+During a sweep one block is in memory; for measuring, accelerate's hooks read each module's weights when its turn comes
+and drop them after.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,9 @@ class Offloaded:
         self.model: PreTrainedModel = as_stock(model).eval()
         self.device = device
         plain = type(self.model)  # whose `device` is that of its first parameter, where nothing can be computed
-        self.model.__class__ = type(plain.__name__, (plain,), {"device": property(lambda _: device), "__module__": plain.__module__})
+        self.model.__class__ = type(
+            plain.__name__, (plain,), {"device": property(lambda _: device), "__module__": plain.__module__}
+        )
         self._empty = dict(self.model.named_parameters(remove_duplicate=False))
         names = [name for name, _ in self.model.named_parameters()]
         owners = {id(self._empty[name]): name for name in names}
@@ -49,7 +52,9 @@ class Offloaded:
             )
         for module in self.model.modules():  # rotary tables and the like are computed, not read
             for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
 
     @contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
@@ -75,7 +80,9 @@ class Offloaded:
         """Names of what the body has outside of its blocks: embeddings, the last norm; not the head."""
         inside = {name for block in blocks for name in self.of_block(block)}
         body = {id(parameter) for parameter in self.model.base_model.parameters()}
-        return [name for name, parameter in self.model.named_parameters() if name not in inside and id(parameter) in body]
+        return [
+            name for name, parameter in self.model.named_parameters() if name not in inside and id(parameter) in body
+        ]
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -1,4 +1,6 @@
-"""What a sweep does to the linears of a group: zero entries by a score, or prune and round them with the error compensated."""
+"""What a sweep does to the linears of a group: zero entries by a score, or prune and round them with the error
+compensated.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +21,8 @@ Compat = str
 def zeroed(model: nn.Module, gone: Callable[[Group, Tensor], tuple[Tensor, Mapping[str, Any]]]) -> Edit:
     """An edit that zeros entries of each matrix by its Wanda score; the statistic is the sum of squares.
 
-    gone: a group and the score [out, in] of one of its matrices -> which entries become zero [out, in], and facts to note.
+    gone: a group and the score [out, in] of one of its matrices -> which entries become zero [out, in], and facts to
+    note.
     """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
@@ -49,19 +52,25 @@ def compensated(
 
     Args:
         model: whose linears are edited.
-        choose: a group and w^2 / U_jj^2 of `every` columns of one matrix [out, every] -> which entries go; None prunes nothing.
+        choose: a group and w^2 / U_jj^2 of `every` columns of one matrix [out, every] -> which entries go; None prunes
+            nothing.
         every, damping, block: see `compresso.core.obs`.
-        quantize: the weights of a group's matrices, stacked [out, in], before anything is done, and the order [in] in which columns are
-            swept -> how the column at a place of that order is rounded; None rounds nothing.
+        quantize: the weights of a group's matrices, stacked [out, in], before anything is done, and the order [in] in
+            which columns are swept -> how the column at a place of that order is rounded; None rounds nothing.
         in_order: sweep the inputs with the largest second moments first.
         otherwise: edits a group whose second moment cannot be inverted; it is given the sum of squares. None stops.
 
-    Raises NumericError, when it edits and nothing else was told, naming the linears whose second moment cannot be inverted.
+    Raises NumericError, when it edits and nothing else was told, naming the linears whose second moment cannot be
+    inverted.
     """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         moment = seen.total * (2 / seen.tokens)
-        order = moment.diagonal().argsort(descending=True, stable=True) if in_order else torch.arange(len(moment), device=moment.device)
+        order = (
+            moment.diagonal().argsort(descending=True, stable=True)
+            if in_order
+            else torch.arange(len(moment), device=moment.device)
+        )
         try:
             factor = inverse_factor(moment[order][:, order] if in_order else moment, damping)
         except NotPositiveDefiniteError as error:
@@ -89,7 +98,9 @@ def compensated(
         )
         back = order.argsort()
         notes: dict[str, Any] = {}
-        for name, weight, loss in zip(group.names, swept.weight[:, back].split(rows), swept.loss.split(rows), strict=True):
+        for name, weight, loss in zip(
+            group.names, swept.weight[:, back].split(rows), swept.loss.split(rows), strict=True
+        ):
             matrix(model, name).copy_(weight)
             notes[name] = {"loss": float(loss.sum()), "damping": factor.damping}
         return notes
@@ -98,7 +109,9 @@ def compensated(
 
 
 def obs_choice(share: float, pattern: tuple[int, int] | None, compat: Compat) -> Callable[[Group, Tensor], Tensor]:
-    """How SparseGPT chooses: n of m a row, or the lowest share of all rows and the columns of a block (arXiv 2301.00774, section 3.2)."""
+    """How SparseGPT chooses: n of m a row, or the lowest share of all rows and the columns of a block (arXiv
+    2301.00774, section 3.2).
+    """
     if pattern is not None:
         return lambda _, scores: lowest_in_groups(scores, *pattern)
     if compat == "reference":

@@ -1,4 +1,6 @@
-"""What a sweep does to linears whose inputs can be rescaled: choose a scale, move it into what feeds them, and round (AWQ, SmoothQuant)."""
+"""What a sweep does to linears whose inputs can be rescaled: choose a scale, move it into what feeds them, and round
+(AWQ, SmoothQuant).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +36,9 @@ def largest(total: Tensor | None, inputs: Tensor) -> Tensor:
 
 
 def rescaled(model: nn.Module, search: Search, rounded: RoundOne) -> Edit:
-    """An edit that scales a group's weights, divides what feeds them, and rounds; a group that nothing feeds is rounded alone."""
+    """An edit that scales a group's weights, divides what feeds them, and rounds; a group that nothing feeds is rounded
+    alone.
+    """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         pieces = [matrix(model, name).float() for name in group.names]

@@ -1,12 +1,13 @@
 """One pass over a model, block after block, each calibrated on what the already edited blocks before it give out.
 
-The loop of SparseGPT, Wanda and GPTQ: look at the inputs of a block's linears while it is still as it was, edit them, run the block again
-for the inputs of the next. Linears that read the same input share one statistic. With `true_sequential` a block is looked at again after
-each group of linears, so that those behind see the edited ones before them. Blocks behind the last edited one are not run.
+The loop of SparseGPT, Wanda and GPTQ: look at the inputs of a block's linears while it is still as it was, edit them,
+run the block again for the inputs of the next. Linears that read the same input share one statistic. With
+`true_sequential` a block is looked at again after each group of linears, so that those behind see the edited ones
+before them. Blocks behind the last edited one are not run.
 
-Calibration rows of equal length run together, so nothing is padded and statistics hold real tokens only. What else a block is called with
-(mask, positions, rotary tables, whatever the version of transformers or the architecture passes) is recorded for every block in one pass
-in which blocks hand their input on; the blocks see nothing of it.
+Calibration rows of equal length run together, so nothing is padded and statistics hold real tokens only. What else a
+block is called with (mask, positions, rotary tables, whatever the version of transformers or the architecture passes)
+is recorded for every block in one pass in which blocks hand their input on; the blocks see nothing of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,9 @@ def squares(total: Tensor | None, inputs: Tensor) -> Tensor:
 
 
 def second_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
-    """Fold: sum of x x^T [in, in]. It is symmetric: products of the upper half are computed, in stripes, and mirrored."""
+    """Fold: sum of x x^T [in, in]. It is symmetric:
+    products of the upper half are computed, in stripes, and mirrored.
+    """
     size = inputs.shape[1]
     found = inputs.new_zeros(size, size) if total is None else total
     stripe = max(_STRIPE, -(-size // 8))
@@ -59,7 +62,9 @@ def second_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
         end = min(begin + stripe, size)
         found[begin:end, begin:].addmm_(inputs[:, begin:end].T, inputs[:, begin:])
         square = found[begin:end, begin:end]
-        square.copy_(square.triu() + square.triu(1).T)  # a product of a matrix with itself need not be symmetric to the last bit
+        square.copy_(
+            square.triu() + square.triu(1).T
+        )  # a product of a matrix with itself need not be symmetric to the last bit
         found[end:, begin:end] = found[begin:end, end:].T
     return found
 
@@ -108,7 +113,8 @@ def sweep(
         collect_only: `edit` changes nothing, so that no block is run twice.
         rescales: `edit` changes what feeds a group, too.
         journal: of finished blocks, which are read instead of done; None keeps none.
-        offloaded: where weights of a model on the meta device come from, block by block; the journal holds the edited ones.
+        offloaded: where weights of a model on the meta device come from, block by block; the journal holds the edited
+            ones.
         progress, name: display.
 
     Returns:
@@ -143,7 +149,11 @@ def sweep(
                     else:
                         facts = _edited(model, here, run, fold, edit, true_sequential, keep=collect_only)
                         if journal and here:
-                            journal.write(layer, {one: model.get_parameter(one) for one in edited_names(model, here, rescales)}, facts)
+                            journal.write(
+                                layer,
+                                {one: model.get_parameter(one) for one in edited_names(model, here, rescales)},
+                                facts,
+                            )
                     notes |= facts
                     if offloaded and journal and here:
                         offloaded.store.replace(journal.weights(layer))
@@ -159,7 +169,13 @@ def sweep(
 
 
 def _edited(
-    model: PreTrainedModel, here: Sequence[Group], run: "_Runner", fold: Fold, edit: Edit, true_sequential: bool, keep: bool
+    model: PreTrainedModel,
+    here: Sequence[Group],
+    run: "_Runner",
+    fold: Fold,
+    edit: Edit,
+    true_sequential: bool,
+    keep: bool,
 ) -> dict[str, Any]:
     """Look at a block's groups, together or one after another, and edit them."""
     notes: dict[str, Any] = {}
@@ -168,10 +184,14 @@ def _edited(
             run(keep=keep)
         for group in together:
             if group.names[0] not in seen:
-                raise NumericError(f"no calibration token reached {group.names[0]}; give more examples, or add it to ignore")
+                raise NumericError(
+                    f"no calibration token reached {group.names[0]}; give more examples, or add it to ignore"
+                )
             found = seen.pop(group.names[0])
             if not _finite(found.total):
-                raise NumericError(f"{group.names[0]} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
+                raise NumericError(
+                    f"{group.names[0]} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16"
+                )
             notes |= edit(group, found)
             _check_finite(model, [group], "was made NaN or Inf; give more calibration examples, or raise damping")
     return notes
@@ -191,7 +211,8 @@ class _Runner:
             if keep:
                 if not _finite(left):
                     raise NumericError(
-                        f"layer {self._layer} gives out NaN or Inf: the model overflows on this data; use float32 or bfloat16"
+                        f"layer {self._layer} gives out NaN or Inf: the model overflows on this data; use float32 or"
+                        " bfloat16"
                     )
                 self._states.put(i, left)
 
@@ -219,7 +240,9 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
         def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs: Tensor = arguments[0] if arguments else named["input"]
             if inputs is not read[like] and not torch.equal(inputs, read[like]):
-                raise ArchError(f"{name} does not read what {like} reads, so they cannot share a statistic; correct `linear_groups`")
+                raise ArchError(
+                    f"{name} does not read what {like} reads, so they cannot share a statistic; correct `linear_groups`"
+                )
 
         return hook
 
@@ -236,7 +259,9 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
             handle.remove()
 
 
-def _recorded(model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: ActivationStore) -> list[list[_Call]]:
+def _recorded(
+    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: ActivationStore
+) -> list[list[_Call]]:
     """What each block is called with, by batch and layer; the states before the first block go into `states`."""
     calls: list[list[_Call]] = []
     known: dict[tuple[int, str], Any] = {}
@@ -277,9 +302,16 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments of a block are equal: tensors by value, tuples and dicts by their parts, all else by identity."""
+    """Whether two arguments of a block are equal: tensors by value, tuples and dicts by their parts, all else by
+    identity.
+    """
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+        return (
+            one.shape == other.shape
+            and one.dtype == other.dtype
+            and one.device == other.device
+            and torch.equal(one, other)
+        )
     if isinstance(one, tuple) and isinstance(other, tuple):
         left, right = cast(tuple[Any, ...], one), cast(tuple[Any, ...], other)
         return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))

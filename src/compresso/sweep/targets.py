@@ -1,7 +1,7 @@
 """Which linears of a model a weight method works on: those in its blocks, by layer, name pattern and exception.
 
-The head, the embeddings and the norms lie outside of the blocks' linears and are never among them. Patterns are those of a shell, matched
-against full module names such as `model.layers.3.self_attn.q_proj`.
+The head, the embeddings and the norms lie outside of the blocks' linears and are never among them. Patterns are those
+of a shell, matched against full module names such as `model.layers.3.self_attn.q_proj`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,13 +64,17 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     """The linears that a stage works on; their inputs must be a multiple of some number. Needs shapes only.
 
     Raises:
-        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, or inputs are no such multiple.
+        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, or inputs are no such
+            multiple.
         ArchError: one of them is no linear, or its weight is shared with another module.
     """
     blocks = arch.blocks(model)
     root = next(name for name, module in model.named_modules() if module is blocks)
     if where.layers is not None and where.layers[1] > len(blocks):
-        raise RecipeError(f"layers={list(where.layers)} reaches past the model's {len(blocks)} layers; end it at {len(blocks)} or before")
+        raise RecipeError(
+            f"layers={list(where.layers)} reaches past the model's {len(blocks)} layers; end it at {len(blocks)} or"
+            " before"
+        )
     everything = {
         layer: [tuple(f"{root}.{layer}.{name}" for name in names) for names in arch.linear_groups(block)]
         for layer, block in enumerate(blocks)
@@ -96,15 +100,20 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                 inputs = matrix(model, mine[0]).shape[1]
                 if inputs % multiple_of:
                     raise RecipeError(
-                        f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group, or add it to ignore"
+                        f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group,"
+                        " or add it to ignore"
                     )
                 found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine)))
             for name in mine:
                 sharing = owners[id(weight_of(model, name))]
                 if len(sharing) > 1:
-                    raise ArchError(f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to ignore")
+                    raise ArchError(
+                        f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to ignore"
+                    )
     if not found:
-        raise RecipeError(f"no linear is left to work on: modules={list(where.modules)}, ignore={list(where.ignore)}; ignore less")
+        raise RecipeError(
+            f"no linear is left to work on: modules={list(where.modules)}, ignore={list(where.ignore)}; ignore less"
+        )
     return found
 
 
@@ -114,7 +123,9 @@ def names_of(groups: Groups) -> list[str]:
 
 
 def edited_names(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
-    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it rescales."""
+    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it
+    rescales.
+    """
     fed = [group.producer.module for group in groups if group.producer and rescales]
     feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
     return list(dict.fromkeys([*(f"{name}.weight" for group in groups for name in group.names), *feeding]))

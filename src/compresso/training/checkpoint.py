@@ -1,8 +1,8 @@
 """Training checkpoints that survive a crash at any moment: a folder is either absent or whole.
 
-A checkpoint `step-000123/` is built beside its final name, synced, sealed with a manifest of sha256 sums, and renamed. A folder
-without a manifest, or whose bytes do not match it, is passed over in favour of the one before. Two are kept for that reason.
-Nothing is pickled, and no NaN or Inf is written.
+A checkpoint `step-000123/` is built beside its final name, synced, sealed with a manifest of sha256 sums, and renamed.
+A folder without a manifest, or whose bytes do not match it, is passed over in favour of the one before. Two are kept
+for that reason. Nothing is pickled, and no NaN or Inf is written.
 
     state.safetensors     trainable parameters, buffers, optimizer state
     history.safetensors   the log, as columns
@@ -52,7 +52,8 @@ class TrainingCheckpoints:
 
     Args:
         folder: where they live; made when the first one is saved.
-        identity: what must be equal for a resume to continue the same run (recipe, model, data, versions); JSON values, nested as you like.
+        identity: what must be equal for a resume to continue the same run (recipe, model, data, versions); JSON values,
+            nested as you like.
         keep: how many to keep, at least 1.
     """
 
@@ -66,7 +67,9 @@ class TrainingCheckpoints:
         """What was found damaged, one sentence each, for the run's records."""
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None; removes what crashed saves left, and notes damaged checkpoints that it passes over."""
+        """The newest whole checkpoint, or None; removes what crashed saves left, and notes damaged checkpoints that it
+        passes over.
+        """
         if not self.folder.is_dir():
             return None
         for left in self.folder.iterdir():
@@ -93,10 +96,16 @@ class TrainingCheckpoints:
         bad = [name for name, t in saved.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if bad:
             raise NumericError(
-                f"{bad[0]} holds NaN or Inf after {saved.update} updates, so no checkpoint was written; lower the learning rate"
+                f"{bad[0]} holds NaN or Inf after {saved.update} updates, so no checkpoint was written; lower the"
+                " learning rate"
             )
         target = self.folder / f"step-{saved.update:06d}"
-        facts = {"format": 1, "update": saved.update, "identity": dict(saved.identity), "skipped": saved.history.skipped}
+        facts = {
+            "format": 1,
+            "update": saved.update,
+            "identity": dict(saved.identity),
+            "skipped": saved.history.skipped,
+        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _new_folder(target, force=True) as folder:
@@ -106,7 +115,9 @@ class TrainingCheckpoints:
                 _write_manifest(folder)
             self._prune(target)
         except (OSError, SafetensorError) as refusal:
-            raise ResourceError(f"{target} could not be written: {refusal}; free some space or choose another output folder") from refusal
+            raise ResourceError(
+                f"{target} could not be written: {refusal}; free some space or choose another output folder"
+            ) from refusal
         return target
 
     def load(self, path: Path) -> Saved:
@@ -120,10 +131,16 @@ class TrainingCheckpoints:
             history = History.from_tensors(load_file(path / "history.safetensors"), facts["skipped"])
             return Saved(facts["update"], load_file(path / "state.safetensors"), history, facts["identity"])
         except (OSError, ValueError, KeyError, SafetensorError) as damage:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {damage}; remove it to use the one before") from damage
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read: {damage}; remove it to use the one before"
+            ) from damage
 
     def _all(self) -> list[Path]:
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+        found = [
+            (int(match[1]), path)
+            for path in self.folder.iterdir()
+            if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+        ]
         return [path for _, path in sorted(found)]
 
     def _prune(self, newest: Path) -> None:
@@ -148,7 +165,10 @@ def refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, 
         if before.get(k, absent) != now.get(k, absent)
     ]
     if differing:
-        raise ResumeError(f"{path} belongs to another run: {'; '.join(differing)}. Restore these, or start afresh in another output folder")
+        raise ResumeError(
+            f"{path} belongs to another run: {'; '.join(differing)}. Restore these, or start afresh in another output"
+            " folder"
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,13 +220,17 @@ def _verify_manifest(folder: Path) -> None:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         if present != files.keys():
-            raise CheckpointError(f"checkpoint {folder} is damaged: it holds {sorted(present)}, its manifest lists {sorted(files)}")
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: it holds {sorted(present)}, its manifest lists {sorted(files)}"
+            )
         for name, facts in files.items():
             size = (folder / name).stat().st_size
             if size != facts["bytes"]:
                 raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {size} bytes, not {facts['bytes']}")
             if _sha256(folder / name) != facts["sha256"]:
-                raise CheckpointError(f"checkpoint {folder} is damaged: the bytes of {name} changed since they were written")
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged: the bytes of {name} changed since they were written"
+                )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
         raise CheckpointError(f"checkpoint {folder} is incomplete: {damage}") from damage
 

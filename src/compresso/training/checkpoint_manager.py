@@ -34,7 +34,12 @@ class CheckpointManager:
         checkpoints: TrainingCheckpoints | None,
         run: Mapping[str, Any],
     ) -> None:
-        self._accelerator, self._objective, self._optimizer, self._checkpoints = accelerator, objective, optimizer, checkpoints
+        self._accelerator, self._objective, self._optimizer, self._checkpoints = (
+            accelerator,
+            objective,
+            optimizer,
+            checkpoints,
+        )
         self._identity = dict(checkpoints.identity if checkpoints else {}) | {"fit": dict(run)}
         self.saved: str | None = None
         """The newest checkpoint, the same in every process."""

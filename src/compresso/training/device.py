@@ -25,7 +25,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         raise ResourceError(f"device '{name}' is not supported; wanted auto, cpu, cuda or cuda:<index>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(
-            f"device '{name}' asked, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu, or check the driver"
+            f"device '{name}' asked, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu, or"
+            " check the driver"
         )
     return device
 
@@ -41,7 +42,10 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         return "bf16" if device.type == "cuda" and has_bf16 else "no"
     if name == "bf16":
         if not has_bf16:
-            raise ResourceError(f"precision=bf16 asked, but {torch.cuda.get_device_name(device)} does not compute in it; use precision=no")
+            raise ResourceError(
+                f"precision=bf16 asked, but {torch.cuda.get_device_name(device)} does not compute in it; use"
+                " precision=no"
+            )
         return "bf16"
     if name == "no":
         return "no"

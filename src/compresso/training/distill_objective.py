@@ -1,8 +1,9 @@
-"""What distillation minimises: a divergence from a teacher's next-token distributions, and by choice a label loss and one on hidden states.
+"""What distillation minimises: a divergence from a teacher's next-token distributions, and by choice a label loss and
+one on hidden states.
 
-Both models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as wide as the vocabulary)
-for a few hundred tokens at a time. The teacher is no submodule of the objective, so it stays in evaluation mode, frozen, where and in
-which dtype it is, and out of every checkpoint.
+Both models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as wide
+as the vocabulary) for a few hundred tokens at a time. The teacher is no submodule of the objective, so it stays in
+evaluation mode, frozen, where and in which dtype it is, and out of every checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,9 @@ class Network:
     blocks: Sequence[nn.Module] = ()
 
     def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What the head reads [batch, seq, hidden], and the outputs of the blocks, each of that shape; on the model's device."""
+        """What the head reads [batch, seq, hidden], and the outputs of the blocks, each of that shape; on the model's
+        device.
+        """
         inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with _outputs(self.blocks) as found:
             last = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -60,7 +63,9 @@ class Network:
         halves = self.logits(self.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
         if float((whole - halves).abs().max()) > 1e2 * torch.finfo(whole.dtype).eps * float(whole.abs().max()):
             name = type(self.model).__name__
-            raise ArchError(f"{name} changes its logits after the head in a way nobody described; distil another architecture")
+            raise ArchError(
+                f"{name} changes its logits after the head in a way nobody described; distil another architecture"
+            )
 
     @property
     def vocabulary(self) -> int:
@@ -75,10 +80,12 @@ class DistillObjective(nn.Module):
     Args:
         model: the smaller model, with adapters or with trainable weights.
         student, teacher: both models in halves; as many blocks each, in pairs, if hidden states are compared.
-        dimensions: which of the teacher's hidden dimensions the student has left [student's hidden], int64; None for all.
+        dimensions: which of the teacher's hidden dimensions the student has left [student's hidden], int64; None for
+            all.
         divergence, temperature, beta: as in `core.distillation.divergences`.
         hard_weight: of the next-token loss on labels.
-        intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves `intermediate` unused.
+        intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves
+            `intermediate` unused.
         intermediate: the distance.
         tokens: where both are compared: "labelled" (positions that predict a label), or "all" but padding.
         chunk: tokens whose logits exist at a time.
@@ -121,7 +128,8 @@ class DistillObjective(nn.Module):
         """batch: input_ids, attention_mask, labels, each int64 [batch, seq].
 
         Returns:
-            "loss" [] to differentiate, and to log, where they have a weight: "divergence", "hard", "intermediate" (before scaling).
+            "loss" [] to differentiate, and to log, where they have a weight: "divergence", "hard", "intermediate"
+            (before scaling).
 
         Raises:
             ValueError: if no position of the batch counts.
@@ -145,16 +153,23 @@ class DistillObjective(nn.Module):
         """Divergence plus label loss over tokens: last, taught [n, hidden] of each model, targets [n]."""
         n_labels = int((targets != IGNORED).sum())
         if self._hard_weight and not n_labels:
-            raise ValueError(f"none of a batch's {len(targets)} tokens is labelled, so hard_weight has nothing to weigh")
+            raise ValueError(
+                f"none of a batch's {len(targets)} tokens is labelled, so hard_weight has nothing to weigh"
+            )
 
         def loss(rows: slice, part: Tensor) -> tuple[Tensor, Tensor]:
             logits = self._student.logits(part)
             with torch.no_grad():
                 wanted = self._teacher.logits(taught[rows]).to(logits.device)
-            divergence = divergences(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(targets)
+            divergence = divergences(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(
+                targets
+            )
             if not self._hard_weight:
                 return divergence, divergence.reshape(1)
-            hard = functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum") / n_labels
+            hard = (
+                functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum")
+                / n_labels
+            )
             return divergence + self._hard_weight * hard, torch.stack([divergence, hard])
 
         total, facts = chunked(loss, last, list(self._student.head().parameters()), self._chunk)

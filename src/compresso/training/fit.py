@@ -1,9 +1,9 @@
 """The training loop: masks, LoRA adapters and distillation are all trained here.
 
-What is unusual: the loop has no hidden state. Which examples, which gate noise and which dropout an update sees are functions of
-(seed, update, slot), so a resumed run repeats the uninterrupted one bit for bit on a CPU, and N processes with A micro-batches each
-do what one process with N * A does. Everything is counted in updates of the optimizer, never in micro-batches. Accelerate brings
-devices, DDP, FSDP and the reduction of gradients.
+What is unusual: the loop has no hidden state. Which examples, which gate noise and which dropout an update sees are
+functions of (seed, update, slot), so a resumed run repeats the uninterrupted one bit for bit on a CPU, and N processes
+with A micro-batches each do what one process with N * A does. Everything is counted in updates of the optimizer, never
+in micro-batches. Accelerate brings devices, DDP, FSDP and the reduction of gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,18 +47,19 @@ def fit(
     progress: Progress | None = None,
     phase: Callable[[int], str] = lambda update: "training",
 ) -> History:
-    """Train in place, from the newest checkpoint if there is one, and return the log of all updates, those of interrupted runs included.
+    """Train in place, from the newest checkpoint if there is one, and return the log of all updates, those of
+    interrupted runs included.
 
     An update: every micro-batch's loss is its own mean, and micro-batches and processes are averaged; then clip, AdamW,
-    `after_update`. An update whose loss or gradient is not finite leaves the parameters and the optimizer as they are and has no
-    `after_update`; it is listed in `History.skipped`.
+    `after_update`. An update whose loss or gradient is not finite leaves the parameters and the optimizer as they are
+    and has no `after_update`; it is listed in `History.skipped`.
 
     Args:
-        objective: called as `objective(batch, micro)` with a `Micro`; returns a dict of scalars with "loss"; the others are logged.
-            It owns every parameter that learns, also the gates and multipliers (with at least one dimension, as FSDP needs), so
-            that their gradients are averaged over processes. Parameters that a phase does not use keep `grad` None, and their
-            AdamW state waits. Under FSDP its parameters are replaced by sharded ones: read them through the module, whole ones by
-            `state.trained`.
+        objective: called as `objective(batch, micro)` with a `Micro`; returns a dict of scalars with "loss"; the others
+            are logged. It owns every parameter that learns, also the gates and multipliers (with at least one
+            dimension, as FSDP needs), so that their gradients are averaged over processes. Parameters that a phase does
+            not use keep `grad` None, and their AdamW state waits. Under FSDP its parameters are replaced by sharded
+            ones: read them through the module, whole ones by `state.trained`.
         groups: each trainable parameter in exactly one.
         batches: the data; `global_batch` must be a multiple of accumulation x processes.
         steps: updates in all.
@@ -66,17 +67,18 @@ def fit(
         accumulation: micro-batches an update and process.
         precision: as in `choose_precision`; "bf16" computes under autocast, parameters keep their type.
         device: as in `choose_device`.
-        before_step: called in every process with the update's index once its gradients are there, averaged over micro-batches and
-            processes, before they are clipped.
-        after_update: called in every process with the update's index, after the optimizer and before gradients are dropped, to
-            clamp or project; its numbers are logged.
+        before_step: called in every process with the update's index once its gradients are there, averaged over
+            micro-batches and processes, before they are clipped.
+        after_update: called in every process with the update's index, after the optimizer and before gradients are
+            dropped, to clamp or project; its numbers are logged.
         checkpoints: where to save and resume; its folder must be visible to all processes. None saves nothing.
         save_every: updates between saves; the last update is saved too.
         progress: display; None shows nothing.
         phase: the name shown for an update.
 
     Raises:
-        NumericError: MOST_SKIPS updates in a row were not finite; the parameters are put back to the newest checkpoint, if there is one.
+        NumericError: MOST_SKIPS updates in a row were not finite; the parameters are put back to the newest checkpoint,
+            if there is one.
         ResumeError: the newest checkpoint belongs to another run.
         Interrupted: SIGINT or SIGTERM came; the state was saved at the end of the update.
         CompressoError: groups, batches or launch do not fit together.
@@ -86,7 +88,9 @@ def fit(
     compute = choose_precision(precision, device)
     accelerator = new_accelerator(device)
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    micros_of(0, batches.global_batch, accumulation, rank, ranks)  # refuses an impossible split before anything is moved
+    micros_of(
+        0, batches.global_batch, accumulation, rank, ranks
+    )  # refuses an impossible split before anything is moved
     run = {
         "seed": seed,
         "steps": steps,
@@ -139,7 +143,9 @@ def fit(
 def _gradients(
     accelerator: Accelerator, model: nn.Module, batches: Batches, micros: Sequence[Micro], seed: int, bf16: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """Accumulate the gradients of an update; returns this process' mean of every logged number, and its count of tokens."""
+    """Accumulate the gradients of an update; returns this process' mean of every logged number, and its count of
+    tokens.
+    """
     device = accelerator.device
     means: dict[str, Tensor] = {}
     tokens = 0.0
@@ -171,8 +177,8 @@ def _give_up_after_skips(history: History, loss: float, manager: CheckpointManag
     last = history.skipped[-1]
     if history.skipped[-MOST_SKIPS:] == list(range(last - MOST_SKIPS + 1, last + 1)):
         raise NumericError(
-            f"update {last}: loss {loss}; {MOST_SKIPS} updates in a row had a loss or gradient that is not finite; {manager.rewind()}; "
-            "lower the learning rate, or look at the data of these updates"
+            f"update {last}: loss {loss}; {MOST_SKIPS} updates in a row had a loss or gradient that is not finite;"
+            f" {manager.rewind()}; lower the learning rate, or look at the data of these updates"
         )
 
 
@@ -180,7 +186,8 @@ def _give_up_after_skips(history: History, loss: float, manager: CheckpointManag
 def _training(objective: nn.Module, device: torch.device) -> Iterator[None]:
     """Training mode, torch's global generators, and a hook that detaches logged numbers; all undone at the end.
 
-    DDP waits for the gradient of every parameter that any output depends on, so numbers that are only logged must not depend on any.
+    DDP waits for the gradient of every parameter that any output depends on, so numbers that are only logged must not
+    depend on any.
     """
 
     def detach(module: nn.Module, inputs: object, numbers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Parameter groups: one AdamW, in which each group has its own rate, schedule, direction and gradient clip.
 
-One optimizer with three groups is the same as three optimizers, because AdamW's state is per parameter. Its state for a parameter
-starts with the parameter's first gradient, so gates that join after a LoRA-only phase start with a fresh bias correction. Gradient
-ascent (for Lagrange multipliers) is AdamW's `maximize`, never a negative rate, which would also turn the weight decay round.
+One optimizer with three groups is the same as three optimizers, because AdamW's state is per parameter. Its state for a
+parameter starts with the parameter's first gradient, so gates that join after a LoRA-only phase start with a fresh bias
+correction. Gradient ascent (for Lagrange multipliers) is AdamW's `maximize`, never a negative rate, which would also
+turn the weight decay round.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,32 +70,48 @@ def check_groups(groups: Sequence[Group], trainable: Mapping[str, nn.Parameter])
     owner: dict[int, str] = {}
     for group in groups:
         if group.lr < 0:
-            raise CompressoError(f"group '{group.name}' has lr={group.lr}, wanted >= 0; for gradient ascent set ascend=True")
+            raise CompressoError(
+                f"group '{group.name}' has lr={group.lr}, wanted >= 0; for gradient ascent set ascend=True"
+            )
         for p in group.params:
             if id(p) not in names:
                 raise CompressoError(
-                    f"group '{group.name}' holds a parameter of shape {tuple(p.shape)} that is not a trainable parameter of the objective; "
-                    "register it there, so that its gradient is averaged over processes"
+                    f"group '{group.name}' holds a parameter of shape {tuple(p.shape)} that is not a trainable"
+                    " parameter of the objective; register it there, so that its gradient is averaged over processes"
                 )
             if id(p) in owner:
-                raise CompressoError(f"parameter {names[id(p)]} is in the groups '{owner[id(p)]}' and '{group.name}'; wanted one of them")
+                raise CompressoError(
+                    f"parameter {names[id(p)]} is in the groups '{owner[id(p)]}' and '{group.name}'; wanted one of them"
+                )
             owner[id(p)] = group.name
     forgotten = [name for key, name in names.items() if key not in owner]
     if forgotten:
-        raise CompressoError(f"{len(forgotten)} trainable parameters are in no group, the first is {forgotten[0]}; add them or freeze them")
+        raise CompressoError(
+            f"{len(forgotten)} trainable parameters are in no group, the first is {forgotten[0]}; add them or freeze"
+            " them"
+        )
 
 
 def adamw(groups: Sequence[Group]) -> torch.optim.AdamW:
     """One AdamW with a parameter group for each group, in order."""
     rules = [
-        {"params": list(g.params), "lr": g.lr, "betas": g.betas, "eps": g.eps, "weight_decay": g.weight_decay, "maximize": g.ascend}
+        {
+            "params": list(g.params),
+            "lr": g.lr,
+            "betas": g.betas,
+            "eps": g.eps,
+            "weight_decay": g.weight_decay,
+            "maximize": g.ascend,
+        }
         for g in groups
     ]
     return torch.optim.AdamW(rules)
 
 
 def gradient_norms(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
-    """L2 norm of each group's gradient, scalars; None for a group without gradients. Collective when parameters are sharded."""
+    """L2 norm of each group's gradient, scalars; None for a group without gradients. Collective when parameters are
+    sharded.
+    """
     norms: list[Tensor | None] = []
     for rule in optimizer.param_groups:
         grads = [p.grad for p in rule["params"] if p.grad is not None]

@@ -1,7 +1,8 @@
 """What a run logged: one row of numbers an update, kept as columns where it is written to disk.
 
-Phases log different numbers, so a column holds the updates at which it was logged beside the values. Values are float64, exactly
-those that were logged. Skipped updates (a loss or gradient that was not finite) have no row; their indices are listed apart.
+Phases log different numbers, so a column holds the updates at which it was logged beside the values. Values are
+float64, exactly those that were logged. Skipped updates (a loss or gradient that was not finite) have no row; their
+indices are listed apart.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ class History:
     """The log of a run.
 
     Args:
-        rows: one mapping an update that was performed; "update" is its index, "loss" and the objective's other numbers are means
-            over the global batch.
+        rows: one mapping an update that was performed; "update" is its index, "loss" and the objective's other numbers
+            are means over the global batch.
         skipped: indices of the updates that were skipped because their loss or gradient was not finite.
     """
 
@@ -38,7 +39,9 @@ class History:
                     at.setdefault(name, []).append(int(row["update"]))
                     value.setdefault(name, []).append(number)
         columns = {f"{name}/at": torch.tensor(updates, dtype=torch.int64) for name, updates in at.items()}
-        return columns | {f"{name}/value": torch.tensor(numbers, dtype=torch.float64) for name, numbers in value.items()}
+        return columns | {
+            f"{name}/value": torch.tensor(numbers, dtype=torch.float64) for name, numbers in value.items()
+        }
 
     @classmethod
     def from_tensors(cls, columns: Mapping[str, Tensor], skipped: list[int]) -> "History":

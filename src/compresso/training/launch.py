@@ -1,9 +1,9 @@
 """How many processes there are and how they agree: a thin layer over accelerate.
 
-Accelerate decides from the environment that `accelerate launch` or `torchrun` set: one process, DDP, or FSDP 2. Whatever it would
-do differently from what the training loop was tested with (FSDP 1, DeepSpeed, sharding on CPUs, which accelerate ignores) is
-refused here. Mixed precision is not left to accelerate: it would rewrite the objective's `forward` for good, and under FSDP cast
-the gates themselves to bf16; the loop opens `torch.autocast` instead.
+Accelerate decides from the environment that `accelerate launch` or `torchrun` set: one process, DDP, or FSDP 2.
+Whatever it would do differently from what the training loop was tested with (FSDP 1, DeepSpeed, sharding on CPUs, which
+accelerate ignores) is refused here. Mixed precision is not left to accelerate: it would rewrite the objective's
+`forward` for good, and under FSDP cast the gates themselves to bf16; the loop opens `torch.autocast` instead.
 """
 
 import os
@@ -36,7 +36,8 @@ def new_accelerator(device: torch.device) -> Accelerator:
     remembered = {"_mixed_precision": "no", **PartialState._shared_state, **AcceleratorState._shared_state}
     alone = remembered.get("num_processes") == 1
     if alone and (remembered["device"].type != device.type or remembered["_mixed_precision"] != "no"):
-        # accelerate remembers the settings of its first use in this process; an earlier run on another device must not decide for this one
+        # accelerate remembers the settings of its first use in this process; an earlier run on another device must not
+        # decide for this one
         AcceleratorState._reset_state(reset_partial_state=True)
     if device.index is not None and processes() == 1:
         torch.cuda.set_device(device)
@@ -50,11 +51,14 @@ def _refuse_untested(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind not in _SUPPORTED:
         raise ResourceError(
-            f"launched as {kind.value}, which is not supported; launch with DDP (--multi_gpu), or FSDP 2 (--use_fsdp --fsdp_version 2)"
+            f"launched as {kind.value}, which is not supported; launch with DDP (--multi_gpu), or FSDP 2 (--use_fsdp"
+            " --fsdp_version 2)"
         )
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and kind != DistributedType.FSDP:
-        raise ResourceError("FSDP was asked for, but accelerate shards on GPUs only and would train unsharded here; drop --use_fsdp")
+        raise ResourceError(
+            "FSDP was asked for, but accelerate shards on GPUs only and would train unsharded here; drop --use_fsdp"
+        )
     if kind == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ResourceError("FSDP 1 flattens parameters of different groups together; launch with --fsdp_version 2")
@@ -74,7 +78,9 @@ def prepare(accelerator: Accelerator, objective: nn.Module, optimizer: torch.opt
 
 
 def summed(accelerator: Accelerator, numbers: Mapping[str, Tensor]) -> dict[str, float]:
-    """The sums over all processes of scalars, in float64; the same names in every process. One transfer, one wait for the device."""
+    """The sums over all processes of scalars, in float64; the same names in every process. One transfer, one wait for
+    the device.
+    """
     vector = torch.stack([n.detach().to(accelerator.device, torch.float64) for n in numbers.values()])
     sums: Tensor = accelerator.reduce(vector, "sum")  # pyright: ignore[reportAssignmentType]
     return dict(zip(numbers, sums.tolist(), strict=True))

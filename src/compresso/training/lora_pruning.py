@@ -1,8 +1,8 @@
 """LoRA tuning while units are scored by adapter gradients and masked for good (LoRAPrune, arXiv 2305.18403).
 
-Scores and masks are one number a unit each, kept as buffers, so that training checkpoints carry them and a resumed run prunes as the
-uninterrupted one. Gradients are read after the backward passes of an update, averaged over micro-batches and processes, unscaled and before
-they are clipped.
+Scores and masks are one number a unit each, kept as buffers, so that training checkpoints carry them and a resumed run
+prunes as the uninterrupted one. Gradients are read after the backward passes of an update, averaged over micro-batches
+and processes, unscaled and before they are clipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,12 @@ class PruningObjective(nn.Module):
     """1 for each unit that is left, 0 for each that is gone [units], float32."""
 
     def __init__(
-        self, model: PeftModel, axes: Sequence[Axis], weights: Mapping[str, Tensor], choose: Choose, momentum: float = 0.9
+        self,
+        model: PeftModel,
+        axes: Sequence[Axis],
+        weights: Mapping[str, Tensor],
+        choose: Choose,
+        momentum: float = 0.9,
     ) -> None:
         """Raises ValueError if an axis has no adapter."""
         super().__init__()
@@ -52,7 +57,8 @@ class PruningObjective(nn.Module):
         for axis in self.axes:
             if not any(piece.param in adapted for piece in axis.slices):
                 raise ValueError(
-                    f"no linear of {axis.name} has an adapter, so LoRA gradients say nothing of its units; add its linears to targets"
+                    f"no linear of {axis.name} has an adapter, so LoRA gradients say nothing of its units; add its"
+                    " linears to targets"
                 )
         self.register_buffer("score", torch.zeros(self._flat.units, dtype=torch.float64))
         self.register_buffer("mask", torch.ones(self._flat.units))

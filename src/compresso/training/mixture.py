@@ -1,7 +1,8 @@
-"""Training on several sources whose shares follow where a model has lost most (LoRAShear, arXiv 2310.18356, dynamic knowledge recovery).
+"""Training on several sources whose shares follow where a model has lost most (LoRAShear, arXiv 2310.18356, dynamic
+knowledge recovery).
 
-The shares are a buffer of the objective, so that checkpoints carry them; which examples an update sees is a function of them and of
-(seed, update, position), so a resumed run draws what the interrupted one would have drawn.
+The shares are a buffer of the objective, so that checkpoints carry them; which examples an update sees is a function of
+them and of (seed, update, position), so a resumed run draws what the interrupted one would have drawn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ class MixedObjective(LanguageObjective):
 
 
 def shares(lost: Tensor, taking_part: Tensor, rows: Tensor) -> Tensor:
-    """The share of each source in an update [sources], float64, sum 1: in proportion to what was lost, where anything was.
+    """The share of each source in an update [sources], float64, sum 1: in proportion to what was lost, where anything
+    was.
 
     Args:
         lost: rise of the loss on each source [sources]; below 0 counts as 0.
@@ -62,7 +64,13 @@ class MixedBatches:
         seed: int,
         shares: Callable[[int], Tensor],
     ) -> None:
-        self._sources, self._global_batch, self._collate, self._seed, self._shares = sources, global_batch, collate, seed, shares
+        self._sources, self._global_batch, self._collate, self._seed, self._shares = (
+            sources,
+            global_batch,
+            collate,
+            seed,
+            shares,
+        )
 
     @property
     def global_batch(self) -> int:
@@ -84,4 +92,8 @@ class MixedBatches:
 
 def logged(shares: Tensor, lost: Tensor) -> Mapping[str, float]:
     """Shares and losses by the number of their source, to log."""
-    return {f"{name}_{i}": float(value) for name, values in (("share", shares), ("lost", lost)) for i, value in enumerate(values)}
+    return {
+        f"{name}_{i}": float(value)
+        for name, values in (("share", shares), ("lost", lost))
+        for i, value in enumerate(values)
+    }

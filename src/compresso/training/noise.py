@@ -1,8 +1,8 @@
 """Random numbers that depend on where a run stands and on nothing else.
 
-Every draw of a training run is a function of (seed, update, ...). No generator lives from one update to the next, so there is no
-state to save, a resumed run draws what the interrupted one would have drawn, all processes draw the same, and nobody's use of
-torch's global generator can shift the sequence.
+Every draw of a training run is a function of (seed, update, ...). No generator lives from one update to the next, so
+there is no state to save, a resumed run draws what the interrupted one would have drawn, all processes draw the same,
+and nobody's use of torch's global generator can shift the sequence.
 """
 
 import hashlib
@@ -27,7 +27,9 @@ def _generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(mixed_seed(*parts))
 
 
-def gate_noise(seed: int, update: int, n_gates: int, rows: range | None = None, device: torch.device | str = "cpu") -> Tensor:
+def gate_noise(
+    seed: int, update: int, n_gates: int, rows: range | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
     """Uniform noise for the hard-concrete gates of one update, in [EDGE, 1 - EDGE], float32.
 
     It is drawn on the CPU and then moved, so that every device sees the same gates.
@@ -36,8 +38,8 @@ def gate_noise(seed: int, update: int, n_gates: int, rows: range | None = None, 
         seed: the run's seed.
         update: index of the update; all its micro-batches and processes share it.
         n_gates: gates in all.
-        rows: None for one draw that the whole global batch shares; positions within the global batch (`Micro.rows`) for one draw
-            per example. The draw of an example depends on its position alone, not on how the batch is split.
+        rows: None for one draw that the whole global batch shares; positions within the global batch (`Micro.rows`) for
+            one draw per example. The draw of an example depends on its position alone, not on how the batch is split.
         device: where the result goes.
 
     Returns:

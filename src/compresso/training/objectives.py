@@ -1,6 +1,8 @@
-"""What training minimises: the language-model loss alone, or with learned gates under a budget (Compresso, arXiv 2310.05015, section 3.2).
+"""What training minimises: the language-model loss alone, or with learned gates under a budget (Compresso, arXiv
+2310.05015, section 3.2).
 
-An objective is one module that owns the model and everything else that learns, so that every gradient is reduced over processes.
+An objective is one module that owns the model and everything else that learns, so that every gradient is reduced over
+processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -78,9 +80,10 @@ class GatedObjective(nn.Module):
         use_lagrangian: False where the budget is held by projection instead.
         noise: "batch": one draw an update, shared by its micro-batches and processes; "example": one draw an example.
         seed: of the noise.
-        cost_aware: subtract from each gate's gradient its cost at the model's mean price, so that under projection a gate rises only if it
-            is worth more than its parameters.
-        layer_gates: axis kinds' layers that share one on/off gate: "none", "layer" (attention and FFN together) or "sublayer".
+        cost_aware: subtract from each gate's gradient its cost at the model's mean price, so that under projection a
+            gate rises only if it is worth more than its parameters.
+        layer_gates: axis kinds' layers that share one on/off gate: "none", "layer" (attention and FFN together) or
+            "sublayer".
     """
 
     def __init__(
@@ -107,13 +110,17 @@ class GatedObjective(nn.Module):
         self._layer_gate_of = _layer_gates(gates, layer_gates)  # axis name -> index of its layer gate
         count = len(set(self._layer_gate_of.values()))
         # mean -10: "pruning is off in this layer"; a gate that opens switches its unit masks on
-        self.layer_alpha = nn.Parameter(torch.full((count,), -10.0).clamp(min=hard_concrete.LOG_ALPHA_LOW)) if count else None
+        self.layer_alpha = (
+            nn.Parameter(torch.full((count,), -10.0).clamp(min=hard_concrete.LOG_ALPHA_LOW)) if count else None
+        )
         self._sites: GateSites | None = None
         if cost_aware:
             self.gates.log_alpha.register_post_accumulate_grad_hook(self._charge_)
 
     def _charge_(self, log_alpha: Tensor) -> None:
-        """Take the mean price per parameter off the gradient: linear in it, so micro-batches and processes may be averaged afterwards."""
+        """Take the mean price per parameter off the gradient: linear in it, so micro-batches and processes may be
+        averaged afterwards.
+        """
         if log_alpha.grad is not None:
             with torch.enable_grad():
                 sparsity = self.constraint.sparsity(self.gates.keep_probabilities())
@@ -151,7 +158,9 @@ class GatedObjective(nn.Module):
             return {"loss": language_loss(self.model, batch)}
         rows = micro.rows if self.noise == "example" else None
         n_layer_gates = 0 if self.layer_alpha is None else len(self.layer_alpha)
-        u = gate_noise(self.seed, micro.update, len(self.gates) + n_layer_gates, rows, device=self.gates.log_alpha.device)
+        u = gate_noise(
+            self.seed, micro.update, len(self.gates) + n_layer_gates, rows, device=self.gates.log_alpha.device
+        )
         masks = self.gates.sample(u[..., : len(self.gates)])
         if self.layer_alpha is not None:
             masks = self._switched(masks, hard_concrete.sample(self.layer_alpha, u[..., len(self.gates) :]))
@@ -164,13 +173,20 @@ class GatedObjective(nn.Module):
             for term, gap in enumerate(self.constraint.gaps(probabilities, progress)):
                 loss = loss + lagrangian(gap, 0.0, self.lambda1[term], self.lambda2[term]).mean().to(loss.dtype)
         target = torch.tensor(self.constraint.target(progress))
-        return {"loss": loss, "language": language.detach(), "sparsity": self.constraint.sparsity(probabilities).detach(), "target": target}
+        return {
+            "loss": loss,
+            "language": language.detach(),
+            "sparsity": self.constraint.sparsity(probabilities).detach(),
+            "target": target,
+        }
 
     def keep_probabilities(self) -> dict[str, Tensor]:
         """P(unit stays) by axis, with layer gates worked in."""
         probabilities = self.gates.keep_probabilities()
         return (
-            probabilities if self.layer_alpha is None else self._switched(probabilities, hard_concrete.keep_probability(self.layer_alpha))
+            probabilities
+            if self.layer_alpha is None
+            else self._switched(probabilities, hard_concrete.keep_probability(self.layer_alpha))
         )
 
     @torch.no_grad()
@@ -199,12 +215,16 @@ class GatedObjective(nn.Module):
             return values
         switched = hard_concrete.keep_probability(self.layer_alpha.detach()) >= 0.5
         dense = {name for name, index in self._layer_gate_of.items() if not bool(switched[index])}
-        return {name: torch.full_like(value, _SURELY_OPEN) if name in dense else value for name, value in values.items()}
+        return {
+            name: torch.full_like(value, _SURELY_OPEN) if name in dense else value for name, value in values.items()
+        }
 
     def _switched(self, masks: Mapping[str, Tensor], switch: Tensor) -> dict[str, Tensor]:
         """Masks in effect where layer gates [..., n] switch pruning on; axes without a layer gate are unchanged."""
         return {
-            name: effective_mask(mask, switch[..., self._layer_gate_of[name]].unsqueeze(-1)) if name in self._layer_gate_of else mask
+            name: effective_mask(mask, switch[..., self._layer_gate_of[name]].unsqueeze(-1))
+            if name in self._layer_gate_of
+            else mask
             for name, mask in masks.items()
         }
 

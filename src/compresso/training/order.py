@@ -1,9 +1,9 @@
 """Which examples an update sees: a function of (seed, update), the same however the work is split.
 
-The examples form one endless stream: a permutation of the dataset, then another one, and so on. Update u owns the B positions
-from u * B on, where B is the global batch; the end of an epoch is no border, so every batch is full. Processes and micro-batches
-share out those B rows, therefore N processes with A micro-batches each see exactly what one process with N * A sees, and the number
-of finished updates is the whole data cursor.
+The examples form one endless stream: a permutation of the dataset, then another one, and so on. Update u owns the B
+positions from u * B on, where B is the global batch; the end of an epoch is no border, so every batch is full.
+Processes and micro-batches share out those B rows, therefore N processes with A micro-batches each see exactly what one
+process with N * A sees, and the number of finished updates is the whole data cursor.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,8 @@ class Micro:
 
     Args:
         update: index of the update, from 0.
-        slot: index of this micro-batch among all of the update, `micro * processes + rank`, in 0 .. accumulation * processes - 1.
+        slot: index of this micro-batch among all of the update, `micro * processes + rank`, in 0 .. accumulation *
+            processes - 1.
         rows: positions of its examples within the update's global batch.
     """
 
@@ -59,9 +60,13 @@ class ShuffledBatches:
         DataError: the dataset is empty.
     """
 
-    def __init__(self, dataset: Sequence[Any], global_batch: int, collate: Callable[[list[Any]], dict[str, Tensor]], seed: int) -> None:
+    def __init__(
+        self, dataset: Sequence[Any], global_batch: int, collate: Callable[[list[Any]], dict[str, Tensor]], seed: int
+    ) -> None:
         if len(dataset) == 0:
-            raise DataError("the training data holds 0 examples, at least 1 is needed; check the path, the format and the filters")
+            raise DataError(
+                "the training data holds 0 examples, at least 1 is needed; check the path, the format and the filters"
+            )
         if global_batch < 1:
             raise DataError(f"global_batch={global_batch}, at least 1 example an update is needed")
         self._dataset = dataset
@@ -105,8 +110,8 @@ def micros_of(update: int, global_batch: int, accumulation: int, rank: int, proc
     slots = accumulation * processes
     if accumulation < 1 or global_batch % slots:
         raise CompressoError(
-            f"a global batch of {global_batch} cannot be split over {processes} processes x {accumulation} micro-batches; "
-            f"choose a multiple of {max(slots, 1)}, or another accumulation"
+            f"a global batch of {global_batch} cannot be split over {processes} processes x {accumulation}"
+            f" micro-batches; choose a multiple of {max(slots, 1)}, or another accumulation"
         )
     size = global_batch // slots
     taken = [micro * processes + rank for micro in range(accumulation)]

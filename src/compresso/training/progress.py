@@ -1,6 +1,7 @@
 """What a person sees while a model trains: a live bar on a terminal, plain lines elsewhere, or nothing.
 
-Lines are chosen where the output is no terminal, where NO_COLOR is set, and on dumb terminals. Only the main process gets a display.
+Lines are chosen where the output is no terminal, where NO_COLOR is set, and on dumb terminals. Only the main process
+gets a display.
 """
 
 import os
@@ -82,7 +83,9 @@ class Progress:
     def _facts(self, facts: Mapping[str, float]) -> str:
         parts = [f"loss {facts['loss']:.4f}"] if "loss" in facts else []
         if "sparsity" in facts:
-            parts.append(f"sparsity {facts['sparsity']:.4f}" + (f" of {facts['target']:.4f}" if "target" in facts else ""))
+            parts.append(
+                f"sparsity {facts['sparsity']:.4f}" + (f" of {facts['target']:.4f}" if "target" in facts else "")
+            )
         parts.append(f"{self._tokens / self._seconds():,.0f} tokens/s")
         return "  ".join(parts)
 

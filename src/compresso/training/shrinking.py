@@ -1,8 +1,8 @@
 """LoRA tuning while chosen units shrink to exactly zero (HESSO's schedule; LoRAShear, arXiv 2310.18356).
 
-A unit is scaled as a whole, base entries and adapter entries together, by one number that multiplies it where its axis has gates. The base
-stays as it was read, so the state of a run is the adapters, this number and the period in which each unit was chosen: a few bytes a unit,
-kept as buffers, so that training checkpoints carry them.
+A unit is scaled as a whole, base entries and adapter entries together, by one number that multiplies it where its axis
+has gates. The base stays as it was read, so the state of a run is the adapters, this number and the period in which
+each unit was chosen: a few bytes a unit, kept as buffers, so that training checkpoints carry them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,9 @@ from compresso.training.objectives import language_loss
 from compresso.training.order import Micro
 
 Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""(period from 1, scores [size], units gone [size] bool) -> masks [size], 0 for each unit that is to be gone after that period."""
+"""(period from 1, scores [size], units gone [size] bool) -> masks [size], 0 for each unit that is to be gone after that
+period.
+"""
 
 
 class ShrinkingObjective(nn.Module):
@@ -97,12 +99,16 @@ class ShrinkingObjective(nn.Module):
     def shrink_(self, update: int) -> dict[str, float]:
         """Choose and shrink after an update; returns the number of units at zero and the mean scale, to log.
 
-        Nothing is lost with an update that was skipped: its period chooses at the next one, and units of past periods are zero in any case.
+        Nothing is lost with an update that was skipped: its period chooses at the next one, and units of past periods
+        are zero in any case.
         """
         step = update - self.starts
         if step < 0:
             return {"at_zero": 0.0, "mean_scale": 1.0}
-        period, t = min(step // self.length, self.periods), step % self.length  # periods that are over; step of the running one
+        period, t = (
+            min(step // self.length, self.periods),
+            step % self.length,
+        )  # periods that are over; step of the running one
         if (period < self.periods and t > 0) or int(self.chosen) < period:
             self._choose_(min(period + (t > 0), self.periods))
         if period < self.periods and t > 0:
@@ -112,7 +118,9 @@ class ShrinkingObjective(nn.Module):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """1 for each unit that stays and 0 for each that is zero: axis name -> [size]. RuntimeError if a unit is neither."""
+        """1 for each unit that stays and 0 for each that is zero: axis name -> [size]. RuntimeError if a unit is
+        neither.
+        """
         if not bool(((self.scale == 0) | (self.scale == 1)).all()):
             raise RuntimeError("units are still shrinking; masks are read after the last period")
         return {name: scale.cpu().clone() for name, scale in self._flat.split(self.scale).items()}
@@ -131,7 +139,9 @@ class ShrinkingObjective(nn.Module):
         old, trial = self.scale, torch.where(self.turn == period, self.scale * factor, self.scale)
         inner, squared = torch.ones_like(old), torch.ones_like(old)
         shrinking, before, after = self._flat.split((trial != old) & (old > 0)), self._before[1], self._added()
-        for axis, of_axis, size in zip(self.axes, self._flat.split(inner).values(), self._flat.split(squared).values(), strict=True):
+        for axis, of_axis, size in zip(
+            self.axes, self._flat.split(inner).values(), self._flat.split(squared).values(), strict=True
+        ):
             if bool(shrinking[axis.name].any()):
                 was, now = self._with_base(before), self._with_base(after)
                 of_axis.copy_(unit_products(axis, now, was))
@@ -142,7 +152,8 @@ class ShrinkingObjective(nn.Module):
     def _added(self, copied: bool = False) -> Part:
         """What the adapters add to each weight, as they are now or, copied, as they stay."""
         factors = {
-            name: (b.clone(), a.clone(), scale) if copied else (b, a, scale) for name, (b, a, scale) in adapter_factors(self.model).items()
+            name: (b.clone(), a.clone(), scale) if copied else (b, a, scale)
+            for name, (b, a, scale) in adapter_factors(self.model).items()
         }
 
         def added(name: str) -> Tensor | None:

@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupted(SystemExit):
     """A run stopped by a signal after it saved its state.
 
-    Uncaught, it ends the process with the usual exit code (130 or 143) and no traceback. It is a SystemExit and not a CompressoError,
-    so that code which reports errors and goes on does not swallow it.
+    Uncaught, it ends the process with the usual exit code (130 or 143) and no traceback. It is a SystemExit and not a
+    CompressoError, so that code which reports errors and goes on does not swallow it.
     """
 
     def __init__(self, number: signal.Signals, saved: str | None) -> None:
@@ -25,7 +25,9 @@ class Interrupted(SystemExit):
         self.saved = saved
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal.name}; " + (f"continue from {self.saved}" if self.saved else "nothing was saved")
+        return f"stopped by {self.signal.name}; " + (
+            f"continue from {self.saved}" if self.saved else "nothing was saved"
+        )
 
 
 class Requests:
@@ -46,7 +48,9 @@ def asked(sums: Mapping[str, float]) -> signal.Signals | None:
 
 @contextmanager
 def noted_signals() -> Iterator[Requests]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one acts as it did before. Other threads leave signals alone."""
+    """Note SIGINT and SIGTERM instead of dying of them; a second one acts as it did before. Other threads leave signals
+    alone.
+    """
     requests = Requests()
     if threading.current_thread() is not threading.main_thread():
         yield requests

@@ -1,8 +1,8 @@
 """What changes while a model trains, as plain named tensors: trainable parameters, persistent buffers, optimizer state.
 
-Frozen weights are not part of it: they are the input of the run, and reading them again is cheaper than writing them. Sharded
-parameters (FSDP) are gathered to whole tensors on the way out and cut up again on the way in, so a state does not depend on how
-many processes made it.
+Frozen weights are not part of it: they are the input of the run, and reading them again is cheaper than writing them.
+Sharded parameters (FSDP) are gathered to whole tensors on the way out and cut up again on the way in, so a state does
+not depend on how many processes made it.
 """
 
 from collections.abc import Mapping
@@ -60,12 +60,14 @@ def restore_(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappi
     if found != wanted.keys():
         odd = sorted(found ^ wanted.keys())
         raise ResumeError(
-            f"{len(odd)} tensors are only in the checkpoint or only in the model, the first is {odd[0]}; resume the same model"
+            f"{len(odd)} tensors are only in the checkpoint or only in the model, the first is {odd[0]}; resume the"
+            " same model"
         )
     for name, target in wanted.items():
         if target.shape != tensors[name].shape:
             raise ResumeError(
-                f"{name} is {tuple(tensors[name].shape)} in the checkpoint, {tuple(target.shape)} in the model; resume the same model"
+                f"{name} is {tuple(tensors[name].shape)} in the checkpoint, {tuple(target.shape)} in the model; resume"
+                " the same model"
             )
         target.copy_(_like(tensors[name], target))
     optimizer.state.clear()
@@ -75,7 +77,8 @@ def restore_(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappi
         if state:
             # AdamW keeps its step counts on the CPU, and its moments where and how the parameter lies
             optimizer.state[p] = {
-                key: value.clone() if value.shape != p.shape or key == "step" else _like(value, p) for key, value in state.items()
+                key: value.clone() if value.shape != p.shape or key == "step" else _like(value, p)
+                for key, value in state.items()
             }
 
 

@@ -1,4 +1,6 @@
-"""Laws of the embedded world: the same under a seed, held-out combinations never asked in training, fair and valid items."""
+"""Laws of the embedded world: the same under a seed, held-out combinations never asked in training, fair and valid
+items.
+"""
 
 import hashlib
 import itertools
@@ -22,7 +24,11 @@ N = 400
 
 
 def _fingerprint() -> str:
-    made = [list(world.documents(50, 7)), list(world.instructions(50, 7)), [repr(world.items(task, 20, 7)) for task in world.TASKS]]
+    made = [
+        list(world.documents(50, 7)),
+        list(world.instructions(50, 7)),
+        [repr(world.items(task, 20, 7)) for task in world.TASKS],
+    ]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
@@ -66,7 +72,9 @@ def test_held_out_pairs_are_in_no_wording_of_the_training_instructions():
         creatures, objects = sorted(words & set(facts.CREATURES)), words & set(facts.OBJECTS)
         if len(creatures) == 1:
             phrase = record["output"].removeprefix("It ").removesuffix(".")
-            known = [a.name for a in facts.ATTRIBUTES if a.phrase.format(v=facts.CREATURES[creatures[0]][a.name]) == phrase]
+            known = [
+                a.name for a in facts.ATTRIBUTES if a.phrase.format(v=facts.CREATURES[creatures[0]][a.name]) == phrase
+            ]
             assert len(known) == 1
             assert not held_out("fact", f"{creatures[0]} {known[0]}")
         elif len(creatures) == 2:
@@ -138,7 +146,9 @@ def test_right_answers_are_right_by_another_way():
         assert item.choices[item.answer] == f"The count is {n_animals}."
     for item in world.items("boolean", 50, 31):
         python = " ".join(
-            {"right": "True", "sure": "True", "yes": "True", "true": "True"}.get(word, word if word in ("and", "or", "not") else "False")
+            {"right": "True", "sure": "True", "yes": "True", "true": "True"}.get(
+                word, word if word in ("and", "or", "not") else "False"
+            )
             for word in item.input.removeprefix("Claim: ").split()
         )
         assert item.choices[item.answer] == f"It is {str(eval(python)).lower()}."

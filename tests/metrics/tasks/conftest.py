@@ -25,27 +25,54 @@ def choices_of(n: int, letters: str = "ABCD") -> dict[str, list[str]]:
 
 def story(n: int) -> dict[str, Any]:
     sentences = {f"input_sentence_{i}": f"{stem} {n}." for i, stem in enumerate(STEMS[:4], 1)}
-    return {**sentences, "sentence_quiz1": "It ended well.", "sentence_quiz2": "It ended.", "answer_right_ending": n % 2 + 1}
+    return {
+        **sentences,
+        "sentence_quiz1": "It ended well.",
+        "sentence_quiz2": "It ended.",
+        "answer_right_ending": n % 2 + 1,
+    }
 
 
 MADE_UP: dict[str, Rows] = {
     "piqa_validation": [
-        {"goal": f"{stem} fix", "sol1": f"glue {stem}", "sol2": "use water", "label": n % 2} for n, stem in enumerate(STEMS)
-    ],
-    "hellaswag_validation_1000": [
-        {"activity_label": "Mending", "ctx_a": s, "ctx_b": "then he", "ctx": "", "endings": list(ENDINGS), "label": "2"} for s in STEMS
-    ],
-    "winogrande_xl_validation": [
-        {"sentence": f"{stem} hid from Ann because _ was late.", "option1": "Ann", "option2": "Bo", "answer": str(n % 2 + 1)}
+        {"goal": f"{stem} fix", "sol1": f"glue {stem}", "sol2": "use water", "label": n % 2}
         for n, stem in enumerate(STEMS)
     ],
-    "arc_easy_test": [{"id": str(n), "question": f"{stem}?", "choices": choices_of(n), "answerKey": "C"} for n, stem in enumerate(STEMS)],
-    "arc_challenge_test": [{"id": str(n), "question": s, "choices": choices_of(n, "ABC"), "answerKey": "B"} for n, s in enumerate(STEMS)],
-    "openbookqa_test": [{"id": str(n), "question_stem": s, "choices": choices_of(n), "answerKey": "D"} for n, s in enumerate(STEMS)],
+    "hellaswag_validation_1000": [
+        {"activity_label": "Mending", "ctx_a": s, "ctx_b": "then he", "ctx": "", "endings": list(ENDINGS), "label": "2"}
+        for s in STEMS
+    ],
+    "winogrande_xl_validation": [
+        {
+            "sentence": f"{stem} hid from Ann because _ was late.",
+            "option1": "Ann",
+            "option2": "Bo",
+            "answer": str(n % 2 + 1),
+        }
+        for n, stem in enumerate(STEMS)
+    ],
+    "arc_easy_test": [
+        {"id": str(n), "question": f"{stem}?", "choices": choices_of(n), "answerKey": "C"}
+        for n, stem in enumerate(STEMS)
+    ],
+    "arc_challenge_test": [
+        {"id": str(n), "question": s, "choices": choices_of(n, "ABC"), "answerKey": "B"} for n, s in enumerate(STEMS)
+    ],
+    "openbookqa_test": [
+        {"id": str(n), "question_stem": s, "choices": choices_of(n), "answerKey": "D"} for n, s in enumerate(STEMS)
+    ],
     "storycloze_2018_validation": [story(n) for n in range(3)],
-    "boolq_validation_2000": [{"question": f"is {s} red", "passage": f"{s} -- {s} is.", "label": n % 2} for n, s in enumerate(STEMS)],
+    "boolq_validation_2000": [
+        {"question": f"is {s} red", "passage": f"{s} -- {s} is.", "label": n % 2} for n, s in enumerate(STEMS)
+    ],
     "race_high_500": [
-        {"example_id": "x", "article": f"{s}\nis 'old'.", "question": f"{s} is  _  .", "options": list(OPTIONS), "answer": "B"}
+        {
+            "example_id": "x",
+            "article": f"{s}\nis 'old'.",
+            "question": f"{s} is  _  .",
+            "options": list(OPTIONS),
+            "answer": "B",
+        }
         for s in STEMS
     ],
     "mmlu_dev": [
@@ -58,7 +85,11 @@ MADE_UP: dict[str, Rows] = {
         for n, stem in enumerate(STEMS)
         for subject in ("anatomy", "virology", "anatomy")
     ],
-    "bbh": [{"task": task, "input": f"{s} is", "target": "True"} for s in STEMS for task in ("boolean_expressions", "navigate")],
+    "bbh": [
+        {"task": task, "input": f"{s} is", "target": "True"}
+        for s in STEMS
+        for task in ("boolean_expressions", "navigate")
+    ],
 }
 
 

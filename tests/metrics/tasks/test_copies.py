@@ -1,4 +1,6 @@
-"""Local files against the hub: the harness's own YAML on rows in the hub's form builds the same requests, item by item."""
+"""Local files against the hub: the harness's own YAML on rows in the hub's form builds the same requests,
+item by item.
+"""
 
 import ast
 import gzip
@@ -33,7 +35,9 @@ def rows_of(root: Path, file: str) -> list[dict[str, Any]]:
 
 
 def as_on_the_hub(name: str, root: Path, bench: Bench) -> datasets.DatasetDict:
-    """All splits that the harness's YAML opens, rows in the form of the hub; splits that are only opened get the same rows."""
+    """All splits that the harness's YAML opens, rows in the form of the hub; splits that are only opened get the same
+    rows.
+    """
     assert bench.copy is not None
     splits: dict[str, list[dict[str, Any]]] = {}
     for split, file in bench.copy.files.items():
@@ -41,14 +45,22 @@ def as_on_the_hub(name: str, root: Path, bench: Bench) -> datasets.DatasetDict:
         if name.startswith("mmlu_"):
             rows = [row for row in rows if row["subject"] == name.removeprefix("mmlu_")]
         if name.startswith("bbh_"):
-            rows = [{"input": row["input"], "target": row["target"]} for row in rows if row["task"] == name.removeprefix("bbh_")]
+            rows = [
+                {"input": row["input"], "target": row["target"]}
+                for row in rows
+                if row["task"] == name.removeprefix("bbh_")
+            ]
         if name == "race":
-            problems = [[{"question": row["question"], "answer": row["answer"], "options": row["options"]}] for row in rows]
+            problems = [
+                [{"question": row["question"], "answer": row["answer"], "options": row["options"]}] for row in rows
+            ]
             rows = [{"article": row["article"], "problems": str(one)} for row, one in zip(rows, problems, strict=True)]
             assert ast.literal_eval(rows[0]["problems"]) == problems[0]
         splits[split] = rows
     evaluated = splits.get("test") or splits["validation"]
-    return datasets.DatasetDict({s: datasets.Dataset.from_list(splits.get(s, evaluated)) for s in ("train", "validation", "test", "dev")})
+    return datasets.DatasetDict(
+        {s: datasets.Dataset.from_list(splits.get(s, evaluated)) for s in ("train", "validation", "test", "dev")}
+    )
 
 
 def original(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -68,7 +80,9 @@ def original(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def requests(task: Any, validation: bool) -> Iterator[tuple[object, ...]]:
-    """Everything that a request and its scoring are made of; storycloze has a test split on the hub, but no answers in it."""
+    """Everything that a request and its scoring are made of; storycloze has a test split on the hub, but no answers in
+    it.
+    """
     if validation:
         task.config.test_split = None
     task.build_all_requests()
@@ -105,7 +119,9 @@ def test_the_made_up_rows_would_show_a_difference(made_up: Path, monkeypatch: py
     """The comparison can fail: another row gives another request."""
     (ready,) = prepare("piqa", data_root=made_up)[0].tasks
     task = original("piqa", made_up, monkeypatch)
-    task.task_docs = task.dataset["validation"] = task.dataset["validation"].map(lambda row: {"goal": row["goal"] + "!"})
+    task.task_docs = task.dataset["validation"] = task.dataset["validation"].map(
+        lambda row: {"goal": row["goal"] + "!"}
+    )
     assert list(requests(task, False)) != list(requests(ready.task, False))
 
 

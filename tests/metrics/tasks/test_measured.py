@@ -1,4 +1,6 @@
-"""Measurements of tasks: planted answers, agreement with compresso's own choice accuracy, and what the protocol must say."""
+"""Measurements of tasks: planted answers, agreement with compresso's own choice accuracy, and what the protocol must
+say.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,17 @@ def likelihood(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, cont
     return sum(chances[place - 1, whole[place]].item() for place in range(len(head), len(whole)))
 
 
-def test_a_planted_answer_is_right_and_its_contrary_wrong(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_planted_answer_is_right_and_its_contrary_wrong(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     """The label is what the model itself prefers, by sum (acc) or by sum over characters (acc_norm)."""
     model = new_model()
     rows = [dict(row) for row in MADE_UP["piqa_validation"]]
     for row in rows:
-        totals = [likelihood(model, tokenizer, f"Question: {row['goal']}\nAnswer:", f" {row[way]}") for way in ("sol1", "sol2")]
+        totals = [
+            likelihood(model, tokenizer, f"Question: {row['goal']}\nAnswer:", f" {row[way]}")
+            for way in ("sol1", "sol2")
+        ]
         row["label"] = totals.index(max(totals))
     write_rows(tmp_path, "piqa_validation", rows)
     found = named(task_measurements(model, tokenizer, "piqa", data_root=str(tmp_path)))
@@ -46,7 +53,9 @@ def test_a_planted_answer_is_right_and_its_contrary_wrong(new_model: NewModel, t
 
 
 def test_the_world_agrees_with_choice_accuracy() -> None:
-    """On the same items; the harness tokenises a choice together with what stands before it, which this tokenizer does not merge."""
+    """On the same items; the harness tokenises a choice together with what stands before it, which this tokenizer does
+    not merge.
+    """
     loaded = compresso.load(nano.path())
     assert loaded.tokenizer is not None
     n = 12
@@ -63,7 +72,9 @@ def test_the_world_agrees_with_choice_accuracy() -> None:
 
 def test_the_protocol_says_how(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path) -> None:
     prompt = collaborative_prompt(with_input=False)
-    (one,) = task_measurements(new_model(), tokenizer, "boolq", prompt=prompt, data_root=str(made_up), limit=2, batch_size=3)
+    (one,) = task_measurements(
+        new_model(), tokenizer, "boolq", prompt=prompt, data_root=str(made_up), limit=2, batch_size=3
+    )
     protocol = one.protocol
     assert one.name == "boolq/acc"
     assert (one.unit, one.how, one.n, one.seed) == ("share", "measured", 2, None)
@@ -87,7 +98,9 @@ def test_the_protocol_says_how(new_model: NewModel, tokenizer: PreTrainedTokeniz
     }
 
 
-def test_prepared_tasks_serve_with_and_without_the_prompt(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path) -> None:
+def test_prepared_tasks_serve_with_and_without_the_prompt(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path
+) -> None:
     model = new_model()
     ready = prepare(["commonsense", "boolq"], data_root=made_up)
     on = task_measurements(model, tokenizer, ready, prompt=collaborative_prompt(with_input=False))
@@ -107,7 +120,12 @@ def test_prepared_tasks_serve_with_and_without_the_prompt(new_model: NewModel, t
 
 @pytest.mark.parametrize(("answer", "right"), [(" True", 1), ("True", 1), (" False", 0), (" True or so", 0)])
 def test_a_generated_answer_counts_with_and_without_the_space_before_it(
-    answer: str, right: int, new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str,
+    right: int,
+    new_model: NewModel,
+    tokenizer: PreTrainedTokenizerBase,
+    made_up: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def generate(self: PromptedLM, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         assert all("max_gen_toks" not in request.args[1] for request in requests)
@@ -121,7 +139,9 @@ def test_a_generated_answer_counts_with_and_without_the_space_before_it(
     assert one.remark is None
 
 
-def test_whole_shots_are_dropped_where_they_do_not_fit(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path) -> None:
+def test_whole_shots_are_dropped_where_they_do_not_fit(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerBase, made_up: Path
+) -> None:
     """The description and the first shots stay; the remark counts."""
     ready = prepare("mmlu_anatomy", data_root=made_up)
     (one,) = task_measurements(new_model(150), tokenizer, ready)
@@ -135,7 +155,9 @@ def test_whole_shots_are_dropped_where_they_do_not_fit(new_model: NewModel, toke
         assert context.startswith("The following are multiple choice questions (with answers) about anatomy.")
         assert all(f"Shot {i} " in context for i in range(n))
         assert len(tokenizer.encode(context)) < 150
-        next_shot = len(tokenizer.encode(context)) + len(tokenizer.encode("Shot 9 of anatomy?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: A\n\n"))
+        next_shot = len(tokenizer.encode(context)) + len(
+            tokenizer.encode("Shot 9 of anatomy?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: A\n\n")
+        )
         assert next_shot > 150 - 3
     (whole,) = task_measurements(new_model(1024), tokenizer, ready)
     assert whole.remark is None
@@ -165,7 +187,8 @@ def test_mmlu_is_the_mean_over_items(
     """Anatomy has twice as many rows as virology; the other subjects have none here."""
     two = ("mmlu_anatomy", "mmlu_virology")
     monkeypatch.setattr(
-        "compresso.metrics.tasks.suites._yamls", lambda folder, _: [Path(f"{name}.yaml") for name in two] if "mmlu" in folder else []
+        "compresso.metrics.tasks.suites._yamls",
+        lambda folder, _: [Path(f"{name}.yaml") for name in two] if "mmlu" in folder else [],
     )
     found = named(task_measurements(new_model(), tokenizer, "mmlu", data_root=str(made_up)))
     assert set(found) == {"mmlu/acc", *(f"{name}/acc" for name in two)}

@@ -1,4 +1,6 @@
-"""The scored window against a plain forward of prompt + context + continuation, and what is cut where these are too long."""
+"""The scored window against a plain forward of prompt + context + continuation, and what is cut where these are too
+long.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,12 @@ from compresso.errors import DataError
 from compresso.metrics.tasks.prompted import PromptedLM
 from compresso.metrics.tasks.quiet import quiet
 
-PAIRS = (("What is red?", " A door."), ("What is red? A lamp is blue.", " Two ropes of the grey door."), ("Rain", " is"), ("", "Rain is"))
+PAIRS = (
+    ("What is red?", " A door."),
+    ("What is red? A lamp is blue.", " Two ropes of the grey door."),
+    ("Rain", " is"),
+    ("", "Rain is"),
+)
 Wrapped = Callable[..., PromptedLM]
 
 
@@ -105,12 +112,16 @@ def test_without_a_prompt_truncation_is_that_of_the_harness_and_is_counted(wrapp
 
 def generated(lm: PromptedLM, *contexts: str, **settings: Any) -> list[str]:
     settings = {"until": ["@@"], "do_sample": False, "max_gen_toks": 6, **settings}
-    requests = [Instance("generate_until", {}, (context, settings), n, ("t", n, 1)) for n, context in enumerate(contexts)]
+    requests = [
+        Instance("generate_until", {}, (context, settings), n, ("t", n, 1)) for n, context in enumerate(contexts)
+    ]
     return lm.generate_until(requests, disable_tqdm=True)
 
 
 @pytest.mark.parametrize("prompt_on", [True, False])
-def test_generation_continues_prompt_and_context(prompt_on: bool, wrapped: Wrapped, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_generation_continues_prompt_and_context(
+    prompt_on: bool, wrapped: Wrapped, tokenizer: PreTrainedTokenizerBase
+) -> None:
     opening = opening_ids(tokenizer) if prompt_on else []
     lm = wrapped(opening, batch=2)
     contexts = ("What is red?", "Rain is")
@@ -130,12 +141,18 @@ def test_generation_continues_prompt_and_context(prompt_on: bool, wrapped: Wrapp
 
 def test_what_cannot_fit_is_refused(wrapped: Wrapped, tokenizer: PreTrainedTokenizerBase) -> None:
     opening = opening_ids(tokenizer)
-    with pytest.raises(DataError, match=rf"prompt has {len(opening)} tokens, the context 64; evaluate with --prompt off"):
+    with pytest.raises(
+        DataError, match=rf"prompt has {len(opening)} tokens, the context 64; evaluate with --prompt off"
+    ):
         wrapped(opening, context=64)
     lm = wrapped(opening[:40], context=64)
-    with pytest.raises(DataError, match=r"context of 64 tokens leaves -76 for a question after 100 new ones and the prompt's 40"):
+    with pytest.raises(
+        DataError, match=r"context of 64 tokens leaves -76 for a question after 100 new ones and the prompt's 40"
+    ):
         generated(lm, "Rain", max_gen_toks=100)
-    with pytest.raises(DataError, match=r"the prompt's 40 tokens and an answer of \d+ tokens do not fit into the model's context of 64"):
+    with pytest.raises(
+        DataError, match=r"the prompt's 40 tokens and an answer of \d+ tokens do not fit into the model's context of 64"
+    ):
         scored(lm, (("Rain", " one two three four" * 30),))
     with pytest.raises(DataError, match=r"leaves 0 for a question after 64 new ones; leave generated tasks"):
         generated(wrapped([], context=64), "Rain", max_gen_toks=64)

@@ -24,7 +24,9 @@ def test_the_environment_names_the_data_root(made_up: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("rooted", [False, True])
-def test_without_files_or_hub_it_ends_at_once_and_names_both(rooted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_files_or_hub_it_ends_at_once_and_names_both(
+    rooted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load_dataset(path: str, name: str | None = None, **_: object) -> Any:
         assert datasets.config.HF_HUB_OFFLINE  # so nothing is tried again and again
         raise ConnectionError("Couldn't reach it")
@@ -35,12 +37,16 @@ def test_without_files_or_hub_it_ends_at_once_and_names_both(rooted: bool, tmp_p
     message = str(found.value)
     assert message.startswith("task 'piqa': data set baber/piqa is not in the local cache, and HF_HUB_OFFLINE is set.")
     wanted = FOLDER / "piqa_validation.jsonl.gz"
-    assert (f"Put {tmp_path / wanted} there" if rooted else f"Give --data-root (or COMPRESSO_DATA) with {wanted},") in message
+    assert (
+        f"Put {tmp_path / wanted} there" if rooted else f"Give --data-root (or COMPRESSO_DATA) with {wanted},"
+    ) in message
     assert len(message.splitlines()) == 1
 
 
 def test_storycloze_is_not_asked_of_the_hub() -> None:
-    with pytest.raises(DataError, match=r"'storycloze' is not on the hub. Give --data-root .*storycloze_2018_validation\.jsonl\.gz"):
+    with pytest.raises(
+        DataError, match=r"'storycloze' is not on the hub. Give --data-root .*storycloze_2018_validation\.jsonl\.gz"
+    ):
         prepare("storycloze")
 
 

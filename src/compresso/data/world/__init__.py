@@ -1,11 +1,12 @@
-"""A small invented world for training and measuring small models, in three views: text, instructions and multiple-choice items.
+"""A small invented world for training and measuring small models, in three views: text, instructions and
+multiple-choice items.
 
     documents     plain text, in which every fact of the world occurs
     instructions  Alpaca-style records, from the training split only
     items         multiple-choice questions, from the held-out split only
 
-Both splits share the facts and the wordings, but no combination (creature and attribute, object and action, set of numbers...) is
-in both. Everything follows from the seed alone, on any machine.
+Both splits share the facts and the wordings, but no combination (creature and attribute, object and action, set of
+numbers...) is in both. Everything follows from the seed alone, on any machine.
 """
 
 import random
@@ -73,7 +74,10 @@ def items(task: str, n: int, seed: int) -> list[Item]:
         if (question.instruction, question.input) in seen:
             idle += 1
             if idle == _IDLE:
-                raise DataError(f"task '{task}' has only about {len(made)} different held-out items, {n} were asked for. Ask for fewer.")
+                raise DataError(
+                    f"task '{task}' has only about {len(made)} different held-out items, {n} were asked for. Ask for"
+                    " fewer."
+                )
             continue
         idle = 0
         seen.add((question.instruction, question.input))

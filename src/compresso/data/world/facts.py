@@ -1,8 +1,8 @@
 """The invented world: who and what there is in it, and what is true of each.
 
-Everything here is a constant: the names are made from syllables and the facts are drawn once, from the fixed `WORLD_SEED`, so
-two installations always hold the same world. Only what is said about it (documents, instructions, items) depends on a seed
-given by the caller. All names begin with a consonant, so "a" is always the right article.
+Everything here is a constant: the names are made from syllables and the facts are drawn once, from the fixed
+`WORLD_SEED`, so two installations always hold the same world. Only what is said about it (documents, instructions,
+items) depends on a seed given by the caller. All names begin with a consonant, so "a" is always the right article.
 """
 
 import random
@@ -14,7 +14,9 @@ N_CREATURES, N_OBJECTS, N_PEOPLE = 144, 80, 80
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that is true of a creature: how it is said (`{v}` is the value), and how it is asked (`{c}` is the creature)."""
+    """One thing that is true of a creature: how it is said (`{v}` is the value), and how it is asked (`{c}` is the
+    creature).
+    """
 
     name: str
     phrase: str
@@ -85,7 +87,13 @@ ATTRIBUTES: tuple[Attribute, ...] = (
 SIZES = ATTRIBUTES[-1].values
 
 ACTIONS = ("drop", "heat", "soak", "bend", "hit", "cut", "freeze", "rub", "burn", "shake")
-PAST = dict(zip(ACTIONS, ("dropped", "heated", "soaked", "bent", "hit", "cut", "froze", "rubbed", "burned", "shook"), strict=True))
+PAST = dict(
+    zip(
+        ACTIONS,
+        ("dropped", "heated", "soaked", "bent", "hit", "cut", "froze", "rubbed", "burned", "shook"),
+        strict=True,
+    )
+)
 # what happens to each material, in the order of ACTIONS
 RESULTS: dict[str, tuple[str, ...]] = {
     "glass": ("shatters", "glows", "shines", "snaps", "shatters", "chips", "cracks", "squeaks", "glows", "rings"),
@@ -97,11 +105,52 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "wood": ("bounces", "smokes", "swells", "snaps", "dents", "splits", "stiffens", "shines", "burns", "rattles"),
     "stone": ("sinks", "steams", "shines", "cracks", "sparks", "chips", "splits", "crumbles", "steams", "rattles"),
     "paper": ("floats", "curls", "tears", "folds", "tears", "frays", "curls", "smears", "burns", "rustles"),
-    "gum": ("bounces", "softens", "swells", "stretches", "bounces", "stretches", "snaps", "squeaks", "stinks", "wobbles"),
+    "gum": (
+        "bounces",
+        "softens",
+        "swells",
+        "stretches",
+        "bounces",
+        "stretches",
+        "snaps",
+        "squeaks",
+        "stinks",
+        "wobbles",
+    ),
 }
 
-PLACES = ("mill", "bridge", "market", "tower", "garden", "harbour", "well", "forest", "barn", "school", "lake", "kitchen")
-ITEMS = ("lamp", "rope", "basket", "drum", "hat", "jug", "kite", "ladder", "spoon", "map", "bell", "cup", "broom", "coat", "pear", "box")
+PLACES = (
+    "mill",
+    "bridge",
+    "market",
+    "tower",
+    "garden",
+    "harbour",
+    "well",
+    "forest",
+    "barn",
+    "school",
+    "lake",
+    "kitchen",
+)
+ITEMS = (
+    "lamp",
+    "rope",
+    "basket",
+    "drum",
+    "hat",
+    "jug",
+    "kite",
+    "ladder",
+    "spoon",
+    "map",
+    "bell",
+    "cup",
+    "broom",
+    "coat",
+    "pear",
+    "box",
+)
 ERRANDS = ("carried", "found", "lost", "sold", "broke", "painted", "wanted", "hid", "cleaned", "bought")
 ANIMALS = ("fish", "cat", "bird", "goat", "frog", "wolf", "duck", "bear", "crab", "mole")
 THINGS = ("moon", "salt", "door", "ring", "leaf", "star", "wall", "shoe", "pipe", "boat")
@@ -138,7 +187,13 @@ def _names(n: int, rng: random.Random, taken: set[str]) -> tuple[str, ...]:
     ends = ("l", "m", "n", "r", "x", "th", "sk", "nd", "b", "k", "v", "zz")
     found: list[str] = []
     while len(found) < n:
-        name = rng.choice(starts) + rng.choice(vowels) + rng.choice("bdfgklmnprstvz") + rng.choice(vowels) + rng.choice(ends)
+        name = (
+            rng.choice(starts)
+            + rng.choice(vowels)
+            + rng.choice("bdfgklmnprstvz")
+            + rng.choice(vowels)
+            + rng.choice(ends)
+        )
         # the first four letters are unique too, so no two names differ in their last letters alone
         if name[:4] not in taken:
             taken.add(name[:4])
@@ -178,7 +233,9 @@ def result(thing: str, action: str) -> str:
 
 
 def date_after(day: int, month: str, shift: int) -> tuple[int, str]:
-    """The date `shift` days later (earlier where negative) in a year of twelve months of thirty days, which runs round."""
+    """The date `shift` days later (earlier where negative) in a year of twelve months of thirty days,
+    which runs round.
+    """
     index = MONTHS.index(month) * MONTH_DAYS + day - 1 + shift
     index %= MONTH_DAYS * len(MONTHS)
     return index % MONTH_DAYS + 1, MONTHS[index // MONTH_DAYS]

@@ -1,4 +1,6 @@
-"""Questions whose answer must be known: facts of creatures, what happens to objects, which creature is larger, who is meant."""
+"""Questions whose answer must be known: facts of creatures, what happens to objects, which creature is larger, who is
+meant.
+"""
 
 import random
 
@@ -41,7 +43,9 @@ def physics(rng: random.Random) -> Question:
     outcome = result(thing, action)
     column = ACTIONS.index(action)
     others = sorted({row[column] for row in RESULTS.values()} - {outcome})
-    asked = rng.choice(("What happens if you {a} a {o}?", "You {a} a {o}. What does it do?", "Name what a {o} does if you {a} it."))
+    asked = rng.choice(
+        ("What happens if you {a} a {o}?", "You {a} a {o}. What does it do?", "Name what a {o} does if you {a} it.")
+    )
     return Question(
         instruction=asked.format(a=action, o=thing),
         input="",
@@ -87,4 +91,9 @@ def coreference(rng: random.Random) -> Question:
     )
 
 
-KNOWLEDGE = (Task("fact", 4, fact), Task("physics", 4, physics), Task("comparison", 2, comparison), Task("coreference", 2, coreference))
+KNOWLEDGE = (
+    Task("fact", 4, fact),
+    Task("physics", 4, physics),
+    Task("comparison", 2, comparison),
+    Task("coreference", 2, coreference),
+)

@@ -1,7 +1,8 @@
-"""A question about the world with its right and wrong answers, and the split that keeps some combinations out of training.
+"""A question about the world with its right and wrong answers, and the split that keeps some combinations out of
+training.
 
-The split is a hash of what is asked about (the creature and the attribute, the object and the action, the set of numbers), not of
-the sentence: a combination that is held out is held out in every wording.
+The split is a hash of what is asked about (the creature and the attribute, the object and the action, the set of
+numbers), not of the sentence: a combination that is held out is held out in every wording.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ HELD_OUT_PERCENT = 25
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the answer, at least as many wrong answers as the task shows, and the `key` by which the split is made."""
+    """What is asked, the answer, at least as many wrong answers as the task shows, and the `key` by which the split is
+    made.
+    """
 
     instruction: str
     input: str

@@ -1,4 +1,6 @@
-"""Questions that are worked out from what is given: sorting, counting, the largest number, truth of joined claims, dates."""
+"""Questions that are worked out from what is given: sorting, counting, the largest number, truth of joined claims,
+dates.
+"""
 
 import itertools
 import random
@@ -32,7 +34,9 @@ def counting(rng: random.Random) -> Question:
     rng.shuffle(listed)
     text = " ".join(listed)
     return Question(
-        instruction=rng.choice(("How many animals are in the list?", "Count the animals.", "How many of these are animals?")),
+        instruction=rng.choice(
+            ("How many animals are in the list?", "Count the animals.", "How many of these are animals?")
+        ),
         input=f"List: {text}",
         answer=f"The count is {count}.",
         wrong=tuple(f"The count is {other}." for other in COUNTS if other != count),
@@ -55,13 +59,17 @@ def maximum(rng: random.Random) -> Question:
 
 
 def boolean(rng: random.Random) -> Question:
-    """Whether three claims, some denied, all joined by "and" or all by "or", hold; true and false are equally likely."""
+    """Whether three claims, some denied, all joined by "and" or all by "or", hold;
+    true and false are equally likely.
+    """
     # the truth is drawn before the claims, so that neither the joint alone nor its frequency tells the answer
     truth, joint = rng.random() < 0.5, rng.choice(("and", "or"))
     if truth == (joint == "and"):
         claims = [truth] * 3
     else:
-        claims = rng.choice([list(some) for some in itertools.product((True, False), repeat=3) if set(some) != {not truth}])
+        claims = rng.choice(
+            [list(some) for some in itertools.product((True, False), repeat=3) if set(some) != {not truth}]
+        )
     said = []
     for claim in claims:
         denied = rng.random() < 0.5
@@ -73,7 +81,9 @@ def boolean(rng: random.Random) -> Question:
 
 
 def date(rng: random.Random) -> Question:
-    """The date of the day after or before another; the wrong answers miss by a day or two, or take a neighbouring month."""
+    """The date of the day after or before another; the wrong answers miss by a day or two, or take a neighbouring
+    month.
+    """
     day, month = rng.randint(1, MONTH_DAYS), rng.choice(MONTHS)
     word, shift = rng.choice((("after", 1), ("before", -1)))
     target = date_after(day, month, shift)

@@ -1,7 +1,7 @@
 """Plain text about the world: descriptions, small stories and worked examples, never in the form of a question.
 
-Facts that are held out of the instructions do occur here: the items then ask whether a model can give in an answer what it has only
-read in a text.
+Facts that are held out of the instructions do occur here: the items then ask whether a model can give in an answer what
+it has only read in a text.
 """
 
 import random
@@ -84,12 +84,18 @@ def _errand(rng: random.Random) -> str:
     first, second = rng.sample(_PEOPLE, 2)
     place, item, other = rng.choice(PLACES), *rng.sample(ITEMS, 2)
     he, his = PEOPLE[first], _HIS[PEOPLE[first]]
-    parts = [rng.choice((f"{first} went to the {place}.", f"{first} met {second} at the {place}.", f"{first} lives by the {place}."))]
+    parts = [
+        rng.choice(
+            (f"{first} went to the {place}.", f"{first} met {second} at the {place}.", f"{first} lives by the {place}.")
+        )
+    ]
     parts.append(f"{he.capitalize()} {rng.choice(ERRANDS)} {rng.choice((his, 'the'))} {item}.")
     match rng.randrange(3):
         case 0:
             thing, action = rng.choice(_OBJECTS), rng.choice(ACTIONS)
-            parts.append(f"{he.capitalize()} {PAST[action]} a {thing}. A {thing} {result(thing, action)} if you {action} it.")
+            parts.append(
+                f"{he.capitalize()} {PAST[action]} a {thing}. A {thing} {result(thing, action)} if you {action} it."
+            )
         case 1:
             creature = rng.choice(_CREATURES)
             parts.append(f"A {creature} sat there. It {_said(creature, rng.choice([a.name for a in ATTRIBUTES]))}.")

@@ -1,6 +1,8 @@
-"""Benchmark tasks, run by lm_eval and never by a copy of it: suites, local data, the collaborative prompt, and what becomes of the scores.
+"""Benchmark tasks, run by lm_eval and never by a copy of it: suites, local data, the collaborative prompt, and what
+becomes of the scores.
 
-lm_eval is an extra (`pip install 'compresso-llm[evaluate]'`) and takes seconds to import, so it is imported where it is used.
+lm_eval is an extra (`pip install 'compresso-llm[evaluate]'`) and takes seconds to import, so it is imported where it is
+used.
 """
 
 from compresso.metrics.tasks.measured import task_measurements

@@ -1,8 +1,9 @@
-"""Local files in place of data sets on the hub: the harness's own YAML, with nothing changed but where the rows come from.
+"""Local files in place of data sets on the hub: the harness's own YAML, with nothing changed but where the rows come
+from.
 
-A generated YAML includes that of the harness, so prompts, metrics, shots and their wording stay the harness's. It changes `custom_dataset`
-(which of our functions reads the rows), `dataset_kwargs` (which files) and the names of the splits that are there. Files hold rows in the
-form they have on the hub, but for those of race.
+A generated YAML includes that of the harness, so prompts, metrics, shots and their wording stay the harness's. It
+changes `custom_dataset` (which of our functions reads the rows), `dataset_kwargs` (which files) and the names of the
+splits that are there. Files hold rows in the form they have on the hub, but for those of race.
 """
 
 import gzip
@@ -77,7 +78,9 @@ class Copy:
 
 
 def config(original: Path, changes: Mapping[str, Any], local: bool) -> str:
-    """The text of a YAML that includes `original` and makes `changes`; `local` if the rows come from `dataset` below."""
+    """The text of a YAML that includes `original` and makes `changes`;
+    `local` if the rows come from `dataset` below.
+    """
     rows = f"custom_dataset: !function {__name__}.{dataset.__name__}\n" if local else ""
     return rows + yaml.safe_dump({"include": str(original), **changes}, sort_keys=False, allow_unicode=True)
 
@@ -104,14 +107,20 @@ def dataset(
             raise DataError(f"{path}: no row{f' with {where[0]}={where[1]!r}' if where else ''}; fetch the file again")
         for number, row in enumerate(rows, 1):
             if absent := [field for field in fields if field not in row]:
-                raise DataError(f"{path}: row {number}{f' of {where[1]}' if where else ''} lacks {', '.join(absent)}; fetch the file again")
+                raise DataError(
+                    f"{path}: row {number}{f' of {where[1]}' if where else ''} lacks {', '.join(absent)}; fetch the"
+                    " file again"
+                )
         splits[split] = Dataset.from_list([_race(row) for row in rows] if layout == "race" else rows)
     return DatasetDict(splits)
 
 
 def _race(row: dict[str, Any]) -> dict[str, Any]:
     """One question in the hub's form: an article with the text of a Python list of problems."""
-    return {"article": row["article"], "problems": repr([{field: row[field] for field in ("question", "answer", "options")}])}
+    return {
+        "article": row["article"],
+        "problems": repr([{field: row[field] for field in ("question", "answer", "options")}]),
+    }
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""From tasks to measurements: each score with its standard error and everything that was decided to get it; means of suites.
+"""From tasks to measurements: each score with its standard error and everything that was decided to get it; means of
+suites.
 
-Scores are the harness's: `acc` compares sums of log-probabilities, `acc_norm` divides them by the characters of a choice, `exact_match`
-compares a generated text. A suite has a mean of `acc` (Compresso's) and one of `acc_norm`, with `acc` where a task has no other
-(LLM-Pruner's).
+Scores are the harness's: `acc` compares sums of log-probabilities, `acc_norm` divides them by the characters of a
+choice, `exact_match` compares a generated text. A suite has a mean of `acc` (Compresso's) and one of `acc_norm`, with
+`acc` where a task has no other (LLM-Pruner's).
 """
 
 import copy
@@ -51,7 +52,8 @@ def task_measurements(
         device: moves the model there first.
 
     Raises:
-        DataError: as `prepare`; or a limit below 1, a prompt this version does not know, or requests that the context cannot hold.
+        DataError: as `prepare`; or a limit below 1, a prompt this version does not know, or requests that the context
+            cannot hold.
         ResourceError: lm_eval is not installed.
     """
     if limit is not None and limit < 1:
@@ -59,7 +61,10 @@ def task_measurements(
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: wanted at least 1 row")
     if prompt is not None and prompt != collaborative_prompt(with_input=False):
-        raise DataError(f"prompt {prompt.version} ({prompt.sha256[:12]}) is unknown here; give collaborative_prompt(with_input=False)")
+        raise DataError(
+            f"prompt {prompt.version} ({prompt.sha256[:12]}) is unknown here; give"
+            " collaborative_prompt(with_input=False)"
+        )
     suites = _prepared(tasks, data_root, num_fewshot, seed)
     if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]
@@ -150,7 +155,9 @@ def _means(
             "mean_over": suite.weights,
             "shots": shots[0] if len(shots) == 1 else " ".join(map(str, shots)),
         }
-        made.append(_measurement(suite.name, metric, mean_score(chosen, suite.weights), protocol, environment, None, None))
+        made.append(
+            _measurement(suite.name, metric, mean_score(chosen, suite.weights), protocol, environment, None, None)
+        )
     return made
 
 

@@ -1,8 +1,10 @@
-"""The harness's model with the collaborative prompt before every request: Compresso (arXiv 2310.05015) evaluates what it pruned like that.
+"""The harness's model with the collaborative prompt before every request: Compresso (arXiv 2310.05015) evaluates what
+it pruned like that.
 
-The prompt's ids, beginning token included, come before the ids of a request's context, whose own beginning token goes. What is scored stays
-the last tokens of the row. The prompt counts against the context limit: where prompt, context and answer are too long together, the oldest
-tokens of the context are left out, never the prompt. Without a prompt, truncation is the harness's own, and only counted here.
+The prompt's ids, beginning token included, come before the ids of a request's context, whose own beginning token goes.
+What is scored stays the last tokens of the row. The prompt counts against the context limit: where prompt, context and
+answer are too long together, the oldest tokens of the context are left out, never the prompt. Without a prompt,
+truncation is the harness's own, and only counted here.
 
 Importing this module imports lm_eval.
 """
@@ -37,7 +39,11 @@ class PromptedLM(_Base):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: Sequence[int] = (), batch_size: int = 8
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        opening: Sequence[int] = (),
+        batch_size: int = 8,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._max_length = self.max_length
@@ -46,13 +52,16 @@ class PromptedLM(_Base):
         self.cut: set[str | tuple[str, str]] = set()
         if len(self.opening) >= self.max_length:
             raise DataError(
-                f"the collaborative prompt has {len(self.opening)} tokens, the context {self.max_length}; evaluate with --prompt off"
+                f"the collaborative prompt has {len(self.opening)} tokens, the context {self.max_length}; evaluate with"
+                " --prompt off"
             )
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations, the prompt before their contexts; the last token is predicted, not read, so one more fits."""
+        """Log-likelihoods of continuations, the prompt before their contexts; the last token is predicted, not read, so
+        one more fits.
+        """
         rows = [self._prompted(one) for one in requests]
         self.logits_cache = not _ambiguous(rows)
         return super()._loglikelihood_tokens(rows, disable_tqdm, override_bs)
@@ -64,7 +73,11 @@ class PromptedLM(_Base):
         return super().generate_until(requests, disable_tqdm)
 
     def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask of contexts to generate from, padded on the left, the prompt before each."""
         limit = left_truncate_len or self.max_length
@@ -94,8 +107,9 @@ class PromptedLM(_Base):
         if (room := self.max_length - new - len(self.opening)) < 1:
             prompt = f" and the prompt's {len(self.opening)}" if self.opening else ""
             raise DataError(
-                f"the model's context of {self.max_length} tokens leaves {room} for a question after {new} new ones{prompt}; "
-                f"{'evaluate with --prompt off, or ' if self.opening else ''}leave generated tasks (bbh) out"
+                f"the model's context of {self.max_length} tokens leaves {room} for a question after {new} new"
+                f" ones{prompt}; {'evaluate with --prompt off, or ' if self.opening else ''}leave generated tasks"
+                " (bbh) out"
             )
 
     def _bare(self, ids: list[int]) -> list[int]:
@@ -108,8 +122,8 @@ class PromptedLM(_Base):
         if room < (0 if self.opening else 1):
             prompt = f"the prompt's {len(self.opening)} tokens and " if self.opening else ""
             raise DataError(
-                f"{prompt}an answer of {len(continuation)} tokens do not fit into the model's context of {self.max_length}; "
-                f"leave this task out: {texts[1][:60]!r}"
+                f"{prompt}an answer of {len(continuation)} tokens do not fit into the model's context of"
+                f" {self.max_length}; leave this task out: {texts[1][:60]!r}"
             )
         bare = self._bare(context) if self.opening else context
         if len(bare) > room:
@@ -122,7 +136,10 @@ class PromptedLM(_Base):
 def _ambiguous(rows: Sequence[Request]) -> bool:
     """Whether rows with the same tokens, but for the last, are split at different places.
 
-    The harness reads such rows once, and then takes the first of the scored places, not the last ones, for the shorter continuation.
+    The harness reads such rows once, and then takes the first of the scored places, not the last ones, for the shorter
+    continuation.
     """
-    lengths: dict[int, int] = {}  # by hash: the tokens of all rows would fill the memory, and a collision only costs time
+    lengths: dict[
+        int, int
+    ] = {}  # by hash: the tokens of all rows would fill the memory, and a collision only costs time
     return any(lengths.setdefault(hash((*head, *tail[:-1])), len(tail)) != len(tail) for _, head, tail in rows)

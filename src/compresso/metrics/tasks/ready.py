@@ -1,4 +1,6 @@
-"""Tasks of the harness with their rows at hand: everything about data that can go wrong does so here, before a model is opened."""
+"""Tasks of the harness with their rows at hand: everything about data that can go wrong does so here, before a model is
+opened.
+"""
 
 import os
 import tempfile
@@ -72,7 +74,8 @@ def prepare(
         seed: of shots that are drawn.
 
     Raises:
-        DataError: an unknown name, rows that cannot be reached or are malformed, or shots that a local file does not hold.
+        DataError: an unknown name, rows that cannot be reached or are malformed, or shots that a local file does not
+            hold.
         ResourceError: lm_eval is not installed.
     """
     root = data_folder(data_root)
@@ -88,12 +91,20 @@ def prepare(
 
 
 def _ready(
-    manager: "TaskManager", root: Path | None, folder: Path, num_fewshot: int | None, seed: int, asked: dict[str, str], bench: Bench
+    manager: "TaskManager",
+    root: Path | None,
+    folder: Path,
+    num_fewshot: int | None,
+    seed: int,
+    asked: dict[str, str],
+    bench: Bench,
 ) -> Ready:
     shots = bench.shots if num_fewshot is None else num_fewshot
     task, data = _loaded(manager, root, folder, asked, bench)
     if shots and data.get("data", "").startswith("local") and not _has_shots(task):
-        raise DataError(f"task '{bench.name}' has no examples for {shots} shots in its local file; leave num_fewshot out")
+        raise DataError(
+            f"task '{bench.name}' has no examples for {shots} shots in its local file; leave num_fewshot out"
+        )
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=seed)
     return Ready(bench, task, data, shots)
@@ -102,7 +113,9 @@ def _ready(
 def _loaded(
     manager: "TaskManager", root: Path | None, folder: Path, asked: dict[str, str], bench: Bench
 ) -> "tuple[ConfigurableTask, dict[str, str]]":
-    """The harness's task with its rows, and what is to be said of them; `asked` remembers which data sets the hub is silent about."""
+    """The harness's task with its rows, and what is to be said of them; `asked` remembers which data sets the hub is
+    silent about.
+    """
     if bench.copy is None:
         task = _one(manager, bench.path)
         kwargs = task.config.dataset_kwargs

@@ -1,4 +1,5 @@
-"""Fewer shots where they do not fit: whole examples are dropped from the end, as in the paper, before the harness cuts into a text.
+"""Fewer shots where they do not fit: whole examples are dropped from the end, as in the paper, before the harness cuts
+into a text.
 
 The harness itself would leave out the oldest tokens, the task's description and half of an example first.
 """
@@ -42,4 +43,6 @@ def _answer_tokens(task: ConfigurableTask, lm: PromptedLM, doc: dict[str, Any]) 
     if task.OUTPUT_TYPE == "generate_until":
         return lm.new_tokens(task.config.generation_kwargs or {})
     choices = task.doc_to_choice(doc)
-    return max(len(lm.tok_encode(task.config.target_delimiter + choice, add_special_tokens=False)) for choice in choices)
+    return max(
+        len(lm.tok_encode(task.config.target_delimiter + choice, add_special_tokens=False)) for choice in choices
+    )

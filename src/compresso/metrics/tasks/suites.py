@@ -1,7 +1,8 @@
-"""The tasks and suites by name, each with the harness's own YAML, the number of shots, and the local file that can stand in for the hub.
+"""The tasks and suites by name, each with the harness's own YAML, the number of shots, and the local file that can
+stand in for the hub.
 
-The subjects of mmlu and bbh are read from the folder of the installed harness, and those of the world from compresso's: no list here can
-fall behind. What a score of a suite is: over tasks (every task counts the same) or over items.
+The subjects of mmlu and bbh are read from the folder of the installed harness, and those of the world from compresso's:
+no list here can fall behind. What a score of a suite is: over tasks (every task counts the same) or over items.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ from compresso.metrics.tasks.copies import Copy
 
 SUITES = ("commonsense", "reading", "mmlu", "bbh", "world")
 WORLD_YAMLS = Path(__file__).parent / "world"
-_STRIPPED = {"filter_list": [{"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]}
+_STRIPPED = {
+    "filter_list": [{"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
+}
 _ARC_REMARK = "whole split; choices are labelled A, B, ... in every row, which no request shows"
 
 
@@ -56,7 +59,9 @@ class Suite:
 
 
 def harness_tasks() -> Path:
-    """The folder of YAMLs in the installed harness, found without importing it. Raises ResourceError if there is none."""
+    """The folder of YAMLs in the installed harness, found without importing it.
+    Raises ResourceError if there is none.
+    """
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise ResourceError("tasks are run by lm_eval, which is not installed; pip install 'compresso-llm[evaluate]'")
@@ -136,7 +141,8 @@ READING = (
         copy=Copy(
             {"test": "race_high_500.jsonl.gz"},
             ("article", "question", "options", "answer"),
-            "500 questions, each alone with its article; the original shows an article's other questions, answered, first; split unknown",
+            "500 questions, each alone with its article; the original shows an article's other questions, answered,"
+            " first; split unknown",
             layout="race",
         ),
     ),
@@ -177,7 +183,9 @@ def _suites(data_root: Path | None) -> dict[str, Suite]:
     return {
         "commonsense": Suite("commonsense", (*COMMONSENSE, STORYCLOZE) if story else COMMONSENSE),
         "reading": Suite("reading", READING),
-        "mmlu": Suite("mmlu", tuple(_mmlu(path.stem.removeprefix("mmlu_")) for path in _yamls("mmlu/default", "mmlu_*")), "items"),
+        "mmlu": Suite(
+            "mmlu", tuple(_mmlu(path.stem.removeprefix("mmlu_")) for path in _yamls("mmlu/default", "mmlu_*")), "items"
+        ),
         "bbh": Suite("bbh", tuple(_bbh(path.stem) for path in _yamls("bbh/fewshot", "[a-z]*")), "items"),
         "world": Suite("world", tuple(Bench(f"world_{task}", f"world_{task}.yaml") for task in world.TASKS)),
     }
@@ -189,14 +197,23 @@ def _yamls(folder: str, pattern: str) -> list[Path]:
 
 def _mmlu(subject: str) -> Bench:
     files = {"test": "mmlu_test.jsonl.gz", "dev": "mmlu_dev.jsonl.gz"}
-    copy = Copy(files, ("question", "choices", "answer"), "whole splits; the shots are the rows of dev", where=("subject", subject))
+    copy = Copy(
+        files,
+        ("question", "choices", "answer"),
+        "whole splits; the shots are the rows of dev",
+        where=("subject", subject),
+    )
     return Bench(f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", shots=5, hub="cais/mmlu", copy=copy)
 
 
 def _bbh(task: str) -> Bench:
-    """Answers without reasoning after 3 shots that stand in the harness's YAML: `bbh_fewshot`, not `bbh`, which reasons first.
+    """Answers without reasoning after 3 shots that stand in the harness's YAML: `bbh_fewshot`, not `bbh`, which reasons
+    first.
 
-    The harness compares an answer with the space before it, so that no model whose tokenizer keeps it could be right; here it goes.
+    The harness compares an answer with the space before it, so that no model whose tokenizer keeps it could be right;
+    here it goes.
     """
     copy = Copy({"test": "bbh.jsonl.gz"}, ("input", "target"), "whole", where=("task", task))
-    return Bench(f"bbh_{task}", f"bbh/fewshot/{task}.yaml", shots=3, hub="SaylorTwift/bbh", copy=copy, changes=_STRIPPED)
+    return Bench(
+        f"bbh_{task}", f"bbh/fewshot/{task}.yaml", shots=3, hub="SaylorTwift/bbh", copy=copy, changes=_STRIPPED
+    )

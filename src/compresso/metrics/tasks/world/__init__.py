@@ -1,8 +1,9 @@
-"""The embedded suite as lm_eval tasks: multiple choice, items of the world that no training instruction asks about, no network.
+"""The embedded suite as lm_eval tasks: multiple choice, items of the world that no training instruction asks about, no
+network.
 
-The YAMLs beside this file are ordinary ones; with compresso installed, `lm_eval --include_path` of this folder runs them too. Items are
-worded like a training example without its response, and their choices follow directly, so scores compare with
-`compresso.metrics.choices`.
+The YAMLs beside this file are ordinary ones; with compresso installed, `lm_eval --include_path` of this folder runs
+them too. Items are worded like a training example without its response, and their choices follow directly, so scores
+compare with `compresso.metrics.choices`.
 """
 
 from typing import TYPE_CHECKING
