@@ -52,8 +52,9 @@ def salience(
 
     Raises ValueError if a gradient that the importance needs is missing.
 
-    >>> salience("mixed", torch.tensor([2.0, -1.0]), gradient=torch.tensor([0.5, 3.0]), fisher=torch.tensor([0.25,
-    4.0])) tensor([0.5000, 5.0000])
+    >>> gradient, fisher = torch.tensor([0.5, 3.0]), torch.tensor([0.25, 4.0])
+    >>> salience("mixed", torch.tensor([2.0, -1.0]), gradient=gradient, fisher=fisher)
+    tensor([0.5000, 5.0000])
     """
     w = weight.detach().float()
     if importance == "l1":
