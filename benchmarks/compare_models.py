@@ -5,7 +5,7 @@ it runs.
     [--seed 0]
 
 Besides the embedded nano model there are the models under COMPRESSO_DATA, which are pruned with text of theirs; one
-that is absent is left out with a word. Each model's account goes to results/models_NAME.json, the same file that
+that is absent is left out with a word. Each model's report goes to results/models_NAME.json, the same file that
 `compresso compare` reads, and all of them into the table results/models.md. `--only-table` writes the table anew from
 what is there.
 """
@@ -21,9 +21,9 @@ import torch
 
 from common import RESULTS
 from compresso.data import nano
-from compresso.metrics.record import Account, Subject
-from compresso.metrics.report_file import account_file, write_account
-from compresso.report.read import read_subjects
+from compresso.metrics.record import ModelResults, Report
+from compresso.metrics.report_file import report_path, write_report_file
+from compresso.report.read import read_results
 from compresso.runner.recipe import override, read, with_knob
 from compresso.runner.run import run
 
@@ -75,33 +75,33 @@ def recipe_of(method: str, configuration: str, keep: float, updates: int | None)
     return override(raw, "stages.recover.steps", updates - learning)
 
 
-def account_of(case: Case, keep: float, updates: int | None, seed: int) -> Account:
-    """Prune a model by every method, and merge the accounts of the runs: the dense model first."""
+def report_of(case: Case, keep: float, updates: int | None, seed: int) -> Report:
+    """Prune a model by every method, and merge the reports of the runs: the dense model first."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
         for method in METHODS:
             raw = recipe_of(method, case.configuration, keep, updates)
             folders.append(run(raw, case.model, case.data, output=Path(scratch, method), seed=seed, force=True).folder)
-        return read_subjects(folders).account()
+        return read_results(folders).report()
 
 
-def row(subject: Subject) -> list[str]:
+def row(results: ModelResults) -> list[str]:
     """One model's cells; a number that it cannot have, such as a distance from itself, is a dash."""
     cells = []
     for name, _, form in COLUMNS:
-        value = subject.value(name)
+        value = results.value(name)
         cells.append("-" if value is None else form.format(value / 1e6 if name == "bytes/disk" else value))
     return cells
 
 
-def table(accounts: dict[str, Account]) -> str:
+def table(reports: dict[str, Report]) -> str:
     """Markdown, one block of rows a model."""
     lines = [
         "| model | method | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
         "|---|---|" + "---:|" * len(COLUMNS),
     ]
-    for model, account in accounts.items():
-        lines += [f"| {model} | {subject.name} | " + " | ".join(row(subject)) + " |" for subject in account.subjects]
+    for model, report in reports.items():
+        lines += [f"| {model} | {results.name} | " + " | ".join(row(results)) + " |" for results in report.models]
     return "\n".join(lines) + "\n"
 
 
@@ -118,13 +118,13 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     known = cases()
     for name in [] if given.only_table else given.models or known:
-        path = account_file(RESULTS / f"models_{name}.json")
-        write_account(path, account_of(known[name], given.keep, given.updates, given.seed))
+        path = report_path(RESULTS / f"models_{name}.json")
+        write_report_file(path, report_of(known[name], given.keep, given.updates, given.seed))
         print(f"{name}: {path.name}")
     files = {path.stem.removeprefix("models_"): path for path in sorted(RESULTS.glob("models_*.json"))}
-    accounts = {name: Account.model_validate_json(path.read_text("utf-8")) for name, path in files.items()}
-    (RESULTS / "models.md").write_text(table(accounts), "utf-8")
-    print(table(accounts))
+    reports = {name: Report.model_validate_json(path.read_text("utf-8")) for name, path in files.items()}
+    (RESULTS / "models.md").write_text(table(reports), "utf-8")
+    print(table(reports))
 
 
 if __name__ == "__main__":

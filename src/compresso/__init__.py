@@ -1,4 +1,4 @@
-"""compresso: smaller, faster Hugging Face checkpoints, with an account of what they cost.
+"""compresso: smaller, faster Hugging Face checkpoints, with a report of what they cost.
 
 Importing it registers our per-layer model classes, so that `AutoModelForCausalLM.from_pretrained` opens what compresso
 wrote.

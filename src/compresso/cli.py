@@ -264,7 +264,7 @@ def measure(
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")
     ] = True,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the account.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the report.")] = None,
     as_json: Json = False,
 ) -> None:
     """Size, cost, memory, prefill and decode speed of models, side by side.
@@ -274,7 +274,7 @@ def measure(
     from compresso.commands import measure as measuring
     from compresso.commands import measure_table as measuring_report
 
-    account = measuring.measure(
+    report = measuring.measure(
         models,
         batches=None if batch is None else measuring.batch_sizes(batch),
         prompt_tokens=prompt_tokens,
@@ -286,7 +286,7 @@ def measure(
         seed=seed,
         output=output,
     )
-    measuring_report.show(account, as_json)
+    measuring_report.show(report, as_json)
 
 
 @app.command()
@@ -316,7 +316,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="File for the account of all numbers, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the report of all numbers, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
@@ -325,7 +325,7 @@ def evaluate(
     """
     from compresso.commands import evaluate as evaluation
 
-    account = evaluation.evaluate(
+    report = evaluation.evaluate(
         model,
         suite=suite,
         tasks=None if tasks is None else [name for name in tasks.split(",") if name],
@@ -340,9 +340,9 @@ def evaluate(
         output=output,
     )
     if as_json:
-        print(account.model_dump_json(indent=2))
+        print(report.model_dump_json(indent=2))
     else:
-        evaluation.show(account)
+        evaluation.show(report)
 
 
 @app.command()

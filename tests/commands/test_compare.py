@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Call
-from tests.report.made import DENSE, SMALL, account, account_file, dense, number, pruned, records, run_folder
+from tests.report.made import DENSE, SMALL, dense, number, pruned, records, report_file, report_of, run_folder
 
 from compresso.commands import compare as comparison
-from compresso.metrics.record import Account
+from compresso.metrics.record import Report
 
 
 def test_the_verb_prints_tables_and_writes_the_page(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    facts = records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))
+    facts = records(report_of(dense(), pruned(remark="no speed-up: zeros are stored dense")))
     code, out, error = call("compare", run_folder(tmp_path / "small", facts), "--output", tmp_path / "r.html")
     assert (code, error) == (0, "")
     assert out.index("dense") < out.index("small")
@@ -34,26 +34,26 @@ def test_the_verb_prints_tables_and_writes_the_page(
 def test_json_is_an_account_that_can_be_compared_again(call: Call, tmp_path: Path) -> None:
     run, extra = (
         run_folder(tmp_path / "small"),
-        account_file(tmp_path / "dense.json", dense(number("c4/perplexity", 5))),
+        report_file(tmp_path / "dense.json", dense(number("c4/perplexity", 5))),
     )
     code, out, error = call("compare", run, extra, "--json", "--output", tmp_path / "r.html")
     assert (code, error) == (0, "")
-    merged = Account.model_validate_json(out)
-    assert [one.fingerprint for one in merged.subjects] == [DENSE, SMALL]
-    assert merged.subjects[0].value("c4/perplexity") == 5
+    merged = Report.model_validate_json(out)
+    assert [one.fingerprint for one in merged.models] == [DENSE, SMALL]
+    assert merged.models[0].value("c4/perplexity") == 5
     (tmp_path / "again.json").write_text(out)
-    assert comparison.compare([tmp_path / "again.json"]).subjects == merged.subjects
+    assert comparison.compare([tmp_path / "again.json"]).models == merged.models
 
 
 def test_without_dense_the_table_says_so(call: Call, tmp_path: Path) -> None:
-    _, out, _ = call("compare", account_file(tmp_path / "one.json", pruned()), "--output", tmp_path / "r.html")
+    _, out, _ = call("compare", report_file(tmp_path / "one.json", pruned()), "--output", tmp_path / "r.html")
     assert "No dense model is among the inputs" in out
     assert "not measured" in out
 
 
 def test_names_cannot_steer_the_terminal(call: Call, tmp_path: Path) -> None:
     evil = pruned("\x1b[31mred\x07[bold]x[/nonsense]")
-    code, out, _ = call("compare", account_file(tmp_path / "one.json", dense(), evil), "--output", tmp_path / "r.html")
+    code, out, _ = call("compare", report_file(tmp_path / "one.json", dense(), evil), "--output", tmp_path / "r.html")
     assert code == 0
     assert "\x1b" not in out and "\x07" not in out
     assert "[bold]" in out.replace("\n", "")
@@ -62,11 +62,11 @@ def test_names_cannot_steer_the_terminal(call: Call, tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_nothing_is_written(call: Call, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     broken = run_folder(tmp_path / "broken")
-    (broken / "records.json").write_text('{"format": 2,')
+    (broken / "records.json").write_text('{"format": 3,')
     (tmp_path / "empty").mkdir()
     lone = pruned("stranger", "sha256:99")
     lone = lone.model_copy(update={"measurements": tuple(one for one in lone.measurements if one.how == "counted")})
-    stranger = account_file(tmp_path / "stranger.json", lone)
+    stranger = report_file(tmp_path / "stranger.json", lone)
     there = sorted(tmp_path.rglob("*"))
     output = ("--output", tmp_path / "r.html")
     for arguments, says in (

@@ -13,7 +13,7 @@ from compresso.commands import demo
 from compresso.engines import verify as verifying
 from compresso.engines.parity import Parity
 from compresso.metrics.latency import speed_measurements
-from compresso.metrics.record import Account, Subject
+from compresso.metrics.record import ModelResults, Report
 from compresso.runner.recipe import override, read, with_knob
 
 ROWS = ["dense", "magnitude", "gate-taylor", "compresso"]
@@ -46,20 +46,20 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
         "demo", "--output", output, "--keep", 0.7, "--force"
     )  # one update: the guard may refuse the result
     assert code == 0, error
-    account = Account.model_validate(json.loads((output / "account.json").read_text(), parse_constant=pytest.fail))
-    assert [subject.name for subject in account.subjects] == ROWS
-    dense, *pruned = account.subjects
+    report = Report.model_validate(json.loads((output / "report.json").read_text(), parse_constant=pytest.fail))
+    assert [results.name for results in report.models] == ROWS
+    dense, *pruned = report.models
     found = {one.name for one in dense.measurements}
     sizes, blocks = value(dense, "parameters/total"), set()
-    for subject in pruned:
-        assert value(subject, "parameters/total") < sizes
-        assert value(subject, "bytes/disk") < value(dense, "bytes/disk")
-        assert value(subject, "decode_bound/batch1") > 1
-        mine = {one.name for one in subject.measurements}
+    for results in pruned:
+        assert value(results, "parameters/total") < sizes
+        assert value(results, "bytes/disk") < value(dense, "bytes/disk")
+        assert value(results, "decode_bound/batch1") > 1
+        mine = {one.name for one in results.measurements}
         assert mine - found == {"prefill_speedup/batch1", "decode_speedup/batch1", "decode_bound/batch1"}
-        assert value(subject, "world/perplexity") > 1
-        assert 0 <= value(subject, "world/acc") <= 1
-        blocks.add(value(subject, "parameters/blocks") // 10_000)
+        assert value(results, "world/perplexity") > 1
+        assert 0 <= value(results, "world/acc") <= 1
+        blocks.add(value(results, "parameters/blocks") // 10_000)
     assert len(blocks) == 1
     flat = " ".join(out.split())
     assert all(name in flat for name in ROWS)
@@ -68,7 +68,7 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
         "vLLM not installed vllm is not installed"
     )
     assert sorted(path.name for path in output.iterdir()) == [
-        "account.json",
+        "report.json",
         "compresso",
         "gate-taylor",
         "magnitude",
@@ -81,8 +81,8 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
 
-def value(subject: Subject, name: str) -> float:
-    found = subject.value(name)
+def value(results: ModelResults, name: str) -> float:
+    found = results.value(name)
     assert found is not None
     return found
 

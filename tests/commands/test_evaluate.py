@@ -22,7 +22,7 @@ from compresso.data import nano
 from compresso.data.prompt import collaborative_prompt
 from compresso.errors import DataError
 from compresso.loading import Loaded
-from compresso.metrics.record import Account, Environment, Measurement, Subject
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 
 QUICK = ("--tasks", "world_fact,world_date", "--limit", "3")
 
@@ -96,29 +96,29 @@ def language(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_are_printed_and_written(call: Call, tmp_path: Path) -> None:
-    output = tmp_path / "account.json"
+    output = tmp_path / "report.json"
     code, out, _ = call("evaluate", nano.path(), *QUICK, "--output", output, "--batch", "4", "--device", "cpu")
     assert code == 0
     assert "world_fact/acc" in out
     assert "Only the first 3 items of each task" in out
     assert "Not measured: perplexity (--corpus)." in out
-    account = Account.model_validate_json(output.read_text())
-    (subject,) = account.subjects
-    assert subject.fingerprint == open_source(nano.path()).identity.fingerprint
-    assert (subject.name, subject.model) == ("nano", "nano")
-    assert [one.name for one in subject.measurements] == [
+    report = Report.model_validate_json(output.read_text())
+    (results,) = report.models
+    assert results.fingerprint == open_source(nano.path()).identity.fingerprint
+    assert (results.name, results.model) == ("nano", "nano")
+    assert [one.name for one in results.measurements] == [
         f"world_{t}/{m}" for t in ("fact", "date") for m in ("acc", "acc_norm")
     ]
-    assert {one.protocol["prompt"] for one in subject.measurements} == {None}
-    assert call("evaluate", nano.path(), *QUICK, "--output", output, "--json")[0] == 0  # an account may be replaced
+    assert {one.protocol["prompt"] for one in results.measurements} == {None}
+    assert call("evaluate", nano.path(), *QUICK, "--output", output, "--json")[0] == 0  # a report may be replaced
 
 
 def test_json_is_the_account(call: Call) -> None:
     _, out, _ = call("evaluate", nano.path(), *QUICK, "--json", "--prompt", "both")
-    (subject,) = Account.model_validate(json.loads(out)).subjects
+    (results,) = Report.model_validate(json.loads(out)).models
     version = str(collaborative_prompt(with_input=False).version)
-    assert [bool(one.protocol["prompt"]) for one in subject.measurements] == [False] * 4 + [True] * 4
-    assert all(version in str(one.protocol["prompt"]) for one in subject.measurements[4:])
+    assert [bool(one.protocol["prompt"]) for one in results.measurements] == [False] * 4 + [True] * 4
+    assert all(version in str(one.protocol["prompt"]) for one in results.measurements[4:])
 
 
 def test_without_a_wish_it_is_the_perplexity_on_wikitext2(call: Call, language: None) -> None:
@@ -126,20 +126,20 @@ def test_without_a_wish_it_is_the_perplexity_on_wikitext2(call: Call, language: 
     assert code == 0
     assert "wikitext2/perplexity" in out
     assert "Not measured: tasks (--suite or --tasks)." in out
-    account = evaluate(nano.path(), batch_size=2)
-    assert account.subjects[0].measurements[0].protocol == {
+    report = evaluate(nano.path(), batch_size=2)
+    assert report.models[0].measurements[0].protocol == {
         "corpus": "wikitext2",
         "asked": None,
         "batch_size": 2,
         "texts": 1,
     }
     both = evaluate(nano.path(), tasks=["world_fact"], corpus="c4", protocol="sparsegpt", limit=1)
-    assert [one.name for one in both.subjects[0].measurements] == [
+    assert [one.name for one in both.models[0].measurements] == [
         "wikitext2/perplexity",
         "world_fact/acc",
         "world_fact/acc_norm",
     ]
-    assert both.subjects[0].measurements[0].protocol["corpus"] == "c4"
+    assert both.models[0].measurements[0].protocol["corpus"] == "c4"
 
 
 def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
@@ -203,9 +203,9 @@ def test_outputs_that_cannot_be_written_are_refused_before(bad_call: Callable[..
     precious.write_text('{"model_type": "llama"}')
     assert "is a folder; a file is wanted" in bad_call(nano.path(), *QUICK, "--output", tmp_path)
     assert "is no folder that can be written to" in bad_call(
-        nano.path(), *QUICK, "--output", tmp_path / "no" / "account.json"
+        nano.path(), *QUICK, "--output", tmp_path / "no" / "report.json"
     )
-    assert "exists and is no account of measurements" in bad_call(nano.path(), *QUICK, "--output", precious)
+    assert "exists and is no report of measurements" in bad_call(nano.path(), *QUICK, "--output", precious)
 
 
 def test_an_empty_or_short_corpus_is_refused(call: Call, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_an_empty_or_short_corpus_is_refused(call: Call, tmp_path: Path) -> None
     for text in ("", "One."):
         corpus = tmp_path / "notes.txt"
         corpus.write_text(text)
-        code, out, error = call("evaluate", nano.path(), "--corpus", corpus, "--output", tmp_path / "account.json")
+        code, out, error = call("evaluate", nano.path(), "--corpus", corpus, "--output", tmp_path / "report.json")
         assert (code, out) == (2, "")
         assert "notes" in error.splitlines()[-1]
-    assert not (tmp_path / "account.json").exists()
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_remarks_and_the_origin_of_rows_are_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,8 +234,8 @@ def test_remarks_and_the_origin_of_rows_are_printed_once(capsys: pytest.CaptureF
         )
         for metric in ("acc", "acc_norm")
     ]
-    subject = Subject(name="m", model="m", fingerprint="sha256:0", measurements=tuple(measured))
-    evaluation.show(Account(created="2026-01-01", subjects=(subject,)))
+    results = ModelResults(name="m", model="m", fingerprint="sha256:0", measurements=tuple(measured))
+    evaluation.show(Report(created="2026-01-01", models=(results,)))
     out = capsys.readouterr().out
     assert out.count("local rows.jsonl.gz 0123: a part") == 1
     assert "boolq/acc: 2 items lost tokens" in out

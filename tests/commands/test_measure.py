@@ -1,4 +1,4 @@
-"""`compresso measure` from the command line: the account it writes, the table it prints, and what it refuses before it
+"""`compresso measure` from the command line: the report it writes, the table it prints, and what it refuses before it
 reads a weight.
 """
 
@@ -13,7 +13,7 @@ from tests.conftest import Call, Ran
 from compresso.checkpoint.source import open_source
 from compresso.commands import measure as measuring
 from compresso.commands.measure_table import remarks, rows
-from compresso.metrics.record import Account, Environment, Measurement, Subject
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 
 BRIEF = ("--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 2)
 
@@ -27,10 +27,10 @@ def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Pa
     output = tmp_path / "measured.json"
     code, out, error = call("measure", tiny_folder, pruned, *BRIEF, "--batch", "1,3", "--no-memory", "--output", output)
     assert code == 0, error
-    account = Account.model_validate_json(output.read_text("utf-8"))
-    dense, small = account.subjects
+    report = Report.model_validate_json(output.read_text("utf-8"))
+    dense, small = report.models
     assert [dense.name, small.name] == [tiny_folder.name, pruned.name]
-    assert [one.fingerprint for one in account.subjects] == [
+    assert [one.fingerprint for one in report.models] == [
         open_source(folder).identity.fingerprint for folder in (tiny_folder, pruned)
     ]
     assert [
@@ -52,7 +52,7 @@ def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Pa
     assert [kinds["batch 1"], kinds["batch 3"]] == ["", ""]
     assert all(name in out for name in (tiny_folder.name, pruned.name, "(reference)"))
     flat = " ".join(out.split())
-    assert all(line in flat for line in remarks(account.subjects))
+    assert all(line in flat for line in remarks(report.models))
     assert error.splitlines() == [
         f"measuring {f.name}, {what}" for what in ("loading", "batch 1", "batch 3") for f in (tiny_folder, pruned)
     ]
@@ -76,15 +76,15 @@ def test_json_is_the_account_and_nothing_else(call: Call, tiny_folder: Path, mon
     monkeypatch.setattr(measuring, "peak_memory", peak)
     code, out, _ = call("measure", tiny_folder, tiny_folder, *BRIEF, "--batch", "2,2", "--dtype", "bfloat16", "--json")
     assert code == 0
-    account = Account.model_validate(json.loads(out))
-    assert [one.name for one in account.subjects] == ["tiny", "tiny (2)"]
+    report = Report.model_validate(json.loads(out))
+    assert [one.name for one in report.models] == ["tiny", "tiny (2)"]
     assert [one["folder"] for one in asked] == [tiny_folder] * 2
     assert (asked[0]["batch"], asked[0]["prompt_tokens"], asked[0]["new_tokens"]) == (2, 4, 2)
-    timed = [one for one in account.subjects[1].measurements if one.unit == "tokens/s"]
+    timed = [one for one in report.models[1].measurements if one.unit == "tokens/s"]
     assert [one.name for one in timed] == ["prefill/batch2", "decode/batch2"]
     assert {one.environment.dtype for one in timed} == {"bfloat16"}
-    assert account.subjects[1].value("decode_bound/batch2") == 1
-    assert account.subjects[1].value("memory/peak") == 5e7
+    assert report.models[1].value("decode_bound/batch2") == 1
+    assert report.models[1].value("memory/peak") == 5e7
 
 
 @pytest.fixture
@@ -164,8 +164,8 @@ def test_defaults_shrink_to_a_short_context(tiny_folder: Path, tmp_path: Path) -
     shutil.copytree(tiny_folder, tmp_path / "short")
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
-    account = measuring.measure([tiny_folder, tmp_path / "short"], batches=(1,), rounds=1, memory=False, quiet=True)
-    timed = [one for subject in account.subjects for one in subject.measurements if one.unit == "tokens/s"]
+    report = measuring.measure([tiny_folder, tmp_path / "short"], batches=(1,), rounds=1, memory=False, quiet=True)
+    timed = [one for results in report.models for one in results.measurements if one.unit == "tokens/s"]
     assert len(timed) == 4
     assert {(one.protocol["prompt_tokens"], one.protocol["new_tokens"]) for one in timed} == {(9, 3)}
 
@@ -178,14 +178,14 @@ def test_kinds_of_numbers_never_share_a_row() -> None:
     measured = measured.model_copy(update={"remark": "no speed-up: zeros are stored dense"})
     estimated = Measurement(name="decode_speedup/batch1", value=1.5, unit="1", how="estimated", **common)
     unknown = Measurement(name="something/new", value=3, unit="1", how="counted", **common)
-    subjects = (
-        Subject(name="a", model="a", fingerprint="sha256:1", measurements=(measured, unknown)),
-        Subject(name="b", model="b", fingerprint="sha256:2", measurements=(estimated,)),
+    models = (
+        ModelResults(name="a", model="a", fingerprint="sha256:1", measurements=(measured, unknown)),
+        ModelResults(name="b", model="b", fingerprint="sha256:2", measurements=(estimated,)),
     )
-    assert list(rows(subjects)) == [
+    assert list(rows(models)) == [
         ["something/new", "counted", "3.00", "-"],
         ["batch 1", "", "", ""],
         ["decode speed-up", "measured", "1.01\n0.90-1.10\nno speed-up", "-"],
         ["decode speed-up", "estimated", "-", "1.50"],
     ]
-    assert remarks(subjects) == ["a, decode speed-up at batch 1: no speed-up: zeros are stored dense"]
+    assert remarks(models) == ["a, decode speed-up at batch 1: no speed-up: zeros are stored dense"]

@@ -239,7 +239,7 @@ def test_a_run_writes_a_checkpoint_that_others_open(
         torch.testing.assert_close(model(new).logits, dense(old).logits[..., kept], atol=1e-5, rtol=1e-5)
     config = json.loads((result.folder / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 2)
-    pruned = result.records["account"]["subjects"][1]
+    pruned = result.records["report"]["models"][1]
     names = {one["name"]: one["value"] for one in pruned["measurements"]}
     assert names["kl"] < 1e-6 and names["removed_mass"] > 0
     assert "kl" not in pruned["not_measured"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from compresso.core.plan import Plan
 from compresso.metrics.guard import judge
-from compresso.metrics.record import Account, Environment, Measurement, Sample, Subject
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.report.records import RunRecords
 
 DENSE, SMALL, SMALLER = "sha256:" + "d" * 64, "sha256:" + "a" * 64, "sha256:" + "b" * 64
@@ -58,23 +58,23 @@ def numbers(total: int, perplexity: float, accuracy: float, speed: float) -> tup
     )
 
 
-def dense(*more: Measurement, samples: tuple[Sample, ...] = ()) -> Subject:
+def dense(*more: Measurement, samples: tuple[Sample, ...] = ()) -> ModelResults:
     measured = (*numbers(1000, 10.0, 0.6, 100.0), *more)
-    return Subject(
+    return ModelResults(
         name="dense", model="tiny", fingerprint=DENSE, measurements=measured, samples=samples or said("a dog.")
     )
 
 
 def pruned(
     name: str = "compresso", fingerprint: str = SMALL, perplexity: float = 12.0, remark: str | None = None
-) -> Subject:
+) -> ModelResults:
     relative = (
         number("decode_speedup/batch1", 0.9, "1", protocol=ROUNDS, low=0.8, high=1.0, n=5, remark=remark),
         number("decode_bound/batch1", 1.4, "1", "estimated", {"formula": "ratio of bytes read"}),
         number("kl", 0.25, "nats/token", stderr=0.01),
     )
     measured = (*numbers(700, perplexity, 0.55, 90.0), *relative)
-    return Subject(
+    return ModelResults(
         name=name, model=name, fingerprint=fingerprint, measurements=measured, samples=said("a a a a", broken=True)
     )
 
@@ -83,8 +83,8 @@ def said(text: str, broken: bool = False) -> tuple[Sample, ...]:
     return (Sample(prompt="This is", text=text, tokens=4, repetition=0.75 if broken else 0.0, degenerate=broken),)
 
 
-def account(*subjects: Subject, created: str = OLD) -> Account:
-    return Account(created=created, subjects=subjects)
+def report_of(*models: ModelResults, created: str = OLD) -> Report:
+    return Report(created=created, models=models)
 
 
 def curves(n: int = 20) -> dict[str, list[float | None]]:
@@ -102,10 +102,10 @@ def curves(n: int = 20) -> dict[str, list[float | None]]:
     }
 
 
-def records(measured: Account | None = None, model: str = "tiny", **changes: Any) -> dict[str, Any]:
-    """The records of a run of format 2, as its records.json holds them."""
+def records(measured: Report | None = None, model: str = "tiny", **changes: Any) -> dict[str, Any]:
+    """The records of a run, as its records.json holds them."""
     made: dict[str, Any] = {
-        "format": 2,
+        "format": 3,
         "recipe": {
             "name": "compresso",
             "title": "learned gates",
@@ -152,7 +152,7 @@ def records(measured: Account | None = None, model: str = "tiny", **changes: Any
         "bytes": 3040,
         "reopened_max_abs_difference": 0.0,
         "guard": judge(vocabulary=1000, dense_loss=2.0, pruned_loss=2.0 + math.log(2)).model_dump(mode="json"),
-        "account": (measured or account(dense(), pruned())).model_dump(mode="json"),
+        "report": (measured or report_of(dense(), pruned())).model_dump(mode="json"),
     }
     return copy.deepcopy({**made, **changes})
 
@@ -169,6 +169,6 @@ def run_folder(folder: Path, facts: dict[str, Any] | None = None, plan: Plan = P
     return folder
 
 
-def account_file(path: Path, *subjects: Subject, created: str = OLD) -> Path:
-    path.write_text(account(*subjects, created=created).model_dump_json())
+def report_file(path: Path, *models: ModelResults, created: str = OLD) -> Path:
+    path.write_text(report_of(*models, created=created).model_dump_json())
     return path

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from playwright.sync_api import Error as BrowserError
 
 from compresso.report.html import write_report
-from compresso.report.read import read_subjects
-from tests.report.made import SMALLER, account, account_file, dense, number, pruned, records, run_folder
+from compresso.report.read import read_results
+from tests.report.made import SMALLER, dense, number, pruned, records, report_file, report_of, run_folder
 
 FLAGS = (
     "--headless",
@@ -75,15 +75,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     tasks = [number(f"task{i}/acc", 0.5, "share", protocol={"shots": 0}, stderr=0.1) for i in range(12)]
     one = run_folder(
-        folder / LONG, records(account(dense(*tasks), pruned(remark="no speed-up: zeros are stored dense")))
+        folder / LONG, records(report_of(dense(*tasks), pruned(remark="no speed-up: zeros are stored dense")))
     )
     evil = pruned(
         "<script>document.title = 'owned'</script><img src=x onerror=fetch('http://127.0.0.1:9/')>",
         SMALLER,
         perplexity=11.0,
     )
-    two = account_file(folder / "two.json", evil)
-    write_report(folder / "report.html", read_subjects([one, two]))
+    two = report_file(folder / "two.json", evil)
+    write_report(folder / "report.html", read_results([one, two]))
     return folder / "report.html"
 
 

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from compresso.report.card import model_card
-from tests.report.made import TASK, TEXT, account, checked, dense, number, pruned, records
+from tests.report.made import TASK, TEXT, checked, dense, number, pruned, records, report_of
 
 
 def card(facts: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_kinds_of_numbers_stand_in_tables_of_their_own() -> None:
-    text = card(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense"))))
+    text = card(records(report_of(dense(), pruned(remark="no speed-up: zeros are stored dense"))))
     measured, estimated = text.index("## Measured"), text.index("## Estimated")
     assert text.index("## Counted") < measured < estimated
     assert "| parameters, blocks | 800 | 560 | 70.0 % |" in text
@@ -71,7 +71,7 @@ def test_what_was_not_measured_is_said() -> None:
     assert "Memory" in line and "Generated text" in line and "toxicity" in line
     assert "Speed" not in line and "Perplexity" not in line
     lacking = dense().model_copy(update={"not_measured": {"speed": "no room"}})
-    bare = card(records(account(lacking, pruned())))
+    bare = card(records(report_of(lacking, pruned())))
     (line,) = (line for line in bare.splitlines() if line.startswith("Not measured:"))
     assert "speed of dense: no room" in line
 
@@ -79,7 +79,7 @@ def test_what_was_not_measured_is_said() -> None:
 def test_a_number_that_was_estimated_is_no_result() -> None:
     guess = number("c4/perplexity", 3.0, how="estimated")
     mine = pruned().model_copy(update={"measurements": (guess,)})
-    assert "model-index" not in front(card(records(account(dense(), mine))))
+    assert "model-index" not in front(card(records(report_of(dense(), mine))))
 
 
 LOADING = [
@@ -91,7 +91,7 @@ LOADING = [
 
 @pytest.mark.parametrize(("layout", "says", "silent"), LOADING)
 def test_how_to_load_follows_the_layout(layout: str, says: str, silent: str) -> None:
-    text = card({**records(account(dense(), pruned())), "layout": layout})
+    text = card({**records(report_of(dense(), pruned())), "layout": layout})
     assert says in text and silent not in text
     assert ("custom_code" in front(text)["tags"]) == (layout == "native")
     assert "collaborative prompt, version v1" in text

@@ -12,8 +12,8 @@ from compresso.core.plan import Plan
 from compresso.errors import ExportError
 from compresso.metrics.record import Sample
 from compresso.report.html import page, report_of_run, write_report
-from compresso.report.read import read_subjects
-from tests.report.made import PLAN, account, account_file, checked, curves, dense, number, pruned, records, run_folder
+from compresso.report.read import read_results
+from tests.report.made import PLAN, checked, curves, dense, number, pruned, records, report_file, report_of, run_folder
 
 EVIL = """</style></svg><script>alert("x")</script><img src=http://evil.test/x onerror=alert(1)>{{ 7 * 7 }}\x1b\x00"""
 
@@ -59,7 +59,7 @@ def safe(text: str) -> Reader:
 
 def test_the_page_of_a_run_says_everything() -> None:
     seen = safe(
-        report_of_run(checked(records(account(dense(), pruned(remark="no speed-up: zeros are stored dense")))), PLAN)
+        report_of_run(checked(records(report_of(dense(), pruned(remark="no speed-up: zeros are stored dense")))), PLAN)
     )
     for words in (
         "learn_gates keeps 70 % of the block parameters; what may leave: heads, FFN units",
@@ -103,7 +103,7 @@ def test_a_name_from_outside_is_text_everywhere(tmp_path: Path) -> None:
     texts = (Sample(prompt=EVIL, text=EVIL, tokens=1, repetition=0, degenerate=True),)
     evil = pruned(EVIL, remark=EVIL).model_copy(update={"samples": texts})
     strange = number(f"{EVIL}/perplexity", 3.0, protocol={EVIL: EVIL}, hardware=EVIL)
-    facts["account"] = account(dense(strange), evil).model_dump(mode="json")
+    facts["report"] = report_of(dense(strange), evil).model_dump(mode="json")
     seen = safe(report_of_run(checked(facts), PLAN))
     assert "{{ 7 * 7 }}" in seen.text and 'alert("x")' in seen.text
 
@@ -122,19 +122,21 @@ def test_a_large_comparison_stays_below_two_megabytes(tmp_path: Path) -> None:
     )
     for i in range(8):
         mine = pruned(fingerprint=f"sha256:{i:064d}").model_copy(update={"samples": text})
-        facts = records(account(dense(*tasks), mine.model_copy(update={"measurements": (*mine.measurements, *tasks)})))
+        facts = records(
+            report_of(dense(*tasks), mine.model_copy(update={"measurements": (*mine.measurements, *tasks)}))
+        )
         facts["stages"]["learn_gates"] |= {"units_kept": units, "curve": curves(200)}
         runs.append(run_folder(tmp_path / f"run{i}", facts, plan))
-    write_report(tmp_path / "report.html", read_subjects(runs))
+    write_report(tmp_path / "report.html", read_results(runs))
     assert 500_000 < (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
 def test_without_runs_and_without_dense_the_page_says_what_is_absent(tmp_path: Path) -> None:
-    seen = safe(page(read_subjects([account_file(tmp_path / "one.json", pruned())])))
+    seen = safe(page(read_results([report_file(tmp_path / "one.json", pruned())])))
     assert "No dense model is among the inputs" in seen.words
     assert "What was asked" not in seen.words
     bare = pruned().model_copy(update={"measurements": (), "samples": ()})
-    seen = safe(page(read_subjects([account_file(tmp_path / "two.json", bare)])))
+    seen = safe(page(read_results([report_file(tmp_path / "two.json", bare)])))
     for words in (
         "Nothing was counted or timed",
         "no model was asked to write",
@@ -145,7 +147,7 @@ def test_without_runs_and_without_dense_the_page_says_what_is_absent(tmp_path: P
 
 
 def test_only_a_report_is_replaced(tmp_path: Path) -> None:
-    comparison = read_subjects([account_file(tmp_path / "one.json", dense(), pruned())])
+    comparison = read_results([report_file(tmp_path / "one.json", dense(), pruned())])
     target = tmp_path / "report.html"
     write_report(target, comparison)
     write_report(target, comparison)
@@ -162,10 +164,10 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
 
 
 def test_the_page_holds_what_the_json_holds(tmp_path: Path) -> None:
-    """Every number of the account stands in the page, as the tables write it."""
-    comparison = read_subjects([run_folder(tmp_path / "run")])
+    """Every number of the report stands in the page, as the tables write it."""
+    comparison = read_results([run_folder(tmp_path / "run")])
     words = safe(page(comparison)).words
-    for subject in json.loads(comparison.account().model_dump_json())["subjects"]:
-        assert subject["name"] in words
-        for one in subject["measurements"]:
+    for results in json.loads(comparison.report().model_dump_json())["models"]:
+        assert results["name"] in words
+        for one in results["measurements"]:
             assert one["name"] in words, one["name"]

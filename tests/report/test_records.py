@@ -24,7 +24,7 @@ def test_what_a_run_wrote_comes_back_as_it_was(ran: Ran, recipe: str) -> None:
     [
         ({"seed": "three"}, "seed: "),
         ({"seconds": float("nan")}, "seconds: "),
-        ({"format": 3}, "format: "),
+        ({"format": 4}, "format: "),
         ({"extra": 1}, "extra: "),
     ],
 )

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from compresso.report.columns import NOISE, column_key
-from compresso.report.read import read_subjects
+from compresso.report.read import read_results
 from compresso.report.table import NOT_MEASURED, REFERENCE, Table, against, missing, noise_floor, tables, within_noise
-from tests.report.made import SMALLER, TASK, TEXT, account_file, dense, number, pruned
+from tests.report.made import SMALLER, TASK, TEXT, dense, number, pruned, report_file
 
 
-def drawn(folder: Path, *subjects) -> dict[str, Table]:  # type: ignore[no-untyped-def]
-    return {table.title: table for table in tables(read_subjects([account_file(folder / "all.json", *subjects)]))}
+def drawn(folder: Path, *models) -> dict[str, Table]:  # type: ignore[no-untyped-def]
+    return {table.title: table for table in tables(read_results([report_file(folder / "all.json", *models)]))}
 
 
 def test_dense_stands_first_and_rows_have_a_cell_for_each_column(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     relative = made["Distance from the dense model"]
     assert relative.rows[0].cells[0].text == REFERENCE
     assert all(cell.text for table in made.values() for row in table.rows for cell in row.cells)
-    assert missing(read_subjects([tmp_path / "all.json"])) == [
+    assert missing(read_results([tmp_path / "all.json"])) == [
         "Tasks: accuracy by length-normalised likelihood",
         "Tasks: exact match",
         "Generated text",

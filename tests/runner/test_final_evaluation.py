@@ -1,4 +1,4 @@
-"""The account a run ends with is true, and a collapsed model is not written unless somebody insists."""
+"""The report a run ends with is true, and a collapsed model is not written unless somebody insists."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import compresso
 from compresso.data import nano
 from compresso.errors import CollapseError
 from compresso.metrics.guard import Guard
-from compresso.metrics.record import Account, Subject
+from compresso.metrics.record import ModelResults, Report
 from compresso.runner.run import run
 
 RUINED: dict[str, Any] = {
@@ -24,14 +24,14 @@ RUINED: dict[str, Any] = {
 }
 
 
-def subjects(records: Any) -> tuple[Subject, Subject]:
-    dense, pruned = Account.model_validate(records["account"]).subjects
+def models(records: Any) -> tuple[ModelResults, ModelResults]:
+    dense, pruned = Report.model_validate(records["report"]).models
     return dense, pruned
 
 
 def test_both_models_answer_the_same_questions(ran: Ran) -> None:
     result = ran("gate-taylor/nano")
-    dense, pruned = subjects(result.records)
+    dense, pruned = models(result.records)
     assert (dense.name, pruned.name, pruned.model) == ("dense", "pruned", result.folder.name)
     assert dense.fingerprint == result.records["model"]["fingerprint"] != pruned.fingerprint
     here = {one.name: one for one in dense.measurements}
@@ -58,7 +58,7 @@ def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions
         ],
     }
     result = run(whole, tiny_folder, output=tmp_path / "out", quiet=True)
-    dense, pruned = subjects(result.records)
+    dense, pruned = models(result.records)
     assert pruned.value("kl") == pytest.approx(0, abs=1e-9)
     assert pruned.value("top1_agreement") == 1
     assert [one.text for one in dense.samples] == [one.text for one in pruned.samples]
@@ -73,7 +73,7 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
         output=tmp_path / "out",
         quiet=True,
     )
-    dense, pruned = subjects(result.records)
+    dense, pruned = models(result.records)
     for one in (dense, pruned):
         assert one.not_measured == {"held/perplexity": "the run had no data", "texts": "the model has no tokenizer"}
     assert result.records["guard"]["verdict"] == "unchecked"
@@ -90,7 +90,7 @@ def test_where_the_dense_model_does_not_fit_the_account_says_so(
         output=tmp_path / "out",
         quiet=True,
     )
-    dense, pruned = subjects(result.records)
+    dense, pruned = models(result.records)
     assert dense.not_measured["speed"] == pruned.not_measured["speed"] == pruned.not_measured["kl"] == "no room"
     assert pruned.value("decode/batch1") is None
     assert dense.value("parameters/total")

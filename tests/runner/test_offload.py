@@ -76,7 +76,7 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(offloaded.model(input_ids=ids).logits, opened(input_ids=ids).logits)
-    assert "texts" in offloaded.records["account"]["subjects"][1]["not_measured"]
+    assert "texts" in offloaded.records["report"]["models"][1]["not_measured"]
 
 
 @pytest.mark.usefixtures("quick_reopening")

@@ -148,7 +148,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
-    """Whether a model is opened as a causal language model: what data, training and accounts need."""
+    """Whether a model is opened as a causal language model: what data, training and reports need."""
     return auto_class(config) is AutoModelForCausalLM and config.model_type != "bert"
 
 

@@ -8,15 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from compresso.report.html import check_target, write_report
-from compresso.report.read import Comparison, read_subjects
+from compresso.report.read import Comparison, read_results
 from compresso.report.table import Cell, missing, tables
 
 
 def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Comparison:
-    """Merge run folders and account files by the models they speak of, and write the page if `output` is given.
+    """Merge run folders and report files by the models they speak of, and write the page if `output` is given.
 
     Returns:
-        The models, dense first; `Comparison.account()` is what a file holds.
+        The models, dense first; `Comparison.report()` is what a file holds.
 
     Raises:
         CheckpointError: an input that is no result, is damaged, or has nothing in common with the others; nothing is
@@ -25,16 +25,16 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
     """
     if output is not None:
         check_target(output)
-    comparison = read_subjects(paths)
+    comparison = read_results(paths)
     if output is not None:
         write_report(output, comparison)
     return comparison
 
 
 def show(comparison: Comparison, as_json: bool) -> None:
-    """Print a comparison as JSON (an account) or as tables, one for each group of numbers."""
+    """Print a comparison as JSON (a report) or as tables, one for each group of numbers."""
     if as_json:
-        print(comparison.account().model_dump_json(indent=2))
+        print(comparison.report().model_dump_json(indent=2))
         return
     console = Console()
     for one in tables(comparison):

@@ -17,8 +17,8 @@ from compresso.loading import Loaded, load
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.perplexity import every_token, perplexity
-from compresso.metrics.record import Account, Environment, Measurement, Subject
-from compresso.metrics.report_file import write_account
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
+from compresso.metrics.report_file import write_report_file
 from compresso.metrics.size import size_measurements
 from compresso.runner.final_evaluation import SPEED_NEW, SPEED_PROMPT
 from compresso.runner.recipe import read, with_knob
@@ -30,7 +30,7 @@ ITEMS_PER_TASK = 60
 DOCUMENTS = 200
 FRESH = 7_000_000
 """Seed of the demo's items and documents: not the seed of training or of the model's own scores."""
-ACCOUNT, REPORT = "account.json", "report.html"
+RESULTS, REPORT = "report.json", "report.html"
 _COLUMNS = {
     "parameters/total": "parameters",
     "bytes/disk": "MB on disk",
@@ -40,18 +40,18 @@ _COLUMNS = {
 }
 
 
-def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int = 0) -> Account:
+def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int = 0) -> Report:
     """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the
     report.
 
     Args:
-        output: becomes a folder with one checkpoint a recipe, `account.json` and `report.html`.
+        output: becomes a folder with one checkpoint a recipe, `report.json` and `report.html`.
         keep: share of block parameters that stays.
         force: replace an existing output, and write what the collapse guard refuses.
         seed: of the recipes.
 
     Returns:
-        What account.json holds: all models, the dense one first, on items and documents that none was trained on.
+        What report.json holds: all models, the dense one first, on items and documents that none was trained on.
 
     Raises:
         CompressoError: as `run` does.
@@ -65,10 +65,10 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
             raw = with_knob(read(recipe), "keep", keep)
             folders[name] = run(raw, nano.path(), "world", output=folder / name, seed=seed, force=force).folder
         console.print("[bold]measuring[/bold] all of them on fresh items, and their speed in turn")
-        account = measured(folders)
-        write_account(folder / ACCOUNT, account)
-        compare([*(folders[name] for name in RECIPES), folder / ACCOUNT], folder / REPORT)
-    _print(console, account, keep)
+        report = measured(folders)
+        write_report_file(folder / RESULTS, report)
+        compare([*(folders[name] for name in RECIPES), folder / RESULTS], folder / REPORT)
+    _print(console, report, keep)
     best = output / "compresso"
     console.print(f"\nThe report, to be opened in a browser: [bold]{output / REPORT}[/bold]")
     console.print(f"The pruned checkpoint: [bold]{best}[/bold]. Load it:\n")
@@ -81,10 +81,10 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
     )
     console.print("[bold]opening[/bold] it in every engine of this machine, each in a process of its own")
     verifying.show(verifying.verify(best), as_json=False)
-    return account
+    return report
 
 
-def measured(folders: Mapping[str, Path]) -> Account:
+def measured(folders: Mapping[str, Path]) -> Report:
     """Size, perplexity, accuracy and speed of each checkpoint, the first being the dense one, on items that none was
     trained on.
     """
@@ -93,12 +93,14 @@ def measured(folders: Mapping[str, Path]) -> Account:
     models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
     live = {name: one.model for name, one in models.items()}
     speeds = speed_measurements(live, batches=(1,), prompt_tokens=SPEED_PROMPT, new_tokens=SPEED_NEW)
-    subjects: list[Subject] = []
+    models: list[ModelResults] = []
     for name, one in models.items():
         identity = open_source(folders[name]).identity
         answers = (*_sized(one, folders[name]), *_answered(one, items, texts), *speeds[name])
-        subjects.append(Subject(name=name, model=identity.name, fingerprint=identity.fingerprint, measurements=answers))
-    return Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=tuple(subjects))
+        models.append(
+            ModelResults(name=name, model=identity.name, fingerprint=identity.fingerprint, measurements=answers)
+        )
+    return Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=tuple(models))
 
 
 def _sized(one: Loaded, folder: Path) -> tuple[Measurement, ...]:
@@ -114,16 +116,16 @@ def _answered(one: Loaded, items: list[world.Item], texts: list[str]) -> tuple[M
     return (*choices.measurements("world", here, FRESH, items_of="fresh draw"), *language.measurements(here))
 
 
-def _print(console: Console, account: Account, keep: float) -> None:
+def _print(console: Console, report: Report, keep: float) -> None:
     table = Table(
         title=f"nano on fresh items, {keep:.0%} of block parameters kept, equal training", title_justify="left"
     )
     table.add_column("")
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")
-    for subject in account.subjects:
-        found = {one.name: one for one in subject.measurements}
-        table.add_row(subject.name, *(_cell(found[name]) for name in _COLUMNS))
+    for results in report.models:
+        found = {one.name: one for one in results.measurements}
+        table.add_row(results.name, *(_cell(found[name]) for name in _COLUMNS))
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""What a model can do: perplexity and benchmark tasks, with and without the collaborative prompt, as an account of
+"""What a model can do: perplexity and benchmark tasks, with and without the collaborative prompt, as a report of
 measurements.
 
 What can be wrong with the words of a command (names, data, output) is found before weights are read.
@@ -17,8 +17,8 @@ from compresso.checkpoint.source import Source, load_tokenizer, open_source
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
-from compresso.metrics.record import Account, Environment, Measurement, Subject
-from compresso.metrics.report_file import account_file, write_account
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
+from compresso.metrics.report_file import report_path, write_report_file
 from compresso.training.device import choose_device
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
-) -> Account:
+) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
     Args:
@@ -58,7 +58,7 @@ def evaluate(
         batch_size: rows a forward.
         device: auto, cpu, cuda or cuda:N.
         seed: of shots that are drawn.
-        output: file to which the account is written as JSON.
+        output: file to which the report is written as JSON.
 
     Raises:
         CompressoError: with the cure; nothing was written.
@@ -76,7 +76,7 @@ def evaluate(
         raise DataError("prompt and limit belong to tasks, and none was asked for; give a suite or tasks")
     where = choose_device(device)
     source = open_source(model)
-    target = None if output is None else account_file(output, [source.folder])
+    target = None if output is None else report_path(output, [source.folder])
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")
     load_tokenizer(source)
@@ -107,16 +107,16 @@ def evaluate(
         )
         for one in prompts(loaded, prompt):
             measurements += score(prompt=one)
-    subject = Subject(
+    results = ModelResults(
         name=source.identity.name,
         model=source.identity.name,
         fingerprint=source.identity.fingerprint,
         measurements=tuple(measurements),
     )
-    account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=(subject,))
+    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=(results,))
     if target:
-        write_account(target, account)
-    return account
+        write_report_file(target, report)
+    return report
 
 
 def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
@@ -139,10 +139,10 @@ def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
             raise DataError(_unknown_prompt(prompt))
 
 
-def show(account: Account) -> None:
-    """Print an account as a table, and what it does not hold."""
+def show(report: Report) -> None:
+    """Print a report as a table, and what it does not hold."""
     console = Console()
-    for subject in account.subjects:
+    for results in report.models:
         table = Table(
             "",
             "value",
@@ -150,13 +150,13 @@ def show(account: Account) -> None:
             "n",
             "shots",
             "prompt",
-            title=f"{subject.name} {subject.fingerprint[:19]}",
+            title=f"{results.name} {results.fingerprint[:19]}",
             title_justify="left",
         )
         table.columns[0].no_wrap = True
         for column in table.columns[1:5]:
             column.justify = "right"
-        for one in subject.measurements:
+        for one in results.measurements:
             shots = one.protocol.get("shots")
             table.add_row(
                 one.name,
@@ -167,28 +167,28 @@ def show(account: Account) -> None:
                 "on" if one.protocol.get("prompt") else "",
             )
         console.print(table)
-        for line in _notes(subject):
+        for line in _notes(results):
             console.print(line, highlight=False)
-        if limits := sorted({int(limit) for one in subject.measurements if (limit := one.protocol.get("limit"))}):
+        if limits := sorted({int(limit) for one in results.measurements if (limit := one.protocol.get("limit"))}):
             console.print(f"Only the first {limits[-1]} items of each task: not comparable with published scores.")
-        if absent := _absent(subject):
+        if absent := _absent(results):
             console.print(f"Not measured: {', '.join(absent)}.")
 
 
-def _notes(subject: Subject) -> list[str]:
+def _notes(results: ModelResults) -> list[str]:
     """Where the rows of tasks came from, and the remarks beside numbers, each once."""
     sources = [
         f"{one.protocol['data']}: {one.protocol['data_remark']}"
-        for one in subject.measurements
+        for one in results.measurements
         if one.protocol.get("data_remark")
     ]
-    remarks = [f"{one.name}: {one.remark}" for one in subject.measurements if one.remark]
+    remarks = [f"{one.name}: {one.remark}" for one in results.measurements if one.remark]
     return list(dict.fromkeys([*sources, *remarks]))
 
 
-def _absent(subject: Subject) -> list[str]:
+def _absent(results: ModelResults) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
-    units = {one.unit for one in subject.measurements}
+    units = {one.unit for one in results.measurements}
     return [
         what
         for unit, what in (("share", "tasks (--suite or --tasks)"), ("1", "perplexity (--corpus)"))

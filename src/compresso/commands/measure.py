@@ -22,8 +22,8 @@ from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.metrics.forward import context_of
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.memory import peak_memory
-from compresso.metrics.record import Account, Environment, Measurement, Subject
-from compresso.metrics.report_file import account_file, write_account
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
+from compresso.metrics.report_file import report_path, write_report_file
 from compresso.metrics.size import size_measurements
 from compresso.metrics.timed_generation import lengths
 from compresso.runner.output import stored_dtype
@@ -66,7 +66,7 @@ def measure(
     seed: int = 0,
     output: Path | str | None = None,
     quiet: bool = False,
-) -> Account:
+) -> Report:
     """Size, multiply-accumulates, peak memory, prefill and decode speed of models, the first being the dense reference.
 
     Args:
@@ -79,18 +79,18 @@ def measure(
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16" or "float16" for all models; None for the one the first is stored in.
         seed: of the random prompts.
-        output: a file to write the account to, as JSON.
+        output: a file to write the report to, as JSON.
         quiet: show no progress.
 
     Returns:
-        One subject a model, in the order given.
+        The results of each model, in the order given.
 
     Raises:
         CompressoError: a model that is missing or unsafe, or settings that cannot be, before anything is timed or
             written; ResourceError if the models do not fit into memory together.
     """
     plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
-    target = None if output is None else account_file(output, [source.folder for source in plan.sources.values()])
+    target = None if output is None else report_path(output, [source.folder for source in plan.sources.values()])
     turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
     with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
         found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}
@@ -114,8 +114,8 @@ def measure(
             seed=seed,
             advance=advance,
         )
-    subjects = tuple(
-        Subject(
+    models = tuple(
+        ModelResults(
             name=name,
             model=source.identity.name,
             fingerprint=source.identity.fingerprint,
@@ -123,10 +123,10 @@ def measure(
         )
         for name, source in plan.sources.items()
     )
-    account = Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=subjects)
+    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=models)
     if target is not None:
-        write_account(target, account)
-    return account
+        write_report_file(target, report)
+    return report
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from compresso.metrics.record import Account, Measurement, Subject
+from compresso.metrics.record import Measurement, ModelResults, Report
 
 _LABELS = {
     "parameters/total": "parameters",
@@ -28,52 +28,52 @@ _LABELS = {
 """What a row is called, in the order of the rows; of names that end in /batchB the part before."""
 
 
-def show(account: Account, as_json: bool) -> None:
-    """Print an account as JSON or as a table, with the words that belong to its numbers."""
+def show(report: Report, as_json: bool) -> None:
+    """Print a report as JSON or as a table, with the words that belong to its numbers."""
     if as_json:
-        print(account.model_dump_json(indent=2))
+        print(report.model_dump_json(indent=2))
         return
     console = Console()
-    subjects = account.subjects
+    models = report.models
     table = Table(
-        title=_title(subjects),
+        title=_title(models),
         title_justify="left",
         caption="medians; below them lowest-highest",
         caption_justify="left",
     )
     for column in ("", "kind"):
         table.add_column(column, no_wrap=True)
-    for number, subject in enumerate(subjects):
-        header = f"{subject.name}\n(reference)" if number == 0 and len(subjects) > 1 else subject.name
+    for number, results in enumerate(models):
+        header = f"{results.name}\n(reference)" if number == 0 and len(models) > 1 else results.name
         table.add_column(header, justify="right", overflow="fold")
-    for row in rows(subjects):
+    for row in rows(models):
         table.add_row(*row)
     console.print(table)
-    for line in remarks(subjects):
+    for line in remarks(models):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def rows(subjects: tuple[Subject, ...]) -> Iterator[list[str]]:
+def rows(models: tuple[ModelResults, ...]) -> Iterator[list[str]]:
     """Label, kind of number, and one cell a model; kinds never share a row. Before the rows of a batch size stands one
     with its name.
     """
-    held = [{(one.name, one.how): one for one in subject.measurements} for subject in subjects]
+    held = [{(one.name, one.how): one for one in results.measurements} for results in models]
     keys = list(dict.fromkeys(key for of_one in held for key in of_one))
     shown = 0
     for name, how in sorted(keys, key=lambda key: _place(key[0])):
         stem, batch = _split(name)
         if batch != shown:
-            yield [f"batch {batch}", "", *("" for _ in subjects)]
+            yield [f"batch {batch}", "", *("" for _ in models)]
             shown = batch
         yield [_LABELS.get(stem, stem), how, *(_cell(of_one.get((name, how))) for of_one in held)]
 
 
-def remarks(subjects: tuple[Subject, ...]) -> list[str]:
+def remarks(models: tuple[ModelResults, ...]) -> list[str]:
     """The sentences that a reader must see beside the numbers, each with its model and number."""
     return [
-        f"{subject.name}, {_label(one)}: {one.remark}"
-        for subject in subjects
-        for one in subject.measurements
+        f"{results.name}, {_label(one)}: {one.remark}"
+        for results in models
+        for one in results.measurements
         if one.remark
     ]
 
@@ -117,9 +117,9 @@ def _number(value: float, unit: str) -> str:
     return f"{value:,.0f}"
 
 
-def _title(subjects: tuple[Subject, ...]) -> str:
+def _title(models: tuple[ModelResults, ...]) -> str:
     """Where and how all this was measured, of the first timed number, else of the first number."""
-    every = [one for subject in subjects for one in subject.measurements]
+    every = [one for results in models for one in results.measurements]
     timed = next((one for one in every if one.unit == "tokens/s"), None)
     environment = (timed or every[0]).environment
     threads = f", {environment.threads} threads" if environment.device == "cpu" else ""

@@ -237,7 +237,7 @@ def _drop_layers_(blocks: nn.ModuleList, axes: Sequence[Axis], kept: Mapping[str
 
 
 def _set_features_(module: nn.Module) -> None:
-    """Bring a module's own account of its weight up to date."""
+    """Bring a module's own counts of its weight's shape up to date."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 How = Literal["measured", "counted", "estimated"]
 Setting = str | bool | int | FiniteFloat | None
@@ -117,8 +117,8 @@ class Sample(Strict):
     degenerate: bool
 
 
-class Subject(Strict):
-    """A model that was measured, and what was found.
+class ModelResults(Strict):
+    """What was measured of one model.
 
     Args:
         name: what a table calls it: "dense", "compresso", or the folder's name.
@@ -141,19 +141,40 @@ class Subject(Strict):
         return next((one.value for one in self.measurements if one.name == name), None)
 
 
-class Account(Strict):
-    """What `evaluate` and `measure` write, and what a run's records hold under "account": subjects, the dense one
-    first.
+class Report(Strict):
+    """What `evaluate` and `measure` write, and what a run's records hold under "report".
 
     Args:
         format: version of this schema.
         created: ISO date and time, UTC.
-        subjects: measured models.
+        models: results of each model, the dense one first.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     created: str
-    subjects: tuple[Subject, ...]
+    models: tuple[ModelResults, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_format_1(cls, data: object) -> object:
+        """Release 0.1 called the models "subjects"."""
+        return upgraded(data, from_format=1, key="subjects", new_key="models")
+
+
+def upgraded(data: object, *, from_format: int, key: str, new_key: str) -> object:
+    """A record of an older format as the next one, which differs in the name of one key; anything else as it is.
+
+    Args:
+        data: what was read from JSON.
+        from_format: the older format; the next one is one higher.
+        key, new_key: the key's name in the older format and in the next.
+
+    Returns:
+        A new mapping; `data` itself if it is of another format, or mixes the two, which its validation then reports.
+    """
+    if not isinstance(data, dict) or data.get("format") != from_format or new_key in data:
+        return data
+    return {new_key if name == key else name: value for name, value in data.items()} | {"format": from_format + 1}
 
 
 def _processor() -> str:

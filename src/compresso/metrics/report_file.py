@@ -1,4 +1,4 @@
-"""Where a command's account goes: a JSON file that is written whole, and replaces nothing but another account."""
+"""Where a command's report goes: a JSON file that is written whole, and replaces nothing but another report."""
 
 import json
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from compresso.checkpoint.atomic import write_text
 from compresso.errors import CheckpointError
-from compresso.metrics.record import Account
+from compresso.metrics.record import Report
 
 
-def account_file(output: str | Path, models: Iterable[Path | None] = ()) -> Path:
+def report_path(output: str | Path, models: Iterable[Path | None] = ()) -> Path:
     """The file to write, if it can be; nothing is created.
 
     Args:
@@ -18,12 +18,12 @@ def account_file(output: str | Path, models: Iterable[Path | None] = ()) -> Path
         models: folders of the measured models, which stay as they are.
 
     Raises:
-        CheckpointError: a folder, a file that is no account, a place that cannot be written to, or one inside a model's
+        CheckpointError: a folder, a file that is no report, a place that cannot be written to, or one inside a model's
             folder.
     """
     path = Path(output).expanduser()
     if path.is_dir():
-        raise CheckpointError(f"output {path} is a folder; a file is wanted, such as {path / 'account.json'}")
+        raise CheckpointError(f"output {path} is a folder; a file is wanted, such as {path / 'report.json'}")
     parent = path.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
@@ -35,14 +35,14 @@ def account_file(output: str | Path, models: Iterable[Path | None] = ()) -> Path
         )
     if path.exists():
         try:
-            Account.model_validate(json.loads(path.read_bytes()))
+            Report.model_validate(json.loads(path.read_bytes()))
         except ValueError as error:
             raise CheckpointError(
-                f"output {path} exists and is no account of measurements; choose another output"
+                f"output {path} exists and is no report of measurements; choose another output"
             ) from error
     return path
 
 
-def write_account(path: Path, account: Account) -> None:
-    """Write an account as JSON, whole or not at all. Raises ResourceError if the disk is full."""
-    write_text(path, account.model_dump_json(indent=2) + "\n")
+def write_report_file(path: Path, report: Report) -> None:
+    """Write a report as JSON, whole or not at all. Raises ResourceError if the disk is full."""
+    write_text(path, report.model_dump_json(indent=2) + "\n")

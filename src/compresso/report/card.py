@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compresso.checkpoint.hub import is_hub_name
 from compresso.core.plan import Plan
-from compresso.metrics.record import Measurement, Subject
+from compresso.metrics.record import Measurement, ModelResults
 from compresso.report import facts
 from compresso.report.columns import group
 from compresso.report.read import Comparison, comparison_of_run
@@ -34,7 +34,7 @@ _NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the
 def model_card(records: RunRecords) -> str:
     """Markdown from what a run's records.json holds."""
     comparison = comparison_of_run(records, Plan())
-    pruned = comparison.subjects[-1]  # the dense model stands first; a run that kept everything has no other
+    pruned = comparison.models[-1]  # the dense model stands first; a run that kept everything has no other
     environment = Environment(
         loader=PackageLoader("compresso.report", "templates"),
         undefined=StrictUndefined,
@@ -66,7 +66,7 @@ def model_card(records: RunRecords) -> str:
     )
 
 
-def _front_matter(records: RunRecords, pruned: Subject) -> dict[str, Any]:
+def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     """The YAML head."""
     source = records.model.name
     front: dict[str, Any] = {

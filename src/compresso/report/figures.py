@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from compresso.metrics.record import Subject
+from compresso.metrics.record import ModelResults
 from compresso.report import charts
 from compresso.report.columns import Column, columns, group, lower_is_better
 from compresso.report.read import Comparison, Run
@@ -50,13 +50,13 @@ def trade_offs(comparison: Comparison) -> list[Figure]:
     """Quality against parameters and against measured decode speed,
     for pairs of numbers that at least two models have.
     """
-    every = columns(number for subject in comparison.subjects for number in subject.measurements)
+    every = columns(number for results in comparison.models for number in results.measurements)
     sizes = [one for one in every if one.name == "parameters/total" and one.how == "counted"][:1]
     speeds = [one for one in every if one.name.startswith("decode/") and one.how == "measured"][:1]
     figures: list[Figure] = []
     for cost in sizes + speeds:
         for quality in _qualities(every):
-            drawn = [_point(subject, mark, cost, quality) for mark, subject in enumerate(comparison.subjects)]
+            drawn = [_point(results, mark, cost, quality) for mark, results in enumerate(comparison.models)]
             points = [point for point in drawn if point is not None]
             if len(points) >= 2:
                 figures.append(_trade_off(points, cost, quality))
@@ -75,9 +75,9 @@ def _qualities(every: Sequence[Column]) -> list[Column]:
     return perplexities[:half] + tasks[: MOST_QUALITIES - len(perplexities[:half])]
 
 
-def _point(subject: Subject, mark: int, cost: Column, quality: Column) -> charts.Point | None:
-    x, y = find(subject, cost), find(subject, quality)
-    return None if x is None or y is None else charts.Point(subject.name, mark, x.value, y.value, y.stderr)
+def _point(results: ModelResults, mark: int, cost: Column, quality: Column) -> charts.Point | None:
+    x, y = find(results, cost), find(results, quality)
+    return None if x is None or y is None else charts.Point(results.name, mark, x.value, y.value, y.stderr)
 
 
 def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) -> Figure:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from compresso.checkpoint.atomic import write_text
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
-from compresso.metrics.record import Sample, Subject
+from compresso.metrics.record import ModelResults, Sample
 from compresso.report import facts, figures
 from compresso.report.charts import drawable
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
@@ -73,13 +73,13 @@ def page(comparison: Comparison) -> str:
         comparison=comparison,
         style=Markup(style),
         generator=Markup(GENERATOR),
-        summary=[_summary(comparison, one) for one in comparison.subjects if one.fingerprint not in comparison.dense],
+        summary=[_summary(comparison, one) for one in comparison.models if one.fingerprint not in comparison.dense],
         runs=[_run(run) for run in comparison.runs],
         quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
         trade_offs=figures.trade_offs(comparison),
-        prompts=_prompts(comparison.subjects),
+        prompts=_prompts(comparison.models),
         protocols=_protocols(comparison),
         remarks=_remarks(drawn),
         words=cell_words,
@@ -129,28 +129,28 @@ def _run(run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(comparison: Comparison, subject: Subject) -> dict[str, Any]:
+def _summary(comparison: Comparison, results: ModelResults) -> dict[str, Any]:
     """The few numbers that a reader asks for first: (what, number, how it compares)."""
-    dense, run = comparison.dense_of(subject), comparison.run_of(subject)
+    dense, run = comparison.dense_of(results), comparison.run_of(results)
     lines: list[tuple[str, str, str]] = []
-    total = subject.value("parameters/total")
+    total = results.value("parameters/total")
     whole = dense.value("parameters/total") if dense else None
     of_dense = f"{100 * total / whole:.1f} % of dense" if total and whole else ""
     lines.append(("parameters", NOT_MEASURED if total is None else written(total, "parameters"), of_dense))
-    measured = columns(number for number in subject.measurements if number.how == "measured")
+    measured = columns(number for number in results.measurements if number.how == "measured")
     quality = next((column for table in QUALITY for column in measured if group(column.name) == table), None)
-    lines.append(_line(quality, subject, dense) if quality else ("quality", NOT_MEASURED, ""))
+    lines.append(_line(quality, results, dense) if quality else ("quality", NOT_MEASURED, ""))
     speed = next((column for column in measured if column.name.startswith("decode_speedup/")), None)
     lines.append(
-        (speed.title, written(subject.value(speed.name) or 0, "1", speed.name), "of dense, measured")
+        (speed.title, written(results.value(speed.name) or 0, "1", speed.name), "of dense, measured")
         if speed
         else ("decode speed-up", NOT_MEASURED, "")
     )
     guard = run.records.guard if run else None
-    remarks = [number.remark for number in subject.measurements if number.remark]
+    remarks = [number.remark for number in results.measurements if number.remark]
     return {
-        "name": subject.name,
-        "model": subject.model,
+        "name": results.name,
+        "model": results.model,
         "lines": lines,
         "verdict": guard.verdict if guard else "none",
         "guard": _VERDICTS[guard.verdict] if guard else "not run",
@@ -158,9 +158,9 @@ def _summary(comparison: Comparison, subject: Subject) -> dict[str, Any]:
     }
 
 
-def _line(column: Column, subject: Subject, dense: Subject | None) -> tuple[str, str, str]:
-    number = find(subject, column)
-    assert number is not None  # the column was made from this subject's numbers
+def _line(column: Column, results: ModelResults, dense: ModelResults | None) -> tuple[str, str, str]:
+    number = find(results, column)
+    assert number is not None  # the column was made from this model's numbers
     reference = find(dense, column) if dense else None
     suffix = " perplexity" if group(column.name) == "Perplexity" else ""
     beside = ""
@@ -172,16 +172,16 @@ def _line(column: Column, subject: Subject, dense: Subject | None) -> tuple[str,
     return column.title + suffix, written(number.value, number.unit, number.name), beside
 
 
-def _prompts(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, Sample | None]]]]:
+def _prompts(models: Sequence[ModelResults]) -> list[tuple[str, list[tuple[str, Sample | None]]]]:
     """Each prompt with what every model wrote that wrote anything."""
-    writers = [subject for subject in subjects if subject.samples]
-    prompts = dict.fromkeys(sample.prompt for subject in writers for sample in subject.samples)
+    writers = [results for results in models if results.samples]
+    prompts = dict.fromkeys(sample.prompt for results in writers for sample in results.samples)
     return [
         (
             prompt,
             [
-                (subject.name, next((one for one in subject.samples if one.prompt == prompt), None))
-                for subject in writers
+                (results.name, next((one for one in results.samples if one.prompt == prompt), None))
+                for results in writers
             ],
         )
         for prompt in prompts
@@ -190,7 +190,7 @@ def _prompts(subjects: Sequence[Subject]) -> list[tuple[str, list[tuple[str, Sam
 
 def _protocols(comparison: Comparison) -> list[dict[str, Any]]:
     """How the numbers of each column were made, and where."""
-    every = [(subject, number) for subject in comparison.subjects for number in subject.measurements]
+    every = [(results, number) for results in comparison.models for number in results.measurements]
     rows: list[dict[str, Any]] = []
     for column in columns(number for _, number in every):
         mine = [number for _, number in every if column_key(number) == column.key]

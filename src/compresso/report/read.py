@@ -1,8 +1,8 @@
-"""Run folders and account files in, one comparison out: the same weights are one subject wherever they were measured.
+"""Run folders and report files in, one comparison out: the same weights are one model wherever they were measured.
 
 A model is known by its fingerprint. Where two inputs hold the same number of the same model, made by the same protocol,
 the newer one counts; numbers are never averaged. Which model is dense follows from the runs (the model they started
-from), from the name "dense", or from standing first in an account of several models.
+from), from the name "dense", or from standing first in a report of several models.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from compresso.checkpoint.folder import read_json
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
-from compresso.metrics.record import Account, Measurement, Sample, Subject
+from compresso.metrics.record import Measurement, ModelResults, Report, Sample
 from compresso.report.columns import Key, column_key
 from compresso.report.records import RunRecords, first_fault
 
@@ -46,10 +46,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Input:
-    """One file or folder that was given: a label, its account, and the run if it is a run's folder."""
+    """One file or folder that was given: a label, its report, and the run if it is a run's folder."""
 
     label: str
-    account: Account
+    report: Report
     run: Run | None = None
 
 
@@ -58,47 +58,47 @@ class Comparison:
     """Models side by side.
 
     Args:
-        subjects: dense first, each model once, names unique.
+        models: dense first, each model once, names unique.
         runs: in the order given; each result once.
         dense: fingerprints of the models that nothing was removed from.
         inputs: labels of what was read.
         created: ISO date and time of the newest input.
     """
 
-    subjects: tuple[Subject, ...]
+    models: tuple[ModelResults, ...]
     runs: tuple[Run, ...]
     dense: frozenset[str]
     inputs: tuple[str, ...]
     created: str
 
-    def dense_of(self, subject: Subject) -> Subject | None:
-        """The dense model that a subject is compared with: the one its run started from, else the only one there is;
+    def dense_of(self, results: ModelResults) -> ModelResults | None:
+        """The dense model that a model is compared with: the one its run started from, else the only one there is;
         None for itself.
         """
-        if subject.fingerprint in self.dense:
+        if results.fingerprint in self.dense:
             return None
         bases = {run.result: run.base for run in self.runs}
-        reached, fingerprint = set[str](), subject.fingerprint
+        reached, fingerprint = set[str](), results.fingerprint
         while fingerprint in bases and fingerprint not in reached:
             reached.add(fingerprint)
             fingerprint = bases[fingerprint]
-        candidates = [one for one in self.subjects if one.fingerprint in self.dense]
+        candidates = [one for one in self.models if one.fingerprint in self.dense]
         exact = [one for one in candidates if one.fingerprint == fingerprint]
         return (
-            exact[0] if exact else candidates[0] if len(candidates) == 1 and subject.fingerprint not in bases else None
+            exact[0] if exact else candidates[0] if len(candidates) == 1 and results.fingerprint not in bases else None
         )
 
-    def run_of(self, subject: Subject) -> Run | None:
-        """The run that wrote a subject."""
-        return next((run for run in self.runs if run.result == subject.fingerprint), None)
+    def run_of(self, results: ModelResults) -> Run | None:
+        """The run that wrote a model."""
+        return next((run for run in self.runs if run.result == results.fingerprint), None)
 
-    def account(self) -> Account:
-        """The subjects as a file that can be compared again."""
-        return Account(created=self.created, subjects=self.subjects)
+    def report(self) -> Report:
+        """The models as a file that can be compared again."""
+        return Report(created=self.created, models=self.models)
 
 
-def read_subjects(paths: Sequence[str | Path]) -> Comparison:
-    """Read run folders and account files (of `compresso evaluate` and `measure`) and merge them.
+def read_results(paths: Sequence[str | Path]) -> Comparison:
+    """Read run folders and report files (of `compresso evaluate` and `measure`) and merge them.
 
     Raises:
         CheckpointError: no input, one that cannot be read, or two that have neither a model nor a measured number in
@@ -113,12 +113,12 @@ def read_subjects(paths: Sequence[str | Path]) -> Comparison:
 
 
 def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
-    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its account
+    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its report
     lacks one of them.
     """
-    result = _result_of(records.account, records.model.fingerprint, "the run's records")
-    name = next(one.name for one in records.account.subjects if one.fingerprint == result)
-    return merged([Input(name, records.account, Run(name, records, plan, result))])
+    result = _result_of(records.report, records.model.fingerprint, "the run's records")
+    name = next(one.name for one in records.report.models if one.fingerprint == result)
+    return merged([Input(name, records.report, Run(name, records, plan, result))])
 
 
 def merged(inputs: Sequence[Input]) -> Comparison:
@@ -126,24 +126,23 @@ def merged(inputs: Sequence[Input]) -> Comparison:
     _refuse_strangers(inputs)
     runs = tuple({run.result: run for run in reversed([one.run for one in inputs if one.run])}.values())[::-1]
     dense = _dense(inputs, runs)
-    fingerprints = dict.fromkeys(subject.fingerprint for one in inputs for subject in one.account.subjects)
+    fingerprints = dict.fromkeys(results.fingerprint for one in inputs for results in one.report.models)
     names = _names(inputs, dense, runs)
-    by_age = sorted(inputs, key=lambda one: _time(one.account.created))
-    subjects: list[Subject] = []
+    by_age = sorted(inputs, key=lambda one: _time(one.report.created))
+    models: list[ModelResults] = []
     for fingerprint in sorted(fingerprints, key=lambda one: one not in dense):
         numbers: dict[Key, Measurement] = {}
         samples: dict[str, Sample] = {}
         lacking: dict[str, str] = {}
         model = ""
-        for subject in (
-            subject for one in by_age for subject in one.account.subjects if subject.fingerprint == fingerprint
-        ):
-            numbers |= {column_key(number): number for number in subject.measurements}
-            samples |= {sample.prompt: sample for sample in subject.samples}
-            lacking |= subject.not_measured
-            model = model or subject.model
-        subjects.append(
-            Subject(
+        of_model = (results for one in by_age for results in one.report.models if results.fingerprint == fingerprint)
+        for results in of_model:
+            numbers |= {column_key(number): number for number in results.measurements}
+            samples |= {sample.prompt: sample for sample in results.samples}
+            lacking |= results.not_measured
+            model = model or results.model
+        models.append(
+            ModelResults(
                 name=names[fingerprint],
                 model=model,
                 fingerprint=fingerprint,
@@ -152,7 +151,7 @@ def merged(inputs: Sequence[Input]) -> Comparison:
                 not_measured=lacking,
             )
         )
-    return Comparison(tuple(subjects), runs, dense, tuple(one.label for one in inputs), by_age[-1].account.created)
+    return Comparison(tuple(models), runs, dense, tuple(one.label for one in inputs), by_age[-1].report.created)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -183,21 +182,21 @@ def _read(path: Path, label: str) -> Input:
             f"{path} does not exist; give a folder that `compresso run` wrote, or a file of `compresso evaluate"
             " --output`"
         )
-    account = _account(path)
-    return Input(label, account)
+    report = _report(path)
+    return Input(label, report)
 
 
-def _account(path: Path) -> Account:
+def _report(path: Path) -> Report:
     try:
-        account = Account.model_validate(read_json(path))
+        report = Report.model_validate(read_json(path))
     except ValidationError as error:
         raise CheckpointError(
-            f"{path} is not an account of measurements: {first_fault(error)}; write it with `compresso evaluate`"
+            f"{path} is not a report of measurements: {first_fault(error)}; write it with `compresso evaluate`"
         ) from error
-    if not account.subjects:
+    if not report.models:
         raise CheckpointError(f"{path} holds no measured model; write it with `compresso evaluate`")
-    _time(account.created, path)
-    return account
+    _time(report.created, path)
+    return report
 
 
 def _read_run(folder: Path, label: str) -> Input:
@@ -208,43 +207,43 @@ def _read_run(folder: Path, label: str) -> Input:
         raise CheckpointError(
             f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote"
         ) from error
-    account = records.account
-    _time(account.created, folder / RECORDS)
+    report = records.report
+    _time(report.created, folder / RECORDS)
     return Input(
-        label, account, Run(label, records, plan, _result_of(account, records.model.fingerprint, str(folder / RECORDS)))
+        label, report, Run(label, records, plan, _result_of(report, records.model.fingerprint, str(folder / RECORDS)))
     )
 
 
-def _result_of(account: Account, base: str, where: str) -> str:
+def _result_of(report: Report, base: str, where: str) -> str:
     """The fingerprint of the model that a run wrote: `base` itself if it kept everything. Raises CheckpointError if
     there is none.
     """
-    if len(account.subjects) < 2:
-        raise CheckpointError(f"{where}: the account has no model beside the one the run started from; run it again")
-    return next((one.fingerprint for one in account.subjects if one.fingerprint != base), base)
+    if len(report.models) < 2:
+        raise CheckpointError(f"{where}: the report has no model beside the one the run started from; run it again")
+    return next((one.fingerprint for one in report.models if one.fingerprint != base), base)
 
 
 def _dense(inputs: Sequence[Input], runs: Sequence[Run]) -> frozenset[str]:
     """Fingerprints of the models that nothing was removed from."""
     bases = {run.base for run in runs}
-    named = {subject.fingerprint for one in inputs for subject in one.account.subjects if subject.name == "dense"}
-    first = {one.account.subjects[0].fingerprint for one in inputs if one.run is None and len(one.account.subjects) > 1}
+    named = {results.fingerprint for one in inputs for results in one.report.models if results.name == "dense"}
+    first = {one.report.models[0].fingerprint for one in inputs if one.run is None and len(one.report.models) > 1}
     smaller = {run.result for run in runs if run.result != run.base}  # a run that kept everything wrote its base again
     return frozenset((bases | named | first) - smaller)
 
 
 def _names(inputs: Sequence[Input], dense: frozenset[str], runs: Sequence[Run]) -> dict[str, str]:
-    """A unique name for each fingerprint: "dense", the run's folder, or what its account calls it."""
+    """A unique name for each fingerprint: "dense", the run's folder, or what its report calls it."""
     by_run = {run.result: run.name for run in runs}
     names: dict[str, str] = {}
     for one in inputs:
-        for subject in one.account.subjects:
-            if (fingerprint := subject.fingerprint) in names:
+        for results in one.report.models:
+            if (fingerprint := results.fingerprint) in names:
                 continue
             if fingerprint in dense:
-                name = "dense" if len(dense) == 1 else f"dense ({subject.model})"
+                name = "dense" if len(dense) == 1 else f"dense ({results.model})"
             else:
-                name = by_run.get(fingerprint, subject.name)
+                name = by_run.get(fingerprint, results.name)
             short = fingerprint.rpartition(":")[2][:8]
             tries = (name, f"{name} ({one.label})", f"{name} ({one.label}, {short})", fingerprint)
             names[fingerprint] = next(
@@ -270,8 +269,8 @@ def _refuse_strangers(inputs: Sequence[Input]) -> None:
 
 def _marks(one: Input) -> set[object]:
     """What ties an input to others: its models, and the columns in which it has a measured number."""
-    marks: set[object] = {subject.fingerprint for subject in one.account.subjects}
-    numbers: Iterable[Measurement] = (number for subject in one.account.subjects for number in subject.measurements)
+    marks: set[object] = {results.fingerprint for results in one.report.models}
+    numbers: Iterable[Measurement] = (number for results in one.report.models for number in results.measurements)
     return (
         marks
         | {column_key(number) for number in numbers if number.how == "measured"}
@@ -280,11 +279,11 @@ def _marks(one: Input) -> set[object]:
 
 
 def _time(text: str, where: Path | None = None) -> datetime:
-    """An account's date; without a zone it is UTC. Raises CheckpointError if it is none."""
+    """A report's date; without a zone it is UTC. Raises CheckpointError if it is none."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError as error:
         raise CheckpointError(
-            f"{where or 'an account'}: created={text!r} is not an ISO date and time; it was changed"
+            f"{where or 'a report'}: created={text!r} is not an ISO date and time; it was changed"
         ) from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)

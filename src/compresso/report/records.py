@@ -8,13 +8,13 @@ typed.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from compresso.errors import CheckpointError
 from compresso.metrics.guard import Guard
-from compresso.metrics.record import Account, Strict
+from compresso.metrics.record import Report, Strict, upgraded
 
-FORMAT = 2
+FORMAT = 3
 Fraction = Annotated[str, Field(pattern=r"^\d+/\d+$")]
 """Units kept of those that were there, "3/4"."""
 
@@ -105,10 +105,10 @@ class RunRecords(Strict):
         reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
         engines: what each engine made of the files; none if the run did not ask.
         guard: whether quality collapsed.
-        account: the original and the result, measured.
+        report: the original and the result, measured.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     recipe: RecipeRun
     model: Named
     data: DataUsed | None
@@ -127,7 +127,13 @@ class RunRecords(Strict):
     reopened_max_abs_difference: FiniteFloat
     engines: tuple[Engine, ...] = ()
     guard: Guard
-    account: Account
+    report: Report
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_format_2(cls, data: object) -> object:
+        """Release 0.1 called the report "account"."""
+        return upgraded(data, from_format=2, key="account", new_key="report")
 
     def stored_dense(self) -> str:
         """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compresso.metrics.record import Measurement, Subject
+from compresso.metrics.record import Measurement, ModelResults
 from compresso.report.columns import (
     GROUPS,
     NOISE,
@@ -72,7 +72,7 @@ class Table:
 
 def tables(comparison: Comparison) -> list[Table]:
     """One table for each group of numbers that somebody has."""
-    every = columns(number for subject in comparison.subjects for number in subject.measurements)
+    every = columns(number for results in comparison.models for number in results.measurements)
     made: list[Table] = []
     for name in GROUPS:
         mine = tuple(column for column in every if group(column.name) == name)
@@ -93,19 +93,19 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def missing(comparison: Comparison) -> list[str]:
     """The groups in which no model has a number, and what single models lack, with the reason."""
-    have = {group(number.name) for subject in comparison.subjects for number in subject.measurements}
+    have = {group(number.name) for results in comparison.models for number in results.measurements}
     absent = [name for name in GROUPS if name not in have and name != "Other"]
     return absent + [
-        f"{what} of {one.name}: {why}" for one in comparison.subjects for what, why in one.not_measured.items()
+        f"{what} of {one.name}: {why}" for one in comparison.models for what, why in one.not_measured.items()
     ]
 
 
-def find(subject: Subject, column: Column) -> Measurement | None:
-    """A subject's number in a column."""
-    return next((number for number in subject.measurements if column_key(number) == column.key), None)
+def find(results: ModelResults, column: Column) -> Measurement | None:
+    """A model's number in a column."""
+    return next((number for number in results.measurements if column_key(number) == column.key), None)
 
 
-def noise_floor(dense: Subject, number: Measurement) -> Measurement | None:
+def noise_floor(dense: ModelResults, number: Measurement) -> Measurement | None:
     """How far the dense model lies from itself in a number: one named "noise/<name>" whose protocol contradicts the
     number's nowhere.
     """
@@ -147,12 +147,12 @@ def against(number: Measurement, dense: Measurement) -> str:
 
 
 def _rows(comparison: Comparison, mine: Sequence[Column]) -> list[Row]:
-    dense = [subject for subject in comparison.subjects if subject.fingerprint in comparison.dense]
+    dense = [results for results in comparison.models if results.fingerprint in comparison.dense]
     rows: list[Row] = []
     if not dense:
         rows.append(Row("dense", "dense", tuple(Cell(NOT_MEASURED, present=False) for _ in mine)))
     rows += [Row(one.name, "dense", tuple(_cell(one, None, column, REFERENCE) for column in mine)) for one in dense]
-    pruned = [subject for subject in comparison.subjects if subject.fingerprint not in comparison.dense]
+    pruned = [results for results in comparison.models if results.fingerprint not in comparison.dense]
     rows += [
         Row(one.name, "pruned", tuple(_cell(one, comparison.dense_of(one), column, NOT_MEASURED) for column in mine))
         for one in pruned
@@ -160,9 +160,9 @@ def _rows(comparison: Comparison, mine: Sequence[Column]) -> list[Row]:
     return rows
 
 
-def _cell(subject: Subject, dense: Subject | None, column: Column, relative: str) -> Cell:
-    """A subject's cell; `relative` stands where it lacks a number that relates a model to the dense one."""
-    number = find(subject, column)
+def _cell(results: ModelResults, dense: ModelResults | None, column: Column, relative: str) -> Cell:
+    """A model's cell; `relative` stands where it lacks a number that relates a model to the dense one."""
+    number = find(results, column)
     if number is None:
         return Cell(relative if is_against_dense(column.name) else NOT_MEASURED, present=False)
     text = written(number.value, number.unit, number.name, number.stderr)
@@ -178,12 +178,12 @@ def _cell(subject: Subject, dense: Subject | None, column: Column, relative: str
 
 def _floors(comparison: Comparison, mine: Sequence[Column]) -> Row | None:
     """The row of noise floors; None where no number has one."""
-    dense = [subject for subject in comparison.subjects if subject.fingerprint in comparison.dense]
+    dense = [results for results in comparison.models if results.fingerprint in comparison.dense]
     cells: list[Cell] = []
     for column in mine:
-        number = next((one for subject in dense if (one := find(subject, column)) is not None), None)
+        number = next((one for results in dense if (one := find(results, column)) is not None), None)
         floor = next(
-            (one for subject in dense if number is not None and (one := noise_floor(subject, number)) is not None), None
+            (one for results in dense if number is not None and (one := noise_floor(results, number)) is not None), None
         )
         if floor is None:
             cells.append(Cell(REFERENCE if is_against_dense(column.name) else NOT_MEASURED, present=False))

@@ -1,8 +1,8 @@
-"""The account that a run ends with: the dense model and the smaller one, asked the same questions on the same machine,
+"""The report that a run ends with: the dense model and the smaller one, evaluated in the same way on the same machine,
 at the same time.
 
 The dense model is read once more for it, beside the smaller one. Where both do not fit into memory, what needs the
-dense model is left out and the account says why. Nothing here changes the result; it decides whether the result may be
+dense model is left out and the report says why. Nothing here changes the result; it decides whether the result may be
 written (`FinalEvaluation.guard`).
 """
 
@@ -28,7 +28,7 @@ from compresso.metrics.generation import PROMPTS, generation_measurements, sampl
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import held_loss
 from compresso.metrics.latency import speed_measurements
-from compresso.metrics.record import Account, Environment, Measurement, Sample, Subject
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
 from compresso.native.stock import as_stock
 from compresso.sweep.memory import available
@@ -58,16 +58,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class FinalEvaluation:
-    """Both models' answers, and the verdict on the smaller one."""
+    """Both models' results, and the verdict on the smaller one."""
 
     dense: Evaluated
     pruned: Evaluated
     guard: Guard
 
-    def account(
-        self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]
-    ) -> Account:
-        """The account, once the smaller model is written.
+    def report(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Report:
+        """The report, once the smaller model is written.
 
         Args:
             dense: the model the run started from.
@@ -79,27 +77,27 @@ class FinalEvaluation:
             (DENSE, dense.identity, self.dense, size_measurements(counts["before"], dense.folder, here)),
             (PRUNED, result, self.pruned, size_measurements(counts["after"], folder, here)),
         )
-        subjects = tuple(
-            Subject(
+        models = tuple(
+            ModelResults(
                 name=name,
                 model=identity.name,
                 fingerprint=identity.fingerprint,
-                measurements=(*size, *answers.measurements),
-                samples=answers.samples,
-                not_measured=answers.not_measured,
+                measurements=(*size, *results.measurements),
+                samples=results.samples,
+                not_measured=results.not_measured,
             )
-            for name, identity, answers, size in sizes
+            for name, identity, results, size in sizes
         )
-        return Account(created=datetime.now(UTC).isoformat(timespec="seconds"), subjects=subjects)
+        return Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=models)
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What both models are asked.
+    """How both models are evaluated.
 
     Args:
         corpus: of the held-out examples, in a word.
-        prompts, encode, new_tokens: of the texts; no prompts where none can be asked.
+        prompts, encode, new_tokens: of the texts; no prompts where none can be encoded.
         prompt_format: how a prompt reaches the model.
         refused: why there are no texts; "" if there are.
     """
@@ -122,7 +120,7 @@ def take(
     before: float | None,
     after: float | None,
 ) -> FinalEvaluation:
-    """Ask both models and judge.
+    """Evaluate both models and judge.
 
     Args:
         job: with the smaller model, live.
@@ -137,42 +135,46 @@ def take(
     kept = job.plan.kept.get("vocab")
     # a model whose vocabulary was cut reads and writes with a tokenizer of its own
     theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
-    asked = questions(job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on)
-    answers = {DENSE: Evaluated(), PRUNED: Evaluated()}
+    settings = evaluation_settings(
+        job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on
+    )
+    results = {DENSE: Evaluated(), PRUNED: Evaluated()}
     pruned = job.model.eval()
     if job.offloaded:
-        asked = replace(asked, prompts=(), refused=OFFLOADED)
+        settings = replace(settings, prompts=(), refused=OFFLOADED)
     if lacking := OFFLOADED if job.offloaded else _lacking(source, job.device, pruned.dtype):
         for what in ("texts", "speed", "held/perplexity"):
-            answers[DENSE].not_measured[what] = lacking
-        answers[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
+            results[DENSE].not_measured[what] = lacking
+        results[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
         models = {PRUNED: pruned}
     else:
         dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
     with job.callable_model():
         for name, model in models.items():
-            _ask(answers[name], model, job, theirs if name == DENSE else job.tokenizer, asked, is_dense=name == DENSE)
+            _evaluate(
+                results[name], model, job, theirs if name == DENSE else job.tokenizer, settings, is_dense=name == DENSE
+            )
     if DENSE in models:
         windows = shared_windows(job.dense_held or job.held, kept)
         if windows:
-            answers[PRUNED].measurements += divergence(
+            results[PRUNED].measurements += divergence(
                 pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept
             )
         elif job.held:
-            answers[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
+            results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         if kept is not None and before is not None:  # examples may have been dropped since
             before = held_loss(models[DENSE], job.dense_held or job.held).mean
         for name, speeds in _speeds(models).items():
-            answers[name].measurements += speeds
+            results[name].measurements += speeds
     guard = judge(
         vocabulary=int(pruned.config.vocab_size),
         dense_loss=before,
         pruned_loss=after,
-        dense_degenerate=answers[DENSE].rate("degenerate"),
-        pruned_degenerate=answers[PRUNED].rate("degenerate"),
+        dense_degenerate=results[DENSE].rate("degenerate"),
+        pruned_degenerate=results[PRUNED].rate("degenerate"),
     )
-    return FinalEvaluation(answers[DENSE], answers[PRUNED], guard)
+    return FinalEvaluation(results[DENSE], results[PRUNED], guard)
 
 
 def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list[int]]:
@@ -184,7 +186,7 @@ def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list
     return [window for window in windows if len(window) > 1]
 
 
-def questions(
+def evaluation_settings(
     model: PreTrainedModel,
     tokenizers: Sequence[PreTrainedTokenizerBase | None],
     *,
@@ -194,7 +196,7 @@ def questions(
 ) -> EvaluationSettings:
     """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
 
-    tokenizers: of all models that are asked; there must be room for the longest encoding.
+    tokenizers: of all models that are evaluated; there must be room for the longest encoding.
     """
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
     if not known:
@@ -215,31 +217,31 @@ def questions(
     return EvaluationSettings(corpus, prompts, encode, room, words)
 
 
-def _ask(
-    answers: Evaluated,
+def _evaluate(
+    results: Evaluated,
     model: PreTrainedModel,
     job: Job,
     tokenizer: PreTrainedTokenizerBase | None,
-    asked: EvaluationSettings,
+    settings: EvaluationSettings,
     *,
     is_dense: bool,
 ) -> None:
-    """Held-out loss and texts of one model, added to its answers."""
+    """Held-out loss and texts of one model, added to its results."""
     here = Environment.here(model.device, model.dtype)
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
-        answers.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(
-            here, asked.corpus, noise=is_dense
+        results.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(
+            here, settings.corpus, noise=is_dense
         )
     else:
-        answers.not_measured["held/perplexity"] = "the run had no data"
-    if asked.refused or tokenizer is None:
-        answers.not_measured["texts"] = asked.refused
+        results.not_measured["held/perplexity"] = "the run had no data"
+    if settings.refused or tokenizer is None:
+        results.not_measured["texts"] = settings.refused
         return
-    encode = None if asked.encode is None else partial(asked.encode, tokenizer)
-    answers.samples = samples(model, tokenizer, asked.prompts, asked.new_tokens, encode)
-    settings = {"max_new_tokens": asked.new_tokens, "prompt_format": asked.prompt_format}
-    answers.measurements += generation_measurements(answers.samples, here, **settings)
+    encode = None if settings.encode is None else partial(settings.encode, tokenizer)
+    results.samples = samples(model, tokenizer, settings.prompts, settings.new_tokens, encode)
+    protocol = {"max_new_tokens": settings.new_tokens, "prompt_format": settings.prompt_format}
+    results.measurements += generation_measurements(results.samples, here, **protocol)
 
 
 def _speeds(models: Mapping[str, PreTrainedModel]) -> dict[str, tuple[Measurement, ...]]:

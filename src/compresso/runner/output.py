@@ -106,7 +106,7 @@ def finish(
     dtype: torch.dtype,
     ask: Callable[[Path], Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint beside `output`, reopen it in a fresh process, add its account, then rename it into place.
+    """Write the checkpoint beside `output`, reopen it in a fresh process, add its report, then rename it into place.
 
     Args:
         job: with the smaller model, live.
@@ -117,7 +117,7 @@ def finish(
         ask: what every engine makes of the written folder, for the records; None asks none.
 
     Returns:
-        The records, with layout, bytes, the reopened difference, the guard and the account.
+        The records, with layout, bytes, the reopened difference, the guard and the report.
 
     Raises:
         ExportError: if the layout cannot hold the shapes, or what was written reads back differently; nothing is left
@@ -147,7 +147,7 @@ def finish(
         )  # engines are asked what they make of it with what is known of it
         written["engines"] = list(ask(folder)) if ask else []
         result = replace(open_source(folder).identity, name=output.name)
-        written["account"] = evaluation.account(source, result, folder, facts).model_dump(mode="json")
+        written["report"] = evaluation.report(source, result, folder, facts).model_dump(mode="json")
         records = RunRecords.checked(written, "the run's records")
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),

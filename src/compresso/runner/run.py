@@ -165,7 +165,7 @@ def run(
                 "patches": list(job.patches),
             }
             if is_main:
-                evaluation = _account(job, prepared, facts)
+                evaluation = _evaluated(job, prepared, facts)
                 _refuse_collapse(evaluation.guard, force=force, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
@@ -244,8 +244,8 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
-def _account(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalEvaluation:
-    """What the dense model and the smaller one answer, and the verdict."""
+def _evaluated(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalEvaluation:
+    """Results of the dense model and the smaller one, and the verdict."""
     return take(
         job,
         prepared.source,
