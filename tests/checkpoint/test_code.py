@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    TOKENIZER_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -26,10 +27,11 @@ from transformers import (
 import compresso
 from compresso.arch.base import arch_for
 from compresso.checkpoint.code import NATIVE, refuse_code, trusted
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
 from compresso.data import nano
 from compresso.engines import vllm as vllm_engine
 from compresso.engines.parity import WORDS, check_transformers, check_vllm
+from compresso.engines.transformers_process import continued
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
@@ -47,15 +49,7 @@ OURS = {"AutoConfig": "modeling_compresso.CompressoLlamaConfig"}
 REMOTE = next(name for name, words in WORDS.items() if "remote" in words)
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 FIELDS: list[tuple[str, dict[str, Any], str]] = [
-    (CONFIG, {"auto_map": {"AutoConfig": "strange.X"}}, r"auto_map names code to run \(strange\.X\)"),
-    (CONFIG, {"auto_map": {"AutoModelForCausalLM": "owner/repo--strange.X"}}, "auto_map names code"),
-    (CONFIG, {"auto_map": OURS | {"AutoModelForCausalLM": "strange.X"}}, "auto_map names code"),
-    (
-        CONFIG,
-        {"auto_map": {"AutoConfig": "owner/repo--modeling_compresso.CompressoLlamaConfig"}},
-        "auto_map names code",
-    ),
-    (CONFIG, {"auto_map": {"AutoConfig": "modeling_compresso.torch"}}, "auto_map names code"),
+    (CONFIG, {"auto_map": {"AutoConfig": 7}}, r"auto_map names code to run \(7\)"),
     (CONFIG, {"auto_map": "strange.X"}, "auto_map names code"),
     (CONFIG, {"text_config": {"auto_map": OURS}}, r"text_config\.auto_map names code"),
     (CONFIG, {"parts": [{"deep": {"auto_map": {"AutoConfig": "strange.X"}}}]}, r"parts\.0\.deep\.auto_map names code"),
@@ -90,20 +84,31 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (GENERATION, {"auto_map": {"AutoConfig": "strange.X"}}, "auto_map names code"),
     (GENERATION, {"custom_generate": "custom_generate"}, "custom_generate names code"),
-    (TOKENIZER, {"auto_map": {"AutoTokenizer": [None, "strange.X"]}}, "auto_map names code"),
-    (TOKENIZER, {"auto_map": ["strange.X", None]}, "auto_map names code"),
-    (TOKENIZER, {"auto_map": OURS}, "auto_map names code"),
+    (TOKENIZER, {"x": {"auto_map": {"AutoTokenizer": [None, "strange.X"]}}}, r"x\.auto_map names code"),
     (
         TOKENIZER,
         {"tokenizer_class": "AutoModelForCausalLM"},
         "tokenizer_class is AutoModelForCausalLM, which is no tokenizer",
     ),
-    ("processor_config.json", {"auto_map": {"AutoProcessor": "strange.X"}}, "auto_map names code"),
-    ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "strange.X"}}, "auto_map names code"),
-    ("video_preprocessor_config.json", {"auto_map": {"AutoVideoProcessor": "strange.X"}}, "auto_map names code"),
+    ("processor_config.json", {"x": {"auto_map": {"AutoProcessor": "strange.X"}}}, r"x\.auto_map names code"),
     ("audio_tokenizer_config.json", {"x": {"auto_map": {"AutoModel": "strange.X"}}}, r"x\.auto_map names code"),
 ]
 """A file, what is written into it, and what the refusal says."""
+
+WITH_TRUST: list[tuple[str, dict[str, Any]]] = [
+    (CONFIG, {"AutoConfig": "strange.X", "AutoModelForCausalLM": "strange.X", "AutoTokenizer": ["strange.X", None]}),
+    (CONFIG, {"AutoModelForCausalLM": "owner/repo--strange.X"}),
+    (CONFIG, OURS | {"AutoModelForCausalLM": "strange.X"}),
+    (CONFIG, {"AutoConfig": "owner/repo--modeling_compresso.CompressoLlamaConfig"}),
+    (CONFIG, {"AutoConfig": "modeling_compresso.torch"}),
+    (TOKENIZER, {"AutoTokenizer": [None, "strange.X"]}),
+    (TOKENIZER, {"AutoTokenizer": ["strange.X", None]}),
+    (TOKENIZER, OURS),
+    ("processor_config.json", {"AutoProcessor": "strange.X"}),
+    ("preprocessor_config.json", {"AutoImageProcessor": "strange.X"}),
+    ("video_preprocessor_config.json", {"AutoVideoProcessor": "strange.X"}),
+]
+"""A file and its auto_map, which is followed with trust alone, as transformers has a class for the model type."""
 
 
 @pytest.fixture
@@ -182,6 +187,70 @@ def test_a_field_that_names_code_is_refused_by_file_and_field(
     if file == CONFIG:
         with pytest.raises(CheckpointError, match=message):
             open_source(folder / file)
+
+
+@pytest.mark.parametrize(
+    ("file", "mapped"), WITH_TRUST, ids=[f"{file}-{number}" for number, (file, _) in enumerate(WITH_TRUST)]
+)
+def test_an_auto_map_is_passed_over_where_transformers_has_a_class_and_refused_with_trust(
+    file: str, mapped: dict[str, Any], folder: Path, ran: Path
+) -> None:
+    wanted = load_model(open_source(folder)).state_dict()
+    tokens = load_tokenizer(open_source(folder))("the house").input_ids
+    change(folder / file, {"auto_map": mapped})
+    source = open_source(folder)
+    found = load_model(source).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert load_tokenizer(source)("the house").input_ids == tokens
+    meta_model(open_source(folder / CONFIG))
+    message = f"{file}: auto_map names code to run"
+    with pytest.raises(CheckpointError, match=message):
+        trusted(folder)
+    with pytest.raises(CheckpointError, match=message):
+        check_vllm("vLLM", folder, IDS, torch.zeros(4, 1024), IDS)
+    for answer in (
+        check_transformers(REMOTE, folder, IDS, torch.zeros(4, 1024), IDS, folder.parent),
+        check_vllm("vLLM", folder, IDS, torch.zeros(4, 1024), IDS, shipped=NATIVE),
+    ):
+        assert answer.opens == "not checked" and f"this folder/{message}" in answer.reason
+    assert not ran.exists()
+
+
+def test_a_folder_with_an_auto_map_opens_in_a_fresh_process_and_is_written_without_it(
+    folder: Path, ran: Path, tmp_path: Path
+) -> None:
+    for file, mapped in (WITH_TRUST[0], WITH_TRUST[6], WITH_TRUST[8]):
+        change(folder / file, {"auto_map": mapped})
+    source = open_source(folder)
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    logits, greedy = continued(model, IDS)
+    assert check_transformers("transformers", folder, IDS, logits, greedy, tmp_path).opens == "yes"
+    save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "written", tokenizer=tokenizer)
+    for written in (tmp_path / "written").glob("*.json"):
+        assert "strange" not in written.read_text(), written.name
+    assert trusted(tmp_path / "written") is False
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["x", "llama"])
+def test_an_auto_map_is_refused_with_the_cure_where_transformers_has_no_class(
+    kind: str, folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model type it does not know; and of a tokenizer, where nothing but the code says what it is."""
+    if kind == "x":
+        change(folder / CONFIG, {"model_type": "x", "auto_map": WITH_TRUST[0][1]})
+        for opening in (lambda: open_source(folder), lambda: refuse_code(folder)):
+            with pytest.raises(CheckpointError, match=r"auto_map.*Convert the model|convert the model"):
+                opening()
+    else:
+        change(folder / TOKENIZER, {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["strange.X", None]}})
+        holds = type(TOKENIZER_MAPPING).__contains__
+        monkeypatch.setattr(
+            type(TOKENIZER_MAPPING), "__contains__", lambda at, key: at is not TOKENIZER_MAPPING and holds(at, key)
+        )
+        with pytest.raises(CheckpointError, match=r"tokenizer of model .* never run\. Write tokenizer\.json"):
+            load_tokenizer(open_source(folder))
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty", "file", "link", "link to nothing"])

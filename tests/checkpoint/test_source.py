@@ -229,17 +229,16 @@ def test_code_in_the_folder_is_not_run(folder: Path, capfd: pytest.CaptureFixtur
         "AutoModelForCausalLM": "modeling_x.X",
         "AutoTokenizer": ["modeling_x.X", None],
     }
+    edit_config(folder, auto_map=names)
     inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
-    source = open_source(folder)  # a file that nothing names is not run
+    source = open_source(folder)  # a model type that transformers knows
     load_model(source)
     load_tokenizer(source)
-    edit_config(folder, auto_map=names)
-    refused(folder, r"config\.json: auto_map names code to run \(modeling_x\.X\)")
     edit_config(folder, model_type="x")
     refused(folder, r"does not know model_type 'x' and wants to run code of its own \(auto_map\)")
     refused(folder / "config.json", "auto_map")
-    edit_config(folder, model_type="llama", auto_map=None)
+    edit_config(folder, model_type="llama")
     path = folder / "tokenizer_config.json"
     path.write_text(
         json.dumps(
@@ -250,7 +249,10 @@ def test_code_in_the_folder_is_not_run(folder: Path, capfd: pytest.CaptureFixtur
             }
         )
     )
-    refused(folder, r"tokenizer_config\.json: auto_map names code to run")
+    try:
+        load_tokenizer(open_source(folder))
+    except CheckpointError as error:
+        assert "tokenizer of model" in str(error)  # either outcome is fine, running the code is not
     assert not canary.exists()
 
 

@@ -35,7 +35,7 @@ def strange(tiny_folder: Path, tmp_path: Path) -> Path:
         f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(model, **k): pass\n"
     )
     (folder / "config.json").write_text(
-        (folder / "config.json").read_text().replace("{", '{"auto_map": {"AutoConfig": "strange.X"},', 1)
+        (folder / "config.json").read_text().replace("{", '{"custom_pipelines": {"x": "strange.X"},', 1)
     )
     (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
     return folder

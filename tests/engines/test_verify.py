@@ -84,7 +84,9 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     config["auto_map"] = {key: f"somebody/else--{value}" for key, value in config["auto_map"].items()}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="auto_map names code to run"):
-        verify(folder)
+        trusted(folder)
+    answer = verifying._transformers(REMOTE, open_source(folder), ids, torch.zeros(3, 1024), ids, tmp_path)
+    assert answer.opens == "not checked" and "auto_map names code to run" in answer.reason
 
 
 def test_a_uniform_checkpoint_opens_without_compresso_but_without_tokenizer_not_in_llama_cpp(tmp_path: Path) -> None:

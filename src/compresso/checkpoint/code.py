@@ -1,8 +1,8 @@
 """The gate for code: what in a model folder transformers would import or run, refused before anything opens the folder.
 
 Every way into a folder goes through `refuse_code`, also that of a fresh process; the processes that pass
-trust_remote_code=True go through `trusted` as well. What transformers 5.23 would import or run, by the file that makes
-it do so:
+trust_remote_code=True, and those of vLLM, go through `trusted` as well. What transformers 5.23 would import or run, by
+the file that makes it do so:
 
     custom_generate/generate.py   replaces `generate`, without a field that names it (generation/utils.py,
                                   load_custom_generate)
@@ -24,6 +24,9 @@ it do so:
     auto_mapping                  peft imports its parent_library; a folder with adapter_config.json is refused whole,
                                   by `check_folder`
 
+An auto_map at the top of a file, as many published folders have it, is not followed without trust: where transformers
+has a class of its own for the model_type, that one is opened, and refused otherwise. With trust it would be followed.
+
 Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
 `generate` is never told to trust, so decoding modes that moved to the hub stay there; pickles are refused beside this
 (`folder.py`), chat templates run in a sandbox. The one file that may run is the modelling file that compresso writes,
@@ -35,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from compresso.checkpoint.folder import read_json
 from compresso.errors import CheckpointError
@@ -50,6 +53,8 @@ _CONFIGS = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
+_NOT_FOLLOWED = frozenset(_CONFIGS) - {"config.json", "generation_config.json"}
+"""Of tokenizers and processors: with trust_remote_code=False, transformers builds a class of its own, or raises."""
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _NEVER = "no code of a model folder is run"
 
@@ -88,6 +93,11 @@ def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
     Raises:
         CheckpointError: naming file and field, with the cure.
     """
+    _refuse_code(folder, shipped, trust=False)
+
+
+def _refuse_code(folder: Path, shipped: Shipped, trust: bool) -> None:
+    """`refuse_code`, for an opening with or without trust_remote_code."""
     custom = folder / "custom_generate"
     if custom.exists() or custom.is_symlink():
         raise CheckpointError(
@@ -95,27 +105,44 @@ def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
         )
     for name in _CONFIGS:
         if (folder / name).is_file():
-            refuse_fields(folder / name, read_json(folder / name), shipped)
+            refuse_fields(folder / name, read_json(folder / name), shipped, trust)
 
 
-def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE) -> None:
-    """Raise CheckpointError if a field of a config, however deep, makes transformers import or run something, as
-    `refuse_code`.
+def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE, trust: bool = False) -> None:
+    """Raise CheckpointError if a field of a config, however deep, makes transformers import or run something.
+
+    Args:
+        path: the file that was read.
+        data: what it holds.
+        shipped: what an auto_map of a config.json may name.
+        trust: whether the folder is opened with trust_remote_code=True, so that any other auto_map would be followed.
     """
     for where, key, value in _fields(data):
-        if key == "auto_map" and where == key and path.name == "config.json" and shipped.named_by(value):
+        if where == "auto_map" and path.name == "config.json" and shipped.named_by(value):
+            continue
+        if where == "auto_map" and not trust and _not_followed(path, data):
             continue
         if key in _RULES and value and (why := _RULES[key](value)):
             raise CheckpointError(f"{path}: {where} {why}")
 
 
+def _not_followed(path: Path, data: dict[str, object]) -> bool:
+    """Whether transformers, opening without trust, passes over the auto_map of a file."""
+    if path.name in _NOT_FOLLOWED:
+        return True
+    mapped, model_type = data["auto_map"], data.get("model_type")
+    # a value of another kind is looked into before trust is asked about, and raises whatever it raises
+    usual = isinstance(mapped, dict) and all(isinstance(one, str | list) for one in mapped.values())
+    return usual and isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
 def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
     """Whether a folder names code of ours that may run: True if it does, False if it names none.
 
-    Raises CheckpointError if it names other code, or if the file beside it is not, byte for byte, the one that this
-    version writes.
+    Raises CheckpointError if it names other code, in an auto_map too, or if the file beside it is not, byte for byte,
+    the one that this version writes.
     """
-    refuse_code(folder, shipped)
+    _refuse_code(folder, shipped, trust=True)
     if not read_json(folder / "config.json").get("auto_map"):
         return False
     beside = folder / shipped.file.name

