@@ -40,6 +40,14 @@ class Requests:
         """1 or 0 by signal name, for a sum over processes."""
         return {s.name: torch.tensor(float(s in self.arrived)) for s in SIGNALS}
 
+    def obey(self, saved: str | None) -> None:
+        """Stop if one arrived, SIGTERM before SIGINT. Raises Interrupted, which names where the work is saved, if
+        anywhere.
+        """
+        for number in reversed(SIGNALS):
+            if number in self.arrived:
+                raise Interrupted(number, saved)
+
 
 def asked(sums: Mapping[str, float]) -> signal.Signals | None:
     """The signal to obey, given the sums of all processes' flags; SIGTERM before SIGINT."""
