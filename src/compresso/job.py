@@ -33,7 +33,7 @@ from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
 from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
-from compresso.sweep.audit import audit, digest, fingerprints
+from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
@@ -45,6 +45,7 @@ from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 from compresso.training.order import ShuffledBatches
 from compresso.training.progress import Progress
+from compresso.training.rounds import RoundJournal
 
 KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
 """How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
@@ -147,6 +148,25 @@ class Job:
         """Where the running stage saves and resumes its training."""
         return TrainingCheckpoints(self.out, dict(self.identity))
 
+    def same(self, stage: str, knobs: object, weights: Fingerprints | None = None) -> dict[str, Any]:
+        """What a resume of a stage's work must agree on, as JSON: the run, the stage's knobs and the weights it got.
+
+        weights: their fingerprints, where they are known; else they are taken.
+        """
+        return {
+            "run": dict(self.identity),
+            "stage": stage,
+            "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json"),
+            "weights": digest(weights or fingerprints(self.tensors())),
+        }
+
+    def rounds(self, name: str, same: Mapping[str, Any]) -> RoundJournal | None:
+        """The journal of one of the running stage's searches, by a name of its own; several processes keep none.
+
+        same: from the method `same`, taken before the stage changes the model.
+        """
+        return RoundJournal(self.out / name, same) if processes() == 1 else None
+
     def keep_adapter(self, adapted: PeftModel, stage: str) -> None:
         """Save a stage's adapter before it is merged, in the folder `adapters` of the result."""
         if self.adapters is not None and PartialState().is_main_process:
@@ -238,13 +258,8 @@ class Job:
             )
         before, seed = fingerprints(self.tensors()), mixed_seed(stage, self.seed)
         batches = calibration.batches(self.rows, seed)
-        same = {
-            "run": dict(self.identity),
-            "stage": stage,
-            "knobs": TypeAdapter(type(knobs)).dump_python(knobs, mode="json"),
-        }
         journal = Journal(
-            self.out, same | {"weights": digest(before), "calibration": digest([batch.tolist() for batch in batches])}
+            self.out, self.same(stage, knobs, before) | {"calibration": digest([batch.tolist() for batch in batches])}
         )
         notes = sweep(
             self.model,

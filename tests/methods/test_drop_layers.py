@@ -25,7 +25,7 @@ from compresso.data import nano
 from compresso.errors import BudgetError, RecipeError
 from compresso.job import Job
 from compresso.methods.drop_layers import DropLayers
-from compresso.observe.influence import losses_without
+from compresso.observe.losses import losses_without
 from compresso.runner.plan import plan as dry_run
 from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob

@@ -18,7 +18,8 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, NumericError
-from compresso.observe.influence import angular_distances, block_influence, losses_without
+from compresso.observe.influence import angular_distances, block_influence
+from compresso.observe.losses import losses_without
 from compresso.training.objectives import language_loss
 
 ORACLE = Path(os.environ.get("COMPRESSO_DATA", "")) / "oracles" / "mha"

@@ -29,7 +29,8 @@ from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 from compresso.job import Effects, Job, stage
-from compresso.observe.influence import angular_distances, block_influence, losses_without
+from compresso.observe.influence import angular_distances, block_influence
+from compresso.observe.losses import losses_without
 from compresso.solve.allocate import allocate
 from compresso.solve.depth import Part, drop_lowest, drop_run, parts_of, without
 from compresso.training.noise import mixed_seed
@@ -139,12 +140,20 @@ class DropLayers:
         """
         batches, left, gone = list(self._calibration(job)), parts_of(axes), list[Part]()
         scores = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
+        same = job.same("drop_layers", self)
+
+        def losses() -> Tensor:
+            """Without each of those left, journalled."""
+            turn = f"losses-{len(gone)}"
+            journal, progress = job.rounds(turn, same), job.progress()
+            return losses_without(job.model, axes, left, batches, gone, journal=journal, progress=progress, name=turn)
+
         if not self.iterative:
-            for (name, unit), loss in zip(left, losses_without(job.model, axes, left, batches).tolist(), strict=True):
+            for (name, unit), loss in zip(left, losses().tolist(), strict=True):
                 scores[name][unit] = loss
             return scores
         while len(left) > 1 and not self._enough(axes, gone, cost):
-            gone.append(left.pop(int(losses_without(job.model, axes, left, batches, gone).argmin())))
+            gone.append(left.pop(int(losses().argmin())))
         for name, unit in left:
             scores[name][unit] = len(gone)
         for turn, (name, unit) in enumerate(gone):

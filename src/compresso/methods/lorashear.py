@@ -25,6 +25,7 @@ Our choices, none of them the authors', whose own are not public: HESSO's schedu
     `unprunable: 0` only. keep = 1 trains nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,9 +44,9 @@ from compresso.core.lora_score import Criterion, unit_products
 from compresso.core.plan import Plan
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
-from compresso.errors import BudgetError, RecipeError
+from compresso.errors import BudgetError, NumericError, RecipeError
 from compresso.job import Effects, Job, curve, stage
-from compresso.observe.influence import losses_without
+from compresso.observe.losses import losses_under
 from compresso.solve.allocate import InfeasibleBudget, allocate
 from compresso.solve.uniform import uniform_targets
 from compresso.training.duration import Duration, shortened, updates
@@ -273,13 +274,26 @@ class LoraShear:
             range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
         ]
         batches = [source.at(update, part) for update in range(self.batches) for part in parts]
-        harm: dict[str, float] = {}
+        masks: list[dict[str, Tensor]] = []
         for axis in pool:
-            smallest = removal_order(unit_products(axis, weights.get, weights.get))[
-                : max(1, round(self.probed * axis.size))
-            ]
-            gone = [(axis.name, int(unit)) for unit in smallest.tolist()]  # pyright: ignore
-            harm[axis.name] = float(losses_without(job.model, pool, gone[-1:], batches, gone[:-1])[0])
+            order = removal_order(unit_products(axis, weights.get, weights.get))
+            mask = torch.ones(axis.size)
+            mask[order[: max(1, round(self.probed * axis.size))]] = 0
+            masks.append({axis.name: mask})
+        losses = losses_under(
+            job.model,
+            pool,
+            masks,
+            batches,
+            journal=job.rounds("probes", job.same("lorashear", self)),
+            progress=job.progress(),
+            name="probe",
+        )
+        harm = dict(zip([axis.name for axis in pool], losses.tolist(), strict=True))
+        if broken := [name for name, loss in harm.items() if not math.isfinite(loss)]:
+            raise NumericError(
+                f"the loss without the smallest units of {broken[0]} is not finite; use float32 or bfloat16"
+            )
         return harm
 
     def _check(self, axes: Sequence[Axis], chosen: Sequence[Axis], cost: CostModel) -> None:

@@ -16,7 +16,6 @@ by block influence, not by perplexity.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
@@ -24,12 +23,11 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import Counted
 from compresso.core.plan import Plan
-from compresso.edit.gate import gated
 from compresso.job import Effects, Job, stage
 from compresso.observe.activations import Aggregate, activation_scores
+from compresso.observe.losses import losses_under
 from compresso.solve.allocate import keep_best
 from compresso.solve.shapes import candidate_shapes
-from compresso.training.objectives import language_loss
 
 
 @stage(
@@ -96,7 +94,7 @@ class Minitron:
         )
         shapes = candidate_shapes(axes, job.cost(), self.budget(), self.candidates)
         plans = [keep_best(axes, scores, counts) for counts in shapes]
-        losses = [self._loss(job, axes, plan) for plan in plans] if len(plans) > 1 else [0.0]
+        losses = self._losses(job, axes, plans) if len(plans) > 1 else [0.0]
         best = losses.index(min(losses))
         facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
         if len(plans) > 1:
@@ -114,14 +112,15 @@ class Minitron:
         ]
         return (source.at(update, rows) for update in range(n) for rows in parts)
 
-    @torch.no_grad()
-    def _loss(self, job: Job, axes: Sequence[Axis], plan: Plan) -> float:
-        """Mean next-token loss of the model as the plan would leave it."""
-        masks = plan.masks(axes, device=job.device)
-        losses: list[float] = []
-        with gated(job.model, axes, masks):
-            for batch in self._batches(job, self.candidate_batches):
-                losses.append(
-                    float(language_loss(job.model, {name: value.to(job.device) for name, value in batch.items()}))
-                )
-        return sum(losses) / len(losses)
+    def _losses(self, job: Job, axes: Sequence[Axis], plans: Sequence[Plan]) -> list[float]:
+        """Mean next-token loss of the model as each plan would leave it, the mean over batches."""
+        return losses_under(
+            job.model,
+            axes,
+            [plan.masks(axes) for plan in plans],
+            list(self._batches(job, self.candidate_batches)),
+            mean_over="batches",
+            journal=job.rounds("candidates", job.same("minitron", self)),
+            progress=job.progress(),
+            name="candidates",
+        ).tolist()

@@ -1,5 +1,4 @@
-"""Scores of layers and sub-layers that need a pass over data: how far each turns the residual stream, and the loss
-without each.
+"""Scores of layers and sub-layers that need a pass over data: how far each turns the residual stream.
 
 The stream is read where blocks begin and end, so before the final norm (the last of transformers' `hidden_states` lies
 behind it), and only at real tokens: padding counts nowhere. States are folded as they appear; no pass keeps more than
@@ -15,11 +14,9 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.influence import angle, cosine_distance
-from compresso.core.losses import IGNORED, next_token_loss
-from compresso.edit.gate import gated
 from compresso.errors import ArchError, NumericError
 from compresso.observe.residual import Block, run_body, watched
-from compresso.solve.depth import Part, parts_of
+from compresso.solve.depth import parts_of
 
 _SUB_LAYERS = (Kind.ATTENTION, Kind.MLP)
 
@@ -155,60 +152,6 @@ def angular_distances(model: PreTrainedModel, blocks: nn.ModuleList, batches: It
             "the last token of an example has a zero state, which has no direction; check the weights and the data"
         )
     return total / max(examples, 1)
-
-
-@torch.no_grad()
-def losses_without(
-    model: PreTrainedModel,
-    axes: Sequence[Axis],
-    candidates: Sequence[Part],
-    batches: Sequence[Mapping[str, Tensor]],
-    gone: Sequence[Part] = (),
-) -> Tensor:
-    """Mean next-token loss with each candidate in turn switched off [candidates], float64, nats a labelled token.
-
-    The perplexity criterion of depth pruning (arXiv 2407.14679, section 2.2, "PPL") without the exponential, which
-    ranks the same.
-
-    Args:
-        model: run in eval mode without gradients.
-        axes: those that the units belong to.
-        candidates: switched off one at a time.
-        batches: {"input_ids", "attention_mask", "labels"}, each [batch, seq].
-        gone: switched off throughout.
-
-    Raises NumericError if a loss is not finite.
-    """
-    totals, labelled = torch.zeros(len(candidates), dtype=torch.float64), 0
-    model.eval()
-    for batch in batches:
-        here = {name: value.to(model.device) for name, value in batch.items()}
-        predicting = torch.nn.functional.pad(
-            here["attention_mask"][:, :-1], (1, 0)
-        )  # what follows padding is predicted by nothing
-        labels = here["labels"].masked_fill(predicting == 0, IGNORED)
-        count = int((labels != IGNORED).sum())
-        with gated(model, axes, {}) as sites:
-            for i, candidate in enumerate(candidates):
-                sites.set(_masks(axes, [*gone, candidate]))
-                logits = model(
-                    input_ids=here["input_ids"], attention_mask=here["attention_mask"], use_cache=False
-                ).logits
-                totals[i] += float(next_token_loss(logits, labels)) * count
-        labelled += count
-    for (name, unit), total in zip(candidates, totals.tolist(), strict=True):
-        if not abs(total) < float("inf"):
-            raise NumericError(f"the loss without unit {unit} of {name} is not finite; use float32 or bfloat16")
-    return totals / labelled
-
-
-def _masks(axes: Sequence[Axis], gone: Iterable[Part]) -> dict[str, Tensor]:
-    """0/1 masks [size] of the axes that have lost units."""
-    masks: dict[str, Tensor] = {}
-    sizes = {axis.name: axis.size for axis in axes}
-    for name, unit in gone:
-        masks.setdefault(name, torch.ones(sizes[name]))[unit] = 0
-    return masks
 
 
 def _check_sum(layer: int, summed: Tensor, left: Tensor) -> None:
