@@ -19,7 +19,7 @@ from compresso.arch.base import Arch
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_in_rows, lowest_share, parse_pattern
 from compresso.job import Effects, Job, stage
 from compresso.sweep.audit import audit, fingerprints
-from compresso.sweep.sweep import check_weights
+from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 

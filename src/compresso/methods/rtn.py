@@ -16,7 +16,7 @@ from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
 from compresso.job import Effects, Job, stage
 from compresso.sweep.audit import audit, fingerprints
-from compresso.sweep.sweep import check_weights
+from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 

@@ -5,27 +5,31 @@ run the block again for the inputs of the next. Linears that read the same input
 `true_sequential` a block is looked at again after each group of linears, so that those behind see the edited ones
 before them. Blocks behind the last edited one are not run.
 
+An edit of a `BlockEdit` visits each block as a whole instead, with gradients on; see `compresso.sweep.block`.
+
 Calibration rows of equal length run together, so nothing is padded and statistics hold real tokens only. What else a
-block is called with (mask, positions, rotary tables, whatever the version of transformers or the architecture passes)
-is recorded for every block in one pass in which blocks hand their input on; the blocks see nothing of it.
+block is called with is recorded in one pass before the first block; see `compresso.sweep.calls`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.errors import ArchError, NumericError
+from compresso.errors import ArchError, NumericError, RecipeError
 from compresso.sweep.activation_store import ActivationStore, Place
+from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
+from compresso.sweep.calls import recorded_calls
+from compresso.sweep.finite import check_edited, check_weights, finite
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
-from compresso.sweep.targets import Group, Groups, edited_names, weight_of
+from compresso.sweep.targets import Group, Groups, edited_names
 from compresso.training.progress import Progress
 from compresso.training.signals import SIGNALS, Interrupted, noted_signals
 
@@ -73,22 +77,14 @@ _STRIPE = 128
 """Columns of a second moment from which on a product is worth a call of its own."""
 
 
-@dataclass
-class _Call:
-    """What a block is called with beside the hidden states."""
-
-    arguments: tuple[Any, ...] = ()
-    named: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
 @torch.no_grad()
 def sweep(
     model: PreTrainedModel,
     arch: Arch,
     groups: Groups,
     batches: Sequence[Tensor],
-    fold: Fold,
-    edit: Edit,
+    fold: Fold | None,
+    edit: Edit | BlockEdit,
     *,
     place: Place = "device",
     scratch: Path = Path("activations"),
@@ -107,7 +103,7 @@ def sweep(
         arch: knows its blocks.
         groups: the linears to work on.
         batches: ids [rows, seq] each, of rows that need no padding.
-        fold, edit: see `Fold` and `Edit`.
+        fold, edit: see `Fold`, `Edit` and `BlockEdit`. A `BlockEdit` may do without statistics: its `fold` may be None.
         place, scratch: where the states between two blocks are kept, and the folder for "disk".
         true_sequential: look again after each group.
         collect_only: `edit` changes nothing, so that no block is run twice.
@@ -123,31 +119,42 @@ def sweep(
     Raises:
         NumericError: NaN or Inf in a weight or in what a linear reads, or a linear that no token reached.
         ArchError: linears of a group do not read the same input.
+        RecipeError: `true_sequential` for an edit that visits whole blocks.
         Interrupted: SIGINT or SIGTERM came and the journal has what is done.
     """
+    if isinstance(edit, BlockEdit) and true_sequential:
+        raise RecipeError(f"{name} edits a block as a whole, not its groups one by one; set true_sequential to false")
     if offloaded is None:
         check_weights(model, groups)
     blocks, last = arch.blocks(model), max(groups)
     done = set(journal.finished(list(groups))) if journal else set[int]()
     states = ActivationStore(place, offloaded.device if offloaded else model.device, scratch)
+    visitor: _Visitor
+    if isinstance(edit, BlockEdit):
+        dense = ActivationStore(place, states.device, scratch / "dense")
+        visitor = _BlockVisitor(model, fold, edit, min(groups), dense)
+    else:
+        assert fold is not None, "an edit of groups needs a statistic"
+        visitor = _GroupVisitor(model, fold, edit, true_sequential, collect_only)
     notes: dict[str, Any] = {}
     model.eval()
     shown = progress or Progress("silent")
     tokens = float(sum(batch.numel() for batch in batches))
     try:
         with offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
-            calls = _recorded(model, blocks, batches, states)
+            calls = recorded_calls(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(last + 1, 0):
             for layer, block in enumerate(blocks[: last + 1]):
-                run = _Runner(block, layer, [calls[i][layer] for i in range(len(batches))], states)
+                runner = BlockRunner(block, layer, [of_batch[layer] for of_batch in calls], states)
                 here = groups.get(layer, ())
                 with offloaded.loaded(offloaded.of_block(block)) if offloaded else nullcontext():
+                    visitor.pass_dense(runner)
                     if journal and layer in done:
                         weights, facts = journal.read(layer)
                         for parameter, weight in weights.items():
                             model.get_parameter(parameter).copy_(weight)
                     else:
-                        facts = _edited(model, here, run, fold, edit, true_sequential, keep=collect_only)
+                        facts = visitor.visit(here, runner) if here else {}
                         if journal and here:
                             journal.write(
                                 layer,
@@ -157,64 +164,114 @@ def sweep(
                     notes |= facts
                     if offloaded and journal and here:
                         offloaded.store.replace(journal.weights(layer))
-                    if layer < last and not (collect_only and here):
-                        run(keep=True)
+                    if layer < last and not (here and visitor.keeps_states):
+                        runner.run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
                 if requests.arrived:
                     stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
                     raise Interrupted(stop, str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:
         states.discard()
+        visitor.discard()
     return notes
 
 
-def _edited(
-    model: PreTrainedModel,
-    here: Sequence[Group],
-    run: "_Runner",
-    fold: Fold,
-    edit: Edit,
-    true_sequential: bool,
-    keep: bool,
-) -> dict[str, Any]:
-    """Look at a block's groups, together or one after another, and edit them."""
-    notes: dict[str, Any] = {}
-    for together in [[group] for group in here] if true_sequential else [here] if here else []:
-        with _looking(model, together, fold) as seen:
-            run(keep=keep)
-        for group in together:
-            if group.names[0] not in seen:
-                raise NumericError(
-                    f"no calibration token reached {group.names[0]}; give more examples, or add it to ignore"
-                )
-            found = seen.pop(group.names[0])
-            if not _finite(found.total):
-                raise NumericError(
-                    f"{group.names[0]} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16"
-                )
-            notes |= edit(group, found)
-            _check_finite(model, [group], "was made NaN or Inf; give more calibration examples, or raise damping")
-    return notes
+class _Visitor(Protocol):
+    """What a sweep does at its blocks."""
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a visit leaves the states that the next block reads."""
+        ...
+
+    def pass_dense(self, runner: BlockRunner) -> None:
+        """See a block that is still dense, also one that the journal has finished."""
+        ...
+
+    def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
+        """Edit a block; returns what is to be noted."""
+        ...
+
+    def discard(self) -> None:
+        """Forget everything."""
+        ...
 
 
-class _Runner:
-    """Runs one block on all batches."""
+@dataclass(frozen=True)
+class _GroupVisitor:
+    """Looks at a block's groups, together or one after another, and edits them."""
 
-    def __init__(self, block: nn.Module, layer: int, calls: Sequence[_Call], states: ActivationStore) -> None:
-        self._block, self._layer, self._calls, self._states = block, layer, calls, states
+    model: PreTrainedModel
+    fold: Fold
+    edit: Edit
+    true_sequential: bool
+    keeps_states: bool
 
-    def __call__(self, keep: bool) -> None:
-        """keep: replace the states by what the block gives out."""
-        for i, call in enumerate(self._calls):
-            given = self._block(self._states[i], *call.arguments, **call.named)
-            left: Tensor = given[0] if isinstance(given, tuple) else given
-            if keep:
-                if not _finite(left):
-                    raise NumericError(
-                        f"layer {self._layer} gives out NaN or Inf: the model overflows on this data; use float32 or"
-                        " bfloat16"
-                    )
-                self._states.put(i, left)
+    def pass_dense(self, runner: BlockRunner) -> None:
+        """Nothing is wanted of dense blocks."""
+
+    def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
+        """See `_Visitor`. Raises NumericError as `sweep` does."""
+        notes: dict[str, Any] = {}
+        for together in [[group] for group in groups] if self.true_sequential else [groups]:
+            with _looking(self.model, together, self.fold) as seen:
+                runner.run(keep=self.keeps_states)
+            for group in together:
+                check_seen(group, seen)
+                notes |= self.edit(group, seen.pop(group.names[0]))
+                check_edited(self.model, [group])
+        return notes
+
+    def discard(self) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True)
+class _BlockVisitor:
+    """Hands whole blocks to an edit, with their dense outputs."""
+
+    model: PreTrainedModel
+    fold: Fold | None
+    edit: BlockEdit
+    first: int
+    dense: ActivationStore
+    keeps_states: bool = False
+
+    def pass_dense(self, runner: BlockRunner) -> None:
+        """Go on with the dense model, if its outputs are wanted."""
+        if self.edit.reference is Reference.BLOCK or runner.layer < self.first:
+            return
+        if runner.layer == self.first:  # up to here its states are those of the edited model
+            for i in range(len(runner)):
+                self.dense.put(i, runner.batch(i).hidden)
+        runner.on(self.dense).run(keep=True)
+
+    def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
+        """See `_Visitor`. Raises NumericError as `sweep` does."""
+        with _looking(self.model, groups, self.fold) if self.fold else nullcontext({}) as seen:
+            if self.edit.reference is Reference.BLOCK:
+                runner.run(keep=True, into=self.dense)
+            elif self.fold:
+                runner.run(keep=False)
+        for group in groups if self.fold else ():
+            check_seen(group, seen)
+        with learning(runner.block):
+            notes = dict(self.edit.edit(BlockVisit(runner.layer, runner.block, groups, seen, self.dense, runner)))
+        check_edited(self.model, groups)
+        return notes
+
+    def discard(self) -> None:
+        """Forget the dense outputs."""
+        self.dense.discard()
+
+
+def check_seen(group: Group, seen: Mapping[str, Stats]) -> None:
+    """Raise NumericError if no token reached a group, or its statistic is not finite."""
+    name = group.names[0]
+    if name not in seen:
+        raise NumericError(f"no calibration token reached {name}; give more examples, or add it to ignore")
+    if not finite(seen[name].total):
+        raise NumericError(f"{name} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
 
 
 @contextmanager
@@ -257,75 +314,3 @@ def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Ite
         read.clear()
         for handle in handles:
             handle.remove()
-
-
-def _recorded(
-    model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: ActivationStore
-) -> list[list[_Call]]:
-    """What each block is called with, by batch and layer; the states before the first block go into `states`."""
-    calls: list[list[_Call]] = []
-    known: dict[tuple[int, str], Any] = {}
-
-    def shared(value: Any, key: tuple[int, str]) -> Any:
-        """The value met before under a key if it is equal, so that equal tables of many batches are held once."""
-        if key in known and _same(known[key], value):
-            return known[key]
-        known[key] = value
-        return value
-
-    def stand_in(layer: int) -> Callable[..., Tensor]:
-        def forward(*arguments: Any, **named: Any) -> Tensor:
-            hidden: Tensor = arguments[0] if arguments else named.pop("hidden_states")
-            if layer == 0:
-                states.put(len(calls) - 1, hidden)
-            rest = tuple(shared(value, (layer, str(i))) for i, value in enumerate(arguments[1:]))
-            calls[-1].append(_Call(rest, {key: shared(value, (layer, key)) for key, value in named.items()}))
-            return hidden
-
-        return forward
-
-    try:
-        for layer, block in enumerate(blocks):
-            block.forward = stand_in(layer)  # on the instance, before the class's own
-        for ids in batches:
-            calls.append([])
-            model.base_model(input_ids=ids.to(states.device), use_cache=False)
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-    return calls
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether a tensor with at least one entry holds neither NaN nor Inf, in one pass over it."""
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments of a block are equal: tensors by value, tuples and dicts by their parts, all else by
-    identity.
-    """
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.shape == other.shape
-            and one.dtype == other.dtype
-            and one.device == other.device
-            and torch.equal(one, other)
-        )
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        left, right = cast(tuple[Any, ...], one), cast(tuple[Any, ...], other)
-        return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
-    return one is other
-
-
-def check_weights(model: nn.Module, groups: Groups) -> None:
-    """Raise NumericError naming the first weight that is not finite."""
-    for here in groups.values():
-        _check_finite(model, here, "holds NaN or Inf; repair the model, or add it to ignore")
-
-
-def _check_finite(model: nn.Module, groups: Sequence[Group], words: str) -> None:
-    for group in groups:
-        for name in group.names:
-            if not _finite(weight_of(model, name)):
-                raise NumericError(f"{name}.weight {words}")
