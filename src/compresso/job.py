@@ -33,11 +33,12 @@ from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
 from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
+from compresso.observe.folds import Fold
 from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
-from compresso.sweep.sweep import Edit, Fold, sweep
+from compresso.sweep.sweep import Edit, sweep
 from compresso.sweep.targets import Groups, edited_names, names_of
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.history import History

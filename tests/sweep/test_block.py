@@ -25,11 +25,12 @@ from transformers import (
 from compresso.arch.base import Arch, arch_for
 from compresso.checkpoint.source import open_source
 from compresso.errors import NumericError, RecipeError
+from compresso.observe.folds import squares
 from compresso.sweep.activation_store import Place
 from compresso.sweep.block import BlockEdit, BlockVisit, Reference
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
-from compresso.sweep.sweep import squares, sweep
+from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Groups, Where, chosen
 
 MAKE: dict[str, Callable[[], PreTrainedModel]] = {

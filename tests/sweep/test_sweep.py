@@ -23,10 +23,11 @@ from transformers import (
 
 from compresso.arch.base import Arch, arch_for
 from compresso.errors import ArchError, DataError, NumericError, ResumeError
+from compresso.observe.folds import second_moment, squares
 from compresso.sweep.activation_store import Place
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
-from compresso.sweep.sweep import Edit, Stats, second_moment, squares, sweep
+from compresso.sweep.sweep import Edit, Stats, sweep
 from compresso.sweep.targets import Group, Where, chosen, matrix
 
 SIZES: dict[str, Any] = {

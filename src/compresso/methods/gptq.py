@@ -23,9 +23,9 @@ from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import Grid, bits_per_weight, fit
 from compresso.job import Effects, Job, stage
+from compresso.observe.folds import second_moment
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped
-from compresso.sweep.sweep import second_moment
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 

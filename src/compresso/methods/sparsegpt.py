@@ -28,9 +28,9 @@ from compresso.core.obs import Quantize
 from compresso.core.rounding import fit
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, parse_pattern
 from compresso.job import Effects, Job, stage
+from compresso.observe.folds import second_moment
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
-from compresso.sweep.sweep import second_moment
 from compresso.sweep.targets import Group, Groups, Where, chosen
 
 

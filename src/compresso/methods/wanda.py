@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mass, parse_pattern
 from compresso.job import Effects, Job, stage
+from compresso.observe.folds import squares
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import zeroed
-from compresso.sweep.sweep import squares
 from compresso.sweep.targets import Group, Groups, Where, chosen
 
 

@@ -1,19 +1,25 @@
-"""Scores of units that need a pass over data: how much the loss minds when a unit is dimmed."""
+"""Scores of units that need gradients: how much the loss minds when a unit's gate is dimmed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
+from compresso.core.cost import CostModel
 from compresso.core.losses import next_token_loss
+from compresso.core.score import parameters_per_unit
 from compresso.edit.gate import gated
 from compresso.errors import NumericError
+from compresso.observe.folds import squares
+from compresso.observe.observe import Batch, Pass, observe
+from compresso.observe.sites import See
 
 
 def gate_taylor(
-    model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[Mapping[str, Tensor]]
+    model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[Batch], how: Pass | None = None
 ) -> dict[str, Tensor]:
     """Squared gradient of each example's loss with respect to each unit's gate at 1, averaged: axis name -> [size],
     float32.
@@ -22,22 +28,24 @@ def gate_taylor(
     One backward pass a batch: a mask row per example keeps the examples' gradients apart. Weights are never
     differentiated.
 
+    Args:
+        model: run in evaluation mode.
+        axes: of the units to score.
+        batches: input_ids, attention_mask and labels, each int64 [batch, seq].
+        how: display and journal of the pass.
+
     Raises:
         NumericError: if a gradient is not finite.
     """
-    total = {axis.name: torch.zeros(axis.size, device=model.device) for axis in axes}
-    n_examples = 0
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    model.eval()
-    for batch in batches:
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        labels = batch.pop("labels")
+
+    def backward(model: PreTrainedModel, batch: Batch, see: See) -> None:
+        """Show each axis' gradients, one row an example [batch, size]."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"]
         rows = labels.shape[0]
         masks = {axis.name: torch.ones(rows, axis.size, device=model.device, requires_grad=True) for axis in axes}
         with torch.enable_grad(), gated(model, axes, masks):
-            logits = model(**batch, use_cache=False).logits
+            logits = model(**given, use_cache=False).logits
             loss = sum(next_token_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(rows))
             gradients = torch.autograd.grad(loss, list(masks.values()))  # type: ignore[arg-type]
         for name, gradient in zip(masks, gradients, strict=True):
@@ -46,8 +54,46 @@ def gate_taylor(
                     f"gate gradient of {name} is not finite: the model's loss overflows on this data; use float32 or"
                     " bfloat16"
                 )
-            total[name] += gradient.float().square().sum(dim=0)
-        n_examples += rows
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return {name: value / max(n_examples, 1) for name, value in total.items()}
+            see(name, gradient.float())
+
+    with _frozen(model):
+        stats = observe(model, (), squares, batches, run=backward, how=how)
+    unseen = {axis.name: torch.zeros(axis.size, device=model.device) for axis in axes if axis.name not in stats}
+    return {
+        axis.name: unseen[axis.name] if axis.name in unseen else stats[axis.name].total / max(stats[axis.name].n, 1)
+        for axis in axes
+    }
+
+
+def sensitivity_per_parameter(
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    cost: CostModel,
+    batches: Iterable[Batch],
+    how: Pass | None = None,
+) -> dict[str, Tensor]:
+    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU.
+
+    The scores do not depend on how examples are batched, since each example has its own mask row.
+
+    Args:
+        model, axes, batches, how: as in `gate_taylor`.
+        cost: of the model as it is.
+
+    Raises as `gate_taylor`.
+    """
+    scores, per_unit = gate_taylor(model, axes, batches, how), parameters_per_unit(axes, cost)
+    return {name: score.cpu() / per_unit[name] for name, score in scores.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the context no parameter gets a gradient."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -6,19 +6,22 @@ weights never lie in memory beside their totals. Totals are float32. Weights sto
 exactly: squares of small gradients would underflow, as they do in the authors' code on a GPU.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compresso.core.losses import IGNORED, next_token_loss
 from compresso.errors import NumericError
+from compresso.observe.observe import Batch, Run, observe
+from compresso.observe.sites import Positions, See, Site
 
 
 def weight_gradients(
-    model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor], micro_batch: int
+    model: PreTrainedModel, names: Collection[str], batch: Batch, micro_batch: int
 ) -> dict[str, Tensor]:
     """The gradient of a batch's mean loss over labelled tokens: name -> tensor in the weight's shape, float32.
 
@@ -26,14 +29,16 @@ def weight_gradients(
     it is not finite.
     """
     labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-    with _differentiated(model, names, lambda gradient: gradient) as totals:
-        for part in _parts(batch, micro_batch):
-            share = int((part["labels"][:, 1:] != IGNORED).sum()) / labelled
+
+    def backward(model: PreTrainedModel, part: Batch, see: See) -> None:
+        share = int((part["labels"][:, 1:] != IGNORED).sum()) / labelled
+        with torch.enable_grad():
             (_loss(model, part) * share).backward()  # pyright: ignore[reportUnknownMemberType]
-    return _finite(totals)
+
+    return _totals(model, names, _parts(batch, micro_batch), backward, lambda gradient: gradient)
 
 
-def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Batch) -> dict[str, Tensor]:
     """Squared gradients of single examples' mean losses, averaged over the examples: name -> tensor in the weight's
     shape, float32.
 
@@ -41,61 +46,81 @@ def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Mapping
     of a batch's gradient is something else. Raises NumericError if it is not finite.
     """
     examples = len(batch["labels"])
-    with _differentiated(model, names, lambda gradient: gradient.square() / examples) as totals:
-        for part in _parts(batch, 1):
+
+    def backward(model: PreTrainedModel, part: Batch, see: See) -> None:
+        with torch.enable_grad():
             _loss(model, part).backward()  # pyright: ignore[reportUnknownMemberType]
+
+    return _totals(model, names, _parts(batch, 1), backward, lambda gradient: gradient.square() / examples)
+
+
+def _totals(
+    model: PreTrainedModel,
+    names: Collection[str],
+    parts: Iterable[Batch],
+    backward: Run,
+    term: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The sum over backward passes of `term` of each named weight's gradient; 0 for a weight that none reached."""
+
+    def added(total: Tensor | None, gradient: Tensor) -> Tensor:
+        return (torch.zeros_like(gradient) if total is None else total).add_(term(gradient))
+
+    with _differentiated(model, names) as weights:
+        stats = observe(model, [_gradients(weights)], added, parts, run=backward)
+        totals = {
+            name: stats[name].total if name in stats else torch.zeros_like(weight, dtype=torch.float32)
+            for name, weight in weights.items()
+        }
     return _finite(totals)
 
 
+def _gradients(weights: Mapping[str, nn.Parameter]) -> Site:
+    """The gradient of each weight as soon as a backward pass has made it, in float32; it is freed."""
+
+    def site(see: See, positions: Positions) -> Sequence[RemovableHandle]:
+        def hook(name: str) -> Callable[[Tensor], None]:
+            def made(parameter: Tensor) -> None:
+                assert parameter.grad is not None
+                see(name, parameter.grad.float())
+                parameter.grad = None
+
+            return made
+
+        return [weight.register_post_accumulate_grad_hook(hook(name)) for name, weight in weights.items()]
+
+    return site
+
+
 @contextmanager
-def _differentiated(
-    model: PreTrainedModel, names: Collection[str], term: Callable[[Tensor], Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Within the context each backward pass adds `term` of the named weights' gradients to the totals yielded; all else
-    is frozen.
+def _differentiated(model: PreTrainedModel, names: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Within the context the named weights, which are yielded, get gradients, and all else is frozen; float16 is
+    widened.
     """
     parameters = dict(model.named_parameters())
     stored = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in parameters.items()}
-    totals = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in sorted(names)}
-
-    def add_to(total: Tensor) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            total.add_(term(parameter.grad.float()))
-            parameter.grad = None
-
-        return hook
-
-    model.eval()
-    handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(name in totals)
+            parameter.requires_grad_(name in names)
             parameter.data = parameter.data.float() if parameter.dtype == torch.float16 else parameter.data
-        handles = [parameters[name].register_post_accumulate_grad_hook(add_to(total)) for name, total in totals.items()]
-        with torch.enable_grad():
-            yield totals
+        yield {name: parameters[name] for name in sorted(names)}
     finally:
-        for handle in handles:
-            handle.remove()
         for name, parameter in parameters.items():
             requires_grad, dtype = stored[name]
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
 
 
-def _parts(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+def _parts(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
     """A batch a few examples at a time."""
     for start in range(0, len(batch["labels"]), size):
         yield {name: value[start : start + size] for name, value in batch.items()}
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss over labelled tokens [], float32."""
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items()}
-    labels = inputs.pop("labels")
-    return next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return next_token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
 
 
 def _finite(totals: dict[str, Tensor]) -> dict[str, Tensor]:

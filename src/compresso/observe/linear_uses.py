@@ -5,71 +5,72 @@ The activation function that belongs to a linear is the one that is given its ou
 have to be known. Padding is left out; sums run in float64.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compresso.core.context import Uses
 from compresso.errors import NumericError
+from compresso.observe.folds import absolute_sums
+from compresso.observe.observe import Batch, Pass, observe, whole
+from compresso.observe.sites import Positions, See, Site, widened
 
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_SHOWN = ("inputs", "outputs", "unbiased", "activated")
 
 
-@torch.no_grad()
-def linear_uses(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Uses]:
+def linear_uses(model: PreTrainedModel, batches: Iterable[Batch], how: Pass | None = None) -> dict[str, Uses]:
     """Name of each linear -> what it showed, float64 on the CPU; linears that never run are absent.
 
     Args:
         model: read in evaluation mode.
         batches: input_ids and attention_mask, each int64 [batch, seq].
+        how: display and journal of the pass.
 
     Raises NumericError if an activation is not finite.
     """
-    model.eval()
-    sums: dict[str, dict[str, Tensor]] = {}
-    real, n_tokens = torch.zeros(0), 0
-    last: list[tuple[str, Tensor]] = []
-
-    def add(name: str, what: str, values: Tensor) -> None:
-        seen = values.reshape(*real.shape, -1)[real].abs().double().sum(dim=0).cpu()
-        of_name = sums.setdefault(name, {})
-        of_name[what] = of_name[what] + seen if what in of_name else seen
-
-    def linear_hook(name: str) -> Any:
-        def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            add(name, "inputs", inputs[0])
-            add(name, "outputs", output)
-            if module.bias is not None:
-                add(name, "unbiased", output - module.bias)
-            last[:] = [(name, output)]
-
-        return hook
-
-    def activation_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if last and inputs and inputs[0] is last[0][1]:
-            add(last[0][0], "activated", output)
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(linear_hook(name)))
-        elif type(module).__module__ in _ACTIVATIONS:
-            handles.append(module.register_forward_hook(activation_hook))
-    try:
-        for batch in batches:
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            real = inputs["attention_mask"].bool()
-            n_tokens += int(real.sum())
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, found in sums.items():
-        if not all(bool(total.isfinite().all()) for total in found.values()):
+    stats = observe(model, [_linears(model)], absolute_sums, batches, run=whole, how=how)
+    uses: dict[str, Uses] = {}
+    for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
+        found = {what: stats[f"{name}/{what}"] for what in _SHOWN if f"{name}/{what}" in stats}
+        if not all(bool(one.total.isfinite().all()) for one in found.values()):
             raise NumericError(f"activations at {name} are not finite on this data; use float32 or bfloat16")
-    return {
-        name: Uses(**{what: total / max(n_tokens, 1) for what, total in found.items()}) for name, found in sums.items()
-    }
+        if found:
+            uses[name] = Uses(**{what: one.total.cpu() / max(one.n, 1) for what, one in found.items()})
+    return uses
+
+
+def _linears(model: nn.Module) -> Site:
+    """Every linear, as "name/what" with what it shows, and the activation function that reads it."""
+
+    def site(see: See, positions: Positions) -> Sequence[RemovableHandle]:
+        last: list[tuple[str, Tensor]] = []
+
+        def show(name: str, what: str, values: Tensor) -> None:
+            see(f"{name}/{what}", widened(positions.tokens(values)))
+
+        def linear_hook(name: str) -> Callable[..., None]:
+            def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                show(name, "inputs", inputs[0])
+                show(name, "outputs", output)
+                if module.bias is not None:
+                    show(name, "unbiased", output - module.bias)
+                last[:] = [(name, output)]
+
+            return hook
+
+        def activation_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if last and inputs and inputs[0] is last[0][1]:
+                show(last[0][0], "activated", output)
+
+        handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_hook(linear_hook(name)))
+            elif type(module).__module__ in _ACTIVATIONS:
+                handles.append(module.register_forward_hook(activation_hook))
+        return handles
+
+    return site

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compresso.arch.producers import Feeder
-from compresso.sweep.sweep import Edit, Stats, second_moment
+from compresso.observe.folds import second_moment
+from compresso.sweep.sweep import Edit, Stats
 from compresso.sweep.targets import Group, matrix
 
 Found = tuple[Tensor, Mapping[str, Any]]

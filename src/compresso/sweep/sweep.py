@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.errors import ArchError, NumericError, RecipeError
+from compresso.observe.folds import Fold
 from compresso.sweep.activation_store import ActivationStore, Place
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
 from compresso.sweep.calls import recorded_calls
@@ -32,9 +33,6 @@ from compresso.sweep.offload import Offloaded
 from compresso.sweep.targets import Group, Groups, edited_names
 from compresso.training.progress import Progress
 from compresso.training.signals import SIGNALS, Interrupted, noted_signals
-
-Fold = Callable[[Tensor | None, Tensor], Tensor]
-"""A statistic: what it is so far (None at first) and inputs [tokens, in], float32 -> what it is then."""
 
 
 @dataclass
@@ -47,34 +45,6 @@ class Stats:
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
 """Changes the weights of a group's linears in place; returns what is to be noted of them, JSON values by full name."""
-
-
-def squares(total: Tensor | None, inputs: Tensor) -> Tensor:
-    """Fold: sum of squares of each input [in]."""
-    found = inputs.square().sum(dim=0)
-    return found if total is None else total.add_(found)
-
-
-def second_moment(total: Tensor | None, inputs: Tensor) -> Tensor:
-    """Fold: sum of x x^T [in, in]. It is symmetric:
-    products of the upper half are computed, in stripes, and mirrored.
-    """
-    size = inputs.shape[1]
-    found = inputs.new_zeros(size, size) if total is None else total
-    stripe = max(_STRIPE, -(-size // 8))
-    for begin in range(0, size, stripe):
-        end = min(begin + stripe, size)
-        found[begin:end, begin:].addmm_(inputs[:, begin:end].T, inputs[:, begin:])
-        square = found[begin:end, begin:end]
-        square.copy_(
-            square.triu() + square.triu(1).T
-        )  # a product of a matrix with itself need not be symmetric to the last bit
-        found[end:, begin:end] = found[begin:end, end:].T
-    return found
-
-
-_STRIPE = 128
-"""Columns of a second moment from which on a product is worth a call of its own."""
 
 
 @torch.no_grad()
@@ -103,7 +73,8 @@ def sweep(
         arch: knows its blocks.
         groups: the linears to work on.
         batches: ids [rows, seq] each, of rows that need no padding.
-        fold, edit: see `Fold`, `Edit` and `BlockEdit`. A `BlockEdit` may do without statistics: its `fold` may be None.
+        fold, edit: see `Fold`, whose rows are inputs of tokens [tokens, in], float32, `Edit` and `BlockEdit`. A
+            `BlockEdit` may do without statistics: its `fold` may be None.
         place, scratch: where the states between two blocks are kept, and the folder for "disk".
         true_sequential: look again after each group.
         collect_only: `edit` changes nothing, so that no block is run twice.
