@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresso.errors import CheckpointError, NumericError, ResourceError, ResumeError
+from compresso.checkpoint import atomic
+from compresso.errors import CheckpointError, NumericError, ResourceError
 from compresso.training import checkpoint
-from compresso.training.checkpoint import Saved, TrainingCheckpoints, refuse_other_run
+from compresso.training.checkpoint import Saved, TrainingCheckpoints
 from compresso.training.history import History
 
 
@@ -129,16 +131,22 @@ def at_call(monkeypatch: pytest.MonkeyPatch, k: int, fault: BaseException, lasti
         monkeypatch.setattr(owner, name, broken)
 
     wrap(checkpoint, "save_file", lambda tensors, path: path.write_bytes(b"half"))
-    wrap(checkpoint.os, "fsync")
-    wrap(Path, "write_text", lambda path, *text: path.write_bytes(b"{"))
-    wrap(Path, "rename")
+    wrap(os, "fsync")
+    wrap(os, "write", lambda descriptor, data, write=os.write: write(descriptor, data[: len(data) // 2]))
+    wrap(atomic, "exchange")
+    wrap(Path, "replace")
     wrap(Path, "mkdir")
-    wrap(shutil, "rmtree", lambda path, **how: next(iter(sorted(Path(path).glob("*")))).unlink())
+    wrap(shutil, "rmtree", lambda path, **how: [file.unlink() for file in sorted(Path(path).glob("*"))[:1]])
     return calls
 
 
+@pytest.mark.parametrize("kernel_swaps", [True, False])
 @pytest.mark.parametrize("existing", ["the one before", "a damaged one of the same name"])
-def test_death_at_any_step_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, existing: str):
+def test_death_at_any_step_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, existing: str, kernel_swaps: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not kernel_swaps:
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     k, calls = 0, [0]
     while k <= calls[0]:
         k += 1
@@ -173,7 +181,7 @@ def test_a_refusing_disk_is_reported_and_harms_nothing(tmp_path: Path):
             try:
                 checkpoints.save(state(4))
             except ResourceError as refusal:
-                assert "No space left on device; free some space" in str(refusal) and refusal.exit_code == 3
+                assert "No space left on device. Free space" in str(refusal) and refusal.exit_code == 3
             else:
                 assert calls[0] < k
         newest = TrainingCheckpoints(folder).latest()
@@ -206,16 +214,24 @@ def test_nothing_is_pickled(tmp_path: Path):
     ]
 
 
-def test_another_runs_checkpoint_is_refused_with_all_differences(tmp_path: Path):
-    found = {"seed": 1, "groups": {"lora": {"lr": 0.1, "betas": [0.9, 0.999]}}, "data": "a", "old": 3}
-    same_run = {"seed": 1, "groups": {"lora": {"lr": 0.1, "betas": (0.9, 0.999)}}, "data": "a", "old": 3}
-    refuse_other_run(tmp_path, found, same_run)
-    other = {"seed": 1, "groups": {"lora": {"lr": 0.2, "betas": (0.9, 0.999)}}, "data": "b", "new": None}
-    with pytest.raises(ResumeError) as refusal:
-        refuse_other_run(tmp_path, found, other)
-    message = str(refusal.value)
-    assert (
-        "data was 'a', is 'b'; groups.lora.lr was 0.1, is 0.2; new was 'absent', is None; old was 3, is 'absent'"
-        in message
-    )
-    assert "seed" not in message and "betas" not in message
+def test_a_checkpoint_of_release_0_1_is_continued_and_what_its_crashes_left_is_removed(tmp_path: Path):
+    """Its manifest has no format, and its unfinished folders no name of a machine."""
+    path = TrainingCheckpoints(tmp_path).save(state(2))
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest.pop("format") == 1
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for kind in ("partial", "old"):
+        shutil.copytree(path, tmp_path / f".step-000004.{os.getpid()}.{kind}")
+    check(tmp_path, 2)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    assert TrainingCheckpoints(tmp_path).latest() is None
+
+
+def test_a_manifest_that_leaves_out_a_file_is_not_believed(tmp_path: Path):
+    path = TrainingCheckpoints(tmp_path).save(state(2))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["state.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    checkpoints = TrainingCheckpoints(tmp_path)
+    assert checkpoints.latest() is None
+    assert "does not list state.safetensors" in checkpoints.notes[0]

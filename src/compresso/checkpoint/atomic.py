@@ -71,7 +71,7 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
     refuse_occupied(target, force)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
+        clear_leftovers(target.parent, re.escape(target.name))
         temporary = target.with_name(f".{target.name}.{_HOST}.{os.getpid()}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -162,7 +162,8 @@ def verify_manifest(folder: Path | str) -> tuple[str, ...]:
         raise CheckpointError(f"{folder} has no {MANIFEST}: its writing was cut short. {cure}")
     try:
         data = json.loads(path.read_bytes())
-        if data["format"] != 1:
+        # the manifests of training checkpoints of release 0.1 hold the same files and no format
+        if data.get("format", 1) != 1 or data.keys() - {"format", "files"}:
             raise ValueError("unknown format")
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -235,16 +236,21 @@ def _install(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Remove what earlier runs on this machine left beside `target`; an old folder whose swap was cut short is put
+def clear_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed processes of this machine left of writing folders; an old one whose swap was cut short is put
     back.
+
+    Args:
+        folder: in which `new_folder` wrote.
+        names: a regular expression that the whole name of a target matches.
     """
-    pattern = re.compile(re.escape(f".{target.name}.{_HOST}.") + r"(\d+)\.(partial|old)")
-    for path in sorted(target.parent.iterdir()):
+    pattern = re.compile(rf"\.(?P<target>{names})\.{re.escape(_HOST)}\.(?P<pid>\d+)\.(?P<kind>partial|old)")
+    for path in sorted(folder.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or (int(match[1]) != os.getpid() and alive(int(match[1]))):
+        if match is None or (int(match["pid"]) != os.getpid() and alive(int(match["pid"]))):
             continue
-        if match[2] == "old" and not target.exists():
+        target = folder / match["target"]
+        if match["kind"] == "old" and not target.exists():
             path.replace(target)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compresso.checkpoint.atomic import lock, new_folder, verify_manifest, write_json, write_manifest
+from compresso.checkpoint.identity import differences
 from compresso.checkpoint.storage import storage_errors
 from compresso.errors import CheckpointError, ResumeError
 
@@ -54,7 +55,11 @@ class WorkFolder:
         with lock(path):
             refuse_foreign(path)
             if resume:
-                _agree(_identity(path), json.loads(json.dumps(identity)))
+                if differing := differences(_identity(path), identity):
+                    raise ResumeError(
+                        f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew"
+                        " with --force"
+                    )
             else:
                 if path.exists() and not force and WorkFolder(path)._worth_resuming():
                     raise CheckpointError(
@@ -136,30 +141,3 @@ def _identity(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ResumeError(f"{path / _IDENTITY} is damaged (no object); start anew with --force")
     return found
-
-
-def _agree(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ResumeError naming the fields in which two identities differ."""
-    was, is_now = _flat(before), _flat(now)
-    absent = "absent"
-    differing = [
-        f"{name} was {was.get(name, absent)!r}, is {is_now.get(name, absent)!r}"
-        for name in sorted(was.keys() | is_now.keys())
-        if was.get(name, absent) != is_now.get(name, absent)
-    ]
-    if differing:
-        raise ResumeError(
-            f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with --force"
-        )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings and lists of mappings as one mapping of dotted names."""
-    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, one in value.items():
-        flat |= _flat(one, f"{name}.{key}" if name else str(key))
-    return flat

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compresso.checkpoint.atomic import new_folder, verify_manifest, write_json, write_manifest
+from compresso.checkpoint.identity import refuse_other_run
 from compresso.errors import CheckpointError
-from compresso.training.checkpoint import refuse_other_run
 
 log = logging.getLogger(__name__)
 _WEIGHTS = "weights.safetensors"

@@ -1,8 +1,8 @@
 """Training checkpoints that survive a crash at any moment: a folder is either absent or whole.
 
-A checkpoint `step-000123/` is built beside its final name, synced, sealed with a manifest of sha256 sums, and renamed.
-A folder without a manifest, or whose bytes do not match it, is passed over in favour of the one before. Two are kept
-for that reason. Nothing is pickled, and no NaN or Inf is written.
+A checkpoint `step-000123/` is written by `compresso.checkpoint.atomic` and sealed with a manifest of sha256 sums. A
+folder without a manifest, or whose bytes do not match it, is passed over in favour of the one before. Two are kept for
+that reason. Nothing is pickled, and no NaN or Inf is written.
 
     state.safetensors     trainable parameters, buffers, optimizer state
     history.safetensors   the log, as columns
@@ -10,14 +10,11 @@ for that reason. Nothing is pickled, and no NaN or Inf is written.
     manifest.json         size and sha256 of each of the above; written last
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +24,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compresso.errors import CheckpointError, NumericError, ResourceError, ResumeError
+from compresso.checkpoint.atomic import clear_leftovers, new_folder, verify_manifest, write_json, write_manifest
+from compresso.checkpoint.storage import storage_errors
+from compresso.errors import CheckpointError, NumericError, ResourceError
 from compresso.training.history import History
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+_STATE, _HISTORY, _FACTS = "state.safetensors", "history.safetensors", "facts.json"
 _NAME = re.compile(r"step-(\d{6,})")
-_PARTIAL = re.compile(r"\.step-\d{6,}\.\d+\.(partial|old)")
+_LEFT_BY_0_1 = re.compile(r"\.step-\d{6,}\.\d+\.(partial|old)")
+"""What killed saves of release 0.1 left, without the name of a machine."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,15 @@ class TrainingCheckpoints:
         """
         if not self.folder.is_dir():
             return None
+        clear_leftovers(self.folder, _NAME.pattern)
         for left in self.folder.iterdir():
-            if _PARTIAL.fullmatch(left.name):
+            if _LEFT_BY_0_1.fullmatch(left.name):
                 shutil.rmtree(left)
         for path in reversed(self._all()):
             try:
-                _verify_manifest(path)
+                _verify(path)
             except CheckpointError as damage:
-                note = f"{damage}; using the checkpoint before it"
+                note = f"checkpoint {path} is damaged, using the checkpoint before it: {damage}"
                 log.warning(note)
                 self.notes.append(note)
             else:
@@ -107,13 +108,13 @@ class TrainingCheckpoints:
             "skipped": saved.history.skipped,
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _new_folder(target, force=True) as folder:
-                save_file(dict(saved.tensors), folder / "state.safetensors")
-                save_file(saved.history.to_tensors(), folder / "history.safetensors")
-                (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                _write_manifest(folder)
-            self._prune(target)
+            with storage_errors(target):
+                with new_folder(target, force=True) as folder:
+                    save_file(dict(saved.tensors), folder / _STATE)
+                    save_file(saved.history.to_tensors(), folder / _HISTORY)
+                    write_json(folder / _FACTS, facts)
+                    write_manifest(folder)
+                self._prune(target)
         except (OSError, SafetensorError) as refusal:
             raise ResourceError(
                 f"{target} could not be written: {refusal}; free some space or choose another output folder"
@@ -127,9 +128,9 @@ class TrainingCheckpoints:
             CheckpointError: it changed since.
         """
         try:
-            facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-            history = History.from_tensors(load_file(path / "history.safetensors"), facts["skipped"])
-            return Saved(facts["update"], load_file(path / "state.safetensors"), history, facts["identity"])
+            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+            history = History.from_tensors(load_file(path / _HISTORY), facts["skipped"])
+            return Saved(facts["update"], load_file(path / _STATE), history, facts["identity"])
         except (OSError, ValueError, KeyError, SafetensorError) as damage:
             raise CheckpointError(
                 f"checkpoint {path} cannot be read: {damage}; remove it to use the one before"
@@ -151,90 +152,7 @@ class TrainingCheckpoints:
             shutil.rmtree(path)
 
 
-def refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another run.
-
-    Raises:
-        ResumeError: lists every differing field with both values.
-    """
-    before, now = _flat(found), _flat(json.loads(json.dumps(wanted)))
-    absent = "absent"
-    differing = [
-        f"{k} was {before.get(k, absent)!r}, is {now.get(k, absent)!r}"
-        for k in sorted(before.keys() | now.keys())
-        if before.get(k, absent) != now.get(k, absent)
-    ]
-    if differing:
-        raise ResumeError(
-            f"{path} belongs to another run: {'; '.join(differing)}. Restore these, or start afresh in another output"
-            " folder"
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-@contextmanager
-def _new_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends well, and is removed when it does not."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists already; use force to replace it")
-    partial.mkdir()
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-
-
-def _verify_manifest(folder: Path) -> None:
-    """Raises CheckpointError unless every file of the folder is as its manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        present = {path.name for path in folder.iterdir()} - {MANIFEST}
-        if present != files.keys():
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: it holds {sorted(present)}, its manifest lists {sorted(files)}"
-            )
-        for name, facts in files.items():
-            size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                raise CheckpointError(f"checkpoint {folder} is damaged: {name} has {size} bytes, not {facts['bytes']}")
-            if _sha256(folder / name) != facts["sha256"]:
-                raise CheckpointError(
-                    f"checkpoint {folder} is damaged: the bytes of {name} changed since they were written"
-                )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
-        raise CheckpointError(f"checkpoint {folder} is incomplete: {damage}") from damage
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _verify(path: Path) -> None:
+    """Raise CheckpointError unless the manifest of a checkpoint lists all three files, and they are unchanged."""
+    if absent := {_STATE, _HISTORY, _FACTS} - set(verify_manifest(path)):
+        raise CheckpointError(f"its manifest does not list {', '.join(sorted(absent))}")

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from compresso.checkpoint.identity import refuse_other_run
 from compresso.errors import CompressoError
-from compresso.training.checkpoint import Saved, TrainingCheckpoints, refuse_other_run
+from compresso.training.checkpoint import Saved, TrainingCheckpoints
 from compresso.training.history import History
 from compresso.training.launch import broadcast
 from compresso.training.state import collect, is_sharded, restore_
