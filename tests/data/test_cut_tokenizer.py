@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from compresso.data import nano, pieces
+from compresso.data import nano, subwords
 from compresso.data.batches import IGNORED, Row
-from compresso.data.cut_tokenizer import cut, lasting_ids, state_of, translation
+from compresso.data.cut_tokenizer import cut, required_ids, state_of, translation
 from compresso.errors import CheckpointError
 
 DOMAIN = "the cat sat on the mat and the other cat sat there too. " * 3
@@ -117,7 +117,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def smaller(tokenizer: PreTrainedTokenizerBase, text: str = DOMAIN) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    kept = sorted(pieces.closed(state_of(tokenizer), {*encoded(tokenizer, text), *lasting_ids(tokenizer)}))
+    kept = sorted(subwords.closed(state_of(tokenizer), {*encoded(tokenizer, text), *required_ids(tokenizer)}))
     return cut(tokenizer, kept, len(tokenizer)), kept
 
 
@@ -202,7 +202,7 @@ def test_a_token_that_is_made_in_two_ways_needs_one_of_them() -> None:
     vocab = {piece: i for i, piece in enumerate(["<unk>", "a", "b", "c", "ab", "bc", "abc", "d"])}
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
     state = json.loads(backend.to_str())
-    assert pieces.makings(state)("abc") == ["a", "b", "c", "ab", "abc"]
+    assert subwords.constituents(state)("abc") == ["a", "b", "c", "ab", "abc"]
     new = cut(wrapped(backend, bos_token="<unk>", eos_token="<unk>"), [0, 1, 2, 3, 4, 6, 7], 8)
     assert new.tokenize("abcd") == ["abc", "d"] and new.tokenize("dbc") == ["d", "b", "c"]
 
@@ -233,9 +233,9 @@ def test_tokenizers_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"dropout=0\.5 draws its encodings"):
         state_of(_changed(dropout=0.5))
     with pytest.raises(CheckpointError, match="continuing_subword_prefix '##'"):
-        pieces.check({"model": {"type": "BPE", "continuing_subword_prefix": "##"}})
+        subwords.check({"model": {"type": "BPE", "continuing_subword_prefix": "##"}})
     with pytest.raises(CheckpointError, match="a tokenizer of type Lexicon cannot be cut; known are BPE"):
-        pieces.check({"model": {"type": "Lexicon"}})
+        subwords.check({"model": {"type": "Lexicon"}})
 
     class Slow:
         is_fast = False
@@ -247,9 +247,9 @@ def test_tokenizers_that_cannot_be_cut_are_refused() -> None:
 def test_cuts_that_break_a_tokenizer_are_refused() -> None:
     tokenizer = bytes_bpe()
     _, kept = smaller(tokenizer)
-    with pytest.raises(CheckpointError, match=r"ids \[0\] may not leave"):
+    with pytest.raises(CheckpointError, match=r"ids \[0\] may not be removed"):
         cut(tokenizer, kept[1:], len(tokenizer))
-    parts = pieces.makings(state_of(tokenizer))("Ġthe")
+    parts = subwords.constituents(state_of(tokenizer))("Ġthe")
     part = next(one for one in parts[:-1] if len(one) > 1)
-    with pytest.raises(CheckpointError, match="which it is made of, does not"):
+    with pytest.raises(CheckpointError, match="which it is merged from, is not"):
         cut(tokenizer, [i for i in kept if i != tokenizer.get_vocab()[part]], len(tokenizer))

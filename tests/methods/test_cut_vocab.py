@@ -196,7 +196,7 @@ def test_without_a_tokenizer_examples_with_a_removed_token_are_dropped(make_job:
 
 
 def test_bad_limits_and_meaningful_tokens_are_refused(job: Job) -> None:
-    with pytest.raises(BudgetError, match=r"most=100 tokens, but 259 of 1024 must stay"):
+    with pytest.raises(BudgetError, match=r"most=100 tokens, but 259 of 1024 must be kept"):
         CutVocab(most=100)(job)
     mask = torch.ones(1024)
     mask[1] = 0
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line_and_exit_2(call: Call, tiny_folder: Path, text_fi
     cases = {
         "less than one window of 256": ("--data", short, "--set", "data.held=0"),
         "nothing to learn": ("--data", empty),
-        "most=7 tokens, but 259 of 1024 must stay": (
+        "most=7 tokens, but 259 of 1024 must be kept": (
             "--data",
             text_file,
             "--set",

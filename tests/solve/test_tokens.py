@@ -38,5 +38,5 @@ def test_the_number_is_filled_up_to_a_multiple() -> None:
 
 
 def test_a_limit_below_what_must_stay_is_refused() -> None:
-    with pytest.raises(InfeasibleBudget, match="most=2 tokens, but 3 of 6 must stay"):
+    with pytest.raises(InfeasibleBudget, match="most=2 tokens, but 3 of 6 must be kept"):
         keep_tokens(USED, [3], made_of, most=2)

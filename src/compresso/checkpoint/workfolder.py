@@ -53,7 +53,7 @@ class WorkFolder:
         """
         path = WorkFolder.beside(output)
         with lock(path):
-            refuse_foreign(path)
+            refuse_unowned(path)
             if resume:
                 if differing := differences(_identity(path), identity):
                     raise ResumeError(
@@ -118,7 +118,7 @@ class WorkFolder:
         return any(self.path.glob("stages/[0-9][0-9]-*")) or any(self.path.glob("training/*/step-*"))
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_unowned(path: Path) -> None:
     """Raise CheckpointError if something lies at a work folder's path that no run made."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""A tokenizer without the tokens that a model loses, and rows of ids in its numbering.
+"""A tokenizer without the tokens that are removed from a model, and rows of ids in its numbering.
 
-Tokens that stay keep their order and are numbered from 0, as the rows of the smaller embedding are. Merges that make or
-need a token that is gone go too. Added and special tokens, the byte alphabet, normalizer, pre-tokenizer, decoder and
-chat template stay as they are.
+Kept tokens keep their order and are numbered from 0, as the rows of the smaller embedding are. Merges that make or
+need a removed token are removed too. Added and special tokens, the byte alphabet, normalizer, pre-tokenizer, decoder
+and chat template are unchanged.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from compresso.data import pieces
+from compresso.data import subwords
 from compresso.data.batches import IGNORED, Row
 from compresso.errors import CheckpointError
 
@@ -28,60 +28,64 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             " first"
         )
     state: dict[str, Any] = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
-    pieces.check(state)
+    subwords.check(state)
     return state
 
 
-def lasting_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that may not leave: special and added tokens, and the alphabet that any text can be written in."""
-    return pieces.lasting(state_of(tokenizer)) | set(tokenizer.all_special_ids)
+def required_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that may not be removed: special and added tokens, and the alphabet that any text can be written in."""
+    return subwords.required(state_of(tokenizer)) | set(tokenizer.all_special_ids)
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], size: int) -> PreTrainedTokenizerBase:
     """A tokenizer of the tokens whose old ids are `kept`, numbered in this order from 0.
 
-    A text whose encoding used only these is encoded as before; others are spelled with what is left.
+    A text whose encoding used only these is encoded as before; others are encoded with the tokens that remain.
 
     Args:
-        tokenizer: stays as it is.
+        tokenizer: unchanged.
         kept: old ids, ascending, of rows of the embedding; those that name no token are passed over.
         size: rows of the old embedding. Tokens that had no row keep having none.
 
-    Raises CheckpointError if the tokenizer cannot be cut, or a token stays without all that it is made of.
+    Returns:
+        A new tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be cut, or a token is kept without all that it is merged from.
     """
     state = state_of(tokenizer)
     new = _numbers(kept, size)
     model = state["model"]
-    vocab = pieces.vocabulary(state)
-    staying = {piece: new(i) for piece, i in vocab.items() if new(i) is not None}
-    if gone := sorted(pieces.lasting(state) - {i for i in pieces.lasting(state) if new(i) is not None}):
+    vocab = subwords.vocabulary(state)
+    remaining = {token: new(i) for token, i in vocab.items() if new(i) is not None}
+    if missing := sorted(subwords.required(state) - {i for i in subwords.required(state) if new(i) is not None}):
         raise CheckpointError(
-            f"the tokens with ids {gone[:8]} may not leave this tokenizer: they are special, or any text needs them"
+            f"the tokens with ids {missing[:8]} may not be removed from this tokenizer: they are special, or any text needs them"
         )
-    made_of = pieces.makings(state)
-    for piece in staying:
-        if lost := [part for part in made_of(piece) if part not in staying]:
+    made_of = subwords.constituents(state)
+    for token in remaining:
+        if lost := [part for part in made_of(token) if part not in remaining]:
             raise CheckpointError(
-                f"token '{piece}' stays but '{lost[0]}', which it is made of, does not; keep both or neither"
+                f"token '{token}' is kept but '{lost[0]}', which it is merged from, is not; keep both or neither"
             )
     if model["type"] == "Unigram":
-        model["vocab"] = [entry for entry in model["vocab"] if entry[0] in staying]
+        model["vocab"] = [entry for entry in model["vocab"] if entry[0] in remaining]
         if model.get("unk_id") is not None:
             model["unk_id"] = new(model["unk_id"])
     else:
-        model["vocab"] = dict(sorted(staying.items(), key=lambda item: cast(int, item[1])))
+        model["vocab"] = dict(sorted(remaining.items(), key=lambda item: cast(int, item[1])))
     if model["type"] == "BPE":
-        pairs = pieces.merge_pairs(model["merges"])
-        model["merges"] = [list(pair) for pair in pairs if {*pair, "".join(pair)} <= staying.keys()]
-    for token in state["added_tokens"]:
-        token["id"] = new(token["id"])
+        pairs = subwords.merge_pairs(model["merges"])
+        model["merges"] = [list(pair) for pair in pairs if {*pair, "".join(pair)} <= remaining.keys()]
+    for added in state["added_tokens"]:
+        added["id"] = new(added["id"])
     if state.get("padding"):
         state["padding"]["pad_id"] = new(state["padding"]["pad_id"])
     _renumber_processor_(state.get("post_processor"), new)
     smaller = _reopened(tokenizer, state)
-    wanted = {piece: new(i) for piece, i in tokenizer.get_vocab().items() if new(i) is not None}
-    if smaller.get_vocab() != wanted:
-        odd = sorted(set(smaller.get_vocab().items()) ^ set(wanted.items()))[:2]
+    expected = {token: new(i) for token, i in tokenizer.get_vocab().items() if new(i) is not None}
+    if smaller.get_vocab() != expected:
+        odd = sorted(set(smaller.get_vocab().items()) ^ set(expected.items()))[:2]
         raise CheckpointError(
             f"the tokenizer did not take its new numbers ({odd}); its ids have gaps, so keep the vocabulary whole"
         )
@@ -89,7 +93,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], size: int) -> P
 
 
 def _numbers(kept: Sequence[int], size: int) -> Callable[[int], int | None]:
-    """A function from an old id to the new one; None for a token that leaves."""
+    """A function from an old id to the new one; None for a removed token."""
     new = {old: i for i, old in enumerate(kept)}
     return lambda old: old - size + len(kept) if old >= size else new.get(old)
 
@@ -124,22 +128,23 @@ class Translation:
     """From ids of a vocabulary to those of a smaller one.
 
     Args:
-        kept: old ids of the tokens that stay, ascending.
-        spelled: old id of a token that left -> new ids that stand for the same text; ids that are missing here have no
-            spelling.
+        kept: old ids of the kept tokens, ascending.
+        encoded: old id of a removed token -> new ids for the same text; ids that are missing here have none.
     """
 
     kept: tuple[int, ...]
-    spelled: Mapping[int, tuple[int, ...]]
+    encoded: Mapping[int, tuple[int, ...]]
 
     def rows(self, rows: Iterable[Row], longest: int | None = None) -> tuple[list[Row | None], int]:
-        """Each row in the new numbering, None where a token has no spelling, and how many rows had tokens spelled anew.
+        """Each row in the new numbering, None where a token has no ids in it, and how many rows were re-tokenised.
 
-        longest: tokens a row is cut to where spelling made it longer.
+        Args:
+            rows: in the old numbering.
+            longest: tokens a row is cut to where it became longer.
         """
-        new = {old: (i,) for i, old in enumerate(self.kept)} | dict(self.spelled)
+        new = {old: (i,) for i, old in enumerate(self.kept)} | dict(self.encoded)
         translated: list[Row | None] = []
-        n_spelled = 0
+        n_encoded = 0
         for row in rows:
             if any(i not in new for i in row["input_ids"]):
                 translated.append(None)
@@ -149,19 +154,19 @@ class Translation:
             labels = [i if label != IGNORED else IGNORED for old, label in pairs for i in new[old]]
             most = len(ids) if longest is None else max(longest, len(row["input_ids"]))
             translated.append(Row(input_ids=ids[:most], labels=labels[:most]))
-            n_spelled += any(i in self.spelled for i in row["input_ids"])
-        return translated, n_spelled
+            n_encoded += any(i in self.encoded for i in row["input_ids"])
+        return translated, n_encoded
 
 
 def translation(
     tokenizer: PreTrainedTokenizerBase | None, smaller: PreTrainedTokenizerBase | None, kept: Sequence[int]
 ) -> Translation:
-    """How rows of a tokenizer are written with a smaller one made by `cut`; without tokenizers no token that left has a
-    spelling.
+    """How rows of a tokenizer are written with a smaller one made by `cut`; without tokenizers no removed token has
+    ids in it.
     """
     if tokenizer is None or smaller is None:
         return Translation(tuple(kept), {})
-    spell = pieces.spelling(state_of(smaller))
+    encode = subwords.encoder(state_of(smaller))
     staying = set(kept)
-    found = {i: spell(piece) for piece, i in pieces.vocabulary(state_of(tokenizer)).items() if i not in staying}
+    found = {i: encode(token) for token, i in subwords.vocabulary(state_of(tokenizer)).items() if i not in staying}
     return Translation(tuple(kept), {i: tuple(ids) for i, ids in found.items() if ids})

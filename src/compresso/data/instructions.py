@@ -18,7 +18,7 @@ from itertools import accumulate, islice
 from transformers import PreTrainedTokenizerBase
 
 from compresso.data.batches import IGNORED, Row
-from compresso.data.foreign import foreign_prompt, foreign_transcript
+from compresso.data.conversations import templated_prompt, templated_transcript
 from compresso.data.prompt import body, full_prompt, opening, user_turn
 from compresso.data.records import Chat, Instruction, Message, Record, Records, Text, Window
 from compresso.data.template import original_template, single_template, transcript
@@ -127,8 +127,8 @@ def encode_prompt(
     """The ids that stand before a response at inference, as in training: beginning token, collaborative prompt if on,
     body.
     """
-    if (foreign := original_template(single_template(tokenizer))) is not None:
-        text = foreign_prompt(tokenizer, foreign, user_turn(instruction, input), prompt_on)
+    if (template := original_template(single_template(tokenizer))) is not None:
+        text = templated_prompt(tokenizer, template, user_turn(instruction, input), prompt_on)
     else:
         text = bos_text(tokenizer) + full_prompt(instruction, input, prompt_on)
     return bare_ids(tokenizer, [text])[0]
@@ -219,20 +219,20 @@ def _conversation_ids(
     records: Sequence[Instruction | Chat], tokenizer: PreTrainedTokenizerBase, prompt_on: bool
 ) -> list[Row | None]:
     """Ids and labels of each record; None where every response is empty."""
-    foreign = original_template(single_template(tokenizer))
+    template = original_template(single_template(tokenizer))
     written: list[tuple[str, Spans] | None] = []
     for record in records:
         messages = _messages(record)
         if not any(turn.content for turn in messages if turn.role == "assistant"):
             written.append(None)
-        elif foreign is None:
+        elif template is None:
             written.append(transcript(messages, prompt_on, bos_text(tokenizer), eos_text(tokenizer)))
         else:
-            written.append(foreign_transcript(tokenizer, foreign, messages, prompt_on))
+            written.append(templated_transcript(tokenizer, template, messages, prompt_on))
     present = [each for each in written if each is not None]
     labelled = iter(label_spans(tokenizer, [text for text, _ in present], [spans for _, spans in present]))
     rows = [None if each is None else next(labelled) for each in written]
-    if foreign is None:
+    if template is None:
         _check_specials(rows, tokenizer)
     return rows
 

@@ -7,7 +7,7 @@ threshold.
 Departures: The rows leave, and the tokenizer with them. A zeroed head row still gives the logit 0, which wins wherever
     others are negative. Tokens stay that a used token is merged from, special and added tokens, and bytes or
     characters: any text can still be written, and text whose tokens all stay is encoded as before. Shares are counted
-    on training examples alone. Held-out and training examples with a token that left are spelled with what stays;
+    on training examples alone. Held-out and training examples with a removed token are re-tokenised with the kept ones;
     without a tokenizer they are dropped. Both are counted in the records. The number of tokens may be limited, and
     filled up to a multiple that hardware likes.
 """
@@ -24,9 +24,9 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data import pieces
+from compresso.data import subwords
 from compresso.data.batches import Row
-from compresso.data.cut_tokenizer import lasting_ids, state_of
+from compresso.data.cut_tokenizer import required_ids, state_of
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
 from compresso.errors import ArchError, BudgetError
@@ -46,7 +46,7 @@ from compresso.solve.tokens import keep_tokens, shares
     ),
     failures=(
         "Other text costs more tokens and loses quality: look at removed_mass and at how many held-out examples were"
-        " spelled anew."
+        " re-tokenised."
     ),
 )
 class CutVocab:
@@ -132,9 +132,9 @@ class _Words:
         if tokenizer is None:
             return cls(frozenset(), lambda i: (i,))
         state = state_of(tokenizer)
-        vocab, parts = pieces.vocabulary(state), pieces.makings(state)
+        vocab, parts = subwords.vocabulary(state), subwords.constituents(state)
         names = {i: piece for piece, i in vocab.items()}
         return cls(
-            frozenset(lasting_ids(tokenizer)),
+            frozenset(required_ids(tokenizer)),
             lambda i: [vocab[part] for part in parts(names[i])] if i in names else (i,),
         )

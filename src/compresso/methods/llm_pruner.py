@@ -36,7 +36,7 @@ from compresso.core.saliency import (
     unit_scores,
 )
 from compresso.core.score import parameters_per_unit
-from compresso.data.crops import crops
+from compresso.data.random_windows import random_windows
 from compresso.errors import BudgetError
 from compresso.job import Effects, Job, stage
 from compresso.observe.gradients import weight_fisher, weight_gradients
@@ -253,7 +253,9 @@ class LlmPruner:
         """The calibration examples of an iteration."""
         if self.tokens is None:
             return job.batches(self.batch, "llm_pruner").at(iteration, range(self.batch))
-        return job.collated(crops(job.rows, self.batch, self.tokens, mixed_seed("llm_pruner", job.seed, iteration)))
+        return job.collated(
+            random_windows(job.rows, self.batch, self.tokens, mixed_seed("llm_pruner", job.seed, iteration))
+        )
 
     def _rest_of_budget(self, progress: float, dense: CostModel, now: CostModel) -> Budget:
         """The budget at a share of the way as a share of what is left."""

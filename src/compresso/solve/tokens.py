@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary stay: the most used ones, with all that they are made of."""
+"""Which tokens of a vocabulary are kept: the most used ones, with all that they are merged from."""
 
 from collections.abc import Callable, Collection, Iterable
 
@@ -18,26 +18,30 @@ def shares(rows: Iterable[Collection[int]], size: int) -> Tensor:
 
 def keep_tokens(
     used: Tensor,
-    lasting: Collection[int],
+    required: Collection[int],
     made_of: Callable[[int], Iterable[int]],
     *,
     threshold: float = 0.0,
     most: int | None = None,
     multiple_of: int = 1,
 ) -> tuple[int, ...]:
-    """Ids that stay, ascending: tokens used more than a threshold, most used first, then the lowest ids that fill up to
+    """Kept ids, ascending: tokens used more than a threshold, most used first, then the lowest ids that fill up to
     a multiple.
 
     Args:
         used: [size], share of the text that each token makes up.
-        lasting: ids that stay in any case.
+        required: ids that are kept in any case.
         made_of: the ids that a token cannot do without, itself among them; an id beyond `size` is passed over.
         threshold: a token is not kept for its own sake where its share is at or below this.
-        most: tokens that may stay; a token that does not fit with all it is made of is passed over. None for no limit.
+        most: tokens that may be kept; a token that does not fit with all it is made of is passed over. None for no limit.
         multiple_of: the number of tokens is filled up to a multiple of this, where it neither passes `most` nor runs
             out of tokens.
 
-    Raises InfeasibleBudget if what must stay is more than `most`.
+    Returns:
+        The ids.
+
+    Raises:
+        InfeasibleBudget: more than `most` have to be kept.
 
     >>> keep_tokens(torch.tensor([0.0, 0.0, 0.6, 0.0, 0.4]), [0], lambda i: (i, i - 1) if i else (0,), most=3)
     (0, 1, 2)
@@ -47,11 +51,11 @@ def keep_tokens(
     def parts(i: int) -> set[int]:
         return {part for part in made_of(i) if part < size}
 
-    kept = set[int]().union(*(parts(i) for i in lasting if i < size))
+    kept = set[int]().union(*(parts(i) for i in required if i < size))
     limit = size if most is None else most
     if len(kept) > limit:
         raise InfeasibleBudget(
-            f"most={limit} tokens, but {len(kept)} of {size} must stay: special ones and the alphabet; raise most to"
+            f"most={limit} tokens, but {len(kept)} of {size} must be kept: special ones and the alphabet; raise most to"
             " that"
         )
     order: list[int] = torch.sort(used, descending=True, stable=True).indices.tolist()  # pyright: ignore
@@ -60,12 +64,12 @@ def keep_tokens(
             break
         if len(more := kept | parts(i)) <= limit:
             kept = more
-    wanted = min(
+    target = min(
         -(-len(kept) // multiple_of) * multiple_of, size if most is None else most // multiple_of * multiple_of
     )
     for i in range(size):
-        if len(kept) >= wanted:
+        if len(kept) >= target:
             break
-        if len(more := kept | parts(i)) <= wanted:
+        if len(more := kept | parts(i)) <= target:
             kept = more
     return tuple(sorted(kept))

@@ -3,7 +3,7 @@
 import pytest
 
 from compresso.data.batches import Row
-from compresso.data.crops import crops
+from compresso.data.random_windows import random_windows
 from compresso.errors import DataError
 
 ROWS = [
@@ -13,7 +13,7 @@ ROWS = [
 
 
 def test_windows_are_consecutive_labelled_and_from_different_examples() -> None:
-    windows = crops(ROWS, 3, 8, seed=0)
+    windows = random_windows(ROWS, 3, 8, seed=0)
     assert all(window["labels"] == window["input_ids"] for window in windows)
     assert all(
         window["input_ids"] == list(range(window["input_ids"][0], window["input_ids"][0] + 8)) for window in windows
@@ -22,15 +22,15 @@ def test_windows_are_consecutive_labelled_and_from_different_examples() -> None:
 
 
 def test_the_seed_decides() -> None:
-    assert crops(ROWS, 2, 4, seed=5) == crops(ROWS, 2, 4, seed=5)
-    assert len({str(crops(ROWS, 2, 4, seed=seed)) for seed in range(8)}) > 1
+    assert random_windows(ROWS, 2, 4, seed=5) == random_windows(ROWS, 2, 4, seed=5)
+    assert len({str(random_windows(ROWS, 2, 4, seed=seed)) for seed in range(8)}) > 1
 
 
 def test_every_window_can_be_drawn() -> None:
-    starts = {crops(ROWS[1:2], 1, 6, seed=seed)[0]["input_ids"][0] for seed in range(40)}
+    starts = {random_windows(ROWS[1:2], 1, 6, seed=seed)[0]["input_ids"][0] for seed in range(40)}
     assert starts == {100, 101, 102}
 
 
 def test_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(DataError, match="2 of 5 examples have the 12 tokens of a calibration window, wanted 3"):
-        crops(ROWS, 3, 12, seed=0)
+        random_windows(ROWS, 3, 12, seed=0)

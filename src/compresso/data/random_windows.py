@@ -12,7 +12,7 @@ from compresso.data.batches import Row
 from compresso.errors import DataError
 
 
-def crops(rows: Sequence[Row], examples: int, tokens: int, seed: int) -> list[Row]:
+def random_windows(rows: Sequence[Row], examples: int, tokens: int, seed: int) -> list[Row]:
     """That many windows of `tokens` tokens from different examples, all labelled; a function of the seed alone.
 
     Raises:

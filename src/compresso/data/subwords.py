@@ -1,14 +1,14 @@
-"""Which tokens a token is made of, and how a text piece is spelled with the tokens that are left.
+"""Which subwords a token is merged from, and how a token's text is encoded with the tokens that remain.
 
-A tokenizer is looked at as the JSON that the tokenizers library writes. What may leave it so that every text whose
-encoding used only tokens that stay is encoded as before:
+A tokenizer is read as the JSON that the tokenizers library writes. What may be removed from it so that every text
+whose encoding used only kept tokens is encoded as before:
 
     BPE         No merge ever crossed a border between two tokens of the encoding: inside each, exactly those merges
                 happened, in that order, that happen to the token alone. A token therefore needs the symbols of its own
                 derivation, and nothing else. With these, every merge of the old encoding is still there, and it is
                 still the first in rank.
-    Unigram     The best path stays the best of fewer. An unknown character costs 10 below the worst piece, so that
-                piece stays.
+    Unigram     The best path stays the best among fewer tokens. An unknown character costs 10 below the worst
+                token, so that token is kept.
     WordPiece, WordLevel   The longest match that is there stays the longest. Nothing is needed.
 """
 
@@ -28,11 +28,11 @@ MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 def vocabulary(state: State) -> dict[str, int]:
     """Token -> id of a tokenizer's model, without tokens that were only added."""
     vocab = state["model"]["vocab"]
-    return {piece: i for i, (piece, _) in enumerate(vocab)} if state["model"]["type"] == "Unigram" else dict(vocab)
+    return {token: i for i, (token, _) in enumerate(vocab)} if state["model"]["type"] == "Unigram" else dict(vocab)
 
 
 def check(state: State) -> None:
-    """Raise CheckpointError for a tokenizer that cannot be cut so that encodings stay."""
+    """Raise CheckpointError for a tokenizer that cannot be cut without changing encodings."""
     model, cure = state["model"], "keep the vocabulary whole"
     if model.get("type") not in MODELS:
         raise CheckpointError(
@@ -49,8 +49,8 @@ def check(state: State) -> None:
         )
 
 
-def lasting(state: State) -> set[int]:
-    """Ids that stay whatever a text uses: added and unknown tokens, bytes or, where there are none, all single
+def required(state: State) -> set[int]:
+    """Ids that are kept whatever a text uses: added and unknown tokens, bytes or, where there are none, all single
     characters.
     """
     model, vocab = state["model"], vocabulary(state)
@@ -60,51 +60,47 @@ def lasting(state: State) -> set[int]:
         ids.add(int(unknown))
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
     if "ByteLevel" in _types(state.get("pre_tokenizer")) | _types(state.get("normalizer")):
-        ids.update(vocab[piece] for piece in pre_tokenizers.ByteLevel.alphabet() if piece in vocab)
+        ids.update(vocab[token] for token in pre_tokenizers.ByteLevel.alphabet() if token in vocab)
     elif model.get("byte_fallback"):
-        ids.update(vocab[piece] for piece in byte_tokens if piece in vocab)
+        ids.update(vocab[token] for token in byte_tokens if token in vocab)
     elif model["type"] != "WordLevel":
         prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-        ids.update(i for piece, i in vocab.items() if len(piece.removeprefix(prefix).removesuffix(suffix)) == 1)
+        ids.update(i for token, i in vocab.items() if len(token.removeprefix(prefix).removesuffix(suffix)) == 1)
     if model["type"] == "Unigram" and model["vocab"]:
         scores = [score for _, score in model["vocab"]]
         ids.add(scores.index(min(scores)))
     return ids
 
 
-def makings(state: State) -> Callable[[str], list[str]]:
-    """A function from a token to the tokens that must be there for it to be made;
-    the token itself is the last of them.
-    """
+def constituents(state: State) -> Callable[[str], list[str]]:
+    """A function from a token to the tokens that must be there for it to be merged, itself the last of them."""
     if state["model"]["type"] != "BPE":
-        return lambda piece: [piece]
+        return lambda token: [token]
     derive = _deriving(state)
 
-    def made_of(piece: str) -> list[str]:
-        seen, symbols = derive(piece)
-        return seen if symbols == [piece] else [piece]  # a token that merges never reach stands alone
+    def made_of(token: str) -> list[str]:
+        seen, symbols = derive(token)
+        return seen if symbols == [token] else [token]  # a token that merges never reach is its own only constituent
 
     return made_of
 
 
 def closed(state: State, ids: Iterable[int]) -> set[int]:
-    """These ids with all that their tokens are made of."""
+    """These ids with those of all their tokens' constituents."""
     vocab = vocabulary(state)
-    names, made_of = {i: piece for piece, i in vocab.items()}, makings(state)
+    names, made_of = {i: token for token, i in vocab.items()}, constituents(state)
     return {vocab[part] for i in ids if i in names for part in made_of(names[i])} | set(ids)
 
 
-def spelling(state: State) -> Callable[[str], list[int] | None]:
-    """A function from a piece of another vocabulary to ids of this one that stand for the same text; None where there
-    are none.
-    """
+def encoder(state: State) -> Callable[[str], list[int] | None]:
+    """A function from a token of another vocabulary to ids of this one for the same text; None where there are none."""
     model, vocab = state["model"], vocabulary(state)
     if model["type"] == "BPE":
         derive = _deriving(state)
 
-        def spelled(piece: str) -> list[int] | None:
+        def encode(token: str) -> list[int] | None:
             ids: list[int] = []
-            for symbol in derive(piece)[1]:
+            for symbol in derive(token)[1]:
                 fallback = [f"<0x{byte:02X}>" for byte in symbol.encode()] if model.get("byte_fallback") else []
                 found = [symbol] if symbol in vocab else fallback
                 if not found or any(one not in vocab for one in found):
@@ -112,31 +108,31 @@ def spelling(state: State) -> Callable[[str], list[int] | None]:
                 ids += [vocab[one] for one in found]
             return ids
 
-        return spelled
+        return encode
     if model["type"] == "WordPiece":
-        return lambda piece: _longest_first(piece, vocab, model["continuing_subword_prefix"])
+        return lambda token: _longest_first(token, vocab, model["continuing_subword_prefix"])
     if model["type"] == "WordLevel":
-        return lambda piece: None
+        return lambda token: None
     backend = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
 
-    def best_path(piece: str) -> list[int] | None:
-        ids = [token.id for token in backend.model.tokenize(piece)]
+    def best_path(token: str) -> list[int] | None:
+        ids = [token.id for token in backend.model.tokenize(token)]
         return None if model.get("unk_id") in ids else ids
 
     return best_path
 
 
 def _deriving(state: State) -> Callable[[str], tuple[list[str], list[str]]]:
-    """A function from a piece to every symbol that BPE meets on the way, in order, and to the symbols that it ends
+    """A function from a token to every symbol that BPE meets on the way, in order, and to the symbols that it ends
     with.
     """
     model = state["model"]
     suffix: str = model.get("end_of_word_suffix") or ""
     ranks = {pair: rank for rank, pair in reversed(list(enumerate(merge_pairs(model["merges"]))))}
 
-    def derive(piece: str) -> tuple[list[str], list[str]]:
-        symbols = list(piece.removesuffix(suffix)) if suffix else list(piece)
-        if suffix and symbols and piece.endswith(suffix):
+    def derive(token: str) -> tuple[list[str], list[str]]:
+        symbols = list(token.removesuffix(suffix)) if suffix else list(token)
+        if suffix and symbols and token.endswith(suffix):
             symbols[-1] += suffix
         seen = list(dict.fromkeys(symbols))
         while True:
@@ -159,9 +155,9 @@ def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _longest_first(piece: str, vocab: Mapping[str, int], prefix: str) -> list[int] | None:
+def _longest_first(token: str, vocab: Mapping[str, int], prefix: str) -> list[int] | None:
     """WordPiece: at each place the longest token that fits."""
-    inside, rest = piece.startswith(prefix), piece.removeprefix(prefix)
+    inside, rest = token.startswith(prefix), token.removeprefix(prefix)
     ids: list[int] = []
     while rest:
         length = next((n for n in range(len(rest), 0, -1) if (prefix if ids or inside else "") + rest[:n] in vocab), 0)

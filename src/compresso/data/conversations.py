@@ -14,12 +14,12 @@ from compresso.errors import DataError
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def foreign_prompt(tokenizer: PreTrainedTokenizerBase, template: str, user: str, prompt_on: bool) -> str:
+def templated_prompt(tokenizer: PreTrainedTokenizerBase, template: str, user: str, prompt_on: bool) -> str:
     """The text before the assistant's answer to one user message."""
     return _render(tokenizer, chat_template(template, prompt_on), [Message("user", user)], generation=True)
 
 
-def foreign_transcript(
+def templated_transcript(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], prompt_on: bool
 ) -> tuple[str, Spans]:
     """The rendered conversation, and per assistant turn the span from where its generation begins to the token that
