@@ -23,6 +23,12 @@ from compresso.errors import ExportError
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build, names, read
 from compresso.runner.run import Result, run
+from tests.last_lines import (  # noqa: F401  hooks of pytest: what a run of the tests ends with
+    pytest_collectreport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 CANARY = "canary-of-the-environment"
 """A secret in the environment of every test: it must not reach a file."""

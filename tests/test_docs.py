@@ -159,7 +159,7 @@ def test_the_readme_example_runs(
 
 @every_page
 def test_commands_are_those_of_the_program(page: Path) -> None:
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     inline = [token.split() for token in quoted(page) if re.match(r"(compresso|make) \w", token)]
     for program, *args in [*commands(page), *inline]:
@@ -240,7 +240,7 @@ def test_the_readme_says_what_it_must() -> None:
 def test_the_readme_tree_is_the_tree() -> None:
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listing.returncode:
-        pytest.skip("not a git checkout, so the files of the repository are not known")
+        pytest.skip("git: no checkout, so the files of the repository are not known")
     files = [Path(line) for line in listing.stdout.splitlines()]
     there = {str(path) for path in files if len(path.parts) == 1}
     there |= {path.parts[0] + "/" for path in files if len(path.parts) > 1 and path.parts[0] != "src"}

@@ -189,7 +189,7 @@ assert not seen[0] and seen[-1] and len(seen) > 20
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork: not on this system")
 @pytest.mark.parametrize("exchange", [True, False])
 def test_folder_survives_kill_at_every_call(exchange: bool, tmp_path: Path) -> None:
     done = subprocess.run(

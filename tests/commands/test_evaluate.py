@@ -209,7 +209,6 @@ def test_outputs_that_cannot_be_written_are_refused_before(bad_call: Callable[..
 
 
 def test_an_empty_or_short_corpus_is_refused(call: Call, tmp_path: Path) -> None:
-    pytest.importorskip("compresso.metrics.corpora")
     for text in ("", "One."):
         corpus = tmp_path / "notes.txt"
         corpus.write_text(text)

@@ -27,7 +27,7 @@ from compresso.errors import CheckpointError, ExportError
 from compresso.formats import gguf
 from compresso.formats.hf import save_checkpoint
 
-reader = pytest.importorskip("gguf", reason="the gguf package is not installed")
+reader = pytest.importorskip("gguf", reason="gguf: not installed")
 onnx_is_there = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
 engine = pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
 
@@ -47,7 +47,7 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
         assert told["checked"] == f"not opened: {llama_cpp.missing()}"
 
 
-@pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
+@pytest.mark.skipif(not onnx_is_there, reason="onnxruntime: it or onnxscript is not installed")
 @pytest.mark.parametrize("dtype", ["f32", "int8"])
 def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> None:
     code, out, error = call(
@@ -61,7 +61,7 @@ def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> N
     assert (tmp_path / "onnx" / "tokenizer.json").is_file()
 
 
-@pytest.mark.skipif(not onnx_is_there, reason="onnxscript or onnxruntime is not installed")
+@pytest.mark.skipif(not onnx_is_there, reason="onnxruntime: it or onnxscript is not installed")
 def test_an_onnx_folder_that_reads_back_differently_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +133,7 @@ def test_k_quants_are_left_to_llama_quantize_where_it_is(
 
 
 @engine
-@pytest.mark.skipif(llama_cpp.shared_library() is None, reason="node-llama-cpp brings no library for this machine")
+@pytest.mark.skipif(llama_cpp.shared_library() is None, reason="llama.cpp: no library of node-llama-cpp for this machine")
 @pytest.mark.parametrize("dtype", KINDS)
 def test_k_quants_are_made_by_llama_cpp_and_open_in_it(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ from compresso.runner.run import Result, run
 
 pytestmark = [
     pytest.mark.skipif(
-        importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+        importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors: not installed"
     ),
     pytest.mark.filterwarnings("ignore"),  # the library's own
     pytest.mark.usefixtures("quick_reopening"),

@@ -92,7 +92,7 @@ def word_level() -> PreTrainedTokenizerBase:
 
 def real(name: str) -> PreTrainedTokenizerBase:
     if not (data := os.environ.get("COMPRESSO_DATA")):
-        pytest.skip("COMPRESSO_DATA names no folder of real tokenizers")
+        pytest.skip("COMPRESSO_DATA: no folder with real tokenizers")
     folder = Path(data) / "models" / name
     return GPT2Tokenizer.from_pretrained(folder) if name == "tokenizer-gpt2" else AutoTokenizer.from_pretrained(folder)
 

@@ -330,7 +330,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
 LOCAL = os.environ.get("COMPRESSO_DATA")
 
 
-@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA names no folder with real tokenizers")
+@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA: no folder with real tokenizers")
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok361", "tokenizer-llama2-32k"])
 def test_real_tokenizers(name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(LOCAL or "") / "models" / name)

@@ -16,7 +16,7 @@ from compresso.data.registry import NAMES, REGISTERED, load_records
 from compresso.errors import DataError
 
 LOCAL = os.environ.get("COMPRESSO_DATA")
-needs_local = pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA names no folder with local copies")
+needs_local = pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA: no folder with local copies")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,6 @@ def test_half_of_the_world_is_text_and_any_beginning_holds_both(small_world: Non
 
 
 def test_the_real_world_can_be_read() -> None:
-    pytest.importorskip("compresso.data.world", reason="the embedded world is not in this tree")
     records = load_records("world", limit=6)
     assert records.kind == "mixed" and len(records.rows) == 6
 

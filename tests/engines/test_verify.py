@@ -112,7 +112,7 @@ def test_what_computes_something_else_is_a_no() -> None:
 
 @pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
 def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    pytest.importorskip("gguf", reason="gguf: not installed")
     from compresso.formats.gguf import save_gguf
 
     model = pruned_nano()

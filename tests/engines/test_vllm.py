@@ -85,7 +85,7 @@ def test_an_exported_deci_folder_is_opened(tmp_path: Path) -> None:
     ids=["symmetric", "asymmetric", "w8a8"],
 )
 def test_few_bits_run_packed(packing: tuple[Any, ...], tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors: not installed")
     model = pruned_nano()
     linears = tuple(
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name

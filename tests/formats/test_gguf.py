@@ -33,7 +33,7 @@ from compresso.formats.gguf_tokenizer import _SPLITS
 from tests.formats.nano_variants import TEXTS, greedy, nano_tokenizer, pruned_nano
 from tests.formats.narrow import narrow_model
 
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+gguf = pytest.importorskip("gguf", reason="gguf: not installed")
 engine = pytest.mark.skipif(missing() is not None, reason=f"llama.cpp: {missing()}")
 
 STRANGE = (
@@ -142,12 +142,12 @@ def test_byte_level_tokens_of_every_known_split(name: str, tmp_path: Path) -> No
 
 
 @engine
-@pytest.mark.skipif("COMPRESSO_DATA" not in os.environ, reason="COMPRESSO_DATA does not name a folder with models")
+@pytest.mark.skipif("COMPRESSO_DATA" not in os.environ, reason="COMPRESSO_DATA: no folder with models")
 @pytest.mark.parametrize("name", ["stories260K", "tokenizer-llama2-32k"])
 def test_tokens_converted_from_sentencepiece(name: str, tmp_path: Path) -> None:
     folder = Path(os.environ["COMPRESSO_DATA"], "models", name)
     if not folder.is_dir():
-        pytest.skip(f"COMPRESSO_DATA has no models/{name}")
+        pytest.skip(f"COMPRESSO_DATA: no models/{name}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shapes = (LayerShape(4, 2, 40),) * 2
     if (folder / "config.json").is_file():

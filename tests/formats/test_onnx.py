@@ -17,12 +17,12 @@ from compresso.formats.onnx import save_onnx
 from tests.arch.conftest import _original
 from tests.arch.test_laws import described
 
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript: not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
 from compresso.engines.onnx_runtime import OnnxModel
 from compresso.engines.openvino import OpenVinoModel
 
-no_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+no_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino: not installed")
 ENGINES = [OnnxModel, pytest.param(OpenVinoModel, marks=no_openvino)]
 IDS = torch.randint(2, 128, (9,), generator=torch.Generator().manual_seed(3))
 

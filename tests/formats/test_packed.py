@@ -3,6 +3,7 @@ the library is optional, and its absence is said.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from compresso.errors import ExportError
 from compresso.formats.packed import Packing, save_packed
 
 THERE = importlib.util.find_spec("compressed_tensors") is not None
-has_library = pytest.mark.skipif(not THERE, reason="needs compressed-tensors")
+has_library = pytest.mark.skipif(not THERE, reason="compressed-tensors: not installed")
 LINEARS = tuple(
     f"model.layers.{i}.{name}_proj" for i in range(2) for name in ("self_attn.q", "self_attn.v", "mlp.up", "mlp.down")
 )
@@ -105,7 +106,9 @@ def test_weights_on_no_grid_are_refused_and_nothing_is_written(tmp_path: Path) -
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.mark.skipif(THERE, reason="compressed-tensors is installed")
-def test_without_the_library_it_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_the_library_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "compressed_tensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # as if it were not installed
     with pytest.raises(ExportError, match=r"pip install compressed-tensors==0\.20\.0"):
         save_packed(tiny(4), Packing(LINEARS, 4), tmp_path / "packed")

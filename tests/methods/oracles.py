@@ -17,7 +17,7 @@ from compresso.core.plan import Plan
 from compresso.job import Job
 
 FOLDER = Path(os.environ.get("COMPRESSO_DATA", "/nowhere"), "oracles", "mha")
-needs_oracles = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs COMPRESSO_DATA with the folder oracles/mha")
+needs_oracles = pytest.mark.skipif(not FOLDER.is_dir(), reason="COMPRESSO_DATA: no oracles/mha")
 AGREEMENT, WITHIN = 0.999, 1e-4
 
 

@@ -35,7 +35,7 @@ from tests.methods.conftest import MakeJob
 
 MHA = Path(os.environ.get("COMPRESSO_DATA", "")) / "oracles" / "mha"
 needs_oracle = pytest.mark.skipif(
-    not (MHA / "llmpruner_taylor.safetensors").is_file(), reason="COMPRESSO_DATA holds no oracles/mha"
+    not (MHA / "llmpruner_taylor.safetensors").is_file(), reason="COMPRESSO_DATA: no oracles/mha"
 )
 PUBLISHED = {"vector": "vectorize", "first": "param_first", "second": "param_second", "mixed": "param_mix"}
 """Our importances and the authors' names for them."""

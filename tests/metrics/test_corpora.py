@@ -80,7 +80,7 @@ def test_bad_corpora_are_refused_with_the_cure(tmp_path: Path) -> None:
         corpus("wikitext2", data_root=tmp_path / "none")
 
 
-@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA names no folder with local copies")
+@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA: no folder with local copies")
 def test_the_local_copies_are_whole() -> None:
     wiki, c4 = corpus("wikitext2"), corpus("c4")
     assert len(wiki.texts) == 4358 and wiki.texts[0] == ""

@@ -125,7 +125,7 @@ def test_the_clock_of_the_processor_does_the_work_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA: no device")
 def test_the_clock_of_a_gpu_waits_for_its_work() -> None:
     model, device = tiny().cuda(), torch.device("cuda")
     reading, decoding, read = prefill_and_decode(model, prompts(2, 5, 40, seed=0).to(device), 3, stopwatch(device))

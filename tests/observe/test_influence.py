@@ -78,7 +78,7 @@ def streams(model: PreTrainedModel, one: Batch) -> list[torch.Tensor]:
     return [state.double() for state in found]
 
 
-@pytest.mark.skipif(not ORACLE.is_dir(), reason="COMPRESSO_DATA names no folder with reference outputs")
+@pytest.mark.skipif(not ORACLE.is_dir(), reason="COMPRESSO_DATA: no folder with reference outputs")
 def test_block_influence_is_that_of_the_reference() -> None:
     expected = json.loads((ORACLE / "expected.json").read_text())
     trained = AutoModelForCausalLM.from_pretrained(ORACLE, dtype=torch.float32)

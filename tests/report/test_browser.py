@@ -62,7 +62,7 @@ def browser() -> Iterator[Browser]:
         except BrowserError as error:
             if INSTALLED is None and "Executable doesn't exist" in str(error):
                 pytest.skip(
-                    "no Chromium is installed: neither chromium nor google-chrome on PATH, nor playwright's own"
+                    "chromium: neither it nor google-chrome on PATH, nor playwright's own"
                 )
             raise
         yield opened

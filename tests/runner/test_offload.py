@@ -250,11 +250,11 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (2_000_000_000, 2_000_000_000))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts mapped memory on Linux only")
-@pytest.mark.skipif(os.environ.get("COMPRESSO_LARGE") != "1", reason="writes 25 GB; set COMPRESSO_LARGE=1 to run it")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: RLIMIT_DATA counts mapped memory there only")
+@pytest.mark.skipif(os.environ.get("COMPRESSO_LARGE") != "1", reason="COMPRESSO_LARGE: not 1, and it writes 25 GB")
 def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Path) -> None:
     if shutil.disk_usage(tmp_path).free < 32e9:
-        pytest.skip("32 GB of free disk are needed")
+        pytest.skip("disk: 32 GB must be free")
     folder, output = tmp_path / "large", tmp_path / "out"
     try:
         assert large_checkpoint(folder, 40) > 8e9

@@ -298,7 +298,7 @@ def test_keep_best_keeps_a_count_per_kind(tiny: CostModel) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA: no device")
 def test_devices_agree(llama_7b: CostModel) -> None:
     scores = {name: value.float() for name, value in integer_scores(llama_7b, 0).items()}
     on_gpu = {name: value.cuda() for name, value in scores.items()}

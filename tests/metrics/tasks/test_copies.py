@@ -106,12 +106,12 @@ def test_requests_are_those_of_the_harness(name: str, made_up: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA names no folder with local copies")
+@pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA: no folder with local copies")
 @pytest.mark.parametrize("name", [*SINGLE, *PARTS])
 def test_requests_of_the_real_files_are_those_of_the_harness(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(str(LOCAL))
     if (missing := bench_of(name).copy.missing(root)) is not None:  # type: ignore[union-attr]
-        pytest.skip(f"no {missing.name}")
+        pytest.skip(f"COMPRESSO_DATA: no {missing.name}")
     assert_same_requests(name, root, monkeypatch)
 
 
