@@ -1,4 +1,4 @@
-"""What the last lines of a run of the tests say: the files that coverage found least of, and what tests were skipped for.
+"""The last lines of a run of the tests: the files that coverage found least of, and what tests were skipped for.
 
 A skip's reason is "NAME: why", so that skips can be counted by the name of what was missing. Names of `WANTED` are
 listed with 0, too: a whole run says of each of them that nothing was skipped for it.

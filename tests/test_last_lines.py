@@ -8,7 +8,10 @@ from tests.last_lines import WANTED, summed_up
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
-HOOKS = "from tests.last_lines import pytest_collectreport, pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown"
+HOOKS = """
+from tests.last_lines import pytest_collectreport, pytest_sessionfinish
+from tests.last_lines import pytest_terminal_summary, pytest_testnodedown
+"""
 ONE_BY_ONE = """
 import pytest
 @pytest.mark.parametrize("i", range(3))

@@ -133,7 +133,7 @@ def test_k_quants_are_left_to_llama_quantize_where_it_is(
 
 
 @engine
-@pytest.mark.skipif(llama_cpp.shared_library() is None, reason="llama.cpp: no library of node-llama-cpp for this machine")
+@pytest.mark.skipif(llama_cpp.shared_library() is None, reason="llama.cpp: node-llama-cpp brings no library here")
 @pytest.mark.parametrize("dtype", KINDS)
 def test_k_quants_are_made_by_llama_cpp_and_open_in_it(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -61,9 +61,7 @@ def browser() -> Iterator[Browser]:
             opened = program.chromium.launch(executable_path=INSTALLED, args=list(FLAGS))
         except BrowserError as error:
             if INSTALLED is None and "Executable doesn't exist" in str(error):
-                pytest.skip(
-                    "chromium: neither it nor google-chrome on PATH, nor playwright's own"
-                )
+                pytest.skip("chromium: neither it nor google-chrome on PATH, nor playwright's own")
             raise
         yield opened
         opened.close()
