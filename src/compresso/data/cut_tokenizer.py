@@ -60,7 +60,8 @@ def cut(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int], size: int) -> P
     remaining = {token: new(i) for token, i in vocab.items() if new(i) is not None}
     if missing := sorted(subwords.required(state) - {i for i in subwords.required(state) if new(i) is not None}):
         raise CheckpointError(
-            f"the tokens with ids {missing[:8]} may not be removed from this tokenizer: they are special, or any text needs them"
+            f"the tokens with ids {missing[:8]} may not be removed from this tokenizer: they are special, or any text"
+            " needs them"
         )
     made_of = subwords.constituents(state)
     for token in remaining:

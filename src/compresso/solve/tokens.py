@@ -33,7 +33,8 @@ def keep_tokens(
         required: ids that are kept in any case.
         made_of: the ids that a token cannot do without, itself among them; an id beyond `size` is passed over.
         threshold: a token is not kept for its own sake where its share is at or below this.
-        most: tokens that may be kept; a token that does not fit with all it is made of is passed over. None for no limit.
+        most: tokens that may be kept; a token that does not fit with all it is made of is passed over. None for no
+            limit.
         multiple_of: the number of tokens is filled up to a multiple of this, where it neither passes `most` nor runs
             out of tokens.
 
