@@ -90,11 +90,11 @@ def measured(folders: Mapping[str, Path]) -> Report:
     """
     items = [item for task in world.TASKS for item in world.items(task, ITEMS_PER_TASK, FRESH)]
     texts = list(world.documents(DOCUMENTS, FRESH))
-    models = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
-    live = {name: one.model for name, one in models.items()}
+    loaded = {name: load(folder, dtype=torch.float32) for name, folder in folders.items()}
+    live = {name: one.model for name, one in loaded.items()}
     speeds = speed_measurements(live, batches=(1,), prompt_tokens=SPEED_PROMPT, new_tokens=SPEED_NEW)
     models: list[ModelResults] = []
-    for name, one in models.items():
+    for name, one in loaded.items():
         identity = open_source(folders[name]).identity
         answers = (*_sized(one, folders[name]), *_answered(one, items, texts), *speeds[name])
         models.append(

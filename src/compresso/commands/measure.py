@@ -114,7 +114,7 @@ def measure(
             seed=seed,
             advance=advance,
         )
-    models = tuple(
+    results = tuple(
         ModelResults(
             name=name,
             model=source.identity.name,
@@ -123,7 +123,7 @@ def measure(
         )
         for name, source in plan.sources.items()
     )
-    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=models)
+    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=results)
     if target is not None:
         write_report_file(target, report)
     return report

@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from compresso.checkpoint.atomic import Json, new_folder, verify_manifest, write_json, write_manifest
+from compresso.checkpoint.identity import refuse_other_run
 from compresso.errors import CheckpointError
 from compresso.observe.folds import Stats
-from compresso.training.checkpoint import refuse_other_run
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"batch-\d{6,}")

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compresso.checkpoint.atomic import Json, write_json
+from compresso.checkpoint.identity import refuse_other_run
 from compresso.errors import CheckpointError
-from compresso.training.checkpoint import refuse_other_run
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"round-(\d{6,})\.json")
