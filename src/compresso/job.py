@@ -34,6 +34,8 @@ from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
 from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
 from compresso.observe.folds import Fold
+from compresso.observe.journal import FoldJournal
+from compresso.observe.observe import Pass
 from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
@@ -167,6 +169,10 @@ class Job:
         same: from the method `same`, taken before the stage changes the model.
         """
         return RoundJournal(self.out / name, same) if processes() == 1 else None
+
+    def observing(self, name: str, same: Mapping[str, Any]) -> Pass:
+        """How one of the running stage's passes over data is shown and journalled; arguments as in `rounds`."""
+        return Pass(FoldJournal(self.out / name, same) if processes() == 1 else None, self.progress(), name)
 
     def keep_adapter(self, adapted: PeftModel, stage: str) -> None:
         """Save a stage's adapter before it is merged, in the folder `adapters` of the result."""

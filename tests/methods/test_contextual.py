@@ -73,7 +73,7 @@ def test_constant_units_survive_in_the_bias_alone(make_job: MakeJob) -> None:
     """Units that always give 1e-3 are the least used; with compensation they leave no trace, without it they do."""
     errors: list[float] = []
     for compensate in (True, False):
-        job = planted(biased(make_job()), up=0.001)
+        job = planted(biased(make_job(folder=str(compensate))), up=0.001)
         before, (keep, left) = logits(job), keeping_three_quarters(job)
         after = Contextual(keep=keep, compensate=compensate, **QUICK)(job)  # type: ignore[arg-type]
         assert dict(after.plan.kept) == left
@@ -83,7 +83,10 @@ def test_constant_units_survive_in_the_bias_alone(make_job: MakeJob) -> None:
 
 
 def test_the_records_say_where_no_bias_could_take_the_mean(make_job: MakeJob) -> None:
-    plain, with_bias = Contextual(keep=0.8, **QUICK)(make_job()), Contextual(keep=0.8, **QUICK)(biased(make_job()))  # type: ignore[arg-type]
+    plain, with_bias = (
+        Contextual(keep=0.8, **QUICK)(make_job()),
+        Contextual(keep=0.8, **QUICK)(biased(make_job(folder="b"))),
+    )  # type: ignore[arg-type]
     assert plain.records["contextual"]["compensated"] == 0 < plain.records["contextual"]["without_bias"]
     assert with_bias.records["contextual"]["without_bias"] == 0 < with_bias.records["contextual"]["compensated"]
 
@@ -107,7 +110,9 @@ def test_compensation_reads_mean_inputs_by_hand(make_job: MakeJob) -> None:
 
 
 def test_it_does_not_depend_on_how_many_examples_are_read_at_once(make_job: MakeJob) -> None:
-    one, other = (Contextual(keep=0.7, batches=2, batch=8, micro_batch=size)(make_job()) for size in (8, 1))
+    one, other = (
+        Contextual(keep=0.7, batches=2, batch=8, micro_batch=size)(make_job(folder=str(size))) for size in (8, 1)
+    )
     assert one.plan == other.plan
 
 

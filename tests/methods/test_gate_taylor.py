@@ -1,16 +1,29 @@
 """Gate-Taylor removal: what it keeps is what its scores say, one pool over kinds and layers."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from compresso.methods.gate_taylor import GateTaylor, sensitivity_per_parameter
+from compresso.core.axis import Axis
+from compresso.job import Job
+from compresso.methods.gate_taylor import GateTaylor
+from compresso.observe.gate_taylor import sensitivity_per_parameter
 from tests.methods.conftest import MakeJob
+
+
+def scored(job: Job, axes: Sequence[Axis], batches: int, batch: int, micro_batch: int) -> dict[str, torch.Tensor]:
+    """As the stage scores."""
+    source = job.batches(batch, "gate_taylor")
+    parts = [range(start, min(start + micro_batch, batch)) for start in range(0, batch, micro_batch)]
+    given = [source.at(update, part) for update in range(batches) for part in parts]
+    return sensitivity_per_parameter(job.model, axes, job.cost(), given)
 
 
 def test_kept_units_score_above_removed_ones_of_the_same_kind_and_price(make_job: MakeJob) -> None:
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind == "channel"]
-    scores = sensitivity_per_parameter(job, axes, job.cost(), 2, 4, 4)
+    scores = scored(job, axes, 2, 4, 4)
     plan = GateTaylor(keep=0.8, kinds=("channel",), batches=2, batch=4)(make_job(folder="b")).plan  # type: ignore[arg-type]
     masks = plan.masks(axes)
     kept = torch.cat([scores[a.name][masks[a.name] > 0] for a in axes])
@@ -59,7 +72,7 @@ def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None
 
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind in ("head", "channel")]
-    scores = sensitivity_per_parameter(job, axes, job.cost(), 4, 8, 4)
+    scores = scored(job, axes, 4, 8, 4)
     stage = GateTaylor(keep=0.7)
     good, bad = (
         make_job().without(
@@ -73,6 +86,6 @@ def test_less_is_lost_than_by_removing_the_best_units(make_job: MakeJob) -> None
 def test_scores_do_not_depend_on_the_micro_batch(make_job: MakeJob) -> None:
     job = make_job()
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind == "channel"]
-    whole, parts = (sensitivity_per_parameter(job, axes, job.cost(), 2, 4, micro_batch) for micro_batch in (4, 3))
+    whole, parts = (scored(job, axes, 2, 4, micro_batch) for micro_batch in (4, 3))
     for name, score in whole.items():
         torch.testing.assert_close(score, parts[name], rtol=1e-4, atol=1e-12)

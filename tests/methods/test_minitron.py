@@ -77,7 +77,9 @@ def test_all_layers_keep_equal_widths_that_are_multiples(make_job: MakeJob) -> N
 
 
 def test_scores_do_not_depend_on_how_many_examples_are_read_at_once(make_job: MakeJob) -> None:
-    one, other = (Minitron(keep=0.6, batches=2, batch=8, micro_batch=size)(make_job()) for size in (8, 1))
+    one, other = (
+        Minitron(keep=0.6, batches=2, batch=8, micro_batch=size)(make_job(folder=str(size))) for size in (8, 1)
+    )
     assert one.plan == other.plan
 
 
@@ -112,4 +114,4 @@ def test_the_candidate_with_the_lowest_loss_is_taken(make_job: MakeJob) -> None:
     best = min(tried, key=lambda one: one["loss"])
     assert set(units(job, Kind.CHANNEL).values()) == {best["kept"]["channel"]}
     assert units(job, Kind.HIDDEN)["hidden"] == best["kept"]["hidden"]
-    assert "candidates" not in Minitron(keep=0.6, **QUICK)(make_job()).records["minitron"]  # type: ignore[arg-type]
+    assert "candidates" not in Minitron(keep=0.6, **QUICK)(make_job(folder="b")).records["minitron"]  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from compresso.data.windows import check_window
 from compresso.edit.compensate import compensate_
 from compresso.job import Effects, Job, stage
 from compresso.observe.activations import activation_scores, mean_inputs, reader
+from compresso.observe.observe import Pass
 from compresso.solve.allocate import allocate
 
 
@@ -94,20 +95,22 @@ class Contextual:
         """Read the text, rank, compensate, shrink."""
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         blocks = list(job.arch.blocks(job.model))
-        means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean")
+        same = job.same("contextual", self)
+        how = job.observing("scores", same)
+        means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean", how)
         scores = {name: relative(mean) for name, mean in means.items()}
         plan = allocate(axes, scores, job.cost(), self.budget())
         facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
         if self.compensate:
-            facts |= self._compensate(job, axes, plan)
+            facts |= self._compensate(job, axes, plan, job.observing("means", same))
         return job.without(plan.masks(axes), "contextual", **facts)
 
-    def _compensate(self, job: Job, axes: Sequence[Axis], plan: Plan) -> dict[str, object]:
+    def _compensate(self, job: Job, axes: Sequence[Axis], plan: Plan, how: Pass) -> dict[str, object]:
         """Put mean outputs into biases; of the axes that lose units, how many have one and how many do not."""
         cut = [axis for axis in axes if len(plan.kept.get(axis.name, range(axis.size))) < axis.size]
         readers = {axis.name: reader(job.model, axis) for axis in cut}
         biased = {name: module for name, module in readers.items() if getattr(module, "bias", None) is not None}
-        means = mean_inputs(job.model, biased, self._batches(job)) if biased else {}
+        means = mean_inputs(job.model, biased, self._batches(job), how) if biased else {}
         for name, mean in means.items():
             stays = plan.masks(cut)[name].bool()
             compensate_(biased[name], mean, ~stays.repeat_interleave(len(mean) // len(stays)))

@@ -111,7 +111,9 @@ class ContextualThresholds:
         rows = job.rows[: self.windows]
         parts = [rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch)]
         stored = job.model.dtype
-        masks = linear_masks(job.model, linear_uses(job.model, map(job.collated, parts)), self.linear, self.activation)
+        how = job.observing("uses", job.same("contextual_thresholds", self))
+        uses = linear_uses(job.model, map(job.collated, parts), how)
+        masks = linear_masks(job.model, uses, self.linear, self.activation)
         if self.embedding is not None:
             special = set(job.tokenizer.all_special_ids if job.tokenizer else ()) | token_ids(job.model) | {job.pad_id}
             share = shares((row["input_ids"] for row in rows), int(job.model.config.vocab_size))

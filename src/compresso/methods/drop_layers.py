@@ -18,7 +18,7 @@ Of equal scores the lowest index goes first. Loss instead of perplexity: it rank
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -105,13 +105,17 @@ class DropLayers:
     def __call__(self, job: Job) -> Job:
         """Score, choose, shrink."""
         axes, cost = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds], job.cost()
+        blocks = job.arch.blocks(job.model)
+        same = {} if self.score in ("reverse", "random") else job.same("drop_layers", self)
         if self.score == "angular":
-            distances = angular_distances(job.model, job.arch.blocks(job.model), self._calibration(job))
+            how = job.observing("distances", same)
+            distances = angular_distances(job.model, blocks, self._calibration(job), how)
             plan = drop_run(axes[0], distances, cost, self.budget(), self.drop)
             return job.without(plan.masks(axes), "drop_layers", distances=distances.tolist())
         if self.score == "influence":
+            how = job.observing("scores", same)
             found = block_influence(
-                job.model, job.arch.blocks(job.model), job.arch.axes(job.model), self.kinds, self._calibration(job)
+                job.model, blocks, job.arch.axes(job.model), self.kinds, self._calibration(job), how
             )
             scores, facts = (
                 found.scores,
@@ -119,7 +123,7 @@ class DropLayers:
             )
         else:
             scores, facts = (
-                self._losses(job, axes, cost) if self.score == "perplexity" else self._baseline(axes, job.seed),
+                self._losses(job, axes, cost, same) if self.score == "perplexity" else self._baseline(axes, job.seed),
                 {},
             )
         plan = self._lowest(axes, scores, cost)
@@ -134,13 +138,12 @@ class DropLayers:
             for start in range(0, self.batch, self.micro_batch):
                 yield source.at(update, range(start, min(start + self.micro_batch, self.batch)))
 
-    def _losses(self, job: Job, axes: Sequence[Axis], cost: CostModel) -> dict[str, Tensor]:
+    def _losses(self, job: Job, axes: Sequence[Axis], cost: CostModel, same: Mapping[str, Any]) -> dict[str, Tensor]:
         """Axis name -> [size]: the loss without each part; iterative: the turn it left in, and one more for those that
         stay.
         """
         batches, left, gone = list(self._calibration(job)), parts_of(axes), list[Part]()
         scores = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
-        same = job.same("drop_layers", self)
 
         def losses() -> Tensor:
             """Without each of those left, journalled."""

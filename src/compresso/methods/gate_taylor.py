@@ -6,18 +6,16 @@ one-shot baseline that every learned method here is measured against; also the s
 `start: score`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from torch import Tensor
 
-from compresso.core.axis import Axis, Kind
+from compresso.core.axis import Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel, Counted
-from compresso.core.score import parameters_per_unit
+from compresso.core.cost import Counted
 from compresso.job import Effects, Job, stage
-from compresso.observe.gate_taylor import gate_taylor
+from compresso.observe.gate_taylor import sensitivity_per_parameter
 from compresso.solve.allocation import Allocation, allocated
 
 
@@ -74,20 +72,12 @@ class GateTaylor:
         """Score on calibration batches, allocate, shrink."""
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         cost = job.cost()
-        scores = sensitivity_per_parameter(job, axes, cost, self.batches, self.batch, self.micro_batch)
+        source = job.batches(self.batch, "gate_taylor")
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
+        batches = [source.at(update, part) for update in range(self.batches) for part in parts]
+        how = job.observing("scores", job.same("gate_taylor", self))
+        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
         plan = allocated(self.allocation, axes, scores, cost, self.budget())
         return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.batches * self.batch)
-
-
-def sensitivity_per_parameter(
-    job: Job, axes: Sequence[Axis], cost: CostModel, batches: int, batch: int, micro_batch: int
-) -> dict[str, Tensor]:
-    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU.
-
-    `micro_batch` examples at a time; the scores do not depend on it, since each example has its own mask row.
-    """
-    source = job.batches(batch, "gate_taylor")
-    rows = [range(start, min(start + micro_batch, batch)) for start in range(0, batch, micro_batch)]
-    scores = gate_taylor(job.model, axes, (source.at(update, part) for update in range(batches) for part in rows))
-    per_unit = parameters_per_unit(axes, cost)
-    return {name: score.cpu() / per_unit[name] for name, score in scores.items()}

@@ -37,7 +37,7 @@ from compresso.core.gates import Gates
 from compresso.edit.lora import attach_, merge_
 from compresso.edit.recompute import recompute_
 from compresso.job import Effects, Job, curve, stage
-from compresso.methods.gate_taylor import sensitivity_per_parameter
+from compresso.observe.gate_taylor import sensitivity_per_parameter
 from compresso.solve.allocate import allocate
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
 from compresso.solve.project import deterministic_to_budget, shift_to_budget
@@ -259,7 +259,13 @@ class LearnGates:
                 )
                 for axis in axes
             }
-        scores = sensitivity_per_parameter(job, axes, cost, self.score_batches, self.batch, self.micro_batch)
+        source = job.batches(self.batch, "gate_taylor")
+        parts = [
+            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
+        ]
+        batches = [source.at(update, part) for update in range(self.score_batches) for part in parts]
+        how = job.observing("scores", job.same("learn_gates", self))
+        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
         spread = {

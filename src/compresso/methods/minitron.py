@@ -28,6 +28,7 @@ from compresso.observe.activations import Aggregate, activation_scores
 from compresso.observe.losses import losses_under
 from compresso.solve.allocate import keep_best
 from compresso.solve.shapes import candidate_shapes
+from compresso.training.rounds import RoundJournal
 
 
 @stage(
@@ -89,12 +90,19 @@ class Minitron:
         """Score, keep the best of every axis, shrink."""
         axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
         blocks = list(job.arch.blocks(job.model))
+        same = job.same("minitron", self)
         scores = activation_scores(
-            job.model, axes, blocks, self._batches(job, self.batches), self.over_tokens, self.over_examples
+            job.model,
+            axes,
+            blocks,
+            self._batches(job, self.batches),
+            self.over_tokens,
+            self.over_examples,
+            job.observing("scores", same),
         )
         shapes = candidate_shapes(axes, job.cost(), self.budget(), self.candidates)
         plans = [keep_best(axes, scores, counts) for counts in shapes]
-        losses = self._losses(job, axes, plans) if len(plans) > 1 else [0.0]
+        losses = self._losses(job, axes, plans, job.rounds("candidates", same)) if len(plans) > 1 else [0.0]
         best = losses.index(min(losses))
         facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
         if len(plans) > 1:
@@ -112,7 +120,9 @@ class Minitron:
         ]
         return (source.at(update, rows) for update in range(n) for rows in parts)
 
-    def _losses(self, job: Job, axes: Sequence[Axis], plans: Sequence[Plan]) -> list[float]:
+    def _losses(
+        self, job: Job, axes: Sequence[Axis], plans: Sequence[Plan], journal: RoundJournal | None
+    ) -> list[float]:
         """Mean next-token loss of the model as each plan would leave it, the mean over batches."""
         return losses_under(
             job.model,
@@ -120,7 +130,7 @@ class Minitron:
             [plan.masks(axes) for plan in plans],
             list(self._batches(job, self.candidate_batches)),
             mean_over="batches",
-            journal=job.rounds("candidates", job.same("minitron", self)),
+            journal=journal,
             progress=job.progress(),
             name="candidates",
         ).tolist()

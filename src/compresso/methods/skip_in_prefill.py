@@ -57,9 +57,9 @@ class SkipInPrefill:
             range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
         ]
         calibration = (source.at(update, part) for update in range(self.batches) for part in parts)
-        found = block_influence(
-            job.model, job.arch.blocks(job.model), job.arch.axes(job.model), (Kind.LAYER,), calibration
-        )
+        how = job.observing("scores", job.same("skip_in_prefill", self))
+        blocks, axes = job.arch.blocks(job.model), job.arch.axes(job.model)
+        found = block_influence(job.model, blocks, axes, (Kind.LAYER,), calibration, how)
         n = int(self.skip * axis.size + 1e-9)
         kept = drop_lowest([axis], found.scores, n).kept[axis.name]
         skipped = sorted(set(range(axis.size)) - set(kept))
