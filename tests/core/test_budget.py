@@ -17,7 +17,7 @@ from compresso.core.cost import CostModel
         ({"keep": 1.5}, r"keep=1\.5"),
         ({"keep": -0.5}, r"keep=-0\.5"),
         ({"keep": math.nan}, "keep=nan"),
-        ({"keep": 0.5, "of": "bytes"}, "of='bytes' is not counted; give one of blocks, total, macs"),
+        ({"keep": 0.5, "of": "watts"}, "of='watts' is not counted; give one of blocks, total, macs"),
         ({"keep": 0.5, "kinds": ()}, "kinds is empty"),
         ({"keep": 0.5, "kinds": ("heads",)}, "kinds names 'heads', which is not a kind of unit; the kinds are head"),
         ({"keep": 0.5, "uniform_over": ("ffn",)}, "uniform_over names 'ffn'"),

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from compresso.core.axis import Axis, Kind
-from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
+from compresso.core.quantities import QUANTITIES, Cost, CostName
 
 TOLERANCE = 0.005
 """How far above its target, as a share of it, a budget may be forced by floors and multiples before it counts as
@@ -16,13 +18,6 @@ infeasible.
 
 Floor = int | Literal["keep"]
 """Fewest units of an axis that stay: a number, or "keep" for the budget's own share of them, to the nearest unit."""
-
-_COUNTED: dict[Counted, str] = {
-    "blocks": "block parameters",
-    "total": "parameters",
-    "macs": "multiply-accumulates a token",
-    "kv": "key/value cache entries a token",
-}
 
 
 class InfeasibleBudget(ValueError):
@@ -35,8 +30,8 @@ class Budget:
 
     Args:
         keep: share of the count that may stay, in (0, 1].
-        of: the count: parameters of the blocks, all parameters, multiply-accumulates per token, or key/value cache
-            entries per token.
+        of: what is counted: parameters of the blocks, all parameters, multiply-accumulates per token, key/value cache
+            entries per token, bytes, or looked-up milliseconds.
         kinds: kinds of units that may be removed.
         uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
         multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.
@@ -52,7 +47,7 @@ class Budget:
     """
 
     keep: float
-    of: Counted = "blocks"
+    of: CostName = "blocks"
     kinds: Sequence[Kind] = (Kind.HEAD, Kind.CHANNEL)
     uniform_over: Sequence[Kind] = ()
     multiple_of: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
@@ -64,8 +59,8 @@ class Budget:
             raise ValueError(
                 f"keep={self.keep} is not a share of the model; give a number above 0 and at most 1, such as 0.7"
             )
-        if self.of not in _COUNTED:
-            raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(_COUNTED)}")
+        if self.of not in QUANTITIES:
+            raise ValueError(f"of='{self.of}' is not counted; give one of {', '.join(QUANTITIES)}")
         object.__setattr__(self, "kinds", _kinds("kinds", self.kinds))
         object.__setattr__(self, "uniform_over", _kinds("uniform_over", self.uniform_over))
         if not self.kinds:
@@ -87,10 +82,14 @@ class Budget:
         """Whether any removable kind is held to multiples above 1."""
         return any(self.multiple_of.get(kind, 1) > 1 for kind in self.kinds)
 
-    def limit(self, cost: CostModel) -> int:
-        """The count that may stay: keep x dense, in whole entries."""
-        dense = float(cost().count(self.of))
-        return math.floor(self.keep * dense * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
+    def limit(self, cost: Cost) -> float:
+        """The amount that may stay: keep x dense, in whole entries where it comes in whole ones."""
+        most = self.keep * float(cost().count(self.of)) * (1 + 1e-12)  # 0.29 * 100 is 28.999999999999996
+        return math.floor(most) if QUANTITIES[self.of].whole else most
+
+    def settled(self, amount: Tensor) -> float:
+        """A measured amount without the rounding error of fractional masks."""
+        return QUANTITIES[self.of].settled(float(amount))
 
     def fewest(self, axis: Axis) -> int:
         """Fewest units of an axis that may stay, before rounding to multiples."""
@@ -119,11 +118,15 @@ def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
     return chosen
 
 
-def infeasible(budget: Budget, axes: Sequence[Axis], cost: CostModel, smallest: Plan) -> InfeasibleBudget:
+def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan) -> InfeasibleBudget:
     """The error for a budget below the smallest model that its floors and multiples allow."""
-    least, limit = int(cost.of(smallest).count(budget.of)), budget.limit(cost)
-    dense = int(cost().count(budget.of))
-    message = f"keep={budget.keep} allows {limit:,} of {dense:,} {_COUNTED[budget.of]}, but at least {least:,} stay"
+    quantity = QUANTITIES[budget.of]
+    least, limit = float(cost.of(smallest).count(budget.of)), budget.limit(cost)
+    dense = float(cost().count(budget.of))
+    message = (
+        f"keep={budget.keep} allows {quantity.text(limit)} of {quantity.text(dense)} {quantity.words}, but at least"
+        f" {quantity.text(least)} stay"
+    )
     held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in removable(axes, budget)}
     name = max(held, key=lambda axis_name: held[axis_name], default="")
     needed = math.ceil(least / dense * 1e4) / 1e4

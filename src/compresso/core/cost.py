@@ -10,16 +10,14 @@ objective) without a [hidden, layers x ffn] product. Sums run in float64: LLaMA-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
-
-Counted = Literal["blocks", "total", "macs", "kv"]
-"""What a budget is a share of; a field of `Cost`."""
+from compresso.core.quantities import CostName
+from compresso.core.quantities import Counted as Counted
 
 
 class Group(StrEnum):
@@ -55,11 +53,12 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class Counts:
     """Counts, each a float64 scalar Tensor [] (differentiable where the masks are).
 
     `total` counts parameters with tied ones once; `macs` is multiply-accumulates per token in matrices with a full
-    head, attention scores excluded (they depend on the context length); `cached` is key/value cache entries per token.
+    head, attention scores excluded (they depend on the context length); `cached` is key/value cache entries per token;
+    `bytes` is what the weights take, None where their bits are not known.
     """
 
     total: Tensor
@@ -68,12 +67,17 @@ class Cost:
     norms: Tensor
     macs: Tensor
     cached: Tensor
+    bytes: Tensor | None = None
 
-    def count(self, of: Counted) -> Tensor:
-        """The count that a budget is a share of []: block parameters, all parameters, multiply-accumulates or cache
-        entries per token.
-        """
-        return {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}[of]
+    def count(self, of: CostName) -> Tensor:
+        """The count that a budget is a share of []. Raises ValueError for what shapes do not tell."""
+        known = {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}
+        if of in known:
+            return known[of]
+        if of == "bytes" and self.bytes is not None:
+            return self.bytes
+        cure = "give the bits of its weights" if of == "bytes" else "measure a table and count with it"
+        raise ValueError(f"of='{of}' does not follow from the shapes of a model; {cure}")
 
     def parameters(self) -> dict[str, int]:
         """The four parameter counts as whole numbers."""
@@ -90,8 +94,18 @@ class CostModel:
         cost(keep_probabilities)    # expected, with gradients
     """
 
-    def __init__(self, axes: Sequence[Axis], weights: Sequence[Weight]) -> None:
-        """Compile the products. Raises ValueError if a slice names an unknown parameter or does not fit its shape."""
+    def __init__(
+        self, axes: Sequence[Axis], weights: Sequence[Weight], bits: Mapping[str, float] | None = None
+    ) -> None:
+        """Compile the products.
+
+        Args:
+            axes, weights: of the model.
+            bits: parameter name -> bits that an entry is stored in; None leaves bytes uncounted.
+
+        Raises:
+            ValueError: a slice names an unknown parameter or does not fit its shape, or a parameter has no bits.
+        """
         self.axes = tuple(axes)
         self.weights = tuple(weights)
         self._atoms: list[tuple[str, int | str]] = []
@@ -164,6 +178,12 @@ class CostModel:
         macs = torch.tensor([float(weight.macs) for weight in self.weights], dtype=torch.float64)
         self._entry_coefficients = torch.stack([entries * column for column in (*groups, macs)])  # [4, weights]
         self._row_coefficients = torch.tensor(row_constants, dtype=torch.float64)
+        self._byte_coefficients: Tensor | None = None
+        if bits is not None:
+            if lacking := [weight.name for weight in self.weights if weight.name not in bits]:
+                raise ValueError(f"bits of '{lacking[0]}' are missing; give those of every parameter")
+            sizes_of = torch.tensor([bits[weight.name] / 8 for weight in self.weights], dtype=torch.float64)
+            self._byte_coefficients = entries * sizes_of
         self._ones = {axis.name: axis.size for axis in self.axes}
         self._dense = torch.tensor(
             [1.0, *(self._ones[axis] if what == "sum" else 1.0 for axis, what in self._atoms)], dtype=torch.float64
@@ -174,7 +194,7 @@ class CostModel:
         self._there: dict[torch.device, tuple[Tensor, ...]] = {}
         self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
-    def __call__(self, masks: Mapping[str, Tensor] | None = None) -> Cost:
+    def __call__(self, masks: Mapping[str, Tensor] | None = None) -> Counts:
         """Count under masks or keep probabilities: axis name -> [size], values in [0, 1]; an absent axis keeps all its
         units.
         """
@@ -188,7 +208,11 @@ class CostModel:
         picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
         return self._count(self._atoms_of(tuple(masks), totals, torch.stack(picked) if picked else totals))
 
-    def of_totals(self, names: Sequence[str], totals: Tensor) -> Cost:
+    def even(self, of: CostName) -> bool:
+        """Whether a unit of an axis costs the same however many stay: a product is linear in each of its factors."""
+        return True
+
+    def of_totals(self, names: Sequence[str], totals: Tensor) -> Counts:
         """Count from how many units of each axis are expected to stay, without their masks; other axes keep all.
 
         Args:
@@ -215,13 +239,17 @@ class CostModel:
             atoms = atoms.index_copy(0, columns, values[rows])
         return atoms
 
-    def _count(self, atoms: Tensor) -> Cost:
+    def _count(self, atoms: Tensor) -> Counts:
         """The products, summed by group."""
         _, entry_coefficients, row_coefficients, factors, rows = self._on(atoms.device)
-        entries = entry_coefficients @ atoms[factors].prod(dim=1)
+        products = atoms[factors].prod(dim=1)
+        entries = entry_coefficients @ products
+        stored = None
+        if self._byte_coefficients is not None:
+            stored = self._byte_coefficients.to(atoms.device) @ products
         cached = row_coefficients @ atoms[rows].prod(dim=1)
         blocks, embeddings, norms, macs = entries.unbind()
-        return Cost(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached)
+        return Counts(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached, stored)
 
     def _units(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """The single units of these axes that own whole tensors: axis name and index."""
@@ -256,7 +284,7 @@ class CostModel:
             self._there[device] = tuple(constant.to(device) for constant in constants)
         return self._there[device]
 
-    def of(self, plan: Plan) -> Cost:
+    def of(self, plan: Plan) -> Counts:
         """Count the model that a plan leaves."""
         return self(plan.masks(self.axes))
 

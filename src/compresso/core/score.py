@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
-from compresso.core.cost import CostModel, Counted
+from compresso.core.quantities import Cost, CostName
 
 
 def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
     return scores
 
 
-def parameters_per_unit(axes: Sequence[Axis], cost: CostModel, of: Counted = "blocks") -> dict[str, float]:
+def parameters_per_unit(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks") -> dict[str, float]:
     """How much of a count one unit of each axis carries in the dense model: the count's gradient at all-ones masks."""
     ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
     gradients = torch.autograd.grad(

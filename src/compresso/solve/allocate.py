@@ -17,9 +17,9 @@ from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import TOLERANCE, Budget, InfeasibleBudget, infeasible, removable
-from compresso.core.cost import CostModel
 from compresso.core.hard_concrete import removal_order
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
 from compresso.solve.greedy import Flat, Items, admit_greedily
 
 __all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
@@ -28,7 +28,7 @@ __all__ = ["Budget", "InfeasibleBudget", "allocate", "keep_best", "keep_counts"]
 def allocate(
     axes: Sequence[Axis],
     scores: Mapping[str, Tensor],
-    cost: CostModel,
+    cost: Cost,
     budget: Budget,
     gone: Mapping[str, Tensor] | None = None,
 ) -> Plan:

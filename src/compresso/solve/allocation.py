@@ -7,8 +7,8 @@ from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
 from compresso.core.score import parameters_per_unit
 from compresso.solve.allocate import allocate
 from compresso.solve.per_layer import allocate_per_layer, equal_weights, sensitivity_weights
@@ -23,7 +23,7 @@ def allocated(
     how: Allocation,
     axes: Sequence[Axis],
     scores: Mapping[str, Tensor],
-    cost: CostModel,
+    cost: Cost,
     budget: Budget,
     per_unit: bool = False,
 ) -> Plan:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compresso.core import hard_concrete
 from compresso.core.axis import Axis, Kind
-from compresso.core.cost import CostModel, Counted
 from compresso.core.gates import Gates
+from compresso.core.quantities import Cost, CostName
 from compresso.solve.project import reachable, shift_to_budget
 
 
@@ -29,9 +29,9 @@ class ShareOfModel:
         of: "blocks", "total" or "macs".
     """
 
-    cost: CostModel
+    cost: Cost
     keep: float
-    of: Counted = "blocks"
+    of: CostName = "blocks"
     _reach: dict[tuple[str, ...], tuple[float, float]] = field(
         default_factory=dict[tuple[str, ...], tuple[float, float]], repr=False
     )
@@ -78,8 +78,8 @@ class CountsPerLayer:
 
     axes: Sequence[Axis]
     counts: Mapping[Kind, int]
-    cost: CostModel
-    of: Counted = "blocks"
+    cost: Cost
+    of: CostName = "blocks"
 
     @property
     def n_terms(self) -> int:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
-from compresso.core.cost import CostModel
 from compresso.core.influence import least_distant_run
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
 
 Part = tuple[str, int]
 """Axis name and unit."""
@@ -50,7 +50,7 @@ def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> P
     return without(axes, sorted(there, key=lambda part: float(scores[part[0]][part[1]]))[:n])
 
 
-def drop_run(axis: Axis, distances: Tensor, cost: CostModel, budget: Budget, n: int | None = None) -> Plan:
+def drop_run(axis: Axis, distances: Tensor, cost: Cost, budget: Budget, n: int | None = None) -> Plan:
     """The plan without the least turning contiguous run of layers: of n layers, or of as few as the budget takes.
 
     axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them. Raises InfeasibleBudget if no

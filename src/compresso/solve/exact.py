@@ -6,33 +6,32 @@ sum to the most.
 
 A knapsack (scipy's `milp`, HiGHS). It is exact where a unit's price does not depend on which others stay: heads and
 channels of a model whose hidden width stays. Units of one axis have one price, so that an axis keeps its best units in
-any optimum.
+any optimum. Where the price of a unit depends on how many of its axis stay (a table of latencies), each axis chooses
+one of its allowed counts; see `compresso.solve.levels`.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, infeasible, removable
-from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
 from compresso.core.score import parameters_per_unit
 from compresso.solve.allocate import keep_counts
+from compresso.solve.levels import GAP, SECONDS, choose_levels
 
 ADDITIVE = (Kind.HEAD, Kind.CHANNEL)
 """Kinds whose prices add up."""
-GAP = 1e-4
-"""Relative distance from the optimum at which the solver may stop."""
-SECONDS = 120.0
-"""After which the solver gives the best it has found, if that is within the gap."""
 
 
-def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget) -> Plan:
+def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: Cost, budget: Budget) -> Plan:
     """The plan with the greatest sum of scores within the budget, to a relative gap of 1e-4.
 
     Args:
@@ -58,6 +57,8 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
     floor_plan = Plan({name: tuple(range(n)) for name, n in least.items()})
     if float(cost.of(floor_plan).count(budget.of)) > budget.limit(cost):
         raise infeasible(budget, pool, cost, floor_plan)
+    if not cost.even(budget.of):
+        return keep_counts(pool, scores, _counts_by_level(pool, scores, cost, budget))
     price_of = parameters_per_unit(pool, cost, budget.of)
     # from the dense count downwards, so that what leaves with an axis' last unit counts as staying
     removed = sum(price_of[axis.name] * (axis.size - least[axis.name]) for axis in pool)
@@ -80,6 +81,21 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
     for chosen, (name, units) in zip(_solved(values, prices, left, chains), steps, strict=True):
         kept[name] += units * chosen
     return keep_counts(pool, scores, kept)
+
+
+def _counts_by_level(pool: Sequence[Axis], scores: Mapping[str, Tensor], cost: Cost, budget: Budget) -> dict[str, int]:
+    """How many units each axis keeps, where prices are those of counts."""
+    allowed = {axis.name: budget.allowed(axis.kind, axis.size, budget.fewest(axis)) for axis in pool}
+    dense = float(cost().count(budget.of))
+    worths: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
+    for axis in pool:
+        ranked = scores[axis.name].detach().double().cpu().sort(descending=True).values
+        worths[axis.name] = [float(ranked[:n].sum()) for n in allowed[axis.name]]
+        masks = [(torch.arange(axis.size) < n).double() for n in allowed[axis.name]]  # which units does not matter
+        costs[axis.name] = [float(cost({axis.name: mask}).count(budget.of)) - dense for mask in masks]
+    levels = choose_levels(worths, costs, budget.limit(cost) - dense)
+    return {name: allowed[name][level] for name, level in levels.items()}
 
 
 def _solved(

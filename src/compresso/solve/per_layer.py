@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget, infeasible, removable
-from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
 from compresso.solve.allocate import keep_counts
 
 BOUNDS = (0.5, 1.5)
@@ -45,7 +45,7 @@ def sensitivity_weights(axes: Sequence[Axis], scores: Mapping[str, Tensor], budg
 
 
 def allocate_per_layer(
-    axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget, weights: Mapping[str, float]
+    axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: Cost, budget: Budget, weights: Mapping[str, float]
 ) -> Plan:
     """The plan in which axis a keeps its best min(1, s * weights[a]) of its units, with the largest s that the budget
     allows.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
-from compresso.core.cost import CostModel, Counted
 from compresso.core.hard_concrete import (
     LOG_ALPHA_HIGH,
     LOG_ALPHA_LOW,
@@ -23,13 +22,14 @@ from compresso.core.hard_concrete import (
     soft_value,
 )
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost, CostName
 from compresso.solve.greedy import Flat, Items, admit_greedily
 
 _FAR = 40.0
 """A shift beyond which every gate is as closed or as open as its probability can be."""
 
 
-def reachable(log_alpha: Mapping[str, Tensor], cost: CostModel, of: Counted = "blocks") -> tuple[float, float]:
+def reachable(log_alpha: Mapping[str, Tensor], cost: Cost, of: CostName = "blocks") -> tuple[float, float]:
     """The least and the greatest expected share of the dense count that gates within the clamp's range can express.
 
     Gates never quite close or open: the range is about 0.002 to 0.996 where hidden dimensions and all blocks have
@@ -43,7 +43,7 @@ def reachable(log_alpha: Mapping[str, Tensor], cost: CostModel, of: Counted = "b
     return ends[0] / dense, ends[1] / dense
 
 
-def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: float, of: Counted = "blocks") -> float:
+def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of: CostName = "blocks") -> float:
     """The one number that, added to every log_alpha before the clamp, makes the expected count keep x dense, to 1e-9.
 
     The count is taken after the clamp to [ln 0.01, ln 100]: gates at its ends do not move, and the others make up for
@@ -92,7 +92,7 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: CostModel, keep: floa
 
 
 def deterministic_to_budget(
-    log_alpha: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, keep: float, of: Counted = "blocks"
+    log_alpha: Mapping[str, Tensor], axes: Sequence[Axis], cost: Cost, keep: float, of: CostName = "blocks"
 ) -> dict[str, Tensor]:
     """Evaluation masks whose kept units count keep x dense: never more, and less by under one smallest unit.
 
@@ -182,7 +182,7 @@ def harden(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: (mask > 0).to(mask.dtype) for name, mask in masks.items()}
 
 
-def _gated(log_alpha: Mapping[str, Tensor], cost: CostModel) -> list[Axis]:
+def _gated(log_alpha: Mapping[str, Tensor], cost: Cost) -> list[Axis]:
     """The axes that have gates. Raises ValueError for a name that the cost model does not know or no gates at all."""
     chosen = [axis for axis in cost.axes if axis.name in log_alpha]
     if len(chosen) != len(log_alpha) or not chosen:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
-from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
+from compresso.core.quantities import Cost, CostName
 
 
 def lowest_within(
     axes: Sequence[Axis],
     scores: Mapping[str, Tensor],
-    cost: CostModel,
-    of: Counted,
+    cost: Cost,
+    of: CostName,
     allowance: float,
     *,
     ties: Mapping[str, Tensor] | None = None,

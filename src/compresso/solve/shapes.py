@@ -11,7 +11,7 @@ import torch
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import TOLERANCE, Budget, removable
-from compresso.core.cost import CostModel
+from compresso.core.quantities import Cost
 from compresso.solve.uniform import uniform_targets
 
 GRID = 6
@@ -20,7 +20,7 @@ BELOW = 0.05
 """How far below the target a shape may lie, as a share of it: the paper's range."""
 
 
-def candidate_shapes(axes: Sequence[Axis], cost: CostModel, budget: Budget, most: int) -> list[dict[Kind, int]]:
+def candidate_shapes(axes: Sequence[Axis], cost: Cost, budget: Budget, most: int) -> list[dict[Kind, int]]:
     """At most `most` shapes within the budget, the first being that of `uniform_targets`, the others the further from
     it the later.
 
@@ -44,7 +44,7 @@ def candidate_shapes(axes: Sequence[Axis], cost: CostModel, budget: Budget, most
         masks = {
             axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool
         }
-        return round(float(cost(masks).count(budget.of)), 2) - limit  # n / size * size is not always n
+        return budget.settled(cost(masks).count(budget.of)) - limit
 
     finest = max(allowed, key=lambda kind: len(allowed[kind]))
     coarse = [kind for kind in allowed if kind != finest]

@@ -12,11 +12,11 @@ import torch
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import TOLERANCE, Budget, infeasible, removable
-from compresso.core.cost import CostModel
+from compresso.core.quantities import Cost
 from compresso.solve.allocate import keep_best
 
 
-def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> dict[Kind, int]:
+def uniform_targets(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind, int]:
     """One kept count for each of the budget's kinds, the same in every layer, near one common share and on the budget.
 
     All kinds but the finest take an allowed count beside the share at which fractional counts would meet the budget;
@@ -39,7 +39,7 @@ def uniform_targets(axes: Sequence[Axis], cost: CostModel, budget: Budget) -> di
         masks = {
             axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size, dtype=torch.float64) for axis in pool
         }
-        return round(float(cost(masks).count(budget.of)), 2) - limit  # n / size * size is not always n
+        return budget.settled(cost(masks).count(budget.of)) - limit
 
     def at(share: float) -> dict[Kind, float]:
         return {kind: max(share * size, allowed[kind][0]) for kind, size in sizes.items()}
