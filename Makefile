@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml requirements/pins.txt
 	touch $@
 
 demo: setup
-	$(OFFLINE) $(BIN)/compresso demo --output demo-output --force
+	$(OFFLINE) $(BIN)/compresso demo --output demo-output --overwrite
 
 test: setup
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=compresso --cov-report=

@@ -81,7 +81,9 @@ def report_of(case: Case, keep: float, updates: int | None, seed: int) -> Report
         folders = []
         for method in METHODS:
             raw = recipe_of(method, case.configuration, keep, updates)
-            folders.append(run(raw, case.model, case.data, output=Path(scratch, method), seed=seed, force=True).folder)
+            folders.append(
+                run(raw, case.model, case.data, output=Path(scratch, method), seed=seed, allow_collapsed=True).folder
+            )
         return read_results(folders).report()
 
 

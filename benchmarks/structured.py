@@ -59,7 +59,15 @@ def prepared(case_name: str, device: str) -> Prepared:
     raw = recipe_of(case, METHODS["gate-Taylor"], 0.5, 2)
     output = Path(tempfile.gettempdir(), f"compresso-structured-{os.getpid()}")
     return prepare(
-        raw, str(case.model), case.data, output=output, layout="auto", seed=0, device=device, force=True, skip_bad=False
+        raw,
+        str(case.model),
+        case.data,
+        output=output,
+        layout="auto",
+        seed=0,
+        device=device,
+        overwrite=True,
+        skip_bad=False,
     )
 
 

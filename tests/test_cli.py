@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CodeGenConfig
 
 from compresso import cli
-from compresso.errors import NumericError, ResourceError
-from compresso.runner import inspection
-from compresso.training.signals import Interrupted
+from compresso.commands import inspect
+from compresso.errors import Interrupted, NumericError, ResourceError
 from tests.conftest import SHORT, Call
 
 VERBS = ("demo", "methods", "recipes", "inspect", "plan", "run", "evaluate", "measure", "compare", "export", "verify")
@@ -76,13 +76,17 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--keep", "1.5"), "--keep 1.5"),
         (("compresso", "--keep", "nan"), "--keep nan"),
         (("compresso", "--keep", "half"), "usage: Invalid value for '--keep'"),
-        (("compresso", "--keep", "0.7", "--speedup", "2"), "--keep and --speedup are two budgets; give one"),
+        (("compresso", "--keep", "0.7", "--macs", "2"), "--keep and --macs are two budgets; give one"),
         (("compresso", "--parameters", "5.4Q"),
          "--parameters '5.4Q': wanted a positive number with an optional K, M, B or T"),
         (("compresso", "--parameters", "-3M"), "--parameters '-3M'"),
         (("compresso", "--parameters", "5B"), "--parameters 5B: the model has"),
-        (("compresso", "--speedup", "0.5"), "--speedup 0.5: wanted a factor of at least 1"),
-        (("compresso", "--speedup", "1000"), "stage 'learn_gates': keep=0.001"),
+        (("compresso", "--macs", "0.5"), "--macs 0.5: the dense model's multiply-accumulates a token over those of the"
+         " smaller one; wanted at least 1, such as 1.5; to keep 0.5 of them, give 2"),
+        (("compresso", "--macs", "inf"), "--macs inf"),
+        (("compresso", "--speedup", "1.5"), "--speedup is called --macs now, for it divides multiply-accumulates and"
+         " measures nothing (--speedup will mean measured time); give --macs 1.5"),
+        (("compresso", "--macs", "1000"), "stage 'learn_gates': keep=0.001"),
         (("compresso", "--layout", "unifrom"), "--layout 'unifrom' is unknown; did you mean 'uniform'?"),
         (("compresso", "--max-steps", "0"), "usage: Invalid value for '--max-steps'"),
         (("compresso", "--set", "stages.learn_gates.mask_lr"),
@@ -255,7 +259,7 @@ def test_exit_codes(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(inspection, "inspect", fails)
+    monkeypatch.setattr(inspect, "inspect", fails)
     found, out, text = call("inspect", tiny_folder)
     assert (found, out) == (code, "")
     assert message in text
@@ -266,7 +270,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(tiny_folder: Path, monkeypatch:
     def fails(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(inspection, "inspect", fails)
+    monkeypatch.setattr(inspect, "inspect", fails)
     with pytest.raises(ZeroDivisionError):
         cli.main(["inspect", str(tiny_folder)])
 
@@ -290,6 +294,40 @@ def test_help_of_every_verb_shows_an_example(call: Call) -> None:
     assert code == 2
     assert error.startswith("usage: No such command 'prune'")
     assert "Missing option '--model'" in call("run", "compresso")[2]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """A typo or a look at an option costs no import of torch."""
+    program = (
+        "import sys\nfrom compresso.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules)"
+    )
+    for arguments in (["--help"], ["run", "--help"], ["prune"], ["--version"]):
+        ran = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+        imported = ran.stdout.splitlines()[-1].split()
+        assert "compresso.cli" in imported
+        assert {"torch", "transformers", "numpy", "pydantic"}.isdisjoint(imported), arguments
+
+
+@pytest.mark.usefixtures("reads_weights", "quick_reopening")
+def test_old_options_work_with_a_warning(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = written(tmp_path, NOTHING)
+    start = ("run", recipe, "--model", tiny_folder, "--output", tmp_path / "out")
+    assert call(*start)[0] == 0
+    code, _, error = call(*start)
+    assert code == 2 and "add --overwrite to replace what a run wrote" in error
+    code, _, error = call(*start, "--force")
+    assert (code, error) == (
+        0,
+        "warning: --force is deprecated and goes with compresso 0.3; give --overwrite, --allow-collapsed or both\n",
+    )
+    plan = ("plan", recipe, "--model", tiny_folder, "--json")
+    new = call(*plan, "--target", "awq:g32")
+    old = call(*plan, "--for", "awq:g32")
+    assert old[:2] == new[:2] and new[2] == ""
+    assert old[2] == "warning: --for is deprecated and goes with compresso 0.3; give --target\n"
+    code, _, error = call(*start, "--overwrite", "--stream")
+    assert code == 2 and error.startswith("warning: --stream is deprecated and goes with compresso 0.3; give --offload")
+    assert "cannot be offloaded" in error
 
 
 def test_version(call: Call) -> None:
@@ -382,7 +420,7 @@ def test_budgets_reach_the_recipe(call: Call, tiny_folder: Path) -> None:
     dense = json.loads(call("inspect", tiny_folder, "--json")[1])
     facts = json.loads(call("plan", "gate-taylor", "--model", tiny_folder, "--parameters", "0.05M", "--json")[1])
     assert 48_000 < facts["after"]["parameters"]["total"] <= 50_000
-    facts = json.loads(call("plan", "gate-taylor", "--model", tiny_folder, "--speedup", "1.25", "--json")[1])
+    facts = json.loads(call("plan", "gate-taylor", "--model", tiny_folder, "--macs", "1.25", "--json")[1])
     assert 0.75 < facts["after"]["macs_per_token"] / dense["macs_per_token"] <= 0.8
 
 

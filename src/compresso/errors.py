@@ -13,11 +13,17 @@
       NumericError                 exit 4: NaN or Inf where a number was needed
         CollapseError              a pruned model that writes and predicts no better than chance, so it is not written
 
+`Interrupted` is none of them: a run that a signal stopped ends the process with 130 or 143.
 Messages are one line: what, the value, what was wanted, the cure.
 """
 
 import difflib
+import signal
+import warnings
 from collections.abc import Iterable
+
+GONE_IN = "0.3"
+"""The release in which the names that this one deprecates stop working."""
 
 
 class CompressoError(Exception):
@@ -70,6 +76,24 @@ class CollapseError(NumericError):
     """A pruned model whose quality collapsed; written only when somebody insists."""
 
 
+class Interrupted(SystemExit):
+    """A run stopped by a signal after it saved its state.
+
+    Uncaught, it ends the process with the usual exit code (130 or 143) and no traceback. It is a SystemExit and not a
+    CompressoError, so that code which reports errors and goes on does not swallow it.
+    """
+
+    def __init__(self, number: signal.Signals, saved: str | None) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+        self.saved = saved
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}; " + (
+            f"continue from {self.saved}" if self.saved else "nothing was saved"
+        )
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the closest valid one, or all of them.
 
@@ -79,3 +103,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def deprecated(old: str, new: str) -> None:
+    """Warn the caller of our caller that the argument `old` works for one release more, and `new` takes its place."""
+    warnings.warn(
+        f"{old} is deprecated and goes with compresso {GONE_IN}; give {new}", DeprecationWarning, stacklevel=3
+    )

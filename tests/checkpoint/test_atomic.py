@@ -209,7 +209,7 @@ def test_folder_vanishes_when_its_block_fails(tmp_path: Path) -> None:
 
 def test_force_is_needed_and_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "out", OLD)
-    with pytest.raises(CheckpointError, match=r"not empty.*--force"), new_folder(tmp_path / "out"):
+    with pytest.raises(CheckpointError, match=r"not empty.*--overwrite"), new_folder(tmp_path / "out"):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"), new_folder(tmp_path / "file", force=True):

@@ -83,7 +83,7 @@ def test_what_is_not_worth_resuming_is_removed(tmp_path: Path) -> None:
 
 def test_unfinished_work_is_discarded_only_when_told(tmp_path: Path) -> None:
     work = interrupted(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"--resume or discard it with --force"):  # noqa: SIM117
+    with pytest.raises(CheckpointError, match=r"--resume or discard it with --overwrite"):  # noqa: SIM117
         with WorkFolder.open(tmp_path / "out", IDENTITY, resume=False, force=False):
             pass
     assert (work / "stages" / "01-one").is_dir()

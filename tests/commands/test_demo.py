@@ -9,8 +9,7 @@ import pytest
 from tests.conftest import Call
 
 import compresso
-from compresso.commands import demo
-from compresso.engines import verify as verifying
+from compresso.commands import demo, verify
 from compresso.engines.parity import Parity
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.record import ModelResults, Report
@@ -36,14 +35,14 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "speed_measurements", briefly)
     answers = [Parity("transformers", "yes", same_tokens=8), Parity("vLLM", "not installed", "vllm is not installed")]
-    monkeypatch.setattr(verifying, "verify", lambda folder: answers if folder.name == "compresso" else [])
+    monkeypatch.setattr(verify, "verify", lambda folder: answers if folder.name == "compresso" else [])
 
 
 @pytest.mark.usefixtures("shortened", "quick_reopening")
 def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     code, out, error = call(
-        "demo", "--output", output, "--keep", 0.7, "--force"
+        "demo", "--output", output, "--keep", 0.7, "--allow-collapsed"
     )  # one update: the guard may refuse the result
     assert code == 0, error
     report = Report.model_validate(json.loads((output / "report.json").read_text(), parse_constant=pytest.fail))

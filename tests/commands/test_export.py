@@ -81,12 +81,12 @@ def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypa
     _maker = gguf._maker
     monkeypatch.setattr(gguf, "_maker", wrong)
     path = tmp_path / "nano.gguf"
-    path.write_text("old")
+    path.write_bytes(b"GGUF of old")
     with pytest.raises(
         ExportError, match=r"nano\.gguf would read back differently in llama\.cpp: probabilities differ"
     ):
-        exporting.export(nano.path(), path, format="gguf", dtype="f32", force=True)
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("nano.gguf", "old")]
+        exporting.export(nano.path(), path, format="gguf", dtype="f32", overwrite=True)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("nano.gguf", "GGUF of old")]
 
 
 def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ExportError, match="unknown dtype 'q4'"):
         exporting.export(nano.path(), tmp_path / "x", format="gguf", dtype="q4")
     (tmp_path / "there").write_text("")
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match="--overwrite"):
         exporting.export(nano.path(), tmp_path / "there", format="gguf")
     monkeypatch.setattr(gguf.importlib, "import_module", _absent)
     with pytest.raises(ExportError, match="pip install gguf"):
@@ -180,7 +180,7 @@ def test_k_quants_that_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ExportError, match=r"llama\.cpp could not write q6_k \(3\): no such type"):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
     (tmp_path / "nano.gguf").write_text("old")
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match="--overwrite"):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
 

@@ -38,7 +38,7 @@ ROUNDED = {
 def rounded(recipe: str, folder: Path, data: Path, output: Path, sets: list[str]) -> Result:
     free = recipe.startswith("rtn")
     raw = with_options(recipe, model=str(folder), sets=sets if free else [*SETS, *sets])
-    return run(raw, folder, None if free else data, output=output, quiet=True, force=True)
+    return run(raw, folder, None if free else data, output=output, quiet=True, allow_collapsed=True)
 
 
 @pytest.mark.parametrize("recipe", ROUNDED)

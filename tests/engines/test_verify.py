@@ -139,7 +139,7 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
     """It stands in the records, the card and the report, with commands for the engines that opened it; --no-verify asks
     none.
     """
-    more = ("--set", "stages.rtn.symmetric=true", "--set", "stages.rtn.group=16", "--force")
+    more = ("--set", "stages.rtn.symmetric=true", "--set", "stages.rtn.group=16", "--allow-collapsed")
     code, out, error = call("run", "rtn/4-bit", "--model", tiny_folder, "--output", tmp_path / "out", *more)
     assert code == 0, error
     found = {

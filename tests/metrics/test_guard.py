@@ -108,7 +108,7 @@ def test_the_message_is_one_line_and_a_refusal_names_the_cure() -> None:
     for pruned in (11, 20, 100):
         message = of_perplexities(10, pruned, dense_degenerate=0.0, pruned_degenerate=0.0).message()
         assert "\n" not in message and message.endswith(".")
-        assert ("--force" in message) == (pruned == 100)
+        assert ("--allow-collapsed" in message) == (pruned == 100)
     assert "warned from 1.5, refused from 5" in of_perplexities(10, 20).message()
 
 

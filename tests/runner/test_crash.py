@@ -181,7 +181,7 @@ def test_resume_refuses_another_run_and_names_the_difference(
     # and without --resume the work is not thrown away unasked
     code, _, error = call("run", "compresso", "--model", tiny_folder, "--data", instructions, "--output", output)
     assert code == 2
-    assert "continue it with --resume or discard it with --force" in error
+    assert "continue it with --resume or discard it with --overwrite" in error
 
 
 def test_a_nan_loss_exits_4_and_never_reaches_disk(command: Crash, tmp_path: Path) -> None:
@@ -207,25 +207,34 @@ def old_output(tmp_path: Path) -> Path:
     return output
 
 
+def earlier_run(tmp_path: Path) -> Path:
+    """As much of a run's folder as says that a run wrote it."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "records.json").write_text('{"format": 1, "recipe": {}, "stages": {}}')
+    (output / "README.md").write_text("old")
+    return output
+
+
 @pytest.mark.usefixtures("quick_reopening")
-def test_force_keeps_the_old_output_until_the_new_one_is_whole(
+def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = old_output(tmp_path)
+    output = earlier_run(tmp_path)
 
     def differs(*_: object, **__: object) -> float:
-        assert (output / "precious.txt").read_text() == "old"
+        assert (output / "README.md").read_text() == "old"
         raise ExportError("reads back differently")
 
     with monkeypatch.context() as patch:
         patch.setattr(compresso.runner.output, "reopen_and_compare", differs)
         with pytest.raises(ExportError):
-            run(PRUNE_ONLY, tiny_folder, output=output, force=True, quiet=True)
-    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+            run(PRUNE_ONLY, tiny_folder, output=output, overwrite=True, quiet=True)
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "records.json"]
     # the stage before the failure is there to be resumed; nothing else is left beside
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
-    run(PRUNE_ONLY, tiny_folder, output=output, force=True, resume=True, quiet=True)
-    assert not (output / "precious.txt").exists()
+    run(PRUNE_ONLY, tiny_folder, output=output, overwrite=True, resume=True, quiet=True)
+    assert (output / "README.md").read_text() != "old"
     assert (output / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -258,7 +267,7 @@ def test_occupied_outputs_are_refused(call: Call, tiny_folder: Path, tmp_path: P
     assert "another process is writing" in error
     (tmp_path / "free.partial").mkdir()
     (tmp_path / "free.partial" / "thesis.tex").write_text("mine")
-    code, _, error = call("run", recipe, "--model", tiny_folder, "--output", tmp_path / "free", "--force")
+    code, _, error = call("run", recipe, "--model", tiny_folder, "--output", tmp_path / "free", "--overwrite")
     assert code == 2
     assert "no run made it" in error
     assert (tmp_path / "free.partial" / "thesis.tex").read_text() == "mine"
@@ -271,14 +280,16 @@ def test_input_folders_are_never_outputs(call: Call, tiny_folder: Path, instruct
     shutil.copytree(tiny_folder, model)
     (tmp_path / "link").symlink_to(model)
     for output in (model, tmp_path / "link", tmp_path):
-        code, _, error = call("run", recipe, "--model", model, "--output", output, "--force")
+        code, _, error = call("run", recipe, "--model", model, "--output", output, "--overwrite")
         assert code == 2
         assert "the input model" in error or "the folder of the input model" in error
     model.rename(tmp_path / "out.partial")  # where a run would keep its work
-    code, _, error = call("run", recipe, "--model", tmp_path / "out.partial", "--output", tmp_path / "out", "--force")
+    code, _, error = call(
+        "run", recipe, "--model", tmp_path / "out.partial", "--output", tmp_path / "out", "--overwrite"
+    )
     assert code == 2
     assert (tmp_path / "out.partial" / "model.safetensors").is_file()
-    shutil.copy(instructions, old_output(tmp_path))
+    shutil.copy(instructions, earlier_run(tmp_path))
     code, _, error = call(
         "run",
         "gate-taylor",
@@ -288,7 +299,7 @@ def test_input_folders_are_never_outputs(call: Call, tiny_folder: Path, instruct
         tmp_path / "out" / "rows.jsonl",
         "--output",
         tmp_path / "out",
-        "--force",
+        "--overwrite",
     )
     assert code == 2
     assert "which the run replaces" in error

@@ -1,4 +1,4 @@
-"""`--for ENGINE`: shapes an engine likes become multiples of the budgets,
+"""`--target ENGINE`: shapes an engine likes become multiples of the budgets,
 plans say what they cost, results obey them.
 """
 
@@ -88,7 +88,7 @@ def test_dense_sizes_that_do_not_fit_are_said(config: str) -> None:
 def test_a_plan_says_what_each_constraint_costs(config: str, call: Call) -> None:
     plain = json.loads(call("plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--json")[1])
     code, out, error = call(
-        "plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--for", "awq:g64", "--json"
+        "plan", "magnitude-structured", "--model", config, "--keep", 0.6, "--target", "awq:g64", "--json"
     )
     assert code == 0, error
     facts = json.loads(out)
@@ -118,7 +118,7 @@ def test_a_result_obeys(tiny_folder: Path, tmp_path: Path) -> None:
         sets=["stages.recover.batch=4"],
     )
     first = {**raw, "stages": raw["stages"][:1]}
-    result = run(first, tiny_folder, output=tmp_path / "out", quiet=True, force=True)
+    result = run(first, tiny_folder, output=tmp_path / "out", quiet=True, allow_collapsed=True)
     for shape in result.model.model.layers:
         assert shape.self_attn.o_proj.in_features % 16 == 0 and shape.mlp.down_proj.in_features % 16 == 0
 

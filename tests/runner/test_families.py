@@ -172,7 +172,7 @@ def test_a_stage_of_uneven_widths_comes_back(name: str, family: Callable[[str], 
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     (tmp_path / "01-prune" / "plan.json").write_text(Plan({"layers.0.channels": (1, 5)}).to_json())
     with pytest.raises(
-        ResumeError, match=r"is \[.*\] in 01-prune, which the plan does not give; start anew with --force"
+        ResumeError, match=r"is \[.*\] in 01-prune, which the plan does not give; start anew with --overwrite"
     ):
         load_stage(tmp_path / "01-prune", source, torch.float32, torch.device("cpu"))
 

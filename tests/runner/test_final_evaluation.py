@@ -99,14 +99,15 @@ def test_where_the_dense_model_does_not_fit_the_account_says_so(
 def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with pytest.raises(
-        CollapseError, match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --force"
+        CollapseError,
+        match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --allow-collapsed",
     ) as refused:
         run(RUINED, nano.path(), output=output, quiet=True)
     assert refused.value.exit_code == 4
     assert not output.exists()
     assert (tmp_path / "out.partial" / "stages" / "02-recover").is_dir()
     monkeypatch.setattr("compresso.methods.recover.fit", pytest.fail)
-    result = run(RUINED, nano.path(), output=output, quiet=True, resume=True, force=True)
+    result = run(RUINED, nano.path(), output=output, quiet=True, resume=True, allow_collapsed=True)
     assert result.records["guard"]["verdict"] == "refuse"
     assert (output / "report.html").is_file()
     assert not (tmp_path / "out.partial").exists()

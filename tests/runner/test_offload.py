@@ -42,7 +42,7 @@ RECIPES = {
 
 def done(recipe: str, folder: Path, data: Path, output: Path, **given: Any) -> compresso.Result:
     raw = with_options(recipe, model=str(folder), sets=[*SETS, *RECIPES.get(recipe, [])])
-    return compresso.run(raw, folder, data, output=output, quiet=True, force=True, **given)
+    return compresso.run(raw, folder, data, output=output, quiet=True, allow_collapsed=True, **given)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     model.save_pretrained(folder, max_shard_size="20KB")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     whole = done(recipe, folder, instructions, tmp_path / "whole")
-    offloaded = done(recipe, folder, instructions, tmp_path / "offloaded", stream=True)
+    offloaded = done(recipe, folder, instructions, tmp_path / "offloaded", offload=True)
     one, other = stored(whole.folder), stored(offloaded.folder)
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     facts = [{**next(iter(result.records["stages"].values())), "seconds": 0} for result in (whole, offloaded)]
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(
         == "native"
     )
     whole = done("wanda/50", native, instructions, tmp_path / "whole")
-    offloaded = done("wanda/50", native, instructions, tmp_path / "offloaded", stream=True)
+    offloaded = done("wanda/50", native, instructions, tmp_path / "offloaded", offload=True)
     one, other = stored(whole.folder), stored(offloaded.folder)
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert offloaded.records["layout"] == "native"
@@ -123,7 +123,7 @@ def test_no_more_than_one_block_is_in_memory(
         )
 
     monkeypatch.setattr(Offloaded, "_put", watched)
-    result = done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True)
+    result = done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True)
     blocks = [{name for name in names if name.startswith("model.layers.")} for names in held]
     assert max(map(len, blocks)) == 1 and {name for names in blocks for name in names} == {
         f"model.layers.{i}" for i in range(3)
@@ -149,20 +149,20 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(
             [*arguments, *(part for one in SETS for part in ("--set", one)), *more], event=event, phase=phase, at=at
         )
 
-    code, log = command(tmp_path / "whole", "--force", "--stream")
+    code, log = command(tmp_path / "whole", "--allow-collapsed", "--offload")
     assert code == 0, log
     assert "memory: about 0." in log and "the largest block, while it is written" in log
     assert command(tmp_path / "killed", event="kill", at=1)[0] == -9  # in memory, as where memory gives out
-    assert command(tmp_path / "killed", "--resume", "--stream", event="kill", at=2)[0] == -9
+    assert command(tmp_path / "killed", "--resume", "--offload", event="kill", at=2)[0] == -9
     assert len(list((work_of(tmp_path / "killed") / "training" / "sparsegpt").glob("step-*"))) == 2
-    code, log = command(tmp_path / "killed", "--resume", "--force", "--stream")
+    code, log = command(tmp_path / "killed", "--resume", "--allow-collapsed", "--offload")
     assert code == 0, log
     one, other = stored(tmp_path / "whole"), stored(tmp_path / "killed")
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert not work_of(tmp_path / "killed").exists()
     assert command(tmp_path / "done", event="kill", phase="saved", at=1)[0] == -9
-    code, log = command(tmp_path / "done", "--resume", "--stream")
-    assert code == 2 and "has finished its stage in memory; resume it without --stream" in log
+    code, log = command(tmp_path / "done", "--resume", "--offload")
+    assert code == 2 and "has finished its stage in memory; resume it without --offload" in log
 
 
 def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
@@ -170,14 +170,14 @@ def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Pat
         RecipeError,
         match=r"recipe gate-taylor \(gate_taylor, recover\) cannot be offloaded: wanted one stage that sweeps",
     ):
-        compresso.run("gate-taylor", tiny_folder, instructions, output=tmp_path / "out", stream=True)
+        compresso.run("gate-taylor", tiny_folder, instructions, output=tmp_path / "out", offload=True)
     with pytest.raises(RecipeError, match=r"recipe magnitude/50 \(magnitude\) cannot be offloaded"):
-        compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", stream=True)
+        compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", offload=True)
     for layout in ("padded", "native"):
         with pytest.raises(
             RecipeError, match=f"--layout {layout}: an offloaded run writes its model in the layout it came in"
         ):
-            done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, layout=layout)
+            done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True, layout=layout)
     assert not list(tmp_path.iterdir())
 
 
@@ -188,9 +188,9 @@ def test_more_memory_than_there_is_is_refused_unless_insisted_upon(
     with pytest.raises(
         ResourceError, match=r"this needs about 0\.\d+ GB at once \(.*\), and 0\.00 GB are there\..*--over-memory"
     ):
-        done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True)
+        done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True)
     assert not list(tmp_path.iterdir())
-    assert done("wanda/50", tiny_folder, instructions, tmp_path / "out", stream=True, over_memory=True).folder.is_dir()
+    assert done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True, over_memory=True).folder.is_dir()
 
 
 def test_a_damaged_block_is_named(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_damaged_block_is_named(tiny_folder: Path, instructions: Path, tmp_pat
     tensors["model.layers.2.mlp.up_proj.weight"][1, 1] = float("inf")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericError, match=r"'model\.layers\.2\.mlp\.up_proj\.weight' holds NaN or Inf"):
-        done("wanda/50", folder, instructions, tmp_path / "out", stream=True)
+        done("wanda/50", folder, instructions, tmp_path / "out", offload=True)
 
 
 def large_checkpoint(folder: Path, layers: int) -> int:
@@ -268,7 +268,7 @@ def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Pat
             str(instructions),
             "--output",
             str(output),
-            "--force",
+            "--allow-collapsed",
         ]
         arguments += [part for one in sets for part in ("--set", one)]
         start = [sys.executable, "-c", "import sys; from compresso.cli import main; main(sys.argv[1:])", *arguments]
@@ -276,7 +276,7 @@ def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Pat
         whole = subprocess.run(start, preexec_fn=limited, capture_output=True, text=True, env=env, check=False)
         assert whole.returncode != 0  # the limit is real: the model does not fit
         offloaded = subprocess.run(
-            [*start, "--stream"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False
+            [*start, "--offload"], preexec_fn=limited, capture_output=True, text=True, env=env, check=False
         )
         assert offloaded.returncode == 0, offloaded.stderr[-2000:]
         records = json.loads((output / "records.json").read_text())

@@ -24,7 +24,7 @@ GROUPS = "stages.awq.group=16"  # the tiny model's widths are no multiples of 12
 def done(recipe: str, folder: Path, data: Path, output: Path) -> Result:
     needs_data = not recipe.startswith("magnitude")
     raw = with_options(recipe, model=str(folder), sets=SETS if needs_data else [])
-    return run(raw, folder, data if needs_data else None, output=output, quiet=True, force=True)
+    return run(raw, folder, data if needs_data else None, output=output, quiet=True, allow_collapsed=True)
 
 
 @pytest.mark.usefixtures("quick_reopening")
@@ -88,7 +88,9 @@ def test_rounded_activations_come_back_with_compresso_and_the_files_open_without
 
 @pytest.mark.usefixtures("quick_reopening")
 def test_the_last_line_says_what_zeros_are_worth(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
-    code, out, _ = call("run", "magnitude/50", "--model", tiny_folder, "--output", tmp_path / "out", "--force")
+    code, out, _ = call(
+        "run", "magnitude/50", "--model", tiny_folder, "--output", tmp_path / "out", "--allow-collapsed"
+    )
     assert code == 0
     assert out.splitlines()[-1] == (
         "50.0 % zeros by magnitude, of the weights it worked on, stored dense: no smaller and no faster for it."
@@ -144,7 +146,7 @@ def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, comm
     stage = recipe.partition("/")[0].replace("-", "_")
     more = ["--set", GROUPS] if stage == "awq" else []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert command(recipe, whole, "--force", *more)[0] == 0
+    assert command(recipe, whole, "--allow-collapsed", *more)[0] == 0
     for block in (1, 2, 3):
         resume = ["--resume"] if block > 1 else []
         assert command(recipe, killed, *resume, *more, event="kill", at=block)[0] == -9
@@ -154,7 +156,7 @@ def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, comm
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    code, log = command(recipe, killed, "--resume", "--force", *more)
+    code, log = command(recipe, killed, "--resume", "--allow-collapsed", *more)
     assert code == 0, log
     assert "block 1 is done again" in log
     assert weights_hash(killed) == weights_hash(whole)
@@ -182,4 +184,4 @@ def test_sigterm_ends_after_the_block_and_says_how_to_go_on(
     assert code == 143
     assert log.splitlines()[-1] == "stopped by SIGTERM; repeat the command with --resume to go on"
     assert (work_of(output) / "training" / "wanda" / "step-000000").is_dir()
-    assert command("wanda/50", output, "--resume", "--force")[0] == 0
+    assert command("wanda/50", output, "--resume", "--allow-collapsed")[0] == 0

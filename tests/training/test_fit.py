@@ -11,13 +11,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from compresso.errors import CompressoError, NumericError, ResourceError, ResumeError
+from compresso.errors import CompressoError, Interrupted, NumericError, ResourceError, ResumeError
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.fit import MOST_SKIPS, fit
 from compresso.training.groups import Group
 from compresso.training.history import History
 from compresso.training.order import Micro, ShuffledBatches
-from compresso.training.signals import Interrupted
 
 
 class Line(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compresso.errors import Interrupted
 from compresso.training import launch
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.fit import fit
@@ -31,7 +32,6 @@ from compresso.training.history import History
 from compresso.training.noise import gate_noise
 from compresso.training.order import Micro, ShuffledBatches
 from compresso.training.progress import Progress
-from compresso.training.signals import Interrupted
 from compresso.training.state import trained
 
 LAYERS, CHANNELS, GATES_FROM, SEED = 2, 24, 2, 7

@@ -98,12 +98,13 @@ def refuse_occupied(target: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"output {target} exists and is not empty. Choose another output, or add --force to replace it."
+            f"output {target} exists and is not empty. Choose another output, or add --overwrite to replace what a run"
+            " wrote."
         )
     for precious, what in ((Path.cwd(), "the working folder"), (Path.home(), "your home folder")):
         if precious.resolve().is_relative_to(target):
             raise CheckpointError(
-                f"output {target} holds {what} and will not be replaced even with --force. Choose another output."
+                f"output {target} holds {what} and will not be replaced even with --overwrite. Choose another output."
             )
 
 

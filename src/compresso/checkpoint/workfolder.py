@@ -63,7 +63,7 @@ class WorkFolder:
             else:
                 if path.exists() and not force and WorkFolder(path)._worth_resuming():
                     raise CheckpointError(
-                        f"{path} holds an interrupted run; continue it with --resume or discard it with --force"
+                        f"{path} holds an interrupted run; continue it with --resume or discard it with --overwrite"
                     )
                 with storage_errors(path):
                     shutil.rmtree(path, ignore_errors=True)
@@ -137,7 +137,7 @@ def _identity(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / _IDENTITY).read_text("utf-8"))
     except ValueError as error:
-        raise ResumeError(f"{path / _IDENTITY} is damaged ({error}); start anew with --force") from error
+        raise ResumeError(f"{path / _IDENTITY} is damaged ({error}); start anew with --overwrite") from error
     if not isinstance(found, dict):
-        raise ResumeError(f"{path / _IDENTITY} is damaged (no object); start anew with --force")
+        raise ResumeError(f"{path / _IDENTITY} is damaged (no object); start anew with --overwrite")
     return found

@@ -15,6 +15,10 @@ from compresso.report.table import Cell, missing, tables
 def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Comparison:
     """Merge run folders and report files by the models they speak of, and write the page if `output` is given.
 
+    Args:
+        paths: folders of runs, and JSON files of `evaluate` and `measure`.
+        output: the page, with tables, charts and texts; a report that lies there is replaced.
+
     Returns:
         The models, dense first; `Comparison.report()` is what a file holds.
 

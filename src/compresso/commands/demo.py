@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.checkpoint.atomic import check_output, new_folder
+from compresso.checkpoint.overwrite import demo as demo_files
+from compresso.checkpoint.overwrite import refuse_foreign
 from compresso.checkpoint.source import open_source
+from compresso.commands import verify
 from compresso.commands.compare import compare
 from compresso.data import nano, world
-from compresso.engines import verify as verifying
 from compresso.loading import Loaded, load
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.latency import speed_measurements
@@ -21,7 +23,7 @@ from compresso.metrics.record import Environment, Measurement, ModelResults, Rep
 from compresso.metrics.report_file import write_report_file
 from compresso.metrics.size import size_measurements
 from compresso.runner.final_evaluation import SPEED_NEW, SPEED_PROMPT
-from compresso.runner.recipe import read, with_knob
+from compresso.runner.recipe import read
 from compresso.runner.run import run
 
 RECIPES = {"magnitude": "magnitude-structured/nano", "gate-taylor": "gate-taylor/nano", "compresso": "compresso/nano"}
@@ -40,14 +42,17 @@ _COLUMNS = {
 }
 
 
-def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int = 0) -> Report:
+def demo(
+    output: Path, *, keep: float = 0.7, overwrite: bool = False, allow_collapsed: bool = False, seed: int = 0
+) -> Report:
     """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the
     report.
 
     Args:
         output: becomes a folder with one checkpoint a recipe, `report.json` and `report.html`.
         keep: share of block parameters that stays.
-        force: replace an existing output, and write what the collapse guard refuses.
+        overwrite: replace the output of an earlier demo; a folder with anything else in it is refused.
+        allow_collapsed: write what the collapse guard refuses.
         seed: of the recipes.
 
     Returns:
@@ -57,13 +62,22 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
         CompressoError: as `run` does.
     """
     console = Console()
-    check_output(output, nano.path(), force)
-    with new_folder(output, force) as folder:
+    check_output(output, nano.path(), overwrite)
+    if overwrite:
+        refuse_foreign(output, demo_files(tuple(RECIPES)))
+    with new_folder(output, overwrite) as folder:
         folders = {"dense": nano.path()}
         for name, recipe in RECIPES.items():
             console.print(f"[bold]{name}[/bold]: recipe {recipe}, {keep:.0%} of the blocks stay")
-            raw = with_knob(read(recipe), "keep", keep)
-            folders[name] = run(raw, nano.path(), "world", output=folder / name, seed=seed, force=force).folder
+            folders[name] = run(
+                read(recipe),
+                nano.path(),
+                "world",
+                output=folder / name,
+                keep=keep,
+                seed=seed,
+                allow_collapsed=allow_collapsed,
+            ).folder
         console.print("[bold]measuring[/bold] all of them on fresh items, and their speed in turn")
         report = measured(folders)
         write_report_file(folder / RESULTS, report)
@@ -80,7 +94,7 @@ def run_demo(output: Path, *, keep: float = 0.7, force: bool = False, seed: int 
         " trust_remote_code=True.\n"
     )
     console.print("[bold]opening[/bold] it in every engine of this machine, each in a process of its own")
-    verifying.show(verifying.verify(best), as_json=False)
+    verify.show(verify.verify(best), as_json=False)
     return report
 
 

@@ -139,8 +139,11 @@ def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
             raise DataError(_unknown_prompt(prompt))
 
 
-def show(report: Report) -> None:
-    """Print a report as a table, and what it does not hold."""
+def show(report: Report, as_json: bool = False) -> None:
+    """Print a report as JSON, or as a table with what it does not hold."""
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
     console = Console()
     for results in report.models:
         table = Table(

@@ -1,14 +1,17 @@
 """A checkpoint written in another format, and reopened."""
 
 import importlib.util
+import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
 from compresso.engines import llama_cpp
 from compresso.engines import vllm as vllm_engine
@@ -23,7 +26,7 @@ from compresso.engines.parity import (
     ids_of,
 )
 from compresso.engines.transformers_process import continued
-from compresso.errors import CheckpointError, ExportError, nearest
+from compresso.errors import CheckpointError, ExportError, deprecated, nearest
 from compresso.formats.gguf import library, save_gguf
 from compresso.formats.onnx import head_dim, save_onnx
 from compresso.formats.packed import packing_of, save_packed
@@ -40,15 +43,24 @@ judge.
 
 
 def export(
-    model: str | Path, output: Path, *, format: str, dtype: str | None = None, force: bool = False
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    force: bool | None = None,
 ) -> dict[str, Any]:
     """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
 
     Args:
+        model: folder of safetensors or hub id.
+        output: the file or folder to write.
         format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded) or vllm-deci.
         dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama.cpp; of
             onnx: f32 (if None) or int8.
-        force: replace what is there.
+        overwrite: replace an earlier export of the same format; a folder with anything else in it is refused.
+        force: deprecated: `overwrite`.
 
     Returns:
         `{"output", "format", "arch", "dtype", "bytes", "checked", "difference", "same_tokens"}`; `checked` says by what
@@ -62,20 +74,50 @@ def export(
     """
     if format not in FORMATS:
         raise ExportError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
+    if force is not None:
+        deprecated("force=", "overwrite=")
+        overwrite = overwrite or force
+    output = Path(output)
+    if overwrite:
+        _refuse_foreign(output, format)
     source = open_source(model)
     if format == "compressed-tensors":
         if dtype is not None:
             raise ExportError(
                 f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
             )
-        return _packed(source, output, force)
+        return _packed(source, output, overwrite)
     if format == "vllm-deci":
         if dtype is not None:
             raise ExportError(f"dtype={dtype}: vllm-deci keeps the stored one; leave --dtype out")
-        return _deci(source, output, force)
+        return _deci(source, output, overwrite)
     if format == "onnx":
-        return _onnx(source, output, dtype or "f32", force)
-    return _gguf(source, output, dtype or "f16", force)
+        return _onnx(source, output, dtype or "f32", overwrite)
+    return _gguf(source, output, dtype or "f16", overwrite)
+
+
+def show(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print what `export` returned, as JSON or in a line."""
+    if as_json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+        return
+    print(f"{facts['output']}: {facts['bytes']:,} bytes, arch {facts['arch']}, {facts['dtype']}; {facts['checked']}")
+
+
+def _refuse_foreign(output: Path, format: str) -> None:
+    """Raise CheckpointError if what lies at `output` is no export of this format alone."""
+    if format != "gguf":
+        refuse_foreign(output, EXPORTS[format])
+    elif output.is_file() and _begins(output) != b"GGUF":
+        raise CheckpointError(
+            f"{output} is no GGUF file and will not be replaced even with --overwrite. Choose another output."
+        )
+
+
+def _begins(path: Path) -> bytes:
+    """The four bytes that say what a file is."""
+    with path.open("rb") as file:
+        return file.read(4)
 
 
 def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
@@ -85,7 +127,7 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
     if by_tool:
         tool(dtype)
         if output.is_dir() or (output.exists() and not force):
-            raise CheckpointError(f"{output} exists. Choose another output, or replace a file with --force.")
+            raise CheckpointError(f"{output} exists. Choose another output, or replace a GGUF file with --overwrite.")
     tokenizer = load_tokenizer(source)
     live = as_stock(load_model(source, dtype=torch.float32))
     told: dict[str, Any] = {

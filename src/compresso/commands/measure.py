@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compresso.checkpoint.source import Source, load_model, open_source
+from compresso.commands.measure_table import show
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.metrics.forward import context_of
 from compresso.metrics.latency import speed_measurements
@@ -28,6 +29,8 @@ from compresso.metrics.size import size_measurements
 from compresso.metrics.timed_generation import lengths
 from compresso.runner.output import stored_dtype
 from compresso.training.device import choose_device
+
+__all__ = ["batch_sizes", "measure", "show"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES, BATCHES_ON_GPU = (1, 8), (1, 8, 32)

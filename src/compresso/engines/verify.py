@@ -5,12 +5,10 @@ there but could not be asked is called "not checked", not "yes".
 """
 
 import importlib.util
-import json
 import math
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -186,18 +184,3 @@ def _compressed(source: Source, tokenizer: PreTrainedTokenizerBase | None, scrat
         return [Parity(PACKED, "no", str(error))]
     answer = check_packed(folder, model, packing, tokenizer)
     return [answer] if vllm_engine.missing() else [answer, check_vllm_packed(folder, model, packing, tokenizer)]
-
-
-def show(answers: Sequence[Parity], as_json: bool) -> None:
-    """Print answers, as JSON or one a line."""
-    if as_json:
-        print(json.dumps([asdict(answer) for answer in answers], indent=2, allow_nan=False))
-        return
-    width = max(len(answer.engine) for answer in answers)
-    for answer in answers:
-        told = [answer.reason] if answer.reason else []
-        if answer.difference is not None and not answer.reason:
-            told.append(f"largest difference {answer.difference:.1g}")
-        if answer.same_tokens is not None:
-            told.append(f"{answer.same_tokens} of {opened.NEW_TOKENS} greedy tokens the same")
-        print(f"{answer.engine:{width}}  {answer.opens:13}  {', '.join(told)}".rstrip())

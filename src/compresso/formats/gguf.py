@@ -82,7 +82,7 @@ def save_gguf(
         raise ExportError(f"unknown dtype '{dtype}' for gguf; known: {', '.join(get_args(Dtype))}.")
     gguf, path = library(), Path(path)
     if path.is_dir() or (path.exists() and not force):
-        raise CheckpointError(f"{path} exists. Choose another output, or replace a file with --force.")
+        raise CheckpointError(f"{path} exists. Choose another output, or replace a GGUF file with --overwrite.")
     gemma = model.config.model_type in ARCHS
     described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describe(model, shapes))
     block = BLOCK if dtype.startswith("q") else 1

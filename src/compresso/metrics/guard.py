@@ -80,7 +80,7 @@ class Guard(Strict):
             case "refuse":
                 return (
                     f"The pruned model has collapsed: {words}. Keep more, recover longer or with other data, or pass"
-                    " --force."
+                    " --allow-collapsed."
                 )
             case "warn":
                 return f"The pruned model has lost much: {words}."

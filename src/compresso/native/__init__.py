@@ -1,7 +1,7 @@
 """Our per-layer model classes, and their registration with transformers.
 
-`register()` runs at `import compresso`, so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without
-`trust_remote_code`.
+Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
+so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
 """
 
 from pathlib import Path
@@ -36,3 +36,6 @@ def family_of(model_type: str) -> str | None:
     """
     family = model_type.removeprefix("compresso_")
     return family if family in CLASSES else None
+
+
+register()

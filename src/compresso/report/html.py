@@ -26,7 +26,12 @@ from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, mis
 GENERATOR = '<meta name="generator" content="compresso">'
 """What tells a report from another file that lies at its place."""
 MOST_COLUMNS = 8
-_VERDICTS = {"ok": "passed", "warn": "warning", "refuse": "refused, written with --force", "unchecked": "not known"}
+_VERDICTS = {
+    "ok": "passed",
+    "warn": "warning",
+    "refuse": "refused, written with --allow-collapsed",
+    "unchecked": "not known",
+}
 _NOISE = {True: " · within noise", False: " · beyond noise", None: ""}
 
 

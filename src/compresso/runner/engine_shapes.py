@@ -1,4 +1,4 @@
-"""Shapes that an engine wants, written into a recipe's budgets before anything is pruned: `--for llama.cpp:q4_k`.
+"""Shapes that an engine wants, written into a recipe's budgets before anything is pruned: `--target llama.cpp:q4_k`.
 
     llama.cpp:q4_k ...   K-quants hold 256 inputs a block; matrices of other widths fall back to larger types
     llama.cpp:q8_0, q4_0 blocks of 32
@@ -50,7 +50,7 @@ class ShapeConstraints:
 
 
 def parse_engine(text: str) -> ShapeConstraints:
-    """What stands after --for.
+    """What stands after --target.
 
     >>> parse_engine("awq:g64").inputs
     64
@@ -64,7 +64,7 @@ def parse_engine(text: str) -> ShapeConstraints:
         return ShapeConstraints(text, inputs=int(group[1]))
     if engine == "vllm" and (devices := re.fullmatch(r"tp([1-9]\d{0,2})", detail)):
         return ShapeConstraints(text, heads=int(devices[1]), channels=int(devices[1]), uniform=True)
-    raise RecipeError(f"--for {text}: unknown engine; give {EXAMPLES}")
+    raise RecipeError(f"--target {text}: unknown engine; give {EXAMPLES}")
 
 
 def multiples(want: ShapeConstraints, model: str) -> dict[Kind, int]:

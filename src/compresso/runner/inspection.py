@@ -1,13 +1,10 @@
 """What can be removed from a model, counted without its weights."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
@@ -106,66 +103,5 @@ def describe(model: PreTrainedModel, arch: Arch) -> dict[str, Any]:
     return {"architecture": arch.name, **counts(cost), "axes": rows}
 
 
-def show(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print what `inspect` returned, as JSON or as a table."""
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    console = Console()
-    parameters = facts["parameters"]
-    console.print(f"[bold]{facts['architecture']}[/bold]  {parameters['total']:,} parameters")
-    if "stays" in facts:
-        console.print("  nobody described this architecture: the axes were found from a trace of its operations")
-    else:
-        console.print(
-            f"  blocks {parameters['blocks']:,} · embeddings {parameters['embeddings']:,} · norms"
-            f" {parameters['norms']:,}"
-        )
-        console.print(
-            f"  {facts['macs_per_token']:,} multiply-accumulates and {facts['kv_bytes_per_token']:,} cache bytes a"
-            " token"
-        )
-    table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")
-    for row in facts["axes"]:
-        table.add_row(row["kind"], f"{row['count']:,}", _short(row["size"]), _short(row["parameters_per_unit"]))
-    console.print(table)
-    for sentence in facts.get("stays", ()):
-        console.print(f"  {sentence}", markup=False, soft_wrap=True)
-    if "explained" in facts:
-        _show_explained(console, facts["explained"])
-
-
-def _show_explained(console: Console, said: Mapping[str, Any]) -> None:
-    """What leaves with one unit of an axis, or why a parameter stays."""
-    if "stays" in said:
-        for reason in said["stays"]:
-            console.print(f"{said['name']} {reason}", markup=False, soft_wrap=True)
-        return
-    table = Table(
-        "tensor",
-        "dimension",
-        "entries a unit",
-        "why",
-        title=f"What leaves with a unit of {said['name']}",
-        title_justify="left",
-    )
-    for tensor in said["tensors"]:
-        whole = tensor["dim"] is None
-        table.add_row(
-            tensor["name"],
-            "all" if whole else str(tensor["dim"]),
-            "all" if whole else f"{tensor['entries']:,}",
-            tensor["why"],
-        )
-    console.print(table)
-    console.print(f"  masked at: {', '.join(said['masked_at'])}", markup=False, soft_wrap=True)
-    if said["folded_norms"]:
-        console.print(f"  norms that are rescaled: {', '.join(said['folded_norms'])}", markup=False, soft_wrap=True)
-
-
 def _one_or_all(values: list[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else values
-
-
-def _short(value: int | list[int]) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{min(value):,} to {max(value):,}"

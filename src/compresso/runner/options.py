@@ -1,7 +1,7 @@
-"""Command-line budgets and overrides, written into a recipe before it is checked."""
+"""Budgets and overrides, of the command line or of `compresso.run`, written into a recipe before it is checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,57 +43,77 @@ def count(text: str) -> float:
 
 
 def with_options(
-    recipe: str | Path,
+    recipe: str | Path | Mapping[str, Any],
     *,
     model: str,
     keep: float | None = None,
-    parameters: str | None = None,
-    speedup: float | None = None,
+    parameters: str | float | None = None,
+    macs: float | None = None,
     layout: str = "auto",
     max_steps: int | None = None,
-    sets: list[str] | tuple[str, ...] = (),
-    engine: str | None = None,
+    sets: Sequence[str] = (),
+    target: str | None = None,
 ) -> dict[str, Any]:
     """The raw recipe with budget, layout, step cap, `path=value` overrides and the shapes that an engine wants in it.
+
+    Args:
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
+        model: what `parameters` and `target` are counted on: hub id, folder or config.json.
+        keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
+        parameters: all parameters wanted, such as "5.4B".
+        macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.
+        layout: "auto", "uniform", "padded" or "native".
+        max_steps: cap on the updates of each training stage.
+        sets: overrides such as "stages.learn_gates.mask_lr=0.02".
+        target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
 
     Raises:
         BudgetError: more than one budget, or one outside its range.
         RecipeError: an unknown recipe or engine, or an override that fits nothing.
     """
-    raw = read(recipe)
+    raw = dict(recipe) if isinstance(recipe, Mapping) else read(recipe)
     for one in sets:
         path, equals, value = one.partition("=")
         if not equals:
             raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
         raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
-    given = [
-        name
-        for name, value in (("--keep", keep), ("--parameters", parameters), ("--speedup", speedup))
-        if value is not None
-    ]
+    raw = _with_budget(raw, model, keep, parameters, macs)
+    if max_steps is not None:
+        if max_steps < 1:
+            raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
+        raw = with_knob(raw, "max_steps", max_steps)
+    if target is not None:
+        want = parse_engine(target)
+        raw = for_engine(raw, want, multiples(want, model))
+    return for_layout(raw, layout)
+
+
+def _with_budget(
+    raw: dict[str, Any], model: str, keep: float | None, parameters: str | float | None, macs: float | None
+) -> dict[str, Any]:
+    """The raw recipe with the one budget that was given in it."""
+    budgets = {"--keep": keep, "--parameters": parameters, "--macs": macs}
+    given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
     if keep is not None:
         if not 0 < keep <= 1:  # also refuses NaN
             raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
-        raw = with_knob(raw, "keep", keep)
-    elif parameters is not None:
-        wanted, total = count(parameters), inspect(model)["parameters"]["total"]
+        return with_knob(raw, "keep", keep)
+    if parameters is not None:
+        wanted, total = count(str(parameters)), inspect(model)["parameters"]["total"]
         if wanted > total:
             raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
-        raw = with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
-    elif speedup is not None:
-        if not (math.isfinite(speedup) and speedup >= 1):
-            raise BudgetError(f"--speedup {speedup}: wanted a factor of at least 1, such as 1.5")
-        raw = with_knob(with_knob(raw, "keep", 1 / speedup), "of", "macs")
-    if max_steps is not None:
-        if max_steps < 1:
-            raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
-        raw = with_knob(raw, "max_steps", max_steps)
-    if engine is not None:
-        want = parse_engine(engine)
-        raw = for_engine(raw, want, multiples(want, model))
-    return for_layout(raw, layout)
+        return with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
+    if macs is not None:
+        if not (math.isfinite(macs) and macs >= 1):
+            share = f"; to keep {macs:g} of them, give {1 / macs:.4g}" if 0 < macs < 1 else ""
+            raise BudgetError(
+                f"--macs {macs}: the dense model's multiply-accumulates a token over those of the smaller one; wanted"
+                f" at least 1, such as 1.5{share}"
+            )
+        return with_knob(with_knob(raw, "keep", 1 / macs), "of", "macs")
+    return raw
 
 
 def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:

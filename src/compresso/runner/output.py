@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
@@ -102,7 +103,7 @@ def finish(
     source: Source,
     layout: Layout | Literal["auto"],
     output: Path,
-    force: bool,
+    overwrite: bool,
     dtype: torch.dtype,
     ask: Callable[[Path], Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def finish(
         job: with the smaller model, live.
         facts, evaluation: of the run so far.
         source: of the dense model.
-        layout, output, force: as the run was asked.
+        layout, output, overwrite: as the run was asked.
         dtype: to store.
         ask: what every engine makes of the written folder, for the records; None asks none.
 
@@ -126,7 +127,7 @@ def finish(
     model = job.model
     shapes = job.arch.shapes(model)
     ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
-    with new_folder(output, force) as folder:
+    with new_folder(output, overwrite) as folder:
         unpatch_(model)  # the files hold no patch: what they compute is compared without it
         if job.offloaded:
             used, difference = save_offloaded(job.offloaded, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
@@ -160,6 +161,8 @@ def finish(
             write_text(folder / name, text)
         if job.adapters is not None and job.adapters.is_dir():
             shutil.copytree(job.adapters, folder / "adapters")
+        if overwrite:
+            refuse_foreign(output, RUN)  # somebody may have put a file there while the run went on
     return written
 
 

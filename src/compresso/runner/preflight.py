@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
+from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.budget import InfeasibleBudget
@@ -78,9 +79,9 @@ def prepare(
     layout: str,
     seed: int,
     device: str,
-    force: bool,
+    overwrite: bool,
     skip_bad: bool,
-    stream: bool = False,
+    offload: bool = False,
 ) -> Prepared:
     """Check a run's arguments against each other and read its data.
 
@@ -97,10 +98,12 @@ def prepare(
             f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso"
             " plan`)"
         )
-    if stream:
+    if offload:
         check_offloaded(recipe, layout)
     output = output.resolve()
-    check_output(output, source.folder, force)
+    check_output(output, source.folder, overwrite)
+    if overwrite:
+        refuse_foreign(output, RUN)
     check_output(WorkFolder.beside(output), source.folder, force=True)
     dry_run(recipe, source)
     where = choose_device(device)
@@ -130,13 +133,13 @@ def check_offloaded(recipe: Recipe, layout: str) -> None:
     if layout != "auto":
         raise RecipeError(
             f"--layout {layout}: an offloaded run writes its model in the layout it came in; leave --layout or"
-            " --stream out"
+            " --offload out"
         )
     stages = [name for name, _ in recipe.stages]
     if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
         raise RecipeError(
             f"recipe {recipe.name} ({', '.join(stages)}) cannot be offloaded: wanted one stage that sweeps over the"
-            " blocks, such as wanda, sparsegpt, gptq or awq. Leave --stream out, or choose another recipe"
+            " blocks, such as wanda, sparsegpt, gptq or awq. Leave --offload out, or choose another recipe"
         )
 
 

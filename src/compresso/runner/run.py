@@ -27,16 +27,16 @@ from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.edit.patches import patch_
 from compresso.engines.verify import engines
-from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError
+from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job, check_finite
 from compresso.metrics.guard import Guard
 from compresso.native.stock import as_stock
 from compresso.runner.final_evaluation import FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
+from compresso.runner.options import with_options
 from compresso.runner.output import finish, state, stored_dtype
 from compresso.runner.preflight import Prepared, prepare
-from compresso.runner.recipe import read
 from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.training.launch import broadcast, new_accelerator
 
@@ -69,37 +69,57 @@ def run(
     data: str | Path | None = None,
     *,
     output: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: float | None = None,
+    parameters: str | float | None = None,
+    macs: float | None = None,
+    max_steps: int | None = None,
+    sets: Sequence[str] = (),
+    target: str | None = None,
     layout: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
-    force: bool = False,
+    overwrite: bool = False,
+    allow_collapsed: bool = False,
     skip_bad: bool = False,
     quiet: bool = False,
-    stream: bool = False,
+    offload: bool = False,
     over_memory: bool = False,
     verify: bool = False,
+    force: bool | None = None,
+    stream: bool | None = None,
 ) -> Result:
     """Run a recipe on a model and write the result to `output`.
 
     Args:
-        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one (`compresso.runner.options.with_options`
-            writes budgets into it).
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder of safetensors, or a live model, which stays as it is.
         data: registered name or local file(s); the recipe's own if None.
-        tokenizer: of a live model; others bring theirs.
+        output: folder of the new checkpoint; it must not exist or be empty, but with `overwrite`.
+        keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
+        parameters: in place of `keep`, all parameters wanted, such as "5.4B".
+        macs: in place of `keep`, the dense model's multiply-accumulates a token over those of the smaller one, at least
+            1: 1.5 keeps 1/1.5 of them. It measures no time.
+        max_steps: cap on the updates of each training stage; schedules shrink with it.
+        sets: overrides of knobs, such as "stages.learn_gates.mask_lr=0.02".
+        target: an engine whose shape constraints hold the budgets: "llama.cpp:q4_k", "awq:g128", "vllm:tp2".
         layout: "uniform", "padded", "native", or "auto": uniform where the shapes allow it, else native.
+        tokenizer: of a live model; others bring theirs.
         seed: of every random draw.
         device: "auto", "cpu", "cuda", "cuda:1".
         resume: continue an interrupted run of the same arguments.
-        force: replace an existing output, and write a result that the collapse guard refuses.
+        overwrite: replace an output that a run wrote, and discard an interrupted run; a folder with anything else in it
+            is refused.
+        allow_collapsed: write a result that the collapse guard refuses.
         skip_bad: leave malformed data lines out (counted) instead of stopping.
         quiet: show no progress.
-        stream: read weights from disk block by block, for models larger than memory; one-shot recipes of one calibrated
-            stage only.
-        over_memory: stream even where the estimate is above what is there.
+        offload: read weights from disk block by block, for models larger than memory; one-shot recipes of one
+            calibrated stage only.
+        over_memory: offload even where the estimate is above what is there.
         verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
+        force: deprecated: `overwrite` and `allow_collapsed`.
+        stream: deprecated: `offload`.
 
     Raises:
         CompressoError: bad input (exit 2), too little resource (3) or a numeric failure (4); what was at `output` is
@@ -107,11 +127,27 @@ def run(
         Interrupted: SIGINT or SIGTERM came while a stage trained; its state is saved for `resume`.
 
     Example:
-        compresso.run("compresso", "meta-llama/Llama-2-7b-hf", "alpaca-gpt4", output="llama-5b")
+        compresso.run("compresso", "meta-llama/Llama-2-7b-hf", "alpaca-gpt4", keep=0.7, output="llama-5b")
     """
+    if force is not None:
+        deprecated("force=", "overwrite=, allow_collapsed= or both")
+        overwrite, allow_collapsed = overwrite or force, allow_collapsed or force
+    if stream is not None:
+        deprecated("stream=", "offload=")
+        offload = offload or stream
     started = time.time()
-    raw = recipe if isinstance(recipe, Mapping) else read(recipe)
     with _named(model, tokenizer) as name, _progress_bars(shown=not quiet):
+        raw = with_options(
+            recipe,
+            model=name,
+            keep=keep,
+            parameters=parameters,
+            macs=macs,
+            max_steps=max_steps,
+            sets=sets,
+            target=target,
+            layout=layout,
+        )
         prepared = prepare(
             raw,
             name,
@@ -120,9 +156,9 @@ def run(
             layout=layout,
             seed=seed,
             device=device,
-            force=force,
+            overwrite=overwrite,
             skip_bad=skip_bad,
-            stream=stream,
+            offload=offload,
         )
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -131,17 +167,17 @@ def run(
                 " takes FSDP)"
             )
         is_main = accelerator.is_main_process
-        owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=force)
+        owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
             job = new_job(prepared, work.path, quiet)
-            if stream and done:
+            if offload and done:
                 raise ResumeError(
-                    "the interrupted run has finished its stage in memory; resume it without --stream, or start anew"
-                    " with --force"
+                    "the interrupted run has finished its stage in memory; resume it without --offload, or start anew"
+                    " with --overwrite"
                 )
-            if stream:
+            if offload:
                 job = offloaded_job(job, prepared, over_memory=over_memory)
             job, before = _with_weights(job, prepared, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
@@ -149,10 +185,10 @@ def run(
                     continue
                 begun = time.time()
                 job = stage(replace(job, out=work.training(stage_name)))
-                if not stream:  # a sweep looks at each weight it makes
+                if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
-                if is_main and not stream:  # the journal of an offloaded sweep holds what is done
+                if is_main and not offload:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, stage_name, partial(save_stage, job, before))
                 accelerator.wait_for_everyone()
             if prepared.prompt is not None and job.tokenizer is not None:
@@ -166,7 +202,7 @@ def run(
             }
             if is_main:
                 evaluation = _evaluated(job, prepared, facts)
-                _refuse_collapse(evaluation.guard, force=force, quiet=quiet)
+                _refuse_collapse(evaluation.guard, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
                 facts = finish(
@@ -176,13 +212,13 @@ def run(
                     prepared.source,
                     prepared.layout,
                     prepared.output,
-                    force,
+                    overwrite,
                     dtype,
                     engines if verify else None,
                 )
                 work.discard()
             facts = broadcast(accelerator, facts)
-            if stream:
+            if offload:
                 job = replace(job, model=opened_offloaded(Path(output), prepared))
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
 
@@ -257,14 +293,14 @@ def _evaluated(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalE
     )
 
 
-def _refuse_collapse(guard: Guard, *, force: bool, quiet: bool) -> None:
-    """Say what the guard found. Raises CollapseError if it refuses and nobody insists; the finished stages stay for a
-    resume.
+def _refuse_collapse(guard: Guard, *, allowed: bool, quiet: bool) -> None:
+    """Say what the guard found. Raises CollapseError if it refuses and that was not allowed; the finished stages stay
+    for a resume.
     """
-    if guard.verdict == "refuse" and not force:
+    if guard.verdict == "refuse" and not allowed:
         raise CollapseError(
-            f"{guard.message()} The finished stages are kept: --resume --force writes this result without training"
-            " again"
+            f"{guard.message()} The finished stages are kept: --resume --allow-collapsed writes this result without"
+            " training again"
         )
     if guard.verdict in ("warn", "refuse") and not quiet:
         log.warning(guard.message())

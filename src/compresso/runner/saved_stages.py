@@ -62,7 +62,7 @@ def load_stage(
         if name not in saved or name not in have or saved[name].shape != have[name].shape:
             there = list(saved[name].shape) if name in saved else "absent"
             raise ResumeError(
-                f"{name} is {there} in {folder.name}, which the plan does not give; start anew with --force"
+                f"{name} is {there} in {folder.name}, which the plan does not give; start anew with --overwrite"
             )
         have[name].copy_(saved[name])
     return model, plan, facts

@@ -48,7 +48,7 @@ class Offloaded:
         if lacking := [name for name in names if name not in self.store]:
             raise CheckpointError(
                 f"{source.name} has no tensor '{lacking[0]}'; its names are not those of {type(self.model).__name__}. "
-                "Open and save it once with transformers, or run without --stream"
+                "Open and save it once with transformers, or run without --offload"
             )
         for module in self.model.modules():  # rotary tables and the like are computed, not read
             for name, buffer in list(module.named_buffers(recurse=False)):

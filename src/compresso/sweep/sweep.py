@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.errors import ArchError, NumericError, RecipeError
+from compresso.errors import ArchError, Interrupted, NumericError, RecipeError
 from compresso.observe.folds import Fold
 from compresso.sweep.activation_store import ActivationStore, Place
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
@@ -32,7 +32,7 @@ from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
 from compresso.sweep.targets import Group, Groups, edited_names
 from compresso.training.progress import Progress
-from compresso.training.signals import SIGNALS, Interrupted, noted_signals
+from compresso.training.signals import SIGNALS, noted_signals
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from compresso.errors import CompressoError, NumericError
+from compresso.errors import CompressoError, Interrupted, NumericError
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.checkpoint_manager import CheckpointManager
 from compresso.training.device import choose_device, choose_precision
@@ -23,7 +23,7 @@ from compresso.training.launch import new_accelerator, prepare, summed
 from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches, Micro, micros_of
 from compresso.training.progress import Progress
-from compresso.training.signals import Interrupted, asked, noted_signals
+from compresso.training.signals import asked, noted_signals
 from compresso.training.state import trainable
 
 MOST_SKIPS = 3

@@ -12,24 +12,6 @@ from torch import Tensor
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(SystemExit):
-    """A run stopped by a signal after it saved its state.
-
-    Uncaught, it ends the process with the usual exit code (130 or 143) and no traceback. It is a SystemExit and not a
-    CompressoError, so that code which reports errors and goes on does not swallow it.
-    """
-
-    def __init__(self, number: signal.Signals, saved: str | None) -> None:
-        super().__init__(128 + number)
-        self.signal = number
-        self.saved = saved
-
-    def __str__(self) -> str:
-        return f"stopped by {self.signal.name}; " + (
-            f"continue from {self.saved}" if self.saved else "nothing was saved"
-        )
-
-
 class Requests:
     """The signals that arrived."""
 

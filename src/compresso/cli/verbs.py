@@ -1,27 +1,32 @@
-"""The command line: parse, call, print. Everything it does can be done from Python with the functions it calls.
+"""The commands: each parses its options, calls the function that does the work, and prints what that returns."""
 
-Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on
-stderr; an exception that nobody foresaw keeps its traceback, and exits with 1.
-"""
-
-import errno
-import json
-import os
-import signal
-import sys
-from collections.abc import Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
-import torch
 import typer
-from transformers.utils import logging as transformers_logging
-from typer.exceptions import TyperException
 
-from compresso.errors import CompressoError
-from compresso.training.signals import Interrupted
+from compresso.cli.options import (
+    AllowCollapsed,
+    Device,
+    For,
+    Force,
+    Json,
+    Keep,
+    Layout,
+    Macs,
+    MaxSteps,
+    Overwrite,
+    Parameters,
+    Recipe,
+    Seed,
+    Set,
+    Speedup,
+    Stream,
+    Target,
+    Weights,
+    warn_of,
+)
 
 app = typer.Typer(
     name="compresso",
@@ -33,11 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-ModelArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")
-]
 
 
 def _version(asked: bool) -> None:
@@ -59,15 +59,19 @@ def options(
 def demo(
     output: Annotated[Path, typer.Option(help="Where the checkpoints and the table go.")] = Path("demo-output"),
     keep: Annotated[float, typer.Option(help="Share of block parameters that stays.")] = 0.7,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
+    allow_collapsed: AllowCollapsed = False,
+    force: Force = False,
 ) -> None:
     """The main job on the embedded model, offline: prune, recover, reload, compare.
 
     Example: compresso demo --output demo-output
     """
-    from compresso.commands.demo import run_demo
+    from compresso.commands import demo
 
-    run_demo(output, keep=keep, force=force)
+    if force:
+        warn_of("--force", "--overwrite, --allow-collapsed or both")
+    demo.demo(output, keep=keep, overwrite=overwrite or force, allow_collapsed=allow_collapsed or force)
 
 
 @app.command()
@@ -96,7 +100,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 
 @app.command()
 def inspect(
-    model: ModelArg,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")
+    ],
     as_json: Json = False,
     explain: Annotated[
         str | None, typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, and why.")
@@ -106,65 +112,49 @@ def inspect(
 
     Example: compresso inspect meta-llama/Llama-2-7b-hf
     """
-    from compresso.runner import inspection
+    from compresso.commands import inspect
 
-    inspection.show(inspection.inspect(model, explain), as_json)
-
-
-Keep = Annotated[
-    float | None,
-    typer.Option(help="Share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else."),
-]
-Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, such as 5.4B.")]
-Speedup = Annotated[
-    float | None,
-    typer.Option(help="Decode speed-up aimed at: keeps 1/S of the multiply-accumulates a token (a bound)."),
-]
-Layout = Annotated[
-    str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")
-]
-MaxSteps = Annotated[
-    int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")
-]
-For = Annotated[
-    str | None,
-    typer.Option(
-        "--for", metavar="ENGINE", help="Shapes that an engine likes, such as llama.cpp:q4_k, awq:g128 or vllm:tp2."
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02."),
-]
+    inspect.show(inspect.inspect(model, explain), as_json)
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
+    recipe: Recipe,
     model: Annotated[str, typer.Option(help="Hub id, local folder or config.json.")],
     keep: Keep = None,
     parameters: Parameters = None,
-    speedup: Speedup = None,
+    macs: Macs = None,
     layout: Layout = "auto",
     max_steps: MaxSteps = None,
     sets: Set = None,
-    engine: For = None,
+    target: Target = None,
     as_json: Json = False,
+    speedup: Speedup = None,
+    engine: For = None,
 ) -> None:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
 
     Example: compresso plan compresso --model ./llama-7b/config.json --keep 0.7
     """
-    from compresso.commands import plan_table as dryrun_report
-    from compresso.runner import plan as dryrun
+    from compresso.commands import plan
 
-    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
-    dryrun_report.show(dryrun.plan(raw, model, layout, engine), as_json)
+    facts = plan.plan(
+        recipe,
+        model,
+        keep=keep,
+        parameters=parameters,
+        macs=macs,
+        max_steps=max_steps,
+        sets=sets or [],
+        target=_target(target, engine),
+        layout=layout,
+    )
+    plan.show(facts, as_json)
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
+    recipe: Recipe,
     model: Annotated[str, typer.Option(help="Hub id or local folder of safetensors.")],
     output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
     data: Annotated[
@@ -173,76 +163,72 @@ def run(
     ] = None,
     keep: Keep = None,
     parameters: Parameters = None,
-    speedup: Speedup = None,
+    macs: Macs = None,
     layout: Layout = "auto",
     max_steps: MaxSteps = None,
     sets: Set = None,
-    engine: For = None,
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    target: Target = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run to the identical result.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing output; write a collapsed result.")
-    ] = False,
+    overwrite: Overwrite = False,
+    allow_collapsed: AllowCollapsed = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")
     ] = False,
-    stream: Annotated[
+    offload: Annotated[
         bool,
         typer.Option(
-            "--stream", help="Read weights from disk block by block: models larger than memory, one-shot recipes."
+            "--offload", help="Read weights from disk block by block: models larger than memory, one-shot recipes."
         ),
     ] = False,
     over_memory: Annotated[
-        bool, typer.Option("--over-memory", help="Stream even if the estimate is above what is there.")
+        bool, typer.Option("--over-memory", help="Offload even if the estimate is above what is there.")
     ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")
     ] = False,
     as_json: Json = False,
+    speedup: Speedup = None,
+    engine: For = None,
+    stream: Stream = False,
+    force: Force = False,
 ) -> None:
     """The job: prune, recover, write a checkpoint that loads, and record what was done.
 
     Example: compresso run compresso --model ./llama-7b --data alpaca-gpt4 --keep 0.7 --output ./llama-5b
     """
-    from compresso.engines import verify as verifying
-    from compresso.engines.parity import Parity
-    from compresso.report.records import RunRecords
-    from compresso.runner.run import run as run_job
+    from compresso.commands import run
 
-    raw = _raw(recipe, keep, parameters, speedup, layout, max_steps, sets, model, engine)
-    result = run_job(
-        raw,
+    if force:
+        warn_of("--force", "--overwrite, --allow-collapsed or both")
+    if stream:
+        warn_of("--stream", "--offload")
+    result = run.run(
+        recipe,
         model,
-        data=data,
+        data,
         output=output,
+        keep=keep,
+        parameters=parameters,
+        macs=macs,
+        max_steps=max_steps,
+        sets=sets or [],
+        target=_target(target, engine),
         layout=layout,
         seed=seed,
         device=device,
         resume=resume,
-        force=force,
+        overwrite=overwrite or force,
+        allow_collapsed=allow_collapsed or force,
         skip_bad=skip_bad,
-        stream=stream,
+        offload=offload or stream,
         over_memory=over_memory,
         verify=not no_verify,
     )
-    if int(os.environ.get("RANK", "0")):
-        return  # launched in several processes, of which one speaks
-    if as_json:
-        print(json.dumps(result.records, indent=2, allow_nan=False))
-        return
-    before, after = (result.records[when]["parameters"]["total"] for when in ("before", "after"))
-    print(
-        f"{output}: {before:,} -> {after:,} parameters, layout {result.records['layout']}. Open it with"
-        f" compresso.load({str(output)!r})"
-    )
-    records = RunRecords.checked(result.records, "the run's records")
-    if records.engines:
-        verifying.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
-    if dense := records.stored_dense():
-        print(dense)
+    run.show(result, as_json)
 
 
 @app.command()
@@ -256,7 +242,7 @@ def measure(
         int | None, typer.Option(help="Tokens decoded after each; default 64, or what a context holds.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds, in which the models take turns.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for all; default: as the first is stored.")
     ] = None,
@@ -271,12 +257,11 @@ def measure(
 
     Example: compresso measure ./llama-7b ./llama-5b --batch 1,8
     """
-    from compresso.commands import measure as measuring
-    from compresso.commands import measure_table as measuring_report
+    from compresso.commands import measure
 
-    report = measuring.measure(
+    report = measure.measure(
         models,
-        batches=None if batch is None else measuring.batch_sizes(batch),
+        batches=None if batch is None else measure.batch_sizes(batch),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -286,12 +271,12 @@ def measure(
         seed=seed,
         output=output,
     )
-    measuring_report.show(report, as_json)
+    measure.show(report, as_json)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    model: Weights,
     suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Single tasks, several with commas, such as piqa,boolq.")] = None,
     prompt: Annotated[
@@ -314,7 +299,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder with local data files; else that of COMPRESSO_DATA, else the hub.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="File for the report of all numbers, as JSON.")] = None,
     as_json: Json = False,
@@ -323,9 +308,9 @@ def evaluate(
 
     Example: compresso evaluate ./llama-5b --suite commonsense --prompt both --output llama-5b.json
     """
-    from compresso.commands import evaluate as evaluation
+    from compresso.commands import evaluate
 
-    report = evaluation.evaluate(
+    report = evaluate.evaluate(
         model,
         suite=suite,
         tasks=None if tasks is None else [name for name in tasks.split(",") if name],
@@ -339,10 +324,7 @@ def evaluate(
         seed=seed,
         output=output,
     )
-    if as_json:
-        print(report.model_dump_json(indent=2))
-    else:
-        evaluation.show(report)
+    evaluate.show(report, as_json)
 
 
 @app.command()
@@ -359,16 +341,16 @@ def compare(
 
     Example: compresso compare ./llama-small ./llama-uniform dense.json --output report.html
     """
-    from compresso.commands import compare as comparison
+    from compresso.commands import compare
 
-    comparison.show(comparison.compare(results, output), as_json)
+    compare.show(compare.compare(results, output), as_json)
     if not as_json:
         print(f"report: {output}")
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    model: Weights,
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     file_format: Annotated[
         str,
@@ -383,113 +365,41 @@ def export(
             )
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
+    force: Force = False,
 ) -> None:
     """A checkpoint in the format of another engine, opened there if it is installed.
 
     Example: compresso export ./llama-5b --format gguf --output llama-5b.gguf --dtype q8_0
     """
-    from compresso.commands import export as exporting
+    from compresso.commands import export
 
-    told = exporting.export(model, output, format=file_format, dtype=dtype, force=force)
-    if as_json:
-        print(json.dumps(told, indent=2, allow_nan=False))
-        return
-    print(f"{output}: {told['bytes']:,} bytes, arch {told['arch']}, {told['dtype']}; {told['checked']}")
+    if force:
+        warn_of("--force", "--overwrite")
+    facts = export.export(model, output, format=file_format, dtype=dtype, overwrite=overwrite or force)
+    export.show(facts, as_json)
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")],
+    model: Weights,
     as_json: Json = False,
 ) -> None:
     """In which engines a checkpoint opens and computes the same, and why not in the others.
 
     Example: compresso verify ./llama-5b
     """
-    from compresso.engines import verify as verifying
-    from compresso.engines.parity import OWN
+    from compresso.commands import verify
 
-    answers = verifying.verify(model)
-    verifying.show(answers, as_json)
-    if any(answer.engine == OWN and answer.opens != "yes" for answer in answers):
+    found = verify.verify(model)
+    verify.show(found, as_json)
+    if not verify.opens_here(found):
         raise typer.Exit(2)
 
 
-def _raw(
-    recipe: str,
-    keep: float | None,
-    parameters: str | None,
-    speedup: float | None,
-    layout: str,
-    max_steps: int | None,
-    sets: list[str] | None,
-    model: str,
-    engine: str | None,
-) -> dict[str, Any]:
-    """The recipe with the command line's overrides in it."""
-    from compresso.runner.options import with_options
-
-    return with_options(
-        recipe,
-        keep=keep,
-        parameters=parameters,
-        speedup=speedup,
-        layout=layout,
-        max_steps=max_steps,
-        sets=sets or [],
-        model=model,
-        engine=engine,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: run the command (of `sys.argv` if none is given), turn errors into one line, and exit."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
-        sys.stdout.flush()
-        if code == 130:  # what typer makes of a KeyboardInterrupt
-            print("interrupted", file=sys.stderr)
-        sys.exit(code if isinstance(code, int) else 0)
-    except Exception as error:
-        message, code = _explained(error)
-        if message:
-            print(" ".join(message.split()), file=sys.stderr)
-        sys.exit(code)
-    except Interrupted as stop:
-        cure = "; repeat the command with --resume to go on" if stop.saved else ""
-        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM outside of training: end by an exception, so that half-written folders are removed on the way out."""
-    raise Interrupted(signal.Signals(number), None)
-
-
-def _explained(error: Exception) -> tuple[str, int]:
-    """Message and exit code of a foreseen exception; others are raised again."""
-    if isinstance(error, CompressoError):
-        return f"{type(error).__name__}: {error}", error.exit_code
-    if isinstance(error, TyperException):
-        return f"usage: {error.format_message()} See `compresso --help`", 2
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return (
-            f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16",
-            3,
-        )
-    if isinstance(
-        error, BrokenPipeError
-    ):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return "", 0
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return f"ResourceError: {error}; free some space, or choose another output", 3
-    raise error
+def _target(target: str | None, old: str | None) -> str | None:
+    """The engine that was named, by its option or by the old one."""
+    if old is not None:
+        warn_of("--for", "--target")
+    return target or old

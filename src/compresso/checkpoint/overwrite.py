@@ -1,0 +1,145 @@
+"""What may be replaced: a folder that compresso wrote, and nothing that somebody put into it since.
+
+A folder counts as written by a command if it holds that command's mark and no file of another name. Names are patterns
+of whole relative paths, in which a star stays within one part.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from compresso.errors import CheckpointError
+
+_TOKENIZER = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+)
+_CHECKPOINT = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "modeling_compresso.py",
+    *_TOKENIZER,
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a command writes.
+
+    Args:
+        by: the command, for messages.
+        files: patterns of its files.
+        mark: whether a folder is one of its results.
+    """
+
+    by: str
+    files: tuple[str, ...]
+    mark: Callable[[Path], bool]
+
+
+def refuse_foreign(output: Path, written: Written) -> None:
+    """Raise CheckpointError if a folder that is to be replaced was not written by this command, or holds anything else.
+
+    A folder that does not exist or is empty passes.
+    """
+    output = output.resolve()
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not written.mark(output):
+        raise CheckpointError(
+            f"output {output} was not written by compresso {written.by} and will not be replaced even with --overwrite."
+            " Choose another output."
+        )
+    for path in _files(output):
+        name = path.relative_to(output)
+        if not any(fits(PurePosixPath(name.as_posix()), pattern) for pattern in written.files):
+            raise CheckpointError(
+                f"output {output} holds {name}, which compresso {written.by} did not write, so --overwrite does not"
+                " replace it. Move that file, or choose another output."
+            )
+
+
+def fits(name: PurePosixPath, pattern: str) -> bool:
+    """Whether a relative path has a pattern's parts.
+
+    >>> fits(PurePosixPath("adapters/recover/adapter_config.json"), "adapters/*/adapter_config.json")
+    True
+    >>> fits(PurePosixPath("old/model.safetensors"), "*.safetensors")
+    False
+    """
+    parts = pattern.split("/")
+    return len(parts) == len(name.parts) and all(map(fnmatchcase, name.parts, parts))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder itself, links included, and empty folders."""
+    for path in sorted(folder.iterdir()):
+        inner = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        if inner:
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_run(folder: Path) -> bool:
+    return {"format", "recipe", "stages"} <= _json(folder / "records.json").keys()
+
+
+def _is_packed(folder: Path) -> bool:
+    quantization = _json(folder / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+
+
+def demo(runs: tuple[str, ...]) -> Written:
+    """What `compresso demo` writes: a folder for each of these runs, the account and the report."""
+    inner = tuple(f"{run}/{pattern}" for run in runs for pattern in RUN.files)
+    return Written("demo", ("account.json", "report.html", *inner), lambda folder: (folder / "account.json").is_file())
+
+
+RUN = Written(
+    "run",
+    (
+        "recipe.yaml",
+        "plan.json",
+        "records.json",
+        "README.md",
+        "report.html",
+        "adapters/*/adapter_config.json",
+        "adapters/*/adapter_model.safetensors",
+        *_CHECKPOINT,
+    ),
+    _is_run,
+)
+EXPORTS = {
+    "onnx": Written(
+        "export",
+        ("model.onnx*", "config.json", "generation_config.json", *_TOKENIZER),
+        lambda folder: (folder / "model.onnx").is_file(),
+    ),
+    "vllm-deci": Written(
+        "export",
+        (*_CHECKPOINT, "configuration_decilm.py"),
+        lambda folder: (folder / "configuration_decilm.py").is_file(),
+    ),
+    "compressed-tensors": Written("export", _CHECKPOINT, _is_packed),
+}
+"""What `compresso export` writes, by format; a GGUF is a single file."""

@@ -1,0 +1,85 @@
+"""The command line: parse, call, print. Everything it does can be done from Python with the functions it calls.
+
+Exit codes: 0 ok, 2 bad input, 3 not enough resource, 4 numeric failure, 130/143 interrupted. Errors are one line on
+stderr; an exception that nobody foresaw keeps its traceback, and exits with 1. Nothing heavy is imported before a
+command runs, so that help costs no more than its text.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from typer.exceptions import TyperException
+
+from compresso.cli.verbs import app
+from compresso.errors import CompressoError, Interrupted
+
+__all__ = ["app", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: run the command (of `sys.argv` if none is given), turn errors into one line, and exit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it when it is imported
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            print("interrupted", file=sys.stderr)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:
+        message, code = _explained(error)
+        if message:
+            print(" ".join(message.split()), file=sys.stderr)
+        sys.exit(code)
+    except Interrupted as stop:
+        cure = "; repeat the command with --resume to go on" if stop.saved else ""
+        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM outside of training: end by an exception, so that half-written folders are removed on the way out."""
+    raise Interrupted(signal.Signals(number), None)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Message and exit code of a foreseen exception; others are raised again."""
+    if isinstance(error, CompressoError):
+        return f"{type(error).__name__}: {error}", error.exit_code
+    if isinstance(error, TyperException):
+        return f"usage: {error.format_message()} See `{_help_of(error)}`", 2
+    if _is_out_of_memory(error):
+        return (
+            f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16",
+            3,
+        )
+    if isinstance(
+        error, BrokenPipeError
+    ):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "", 0
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return f"ResourceError: {error}; free some space, or choose another output", 3
+    raise error
+
+
+def _help_of(error: TyperException) -> str:
+    """The help page of the command that was called wrongly."""
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context is not None else 'compresso'} --help"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the host or of a device."""
+    torch: Any = sys.modules.get("torch")  # where it was not imported, no tensor was made
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

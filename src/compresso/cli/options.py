@@ -1,0 +1,73 @@
+"""Options that several commands take, each declared once, and the old names that still work or say what took their
+place.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from compresso.errors import GONE_IN, BudgetError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
+Weights = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else."),
+]
+Parameters = Annotated[str | None, typer.Option(help="Total parameters wanted, such as 5.4B.")]
+Macs = Annotated[
+    float | None,
+    typer.Option(
+        help=(
+            "The dense model's multiply-accumulates a token over the smaller one's, at least 1: 1.5 keeps 1/1.5 of"
+            " them. It measures no time."
+        )
+    ),
+]
+Layout = Annotated[
+    str, typer.Option(help="uniform, padded or native; auto is uniform where the shapes allow it, else native.")
+]
+MaxSteps = Annotated[
+    int | None, typer.Option(min=1, help="Cap on the updates of each training stage; schedules shrink with it.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENGINE", help="Engine whose shape constraints hold: llama.cpp:q4_k, awq:g128, gptq:g128, vllm:tp2."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02."),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output that this command wrote; one with other files is refused."),
+]
+AllowCollapsed = Annotated[
+    bool, typer.Option("--allow-collapsed", help="Write the result even if the collapse guard refuses it.")
+]
+
+
+def _is_macs(value: str | None) -> None:
+    if value is not None:
+        raise BudgetError(
+            f"--speedup is called --macs now, for it divides multiply-accumulates and measures nothing (--speedup will"
+            f" mean measured time); give --macs {value}"
+        )
+
+
+Speedup = Annotated[str | None, typer.Option("--speedup", hidden=True, callback=_is_macs, help="Now --macs.")]
+Force = Annotated[bool, typer.Option("--force", hidden=True, help="Deprecated: --overwrite, --allow-collapsed.")]
+For = Annotated[str | None, typer.Option("--for", hidden=True, help="Deprecated: --target.")]
+Stream = Annotated[bool, typer.Option("--stream", hidden=True, help="Deprecated: --offload.")]
+
+
+def warn_of(old: str, new: str) -> None:
+    """Say on stderr that an option works for one release more, and what takes its place."""
+    print(f"warning: {old} is deprecated and goes with compresso {GONE_IN}; give {new}", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""`compresso plan`: what a recipe would make of a model, from its config alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compresso.commands.plan_table import show
+from compresso.runner import plan as dry_runs
+from compresso.runner.options import with_options
+
+__all__ = ["plan", "show"]
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any],
+    model: str | Path,
+    *,
+    keep: float | None = None,
+    parameters: str | float | None = None,
+    macs: float | None = None,
+    max_steps: int | None = None,
+    sets: Sequence[str] = (),
+    target: str | None = None,
+    layout: str = "auto",
+) -> dict[str, Any]:
+    """A dry run without weights: predicted shapes, counts, memory, tokens and time.
+
+    Args:
+        recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
+        model: hub id, local folder or config.json.
+        keep, parameters, macs, max_steps, sets, target, layout: as for `compresso.run`.
+
+    Returns:
+        What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
+        "weight_bytes", "device", "training"}`.
+
+    Raises:
+        CompressoError: for all that the run would refuse before it reads weights.
+    """
+    raw = with_options(
+        recipe,
+        model=str(model),
+        keep=keep,
+        parameters=parameters,
+        macs=macs,
+        max_steps=max_steps,
+        sets=sets,
+        target=target,
+        layout=layout,
+    )
+    return dry_runs.plan(raw, str(model), layout, target)
