@@ -102,7 +102,7 @@ def test_exports_and_demos_are_known_again(call: Call, ran: Ran, tmp_path: Path)
     refuse_foreign(onnx, EXPORTS["onnx"])
     shown = tmp_path / "demo"
     shown.mkdir()
-    (shown / "account.json").touch()
+    (shown / "report.json").touch()
     (shown / "report.html").touch()
     run = ran("magnitude-structured").folder
     (shown / "magnitude").mkdir()

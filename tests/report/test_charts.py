@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compresso.report import charts
-from compresso.report.charts import Point, undominated
+from compresso.report.marks import Point, undominated
 from compresso.report.removed import CHANNELS, HEADS, Left
 
 EVIL = """<script>alert(1)</script>"' onload="x" ${1} {{7*7}} datum.name"""

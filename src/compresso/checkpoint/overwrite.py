@@ -110,9 +110,16 @@ def _is_packed(folder: Path) -> bool:
 
 
 def demo(runs: tuple[str, ...]) -> Written:
-    """What `compresso demo` writes: a folder for each of these runs, the account and the report."""
+    """What `compresso demo` writes: a folder for each of these runs and the report, as a page and as a file (which
+    release 0.1 called account.json).
+    """
     inner = tuple(f"{run}/{pattern}" for run in runs for pattern in RUN.files)
-    return Written("demo", ("account.json", "report.html", *inner), lambda folder: (folder / "account.json").is_file())
+    reports = ("report.json", "account.json")
+    return Written(
+        "demo",
+        (*reports, "report.html", *inner),
+        lambda folder: any((folder / name).is_file() for name in reports),
+    )
 
 
 RUN = Written(

@@ -58,7 +58,7 @@ class WorkFolder:
                 if differing := differences(_identity(path), identity):
                     raise ResumeError(
                         f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew"
-                        " with --force"
+                        " with --overwrite"
                     )
             else:
                 if path.exists() and not force and WorkFolder(path)._worth_resuming():

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from compresso.metrics.record import ModelResults
 from compresso.report import charts
 from compresso.report.columns import Column, columns, group, lower_is_better
+from compresso.report.marks import Point
 from compresso.report.read import Comparison, Run
 from compresso.report.records import StageFacts
 from compresso.report.removed import left
@@ -23,10 +24,10 @@ _DRAWN_TOGETHER = {"update", "sparsity", "target", "open", "lambda1", "lambda2",
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, what stands above it, and what it lacks in words."""
+    """A chart or the table in its place, what stands above it, and what it lacks in words."""
 
     caption: str
-    svg: Markup
+    drawing: Markup
     note: str = ""
 
 
@@ -75,19 +76,19 @@ def _qualities(every: Sequence[Column]) -> list[Column]:
     return perplexities[:half] + tasks[: MOST_QUALITIES - len(perplexities[:half])]
 
 
-def _point(results: ModelResults, mark: int, cost: Column, quality: Column) -> charts.Point | None:
+def _point(results: ModelResults, mark: int, cost: Column, quality: Column) -> Point | None:
     x, y = find(results, cost), find(results, quality)
-    return None if x is None or y is None else charts.Point(results.name, mark, x.value, y.value, y.stderr)
+    return None if x is None or y is None else Point(results.name, mark, x.value, y.value, y.stderr)
 
 
-def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) -> Figure:
+def _trade_off(points: Sequence[Point], cost: Column, quality: Column) -> Figure:
     is_perplexity = group(quality.name) == "Perplexity"
     what = f"{quality.title} {'perplexity' if is_perplexity else 'accuracy'}" + (
         f" ({quality.detail})" if quality.detail else ""
     )
     x_title = "parameters, all" if cost.unit == "parameters" else f"{cost.title}, tokens a second"
     lower = lower_is_better(quality.name) is True
-    svg = charts.trade_off(
+    drawing = charts.trade_off(
         points,
         f"{x_title} ({'less' if cost.unit == 'parameters' else 'more'} is better)",
         "less is better" if lower else "more is better",
@@ -96,7 +97,7 @@ def _trade_off(points: Sequence[charts.Point], cost: Column, quality: Column) ->
         y_lower=lower,
         percent=quality.unit == "share",
     )
-    return Figure(f"{what} against {'size' if cost.unit == 'parameters' else 'measured speed'}", svg)
+    return Figure(f"{what} against {'size' if cost.unit == 'parameters' else 'measured speed'}", drawing)
 
 
 def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Figure]:
@@ -110,15 +111,17 @@ def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Fi
             lines["gates closed"] = [(x, 1 - y) for x, y in column["open"]]
         if stage.kept_share_of_blocks is not None and knobs.get("of") == "blocks":
             lines["removed in the end"] = [(column["sparsity"][-1][0], 1 - stage.kept_share_of_blocks)]
-        svg = charts.curves(lines, f"Sparsity in {name}: {', '.join(lines)}", percent=True, dashed=("target",))
-        figures.append(Figure(f"{name}: sparsity", svg))
+        drawing = charts.curves(lines, f"Sparsity in {name}: {', '.join(lines)}", percent=True, dashed=("target",))
+        figures.append(Figure(f"{name}: sparsity", drawing))
     multipliers = {key: column[key] for key in ("lambda1", "lambda2") if key in column}
     if multipliers:
         figures.append(
             Figure(f"{name}: multipliers of the penalty", charts.curves(multipliers, f"Lagrange multipliers in {name}"))
         )
     elif "sparsity" in column:
-        figures[-1] = Figure(figures[-1].caption, figures[-1].svg, "No multipliers: the budget is held by projection.")
+        figures[-1] = Figure(
+            figures[-1].caption, figures[-1].drawing, "No multipliers: the budget is held by projection."
+        )
     losses = {key: column[key] for key in ("language", "loss") if key in column}
     if losses:
         same = len(losses) == 2 and losses["language"] == losses["loss"]

@@ -16,9 +16,9 @@ from compresso.checkpoint.atomic import write_text
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
 from compresso.metrics.record import ModelResults, Sample
-from compresso.report import facts, figures
-from compresso.report.charts import drawable
+from compresso.report import charts, facts, figures
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
+from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
@@ -84,6 +84,7 @@ def page(comparison: Comparison) -> str:
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
         trade_offs=figures.trade_offs(comparison),
+        charts=charts.can_draw(),
         prompts=_prompts(comparison.models),
         protocols=_protocols(comparison),
         remarks=_remarks(drawn),

@@ -9,6 +9,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from compresso.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
