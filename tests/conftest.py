@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from compresso.data import nano
 from compresso.engines import vllm as vllm_engine
 from compresso.errors import ExportError
 from compresso.runner.options import with_options
-from compresso.runner.recipe import build, names, read
+from compresso.runner.recipe import build, names, read, with_knob
 from compresso.runner.run import Result, run
 from tests.last_lines import (  # noqa: F401  hooks of pytest: what a run of the tests ends with
     pytest_collectreport,
@@ -35,17 +35,35 @@ CANARY = "canary-of-the-environment"
 SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 """Overrides that make any shipped recipe quick on these instructions."""
 
-_STAGES = {name: [stage for _, stage in build(read(name)).stages] for name in names()}
-ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "where") for stage in stages)]
+_STAGES = {name: dict(build(read(name)).stages) for name in names()}
+ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "where") for stage in stages.values())]
 """Shipped recipes that change weights in one pass and no shapes."""
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
-    if any(hasattr(stage, "keep") for stage in stages) and not any(getattr(stage, "ratio", None) for stage in stages)
+    if any(hasattr(stage, "keep") for stage in stages.values())
+    and not any(getattr(stage, "ratio", None) for stage in stages.values())
 ]
 """Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes
 of certain models.
 """
+
+
+def _first_of_each_list(recipes: Iterable[str], without: Iterable[str] = ()) -> list[str]:
+    """The first recipe of each distinct list of stages, but for lists that recipes of `without` have."""
+    firsts: dict[tuple[str, ...], str] = {}
+    for name in recipes:
+        firsts.setdefault(tuple(_STAGES[name]), name)
+    known = {tuple(_STAGES[name]) for name in without}
+    return [name for stages, name in firsts.items() if stages not in known]
+
+
+RUN = _first_of_each_list(FOR_ANY_MODEL)
+"""Recipes with a budget that are run, one of each list of stages: the others differ from it in knobs, which tests of
+their methods turn. All are built and acted out in tests/recipes/test_recipes.py.
+"""
+RUN_WITHOUT_BUDGET = _first_of_each_list(_STAGES, without=[*FOR_ANY_MODEL, *ONE_SHOT])
+"""Recipes that are run beside those and beside the one-shot recipes, so that every list of stages is."""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 transformers_logging.disable_progress_bar()
@@ -141,9 +159,9 @@ def ran(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPath
     ) -> Result:
         key = (recipe, layout, seed, sets, copy, *sorted(options.items()))
         if key not in done:
-            raw = with_options(
-                recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **{"max_steps": 3, **options}
-            )
+            steps = options.pop("max_steps", 3)
+            raw = with_options(recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **options)
+            raw = with_knob(raw, "max_steps", steps, required=False)
             output = tmp_path_factory.mktemp("runs") / "out"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)

@@ -48,6 +48,7 @@ def test_both_models_answer_the_same_questions(ran: Ran) -> None:
     assert dense.not_measured == pruned.not_measured == {}
 
 
+@pytest.mark.usefixtures("quick_reopening")
 def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     whole = {
         "name": "whole",
@@ -65,6 +66,7 @@ def test_a_model_that_keeps_all_has_lost_nothing(tiny_folder: Path, instructions
     assert dense.value("held/perplexity") == pytest.approx(pruned.value("held/perplexity"))
 
 
+@pytest.mark.usefixtures("quick_reopening")
 def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: Path, tmp_path: Path) -> None:
     model = compresso.load(tiny_folder).model
     result = run(
@@ -80,6 +82,7 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
     assert "not known" in Guard.model_validate(result.records["guard"]).message()
 
 
+@pytest.mark.usefixtures("quick_reopening")
 def test_where_the_dense_model_does_not_fit_the_account_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +99,7 @@ def test_where_the_dense_model_does_not_fit_the_account_says_so(
     assert dense.value("parameters/total")
 
 
+@pytest.mark.usefixtures("quick_reopening")
 def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     with pytest.raises(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.conftest import CANARY, FOR_ANY_MODEL, Ran
+from tests.conftest import CANARY, RUN, RUN_WITHOUT_BUDGET, Ran
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 import compresso
@@ -41,8 +41,8 @@ def no_nan(text: str) -> None:
     raise AssertionError(f"{text} in JSON")
 
 
-@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
-def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", RUN)
+def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
     extra = {"modeling_compresso.py"} if result.records["layout"] == "native" else set()
     assert {path.name for path in result.folder.iterdir()} == FILES | extra
@@ -62,7 +62,7 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> 
     assert after["blocks"] >= (keep - 0.1) * before["blocks"]
 
 
-@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
+@pytest.mark.parametrize("recipe", RUN)
 def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> None:
     result = ran(recipe)
     records = json.loads((result.folder / "records.json").read_text(), parse_constant=no_nan)
@@ -84,7 +84,7 @@ def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> 
     assert written["run"]["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("recipe", FOR_ANY_MODEL)
+@pytest.mark.parametrize("recipe", RUN)
 def test_nothing_of_this_machine_is_written(ran: Ran, recipe: str) -> None:
     for path in ran(recipe).folder.iterdir():
         if path.suffix != ".safetensors":
@@ -93,6 +93,18 @@ def test_nothing_of_this_machine_is_written(ran: Ran, recipe: str) -> None:
             # absolute paths: a slash at the start of a word; the tokenizer's vocabulary and code are not ours to search
             if path.name not in ("tokenizer.json", "modeling_compresso.py"):
                 assert not re.findall(r"(?:^|[\s\"'=])(/(?:\w|[.-])+/\S*|~/\S+)", text), path.name
+
+
+@pytest.mark.parametrize("recipe", RUN_WITHOUT_BUDGET)
+def test_lists_of_stages_without_a_budget_end_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
+    """What their stages leave is what compresso opens, patches of the forward included, and no block became larger."""
+    result = ran(recipe)
+    assert list(result.records["stages"]) == [next(iter(stage)) for stage in result.records["recipe"]["stages"]]
+    opened = compresso.load(result.folder).model
+    torch.testing.assert_close(logits(opened), logits(result.model), rtol=0, atol=1e-4)
+    before, after = (result.records[when]["parameters"] for when in ("before", "after"))
+    assert sum(parameter.numel() for parameter in opened.parameters()) == after["total"]
+    assert after["blocks"] <= before["blocks"] and after["total"] <= before["total"]
 
 
 def test_the_default_trains_from_the_first_row_and_logs_it(ran: Ran) -> None:
