@@ -23,6 +23,7 @@ from compresso.errors import ExportError
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build, names, read, with_knob
 from compresso.runner.run import Result, run
+from compresso.stage import ChecksModel, Shrinks
 from tests.last_lines import (  # noqa: F401  hooks of pytest: what a run of the tests ends with
     pytest_collectreport,
     pytest_sessionfinish,
@@ -36,13 +37,12 @@ SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 """Overrides that make any shipped recipe quick on these instructions."""
 
 _STAGES = {name: dict(build(read(name)).stages) for name in names()}
-ONE_SHOT = [name for name, stages in _STAGES.items() if all(hasattr(stage, "where") for stage in stages.values())]
+ONE_SHOT = [name for name, made in _STAGES.items() if all(isinstance(one, ChecksModel) for one in made.values())]
 """Shipped recipes that change weights in one pass and no shapes."""
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
-    if any(hasattr(stage, "keep") for stage in stages.values())
-    and not any(getattr(stage, "ratio", None) for stage in stages.values())
+    if any(isinstance(stage, Shrinks) and stage.budget() is not None for stage in stages.values())
 ]
 """Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes
 of certain models.

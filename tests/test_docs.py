@@ -23,11 +23,12 @@ import typer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import compresso
-from compresso import cli, job
+from compresso import cli
 from compresso.arch import base
 from compresso.data import nano
 from compresso.runner import recipe
 from compresso.runner.options import with_options
+from compresso.stage import registry
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "compresso"
@@ -92,8 +93,8 @@ def words_of_the_code() -> frozenset[str]:
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of the registries, so that what an example registers is gone after the test."""
-    job.cards(), base.arch_for(LlamaConfig())  # fills them first
-    monkeypatch.setattr(job, "_CARDS", dict(job._CARDS))
+    registry.cards(), base.arch_for(LlamaConfig())  # fills them first
+    monkeypatch.setattr(registry, "_CARDS", dict(registry._CARDS))
     monkeypatch.setattr(base, "_described", list(base._described))
 
 
@@ -121,7 +122,7 @@ def test_how_tos_run(name: str, registries: None, monkeypatch: pytest.MonkeyPatc
     for text in blocks(page, "yaml"):
         built = recipe.build(recipe.parse(text, name), name)
         assert built.stages and built.title
-    assert "random_structured" in job.cards() if "method" in name else "MINISTRAL" in defined
+    assert "random_structured" in registry.cards() if "method" in name else "MINISTRAL" in defined
 
 
 @pytest.mark.slow
@@ -201,7 +202,7 @@ def test_paths_exist(page: Path) -> None:
 
 @every_page
 def test_names_exist(page: Path) -> None:
-    knobs = {field.name for card in job.cards().values() for field in fields(card.type)} | {
+    knobs = {knob for card in registry.cards().values() for knob in card.knobs} | {
         field.name for field in fields(recipe.DataKnobs)
     }
     flags = {flag for command in COMMANDS.values() for option in command.params for flag in option.opts}
@@ -231,7 +232,7 @@ def test_the_readme_says_what_it_must() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert "make demo" in text and "make test" in text
     assert 0 < text.find("<!-- results -->") < text.find("<!-- /results -->")
-    for card in job.cards().values():
+    for card in registry.cards().values():
         assert f"| `{card.name}` |" in text and card.paper in text, f"the table of methods lacks {card.name}"
     for name in recipe.names():
         assert f"`{name}`" in text, f"the table of methods lacks the recipe {name}"

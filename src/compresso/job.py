@@ -1,24 +1,15 @@
-"""A job and its stages: what flows from stage to stage, what a stage may do to it, and the registry of stages.
+"""A job: what flows from stage to stage, and what a stage may do to it."""
 
-A stage is a frozen dataclass whose fields are the knobs of a recipe; calling it on a `Job` returns the next `Job`.
-`@stage(...)` registers it under its recipe name with the paper it comes from. Stages are found by importing every
-module of `compresso.methods`; an import error is an error. Order on a recipe's page is order of execution.
-"""
-
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from enum import Flag, auto
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from pydantic import ConfigDict, TypeAdapter
-from pydantic.dataclasses import dataclass as validated_dataclass
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +23,7 @@ from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
 from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
-from compresso.errors import CheckpointError, DataError, NumericError, RecipeError, ResourceError, nearest
+from compresso.errors import CheckpointError, DataError, NumericError, ResourceError
 from compresso.observe.folds import Fold
 from compresso.observe.journal import FoldJournal
 from compresso.observe.observe import Pass
@@ -49,23 +40,6 @@ from compresso.training.noise import mixed_seed
 from compresso.training.order import ShuffledBatches
 from compresso.training.progress import Progress
 from compresso.training.rounds import RoundJournal
-
-KNOBS = ConfigDict(extra="forbid", allow_inf_nan=False, use_enum_values=False)
-"""How a stage's fields are validated: an unknown knob, a NaN or a wrong type is an error."""
-
-
-class Effects(Flag):
-    """What a stage does to the model; a recipe's order is checked by it before any weight is read."""
-
-    NONE = 0
-    SHAPES = auto()
-    """Tensors get smaller."""
-    WEIGHTS = auto()
-    """Values change."""
-    FORWARD = auto()
-    """The computation is patched."""
-    FORMAT = auto()
-    """Storage changes (quantized weights): nothing but measuring and exporting may follow."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +116,6 @@ class Job:
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Examples side by side: input_ids, attention_mask and labels, each [len(rows), longest], int64."""
         return cast(dict[str, Tensor], collate(rows, self.pad_id))
-
-    def accumulation(self, batch: int, micro_batch: int) -> int:
-        """As the function `accumulation`."""
-        return accumulation(batch, micro_batch)
 
     def checkpoints(self) -> TrainingCheckpoints:
         """Where the running stage saves and resumes its training."""
@@ -364,125 +334,6 @@ class Job:
             shape = (1, config.num_channels, config.image_size, config.image_size)
             return outputs(self.model, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device))
         return outputs(self.model, torch.tensor([list(ids)], device=self.device))
-
-
-def accumulation(batch: int, micro_batch: int) -> int:
-    """Micro-batches per process that make up an update of `batch` examples.
-
-    Raises:
-        RecipeError: if `batch` cannot be shared out equally.
-    """
-    share, rest = divmod(batch, processes())
-    size = min(micro_batch, share)
-    if rest or not share or share % size:
-        raise RecipeError(
-            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose"
-            " multiples"
-        )
-    return share // size
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """One act of a recipe."""
-
-    def __call__(self, job: Job) -> Job:
-        """Do it and return the job that follows."""
-        ...
-
-
-@dataclass(frozen=True)
-class Card:
-    """The catalogue's row of one stage.
-
-    Args:
-        name: the key in a recipe.
-        type: the frozen dataclass.
-        paper: arXiv id, or "" for common practice.
-        title: one line.
-        effects: what it does to the model.
-        needs: of "data", "gradients", "training".
-        when: when to use it, and when not.
-        failures: how it fails, and what shows it.
-    """
-
-    name: str
-    type: type
-    paper: str
-    title: str
-    effects: Effects
-    needs: tuple[str, ...] = ()
-    when: str = ""
-    failures: str = ""
-
-
-_CARDS: dict[str, Card] = {}
-_T = TypeVar("_T")
-
-
-def stage(
-    name: str,
-    *,
-    title: str,
-    effects: Effects,
-    paper: str = "",
-    needs: Sequence[str] = (),
-    when: str = "",
-    failures: str = "",
-) -> Callable[[type[_T]], type[_T]]:
-    """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
-
-    Raises:
-        RecipeError: if the name is taken.
-    """
-
-    def register(cls: type[_T]) -> type[_T]:
-        if name in _CARDS:
-            raise RecipeError(
-                f"stage '{name}' is registered twice: by {_CARDS[name].type.__qualname__} and {cls.__qualname__};"
-                " rename one"
-            )
-        made = validated_dataclass(cls, frozen=True, config=KNOBS)
-        _CARDS[name] = Card(name, made, paper, title, effects, tuple(needs), when, failures)
-        return made  # type: ignore[return-value]
-
-    return register
-
-
-def cards() -> Mapping[str, Card]:
-    """All stages by name, sorted; imports every module of `compresso.methods` the first time."""
-    package = importlib.import_module("compresso.methods")
-    for found in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"compresso.methods.{found.name}")
-    return dict(sorted(_CARDS.items()))
-
-
-def card(name: str) -> Card:
-    """The card of one stage. Raises RecipeError naming the nearest valid name."""
-    known = cards()
-    if name not in known:
-        raise RecipeError(f"unknown stage '{name}'; {nearest(name, known)}")
-    return known[name]
-
-
-def check_order(effects: Sequence[tuple[str, Effects]]) -> None:
-    """Refuse stages in an order that cannot work: anything after FORMAT, and SHAPES after FORWARD.
-
-    Raises:
-        RecipeError: naming both stages.
-    """
-    formatted = patched = ""
-    for name, effect in effects:
-        if formatted and effect is not Effects.NONE:
-            raise RecipeError(
-                f"stage '{name}' follows '{formatted}', which changes the storage format; put '{name}' before it"
-            )
-        if patched and Effects.SHAPES in effect:
-            raise RecipeError(
-                f"stage '{name}' changes shapes after '{patched}' patched the forward pass; put '{name}' before it"
-            )
-        formatted = name if Effects.FORMAT in effect else formatted
-        patched = name if Effects.FORWARD in effect else patched
 
 
 def check_finite(model: PreTrainedModel, stage: str) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compresso.job import Card, Effects, Job, cards, check_order
+from compresso.job import Job
 from compresso.runner.recipe import build
+from compresso.stage import Card, ChecksModel, Effects, Learns, Shrinks, Stage, Sweeps, cards, check_order
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[str, Any] = {
@@ -26,8 +27,7 @@ every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card:
 
 
 def done(card: Card, job: Job) -> Job:
-    names = {field.name for field in fields(card.type)}
-    return card.type(**{name: value for name, value in QUICK.items() if name in names})(job)
+    return card.type(**{name: value for name, value in QUICK.items() if name in card.knobs})(job)
 
 
 def tensors(job: Job) -> dict[str, torch.Tensor]:
@@ -89,9 +89,11 @@ def test_knobs_are_checked(card: Card) -> None:
         card.type(nonsense=1)
     with pytest.raises(ValidationError):
         card.type(keep=float("nan"))
-    knobs = {field.name for field in fields(card.type)}
-    documented = (card.type.__doc__ or "").replace(",", " ").replace(":", " ").split()
-    assert knobs <= set(documented), knobs - set(documented)
+    groups = {knob.group for knob in card.knobs.values() if knob.group}
+    documented = " ".join(kind.__doc__ or "" for kind in (card.type, *groups))
+    words = documented.replace(",", " ").replace(":", " ").split()
+    named = {*card.knobs, *(field.name for field in fields(card.type))}
+    assert named <= set(words), named - set(words)
 
 
 @every_stage
@@ -100,7 +102,16 @@ def test_a_card_tells_a_person_what_to_expect(card: Card) -> None:
     assert card.when
     assert card.failures
     assert set(card.needs) <= {"data", "gradients", "training"}
-    assert ("training" in card.needs) == hasattr(card.type, "lr")
+
+
+@every_stage
+def test_a_stage_offers_what_its_card_says(card: Card) -> None:
+    made = card.type()
+    assert isinstance(made, Stage)
+    assert isinstance(made, Learns) == ("training" in card.needs)
+    assert isinstance(made, Shrinks) == (Effects.SHAPES in card.effects)
+    assert isinstance(made, Sweeps) == ("calibration" in card.knobs)
+    assert isinstance(made, ChecksModel) == ("where" in card.knobs)
 
 
 @every_stage
@@ -115,11 +126,7 @@ def test_a_stage_leaves_the_job_it_was_given(card: Card, make_job: MakeJob) -> N
 def test_orders_that_cannot_work_are_refused() -> None:
     from compresso.errors import RecipeError
 
-    check_order(
-        [("a", Effects.SHAPES | Effects.WEIGHTS), ("b", Effects.WEIGHTS), ("c", Effects.FORMAT), ("d", Effects.NONE)]
-    )
-    with pytest.raises(RecipeError, match="'b' follows 'a', which changes the storage format"):
-        check_order([("a", Effects.FORMAT), ("b", Effects.WEIGHTS)])
+    check_order([("a", Effects.SHAPES | Effects.WEIGHTS), ("b", Effects.WEIGHTS), ("c", Effects.NONE)])
     with pytest.raises(RecipeError, match="'b' changes shapes after 'a'"):
         check_order([("a", Effects.FORWARD), ("b", Effects.SHAPES)])
 

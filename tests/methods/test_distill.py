@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import compresso.methods.distill
+import compresso.stage.tuning
 from compresso.core.axis import Kind
 from compresso.errors import CheckpointError, NumericError, RecipeError
 from compresso.job import Job
@@ -144,15 +144,15 @@ def test_a_resumed_run_has_its_teacher_again(
     def fails(*_: Any, **__: Any) -> None:
         raise NumericError("the machine fails here")
 
-    monkeypatch.setattr(compresso.methods.distill, "fit", fails)
+    monkeypatch.setattr(compresso.stage.tuning, "fit", fails)
     with pytest.raises(NumericError, match="fails here"):
         digest("cut")
-    monkeypatch.setattr(compresso.methods.distill, "fit", fit)
+    monkeypatch.setattr(compresso.stage.tuning, "fit", fit)
     assert digest("cut", resume=True) == whole
 
 
 def test_what_cannot_teach_is_refused_before_training(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compresso.methods.distill, "fit", None)
+    monkeypatch.setattr(compresso.stage.tuning, "fit", None)
     with pytest.raises(CheckpointError, match=r"set Job\.original"):
         Distill()(replace(make_job(), original=None))
     config = LlamaConfig(**{**make_job().model.config.to_dict(), "vocab_size": 72})

@@ -28,7 +28,7 @@ from compresso.job import Job
 from compresso.methods.llm_pruner import LlmPruner
 from compresso.metrics.held import held_loss
 from compresso.observe.gradients import weight_fisher, weight_gradients
-from compresso.runner.plan import dry_run
+from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import build, override, read
 from tests.arch.test_counts import LLAMA_3_8B, LLAMA_7B, TINY_LLAMA
 from tests.methods.conftest import MakeJob

@@ -6,15 +6,14 @@ import pytest
 
 from compresso.checkpoint.source import open_source
 from compresso.data import nano
-from compresso.job import card
-from compresso.runner.plan import dry_run
+from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import build, names, read, with_knob
 from compresso.runner.recipe_file import parse, plain
+from compresso.stage import Learns, Shrinks, card
 from tests.conftest import FOR_ANY_MODEL, ONE_SHOT
 
 BASELINES = ("gate-taylor", "llm-pruner", "loraprune", "lorashear", "magnitude-structured", "shortgpt")
 DEPTH = {"angular", "perplexity", "reverse", "random", "attention", "mlp"}
-LENGTHS = ("tune", "ramp", "shrink", "hold", "steps", "text_steps", "instruction_steps")
 every_recipe = pytest.mark.parametrize("name", names())
 
 
@@ -45,7 +44,7 @@ def test_a_recipe_fits_the_embedded_model(name: str) -> None:
     built = build(read(name), name)
     shown = dry_run(built, open_source(nano.path(), weights=False))
     kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
-    (keep,) = (stage.keep for _, stage in built.stages if hasattr(stage, "keep"))
+    (keep,) = (stage.budget().keep for _, stage in built.stages if isinstance(stage, Shrinks))
     assert keep - (0.06 if name.startswith("shortgpt") else 0.01) < kept <= keep + 1e-9  # of six layers
 
 
@@ -64,9 +63,8 @@ def test_baselines_train_for_as_many_updates(baseline: str, size: str) -> None:
     """Equal training is what makes the comparison honest."""
 
     def lengths(name: str) -> tuple[int, set[int]]:
-        stages = [stage for _, stage in build(read(name)).stages if hasattr(stage, "lr")]
-        knobs = [getattr(stage, knob) for stage in stages for knob in LENGTHS if hasattr(stage, knob)]
-        return sum(knobs), {stage.batch for stage in stages}  # type: ignore[attr-defined]
+        learned = [stage.learning() for _, stage in build(read(name)).stages if isinstance(stage, Learns)]
+        return sum(one.updates or 0 for one in learned), {one.trains.batch for one in learned}
 
     assert lengths(baseline + size) == lengths("compresso" + size)
 

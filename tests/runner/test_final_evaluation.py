@@ -110,7 +110,7 @@ def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, mo
     assert refused.value.exit_code == 4
     assert not output.exists()
     assert (tmp_path / "out.partial" / "stages" / "02-recover").is_dir()
-    monkeypatch.setattr("compresso.methods.recover.fit", pytest.fail)
+    monkeypatch.setattr("compresso.stage.tuning.fit", pytest.fail)
     result = run(RUINED, nano.path(), output=output, quiet=True, resume=True, allow_collapsed=True)
     assert result.records["guard"]["verdict"] == "refuse"
     assert (output / "report.html").is_file()

@@ -18,14 +18,15 @@ CPU = torch.device("cpu")
 
 
 def of(
-    stage: object, layers: int = 2, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (100,) * 16
+    stage: Wanda | SparseGpt, layers: int = 2, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (100,) * 16
 ) -> Estimate:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4, vocab_size=1000
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    return estimate(model, arch_for(config), stage, rows, dtype)
+    arch = arch_for(config)
+    return estimate(model, arch, stage.check(model, arch), stage.calibration, rows, dtype, stage.keeps_moments)
 
 
 def test_it_does_not_grow_with_depth_and_counts_what_is_there() -> None:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.commands.published_results import measured
-from compresso.job import Card, card, cards
 from compresso.runner.recipe import build, names, read
+from compresso.stage import Card, card, cards
 
 
 def show_methods(name: str | None, as_json: bool) -> None:
@@ -35,13 +35,13 @@ def show_methods(name: str | None, as_json: bool) -> None:
     console.print(f"does: {effects(one)}; needs: {', '.join(one.needs) or 'nothing but the model'}")
     console.print(f"when: {one.when}\nfails: {one.failures}")
     table = Table("knob", "default", title="Knobs", title_justify="left")
-    for field in dataclasses.fields(one.type):
-        value = _default(field)
+    for knob in one.knobs.values():
+        value = _default(knob.default)
         parts = _parts(value)
         if parts is None:
-            table.add_row(field.name, str(value))
+            table.add_row(knob.name, str(value))
         for name, part in (parts or {}).items():
-            table.add_row(f"{field.name}.{name}", str(part))
+            table.add_row(f"{knob.name}.{name}", str(part))
     console.print(table)
     if rows := measured(one.name):
         shares = list(rows[0]["kept"])
@@ -73,7 +73,7 @@ def as_dict(one: Card) -> dict[str, object]:
         "when": one.when,
         "failures": one.failures,
         "measured": measured(one.name),
-        "knobs": {field.name: _plain(_default(field)) for field in dataclasses.fields(one.type)},
+        "knobs": {knob.name: _plain(_default(knob.default)) for knob in one.knobs.values()},
     }
 
 
@@ -91,10 +91,8 @@ def show_recipes(name: str | None) -> None:
     console.print("One in full: compresso recipes NAME")
 
 
-def _default(field: dataclasses.Field[object]) -> object:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "(required)"
+def _default(value: object) -> object:
+    return "(required)" if value is dataclasses.MISSING else value
 
 
 def _parts(value: object) -> dict[str, object] | None:

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print what `dryrun.plan` returned, as JSON or as a table."""
+    """Print what `runner.plan.plan` returned, as JSON or as tables."""
     if as_json:
         print(json.dumps(facts, indent=2, allow_nan=False))
         return
@@ -29,6 +30,12 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         console.print(note, soft_wrap=True)
     for layout, obstacle in facts["layouts"].items():
         console.print(f"layout {layout}: {'no: ' + obstacle if obstacle else 'yes'}", markup=False, soft_wrap=True)
+    console.print(_costs(facts))
+    console.print(
+        "Tokens are at most these. Time is estimated from the passes over the model at this machine's matrix-product"
+        " rate; real steps take longer.",
+        soft_wrap=True,
+    )
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
@@ -37,20 +44,49 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
-        if one["tokens_at_most"] is not None:
-            console.print(
-                f"  at most {one['tokens_at_most']:,} tokens and {one['flops_at_most']:.2e} FLOPs: about"
-                f" {_time(one['seconds_estimated'])} at this machine's matrix-product rate (estimated; real steps take"
-                " longer)",
-                soft_wrap=True,
+
+
+def _costs(facts: Mapping[str, Any]) -> Table:
+    """A row for each kind of passes of each stage."""
+    table = Table(title="What the stages take, in tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("passes")
+    for name in ("forward", "backward", "FLOPs", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in facts["stages"]:
+        if not one["passes"]:
+            table.add_row(one["stage"], "none", *["-"] * 4)
+        for number, row in enumerate(one["passes"]):
+            tokens, last = row["tokens_at_most"], number == len(one["passes"]) - 1
+            table.add_row(
+                "" if number else one["stage"],
+                row["what"],
+                _short(None if tokens is None else tokens * row["forwards"]),
+                _short(None if tokens is None else tokens * row["backwards"]),
+                _short(row["flops_at_most"]),
+                ("?" if one["seconds_estimated"] is None else _time(one["seconds_estimated"])) if last else "",
             )
+    return table
 
 
-def _bytes(count: int) -> str:
+def _short(count: float | None) -> str:
+    """A count in three digits; "?" where the length of the data decides."""
+    if count is None:
+        return "?"
+    if not count:
+        return "-"
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}E"
+
+
+def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
+        count /= 1000
     return f"{count:.3g} TB"
 
 

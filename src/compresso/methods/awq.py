@@ -14,6 +14,7 @@ whose inputs nothing feeds linearly (o under grouped queries, an FFN without a g
 this shows what rounding costs, not what packing saves.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
@@ -23,7 +24,8 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
 from compresso.core.scales import activation_scales, best_scale, round_clipped
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
 from compresso.sweep.sweep import Stats
@@ -57,7 +59,7 @@ class Awq:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
-    keeps_moments: ClassVar = True
+    keeps_moments: ClassVar[bool] = True
     """Its statistic is a second moment, [in, in]."""
 
     bits: Annotated[int, Ge(2), Le(8)] = 4
@@ -73,6 +75,10 @@ class Awq:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, self.group or 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

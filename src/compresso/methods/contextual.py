@@ -12,24 +12,24 @@ Departures: A unit is an FFN channel with its rows and columns, or a head, inste
     same domain are never read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
 
 import torch
-from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
 from compresso.edit.compensate import compensate_
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.activations import activation_scores, mean_inputs, reader
 from compresso.observe.observe import Pass
 from compresso.solve.allocate import allocate
+from compresso.stage import Calibrates, Effects, Passes, Removes, stage
 
 
 @stage(
@@ -48,38 +48,22 @@ class Contextual:
     """Knobs of contextual pruning to a size.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total" or "macs".
-        kinds: what may be removed, of channel and head.
-        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+        removes: see `Removes`; channels and heads may leave.
+        calibrates: see `Calibrates`.
         compensate: put the mean output of what leaves into biases, where there are any.
-        layout: "free" or "uniform" (equal widths in all layers).
-        multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps.
     """
 
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Literal["blocks", "total", "macs"] = "blocks"
-    kinds: tuple[Literal[Kind.CHANNEL, Kind.HEAD], ...] = (Kind.CHANNEL,)
-    batches: Annotated[int, Ge(1)] = 16
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
+    removes: Removes = Removes(kinds=(Kind.CHANNEL,))
+    calibrates: Calibrates = Calibrates()
     compensate: bool = True
-    layout: Literal["free", "uniform"] = "free"
-    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse kinds whose activations are not measured. Raises ValueError."""
+        self.removes.only(Kind.CHANNEL, Kind.HEAD)
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
-        uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=uniform,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
 
     def check_data(
         self,
@@ -91,16 +75,22 @@ class Contextual:
         """Raises DataError for plain text of less than a window."""
         check_window(rows, window)
 
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the calibration data, and another for mean outputs where a bias can take them."""
+        readers = (reader(model, axis) for axis in self.removes.among(arch.axes(model)) if axis.size)
+        again = self.compensate and any(module.bias is not None for module in readers)
+        return [Passes("calibration", self.calibrates.examples, forwards=1 + again)]
+
     def __call__(self, job: Job) -> Job:
         """Read the text, rank, compensate, shrink."""
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
+        axes = self.removes.among(job.arch.axes(job.model))
         blocks = list(job.arch.blocks(job.model))
         same = job.same("contextual", self)
         how = job.observing("scores", same)
         means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean", how)
         scores = {name: relative(mean) for name, mean in means.items()}
         plan = allocate(axes, scores, job.cost(), self.budget())
-        facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
+        facts: dict[str, object] = {"calibration_examples": self.calibrates.examples}
         if self.compensate:
             facts |= self._compensate(job, axes, plan, job.observing("means", same))
         return job.without(plan.masks(axes), "contextual", **facts)
@@ -117,12 +107,8 @@ class Contextual:
         return {"compensated": len(biased), "without_bias": len(readers) - len(biased)}
 
     def _batches(self, job: Job) -> Iterator[dict[str, Tensor]]:
-        """The calibration batches, `micro_batch` examples at a time."""
-        source = job.batches(self.batch, "contextual")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        return (source.at(update, rows) for update in range(self.batches) for rows in parts)
+        """The calibration batches."""
+        return self.calibrates.read(job.batches(self.calibrates.batch, "contextual"))
 
 
 def relative(mean: Tensor) -> Tensor:

@@ -23,24 +23,23 @@ Departures, most of them bugs of the public code (tval2/contextual-pruning) that
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.core import schedule
+from compresso.arch.base import Arch
 from compresso.core.context import Uses, used
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
 from compresso.observe.linear_uses import linear_uses
 from compresso.solve.tokens import shares
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
+from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, stage
+from compresso.stage.tuning import group_of, tune
 from compresso.training.objectives import LanguageObjective
 
 Masks = dict[str, Tensor]
@@ -70,30 +69,17 @@ class ContextualThresholds:
         activation: threshold on the mean absolute output of activation functions; null for none.
         embedding: threshold on a token's share of the text; null for none.
         windows: training examples that are read to decide, the first ones.
-        steps: updates or epochs of tuning.
-        batch, micro_batch: examples an update, and a forward pass.
-        lr, lr_schedule, warmup, clip: AdamW.
+        trains, adamw: see `Trains` and `AdamW`.
         weight_decay: AdamW's; zeroed weights stay 0.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on the updates.
-        save_every: updates between training checkpoints.
     """
 
     linear: Annotated[float, Ge(0)] | None = 1e-3
     activation: Annotated[float, Ge(0)] | None = 1e-3
     embedding: Annotated[float, Ge(0)] | None = None
     windows: Annotated[int, Ge(1)] = 40
-    steps: Duration = 200
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
-    lr: Annotated[float, Ge(0)] = 5e-5
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Ge(0)] = 0
-    clip: Annotated[float, Gt(0)] | None = None
+    trains: Annotated[Trains, Knobs(without=("checkpointing", "save_adapter"))] = Trains(steps=200, micro_batch=4)
+    adamw: Annotated[AdamW, Knobs(without=("lr_at_hidden",))] = AdamW(lr=5e-5, clip=None)
     weight_decay: Annotated[float, Ge(0)] = 0.01
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Annotated[int, Ge(1)] | None = None
-    save_every: Annotated[int, Ge(1)] = 50
 
     def check_data(
         self,
@@ -105,11 +91,19 @@ class ContextualThresholds:
         """Raises DataError for plain text of less than a window."""
         check_window(rows, window)
 
+    def learning(self) -> Learning:
+        """All weights."""
+        return Learning(self.trains, [self.trains.steps], None)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the windows, then the tuning."""
+        return [Passes("calibration", self.windows), *self.learning().passes()]
+
     def __call__(self, job: Job) -> Job:
         """Read the text, zero, tune."""
-        (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
-        rows = job.rows[: self.windows]
-        parts = [rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch)]
+        (total,) = self.trains.updates(len(job.rows))
+        rows, at_once = job.rows[: self.windows], self.trains.micro_batch
+        parts = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
         stored = job.model.dtype
         how = job.observing("uses", job.same("contextual_thresholds", self))
         uses = linear_uses(job.model, map(job.collated, parts), how)
@@ -124,22 +118,9 @@ class ContextualThresholds:
         zero_(model, masks)
         named = dict(model.named_parameters())
         handles = [named[name].register_hook(_masked(stays.to(job.device))) for name, stays in masks.items()]
-        rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
+        learning = group_of("all", model, self.adamw, model.config.hidden_size, total, self.weight_decay)
         try:
-            history = fit(
-                LanguageObjective(model),
-                [Group("all", list(named.values()), self.lr, rate, clip=self.clip, weight_decay=self.weight_decay)],
-                job.batches(self.batch, "contextual_thresholds"),
-                total,
-                seed=job.seed,
-                accumulation=job.accumulation(self.batch, self.micro_batch),
-                precision=self.precision,
-                device=job.device,
-                checkpoints=job.checkpoints(),
-                save_every=self.save_every,
-                progress=job.progress(),
-                phase=lambda update: "contextual_thresholds",
-            )
+            history = tune(job, "contextual_thresholds", self.trains, LanguageObjective(model), [learning], total)
         finally:
             for handle in handles:
                 handle.remove()
@@ -148,7 +129,7 @@ class ContextualThresholds:
         n = sum(parameter.numel() for parameter in model.parameters())
         facts = {
             "updates": total,
-            "lr": self.lr,
+            "lr": learning.lr,
             "zeroed": sum(zeroed.values()) / n,
             "zeroed_tensors": zeroed,
             "curve": curve(history),

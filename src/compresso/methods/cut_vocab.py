@@ -18,8 +18,9 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Lt
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
@@ -30,8 +31,9 @@ from compresso.data.cut_tokenizer import required_ids, state_of
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
 from compresso.errors import ArchError, BudgetError
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.solve.tokens import keep_tokens, shares
+from compresso.stage import Effects, Passes, stage
 
 
 @stage(
@@ -84,6 +86,10 @@ class CutVocab:
         check_window(rows, window)
         words = _Words.of(tokenizer)
         keep_tokens(torch.zeros(config.vocab_size, dtype=torch.float64), words.lasting, words.made_of, most=self.most)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """None: it counts the tokens of the data."""
+        return []
 
     def __call__(self, job: Job) -> Job:
         """Count, choose, cut."""

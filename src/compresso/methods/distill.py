@@ -10,23 +10,21 @@ states are compared on the layers and hidden dimensions that are left, which the
 learned projection; and after the layers, before the final norm.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 from torch import nn
 from transformers import PreTrainedModel
 
-from compresso.core import schedule
-from compresso.edit.lora import attach_, merge_
-from compresso.edit.recompute import recompute_
+from compresso.arch.base import Arch
 from compresso.errors import CheckpointError
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
+from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.distill_objective import DistillObjective, Network
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,13 +48,8 @@ class Distill:
     """Knobs of distillation.
 
     Args:
-        steps: updates or epochs.
-        batch, micro_batch: examples an update, and a forward pass.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
         train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
         divergence: "forward" KL(dense || smaller), "reverse", or "js" (generalised Jensen-Shannon).
         temperature: divides both models' logits.
         beta: the dense model's share of the mixture of "js".
@@ -68,26 +61,12 @@ class Distill:
         chunk: tokens whose logits exist at a time.
         teacher_dtype: "same" as the smaller model, "bf16" or "fp32".
         teacher_device: "same", or "cpu" where the device holds only the smaller model.
-        checkpointing: recompute activations in the backward pass.
-        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on the updates.
-        save_every: updates between training checkpoints.
     """
 
-    steps: Duration = 300
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 16
+    trains: Trains = Trains()
     train: Literal["lora", "all"] = "lora"
-    rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
-    lr: Annotated[float, Ge(0)] = 5e-4
-    lr_at_hidden: Annotated[int, Ge(1)] | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Ge(0)] = 0
-    clip: Annotated[float, Ge(0)] | None = 1.0
+    lora: TunesLora = TunesLora()
+    adamw: AdamW = AdamW()
     divergence: Literal["forward", "reverse", "js"] = "forward"
     temperature: Annotated[float, Gt(0)] = 1.0
     beta: Annotated[float, Gt(0), Lt(1)] = 0.5
@@ -98,56 +77,32 @@ class Distill:
     chunk: Annotated[int, Ge(1)] = 512
     teacher_dtype: Literal["same", "bf16", "fp32"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
-    checkpointing: bool = False
-    save_adapter: bool = False
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Annotated[int, Ge(1)] | None = None
-    save_every: Annotated[int, Ge(1)] = 50
+
+    def learning(self) -> Learning:
+        """Adapters, or all weights, under a teacher."""
+        lora = self.lora if self.train == "lora" else None
+        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the training, and the teacher's."""
+        return self.learning().passes()
 
     def __call__(self, job: Job) -> Job:
         """Reopen the dense model, train adapters or weights towards it, merge adapters."""
-        (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
+        (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         teacher = self._teacher(job)
-        adapted = (
-            attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
-            if self.train == "lora"
-            else None
-        )
+        adapted = attached(job, self.lora) if self.train == "lora" else None
         # small updates of all weights would be rounded away in half precision
         model: nn.Module = job.model.float().requires_grad_(True) if adapted is None else adapted
-        objective = self._objective(job, model, teacher)
-        if self.checkpointing:
-            recompute_(job.model, on=True)
-        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
-        rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        history = fit(
-            objective,
-            [Group(self.train, learning, lr, rate, clip=self.clip)],
-            job.batches(self.batch, "distill"),
-            total,
-            seed=job.seed,
-            accumulation=job.accumulation(self.batch, self.micro_batch),
-            precision=self.precision,
-            device=job.device,
-            checkpoints=job.checkpoints(),
-            save_every=self.save_every,
-            progress=job.progress(),
-            phase=lambda update: "distill",
-        )
-        if self.checkpointing:
-            recompute_(job.model, on=False)
-        if self.save_adapter and adapted is not None:
-            job.keep_adapter(adapted, "distill")
-        trained = cast(Any, job.model).to(stored).requires_grad_(False) if adapted is None else merge_(adapted)
-        facts = {
-            "updates": total,
-            "trainable": sum(parameter.numel() for parameter in learning),
-            "lr": lr,
-            "curve": curve(history),
-        }
-        return replace(job, model=trained).note("distill", **facts)
+        learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
+        history = tune(job, "distill", self.trains, self._objective(job, model, teacher), [learning], total)
+        facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
+        if adapted is None:
+            job = replace(job, model=cast(Any, job.model).to(stored).requires_grad_(False))
+        else:
+            job = merged(job, adapted, "distill", self.trains)
+        return job.note("distill", **facts)
 
     def _teacher(self, job: Job) -> PreTrainedModel:
         """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""

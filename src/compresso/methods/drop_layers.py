@@ -23,16 +23,19 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.influence import angular_distances, block_influence
 from compresso.observe.losses import losses_without
 from compresso.solve.allocate import allocate
 from compresso.solve.depth import Part, drop_lowest, drop_run, parts_of, without
+from compresso.stage import Calibrates, Effects, Passes, stage
 from compresso.training.noise import mixed_seed
 
 
@@ -61,7 +64,7 @@ class DropLayers:
         of: "blocks", "total", "macs" or "kv" (cache entries).
         drop: instead of `keep`, how many layers or sub-layers leave.
         iterative: with "perplexity", score again after each removal.
-        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+        calibrates: see `Calibrates`.
     """
 
     score: Literal["influence", "angular", "perplexity", "reverse", "random"] = "influence"
@@ -70,9 +73,7 @@ class DropLayers:
     of: Counted = "blocks"
     drop: Annotated[int, Ge(1)] | None = None
     iterative: bool = False
-    batches: Annotated[int, Ge(1)] = 16
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
+    calibrates: Calibrates = Calibrates()
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other."""
@@ -101,6 +102,20 @@ class DropLayers:
         if self.score == "angular":
             return drop_run(axes[0], torch.zeros(axes[0].size + 1, axes[0].size + 1), cost, self.budget(), self.drop)
         return self._lowest(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the calibration data, or one for each part that is left out."""
+        if self.score in ("reverse", "random"):
+            return []
+        if self.score != "perplexity":
+            return [Passes("calibration", self.calibrates.examples)]
+        axes = [axis for axis in arch.axes(model) if axis.kind in self.kinds]
+        n, forwards = len(parts_of(axes)), len(parts_of(axes))
+        if self.iterative:
+            plan = self.dry_run_plan(axes, CostModel(arch.axes(model), arch.weights(model)))
+            leave = sum(axis.size - len(plan.kept.get(axis.name, range(axis.size))) for axis in axes)
+            forwards = sum(n - i for i in range(leave))
+        return [Passes("search", self.calibrates.examples, forwards=forwards)]
 
     def __call__(self, job: Job) -> Job:
         """Score, choose, shrink."""
@@ -132,11 +147,8 @@ class DropLayers:
         )
 
     def _calibration(self, job: Job) -> Iterator[dict[str, Tensor]]:
-        """Examples to score on, `micro_batch` at a time."""
-        source = job.batches(self.batch, "drop_layers")
-        for update in range(self.batches):
-            for start in range(0, self.batch, self.micro_batch):
-                yield source.at(update, range(start, min(start + self.micro_batch, self.batch)))
+        """Examples to score on."""
+        return self.calibrates.read(job.batches(self.calibrates.batch, "drop_layers"))
 
     def _losses(self, job: Job, axes: Sequence[Axis], cost: CostModel, same: Mapping[str, Any]) -> dict[str, Tensor]:
         """Axis name -> [size]: the loss without each part; iterative: the turn it left in, and one more for those that

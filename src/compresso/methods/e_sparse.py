@@ -19,8 +19,8 @@ they lie in n:m groups, for kernels that want them so. `shuffle: folded` keeps s
 weight is n:m as it lies. Zeros stored dense save no bytes and no time.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -32,7 +32,8 @@ from compresso.core.entropy import BINS, entropy, histograms
 from compresso.core.shuffle import best_order
 from compresso.core.sparsity import lowest_in_groups, parse_pattern
 from compresso.edit.reorder import reorder_
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
@@ -63,6 +64,8 @@ class ESparse:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
+    keeps_moments: ClassVar[bool] = False
+
     pattern: str = "2:4"
     alpha: Annotated[float, Ge(0)] = 1.0
     norm: Literal["mean", "sum"] = "mean"
@@ -81,6 +84,10 @@ class ESparse:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1])
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

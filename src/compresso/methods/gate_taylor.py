@@ -6,17 +6,17 @@ one-shot baseline that every learned method here is measured against; also the s
 `start: score`.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from transformers import PreTrainedModel
 
-from compresso.core.axis import Kind
+from compresso.arch.base import Arch
 from compresso.core.budget import Budget
-from compresso.core.cost import Counted
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_parameter
 from compresso.solve.allocation import Allocation, allocated
+from compresso.stage import Calibrates, Effects, Knobs, Passes, Removes, stage
 
 
 @stage(
@@ -35,49 +35,29 @@ class GateTaylor:
     """Knobs of gate-Taylor removal.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed.
-        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
-        layout: "free" or "uniform" (equal widths in all layers).
+        removes: see `Removes`.
+        calibrates: see `Calibrates`.
         allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer
             programming).
-        multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
     """
 
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
-    batches: Annotated[int, Ge(1)] = 16
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
-    layout: Literal["free", "uniform"] = "free"
-    allocation: Allocation = "global"
-    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
+    removes: Removes = Removes()
+    calibrates: Calibrates = Calibrates()
+    allocation: Annotated[Allocation, Knobs(after="layout")] = "global"
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=self.kinds if self.layout == "uniform" else (),
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One forward and backward pass over the calibration data."""
+        return [Passes("calibration", self.calibrates.examples, backwards=1)]
 
     def __call__(self, job: Job) -> Job:
         """Score on calibration batches, allocate, shrink."""
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
-        cost = job.cost()
-        source = job.batches(self.batch, "gate_taylor")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        batches = [source.at(update, part) for update in range(self.batches) for part in parts]
+        axes, cost = self.removes.among(job.arch.axes(job.model)), job.cost()
+        batches = list(self.calibrates.read(job.batches(self.calibrates.batch, "gate_taylor")))
         how = job.observing("scores", job.same("gate_taylor", self))
         scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
         plan = allocated(self.allocation, axes, scores, cost, self.budget())
-        return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.batches * self.batch)
+        return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.calibrates.examples)

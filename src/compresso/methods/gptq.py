@@ -13,6 +13,7 @@ float64, then the run stops. Values are stored as full numbers, so this shows wh
 saves.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import Grid, bits_per_weight, fit
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.folds import second_moment
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
@@ -53,7 +55,7 @@ class Gptq:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
-    keeps_moments: ClassVar = True
+    keeps_moments: ClassVar[bool] = True
     """Its statistic is a second moment, [in, in]."""
 
     bits: Annotated[int, Ge(2), Le(8)] = 4
@@ -74,6 +76,10 @@ class Gptq:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, self.group or 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

@@ -22,33 +22,32 @@ learns equal widths per layer (per-kind targets as in LLM-Shearing, arXiv 2310.0
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from compresso.arch.base import Arch
 from compresso.core import hard_concrete, schedule
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel, Counted
+from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
-from compresso.edit.lora import attach_, merge_
-from compresso.edit.recompute import recompute_
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
 from compresso.observe.gate_taylor import sensitivity_per_parameter
 from compresso.solve.allocate import allocate
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
 from compresso.solve.project import deterministic_to_budget, shift_to_budget
 from compresso.solve.uniform import uniform_targets
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
+from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.training.duration import Duration
 from compresso.training.groups import Group
 from compresso.training.noise import mixed_seed
 from compresso.training.objectives import GatedObjective
 
-Share = Annotated[float, Gt(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Rate = Annotated[float, Ge(0)]
 
@@ -72,16 +71,10 @@ class LearnGates:
     """Knobs of Compresso's mask training.
 
     Args:
-        keep: share of `of` that stays, of the model this stage receives.
-        of: what is counted: "blocks" (linear layers), "total" (all parameters) or "macs" (per token).
-        kinds: what may be removed.
+        removes: see `Removes`; multiples are met by keeping the highest gates.
         tune, ramp, hold: updates or epochs with LoRA alone; with the target rising; at the final target.
         ramp_shape: "linear" or "cubic".
-        batch: examples an update, over all processes and micro-batches; micro_batch: examples a forward pass.
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, clip: LoRA's AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`, which is that of the adapters.
         mask_lr, mask_schedule, lambda_lr: AdamW rates of log-alpha and (ascending) of the multipliers.
         constraint: "lagrangian" as published, or "projection".
         cost_aware: under projection, charge each gate for its parameters.
@@ -91,33 +84,16 @@ class LearnGates:
         noise: "batch" (one draw an update) or "example" (one draw an example).
         layer_gates: "none", or the published option that switches pruning on per "layer" or "sublayer".
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
-        layout: "free" or "uniform" (equal widths in all layers).
-        multiple_of: kind -> multiple that kept counts are rounded to by re-admitting the highest gates.
-        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
-        checkpointing: recompute activations in the backward pass.
-        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on all updates together; phases shrink with it.
-        save_every: updates between training checkpoints.
     """
 
-    keep: Share = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
+    removes: Removes = Removes(kinds=(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN))
     tune: Duration = "1 epoch"
     ramp: Duration = "5 epochs"
     hold: Duration = "1 epoch"
     ramp_shape: Literal["linear", "cubic"] = "linear"
-    batch: Count = 8
-    micro_batch: Count = 8
-    rank: Count = 8
-    alpha: Annotated[float, Gt(0)] = 8.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
-    lr: Rate = 5e-5
-    lr_at_hidden: Annotated[int, Ge(1)] | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    clip: Rate | None = 1.0
+    trains: Annotated[Trains, Knobs(without=("steps",))] = Trains(batch=8, micro_batch=8)
+    lora: TunesLora = TunesLora(alpha=8.0, targets=("q_proj", "v_proj"))
+    adamw: Annotated[AdamW, Knobs(without=("warmup",))] = AdamW(lr=5e-5, lr_schedule="linear")
     mask_lr: Rate = 0.1
     mask_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lambda_lr: Rate = 0.1
@@ -131,14 +107,6 @@ class LearnGates:
     noise: Literal["batch", "example"] = "batch"
     layer_gates: Literal["none", "layer", "sublayer"] = "none"
     finish: Literal["soft", "hard"] = "soft"
-    layout: Literal["free", "uniform"] = "free"
-    multiple_of: Mapping[Kind, Count] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
-    checkpointing: bool = False
-    save_adapter: bool = False
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Count | None = None
-    save_every: Count = 50
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
@@ -154,37 +122,36 @@ class LearnGates:
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
-        uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=uniform,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
+
+    def learning(self) -> Learning:
+        """Adapters and gates."""
+        return Learning(self.trains, [self.tune, self.ramp, self.hold], self.lora, gates=self.removes.kinds)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes behind the starting scores, if there are any, and those of the training."""
+        scored = self.score_batches * self.trains.batch if self.start == "score" else 0
+        looks = [Passes("calibration", scored, backwards=1)] if scored else []
+        return [*looks, *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
         """Train gates and LoRA together, land on the budget, merge, fold and shrink."""
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
-        cost, budget = job.cost(), self.budget()
-        if self.layout == "uniform":
-            constraint = CountsPerLayer(axes, uniform_targets(axes, cost, budget), cost, self.of)
+        removes = self.removes
+        axes, cost, budget = removes.among(job.arch.axes(job.model)), job.cost(), self.budget()
+        if removes.layout == "uniform":
+            constraint = CountsPerLayer(axes, uniform_targets(axes, cost, budget), cost, removes.of)
         else:
-            constraint = ShareOfModel(cost, self.keep, self.of)
-        phases = [updates(one, len(job.rows), self.batch) for one in (self.tune, self.ramp, self.hold)]
-        tune, ramp, hold = shortened(phases, self.max_steps)
-        total = tune + ramp + hold
+            constraint = ShareOfModel(cost, removes.keep, removes.of)
+        open_, ramp, hold = self.trains.updates(len(job.rows), (self.tune, self.ramp, self.hold))
+        total = open_ + ramp + hold
 
         gates = Gates(axes, self._initial(job, axes, cost)).to(job.device)
-        lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
-        if self.checkpointing:
-            recompute_(job.model, on=True)
+        lora = attached(job, self.lora)
         objective = GatedObjective(
             lora,
             gates,
             constraint,
-            starts=tune,
+            starts=open_,
             progress=schedule.progress(self.ramp_shape, ramp),
             use_lagrangian=self.constraint == "lagrangian",
             noise=self.noise,
@@ -192,10 +159,9 @@ class LearnGates:
             layer_gates=self.layer_gates,
             cost_aware=self.cost_aware,
         )
-        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
-        adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
         groups = [
-            Group("lora", adapters, lr, schedule.rate(self.lr_schedule, total), clip=self.clip),
+            adapters,
             Group("gates", objective.gate_parameters(), self.mask_lr, schedule.rate(self.mask_schedule, total)),
         ]
         if objective.multipliers():
@@ -203,47 +169,37 @@ class LearnGates:
 
         def after_update(update: int) -> Mapping[str, float]:
             """Clamp after every update; under projection, also shift back onto the budget."""
-            if update < tune:
+            if update < open_:
                 return {}
             objective.clamp_()
             if self.constraint == "projection":
-                objective.project_(update - tune + 1)
+                objective.project_(update - open_ + 1)
             return objective.state()
 
         with objective.attached():
-            history = fit(
+            history = tune(
+                job,
+                "learn_gates",
+                self.trains,
                 objective,
                 groups,
-                job.batches(self.batch, "learn_gates"),
                 total,
-                seed=job.seed,
-                accumulation=job.accumulation(self.batch, self.micro_batch),
-                precision=self.precision,
-                device=job.device,
                 after_update=after_update,
-                checkpoints=job.checkpoints(),
-                save_every=self.save_every,
-                progress=job.progress(),
-                phase=lambda update: "tune" if update < tune else "ramp" if update < tune + ramp else "hold",
+                phase=lambda update: "tune" if update < open_ else "ramp" if update < open_ + ramp else "hold",
             )
-        if self.checkpointing:
-            recompute_(job.model, on=False)
-        if self.save_adapter:
-            job.keep_adapter(lora, "learn_gates")
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
         masks = self._project(objective.final_values(), axes, cost, budget)
-        merged = replace(job, model=merge_(lora))
-        return merged.without(
+        return merged(job, lora, "learn_gates", self.trains).without(
             masks,
             "learn_gates",
-            updates={"tune": tune, "ramp": ramp, "hold": hold},
+            updates={"tune": open_, "ramp": ramp, "hold": hold},
             trainable={
-                "lora": sum(p.numel() for p in adapters),
+                "lora": adapters.numbers,
                 "gates": len(gates),
                 "multipliers": sum(p.numel() for p in objective.multipliers()),
             },
-            wanted_keep=self.keep,
-            lr=lr,
+            wanted_keep=removes.keep,
+            lr=adapters.lr,
             expected_keep=expected,
             curve=curve(history),
         )
@@ -259,11 +215,8 @@ class LearnGates:
                 )
                 for axis in axes
             }
-        source = job.batches(self.batch, "gate_taylor")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        batches = [source.at(update, part) for update in range(self.score_batches) for part in parts]
+        looks = Calibrates(self.score_batches, self.trains.batch, self.trains.micro_batch)
+        batches = list(looks.read(job.batches(looks.batch, "gate_taylor")))
         how = job.observing("scores", job.same("learn_gates", self))
         scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
@@ -271,7 +224,7 @@ class LearnGates:
         spread = {
             name: (log - pooled.mean()) / pooled.std().clamp(min=1e-6) * self.score_spread for name, log in logs.items()
         }
-        shift = shift_to_budget(spread, cost, self.keep, self.of)
+        shift = shift_to_budget(spread, cost, self.removes.keep, self.removes.of)
         return {name: hard_concrete.clamp_(one + shift) for name, one in spread.items()}
 
     def _project(
@@ -281,8 +234,8 @@ class LearnGates:
         asked for.
         """
         values = {name: value.cpu() for name, value in values.items()}
-        if self.finish == "soft" and self.layout == "free" and not budget.rounds:
-            return deterministic_to_budget(values, axes, cost, self.keep, self.of)
+        if self.finish == "soft" and self.removes.layout == "free" and not budget.rounds:
+            return deterministic_to_budget(values, axes, cost, budget.keep, budget.of)
         masks = allocate(axes, values, cost, budget).masks(axes)
         if self.finish == "hard":
             return masks

@@ -21,7 +21,9 @@ from typing import Annotated, Literal, cast
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel, Counted
@@ -38,11 +40,12 @@ from compresso.core.saliency import (
 from compresso.core.score import parameters_per_unit
 from compresso.data.random_windows import random_windows
 from compresso.errors import BudgetError
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.gradients import weight_fisher, weight_gradients
 from compresso.solve.allocate import InfeasibleBudget, allocate, keep_counts
 from compresso.solve.allocation import Allocation, allocated
 from compresso.solve.uniform import uniform_targets
+from compresso.stage import Calibrates, Effects, Knobs, Passes, stage
 from compresso.training.noise import mixed_seed
 
 _KINDS = {
@@ -82,7 +85,7 @@ class LlmPruner:
         importance: "vector", "first" (element^1), "second" (element^2), "mixed", "l1", "l2", "random" or "position".
         reduction: of coupled slices: "sum", "mean", "max", "prod" or "last".
         iterations: equal steps in which units leave, scores taken again before each.
-        batch, micro_batch: calibration examples of an iteration, and examples a forward pass.
+        calibrates: see `Calibrates`; a batch is what an iteration looks at.
         tokens: length of calibration windows, all of whose tokens count; None for whole examples with their own labels.
         floor: kind -> fewest units a layer keeps; "keep" for its share of them.
         layout: "free" or "uniform" (equal widths in all layers, which only a global ranking or a range of layers could
@@ -99,8 +102,7 @@ class LlmPruner:
     importance: Literal["vector", "first", "second", "mixed", "l1", "l2", "random", "position"] = "first"
     reduction: Reduction = "sum"
     iterations: Annotated[int, Ge(1)] = 1
-    batch: Annotated[int, Ge(1)] = 10
-    micro_batch: Annotated[int, Ge(1)] = 10
+    calibrates: Annotated[Calibrates, Knobs(without=("batches",))] = Calibrates(1, batch=10, micro_batch=10)
     tokens: Annotated[int, Ge(2)] | None = None
     floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
     layout: Literal["free", "uniform"] = "free"
@@ -129,8 +131,7 @@ class LlmPruner:
                 f"reduction='last' means nothing for scope='{self.scope}', whose slices do not compute one after"
                 " another"
             )
-        for knob in ("attention_layers", "mlp_layers"):
-            layers: Layers | None = getattr(self, knob)
+        for knob, layers in (("attention_layers", self.attention_layers), ("mlp_layers", self.mlp_layers)):
             if layers is not None and self.scope in ("channel", "layer"):
                 raise ValueError(
                     f"{knob}={list(layers)} goes with scope 'block' or 'global'; hidden dimensions and layers lie in no"
@@ -204,6 +205,12 @@ class LlmPruner:
         """A plan of these counts for units that are all alike. Raises as `counts`."""
         return Plan({name: tuple(range(n)) for name, n in self.counts(axes, cost).items()})
 
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """A forward and backward pass over the examples of each iteration; two for gradients of both kinds."""
+        times = (self.importance in WITH_GRADIENT) + (self.importance in WITH_FISHER)
+        examples = self.calibrates.batch * self.iterations
+        return [Passes("calibration", examples, times, times, weights=True)] if times else []
+
     def __call__(self, job: Job) -> Job:
         """Score, allocate and shrink, as often as asked."""
         dense_axes, dense, removed = job.arch.axes(job.model), job.cost(), Plan()
@@ -228,7 +235,7 @@ class LlmPruner:
             units_kept={name: f"{len(units)}/{sizes[name]}" for name, units in removed.kept.items()},
             iterations=self.iterations,
             calibration_examples=(
-                self.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0
+                self.calibrates.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0
             ),
         )
 
@@ -241,8 +248,9 @@ class LlmPruner:
             return {axis.name: torch.rand(axis.size, generator=generator) for axis in axes}
         importance = cast(Importance, self.importance)
         names = {piece.param for axis in axes for piece in axis.slices}
+        at_once = self.calibrates.micro_batch
         batch = self._examples(job, iteration) if importance in (*WITH_GRADIENT, *WITH_FISHER) else {}
-        gradients = weight_gradients(job.model, names, batch, self.micro_batch) if importance in WITH_GRADIENT else None
+        gradients = weight_gradients(job.model, names, batch, at_once) if importance in WITH_GRADIENT else None
         fisher = weight_fisher(job.model, names, batch) if importance in WITH_FISHER else None
         parameters = dict(job.model.named_parameters())
         return {
@@ -251,11 +259,11 @@ class LlmPruner:
 
     def _examples(self, job: Job, iteration: int) -> dict[str, Tensor]:
         """The calibration examples of an iteration."""
+        batch = self.calibrates.batch
         if self.tokens is None:
-            return job.batches(self.batch, "llm_pruner").at(iteration, range(self.batch))
-        return job.collated(
-            random_windows(job.rows, self.batch, self.tokens, mixed_seed("llm_pruner", job.seed, iteration))
-        )
+            return job.batches(batch, "llm_pruner").at(iteration, range(batch))
+        seed = mixed_seed("llm_pruner", job.seed, iteration)
+        return job.collated(random_windows(job.rows, batch, self.tokens, seed))
 
     def _rest_of_budget(self, progress: float, dense: CostModel, now: CostModel) -> Budget:
         """The budget at a share of the way as a share of what is left."""

@@ -18,27 +18,26 @@ Departures: The size is a budget of block parameters, shared out as equal shares
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from compresso.core import schedule
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
-from compresso.core.cost import CostModel, Counted
+from compresso.core.cost import CostModel
 from compresso.core.lora_gradient import cubic_progress
 from compresso.core.plan import Plan
-from compresso.edit.lora import attach_, merge_
-from compresso.edit.recompute import recompute_
 from compresso.errors import RecipeError
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
 from compresso.solve.allocate import allocate, keep_counts
 from compresso.solve.uniform import uniform_targets
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
+from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.training.duration import Duration
 from compresso.training.lora_pruning import PruningObjective
 
 Count = Annotated[int, Ge(1)]
@@ -60,36 +59,17 @@ class LoraPrune:
     """Knobs of LoRAPrune.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed: heads, channels or both.
+        removes: see `Removes`; heads, channels or both may leave.
         spared: share of the layers, the first ones, that are not pruned, nor is the last layer then; 0 prunes all.
         scope: "layer" (equal shares in every layer) or "global" (one pool).
         steps: updates or epochs.
         warmup, done: shares of the updates before the first and after the last removal.
         every: updates between removals.
         momentum: of the moving average of scores.
-        batch: examples an update; micro_batch: examples a forward pass.
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
-        layout: "free" or "uniform" (equal widths in all layers).
-        multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
-        checkpointing: recompute activations in the backward pass.
-        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on the updates.
-        save_every: updates between training checkpoints.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
 
-    scores_by_adapters: ClassVar = True
-    """The dry run refuses targets whose adapters cannot be read."""
-
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
+    removes: Removes = Removes()
     spared: Annotated[float, Ge(0), Lt(1)] = 0.1
     scope: Literal["layer", "global"] = "layer"
     steps: Duration = 500
@@ -97,50 +77,24 @@ class LoraPrune:
     done: Annotated[float, Gt(0), Le(1)] = 0.9
     every: Count = 10
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    batch: Count = 16
-    micro_batch: Count = 16
-    rank: Count = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.05
-    lr: Annotated[float, Ge(0)] = 3e-4
-    lr_at_hidden: Count | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    clip: Annotated[float, Ge(0)] | None = 1.0
-    layout: Literal["free", "uniform"] = "free"
-    multiple_of: Mapping[Kind, Count] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
-    checkpointing: bool = False
-    save_adapter: bool = False
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Count | None = None
-    save_every: Count = 50
+    trains: Annotated[Trains, Knobs(without=("steps",))] = Trains()
+    lora: TunesLora = TunesLora(dropout=0.05)
+    adamw: Annotated[AdamW, Knobs(without=("warmup",))] = AdamW(lr=3e-4, lr_schedule="linear")
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
-        if not self.kinds or not set(self.kinds) <= {Kind.HEAD, Kind.CHANNEL}:
-            raise ValueError(
-                f"kinds={[*map(str, self.kinds)]}: only heads and channels are scored; give [head, channel] or one of"
-                " them"
-            )
+        self.removes.only(Kind.HEAD, Kind.CHANNEL)
         if self.warmup >= self.done:
             raise ValueError(f"warmup={self.warmup} is not before done={self.done}; both are shares of the updates")
-        if self.layout == "uniform" and (self.spared or self.scope == "global"):
+        if self.removes.layout == "uniform" and (self.spared or self.scope == "global"):
             raise ValueError(
                 f"layout='uniform' wants equal widths: set spared to 0 (it is {self.spared}) and scope to 'layer'"
             )
 
     def budget(self, keep: float | None = None) -> Budget:
         """The budget these knobs describe, or the same for another share."""
-        even = self.kinds if self.scope == "layer" else ()
-        return Budget(
-            keep or self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=even,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        even = self.removes.kinds if self.scope == "layer" else ()
+        return replace(self.removes.budget(), keep=keep or self.removes.keep, uniform_over=even)
 
     def chosen(self, axes: Sequence[Axis]) -> list[Axis]:
         """The axes that may lose units: those of all layers but the spared ones."""
@@ -159,7 +113,7 @@ class LoraPrune:
         """What stays of the axes at a share of the model; units that are gone stay gone. Raises InfeasibleBudget."""
         if self.scope == "global":
             return allocate(axes, scores, cost, self.budget(keep), gone)
-        now, final = (uniform_targets(axes, cost, self.budget(share)) for share in (keep, self.keep))
+        now, final = (uniform_targets(axes, cost, self.budget(share)) for share in (keep, self.removes.keep))
         left = {axis.name: axis.size - int(gone[axis.name].sum()) if axis.name in gone else axis.size for axis in axes}
         # rounding must not ask for fewer than the end or for more than are left
         counts = {axis.name: min(max(now[axis.kind], final[axis.kind]), left[axis.name]) for axis in axes}
@@ -169,61 +123,62 @@ class LoraPrune:
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike. Raises InfeasibleBudget."""
         chosen = self.chosen(axes)
-        return self.plan(chosen, {axis.name: torch.zeros(axis.size) for axis in chosen}, {}, cost, self.keep)
+        return self.plan(chosen, {axis.name: torch.zeros(axis.size) for axis in chosen}, {}, cost, self.removes.keep)
+
+    def learning(self) -> Learning:
+        """Adapters, which score the units."""
+        return Learning(self.trains, [self.steps], self.lora, by_adapters=True)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the training, whose gradients are the scores."""
+        return self.learning().passes()
 
     def __call__(self, job: Job) -> Job:
         """Tune, score and mask; merge, and remove what is masked."""
-        cost, axes = job.cost(), self.chosen(job.arch.axes(job.model))
-        if self.keep == 1:
+        cost, axes, least = job.cost(), self.chosen(job.arch.axes(job.model)), self.removes.keep
+        if least == 1:
             return job.without(
                 {axis.name: torch.ones(axis.size) for axis in axes}, "loraprune", wanted_keep=1.0, updates=0
             )
         weights = {name: parameter.detach() for name, parameter in job.model.named_parameters()}
-        (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
+        (total,) = self.trains.updates(len(job.rows), [self.steps])
 
         def choose(update: int, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
             """Masks after an update that removes; the last update removes down to the target in any case."""
             progress = 1.0 if update + 1 == total else cubic_progress(update + 1, total, self.warmup, self.done)
             if not progress or ((update + 1) % self.every and update + 1 < total):
                 return None
-            keep = self.keep if progress == 1 else 1 - (1 - self.keep) * progress
+            keep = least if progress == 1 else 1 - (1 - least) * progress
             return self.plan(axes, scores, gone, cost, keep).masks(axes)
 
-        lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
-        if self.checkpointing:
-            recompute_(job.model, on=True)
+        lora = attached(job, self.lora)
         try:
             objective = PruningObjective(lora, axes, weights, choose, self.momentum).to(job.device)
         except ValueError as error:
             raise RecipeError(f"stage 'loraprune': {error}") from error
-        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
-        adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
         with objective.attached():
-            history = fit(
+            history = tune(
+                job,
+                "loraprune",
+                self.trains,
                 objective,
-                [Group("lora", adapters, lr, schedule.rate(self.lr_schedule, total), clip=self.clip)],
-                job.batches(self.batch, "loraprune"),
+                [adapters],
                 total,
-                seed=job.seed,
-                accumulation=job.accumulation(self.batch, self.micro_batch),
-                precision=self.precision,
-                device=job.device,
                 before_step=objective.observe_,
                 after_update=lambda update: {"left": float(objective.mask.mean())},
-                checkpoints=job.checkpoints(),
-                save_every=self.save_every,
-                progress=job.progress(),
                 phase=lambda update: "prune",
             )
         masks = objective.masks()
         if total - 1 in history.skipped:  # the update that removes the rest was not finite
-            masks = self.plan(
-                axes, objective.scores(), {name: mask == 0 for name, mask in masks.items()}, cost, self.keep
-            ).masks(axes)
-        if self.checkpointing:
-            recompute_(job.model, on=False)
-        if self.save_adapter:
-            job.keep_adapter(lora, "loraprune")
-        trainable = sum(parameter.numel() for parameter in adapters)
-        facts = {"updates": total, "trainable": trainable, "wanted_keep": self.keep, "lr": lr, "curve": curve(history)}
-        return replace(job, model=merge_(lora)).without(masks, "loraprune", **facts)
+            gone = {name: mask == 0 for name, mask in masks.items()}
+            masks = self.plan(axes, objective.scores(), gone, cost, least).masks(axes)
+        return merged(job, lora, "loraprune", self.trains).without(
+            masks,
+            "loraprune",
+            updates=total,
+            trainable=adapters.numbers,
+            wanted_keep=least,
+            lr=adapters.lr,
+            curve=curve(history),
+        )

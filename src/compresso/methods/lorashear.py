@@ -28,30 +28,29 @@ Our choices, none of them the authors', whose own are not public: HESSO's schedu
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from compresso.core import schedule
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
-from compresso.core.cost import CostModel, Counted
+from compresso.core.cost import CostModel
 from compresso.core.half_space import keep_after
 from compresso.core.hard_concrete import removal_order
 from compresso.core.lora_score import Criterion, unit_products
 from compresso.core.plan import Plan
-from compresso.edit.lora import attach_, merge_
-from compresso.edit.recompute import recompute_
 from compresso.errors import BudgetError, NumericError, RecipeError
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
 from compresso.observe.losses import losses_under
 from compresso.solve.allocate import InfeasibleBudget, allocate
 from compresso.solve.uniform import uniform_targets
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
+from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.training.duration import Duration
 from compresso.training.shrinking import ShrinkingObjective
 
 Count = Annotated[int, Ge(1)]
@@ -76,9 +75,7 @@ class LoraShear:
     """Knobs of LoRAShear's shrinking.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed: heads, channels or both.
+        removes: see `Removes`; heads, channels or both may leave.
         unprunable: share of the axes (a layer's heads, a layer's channels) that keep their width.
         probed: share of an axis' units switched off to find that out.
         batches: calibration batches behind it.
@@ -88,27 +85,10 @@ class LoraShear:
         relative: scores compare within "kinds" (relative to the other heads, to the other channels) or over "all" units
             as published.
         half_space: eps of the half-space step.
-        batch: examples an update; micro_batch: examples a forward pass.
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
-        layout: "free" or "uniform" (equal widths in all layers).
-        multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
-        checkpointing: recompute activations in the backward pass.
-        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on all updates together; phases shrink with it.
-        save_every: updates between training checkpoints.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
 
-    scores_by_adapters: ClassVar = True
-    """The dry run refuses targets whose adapters cannot be read."""
-
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
+    removes: Removes = Removes()
     unprunable: Annotated[float, Ge(0), Lt(1)] = 0.1
     probed: Annotated[float, Gt(0), Le(1)] = 0.5
     batches: Count = 4
@@ -119,32 +99,14 @@ class LoraShear:
     criteria: Mapping[Criterion, Annotated[float, Ge(0)]] | None = None
     relative: Literal["kinds", "all"] = "kinds"
     half_space: Annotated[float, Ge(0), Lt(1)] = 0.0
-    batch: Count = 16
-    micro_batch: Count = 16
-    rank: Count = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
-    lr: Annotated[float, Ge(0)] = 5e-4
-    lr_at_hidden: Count | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    clip: Annotated[float, Ge(0)] | None = 1.0
-    layout: Literal["free", "uniform"] = "free"
-    multiple_of: Mapping[Kind, Count] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
-    checkpointing: bool = False
-    save_adapter: bool = False
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Count | None = None
-    save_every: Count = 50
+    trains: Annotated[Trains, Knobs(without=("steps",))] = Trains()
+    lora: TunesLora = TunesLora()
+    adamw: Annotated[AdamW, Knobs(without=("warmup",))] = AdamW(lr_schedule="constant")
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
-        if not self.kinds or not set(self.kinds) <= {Kind.HEAD, Kind.CHANNEL}:
-            raise ValueError(
-                f"kinds={[*map(str, self.kinds)]}: only heads and channels shrink; give [head, channel] or one of them"
-            )
-        if self.layout == "uniform" and self.unprunable:
+        self.removes.only(Kind.HEAD, Kind.CHANNEL)
+        if self.removes.layout == "uniform" and self.unprunable:
             raise ValueError(
                 f"unprunable={self.unprunable} keeps some layers wider than layout='uniform' allows; set it to 0"
             )
@@ -153,15 +115,7 @@ class LoraShear:
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
-        uniform = self.kinds if self.layout == "uniform" else ()
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=uniform,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike, if the smallest axes turn out unprunable.
@@ -180,12 +134,23 @@ class LoraShear:
 
     def n_unprunable(self, pool: Sequence[Axis]) -> int:
         """How many of the axes keep their width."""
-        return 0 if self.keep == 1 else int(self.unprunable * len(pool) + 1e-9)
+        return 0 if self.removes.keep == 1 else int(self.unprunable * len(pool) + 1e-9)
+
+    def learning(self) -> Learning:
+        """Adapters, which score the units."""
+        return Learning(self.trains, [self.tune, self.shrink, self.hold], self.lora, by_adapters=True)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """A pass over the calibration data for each axis that may turn out unprunable, then the training."""
+        pool = removable(arch.axes(model), self.budget())
+        probed = len(pool) if self.n_unprunable(pool) else 0
+        examples = self.batches * self.trains.batch
+        return [Passes("calibration", examples, forwards=probed), *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
         """Find unprunable axes, tune and shrink, merge, remove what is zero."""
         pool, cost = removable(job.arch.axes(job.model), self.budget()), job.cost()
-        if self.keep == 1:
+        if self.removes.keep == 1:
             return job.without(
                 {axis.name: torch.ones(axis.size) for axis in pool}, "lorashear", wanted_keep=1.0, updates=0
             )
@@ -194,9 +159,7 @@ class LoraShear:
         spared = set(sorted(harm, key=lambda name: -harm[name])[: self.n_unprunable(pool)])
         axes = [axis for axis in pool if axis.name not in spared]
         self._check(pool, axes, cost)
-        tune, shrink, hold = shortened(
-            [updates(one, len(job.rows), self.batch) for one in (self.tune, self.shrink, self.hold)], self.max_steps
-        )
+        open_, shrink, hold = self.trains.updates(len(job.rows), (self.tune, self.shrink, self.hold))
         if shrink < 2:
             raise RecipeError(
                 f"stage 'lorashear': {shrink} updates are left to shrink in, at least 2 are needed; raise shrink or"
@@ -206,62 +169,47 @@ class LoraShear:
 
         def choose(period: int, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
             """Masks at the end of a period."""
-            return allocate(
-                axes, scores, cost, replace(self.budget(), keep=keep_after(self.keep, period, periods)), gone
-            ).masks(axes)
+            budget = replace(self.budget(), keep=keep_after(self.removes.keep, period, periods))
+            return allocate(axes, scores, cost, budget, gone).masks(axes)
 
-        lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
-        if self.checkpointing:
-            recompute_(job.model, on=True)
+        lora = attached(job, self.lora)
         objective = ShrinkingObjective(
             lora,
             axes,
             weights,
             choose,
-            starts=tune,
+            starts=open_,
             length=shrink // periods,
             periods=periods,
             eps=self.half_space,
             criteria=self.criteria or _CRITERIA,
             within_kinds=self.relative == "kinds",
         ).to(job.device)
-        total, lr = (
-            tune + shrink + hold,
-            schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size),
-        )
-        adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+        total = open_ + shrink + hold
+        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
         with objective.attached():
-            history = fit(
+            history = tune(
+                job,
+                "lorashear",
+                self.trains,
                 objective,
-                [Group("lora", adapters, lr, schedule.rate(self.lr_schedule, total), clip=self.clip)],
-                job.batches(self.batch, "lorashear"),
+                [adapters],
                 total,
-                seed=job.seed,
-                accumulation=job.accumulation(self.batch, self.micro_batch),
-                precision=self.precision,
-                device=job.device,
                 after_update=objective.shrink_,
-                checkpoints=job.checkpoints(),
-                save_every=self.save_every,
-                progress=job.progress(),
-                phase=lambda update: "tune" if update < tune else "shrink" if update < tune + shrink else "hold",
+                phase=lambda update: "tune" if update < open_ else "shrink" if update < open_ + shrink else "hold",
             )
             objective.shrink_(total)  # changes something only if the last update was skipped
-        if self.checkpointing:
-            recompute_(job.model, on=False)
-        if self.save_adapter:
-            job.keep_adapter(lora, "lorashear")
         facts: dict[str, Any] = {
-            "updates": {"tune": tune, "shrink": shrink, "hold": hold},
+            "updates": {"tune": open_, "shrink": shrink, "hold": hold},
             "periods": periods,
-            "trainable": sum(parameter.numel() for parameter in adapters),
-            "wanted_keep": self.keep,
-            "lr": lr,
+            "trainable": adapters.numbers,
+            "wanted_keep": self.removes.keep,
+            "lr": adapters.lr,
             "unprunable": sorted(spared),
             "loss_when_probed": {name: round(loss, 6) for name, loss in harm.items()},
             "curve": curve(history),
         }
-        return replace(job, model=merge_(lora)).without(objective.masks(), "lorashear", **facts)
+        return merged(job, lora, "lorashear", self.trains).without(objective.masks(), "lorashear", **facts)
 
     def _harm(self, job: Job, pool: Sequence[Axis], weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss with the smallest units of each axis switched off: axis name -> nats a token; empty if no axis is to
@@ -269,11 +217,8 @@ class LoraShear:
         """
         if not self.n_unprunable(pool):
             return {}
-        source = job.batches(self.batch, "lorashear")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        batches = [source.at(update, part) for update in range(self.batches) for part in parts]
+        looks = Calibrates(self.batches, self.trains.batch, self.trains.micro_batch)
+        batches = list(looks.read(job.batches(looks.batch, "lorashear")))
         masks: list[dict[str, Tensor]] = []
         for axis in pool:
             order = removal_order(unit_products(axis, weights.get, weights.get))

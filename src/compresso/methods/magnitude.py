@@ -8,6 +8,7 @@ Departures: exactly floor(share * entries) leave, the first ones among equals; W
 every tie (`compat: reference`). n:m means n kept, while that code's `prune_n` counts those removed.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_in_rows, lowest_share, parse_pattern
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
+from compresso.stage import Effects, Passes, stage
 from compresso.sweep.audit import audit, fingerprints
 from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
@@ -63,6 +65,10 @@ class Magnitude:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """None: it reads weights alone."""
+        return []
 
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:

@@ -5,18 +5,18 @@ Every layer keeps the same number of units of a kind, because magnitudes of diff
 Needs no data.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from transformers import PreTrainedModel
 
-from compresso.core.axis import Kind
+from compresso.arch.base import Arch
 from compresso.core.budget import Budget
-from compresso.core.cost import Counted
 from compresso.core.score import magnitude
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.solve.allocate import keep_best
 from compresso.solve.uniform import uniform_targets
+from compresso.stage import Effects, Knobs, Passes, Removes, stage
 
 
 @stage(
@@ -31,33 +31,22 @@ class MagnitudeStructured:
     """Knobs of structured magnitude pruning.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed.
-        multiple_of: kind -> multiple that kept counts are rounded to.
-        floor: kind -> fewest units a layer keeps; "keep" for its share of them.
+        removes: see `Removes`; widths are equal in all layers.
     """
 
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
-    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
+    removes: Annotated[Removes, Knobs(without=("layout",))] = Removes(layout="uniform")
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=self.kinds,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """None: it reads weights alone."""
+        return []
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the best of every layer, shrink."""
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
+        axes = self.removes.among(job.arch.axes(job.model))
         counts = uniform_targets(axes, job.cost(), self.budget())
         plan = keep_best(axes, magnitude(axes, dict(job.model.named_parameters())), counts)
         return job.without(plan.masks(axes), "magnitude_structured")

@@ -13,21 +13,24 @@ a trace; the published code leaves that to distillation. Heads are not merged in
 by block influence, not by perplexity.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import Counted
 from compresso.core.plan import Plan
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.activations import Aggregate, activation_scores
 from compresso.observe.losses import losses_under
 from compresso.solve.allocate import keep_best
 from compresso.solve.shapes import candidate_shapes
+from compresso.stage import Calibrates, Effects, Knobs, Passes, Removes, stage
 from compresso.training.rounds import RoundJournal
 
 
@@ -50,52 +53,47 @@ class Minitron:
     """Knobs of Minitron's pruning.
 
     Args:
-        keep: share of `of` that stays.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
-        kinds: what may be removed, of head, channel, hidden and layer; the paper's width pruning leaves heads and
-            layers alone.
-        multiple_of: kind -> multiple that kept counts are rounded to; the paper takes 64 for hidden and channel.
-        floor: kind -> fewest units an axis keeps; "keep" for its share of them.
-        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+        removes: see `Removes`; widths are equal in all layers. Of head, channel, hidden and layer, the paper's width
+            pruning leaves heads and layers alone, and it takes a multiple of 64 for the others.
+        calibrates: see `Calibrates`.
         candidates: shapes on the budget that are tried; 1 takes the one with the same share of every kind.
         candidate_batches: batches that a candidate's loss is taken on.
         over_tokens, over_examples: how activations are aggregated: "mean" (of absolute values), "l2" or "variance".
     """
 
-    keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
-    kinds: tuple[Literal[Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER], ...] = (Kind.CHANNEL, Kind.HIDDEN)
-    multiple_of: Mapping[Kind, Annotated[int, Ge(1)]] | None = None
-    floor: Mapping[Kind, Annotated[int, Ge(0)] | Literal["keep"]] | None = None
-    batches: Annotated[int, Ge(1)] = 64
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
+    removes: Annotated[Removes, Knobs(without=("layout",))] = Removes(
+        kinds=(Kind.CHANNEL, Kind.HIDDEN), layout="uniform"
+    )
+    calibrates: Annotated[Calibrates, Knobs(after="floor")] = Calibrates(batches=64)
     candidates: Annotated[int, Ge(1)] = 1
     candidate_batches: Annotated[int, Ge(1)] = 8
     over_tokens: Aggregate = "mean"
     over_examples: Aggregate = "l2"
 
+    def __post_init__(self) -> None:
+        """Refuse kinds that no activation ranks. Raises ValueError."""
+        self.removes.only(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER)
+
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
-        return Budget(
-            self.keep,
-            self.of,
-            self.kinds,
-            uniform_over=self.kinds,
-            multiple_of=self.multiple_of or {},
-            floor=self.floor or {},
-        )
+        return self.removes.budget()
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the calibration data, and one for each shape that is tried."""
+        looks = [Passes("calibration", self.calibrates.examples)]
+        tried = Passes("search", self.candidate_batches * self.calibrates.batch, forwards=self.candidates)
+        return [*looks, tried] if self.candidates > 1 else looks
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the best of every axis, shrink."""
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds]
+        axes = self.removes.among(job.arch.axes(job.model))
         blocks = list(job.arch.blocks(job.model))
         same = job.same("minitron", self)
         scores = activation_scores(
             job.model,
             axes,
             blocks,
-            self._batches(job, self.batches),
+            self._batches(job),
             self.over_tokens,
             self.over_examples,
             job.observing("scores", same),
@@ -104,7 +102,7 @@ class Minitron:
         plans = [keep_best(axes, scores, counts) for counts in shapes]
         losses = self._losses(job, axes, plans, job.rounds("candidates", same)) if len(plans) > 1 else [0.0]
         best = losses.index(min(losses))
-        facts: dict[str, object] = {"calibration_examples": self.batches * self.batch}
+        facts: dict[str, object] = {"calibration_examples": self.calibrates.examples}
         if len(plans) > 1:
             tried = [{str(kind): n for kind, n in counts.items()} for counts in shapes]
             facts["candidates"] = [
@@ -112,13 +110,10 @@ class Minitron:
             ]
         return job.without(plans[best].masks(axes), "minitron", **facts)
 
-    def _batches(self, job: Job, n: int) -> Iterator[dict[str, Tensor]]:
-        """The first n calibration batches, `micro_batch` examples at a time."""
-        source = job.batches(self.batch, "minitron")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        return (source.at(update, rows) for update in range(n) for rows in parts)
+    def _batches(self, job: Job, n: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """The calibration batches, or the first n of them."""
+        calibrates = self.calibrates if n is None else replace(self.calibrates, batches=n)
+        return calibrates.read(job.batches(calibrates.batch, "minitron"))
 
     def _losses(
         self, job: Job, axes: Sequence[Axis], plans: Sequence[Plan], journal: RoundJournal | None

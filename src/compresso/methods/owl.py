@@ -10,6 +10,7 @@ the records say by how much. Scores of the first pass are taken on the run's cal
 Magnitude as a base and the n:m form of the authors' code are not here. Counts are exact, and ties leave by index.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_rows, outlier_weighted, outliers, wanda_score
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.folds import second_moment, squares
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.sweep.sweep import Stats, sweep
@@ -51,7 +53,7 @@ class Owl:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
-    keeps_moments: ClassVar = True
+    keeps_moments: ClassVar[bool] = True
     """Its statistic is a second moment, [in, in]."""
 
     sparsity: Annotated[float, Gt(0), Lt(1)] = 0.7
@@ -74,6 +76,10 @@ class Owl:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the look at the dense model and of the sweep."""
+        return [sweep_passes(self, model, arch, looks=1)]
 
     def __call__(self, job: Job) -> Job:
         """Look at the dense model, share out, sweep."""

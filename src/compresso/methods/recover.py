@@ -6,18 +6,14 @@ script: adapters start fresh on merged weights instead of going on with those of
 any pruning.
 """
 
-from dataclasses import replace
-from typing import Annotated, Literal
+from collections.abc import Sequence
 
-from annotated_types import Ge, Gt, Le
+from transformers import PreTrainedModel
 
-from compresso.core import schedule
-from compresso.edit.lora import attach_, merge_
-from compresso.edit.recompute import recompute_
-from compresso.job import Effects, Job, curve, stage
-from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
+from compresso.arch.base import Arch
+from compresso.job import Job, curve
+from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.objectives import LanguageObjective
 
 
@@ -37,65 +33,27 @@ class Recover:
     """Knobs of LoRA recovery.
 
     Args:
-        steps: updates or epochs.
-        batch, micro_batch: examples an update, and a forward pass.
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
-        checkpointing: recompute activations in the backward pass.
-        save_adapter: also keep the adapter as it was before merging, in the result's folder `adapters`.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on the updates.
-        save_every: updates between training checkpoints.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
 
-    steps: Duration = 300
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 16
-    rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
-    lr: Annotated[float, Ge(0)] = 5e-4
-    lr_at_hidden: Annotated[int, Ge(1)] | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Ge(0)] = 0
-    clip: Annotated[float, Ge(0)] | None = 1.0
-    checkpointing: bool = False
-    save_adapter: bool = False
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Annotated[int, Ge(1)] | None = None
-    save_every: Annotated[int, Ge(1)] = 50
+    trains: Trains = Trains()
+    lora: TunesLora = TunesLora()
+    adamw: AdamW = AdamW()
+
+    def learning(self) -> Learning:
+        """Adapters."""
+        return Learning(self.trains, [self.trains.steps], self.lora)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the training."""
+        return self.learning().passes()
 
     def __call__(self, job: Job) -> Job:
         """Train adapters, merge them."""
-        (total,) = shortened([updates(self.steps, len(job.rows), self.batch)], self.max_steps)
-        lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
-        if self.checkpointing:
-            recompute_(job.model, on=True)
-        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
-        rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
-        adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
-        history = fit(
-            LanguageObjective(lora),
-            [Group("lora", adapters, lr, rate, clip=self.clip)],
-            job.batches(self.batch, "recover"),
-            total,
-            seed=job.seed,
-            accumulation=job.accumulation(self.batch, self.micro_batch),
-            precision=self.precision,
-            device=job.device,
-            checkpoints=job.checkpoints(),
-            save_every=self.save_every,
-            progress=job.progress(),
-            phase=lambda update: "recover",
-        )
-        if self.checkpointing:
-            recompute_(job.model, on=False)
-        if self.save_adapter:
-            job.keep_adapter(lora, "recover")
-        trainable = sum(parameter.numel() for parameter in adapters)
-        return replace(job, model=merge_(lora)).note(
-            "recover", updates=total, trainable=trainable, lr=lr, curve=curve(history)
+        (total,) = self.trains.updates(len(job.rows))
+        lora = attached(job, self.lora)
+        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
+        history = tune(job, "recover", self.trains, LanguageObjective(lora), [adapters], total)
+        return merged(job, lora, "recover", self.trains).note(
+            "recover", updates=total, trainable=adapters.numbers, lr=adapters.lr, curve=curve(history)
         )

@@ -16,21 +16,21 @@ Published is this outline alone. Our choices, none of them the authors': The mea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from compresso.core import schedule
+from compresso.arch.base import Arch
 from compresso.data.batches import IGNORED, Row
-from compresso.edit.lora import attach_, merge_
 from compresso.errors import CheckpointError, DataError
-from compresso.job import Effects, Job, curve, stage
+from compresso.job import Job, curve
 from compresso.metrics.held import held_loss
+from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, TunesLora, stage
+from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.duration import Duration, shortened, updates
-from compresso.training.fit import fit
-from compresso.training.groups import Group
 from compresso.training.mixture import MixedBatches, MixedObjective, logged, shares
 from compresso.training.noise import mixed_seed
 
@@ -54,34 +54,27 @@ class RecoverKnowledge:
         text_steps, instruction_steps: updates or epochs of the two stages.
         every: updates between two measurements of what was lost.
         probed: examples of each source to measure on; at most half of it.
-        batch, micro_batch: examples an update, and a forward pass.
-        rank, alpha, targets, dropout: LoRA.
-        lr, lr_schedule, warmup, clip: AdamW.
-        lr_at_hidden: hidden size that `lr` is meant for; other widths scale it by (lr_at_hidden / hidden size)^0.75.
-            None: as it is.
-        precision: "auto", "no" or "bf16" autocast.
-        max_steps: cap on all updates together.
-        save_every: updates between training checkpoints.
+        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
 
     text_steps: Duration = 100
     instruction_steps: Duration = 200
     every: Annotated[int, Ge(1)] = 50
     probed: Annotated[int, Ge(1)] = 32
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 16
-    rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: Annotated[float, Ge(0), Le(1)] = 0.0
-    lr: Annotated[float, Ge(0)] = 5e-4
-    lr_at_hidden: Annotated[int, Ge(1)] | None = None
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Ge(0)] = 0
-    clip: Annotated[float, Ge(0)] | None = 1.0
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    max_steps: Annotated[int, Ge(1)] | None = None
-    save_every: Annotated[int, Ge(1)] = 50
+    trains: Annotated[Trains, Knobs(without=("steps", "checkpointing", "save_adapter"))] = Trains()
+    lora: TunesLora = TunesLora()
+    adamw: AdamW = AdamW()
+
+    def learning(self) -> Learning:
+        """Adapters."""
+        return Learning(self.trains, [self.text_steps, self.instruction_steps], self.lora)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The training, and what is measured of a source: before it, and every so many updates."""
+        total = self.learning().updates
+        times = 0 if total is None else total // self.every
+        measured = Passes("measuring", None if total is None else self.probed, forwards=1 + times)
+        return [measured, Passes("dense loss", self.probed, dense=True), *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
         """Measure what each source has lost, train on both kinds in turn, merge."""
@@ -96,7 +89,7 @@ class RecoverKnowledge:
             return _losses(job, probes) - dense
 
         before = lost()
-        lora = attach_(job.model, self.rank, self.alpha, self.targets, self.dropout, job.seed)
+        lora = attached(job, self.lora)
         objective = MixedObjective(lora, before).to(job.device)
 
         def shares_at(update: int) -> Tensor:
@@ -109,24 +102,17 @@ class RecoverKnowledge:
                 objective.lost.copy_(lost())
             return seen
 
-        lr = schedule.rate_for_width(self.lr, self.lr_at_hidden, job.model.config.hidden_size)
-        rate = schedule.rate(self.lr_schedule, total, min(self.warmup, max(total - 1, 0)))
-        adapters = [parameter for parameter in lora.parameters() if parameter.requires_grad]
-        history = fit(
+        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
+        seed = mixed_seed("recover_knowledge", job.seed)
+        history = tune(
+            job,
+            "recover_knowledge",
+            self.trains,
             objective,
-            [Group("lora", adapters, lr, rate, clip=self.clip)],
-            MixedBatches(
-                list(training.values()), self.batch, job.collated, mixed_seed("recover_knowledge", job.seed), shares_at
-            ),
+            [adapters],
             total,
-            seed=job.seed,
-            accumulation=job.accumulation(self.batch, self.micro_batch),
-            precision=self.precision,
-            device=job.device,
+            batches=MixedBatches(list(training.values()), self.trains.batch, job.collated, seed, shares_at),
             after_update=after_update,
-            checkpoints=job.checkpoints(),
-            save_every=self.save_every,
-            progress=job.progress(),
             phase=lambda update: "texts" if update < texts_end else "instructions",
         )
         facts = {
@@ -143,21 +129,21 @@ class RecoverKnowledge:
                     training.items(), before.tolist(), objective.lost.tolist(), strict=True
                 )
             ],
-            "trainable": sum(parameter.numel() for parameter in adapters),
-            "lr": lr,
+            "trainable": adapters.numbers,
+            "lr": adapters.lr,
             "curve": curve(history),
         }
-        return replace(job, model=merge_(lora)).note("recover_knowledge", **facts)
+        return merged(job, lora, "recover_knowledge", self.trains).note("recover_knowledge", **facts)
 
     def _phases(self, examples: Sequence[int]) -> tuple[int, int]:
         """Updates of the first stage and of both; a kind without examples gives its updates to the other."""
         asked = [
-            updates(one, n or 1, self.batch)
+            updates(one, n or 1, self.trains.batch)
             for one, n in zip((self.text_steps, self.instruction_steps), examples, strict=True)
         ]
         if not all(examples):
             asked = [sum(asked) if n else 0 for n in examples]
-        texts, instructions = shortened(asked, self.max_steps)
+        texts, instructions = shortened(asked, self.trains.max_steps)
         return texts, texts + instructions
 
     def _dense_losses(self, job: Job, probes: Mapping[tuple[str, bool], Sequence[Row]]) -> Tensor:

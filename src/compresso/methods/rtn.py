@@ -6,6 +6,7 @@ grids are those of `compresso.core.rounding`.
 Departure: values are rounded and stored as full numbers, so this shows what rounding costs, not what packing saves.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
+from compresso.stage import Effects, Passes, stage
 from compresso.sweep.audit import audit, fingerprints
 from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
@@ -50,6 +52,10 @@ class Rtn:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, self.group or 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """None: it reads weights alone."""
+        return []
 
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:

@@ -12,16 +12,20 @@ The result's files are the dense model's: no format can say that a layer runs fo
 applies the patch that the records name; other engines open the dense model.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Le
+from transformers import PreTrainedModel
 
+from compresso.arch.base import Arch
 from compresso.core.axis import Kind
 from compresso.edit.prefill import named, skip_in_prefill_
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.influence import block_influence
 from compresso.solve.depth import drop_lowest
+from compresso.stage import Calibrates, Effects, Passes, stage
 
 
 @stage(
@@ -41,22 +45,20 @@ class SkipInPrefill:
 
     Args:
         skip: share of the layers that prompts pass by, rounded down.
-        batches, batch, micro_batch: calibration batches, their examples, and examples a forward pass.
+        calibrates: see `Calibrates`.
     """
 
     skip: Annotated[float, Gt(0), Le(0.9)] = 0.3
-    batches: Annotated[int, Ge(1)] = 16
-    batch: Annotated[int, Ge(1)] = 16
-    micro_batch: Annotated[int, Ge(1)] = 4
+    calibrates: Calibrates = Calibrates()
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the calibration data."""
+        return [Passes("calibration", self.calibrates.examples)]
 
     def __call__(self, job: Job) -> Job:
         """Score, choose, patch."""
         axis = next(axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER)
-        source = job.batches(self.batch, "skip_in_prefill")
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        calibration = (source.at(update, part) for update in range(self.batches) for part in parts)
+        calibration = self.calibrates.read(job.batches(self.calibrates.batch, "skip_in_prefill"))
         how = job.observing("scores", job.same("skip_in_prefill", self))
         blocks, axes = job.arch.blocks(job.model), job.arch.axes(job.model)
         found = block_influence(job.model, blocks, axes, (Kind.LAYER,), calibration, how)

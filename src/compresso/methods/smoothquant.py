@@ -14,8 +14,9 @@ Rounding of activations is a forward patch that the records name and `compresso.
 it. `compresso export --format compressed-tensors` writes integers, and engines of that format round what meets them.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 from torch import Tensor
@@ -25,7 +26,8 @@ from compresso.arch.base import Arch
 from compresso.core.rounding import fit
 from compresso.core.scales import smoothing_scale
 from compresso.edit.round_inputs import Range, named, round_inputs_
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, largest, rescaled
 from compresso.sweep.sweep import Stats
@@ -55,6 +57,8 @@ class SmoothQuant:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
+    keeps_moments: ClassVar[bool] = False
+
     alpha: Annotated[float, Ge(0), Le(1)] = 0.5
     weights: Literal["matrix", "row"] = "row"
     inputs: Range = "token"
@@ -68,6 +72,10 @@ class SmoothQuant:
             layer: [replace(g, producer=None) if g.producer and is_linear(model, g.producer.module) else g for g in of]
             for layer, of in found.items()
         }
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks, then round activations."""

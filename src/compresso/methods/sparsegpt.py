@@ -17,6 +17,7 @@ damping grows tenfold up to three times, then in float64, then the run stops: ne
 Calibration rows are the run's, not C4 by itself.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -27,8 +28,9 @@ from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
 from compresso.core.rounding import fit
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, parse_pattern
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.folds import second_moment
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.sweep.targets import Group, Groups, Where, chosen
@@ -65,7 +67,7 @@ class SparseGpt:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
-    keeps_moments: ClassVar = True
+    keeps_moments: ClassVar[bool] = True
     """Its statistic is a second moment, [in, in]."""
 
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
@@ -92,6 +94,10 @@ class SparseGpt:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

@@ -13,8 +13,8 @@ Calibration rows are the run's, not C4 by itself. Attention alone (`where: {modu
 of arXiv 2401.10862.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 from torch import Tensor
@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mass, parse_pattern
-from compresso.job import Effects, Job, stage
+from compresso.job import Job
 from compresso.observe.folds import squares
+from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import zeroed
 from compresso.sweep.targets import Group, Groups, Where, chosen
@@ -51,6 +52,8 @@ class Wanda:
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
+    keeps_moments: ClassVar[bool] = False
+
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     pattern: str | None = None
     variant: bool = False
@@ -70,6 +73,10 @@ class Wanda:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes of the sweep."""
+        return [sweep_passes(self, model, arch)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""

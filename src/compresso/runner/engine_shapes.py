@@ -23,8 +23,8 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.source import meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.errors import RecipeError
-from compresso.job import card
 from compresso.runner.recipe import stages_of, with_knob
+from compresso.stage import Removes, card
 
 _BLOCKS = {**dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"), 256), **dict.fromkeys(("q8_0", "q4_0"), 32)}
 EXAMPLES = "llama.cpp:q4_k, llama.cpp:q8_0, awq:g128, gptq:g128 or vllm:tp2"
@@ -89,7 +89,8 @@ def held_to(raw: Mapping[str, Any], held: Mapping[Kind, int]) -> dict[str, Any]:
     """The raw recipe whose budgets are held to these multiples as well as their own."""
     stages: list[dict[str, Any]] = []
     for name, knobs in stages_of(raw):
-        if hasattr(card(name).type, "budget") and hasattr(card(name).type, "multiple_of"):
+        knob = card(name).knobs.get("multiple_of")
+        if knob is not None and knob.group is Removes:
             own: Mapping[str, int] = knobs.get("multiple_of") or {}
             both = {str(kind): math.lcm(multiple, own.get(str(kind), 1)) for kind, multiple in held.items()}
             knobs = {**knobs, "multiple_of": {**own, **both}}

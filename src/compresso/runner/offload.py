@@ -14,6 +14,7 @@ from compresso.errors import ResourceError
 from compresso.job import Job
 from compresso.runner.output import stored_dtype
 from compresso.runner.preflight import Prepared
+from compresso.stage import Sweeps
 from compresso.sweep.memory import estimate, give_back_large_blocks_, refuse_above
 from compresso.sweep.offload import Offloaded
 from compresso.training.launch import processes
@@ -39,7 +40,9 @@ def offloaded_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
         )
     dtype = computed_in(prepared)
     (_, stage) = prepared.recipe.stages[0]
-    needed = estimate(job.model, job.arch, stage, [len(row["input_ids"]) for row in job.rows], dtype)
+    assert isinstance(stage, Sweeps)  # the preflight lets no other pass
+    groups, lengths = stage.check(job.model, job.arch), [len(row["input_ids"]) for row in job.rows]
+    needed = estimate(job.model, job.arch, groups, stage.calibration, lengths, dtype, stage.keeps_moments)
     if not job.quiet:
         log.warning("memory: %s", needed.words())
     if not over_memory:

@@ -1,155 +1,28 @@
-"""A dry run: what a recipe would do to a model, from its config alone. A run goes through it first, so that both refuse
-the same things.
+"""What a recipe would leave of a model, and what each of its stages would take: tokens, passes, FLOPs, time, memory.
 
-The stages are acted out in order on the meta device: adapters are attached and counted, and units that are all alike
-are removed to the budget. Memory and time are estimates, and named so.
+Everything comes from a dry run. FLOPs count the passes over the model and nothing else; they, time and memory are
+estimates, and named so.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, is_causal, meta_model, open_source
-from compresso.core.axis import Axis
-from compresso.core.budget import Budget
-from compresso.core.cost import CostModel
-from compresso.core.plan import Plan
-from compresso.edit.lora import adapter_parameters, attach_
-from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, BudgetError
-from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
-from compresso.formats.plain import check_plain, check_written
-from compresso.formats.shrunk import describe
-from compresso.job import accumulation
-from compresso.metrics.size import counts
+from compresso.checkpoint.source import Source, open_source
+from compresso.formats.plain import check_written
 from compresso.native import family_of
+from compresso.runner.dry_run import Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
 from compresso.runner.options import for_family
-from compresso.runner.recipe import Recipe, build
-from compresso.solve.allocate import allocate
-from compresso.solve.uniform import uniform_targets
+from compresso.runner.recipe import build
+from compresso.stage import Learning, Passes
 from compresso.training.device import choose_device
-from compresso.training.duration import shortened, updates
 
-FLOPS_PER_MAC = 4
-"""Of a LoRA step: 2 forward, 2 for activation gradients; gradients of frozen weights are not taken, those of trained
-ones cost 2 more.
-"""
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training stage as it would find its model.
-
-    Args:
-        name, stage: its name in the recipe, and its knobs.
-        config: of the model it trains.
-        parameters, macs: of that model, in all and per token.
-        trainable: parameters by group: "lora" or, where all weights learn, "all", and "gates" for a stage that learns
-            them.
-        teacher: parameters and multiply-accumulates per token of the dense model that runs beside it; zeros without
-            one.
-    """
-
-    name: str
-    stage: Any
-    config: PreTrainedConfig
-    parameters: int
-    macs: int
-    trainable: Mapping[str, int]
-    teacher: tuple[int, int] = (0, 0)
-
-
-@dataclass
-class DryRun:
-    """What acting a recipe out showed.
-
-    Args:
-        before, after: counts as `inspect` gives them.
-        shapes: axis -> [kept, size] of the axes that lose units.
-        notes: a sentence for each budget.
-        training: the training stages.
-        layouts: layout -> why it could not hold these shapes, or None if it can.
-    """
-
-    before: dict[str, Any]
-    after: dict[str, Any]
-    shapes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    notes: list[str] = field(default_factory=list[str])
-    training: list[Trained] = field(default_factory=list[Trained])
-    layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
-
-
-def dry_run(recipe: Recipe, source: Source) -> DryRun:
-    """Go through a recipe without weights and data.
-
-    Raises:
-        CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that
-            cannot be met, LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of
-            the family holds.
-    """
-    if not is_causal(source.config):
-        raise ArchError(
-            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure"
-            " only those; shrink it from Python with compresso.shrink_ and write it with compresso.formats.hf"
-        )
-    model = meta_model(source)
-    arch = arch_for(model.config)
-    axes = arch.axes(model)
-    cost = CostModel(axes, arch.weights(model))
-    sizes = {axis.name: axis.size for axis in axes}
-    dense = (int(cost().total), int(cost().macs))
-    shown, removed = DryRun(counts(cost), counts(cost)), Plan()
-    steps: tuple[tuple[str, Any], ...] = recipe.stages
-    for name, stage in steps:
-        if hasattr(stage, "micro_batch"):
-            accumulation(stage.batch, stage.micro_batch)
-        if hasattr(stage, "check"):
-            stage.check(model, arch)
-        if hasattr(stage, "rank"):
-            total, macs = int(cost().total), int(cost().macs)
-            if getattr(stage, "train", "lora") == "all":
-                trainable = {"all": total}
-            else:
-                adapted = attach_(model, stage.rank, stage.alpha, stage.targets)
-                if getattr(stage, "scores_by_adapters", False):
-                    adapter_parameters(adapted)
-                trainable = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
-                adapted.unload()
-            if hasattr(stage, "mask_lr"):
-                trainable["gates"] = sum(axis.size for axis in axes if axis.kind in stage.kinds)
-            teacher = dense if hasattr(stage, "teacher_dtype") else (0, 0)
-            shown.training.append(Trained(name, stage, model.config, total, macs, trainable, teacher))
-        if hasattr(stage, "budget"):
-            budget, plan = dry_run_plan(name, axes, cost, stage)
-            removed = removed.then(plan)
-            of = budget.of if budget else "blocks"
-            share = float(cost.of(plan).count(of) / cost().count(of))
-            wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
-            shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
-            shrink_(model, axes, plan)
-            axes = arch.axes(model)
-            cost = CostModel(axes, arch.weights(model))
-    shown.after = counts(cost)
-    shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
-    if family_of(source.config.model_type) is None:
-        check_plain(model, arch.shapes(model), "uniform")
-        shown.layouts = {"uniform": None}
-        return shown
-    shrunk = describe(model, arch.shapes(model))
-    shown.layouts = {
-        "uniform": uniform_obstacle(shrunk),
-        "padded": stock_obstacle(shrunk, widest(shrunk)),
-        "native": None,
-    }
-    return shown
 
 
 def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: str, shown: DryRun) -> list[str]:
@@ -165,37 +38,6 @@ def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: st
     return told + misfits(want, held, model)
 
 
-def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Any) -> tuple[Budget | None, Plan]:
-    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
-    shapes.
-
-    The plan is the stage's own if it has `dry_run_plan(axes, cost)`: one whose choice a budget does not describe. Its
-    budget may be None.
-
-    Raises:
-        BudgetError: if it cannot, with the floor or multiple that stands in the way.
-    """
-    try:
-        budget: Budget | None = stage.budget()
-        if hasattr(stage, "dry_run_plan"):
-            return budget, stage.dry_run_plan(axes, cost)
-    except ValueError as error:
-        raise BudgetError(f"stage '{name}': {error}") from error
-    assert budget is not None  # only stages that dry_run_plan go without
-    try:
-        counted = uniform_targets(axes, cost, budget)
-        return budget, Plan(
-            {axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size}
-        )
-    except ValueError as first:
-        if budget.uniform_over:
-            raise BudgetError(f"stage '{name}': {first}") from first
-        try:
-            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
-        except ValueError as error:
-            raise BudgetError(f"stage '{name}': {error}") from error
-
-
 def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str | None = None) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
@@ -203,11 +45,10 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
     constraint costs.
 
     Returns:
-        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "training", "weight_bytes"}. `after`,
-        `shapes` and `layouts`
-        are those of equal widths in every layer: methods that learn or score choose others of the same total. Numbers
-            that depend on the
-        length of the data are null.
+        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "device", "stages",
+        "training"}. `after`, `shapes` and `layouts` are those of equal widths in every layer: methods that learn or
+        score choose others of the same total. "stages" holds what each stage runs through its model, "training" what
+        those that train hold in memory. Numbers that depend on the length of the data are null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
@@ -221,10 +62,14 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
         shown.notes += _engine_costs(raw, model, source, engine, shown)
     device = choose_device("auto")
     stored = _width(source.config)
-    training = [_estimate(one, recipe, stored if device.type == "cuda" else 4) for one in shown.training]
-    if any(one["flops_at_most"] for one in training):
+    length, width = recipe.data.max_length, stored if device.type == "cuda" else 4
+    stages = [_cost(one, shown.before["macs_per_token"], length) for one in shown.stages]
+    training = [
+        _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
+    ]
+    if any(one["flops_at_most"] for one in stages):
         rate = matmul_rate(device)
-        for one in training:
+        for one in (*stages, *training):
             one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
     return {
         "recipe": recipe.name,
@@ -239,6 +84,7 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
             "after": shown.after["parameters"]["total"] * stored,
         },
         "device": device.type,
+        "stages": stages,
         "training": training,
     }
 
@@ -260,31 +106,66 @@ def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float
     return 2 * size**3 / min(seconds)
 
 
-def _estimate(one: Trained, recipe: Recipe, width: int) -> dict[str, Any]:
-    """A training stage's length, tokens, FLOPs and memory."""
-    stage = one.stage
-    durations = [getattr(stage, knob) for knob in ("tune", "ramp", "hold", "steps") if hasattr(stage, knob)]
-    known = all(isinstance(duration, int) for duration in durations)
-    steps = (
-        sum(shortened([updates(duration, 1, 1) for duration in durations], stage.max_steps))
-        if known
-        else stage.max_steps
-    )
-    tokens = None if steps is None else steps * stage.batch * recipe.data.max_length
-    at_once = min(stage.micro_batch, stage.batch) * recipe.data.max_length
-    per_token = (FLOPS_PER_MAC + 2 * ("all" in one.trainable)) * one.macs + 2 * one.teacher[1]
-    memory = {
-        "weights": (one.parameters + one.teacher[0]) * width,
-        "trained": sum(one.trainable.values()) * TRAINED_BYTES,
-        "activations": activation_bytes(one.config, at_once, width, stage.checkpointing, getattr(stage, "chunk", None)),
-    }
+def _cost(one: Acted, dense_macs: int, length: int) -> dict[str, Any]:
+    """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs."""
+    passes = [
+        {
+            "what": passed.what,
+            "examples_at_most": passed.examples,
+            "tokens_at_most": _times(passed.examples, length),
+            "forwards": passed.forwards,
+            "backwards": passed.backwards,
+            "flops_at_most": _times(_times(passed.examples, length), flops_per_token(passed, one.macs, dense_macs)),
+        }
+        for passed in one.passes
+    ]
     return {
         "stage": one.name,
-        "duration": " + ".join(str(duration) for duration in durations),
-        "updates": steps,
+        "passes": passes,
+        "forward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["forwards"]) for row in passes),
+        "backward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["backwards"]) for row in passes),
+        "flops_at_most": _sum(row["flops_at_most"] for row in passes),
+        "seconds_estimated": None,
+    }
+
+
+def flops_per_token(passed: Passes, macs: int, dense_macs: int) -> float:
+    """Of passes over a model of `macs` multiply-accumulates a token: 2 forward, 2 for gradients of activations, and 2
+    more where those of weights are taken.
+    """
+    backward = 4 if passed.weights else 2
+    return (dense_macs if passed.dense else macs) * (2 * passed.forwards + backward * passed.backwards)
+
+
+def _times(count: float | None, factor: float) -> int | None:
+    return None if count is None else round(count * factor)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum of counts, None if one of them is not known."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
+
+
+def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: int, width: int) -> dict[str, Any]:
+    """A training stage's length, tokens, FLOPs and memory."""
+    trains, updates = learning.trains, learning.updates
+    tokens = _times(updates, trains.batch * length)
+    at_once = min(trains.micro_batch, trains.batch) * length
+    teacher = dense["parameters"]["total"] if learning.teacher else 0
+    memory = {
+        "weights": (one.parameters + teacher) * width,
+        "trained": sum(one.trainable.values()) * TRAINED_BYTES,
+        "activations": activation_bytes(one.config, at_once, width, trains.checkpointing, learning.chunk),
+    }
+    per_token = sum(flops_per_token(passed, one.macs, dense["macs_per_token"]) for passed in learning.passes())
+    return {
+        "stage": one.name,
+        "duration": " + ".join(str(phase) for phase in learning.phases),
+        "updates": updates,
         "trainable": dict(one.trainable),
         "tokens_at_most": tokens,
-        "flops_at_most": None if tokens is None else per_token * tokens,
+        "flops_at_most": _times(tokens, per_token),
         "seconds_estimated": None,
         "memory_bytes_estimated": {**memory, "total": sum(memory.values())},
     }

@@ -20,10 +20,11 @@ from compresso.data.registry import load_records
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
 from compresso.formats.plain import check_written
 from compresso.native import family_of
+from compresso.runner.dry_run import dry_run
 from compresso.runner.options import AskedLayout, for_family, for_layout
 from compresso.runner.output import origin, versions
-from compresso.runner.plan import dry_run
 from compresso.runner.recipe import Recipe, build
+from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
 
 
@@ -119,7 +120,7 @@ def prepare(
     recipe = replace(recipe, data=replace(recipe.data, max_length=length))
     records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
     for name, stage in recipe.stages:
-        if encoded is not None and hasattr(stage, "check_data"):
+        if encoded is not None and isinstance(stage, ChecksData):
             packed = records is not None and records.kind == "text" and recipe.data.pack
             _checked_data(name, stage, encoded, tokenizer, source.config, length if packed else None)
     recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
@@ -136,7 +137,7 @@ def check_offloaded(recipe: Recipe, layout: str) -> None:
             " --offload out"
         )
     stages = [name for name, _ in recipe.stages]
-    if len(stages) != 1 or not hasattr(recipe.stages[0][1], "calibration"):
+    if len(stages) != 1 or not isinstance(recipe.stages[0][1], Sweeps):
         raise RecipeError(
             f"recipe {recipe.name} ({', '.join(stages)}) cannot be offloaded: wanted one stage that sweeps over the"
             " blocks, such as wanda, sparsegpt, gptq or awq. Leave --offload out, or choose another recipe"
@@ -145,7 +146,7 @@ def check_offloaded(recipe: Recipe, layout: str) -> None:
 
 def _checked_data(
     name: str,
-    stage: Any,
+    stage: ChecksData,
     encoded: Encoded,
     tokenizer: PreTrainedTokenizerBase | None,
     config: PreTrainedConfig,

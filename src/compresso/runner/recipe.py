@@ -20,10 +20,10 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from compresso.core.axis import Kind
 from compresso.errors import RecipeError, nearest
-from compresso.job import Effects, Stage, card, check_order
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
+from compresso.stage import Effects, Stage, card, check_order, dumped, knobs_of
+from compresso.stage.flat import without_field
 
 __all__ = ["DataKnobs", "Recipe", "build", "names", "override", "parse", "read", "with_knob"]
 
@@ -79,7 +79,7 @@ class Recipe:
             "paper": self.paper,
             "description": self.description,
             "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
-            "stages": [{name: TypeAdapter(type(one)).dump_python(one, mode="json")} for name, one in self.stages],
+            "stages": [{name: dumped(one)} for name, one in self.stages],
         }
 
 
@@ -97,11 +97,6 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
             raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
         row = card(key)
         made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
-        if Kind.VOCAB in getattr(made, "kinds", ()):
-            raise RecipeError(
-                f"recipe {name}: stage '{key}': kinds names vocab, which only the stage 'cut_vocab' removes: the"
-                " tokenizer has to follow. Leave it out, and put cut_vocab before this stage"
-            )
         stages.append((key, made))
         effects.append((key, row.effects))
     check_order(effects)
@@ -132,7 +127,7 @@ def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
 def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = True) -> dict[str, Any]:
     """A copy with a knob set in every stage that has it. Raises RecipeError if none has and it is required."""
     stages = stages_of(raw)
-    having = [any(field.name == knob for field in dataclasses.fields(card(name).type)) for name, _ in stages]
+    having = [knob in card(name).knobs for name, _ in stages]
     if required and not any(having):
         name = raw.get("name", "recipe")
         raise RecipeError(f"no stage of recipe '{name}' has the knob '{knob}'; see `compresso recipes {name}`")
@@ -157,7 +152,7 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
     """An instance of a validated dataclass; its first validation error as one line."""
     if not isinstance(knobs, dict):
         raise RecipeError(f"{where}: knobs must be a mapping such as {{rank: 8}}, got {short(knobs)}")
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = [knob.name for knob in knobs_of(kind)]
     for key in knobs:
         if key not in known:
             raise RecipeError(f"{where}: unknown knob '{key}'; {nearest(str(key), known)}")
@@ -165,6 +160,6 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(knobs)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        path = ".".join(str(part) for part in without_field(kind, first["loc"]))
         given = f"{path}={short(first['input'])}: " if path else ""  # of several knobs together the message names them
         raise RecipeError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from error

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -14,7 +13,8 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.errors import ResourceError
-from compresso.sweep.targets import chosen, matrix, names_of
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.targets import Groups, matrix, names_of
 
 OVERHEAD = 200e6
 """What libraries and the allocator take on the way beyond tensors."""
@@ -87,32 +87,42 @@ class Estimate:
         return f"about {self.total / 1e9:.2f} GB at once ({parts})"
 
 
-def estimate(model: PreTrainedModel, arch: Arch, stage: Any, rows: Iterable[int], dtype: torch.dtype) -> Estimate:
+def estimate(
+    model: PreTrainedModel,
+    arch: Arch,
+    groups: Groups,
+    calibration: Calibration,
+    rows: Iterable[int],
+    dtype: torch.dtype,
+    keeps_moments: bool = False,
+) -> Estimate:
     """What one stage of an offloaded run takes.
 
     Args:
         model: on the meta device.
         arch: of the model.
-        stage: with `calibration`, `where` and, if it keeps second moments, `keeps_moments`.
+        groups: the linears that are worked on.
+        calibration: what the sweep is calibrated on.
         rows: lengths of the examples, in tokens.
         dtype: of weights and activations.
+        keeps_moments: whether a second moment [in, in] of each group is held.
     """
     blocks, size = arch.blocks(model), dtype.itemsize
     of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
     body = sum(p.numel() for p in model.base_model.parameters())
-    lengths = sorted(rows, reverse=True)[: stage.calibration.examples]
-    one_batch = sum(lengths[: stage.calibration.batch])
+    lengths = sorted(rows, reverse=True)[: calibration.examples]
+    one_batch = sum(lengths[: calibration.batch])
     hidden, widest = int(model.config.hidden_size), 0
-    statistics, groups = 0, chosen(model, arch, stage.where)
+    statistics = 0
     for here in groups.values():
         inputs = [matrix(model, group.names[0]).shape[1] for group in here]
         widest = max(widest, *inputs, *(sum(matrix(model, name).shape[0] for name in group.names) for group in here))
-        if getattr(stage, "keeps_moments", False):
+        if keeps_moments:
             statistics = max(statistics, 4 * (sum(width**2 for width in inputs) + 5 * max(inputs) ** 2))
     edited = (
         3 * 4 * max((math.prod(matrix(model, n).shape) for n in names_of(groups)), default=0)
     )  # a matrix and its scores
-    kept = one_batch if stage.calibration.activations == "disk" else sum(lengths)
+    kept = one_batch if calibration.activations == "disk" else sum(lengths)
     scores = int(getattr(model.config, "num_attention_heads", 1)) * max(lengths, default=0)
     return Estimate(
         block=2 * max(of_blocks) * size,  # once more while the journal writes it

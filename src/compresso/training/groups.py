@@ -46,6 +46,11 @@ class Group:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers learn."""
+        return sum(parameter.numel() for parameter in self.params)
+
     def facts(self) -> dict[str, object]:
         """What identifies the rule, for the comparison on resume; the schedule is code and cannot be compared."""
         return {
@@ -56,7 +61,7 @@ class Group:
             "eps": self.eps,
             "weight_decay": self.weight_decay,
             "tensors": len(self.params),
-            "numbers": sum(p.numel() for p in self.params),
+            "numbers": self.numbers,
         }
 
 

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
-from compresso.errors import ResourceError
+from compresso.errors import RecipeError, ResourceError
 
 Value = TypeVar("Value")
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -93,3 +93,19 @@ def broadcast(accelerator: Accelerator, value: Value) -> Value:
     box = [value]
     broadcast_object_list(box)
     return box[0]
+
+
+def accumulation(batch: int, micro_batch: int) -> int:
+    """Micro-batches per process that make up an update of `batch` examples.
+
+    Raises:
+        RecipeError: if `batch` cannot be shared out equally.
+    """
+    share, rest = divmod(batch, processes())
+    size = min(micro_batch, share)
+    if rest or not share or share % size:
+        raise RecipeError(
+            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose"
+            " multiples"
+        )
+    return share // size

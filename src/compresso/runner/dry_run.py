@@ -1,0 +1,185 @@
+"""A dry run: a recipe acted out on a model's shapes, from its config alone. A run goes through it first, so that both
+refuse the same things.
+
+The stages are acted out in order on the meta device: adapters are attached and counted, and units that are all alike
+are removed to the budget.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compresso.arch.base import arch_for
+from compresso.checkpoint.source import Source, is_causal, meta_model
+from compresso.core.axis import Axis
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.edit.lora import adapter_parameters, attach_
+from compresso.edit.shrink import shrink_
+from compresso.errors import ArchError, BudgetError
+from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
+from compresso.formats.plain import check_plain
+from compresso.formats.shrunk import describe
+from compresso.metrics.size import counts
+from compresso.native import family_of
+from compresso.runner.recipe import Recipe
+from compresso.solve.allocate import allocate
+from compresso.solve.uniform import uniform_targets
+from compresso.stage import (
+    Calibrates,
+    ChecksModel,
+    Learning,
+    Learns,
+    Passes,
+    PlansShapes,
+    Shrinks,
+    Trains,
+    groups_of,
+)
+from compresso.training.launch import accumulation
+
+
+@dataclass(frozen=True)
+class Acted:
+    """A stage as it would find its model.
+
+    Args:
+        name: in the recipe.
+        config: of the model it works on.
+        parameters, macs: of that model, in all and per token.
+        passes: that the stage runs it through.
+        learning: what it trains; None where it trains nothing.
+        trainable: parameters that learn by group: "lora" or, where all weights do, "all", and "gates" where there are
+            any.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    parameters: int
+    macs: int
+    passes: Sequence[Passes]
+    learning: Learning | None = None
+    trainable: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass
+class DryRun:
+    """What acting a recipe out showed.
+
+    Args:
+        before, after: counts as `inspect` gives them.
+        shapes: axis -> [kept, size] of the axes that lose units.
+        notes: a sentence for each budget.
+        stages: each as it finds its model.
+        layouts: layout -> why it could not hold these shapes, or None if it can.
+    """
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    shapes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    notes: list[str] = field(default_factory=list[str])
+    stages: list[Acted] = field(default_factory=list[Acted])
+    layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
+
+
+def dry_run(recipe: Recipe, source: Source) -> DryRun:
+    """Go through a recipe without weights and data.
+
+    Raises:
+        CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that
+            cannot be met, LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of
+            the family holds.
+    """
+    if not is_causal(source.config):
+        raise ArchError(
+            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure"
+            " only those; shrink it from Python with compresso.shrink_ and write it with compresso.formats.hf"
+        )
+    model = meta_model(source)
+    arch = arch_for(model.config)
+    axes = arch.axes(model)
+    cost = CostModel(axes, arch.weights(model))
+    sizes = {axis.name: axis.size for axis in axes}
+    shown, removed = DryRun(counts(cost), counts(cost)), Plan()
+    for name, stage in recipe.stages:
+        for group in groups_of(stage).values():
+            if isinstance(group, Calibrates | Trains):
+                accumulation(group.batch, group.micro_batch)
+        if isinstance(stage, ChecksModel):
+            stage.check(model, arch)
+        learning = stage.learning() if isinstance(stage, Learns) else None
+        trainable = {} if learning is None else _trainable(learning, model, axes, cost)
+        planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
+        total, macs = int(cost().total), int(cost().macs)
+        shown.stages.append(Acted(name, model.config, total, macs, stage.work(model, arch), learning, trainable))
+        if planned is not None:
+            budget, plan = planned
+            removed = removed.then(plan)
+            of = budget.of if budget else "blocks"
+            share = float(cost.of(plan).count(of) / cost().count(of))
+            wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
+            shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
+            shrink_(model, axes, plan)
+            axes = arch.axes(model)
+            cost = CostModel(axes, arch.weights(model))
+    shown.after = counts(cost)
+    shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
+    if family_of(source.config.model_type) is None:
+        check_plain(model, arch.shapes(model), "uniform")
+        shown.layouts = {"uniform": None}
+        return shown
+    shrunk = describe(model, arch.shapes(model))
+    shown.layouts = {
+        "uniform": uniform_obstacle(shrunk),
+        "padded": stock_obstacle(shrunk, widest(shrunk)),
+        "native": None,
+    }
+    return shown
+
+
+def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:
+    """Parameters that learn, by group. Raises RecipeError for targets that no layer has or that cannot be scored."""
+    if learning.lora is None:
+        found = {"all": int(cost().total)}
+    else:
+        adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets)
+        if learning.by_adapters:
+            adapter_parameters(adapted)
+        found = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+        adapted.unload()
+    gates = sum(axis.size for axis in axes if axis.kind in learning.gates)
+    return found | ({"gates": gates} if learning.gates else {})
+
+
+def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:
+    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
+    shapes.
+
+    The plan is the stage's own where a budget does not describe its choice (`PlansShapes`). Its budget may be None.
+
+    Raises:
+        BudgetError: if it cannot, with the floor or multiple that stands in the way.
+    """
+    try:
+        budget = stage.budget()
+        if isinstance(stage, PlansShapes):
+            return budget, stage.dry_run_plan(axes, cost)
+    except ValueError as error:
+        raise BudgetError(f"stage '{name}': {error}") from error
+    assert budget is not None  # only stages that dry_run_plan go without
+    try:
+        counted = uniform_targets(axes, cost, budget)
+        return budget, Plan(
+            {axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size}
+        )
+    except ValueError as first:
+        if budget.uniform_over:
+            raise BudgetError(f"stage '{name}': {first}") from first
+        try:
+            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
+        except ValueError as error:
+            raise BudgetError(f"stage '{name}': {error}") from error

@@ -1,0 +1,53 @@
+"""What a stage is: its registration and knobs, what it may offer to a run, and what it costs.
+
+contract    what a stage must do and may offer
+registry    `@stage`, the catalogue's cards, what a stage does to a model, which orders work
+knobs       knobs that many stages share, as values that a stage is composed of
+flat        how those knobs stand flat in recipes: {keep: 0.5, rank: 8}
+tuning      the part that stages which train have in common
+"""
+
+from compresso.stage.contract import (
+    ChecksData,
+    ChecksModel,
+    Learning,
+    Learns,
+    Passes,
+    PlansShapes,
+    Shrinks,
+    Stage,
+    Sweeps,
+    sweep_passes,
+)
+from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
+from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora
+from compresso.stage.registry import Card, Effects, card, cards, check_order, stage
+
+__all__ = [
+    "AdamW",
+    "Calibrates",
+    "Card",
+    "ChecksData",
+    "ChecksModel",
+    "Effects",
+    "Knobs",
+    "Learning",
+    "Learns",
+    "Passes",
+    "PlansShapes",
+    "Removes",
+    "Shrinks",
+    "Stage",
+    "Sweeps",
+    "Trains",
+    "TunesLora",
+    "card",
+    "cards",
+    "check_order",
+    "dumped",
+    "group",
+    "groups_of",
+    "knobs_of",
+    "stage",
+    "sweep_passes",
+]

@@ -1,0 +1,183 @@
+"""What a stage must do and what it may offer. Dry runs, checks, plans and memory estimates ask for nothing else.
+
+    Stage        always: the act itself, and the passes it takes (`work`), so that every stage has a cost
+    Shrinks      a budget that is tried on the shapes before weights are read
+    PlansShapes  with Shrinks: the shapes, where a budget alone does not describe them
+    ChecksModel  a look at the shapes before weights are read
+    ChecksData   a look at the examples before weights are read
+    Learns       what it trains, and for how long
+    Sweeps       goes through the blocks one by one, so that weights may stay on disk
+
+Which of them a stage offers is decided by its methods: there is nothing to inherit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.arch.base import Arch
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.data.batches import Row
+from compresso.stage.knobs import Trains, TunesLora
+
+if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and sweeps their types alone
+    from compresso.job import Job
+    from compresso.sweep.calibration import Calibration
+    from compresso.sweep.targets import Groups
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes that a stage runs its model through.
+
+    Args:
+        what: they are for, in a word: "calibration", "search", "training", "teacher".
+        examples: that pass, those of later updates counted anew; at most, since data may hold fewer. None where the
+            length of the data decides.
+        forwards, backwards: of the whole model, on each of them.
+        weights: whether the backward passes take gradients of weights, which cost as much again as those of
+            activations.
+        dense: whether it is the dense model that runs, not the stage's own.
+    """
+
+    what: str
+    examples: int | None
+    forwards: float = 1
+    backwards: float = 0
+    weights: bool = False
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a stage trains.
+
+    Args:
+        trains: how.
+        phases: durations in the order of training.
+        lora: the adapters that learn; None where all weights do.
+        gates: kinds of units that have a gate that learns.
+        by_adapters: units are scored by their adapters, which targets must allow.
+        teacher: the dense model runs beside it.
+        chunk: tokens whose logits exist at a time; None for all.
+    """
+
+    trains: Trains
+    phases: Sequence[int | str]
+    lora: TunesLora | None
+    gates: Sequence[Kind] = ()
+    by_adapters: bool = False
+    teacher: bool = False
+    chunk: int | None = None
+
+    @property
+    def updates(self) -> int | None:
+        """Updates in all; the cap, or None without one, where an epoch's length decides."""
+        if not all(isinstance(phase, int) for phase in self.phases):
+            return self.trains.max_steps
+        return sum(self.trains.updates(1, self.phases))
+
+    def passes(self) -> list[Passes]:
+        """The passes of the training, and the teacher's."""
+        examples = None if self.updates is None else self.updates * self.trains.batch
+        own = Passes("training", examples, backwards=1, weights=self.lora is None)
+        return [own, Passes("teacher", examples, dense=True)] if self.teacher else [own]
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One act of a recipe."""
+
+    def __call__(self, job: "Job") -> "Job":
+        """Do it and return the job that follows."""
+        ...
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The passes it takes on a model, which has shapes but no weights; none where it runs nothing."""
+        ...
+
+
+@runtime_checkable
+class Shrinks(Protocol):
+    """A stage that removes units."""
+
+    def budget(self) -> Budget | None:
+        """How much stays; None where no share of the model describes the choice, which `PlansShapes` then does."""
+        ...
+
+
+@runtime_checkable
+class PlansShapes(Protocol):
+    """A stage whose shapes do not follow from a budget alone: a ratio of units, a range of layers, whole layers."""
+
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+        """A plan for units that are all alike. Raises ValueError or BudgetError if there is none."""
+        ...
+
+
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A stage that can refuse a model by its shapes."""
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> object:
+        """Raise CompressoError for a model, without weights, that the stage cannot work on."""
+        ...
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """A stage that can refuse examples."""
+
+    def check_data(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: PreTrainedConfig,
+        window: int | None,
+    ) -> None:
+        """Raise CompressoError for data that the stage cannot work on; window: tokens that plain text was cut to."""
+        ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A stage that trains."""
+
+    def learning(self) -> Learning:
+        """What it trains, and for how long."""
+        ...
+
+
+@runtime_checkable
+class Sweeps(Protocol):
+    """A stage that sweeps over the blocks: one of them is in memory at a time, so a model may be larger.
+
+    Args:
+        calibration: what it is calibrated on.
+        keeps_moments: whether it holds a second moment [in, in] of each group of linears.
+    """
+
+    keeps_moments: ClassVar[bool]
+
+    @property
+    def calibration(self) -> "Calibration": ...
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> "Groups":
+        """The linears that it works on. Raises RecipeError or ArchError."""
+        ...
+
+
+def sweep_passes(stage: Sweeps, model: PreTrainedModel, arch: Arch, looks: int = 0) -> Passes:
+    """The passes of a sweep: each block runs for its statistics, and again for what the edited one outputs.
+
+    looks: passes over the dense blocks before it.
+    """
+    groups, n_blocks = stage.check(model, arch), len(arch.blocks(model))
+    of_blocks = [len(here) if stage.calibration.true_sequential else 1 for here in groups.values() if here]
+    again = max(groups, default=0)  # the last edited block's output is not asked for
+    return Passes("calibration", stage.calibration.examples, (sum(of_blocks) + again + looks * n_blocks) / n_blocks)

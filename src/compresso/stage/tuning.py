@@ -1,0 +1,100 @@
+"""What stages that train have in common: attach adapters, fit with a job's seed and a stage's knobs, merge."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from compresso.core import schedule
+from compresso.edit.lora import attach_, merge_
+from compresso.edit.recompute import recompute_
+from compresso.job import Job
+from compresso.stage.knobs import AdamW, Trains, TunesLora
+from compresso.training.fit import fit
+from compresso.training.groups import Group
+from compresso.training.history import History
+from compresso.training.launch import accumulation
+from compresso.training.order import Batches
+
+
+def attached(job: Job, lora: TunesLora) -> PeftModel:
+    """The job's model, frozen, with new adapters that its seed decides. Raises RecipeError as `attach_`."""
+    return attach_(job.model, lora.rank, lora.alpha, lora.targets, lora.dropout, job.seed)
+
+
+def group_of(name: str, learning: nn.Module, adamw: AdamW, hidden: int, total: int, weight_decay: float = 0.0) -> Group:
+    """A module's parameters that learn, at a rate for this hidden size, scheduled over `total` updates."""
+    parameters = [parameter for parameter in learning.parameters() if parameter.requires_grad]
+    rate = schedule.rate(adamw.lr_schedule, total, min(adamw.warmup, max(total - 1, 0)))
+    lr = schedule.rate_for_width(adamw.lr, adamw.lr_at_hidden, hidden)
+    return Group(name, parameters, lr, rate, clip=adamw.clip, weight_decay=weight_decay)
+
+
+def tune(
+    job: Job,
+    name: str,
+    trains: Trains,
+    objective: nn.Module,
+    groups: Sequence[Group],
+    total: int,
+    *,
+    batches: Batches | None = None,
+    before_step: Callable[[int], None] | None = None,
+    after_update: Callable[[int], Mapping[str, float] | None] | None = None,
+    phase: Callable[[int], str] | None = None,
+) -> History:
+    """`fit` with what a job and a stage's knobs say of it.
+
+    Args:
+        job: the run; its checkpoints are continued.
+        name: of the stage, which its order of examples depends on.
+        trains: the stage's knobs.
+        objective, groups, total: as in `fit`, whose `steps` the last is.
+        batches: data other than the job's.
+        before_step, after_update: as in `fit`.
+        phase: the name shown for an update; the stage's if None.
+
+    Raises as `fit`; RecipeError for a batch that cannot be split, DataError without training data.
+    """
+    with _recomputed(job.model, on=trains.checkpointing):
+        return fit(
+            objective,
+            groups,
+            job.batches(trains.batch, name) if batches is None else batches,
+            total,
+            seed=job.seed,
+            accumulation=accumulation(trains.batch, trains.micro_batch),
+            precision=trains.precision,
+            device=job.device,
+            before_step=before_step,
+            after_update=after_update,
+            checkpoints=job.checkpoints(),
+            save_every=trains.save_every,
+            progress=job.progress(),
+            phase=phase or (lambda _: name),
+        )
+
+
+def merged(job: Job, adapted: PeftModel, name: str, trains: Trains) -> Job:
+    """The job with the adapters added to its model's weights; they are kept beside the result if the knobs say so.
+
+    Raises NumericError as `merge_`.
+    """
+    if trains.save_adapter:
+        job.keep_adapter(adapted, name)
+    return replace(job, model=merge_(adapted))
+
+
+@contextmanager
+def _recomputed(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Within the context a backward pass computes activations anew, if asked."""
+    if on:
+        recompute_(model, on=True)
+    try:
+        yield
+    finally:
+        if on:
+            recompute_(model, on=False)

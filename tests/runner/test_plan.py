@@ -1,0 +1,107 @@
+"""What `compresso plan` says of each shipped recipe: a cost for every stage, readable on a narrow screen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import ONE_SHOT
+
+from compresso.commands.plan_table import show
+from compresso.data import nano
+from compresso.runner import plan as planning
+from compresso.runner.plan import plan
+from compresso.runner.recipe import names, read, with_knob
+
+FITTED = {  # published configurations of 32 layers, on six
+    "attention_layers": [1, 4],
+    "mlp_layers": [1, 4],
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that is not measured."""
+    monkeypatch.setattr(planning, "matmul_rate", lambda device: 1e9)
+
+
+def planned(name: str, **knobs: Any) -> dict[str, Any]:
+    raw = with_knob(read(name), "group", 64, required=False)  # published groups of 128 do not divide 192
+    for knob, value in FITTED.items():
+        if any(knob in (own or {}) for entry in raw["stages"] for own in entry.values()):
+            raw = with_knob(raw, knob, value)
+    for knob, value in knobs.items():
+        raw = with_knob(raw, knob, value)
+    return plan(raw, str(nano.path()))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_stage_of_every_recipe_has_a_cost(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = planned(name)
+    stages = [one["stage"] for one in facts["stages"]]
+    assert stages == [key for entry in read(name)["stages"] for key in entry]
+    for one in facts["stages"]:
+        known = [row["tokens_at_most"] for row in one["passes"]]
+        if None not in known:
+            forward = sum(round(row["tokens_at_most"] * row["forwards"]) for row in one["passes"])
+            assert one["forward_tokens_at_most"] == forward
+            assert bool(one["flops_at_most"]) == bool(known) == bool(one["seconds_estimated"])
+    show(facts, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    begun = next(i for i, line in enumerate(lines) if "What the stages take" in line)
+    rows = [line.split()[0] for line in lines[begun:] if line.startswith("  ") and line[2:3].strip()]
+    assert [word for word in rows if word in stages] == stages
+    assert "…" not in "".join(lines[begun:])
+
+
+def test_a_training_pass_costs_three_forwards_with_weights_and_two_with_adapters() -> None:
+    """In multiply-accumulates: 2 FLOPs forward, 2 for activations' gradients, 2 for weights'."""
+    facts = planned("gate-taylor/nano", steps=10, batch=4, micro_batch=4)
+    macs = facts["after"]["macs_per_token"]
+    recover = next(one for one in facts["stages"] if one["stage"] == "recover")
+    tokens = 10 * 4 * 256
+    assert recover["forward_tokens_at_most"] == recover["backward_tokens_at_most"] == tokens
+    assert recover["flops_at_most"] == 4 * macs * tokens == facts["training"][0]["flops_at_most"]
+    whole = planned("gate-taylor/distill", train="all", steps=10)
+    distill = next(one for one in whole["stages"] if one["stage"] == "distill")
+    student, teacher = (row["flops_at_most"] / row["tokens_at_most"] for row in distill["passes"])
+    assert student == pytest.approx(6 * whole["after"]["macs_per_token"])
+    assert teacher == pytest.approx(2 * whole["before"]["macs_per_token"])
+
+
+def test_searches_and_sweeps_count_every_pass() -> None:
+    """Six layers, two of which leave: 6 + 5 passes of a search that scores again after each removal."""
+    searched = planned("shortgpt/perplexity")["stages"][0]
+    assert [row["what"] for row in searched["passes"]] == ["search"]
+    assert searched["passes"][0]["forwards"] == 11
+    once = planned("shortgpt/perplexity", iterative=False)["stages"][0]
+    assert once["passes"][0]["forwards"] == 6
+    swept = planned("wanda/50")["stages"][0]["passes"][0]["forwards"]
+    assert swept == pytest.approx((6 + 5) / 6)  # the last block is not run again
+    looked = planned("owl/70")["stages"][0]["passes"][0]["forwards"]
+    assert looked == pytest.approx(swept + 1)
+
+
+def test_epochs_of_unknown_data_are_null() -> None:
+    stage = planned("compresso/paper")["stages"][0]
+    assert stage["forward_tokens_at_most"] is None and stage["seconds_estimated"] is None
+    assert planned("compresso/paper", max_steps=5)["stages"][0]["forward_tokens_at_most"] > 0
+
+
+def test_both_halves_of_lorashear_s_recovery_are_planned() -> None:
+    facts = planned("lorashear")
+    assert [one["stage"] for one in facts["training"]] == ["lorashear", "recover_knowledge"]
+    assert facts["training"][0]["updates"] == 500 and facts["training"][1]["updates"] == 1600
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_one_shot_recipes_train_nothing(name: str) -> None:
+    assert planned(name)["training"] == []
+
+
+def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text((nano.path() / "config.json").read_text("utf-8"))
+    assert plan(read("lorashear"), str(config))["stages"] == planned("lorashear")["stages"]

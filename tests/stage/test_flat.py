@@ -1,0 +1,96 @@
+"""Knob groups: flat in recipes, composed in Python, and the same stage either way."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import pytest
+from pydantic import ValidationError
+
+from compresso.core.axis import Kind
+from compresso.errors import RecipeError
+from compresso.methods.gate_taylor import GateTaylor
+from compresso.methods.magnitude_structured import MagnitudeStructured
+from compresso.methods.minitron import Minitron
+from compresso.runner.recipe import build
+from compresso.stage import Calibrates, Knobs, Removes, TunesLora, dumped, groups_of, knobs_of
+from compresso.stage.flat import with_flat_knobs
+
+
+def test_flat_knobs_and_groups_make_the_same_stage() -> None:
+    flat = GateTaylor(keep=0.5, batches=8)  # type: ignore[call-arg]
+    assert flat == GateTaylor(removes=Removes(0.5), calibrates=Calibrates(8))
+    (_, built), *_ = build({"stages": [{"gate_taylor": {"keep": 0.5, "batches": 8}}]}).stages
+    assert built == flat
+    assert groups_of(flat) == {"removes": Removes(0.5), "calibrates": Calibrates(8)}
+
+
+def test_a_group_given_in_part_keeps_the_rest_of_the_stage_s_default() -> None:
+    assert Minitron().calibrates.batches == 64
+    stage = Minitron(micro_batch=2)  # type: ignore[call-arg]
+    assert stage.calibrates == Calibrates(batches=64, batch=16, micro_batch=2)
+    assert stage.removes.kinds == (Kind.CHANNEL, Kind.HIDDEN)
+    assert Minitron(calibrates={"batch": 3}).calibrates == Calibrates(64, 3)  # type: ignore[arg-type]
+    assert replace(stage, keep=0.5).calibrates == stage.calibrates  # type: ignore[call-arg]
+    assert replace(stage, keep=0.5).removes.keep == 0.5  # type: ignore[call-arg]
+
+
+def test_a_flat_knob_goes_over_the_group_beside_it() -> None:
+    both = GateTaylor(removes=Removes(0.9, kinds=(Kind.HEAD,)), keep=0.4)  # type: ignore[call-arg]
+    assert (both.removes.keep, both.removes.kinds) == (0.4, (Kind.HEAD,))
+
+
+def test_a_knob_that_a_stage_leaves_out_is_unknown_and_stays() -> None:
+    with pytest.raises(ValidationError):
+        MagnitudeStructured(layout="free")  # type: ignore[call-arg]
+    with pytest.raises(RecipeError, match="unknown knob 'layout'"):
+        build({"stages": [{"magnitude_structured": {"layout": "free"}}]})
+    assert MagnitudeStructured(removes=Removes(0.5)).removes.layout == "uniform"
+    assert "layout" not in dumped(MagnitudeStructured())
+
+
+@pytest.mark.parametrize("name", ["removes", "calibrates"])
+def test_recipes_name_no_group(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown knob '{name}'"):
+        build({"stages": [{"gate_taylor": {name: {}}}]})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"keep": 2}, "stage 'gate_taylor': keep=2: Input should be less than or equal to 1"),
+        ({"multiple_of": {"channel": 0}}, "stage 'gate_taylor': multiple_of.channel=0: Input"),
+        ({"batch": 0}, "stage 'gate_taylor': batch=0: Input"),
+        ({"kinds": ["vocab"]}, "stage 'gate_taylor': kinds names vocab, which only the stage 'cut_vocab' removes"),
+    ],
+)
+def test_errors_name_the_flat_knob(knobs: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        build({"stages": [{"gate_taylor": knobs}]})
+
+
+def test_recipes_show_knobs_in_the_order_that_they_always_had() -> None:
+    """What and how much first, how in the middle, shapes and mechanics last; written recipes do not change."""
+    order = ["keep", "of", "kinds", "batches", "batch", "micro_batch", "layout", "allocation", "multiple_of", "floor"]
+    assert list(dumped(GateTaylor())) == [knob.name for knob in knobs_of(GateTaylor)] == order
+    assert list(dumped(Minitron()))[:6] == ["keep", "of", "kinds", "multiple_of", "floor", "batches"]
+
+
+def test_two_knobs_of_one_name_are_refused() -> None:
+    class Twice:
+        """Both have `alpha`."""
+
+        lora: TunesLora = TunesLora()
+        alpha: float = 1.0
+
+    with pytest.raises(ValueError, match="has the knob alpha twice"):
+        with_flat_knobs(Twice)
+
+
+def test_a_group_without_a_default_is_refused() -> None:
+    class Bare:
+        """No default."""
+
+        lora: Annotated[TunesLora, Knobs(without=("alpha",))]
+
+    with pytest.raises(ValueError, match=r"Bare\.lora is a knob group and needs a default"):
+        with_flat_knobs(Bare)
