@@ -66,6 +66,6 @@ def test_half_a_token_is_refused(tiny: Tiny) -> None:
     model = tiny("mistral")
     with pytest.raises(ArchError, match="keeps tokens by halves"):
         shrink_(model, described(model)[1], Plan(), {"vocab": torch.full((128,), 0.5)})
-    with pytest.raises(ArchError, match="at least 1 must stay"):
+    with pytest.raises(ArchError, match="at least 1 must be kept"):
         shrink_(model, described(model)[1], Plan({"vocab": ()}))
     assert model.lm_head.weight.shape[0] == 128 and IDS.max() < 128

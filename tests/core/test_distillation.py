@@ -161,5 +161,5 @@ def test_what_cannot_be_compared_is_refused() -> None:
         divergences(torch.zeros(2, 3), torch.zeros(2, 3), "js", beta=1)
     with pytest.raises(ValueError, match="0 tokens"):
         chunked(lambda rows, part: (part.sum(), part), torch.zeros(0, 3), [], 4)
-    with pytest.raises(ValueError, match="select the dimensions"):
+    with pytest.raises(ValueError, match="select the remaining dimensions"):
         hidden_distance(torch.zeros(2, 3), torch.zeros(2, 4), "mse")

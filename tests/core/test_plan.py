@@ -91,8 +91,8 @@ def test_a_soft_mask_keeps_what_is_above_zero() -> None:
         ({"layers.0.heads": (-1, 0)}, r"in \[0, 4\)"),
         ({"layers.0.heads": (1, 0)}, "ascending"),
         ({"layers.0.heads": (1, 1)}, "ascending"),
-        ({"hidden": ()}, "0 of 7 units; at least 1 must stay"),
-        ({"layers": ()}, "0 of 3 units; at least 1 must stay"),
+        ({"hidden": ()}, "0 of 7 units; at least 1 must be kept"),
+        ({"layers": ()}, "0 of 3 units; at least 1 must be kept"),
     ],
 )
 def test_impossible_plans_are_refused(kept: dict[str, tuple[int, ...]], message: str) -> None:

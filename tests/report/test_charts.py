@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compresso.report import charts
 from compresso.report.marks import Point, undominated
-from compresso.report.removed import CHANNELS, HEADS, Left
+from compresso.report.removed import CHANNELS, HEADS, UnitsKept
 
 EVIL = """<script>alert(1)</script>"' onload="x" ${1} {{7*7}} datum.name"""
 COORDINATES = st.tuples(st.integers(0, 4), st.integers(0, 4))
@@ -39,14 +39,14 @@ def texts(root: ElementTree.Element) -> list[str]:
 
 
 def test_the_heat_map_says_every_number() -> None:
-    cells = [Left(layer, part, layer, 3) for layer in range(4) for part in (HEADS, CHANNELS)]
+    cells = [UnitsKept(layer, part, layer, 3) for layer in range(4) for part in (HEADS, CHANNELS)]
     said = texts(checked(charts.heat_map(cells)))
-    assert said.count("2 of 3") == 2 and said.count("all gone") == 2
+    assert said.count("2 of 3") == 2 and said.count("all removed") == 2
     assert {"layer 0", "layer 3", HEADS, CHANNELS} <= set(said)
 
 
 def test_fuller_cells_are_fuller_of_colour() -> None:
-    svg = charts.heat_map([Left(0, HEADS, 1, 4), Left(1, HEADS, 2, 4), Left(2, HEADS, 4, 4)])
+    svg = charts.heat_map([UnitsKept(0, HEADS, 1, 4), UnitsKept(1, HEADS, 2, 4), UnitsKept(2, HEADS, 4, 4)])
     shades = [float(text) for text in re.findall(r'fill="var\(--accent\)" opacity="([\d.]+)"', svg)]
     assert shades == sorted(shades) and len(set(shades)) == 3
 

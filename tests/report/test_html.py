@@ -81,7 +81,7 @@ def test_the_page_of_a_run_says_everything() -> None:
         "a dog.",
         "broken: it loops",
         "3 of 4",
-        "all gone",
+        "all removed",
     ):
         assert words in seen.words, words
     assert seen.tags[0] == ("html", {"lang": "en"})

@@ -1,10 +1,10 @@
-"""What is left in each layer, against the plan."""
+"""What is kept in each layer, against the plan."""
 
 import pytest
 
 from compresso.core.plan import Plan
 from compresso.report.records import StageFacts
-from compresso.report.removed import CHANNELS, HEADS, HIDDEN, Left, dense_sizes, left
+from compresso.report.removed import CHANNELS, HEADS, HIDDEN, UnitsKept, dense_sizes, units_kept
 from tests.conftest import Ran
 from tests.report.made import PLAN, UNITS
 
@@ -14,23 +14,28 @@ def stage(**units: str) -> dict[str, StageFacts]:
 
 
 def test_cells_are_the_units_of_the_plan() -> None:
-    cells = left(PLAN, {"learn_gates": StageFacts(units_kept=UNITS)})
-    assert cells == [Left(0, CHANNELS, 5, 8), Left(0, HEADS, 3, 4), Left(1, CHANNELS, 2, 8), Left(1, HEADS, 0, 4)]
+    cells = units_kept(PLAN, {"learn_gates": StageFacts(units_kept=UNITS)})
+    assert cells == [
+        UnitsKept(0, CHANNELS, 5, 8),
+        UnitsKept(0, HEADS, 3, 4),
+        UnitsKept(1, CHANNELS, 2, 8),
+        UnitsKept(1, HEADS, 0, 4),
+    ]
     assert [cell.share for cell in cells] == [0.625, 0.75, 0.25, 0.0]
 
 
 def test_hidden_dimensions_are_the_same_in_every_layer() -> None:
-    cells = left(Plan({"hidden": (0, 2), "layers.1.heads": (0,)}), stage(hidden="2/3", layers_1_heads="1/2"))
-    assert [cell for cell in cells if cell.part == HIDDEN] == [Left(0, HIDDEN, 2, 3), Left(1, HIDDEN, 2, 3)]
+    cells = units_kept(Plan({"hidden": (0, 2), "layers.1.heads": (0,)}), stage(hidden="2/3", layers_1_heads="1/2"))
+    assert [cell for cell in cells if cell.part == HIDDEN] == [UnitsKept(0, HIDDEN, 2, 3), UnitsKept(1, HIDDEN, 2, 3)]
 
 
 def test_whole_layers_leave_with_their_parts() -> None:
-    cells = left(
+    cells = units_kept(
         Plan({"layers": (0, 2), "layers.1.heads": (0, 1), "mlp": (1, 2)}),
         stage(layers="2/3", layers_1_heads="2/2", mlp="2/3"),
     )
-    gone = {(cell.layer, cell.part) for cell in cells if cell.kept == 0}
-    assert gone == {(1, HEADS), (1, CHANNELS), (0, CHANNELS)}
+    removed = {(cell.layer, cell.part) for cell in cells if cell.kept == 0}
+    assert removed == {(1, HEADS), (1, CHANNELS), (0, CHANNELS)}
     assert {(cell.layer, cell.part) for cell in cells} == {
         (layer, part) for layer in range(3) for part in (HEADS, CHANNELS)
     }
@@ -39,7 +44,7 @@ def test_whole_layers_leave_with_their_parts() -> None:
 def test_a_second_stage_refines_and_the_first_knows_the_sizes() -> None:
     stages = {**stage(layers_0_channels="6/8"), "again": StageFacts(units_kept={"layers.0.channels": "3/6"})}
     assert dense_sizes(stages) == {"layers.0.channels": 8}
-    assert left(Plan({"layers.0.channels": (0, 1, 2)}), stages) == [Left(0, CHANNELS, 3, 8)]
+    assert units_kept(Plan({"layers.0.channels": (0, 1, 2)}), stages) == [UnitsKept(0, CHANNELS, 3, 8)]
 
 
 def test_axes_renumbered_by_the_removal_of_layers_are_not_guessed() -> None:
@@ -48,14 +53,14 @@ def test_axes_renumbered_by_the_removal_of_layers_are_not_guessed() -> None:
 
 
 def test_nothing_removed_gives_no_cells() -> None:
-    assert left(Plan(), {}) == []
+    assert units_kept(Plan(), {}) == []
 
 
 @pytest.mark.parametrize("recipe", ["magnitude-structured", "gate-taylor"])
 def test_a_real_run_adds_up(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
     stages = {name: StageFacts.model_validate(facts) for name, facts in result.records["stages"].items()}
-    cells = left(result.plan, stages)
+    cells = units_kept(result.plan, stages)
     assert {(cell.layer, cell.part) for cell in cells} == {
         (layer, part) for layer in range(3) for part in (HEADS, CHANNELS)
     }

@@ -11,7 +11,7 @@ from compresso.report.chart_tables import MOST_ROWS
 from compresso.report.html import page
 from compresso.report.marks import Point
 from compresso.report.read import read_results
-from compresso.report.removed import CHANNELS, HEADS, Left
+from compresso.report.removed import CHANNELS, HEADS, UnitsKept
 from tests.report.made import dense, pruned, report_file, run_folder
 from tests.report.test_html import EVIL, safe
 
@@ -31,10 +31,10 @@ def cells(drawn: str) -> list[list[str]]:
 
 @pytest.mark.usefixtures("without")
 def test_every_chart_has_a_table_of_its_numbers() -> None:
-    left = [Left(0, HEADS, 1, 4), Left(0, CHANNELS, 0, 64), Left(1, HEADS, 4, 4)]
+    left = [UnitsKept(0, HEADS, 1, 4), UnitsKept(0, CHANNELS, 0, 64), UnitsKept(1, HEADS, 4, 4)]
     assert cells(charts.heat_map(left)) == [
         ["", HEADS, CHANNELS],
-        ["layer 0", "1 of 4", "all gone"],
+        ["layer 0", "1 of 4", "all removed"],
         ["layer 1", "4 of 4", ""],
     ]
     points = [Point("b", 0, 2.5e6, 0.5, 0.01), Point("a", 1, 12.0, 0.25)]

@@ -254,7 +254,7 @@ def test_an_infeasible_budget_names_value_wanted_and_cure(tiny: CostModel, descr
     with pytest.raises(InfeasibleBudget) as floor:
         allocate(tiny.axes, scores, tiny, Budget(0.2, floor={Kind.CHANNEL: 20}))
     message = str(floor.value)
-    assert message.startswith("keep=0.2 allows 768 of 3,840 block parameters, but at least 1,920 stay: ")
+    assert message.startswith("keep=0.2 allows 768 of 3,840 block parameters, but at least 1,920 are kept: ")
     assert ": layers.0.channels may not go below 20 of 24 units. " in message
     assert message.endswith("Raise keep to 0.5 or lower floor or multiple_of for 'channel'")
     with pytest.raises(InfeasibleBudget, match=r"in what the kinds head do not reach. Raise keep to 0\.6 or add kinds"):
@@ -348,5 +348,5 @@ def test_units_that_are_gone_stay_gone_though_scores_change(
 def test_a_floor_above_what_is_left_is_refused(describe: Describe) -> None:
     cost = describe(64, 2, 8, 96, 32)
     gone = {"layers.0.channels": torch.arange(96) >= 5}
-    with pytest.raises(ValueError, match=r"layers\.0\.channels has 5 units left, fewer than the 10 that must stay"):
+    with pytest.raises(ValueError, match=r"layers\.0\.channels has 5 units left, fewer than the 10 that must be kept"):
         allocate(cost.axes, integer_scores(cost, 0), cost, Budget(0.5, floor={Kind.CHANNEL: 10}), gone)

@@ -170,7 +170,7 @@ def test_final_masks_keep_the_fewest_units_that_must_stay(tiny: CostModel) -> No
 
 def test_masks_that_cannot_get_small_enough_are_refused(tiny: CostModel) -> None:
     with pytest.raises(
-        InfeasibleBudget, match=r"keep=0\.3 allows 1,152 of 3,840 block parameters, but at least 1,536 stay"
+        InfeasibleBudget, match=r"keep=0\.3 allows 1,152 of 3,840 block parameters, but at least 1,536 are kept"
     ):
         deterministic_to_budget(gates(tiny, 0, kinds=(Kind.CHANNEL,)), tiny.axes, tiny, 0.3)
 

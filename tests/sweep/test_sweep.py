@@ -183,7 +183,7 @@ def test_linears_that_do_not_share_an_input_are_found_out() -> None:
 def test_a_layer_that_overflows_is_named() -> None:
     model, arch = made()
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = float("inf")
-    with pytest.raises(NumericError, match="layer 1 gives out NaN or Inf"):
+    with pytest.raises(NumericError, match="layer 1 outputs NaN or Inf"):
         sweep(model, arch, chosen(model, arch, Where(ignore=("*.down_proj",))), [ids()], squares, nothing)
 
 

@@ -1,4 +1,4 @@
-"""What an architecture tells the rest of the program, and how one is found for a config.
+"""What an architecture provides to the rest of the program, and how one is found for a config.
 
 An architecture is described once, in a file of its own beside this one; masking, counting, shrinking and exporting
 follow from the description. Files of this package are found by walking it, so a new file is a new architecture. One

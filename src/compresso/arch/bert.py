@@ -2,7 +2,7 @@
 
 No hidden axis: LayerNorm subtracts the mean of the residual stream. No axis of layers either: the norms lie behind the
 residual sums, so a layer whose sub-layers add nothing still normalises; its attention and its FFN can leave, its two
-norms stay.
+norms are kept whole.
 """
 
 from compresso.arch.base import register

@@ -7,9 +7,9 @@ for a pre-allocated cache with chunked prefill. So where layers differ in width,
 `num_key_value_heads` and `intermediate_size` hold the widest layer and break nothing; an export that needs each layer's
 widths asks the architecture for its shapes.
 
-RMSNorm's eps is one config field. After hidden dimensions left, it is the eps of the norms over the residual stream;
-norms inside an attention (Qwen3) keep their own in the live model, and a model rebuilt from the config differs there by
-the size of eps itself.
+RMSNorm's eps is one config field. After hidden dimensions were removed, it is the eps of the norms over the residual
+stream; norms inside an attention (Qwen3) keep their own in the live model, and a model rebuilt from the config differs
+there by the size of eps itself.
 """
 
 from collections.abc import Sequence
@@ -202,13 +202,13 @@ def _check_config(model: PreTrainedModel, shapes: Sequence[LayerShape], hidden: 
     types = getattr(config, "layer_types", None)
     if types is None:
         return
-    foreign = sorted(set(types) - set(PLAIN_LAYER_TYPES))
+    other = sorted(set(types) - set(PLAIN_LAYER_TYPES))
     untyped = [
         i for i, shape in enumerate(shapes) if shape.kv_heads and not hasattr(_layers(model)[i].self_attn, "layer_type")
     ]
-    if foreign or untyped or len(types) != len(shapes):
+    if other or untyped or len(types) != len(shapes):
         raise ArchError(
-            f"layer_types {foreign or types[:4]} are not those of a plain {config.model_type}; wanted"
+            f"layer_types {other or types[:4]} are not those of a plain {config.model_type}; wanted"
             f" {' or '.join(PLAIN_LAYER_TYPES)}"
         )
 

@@ -7,7 +7,7 @@ Heads are masked before `o`, FFN channels before `down`, so any activation will 
 `o` and `down`. Most have no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would
 change; Gemma says its own reason. A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT)
 stays, so that such a model has no axis of whole layers: norm(x + 0) is not x. A bias on `o` or `down` outlives the last
-unit, which therefore has to stay. Of multiply-accumulates a token, those of layers and of language-model heads are
+unit, which therefore has to be kept. Of multiply-accumulates a token, those of layers and of language-model heads are
 counted; poolers, classifiers and the projection of image patches do not run once a token and count none. Everything
 outside the layers that is no norm is counted with the embeddings.
 """

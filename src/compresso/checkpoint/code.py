@@ -28,9 +28,9 @@ An auto_map at the top of a file, as many published folders have it, is not foll
 has a class of its own for the model_type, that one is opened, and refused otherwise. With trust it would be followed.
 
 Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
-`generate` is never told to trust, so decoding modes that moved to the hub stay there; pickles are refused beside this
-(`folder.py`), chat templates run in a sandbox. The one file that may run is the modelling file that compresso writes,
-byte for byte, with no link that leads elsewhere.
+`generate` is never allowed to trust, so decoding modes that moved to the hub are not loaded; pickles are refused beside
+this (`folder.py`), chat templates run in a sandbox. The one file that may run is the modelling file that compresso
+writes, byte for byte, with no link that leads elsewhere.
 """
 
 from collections.abc import Callable, Iterator

@@ -290,9 +290,9 @@ def _check_tensors(source: Source) -> None:
         "not plain floats": [f"{name} {info.dtype}" for name, info in stored.items() if info.dtype not in _FLOATS],
     }
     if any(problems.values()):
-        told = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
+        problem = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
         raise CheckpointError(
-            f"{source.folder} does not fit its config.json: {told}. Fetch the model again, or correct its config."
+            f"{source.folder} does not fit its config.json: {problem}. Fetch the model again, or correct its config."
         )
 
 

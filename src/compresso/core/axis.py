@@ -102,8 +102,8 @@ class Axis:
         container: qualified name of the module whose shape fields describe this axis (the attention of a head axis, the
             FFN of a channel axis, the layer list of a layer, attention or mlp axis, the decoder of the hidden axis).
         layer: index of the layer the axis lies in; None for axes of the whole model.
-        with_last_unit: parameters that leave when no unit is left (the norm before an attention that has no heads).
-        min_units: fewest units that may stay. 1 where a bias would survive the removal of the last unit.
+        with_last_unit: parameters removed when no unit remains (the norm before an attention that has no heads).
+        min_units: fewest units that may be kept. 1 where a bias would survive the removal of the last unit.
         norms: RMSNorm modules whose mean runs over this axis. Masked training keeps dividing by the original size, so
             removal scales their weight by sqrt(size / kept) and their eps by size / kept.
         head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be
@@ -137,5 +137,5 @@ class Axis:
 
     @property
     def fewest(self) -> int:
-        """Fewest units that may stay: `min_units`, and at least one hidden dimension, one layer and one token."""
+        """Fewest units that may be kept: `min_units`, and at least one hidden dimension, one layer and one token."""
         return max(self.min_units, 1) if self.kind in (Kind.HIDDEN, Kind.LAYER, Kind.VOCAB) else self.min_units

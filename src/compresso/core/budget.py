@@ -1,4 +1,4 @@
-"""How much of a model may stay, and in which shapes: the one description of size that every method allocates to."""
+"""How much of a model may be kept, and in which shapes: the one description of size that every method allocates to."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ infeasible.
 """
 
 Floor = int | Literal["keep"]
-"""Fewest units of an axis that stay: a number, or "keep" for the budget's own share of them, to the nearest unit."""
+"""Fewest units of an axis that are kept: a number, or "keep" for the budget's own share of them, to the nearest unit.
+"""
 
 
 class InfeasibleBudget(ValueError):
@@ -29,14 +30,14 @@ class Budget:
     """A share of a model's size and the shapes that are allowed.
 
     Args:
-        keep: share of the count that may stay, in (0, 1].
+        keep: share of the count that may be kept, in (0, 1].
         of: what is counted: parameters of the blocks, all parameters, multiply-accumulates per token, key/value cache
             entries per token, bytes, or looked-up milliseconds.
         kinds: kinds of units that may be removed.
         uniform_over: kinds of which every layer keeps the same number of units; which ones may differ.
         multiple_of: kept counts are multiples of this number, per kind. Keeping all units of an axis is always allowed.
-        floor: fewest units of an axis that stay, per kind; an axis that has fewer keeps all of them. "keep" stands for
-            this budget's own share of the axis, to the nearest unit: no layer loses much more of that kind than the
+        floor: fewest units of an axis that are kept, per kind; an axis that has fewer keeps all of them. "keep" stands
+            for this budget's own share of the axis, to the nearest unit: no layer loses much more of that kind than the
             model loses in all.
 
     `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by
@@ -83,7 +84,7 @@ class Budget:
         return any(self.multiple_of.get(kind, 1) > 1 for kind in self.kinds)
 
     def limit(self, cost: Cost) -> float:
-        """The amount that may stay: keep x dense, in whole entries where it comes in whole ones."""
+        """The amount that may be kept: keep x dense, in whole entries where it comes in whole ones."""
         most = self.keep * float(cost().count(self.of)) * (1 + 1e-12)  # 0.29 * 100 is 28.999999999999996
         return math.floor(most) if QUANTITIES[self.of].whole else most
 
@@ -92,7 +93,7 @@ class Budget:
         return QUANTITIES[self.of].settled(float(amount))
 
     def fewest(self, axis: Axis) -> int:
-        """Fewest units of an axis that may stay, before rounding to multiples."""
+        """Fewest units of an axis that may be kept, before rounding to multiples."""
         floor = self.floor.get(axis.kind, 0)
         return min(axis.size, max(axis.fewest, round(self.keep * axis.size) if floor == "keep" else floor))
 

@@ -26,19 +26,19 @@ class Uses:
 
 
 @dataclass(frozen=True)
-class Stays:
-    """What stays of a linear layer, bool: rows [out], columns [in] and bias entries [out]."""
+class Used:
+    """The used part of a linear layer, bool: rows [out], columns [in] and bias entries [out]."""
 
     rows: Tensor
     columns: Tensor
     bias: Tensor
 
     def weight(self) -> Tensor:
-        """The entries of W that stay [out, in], bool."""
+        """The used entries of W [out, in], bool."""
         return self.rows.unsqueeze(1) & self.columns.unsqueeze(0)
 
 
-def used(uses: Uses, linear: float | None, activation: float | None) -> Stays:
+def used(uses: Uses, linear: float | None, activation: float | None) -> Used:
     """What lies above the thresholds; None turns a rule off, and 0 takes what is exactly 0.
 
     A row leaves if its output, or its output without the bias, is at or below `linear`; its bias only if the whole
@@ -53,4 +53,4 @@ def used(uses: Uses, linear: float | None, activation: float | None) -> Stays:
     if activation is not None and uses.activated is not None:
         alive = uses.activated > activation
         rows, bias = rows & alive, bias & alive
-    return Stays(rows, columns, bias)
+    return Used(rows, columns, bias)

@@ -1,6 +1,6 @@
 """One differentiable function that counts the dense model, the expected model under soft masks and the shrunk model.
 
-A parameter's count is a product: for each dimension the entries that stay, times one factor for each unit that owns the
+A parameter's count is a product: for each dimension the kept entries, times one factor for each unit that owns the
 whole tensor. With keep probabilities instead of 0/1 masks the same product is the expected count (gates are
 independent), in closed form and in time linear in the number of gates: Compresso's expected size (arXiv 2310.05015, L0
 objective) without a [hidden, layers x ffn] product. Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's
@@ -213,7 +213,7 @@ class CostModel:
         return True
 
     def of_totals(self, names: Sequence[str], totals: Tensor) -> Counts:
-        """Count from how many units of each axis are expected to stay, without their masks; other axes keep all.
+        """Count from how many units of each axis are expected to be kept, without their masks; other axes keep all.
 
         Args:
             names: axes, none of whose units owns whole tensors (heads, channels and hidden dimensions, not layers).
@@ -223,7 +223,7 @@ class CostModel:
         """
         if owning := [name for name, _ in self._units(names)]:
             raise ValueError(
-                f"units of {owning[0]} own whole tensors, so that it matters which of them stay; count by masks"
+                f"units of {owning[0]} own whole tensors, so that it matters which of them are kept; count by masks"
             )
         return self._count(self._atoms_of(tuple(names), totals, totals))
 
@@ -233,9 +233,11 @@ class CostModel:
 
     def _atoms_of(self, names: tuple[str, ...], totals: Tensor, picked: Tensor) -> Tensor:
         """The scalars of all products, given the axes' totals [axes] and their single units' values."""
-        left = (totals.detach() > 0).to(torch.float64)  # masks are never negative
+        any_kept = (totals.detach() > 0).to(torch.float64)  # masks are never negative
         atoms = self._on(totals.device)[0]
-        for values, (columns, rows) in zip((totals, left, picked), self._columns(names, totals.device), strict=True):
+        for values, (columns, rows) in zip(
+            (totals, any_kept, picked), self._columns(names, totals.device), strict=True
+        ):
             atoms = atoms.index_copy(0, columns, values[rows])
         return atoms
 

@@ -91,7 +91,7 @@ def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"hidden states are {list(student.shape)} and {list(teacher.shape)}; select the dimensions that are left"
+            f"hidden states are {list(student.shape)} and {list(teacher.shape)}; select the remaining dimensions"
         )
     ours, theirs = _wide(student), _wide(teacher)
     if kind == "mse":

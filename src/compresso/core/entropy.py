@@ -1,4 +1,5 @@
-"""How much the values of a channel tell: the entropy of their histogram (E-Sparse, arXiv 2310.15929, section 3.2).
+"""How informative the values of a channel are: the entropy of their histogram (E-Sparse, arXiv 2310.15929, section
+3.2).
 
 The range of a channel is that of the first tokens seen; later values beyond it count in the outermost bins, so that one
 pass is enough.

@@ -30,7 +30,7 @@ def shrink_factor(t: int, length: int) -> float:
 
 
 def keep_after(keep: float, period: int, periods: int) -> float:
-    """The share that stays once `period` of `periods` equal parts of what leaves are gone; the last is `keep` itself,
+    """The share kept after `period` of `periods` equal parts of what is removed; the last is `keep` itself,
     bit for bit.
 
     >>> keep_after(0.5, 1, 4), keep_after(0.7, 3, 3)

@@ -1,4 +1,4 @@
-"""How far a part of a network turns the residual stream, and which contiguous run of layers turns it least.
+"""How far a part of a network rotates the residual stream, and which contiguous run of layers rotates it least.
 
 Block influence is ShortGPT's (arXiv 2403.03853, section 3.2, eq. 1), the angular distance is that of Gromov et al.
 (arXiv 2403.17887, section 3.2, eq. 7). Unusual: neither takes the difference 1 - cos or the arccos of a cosine near 1,

@@ -10,7 +10,7 @@ on x its factor) and halves after 3 epochs without a better tau; the epoch of th
 without a better one end the fit; the grid's best point by mean tau over five folds is then fitted on all rows, which
 also judge its epochs.
 
-Departures: a mask and its complement stay in one fold; y is centred, predictions are not; a tau without order counts 0
+Departures: a mask and its complement are in one fold; y is centred, predictions are not; a tau without order counts 0
 (there it is NaN, and passed over, so that a model that orders rows the wrong way round would win over one that says
 nothing); all in float64. The gradient of the loss is written out, so that nothing is recorded for a backward pass.
 """
@@ -60,7 +60,7 @@ def l1_regression(
         seed: of the order of rows.
         grid: tried in order, of equal ones the first wins; with one point there is nothing to cross-validate.
         epochs: at most.
-        together: so many consecutive rows stay in one fold.
+        together: so many consecutive rows are in one fold.
 
     Returns:
         The model; `chosen` holds `penalty`, `lr_factor` and `batch`, and with several points `tau`, their best mean

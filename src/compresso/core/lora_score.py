@@ -50,7 +50,7 @@ def unit_products(axis: Axis, one: Part, other: Part) -> Tensor:
 def lora_scores(
     axes: Sequence[Axis], weight: Part, update: Part, criteria: Mapping[Criterion, float], within_kinds: bool
 ) -> dict[str, Tensor]:
-    """Scores of all units, higher stays: axis name -> [size], float64, on the CPU.
+    """Scores of all units, higher is kept: axis name -> [size], float64, on the CPU.
 
     Args:
         axes: heads and channels that may be removed.

@@ -21,7 +21,7 @@ Choose = Callable[[Tensor, int], Tensor]
 """Scores [out, width] of the columns from an index on -> which entries go, bool [out, width]."""
 Quantize = Callable[[Tensor, int], Tensor]
 """Compensated weights [out, width] that begin at the index of a column -> the rounded column [out]; pruned entries are
-0 and stay so.
+0 and are kept at 0.
 """
 
 _STEP = 32
@@ -115,7 +115,7 @@ def column_sweep(
     quantize: Quantize | None = None,
     block: int = 128,
 ) -> Swept:
-    """Prune and round a layer's columns from left to right, each error compensated by the columns that are left.
+    """Prune and round a layer's columns from left to right, each error compensated by the remaining columns.
 
     Args:
         weight: W [out, in]; rows of several layers that share the factor may be stacked. Weights of dead inputs become
@@ -148,19 +148,19 @@ def column_sweep(
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         now = done[:, begin:end].T.contiguous()  # [width, out]: a column lies in one piece
-        errors, gone = torch.zeros_like(now), torch.zeros_like(now, dtype=torch.bool)
+        errors, mask = torch.zeros_like(now), torch.zeros_like(now, dtype=torch.bool)
         removed = torch.zeros_like(now)  # 1 / U_jj where an entry goes: a weight times it is the error of zeroing it
         for j in range(begin, end):
             at = j - begin
             if choose is not None and j % every == 0:
                 stop = min(at + every, end - begin)
                 scores = (now[at:stop] / diagonal[j : begin + stop, None]).square().T
-                gone[at:stop] = choose(scores, j).T
-                torch.div(gone[at:stop], diagonal[j : begin + stop, None], out=removed[at:stop])
+                mask[at:stop] = choose(scores, j).T
+                torch.div(mask[at:stop], diagonal[j : begin + stop, None], out=removed[at:stop])
             if quantize is None:
                 torch.mul(now[at], removed[at], out=errors[at])
             else:
-                value = quantize(now[at:].T, j).masked_fill(gone[at], 0)
+                value = quantize(now[at:].T, j).masked_fill(mask[at], 0)
                 torch.div(now[at] - value, diagonal[j], out=errors[at])
                 now[at] = value
             near = min((at // step + 1) * step, end - begin)
@@ -172,8 +172,8 @@ def column_sweep(
                 now[near:].addmm_(
                     upper[begin + first : begin + near, begin + near : end].T, errors[first:near], alpha=-1
                 )
-        now.masked_fill_(gone, 0)
-        pruned[:, begin:end] = gone.T
+        now.masked_fill_(mask, 0)
+        pruned[:, begin:end] = mask.T
         done[:, begin:end] = now.T
         loss += errors.square().sum(dim=0) / 2
         done[:, end:] -= errors.T @ upper[begin:end, end:]

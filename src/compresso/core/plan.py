@@ -1,4 +1,4 @@
-"""A structural decision: which units of which axes stay. Every method's outcome that changes shapes is a Plan."""
+"""A structural decision: which units of which axes are kept. Every method's outcome that changes shapes is a Plan."""
 
 import json
 import re
@@ -31,7 +31,7 @@ class Plan:
         for axis in axes:
             if axis.name in masks:
                 alive: list[bool] = (masks[axis.name].detach() > 0).tolist()  # pyright: ignore
-                kept[axis.name] = tuple(i for i, stays in enumerate(alive) if stays)
+                kept[axis.name] = tuple(i for i, keep in enumerate(alive) if keep)
         return Plan(kept)
 
     def masks(
@@ -64,18 +64,18 @@ class Plan:
                 )
             if len(kept) < axis.fewest:
                 raise ValueError(
-                    f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must stay"
+                    f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must be kept"
                 )
 
     def is_noop(self, axes: Iterable[Axis]) -> bool:
-        """Whether every unit of every axis stays."""
+        """Whether every unit of every axis is kept."""
         return all(axis.name not in self.kept or len(self.kept[axis.name]) == axis.size for axis in axes)
 
     def then(self, later: "Plan") -> "Plan":
         """One plan for the original model equal to this plan followed by `later`, whose indices refer to the already
         smaller model.
 
-        A smaller model numbers the units that are left from 0: those that this plan keeps and, for the axes `attention`
+        A smaller model numbers the remaining units from 0: those that this plan keeps and, for the axes `attention`
         and `mlp`, whose units lie one in each layer, only those in layers that this plan keeps.
         """
         combined = dict(self.kept)
@@ -83,7 +83,7 @@ class Plan:
         for name, kept in later.kept.items():
             original = self._original_name(name)
             before = self.kept.get(original)
-            if name in _ONE_UNIT_A_LAYER:  # units keep the numbers of their layers, also those that are gone
+            if name in _ONE_UNIT_A_LAYER:  # units keep the numbers of their layers, also removed ones
                 mapped = kept if layers is None else tuple(layers[i] for i in kept)
                 combined[original] = tuple(i for i in mapped if before is None or i in before)
             else:
@@ -104,7 +104,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """Inverse of `to_json`. Raises ValueError for a foreign format."""
+        """Inverse of `to_json`. Raises ValueError for another format."""
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')

@@ -1,15 +1,15 @@
 """Linear regression of a model's score on which of its units were on: few observations, many columns, no training loop.
 
 Ridge in its dual form costs one eigendecomposition of [rows, rows], whatever the number of columns, and gives for every
-strength the errors of rows that were left out without fitting again. With an intercept that is not penalised, x and y
+strength the errors of rows that were omitted without fitting again. With an intercept that is not penalised, x and y
 less their means:
 
     theta = X^T (X X^T + lambda I)^-1 y                                     (1)
     M = lambda (X X^T + lambda I)^-1 - 1 1^T / n                            (2)  M y are the residuals
     left-out residuals of the rows G = (M_GG)^-1 (M y)_G                    (3)  exactly those of a fit without G
 
-Unusual: rows may be left out `together`. A mask and its complement are one observation as far as single units go: with
-one of them in the fit, the other is predicted from it alone, which tells nothing about unseen masks. All of it runs in
+Unusual: rows may be omitted `together`. A mask and its complement are one observation as far as single units go: with
+one of them in the fit, the other is predicted from it alone, which says nothing about unseen masks. All of it runs in
 float64 on the CPU, so that devices agree.
 """
 
@@ -54,14 +54,14 @@ def ridge(x: Tensor, y: Tensor, *, strengths: Sequence[float] = STRENGTHS, toget
         x: [rows, columns], of any dtype.
         y: [rows], of any floating dtype.
         strengths: relative to the mean eigenvalue of X X^T, so that they suit any scale; above 0, strongest first.
-        together: so many consecutive rows are left out at once (2 for masks that are each followed by their
+        together: so many consecutive rows are omitted at once (2 for masks that are each followed by their
             complement).
 
     Returns:
         The model; `chosen` holds `strength` (lambda itself) and `left_out_error` (mean square over the left-out rows).
 
     Raises:
-        ValueError: rows are too few or cannot be left out in such groups, a value is not finite, or a strength is not
+        ValueError: rows are too few or cannot be omitted in such groups, a value is not finite, or a strength is not
             above 0.
     """
     x, y = observed(x), observed(y)

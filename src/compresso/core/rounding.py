@@ -1,8 +1,9 @@
 """Uniform grids for weights and rounding to the nearest point: 2 to 8 bits, per output channel or per group of inputs.
 
 Asymmetric: the range of a row or group, widened to hold 0, is cut into 2^b - 1 steps; the zero point is a whole step: 0
-stays 0. Symmetric: [-m, m] in 2^b - 1 steps with the zero point in the middle (as GPTQ's code); one code is never used
-and 0 stays 0. A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to 0).
+remains 0. Symmetric: [-m, m] in 2^b - 1 steps with the zero point in the middle (as GPTQ's code); one code is never
+used and 0 remains 0. A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to
+0).
 
 `clip` shrinks the range in steps of 1 % down to 20 % and keeps the smallest sum of |error|^2.4, as the search in the
 public code of SparseGPT (unused there) and GPTQ (its `mse` option) does.
@@ -118,7 +119,7 @@ def recovered(weight: Tensor, bits: int, group: int = 0, *, symmetric: bool = Tr
 
     Args:
         weight: [rows, columns], of any float type; its rounding is allowed for.
-        bits, group: as in `fit`; with more than about 6 bits a bfloat16 matrix is too coarse to tell.
+        bits, group: as in `fit`; with more than about 6 bits a bfloat16 matrix is too coarse to show it.
         symmetric: whether the zero point is in the middle of the codes; otherwise it lies where all values fit.
     """
     if group and weight.shape[1] % group:

@@ -8,9 +8,9 @@ the slices channel by channel, then the channels add up.
 
 Unusual: With grouped queries a key/value head has more query rows than key rows. They are added head by head to the
     channels of their own key/value head; the authors' code folds the query rows in another order, which pairs most of
-    them with a foreign head. A linear's bias counts with the rows of its weight. The authors' code passes biases over;
-    the models it was written for have none. Products over slices are logarithms of products, because products of
-    hundreds of small numbers underflow; the order is the same.
+    them with another architecture's head. A linear's bias counts with the rows of its weight. The authors' code passes
+    biases over; the models it was written for have none. Products over slices are logarithms of products, because
+    products of hundreds of small numbers underflow; the order is the same.
 """
 
 from collections.abc import Mapping
@@ -87,8 +87,8 @@ def unit_scores(
     fisher: Mapping[str, Tensor] | None = None,
     reduction: Reduction = "sum",
 ) -> Tensor:
-    """The score of each unit of an axis [size], float64, on the CPU; higher stays. Under "prod" it is the logarithm of
-    the product.
+    """The score of each unit of an axis [size], float64, on the CPU; higher is kept. Under "prod" it is the logarithm
+    of the product.
 
     parameters, gradients, fisher: name -> tensor, at least for the parameters that the axis slices. Raises ValueError
     as `salience` does, and for the reduction "last" of an axis other than heads or channels, whose slices do not
@@ -109,7 +109,7 @@ def unit_scores(
         values[key] = values[key] + total if key in values else total
     sized = {key: value.abs().double().cpu() for key, value in values.items()}
     if any(unit is not None for unit, *_ in sized):
-        nothing = torch.zeros((), dtype=torch.float64)  # of a layer whose sub-layers have gone
+        nothing = torch.zeros((), dtype=torch.float64)  # of a layer whose sub-layers were removed
         owned = [[value for (unit, *_), value in sized.items() if unit == k] for k in range(axis.size)]
         return torch.stack([_reduced(torch.stack(members or [nothing])[:, None], reduction) for members in owned])
     channels = channels_per_unit(axis)
@@ -125,7 +125,7 @@ def channels_per_unit(axis: Axis) -> int:
 
 
 def kept_units(size: int, channels: int, ratio: float) -> int:
-    """Units that stay when a ratio of them leaves: the fewest that hold int(size * channels * (1 - ratio)) channels.
+    """Units kept when a ratio of them is removed: the fewest that hold int(size * channels * (1 - ratio)) channels.
 
     The authors' rule: truncate in channels, remove whole units only.
 

@@ -17,7 +17,7 @@ Round = Callable[[Tensor], Tensor]
 """Weights [out, in] -> the nearest points of their grid."""
 
 _LEAST = 1e-4
-"""Below it a scale, or a typical weight, is not told from 0."""
+"""Below it a scale, or a typical weight, is not distinguished from 0."""
 
 
 def output_error(change: Tensor, moment: Tensor) -> float:

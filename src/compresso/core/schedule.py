@@ -12,8 +12,8 @@ Schedule = Callable[[int], float]
 
 
 def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
-    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and stays; warmup 0 is `final`
-    at once.
+    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and is constant from there;
+    warmup 0 is `final` at once.
 
     Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408). Raises ValueError for a sparsity outside [0,
     1) or a negative warm-up.

@@ -110,7 +110,7 @@ def lowest_in_rows(scores: Tensor, share: float) -> Tensor:
 
 
 def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """The lowest m - n of every m consecutive entries of each row of `scores` [rows, columns], bool: n stay of m.
+    """The lowest m - n of every m consecutive entries of each row of `scores` [rows, columns], bool: n are kept of m.
 
     Raises ValueError if m does not divide the columns.
     """

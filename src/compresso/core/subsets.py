@@ -6,7 +6,7 @@ its complement, so that each unit is as often on as off and interactions of two 
 Two ways to draw:
 
     independent     each unit off with probability 1/2, whatever the others are: a coefficient for every unit can be
-                    told from the rest
+                    distinguished from the rest
     published       a fixed number of units off in every module. Then the columns of a module add up to a constant, and
                     coefficients of
                     different modules do not compare; with one unit a module, all of its masks are the same.
@@ -72,7 +72,7 @@ def perturbable(
         priors: module -> [n], finite; higher for units that are thought to matter.
         shares: module -> p, the share of units that a round removes.
         least: see `LEAST`.
-        fewest: module -> units that stay on in every mask, at least 1 unless given: no mask switches a whole module off
+        fewest: module -> units that are on in every mask, at least 1 unless given: no mask switches a whole module off
             but where 0 is.
 
     Raises:

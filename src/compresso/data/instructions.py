@@ -139,7 +139,7 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     header.
 
     They are to stand before a request that is not worded as an instruction, like those of likelihood tasks. Where a
-    tokenizer merges the prompt's last line break with the header, that token is left out.
+    tokenizer merges the prompt's last line break with the header, that token is omitted.
     """
     head = bos_text(tokenizer) + opening("", prompt_on=True)
     ids, ends = ids_and_ends(tokenizer, [head + body(".")])[0]

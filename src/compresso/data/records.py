@@ -1,6 +1,6 @@
 """What one line of data can be, and how an untyped object becomes one.
 
-Four kinds, told apart by their fields (the first match wins, so an Alpaca row that also has a `text` column is an
+Four kinds, distinguished by their fields (the first match wins, so an Alpaca row that also has a `text` column is an
 instruction):
 
     Instruction   instruction, output, and optionally input          (Alpaca)

@@ -47,7 +47,7 @@ def ids_and_ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return []
     if not tokenizer.is_fast:
         raise DataError(
-            f"{type(tokenizer).__name__} does not tell the characters of its tokens; save it as a fast tokenizer"
+            f"{type(tokenizer).__name__} does not report the characters of its tokens; save it as a fast tokenizer"
             " (tokenizer.json)"
         )
     out = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -95,7 +95,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Parameter dimensions that belong together and have to stay, and why."""
+    """Parameter dimensions that belong together and have to be kept, and why."""
 
     sources: tuple[Source, ...]
     size: int

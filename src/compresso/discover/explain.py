@@ -1,5 +1,5 @@
-"""What is said about one discovered axis, or about a parameter that stays: which tensors leave together, and which
-operation says so.
+"""What is said about one discovered axis, or about a parameter that cannot be pruned: which tensors are removed
+together, and which operation says so.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from compresso.errors import ArchError, nearest
 
 
 def explain(discovery: Discovery, name: str) -> dict[str, Any]:
-    """An axis by name, or a parameter that stays.
+    """An axis by name, or a parameter that cannot be pruned.
 
     Returns `{"name", "kind", "size", "tensors": [{"name", "dim", "entries", "why"}], "masked_at", "folded_norms"}`.
     `entries` are those of one unit along `dim`, both None where a unit owns the whole tensor. For a parameter that

@@ -98,7 +98,7 @@ class Classes:
             self._joins.append((pairs[0], pairs[1]))
 
     def pin(self, classes: Tensor, place: Place, why: str) -> None:
-        """These classes have to stay."""
+        """These classes have to be kept."""
         found = torch.unique(classes)
         found = found[found != 0]
         if len(found):

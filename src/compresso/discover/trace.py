@@ -175,7 +175,7 @@ def _without_padding(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _naming(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tell the recorder which module runs."""
+    """Let the recorder know which module runs."""
     stack: list[str] = []
     handles: list[Any] = []
     for name, module in model.named_modules():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def compensate_(linear: nn.Module, mean: Tensor, removed: Tensor) -> bool:
-    """b += W m, where m is the mean input at the entries that leave and 0 elsewhere; whether the linear has a bias to
+    """b += W m, where m is the mean input at the removed entries and 0 elsewhere; whether the linear has a bias to
     take it.
 
     Args:

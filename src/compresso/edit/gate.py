@@ -64,7 +64,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
         model: the model that the axes describe, or a PEFT wrapper of it.
         axes: from `Arch.axes`.
         masks: axis name -> [size], or [batch, size] with one row an example; any floating dtype, cast to the
-            activation's at use. Axes without a mask are left alone.
+            activation's at use. Axes without a mask are not touched.
 
     Yields the sites, whose `set` exchanges the masks, for loops that draw new ones every step.
 

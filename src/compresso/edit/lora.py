@@ -88,7 +88,7 @@ def attach_(
 
 
 def merge_(adapted: PeftModel) -> PreTrainedModel:
-    """Add the adapters to the weights and return the base model without them; its parameters stay frozen.
+    """Add the adapters to the weights and return the base model without them; its parameters remain frozen.
 
     Raises NumericError, before any weight is changed, if a merged weight would not be finite.
     """

@@ -1,7 +1,7 @@
 """Layers that are skipped while a prompt is read, and run for every token after it (ShortGPT-gen, arXiv 2403.03853, ACL
 version).
 
-A forward patch: weights, shapes and files stay those of the dense model, and so do decoding and the cache. Where a
+A forward patch: weights, shapes and files are those of the dense model, and so do decoding and the cache. Where a
 chunk of more than one token comes, a skipped layer hands the stream on as it is and only fills its slot of the cache:
 keys and values of its normed input, with the keys rotated as its own attention would. (The public code caches them
 without rotation.) A later single token finds the slot it expects. Without a cache, as in training and in scoring, a

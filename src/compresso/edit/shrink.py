@@ -46,7 +46,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
     Args:
         model: changed in place; on any device, meta included. Parameters that change are new ones of the same dtype and
             device.
-        axes: `Arch.axes(model)`; axes that are left out are not touched.
+        axes: `Arch.axes(model)`; others are not touched.
         plan: kept units. Keeping everything without soft masks changes nothing, bit for bit.
         soft: axis name -> [size], finite and not negative. Values of removed units are ignored.
 
@@ -136,7 +136,7 @@ def _leaving(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> set[str]:
 
 
 def _selections(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[tuple[str, int], Tensor]:
-    """(parameter, dim) -> indices of the entries that stay [kept entries]."""
+    """(parameter, dim) -> indices of the kept entries [n_kept]."""
     selections: dict[tuple[str, int], Tensor] = {}
     for axis in axes:
         if axis.name in kept:
@@ -195,7 +195,7 @@ def _read_or_written(model: nn.Module, gate: Gate) -> list[tuple[str, int]]:
 
 
 def _edited(name: str, parameter: Tensor, by_dim: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """A parameter sliced and scaled; by_dim: for each dimension the entries that stay, and factors along it before
+    """A parameter sliced and scaled; by_dim: for each dimension the kept entries, and factors along it before
     slicing.
     """
     result = parameter.detach()

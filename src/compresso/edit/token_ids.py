@@ -1,4 +1,4 @@
-"""Gives the tokens that stay their new numbers wherever a model writes token ids down: config, generation config,
+"""Gives the kept tokens their new numbers wherever a model writes token ids down: config, generation config,
 modules.
 """
 
@@ -22,7 +22,7 @@ _ONE_ID = (
 )
 """Fields that hold an id or a list of ids, of which generation understands any number."""
 _IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-"""Fields that hold lists of ids, or lists of lists: an entry with a token that is gone says nothing any more."""
+"""Fields that hold lists of ids, or lists of lists: an entry with a removed token says nothing any more."""
 
 
 def token_ids(model: PreTrainedModel) -> set[int]:
@@ -40,13 +40,13 @@ def renumber_(model: PreTrainedModel, size: int, kept: Sequence[int]) -> None:
 
     Args:
         model: whose embedding and head hold only the kept rows already.
-        size: rows before; ids from there on belonged to no row and stay behind the last one.
-        kept: their old ids, ascending. A meaning whose token is gone becomes None.
+        size: rows before; ids from there on belonged to no row and remain behind the last one.
+        kept: their old ids, ascending. A meaning whose token was removed becomes None.
     """
     new = {old: i for i, old in enumerate(kept)}
 
     def renumbered(value: Any) -> Any:
-        """An id, or a list of what can be renumbered; None for what is gone."""
+        """An id, or a list of what can be renumbered; None for what was removed."""
         if isinstance(value, list | tuple):
             found = [renumbered(one) for one in value]
             return (

@@ -34,7 +34,7 @@ class PerplexityResult:
         stderr: standard error of `loss` over windows, taken as independent; None for a single one.
         nats: over all predicted tokens.
         n_tokens: predicted tokens.
-        n_bytes: UTF-8 bytes of their text; None if the tokenizer does not tell the characters of its tokens.
+        n_bytes: UTF-8 bytes of their text; None if the tokenizer does not report the characters of its tokens.
         n_texts, n_windows: what they came from.
         has_bos: whether the tokenizer has a BOS to put where the protocol wants one.
         texts_sha256, tokens_sha256: of the texts, and of the windows with what is predicted in each.
@@ -87,7 +87,7 @@ class PerplexityResult:
             remark=remark,
         )
         if self.by_byte is None:
-            unknown = "No value by byte: the tokenizer does not tell which text its tokens stand for."
+            unknown = "No value by byte: the tokenizer does not report which text its tokens stand for."
             return (by_token.model_copy(update={"remark": f"{remark} {unknown}" if remark else unknown}),)
         per_byte = by_token.model_copy(
             update={

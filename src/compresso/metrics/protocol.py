@@ -159,7 +159,7 @@ def usual_split(corpus: str) -> str:
 
 
 def every_token(corpus: str, split: str, seq_len: int) -> PerplexityProtocol:
-    """Nothing left out: BOS text EOS, text after text, in windows that do not overlap, the last one kept though it is
+    """Nothing omitted: BOS text EOS, text after text, in windows that do not overlap, the last one kept though it is
     shorter.
 
     For short texts, such as those of the embedded world, of which the other protocols would count a part.

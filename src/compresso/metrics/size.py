@@ -1,7 +1,7 @@
 """How large a model is: parameters by group, bytes on disk, multiply-accumulates and cache bytes a token.
 
 All but the bytes on disk follow from the shapes alone, through the same `CostModel` that budgets are counted with. Of a
-model whose architecture nobody described only the total is known; the other counts are then left out, never zero.
+model whose architecture nobody described only the total is known; the other counts are then omitted, never zero.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """One turn of a model: a prompt read in one forward, then continued token by token with a key/value cache; timed by
 whoever asks.
 
-Prefill computes the logits of the last position only where the model can leave out the others, as serving does.
+Prefill computes the logits of the last position only where the model can omit the others, as serving does.
 Decoding is greedy and never stops early. A `Stopwatch` is the only thing that knows a clock, so that all else can be
 tested without one.
 """
@@ -65,7 +65,7 @@ def prompts(batch: int, prompt_tokens: int, vocab_size: int, seed: int) -> Tenso
 
 
 def keeps_last(model: PreTrainedModel) -> bool:
-    """Whether the model can leave out the logits of all positions but the last."""
+    """Whether the model can omit the logits of all positions but the last."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 

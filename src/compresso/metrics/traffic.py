@@ -45,7 +45,7 @@ class Weights:
 
 
 def weight_bytes_read(model: PreTrainedModel) -> int:
-    """Bytes of weights that one decoding step reads: all parameters, tied ones once, an untied input embedding left out
+    """Bytes of weights that one decoding step reads: all parameters, tied ones once, an untied input embedding omitted
     (a row a token).
     """
     lookup = model.get_input_embeddings().weight

@@ -1,7 +1,7 @@
 """From texts to the windows a model reads: which tokens of them count, and how many bytes of text those stand for.
 
 A token's bytes are the UTF-8 bytes of its text from the end of the token before it to its own end, as the tokenizer's
-offsets tell; the last token of a text takes what is left of it. So the bytes of all tokens of a text are exactly its
+offsets tell; the last token of a text takes what remains of it. So the bytes of all tokens of a text are exactly its
 bytes, whatever the tokenizer drops or splits, and of a character that is split over tokens the first one takes all
 bytes. BOS and EOS have none: predicting them costs nats, but gives no text.
 """
@@ -37,7 +37,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Ids in the order of the text, and the bytes of each (None where the tokenizer does not tell them)."""
+    """Ids in the order of the text, and the bytes of each (None where the tokenizer does not report them)."""
 
     ids: list[int]
     n_bytes: list[int] | None

@@ -21,7 +21,7 @@ CLASSES = {
 
 
 def register() -> None:
-    """Tell transformers of `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`;
+    """Register with transformers `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`;
     idempotent.
     """
     for config, decoder, language_model in CLASSES.values():

@@ -15,7 +15,7 @@ import altair as alt
 from markupsafe import Markup
 
 from compresso.report.marks import Point, drawable, parts_of, undominated
-from compresso.report.removed import Left
+from compresso.report.removed import UnitsKept
 
 WIDTH, HEIGHT = 330, 210
 """Of a whole chart with its axes, px: it just fits a phone."""
@@ -25,16 +25,16 @@ _MARKS = ("var(--ink)", *SERIES)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 
 
-def heat_map(cells: Sequence[Left]) -> Markup:
-    """Layers downwards, parts across; the fuller the colour, the more is left, and each cell says how many units."""
+def heat_map(cells: Sequence[UnitsKept]) -> Markup:
+    """Layers downwards, parts across; the fuller the colour, the more is kept, and each cell says how many units."""
     parts = parts_of(cells)
     values = [
         {
             "layer": c.layer,
             "part": c.part,
             "share": c.share,
-            "text": "all gone" if c.kept == 0 else f"{c.kept} of {c.of}",
-            "gone": c.kept == 0,
+            "text": "all removed" if c.kept == 0 else f"{c.kept} of {c.of}",
+            "removed": c.kept == 0,
         }
         for c in cells
     ]
@@ -56,12 +56,12 @@ def heat_map(cells: Sequence[Left]) -> Markup:
     )
     opacity = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 0.5]), legend=None)
     full = base.mark_rect(color="var(--accent)").encode(opacity=opacity)
-    gone = base.transform_filter("datum.gone").mark_rect(
+    removed = base.transform_filter("datum.removed").mark_rect(
         filled=False, stroke="var(--warn)", strokeWidth=1, strokeDash=[3, 2]
     )
     words = base.mark_text(color="var(--ink)", fontSize=10).encode(text="text:N")
-    chart = alt.layer(full, gone, words).properties(width=WIDTH, height={"step": 24 if n_layers <= 16 else 17})
-    return _svg(chart, f"Units left in each of {n_layers} layers: {', '.join(parts)}.", fit="fit-x")
+    chart = alt.layer(full, removed, words).properties(width=WIDTH, height={"step": 24 if n_layers <= 16 else 17})
+    return _svg(chart, f"Units kept in each of {n_layers} layers: {', '.join(parts)}.", fit="fit-x")
 
 
 def curves(

@@ -5,19 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from markupsafe import Markup
 
 from compresso.report.marks import Point, drawable, parts_of
-from compresso.report.removed import Left
+from compresso.report.removed import UnitsKept
 
 MOST_ROWS = 12
 """Rows of a table of curves: evenly spaced updates, the last one included."""
 
 
-def heat_map(cells: Sequence[Left]) -> Markup:
-    """A row for each layer, a column for each part, and in each cell how many units are left."""
+def heat_map(cells: Sequence[UnitsKept]) -> Markup:
+    """A row for each layer, a column for each part, and in each cell how many units are kept."""
     parts = parts_of(cells)
     layers = dict.fromkeys(cell.layer for cell in cells)
-    left = {(cell.layer, cell.part): "all gone" if cell.kept == 0 else f"{cell.kept} of {cell.of}" for cell in cells}
+    left = {(cell.layer, cell.part): "all removed" if cell.kept == 0 else f"{cell.kept} of {cell.of}" for cell in cells}
     rows = [[f"layer {layer}", *(left.get((layer, part), "") for part in parts)] for layer in layers]
-    return _table(["", *parts], rows, f"Units left in each of {len(layers)} layers: {', '.join(parts)}.")
+    return _table(["", *parts], rows, f"Units kept in each of {len(layers)} layers: {', '.join(parts)}.")
 
 
 def curves(

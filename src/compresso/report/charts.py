@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from compresso.report import chart_tables
 from compresso.report.marks import Point
-from compresso.report.removed import Left
+from compresso.report.removed import UnitsKept
 
 DRAWN_BY = ("altair", "vl_convert")
 """The packages that draw."""
@@ -19,8 +19,8 @@ def can_draw() -> bool:
     return all(find_spec(name) is not None for name in DRAWN_BY)
 
 
-def heat_map(cells: Sequence[Left]) -> Markup:
-    """What is left of each part of each layer.
+def heat_map(cells: Sequence[UnitsKept]) -> Markup:
+    """What is kept of each part of each layer.
 
     Args:
         cells: one for each part of a layer.

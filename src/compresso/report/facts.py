@@ -42,7 +42,7 @@ def asked(run: Run) -> Rows:
         for part, words in list(_OF.items())[:2]
         if before.get(part) and part in after
     ]
-    rows.append(("Left", ", ".join(shares).replace("%", " %")))
+    rows.append(("Kept", ", ".join(shares).replace("%", " %")))
     if data is None:
         rows.append(("Data", "none: the recipe needs none"))
     else:

@@ -1,4 +1,4 @@
-"""Which charts a comparison gets: what is left by layer, how each stage trained, quality against size and against
+"""Which charts a comparison gets: what remains by layer, how each stage trained, quality against size and against
 measured speed.
 """
 
@@ -13,7 +13,7 @@ from compresso.report.columns import Column, columns, group, lower_is_better
 from compresso.report.marks import Point
 from compresso.report.read import Comparison, Run
 from compresso.report.records import StageFacts
-from compresso.report.removed import left
+from compresso.report.removed import units_kept
 from compresso.report.table import find
 
 MOST_QUALITIES = 4
@@ -33,7 +33,7 @@ class Figure:
 
 def removed(run: Run) -> Figure | None:
     """The heat map of a run; None if the plan names nothing that has a place in a layer."""
-    cells = left(run.plan, run.records.stages)
+    cells = units_kept(run.plan, run.records.stages)
     if not cells:
         return None
     whole = [part for part in ("heads", "FFN units", "hidden") if all(cell.part != part for cell in cells)]

@@ -42,7 +42,7 @@ class RecipeRun(Strict):
 
 
 class DataUsed(Strict):
-    """The training data: what was named, its hash, the lines that were left out, and what became of the others."""
+    """The training data: what was named, its hash, the lines that were omitted, and what became of the others."""
 
     source: str
     kind: str

@@ -1,4 +1,4 @@
-"""What a run removed, layer by layer: units left of those that were there."""
+"""What a run removed, layer by layer: units kept of those that were there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from compresso.report.records import StageFacts
 HEADS, CHANNELS, HIDDEN = "heads", "FFN units", "hidden"
 _PARTS = {"heads": HEADS, "channels": CHANNELS}
 _WHOLE = {"attention": (HEADS,), "mlp": (CHANNELS,), "layers": (HEADS, CHANNELS)}
-"""Axes with one unit a layer, and what leaves with it."""
+"""Axes with one unit a layer, and what is removed with it."""
 
 
 @dataclass(frozen=True)
-class Left:
-    """Units of one part left in one layer; the hidden dimensions are the same in all layers."""
+class UnitsKept:
+    """Kept units of one part of one layer; the hidden dimensions are the same in all layers."""
 
     layer: int
     part: str
@@ -30,7 +30,7 @@ class Left:
 def dense_sizes(stages: Mapping[str, StageFacts]) -> dict[str, int]:
     """Axis name -> units before the first stage that touched it.
 
-    A stage that follows the removal of whole layers numbers those that are left, so axes first touched there are not
+    A stage that follows the removal of whole layers numbers the remaining ones, so axes first touched there are not
     known by name.
     """
     sizes: dict[str, int] = {}
@@ -42,33 +42,35 @@ def dense_sizes(stages: Mapping[str, StageFacts]) -> dict[str, int]:
     return sizes
 
 
-def left(plan: Plan, stages: Mapping[str, StageFacts]) -> list[Left]:
+def units_kept(plan: Plan, stages: Mapping[str, StageFacts]) -> list[UnitsKept]:
     """Every layer's parts of which the plan says something, in the numbering of the original model; parts it does not
     name are whole.
     """
     sizes = dense_sizes(stages)
     known = {axis: len(plan.kept[axis]) for axis in sizes if axis in plan.kept}
-    gone = {
+    removed = {
         (layer, part)
         for axis, parts in _WHOLE.items()
         if axis in known
         for layer in set(range(sizes[axis])) - set(plan.kept[axis])
         for part in parts
     }
-    rows: dict[tuple[int, str], Left] = {}
+    rows: dict[tuple[int, str], UnitsKept] = {}
     for axis, kept in known.items():
         prefix, _, rest = axis.partition(".")
         number, _, kind = rest.partition(".")
         if prefix == "layers" and number.isdecimal() and kind in _PARTS:
             layer, part = int(number), _PARTS[kind]
-            rows[layer, part] = Left(layer, part, 0 if (layer, part) in gone else kept, sizes[axis])
-    for layer, part in gone - rows.keys():
-        rows[layer, part] = Left(layer, part, 0, 1)
+            rows[layer, part] = UnitsKept(layer, part, 0 if (layer, part) in removed else kept, sizes[axis])
+    for layer, part in removed - rows.keys():
+        rows[layer, part] = UnitsKept(layer, part, 0, 1)
     n_layers = max([sizes[axis] for axis in _WHOLE if axis in known] + [layer + 1 for layer, _ in rows], default=0)
-    for axis, parts in _WHOLE.items():  # where only whole sub-layers could leave, the others stayed whole
+    for axis, parts in _WHOLE.items():  # where only whole sub-layers could be removed, the others are whole
         for layer in range(sizes[axis]) if axis in known else ():
             for part in parts:
-                rows.setdefault((layer, part), Left(layer, part, 1, 1))
+                rows.setdefault((layer, part), UnitsKept(layer, part, 1, 1))
     if "hidden" in known:
-        rows |= {(layer, HIDDEN): Left(layer, HIDDEN, known["hidden"], sizes["hidden"]) for layer in range(n_layers)}
+        rows |= {
+            (layer, HIDDEN): UnitsKept(layer, HIDDEN, known["hidden"], sizes["hidden"]) for layer in range(n_layers)
+        }
     return [rows[key] for key in sorted(rows)]

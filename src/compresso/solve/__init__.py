@@ -1,3 +1,3 @@
-"""Choosing what stays: every way to turn scores and a budget into a plan, under one name; the exact one needs scipy's
+"""Which units are kept: every way to turn scores and a budget into a plan, under one name; the exact one needs scipy's
 solver.
 """

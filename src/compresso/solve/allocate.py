@@ -30,19 +30,19 @@ def allocate(
     scores: Mapping[str, Tensor],
     cost: Cost,
     budget: Budget,
-    gone: Mapping[str, Tensor] | None = None,
+    removed: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """The plan that keeps the best units within a budget; it names every axis of the budget's kinds.
 
     Args:
         axes: the axes of the model, or those that may be touched.
-        scores: axis name -> [size]; higher stays; comparable across axes. Needed for every axis of the budget's kinds,
-            others are ignored.
+        scores: axis name -> [size]; higher is kept; comparable across axes. Needed for every axis of the budget's
+            kinds, others are ignored.
         cost: counts the model.
-        budget: what may stay. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer,
+        budget: what may be kept. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer,
             worth their mean score.
-        gone: axis name -> [size], bool: units that left under an earlier, larger budget of the same shapes and do not
-            come back.
+        removed: axis name -> [size], bool: units that were removed under an earlier, larger budget of the same shapes
+            and do not come back.
 
     Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more
     than the target (with multiples: by more than 0.5 % of it).
@@ -51,7 +51,7 @@ def allocate(
     for axis in pool:
         _check_scores(axis, scores)
     flat = Flat(pool)
-    start, items = _items(pool, scores, flat, budget, gone or {})
+    start, items = _items(pool, scores, flat, budget, removed or {})
     limit = budget.limit(cost)
 
     def excess(units: Tensor) -> float:
@@ -89,15 +89,15 @@ def keep_counts(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapp
             n = counts[axis.name]
             if not axis.fewest <= n <= axis.size:
                 raise ValueError(f"cannot keep {n} units of {axis.name}; wanted {axis.fewest} to {axis.size}")
-            stays: list[int] = removal_order(scores[axis.name])[axis.size - n :].tolist()  # pyright: ignore
-            kept[axis.name] = tuple(sorted(stays))
+            best: list[int] = removal_order(scores[axis.name])[axis.size - n :].tolist()  # pyright: ignore
+            kept[axis.name] = tuple(sorted(best))
     return Plan(kept)
 
 
 def _items(
-    pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budget: Budget, gone: Mapping[str, Tensor]
+    pool: Sequence[Axis], scores: Mapping[str, Tensor], flat: Flat, budget: Budget, removed: Mapping[str, Tensor]
 ) -> tuple[Tensor, Items]:
-    """The units that stay in any case [units], bool, and the items above them."""
+    """Units that are kept in any case [units], bool, and the items above them."""
     start = torch.zeros(flat.units, dtype=torch.bool)
     of_unit = torch.full((flat.units,), -1)
     worths: list[Tensor] = []
@@ -107,23 +107,24 @@ def _items(
     # Groups last first and units best first, so that a stable descending sort admits them in the reverse of the order
     # of removal.
     for group, members in reversed(list(enumerate(_groups(pool, budget)))):
-        best = [_best_first(pool[i], scores, gone) for i in members]
+        best = [_best_first(pool[i], scores, removed) for i in members]
         size = min(pool[i].size for i in members)
-        left = min(
-            pool[i].size - int(gone[pool[i].name].sum()) if pool[i].name in gone else pool[i].size for i in members
+        available = min(
+            pool[i].size - int(removed[pool[i].name].sum()) if pool[i].name in removed else pool[i].size
+            for i in members
         )
         ranked = torch.stack(
             [scores[pool[i].name].detach().cpu().double()[order[:size]] for i, order in zip(members, best, strict=True)]
         )
         allowed = budget.allowed(pool[members[0]].kind, size, max(min(size, budget.fewest(pool[i])) for i in members))
-        counts = torch.tensor([count for count in allowed if count <= left])
+        counts = torch.tensor([count for count in allowed if count <= available])
         if not len(counts):
             raise ValueError(
-                f"{pool[members[0]].name} has {left} units left, fewer than the {allowed[0]} that must stay"
+                f"{pool[members[0]].name} has {available} units left, fewer than the {allowed[0]} that must be kept"
             )
         item = torch.searchsorted(counts, torch.arange(size), right=True) - 1  # -1 below the smallest count
         n_new = len(counts) - 1
-        rising = (item >= 0) & (item < n_new)  # from n_new on: gone
+        rising = (item >= 0) & (item < n_new)  # from n_new on: removed
         sums = torch.zeros(n_new, dtype=torch.float64).index_add_(0, item[rising], ranked.mean(dim=0)[rising])
         if n_new:
             worths.append(
@@ -144,13 +145,13 @@ def _items(
     return start, Items(of_unit, torch.cat(groups)[admission], torch.cat(closing)[admission])
 
 
-def _best_first(axis: Axis, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> Tensor:
-    """The units of an axis [size], best first, those that are gone last."""
+def _best_first(axis: Axis, scores: Mapping[str, Tensor], removed: Mapping[str, Tensor]) -> Tensor:
+    """The units of an axis [size], best first, removed ones last."""
     best = removal_order(scores[axis.name]).flip(0)
-    if axis.name not in gone:
+    if axis.name not in removed:
         return best
-    left = gone[axis.name].cpu()[best]
-    return torch.cat([best[~left], best[left]])
+    last = removed[axis.name].cpu()[best]
+    return torch.cat([best[~last], best[last]])
 
 
 def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:

@@ -25,7 +25,7 @@ class ShareOfModel:
 
     Args:
         cost: counts the model.
-        keep: share of the dense count that stays in the end, in (0, 1].
+        keep: share of the dense count that is kept in the end, in (0, 1].
         of: "blocks", "total" or "macs".
     """
 
@@ -72,7 +72,7 @@ class CountsPerLayer:
 
     Args:
         axes: the gated axes.
-        counts: units that stay in the end, by kind.
+        counts: units kept in the end, by kind.
         cost, of: what the reported sparsity is measured in.
     """
 
@@ -90,7 +90,7 @@ class CountsPerLayer:
         return sorted({axis.kind for axis in self.axes})
 
     def _wanted(self, axis: Axis, progress: float) -> float:
-        """Units of an axis that should stay now."""
+        """Units of an axis that should be kept now."""
         return axis.size - (axis.size - min(self.counts[axis.kind], axis.size)) * progress
 
     def sparsity(self, probabilities: Mapping[str, Tensor]) -> Tensor:

@@ -26,9 +26,9 @@ def parts_of(axes: Sequence[Axis]) -> list[Part]:
     ]
 
 
-def without(axes: Sequence[Axis], gone: Sequence[Part]) -> Plan:
+def without(axes: Sequence[Axis], removed: Sequence[Part]) -> Plan:
     """The plan that keeps all units of these axes but those."""
-    leaving = set(gone)
+    leaving = set(removed)
     return Plan(
         {axis.name: tuple(unit for unit in range(axis.size) if (axis.name, unit) not in leaving) for axis in axes}
     )

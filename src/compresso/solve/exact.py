@@ -4,10 +4,10 @@ sum to the most.
     maximise  sum of scores of kept units    subject to    sum of their prices <= what the budget leaves,  floors and
               multiples per axis
 
-A knapsack (scipy's `milp`, HiGHS). It is exact where a unit's price does not depend on which others stay: heads and
-channels of a model whose hidden width stays. Units of one axis have one price, so that an axis keeps its best units in
-any optimum. Where the price of a unit depends on how many of its axis stay (a table of latencies), each axis chooses
-one of its allowed counts; see `compresso.solve.levels`.
+A knapsack (scipy's `milp`, HiGHS). It is exact where a unit's price does not depend on which others are kept: heads and
+channels of a model whose hidden width is not changed. Units of one axis have one price, so that an axis keeps its best
+units in any optimum. Where the price of a unit depends on how many of its axis stay (a table of latencies), each axis
+chooses one of its allowed counts; see `compresso.solve.levels`.
 """
 
 import itertools
@@ -62,7 +62,7 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
     price_of = parameters_per_unit(pool, cost, budget.of)
     # from the dense count downwards, so that what leaves with an axis' last unit counts as staying
     removed = sum(price_of[axis.name] * (axis.size - least[axis.name]) for axis in pool)
-    left = max(budget.limit(cost) - (float(cost().count(budget.of)) - removed), 0.0)
+    capacity = max(budget.limit(cost) - (float(cost().count(budget.of)) - removed), 0.0)
     values: list[float] = []
     prices: list[float] = []
     steps: list[tuple[str, int]] = []  # the axis and how many units each step adds
@@ -78,7 +78,7 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
             prices.append(price_of[axis.name] * (more - fewer))
             steps.append((axis.name, more - fewer))
     kept = dict(least)
-    for chosen, (name, units) in zip(_solved(values, prices, left, chains), steps, strict=True):
+    for chosen, (name, units) in zip(_solved(values, prices, capacity, chains), steps, strict=True):
         kept[name] += units * chosen
     return keep_counts(pool, scores, kept)
 
@@ -99,7 +99,7 @@ def _counts_by_level(pool: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
 
 
 def _solved(
-    values: Sequence[float], prices: Sequence[float], left: float, chains: Sequence[tuple[int, int]]
+    values: Sequence[float], prices: Sequence[float], capacity: float, chains: Sequence[tuple[int, int]]
 ) -> list[int]:
     """0 or 1 for each step. Raises ValueError if the solver has no answer."""
     n = len(values)
@@ -108,9 +108,9 @@ def _solved(
     scale = max(max(abs(value) for value in values), 1e-300)
     rows = [0] * n + [row for row in range(1, len(chains) + 1) for _ in (0, 1)]
     columns = [*range(n), *(column for pair in chains for column in pair)]
-    entries = [price / max(left, 1.0) for price in prices] + [sign for _ in chains for sign in (-1.0, 1.0)]
+    entries = [price / max(capacity, 1.0) for price in prices] + [sign for _ in chains for sign in (-1.0, 1.0)]
     matrix = csr_array((entries, (rows, columns)), shape=(1 + len(chains), n))
-    upper = np.array([left / max(left, 1.0)] + [0.0] * len(chains))
+    upper = np.array([capacity / max(capacity, 1.0)] + [0.0] * len(chains))
     answer = milp(
         [-value / scale for value in values],
         constraints=LinearConstraint(matrix, ub=upper),  # pyright: ignore[reportArgumentType]

@@ -33,16 +33,16 @@ class Items:
     closing: Tensor
 
     def units(self, admitted: Tensor, start: Tensor) -> Tensor:
-        """Which units stay [units], bool, if these items [items] join those that stay from the start [units]."""
+        """Which units are kept [units], bool, if these items [items] join those kept from the start [units]."""
         if not len(admitted):
             return start
         return torch.where(self.of_unit >= 0, admitted[self.of_unit.clamp(min=0)], start)
 
     def next_of_groups(self, admitted: Tensor) -> list[int]:
         """The first item of each group that is not admitted [items], for the groups that have one."""
-        left = (~admitted).nonzero().flatten()
-        groups = self.group[left]
-        return [int(left[groups == group][0]) for group in sorted(set(groups.tolist()))]  # pyright: ignore
+        waiting = (~admitted).nonzero().flatten()
+        groups = self.group[waiting]
+        return [int(waiting[groups == group][0]) for group in sorted(set(groups.tolist()))]  # pyright: ignore
 
 
 def admit_greedily(items: Items, fits: Callable[[Tensor], bool], given: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of
     plain one.
 
     Args:
-        log_alpha: axis name -> [size]; axes without gates stay dense.
+        log_alpha: axis name -> [size]; axes without gates are kept whole.
         cost: counts the model.
         keep: share of the dense count, in (0, 1].
         of: what is counted.
@@ -102,7 +102,7 @@ def deterministic_to_budget(
     the lowest index is removed first.
 
     Args:
-        log_alpha: axis name -> [size]; axes without gates stay dense and get no mask.
+        log_alpha: axis name -> [size]; axes without gates are kept whole and get no mask.
         axes: the model's axes.
         cost: counts the model.
         keep: share of the dense count, in (0, 1].
@@ -120,11 +120,11 @@ def deterministic_to_budget(
 
     def kept(shift: float) -> Tensor:
         """The units that the rule keeps at a shift [units], bool."""
-        stays = torch.zeros(flat.units, dtype=torch.bool)
+        kept = torch.zeros(flat.units, dtype=torch.bool)
         shifted = flat.split(gates + shift)
         for axis, at, order in zip(pool, flat.starts, orders, strict=True):
-            stays[at + order[axis.size - max(axis.fewest, expected_kept(shifted[axis.name])) :]] = True
-        return stays
+            kept[at + order[axis.size - max(axis.fewest, expected_kept(shifted[axis.name])) :]] = True
+        return kept
 
     def fits(units: Tensor) -> bool:
         return float(cost({name: mask.double() for name, mask in flat.split(units).items()}).count(of)) <= limit
@@ -156,7 +156,7 @@ def round_up(
 ) -> dict[str, Tensor]:
     """The masks with kept counts raised to multiples: an axis' highest removed gates come back with their soft value.
 
-    An axis whose size is not a multiple may keep all its units; one that has lost all of them stays empty. The count
+    An axis whose size is not a multiple may keep all its units; one that has lost all of them is left empty. The count
     grows; `allocate` with `multiple_of` lands on a budget instead.
     """
     raised = dict(masks)

@@ -32,23 +32,21 @@ def lowest_within(
 
     Args:
         axes: those that may lose units.
-        scores: axis name -> [size]; higher stays; comparable across axes. Units of infinite score stay in any case.
+        scores: axis name -> [size]; higher is kept; comparable across axes. Units of infinite score are always kept.
         cost: counts the model as it is.
         of: what is counted.
         allowance: how much may leave; a plan that removes nothing where the lowest unit is worth more.
         ties: axis name -> [size], comparable across axes: of units of the same score, the one with less leaves first.
             Without, or where they are the same, too, the first in order of axes and units. A penalty on absolute
             coefficients makes many of them 0.
-        fewest: axis name -> units that stay at least; the axis' own where not given.
+        fewest: axis name -> units that are kept at least; the axis' own where not given.
 
     Raises:
         ValueError: a score is missing, NaN, minus infinity or of the wrong shape.
     """
     order = _order(axes, scores, ties or {}, fewest or {})
     dense = float(cost().count(of))
-    place = {
-        axis.name: torch.full((axis.size,), len(order)) for axis in axes
-    }  # in the order; units that stay come after it
+    place = {axis.name: torch.full((axis.size,), len(order)) for axis in axes}  # in the order; kept units come after it
     for i, (name, unit) in enumerate(order):
         place[name][unit] = i
 
@@ -74,6 +72,6 @@ def _order(
             ties[axis.name].detach().cpu().double().tolist() if axis.name in ties else [0.0] * axis.size
         )  # pyright: ignore
         mine = sorted((score, tie, i, unit) for unit, (score, tie) in enumerate(zip(of_unit, second, strict=True)))
-        stays = max(axis.fewest, fewest.get(axis.name, 0))
-        units += [entry for entry in mine[: max(axis.size - stays, 0)] if entry[0] < float("inf")]
+        least = max(axis.fewest, fewest.get(axis.name, 0))
+        units += [entry for entry in mine[: max(axis.size - least, 0)] if entry[0] < float("inf")]
     return [(axes[i].name, unit) for _, _, i, unit in sorted(units)]

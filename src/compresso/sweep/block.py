@@ -1,7 +1,7 @@
 """One block of a sweep: run on all calibration batches, or visited by an edit that learns from it with gradients.
 
 What block-wise learning (BESA, arXiv 2402.16880, equation 1) and local reconstruction need: the block, what it reads
-behind the edited blocks before it, and what it is to give out.
+behind the edited blocks before it, and what it is to output.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -18,7 +18,7 @@ def check_states(layer: int, states: Tensor) -> None:
     """Raise NumericError naming the layer whose output [batch, seq, hidden] is not finite."""
     if not finite(states):
         raise NumericError(
-            f"layer {layer} gives out NaN or Inf: the model overflows on this data; use float32 or bfloat16"
+            f"layer {layer} outputs NaN or Inf: the model overflows on this data; use float32 or bfloat16"
         )
 
 

@@ -1,4 +1,4 @@
-"""One pass over a model, block after block, each calibrated on what the already edited blocks before it give out.
+"""One pass over a model, block after block, each calibrated on the outputs of the already edited blocks before it.
 
 The loop of SparseGPT, Wanda and GPTQ: look at the inputs of a block's linears while it is still as it was, edit them,
 run the block again for the inputs of the next. Linears that read the same input share one statistic. With

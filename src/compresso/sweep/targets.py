@@ -28,7 +28,7 @@ class Where:
     Args:
         layers: [first, end) of the layers; None for all.
         modules: patterns of module names, such as "*.self_attn.*"; a linear that matches one is worked on.
-        ignore: patterns of those that stay as they are.
+        ignore: patterns of those left unchanged.
     """
 
     layers: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]] | None = None

@@ -21,7 +21,7 @@ from compresso.training.objectives import language_loss
 from compresso.training.order import Micro
 
 Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor] | None]
-"""(update, scores [size], units gone [size] bool) -> masks [size], or None where this update prunes nothing."""
+"""(update, scores [size], removed units [size] bool) -> masks [size], or None where this update prunes nothing."""
 
 
 class PruningObjective(nn.Module):
@@ -31,14 +31,14 @@ class PruningObjective(nn.Module):
         model: the model with adapters; base weights frozen.
         axes: heads and channels that may be removed.
         weights: parameter name in the base model -> the base weight.
-        choose: which units are left after an update.
+        choose: which units remain after an update.
         momentum: of the scores' moving average.
     """
 
     score: Tensor
-    """Moving average of the importance of each unit [units], float64; without meaning for units that are gone."""
+    """Moving average of the importance of each unit [units], float64; without meaning for removed units."""
     mask: Tensor
-    """1 for each unit that is left, 0 for each that is gone [units], float32."""
+    """1 for each remaining unit, 0 for each removed one [units], float32."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class PruningObjective(nn.Module):
     def observe_(self, update: int) -> None:
         """Score by the gradients of an update, and let units go if it is time.
 
-        Units that are gone stay gone: `choose` is told which they are, and does not look at their scores.
+        Removed units are never kept again: `choose` gets them as an argument and ignores their scores.
         """
         adapters: dict[str, Factors] = {
             name: Factors(b, a, b.grad, a.grad, scale)
@@ -100,7 +100,7 @@ class PruningObjective(nn.Module):
             self.mask.mul_(self._flat.join(chosen).to(self.mask))
 
     def masks(self) -> dict[str, Tensor]:
-        """What is left: axis name -> [size], 0 or 1, on the CPU."""
+        """Kept units: axis name -> [size], 0 or 1, on the CPU."""
         return {name: mask.cpu().clone() for name, mask in self._flat.split(self.mask).items()}
 
     def scores(self) -> dict[str, Tensor]:

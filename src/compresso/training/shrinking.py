@@ -22,8 +22,8 @@ from compresso.training.objectives import language_loss
 from compresso.training.order import Micro
 
 Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""(period from 1, scores [size], units gone [size] bool) -> masks [size], 0 for each unit that is to be gone after that
-period.
+"""(period from 1, scores [size], removed units [size] bool) -> masks [size], 0 for each unit that is to be removed by
+the end of that period.
 """
 
 
@@ -34,7 +34,7 @@ class ShrinkingObjective(nn.Module):
         model: the model with adapters; base weights frozen.
         axes: heads and channels that may be removed.
         weights: parameter name in the base model -> the base weight.
-        choose: which units are gone after a period.
+        choose: which units are removed by the end of a period.
         starts: update at which the first period begins.
         length: updates of a period, at least 2.
         periods: how many.
@@ -44,9 +44,9 @@ class ShrinkingObjective(nn.Module):
     """
 
     scale: Tensor
-    """What multiplies each unit [units], float32; 1 for those that stay."""
+    """What multiplies each unit [units], float32; 1 for the kept ones."""
     turn: Tensor
-    """The period, from 1, in which each unit was chosen to leave [units], int64; 0 for those that stay."""
+    """The period, from 1, in which each unit was chosen to leave [units], int64; 0 for the kept ones."""
     chosen: Tensor
     """Periods whose units have been chosen [1], int64."""
 
@@ -118,7 +118,7 @@ class ShrinkingObjective(nn.Module):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """1 for each unit that stays and 0 for each that is zero: axis name -> [size]. RuntimeError if a unit is
+        """1 for each kept unit and 0 for each that is zero: axis name -> [size]. RuntimeError if a unit is
         neither.
         """
         if not bool(((self.scale == 0) | (self.scale == 1)).all()):

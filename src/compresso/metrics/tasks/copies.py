@@ -71,7 +71,7 @@ class Copy:
             **splits,
         }
 
-    def told(self, root: Path) -> dict[str, str]:
+    def provenance(self, root: Path) -> dict[str, str]:
         """File names with the beginning of their sha256, and the remark: what a protocol says of the data."""
         named = [f"{path.name} {_digest(path, *_state(path))[:12]}" for path in self.paths(root).values()]
         return {"data": f"local {', '.join(named)}", "data_remark": self.remark}

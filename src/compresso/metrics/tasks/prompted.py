@@ -3,7 +3,7 @@ it pruned like that.
 
 The prompt's ids, beginning token included, come before the ids of a request's context, whose own beginning token goes.
 What is scored stays the last tokens of the row. The prompt counts against the context limit: where prompt, context and
-answer are too long together, the oldest tokens of the context are left out, never the prompt. Without a prompt,
+answer are too long together, the oldest tokens of the context are omitted, never the prompt. Without a prompt,
 truncation is the harness's own, and only counted here.
 
 Importing this module imports lm_eval.
@@ -35,7 +35,7 @@ class PromptedLM(_Base):
         batch_size: rows a forward.
 
     Attributes:
-        cut: contexts (with the continuation, where one is scored) of which tokens were left out.
+        cut: contexts (with the continuation, where one is scored) of which tokens were omitted.
     """
 
     def __init__(

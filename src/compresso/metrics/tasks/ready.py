@@ -123,7 +123,7 @@ def _loaded(
     missing = bench.copy.missing(root) if root else None
     if root and not missing:
         task = _changed(manager, folder, bench, bench.copy.settings(root), local=True)
-        return task, bench.copy.told(root)
+        return task, bench.copy.provenance(root)
     wanted = str(missing or FOLDER / next(iter(bench.copy.files.values())))
     cure = f"{'Put' if root else 'Give --data-root (or COMPRESSO_DATA) with'} {wanted}{' there' if root else ''}"
     if bench.hub is None:

@@ -1,7 +1,7 @@
 """Fewer shots where they do not fit: whole examples are dropped from the end, as in the paper, before the harness cuts
 into a text.
 
-The harness itself would leave out the oldest tokens, the task's description and half of an example first.
+The harness itself would omit the oldest tokens, the task's description and half of an example first.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Contexts = str | list[str]
 
 
 def dropping(task: ConfigurableTask, lm: PromptedLM) -> list[int]:
-    """Make `task` leave out whole shots until prompt, context and answer fit into the context of `lm`.
+    """Make `task` omit whole shots until prompt, context and answer fit into the context of `lm`.
 
     Returns:
         A list that gets the number of dropped shots of each item that lost some, as requests are built.
