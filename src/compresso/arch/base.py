@@ -49,7 +49,11 @@ class Arch(Protocol):
         ...
 
     def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """Everything that can still be removed. Raises ArchError if the modules are not what the config says."""
+        """Everything that can still be removed.
+
+        Raises:
+            ArchError: the modules are not what the config says.
+        """
         ...
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
@@ -93,7 +97,11 @@ def register(arch: Arch) -> Arch:
 
 
 def arch_for(config: PreTrainedConfig) -> Arch:
-    """The description that matches a config. Raises ArchError if there is none."""
+    """The description that matches a config.
+
+    Raises:
+        ArchError: there is none.
+    """
     import compresso.arch as package
 
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):

@@ -80,7 +80,11 @@ class Decoder:
         )
 
     def shapes(self, model: PreTrainedModel) -> list[LayerShape]:
-        """The widths of each layer. Raises ArchError if the modules are not what the config says."""
+        """The widths of each layer.
+
+        Raises:
+            ArchError: the modules are not what the config says.
+        """
         return checked_shapes(model, self.head_norms)
 
     def empty_(self, block: nn.Module, kind: Kind) -> None:

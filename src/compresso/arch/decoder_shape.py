@@ -30,8 +30,10 @@ _SUB_LAYERS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("g
 def checked_shapes(
     model: PreTrainedModel, head_norms: Sequence[str], *, against_config: bool = True
 ) -> list[LayerShape]:
-    """The widths of each layer. Raises ArchError if a module or a width is not what the architecture, or the config,
-    says.
+    """The widths of each layer.
+
+    Raises:
+        ArchError: a module or a width is not what the architecture, or the config, says.
     """
     config = model.config
     layers = _layers(model)

@@ -66,7 +66,9 @@ class Parts:
 
     def head_widths(self, block: nn.Module, where: str) -> tuple[int, int, int, int]:
         """How many entries q, k, v and o hold.
-        Raises ArchError if they are not plain linears or do not fit each other.
+
+        Raises:
+            ArchError: they are not plain linears or do not fit each other.
         """
         given = linear(block, self.write, where)[1]
         if self.packing == "apart":
@@ -124,7 +126,11 @@ class Parts:
 
 
 def linear(block: nn.Module, name: str, where: str) -> tuple[int, int]:
-    """A linear's (out, in). Raises ArchError if it is not a plain one."""
+    """A linear's (out, in).
+
+    Raises:
+        ArchError: it is not a plain one.
+    """
     module = block.get_submodule(name)
     if type(module) is Conv1D:
         return module.weight.shape[1], module.weight.shape[0]

@@ -63,13 +63,21 @@ class Stack:
         return config.model_type == self.name
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The layers, in order. Raises ArchError if the model has none where its family keeps them."""
+        """The layers, in order.
+
+        Raises:
+            ArchError: the model has none where its family keeps them.
+        """
         layers = model.get_submodule(self._where(model))
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     def shapes(self, model: PreTrainedModel) -> list[LayerShape]:
-        """The widths of each layer. Raises ArchError if the modules are not what the config says."""
+        """The widths of each layer.
+
+        Raises:
+            ArchError: the modules are not what the config says.
+        """
         shapes = self._shapes(model)
         if len(shapes) != model.config.num_hidden_layers:
             raise ArchError(

@@ -14,7 +14,8 @@ from compresso.errors import ArchError
 def vocabulary_axis(model: PreTrainedModel) -> Axis:
     """The axis `vocab`: one unit a row of the embedding, with the head's row and bias entry.
 
-    Raises ArchError if embedding and head do not have as many rows.
+    Raises:
+        ArchError: embedding and head do not have as many rows.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tensors = [

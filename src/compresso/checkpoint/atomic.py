@@ -28,8 +28,11 @@ _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises ResourceError if the disk is full or broken, CheckpointError if writing
-    is not allowed.
+    """Write a file whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full or broken.
+        CheckpointError: writing is not allowed.
     """
     temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     with storage_errors(path):
@@ -64,8 +67,11 @@ def write_json(path: Path, value: Json) -> None:
 def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes when it does not.
 
-    Raises CheckpointError if `target` is a non-empty folder (without `force`) or a file; ResourceError if the disk is
-    full or broken. With `force` the old folder is exchanged for the new one after the new one is complete and on disk.
+    With `force` the old folder is exchanged for the new one after the new one is complete and on disk.
+
+    Raises:
+        CheckpointError: `target` is a non-empty folder (without `force`) or a file.
+        ResourceError: the disk is full or broken.
     """
     target = Path(target).resolve()  # a link to a folder stays a link
     refuse_occupied(target, force)
@@ -111,8 +117,10 @@ def refuse_occupied(target: Path, force: bool) -> None:
 def check_output(output: Path | str, model_path: Path | str | None, force: bool = False) -> None:
     """Refuse an unusable output folder before any work is done; nothing is created.
 
-    Raises CheckpointError if it is, or holds, the input model (also through links), is occupied without `force`, or its
-    parent cannot be written; ResourceError if its disk is full.
+    Raises:
+        CheckpointError: it is, or holds, the input model (also through links), is occupied without `force`, or its
+            parent cannot be written.
+        ResourceError: its disk is full.
     """
     output = Path(output).resolve()
     model = Path(model_path).resolve() if model_path is not None else None
@@ -153,8 +161,9 @@ def write_manifest(folder: Path | str) -> None:
 def verify_manifest(folder: Path | str) -> tuple[str, ...]:
     """Names of the listed files, all of them present and unchanged; files that are not listed are not looked at.
 
-    Raises CheckpointError naming the first file that is missing, truncated or altered, or saying that the folder was
-    never finished.
+    Raises:
+        CheckpointError: naming the first file that is missing, truncated or altered, or saying that the folder was
+            never finished.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -190,12 +199,14 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def lock(folder: Path | str) -> Iterator[None]:
-    """Keep other processes from writing the same output while the block runs. Raises CheckpointError if one already
-    does.
+    """Keep other processes from writing the same output while the block runs.
 
     The lock is the kernel's (flock) on a file beside the folder, not a pid in a file: it goes with the process that
     held it, however that ended, so the file a dead process left is taken over at once and no live process is ever
     mistaken for a dead one. Beside the folder and not inside, because the folder itself is renamed.
+
+    Raises:
+        CheckpointError: one already does.
     """
     folder = Path(folder).resolve()
     with storage_errors(folder):

@@ -139,8 +139,9 @@ def _not_followed(path: Path, data: dict[str, object]) -> bool:
 def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
     """Whether a folder names code of ours that may run: True if it does, False if it names none.
 
-    Raises CheckpointError if it names other code, in an auto_map too, or if the file beside it is not, byte for byte,
-    the one that this version writes.
+    Raises:
+        CheckpointError: it names other code, in an auto_map too, or if the file beside it is not, byte for byte, the
+            one that this version writes.
     """
     _refuse_code(folder, shipped, trust=True)
     if not read_json(folder / "config.json").get("auto_map"):

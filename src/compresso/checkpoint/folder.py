@@ -26,7 +26,11 @@ _CONVERT = "Convert it once where you trust it: AutoModelForCausalLM.from_pretra
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises CheckpointError naming the file and the place."""
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: naming the file and the place.
+    """
     limit = _MAX_JSON_BYTES.get(path.name, _MAX_JSON_BYTES["config.json"])
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path} has {size} bytes; at most {limit} are read. It is not what its name says.")
@@ -44,8 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> PreTrainedConfig:
     """The config in a config.json, built by a class that transformers or compresso brings along.
 
-    Raises CheckpointError if it is malformed, needs code from the folder, is quantised, or points elsewhere for its
-    weights.
+    Raises:
+        CheckpointError: it is malformed, needs code from the folder, is quantised, or points elsewhere for its weights.
     """
     data = read_json(path)
     model_type = data.get("model_type")
@@ -98,8 +102,9 @@ def check_folder(folder: Path) -> None:
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     """All tensors in the files that transformers would load, from their checked headers.
 
-    Raises CheckpointError if weights are absent, pickled, or if the index names files outside the folder, missing, or
-    not as described.
+    Raises:
+        CheckpointError: weights are absent, pickled, or if the index names files outside the folder, missing, or not as
+            described.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)

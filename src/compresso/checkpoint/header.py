@@ -49,7 +49,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of a safetensors file by name, with every claim of the header checked against the file's size; no tensor
     is read.
 
-    Raises CheckpointError naming the file, and the tensor where one is at fault.
+    Raises:
+        CheckpointError: naming the file, and the tensor where one is at fault.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)

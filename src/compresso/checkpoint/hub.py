@@ -34,8 +34,10 @@ def fetch(name: str, weights: bool = True) -> tuple[Path, str]:
     """Folder and revision of a hub model: safetensors (if `weights`), configs and tokenizer files, never code or
     pickles.
 
-    Raises CheckpointError if the hub does not know it, offers pickled weights only, or is out of reach with nothing in
-    the cache; ResourceError if the disk is full.
+    Raises:
+        CheckpointError: the hub does not know it, offers pickled weights only, or is out of reach with nothing in the
+            cache.
+        ResourceError: the disk is full.
     """
     patterns = [*_SMALL_FILES, *(["*.safetensors"] if weights else [])]
     if constants.HF_HUB_OFFLINE:

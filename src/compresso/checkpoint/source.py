@@ -99,7 +99,10 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
     """Find a model and check it: a local folder of safetensors, a hub name, or a config.json (no weights).
 
     With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at.
-    Raises CheckpointError with the cure, naming files and tensors; ResourceError if a download does not fit.
+
+    Raises:
+        CheckpointError: with the cure, naming files and tensors.
+        ResourceError: a download does not fit.
     """
     path = Path(model).expanduser()
     try:
@@ -127,8 +130,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """Which of transformers' auto classes opens a model: the one whose class the config's `architectures` names, else a
     causal one.
 
-    Raises ArchError if the config names none of a causal language model, a masked one, a classifier or a bare model,
-    and is not causal.
+    Raises:
+        ArchError: the config names none of a causal language model, a masked one, a classifier or a bare model, and is
+            not causal.
     """
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
@@ -155,7 +159,9 @@ def is_causal(config: PreTrainedConfig) -> bool:
 def meta_model(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device, as its family's stock class: names and shapes without memory.
 
-    Raises ArchError if it is of no kind that is opened, CheckpointError if its config asks for the impossible.
+    Raises:
+        ArchError: it is of no kind that is opened.
+        CheckpointError: its config asks for the impossible.
     """
     return as_stock(_as_written(source))
 
@@ -163,8 +169,10 @@ def meta_model(source: Source) -> PreTrainedModel:
 def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Read the weights (in the stored dtype unless one is given) and return the model in eval mode.
 
-    Raises CheckpointError if there are no weights or they do not fill the model exactly, NumericError naming a tensor
-    with NaN or Inf, ResourceError if memory does not suffice.
+    Raises:
+        CheckpointError: there are no weights or they do not fill the model exactly.
+        NumericError: naming a tensor with NaN or Inf.
+        ResourceError: memory does not suffice.
     """
     if source.folder is None or not source.tensors:
         raise CheckpointError(
@@ -207,8 +215,10 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises CheckpointError if the folder holds none that can be built without running its
-    code.
+    """The model's tokenizer.
+
+    Raises:
+        CheckpointError: the folder holds none that can be built without running its code.
     """
     if source.folder is None or not has_tokenizer(source):
         raise CheckpointError(

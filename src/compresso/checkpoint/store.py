@@ -26,7 +26,8 @@ class Store(Mapping[str, Tensor]):
         dtype: that every tensor is given in.
         tied: name -> the name under which its tensor is stored.
 
-    Raises CheckpointError if the source has no weights.
+    Raises:
+        CheckpointError: the source has no weights.
     """
 
     def __init__(self, source: Source, names: Iterable[str], dtype: torch.dtype, tied: Mapping[str, str]) -> None:

@@ -41,7 +41,10 @@ class Budget:
             model loses in all.
 
     `uniform_over`, `multiple_of` and `floor` say nothing about kinds that are not in `kinds`. Kinds may be given by
-    name. Raises ValueError for values out of range, with the cure.
+    name.
+
+    Raises:
+        ValueError: values out of range, with the cure.
 
     >>> Budget(keep=0.7, kinds=("head", "channel"), multiple_of={"channel": 64}).allowed(Kind.CHANNEL, 150)
     [0, 64, 128, 150]
@@ -106,8 +109,10 @@ class Budget:
 
 
 def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
-    """The axes whose units the budget may remove; axes without units are passed over. Raises ValueError if there are
-    none.
+    """The axes whose units the budget may remove; axes without units are passed over.
+
+    Raises:
+        ValueError: there are none.
     """
     chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
     if not chosen:
@@ -126,7 +131,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
     dense = float(cost().count(budget.of))
     message = (
         f"keep={budget.keep} allows {quantity.text(limit)} of {quantity.text(dense)} {quantity.words}, but at least"
-        f" {quantity.text(least)} stay"
+        f" {quantity.text(least)} are kept"
     )
     held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in removable(axes, budget)}
     name = max(held, key=lambda axis_name: held[axis_name], default="")

@@ -70,7 +70,11 @@ class Counts:
     bytes: Tensor | None = None
 
     def count(self, of: CostName) -> Tensor:
-        """The count that a budget is a share of []. Raises ValueError for what shapes do not tell."""
+        """The count that a budget is a share of [].
+
+        Raises:
+            ValueError: for what shapes do not tell.
+        """
         known = {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}
         if of in known:
             return known[of]
@@ -219,7 +223,8 @@ class CostModel:
             names: axes, none of whose units owns whole tensors (heads, channels and hidden dimensions, not layers).
             totals: [axes], float64; on any device.
 
-        Raises ValueError for an axis whose total does not say what its units cost.
+        Raises:
+            ValueError: for an axis whose total does not say what its units cost.
         """
         if owning := [name for name, _ in self._units(names)]:
             raise ValueError(

@@ -51,7 +51,11 @@ class CostTable:
 
     @classmethod
     def from_json(cls, text: str) -> "CostTable":
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
         try:
             told = json.loads(text)
             modules = {

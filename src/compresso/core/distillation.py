@@ -43,7 +43,8 @@ def divergences(
         temperature: logits are divided by it.
         beta: weight of the teacher in the mixture of "js"; not used by the others.
 
-    Raises ValueError for unequal shapes, a temperature not above 0 and a beta outside (0, 1).
+    Raises:
+        ValueError: unequal shapes, a temperature not above 0 and a beta outside (0, 1).
     """
     if student.shape != teacher.shape or student.dim() != 2:
         raise ValueError(
@@ -76,7 +77,8 @@ def chunked(loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk
         parameters: the leaves that `loss` uses; they get a gradient if they need one.
         chunk: tokens a piece, at least 1.
 
-    Raises ValueError if there are no tokens or a piece would hold none.
+    Raises:
+        ValueError: there are no tokens or a piece would hold none.
     """
     if not hidden.shape[0] or chunk < 1:
         raise ValueError(f"{hidden.shape[0]} tokens in pieces of {chunk}; wanted at least one token, and one a piece")
@@ -87,7 +89,10 @@ def chunked(loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk
 def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
     """Mean distance of hidden states [n, width] over tokens, [] in float32 or wider.
 
-    "cosine": 1 - cosine (Minitron's default); "mse": mean squared difference. Raises ValueError for unequal shapes.
+    "cosine": 1 - cosine (Minitron's default); "mse": mean squared difference.
+
+    Raises:
+        ValueError: unequal shapes.
     """
     if student.shape != teacher.shape:
         raise ValueError(

@@ -23,7 +23,11 @@ class Gates(nn.Module):
     """
 
     def __init__(self, axes: Sequence[Axis], initial: Mapping[str, Tensor]) -> None:
-        """Raises ValueError if an axis has no or a wrongly shaped initial value."""
+        """Check the initial values and make one parameter of them.
+
+        Raises:
+            ValueError: an axis has no or a wrongly shaped initial value.
+        """
         super().__init__()
         for axis in axes:
             if axis.name not in initial or tuple(initial[axis.name].shape) != (axis.size,):

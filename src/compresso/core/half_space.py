@@ -17,10 +17,11 @@ def shrink_factor(t: int, length: int) -> float:
     """What the weights of a period's groups are multiplied by after its step `t`; the steps of a period are 0 .. length
     - 1.
 
+    Raises:
+        ValueError: a period below 2 updates, which has no step to shrink in, and for a step outside it.
+
     >>> [shrink_factor(t, 4) for t in range(4)]
     [1.0, 0.6666666666666666, 0.5, 0.0]
-
-    Raises ValueError for a period below 2 updates, which has no step to shrink in, and for a step outside it.
     """
     if length < 2:
         raise ValueError(f"a period of {length} updates has none to shrink in; wanted at least 2")

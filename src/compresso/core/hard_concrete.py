@@ -41,7 +41,8 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
     """Probability that a gate is above zero, in log_alpha's shape and dtype (float32 or float64), within [1e-6, 1 -
     1e-6].
 
-    Raises TypeError for narrower dtypes, in which sums over thousands of gates lose whole units.
+    Raises:
+        TypeError: narrower dtypes, in which sums over thousands of gates lose whole units.
 
     >>> keep_probability(torch.tensor([0.0], dtype=torch.float64))
     tensor([0.8318], dtype=torch.float64)
@@ -80,7 +81,10 @@ def deterministic(log_alpha: Tensor, kept: int | None = None) -> Tensor:
 
     Without `kept`, as many are 0 as are expected to be: round(n - sum of keep probabilities), halves to even. With
     `kept`, exactly that many survive (LLM-Shearing, arXiv 2310.06694). Among equal gates the lowest index is removed
-    first. Raises ValueError if log_alpha is not one-dimensional or `kept` is outside [0, n].
+    first.
+
+    Raises:
+        ValueError: log_alpha is not one-dimensional or `kept` is outside [0, n].
     """
     if log_alpha.dim() != 1:
         raise ValueError(f"a mask belongs to one axis: wanted log_alpha of shape [n], got {list(log_alpha.shape)}")
@@ -126,7 +130,8 @@ def initial_log_alpha(
         droprate: initial removal rate that FFN channels start from, in (0, 1).
         mean: overrides the mean of the kind (LLM-Shearing starts every gate at 5).
 
-    Raises ValueError if `droprate` is outside (0, 1).
+    Raises:
+        ValueError: `droprate` is outside (0, 1).
     """
     if not 0 < droprate < 1:
         raise ValueError(f"droprate={droprate} has no finite log_alpha; give a rate between 0 and 1, such as 0.01")

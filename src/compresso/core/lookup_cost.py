@@ -69,7 +69,11 @@ class LookupCost:
         return of != self.table.of and self._counts is not None and self._counts.even(of)
 
     def __call__(self, masks: Mapping[str, Tensor] | None = None) -> Amounts:
-        """See `Cost`. Raises ValueError for masks that remove what the table does not measure."""
+        """See `Cost`.
+
+        Raises:
+            ValueError: for masks that remove what the table does not measure.
+        """
         masks = masks or {}
         totals, present = self._sizes, torch.ones_like(self._sizes)
         for name, mask in masks.items():
@@ -93,7 +97,11 @@ class LookupCost:
         return self(plan.masks(self.axes))
 
     def of_totals(self, names: Sequence[str], totals: Tensor) -> Amounts:
-        """See `Cost`. Raises ValueError for axes that the table does not measure."""
+        """See `Cost`.
+
+        Raises:
+            ValueError: for axes that the table does not measure.
+        """
         if lacking := [name for name in names if name not in self._rows]:
             raise ValueError(f"the table does not tell what {lacking[0]} costs from totals alone; count by masks")
         places = torch.tensor([self._rows[name] for name in names], dtype=torch.long, device=totals.device)

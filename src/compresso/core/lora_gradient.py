@@ -54,7 +54,8 @@ def unit_importance(axis: Axis, weight: Callable[[str], Tensor], adapters: Mappi
         weight: parameter name -> base weight [out, in].
         adapters: by parameter name.
 
-    Raises ValueError if no matrix of the axis has an adapter.
+    Raises:
+        ValueError: no matrix of the axis has an adapter.
     """
     total = torch.zeros(axis.size, dtype=torch.float64)
     pieces = [piece for piece in axis.slices if piece.param in adapters]

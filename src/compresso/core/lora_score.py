@@ -33,7 +33,8 @@ Part = Callable[[str], Tensor | None]
 def unit_products(axis: Axis, one: Part, other: Part) -> Tensor:
     """Inner product of each unit's entries in two tensors of weights [size], float64, on the CPU.
 
-    Raises ValueError for an axis whose units own whole tensors.
+    Raises:
+        ValueError: an axis whose units own whole tensors.
     """
     total = torch.zeros(axis.size, dtype=torch.float64)
     for piece in axis.slices:

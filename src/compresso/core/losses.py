@@ -22,7 +22,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [batch, seq, vocab], any float dtype.
         labels: [batch, seq], int64; -100 is ignored.
 
-    Raises ValueError if no position is labelled (the mean would be NaN) or the shapes disagree.
+    Raises:
+        ValueError: no position is labelled (the mean would be NaN) or the shapes disagree.
     """
     labelled = _labelled(logits, labels)
     if 2 * int(labelled.sum()) > labelled.numel():
@@ -36,7 +37,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def next_token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of each example's labelled positions [batch], float32.
 
-    Raises ValueError if an example has no labelled position or the shapes disagree.
+    Raises:
+        ValueError: an example has no labelled position or the shapes disagree.
     """
     labelled = _labelled(logits, labels)
     losses = _token_losses(logits, labels, labelled)

@@ -127,7 +127,8 @@ def column_sweep(
         block: columns updated together before the rest is; a matter of speed alone where `every` is not bound to it.
             `every` divides it.
 
-    Raises ValueError if `every` does not divide `block`, or shapes do not fit.
+    Raises:
+        ValueError: `every` does not divide `block`, or shapes do not fit.
     """
     upper = factor.upper
     rows, columns = weight.shape

@@ -104,7 +104,11 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """Inverse of `to_json`. Raises ValueError for another format."""
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: another format.
+        """
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')

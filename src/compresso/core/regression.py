@@ -107,7 +107,8 @@ def folds(rows: int, n_folds: int, together: int = 1) -> list[Tensor]:
     """Which rows each fold holds out, bool [rows]; consecutive, `together` of them never parted, sizes as equal as that
     allows.
 
-    Raises ValueError for fewer groups of rows than folds, or fewer than 2 folds.
+    Raises:
+        ValueError: fewer groups of rows than folds, or fewer than 2 folds.
     """
     groups = rows // together
     if n_folds < 2 or groups < n_folds or rows % together:
@@ -120,8 +121,10 @@ def folds(rows: int, n_folds: int, together: int = 1) -> list[Tensor]:
 
 
 def cross_validated_tau(fit: Fit, x: Tensor, y: Tensor, *, n_folds: int = 5, together: int = 1) -> float:
-    """Mean Kendall tau between observed and predicted y of the rows that each fold holds out. Raises ValueError as
-    `fit` and `folds` do.
+    """Mean Kendall tau between observed and predicted y of the rows that each fold holds out.
+
+    Raises:
+        ValueError: as `fit` and `folds` do.
     """
     taus = [kendall_tau(fit(x[~held], y[~held])(x[held]), y[held]) for held in folds(len(y), n_folds, together)]
     return sum(taus) / len(taus)
@@ -133,8 +136,10 @@ def observed(values: Tensor) -> Tensor:
 
 
 def check_rows(x: Tensor, y: Tensor, together: int) -> int:
-    """The number of rows. Raises ValueError unless x [rows, columns] and y [rows] are finite and make at least two
-    groups of rows.
+    """The number of rows.
+
+    Raises:
+        ValueError: unless x [rows, columns] and y [rows] are finite and make at least two groups of rows.
     """
     if x.dim() != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x {list(x.shape)} and y {list(y.shape)} do not match; wanted [rows, columns] and [rows]")

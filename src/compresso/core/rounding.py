@@ -61,7 +61,8 @@ def fit(weight: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, c
         group: consecutive columns with a scale of their own; 0 for one scale a row.
         symmetric, clip: see the header.
 
-    Raises ValueError if `bits` is out of range or `group` does not divide the columns.
+    Raises:
+        ValueError: `bits` is out of range or `group` does not divide the columns.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: wanted 2 to 8")

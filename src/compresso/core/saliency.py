@@ -50,7 +50,8 @@ def salience(
         gradient: of the loss, in the weight's shape.
         fisher: squared gradients of single examples' losses, averaged over the examples, in the weight's shape.
 
-    Raises ValueError if a gradient that the importance needs is missing.
+    Raises:
+        ValueError: a gradient that the importance needs is missing.
 
     >>> gradient, fisher = torch.tensor([0.5, 3.0]), torch.tensor([0.25, 4.0])
     >>> salience("mixed", torch.tensor([2.0, -1.0]), gradient=gradient, fisher=fisher)

@@ -15,8 +15,10 @@ def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
     """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and is constant from there;
     warmup 0 is `final` at once.
 
-    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408). Raises ValueError for a sparsity outside [0,
-    1) or a negative warm-up.
+    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408).
+
+    Raises:
+        ValueError: a sparsity outside [0, 1) or a negative warm-up.
 
     >>> target = linear_ramp(0.3, warmup=10)
     >>> target(0), target(5), target(99)
@@ -29,7 +31,8 @@ def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
 def cubic_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
     """Target sparsity that rises fast first: final + (start - final)(1 - k / warmup)^3; warmup 0 is `final` at once.
 
-    Raises ValueError for a sparsity outside [0, 1) or a negative warm-up.
+    Raises:
+        ValueError: a sparsity outside [0, 1) or a negative warm-up.
 
     >>> cubic_ramp(0.5, warmup=10)(5)
     0.4375
@@ -41,10 +44,11 @@ def cubic_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
 def progress(shape: Literal["linear", "cubic"], warmup: int) -> Schedule:
     """Share of the way to the final target, 0 to 1, by a ramp's name.
 
+    Raises:
+        ValueError: an unknown shape.
+
     >>> progress("linear", 10)(5), progress("cubic", 10)(5), progress("linear", 0)(0)
     (0.5, 0.875, 1.0)
-
-    Raises ValueError for an unknown shape.
     """
     if shape == "linear":
         return lambda update: _progress(update, warmup)
@@ -54,7 +58,11 @@ def progress(shape: Literal["linear", "cubic"], warmup: int) -> Schedule:
 
 
 def rate(name: Literal["constant", "linear", "cosine"], total: int, warmup: int = 0) -> Schedule:
-    """A learning-rate factor by its name. Raises ValueError for an unknown name."""
+    """A learning-rate factor by its name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name == "constant":
         return constant()
     if name == "linear":
@@ -91,7 +99,8 @@ def constant() -> Schedule:
 def linear(total: int, warmup: int = 0) -> Schedule:
     """Learning-rate factor that rises linearly over `warmup` updates, then falls linearly to 0 at `total`.
 
-    Raises ValueError unless 0 <= warmup < total.
+    Raises:
+        ValueError: unless 0 <= warmup < total.
 
     >>> [linear(4)(update) for update in range(6)]
     [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
@@ -104,7 +113,8 @@ def cosine(total: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
     """Learning-rate factor that rises linearly over `warmup` updates, then falls along half a cosine to `floor` at
     `total`.
 
-    Raises ValueError unless 0 <= warmup < total and 0 <= floor <= 1.
+    Raises:
+        ValueError: unless 0 <= warmup < total and 0 <= floor <= 1.
     """
     _check_rate(total, warmup)
     if not 0 <= floor <= 1:

@@ -27,10 +27,11 @@ _LONG = 4096
 def parse_pattern(text: str) -> tuple[int, int]:
     """n and m of "n:m", n kept of m.
 
+    Raises:
+        ValueError: unless 1 <= n < m.
+
     >>> parse_pattern("2:4")
     (2, 4)
-
-    Raises ValueError unless 1 <= n < m.
     """
     match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
     if match is None or not 1 <= int(match[1]) < int(match[2]):
@@ -112,7 +113,8 @@ def lowest_in_rows(scores: Tensor, share: float) -> Tensor:
 def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """The lowest m - n of every m consecutive entries of each row of `scores` [rows, columns], bool: n are kept of m.
 
-    Raises ValueError if m does not divide the columns.
+    Raises:
+        ValueError: m does not divide the columns.
     """
     if scores.shape[1] % m:
         raise ValueError(f"{n}:{m} needs a multiple of {m} inputs, and there are {scores.shape[1]}")

@@ -95,7 +95,10 @@ def independent(pool: Pool, pairs: int, seed: int) -> Tensor:
     """Masks [2 pairs, columns], bool, True for on: each unit off with probability 1/2, every mask followed by its
     complement.
 
-    Their centred design has rank min(pairs, columns). Raises ValueError unless pairs >= 1.
+    Their centred design has rank min(pairs, columns).
+
+    Raises:
+        ValueError: unless pairs >= 1.
     """
     _check_pairs(pairs)
     columns, generator = len(pool), torch.Generator().manual_seed(seed)
@@ -140,7 +143,10 @@ def published(pool: Pool, priors: Mapping[str, Tensor], shares: Mapping[str, flo
     complement.
 
     A unit's chance falls with its prior: it is proportional to the module's highest prior less its own. pool: as
-    `published_pool` makes it. Raises ValueError unless pairs >= 1.
+    `published_pool` makes it.
+
+    Raises:
+        ValueError: unless pairs >= 1.
     """
     _check_pairs(pairs)
     generator, parts = torch.Generator().manual_seed(seed), list[Tensor]()

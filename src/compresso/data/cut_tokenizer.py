@@ -21,7 +21,11 @@ from compresso.errors import CheckpointError
 
 
 def state_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer.json of a tokenizer. Raises CheckpointError for one that cannot be cut."""
+    """The tokenizer.json of a tokenizer.
+
+    Raises:
+        CheckpointError: one that cannot be cut.
+    """
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"{type(tokenizer).__name__} runs in Python and cannot be cut; save it as a fast tokenizer (tokenizer.json)"

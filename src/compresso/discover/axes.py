@@ -74,7 +74,11 @@ class Found:
 
     @property
     def axis(self) -> Axis:
-        """The axis. Raises ArchError if the units lie in a parameter in an order that slices cannot say."""
+        """The axis.
+
+        Raises:
+            ArchError: the units lie in a parameter in an order that slices cannot say.
+        """
         for owner in self.owners:
             if not owner.slices:
                 raise ArchError(f"{self.name}: '{owner.param}' holds its units in no order along dimension {owner.dim}")
@@ -115,7 +119,11 @@ class Discovery:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        """Every axis. Raises ArchError if one cannot be written as an `Axis`; see `Found.axis`."""
+        """Every axis.
+
+        Raises:
+            ArchError: one cannot be written as an `Axis`; see `Found.axis`.
+        """
         return tuple(found.axis for found in self.found)
 
 
@@ -131,8 +139,10 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Di
     """The axes of a model, from a trace of one forward; weights are not read, so the meta device will do.
 
     inputs: example inputs, if the model is not one of transformers that reads tokens or images; only their shapes are
-    used. Raises ArchError, naming module and operation, if the forward has an operation whose dependencies are not
-    known.
+    used.
+
+    Raises:
+        ArchError: naming module and operation, if the forward has an operation whose dependencies are not known.
     """
     traced = trace(model, inputs)
     flow = Flow(traced, model)

@@ -14,7 +14,10 @@ def explain(discovery: Discovery, name: str) -> dict[str, Any]:
 
     Returns `{"name", "kind", "size", "tensors": [{"name", "dim", "entries", "why"}], "masked_at", "folded_norms"}`.
     `entries` are those of one unit along `dim`, both None where a unit owns the whole tensor. For a parameter that
-    stays: `{"name", "stays": [sentences]}`. Raises ArchError if neither is called so.
+    stays: `{"name", "stays": [sentences]}`.
+
+    Raises:
+        ArchError: neither is called so.
     """
     for found in discovery.found:
         if found.name == name:

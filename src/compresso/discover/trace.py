@@ -68,7 +68,8 @@ class Trace:
 def trace(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Trace:
     """Record a forward of the model; inputs (any device) default to `POSITIONS` tokens or one image.
 
-    Raises ArchError if the forward needs tensor values, or reads a tensor that was written to through a view of it.
+    Raises:
+        ArchError: the forward needs tensor values, or reads a tensor that was written to through a view of it.
     """
     given = {name: torch.empty_like(tensor, device="meta") for name, tensor in (inputs or _inputs(model)).items()}
     parameters = {

@@ -33,7 +33,8 @@ class GateSites:
         """Use these masks from the next forward pass on; a backward pass that recomputes activations must come before
         the next `set`.
 
-        Raises ValueError for an unknown axis and for masks of the wrong shape or dtype.
+        Raises:
+            ValueError: an unknown axis and for masks of the wrong shape or dtype.
         """
         self._masks = _site_masks(self._axes, masks)
 
@@ -68,7 +69,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
 
     Yields the sites, whose `set` exchanges the masks, for loops that draw new ones every step.
 
-    Raises ValueError for an unknown axis and for masks of the wrong shape or dtype.
+    Raises:
+        ValueError: an unknown axis and for masks of the wrong shape or dtype.
 
     Example:
         with gated(model, axes, {"layers.0.heads": mask}):

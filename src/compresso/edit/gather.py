@@ -50,7 +50,8 @@ def gather_inputs_(model: PreTrainedModel, orders: Sequence[Mapping[str, Any]]) 
         orders: of each group of linears that read the same: {"linears": full names, "order": places of their inputs
             [in]}.
 
-    Raises ArchError, with nothing changed, if a linear is not there or has other inputs than the order.
+    Raises:
+        ArchError: with nothing changed, if a linear is not there or has other inputs than the order.
     """
     modules = dict(model.named_modules())
     restore_inputs_(model)

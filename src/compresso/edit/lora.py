@@ -34,8 +34,10 @@ def attach_(
     Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's
     `attn.c_attn` for `q_proj`), the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
     The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out,
-    rank] zero, both float32 whatever the base's dtype. Raises RecipeError for a target that no layer has and for a rank
-    below 1.
+    rank] zero, both float32 whatever the base's dtype.
+
+    Raises:
+        RecipeError: a target that no layer has and for a rank below 1.
     """
     head = model.get_output_embeddings()  # may be the embedding, so it is no target
     modules = {
@@ -90,7 +92,8 @@ def attach_(
 def merge_(adapted: PeftModel) -> PreTrainedModel:
     """Add the adapters to the weights and return the base model without them; its parameters remain frozen.
 
-    Raises NumericError, before any weight is changed, if a merged weight would not be finite.
+    Raises:
+        NumericError: before any weight is changed, if a merged weight would not be finite.
     """
     with torch.no_grad():
         for name, layer in _adapters(adapted):
@@ -110,7 +113,8 @@ def adapter_parameters(adapted: PeftModel) -> dict[str, tuple[nn.Parameter, nn.P
     """B [out, rank], A [rank, in] and the factor of each adapter, by the name of the base weight [out, in]: the live
     parameters.
 
-    Raises RecipeError for an adapter on a `Conv1D`, whose weight is [in, out].
+    Raises:
+        RecipeError: an adapter on a `Conv1D`, whose weight is [in, out].
     """
     for name, layer in _adapters(adapted):
         if isinstance(layer.get_base_layer(), Conv1D):

@@ -9,7 +9,11 @@ from compresso.errors import ArchError
 
 
 def patch_(model: PreTrainedModel, patches: Sequence[str]) -> None:
-    """Apply patches by name. Raises ArchError for a patch that is unknown, or that does not fit the model."""
+    """Apply patches by name.
+
+    Raises:
+        ArchError: a patch that is unknown, or that does not fit the model.
+    """
     for patch in patches:
         what, *words = patch.split()
         if what == prefill.PATCH and all(word.isdigit() for word in words):

@@ -33,8 +33,9 @@ def named(layers: Sequence[int]) -> str:
 def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Skip these layers in every chunk of more than one token, in place.
 
-    Raises ArchError for a layer that is not there, or whose attention is not made of q_proj, k_proj and v_proj behind
-    one norm.
+    Raises:
+        ArchError: a layer that is not there, or whose attention is not made of q_proj, k_proj and v_proj behind one
+            norm.
     """
     blocks = arch_for(model.config).blocks(model)
     for layer in layers:

@@ -14,7 +14,8 @@ from compresso.core.axis import Axis
 def reorder_(model: nn.Module, axis: Axis, order: Tensor | Sequence[int]) -> None:
     """Put unit order[i] in the place of unit i, in place; for axes whose units tile their tensors.
 
-    Raises ValueError if the order does not name every unit once.
+    Raises:
+        ValueError: the order does not name every unit once.
     """
     units = torch.as_tensor(order, dtype=torch.long).cpu()
     if sorted(units.tolist()) != list(range(axis.size)):

@@ -53,7 +53,11 @@ def rounded(inputs: Tensor, share: Range) -> Tensor:
 
 
 def round_inputs_(model: PreTrainedModel, share: Range, linears: Sequence[str]) -> None:
-    """Round what these linears read, in place. Raises ArchError if one is not there."""
+    """Round what these linears read, in place.
+
+    Raises:
+        ArchError: one is not there.
+    """
     modules = dict(model.named_modules())
     for name in linears:
         if name not in modules:

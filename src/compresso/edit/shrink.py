@@ -50,8 +50,9 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
         plan: kept units. Keeping everything without soft masks changes nothing, bit for bit.
         soft: axis name -> [size], finite and not negative. Values of removed units are ignored.
 
-    Raises ArchError if plan, soft masks or axes do not fit the model, before anything is changed, and NumericError if
-    folding overflows.
+    Raises:
+        ArchError: plan, soft masks or axes do not fit the model, before anything is changed.
+        NumericError: folding overflows.
     """
     soft = dict(soft or {})
     _check(model, axes, plan, soft)

@@ -51,7 +51,8 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
         data_root: a folder with local copies of the named corpora; that of the environment variable COMPRESSO_DATA if
             None.
 
-    Raises DataError for what is unknown, cannot be reached, has no text, or is made of instructions or ready windows.
+    Raises:
+        DataError: what is unknown, cannot be reached, has no text, or is made of instructions or ready windows.
     """
     name, path = str(name_or_file), Path(name_or_file)
     if name not in REGISTERED and (suffix := suffix_of(path)):

@@ -54,7 +54,11 @@ class DenseReference:
     batch_size: int
 
     def save(self, path: Path) -> None:
-        """Write as safetensors, whole or not at all. Raises ResourceError if the disk is full."""
+        """Write as safetensors, whole or not at all.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         tensors = {
             "log_probs": self.log_probs,
             "places": self.places,
@@ -68,7 +72,8 @@ class DenseReference:
     def load(cls, path: Path) -> "DenseReference":
         """Read what `save` wrote.
 
-        Raises DataError if the file is missing or something else.
+        Raises:
+            DataError: the file is missing or something else.
         """
         try:
             with safe_open(str(path), framework="pt") as file:

@@ -44,7 +44,8 @@ def window_logits(
 
     The model's mode is as before once the iterator is exhausted or closed.
 
-    Raises DataError for `batch_size` below 1, and ids that the model does not have.
+    Raises:
+        DataError: `batch_size` below 1, and ids that the model does not have.
     """
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}; wanted at least 1")

@@ -137,7 +137,8 @@ def generation_measurements(
         max_new_tokens: as given to `samples`.
         settings: what else was decided, such as `prompt_format="instruction"`.
 
-    Raises DataError without samples.
+    Raises:
+        DataError: no samples.
     """
     if not samples:
         raise DataError("no samples to measure; write at least one")

@@ -53,7 +53,8 @@ class PerplexityProtocol:
     The first token of a window is not predicted, unless there is something before it: a BOS, or the context that a
     stride leaves.
 
-    Raises DataError if the fields contradict each other.
+    Raises:
+        DataError: the fields contradict each other.
     """
 
     corpus: str
@@ -137,7 +138,8 @@ def preset(
         corpus: what the measurement is named after.
         split: None: that of the corpus ("test" of wikitext2, "validation" of c4, "all" of anything else).
 
-    Raises DataError for an unknown name.
+    Raises:
+        DataError: an unknown name.
     """
     if name not in PRESETS:
         raise DataError(f"no perplexity protocol '{name}'; {nearest(name, PRESETS)}")

@@ -44,5 +44,9 @@ def report_path(output: str | Path, models: Iterable[Path | None] = ()) -> Path:
 
 
 def write_report_file(path: Path, report: Report) -> None:
-    """Write a report as JSON, whole or not at all. Raises ResourceError if the disk is full."""
+    """Write a report as JSON, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
     write_text(path, report.model_dump_json(indent=2) + "\n")

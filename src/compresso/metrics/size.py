@@ -40,7 +40,11 @@ def counts(cost: CostModel, masks: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files that loading a checkpoint reads. Raises CheckpointError if there are none."""
+    """Bytes of the weight files that loading a checkpoint reads.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     return sum((folder / name).stat().st_size for name in {tensor.file for tensor in stored_tensors(folder).values()})
 
 

@@ -113,8 +113,10 @@ def read_results(paths: Sequence[str | Path]) -> Comparison:
 
 
 def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
-    """One run beside the model it started from, before its folder has a name. Raises CheckpointError if its report
-    lacks one of them.
+    """One run beside the model it started from, before its folder has a name.
+
+    Raises:
+        CheckpointError: its report lacks one of them.
     """
     result = _result_of(records.report, records.model.fingerprint, "the run's records")
     name = next(one.name for one in records.report.models if one.fingerprint == result)
@@ -122,7 +124,11 @@ def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
 
 
 def merged(inputs: Sequence[Input]) -> Comparison:
-    """One comparison of all inputs. Raises CheckpointError if two of them have nothing in common."""
+    """One comparison of all inputs.
+
+    Raises:
+        CheckpointError: two of them have nothing in common.
+    """
     _refuse_strangers(inputs)
     runs = tuple({run.result: run for run in reversed([one.run for one in inputs if one.run])}.values())[::-1]
     dense = _dense(inputs, runs)

@@ -150,8 +150,10 @@ class RunRecords(Strict):
 
     @classmethod
     def checked(cls, records: Mapping[str, Any], where: str) -> Self:
-        """The records in a mapping. Raises CheckpointError naming `where` and the first field that is not as it should
-        be.
+        """The records in a mapping.
+
+        Raises:
+            CheckpointError: naming `where` and the first field that is not as it should be.
         """
         try:
             return cls.model_validate(records)

@@ -44,8 +44,9 @@ def allocate(
         removed: axis name -> [size], bool: units that were removed under an earlier, larger budget of the same shapes
             and do not come back.
 
-    Raises ValueError for missing, wrong-shaped or non-finite scores, InfeasibleBudget if floors or multiples leave more
-    than the target (with multiples: by more than 0.5 % of it).
+    Raises:
+        ValueError: missing, wrong-shaped or non-finite scores.
+        InfeasibleBudget: floors or multiples leave more than the target (with multiples: by more than 0.5 % of it).
     """
     pool = removable(axes, budget)
     for axis in pool:
@@ -71,7 +72,8 @@ def allocate(
 def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[Kind, int]) -> Plan:
     """The plan that keeps, in every axis of the kinds named, that many units with the highest scores.
 
-    Raises ValueError for unusable scores and for a count that an axis does not have or may not go down to.
+    Raises:
+        ValueError: unusable scores and for a count that an axis does not have or may not go down to.
     """
     return keep_counts(
         axes, scores, {axis.name: counts[axis.kind] for axis in axes if axis.size and axis.kind in counts}
@@ -79,8 +81,10 @@ def keep_best(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mappin
 
 
 def keep_counts(axes: Sequence[Axis], scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Plan:
-    """The plan that keeps, in every axis named, that many units with the highest scores. Raises ValueError as
-    `keep_best` does.
+    """The plan that keeps, in every axis named, that many units with the highest scores.
+
+    Raises:
+        ValueError: as `keep_best` does.
     """
     kept: dict[str, tuple[int, ...]] = {}
     for axis in axes:

@@ -35,7 +35,9 @@ def allocated(
         per_unit: whether scores are worth a unit; False where they are worth a parameter, so that "exact" multiplies by
             a unit's price.
 
-    Raises InfeasibleBudget if floors or multiples leave more than the target; ValueError as the ways do.
+    Raises:
+        InfeasibleBudget: floors or multiples leave more than the target.
+        ValueError: as the ways do.
     """
     if how == "global":
         return allocate(axes, scores, cost, budget)

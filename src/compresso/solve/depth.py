@@ -38,7 +38,8 @@ def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> P
     """The plan without the n parts of the lowest scores (axis name -> [size]); of equal ones the first in order goes
     first.
 
-    Raises InfeasibleBudget if fewer may leave.
+    Raises:
+        InfeasibleBudget: fewer may leave.
     """
     there = parts_of(axes)
     most = len(there) - sum(axis.fewest for axis in axes)
@@ -53,8 +54,10 @@ def drop_lowest(axes: Sequence[Axis], scores: Mapping[str, Tensor], n: int) -> P
 def drop_run(axis: Axis, distances: Tensor, cost: Cost, budget: Budget, n: int | None = None) -> Plan:
     """The plan without the least turning contiguous run of layers: of n layers, or of as few as the budget takes.
 
-    axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them. Raises InfeasibleBudget if no
-    run will do.
+    axis: the layers. distances: [size + 1, size + 1], as `least_distant_run` reads them.
+
+    Raises:
+        InfeasibleBudget: no run will do.
     """
     limit = budget.limit(cost)
 

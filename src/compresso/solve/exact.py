@@ -39,8 +39,9 @@ def allocate_exactly(axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: C
         scores: axis name -> [size], what a kept unit is worth: a sum is maximised, so scores are per unit, not per
             parameter.
 
-    Raises InfeasibleBudget if floors or multiples leave more than the target, ValueError for kinds whose prices do not
-    add up, for equal widths, and if the solver finds no plan in time.
+    Raises:
+        InfeasibleBudget: floors or multiples leave more than the target.
+        ValueError: kinds whose prices do not add up, for equal widths, and if the solver finds no plan in time.
     """
     if odd := [kind for kind in budget.kinds if kind not in ADDITIVE]:
         raise ValueError(

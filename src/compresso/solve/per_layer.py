@@ -29,7 +29,8 @@ def sensitivity_weights(axes: Sequence[Axis], scores: Mapping[str, Tensor], budg
     """A layer's share grows with the square root of its units' mean score over that of all layers' units of the kind,
     within `BOUNDS`.
 
-    Raises ValueError for scores below zero, of which no layer could be called twice as sensitive as another.
+    Raises:
+        ValueError: scores below zero, of which no layer could be called twice as sensitive as another.
     """
     pool = removable(axes, budget)
     for axis in pool:
@@ -58,7 +59,9 @@ def allocate_per_layer(
             equal.
         weights: axis name -> relative share, above 0.
 
-    Raises InfeasibleBudget if floors or multiples leave more than the target; ValueError as `allocate` does.
+    Raises:
+        InfeasibleBudget: floors or multiples leave more than the target.
+        ValueError: as `allocate` does.
     """
     pool = removable(axes, budget)
     limit = budget.limit(cost)

@@ -56,7 +56,9 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of
         keep: share of the dense count, in (0, 1].
         of: what is counted.
 
-    Raises InfeasibleBudget if the target lies outside of `reachable`, ValueError for NaN.
+    Raises:
+        InfeasibleBudget: the target lies outside of `reachable`.
+        ValueError: NaN.
     """
     flat = Flat(_gated(log_alpha, cost))
     gates = torch.cat(
@@ -108,8 +110,10 @@ def deterministic_to_budget(
         keep: share of the dense count, in (0, 1].
         of: what is counted.
 
-    Returns masks by axis name, [size], in log_alpha's dtype and device. Raises InfeasibleBudget if the axes'
-    `min_units` leave more.
+    Returns masks by axis name, [size], in log_alpha's dtype and device.
+
+    Raises:
+        InfeasibleBudget: the axes' `min_units` leave more.
     """
     pool = [axis for axis in axes if axis.name in log_alpha and axis.size]
     budget = Budget(keep, of, kinds=tuple({axis.kind for axis in pool}))

@@ -25,7 +25,11 @@ def candidate_shapes(axes: Sequence[Axis], cost: Cost, budget: Budget, most: int
     it the later.
 
     Of the finest kind each keeps as many units as fit, at most 5 % below the target; above it, by up to 0.5 %, only
-    where the budget has multiples. Raises InfeasibleBudget as `allocate` does, ValueError unless most >= 1.
+    where the budget has multiples.
+
+    Raises:
+        InfeasibleBudget: as `allocate` does.
+        ValueError: unless most >= 1.
     """
     if most < 1:
         raise ValueError(f"{most} candidates; wanted at least 1")

@@ -57,7 +57,11 @@ class Network:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare the two halves with the whole. Raises ArchError if something unknown lies between them."""
+        """Compare the two halves with the whole.
+
+        Raises:
+            ArchError: something unknown lies between them.
+        """
         ids = torch.arange(min(8, self.vocabulary), device=self.model.device).unsqueeze(0)
         whole = self.model(input_ids=ids, use_cache=False).logits
         halves = self.logits(self.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
@@ -107,7 +111,12 @@ class DistillObjective(nn.Module):
         tokens: Literal["labelled", "all"] = "labelled",
         chunk: int = 512,
     ) -> None:
-        """Raises RecipeError if the vocabularies differ, ArchError for a model that cannot be cut in halves."""
+        """Check that student and teacher fit each other.
+
+        Raises:
+            RecipeError: the vocabularies differ.
+            ArchError: a model that cannot be cut in halves.
+        """
         super().__init__()
         if student.vocabulary != teacher.vocabulary:
             raise RecipeError(
@@ -132,7 +141,7 @@ class DistillObjective(nn.Module):
             (before scaling).
 
         Raises:
-            ValueError: if no position of the batch counts.
+            ValueError: no position of the batch counts.
         """
         targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # of the position before
         chosen = targets != IGNORED if self._tokens == "labelled" else batch["attention_mask"].bool()

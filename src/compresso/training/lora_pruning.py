@@ -48,7 +48,11 @@ class PruningObjective(nn.Module):
         choose: Choose,
         momentum: float = 0.9,
     ) -> None:
-        """Raises ValueError if an axis has no adapter."""
+        """Check that every axis has adapters.
+
+        Raises:
+            ValueError: an axis has no adapter.
+        """
         super().__init__()
         self.model = model
         self.axes, self.choose, self.momentum = list(axes), choose, momentum

@@ -37,7 +37,8 @@ class RoundJournal:
     def entries(self) -> list[Json]:
         """What the whole rounds found, first to last; those behind a damaged one are removed.
 
-        Raises ResumeError if they are another search's.
+        Raises:
+            ResumeError: they are another search's.
         """
         found = self._whole()
         kept = {self._entry(i).name for i in range(len(found))}
@@ -48,7 +49,12 @@ class RoundJournal:
         return found
 
     def append(self, value: Json) -> None:
-        """Add a round. Raises ResourceError if the disk refuses, ValueError for NaN and infinities."""
+        """Add a round.
+
+        Raises:
+            ResourceError: the disk refuses.
+            ValueError: NaN and infinities.
+        """
         if self._n is None:
             self.entries()
         assert self._n is not None

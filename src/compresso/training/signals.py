@@ -25,8 +25,10 @@ class Requests:
         return {s.name: torch.tensor(float(s in self.arrived)) for s in SIGNALS}
 
     def obey(self, saved: str | None) -> None:
-        """Stop if one arrived, SIGTERM before SIGINT. Raises Interrupted, which names where the work is saved, if
-        anywhere.
+        """Stop if one arrived, SIGTERM before SIGINT.
+
+        Raises:
+            Interrupted: it names where the work is saved, if anywhere.
         """
         for number in reversed(SIGNALS):
             if number in self.arrived:

@@ -67,7 +67,11 @@ class PromptedLM(_Base):
         return super()._loglikelihood_tokens(rows, disable_tqdm, override_bs)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations. Raises DataError if prompt and new tokens leave no room for a context."""
+        """Greedy continuations.
+
+        Raises:
+            DataError: prompt and new tokens leave no room for a context.
+        """
         for request in requests:
             self._room(self.new_tokens(request.args[1]))
         return super().generate_until(requests, disable_tqdm)

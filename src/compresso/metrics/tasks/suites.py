@@ -45,7 +45,11 @@ class Bench:
 
     @property
     def path(self) -> Path:
-        """The YAML's place. Raises ResourceError if the harness is not installed."""
+        """The YAML's place.
+
+        Raises:
+            ResourceError: the harness is not installed.
+        """
         return (harness_tasks() if self.copy else WORLD_YAMLS) / self.yaml
 
 
@@ -60,7 +64,9 @@ class Suite:
 
 def harness_tasks() -> Path:
     """The folder of YAMLs in the installed harness, found without importing it.
-    Raises ResourceError if there is none.
+
+    Raises:
+        ResourceError: there is none.
     """
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
