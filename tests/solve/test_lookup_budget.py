@@ -158,6 +158,6 @@ def test_rounds_and_runs_of_layers_count_milliseconds(describe: Callable[..., Co
 def test_what_cannot_be_met_is_refused_in_milliseconds(measured: LookupCost) -> None:
     for allocation in (allocate, allocate_exactly):
         with pytest.raises(
-            InfeasibleBudget, match=r"keep=0\.01 allows 0\.\d+ of [\d.]+ milliseconds, but at least 1\.25 stay"
+            InfeasibleBudget, match=r"keep=0\.01 allows 0\.\d+ of [\d.]+ milliseconds, but at least 1\.25 are kept"
         ):
             allocation(measured.axes, scores_of(measured), measured, Budget(0.01, of="milliseconds"))

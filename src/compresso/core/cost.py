@@ -73,7 +73,7 @@ class Counts:
         """The count that a budget is a share of [].
 
         Raises:
-            ValueError: for what shapes do not tell.
+            ValueError: what shapes do not determine.
         """
         known = {"blocks": self.blocks, "total": self.total, "macs": self.macs, "kv": self.cached}
         if of in known:
@@ -224,7 +224,7 @@ class CostModel:
             totals: [axes], float64; on any device.
 
         Raises:
-            ValueError: for an axis whose total does not say what its units cost.
+            ValueError: an axis whose total does not say what its units cost.
         """
         if owning := [name for name, _ in self._units(names)]:
             raise ValueError(
