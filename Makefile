@@ -45,6 +45,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(OFFLINE) $(BIN)/python scripts/readme.py
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
 

@@ -8,6 +8,7 @@ the repository.
 import functools
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -238,22 +239,22 @@ def test_the_readme_says_what_it_must() -> None:
         assert f"`{name}`" in text, f"the table of methods lacks the recipe {name}"
 
 
-def test_the_readme_tree_is_the_tree() -> None:
-    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listing.returncode:
+def test_the_readme_is_fresh() -> None:
+    """Its tables and tree are what `scripts/readme.py` makes of the registry and the folders."""
+    if subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=False).returncode:
         pytest.skip("git: no checkout, so the files of the repository are not known")
-    files = [Path(line) for line in listing.stdout.splitlines()]
-    there = {str(path) for path in files if len(path.parts) == 1}
-    there |= {path.parts[0] + "/" for path in files if len(path.parts) > 1 and path.parts[0] != "src"}
-    for path in files:
-        if path.parts[0] == "src":
-            there |= {"/".join(path.parts[:n]) + "/" for n in range(2, len(path.parts))}
-    (drawn,) = (text for text in blocks(ROOT / "README.md", "") if "├──" in text)
-    told: set[str] = set()
-    above: list[str] = []
-    for line in drawn.splitlines()[1:]:
-        indent, name = re.match(r"([│├└─ ]+)(\S+)", line).groups()  # type: ignore[union-attr]
-        above = above[: len(indent) // 4 - 1]
-        told.add("".join(above) + name)
-        above.append(name)
-    assert told == there
+    ran = subprocess.run([sys.executable, ROOT / "scripts" / "readme.py"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_method_more_changes_the_generated_table_alone(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The how-to's method, as if it were one of the repository's, needs no other word in the README."""
+    readme = runpy.run_path(str(ROOT / "scripts" / "readme.py"))
+    page = (ROOT / "README.md").read_text("utf-8")
+    run_blocks(ROOT / "docs" / "adding_a_method.md", monkeypatch)
+    fresh = readme["refreshed"](page, {"methods": readme["methods"](), "tree": readme["tree"]()})
+    assert "| `random_structured` |" in fresh
+    outside = re.compile(r"<!-- methods -->.*<!-- /methods -->", re.DOTALL)
+    assert outside.sub("", fresh) == outside.sub("", page)
+    with pytest.raises(SystemExit, match="wants one part between <!-- nothing -->"):
+        readme["refreshed"](page, {"nothing": ""})
