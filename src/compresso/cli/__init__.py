@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from typer.exceptions import TyperException
 
-from compresso.cli.verbs import app
+from compresso.cli import making, results  # noqa: F401 - each registers its commands
+from compresso.cli.app import app
 from compresso.errors import CompressoError, Interrupted
 
 __all__ = ["app", "main"]

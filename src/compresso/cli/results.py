@@ -1,0 +1,179 @@
+"""The commands that look at models and results: measure, evaluate, compare, export and verify.
+
+Each parses its options, calls the function that does the work, and prints what that returns.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compresso.cli.app import app
+from compresso.cli.options import Device, Force, Json, Overwrite, Weights, warn_of
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids, the dense one first.")],
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8; default 1,8, and 32 on a GPU.")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompts; default 256, or what a context holds.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens decoded after each; default 64, or what a context holds.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, in which the models take turns.")] = 5,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 for all; default: as the first is stored.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")
+    ] = True,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the report.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Size, cost, memory, prefill and decode speed of models, side by side.
+
+    Example: compresso measure ./llama-7b ./llama-5b --batch 1,8
+    """
+    from compresso.commands import measure
+
+    report = measure.measure(
+        models,
+        batches=None if batch is None else measure.batch_sizes(batch),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        memory=memory,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        output=output,
+    )
+    measure.show(report, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Weights,
+    suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Single tasks, several with commas, such as piqa,boolq.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Collaborative prompt: on, off or both; auto: on if pruned with it.")
+    ] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of each task, the first ones.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Perplexity on wikitext2, c4 or a local file; without tasks, wikitext2.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "sparsegpt (2048 tokens), llm-pruner (128), compresso (1024); default: the first that the context"
+                " holds."
+            )
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with local data files; else that of COMPRESSO_DATA, else the hub.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="File for the report of all numbers, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a model can do: perplexity, and benchmark tasks with their standard errors.
+
+    Example: compresso evaluate ./llama-5b --suite commonsense --prompt both --output llama-5b.json
+    """
+    from compresso.commands import evaluate
+
+    report = evaluate.evaluate(
+        model,
+        suite=suite,
+        tasks=None if tasks is None else [name for name in tasks.split(",") if name],
+        corpus=corpus,
+        protocol=protocol,
+        prompt=prompt,
+        limit=limit,
+        data_root=data_root,
+        batch_size=batch,
+        device=device,
+        seed=seed,
+        output=output,
+    )
+    evaluate.show(report, as_json)
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[str], typer.Argument(metavar="DIR|FILE.json...", help="Folders of runs, files of evaluate and measure.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The page with tables, plots and texts; a report that lies there is replaced.")
+    ] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Several results side by side: a table here, and one self-contained HTML page.
+
+    Example: compresso compare ./llama-small ./llama-uniform dense.json --output report.html
+    """
+    from compresso.commands import compare
+
+    compare.show(compare.compare(results, output), as_json)
+    if not as_json:
+        print(f"report: {output}")
+
+
+@app.command()
+def export(
+    model: Weights,
+    output: Annotated[Path, typer.Option(help="The file or folder to write.")],
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci."),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Of gguf: f32, f16 (the default), bf16, q8_0, q4_0, q4_k_m and its like; of onnx: f32 (the default),"
+                " int8."
+            )
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """A checkpoint in the format of another engine, opened there if it is installed.
+
+    Example: compresso export ./llama-5b --format gguf --output llama-5b.gguf --dtype q8_0
+    """
+    from compresso.commands import export
+
+    if force:
+        warn_of("--force", "--overwrite")
+    facts = export.export(model, output, format=file_format, dtype=dtype, overwrite=overwrite or force)
+    export.show(facts, as_json)
+
+
+@app.command()
+def verify(
+    model: Weights,
+    as_json: Json = False,
+) -> None:
+    """In which engines a checkpoint opens and computes the same, and why not in the others.
+
+    Example: compresso verify ./llama-5b
+    """
+    from compresso.commands import verify
+
+    found = verify.verify(model)
+    verify.show(found, as_json)
+    if not verify.opens_here(found):
+        raise typer.Exit(2)
