@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from compresso.job import Card, Effects, cards
+from compresso.stage import Card, Effects, cards
 from compresso.runner.recipe import build, names, read
 
 ROOT = Path(__file__).parents[1]
