@@ -13,8 +13,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from compresso.stage import Card, Effects, cards
 from compresso.runner.recipe import build, names, read
+from compresso.stage import Card, Effects, cards
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -56,6 +56,7 @@ PHRASES = {
     PACKAGE + "report/": "tables, charts, the HTML page and the model card, from records",
     PACKAGE + "runner/": "from a recipe to a checkpoint: checks, dry runs, stages, results",
     PACKAGE + "solve/": "from scores and a budget to a plan: pools, shares, integer programming",
+    PACKAGE + "stage/": "the stage contract: knob groups, what a stage may offer, the registry",
     PACKAGE + "sweep/": "block after block, each on the outputs of the edited blocks before it",
     PACKAGE + "training/": "the training loop: order, noise, processes, checkpoints, progress",
 }
