@@ -34,8 +34,8 @@ from compresso.core.cost import CostModel
 from compresso.data import nano
 from compresso.edit.shrink import shrink_
 from compresso.engines import llama_cpp
-from compresso.engines.onnx_runtime import OnnxModel
-from compresso.engines.parity import check_llama_cpp, check_onnx_runtime
+from compresso.engines.onnx_runtime import ONNX, OnnxModel
+from compresso.engines.parity import ids_of, reference_of
 from compresso.formats.gguf import save_gguf
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.onnx import save_onnx
@@ -228,19 +228,22 @@ def main() -> None:
         rows += rows_of(
             "transformers, f32", "transformers", folders, transformers_times(folders, given.rounds), lambda name: None
         )
+        ids = ids_of(tokenizer, live["dense"].config.vocab_size)
         for dtype in ("f32", "int8"):
+            wanted = {name: reference_of(model, ids, dtype) for name, model in live.items()}
             paths = {name: base / f"onnx-{dtype}-{i}" for i, name in enumerate(VARIANTS)}
             for name, path in paths.items():
                 save_onnx(live[name], arch_for(live[name].config).shapes(live[name]), path, dtype=dtype)
-            asks = lambda name, paths=paths: check_onnx_runtime(paths[name], live[name], tokenizer, None)  # noqa: E731
+            asks = lambda name, paths=paths, wanted=wanted: ONNX.parity(paths[name], wanted[name])  # noqa: E731
             rows += rows_of(f"ONNX Runtime, {dtype}", "onnx", paths, ratios(onnx_times(paths, given.rounds)), asks)
         for dtype in ("f32", "q8_0", "q4_0"):
+            wanted = {name: reference_of(model, ids, dtype) for name, model in live.items()}
             paths = {name: base / f"{i}-{dtype}.gguf" for i, name in enumerate(VARIANTS)}
             for name, path in paths.items():
                 save_gguf(live[name], arch_for(live[name].config).shapes(live[name]), path, tokenizer, dtype)
             told = llama_cpp_run(list(paths.values()), given.rounds)
             times = dict(zip(paths, zip(told["prefill"], told["decode"], strict=True), strict=True))
-            asks = lambda name, paths=paths: check_llama_cpp(paths[name], live[name], tokenizer, "llama.cpp", 1.0)  # noqa: E731
+            asks = lambda name, paths=paths, wanted=wanted: llama_cpp.LLAMA_CPP.parity(paths[name], wanted[name])  # noqa: E731
             rows += rows_of(f"llama.cpp, {dtype}", "llama.cpp", paths, ratios(times), asks)
     write(
         "engines",

@@ -26,12 +26,13 @@ from transformers import (
 
 import compresso
 from compresso.arch.base import arch_for
-from compresso.checkpoint.code import NATIVE, refuse_code, trusted
+from compresso.checkpoint.code import refuse_code, trusted
 from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
 from compresso.data import nano
 from compresso.engines import vllm as vllm_engine
-from compresso.engines.parity import WORDS, check_transformers, check_vllm
-from compresso.engines.transformers_process import continued
+from compresso.engines.parity import Format, Reference, reference_of
+from compresso.engines.transformers import PLAIN, REMOTE
+from compresso.engines.vllm import VLLM, Vllm
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
@@ -46,7 +47,8 @@ TINY = {
     "num_attention_heads": 2,
 }
 OURS = {"AutoConfig": "modeling_compresso.CompressoLlamaConfig"}
-REMOTE = next(name for name, words in WORDS.items() if "remote" in words)
+VLLM_WITHOUT_TRUST = Vllm("vLLM", Format.CHECKPOINT, "")
+ZEROS = Reference(IDS, torch.zeros(4, 1024), IDS)
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CONFIG, {"auto_map": {"AutoConfig": 7}}, r"auto_map names code to run \(7\)"),
@@ -147,15 +149,14 @@ def custom_generate(folder: Path, ran: Path) -> None:
 
 
 def openings(folder: Path) -> dict[str, Callable[[], object]]:
-    """Every way in which compresso opens a folder, by name; those that ask would start a process."""
-    logits = torch.zeros(4, 1024)
+    """Every way in which compresso opens a folder, by name; parity would start a process."""
     return {
         "open": lambda: open_source(folder),
         "open without weights": lambda: open_source(folder, weights=False),
         "load": lambda: compresso.load(folder),
-        "ask": lambda: check_transformers("transformers", folder, IDS, logits, IDS, folder.parent),
-        "ask with trust": lambda: check_transformers(REMOTE, folder, IDS, logits, IDS, folder.parent),
-        "ask vLLM": lambda: check_vllm("vLLM", folder, IDS, logits, IDS),
+        "parity": lambda: PLAIN.parity(folder, ZEROS),
+        "parity with trust": lambda: REMOTE.parity(folder, ZEROS),
+        "parity in vLLM": lambda: VLLM_WITHOUT_TRUST.parity(folder, ZEROS),
         "trusted": lambda: trusted(folder),
     }
 
@@ -207,12 +208,10 @@ def test_an_auto_map_is_passed_over_where_transformers_has_a_class_and_refused_w
     with pytest.raises(CheckpointError, match=message):
         trusted(folder)
     with pytest.raises(CheckpointError, match=message):
-        check_vllm("vLLM", folder, IDS, torch.zeros(4, 1024), IDS)
-    for answer in (
-        check_transformers(REMOTE, folder, IDS, torch.zeros(4, 1024), IDS, folder.parent),
-        check_vllm("vLLM", folder, IDS, torch.zeros(4, 1024), IDS, shipped=NATIVE),
-    ):
-        assert answer.opens == "not checked" and f"this folder/{message}" in answer.reason
+        VLLM_WITHOUT_TRUST.parity(folder, ZEROS)
+    for engine in (REMOTE, VLLM):
+        parity = engine.parity(folder, ZEROS)
+        assert parity.opens == "not checked" and f"this folder/{message}" in parity.reason
     assert not ran.exists()
 
 
@@ -223,8 +222,7 @@ def test_a_folder_with_an_auto_map_opens_in_a_fresh_process_and_is_written_witho
         change(folder / file, {"auto_map": mapped})
     source = open_source(folder)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    logits, greedy = continued(model, IDS)
-    assert check_transformers("transformers", folder, IDS, logits, greedy, tmp_path).opens == "yes"
+    assert PLAIN.parity(folder, reference_of(model, IDS)).opens == "yes"
     save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "written", tokenizer=tokenizer)
     for written in (tmp_path / "written").glob("*.json"):
         assert "strange" not in written.read_text(), written.name
@@ -378,12 +376,10 @@ def test_our_own_file_is_trusted_byte_for_byte(what: str, native: Path, ran: Pat
             (code / "__init__.py").write_text(f"open({str(ran)!r}, 'w')\n")
     with pytest.raises(CheckpointError, match="is not the file that this version of compresso writes, and is not run"):
         trusted(native)
-    for answer in (
-        check_transformers(REMOTE, native, IDS, torch.zeros(4, 1024), IDS, tmp_path),
-        check_vllm("vLLM", native, IDS, torch.zeros(4, 1024), IDS, shipped=NATIVE),
-    ):
-        assert answer.opens == "not checked"
-        assert answer.reason.startswith("this folder/modeling_compresso.py is not the file")
+    for engine in (REMOTE, VLLM):
+        parity = engine.parity(native, ZEROS)
+        assert parity.opens == "not checked"
+        assert parity.reason.startswith("this folder/modeling_compresso.py is not the file")
     assert not ran.exists()
 
 

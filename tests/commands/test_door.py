@@ -10,7 +10,7 @@ from tests.conftest import SHORT, Call
 from transformers import LlamaForCausalLM
 
 from compresso.checkpoint import code
-from compresso.engines import verify as verifying
+from compresso.engines.transformers import Transformers
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "MODEL"),
@@ -106,8 +106,8 @@ def test_a_run_passes_the_gate_each_time_it_reads_a_model(
     assert any(name != tiny_folder.resolve().name for name in seen)
 
 
-def test_verify_refuses_before_any_engine_is_asked(strange: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(verifying, "check_transformers", lambda *arguments: asked.append(arguments))
+def test_verify_refuses_before_any_engine_is_run(strange: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[object] = []
+    monkeypatch.setattr(Transformers, "parity", lambda *arguments: run.append(arguments))
     assert call("verify", strange)[0] == 2
-    assert not asked
+    assert not run

@@ -22,6 +22,7 @@ from compresso.data import nano
 from compresso.edit.shrink import shrink_
 from compresso.engines import llama_cpp, llama_quantize
 from compresso.engines.llama_quantize import KINDS
+from compresso.engines.onnx_runtime import OnnxEngine
 from compresso.engines.parity import Parity
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats import gguf
@@ -65,9 +66,7 @@ def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> N
 def test_an_onnx_folder_that_reads_back_differently_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        exporting, "check_onnx_runtime", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2")
-    )
+    monkeypatch.setattr(OnnxEngine, "parity", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2"))
     with pytest.raises(
         ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"
     ):

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from compresso.checkpoint.source import open_source
 from compresso.commands import export as exporting
-from compresso.engines import transformers_process as opened
-from compresso.engines import verify as verifying
-from compresso.engines.parity import Parity
+from compresso.engines.parity import Format, Parity, Reference
+from compresso.engines.transformers import PACKED, Transformers
+from compresso.engines.transformers_process import NEW_TOKENS
+from compresso.engines.verify import parities
 from compresso.errors import ExportError
 from compresso.runner.options import with_options
 from compresso.runner.run import Result, run
@@ -90,11 +91,12 @@ def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(
     tiny_folder: Path, instructions: Path, tmp_path: Path
 ) -> None:
     result = rounded("gptq/3", tiny_folder, instructions, tmp_path / "out", ROUNDED["gptq/3"])
-    source = open_source(result.folder)
-    (answer,) = verifying._compressed(source, None, tmp_path)
-    assert (answer.engine, answer.opens, answer.same_tokens) == ("compressed-tensors, packed", "yes", opened.NEW_TOKENS)
-    (answer,) = verifying._compressed(open_source(tiny_folder), None, tmp_path)
-    assert answer.opens == "not checked" and "nothing in it was rounded by compresso" in answer.reason
+    unused = Reference(torch.arange(3), torch.zeros(3, 5), torch.zeros(NEW_TOKENS))  # packed weights have their own
+    (found,) = parities(Format.PACKED, [PACKED], open_source(result.folder), unused, tmp_path)
+    assert (found.engine, found.opens, found.same_tokens) == ("compressed-tensors, packed", "yes", NEW_TOKENS)
+    assert not (tmp_path / "compressed-tensors").exists()
+    (found,) = parities(Format.PACKED, [PACKED], open_source(tiny_folder), unused, tmp_path)
+    assert found.opens == "not checked" and "nothing in it was rounded by compresso" in found.reason
 
 
 def test_what_cannot_be_packed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_a_folder_that_reads_back_differently_is_not_left(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = rounded("rtn/4-bit", tiny_folder, instructions, tmp_path / "out", ROUNDED["rtn/4-bit"])
-    monkeypatch.setattr(exporting, "check_packed", lambda *_: Parity("transformers", "no", "logits differ by up to 3"))
+    monkeypatch.setattr(Transformers, "parity", lambda *_: Parity("transformers", "no", "logits differ by up to 3"))
     with pytest.raises(
         ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"
     ):

@@ -1,13 +1,16 @@
 """Which engines open a checkpoint: a native one, a uniform one, one with a stranger's code, and one that an engine
 would misread.
 
-The native one is asked about in all engines, each a process of seconds; the others only in those where they differ.
+The native one is opened in all engines, each a process of seconds; the others only in those where they differ.
 """
 
 import importlib.util
 import json
+import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,18 +18,41 @@ from tests.conftest import Call
 from tests.formats.nano_variants import nano_tokenizer, pruned_nano
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import compresso.engines
 from compresso.arch.base import arch_for
 from compresso.checkpoint.code import trusted
 from compresso.checkpoint.source import open_source
-from compresso.engines import llama_cpp
-from compresso.engines import transformers_process as opened
-from compresso.engines import verify as verifying
-from compresso.engines.parity import ONNX, OWN, Parity, check_llama_cpp, ids_of, judged, within_rounding
-from compresso.engines.verify import verify
+from compresso.engines import llama_cpp, registry
+from compresso.engines import verify as verify_module
+from compresso.engines.llama_cpp import LLAMA_CPP
+from compresso.engines.onnx_runtime import ONNX
+from compresso.engines.parity import (
+    ALWAYS,
+    Engine,
+    Format,
+    Listed,
+    Parity,
+    Reference,
+    ids_of,
+    judged,
+    reference_of,
+    within_rounding,
+)
+from compresso.engines.transformers import OWN, PLAIN, REMOTE, WITHIN
+from compresso.engines.transformers_process import NEW_TOKENS
+from compresso.engines.verify import parities, parity_records, verify
 from compresso.errors import CheckpointError
 from compresso.formats.hf import save_checkpoint
+from compresso.report.facts import filled
 
-PLAIN, REMOTE, GGUF = "transformers", "transformers, trust_remote_code", "llama.cpp, as GGUF"
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+ZEROS = Reference(torch.arange(3), torch.zeros(3, 1024), torch.arange(3))
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +64,105 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> None:
-    answers = {answer.engine: answer for answer in verify(native)}
-    assert answers[PLAIN].opens == "no"
+    found = {one.engine: one for one in verify(native)}
+    assert found[PLAIN.name].opens == "no"
     assert (
-        "The repository this folder contains custom code" in answers[PLAIN].reason
-        and str(native) not in answers[PLAIN].reason
+        "The repository this folder contains custom code" in found[PLAIN.name].reason
+        and str(native) not in found[PLAIN.name].reason
     )
     for engine in (OWN, REMOTE):
-        assert (answers[engine].opens, answers[engine].same_tokens) == ("yes", opened.NEW_TOKENS)
-        assert answers[engine].difference == pytest.approx(0, abs=1e-4)
-    if llama_cpp.missing() is None and answers[GGUF].opens != "not installed":
-        assert (answers[GGUF].opens, answers[GGUF].same_tokens) == ("yes", opened.NEW_TOKENS)
-        assert answers[GGUF].difference == pytest.approx(0, abs=1e-4)
+        assert (found[engine.name].opens, found[engine.name].same_tokens) == ("yes", NEW_TOKENS)
+        assert found[engine.name].difference == pytest.approx(0, abs=1e-4)
+    in_llama_cpp = found[LLAMA_CPP.name]
+    if llama_cpp.missing() is None and in_llama_cpp.opens != "not installed":
+        assert (in_llama_cpp.opens, in_llama_cpp.same_tokens) == ("yes", NEW_TOKENS)
+        assert in_llama_cpp.difference == pytest.approx(0, abs=1e-4)
     else:
-        assert answers[GGUF].opens == "not installed"
-        assert "install" in answers[GGUF].reason
+        assert in_llama_cpp.opens == "not installed"
+        assert "install" in in_llama_cpp.reason
     if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
-        assert (answers[ONNX].opens, answers[ONNX].same_tokens) == ("yes", opened.NEW_TOKENS)
-        assert answers[ONNX].difference == pytest.approx(0, abs=1e-3)  # of logits up to 30
+        assert (found[ONNX.name].opens, found[ONNX.name].same_tokens) == ("yes", NEW_TOKENS)
+        assert found[ONNX.name].difference == pytest.approx(0, abs=1e-3)  # of logits up to 30
     else:
-        assert answers[ONNX].opens == "not installed"
-    assert {answers[engine].opens for engine in ("compressed-tensors, packed", "vLLM")} <= {
+        assert found[ONNX.name].opens == "not installed"
+    assert {found[name].opens for name in ("compressed-tensors, packed", "vLLM")} <= {
         "not installed",
         "not checked",
     }
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine that says what it is told to, of what was written for it."""
+
+    name: str
+    says: Literal["yes", "no"] = "yes"
+    absent: str | None = None
+    listed: Listed = ALWAYS
+    reads: Format = Format.DECI
+    program: str = "made"
+    command: str = ""
+
+    def missing(self) -> str | None:
+        return self.absent
+
+    def parity(self, written: Path, reference: Reference) -> Parity:
+        assert (written / "config.json").is_file()
+        return Parity(self.name, self.says, difference=float(len(reference.ids)))
+
+
+def test_an_engine_is_listed_where_it_could_be_run_or_says_why_not(native: Path, tmp_path: Path) -> None:
+    """One format is written for all that read it, and nothing is left of it."""
+    engines: list[Engine] = [Made("a"), Made("b", absent="not here"), Made("c", "no"), Made("d", absent="nor here")]
+    engines[3] = Made("d", absent="nor here", listed=Listed(if_absent=False))
+    found = parities(Format.DECI, engines, open_source(native), ZEROS, tmp_path)
+    assert [(one.engine, one.opens) for one in found] == [("a", "yes"), ("b", "not installed"), ("c", "no")]
+    assert found[0].difference == 3 and found[1].reason == "not here"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("first", "names"), [("yes", ["a"]), ("no", ["a", "b"])])
+def test_an_engine_instead_of_another_is_run_where_that_one_says_no(
+    first: Literal["yes", "no"], names: list[str], native: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = (Made("a", first, reads=Format.CHECKPOINT), Made("b", listed=Listed(instead_of="a")))
+    monkeypatch.setattr(registry, "engines", lambda: engines)
+    assert [one.engine for one in verify(native)] == names
+
+
+def test_what_a_format_does_not_hold_is_a_no(tmp_path: Path) -> None:
+    """Without a tokenizer there is no GGUF file, and no engine is started."""
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path / "plain")
+    (found,) = parities(Format.GGUF, [Made("x", reads=Format.GGUF)], open_source(tmp_path / "plain"), ZEROS, tmp_path)
+    pytest.importorskip("gguf", reason="gguf: not installed")
+    assert (found.opens, found.reason) == ("no", "it has no tokenizer, which a GGUF file wants")
+
+
+def test_every_engine_has_a_name_of_its_own_and_the_card_its_commands() -> None:
+    engines = registry.engines()
+    assert len({engine.name for engine in engines}) == len(engines)
+    assert {engine.program for engine in engines} == {"transformers", "llama.cpp", "ONNX Runtime", "OpenVINO", "vLLM"}
+    assert {engine.reads for engine in engines} == set(Format)
+    assert [engine.name for engine in engines][:3] == [PLAIN.name, OWN.name, REMOTE.name]
+    for name, command in registry.commands().items():
+        assert "{" not in filled(command, "folder", " --code"), name
+        assert "folder" in filled(command, "folder", ""), name
+
+
+def test_a_module_that_lists_an_engine_is_all_that_another_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_up.py").write_text(
+        "from tests.engines.test_verify import Made\nENGINES = (Made('made up', command='open {folder}'),)\n"
+    )
+    monkeypatch.setattr(compresso.engines, "__path__", [*compresso.engines.__path__, str(tmp_path)])
+    registry.engines.cache_clear()
+    try:
+        assert "made up" in {engine.name for engine in registry.engines()}
+        assert registry.commands()["made up"] == "open {folder}"
+    finally:
+        registry.engines.cache_clear()
+        sys.modules.pop("compresso.engines.made_up", None)
 
 
 def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
@@ -73,10 +174,9 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     assert trusted(folder)
     code = folder / "modeling_compresso.py"
     code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
-    ids = torch.arange(3)
-    answer = verifying._transformers(REMOTE, open_source(folder), ids, torch.zeros(3, 1024), ids, tmp_path)
-    assert answer.opens == "not checked"
-    assert "not run" in answer.reason
+    found = REMOTE.parity(folder, ZEROS)
+    assert found.opens == "not checked"
+    assert "not run" in found.reason
     assert not ran.exists()
     code.write_bytes((native / code.name).read_bytes())
     assert trusted(folder)
@@ -85,29 +185,27 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="auto_map names code to run"):
         trusted(folder)
-    answer = verifying._transformers(REMOTE, open_source(folder), ids, torch.zeros(3, 1024), ids, tmp_path)
-    assert answer.opens == "not checked" and "auto_map names code to run" in answer.reason
+    found = REMOTE.parity(folder, ZEROS)
+    assert found.opens == "not checked" and "auto_map names code to run" in found.reason
 
 
-def test_a_uniform_checkpoint_opens_without_compresso_but_without_tokenizer_not_in_llama_cpp(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config).eval()
+def test_a_uniform_checkpoint_opens_without_compresso(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     model.save_pretrained(tmp_path / "plain")
-    source, ids = open_source(tmp_path / "plain"), torch.arange(1, 9)
-    logits, greedy = opened.continued(model, ids)
-    answer = verifying._transformers(PLAIN, source, ids, logits, greedy, tmp_path)
-    assert (answer.opens, answer.same_tokens) == ("yes", opened.NEW_TOKENS)
-    logits[3, 5] += 0.01
-    assert not within_rounding(logits, opened.continued(model, ids)[0])
-    in_llama_cpp = verifying._llama_cpp(model, None, tmp_path)
-    assert in_llama_cpp.opens == "not installed" or "no tokenizer" in in_llama_cpp.reason
+    reference = reference_of(model, torch.arange(1, 9))
+    found = PLAIN.parity(tmp_path / "plain", reference)
+    assert (found.opens, found.same_tokens) == ("yes", NEW_TOKENS)
+    other = reference.logits.clone()
+    other[3, 5] += 0.01
+    assert not within_rounding(other, reference.logits, WITHIN["f32"])
+    found = PLAIN.parity(tmp_path / "plain", replace(reference, logits=other))
+    assert found.opens == "no" and found.reason.startswith("logits differ by up to 0.01")
+    assert PLAIN.parity(tmp_path / "plain", replace(reference, logits=other, rounding=0.1)).opens == "yes"
 
 
 def test_what_computes_something_else_is_a_no() -> None:
-    answer = judged("engine", 0.5, False, [1, 2, 3], [1, 9, 3], "logits")
-    assert (answer.opens, answer.same_tokens, answer.reason) == ("no", 1, "logits differ by up to 0.5")
+    found = judged("engine", 0.5, False, [1, 2, 3], [1, 9, 3], "logits")
+    assert (found.opens, found.same_tokens, found.reason) == ("no", 1, "logits differ by up to 0.5")
 
 
 @pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
@@ -118,10 +216,11 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
     model = pruned_nano()
     path = tmp_path / "m.gguf"
     save_gguf(model, arch_for(model.config).shapes(model), path, nano_tokenizer(), "f32")
-    assert check_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "yes"
+    ids = ids_of(nano_tokenizer(), model.config.vocab_size)
+    assert LLAMA_CPP.parity(path, reference_of(model, ids)).opens == "yes"
     for layer in model.model.layers:  # what a wrong order of rows would do
         layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.roll(1, 0)
-    assert check_llama_cpp(path, model, nano_tokenizer(), "x", 1e-2).opens == "no"
+    assert LLAMA_CPP.parity(path, reference_of(model, ids)).opens == "no"
 
 
 def test_only_language_models_with_weights(native: Path) -> None:
@@ -145,7 +244,9 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
     found = {
         one["engine"]: one["opens"] for one in json.loads((tmp_path / "out" / "records.json").read_text())["engines"]
     }
-    assert list(found)[:3] == [PLAIN, OWN, REMOTE] and {found[engine] for engine in (PLAIN, OWN, REMOTE)} == {"yes"}
+    assert list(found)[:3] == [PLAIN.name, OWN.name, REMOTE.name] and {found[engine] for engine in list(found)[:3]} == {
+        "yes"
+    }
     assert all(
         any(line.startswith(engine) and opens in line for line in out.splitlines()) for engine, opens in found.items()
     )
@@ -154,8 +255,8 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
     card, report = ((tmp_path / "out" / name).read_text() for name in ("README.md", "report.html"))
     assert "| vLLM | " in card and "What the engines of the machine that made it said" in report
     for engine, command in (
-        (ONNX, "--format onnx"),
-        (GGUF, "--format gguf"),
+        (ONNX.name, "--format onnx"),
+        (LLAMA_CPP.name, "--format gguf"),
         ("compressed-tensors, packed", "--format compressed-tensors"),
     ):
         assert (command in card) == (command in report) == (found[engine] == "yes")
@@ -168,12 +269,12 @@ def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_
 
 def test_records_name_no_folder_of_this_machine(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f"{Path(tempfile.gettempdir(), 'x', 'model.gguf')} does not open in llama.cpp, which refuses it: no"
-    monkeypatch.setattr(verifying, "verify", lambda folder: [Parity("llama.cpp, as GGUF", "no", said)])
-    assert verifying.engines(native)[0]["reason"] == "a temporary file does not open in llama.cpp, which refuses it: no"
+    monkeypatch.setattr(verify_module, "verify", lambda folder: [Parity("llama.cpp, as GGUF", "no", said)])
+    assert parity_records(native)[0]["reason"] == "a temporary file does not open in llama.cpp, which refuses it: no"
 
 
 def test_where_memory_does_not_suffice_it_says_so(native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "available", lambda device: 1000)
-    answers = verifying.engines(native)
-    assert {answer["opens"] for answer in answers} == {"not checked"} and len(answers) == 3
-    assert "two copies in float32 need 0.0 GB" in answers[0]["reason"]
+    monkeypatch.setattr(verify_module, "available", lambda device: 1000)
+    found = parity_records(native)
+    assert {one["opens"] for one in found} == {"not checked"} and len(found) == 3
+    assert "two copies in float32 need 0.0 GB" in found[0]["reason"]

@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from compresso.arch.base import arch_for
 from compresso.checkpoint.code import NATIVE
 from compresso.checkpoint.source import open_source
-from compresso.commands import export as exporting
+from compresso.commands.export import export
 from compresso.core.rounding import fit
-from compresso.engines import transformers_process as opened
-from compresso.engines import verify as verifying
 from compresso.engines import vllm as vllm_engine
-from compresso.engines.parity import DECI, VLLM, VLLM_PACKED, check_vllm_packed
+from compresso.engines.parity import Format, reference_of
+from compresso.engines.verify import parities
+from compresso.engines.vllm import DECI, PACKED, VLLM
+from compresso.engines.written import Live
 from compresso.errors import ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.layout import Layout
@@ -31,7 +32,7 @@ IDS = torch.tensor([1, 5, 9, 14, 20, 33, 40])
 
 
 def real(function: Any) -> Any:
-    """A test that asks a real vLLM."""
+    """A test that runs a real vLLM."""
     return there(pytest.mark.vllm(function))
 
 
@@ -60,20 +61,18 @@ def test_heads_and_channels_of_each_layer_s_own_run_as_they_are_written(
 def test_a_layer_without_attention_runs_as_deci_alone_and_verify_tells(tmp_path: Path) -> None:
     model = pruned_nano(0.7, attention=(2,), mlp=(3,))
     folder = saved(model, tmp_path / "model")
-    source = open_source(folder)
-    assert source.folder is not None
-    logits, tokens = opened.continued(model, IDS)
-    answers = verifying._vllm(source.folder, model, IDS, logits, tokens, tmp_path)
-    assert [(one.engine, one.opens) for one in answers] == [(VLLM, "no"), (DECI, "yes")]
-    assert "does not dispatch through the Transformers attention interface" in answers[0].reason
-    assert answers[1].same_tokens == 8 and answers[1].difference is not None and answers[1].difference < 1e-3
+    reference = reference_of(model, IDS)
+    found = VLLM.parity(folder, reference)
+    assert found.opens == "no" and "does not dispatch through the Transformers attention interface" in found.reason
+    (found,) = parities(Format.DECI, [DECI], open_source(folder), reference, tmp_path)
+    assert (found.opens, found.same_tokens) == ("yes", 8) and found.difference is not None and found.difference < 1e-3
 
 
 @real
 def test_an_exported_deci_folder_is_opened(tmp_path: Path) -> None:
     model = pruned_nano(0.5)
-    told = exporting.export(saved(model, tmp_path / "model"), tmp_path / "deci", format="vllm-deci")
-    assert told["checked"] == "opened in vLLM" and told["same_tokens"] == 8 and told["difference"] < 1e-3
+    facts = export(saved(model, tmp_path / "model"), tmp_path / "deci", format="vllm-deci")
+    assert facts["checked"] == "opened in vLLM" and facts["same_tokens"] == 8 and facts["difference"] < 1e-3
     assert_same(vllm_engine.continue_ids(tmp_path / "deci", IDS, 8, shipped=DECI_CLASS), model)
 
 
@@ -94,15 +93,15 @@ def test_few_bits_run_packed(packing: tuple[Any, ...], tmp_path: Path) -> None:
     for name in linears:
         weight = model.get_submodule(name).weight.data
         weight.copy_(fit(weight, bits, group=group, symmetric=symmetric).round(weight))
-    asked = Packing(linears, bits, group, symmetric, inputs)
-    save_packed(model, asked, tmp_path / "packed", tokenizer=nano_tokenizer())
-    answer = check_vllm_packed(tmp_path / "packed", model, asked, nano_tokenizer())
-    assert (answer.engine, answer.opens) == (VLLM_PACKED, "yes"), answer.reason
+    how = Packing(linears, bits, group, symmetric, inputs)
+    save_packed(model, how, tmp_path / "packed", tokenizer=nano_tokenizer())
+    found = PACKED.parity(tmp_path / "packed", Live(model, nano_tokenizer(), how).reference())
+    assert (found.engine, found.opens) == ("vLLM, packed", "yes"), found.reason
     assert (
-        answer.same_tokens is not None
-        and answer.same_tokens >= 1
-        and answer.difference is not None
-        and answer.difference < 0.05
+        found.same_tokens is not None
+        and found.same_tokens >= 1
+        and found.difference is not None
+        and found.difference < 0.05
     )
 
 

@@ -144,7 +144,8 @@ def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
             one that this version writes.
     """
     _refuse_code(folder, shipped, trust=True)
-    if not read_json(folder / "config.json").get("auto_map"):
+    config = folder / "config.json"
+    if not config.is_file() or not read_json(config).get("auto_map"):
         return False
     beside = folder / shipped.file.name
     if (

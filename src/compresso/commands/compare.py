@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compresso.engines.registry import commands
 from compresso.report.html import check_target, write_report
 from compresso.report.read import Comparison, read_results
 from compresso.report.table import Cell, missing, tables
@@ -31,7 +32,7 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
         check_target(output)
     comparison = read_results(paths)
     if output is not None:
-        write_report(output, comparison)
+        write_report(output, comparison, commands())
     return comparison
 
 

@@ -1,45 +1,26 @@
 """A checkpoint written in another format, and reopened."""
 
-import importlib.util
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compresso.arch.base import arch_for
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
-from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
-from compresso.engines import llama_cpp
-from compresso.engines import vllm as vllm_engine
+from compresso.checkpoint.source import Source, open_source
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
-from compresso.engines.parity import (
-    DECI,
-    ONNX_WITHIN,
-    check_llama_cpp,
-    check_onnx_runtime,
-    check_packed,
-    check_vllm,
-    ids_of,
-)
-from compresso.engines.transformers_process import continued
+from compresso.engines.parity import Format
+from compresso.engines.registry import engine_for
+from compresso.engines.written import Live, load_for, write
 from compresso.errors import CheckpointError, ExportError, deprecated, nearest
-from compresso.formats.gguf import library, save_gguf
-from compresso.formats.onnx import head_dim, save_onnx
-from compresso.formats.packed import packing_of, save_packed
-from compresso.formats.vllm_deci import DECI_CLASS, save_vllm_deci
+from compresso.formats.gguf import library
+from compresso.formats.onnx import head_dim
 from compresso.metrics.size import weight_bytes
-from compresso.native.stock import as_stock
 
 log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
-_WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
-"""Probabilities of these files may differ by so much; how far a quantized model goes from its source is its user's to
-judge.
-"""
 
 
 def export(
@@ -121,111 +102,81 @@ def _begins(path: Path) -> bytes:
 
 
 def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
-    """A GGUF file, opened in llama.cpp."""
+    """A GGUF file; K-quants are made by llama.cpp from one in f16."""
     library()
-    by_tool = dtype in KINDS
-    if by_tool:
-        tool(dtype)
-        if output.is_dir() or (output.exists() and not force):
-            raise CheckpointError(f"{output} exists. Choose another output, or replace a GGUF file with --overwrite.")
-    tokenizer = load_tokenizer(source)
-    live = as_stock(load_model(source, dtype=torch.float32))
-    told: dict[str, Any] = {
-        "output": str(output),
-        "format": "gguf",
-        "dtype": dtype,
-        "difference": None,
-        "same_tokens": None,
-    }
-
-    def check(written: Path) -> None:
-        if (missing := llama_cpp.missing()) is not None:
-            told["checked"] = f"not opened: {missing}"
-            return
-        answer = check_llama_cpp(written, live, tokenizer, "llama.cpp", _WITHIN.get(dtype, 1.0))
-        if answer.opens != "yes":
-            raise ExportError(
-                f"{output} would read back differently in llama.cpp: {answer.reason}. It was not written."
-            )
-        told.update(checked="opened in llama.cpp", difference=answer.difference, same_tokens=answer.same_tokens)
-
-    shapes = arch_for(live.config).shapes(live)
-    if not by_tool:
-        told["arch"] = save_gguf(live, shapes, output, tokenizer, dtype, force, check)
-        return told | {"bytes": output.stat().st_size}
-    for remark in fallbacks(shapes, int(live.config.hidden_size), head_dim(live)):
+    if dtype not in KINDS:
+        return _exported(source, Format.GGUF, output, dtype, force) | {"bytes": output.stat().st_size}
+    tool(dtype)
+    if output.is_dir() or (output.exists() and not force):
+        raise CheckpointError(f"{output} exists. Choose another output, or replace a GGUF file with --overwrite.")
+    model = load_for(Format.GGUF, source)
+    shapes = arch_for(model.model.config).shapes(model.model)
+    for remark in fallbacks(shapes, int(model.model.config.hidden_size), head_dim(model.model)):
         log.warning(remark)
+    facts: dict[str, Any] = {"output": str(output), "format": "gguf", "dtype": dtype}
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        whole, made = Path(scratch, "f16.gguf"), Path(scratch, "quantized.gguf")
-        told["arch"] = save_gguf(live, shapes, whole, tokenizer, "f16")
-        quantize(whole, made, dtype)
-        check(made)
-        made.replace(output)
-    return told | {"bytes": output.stat().st_size}
+        whole, quantized = Path(scratch, "f16.gguf"), Path(scratch, "quantized.gguf")
+        facts["arch"] = write(Format.GGUF, model, whole, dtype="f16")
+        quantize(whole, quantized, dtype)
+        _checking(Format.GGUF, model, output, dtype, facts)(quantized)
+        quantized.replace(output)
+    return facts | {"bytes": output.stat().st_size}
 
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
-    """A folder with an ONNX graph, opened in ONNX Runtime."""
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    live = as_stock(load_model(source, dtype=torch.float32))
-    told: dict[str, Any] = {"output": str(output), "format": "onnx", "arch": source.config.model_type, "dtype": dtype}
-    told |= {"difference": None, "same_tokens": None}
-
-    def check(written: Path) -> None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            told["checked"] = "not opened: onnxruntime is not installed"
-            return
-        answer = check_onnx_runtime(written, live, tokenizer, ONNX_WITHIN if dtype == "f32" else None)
-        if answer.opens != "yes":
-            raise ExportError(
-                f"{output} would read back differently in ONNX Runtime: {answer.reason}. It was not written."
-            )
-        told.update(checked="opened in ONNX Runtime", difference=answer.difference, same_tokens=answer.same_tokens)
-
-    save_onnx(live, arch_for(live.config).shapes(live), output, tokenizer, dtype=dtype, force=force, check=check)
-    return told | {"bytes": sum(path.stat().st_size for path in output.glob("model.onnx*"))}
+    """A folder with an ONNX graph."""
+    facts = _exported(source, Format.ONNX, output, dtype, force)
+    size = sum(path.stat().st_size for path in output.glob("model.onnx*"))
+    return facts | {"arch": source.config.model_type, "bytes": size}
 
 
 def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
-    """A folder for vLLM's DeciLM class, opened in vLLM."""
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    live = as_stock(load_model(source))
-    told: dict[str, Any] = {
-        "output": str(output),
-        "format": "vllm-deci",
-        "arch": "DeciLM",
-        "dtype": str(live.dtype).removeprefix("torch."),
-    }
-    told |= {"difference": None, "same_tokens": None}
-
-    def check(written: Path) -> None:
-        if (missing := vllm_engine.missing()) is not None:
-            told["checked"] = f"not opened: {missing}"
-            return
-        ids = ids_of(tokenizer, live.config.vocab_size)
-        answer = check_vllm(DECI, written, ids, *continued(live.float(), ids), shipped=DECI_CLASS)
-        if answer.opens != "yes":
-            raise ExportError(f"{output} would read back differently in vLLM: {answer.reason}. It was not written.")
-        told.update(checked="opened in vLLM", difference=answer.difference, same_tokens=answer.same_tokens)
-
-    save_vllm_deci(live, arch_for(live.config).shapes(live), output, tokenizer, force=force, check=check)
-    return told | {"bytes": weight_bytes(output)}
+    """A folder for vLLM's DeciLM class."""
+    return _exported(source, Format.DECI, output, None, force) | {"bytes": weight_bytes(output)}
 
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
-    """A folder whose rounded linears are packed, opened by plain transformers in a fresh process."""
-    packing = packing_of(source.folder)
-    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    stored = load_model(source)
-    told: dict[str, Any] = {"output": str(output), "format": "compressed-tensors", "arch": source.config.model_type}
+    """A folder whose rounded linears are packed."""
+    return _exported(source, Format.PACKED, output, None, force) | {"bytes": weight_bytes(output)}
 
-    def check(written: Path) -> None:
-        answer = check_packed(written, stored, packing, tokenizer)
-        if answer.opens != "yes":
+
+def _exported(source: Source, written: Format, output: Path, dtype: str | None, force: bool) -> dict[str, Any]:
+    """Write a format and open it in its engine.
+
+    Args:
+        source: the model.
+        written: the format.
+        output: where to.
+        dtype: of GGUF and ONNX; None if the format has that of the weights.
+        force: replace what is there.
+
+    Returns:
+        What `export` returns, without the bytes.
+    """
+    model = load_for(written, source)
+    stored = str(model.model.dtype).removeprefix("torch.") if model.packing is None else model.packing.kind
+    facts: dict[str, Any] = {"output": str(output), "format": str(written), "dtype": dtype or stored}
+    check = _checking(written, model, output, dtype or "f32", facts)
+    facts["arch"] = write(written, model, output, dtype=dtype or "f32", force=force, check=check)
+    return facts
+
+
+def _checking(written: Format, model: Live, output: Path, dtype: str, facts: dict[str, Any]) -> Callable[[Path], None]:
+    """What opens a written file or folder in its engine, and adds to the facts what came of it."""
+    engine = engine_for(written)
+    facts |= {"difference": None, "same_tokens": None}
+
+    def check(path: Path) -> None:
+        if (missing := engine.missing()) is not None:
+            facts["checked"] = f"not opened: {missing}"
+            return
+        parity = engine.parity(path, model.reference(dtype))
+        if parity.opens != "yes":
             raise ExportError(
-                f"{output} would read back differently in transformers: {answer.reason}. It was not written."
+                f"{output} would read back differently in {engine.program}: {parity.reason}. It was not written."
             )
-        told.update(checked="opened in transformers", difference=answer.difference, same_tokens=answer.same_tokens)
+        facts.update(
+            checked=f"opened in {engine.program}", difference=parity.difference, same_tokens=parity.same_tokens
+        )
 
-    save_packed(stored, packing, output, tokenizer=tokenizer, force=force, check=check)
-    return told | {"dtype": packing.kind, "bytes": weight_bytes(output)}
+    return check

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from compresso.engines.parity import OWN, Parity
+from compresso.engines.parity import Parity
+from compresso.engines.transformers import OWN
 from compresso.engines.transformers_process import NEW_TOKENS
 from compresso.engines.verify import verify
 
@@ -13,7 +14,7 @@ __all__ = ["opens_here", "show", "verify"]
 
 def opens_here(found: Sequence[Parity]) -> bool:
     """Whether compresso itself opens the checkpoint and computes the same."""
-    return all(one.opens == "yes" for one in found if one.engine == OWN)
+    return all(one.opens == "yes" for one in found if one.engine == OWN.name)
 
 
 def show(found: Sequence[Parity], as_json: bool) -> None:
@@ -23,9 +24,9 @@ def show(found: Sequence[Parity], as_json: bool) -> None:
         return
     width = max(len(one.engine) for one in found)
     for one in found:
-        told = [one.reason] if one.reason else []
+        remarks = [one.reason] if one.reason else []
         if one.difference is not None and not one.reason:
-            told.append(f"largest difference {one.difference:.1g}")
+            remarks.append(f"largest difference {one.difference:.1g}")
         if one.same_tokens is not None:
-            told.append(f"{one.same_tokens} of {NEW_TOKENS} greedy tokens the same")
-        print(f"{one.engine:{width}}  {one.opens:13}  {', '.join(told)}".rstrip())
+            remarks.append(f"{one.same_tokens} of {NEW_TOKENS} greedy tokens the same")
+        print(f"{one.engine:{width}}  {one.opens:13}  {', '.join(remarks)}".rstrip())

@@ -1,1 +1,1 @@
-"""One module an engine: what is written opened there, and compared with the live model."""
+"""One file an engine: is it there, how is it asked, and does it compute what the live model computes?"""

@@ -7,9 +7,9 @@ import { pathToFileURL } from "node:url";
 
 const asked = JSON.parse(readFileSync(0, "utf8"));
 const { getLlama, LlamaLogLevel } = await import(pathToFileURL(join(process.argv[2], "node-llama-cpp", "dist", "index.js")).href);
-const told = [];
+const lines = [];
 const llama = await getLlama({
-  gpu: false, build: "never", progressLogs: false, maxThreads: 1, logLevel: LlamaLogLevel.warn, logger: (_, message) => told.push(message),
+  gpu: false, build: "never", progressLogs: false, maxThreads: 1, logLevel: LlamaLogLevel.warn, logger: (_, message) => lines.push(message),
 });
 try {
   const model = await llama.loadModel({ modelPath: asked.file });
@@ -37,6 +37,6 @@ try {
   }
   process.stdout.write(JSON.stringify(result) + "\n", () => process.exit(0));
 } catch (error) {
-  console.error([...told.map((line) => line.trim()).filter((line) => line), String(error)].slice(-4).join("; ").replaceAll("\n", " "));
+  console.error([...lines.map((line) => line.trim()).filter((line) => line), String(error)].slice(-4).join("; ").replaceAll("\n", " "));
   process.exit(1);
 }

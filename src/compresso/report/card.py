@@ -7,7 +7,7 @@ pruned, so the tags say it. A base model is named only if it has an owner on the
 nobody told us either.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -31,8 +31,13 @@ _METRICS = {"acc": "accuracy"}
 _NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the data above")
 
 
-def model_card(records: RunRecords) -> str:
-    """Markdown from what a run's records.json holds."""
+def model_card(records: RunRecords, commands: Mapping[str, str] | None = None) -> str:
+    """Markdown from what a run's records.json holds.
+
+    Args:
+        records: of the run.
+        commands: what to show for engines that opened it, as in `facts.loading`; None for nothing.
+    """
     comparison = comparison_of_run(records, Plan())
     pruned = comparison.models[-1]  # the dense model stands first; a run that kept everything has no other
     environment = Environment(
@@ -43,6 +48,7 @@ def model_card(records: RunRecords) -> str:
         keep_trailing_newline=True,
     )
     opened = [one.engine for one in records.engines if one.opens == "yes"]
+    code = facts.own_code(records)
     numbers = [number for number in pruned.measurements if number.how != "counted"]
     return environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
@@ -58,9 +64,9 @@ def model_card(records: RunRecords) -> str:
         places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
         engines=[(one.engine, one.opens, _one_line(facts.engine_remark(one))) for one in records.engines],
         elsewhere=[
-            (name, facts.ELSEWHERE[name].replace("{folder}", "path/to/this/folder"))
+            (name, facts.filled(commands[name], "path/to/this/folder", code))
             for name in opened
-            if name in facts.ELSEWHERE
+            if commands and name in commands
         ],
         missing=[*map(_one_line, missing(comparison)), *_NEVER],
     )

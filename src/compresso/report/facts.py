@@ -7,7 +7,7 @@ import yaml
 
 from compresso.metrics.record import Environment
 from compresso.report.read import Run
-from compresso.report.records import Engine
+from compresso.report.records import Engine, RunRecords
 
 Rows = list[tuple[str, str]]
 _OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
@@ -100,8 +100,13 @@ def recipe_yaml(run: Run) -> str:
     return yaml.safe_dump(run.records.recipe.model_dump(mode="json"), sort_keys=False, width=100, allow_unicode=True)
 
 
-def loading(run: Run) -> list[tuple[str, str]]:
-    """How to open the result: (what with, Python code)."""
+def loading(run: Run, commands: Mapping[str, str]) -> list[tuple[str, str]]:
+    """How to open the result: (what with, Python code or shell commands).
+
+    Args:
+        run: the result.
+        commands: of engines that read other formats, by their names in the records, with {folder} and {code} in them.
+    """
     folder = repr(run.name.rpartition("/")[2])
     plain = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder})"
     ways = [
@@ -118,29 +123,18 @@ def loading(run: Run) -> list[tuple[str, str]]:
         ways.append(("transformers", plain))
     opened = {engine.engine for engine in run.records.engines if engine.opens == "yes"}
     name = run.name.rpartition("/")[2]
-    code = " --trust-remote-code" if run.records.layout == "native" else ""
-    fill = lambda commands: commands.replace("{folder}", name).replace("{code}", code)  # noqa: E731
-    return ways + [(engine, fill(commands)) for engine, commands in ELSEWHERE.items() if engine in opened]
+    code = own_code(run.records)
+    return ways + [(engine, filled(text, name, code)) for engine, text in commands.items() if engine in opened]
 
 
-ELSEWHERE = {
-    "llama.cpp, as GGUF": (
-        "compresso export {folder} --format gguf --output {folder}.gguf --dtype q8_0\nllama-cli -m {folder}.gguf -p"
-        " 'Once upon a time'"
-    ),
-    "ONNX Runtime, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx",
-    "vLLM": "vllm serve {folder}{code}",
-    "vLLM, as vllm-deci": (
-        "compresso export {folder} --format vllm-deci --output {folder}-deci\nvllm serve {folder}-deci"
-        " --trust-remote-code"
-    ),
-    "vLLM, packed": (
-        "compresso export {folder} --format compressed-tensors --output {folder}-packed\nvllm serve {folder}-packed"
-    ),
-    "OpenVINO, as ONNX": "compresso export {folder} --format onnx --output {folder}-onnx  # the same files",
-    "compressed-tensors, packed": "compresso export {folder} --format compressed-tensors --output {folder}-packed",
-}
-"""Commands for engines that open another format, by the engine's name in the records."""
+def own_code(records: RunRecords) -> str:
+    """The option that lets the code beside the weights run, if there is some."""
+    return " --trust-remote-code" if records.layout == "native" else ""
+
+
+def filled(command: str, folder: str, code: str) -> str:
+    """An engine's commands for a folder; `code` is the option that lets its own code run, or empty."""
+    return command.replace("{folder}", folder).replace("{code}", code)
 
 
 def engine_remark(engine: Engine) -> str:

@@ -4,7 +4,7 @@ Names of models, samples and recipes are untrusted text. jinja2 escapes all of i
 `charts` drew, and the page's own content policy forbids scripts and requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,20 @@ _VERDICTS = {
 _NOISE = {True: " · within noise", False: " · beyond noise", None: ""}
 
 
-def write_report(path: str | Path, comparison: Comparison) -> None:
+def write_report(path: str | Path, comparison: Comparison, commands: Mapping[str, str] | None = None) -> None:
     """Write a comparison as one HTML file, whole or not at all.
+
+    Args:
+        path: the file.
+        comparison: what it shows.
+        commands: what to show for engines that opened a result, as in `facts.loading`; None for nothing.
 
     Raises:
         ExportError: if a folder or a file that is no report lies at `path`.
         ResourceError, CheckpointError: if it cannot be written.
     """
     check_target(path)
-    write_text(Path(path).expanduser(), page(comparison))
+    write_text(Path(path).expanduser(), page(comparison, commands))
 
 
 def check_target(path: str | Path) -> None:
@@ -57,13 +62,13 @@ def check_target(path: str | Path) -> None:
         raise ExportError(f"--output {path} exists and is not a report of compresso; choose another name")
 
 
-def report_of_run(records: RunRecords, plan: Plan) -> str:
-    """The page of one run, from what its records.json will hold."""
-    return page(comparison_of_run(records, plan))
+def report_of_run(records: RunRecords, plan: Plan, commands: Mapping[str, str] | None = None) -> str:
+    """The page of one run, from what its records.json will hold; `commands` as in `write_report`."""
+    return page(comparison_of_run(records, plan), commands)
 
 
-def page(comparison: Comparison) -> str:
-    """The HTML text."""
+def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> str:
+    """The HTML text; `commands` as in `write_report`."""
     environment = Environment(
         loader=PackageLoader("compresso.report", "templates"),
         autoescape=True,
@@ -79,7 +84,7 @@ def page(comparison: Comparison) -> str:
         style=Markup(style),
         generator=Markup(GENERATOR),
         summary=[_summary(comparison, one) for one in comparison.models if one.fingerprint not in comparison.dense],
-        runs=[_run(run) for run in comparison.runs],
+        runs=[_run(run, commands or {}) for run in comparison.runs],
         quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
@@ -116,7 +121,7 @@ def cell_words(cell: Cell) -> list[tuple[str, str]]:
     return lines
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
     guard = run.records.guard
     return {
         "name": run.name,
@@ -127,7 +132,7 @@ def _run(run: Run) -> dict[str, Any]:
         "guard": guard,
         "verdict": _VERDICTS[guard.verdict],
         "said": facts.guard(run),
-        "loading": facts.loading(run),
+        "loading": facts.loading(run, commands),
         "engines": [(one.engine, one.opens, facts.engine_remark(one)) for one in run.records.engines],
         "command": facts.command(run),
         "yaml": facts.recipe_yaml(run),

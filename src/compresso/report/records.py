@@ -80,7 +80,7 @@ class StageFacts(Strict):
 
 class Engine(Strict):
     """What one engine made of the files: yes only if it opened them and computed the same; see
-    `compresso.engines.verify.Parity`.
+    `compresso.engines.parity.Parity`.
     """
 
     engine: str

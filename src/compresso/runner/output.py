@@ -19,6 +19,7 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
 from compresso.edit.patches import patch_, unpatch_
+from compresso.engines.registry import commands
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
 from compresso.job import Job
@@ -154,8 +155,8 @@ def finish(
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": _json(written),
-            "README.md": model_card(records),
-            "report.html": report_of_run(records, job.plan),
+            "README.md": model_card(records, commands()),
+            "report.html": report_of_run(records, job.plan, commands()),
         }
         for name, text in texts.items():
             write_text(folder / name, text)

@@ -26,7 +26,7 @@ from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.edit.patches import patch_
-from compresso.engines.verify import engines
+from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job, check_finite
@@ -214,7 +214,7 @@ def run(
                     prepared.output,
                     overwrite,
                     dtype,
-                    engines if verify else None,
+                    parity_records if verify else None,
                 )
                 work.discard()
             facts = broadcast(accelerator, facts)
