@@ -160,7 +160,7 @@ def ran(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPath
         key = (recipe, layout, seed, sets, copy, *sorted(options.items()))
         if key not in done:
             steps = options.pop("max_steps", 3)
-            raw = with_options(recipe, model=str(tiny_folder), layout=layout, sets=[*SHORT, *sets], **options)
+            raw = with_options(recipe, model=str(tiny_folder), sets=[*SHORT, *sets], **options)
             raw = with_knob(raw, "max_steps", steps, required=False)
             output = tmp_path_factory.mktemp("runs") / "out"
             with pytest.MonkeyPatch.context() as patch:

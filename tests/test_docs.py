@@ -175,11 +175,7 @@ def test_commands_are_those_of_the_program(page: Path) -> None:
         if program == "compresso":
             given = COMMANDS[args[0]].make_context(args[0], list(args[1:])).params  # a usage error fails here
             if "recipe" in given:
-                recipe.build(
-                    with_options(
-                        given["recipe"], model="", keep=given["keep"], layout=given["layout"], sets=given["sets"] or []
-                    )
-                )
+                recipe.build(with_options(given["recipe"], model="", keep=given["keep"], sets=given["sets"] or []))
 
 
 @every_page

@@ -20,8 +20,9 @@ from compresso.runner.engine_shapes import (
     without_multiple,
     writable_heads,
 )
-from compresso.runner.options import for_family, with_options
+from compresso.runner.options import recipe_for, with_options
 from compresso.runner.run import run
+from compresso.stage import dumped
 
 GATES: dict[str, Any] = {"name": "short", "stages": [{"gate_taylor": {"keep": 0.6}}, {"recover": {}}]}
 
@@ -114,7 +115,7 @@ def test_a_result_obeys(tiny_folder: Path, tmp_path: Path) -> None:
         model=str(tiny_folder),
         keep=0.6,
         max_steps=1,
-        engine="awq:g16",
+        target="awq:g16",
         sets=["stages.recover.batch=4"],
     )
     first = {**raw, "stages": raw["stages"][:1]}
@@ -150,7 +151,7 @@ def test_heads_are_held_to_what_the_family_s_config_takes(config: PreTrainedConf
     a run ended in a traceback.
     """
     assert writable_heads(config) == multiple
-    stages = for_family(GATES, "auto", config)["stages"]
+    gates = dumped(recipe_for(GATES, "auto", config).stages[0][1])
     if config.model_type == "gemma2":
-        assert stages[0]["gate_taylor"].get("multiple_of", {}).get("head", 1) == multiple
-        assert stages[0]["gate_taylor"]["layout"] == "uniform"
+        assert (gates["multiple_of"] or {}).get("head", 1) == multiple
+        assert gates["layout"] == "uniform"

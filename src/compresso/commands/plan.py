@@ -32,7 +32,7 @@ def plan(
 
     Returns:
         What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
-        "weight_bytes", "device", "training"}`.
+        "weight_bytes", "device", "stages", "training"}`.
 
     Raises:
         CompressoError: for all that the run would refuse before it reads weights.
@@ -46,6 +46,5 @@ def plan(
         max_steps=max_steps,
         sets=sets,
         target=target,
-        layout=layout,
     )
     return dry_runs.plan(raw, str(model), layout, target)

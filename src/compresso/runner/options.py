@@ -1,4 +1,9 @@
-"""Budgets and overrides, of the command line or of `compresso.run`, written into a recipe before it is checked."""
+"""From what was asked for to a checked recipe: budgets and overrides first, then what a layout and the model's family
+want.
+
+    with_options    a recipe's name, --keep, --set ... -> its raw mapping
+    recipe_for      that mapping, --layout, a config   -> the `Recipe`, built once
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,10 +14,11 @@ from transformers import PreTrainedConfig
 
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
+from compresso.formats.plain import check_written
 from compresso.native import family_of
 from compresso.runner.engine_shapes import for_engine, held_to, multiples, parse_engine, writable_heads
 from compresso.runner.inspection import inspect
-from compresso.runner.recipe import override, read, with_knob
+from compresso.runner.recipe import Recipe, build, override, read, with_knob
 from compresso.runner.recipe_file import plain
 
 AskedLayout = Literal["auto", "uniform", "padded", "native"]
@@ -49,12 +55,11 @@ def with_options(
     keep: float | None = None,
     parameters: str | float | None = None,
     macs: float | None = None,
-    layout: str = "auto",
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
 ) -> dict[str, Any]:
-    """The raw recipe with budget, layout, step cap, `path=value` overrides and the shapes that an engine wants in it.
+    """The raw recipe with budget, step cap, `path=value` overrides and the shapes that an engine wants in it.
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
@@ -62,7 +67,6 @@ def with_options(
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
         parameters: all parameters wanted, such as "5.4B".
         macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.
-        layout: "auto", "uniform", "padded" or "native".
         max_steps: cap on the updates of each training stage.
         sets: overrides such as "stages.learn_gates.mask_lr=0.02".
         target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
@@ -85,7 +89,7 @@ def with_options(
     if target is not None:
         want = parse_engine(target)
         raw = for_engine(raw, want, multiples(want, model))
-    return for_layout(raw, layout)
+    return raw
 
 
 def _with_budget(
@@ -116,20 +120,28 @@ def _with_budget(
     return raw
 
 
-def for_layout(raw: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """The raw recipe for an export layout: "uniform" asks every stage that can to keep equal widths. Raises RecipeError
-    if unknown.
+def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> Recipe:
+    """The checked recipe for a layout and a model's family.
+
+    Under "uniform" every stage that can keeps equal widths. Families that have no form with widths of each layer's own
+    get equal ones in any case, and counts of heads that their config can name.
+
+    Args:
+        raw: a recipe's mapping, with the options in it.
+        layout: "auto", "uniform", "padded" or "native".
+        config: of the model.
+
+    Raises:
+        RecipeError: an unknown layout, or as `build`.
+        ExportError: a layout that the family has not.
     """
     if layout not in LAYOUTS:
         raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
-    return with_knob(raw, "layout", "uniform", required=False) if layout == "uniform" else dict(raw)
-
-
-def for_family(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """As `for_layout`; families that have no form with widths of each layer's own get equal ones, and heads that their
-    config can name.
-    """
-    if family_of(config.model_type) is not None:
-        return for_layout(raw, layout)
-    heads = writable_heads(config)
-    return held_to(for_layout(raw, "uniform" if layout == "auto" else layout), {Kind.HEAD: heads} if heads > 1 else {})
+    plain_family = family_of(config.model_type) is None
+    if plain_family:
+        check_written(config.model_type, layout)
+    if layout == "uniform" or plain_family:
+        raw = with_knob(raw, "layout", "uniform", required=False)
+    if plain_family and (heads := writable_heads(config)) > 1:
+        raw = held_to(raw, {Kind.HEAD: heads})
+    return build(raw, str(raw.get("name", "recipe")))

@@ -12,12 +12,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.checkpoint.source import Source, open_source
-from compresso.formats.plain import check_written
-from compresso.native import family_of
 from compresso.runner.dry_run import Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
-from compresso.runner.options import for_family
-from compresso.runner.recipe import build
+from compresso.runner.options import recipe_for
 from compresso.stage import Learning, Passes
 from compresso.training.device import choose_device
 
@@ -25,13 +22,16 @@ TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
 
 
-def _engine_costs(raw: Mapping[str, Any], model: str, source: Source, engine: str, shown: DryRun) -> list[str]:
+def _engine_costs(
+    raw: Mapping[str, Any], model: str, source: Source, layout: str, engine: str, shown: DryRun
+) -> list[str]:
     """What each constraint of an engine does to the size, in sentences; the others hold meanwhile."""
     want = parse_engine(engine)
     held = multiples(want, model)
     told: list[str] = []
     for kind, multiple in held.items():
-        free = dry_run(build(without_multiple(raw, kind, multiple), "recipe"), source).after["parameters"]["total"]
+        recipe = recipe_for(without_multiple(raw, kind, multiple), layout, source.config)
+        free = dry_run(recipe, source).after["parameters"]["total"]
         told.append(f"{words(want, kind, multiple)}: {shown.after['parameters']['total'] - free:+,} parameters")
     if want.uniform:
         told.append(f"{engine}: the same widths in every layer; a plan shows them in any case")
@@ -54,12 +54,10 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
     source = open_source(model, weights=False)
-    if family_of(source.config.model_type) is None:
-        check_written(source.config.model_type, layout)
-    recipe = build(for_family(raw, layout, source.config), str(raw.get("name", "recipe")))
+    recipe = recipe_for(raw, layout, source.config)
     shown = dry_run(recipe, source)
     if engine is not None:
-        shown.notes += _engine_costs(raw, model, source, engine, shown)
+        shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
     device = choose_device("auto")
     stored = _width(source.config)
     length, width = recipe.data.max_length, stored if device.type == "cuda" else 4

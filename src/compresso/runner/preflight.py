@@ -18,12 +18,10 @@ from compresso.data.prompt import prompt_identity
 from compresso.data.records import Chat, Instruction, Records
 from compresso.data.registry import load_records
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
-from compresso.formats.plain import check_written
-from compresso.native import family_of
 from compresso.runner.dry_run import dry_run
-from compresso.runner.options import AskedLayout, for_family, for_layout
+from compresso.runner.options import AskedLayout, recipe_for
 from compresso.runner.output import origin, versions
-from compresso.runner.recipe import Recipe, build
+from compresso.runner.recipe import Recipe
 from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
 
@@ -89,11 +87,9 @@ def prepare(
     Raises:
         CompressoError: with the cure; nothing was written.
     """
-    recipe = build(for_layout(raw, layout), str(raw.get("name", "recipe")))
+    # a config is enough to check the recipe, and weights may be long in coming
+    recipe = recipe_for(raw, layout, open_source(model, weights=False).config)
     source = open_source(model)
-    if family_of(source.config.model_type) is None:
-        check_written(source.config.model_type, layout)
-        recipe = build(for_family(raw, layout, source.config), recipe.name)
     if not source.tensors:
         raise CheckpointError(
             f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso"

@@ -146,7 +146,6 @@ def run(
             max_steps=max_steps,
             sets=sets,
             target=target,
-            layout=layout,
         )
         prepared = prepare(
             raw,
