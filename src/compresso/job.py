@@ -21,6 +21,7 @@ from compresso.data.batches import Row, collate, pad_id
 from compresso.data.cut_tokenizer import cut, translation
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
+from compresso.edit.patch import Patch
 from compresso.edit.shrink import shrink_
 from compresso.edit.token_ids import token_ids
 from compresso.errors import CheckpointError, DataError, NumericError, ResourceError
@@ -81,7 +82,7 @@ class Job:
     pad_id: int = 0
     quiet: bool = False
     adapters: Path | None = None
-    patches: tuple[str, ...] = ()
+    patches: tuple[Patch, ...] = ()
     original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
     dense_held: Sequence[Row] | None = None
     offloaded: Offloaded | None = None

@@ -13,7 +13,7 @@ from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
 from compresso.edit.gather import gather_inputs_
-from compresso.edit.patches import patch_
+from compresso.edit.patches import patch_, read_patches
 from compresso.errors import CheckpointError, DataError
 
 
@@ -93,7 +93,7 @@ def load(
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype, device=device)
     records = _records(source)
-    patch_(model, records.get("patches", ()))
+    patch_(model, read_patches(records.get("patches", ()), source.folder))
     if gather:
         gather_inputs_(model, _orders(source, records))
     return Loaded(model, tokenizer, prompt)

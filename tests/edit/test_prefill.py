@@ -11,8 +11,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTraine
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
-from compresso.edit.patches import patch_, unpatch_
-from compresso.edit.prefill import named, skip_in_prefill_
+from compresso.edit.patches import patch_, read_patches, unpatch_
+from compresso.edit.prefill import prefill_patch, skip_in_prefill_
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError
 
@@ -110,11 +110,11 @@ def test_a_scored_text_sees_the_model_without_those_layers() -> None:
 def test_patches_have_names_and_wrong_ones_say_why() -> None:
     model = model_of("llama")
     dense = model(input_ids=IDS).logits
-    patch_(model, [named([2])])
+    patch_(model, [prefill_patch([2])])
     assert not torch.equal(model(input_ids=IDS).logits, dense)
     unpatch_(model)
     assert torch.equal(model(input_ids=IDS).logits, dense)
     with pytest.raises(ArchError, match="layer 4 cannot be skipped: the model has layers 0 to 3"):
         skip_in_prefill_(model, [4])
     with pytest.raises(ArchError, match="forward patch 'merge_tokens 3' is unknown"):
-        patch_(model, ["merge_tokens 3"])
+        patch_(model, read_patches(["merge_tokens 3"]))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.edit.test_prefill import model_of
 
-from compresso.edit.patches import patch_, unpatch_
-from compresso.edit.round_inputs import named, round_inputs_, rounded
+from compresso.edit.patches import patch_, read_patches, unpatch_
+from compresso.edit.round_inputs import round_inputs_, round_inputs_patch, rounded
 from compresso.errors import ArchError
 
 IDS = torch.arange(1, 20).unsqueeze(0)
@@ -35,8 +35,8 @@ def test_the_patch_goes_on_and_off_once() -> None:
     linear = model.get_submodule("model.layers.1.mlp.up_proj")
     seen: list[torch.Tensor] = []
     linear.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    patch_(model, [named("token", ["model.layers.1.mlp.up_proj"])])
-    patch_(model, [named("token", ["model.layers.1.mlp.up_proj"])])  # a second time is no second rounding
+    patch_(model, [round_inputs_patch("token", ["model.layers.1.mlp.up_proj"])])
+    patch_(model, [round_inputs_patch("token", ["model.layers.1.mlp.up_proj"])])  # a second time is no second rounding
     changed = model(input_ids=IDS).logits
     torch.testing.assert_close(seen[0], rounded(seen[0], "token"))
     assert len((seen[0][0, 0] / (seen[0][0, 0].abs().max() / 127)).round().unique()) <= 32
@@ -51,4 +51,4 @@ def test_what_is_not_there_is_refused() -> None:
     ):
         round_inputs_(model_of("llama"), "token", ["model.layers.9.mlp"])
     with pytest.raises(ArchError, match="forward patch 'round_inputs row' is unknown"):
-        patch_(model_of("llama"), ["round_inputs row"])
+        patch_(model_of("llama"), read_patches(["round_inputs row"]))

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compresso
-from compresso.edit.patches import unpatch_
+from compresso.edit.patches import unpatch_, written
 from compresso.methods.skip_in_prefill import SkipInPrefill
 from compresso.runner.run import run
 from tests.methods.conftest import MakeJob
@@ -26,7 +26,7 @@ def test_a_layer_that_does_nothing_is_skipped_first(make_job: MakeJob) -> None:
     dense = job.model(input_ids=ids).logits
     after = SkipInPrefill(skip=0.34, **QUICK)(job)
     assert after.records["skip_in_prefill"]["skipped"] == [1]
-    assert after.patches == ("skip_in_prefill 1",)
+    assert written(after.patches) == ["skip_in_prefill 1"]
     torch.testing.assert_close(after.model(input_ids=ids).logits, dense)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compresso.core.rounding import fit
-from compresso.edit.patches import unpatch_
+from compresso.edit.patches import unpatch_, written
 from compresso.edit.round_inputs import PATCH, round_inputs_
 from compresso.methods.smoothquant import SmoothQuant
 from compresso.sweep.targets import Where
@@ -44,7 +44,7 @@ def test_outliers_cost_a_fifth_of_what_they_cost_plain_rounding(make_job: MakeJo
     round_inputs_(naive.model, knobs.get("inputs", "token"), names)
     job = SmoothQuant(**knobs)(outlying(make_job(folder="smooth")))
     assert lost(dense, job) < lost(dense, naive) / 5
-    assert [patch.split()[:2] for patch in job.patches] == [[PATCH, knobs.get("inputs", "token")]]
+    assert [patch.split()[:2] for patch in written(job.patches)] == [[PATCH, knobs.get("inputs", "token")]]
 
 
 def test_only_what_was_chosen_is_rounded(make_job: MakeJob) -> None:
@@ -54,4 +54,4 @@ def test_only_what_was_chosen_is_rounded(make_job: MakeJob) -> None:
     assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")} | {
         "model.layers.1.post_attention_layernorm.weight"
     }
-    assert job.patches[0].split()[2:] == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    assert written(job.patches)[0].split()[2:] == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
+from compresso.edit.patch import Patch, PatchKind, register
 from compresso.errors import ArchError
 
 PATCH = "skip_in_prefill"
 
 
-def named(layers: Sequence[int]) -> str:
-    """What the patch is called in a job's `patches` and in records: "skip_in_prefill 2 5".
+def prefill_patch(layers: Sequence[int]) -> Patch:
+    """The patch that skips these layers.
 
-    >>> named([5, 2])
-    'skip_in_prefill 2 5'
+    >>> prefill_patch([5, 2]).params
+    {'layers': [2, 5]}
     """
-    return " ".join([PATCH, *map(str, sorted(layers))])
+    return Patch(PATCH, {"layers": sorted(layers)})
 
 
 def skip_in_prefill_(model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -93,3 +94,19 @@ def _fill_(block: Any, hidden_states: Tensor, cache: Any, rotation: tuple[Tensor
     rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]  # the family's own
     _, keys = rotate(keys, keys, *rotation)
     cache.update(keys, values, attention.layer_idx)
+
+
+def _read(words: Sequence[str]) -> Patch | None:
+    return prefill_patch([int(word) for word in words]) if all(word.isdigit() for word in words) else None
+
+
+register(
+    PatchKind(
+        PATCH,
+        params=frozenset({"layers"}),
+        apply_=lambda model, patch: skip_in_prefill_(model, patch.params["layers"]),
+        undo_=run_every_layer_,
+        line=lambda patch: " ".join([PATCH, *map(str, patch.params["layers"])]),
+        read=_read,
+    )
+)

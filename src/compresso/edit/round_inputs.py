@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compresso.edit.patch import Patch, PatchKind, register
 from compresso.errors import ArchError
 
 PATCH = "round_inputs"
@@ -21,13 +22,13 @@ _HOOK = "_compresso_round_inputs"
 _TOP = 127
 
 
-def named(share: Range, linears: Sequence[str]) -> str:
-    """What the patch is called in a job's `patches` and in records.
+def round_inputs_patch(share: Range, linears: Sequence[str]) -> Patch:
+    """The patch that rounds what these linears read.
 
-    >>> named("token", ["layers.0.mlp.up_proj"])
-    'round_inputs token layers.0.mlp.up_proj'
+    >>> round_inputs_patch("token", ["layers.0.mlp.up_proj"]).params
+    {'share': 'token', 'linears': ['layers.0.mlp.up_proj']}
     """
-    return " ".join([PATCH, share, *linears])
+    return Patch(PATCH, {"share": share, "linears": list(linears)})
 
 
 def range_of(word: str) -> Range:
@@ -79,3 +80,19 @@ def _rounding(share: Range) -> Callable[..., Any]:
         return (rounded(arguments[0], share), *arguments[1:])
 
     return hook
+
+
+def _read(words: Sequence[str]) -> Patch | None:
+    return round_inputs_patch(range_of(words[0]), words[1:]) if words and words[0] in RANGES else None
+
+
+register(
+    PatchKind(
+        PATCH,
+        params=frozenset({"share", "linears"}),
+        apply_=lambda model, patch: round_inputs_(model, patch.params["share"], patch.params["linears"]),
+        undo_=keep_inputs_,
+        line=lambda patch: " ".join([PATCH, patch.params["share"], *patch.params["linears"]]),
+        read=_read,
+    )
+)

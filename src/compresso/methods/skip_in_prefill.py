@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.axis import Kind
-from compresso.edit.prefill import named, skip_in_prefill_
+from compresso.edit.prefill import prefill_patch
 from compresso.job import Job
 from compresso.observe.influence import block_influence
 from compresso.solve.depth import drop_lowest
@@ -65,11 +65,12 @@ class SkipInPrefill:
         n = int(self.skip * axis.size + 1e-9)
         kept = drop_lowest([axis], found.scores, n).kept[axis.name]
         skipped = sorted(set(range(axis.size)) - set(kept))
-        skip_in_prefill_(job.model, skipped)
+        patch = prefill_patch(skipped)
+        patch.apply_(job.model)
         facts = {
             "skipped": skipped,
             "layers": axis.size,
             "scores": found.scores[axis.name].tolist(),
             "calibration_tokens": found.tokens,
         }
-        return replace(job, patches=(*job.patches, named(skipped))).note("skip_in_prefill", **facts)
+        return replace(job, patches=(*job.patches, patch)).note("skip_in_prefill", **facts)

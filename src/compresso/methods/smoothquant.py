@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import fit
 from compresso.core.scales import smoothing_scale
-from compresso.edit.round_inputs import Range, named, round_inputs_
+from compresso.edit.round_inputs import Range, round_inputs_patch
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
@@ -83,9 +83,10 @@ class SmoothQuant:
         edit = rescaled(job.model, self._search, self._round)
         job, notes = job.swept("smoothquant", self, groups, self.calibration, largest, edit, rescales=True)
         names = names_of(groups)
-        round_inputs_(job.model, self.inputs, names)
+        patch = round_inputs_patch(self.inputs, names)
+        patch.apply_(job.model)
         smoothed = {name: facts["largest_scale"] for name, facts in notes.items() if facts["scaled"]}
-        job = replace(job, patches=(*job.patches, named(self.inputs, names)))
+        job = replace(job, patches=(*job.patches, patch))
         return job.note("smoothquant", sparsity=None, bits=8.0, activation_bits=8, largest_scale=smoothed)
 
     def _search(self, weight: Tensor, seen: Stats) -> Found:

@@ -90,6 +90,14 @@ class Engine(Strict):
     same_tokens: int | None = None
 
 
+class PatchRecord(Strict):
+    """A forward patch that one line does not say; its tensors lie in the folder."""
+
+    name: str
+    params: dict[str, Any]
+    tensors: tuple[str, ...] = ()
+
+
 class RunRecords(Strict):
     """A run's records.
 
@@ -119,7 +127,7 @@ class RunRecords(Strict):
     before: Counted
     after: Counted
     stages: dict[str, StageFacts]
-    patches: tuple[str, ...] = ()
+    patches: tuple[str | PatchRecord, ...] = ()
     seconds: FiniteFloat
     layout: Literal["uniform", "padded", "native"]
     dtype: str

@@ -18,7 +18,7 @@ from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.instructions import Encoded
 from compresso.data.records import Records
-from compresso.edit.patches import patch_, unpatch_
+from compresso.edit.patches import patch_, save_tensors, unpatch_
 from compresso.engines.registry import commands
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
@@ -136,6 +136,7 @@ def finish(
             used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
             difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         patch_(model, job.patches)
+        save_tensors(job.patches, folder)
         written = {
             **facts,
             "layout": used,

@@ -25,7 +25,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
-from compresso.edit.patches import patch_
+from compresso.edit.patches import patch_, read_patches, written
 from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
@@ -197,7 +197,7 @@ def run(
                 "before": before,
                 "after": state(job),
                 "stages": dict(job.records),
-                "patches": list(job.patches),
+                "patches": written(job.patches),
             }
             if is_main:
                 evaluation = _evaluated(job, prepared, facts)
@@ -272,7 +272,7 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
         job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
         return job, state(job)
     model, plan, facts = load_stage(done[-1], prepared.source, dtype, prepared.device)
-    patches = tuple(facts.get("patches", ()))  # a stage that was saved before there were any names none
+    patches = read_patches(facts.get("patches", ()), done[-1])  # a stage saved before there were any names none
     patch_(model, patches)
     if "vocab" in plan.kept:
         job, _ = job.with_tokens(plan.kept["vocab"])

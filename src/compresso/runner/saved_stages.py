@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.core.plan import Plan
+from compresso.edit.patches import save_tensors, written
 from compresso.edit.shrink import shrink_
 from compresso.errors import ResumeError
 from compresso.formats.hf import save_checkpoint
@@ -31,17 +32,18 @@ _TENSORS = "tensors.safetensors"
 
 def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
     """Write a finished stage into a folder."""
-    records = {"before": before, "stages": job.records, "patches": list(job.patches)}
+    records = {"before": before, "stages": job.records, "patches": written(job.patches)}
     files = {"plan.json": job.plan.to_json(), "records.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
     if family_of(job.model.config.model_type) is not None:
         save_checkpoint(
             job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files
         )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in _tensors(job.model).items()}, folder / _TENSORS)
-    for name, text in files.items():
-        (folder / name).write_text(text, "utf-8")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in _tensors(job.model).items()}, folder / _TENSORS)
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+    save_tensors(job.patches, folder)
 
 
 def load_stage(
