@@ -29,11 +29,13 @@ from compresso.observe.folds import Fold
 from compresso.observe.journal import FoldJournal
 from compresso.observe.observe import Pass
 from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
+from compresso.sweep.block import BlockEdit
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
-from compresso.sweep.sweep import Edit, sweep
+from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Groups, edited_names, names_of
+from compresso.sweep.visitors import Edit
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.history import History
 from compresso.training.launch import processes
@@ -212,8 +214,8 @@ class Job:
         knobs: Any,
         groups: Groups,
         calibration: Calibration,
-        fold: Fold,
-        edit: Edit,
+        fold: Fold | None,
+        edit: Edit | BlockEdit,
         rescales: bool = False,
     ) -> tuple["Job", dict[str, Any]]:
         """The job after a sweep over the blocks that edits the weights of some linears, journalled; and what the edits

@@ -15,7 +15,7 @@ from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.awq import Awq
 from compresso.methods.rtn import Rtn
-from compresso.sweep.sweep import Stats
+from compresso.observe.folds import Stats
 from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 

@@ -10,8 +10,8 @@ from torch import nn
 from compresso.errors import RecipeError
 from compresso.methods.gptq import Gptq
 from compresso.methods.rtn import Rtn
+from compresso.observe.folds import Stats
 from compresso.sweep.one_shot import compensated
-from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group
 from tests.methods.conftest import MakeJob
 from tests.methods.test_sparsegpt import divergence, noisy

@@ -19,9 +19,9 @@ from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparsegpt import SparseGpt
 from compresso.methods.wanda import Wanda
+from compresso.observe.folds import Stats
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated
-from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group, Where
 from tests.methods.conftest import MakeJob
 from tests.methods.oracles import check_weights, needs_oracles, oracle_job, perplexity

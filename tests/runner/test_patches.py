@@ -50,7 +50,7 @@ def test_a_resumed_run_and_load_apply_a_patch_with_its_tensors(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def go(output: Path, **how: Any) -> compresso.Result:
-        return run(RECIPE, tiny_folder, instructions, output=output, quiet=True, force=True, **how)
+        return run(RECIPE, tiny_folder, instructions, output=output, quiet=True, **how)
 
     whole = go(tmp_path / "whole")
     plain = Magnitude.__call__

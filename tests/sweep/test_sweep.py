@@ -23,12 +23,13 @@ from transformers import (
 
 from compresso.arch.base import Arch, arch_for
 from compresso.errors import ArchError, DataError, NumericError, ResumeError
-from compresso.observe.folds import second_moment, squares
+from compresso.observe.folds import Stats, second_moment, squares
 from compresso.sweep.activation_store import Place
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
-from compresso.sweep.sweep import Edit, Stats, sweep
+from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Group, Where, chosen, matrix
+from compresso.sweep.visitors import Edit
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -66,7 +67,7 @@ def ids(rows: int = 6, length: int = 10, seed: int = 0) -> Tensor:
 
 
 def nothing(group: Group, seen: Stats) -> dict[str, Any]:
-    return {group.names[0]: {"tokens": seen.tokens, "total": seen.total.tolist()}}
+    return {group.names[0]: {"tokens": seen.n, "total": seen.total.tolist()}}
 
 
 def zeroing(model: nn.Module) -> Edit:

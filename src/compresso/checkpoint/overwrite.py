@@ -132,6 +132,7 @@ RUN = Written(
         "report.html",
         "adapters/*/adapter_config.json",
         "adapters/*/adapter_model.safetensors",
+        "patches/tensors.safetensors",
         *_CHECKPOINT,
     ),
     _is_run,

@@ -25,10 +25,10 @@ from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight, fit
 from compresso.core.scales import activation_scales, best_scale, round_clipped
 from compresso.job import Job
+from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
-from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, names_of
 
 
@@ -100,7 +100,7 @@ class Awq:
 
     def _search(self, weight: Tensor, seen: Stats) -> Found:
         """The scale whose rounded weights change the group's outputs least."""
-        moment, size = seen.total[:-1] / seen.tokens, seen.total[-1] / seen.tokens
+        moment, size = seen.total[:-1] / seen.n, seen.total[-1] / seen.n
         candidates = activation_scales(size, weight, self.group, self.steps, self.by_weight)
         exponent, scale, least, plain = best_scale(weight, moment, candidates, self._nearest)
         return scale, {"exponent": exponent, "error_of_unscaled": least / plain if plain else 1.0}
@@ -109,5 +109,5 @@ class Awq:
         """A linear's scaled weights, clamped and rounded."""
         if not self.clip or matches(name, self.unclipped):
             return self._nearest(weight)
-        moment = seen.total[:-1] / (seen.tokens * scale[:, None] * scale)
+        moment = seen.total[:-1] / (seen.n * scale[:, None] * scale)
         return round_clipped(weight, moment, self.bits, group=self.group, symmetric=self.symmetric)

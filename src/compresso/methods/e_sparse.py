@@ -33,9 +33,9 @@ from compresso.core.shuffle import best_order
 from compresso.core.sparsity import lowest_in_groups, parse_pattern
 from compresso.edit.reorder import reorder_
 from compresso.job import Job
+from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
-from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
 
 
@@ -114,7 +114,7 @@ class ESparse:
         """
         n, m = parse_pattern(self.pattern)
         told = entropy(seen.total[:BINS]).float()
-        size = (seen.total[BINS + 2] / (seen.tokens if self.norm == "mean" else 1)).sqrt().float()
+        size = (seen.total[BINS + 2] / (seen.n if self.norm == "mean" else 1)).sqrt().float()
         scores = [matrix(model, name).float().abs() * (told + self.alpha * size) for name in group.names]
         order, retained = torch.arange(len(told), device=told.device), {"unchanged": 1.0}
         if self.shuffle == "all" or (self.shuffle == "folded" and axis is not None):

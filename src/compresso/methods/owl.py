@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_rows, outlier_weighted, outliers, wanda_score
 from compresso.job import Job
-from compresso.observe.folds import second_moment, squares
+from compresso.observe.folds import Stats, second_moment, squares
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
-from compresso.sweep.sweep import Stats, sweep
+from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
 from compresso.training.noise import mixed_seed
 

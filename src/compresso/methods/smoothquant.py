@@ -27,10 +27,10 @@ from compresso.core.rounding import fit
 from compresso.core.scales import smoothing_scale
 from compresso.edit.round_inputs import Range, round_inputs_patch
 from compresso.job import Job
+from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, largest, rescaled
-from compresso.sweep.sweep import Stats
 from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
 
 

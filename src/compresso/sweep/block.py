@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from compresso.observe.folds import Stats
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.calls import BlockCall
 from compresso.sweep.finite import check_states
 from compresso.sweep.targets import Group
-
-if TYPE_CHECKING:
-    from compresso.sweep.sweep import Stats
 
 
 class Reference(StrEnum):
@@ -108,7 +106,7 @@ class BlockVisit:
     layer: int
     block: nn.Module
     groups: Sequence[Group]
-    seen: Mapping[str, "Stats"]
+    seen: Mapping[str, Stats]
     dense: ActivationStore = field(repr=False)
     runner: BlockRunner = field(repr=False)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from compresso.core.obs import NotPositiveDefiniteError, Quantize, column_sweep, inverse_factor
 from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_share, wanda_score
 from compresso.errors import NumericError
-from compresso.sweep.sweep import Edit, Stats
+from compresso.observe.folds import Stats
 from compresso.sweep.targets import Group, matrix
+from compresso.sweep.visitors import Edit
 
 Compat = str
 """'exact', or 'reference' for the off-by-one and the ties of the public code."""
@@ -65,7 +66,7 @@ def compensated(
     """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
-        moment = seen.total * (2 / seen.tokens)
+        moment = seen.total * (2 / seen.n)
         order = (
             moment.diagonal().argsort(descending=True, stable=True)
             if in_order
@@ -75,7 +76,7 @@ def compensated(
             factor = inverse_factor(moment[order][:, order] if in_order else moment, damping)
         except NotPositiveDefiniteError as error:
             if otherwise is not None:
-                told = otherwise(group, Stats(seen.total.diagonal().clamp(min=0), seen.tokens))
+                told = otherwise(group, Stats(seen.total.diagonal().clamp(min=0), seen.n))
                 return {name: {**facts, "loss": None, "not_inverted": str(error)} for name, facts in told.items()}
             raise NumericError(
                 f"{', '.join(group.names)}: {error}; give more calibration examples, raise damping, or add it to ignore"

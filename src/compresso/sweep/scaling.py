@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from compresso.arch.producers import Feeder
-from compresso.observe.folds import second_moment
-from compresso.sweep.sweep import Edit, Stats
+from compresso.observe.folds import Stats, second_moment
 from compresso.sweep.targets import Group, matrix
+from compresso.sweep.visitors import Edit
 
 Found = tuple[Tensor, Mapping[str, Any]]
 """A scale [in], and facts to note."""
