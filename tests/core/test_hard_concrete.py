@@ -12,16 +12,18 @@ from compresso.core.hard_concrete import (
     LOG_ALPHA_HIGH,
     LOG_ALPHA_LOW,
     clamp_,
-    deterministic,
     expected_kept,
     initial_log_alpha,
     keep_probability,
     sample,
     soft_value,
-    uniform_noise,
 )
 
 THRESHOLD = 2 / 3 * math.log(11)  # 1.598597
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
 
 
 def double(*values: float) -> torch.Tensor:
@@ -66,7 +68,7 @@ def test_sampler_vectors(u: float, log_alpha: float, z: float) -> None:
 @pytest.mark.parametrize("log_alpha", [-4.6, -1.6, 0.0, 2.0, 4.6])
 def test_draws_are_open_as_often_as_the_closed_form_says(log_alpha: float) -> None:
     n = 100_000
-    u = uniform_noise((n,), torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = noise(n, seed=0)
     share = float((sample(torch.full((n,), log_alpha, dtype=torch.float64), u) > 0).double().mean())
     p = float(keep_probability(double(log_alpha)))
     assert abs(share - p) < 3 * math.sqrt(p * (1 - p) / n)
@@ -74,7 +76,7 @@ def test_draws_are_open_as_often_as_the_closed_form_says(log_alpha: float) -> No
 
 def test_draws_saturate_at_one_as_seldom_as_the_closed_form_says() -> None:
     n = 100_000
-    u = uniform_noise((n,), torch.Generator().manual_seed(1), dtype=torch.float64)
+    u = noise(n, seed=1)
     share = float((sample(torch.full((n,), LOG_ALPHA_HIGH, dtype=torch.float64), u) < 1).double().mean())
     assert abs(share - 0.0471298) < 3 * math.sqrt(
         0.0471298 * 0.9528702 / n
@@ -84,14 +86,14 @@ def test_draws_saturate_at_one_as_seldom_as_the_closed_form_says() -> None:
 def test_a_gate_is_open_exactly_above_the_threshold() -> None:
     generator = torch.Generator().manual_seed(0)
     log_alpha = torch.randn(5000, generator=generator, dtype=torch.float64) * 3
-    u = uniform_noise((5000,), generator, dtype=torch.float64)
+    u = noise(5000, seed=1)
     assert torch.equal(sample(log_alpha, u) > 0, torch.logit(u) > -(log_alpha + THRESHOLD))
 
 
 def test_noise_broadcasts_over_examples() -> None:
     log_alpha, u = (
         torch.randn(5, generator=torch.Generator().manual_seed(0)),
-        uniform_noise((3, 5), torch.Generator().manual_seed(1)),
+        noise(3, 5, seed=1),
     )
     z = sample(log_alpha, u)
     assert z.shape == (3, 5)
@@ -113,19 +115,9 @@ def test_gradients_match_finite_differences() -> None:
     torch.autograd.gradcheck(lambda a: sample(a, u), log_alpha)
 
 
-def test_noise_stays_inside_and_follows_its_seed() -> None:
-    u = uniform_noise((100_000,), torch.Generator().manual_seed(3))
-    assert float(u.min()) >= 1e-6 and float(u.max()) <= 1 - 1e-6
-    assert torch.equal(u, uniform_noise((100_000,), torch.Generator().manual_seed(3)))
-    assert torch.isfinite(sample(torch.zeros(100_000), u)).all()
-
-
 @pytest.mark.parametrize(("n", "removed"), [(4096, 8), (11008, 22), (32, 0)])
 def test_an_open_model_is_not_dense_at_evaluation(n: int, removed: int) -> None:
-    mask = deterministic(torch.full((n,), LOG_ALPHA_HIGH))
-    assert int((mask == 0).sum()) == removed
-    assert mask[:removed].eq(0).all()  # ties: the lowest index first
-    assert mask[removed:].tolist() == pytest.approx([0.9960347] * (n - removed), abs=1e-6)
+    assert expected_kept(torch.full((n,), LOG_ALPHA_HIGH)) == n - removed
 
 
 @pytest.mark.parametrize(("n", "left"), [(32, 2), (11008, 519), (4096, 193)])
@@ -133,35 +125,10 @@ def test_a_closed_axis_keeps_some_units(n: int, left: int) -> None:
     assert expected_kept(torch.full((n,), LOG_ALPHA_LOW)) == left
 
 
-def test_evaluation_removes_the_lowest_gates_and_keeps_soft_values() -> None:
-    log_alpha = double(3.0, -4.6, 0.5, -4.6, 2.0)
-    mask = deterministic(log_alpha)
-    n_removed = round(5 - float(keep_probability(log_alpha).sum()))
-    assert n_removed == 2
-    assert mask.tolist() == [pytest.approx(1 / (1 + math.exp(-1.2 * a))) if a > -4 else 0.0 for a in log_alpha.tolist()]
-
-
 def test_halves_round_to_even() -> None:
     half = -THRESHOLD  # probability one half each
     assert expected_kept(torch.full((5,), half, dtype=torch.float64)) == 3  # 2.5 are removed: 2
     assert expected_kept(torch.full((3,), half, dtype=torch.float64)) == 1  # 1.5 are removed: 2
-
-
-def test_a_given_count_survives_and_ties_go_by_index() -> None:
-    mask = deterministic(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]), kept=3)
-    assert (mask > 0).tolist() == [True, False, False, True, True]
-    assert deterministic(torch.zeros(3), kept=0).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="cannot keep 4 of 3"):
-        deterministic(torch.zeros(3), kept=4)
-    with pytest.raises(ValueError, match=r"shape \[n\], got \[2, 2\]"):
-        deterministic(torch.zeros(2, 2))
-
-
-def test_evaluation_carries_no_gradient_and_leaves_its_input_alone() -> None:
-    log_alpha = torch.zeros(4, requires_grad=True)
-    mask = deterministic(log_alpha, kept=2)
-    assert not mask.requires_grad
-    assert log_alpha.tolist() == [0, 0, 0, 0]
 
 
 def test_clamp_works_in_place_on_a_parameter() -> None:

@@ -8,8 +8,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from compresso.core.cost import CostModel
 from compresso.core.hard_concrete import clamp_, initial_log_alpha, keep_probability
-from compresso.core.losses import lagrangian, next_token_loss, next_token_loss_per_example
-from compresso.core.schedule import linear_ramp
+from compresso.core.losses import lagrangian, next_token_loss
+from compresso.core.schedule import progress
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,23 +37,12 @@ def test_reduced_precision_logits_give_a_float32_loss() -> None:
     torch.testing.assert_close(loss, next_token_loss(logits.bfloat16().float(), labels))
 
 
-def test_each_example_has_its_own_mean() -> None:
-    logits, labels = batch()
-    losses = next_token_loss_per_example(logits, labels)
-    assert losses.shape == (3,)
-    for i in range(3):
-        torch.testing.assert_close(losses[i], next_token_loss(logits[i : i + 1], labels[i : i + 1]))
-
-
 def test_no_labelled_position_is_an_error_not_nan() -> None:
     logits, labels = batch()
     nothing = torch.full_like(labels, -100)
     nothing[:, 0] = 3  # the first token is predicted by nothing
     with pytest.raises(ValueError, match=r"no position after the first is labelled in a batch \[3, 7\]"):
         next_token_loss(logits, nothing)
-    labels[1] = -100
-    with pytest.raises(ValueError, match="example 1 of the batch"):
-        next_token_loss_per_example(logits, labels)
     with pytest.raises(ValueError, match=r"got \[3, 7, 11\] and \[3, 6\]"):
         next_token_loss(logits, labels[:, 1:])
 
@@ -74,11 +63,11 @@ def test_the_lagrangian_alone_ends_on_its_target(describe: object) -> None:
     lambda1, lambda2 = (torch.zeros((), requires_grad=True) for _ in range(2))
     descent = torch.optim.AdamW(gates.values(), lr=0.1, weight_decay=0)
     ascent = torch.optim.AdamW([lambda1, lambda2], lr=0.1, weight_decay=0, maximize=True)
-    dense, target = float(cost().blocks), linear_ramp(0.3, 200)
+    dense, share = float(cost().blocks), progress("linear", 200)
     path: list[float] = []
     for update in range(400):
         sparsity = 1 - cost({name: keep_probability(gate) for name, gate in gates.items()}).blocks / dense
-        lagrangian(sparsity, target(update), lambda1, lambda2).backward()
+        lagrangian(sparsity, 0.3 * share(update), lambda1, lambda2).backward()
         for optimizer in (descent, ascent):
             optimizer.step()
             optimizer.zero_grad()

@@ -1,7 +1,5 @@
 """Ramps against their closed forms, learning rates against transformers' own schedules."""
 
-import math
-
 import pytest
 import torch
 from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
@@ -10,9 +8,7 @@ from compresso.core.schedule import (
     Schedule,
     constant,
     cosine,
-    cubic_ramp,
     linear,
-    linear_ramp,
     progress,
     rate,
     rate_for_width,
@@ -48,39 +44,16 @@ def test_rates_past_the_end_stay() -> None:
     assert constant()(7) == 1
 
 
-def test_linear_ramp_reaches_its_target_at_the_end_of_the_warm_up() -> None:
-    target = linear_ramp(0.3, 200)
-    assert [target(k) for k in (0, 50, 100, 200, 201)] == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
-    assert linear_ramp(0.5, 4, start=0.1)(1) == pytest.approx(0.2)
-
-
-def test_cubic_ramp_follows_its_formula() -> None:
-    target = cubic_ramp(0.6, 10, start=0.2)
-    assert [target(k) for k in range(13)] == pytest.approx(
-        [0.6 + (0.2 - 0.6) * (1 - min(1, k / 10)) ** 3 for k in range(13)]
-    )
-
-
-@pytest.mark.parametrize("ramp", [linear_ramp, cubic_ramp])
-def test_no_warm_up_means_the_target_at_once(ramp: object) -> None:
-    assert ramp(0.3, 0)(0) == pytest.approx(0.3)  # type: ignore[operator]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: linear_ramp(1.0, 5), r"final=1\.0"),
-        (lambda: linear_ramp(-0.1, 5), r"final=-0\.1"),
-        (lambda: cubic_ramp(math.nan, 5), "final=nan"),
-        (lambda: cubic_ramp(0.3, 5, start=2), "start=2"),
-        (lambda: linear_ramp(0.3, -1), "warmup=-1"),
         (lambda: linear(0), "total=0"),
         (lambda: linear(5, 5), "warmup=5 of total=5"),
         (lambda: cosine(5, -1), "warmup=-1"),
         (lambda: cosine(5, floor=1.5), r"floor=1\.5"),
         (lambda: linear(5)(-1), "update -1"),
-        (lambda: linear_ramp(0.3, 5)(-1), "update -1"),
-        (lambda: linear_ramp(0.3, 0)(-1), "update -1"),
+        (lambda: progress("linear", 5)(-1), "update -1"),
+        (lambda: progress("cubic", 0)(-1), "update -1"),
         (lambda: constant()(-1), "update -1"),
     ],
 )
@@ -100,8 +73,9 @@ def test_schedules_by_name_are_the_ones_named() -> None:
         assert rate("constant", 8)(update) == 1
         assert rate("linear", 8, 2)(update) == linear(8, 2)(update)
         assert rate("cosine", 8)(update) == cosine(8)(update)
-        assert 0.4 * progress("linear", 5)(update) == pytest.approx(linear_ramp(0.4, 5)(update))
-        assert 0.4 * progress("cubic", 5)(update) == pytest.approx(cubic_ramp(0.4, 5)(update))
+        assert progress("linear", 5)(update) == pytest.approx(min(1, update / 5))
+        assert progress("cubic", 5)(update) == pytest.approx(1 - (1 - min(1, update / 5)) ** 3)
+        assert progress("linear", 0)(update) == progress("cubic", 0)(update) == 1  # no warm-up: the target at once
     for bad in (lambda: rate("exponential", 8), lambda: progress("square", 8)):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="is unknown; wanted"):
             bad()

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from compresso.data.prompt import collaborative_prompt, full_prompt, user_turn
 from compresso.data.records import Message
-from compresso.data.template import apply_to_tokenizer_, chat_template, original_template, prompt_version, transcript
+from compresso.data.template import apply_to_tokenizer_, chat_template, original_template, transcript
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' +"
@@ -102,11 +102,6 @@ def test_applying_twice_is_applying_once_and_can_be_undone(original: str | None)
     assert chat_template(once, prompt_on=True) == once
     assert original_template(once) == original
     assert chat_template(once, prompt_on=False) == chat_template(original, prompt_on=False)
-
-
-def test_a_template_tells_which_prompt_it_carries() -> None:
-    assert prompt_version(chat_template(CHATML, prompt_on=True)) == "v1"
-    assert prompt_version(CHATML) is None and prompt_version(None) is None
 
 
 def test_every_named_template_of_a_tokenizer_is_set(plain_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compresso.errors import DataError
-from compresso.metrics.corpora import corpus, corpus_texts
+from compresso.metrics.corpora import corpus
 
 LOCAL = os.environ.get("COMPRESSO_DATA")
 
@@ -33,7 +33,6 @@ def test_every_file_of_texts_gives_them_in_order(tmp_path: Path, name: str, cont
     found = corpus(path)
     assert (found.name, found.split, found.texts, found.source) == ("notes", "all", ("One.", "Two."), name)
     assert found.remark == f"Texts: {name}; 2 documents."
-    assert corpus_texts(str(path)) == ["One.", "Two."]
     assert corpus(path, "held").split == "held"
 
 

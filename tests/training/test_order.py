@@ -55,10 +55,6 @@ def test_any_update_can_be_asked_for_in_any_order():
     assert [seen(source, update) for update in reversed(range(20))] == forwards[::-1]
 
 
-def test_updates_per_epoch():
-    assert batches(7, 2).updates_per_epoch == 3.5
-
-
 def test_no_data_is_refused():
     with pytest.raises(DataError, match="0 examples"):
         batches(0, 2)

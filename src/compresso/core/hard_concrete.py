@@ -10,7 +10,6 @@ same units.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,37 +63,9 @@ def sample(log_alpha: Tensor, u: Tensor) -> Tensor:
     return functional.hardtanh(s * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW, 0.0, 1.0)
 
 
-def uniform_noise(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Noise for `sample`, uniform in (1e-6, 1 - 1e-6), on the generator's device."""
-    return torch.empty(tuple(shape), dtype=dtype, device=generator.device).uniform_(
-        EPSILON, 1 - EPSILON, generator=generator
-    )
-
-
 def soft_value(log_alpha: Tensor) -> Tensor:
     """The value in (0, 1) that a surviving gate has at evaluation: sigmoid(0.8 log_alpha / temperature)."""
     return torch.sigmoid(log_alpha * (MAGIC / TEMPERATURE))
-
-
-def deterministic(log_alpha: Tensor, kept: int | None = None) -> Tensor:
-    """The evaluation mask of one axis [n] without gradient: the lowest gates are 0, the others keep their soft value.
-
-    Without `kept`, as many are 0 as are expected to be: round(n - sum of keep probabilities), halves to even. With
-    `kept`, exactly that many survive (LLM-Shearing, arXiv 2310.06694). Among equal gates the lowest index is removed
-    first.
-
-    Raises:
-        ValueError: log_alpha is not one-dimensional or `kept` is outside [0, n].
-    """
-    if log_alpha.dim() != 1:
-        raise ValueError(f"a mask belongs to one axis: wanted log_alpha of shape [n], got {list(log_alpha.shape)}")
-    n = len(log_alpha)
-    kept = expected_kept(log_alpha) if kept is None else kept
-    if not 0 <= kept <= n:
-        raise ValueError(f"cannot keep {kept} of {n} gates")
-    mask = soft_value(log_alpha.detach())
-    mask[removal_order(log_alpha)[: n - kept].to(mask.device)] = 0
-    return mask
 
 
 def expected_kept(log_alpha: Tensor) -> int:

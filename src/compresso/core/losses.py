@@ -7,7 +7,6 @@ of them in place.
 
 from typing import overload
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,21 +31,6 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         )  # as long as the logits, so that these are not copied
         return functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED)
     return _token_losses(logits, labels, labelled).mean()
-
-
-def next_token_loss_per_example(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of each example's labelled positions [batch], float32.
-
-    Raises:
-        ValueError: an example has no labelled position or the shapes disagree.
-    """
-    labelled = _labelled(logits, labels)
-    losses = _token_losses(logits, labels, labelled)
-    counts = labelled.sum(dim=1)
-    if bool((counts == 0).any()):
-        raise ValueError(f"example {int((counts == 0).int().argmax())} of the batch has no labelled position")
-    scattered = torch.zeros(labelled.shape, dtype=losses.dtype, device=losses.device).masked_scatter(labelled, losses)
-    return scattered.sum(dim=1) / counts
 
 
 @overload

@@ -11,36 +11,6 @@ from typing import Literal
 Schedule = Callable[[int], float]
 
 
-def linear_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
-    """Target sparsity that grows linearly from `start` to `final` over `warmup` updates and is constant from there;
-    warmup 0 is `final` at once.
-
-    Compresso (arXiv 2310.05015) and its ancestor CoFi (arXiv 2204.00408).
-
-    Raises:
-        ValueError: a sparsity outside [0, 1) or a negative warm-up.
-
-    >>> target = linear_ramp(0.3, warmup=10)
-    >>> target(0), target(5), target(99)
-    (0.0, 0.15, 0.3)
-    """
-    _check_ramp(final, warmup, start)
-    return lambda update: start + (final - start) * _progress(update, warmup)
-
-
-def cubic_ramp(final: float, warmup: int, start: float = 0.0) -> Schedule:
-    """Target sparsity that rises fast first: final + (start - final)(1 - k / warmup)^3; warmup 0 is `final` at once.
-
-    Raises:
-        ValueError: a sparsity outside [0, 1) or a negative warm-up.
-
-    >>> cubic_ramp(0.5, warmup=10)(5)
-    0.4375
-    """
-    _check_ramp(final, warmup, start)
-    return lambda update: final + (start - final) * (1 - _progress(update, warmup)) ** 3
-
-
 def progress(shape: Literal["linear", "cubic"], warmup: int) -> Schedule:
     """Share of the way to the final target, 0 to 1, by a ramp's name.
 
@@ -141,14 +111,6 @@ def _warmed(update: int, warmup: int, after: Callable[[], float]) -> float:
 def _check_update(update: int) -> None:
     if update < 0:
         raise ValueError(f"update {update} is before the first; updates are counted from 0")
-
-
-def _check_ramp(final: float, warmup: int, start: float) -> None:
-    for name, value in (("final", final), ("start", start)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}={value} is not a sparsity; give a number in [0, 1)")
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} updates; give 0 or more")
 
 
 def _check_rate(total: int, warmup: int) -> None:

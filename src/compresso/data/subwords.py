@@ -13,7 +13,7 @@ whose encoding used only kept tokens is encoded as before:
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -83,13 +83,6 @@ def constituents(state: State) -> Callable[[str], list[str]]:
         return seen if symbols == [token] else [token]  # a token that merges never reach is its own only constituent
 
     return made_of
-
-
-def closed(state: State, ids: Iterable[int]) -> set[int]:
-    """These ids with those of all their tokens' constituents."""
-    vocab = vocabulary(state)
-    names, made_of = {i: token for token, i in vocab.items()}, constituents(state)
-    return {vocab[part] for i in ids if i in names for part in made_of(names[i])} | set(ids)
 
 
 def encoder(state: State) -> Callable[[str], list[int] | None]:

@@ -72,19 +72,6 @@ def original_template(template: str | None) -> str | None:
     return template
 
 
-def prompt_version(template: str | None) -> str | None:
-    """The version of the collaborative prompt that a template of ours carries; None without the prompt.
-
-    >>> prompt_version(chat_template(None, prompt_on=True)), prompt_version(chat_template(None, prompt_on=False))
-    ('v1', None)
-    """
-    if template is None or not template.startswith((_OWN, _WRAPPED)):
-        return None
-    mark, _, rest = _PROMPT_MARK.partition(VERSION)
-    head = template.partition(mark)[2]
-    return head.partition(rest)[0] if head else None
-
-
 def single_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template that a tokenizer uses for conversations; of several named ones, the default."""
     template = tokenizer.chat_template

@@ -72,8 +72,3 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
     if not any(text.strip() for text in texts):
         raise DataError(f"corpus {records.source}: all of its {len(texts)} texts are empty; give a file with text")
     return Corpus(name, split, texts, records.source, records.sha256)
-
-
-def corpus_texts(name_or_file: str | Path, split: str | None = None, data_root: str | Path | None = None) -> list[str]:
-    """The texts of `corpus`, where their origin does not matter."""
-    return list(corpus(name_or_file, split, data_root).texts)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from compresso.core.axis import Axis, Kind
+from compresso.core.axis import Axis
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
 from compresso.core.hard_concrete import (
     LOG_ALPHA_HIGH,
@@ -153,37 +153,6 @@ def deterministic_to_budget(
         name: soft_value(log_alpha[name].detach()) * mask.to(device=log_alpha[name].device, dtype=log_alpha[name].dtype)
         for name, mask in masks.items()
     }
-
-
-def round_up(
-    masks: Mapping[str, Tensor], log_alpha: Mapping[str, Tensor], axes: Sequence[Axis], multiple_of: Mapping[Kind, int]
-) -> dict[str, Tensor]:
-    """The masks with kept counts raised to multiples: an axis' highest removed gates come back with their soft value.
-
-    An axis whose size is not a multiple may keep all its units; one that has lost all of them is left empty. The count
-    grows; `allocate` with `multiple_of` lands on a budget instead.
-    """
-    raised = dict(masks)
-    for axis in axes:
-        step = multiple_of.get(axis.kind, 1)
-        if axis.name not in masks or step == 1:
-            continue
-        mask, gates = masks[axis.name], log_alpha[axis.name].detach()
-        n = min(axis.size, -(-int((mask > 0).sum()) // step) * step)
-        rank = torch.where(mask > 0, torch.inf, gates)
-        back = torch.zeros_like(mask, dtype=torch.bool)
-        back[removal_order(rank)[axis.size - n :].to(mask.device)] = True
-        raised[axis.name] = torch.where(back & (mask <= 0), soft_value(gates).to(mask.dtype), mask)
-    return raised
-
-
-def harden(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks with every survivor at 1.
-
-    >>> harden({"hidden": torch.tensor([0.0, 0.3, 0.9])})
-    {'hidden': tensor([0., 1., 1.])}
-    """
-    return {name: (mask > 0).to(mask.dtype) for name, mask in masks.items()}
 
 
 def _gated(log_alpha: Mapping[str, Tensor], cost: Cost) -> list[Axis]:

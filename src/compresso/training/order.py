@@ -85,11 +85,6 @@ class ShuffledBatches:
         """Examples that one update sees, over all processes and micro-batches."""
         return self._global_batch
 
-    @property
-    def updates_per_epoch(self) -> float:
-        """Updates that it takes to see every example once; not always whole."""
-        return len(self._dataset) / self._global_batch
-
     def indices(self, update: int, rows: range) -> list[int]:
         """Dataset indices behind the given rows of an update's global batch."""
         n = len(self._dataset)
