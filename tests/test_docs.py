@@ -254,3 +254,14 @@ def test_a_method_more_changes_the_generated_table_alone(registries: None, monke
     assert outside.sub("", fresh) == outside.sub("", page)
     with pytest.raises(SystemExit, match="wants one part between <!-- nothing -->"):
         readme["refreshed"](page, {"nothing": ""})
+
+
+def test_the_table_of_rooms_is_the_import_rule() -> None:
+    rules = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (floors,) = (rule["layers"] for rule in rules if rule["type"] == "layers")
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    section = page.split("## Rooms and the import rule\n", 1)[1].split("\n## ", 1)[0]
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in section.splitlines() if row.startswith("| `")]
+    assert rows == [floor.split(" : ") for floor in floors]
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert {room for row in rows for room in row} == rooms - {"__init__"}

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Starcoder2Config
 
+from compresso.commands.inspect import show
 from compresso.errors import ArchError
-from compresso.runner.inspection import inspect, show
+from compresso.runner.inspection import inspect
 
 SIZES = {
     "hidden_size": 32,
