@@ -71,8 +71,8 @@ class HeldLoss:
         )
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
-        """ "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between halves of the
-        examples.
+        """The number "held/perplexity", and with `noise` "noise/held/perplexity": how far it differs between halves of
+        the examples.
         """
         shared: dict[str, Any] = {"unit": "1", "how": "measured", "n": sum(self.tokens), "environment": environment}
         protocol = {
