@@ -110,7 +110,7 @@ def test_what_it_refuses_is_said_in_its_words(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # heads of 8 dimensions: no kernel on a processor
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # heads of 8 dimensions: no kernel on CPU
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ExportError, match=r"vLLM does not open it: .*SafetensorError"):
         vllm_engine.continue_ids(tmp_path / "model", IDS, 2)

@@ -1,4 +1,4 @@
-"""Wanda: scores of inputs that the pruned blocks before give out, exact rows, nothing updated.
+"""Wanda: scores of the outputs of the pruned blocks before, exact rows, nothing updated.
 
 Oracle: masks of the authors' code, see `oracles`.
 """

@@ -67,6 +67,7 @@ def lora_scores(
         if within_kinds
         else [axes]
     )
+    # sum over the criteria c of share_c f_c / sqrt(mean f_c^2), the mean over the units of a pool
     for name, share in criteria.items():
         for pool in pools:
             spread = float(torch.cat([found[axis.name][name] for axis in pool]).square().mean().sqrt()) if pool else 0.0

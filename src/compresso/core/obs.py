@@ -155,15 +155,18 @@ def column_sweep(
             at = j - begin
             if choose is not None and j % every == 0:
                 stop = min(at + every, end - begin)
+                # the loss of zeroing an entry, w^2 / [H^-1]_jj of the remaining problem, which is w^2 / U_jj^2
                 scores = (now[at:stop] / diagonal[j : begin + stop, None]).square().T
                 mask[at:stop] = choose(scores, j).T
                 torch.div(mask[at:stop], diagonal[j : begin + stop, None], out=removed[at:stop])
             if quantize is None:
                 torch.mul(now[at], removed[at], out=errors[at])
             else:
+                # E_j = (w_j - q_j) / U_jj (algorithm 1 of both papers)
                 value = quantize(now[at:].T, j).masked_fill(mask[at], 0)
                 torch.div(now[at] - value, diagonal[j], out=errors[at])
                 now[at] = value
+            # W_:,k -= E_j U_jk for every k > j: at once for columns that are near, later for the others
             near = min((at // step + 1) * step, end - begin)
             now[at + 1 : near].addr_(upper[j, j + 1 : begin + near], errors[at], alpha=-1)
             if (
@@ -176,6 +179,7 @@ def column_sweep(
         now.masked_fill_(mask, 0)
         pruned[:, begin:end] = mask.T
         done[:, begin:end] = now.T
+        # each frozen column raises the layer's squared error by (w - q)^2 / (2 U_jj^2)
         loss += errors.square().sum(dim=0) / 2
         done[:, end:] -= errors.T @ upper[begin:end, end:]
     return Swept(done, pruned, loss)

@@ -76,6 +76,7 @@ def fit(weight: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, c
     best = _grid(low, high, bits, group, symmetric)
     if not clip:
         return best
+    # ranges shrunk in steps of a hundredth; the least sum of |error|^2.4 wins (GPTQ's code, `mse`)
     error = _error(weight, best)
     scale, zero = best.scale.clone(), best.zero.clone()
     for step in range(1, SHRINKS):

@@ -76,6 +76,7 @@ def salience(
     if importance == "first":
         return first.abs()
     assert fisher is not None
+    # the Hessian's diagonal is approximated by the squared gradients: |g w - w H_kk w / 2| (equation 5)
     second = w * fisher.float() * w
     return second.abs() if importance == "second" else (first - 0.5 * second).abs()
 
@@ -91,9 +92,15 @@ def unit_scores(
     """The score of each unit of an axis [size], float64, on the CPU; higher is kept. Under "prod" it is the logarithm
     of the product.
 
-    parameters, gradients, fisher: name -> tensor, at least for the parameters that the axis slices. Raises ValueError
-    as `salience` does, and for the reduction "last" of an axis other than heads or channels, whose slices do not
-    compute one after another.
+    Args:
+        axis: whose units are scored.
+        importance: of each entry.
+        parameters, gradients, fisher: name -> tensor, at least for the parameters that the axis slices.
+        reduction: of the sums that a unit's slices give.
+
+    Raises:
+        ValueError: as `salience` does, and for the reduction "last" of an axis other than heads or channels, whose
+            slices do not compute one after another.
     """
     if reduction == "last" and axis.kind not in ("head", "channel"):
         raise ValueError(f"axis {axis.name} has no slice that computes last; reduce by sum, mean, max or prod")

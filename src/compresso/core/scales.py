@@ -95,6 +95,7 @@ def round_clipped(
         limit = top * (1 - step / steps)
         clamped = grouped.clamp(-limit, limit).reshape(weight.shape)
         tried = fit(clamped, bits, group=group, symmetric=symmetric).round(clamped).reshape(grouped.shape)
+        # d E[x x^T] d^T, the mean squared change of a row's output by one group's change d
         change = (tried - grouped).transpose(0, 1)  # [groups, out, width]
         error = (torch.bmm(change, own) * change).sum(dim=2).T
         better = error < lowest

@@ -3,7 +3,7 @@
 
 FFNs keep the width of their layer. Query heads are one number for the whole model there, so that narrower attentions
 are filled with zeros to the widest, which computes the same; an absent attention or FFN is a `no_op`, but for the first
-attention, which that class cannot do without: it is written as zeros. Run in vLLM 0.32 on a processor: the same greedy
+attention, which that class cannot do without: it is written as zeros. Run in vLLM 0.32 on CPU: the same greedy
 tokens as transformers.
 """
 

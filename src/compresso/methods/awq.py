@@ -8,7 +8,7 @@ Public code: by choice s = a^r / w^(1 - r) (`by_weight`); then the range of each
 
 Departures: the error is that of the linears' own outputs over all calibration tokens, by their second moment; the
 public code runs the attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is
-calibrated on what the rounded blocks before it give out, where the public code takes the dense ones' outputs. A group
+calibrated on the outputs of the rounded blocks before it, where the public code takes the dense ones' outputs. A group
 whose inputs nothing feeds linearly (o under grouped queries, an FFN without a gate, fused projections), or of which
 `where` leaves a part out, is rounded without a scale, and the records say so. Values are stored as full numbers, so
 this shows what rounding costs, not what packing saves.

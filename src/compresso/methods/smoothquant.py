@@ -7,7 +7,7 @@ linears are rounded. Section 3: weights of 8 bits, one scale a matrix or a row; 
 (O1) or a tensor (O2), taken anew at
     every call.
 
-Departures: each block is calibrated on what the blocks before it give out with rounded weights, where the paper takes
+Departures: each block is calibrated on the outputs of the blocks before it with rounded weights, where the paper takes
 the dense model's activations. Static activation scales (O3) are left out, and so are integer products of queries and
 keys: attention runs as it was. Files hold the smoothed and rounded weights as full numbers, which any engine opens.
 Rounding of activations is a forward patch that the records name and `compresso.load` applies; other engines run without

@@ -7,7 +7,7 @@ n:m), chosen when the
     sweep gets there, so from compensated weights; `compresso.core.obs`.
 Section 3.5, joint with quantization: `bits` rounds what is left to a grid of each row, fitted to the weights before
     anything is done; its error is compensated as well. A few small weights more round to zero.
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out;
+Section 4, procedure: block after block, each calibrated on the outputs of the pruned blocks before it;
 `compresso.sweep.sweep`.
 
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a

@@ -4,7 +4,7 @@ is updated.
 Section 3, eq. 1, the score: `compresso.core.sparsity.wanda_score`, the norm over all calibration tokens. Section 3,
 comparison group: each output row loses floor(share * inputs) entries; or n of every m inputs stay. The variant of the
 authors' code (`use_variant`): rows lose equal shares of their score instead, one alpha a matrix (`variant: true`).
-Section 4, procedure: block after block, each calibrated on what the pruned blocks before it give out
+Section 4, procedure: block after block, each calibrated on the outputs of the pruned blocks before it
 (`compresso.sweep.sweep`).
 
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one

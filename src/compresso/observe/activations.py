@@ -1,4 +1,4 @@
-"""Scores of units that need only forward passes: how large their activations are, or how much a layer turns the
+"""Scores of units that need only forward passes: how large their activations are, or how much a layer rotates the
 residual stream.
 
 Minitron, arXiv 2407.14679, section 2.2. Each example's tokens are aggregated first, then the examples; padding is left

@@ -1,4 +1,5 @@
-"""Scores of layers and sub-layers that need a pass over data: how far each turns the residual stream.
+"""Scores of layers and sub-layers that need a pass over data: the cosine distance between the residual
+stream before and after each.
 
 The stream is read where blocks begin and end, so before the final norm (the last of transformers' `hidden_states` lies
 behind it), and only at real tokens: padding counts nowhere. States are folded as they appear; no pass keeps more than

@@ -70,7 +70,7 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of
             "log_alpha holds NaN or infinity; the update before this one diverged: lower the gates' learning rate"
         )
     target = Budget(keep).keep * float(cost().count(of))
-
+    # find s with  count(P(open | clamp(log_alpha + s))) = target; the count rises with s, so bisection finds it
     sizes = torch.tensor(flat.sizes, device=gates.device)
     by_totals = cost.tiled(flat.names)
 
