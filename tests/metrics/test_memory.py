@@ -14,6 +14,7 @@ from compresso.metrics import memory
 from compresso.metrics.memory import peak_memory, peak_resident
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_holds_the_weights_and_nothing_of_ours(tmp_path: Path) -> None:
     """64 MB of weights count at least once and not many times; 512 MB that this process has held before do not count at
     all.
