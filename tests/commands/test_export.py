@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,18 @@ from compresso.engines.llama_quantize import KINDS
 from compresso.engines.onnx_runtime import OnnxEngine
 from compresso.engines.parity import Parity
 from compresso.errors import CheckpointError, ExportError
-from compresso.formats import gguf
+from compresso.formats import gguf, onnx
 from compresso.formats.hf import save_checkpoint
 
 reader = pytest.importorskip("gguf", reason="gguf: not installed")
 onnx_is_there = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
-engine = pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
+
+
+def engine(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that opens what it wrote in llama.cpp."""
+    return pytest.mark.slow(
+        pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")(test)
+    )
 
 
 def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,11 +55,12 @@ def test_the_command_writes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
         assert told["checked"] == f"not opened: {llama_cpp.missing()}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not onnx_is_there, reason="onnxruntime: it or onnxscript is not installed")
 @pytest.mark.parametrize("dtype", ["f32", "int8"])
-def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> None:
+def test_onnx_is_written_and_opened(dtype: str, tiny_folder: Path, tmp_path: Path, call: Call) -> None:
     code, out, error = call(
-        "export", nano.path(), "--format", "onnx", "--output", tmp_path / "onnx", "--dtype", dtype, "--json"
+        "export", tiny_folder, "--format", "onnx", "--output", tmp_path / "onnx", "--dtype", dtype, "--json"
     )
     assert code == 0, error
     told = json.loads(out)
@@ -66,6 +74,13 @@ def test_onnx_is_written_and_opened(dtype: str, tmp_path: Path, call: Call) -> N
 def test_an_onnx_folder_that_reads_back_differently_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Program:
+        """What torch's exporter returns, for the check to be what is tested."""
+
+        def save(self, path: str, external_data: bool) -> None:
+            Path(path).write_bytes(b"a graph")
+
+    monkeypatch.setattr(onnx, "_traced", lambda *_: Program())
     monkeypatch.setattr(OnnxEngine, "parity", lambda *_: Parity("ONNX Runtime", "no", "logits differ by up to 2"))
     with pytest.raises(
         ExportError, match=r"onnx would read back differently in ONNX Runtime: logits differ by up to 2"

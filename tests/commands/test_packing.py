@@ -2,13 +2,15 @@
 refused in words.
 """
 
+import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import Call
+from tests.conftest import Call, reopen_here
 from tests.runner.test_one_shot import GROUPS, SETS
 from transformers import AutoModelForCausalLM
 
@@ -27,26 +29,40 @@ pytestmark = [
         importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors: not installed"
     ),
     pytest.mark.filterwarnings("ignore"),  # the library's own
-    pytest.mark.usefixtures("quick_reopening"),
 ]
 ROUNDED = {
     "gptq/3": ["stages.gptq.symmetric=true", "stages.gptq.bits=4"],
     "awq/4-g128": [GROUPS],  # asymmetric
     "rtn/4-bit": ["stages.rtn.symmetric=true", "stages.rtn.group=16"],
+    "smoothquant/w8a8": [],
 }
 
 
-def rounded(recipe: str, folder: Path, data: Path, output: Path, sets: list[str]) -> Result:
-    free = recipe.startswith("rtn")
-    raw = with_options(recipe, model=str(folder), sets=sets if free else [*SETS, *sets])
-    return run(raw, folder, None if free else data, output=output, quiet=True, allow_collapsed=True)
+Rounded = Callable[[str], Result]
 
 
-@pytest.mark.parametrize("recipe", ROUNDED)
+@pytest.fixture(scope="module")
+def rounded(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.TempPathFactory) -> Rounded:
+    """rounded(recipe): what a run of it wrote, which tests share."""
+
+    @functools.cache
+    def once(recipe: str) -> Result:
+        free = recipe.startswith("rtn")
+        raw = with_options(recipe, model=str(tiny_folder), sets=ROUNDED[recipe] if free else [*SETS, *ROUNDED[recipe]])
+        output = tmp_path_factory.mktemp("rounded") / "out"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
+            return run(raw, tiny_folder, None if free else instructions, output=output, quiet=True, allow_collapsed=True)
+
+    return once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gptq/3", "awq/4-g128", "rtn/4-bit"])
 def test_a_rounded_model_is_packed_and_computes_the_same(
-    recipe: str, tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call
+    recipe: str, rounded: Rounded, tmp_path: Path, call: Call
 ) -> None:
-    result = rounded(recipe, tiny_folder, instructions, tmp_path / "out", ROUNDED[recipe])
+    result = rounded(recipe)
     code, out, error = call(
         "export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json"
     )
@@ -71,10 +87,9 @@ def test_a_rounded_model_is_packed_and_computes_the_same(
     )
 
 
-def test_rounded_activations_go_with_the_weights(
-    tiny_folder: Path, instructions: Path, tmp_path: Path, call: Call
-) -> None:
-    result = rounded("smoothquant/w8a8", tiny_folder, instructions, tmp_path / "out", [])
+@pytest.mark.slow
+def test_rounded_activations_go_with_the_weights(rounded: Rounded, tmp_path: Path, call: Call) -> None:
+    result = rounded("smoothquant/w8a8")
     code, out, error = call(
         "export", result.folder, "--format", "compressed-tensors", "--output", tmp_path / "packed", "--json"
     )
@@ -87,10 +102,11 @@ def test_rounded_activations_go_with_the_weights(
     assert scheme["input_activations"]["strategy"] == "token"
 
 
+@pytest.mark.slow
 def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(
-    tiny_folder: Path, instructions: Path, tmp_path: Path
+    rounded: Rounded, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    result = rounded("gptq/3", tiny_folder, instructions, tmp_path / "out", ROUNDED["gptq/3"])
+    result = rounded("gptq/3")
     unused = Reference(torch.arange(3), torch.zeros(3, 5), torch.zeros(NEW_TOKENS))  # packed weights have their own
     (found,) = parities(Format.PACKED, [PACKED], open_source(result.folder), unused, tmp_path)
     assert (found.engine, found.opens, found.same_tokens) == ("compressed-tensors, packed", "yes", NEW_TOKENS)
@@ -99,22 +115,22 @@ def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(
     assert found.opens == "not checked" and "nothing in it was rounded by compresso" in found.reason
 
 
-def test_what_cannot_be_packed_is_refused(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_packed_is_refused(rounded: Rounded, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ExportError,
         match="nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant",
     ):
         exporting.export(tiny_folder, tmp_path / "packed", format="compressed-tensors")
-    result = rounded("awq/4-g128", tiny_folder, instructions, tmp_path / "out", [GROUPS])
+    result = rounded("awq/4-g128")
     with pytest.raises(ExportError, match="dtype=q8_0: compressed-tensors files have the bits that the run rounded to"):
         exporting.export(result.folder, tmp_path / "packed", format="compressed-tensors", dtype="q8_0")
     assert not (tmp_path / "packed").exists()
 
 
 def test_a_folder_that_reads_back_differently_is_not_left(
-    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounded: Rounded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = rounded("rtn/4-bit", tiny_folder, instructions, tmp_path / "out", ROUNDED["rtn/4-bit"])
+    result = rounded("rtn/4-bit")
     monkeypatch.setattr(Transformers, "parity", lambda *_: Parity("transformers", "no", "logits differ by up to 3"))
     with pytest.raises(
         ExportError, match=r"packed would read back differently in transformers: logits differ by up to 3"

@@ -1,13 +1,17 @@
 """ONNX graphs in ONNX Runtime: what transformers computes, prompt and cached steps, whatever the widths."""
 
 import copy
+import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from compresso.arch.base import LayerShape
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.engines.transformers_process import continued
@@ -22,21 +26,39 @@ pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
 from compresso.engines.onnx_runtime import OnnxModel
 from compresso.engines.openvino import OpenVinoModel
 
+pytestmark = pytest.mark.slow  # each export takes seconds
 no_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino: not installed")
 ENGINES = [OnnxModel, pytest.param(OpenVinoModel, marks=no_openvino)]
 IDS = torch.randint(2, 128, (9,), generator=torch.Generator().manual_seed(3))
 
 
-def written(
-    name: str, folder: Path, pruned: bool, dtype: str = "f32", engine: type[OnnxModel] = OnnxModel
-) -> tuple[torch.nn.Module, OnnxModel]:
+def pruned_or_not(name: str, pruned: bool) -> tuple[PreTrainedModel, list[LayerShape]]:
+    """A tiny model, and the widths of its layers. Pruned: a layer without attention, one without FFN, and other widths
+    in every layer.
+    """
     model = copy.deepcopy(_original(name))
     arch, axes = described(model)
     if pruned:
         kept = {"layers.3.heads": (0,), "attention": (0, 1, 3), "mlp": (0, 2, 3), "layers.0.channels": (2, 3, 5, 7, 11)}
         shrink_(model, axes, Plan(kept))
-    save_onnx(model, arch.shapes(model), folder, dtype=dtype)
-    return model, engine(folder, threads=1)
+    return model, arch.shapes(model)
+
+
+Exported = Callable[[str, bool], tuple[PreTrainedModel, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """exported(name, pruned): a model and its folder in float32, which tests share, for an export takes seconds."""
+
+    @functools.cache
+    def once(name: str, pruned: bool) -> tuple[PreTrainedModel, Path]:
+        model, shapes = pruned_or_not(name, pruned)
+        folder = tmp_path_factory.mktemp("onnx") / name
+        save_onnx(model, shapes, folder)
+        return model, folder
+
+    return once
 
 
 @pytest.mark.parametrize(
@@ -45,11 +67,11 @@ def written(
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_prompt_chunks_and_tokens_are_those_of_transformers(
-    name: str, pruned: bool, engine: type[OnnxModel], tmp_path: Path
+    name: str, pruned: bool, engine: type[OnnxModel], exported: Exported
 ) -> None:
-    """Pruned: a layer without attention, one without FFN, and other widths in every layer."""
-    model, graph = written(name, tmp_path / "onnx", pruned, engine=engine)
-    logits, greedy = continued(model, IDS)  # type: ignore[arg-type]
+    model, folder = exported(name, pruned)
+    graph = engine(folder, threads=1)
+    logits, greedy = continued(model, IDS)
     whole, cache = graph(IDS.unsqueeze(0), graph.empty())
     torch.testing.assert_close(whole[0], logits, atol=1e-4, rtol=1e-4)
     assert graph.greedy(IDS, len(greedy)).tolist() == greedy.tolist()
@@ -63,8 +85,8 @@ def test_prompt_chunks_and_tokens_are_those_of_transformers(
         assert [tensor.shape[1] for tensor in cache][-2:] == [1, 1] and cache[0].shape[1] > 1 and len(cache) == 2 * 3
 
 
-def test_a_padded_row_computes_what_it_does_alone(tmp_path: Path) -> None:
-    _, graph = written("llama_gqa", tmp_path / "onnx", pruned=True)
+def test_a_padded_row_computes_what_it_does_alone(exported: Exported) -> None:
+    graph = OnnxModel(exported("llama_gqa", True)[1], threads=1)
     ids = torch.stack([IDS, torch.cat([torch.zeros(4, dtype=torch.long), IDS[:5]])])
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -76,13 +98,14 @@ def test_a_padded_row_computes_what_it_does_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(both[1], graph(one[:1], own)[0][0], atol=1e-4, rtol=1e-4)
 
 
-def test_eight_bits_make_the_file_smaller_and_move_the_logits_a_little(tmp_path: Path) -> None:
-    model, graph = written("llama_mha", tmp_path / "int8", pruned=False, dtype="int8")
-    written("llama_mha", tmp_path / "f32", pruned=False)
-    logits, _ = continued(model, IDS)  # type: ignore[arg-type]
+def test_eight_bits_make_the_file_smaller_and_move_the_logits_a_little(tmp_path: Path, exported: Exported) -> None:
+    model, whole = exported("llama_mha", False)
+    save_onnx(*pruned_or_not("llama_mha", False), tmp_path / "int8", dtype="int8")
+    graph = OnnxModel(tmp_path / "int8", threads=1)
+    logits, _ = continued(model, IDS)
     found, _ = graph(IDS.unsqueeze(0), graph.empty())
     assert 1e-4 < float((found[0] - logits).abs().max()) < 0.5 * float(logits.abs().max())
-    small, large = ((tmp_path / name / "model.onnx").stat().st_size for name in ("int8", "f32"))
+    small, large = ((folder / "model.onnx").stat().st_size for folder in (tmp_path / "int8", whole))
     assert small < 0.6 * large
     assert {path.name for path in (tmp_path / "int8").iterdir()} == {
         "model.onnx",
@@ -93,9 +116,11 @@ def test_eight_bits_make_the_file_smaller_and_move_the_logits_a_little(tmp_path:
 
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_APART", 1000)
-    model, graph = written("llama_mha", tmp_path / "onnx", pruned=False)
+    model, shapes = pruned_or_not("llama_mha", False)
+    save_onnx(model, shapes, tmp_path / "onnx")
+    graph = OnnxModel(tmp_path / "onnx", threads=1)
     assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 100_000
-    logits, _ = continued(model, IDS)  # type: ignore[arg-type]
+    logits, _ = continued(model, IDS)
     torch.testing.assert_close(graph(IDS.unsqueeze(0), graph.empty())[0][0], logits, atol=1e-4, rtol=1e-4)
 
 
@@ -117,7 +142,6 @@ def _absent(name: str) -> None:
     raise ImportError(name)
 
 
-def test_the_config_says_how_wide_each_cache_is(tmp_path: Path) -> None:
-    written("llama_gqa", tmp_path / "onnx", pruned=True)
-    cache = json.loads((tmp_path / "onnx" / "config.json").read_text())["compresso_cache"]
+def test_the_config_says_how_wide_each_cache_is(exported: Exported) -> None:
+    cache = json.loads((exported("llama_gqa", True)[1] / "config.json").read_text())["compresso_cache"]
     assert cache == {"heads": [2, 2, 1], "head_dim": 8}
