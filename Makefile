@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# whole files to each process, for their tests share models and runs; in the order of the folders, so that no long file comes last
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test test-fast vllm check clean
@@ -27,10 +29,10 @@ demo: setup
 	$(OFFLINE) $(BIN)/compresso demo --output demo-output --overwrite
 
 test: setup
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov=compresso --cov-report=
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --cov=compresso --cov-report=
 
 test-fast: setup
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) -m "not slow"
 
 vllm: $(VENV)/vllm/.ready
 

@@ -38,6 +38,7 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "verify", lambda folder: answers if folder.name == "compresso" else [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shortened", "quick_reopening")
 def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call, tmp_path: Path) -> None:
     output = tmp_path / "demo"

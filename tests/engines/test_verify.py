@@ -63,6 +63,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> None:
     found = {one.engine: one for one in verify(native)}
     assert found[PLAIN.name].opens == "no"
@@ -189,6 +190,7 @@ def test_strange_code_does_not_run(native: Path, tmp_path: Path) -> None:
     assert found.opens == "not checked" and "auto_map names code to run" in found.reason
 
 
+@pytest.mark.slow
 def test_a_uniform_checkpoint_opens_without_compresso(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
     model.save_pretrained(tmp_path / "plain")
@@ -208,6 +210,7 @@ def test_what_computes_something_else_is_a_no() -> None:
     assert (found.opens, found.same_tokens, found.reason) == ("no", 1, "logits differ by up to 0.5")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(llama_cpp.missing() is not None, reason=f"llama.cpp: {llama_cpp.missing()}")
 def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf: not installed")
@@ -233,6 +236,7 @@ def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
     assert ids_of(nano_tokenizer(), 1024).dtype == torch.long
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_a_run_by_command_ends_with_what_the_engines_say(tiny_folder: Path, tmp_path: Path, call: Call) -> None:
     """It stands in the records, the card and the report, with commands for the engines that opened it; --no-verify asks

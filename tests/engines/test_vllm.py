@@ -33,7 +33,7 @@ IDS = torch.tensor([1, 5, 9, 14, 20, 33, 40])
 
 def real(function: Any) -> Any:
     """A test that runs a real vLLM."""
-    return there(pytest.mark.vllm(function))
+    return there(pytest.mark.vllm(pytest.mark.slow(function)))
 
 
 def saved(model: PreTrainedModel, folder: Path, layout: Layout = "native") -> Path:

@@ -6,6 +6,7 @@ and gguf's own reader.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ from tests.formats.nano_variants import TEXTS, greedy, nano_tokenizer, pruned_na
 from tests.formats.narrow import narrow_model
 
 gguf = pytest.importorskip("gguf", reason="gguf: not installed")
-engine = pytest.mark.skipif(missing() is not None, reason=f"llama.cpp: {missing()}")
+
+
+def engine(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that opens what it wrote in llama.cpp."""
+    return pytest.mark.slow(pytest.mark.skipif(missing() is not None, reason=f"llama.cpp: {missing()}")(test))
+
 
 STRANGE = (
     "Once upon a time, there was",

@@ -296,6 +296,7 @@ def test_everything_else_is_saved(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
+@pytest.mark.slow
 def test_reopen_in_a_fresh_process(tmp_path: Path) -> None:
     live = narrow_model("qwen2", NO_FIRST_ATTENTION)
     save_checkpoint(live, NO_FIRST_ATTENTION, tmp_path / "out", dtype=torch.bfloat16)

@@ -34,6 +34,7 @@ def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"])
 def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

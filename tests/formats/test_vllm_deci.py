@@ -42,6 +42,7 @@ def written(folder: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_config_is_read_as_vllm_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = written(tmp_path / "deci")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -104,6 +104,7 @@ def test_base_weights_stay_frozen_and_gates_in_range(make_job: MakeJob) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_lagrangian_reaches_its_target_and_lambda2_only_grows(make_job: MakeJob) -> None:
     """Ascent on the multipliers: with a negative rate or in the descent group lambda2 would fall."""
     job = LearnGates(keep=0.6, tune=2, ramp=250, hold=150, batch=4, micro_batch=4, rank=2, alpha=2.0)(make_job())  # type: ignore[arg-type]

@@ -73,6 +73,7 @@ def outcome(output: Path) -> tuple[str, dict[str, Any]]:
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(), facts
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
     command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_how_to_go_on_and_exits_143(
     command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(
     command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path
 ) -> None:
@@ -128,6 +131,7 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_damaged_stage_is_done_again(command: Crash, uninterrupted: tuple[str, Any], tmp_path: Path) -> None:
     output = tmp_path / "out"
     command(output, event="kill", phase="recover", at=3)

@@ -99,6 +99,7 @@ def test_where_the_dense_model_does_not_fit_the_account_says_so(
     assert dense.value("parameters/total")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"

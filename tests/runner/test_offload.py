@@ -53,6 +53,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -250,6 +251,7 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (2_000_000_000, 2_000_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: RLIMIT_DATA counts mapped memory there only")
 @pytest.mark.skipif(os.environ.get("COMPRESSO_LARGE") != "1", reason="COMPRESSO_LARGE: not 1, and it writes 25 GB")
 def test_eight_gigabytes_are_pruned_within_two(instructions: Path, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def weights_hash(output: Path) -> str:
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sparsegpt/50", "awq/4-g128", "e-sparse/2-4"])
 def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, command: Command, tmp_path: Path) -> None:
     """awq also changes norms, and e-sparse the order of channels, which blocks that are read from the journal must get

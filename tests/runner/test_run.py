@@ -116,6 +116,7 @@ def test_the_default_trains_from_the_first_row_and_logs_it(ran: Ran) -> None:
     assert ran("compresso/script").records["stages"]["learn_gates"]["curve"]["sparsity"][0] is None
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bytes_and_others_do_not(ran: Ran) -> None:
     assert digest(ran("compresso")) == digest(ran("compresso", copy=1))
     assert digest(ran("compresso")) != digest(ran("compresso", seed=1))
