@@ -52,7 +52,9 @@ def rounded(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.Temp
         output = tmp_path_factory.mktemp("rounded") / "out"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
-            return run(raw, tiny_folder, None if free else instructions, output=output, quiet=True, allow_collapsed=True)
+            return run(
+                raw, tiny_folder, None if free else instructions, output=output, quiet=True, allow_collapsed=True
+            )
 
     return once
 

@@ -57,6 +57,7 @@ def two(script: Script, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["batch", "example"])
 def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(
     tiny: ModuleType, two: tuple[Path, str], noise: str
@@ -67,6 +68,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(
     assert messages.count("8/8") == 3, "one process reports, for each of three runs"
 
 
+@pytest.mark.slow
 def test_sharded_processes_learn_the_same_and_resume(tiny: ModuleType, two: tuple[Path, str]):
     """FSDP 2: gates and adapters are sharded;
     stopped by SIGTERM in both processes, and continued from whole tensors.
@@ -76,6 +78,7 @@ def test_sharded_processes_learn_the_same_and_resume(tiny: ModuleType, two: tupl
     assert messages.count("stopped by SIGTERM; continue from") == 2 and "step-000006" in messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "code", "left"),
     [("kill", -signal.SIGKILL, ["step-000002", "step-000004"]), ("term", 143, ["step-000004", "step-000006"])],
