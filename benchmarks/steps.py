@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import arch_for
 from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
+from compresso.core.loss import NEXT_TOKEN
 from compresso.edit.lora import attach_
 from compresso.edit.recompute import recompute_
 from compresso.solve.constraint import ShareOfModel
@@ -81,6 +82,7 @@ def masked_steps(
         lora,
         gates,
         ShareOfModel(cost, 0.7),
+        loss=NEXT_TOKEN,
         starts=0,
         progress=lambda k: 1.0,
         use_lagrangian=False,

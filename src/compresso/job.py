@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,7 +17,7 @@ from compresso.arch.base import Arch
 from compresso.arch.outputs import outputs
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data.batches import Row, collate, pad_id
+from compresso.data.batches import Row, pad_id
 from compresso.data.cut_tokenizer import cut, translation
 from compresso.edit.gate import gated
 from compresso.edit.lora import save_adapter
@@ -36,6 +36,8 @@ from compresso.sweep.offload import Offloaded
 from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Groups, edited_names, names_of
 from compresso.sweep.visitors import Edit
+from compresso.tasks.base import Task
+from compresso.tasks.causal_lm import CAUSAL_LM
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.history import History
 from compresso.training.launch import processes
@@ -69,6 +71,8 @@ class Job:
         dense_held: the held-out examples in the dense model's tokens, once the vocabulary was cut; None while it is
             whole.
         offloaded: where the weights of a model larger than memory are; None where `model` holds them.
+        task: what the run trains and judges by.
+        labels: names of the classes, where the task has some.
     """
 
     model: PreTrainedModel
@@ -88,6 +92,8 @@ class Job:
     original: Callable[[torch.dtype, torch.device], PreTrainedModel] | None = None
     dense_held: Sequence[Row] | None = None
     offloaded: Offloaded | None = None
+    task: Task = CAUSAL_LM
+    labels: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +123,8 @@ class Job:
         return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed))
 
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Examples side by side: input_ids, attention_mask and labels, each [len(rows), longest], int64."""
-        return cast(dict[str, Tensor], collate(rows, self.pad_id))
+        """Examples side by side: what the model reads, and labels."""
+        return self.task.collate(rows, self.pad_id)
 
     def checkpoints(self) -> TrainingCheckpoints:
         """Where the running stage saves and resumes its training."""

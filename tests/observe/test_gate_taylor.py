@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.core.axis import Axis
+from compresso.core.loss import NEXT_TOKEN
 from compresso.edit.gate import gated
 from compresso.errors import NumericError
 from compresso.observe.gate_taylor import gate_taylor
-from compresso.training.objectives import language_loss
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_scores_are_the_mean_square_of_each_examples_own_gradient(model: PreTrai
         for row in range(len(one["labels"])):
             masks = {axis.name: torch.ones(axis.size, requires_grad=True) for axis in axes}
             with gated(model, axes, masks):
-                loss = language_loss(model, {name: value[row : row + 1] for name, value in one.items()})
+                loss = NEXT_TOKEN(model, {name: value[row : row + 1] for name, value in one.items()})
             for name, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True):
                 by_hand[name] += gradient.square() / 5
     for name, score in scores.items():
@@ -79,7 +79,7 @@ def test_a_score_predicts_what_dimming_the_gate_does(model: PreTrainedModel) -> 
             mask = torch.ones(axis.size, dtype=torch.float64)
             mask[unit] = value
             with torch.no_grad(), gated(double, axes, {axis.name: mask}):
-                losses.append(float(language_loss(double, one)))
+                losses.append(float(NEXT_TOKEN(double, one)))
         slope = (losses[1] - losses[0]) / 0.02
         assert float(scores[axis.name][unit]) == pytest.approx(slope**2, rel=5e-2)
     model.float()

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from compresso.arch.base import arch_for
 from compresso.core.axis import Axis, Kind
+from compresso.core.loss import NEXT_TOKEN
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, NumericError
 from compresso.observe.influence import angular_distances, block_influence
 from compresso.observe.losses import losses_without
-from compresso.training.objectives import language_loss
 
 ORACLE = Path(os.environ.get("COMPRESSO_DATA", "")) / "oracles" / "mha"
 KINDS = (Kind.LAYER, Kind.ATTENTION, Kind.MLP)
@@ -166,7 +166,7 @@ def test_the_loss_without_a_part_is_that_of_the_smaller_model(model: PreTrainedM
     shrink_(model, axes, Plan({name: (1, 3)}))
     counts = [int((one["labels"][:, 1:] != -100).sum()) for one in part]
     with torch.no_grad():
-        by_hand = sum(float(language_loss(model, one)) * count for one, count in zip(part, counts, strict=True)) / sum(
+        by_hand = sum(float(NEXT_TOKEN(model, one)) * count for one, count in zip(part, counts, strict=True)) / sum(
             counts
         )
     assert float(found) == pytest.approx(by_hand, rel=1e-6)

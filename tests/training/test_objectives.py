@@ -12,9 +12,10 @@ from compresso.core import hard_concrete
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
+from compresso.core.loss import NEXT_TOKEN
 from compresso.edit.lora import attach_
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
-from compresso.training.objectives import GatedObjective, language_loss
+from compresso.training.objectives import GatedObjective
 from compresso.training.order import Micro
 
 
@@ -45,6 +46,7 @@ def objective(
         attach_(model, 4, 4.0),
         gates,
         CountsPerLayer(gated_axes, {Kind.HEAD: 2, Kind.CHANNEL: 12}, cost) if per_layer else ShareOfModel(cost, 0.5),
+        loss=NEXT_TOKEN,
         starts=starts,
         progress=lambda k: min(1.0, k / 10),
         use_lagrangian=lagrangian,
@@ -67,7 +69,7 @@ def test_before_pruning_begins_the_model_is_dense_and_gates_get_no_gradient() ->
         out = one(batch(), Micro(4, 0, range(4)))
         out["loss"].backward()
     assert set(out) == {"loss"}
-    assert out["loss"].item() == pytest.approx(language_loss(one.model, batch()).item(), abs=1e-6)
+    assert out["loss"].item() == pytest.approx(NEXT_TOKEN(one.model, batch()).item(), abs=1e-6)
     assert one.gates.log_alpha.grad is None
     assert all(p.grad is None for p in one.multipliers())
 
@@ -145,7 +147,7 @@ def test_closed_layer_gates_leave_the_model_dense_whatever_its_unit_masks(how: L
         one.layer_alpha.fill_(-100.0)
     with one.attached():
         loss = one(batch(), Micro(0, 0, range(4)))["language"].item()
-    assert loss == pytest.approx(language_loss(one.model, batch()).item(), abs=1e-6)
+    assert loss == pytest.approx(NEXT_TOKEN(one.model, batch()).item(), abs=1e-6)
     assert one.constraint.sparsity(one.keep_probabilities()).item() == pytest.approx(0, abs=1e-4)
     assert all((value > 50).all() for value in one.final_values().values())
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
 from compresso.core.axis import Axis, Kind
+from compresso.core.loss import NEXT_TOKEN
 from compresso.edit.gate import gated
 from compresso.edit.lora import attach_, merge_
 from compresso.solve.greedy import Flat
@@ -47,6 +48,7 @@ def objective(**knobs: Any) -> ShrinkingObjective:
         return {axis.name: (torch.arange(axis.size) >= period).float() for axis in axes}
 
     made: dict[str, Any] = {
+        "loss": NEXT_TOKEN,
         "starts": 2,
         "length": 4,
         "periods": 1,

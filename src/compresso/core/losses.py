@@ -1,4 +1,4 @@
-"""The two terms of mask training: next-token cross-entropy and the Lagrangian that holds the size.
+"""The terms of mask training: cross-entropy of next tokens or of labels, and the Lagrangian that holds the size.
 
 Unusual: where less than half of the positions are labelled, only their logits are gathered and widened to float32, so
 that a long prompt costs no memory; where most are, gathering would cost more than it saves, and the loss runs over all
@@ -31,6 +31,24 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         )  # as long as the logits, so that these are not copied
         return functional.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED)
     return _token_losses(logits, labels, labelled).mean()
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood [], float32, of the labels of whole examples.
+
+    Args:
+        logits: [batch, classes], any float dtype.
+        labels: [batch], int64; -100 is ignored.
+
+    Raises ValueError if no example is labelled (the mean would be NaN) or the shapes disagree.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"wanted logits [batch, classes] and labels [batch], got {list(logits.shape)} and {list(labels.shape)}"
+        )
+    if not bool((labels != IGNORED).any()):
+        raise ValueError(f"no example is labelled in a batch of {len(labels)}; give examples with a label")
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
 
 
 @overload

@@ -14,13 +14,14 @@ IGNORED = -100
 
 
 class Row(TypedDict):
-    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; where it is known, the source
-    it came from.
+    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; of a classified text one label
+    in all. Where it is known, the source it came from; of a pair of texts, which id belongs to which.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: NotRequired[str]
+    token_type_ids: NotRequired[list[int]]
 
 
 class Batch(TypedDict):

@@ -40,7 +40,7 @@ from compresso.observe.linear_uses import linear_uses
 from compresso.solve.tokens import shares
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, stage
 from compresso.stage.tuning import group_of, tune
-from compresso.training.objectives import LanguageObjective
+from compresso.training.objectives import LossObjective
 
 Masks = dict[str, Tensor]
 """Parameter name -> entries that stay, bool."""
@@ -120,7 +120,9 @@ class ContextualThresholds:
         handles = [named[name].register_hook(_masked(stays.to(job.device))) for name, stays in masks.items()]
         learning = group_of("all", model, self.adamw, model.config.hidden_size, total, self.weight_decay)
         try:
-            history = tune(job, "contextual_thresholds", self.trains, LanguageObjective(model), [learning], total)
+            history = tune(
+                job, "contextual_thresholds", self.trains, LossObjective(model, job.task.loss), [learning], total
+            )
         finally:
             for handle in handles:
                 handle.remove()

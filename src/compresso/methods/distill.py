@@ -24,7 +24,7 @@ from compresso.errors import CheckpointError
 from compresso.job import Job, curve
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
-from compresso.training.distill_objective import DistillObjective, Network
+from compresso.training.distill_objective import DistillObjective
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -122,8 +122,9 @@ class Distill:
         compared = bool(self.intermediate_weight)
         return DistillObjective(
             model,
-            Network(job.model, list(ours) if compared else ()),
-            Network(teacher, [theirs[i] for i in kept] if compared else ()),
+            job.task.halves(job.model, list(ours) if compared else ()),
+            job.task.halves(teacher, [theirs[i] for i in kept] if compared else ()),
+            compare=job.task.compare,
             dimensions=None if dimensions is None else torch.tensor(dimensions),
             divergence=self.divergence,
             temperature=self.temperature,

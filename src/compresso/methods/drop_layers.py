@@ -160,8 +160,10 @@ class DropLayers:
         def losses() -> Tensor:
             """Without each of those left, journalled."""
             turn = f"losses-{len(gone)}"
-            journal, progress = job.rounds(turn, same), job.progress()
-            return losses_without(job.model, axes, left, batches, gone, journal=journal, progress=progress, name=turn)
+            journal, progress, loss = job.rounds(turn, same), job.progress(), job.task.loss
+            return losses_without(
+                job.model, axes, left, batches, gone, loss=loss, journal=journal, progress=progress, name=turn
+            )
 
         if not self.iterative:
             for (name, unit), loss in zip(left, losses().tolist(), strict=True):

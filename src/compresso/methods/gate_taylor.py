@@ -58,6 +58,6 @@ class GateTaylor:
         axes, cost = self.removes.among(job.arch.axes(job.model)), job.cost()
         batches = list(self.calibrates.read(job.batches(self.calibrates.batch, "gate_taylor")))
         how = job.observing("scores", job.same("gate_taylor", self))
-        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
+        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how, job.task.loss)
         plan = allocated(self.allocation, axes, scores, cost, self.budget())
         return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.calibrates.examples)

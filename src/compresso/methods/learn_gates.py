@@ -151,6 +151,7 @@ class LearnGates:
             lora,
             gates,
             constraint,
+            loss=job.task.loss,
             starts=open_,
             progress=schedule.progress(self.ramp_shape, ramp),
             use_lagrangian=self.constraint == "lagrangian",
@@ -218,7 +219,7 @@ class LearnGates:
         looks = Calibrates(self.score_batches, self.trains.batch, self.trains.micro_batch)
         batches = list(looks.read(job.batches(looks.batch, "gate_taylor")))
         how = job.observing("scores", job.same("learn_gates", self))
-        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how)
+        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how, job.task.loss)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
         spread = {

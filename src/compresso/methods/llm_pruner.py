@@ -250,8 +250,9 @@ class LlmPruner:
         names = {piece.param for axis in axes for piece in axis.slices}
         at_once = self.calibrates.micro_batch
         batch = self._examples(job, iteration) if importance in (*WITH_GRADIENT, *WITH_FISHER) else {}
-        gradients = weight_gradients(job.model, names, batch, at_once) if importance in WITH_GRADIENT else None
-        fisher = weight_fisher(job.model, names, batch) if importance in WITH_FISHER else None
+        model, loss = job.model, job.task.loss
+        gradients = weight_gradients(model, names, batch, at_once, loss) if importance in WITH_GRADIENT else None
+        fisher = weight_fisher(model, names, batch, loss) if importance in WITH_FISHER else None
         parameters = dict(job.model.named_parameters())
         return {
             axis.name: unit_scores(axis, importance, parameters, gradients, fisher, self.reduction) for axis in axes

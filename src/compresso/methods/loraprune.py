@@ -153,7 +153,7 @@ class LoraPrune:
 
         lora = attached(job, self.lora)
         try:
-            objective = PruningObjective(lora, axes, weights, choose, self.momentum).to(job.device)
+            objective = PruningObjective(lora, axes, weights, choose, job.task.loss, self.momentum).to(job.device)
         except ValueError as error:
             raise RecipeError(f"stage 'loraprune': {error}") from error
         adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)

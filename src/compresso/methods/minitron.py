@@ -124,6 +124,7 @@ class Minitron:
             axes,
             [plan.masks(axes) for plan in plans],
             list(self._batches(job, self.candidate_batches)),
+            loss=job.task.loss,
             mean_over="batches",
             journal=journal,
             progress=job.progress(),

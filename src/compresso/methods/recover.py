@@ -14,7 +14,7 @@ from compresso.arch.base import Arch
 from compresso.job import Job, curve
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
-from compresso.training.objectives import LanguageObjective
+from compresso.training.objectives import LossObjective
 
 
 @stage(
@@ -53,7 +53,7 @@ class Recover:
         (total,) = self.trains.updates(len(job.rows))
         lora = attached(job, self.lora)
         adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
-        history = tune(job, "recover", self.trains, LanguageObjective(lora), [adapters], total)
+        history = tune(job, "recover", self.trains, LossObjective(lora, job.task.loss), [adapters], total)
         return merged(job, lora, "recover", self.trains).note(
             "recover", updates=total, trainable=adapters.numbers, lr=adapters.lr, curve=curve(history)
         )

@@ -90,7 +90,7 @@ class RecoverKnowledge:
 
         before = lost()
         lora = attached(job, self.lora)
-        objective = MixedObjective(lora, before).to(job.device)
+        objective = MixedObjective(lora, job.task.loss, before).to(job.device)
 
         def shares_at(update: int) -> Tensor:
             return shares(objective.lost.cpu(), texts if update < texts_end else ~texts, n_rows)

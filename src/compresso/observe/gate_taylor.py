@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
 from compresso.core.cost import CostModel
-from compresso.core.losses import next_token_loss
+from compresso.core.loss import NEXT_TOKEN, Loss, logits_of
 from compresso.core.score import parameters_per_unit
 from compresso.edit.gate import gated
 from compresso.errors import NumericError
@@ -19,7 +19,11 @@ from compresso.observe.sites import See
 
 
 def gate_taylor(
-    model: PreTrainedModel, axes: Sequence[Axis], batches: Iterable[Batch], how: Pass | None = None
+    model: PreTrainedModel,
+    axes: Sequence[Axis],
+    batches: Iterable[Batch],
+    how: Pass | None = None,
+    loss: Loss = NEXT_TOKEN,
 ) -> dict[str, Tensor]:
     """Squared gradient of each example's loss with respect to each unit's gate at 1, averaged: axis name -> [size],
     float32.
@@ -31,8 +35,9 @@ def gate_taylor(
     Args:
         model: run in evaluation mode.
         axes: of the units to score.
-        batches: input_ids, attention_mask and labels, each int64 [batch, seq].
+        batches: what the model reads, and labels.
         how: display and journal of the pass.
+        loss: of an example.
 
     Raises:
         NumericError: if a gradient is not finite.
@@ -40,14 +45,13 @@ def gate_taylor(
 
     def backward(model: PreTrainedModel, batch: Batch, see: See) -> None:
         """Show each axis' gradients, one row an example [batch, size]."""
-        given = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
         rows = labels.shape[0]
         masks = {axis.name: torch.ones(rows, axis.size, device=model.device, requires_grad=True) for axis in axes}
         with torch.enable_grad(), gated(model, axes, masks):
-            logits = model(**given, use_cache=False).logits
-            loss = sum(next_token_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(rows))
-            gradients = torch.autograd.grad(loss, list(masks.values()))  # type: ignore[arg-type]
+            logits = logits_of(model, batch)
+            summed = sum(loss.mean(logits[i : i + 1], labels[i : i + 1]) for i in range(rows))
+            gradients = torch.autograd.grad(summed, list(masks.values()))  # type: ignore[arg-type]
         for name, gradient in zip(masks, gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise NumericError(
@@ -71,18 +75,19 @@ def sensitivity_per_parameter(
     cost: CostModel,
     batches: Iterable[Batch],
     how: Pass | None = None,
+    loss: Loss = NEXT_TOKEN,
 ) -> dict[str, Tensor]:
     """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU.
 
     The scores do not depend on how examples are batched, since each example has its own mask row.
 
     Args:
-        model, axes, batches, how: as in `gate_taylor`.
+        model, axes, batches, how, loss: as in `gate_taylor`.
         cost: of the model as it is.
 
     Raises as `gate_taylor`.
     """
-    scores, per_unit = gate_taylor(model, axes, batches, how), parameters_per_unit(axes, cost)
+    scores, per_unit = gate_taylor(model, axes, batches, how, loss), parameters_per_unit(axes, cost)
     return {name: score.cpu() / per_unit[name] for name, score in scores.items()}
 
 

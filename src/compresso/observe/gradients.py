@@ -14,31 +14,33 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from compresso.core.losses import IGNORED, next_token_loss
+from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.errors import NumericError
 from compresso.observe.observe import Batch, Run, observe
 from compresso.observe.sites import Positions, See, Site
 
 
 def weight_gradients(
-    model: PreTrainedModel, names: Collection[str], batch: Batch, micro_batch: int
+    model: PreTrainedModel, names: Collection[str], batch: Batch, micro_batch: int, loss: Loss = NEXT_TOKEN
 ) -> dict[str, Tensor]:
-    """The gradient of a batch's mean loss over labelled tokens: name -> tensor in the weight's shape, float32.
+    """The gradient of a batch's mean loss over labels: name -> tensor in the weight's shape, float32.
 
     The batch goes through in parts of `micro_batch` examples; the result does not depend on it. Raises NumericError if
     it is not finite.
     """
-    labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+    labelled = loss.terms(batch["labels"])
 
     def backward(model: PreTrainedModel, part: Batch, see: See) -> None:
-        share = int((part["labels"][:, 1:] != IGNORED).sum()) / labelled
+        share = loss.terms(part["labels"]) / labelled
         with torch.enable_grad():
-            (_loss(model, part) * share).backward()  # pyright: ignore[reportUnknownMemberType]
+            (loss(model, part) * share).backward()  # pyright: ignore[reportUnknownMemberType]
 
     return _totals(model, names, _parts(batch, micro_batch), backward, lambda gradient: gradient)
 
 
-def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Batch) -> dict[str, Tensor]:
+def weight_fisher(
+    model: PreTrainedModel, names: Collection[str], batch: Batch, loss: Loss = NEXT_TOKEN
+) -> dict[str, Tensor]:
     """Squared gradients of single examples' mean losses, averaged over the examples: name -> tensor in the weight's
     shape, float32.
 
@@ -49,7 +51,7 @@ def weight_fisher(model: PreTrainedModel, names: Collection[str], batch: Batch) 
 
     def backward(model: PreTrainedModel, part: Batch, see: See) -> None:
         with torch.enable_grad():
-            _loss(model, part).backward()  # pyright: ignore[reportUnknownMemberType]
+            loss(model, part).backward()  # pyright: ignore[reportUnknownMemberType]
 
     return _totals(model, names, _parts(batch, 1), backward, lambda gradient: gradient.square() / examples)
 
@@ -115,12 +117,6 @@ def _parts(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
     """A batch a few examples at a time."""
     for start in range(0, len(batch["labels"]), size):
         yield {name: value[start : start + size] for name, value in batch.items()}
-
-
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean loss over labelled tokens [], float32."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return next_token_loss(model(**inputs, use_cache=False).logits, batch["labels"])
 
 
 def _finite(totals: dict[str, Tensor]) -> dict[str, Tensor]:

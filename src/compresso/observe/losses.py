@@ -13,11 +13,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
-from compresso.core.losses import IGNORED, next_token_loss
+from compresso.core.loss import NEXT_TOKEN, Loss, logits_of
 from compresso.edit.gate import gated
 from compresso.errors import NumericError, ResumeError
 from compresso.solve.depth import Part
@@ -32,13 +31,14 @@ def losses_under(
     masks: Sequence[Mapping[str, Tensor]],
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    loss: Loss = NEXT_TOKEN,
     mean_over: Literal["tokens", "batches"] = "tokens",
     journal: RoundJournal | None = None,
     progress: Progress | None = None,
     name: str = "losses",
     most: int | None = None,
 ) -> Tensor:
-    """Mean next-token loss under each of many masks [n_masks], float64, nats a labelled token.
+    """Mean loss under each of many masks [n_masks], float64, nats a label.
 
     A token that only padding predicts counts nowhere. A loss that is not finite is returned as it is: whether it means
     a useless candidate or a broken model is the caller's to say.
@@ -47,8 +47,9 @@ def losses_under(
         model: run in evaluation mode; its weights are not touched.
         axes: those that masks may name.
         masks: one mapping a sub-model, axis name -> [size], any floating dtype; axes that it does not name are whole.
-        batches: {"input_ids", "attention_mask", "labels"}, each int64 [batch, seq]; all of them are moved to the
-            model's device, once.
+        batches: what the model reads, an attention mask [batch, seq] among it, and labels; all of them are moved to
+            the model's device, once.
+        loss: of a batch.
         mean_over: "tokens" weighs every labelled token alike, "batches" every batch.
         journal: of the losses; those it holds are read instead of taken again, bit for bit. None keeps none.
         progress, name: display.
@@ -64,13 +65,13 @@ def losses_under(
         best = plans[int(losses.argmin())]
     """
     masks = masks[:most]
-    given = [_Batch.of(batch, model.device) for batch in batches]
+    given = [_Batch.of(batch, model.device, loss) for batch in batches]
     losses, digests = list[float](), list[str]()
     if journal is not None:
         data = _digest(value for batch in batches for _, value in sorted(batch.items()))
         digests = [_digest((mask[axis] for axis in sorted(mask)), *sorted(mask), data, mean_over) for mask in masks]
         losses = _known(journal, digests)
-    tokens = float(sum(batch.ids.numel() for batch in given))
+    tokens = float(sum(batch.given["attention_mask"].numel() for batch in given))
     shown = progress or Progress("silent")
     model.eval()
     with (
@@ -81,7 +82,7 @@ def losses_under(
     ):
         for i, mask in enumerate(masks[len(losses) :], start=len(losses)):
             sites.set({axis: values.to(model.device) for axis, values in mask.items()})
-            losses.append(_loss(model, given, mean_over))
+            losses.append(_loss(model, given, loss, mean_over))
             if journal is not None:
                 journal.append({"of": digests[i], "loss": _written(losses[i])})
             shown.step(i + 1, name, {"loss": losses[i]}, tokens)
@@ -96,24 +97,25 @@ def losses_without(
     batches: Sequence[Mapping[str, Tensor]],
     gone: Sequence[Part] = (),
     *,
+    loss: Loss = NEXT_TOKEN,
     journal: RoundJournal | None = None,
     progress: Progress | None = None,
     name: str = "losses",
 ) -> Tensor:
-    """Mean next-token loss with each candidate in turn switched off [candidates], float64, nats a labelled token.
+    """Mean loss with each candidate in turn switched off [candidates], float64, nats a label.
 
     The perplexity criterion of depth pruning (arXiv 2407.14679, section 2.2, "PPL") without the exponential, which
     ranks the same.
 
     Args:
-        model, axes, batches, journal, progress, name: as in `losses_under`.
+        model, axes, batches, loss, journal, progress, name: as in `losses_under`.
         candidates: switched off one at a time.
         gone: switched off throughout.
 
     Raises NumericError if a loss is not finite, else as `losses_under`.
     """
     masks = [_masks(axes, [*gone, candidate]) for candidate in candidates]
-    losses = losses_under(model, axes, masks, batches, journal=journal, progress=progress, name=name)
+    losses = losses_under(model, axes, masks, batches, loss=loss, journal=journal, progress=progress, name=name)
     for (axis, unit), loss in zip(candidates, losses.tolist(), strict=True):
         if not math.isfinite(loss):
             raise NumericError(f"the loss without unit {unit} of {axis} is not finite; use float32 or bfloat16")
@@ -122,28 +124,27 @@ def losses_without(
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch on the device: labels only where a real token predicts them, and how many these are."""
+    """A batch on the device: labels only where something real predicts them, and how many these are."""
 
-    ids: Tensor
-    mask: Tensor
+    given: Mapping[str, Tensor]
     labels: Tensor
     n_labelled: int
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor], device: torch.device) -> "_Batch":
-        ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-        predicting = pad(mask[:, :-1], (1, 0))  # what follows padding is predicted by nothing
-        labels = labels.masked_fill(predicting == 0, IGNORED)
-        return cls(ids, mask, labels, int((labels != IGNORED).sum()))
+    def of(cls, batch: Mapping[str, Tensor], device: torch.device, loss: Loss) -> "_Batch":
+        given = {name: value.to(device) for name, value in batch.items()}
+        labels = loss.predicted(given["labels"], given["attention_mask"])
+        return cls(given, labels, loss.terms(labels))
 
 
-def _loss(model: PreTrainedModel, batches: Sequence[_Batch], mean_over: Literal["tokens", "batches"]) -> float:
+def _loss(
+    model: PreTrainedModel, batches: Sequence[_Batch], loss: Loss, mean_over: Literal["tokens", "batches"]
+) -> float:
     """The mean loss over the batches under the masks that are set."""
     total = 0.0
     for batch in batches:
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-        loss = float(next_token_loss(logits, batch.labels))
-        total += loss * batch.n_labelled if mean_over == "tokens" else loss
+        mean = float(loss.mean(logits_of(model, batch.given), batch.labels))
+        total += mean * batch.n_labelled if mean_over == "tokens" else mean
     return total / (sum(batch.n_labelled for batch in batches) if mean_over == "tokens" else len(batches))
 
 

@@ -1,15 +1,16 @@
-"""What distillation minimises: a divergence from a teacher's next-token distributions, and by choice a label loss and
-one on hidden states.
+"""What distillation minimises: a divergence from a teacher's distributions, and by choice a label loss and one on
+hidden states.
 
-Both models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as wide
-as the vocabulary) for a few hundred tokens at a time. The teacher is no submodule of the objective, so it stays in
-evaluation mode, frozen, where and in which dtype it is, and out of every checkpoint.
+Language models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as
+wide as the vocabulary) for a few hundred tokens at a time. A classifier's logits are few and are taken whole. The
+teacher is no submodule of the objective, so it stays in evaluation mode, frozen, where and in which dtype it is, and
+out of every checkpoint.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,74 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from compresso.core.distillation import Distance, Divergence, chunked, divergences, dynamic_scale, hidden_distance
+from compresso.core.loss import logits_of
 from compresso.core.losses import IGNORED
 from compresso.errors import ArchError, RecipeError
 from compresso.training.order import Micro
+
+Tokens = Literal["labelled", "all"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Where a batch's models are compared.
+
+    Args:
+        targets: the label of each of the places that `Halves.read` gives first, int64, -100 for none.
+        places: which of these places count, bool, of the same shape.
+        states: which positions' hidden states count [batch, seq], bool.
+    """
+
+    targets: Tensor
+    places: Tensor
+    states: Tensor
+
+
+Compare = Callable[[Mapping[str, Tensor], Tokens], Compared]
+"""A batch, and which of its tokens are asked for -> where models are compared on it."""
+
+
+class Halves(Protocol):
+    """A model in two halves: batch -> what is computed at once; that -> logits, a part at a time."""
+
+    def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What logits are made of [batch, ..., width], and the outputs of chosen blocks [batch, seq, hidden]."""
+        ...
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Logits [n, outcomes] of what `read` gave [n, width]."""
+        ...
+
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters that `logits` uses."""
+        ...
+
+    def check(self) -> None:
+        """Raises ArchError if the two halves are not the whole."""
+        ...
+
+    @property
+    def outcomes(self) -> int:
+        """Among how many the model decides."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """What these are, in a word."""
+        ...
+
+
+def next_tokens(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
+    """Positions that predict a label, or all but padding; their labels are those of the next."""
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # of the position before
+    chosen = targets != IGNORED if tokens == "labelled" else batch["attention_mask"].bool()
+    return Compared(targets, chosen, chosen)
+
+
+def examples(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
+    """Every example, and the hidden states of all its positions but padding."""
+    labels = batch["labels"]
+    return Compared(labels, torch.ones_like(labels, dtype=torch.bool), batch["attention_mask"].bool())
 
 
 @dataclass(frozen=True)
@@ -55,6 +121,10 @@ class Network:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def parameters(self) -> Sequence[Tensor]:
+        """Those of the head."""
+        return list(self.head().parameters())
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare the two halves with the whole.
@@ -62,7 +132,7 @@ class Network:
         Raises:
             ArchError: something unknown lies between them.
         """
-        ids = torch.arange(min(8, self.vocabulary), device=self.model.device).unsqueeze(0)
+        ids = torch.arange(min(8, self.outcomes), device=self.model.device).unsqueeze(0)
         whole = self.model(input_ids=ids, use_cache=False).logits
         halves = self.logits(self.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
         if float((whole - halves).abs().max()) > 1e2 * torch.finfo(whole.dtype).eps * float(whole.abs().max()):
@@ -72,10 +142,56 @@ class Network:
             )
 
     @property
-    def vocabulary(self) -> int:
+    def outcomes(self) -> int:
         """Rows of the head."""
         weight = self.head().get_parameter("weight")
         return int(weight.shape[0])
+
+    @property
+    def words(self) -> str:
+        """What the head decides among."""
+        return "tokens"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A classifier of whole examples, whose first half is all of it.
+
+    Args:
+        model: without or with adapters in its layers.
+        blocks: those of its layers whose outputs are wanted.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[nn.Module] = ()
+
+    def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits [batch, classes], and the outputs of the blocks, each [batch, seq, hidden]; on the model's device."""
+        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
+        with _outputs(self.blocks) as found:
+            logits = logits_of(self.model, inputs)
+        return logits, list(found)
+
+    def logits(self, last: Tensor) -> Tensor:
+        """The same."""
+        return last
+
+    def parameters(self) -> Sequence[Tensor]:
+        """None: the second half does nothing."""
+        return ()
+
+    def check(self) -> None:
+        """Nothing can lie between the halves."""
+
+    @property
+    def outcomes(self) -> int:
+        """Classes."""
+        return int(self.model.config.num_labels or 0)
+
+    @property
+    def words(self) -> str:
+        """What it decides among."""
+        return "classes"
 
 
 class DistillObjective(nn.Module):
@@ -87,7 +203,8 @@ class DistillObjective(nn.Module):
         dimensions: which of the teacher's hidden dimensions the student has left [student's hidden], int64; None for
             all.
         divergence, temperature, beta: as in `core.distillation.divergences`.
-        hard_weight: of the next-token loss on labels.
+        compare: where both are compared on a batch.
+        hard_weight: of the cross-entropy of labels.
         intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves
             `intermediate` unused.
         intermediate: the distance.
@@ -98,9 +215,10 @@ class DistillObjective(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        student: Network,
-        teacher: Network,
+        student: Halves,
+        teacher: Halves,
         *,
+        compare: Compare = next_tokens,
         dimensions: Tensor | None = None,
         divergence: Divergence = "forward",
         temperature: float = 1.0,
@@ -108,33 +226,40 @@ class DistillObjective(nn.Module):
         hard_weight: float = 0.0,
         intermediate_weight: float = 0.0,
         intermediate: Distance = "cosine",
-        tokens: Literal["labelled", "all"] = "labelled",
+        tokens: Tokens = "labelled",
         chunk: int = 512,
     ) -> None:
         """Check that student and teacher fit each other.
 
         Raises:
-            RecipeError: the vocabularies differ.
+            RecipeError: the models decide among different outcomes.
             ArchError: a model that cannot be cut in halves.
         """
         super().__init__()
-        if student.vocabulary != teacher.vocabulary:
+        if student.outcomes != teacher.outcomes:
+            if student.words == "classes":
+                raise RecipeError(
+                    f"the smaller model has {student.outcomes} classes, its teacher {teacher.outcomes}; distil from a"
+                    " teacher of the same labels"
+                )
             raise RecipeError(
-                f"the smaller model has a vocabulary of {student.vocabulary}, its teacher one of {teacher.vocabulary}: "
+                f"the smaller model has a vocabulary of {student.outcomes}, its teacher one of {teacher.outcomes}: "
                 "no token is comparable. Distil before tokens are removed"
             )
         for network in (student, teacher):
             network.check()
         self.model = model
         self._student, self._teacher, self._dimensions = student, teacher, dimensions
+        self._compare = compare
         self._divergence: Divergence = divergence
         self._intermediate: Distance = intermediate
         self._temperature, self._beta = temperature, beta
         self._hard_weight, self._intermediate_weight = hard_weight, intermediate_weight
-        self._tokens, self._chunk = tokens, chunk
+        self._tokens: Tokens = tokens
+        self._chunk = chunk
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
-        """batch: input_ids, attention_mask, labels, each int64 [batch, seq].
+        """batch: what the model reads, and labels.
 
         Returns:
             "loss" [] to differentiate, and to log, where they have a weight: "divergence", "hard", "intermediate"
@@ -143,23 +268,22 @@ class DistillObjective(nn.Module):
         Raises:
             ValueError: no position of the batch counts.
         """
-        targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # of the position before
-        chosen = targets != IGNORED if self._tokens == "labelled" else batch["attention_mask"].bool()
+        at = self._compare(batch, self._tokens)
         with torch.no_grad():
-            taught, examples = self._teacher.read(batch)
-            taught = taught[chosen.to(taught.device)]
+            taught, shown = self._teacher.read(batch)
+            taught = taught[at.places.to(taught.device)]
         last, states = self._student.read(batch)
-        loss, facts = self._on_logits(last[chosen], taught, targets[chosen])
+        loss, facts = self._on_logits(last[at.places], taught, at.targets[at.places])
         if self._intermediate_weight:
-            pairs = zip(states, examples, strict=True)
-            distances = [self._distance(ours[chosen], theirs[chosen.to(theirs.device)]) for ours, theirs in pairs]
+            pairs = zip(states, shown, strict=True)
+            distances = [self._distance(ours[at.states], theirs[at.states.to(theirs.device)]) for ours, theirs in pairs]
             distance = torch.stack(distances).mean()
             loss = loss + self._intermediate_weight * dynamic_scale(facts["divergence"], distance) * distance
             facts["intermediate"] = distance.detach()
         return {"loss": loss, **facts}
 
     def _on_logits(self, last: Tensor, taught: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Divergence plus label loss over tokens: last, taught [n, hidden] of each model, targets [n]."""
+        """Divergence plus label loss over places: last, taught [n, width] of each model, targets [n]."""
         n_labels = int((targets != IGNORED).sum())
         if self._hard_weight and not n_labels:
             raise ValueError(
@@ -181,7 +305,7 @@ class DistillObjective(nn.Module):
             )
             return divergence + self._hard_weight * hard, torch.stack([divergence, hard])
 
-        total, facts = chunked(loss, last, list(self._student.head().parameters()), self._chunk)
+        total, facts = chunked(loss, last, self._student.parameters(), self._chunk)
         return total, dict(zip(("divergence", "hard"), facts, strict=False))
 
     def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:

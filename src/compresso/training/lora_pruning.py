@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from compresso.core.axis import Axis
 from compresso.core.lora_gradient import Factors, moved_average, unit_importance
+from compresso.core.loss import TrainingLoss
 from compresso.edit.gate import GateSites, gated
 from compresso.edit.lora import adapter_parameters
 from compresso.solve.greedy import Flat
-from compresso.training.objectives import language_loss
 from compresso.training.order import Micro
 
 Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor] | None]
@@ -25,13 +25,14 @@ Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str
 
 
 class PruningObjective(nn.Module):
-    """Next-token loss under masks that only ever lose units.
+    """A loss under masks that only ever lose units.
 
     Args:
         model: the model with adapters; base weights frozen.
         axes: heads and channels that may be removed.
         weights: parameter name in the base model -> the base weight.
         choose: which units remain after an update.
+        loss: of the masked model on a batch.
         momentum: of the scores' moving average.
     """
 
@@ -46,6 +47,7 @@ class PruningObjective(nn.Module):
         axes: Sequence[Axis],
         weights: Mapping[str, Tensor],
         choose: Choose,
+        loss: TrainingLoss,
         momentum: float = 0.9,
     ) -> None:
         """Check that every axis has adapters.
@@ -55,7 +57,7 @@ class PruningObjective(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.axes, self.choose, self.momentum = list(axes), choose, momentum
+        self.axes, self.choose, self.loss, self.momentum = list(axes), choose, loss, momentum
         self._weight, self._flat = weights.__getitem__, Flat(self.axes)
         adapted = adapter_parameters(model)
         for axis in self.axes:
@@ -79,11 +81,11 @@ class PruningObjective(nn.Module):
                 self._sites = None
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
-        """batch: input_ids, attention_mask, labels, each int64 [batch, seq]. Returns {"loss": []}."""
+        """batch: what the model reads, and labels. Returns {"loss": []}."""
         if self._sites is None:
             raise RuntimeError("PruningObjective runs inside `with objective.attached():`")
         self._sites.set(self._flat.split(self.mask))
-        return {"loss": language_loss(self.model, batch)}
+        return {"loss": self.loss(self.model, batch)}
 
     @torch.no_grad()
     def observe_(self, update: int) -> None:

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compresso.core.loss import TrainingLoss
 from compresso.training.noise import mixed_seed
-from compresso.training.objectives import LanguageObjective
+from compresso.training.objectives import LossObjective
 
 
-class MixedObjective(LanguageObjective):
-    """Next-token loss that also owns the shares of its sources."""
+class MixedObjective(LossObjective):
+    """A loss that also owns the shares of its sources."""
 
     lost: Tensor
     """How much higher the loss on each source is than it was [sources], float64, nats a token."""
 
-    def __init__(self, model: nn.Module, lost: Tensor) -> None:
-        """model: a causal language model, with adapters; lost: before training [sources]."""
-        super().__init__(model)
+    def __init__(self, model: nn.Module, loss: TrainingLoss, lost: Tensor) -> None:
+        """model: with adapters; loss: what it minimises on a batch; lost: before training [sources]."""
+        super().__init__(model, loss)
         self.register_buffer("lost", lost.double().clone())
 
 

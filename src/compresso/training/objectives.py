@@ -1,5 +1,5 @@
-"""What training minimises: the language-model loss alone, or with learned gates under a budget (Compresso, arXiv
-2310.05015, section 3.2).
+"""What training minimises: a task's loss alone, or with learned gates under a budget (Compresso, arXiv 2310.05015,
+section 3.2).
 
 An objective is one module that owns the model and everything else that learns, so that every gradient is reduced over
 processes.
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from compresso.core import hard_concrete
 from compresso.core.axis import Kind
 from compresso.core.gates import Gates
-from compresso.core.losses import lagrangian, next_token_loss
+from compresso.core.loss import TrainingLoss
+from compresso.core.losses import lagrangian
 from compresso.edit.gate import GateSites, gated
 from compresso.edit.layer_gates import effective_mask
 from compresso.training.noise import gate_noise
@@ -24,23 +25,17 @@ from compresso.training.order import Micro
 _SURELY_OPEN = 100.0  # log-alpha whose soft value is exactly 1
 
 
-class LanguageObjective(nn.Module):
-    """Next-token loss on labelled positions; for recovery."""
+class LossObjective(nn.Module):
+    """A loss and nothing else; for recovery and fine-tuning."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """model: a causal language model, with adapters."""
+    def __init__(self, model: nn.Module, loss: TrainingLoss) -> None:
+        """model: with adapters or trainable weights; loss: what it minimises on a batch."""
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
-        """batch: input_ids, attention_mask, labels, each int64 [batch, seq]. Returns {"loss": []}."""
-        return {"loss": language_loss(self.model, batch)}
-
-
-def language_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean next-token loss over labelled positions, float32 []."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return next_token_loss(logits, batch["labels"])
+        """batch: what the model reads, and labels. Returns {"loss": []}."""
+        return {"loss": self.loss(self.model, batch)}
 
 
 class Constraint(Protocol):
@@ -69,12 +64,13 @@ class Constraint(Protocol):
 
 
 class GatedObjective(nn.Module):
-    """Next-token loss under sampled gates, plus a Lagrangian on the expected sparsity.
+    """A loss under sampled gates, plus a Lagrangian on the expected sparsity.
 
     Args:
         model: the model with adapters; base weights frozen.
         gates: one per unit.
         constraint: the budget.
+        loss: of the gated model on a batch.
         starts: update at which pruning begins; before it the model is dense and the gates get no gradient.
         progress: update since pruning began -> share of the way to the final target.
         use_lagrangian: False where the budget is held by projection instead.
@@ -92,6 +88,7 @@ class GatedObjective(nn.Module):
         gates: Gates,
         constraint: Constraint,
         *,
+        loss: TrainingLoss,
         starts: int,
         progress: Callable[[int], float],
         use_lagrangian: bool,
@@ -104,6 +101,7 @@ class GatedObjective(nn.Module):
         self.model = model
         self.gates = gates
         self.constraint = constraint
+        self.loss = loss
         self.starts, self.progress, self.noise, self.seed = starts, progress, noise, seed
         self.lambda1 = nn.Parameter(torch.zeros(constraint.n_terms)) if use_lagrangian else None
         self.lambda2 = nn.Parameter(torch.zeros(constraint.n_terms)) if use_lagrangian else None
@@ -146,16 +144,17 @@ class GatedObjective(nn.Module):
         return [one for one in (self.gates.log_alpha, self.layer_alpha) if one is not None]
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
-        """batch: input_ids, attention_mask, labels, each int64 [batch, seq].
+        """batch: what the model reads, and labels.
 
         Returns:
-            "loss" [] to differentiate, and to log: "language" (next-token loss), "sparsity" (expected), "target".
+            "loss" [] to differentiate, and to log: "language" (without the Lagrangian), "sparsity" (expected),
+            "target".
         """
         if self._sites is None:
             raise RuntimeError("GatedObjective runs inside `with objective.attached():`")
         if micro.update < self.starts:
             self._sites.set({})
-            return {"loss": language_loss(self.model, batch)}
+            return {"loss": self.loss(self.model, batch)}
         rows = micro.rows if self.noise == "example" else None
         n_layer_gates = 0 if self.layer_alpha is None else len(self.layer_alpha)
         u = gate_noise(
@@ -165,7 +164,7 @@ class GatedObjective(nn.Module):
         if self.layer_alpha is not None:
             masks = self._switched(masks, hard_concrete.sample(self.layer_alpha, u[..., len(self.gates) :]))
         self._sites.set(masks)
-        language = language_loss(self.model, batch)
+        language = self.loss(self.model, batch)
         probabilities = self.keep_probabilities()
         progress = self.progress(micro.update - self.starts)
         loss = language

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from compresso.core.axis import Axis
 from compresso.core.half_space import leaves_half_space, shrink_factor
 from compresso.core.lora_score import Criterion, Part, lora_scores, unit_products
+from compresso.core.loss import TrainingLoss
 from compresso.edit.gate import GateSites, gated
 from compresso.edit.lora import adapter_factors
 from compresso.solve.greedy import Flat
-from compresso.training.objectives import language_loss
 from compresso.training.order import Micro
 
 Choose = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -28,13 +28,14 @@ the end of that period.
 
 
 class ShrinkingObjective(nn.Module):
-    """Next-token loss of a model whose redundant units shrink; owns their scales.
+    """The loss of a model whose redundant units shrink; owns their scales.
 
     Args:
         model: the model with adapters; base weights frozen.
         axes: heads and channels that may be removed.
         weights: parameter name in the base model -> the base weight.
         choose: which units are removed by the end of a period.
+        loss: of the scaled model on a batch.
         starts: update at which the first period begins.
         length: updates of a period, at least 2.
         periods: how many.
@@ -57,6 +58,7 @@ class ShrinkingObjective(nn.Module):
         weights: Mapping[str, Tensor],
         choose: Choose,
         *,
+        loss: TrainingLoss,
         starts: int,
         length: int,
         periods: int,
@@ -66,7 +68,7 @@ class ShrinkingObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.axes, self.choose, self.eps = list(axes), choose, eps
+        self.axes, self.choose, self.loss, self.eps = list(axes), choose, loss, eps
         self.criteria, self.within_kinds = criteria, within_kinds
         self.starts, self.length, self.periods = starts, length, periods
         self._weight, self._flat = weights.__getitem__, Flat(self.axes)
@@ -87,13 +89,13 @@ class ShrinkingObjective(nn.Module):
                 self._sites = None
 
     def forward(self, batch: Mapping[str, Tensor], micro: Micro) -> dict[str, Tensor]:
-        """batch: input_ids, attention_mask, labels, each int64 [batch, seq]. Returns {"loss": []}."""
+        """batch: what the model reads, and labels. Returns {"loss": []}."""
         if self._sites is None:
             raise RuntimeError("ShrinkingObjective runs inside `with objective.attached():`")
         if self._before[0] != micro.update:
             self._before = (micro.update, self._added(copied=True))
         self._sites.set({} if micro.update <= self.starts else self._flat.split(self.scale))
-        return {"loss": language_loss(self.model, batch)}
+        return {"loss": self.loss(self.model, batch)}
 
     @torch.no_grad()
     def shrink_(self, update: int) -> dict[str, float]:

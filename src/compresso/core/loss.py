@@ -1,0 +1,69 @@
+"""A loss as a value: what a model's logits are held against, and how many labels its mean is over.
+
+Objectives and scores take one as an argument, so that any masks are trained and any units scored under any loss.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compresso.core.losses import IGNORED, label_loss, next_token_loss
+
+
+class TrainingLoss(Protocol):
+    """What an objective minimises on a batch."""
+
+    def __call__(self, model: Callable[..., object], batch: Mapping[str, Tensor], /) -> Tensor:
+        """The loss [] of a model on a batch with labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean over the labels of a batch; called with a model and a batch, it is a `TrainingLoss`.
+
+    Args:
+        mean: logits, labels -> the mean loss [], float32. The first dimension of both is the examples, so that a slice
+            of them gives the loss of some examples.
+        terms: labels -> how many of them the mean is over.
+        predicted: labels, attention mask -> labels without those that nothing but padding predicts.
+    """
+
+    mean: Callable[[Tensor, Tensor], Tensor]
+    terms: Callable[[Tensor], int]
+    predicted: Callable[[Tensor, Tensor], Tensor] = lambda labels, _: labels
+
+    def __call__(self, model: Callable[..., object], batch: Mapping[str, Tensor], /) -> Tensor:
+        """The loss [] of a model on a batch: what the model reads, and labels."""
+        return self.mean(logits_of(model, batch), batch["labels"])
+
+
+def logits_of(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model says of a batch, whose labels it does not see."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = getattr(model(**inputs, use_cache=False), "logits")  # noqa: B009 - models of any library
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _next_tokens(labels: Tensor) -> int:
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def _after_padding(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    predicting = functional.pad(attention_mask[:, :-1], (1, 0))
+    return labels.masked_fill(predicting == 0, IGNORED)
+
+
+def _labels(labels: Tensor) -> int:
+    return int(torch.count_nonzero(labels != IGNORED))
+
+
+NEXT_TOKEN = Loss(next_token_loss, _next_tokens, _after_padding)
+"""Of a causal language model: labels [batch, seq], each predicted at the position before it."""
+LABEL = Loss(label_loss, _labels)
+"""Of a classifier: labels [batch], one an example."""

@@ -1,0 +1,1 @@
+"""What a run trains and judges by, one file a task."""
