@@ -21,13 +21,12 @@ import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 
 from compresso.data.lines import MAX_BYTES, check_size, decoded_lines, opened
-from compresso.data.records import BadRecord, Record, Text, Window, kind_of, parse
+from compresso.data.records import TEXTS, BadRecord, Record, RecordForm, Text, Window, kind_of
 from compresso.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt", ".txt.gz", ".parquet", ".safetensors")
 MAX_WINDOW_IDS = 2**25
 NAMED_BAD_LINES = 5
-_COLUMNS = ("instruction", "input", "output", "messages", "conversations", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,8 @@ def suffix_of(path: Path) -> str:
     return max((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), key=len, default="")
 
 
-def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> FileRecords:
-    """Read a file, up to `limit` records.
+def read_file(path: Path, skip_bad: bool = False, limit: int | None = None, form: RecordForm = TEXTS) -> FileRecords:
+    """Read a file, up to `limit` records of a form.
 
     Raises:
         DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and
@@ -68,7 +67,7 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> F
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; give a file with at least one record")
-        return _collect(path, _objects(path, suffix), skip_bad, limit)
+        return _collect(path, _objects(path, suffix, form), skip_bad, limit, form)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
     except (pyarrow.ArrowInvalid, SafetensorError) as error:
@@ -81,7 +80,7 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None) -> F
         ) from error
 
 
-def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None) -> FileRecords:
+def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None, form: RecordForm) -> FileRecords:
     rows: list[Record] = []
     bad: list[str] = []
     n_bad = 0
@@ -89,7 +88,7 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
         try:
             if each.wrong:
                 raise BadRecord(each.wrong)
-            row = each.value if isinstance(each.value, Text | Window) else parse(each.value)
+            row = form.parse(each.value)
             if rows and kind_of(row) != kind_of(rows[0]):
                 raise BadRecord(
                     f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(rows[0])}; put each kind into its"
@@ -116,7 +115,7 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
     return FileRecords(rows, n_bad, tuple(bad))
 
 
-def _objects(path: Path, suffix: str) -> Iterator[_Found]:
+def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
     match suffix.removesuffix(".gz"):
         case ".jsonl":
             return _json_lines(path)
@@ -125,7 +124,7 @@ def _objects(path: Path, suffix: str) -> Iterator[_Found]:
         case ".txt":
             return _paragraphs(path)
         case ".parquet":
-            return _parquet_rows(path)
+            return _parquet_rows(path, form)
         case _:
             return _windows(path)
 
@@ -209,14 +208,12 @@ def _paragraphs(path: Path) -> Iterator[_Found]:
             paragraph.append(line)
 
 
-def _parquet_rows(path: Path) -> Iterator[_Found]:
+def _parquet_rows(path: Path, form: RecordForm) -> Iterator[_Found]:
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        known = [name for name in _COLUMNS if name in names]
+        known = [name for name in form.columns if name in names]
         if not known:
-            raise DataError(
-                f"{path}: columns are: {', '.join(names[:8])}; wanted instruction + output (+ input), messages, or text"
-            )
+            raise DataError(f"{path}: columns are: {', '.join(names[:8])}; wanted {form.wanted}")
         number = total = 0
         for batch in file.iter_batches(batch_size=256, columns=known):
             total += batch.nbytes

@@ -53,10 +53,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Rows ready for batches, and what became of the records they were made of."""
+    """Rows ready for batches, what became of the records they were made of, and names of their classes, if they have
+    some.
+    """
 
     rows: list[Row]
     stats: Stats
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

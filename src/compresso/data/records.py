@@ -8,13 +8,15 @@ instruction):
     Text          text
     Window        input_ids: ready token ids, used as they are
 
+A task whose rows mean something else reads them by a `RecordForm` of its own; `labelled` has one.
+
 Parsing is strict: what does not fit raises `BadRecord` with the reason, and the reader that knows the file and the line
 decides what to do.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,7 +75,16 @@ class Window:
     input_ids: tuple[int, ...]
 
 
-Record = Instruction | Chat | Text | Window
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text or a pair of texts, and its label as the data writes it."""
+
+    text: str
+    second: str | None
+    label: int | str
+
+
+Record = Instruction | Chat | Text | Window | Labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,32 +141,57 @@ def digest(rows: Iterable[Record]) -> str:
     return total.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class RecordForm:
+    """What a row of data holds.
+
+    Args:
+        columns: names that mean something, for files whose other columns need not be read.
+        parse: an object -> the record that it describes; raises BadRecord.
+        wanted: the sets of columns that make a record, in words.
+    """
+
+    columns: tuple[str, ...]
+    parse: Callable[[object], "Record"]
+    wanted: str
+
+
 def parse(value: object) -> Record:
-    """The record that `value` describes.
+    """The record that `value` describes; a text or window stands for itself.
 
     Raises:
         BadRecord: it is not an object, has none of the known sets of fields, or a field has the wrong type or cannot be
             UTF-8.
     """
+    if isinstance(value, Text | Window):
+        return value
     if not isinstance(value, Mapping):
-        raise BadRecord(f"holds {_type_name(value)}; wanted an object with named fields")
+        raise BadRecord(f"holds {type_name(value)}; wanted an object with named fields")
     if "instruction" in value and "output" in value:
         given = value.get("input")
-        instruction = _text(value, "instruction")
+        instruction = text_of(value, "instruction")
         if not instruction:
             raise BadRecord("field 'instruction' is empty")
-        return Instruction(instruction, "" if given is None else _text(value, "input"), _text(value, "output"))
+        return Instruction(instruction, "" if given is None else text_of(value, "input"), text_of(value, "output"))
     if "messages" in value:
         return Chat(_conversation(value["messages"], "messages", "role", "content"))
     if "conversations" in value:
         return Chat(_conversation(value["conversations"], "conversations", "from", "value"))
     if "text" in value:
-        return Text(_text(value, "text"))
+        return Text(text_of(value, "text"))
     found = ", ".join(str(name) for name in list(value)[:8]) or "none"
-    raise BadRecord(f"fields are: {found}; wanted instruction + output (+ input), messages, or text")
+    raise BadRecord(f"fields are: {found}; wanted {TEXTS.wanted}")
 
 
-def records_from(rows: Iterable[object], source: str) -> Records:
+TEXTS = RecordForm(
+    ("instruction", "input", "output", "messages", "conversations", "text"),
+    parse,
+    "instruction + output (+ input), messages, or text",
+)
+"""What language models read."""
+
+
+def records_from(rows: Iterable[object], source: str, form: RecordForm = TEXTS) -> Records:
     """Records from objects that are already in memory.
 
     Raises:
@@ -164,7 +200,7 @@ def records_from(rows: Iterable[object], source: str) -> Records:
     parsed: list[Record] = []
     for number, row in enumerate(rows, 1):
         try:
-            parsed.append(parse(row))
+            parsed.append(form.parse(row))
         except BadRecord as error:
             raise BadRecord(f"{source}: record {number}: {error}") from error
     return Records(joint_kind(parsed), parsed, source)
@@ -178,18 +214,18 @@ def joint_kind(rows: Sequence[Record]) -> str:
 
 def _conversation(value: object, name: str, role_key: str, content_key: str) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRecord(f"field '{name}' is {_type_name(value)}; wanted a list of turns")
+        raise BadRecord(f"field '{name}' is {type_name(value)}; wanted a list of turns")
     turns: list[Message] = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
             raise BadRecord(
-                f"turn {number} of '{name}' is {_type_name(turn)}; wanted an object with {role_key} and {content_key}"
+                f"turn {number} of '{name}' is {type_name(turn)}; wanted an object with {role_key} and {content_key}"
             )
         role = _ROLES.get(str(turn.get(role_key)))
         if role is None:
             raise BadRecord(f"turn {number} has {role_key} {turn.get(role_key)!r}; wanted one of {', '.join(_ROLES)}")
         try:
-            turns.append(Message(role, _text(turn, content_key)))
+            turns.append(Message(role, text_of(turn, content_key)))
         except BadRecord as error:
             raise BadRecord(f"turn {number}: {error}") from error
     spoken = turns[1:] if turns[0].role == "system" else turns
@@ -202,12 +238,13 @@ def _conversation(value: object, name: str, role_key: str, content_key: str) -> 
     return tuple(turns)
 
 
-def _text(value: Mapping[object, object], name: str) -> str:
+def text_of(value: Mapping[object, object], name: str) -> str:
+    """A field that is text. Raises BadRecord."""
     if name not in value:
         raise BadRecord(f"field '{name}' is missing")
     text = value[name]
     if not isinstance(text, str):
-        raise BadRecord(f"field '{name}' is {_type_name(text)}; wanted a string")
+        raise BadRecord(f"field '{name}' is {type_name(text)}; wanted a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -227,9 +264,12 @@ def _fields(row: Record) -> Iterator[object]:
             yield text
         case Window(input_ids):
             yield input_ids
+        case Labelled(text, second, label):
+            yield from (text, second, label)
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """A value's type for people."""
     names = {
         "NoneType": "null",
         "str": "a string",

@@ -21,7 +21,7 @@ from pathlib import Path
 from compresso.data import hub
 from compresso.data.formats import read_file, suffix_of
 from compresso.data.hub import HubSet
-from compresso.data.records import BadRecord, Records, joint_kind, records_from
+from compresso.data.records import TEXTS, BadRecord, RecordForm, Records, joint_kind, records_from
 from compresso.errors import DataError, nearest
 
 WORLD_ROWS = 8000
@@ -101,6 +101,7 @@ def load_records(
     limit: int | None = None,
     skip_bad: bool = False,
     local: str | Path | None = None,
+    form: RecordForm = TEXTS,
 ) -> Records:
     """Read everything that `data` names, in the order it is named.
 
@@ -111,6 +112,7 @@ def load_records(
         limit: most rows per source.
         skip_bad: skip and count bad lines of local files instead of raising.
         local: a folder with local copies of registered names; that of COMPRESSO_DATA if None.
+        form: what a row holds.
 
     Raises:
         DataError: an unknown name, data that cannot be reached, or a file that is empty or malformed (with file and
@@ -123,7 +125,7 @@ def load_records(
     )
     if not all(parts):
         raise DataError(f"data={str(data)!r} names an empty source; wanted names or files, joined by single commas")
-    sources = [_one(part, split, seed, limit, skip_bad, local) for part in parts]
+    sources = [_one(part, split, seed, limit, skip_bad, local, form) for part in parts]
     if len(sources) == 1:
         return sources[0]
     rows = [row for source in sources for row in source.rows]
@@ -137,36 +139,40 @@ def load_records(
     )
 
 
-def _one(name: str, split: str, seed: int, limit: int | None, skip_bad: bool, local: str | Path | None) -> Records:
+def _one(
+    name: str, split: str, seed: int, limit: int | None, skip_bad: bool, local: str | Path | None, form: RecordForm
+) -> Records:
     if name in WORLD_NAMES:
-        return _world(name, seed, limit or WORLD_ROWS)
+        return _world(name, seed, limit or WORLD_ROWS, form)
     if name in REGISTERED:
-        return _registered(name, split, limit, local)
+        return _registered(name, split, limit, local, form)
     path = Path(name).expanduser()
     if path.exists() or suffix_of(path):
-        return _file(path, limit, skip_bad)
+        return _file(path, limit, skip_bad, form)
     if match := _HUB_ID.fullmatch(name):
-        return _from_hub(HubSet(match["id"], match["config"]), None, split, limit, name)
+        return _from_hub(HubSet(match["id"], match["config"]), None, split, limit, name, form)
     raise DataError(f"data '{name}' is neither a registered name nor a file; {nearest(name, NAMES)}")
 
 
-def _file(path: Path, limit: int | None, skip_bad: bool) -> Records:
-    read = read_file(path, skip_bad, limit)
+def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Records:
+    read = read_file(path, skip_bad, limit, form)
     return Records(joint_kind(read.rows), read.rows, path.name, read.n_bad, read.bad)
 
 
-def _registered(name: str, split: str, limit: int | None, local: str | Path | None) -> Records:
+def _registered(name: str, split: str, limit: int | None, local: str | Path | None, form: RecordForm) -> Records:
     known = REGISTERED[name]
     folder = local or os.environ.get("COMPRESSO_DATA")
     copy = (known.local or {}).get(split)
     if folder and copy and (path := Path(folder) / copy.file).is_file():
         return replace(
-            _file(path, limit, skip_bad=False), source=f"{name} {split}, local copy {path.name} ({copy.remark})"
+            _file(path, limit, False, form), source=f"{name} {split}, local copy {path.name} ({copy.remark})"
         )
-    return _from_hub(known.hub, known.columns, split, limit or known.rows, name)
+    return _from_hub(known.hub, known.columns, split, limit or known.rows, name, form)
 
 
-def _from_hub(place: HubSet, columns: tuple[str, ...] | None, split: str, limit: int | None, name: str) -> Records:
+def _from_hub(
+    place: HubSet, columns: tuple[str, ...] | None, split: str, limit: int | None, name: str, form: RecordForm
+) -> Records:
     rows = hub.rows(place, split, limit)
     if not rows:
         raise DataError(f"data set {place.id}, split '{split}', has no rows; choose another split")
@@ -175,12 +181,12 @@ def _from_hub(place: HubSet, columns: tuple[str, ...] | None, split: str, limit:
     kept = [{column: row[column] for column in columns} for row in rows] if columns else rows
     part = f"first {len(rows)} rows of " if limit == len(rows) else ""
     try:
-        return records_from(kept, f"{name} {split} ({part}{place.id} on the hub)")
+        return records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form)
     except BadRecord as error:
         raise DataError(f"{error}. Download it as a file, repair that row and pass the file.") from error
 
 
-def _world(name: str, seed: int, n: int) -> Records:
+def _world(name: str, seed: int, n: int, form: RecordForm) -> Records:
     """Documents and instructions of the embedded world; `world` takes them in turn, so that any beginning of it holds
     both.
     """
@@ -195,4 +201,7 @@ def _world(name: str, seed: int, n: int) -> Records:
         case _:
             pairs = zip(world.instructions((n + 1) // 2, seed), documents, strict=False)
             rows = (row for pair in pairs for row in pair)
-    return records_from(islice(rows, n), f"{name}, seed {seed}, {n} rows")
+    try:
+        return records_from(islice(rows, n), f"{name}, seed {seed}, {n} rows", form)
+    except BadRecord as error:
+        raise DataError(f"{error}. Give data of the task's own kind") from error
