@@ -1,0 +1,103 @@
+"""How a classifier does on examples that no stage trained on: its accuracy, with its standard error, beside that of
+always giving the most frequent label.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.core.loss import logits_of
+from compresso.data.batches import Row
+from compresso.errors import DataError, NumericError
+from compresso.metrics.record import Environment, Measurement
+
+ACCURACY, GUESS = "held/acc", "held, most frequent label/acc"
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """What a classifier said of examples.
+
+    Args:
+        nats: the loss of each.
+        right: whether each was given its label.
+        most_frequent: examples of the most frequent label.
+        examples_sha256: of their ids and labels; the same ones have the same.
+    """
+
+    nats: tuple[float, ...]
+    right: tuple[bool, ...]
+    most_frequent: int
+    examples_sha256: str
+
+    @property
+    def mean(self) -> float:
+        """Nats a label."""
+        return math.fsum(self.nats) / len(self.nats)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of examples that were given their label."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def guess(self) -> float:
+        """The accuracy of always giving the most frequent label."""
+        return self.most_frequent / len(self.right)
+
+    def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
+        """ "held/acc" with the standard error of a share; counted beside it what always giving the most frequent label
+        would reach.
+        """
+        n = len(self.right)
+        shared: dict[str, Any] = {"unit": "share", "n": n, "environment": environment}
+        shared["protocol"] = {"corpus": corpus, "examples": n, "examples_sha256": self.examples_sha256[:16]}
+        spread = math.sqrt(self.accuracy * (1 - self.accuracy) / n)
+        return (
+            Measurement(name=ACCURACY, value=self.accuracy, how="measured", stderr=spread, **shared),
+            Measurement(name=GUESS, value=self.guess, how="counted", **shared),
+        )
+
+
+def label_score(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    batch_size: int = 32,
+) -> LabelScore:
+    """What a classifier says of examples, those of like length together; its mode is put back.
+
+    Raises:
+        DataError: no examples.
+        NumericError: a loss is not finite.
+    """
+    if not rows:
+        raise DataError("0 held-out examples; give more data, or raise data.held")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    nats, right = [0.0] * len(rows), [False] * len(rows)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
+            logits, labels = logits_of(model, batch).float(), batch["labels"]
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+            for i, loss, hit in zip(chosen, losses, (logits.argmax(-1) == labels).tolist(), strict=True):
+                nats[i], right[i] = loss, hit
+    model.train(was_training)
+    if not math.isfinite(math.fsum(nats)):
+        raise NumericError(
+            f"the loss on {len(rows)} held-out examples is not finite; the model overflows on it, use float32 or"
+            " bfloat16"
+        )
+    frequent = Counter(row["labels"][0] for row in rows).most_common(1)[0][1]
+    digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
+    return LabelScore(tuple(nats), tuple(right), frequent, digest)
