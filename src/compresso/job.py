@@ -183,16 +183,17 @@ class Job:
             if self.held
             else list(range(min(64, getattr(self.model.config, "vocab_size", 0))))
         )
+        given = self.task.probe(self.held, self.pad_id) if self.held and tokens is None else None
         places = {i: i for i in ids} if tokens is None else {old: new for new, old in enumerate(tokens)}
         ids = [i for i in ids if i in places] or list(places)[:64]
         dense = self.cost()
         before = dense().parameters()
         with gated(self.model, axes, {name: mask.to(self.device) for name, mask in masks.items()}):
-            masked = self._probe(ids)
+            masked = self._probe(ids, given)
         masked = masked if tokens is None else masked[..., list(tokens)]
         soft = {name: mask for name, mask in masks.items() if bool(((mask != 0) & (mask != 1)).any())}
         shrink_(self.model, axes, plan, soft)
-        difference = float((self._probe([places[i] for i in ids]) - masked).abs().max())
+        difference = float((self._probe([places[i] for i in ids], given) - masked).abs().max())
         allowed = 1e3 * torch.finfo(self.model.dtype).eps * float(masked.abs().max().clamp(min=1))
         if not difference <= allowed:
             raise NumericError(
@@ -335,9 +336,11 @@ class Job:
         }
         return job, facts
 
-    def _probe(self, ids: Sequence[int]) -> Tensor:
-        """What the model computes, float32, on these tokens, or on one image of noise."""
+    def _probe(self, ids: Sequence[int], given: Mapping[str, Tensor] | None) -> Tensor:
+        """What the model computes, float32, on examples of its task, on these tokens, or on one image of noise."""
         self.model.eval()
+        if given is not None:
+            return outputs(self.model, {name: value.to(self.device) for name, value in given.items()})
         config = self.model.config
         if self.model.main_input_name == "pixel_values":
             shape = (1, config.num_channels, config.image_size, config.image_size)

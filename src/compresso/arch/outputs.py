@@ -1,17 +1,22 @@
 """One forward of any described model, for comparing what two of them compute."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def outputs(model: PreTrainedModel, given: Tensor) -> Tensor:
+def outputs(model: PreTrainedModel, given: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Logits, or the last hidden states of a model without a head, in float32 on the model's device.
 
-    given: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
+    given: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images; or
+        all that a model of tokens reads, by name.
     """
-    if model.main_input_name == "pixel_values":
+    if isinstance(given, Mapping):
+        result = model(**given, use_cache=False)
+    elif model.main_input_name == "pixel_values":
         result = model(pixel_values=given.to(model.dtype))
     else:
         result = model(input_ids=given, use_cache=False)

@@ -83,7 +83,7 @@ class WorkFolder:
         """
         done: list[Path] = []
         for index, name in enumerate(names):
-            folder = self._stage(index, name)
+            folder = self.stage(index, name)
             if not folder.exists():
                 break
             try:
@@ -96,7 +96,7 @@ class WorkFolder:
 
     def save_stage(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
         """Write a finished stage completely or not at all; its training checkpoints are then dropped."""
-        target = self._stage(index, name)
+        target = self.stage(index, name)
         with new_folder(target, force=True) as folder:
             write(folder)
             write_manifest(folder)
@@ -111,7 +111,8 @@ class WorkFolder:
         """Remove everything: the result stands elsewhere."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _stage(self, index: int, name: str) -> Path:
+    def stage(self, index: int, name: str) -> Path:
+        """Where a finished stage lies."""
         return self.path / "stages" / f"{index + 1:02d}-{name}"
 
     def _worth_resuming(self) -> bool:

@@ -27,6 +27,7 @@ from compresso.cli.options import (
     Speedup,
     Stream,
     Target,
+    Task,
     warn_of,
 )
 
@@ -104,6 +105,7 @@ def plan(
     max_steps: MaxSteps = None,
     sets: Set = None,
     target: Target = None,
+    task: Task = None,
     as_json: Json = False,
     speedup: Speedup = None,
     engine: For = None,
@@ -123,6 +125,7 @@ def plan(
         max_steps=max_steps,
         sets=sets or [],
         target=_target(target, engine),
+        task=task,
         layout=layout,
     )
     plan.show(facts, as_json)
@@ -144,6 +147,7 @@ def run(
     max_steps: MaxSteps = None,
     sets: Set = None,
     target: Target = None,
+    task: Task = None,
     seed: Seed = 0,
     device: Device = "auto",
     resume: Annotated[
@@ -193,6 +197,7 @@ def run(
         max_steps=max_steps,
         sets=sets or [],
         target=_target(target, engine),
+        task=task,
         layout=layout,
         seed=seed,
         device=device,

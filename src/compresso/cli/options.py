@@ -41,6 +41,9 @@ Target = Annotated[
         metavar="ENGINE", help="Engine whose shape constraints hold: llama.cpp:q4_k, awq:g128, gptq:g128, vllm:tp2."
     ),
 ]
+Task = Annotated[
+    str | None, typer.Option(help="What is trained and judged by, such as classification; else what the recipe says.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a knob, such as stages.learn_gates.mask_lr=0.02."),

@@ -21,6 +21,7 @@ def plan(
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
+    task: str | None = None,
     layout: str = "auto",
 ) -> dict[str, Any]:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
@@ -28,7 +29,7 @@ def plan(
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder or config.json.
-        keep, parameters, macs, max_steps, sets, target, layout: as for `compresso.run`.
+        keep, parameters, macs, max_steps, sets, target, task, layout: as for `compresso.run`.
 
     Returns:
         What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
@@ -46,5 +47,6 @@ def plan(
         max_steps=max_steps,
         sets=sets,
         target=target,
+        task=task,
     )
     return dry_runs.plan(raw, str(model), layout, target)

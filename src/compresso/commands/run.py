@@ -5,6 +5,7 @@ import os
 
 from compresso.commands import verify
 from compresso.engines.parity import Parity
+from compresso.report.facts import metric_line
 from compresso.report.records import RunRecords
 from compresso.runner.run import Result, run
 
@@ -26,5 +27,7 @@ def show(result: Result, as_json: bool) -> None:
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:
         verify.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
+    if metric := metric_line(records):
+        print(metric)
     if dense := records.stored_dense():
         print(dense)

@@ -71,7 +71,7 @@ def attach_(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted_ones),
         lora_dropout=dropout,
         bias="none",
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if model.can_generate() else None,
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws an A of its own first
         # peft 0.21 still asks transformers by the old name

@@ -43,6 +43,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
         "Without data like the dense model's own it teaches what the dense model thinks of foreign text. A temperature"
         " far above 1 teaches the tail of the vocabulary; a rising held-out loss shows either, or too high a rate."
     ),
+    any_task=True,
 )
 class Distill:
     """Knobs of distillation.

@@ -30,6 +30,7 @@ from compresso.stage import Calibrates, Effects, Knobs, Passes, Removes, stage
         "Scores units one at a time: redundant units look dispensable together, so very deep cuts take whole skills"
         " away."
     ),
+    any_task=True,
 )
 class GateTaylor:
     """Knobs of gate-Taylor removal.

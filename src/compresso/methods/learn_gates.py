@@ -66,6 +66,7 @@ Rate = Annotated[float, Ge(0)]
         "Too high a gate rate freezes an early choice (expected sparsity jumps within the first updates);"
         " instruction-only data ruins plain-text perplexity: mix text in."
     ),
+    any_task=True,
 )
 class LearnGates:
     """Knobs of Compresso's mask training.

@@ -54,6 +54,7 @@ Count = Annotated[int, Ge(1)]
         "Early scores come from adapters that have hardly moved: a short run prunes by noise; give it a warm-up and a"
         " moving average."
     ),
+    any_task=True,
 )
 class LoraPrune:
     """Knobs of LoRAPrune.
@@ -98,7 +99,7 @@ class LoraPrune:
 
     def chosen(self, axes: Sequence[Axis]) -> list[Axis]:
         """The axes that may lose units: those of all layers but the spared ones."""
-        n_layers = next(axis.size for axis in axes if axis.kind == Kind.LAYER)
+        n_layers = next(axis.size for axis in axes if axis.kind in (Kind.LAYER, Kind.ATTENTION))
         layers = range(int(self.spared * n_layers), n_layers - bool(self.spared))
         return [axis for axis in removable(axes, self.budget()) if axis.layer in layers]
 

@@ -70,6 +70,7 @@ _CRITERIA: Mapping[Criterion, float] = {"magnitude": 0.2, "average": 0.2, "cosin
     failures=(
         "Scores read mostly magnitudes while adapters are small: tune first. Short periods jump instead of fading."
     ),
+    any_task=True,
 )
 class LoraShear:
     """Knobs of LoRAShear's shrinking.

@@ -26,6 +26,7 @@ from compresso.stage import Effects, Knobs, Passes, Removes, stage
     effects=Effects.SHAPES,
     when="A sanity check without any data. Not for use: every data-driven method here does better.",
     failures="Small weights are not unimportant weights: quality falls early and unevenly.",
+    any_task=True,
 )
 class MagnitudeStructured:
     """Knobs of structured magnitude pruning.

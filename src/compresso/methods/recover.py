@@ -28,6 +28,7 @@ from compresso.training.objectives import LossObjective
         "Instruction-only data ruins plain-text perplexity: mix text in. Too high a rate shows as a rising held-out"
         " loss."
     ),
+    any_task=True,
 )
 class Recover:
     """Knobs of LoRA recovery.

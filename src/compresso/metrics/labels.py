@@ -53,8 +53,8 @@ class LabelScore:
         return self.most_frequent / len(self.right)
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
-        """ "held/acc" with the standard error of a share; counted beside it what always giving the most frequent label
-        would reach.
+        """The accuracy, "held/acc", with the standard error of a share; counted beside it what always giving the most
+        frequent label would reach.
         """
         n = len(self.right)
         shared: dict[str, Any] = {"unit": "share", "n": n, "environment": environment}

@@ -21,6 +21,7 @@ from compresso.report.columns import group
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.table import Cell, missing, tables
+from compresso.tasks.base import task_named
 
 _DATASETS = {
     "wikitext2": {"name": "WikiText-2", "type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
@@ -55,6 +56,8 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None) -
         model=_one_line(records.model.name),
         recipe=_one_line(records.recipe.name),
         layout=records.layout,
+        auto_class=task_named(records.recipe.task).auto_class,
+        fine_tuned=_one_line(records.dense.name) if records.dense else "",
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
         dense=_one_line(records.stored_dense()),
         prompt=records.prompt.get("version") if records.prompt else None,
@@ -77,14 +80,14 @@ def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     source = records.model.name
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task_named(records.recipe.task).pipeline,
         "tags": ["compresso", "pruned"],
     }
     if "/" in source and is_hub_name(source):
         front |= {"base_model": source, "base_model_relation": "finetune"}
     if records.layout == "native":
         front["tags"].append("custom_code")
-    results = _index(pruned.measurements)
+    results = _index(pruned.measurements, task_named(records.recipe.task).pipeline)
     if results:
         front["model-index"] = [
             {"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}
@@ -92,7 +95,7 @@ def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     return front
 
 
-def _index(numbers: Iterable[Measurement]) -> list[dict[str, Any]]:
+def _index(numbers: Iterable[Measurement], pipeline: str) -> list[dict[str, Any]]:
     """Measured perplexities and accuracies as the hub's model index: one entry for each task and split."""
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     for number in numbers:
@@ -106,7 +109,11 @@ def _index(numbers: Iterable[Measurement]) -> list[dict[str, Any]]:
             dataset["split"] = split
         entry = entries.setdefault(
             (name, str(split)),
-            {"task": {"type": "text-generation", "name": "Text generation"}, "dataset": dataset, "metrics": []},
+            {
+                "task": {"type": pipeline, "name": pipeline.replace("-", " ").capitalize()},
+                "dataset": dataset,
+                "metrics": [],
+            },
         )
         extra = {
             key: value

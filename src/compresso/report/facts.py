@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import yaml
 
 from compresso.metrics.record import Environment
+from compresso.report.columns import title, written
 from compresso.report.read import Run
 from compresso.report.records import Engine, RunRecords
+from compresso.tasks.base import DEFAULT, task_named
 
 Rows = list[tuple[str, str]]
 _OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
@@ -30,6 +32,10 @@ def asked(run: Run) -> Rows:
         ("Recipe", f"{recipe.name}{paper}" + (f": {recipe.title}" if recipe.title else "")),
         ("Model", records.model.name),
     ]
+    if recipe.task != DEFAULT:
+        rows.append(("Task", recipe.task))
+    if records.dense is not None:
+        rows.append(("Compared with", records.dense.name))
     for stage, knobs in recipe.knobs().items():
         if isinstance(keep := knobs.get("keep"), int | float):
             of = str(knobs.get("of", "blocks"))
@@ -108,13 +114,17 @@ def loading(run: Run, commands: Mapping[str, str]) -> list[tuple[str, str]]:
         commands: of engines that read other formats, by their names in the records, with {folder} and {code} in them.
     """
     folder = repr(run.name.rpartition("/")[2])
-    plain = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({folder})"
+    task = task_named(run.records.recipe.task)
+    plain = f"from transformers import {task.auto_class}\n\nmodel = {task.auto_class}.from_pretrained({folder})"
     ways = [
         (
             "compresso",
             f"import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))",
         )
     ]
+    if not task.writes_text:
+        called = f"pipeline({task.pipeline!r}, {folder})('A fine piece of work.')"
+        ways = [("transformers, text in", f"from transformers import pipeline\n\nprint({called})")]
     if run.records.layout == "native":
         ways.append(("transformers, with compresso installed", f"import compresso  # knows this model type\n{plain}"))
         remote = plain.replace(f"({folder})", f"({folder}, trust_remote_code=True)")
@@ -167,6 +177,17 @@ def written_time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def metric_line(records: RunRecords) -> str:
+    """The task's metric of the dense model and of the result, in a line; "" if it was not measured."""
+    name = task_named(records.recipe.task).metric
+    found = [[number for number in model.measurements if number.name == name] for model in records.report.models]
+    if len(found) < 2 or not all(found):
+        return ""
+    dense, pruned = found[0][0], found[-1][0]
+    old, new = (written(one.value, one.unit, name, one.stderr) for one in (dense, pruned))
+    return f"{title(name)} {name.rpartition('/')[2]}: {old} dense, {new} pruned, on {pruned.n:,} held-out examples"
 
 
 def guard(run: Run) -> list[str]:

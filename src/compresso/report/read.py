@@ -40,8 +40,8 @@ class Run:
 
     @property
     def base(self) -> str:
-        """Fingerprint of the model it started from."""
-        return self.records.model.fingerprint
+        """Fingerprint of the model that its result is compared with."""
+        return self.records.baseline().fingerprint
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
     Raises:
         CheckpointError: its report lacks one of them.
     """
-    result = _result_of(records.report, records.model.fingerprint, "the run's records")
+    result = _result_of(records.report, records.baseline().fingerprint, "the run's records")
     name = next(one.name for one in records.report.models if one.fingerprint == result)
     return merged([Input(name, records.report, Run(name, records, plan, result))])
 
@@ -216,7 +216,9 @@ def _read_run(folder: Path, label: str) -> Input:
     report = records.report
     _time(report.created, folder / RECORDS)
     return Input(
-        label, report, Run(label, records, plan, _result_of(report, records.model.fingerprint, str(folder / RECORDS)))
+        label,
+        report,
+        Run(label, records, plan, _result_of(report, records.baseline().fingerprint, str(folder / RECORDS))),
     )
 
 

@@ -33,6 +33,7 @@ class RecipeRun(Strict):
     title: str = ""
     paper: str = ""
     description: str = ""
+    task: str = "causal-lm"
     data: dict[str, Any] = Field(default_factory=dict[str, Any])
     stages: list[dict[str, dict[str, Any]]]
 
@@ -105,7 +106,8 @@ class RunRecords(Strict):
         format: version of this schema.
         recipe, model, data, prompt, seed, versions, machine: what decided the result; `data` and `prompt` are None
             where there are none.
-        before, after: the model at both ends.
+        dense: what a stage made of `model` before anything was removed, as a baseline; None where that is `model`.
+        before, after: the dense model and the result.
         stages: what each stage noted, by its name.
         patches: forward patches, which `compresso.load` applies to what the files hold.
         seconds: of the whole run.
@@ -121,6 +123,7 @@ class RunRecords(Strict):
     model: Named
     data: DataUsed | None
     prompt: dict[str, str] | None
+    dense: Named | None = None
     seed: int
     versions: dict[str, str]
     machine: dict[str, str | int | None]
@@ -142,6 +145,10 @@ class RunRecords(Strict):
     def _read_format_2(cls, data: object) -> object:
         """Release 0.1 called the report "account"."""
         return upgraded(data, from_format=2, key="account", new_key="report")
+
+    def baseline(self) -> Named:
+        """The model that the result is compared with."""
+        return self.dense or self.model
 
     def stored_dense(self) -> str:
         """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are

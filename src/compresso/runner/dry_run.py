@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, is_causal, meta_model
+from compresso.checkpoint.source import Source, meta_model
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
@@ -41,6 +41,9 @@ from compresso.stage import (
     groups_of,
 )
 from compresso.training.launch import accumulation
+
+SOME_LABELS = ("0", "1")
+"""What a head is counted for while no data says how many labels there are."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,11 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             cannot be met, LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of
             the family holds.
     """
-    if not is_causal(source.config):
-        raise ArchError(
-            f"{source.name} ({source.config.model_type}) is not a causal language model, and recipes train and measure"
-            " only those; shrink it from Python with compresso.shrink_ and write it with compresso.formats.hf"
-        )
+    if obstacle := recipe.task.obstacle(source.config):
+        raise ArchError(f"{source.name} {obstacle}")
     model = meta_model(source)
+    if recipe.task.lacks_head(source.config):
+        model = recipe.task.with_head(model, SOME_LABELS, 0)
     arch = arch_for(model.config)
     axes = arch.axes(model)
     cost = CostModel(axes, arch.weights(model))

@@ -25,8 +25,7 @@ from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
 from compresso.metrics.generation import PROMPTS, generation_measurements, samples, world_prompts
-from compresso.metrics.guard import Guard, judge
-from compresso.metrics.held import held_loss
+from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
@@ -51,9 +50,10 @@ class Evaluated:
     samples: tuple[Sample, ...] = ()
     not_measured: dict[str, str] = field(default_factory=dict[str, str])
 
-    def rate(self, name: str) -> float | None:
-        """The first number of that name."""
-        return next((one.value for one in self.measurements if one.name == name), None)
+    def numbers(self, loss: float | None, examples: int) -> dict[str, float]:
+        """What was measured, by name, the first of each; with the loss on so many held-out examples, if any."""
+        found = {one.name: one.value for one in reversed(self.measurements)}
+        return found | ({} if loss is None else {"loss": loss, "examples": float(examples)})
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,17 @@ def take(
     kept = job.plan.kept.get("vocab")
     # a model whose vocabulary was cut reads and writes with a tokenizer of its own
     theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
-    settings = evaluation_settings(
-        job.model, [job.tokenizer, theirs], corpus=corpus, instructions=instructions, prompt_on=prompt_on
-    )
+    tokenizers = [job.tokenizer, theirs] if job.task.writes_text else []
+    settings = evaluation_settings(job.model, tokenizers, corpus=corpus, instructions=instructions, prompt_on=prompt_on)
     results = {DENSE: Evaluated(), PRUNED: Evaluated()}
     pruned = job.model.eval()
     if job.offloaded:
         settings = replace(settings, prompts=(), refused=OFFLOADED)
     if lacking := OFFLOADED if job.offloaded else _lacking(source, job.device, pruned.dtype):
-        for what in ("texts", "speed", "held/perplexity"):
-            results[DENSE].not_measured[what] = lacking
-        results[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
+        results[DENSE].not_measured[job.task.metric] = lacking
+        if job.task.writes_text:
+            results[DENSE].not_measured |= {"texts": lacking, "speed": lacking}
+            results[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
         models = {PRUNED: pruned}
     else:
         dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
@@ -155,7 +155,7 @@ def take(
             _evaluate(
                 results[name], model, job, theirs if name == DENSE else job.tokenizer, settings, is_dense=name == DENSE
             )
-    if DENSE in models:
+    if DENSE in models and job.task.writes_text:
         windows = shared_windows(job.dense_held or job.held, kept)
         if windows:
             results[PRUNED].measurements += divergence(
@@ -164,15 +164,11 @@ def take(
         elif job.held:
             results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         if kept is not None and before is not None:  # examples may have been dropped since
-            before = held_loss(models[DENSE], job.dense_held or job.held).mean
+            before = job.task.score(models[DENSE], job.dense_held or job.held).mean
         for name, speeds in _speeds(models).items():
             results[name].measurements += speeds
-    guard = judge(
-        vocabulary=int(pruned.config.vocab_size),
-        dense_loss=before,
-        pruned_loss=after,
-        dense_degenerate=results[DENSE].rate("degenerate"),
-        pruned_degenerate=results[PRUNED].rate("degenerate"),
+    guard = job.task.judge(
+        pruned.config, results[DENSE].numbers(before, len(job.held)), results[PRUNED].numbers(after, len(job.held))
     )
     return FinalEvaluation(results[DENSE], results[PRUNED], guard)
 
@@ -230,11 +226,12 @@ def _evaluate(
     here = Environment.here(model.device, model.dtype)
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
-        results.measurements += held_loss(model, rows, counted_as=job.dense_held).measurements(
-            here, settings.corpus, noise=is_dense
-        )
+        score = job.task.score(model, rows, job.dense_held)
+        results.measurements += score.measurements(here, settings.corpus, noise=is_dense)
     else:
-        results.not_measured["held/perplexity"] = "the run had no data"
+        results.not_measured[job.task.metric] = "the run had no data"
+    if not job.task.writes_text:
+        return
     if settings.refused or tokenizer is None:
         results.not_measured["texts"] = settings.refused
         return

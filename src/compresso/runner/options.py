@@ -12,14 +12,17 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
+from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of
 from compresso.runner.engine_shapes import for_engine, held_to, multiples, parse_engine, writable_heads
 from compresso.runner.inspection import inspect
-from compresso.runner.recipe import Recipe, build, override, read, with_knob
+from compresso.runner.recipe import Recipe, build, override, read, task_of, with_knob
 from compresso.runner.recipe_file import plain
+from compresso.runner.task_options import for_model, with_task
+from compresso.tasks.base import DEFAULT
 
 AskedLayout = Literal["auto", "uniform", "padded", "native"]
 LAYOUTS = get_args(AskedLayout)
@@ -58,8 +61,9 @@ def with_options(
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
+    task: str | None = None,
 ) -> dict[str, Any]:
-    """The raw recipe with budget, step cap, `path=value` overrides and the shapes that an engine wants in it.
+    """The raw recipe with task, budget, step cap, `path=value` overrides and the shapes that an engine wants in it.
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
@@ -70,12 +74,15 @@ def with_options(
         max_steps: cap on the updates of each training stage.
         sets: overrides such as "stages.learn_gates.mask_lr=0.02".
         target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
+        task: what is trained and judged by, such as "classification".
 
     Raises:
         BudgetError: more than one budget, or one outside its range.
         RecipeError: an unknown recipe or engine, or an override that fits nothing.
     """
-    raw = dict(recipe) if isinstance(recipe, Mapping) else read(recipe)
+    raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
+    if task_of(raw).name != DEFAULT:
+        raw = for_model(raw, open_source(model, weights=False).config)
     for one in sets:
         path, equals, value = one.partition("=")
         if not equals:
@@ -121,7 +128,7 @@ def _with_budget(
 
 
 def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> Recipe:
-    """The checked recipe for a layout and a model's family.
+    """The checked recipe for a layout, a model's family, and the head that the model lacks for the recipe's task.
 
     Under "uniform" every stage that can keeps equal widths. Families that have no form with widths of each layer's own
     get equal ones in any case, and counts of heads that their config can name.
@@ -137,6 +144,7 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
     """
     if layout not in LAYOUTS:
         raise RecipeError(f"--layout {layout!r} is unknown; {nearest(layout, LAYOUTS)}")
+    raw = for_model(raw, config)
     plain_family = family_of(config.model_type) is None
     if plain_family:
         check_written(config.model_type, layout)

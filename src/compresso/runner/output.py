@@ -23,7 +23,6 @@ from compresso.engines.registry import commands
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
 from compresso.job import Job
-from compresso.metrics.held import held_loss
 from compresso.metrics.size import counts, weight_bytes
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
@@ -85,7 +84,7 @@ def state(job: Job) -> dict[str, Any]:
 
 def _held_loss(job: Job) -> float:
     with job.callable_model():
-        return round(held_loss(job.model, job.held, counted_as=job.dense_held).mean, 6)
+        return round(job.task.score(job.model, job.held, job.dense_held).mean, 6)
 
 
 def stored_dtype(source: Source) -> torch.dtype:

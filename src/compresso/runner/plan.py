@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.checkpoint.source import Source, open_source
-from compresso.runner.dry_run import Acted, DryRun, dry_run
+from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
 from compresso.runner.options import recipe_for
 from compresso.stage import Learning, Passes
@@ -69,6 +69,8 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
         rate = matmul_rate(device)
         for one in (*stages, *training):
             one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
+    if recipe.task.lacks_head(source.config):
+        shown.notes.append(f"counted with a head for {len(SOME_LABELS)} labels; the data tells how many there are")
     return {
         "recipe": recipe.name,
         "model": source.name,

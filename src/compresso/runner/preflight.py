@@ -13,7 +13,7 @@ from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.budget import InfeasibleBudget
-from compresso.data.instructions import Encoded, encode
+from compresso.data.instructions import Encoded
 from compresso.data.prompt import prompt_identity
 from compresso.data.records import Chat, Instruction, Records
 from compresso.data.registry import load_records
@@ -23,6 +23,7 @@ from compresso.runner.options import AskedLayout, recipe_for
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
 from compresso.stage import ChecksData, Sweeps
+from compresso.tasks.base import Reading
 from compresso.training.device import choose_device
 
 
@@ -114,7 +115,9 @@ def prepare(
         recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length
     )
     recipe = replace(recipe, data=replace(recipe.data, max_length=length))
-    records, encoded = _examples(recipe, chosen, tokenizer, source.config.vocab_size, skip_bad)
+    records, encoded = _examples(recipe, chosen, tokenizer, source.config, skip_bad)
+    if encoded is not None:
+        recipe = _held_out(recipe, raw, len(encoded.rows), chosen)
     for name, stage in recipe.stages:
         if encoded is not None and isinstance(stage, ChecksData):
             packed = records is not None and records.kind == "text" and recipe.data.pack
@@ -177,7 +180,11 @@ def _spare_data(data: str | None, output: Path) -> None:
 
 
 def _examples(
-    recipe: Recipe, data: str | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, skip_bad: bool
+    recipe: Recipe,
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig,
+    skip_bad: bool,
 ) -> tuple[Records | None, Encoded | None]:
     """Read and tokenise the training data, if the recipe needs any."""
     if not recipe.needs("data"):
@@ -188,20 +195,17 @@ def _examples(
             " alpaca-gpt4"
         )
     assert tokenizer is not None  # the caller loads one for a recipe that needs data
-    records = load_records(data, skip_bad=skip_bad)
+    records = load_records(data, skip_bad=skip_bad, form=recipe.task.form)
     knobs = recipe.data
-    encoded = encode(
-        records,
-        tokenizer,
-        max_length=knobs.max_length,
-        prompt_on=knobs.prompt,
-        pack=knobs.pack,
-        limit=knobs.limit,
-        vocab_size=vocab_size,
-    )
-    if len(encoded.rows) <= knobs.held:
-        raise DataError(
-            f"{data} gives {len(encoded.rows)} examples, of which {knobs.held} are held out; give more, or lower"
-            " data.held"
-        )
-    return records, encoded
+    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit)
+    return records, recipe.task.encode(records, tokenizer, reading, config)
+
+
+def _held_out(recipe: Recipe, raw: Mapping[str, Any], n_rows: int, data: str | None) -> Recipe:
+    """The recipe with the number of examples that are held out: its own, else as many as its task wants. Raises
+    DataError if none would be left.
+    """
+    held = recipe.data.held if "held" in (raw.get("data") or {}) else recipe.task.held_out(n_rows)
+    if n_rows <= held:
+        raise DataError(f"{data} gives {n_rows} examples, of which {held} are held out; give more, or lower data.held")
+    return replace(recipe, data=replace(recipe.data, held=held))

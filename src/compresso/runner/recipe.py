@@ -3,6 +3,7 @@
     name: compresso
     title: learned structured pruning
     paper: "2310.05015"
+    task: causal-lm
     data: {source: null, max_length: 512, prompt: true}
     stages:
       - learn_gates: {keep: 0.7, kinds: [head, channel]}
@@ -22,8 +23,10 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from compresso.errors import RecipeError, nearest
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
-from compresso.stage import Effects, Stage, card, check_order, dumped, knobs_of
+from compresso.stage import Effects, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
+from compresso.tasks.base import DEFAULT, Task, task_named
+from compresso.tasks.causal_lm import CAUSAL_LM
 
 __all__ = ["DataKnobs", "Recipe", "build", "names", "override", "parse", "read", "with_knob"]
 
@@ -57,12 +60,14 @@ class Recipe:
         name: of the recipe; stages of the same name may occur once.
         stages: (stage name, stage) in order.
         data: data knobs.
+        task: what the run trains and judges by.
         title, paper, description: for people.
     """
 
     name: str
     stages: tuple[tuple[str, Stage], ...]
     data: DataKnobs
+    task: Task = CAUSAL_LM
     title: str = ""
     paper: str = ""
     description: str = ""
@@ -78,6 +83,7 @@ class Recipe:
             "title": self.title,
             "paper": self.paper,
             "description": self.description,
+            "task": self.task.name,
             "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
             "stages": [{name: dumped(one)} for name, one in self.stages],
         }
@@ -92,6 +98,8 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """
     stages: list[tuple[str, Stage]] = []
     effects: list[tuple[str, Effects]] = []
+    task = task_of(raw)
+    check_task(task, [stage for stage, _ in stages_of(raw, name)], name)
     for key, knobs in stages_of(raw, name):
         if any(key == other for other, _ in stages):
             raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
@@ -102,7 +110,31 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     check_order(effects)
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
-    return Recipe(str(raw.get("name") or name), tuple(stages), data, **texts)
+    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts)
+
+
+def task_of(raw: Mapping[str, Any]) -> Task:
+    """The task that a raw recipe names, else the default. Raises RecipeError for an unknown one."""
+    return task_named(str(raw.get("task") or DEFAULT))
+
+
+def check_task(task: Task, stages: list[str], recipe: str) -> None:
+    """Refuse stages that work on next tokens under another task, and one that makes the dense model after others.
+
+    Raises RecipeError naming the stage.
+    """
+    for place, name in enumerate(stages):
+        if task.name != DEFAULT and not card(name).any_task:
+            able = ", ".join(other for other, known in cards().items() if known.any_task)
+            raise RecipeError(
+                f"recipe {recipe}: stage '{name}' works on next tokens, and task {task.name} has none; under it run"
+                f" {able}"
+            )
+        if card(name).makes_dense and place:
+            raise RecipeError(
+                f"recipe {recipe}: stage '{name}' makes the dense model that others start from; put it first, before"
+                f" '{stages[0]}'"
+            )
 
 
 def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -8,19 +8,20 @@ Launched in several processes (torchrun, accelerate), all of them run the stages
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, meta_model
+from compresso.checkpoint.source import Source, load_model, meta_model, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
@@ -38,6 +39,7 @@ from compresso.runner.options import with_options
 from compresso.runner.output import finish, state, stored_dtype
 from compresso.runner.preflight import Prepared, prepare
 from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.stage import card
 from compresso.training.launch import broadcast, new_accelerator
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def run(
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
+    task: str | None = None,
     layout: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
@@ -104,6 +107,7 @@ def run(
         max_steps: cap on the updates of each training stage; schedules shrink with it.
         sets: overrides of knobs, such as "stages.learn_gates.mask_lr=0.02".
         target: an engine whose shape constraints hold the budgets: "llama.cpp:q4_k", "awq:g128", "vllm:tp2".
+        task: what is trained and judged by, such as "classification"; the recipe's own if None.
         layout: "uniform", "padded", "native", or "auto": uniform where the shapes allow it, else native.
         tokenizer: of a live model; others bring theirs.
         seed: of every random draw.
@@ -146,6 +150,7 @@ def run(
             max_steps=max_steps,
             sets=sets,
             target=target,
+            task=task,
         )
         prepared = prepare(
             raw,
@@ -178,7 +183,8 @@ def run(
                 )
             if offload:
                 job = offloaded_job(job, prepared, over_memory=over_memory)
-            job, before = _with_weights(job, prepared, done)
+            dense = _dense(prepared, done)
+            job, before = _with_weights(job, prepared, dense, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -187,9 +193,14 @@ def run(
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
+                makes_dense = card(stage_name).makes_dense
+                before = state(job) if makes_dense else before
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
-                    work.save_stage(index, stage_name, partial(save_stage, job, before))
+                    work.save_stage(index, stage_name, partial(save_stage, job, before, whole=makes_dense))
                 accelerator.wait_for_everyone()
+                if makes_dense:
+                    dense = _saved(prepared, work.stage(index, stage_name))
+                    job = replace(job, original=_reader(dense))
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
             facts = {
@@ -198,9 +209,10 @@ def run(
                 "after": state(job),
                 "stages": dict(job.records),
                 "patches": written(job.patches),
+                "dense": None if dense is prepared.source else asdict(dense.identity),
             }
             if is_main:
-                evaluation = _evaluated(job, prepared, facts)
+                evaluation = _evaluated(job, prepared, dense, facts)
                 _refuse_collapse(evaluation.guard, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
@@ -208,12 +220,12 @@ def run(
                     job,
                     facts,
                     evaluation,
-                    prepared.source,
+                    dense,
                     prepared.layout,
                     prepared.output,
                     overwrite,
                     dtype,
-                    parity_records if verify else None,
+                    parity_records if verify and prepared.recipe.task.writes_text else None,
                 )
                 work.discard()
             facts = broadcast(accelerator, facts)
@@ -259,19 +271,38 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
         adapters=out / "adapters",
         pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
         quiet=quiet,
-        original=lambda dtype, device: as_stock(load_model(prepared.source, dtype=dtype, device=device)),
+        original=_reader(prepared.source),
+        task=prepared.recipe.task,
+        labels=prepared.encoded.labels if prepared.encoded else (),
     )
 
 
-def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
-    """The job with the original's weights or those of the last finished stage, and what the original measured."""
+def _reader(source: Source) -> Callable[[torch.dtype, torch.device], PreTrainedModel]:
+    """What reads a model once more."""
+    return lambda dtype, device: as_stock(load_model(source, dtype=dtype, device=device))
+
+
+def _saved(prepared: Prepared, folder: Path) -> Source:
+    """The dense model that a stage left."""
+    return replace(open_source(folder), name=f"{prepared.source.name}, fine-tuned")
+
+
+def _dense(prepared: Prepared, done: Sequence[Path]) -> Source:
+    """The model that others are compared with: what the run started from, or what a finished stage made of it."""
+    makers = [folder for folder, (name, _) in zip(done, prepared.recipe.stages, strict=False) if card(name).makes_dense]
+    return _saved(prepared, makers[-1]) if makers else prepared.source
+
+
+def _with_weights(job: Job, prepared: Prepared, dense: Source, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
+    """The job with the original's weights or those of the last finished stage, and what the dense model measured."""
     dtype = computed_in(prepared)
     if job.offloaded:
         return job, state(job)
     if not done:
         job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
-        return job, state(job)
-    model, plan, facts = load_stage(done[-1], prepared.source, dtype, prepared.device)
+        return job, {} if card(prepared.recipe.stages[0][0]).makes_dense else state(job)
+    job = replace(job, original=_reader(dense))
+    model, plan, facts = load_stage(done[-1], dense, dtype, prepared.device)
     patches = read_patches(facts.get("patches", ()), done[-1])  # a stage saved before there were any names none
     patch_(model, patches)
     if "vocab" in plan.kept:
@@ -279,11 +310,11 @@ def _with_weights(job: Job, prepared: Prepared, done: Sequence[Path]) -> tuple[J
     return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
-def _evaluated(job: Job, prepared: Prepared, facts: Mapping[str, Any]) -> FinalEvaluation:
+def _evaluated(job: Job, prepared: Prepared, dense: Source, facts: Mapping[str, Any]) -> FinalEvaluation:
     """Results of the dense model and the smaller one, and the verdict."""
     return take(
         job,
-        prepared.source,
+        dense,
         corpus=(prepared.recipe.data.source or "data") if prepared.records is not None else "none",
         instructions=prepared.records is not None and prepared.records.kind != "text",
         prompt_on=prepared.prompt is not None,

@@ -30,13 +30,20 @@ from compresso.native.stock import as_stock
 _TENSORS = "tensors.safetensors"
 
 
-def save_stage(job: Job, before: Mapping[str, Any], folder: Path) -> None:
-    """Write a finished stage into a folder."""
+def save_stage(job: Job, before: Mapping[str, Any], folder: Path, whole: bool = False) -> None:
+    """Write a finished stage into a folder.
+
+    whole: as a checkpoint that can be opened by itself, which takes a model whose layers have the same widths.
+    """
     records = {"before": before, "stages": job.records, "patches": written(job.patches)}
     files = {"plan.json": job.plan.to_json(), "records.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
     if family_of(job.model.config.model_type) is not None:
         save_checkpoint(
             job.model, job.arch.shapes(job.model), folder, layout="native", tokenizer=job.tokenizer, files=files
+        )
+    elif whole:
+        save_checkpoint(
+            job.model, job.arch.shapes(job.model), folder, layout="uniform", tokenizer=job.tokenizer, files=files
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)

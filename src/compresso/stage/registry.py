@@ -41,6 +41,8 @@ class Card:
         needs: of "data", "gradients", "training".
         when: when to use it, and when not.
         failures: how it fails, and what shows it.
+        any_task: whether it takes loss and examples from the job's task; others work on next tokens.
+        makes_dense: whether what it leaves is the dense model of the run: teacher, baseline and `original`.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Card:
     needs: tuple[str, ...] = ()
     when: str = ""
     failures: str = ""
+    any_task: bool = False
+    makes_dense: bool = False
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
@@ -71,6 +75,8 @@ def stage(
     needs: Sequence[str] = (),
     when: str = "",
     failures: str = "",
+    any_task: bool = False,
+    makes_dense: bool = False,
 ) -> Callable[[type[_T]], type[_T]]:
     """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
 
@@ -86,7 +92,7 @@ def stage(
                 " rename one"
             )
         made = with_flat_knobs(cls)
-        _CARDS[name] = Card(name, made, paper, title, effects, tuple(needs), when, failures)
+        _CARDS[name] = Card(name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense)
         return made
 
     return register

@@ -1,26 +1,61 @@
-"""What a run trains and judges by, as one value: collation, loss and where two models are compared; and how one is
-found by its name.
+"""What a run trains and judges by, as one value: data, head, loss, comparison, metric and guard; and how one is found
+by its name.
 
-A task is described once, in a file of its own beside this one; objectives and stages take what they need of it as an
-argument. Files of this package are found by walking it, so a new file is a new task. One that cannot be imported is an
-error.
+A task is described once, in a file of its own beside this one; objectives, stages, preflight, final evaluation and
+report take what they need of it as an argument. Files of this package are found by walking it, so a new file is a new
+task. One that cannot be imported is an error.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.core.loss import Loss
 from compresso.data.batches import Row
+from compresso.data.instructions import Encoded
+from compresso.data.records import RecordForm, Records
 from compresso.errors import RecipeError, nearest
+from compresso.metrics.guard import Guard
+from compresso.metrics.record import Environment, Measurement
 from compresso.training.distill_objective import Compare, Halves
 
 DEFAULT = "causal-lm"
 """The task of a recipe that names none."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become rows.
+
+    Args:
+        max_length: most tokens of a row.
+        prompt: whether the collaborative prompt stands before instructions.
+        pack: whether plain text is cut into full windows.
+        limit: records looked at, at most.
+    """
+
+    max_length: int
+    prompt: bool = False
+    pack: bool = False
+    limit: int | None = None
+
+
+class Score(Protocol):
+    """What a model was found to do on held-out examples."""
+
+    @property
+    def mean(self) -> float:
+        """The loss in nats, over all labels."""
+        ...
+
+    def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
+        """The task's metric; with `noise` also how far it differs between halves of the examples, if that is known."""
+        ...
 
 
 class Task(Protocol):
@@ -29,6 +64,31 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """What recipes and `--task` call it."""
+        ...
+
+    @property
+    def auto_class(self) -> str:
+        """transformers' class that opens its models."""
+        ...
+
+    @property
+    def pipeline(self) -> str:
+        """The hub's name for it."""
+        ...
+
+    @property
+    def form(self) -> RecordForm:
+        """What a row of data holds."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The measurement that models are compared by."""
+        ...
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether its models write text, which is then read, compared and timed."""
         ...
 
     @property
@@ -41,12 +101,60 @@ class Task(Protocol):
         """Where distillation compares two models on a batch."""
         ...
 
+    def obstacle(self, config: PreTrainedConfig) -> str:
+        """Why no model with this config does it, and the cure; "" if one can."""
+        ...
+
+    def lacks_head(self, config: PreTrainedConfig) -> bool:
+        """Whether such a model has to be given a head first."""
+        ...
+
+    def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
+        """The model with a new head for these labels, drawn by the seed; its modules are moved, not copied."""
+        ...
+
+    def encode(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+    ) -> Encoded:
+        """Rows ready for batches, for a model with this config. Raises DataError."""
+        ...
+
+    def held_out(self, n_rows: int) -> int:
+        """How many of so many examples no stage trains on, where a recipe does not say."""
+        ...
+
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Halves:
         """A model, and blocks whose outputs are wanted, as distillation reads it."""
         ...
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """Examples side by side: what the model reads, and "labels"."""
+        ...
+
+    def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """What a masked model and a smaller one are compared on, where a run has examples."""
+        ...
+
+    def score(self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None) -> Score:
+        """How a model does on examples.
+
+        Args:
+            model: live.
+            rows: examples in its tokens.
+            counted_as: the same ones in another model's tokens, if the loss is shared out over those.
+
+        Raises DataError, NumericError.
+        """
+        ...
+
+    def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
+        """Whether a pruned model is worth writing.
+
+        Args:
+            config: of the pruned model.
+            dense, pruned: "loss" on held-out examples, "examples", and what was measured, by name; absent if it was
+                not.
+        """
         ...
 
 

@@ -1,15 +1,23 @@
 """Causal language modelling: the next token of texts and of responses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.checkpoint.source import is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.data.batches import Row, collate
-from compresso.tasks.base import DEFAULT, register
+from compresso.data.instructions import Encoded, encode
+from compresso.data.records import TEXTS, RecordForm, Records
+from compresso.metrics.guard import Guard, judge
+from compresso.metrics.held import HeldLoss, held_loss
+from compresso.tasks.base import DEFAULT, Reading, register
 from compresso.training.distill_objective import Compare, Network, next_tokens
+
+_PROBED = 128
 
 
 @dataclass(frozen=True)
@@ -17,8 +25,49 @@ class CausalLM:
     """The task of decoders."""
 
     name: str = DEFAULT
+    auto_class: str = "AutoModelForCausalLM"
+    pipeline: str = "text-generation"
+    form: RecordForm = TEXTS
+    metric: str = "held/perplexity"
+    writes_text: bool = True
     loss: Loss = NEXT_TOKEN
     compare: Compare = next_tokens
+
+    def obstacle(self, config: PreTrainedConfig) -> str:
+        """Why no model with this config does it; "" for a decoder."""
+        if is_causal(config):
+            return ""
+        return (
+            f"({config.model_type}) is not a causal language model, and recipes train and measure only those; give an"
+            " encoder of texts --task classification, or shrink a model from Python with compresso.shrink_ and write it"
+            " with compresso.formats.hf"
+        )
+
+    def lacks_head(self, config: PreTrainedConfig) -> bool:
+        """Never: a decoder is opened with its head."""
+        return False
+
+    def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
+        """The model as it is."""
+        return model
+
+    def encode(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+    ) -> Encoded:
+        """Ids and labels: of responses, or of every token of a text. Raises DataError as `encode`."""
+        return encode(
+            records,
+            tokenizer,
+            max_length=reading.max_length,
+            prompt_on=reading.prompt,
+            pack=reading.pack,
+            limit=reading.limit,
+            vocab_size=config.vocab_size,
+        )
+
+    def held_out(self, n_rows: int) -> int:
+        """Enough tokens for a loss."""
+        return 32
 
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Network:
         """The model cut where logits are made."""
@@ -28,6 +77,24 @@ class CausalLM:
         """input_ids, attention_mask and labels, each [len(rows), longest], int64."""
         batch = collate(rows, pad_id)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+
+    def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """The beginning of the first example."""
+        return {"input_ids": torch.tensor([rows[0]["input_ids"][:_PROBED]])}
+
+    def score(self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None) -> HeldLoss:
+        """The loss on examples, for their perplexity."""
+        return held_loss(model, rows, counted_as=counted_as)
+
+    def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
+        """By perplexity against dense, the loss itself, and broken texts."""
+        return judge(
+            vocabulary=int(config.vocab_size),
+            dense_loss=dense.get("loss"),
+            pruned_loss=pruned.get("loss"),
+            dense_degenerate=dense.get("degenerate"),
+            pruned_degenerate=pruned.get("degenerate"),
+        )
 
 
 CAUSAL_LM = CausalLM()

@@ -1,17 +1,39 @@
-"""Classification of texts and of pairs of texts: one label an example."""
+"""Classification of texts and of pairs of texts: one label an example, by an encoder with a classifier on top.
 
-from collections.abc import Sequence
+A base model has no classifier. It is given one by the stage `finetune`, which trains it together with all weights: what
+comes out is the dense model that a pruned one is taught by and compared with.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from compresso.checkpoint.source import auto_class, is_causal
 from compresso.core.loss import LABEL, Loss
 from compresso.data.batches import Row
+from compresso.data.instructions import Encoded
+from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
+from compresso.data.records import RecordForm, Records
 from compresso.errors import DataError
-from compresso.tasks.base import register
+from compresso.metrics.guard import Guard
+from compresso.metrics.label_guard import judge_labels
+from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
+from compresso.tasks.base import Reading, register
 from compresso.training.distill_objective import Compare, Whole, examples
+from compresso.training.noise import mixed_seed
+
+_PROBED = 4
+_LEAST_HELD, _MOST_HELD = 32, 256
 
 
 @dataclass(frozen=True)
@@ -19,8 +41,64 @@ class Classification:
     """The task of encoders with a classifier over the whole text."""
 
     name: str = "classification"
+    auto_class: str = "AutoModelForSequenceClassification"
+    pipeline: str = "text-classification"
+    form: RecordForm = LABELLED
+    metric: str = ACCURACY
+    writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = examples
+
+    def obstacle(self, config: PreTrainedConfig) -> str:
+        """Why no model with this config does it; "" for an encoder of texts."""
+        if is_causal(config):
+            return (
+                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
+            )
+        if type(config) not in AutoModelForSequenceClassification._model_mapping:
+            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
+        return ""
+
+    def lacks_head(self, config: PreTrainedConfig) -> bool:
+        """Whether it is a base model, or has a head for another task."""
+        return auto_class(config) is not AutoModelForSequenceClassification
+
+    def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
+        """The encoder under a new classifier, and a new pooler if it has none; both as the family draws them."""
+        config = copy.deepcopy(model.config)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+        with torch.random.fork_rng(devices=[]), torch.device(model.device):
+            torch.manual_seed(mixed_seed("head", seed))
+            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+                config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+            )
+        encoder, fresh = model.base_model, made.base_model
+        for name, module in fresh.named_children():
+            if getattr(encoder, name, None) is None:
+                setattr(encoder, name, module)
+        for module in encoder.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = made.config  # pyright: ignore[reportArgumentType]  # no tensor and no module
+        setattr(made, made.base_model_prefix, encoder)
+        return made.train(model.training)
+
+    def encode(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+    ) -> Encoded:
+        """Ids with the tokenizer's special tokens, and numbers of labels. Raises DataError as `labels_of` and
+        `encode_labelled`.
+        """
+        labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
+        segments = getattr(config, "type_vocab_size", 1) > 1
+        return encode_labelled(
+            records, tokenizer, labels, reading.max_length, reading.limit, config.vocab_size, segments
+        )
+
+    def held_out(self, n_rows: int) -> int:
+        """A fifth, but enough for an accuracy and no more than takes seconds."""
+        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
 
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Whole:
         """The model whole: its logits are few."""
@@ -45,6 +123,20 @@ class Classification:
         if any(map(any, types)):
             batch["token_type_ids"] = torch.tensor([one + [0] * gap for one, gap in zip(types, gaps, strict=True)])
         return batch
+
+    def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """A few examples with their padding."""
+        batch = self.collate(rows[:_PROBED], pad_id)
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def score(self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None) -> LabelScore:
+        """The accuracy on examples."""
+        return label_score(model, rows, partial(self.collate, pad_id=int(model.config.pad_token_id or 0)))
+
+    def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
+        """By what is left of the lead over the most frequent label."""
+        n = pruned.get("examples")
+        return judge_labels(dense.get(ACCURACY), pruned.get(ACCURACY), pruned.get(GUESS), None if n is None else int(n))
 
 
 CLASSIFICATION = Classification()

@@ -1,0 +1,222 @@
+"""`compresso run ... --task classification`: a head is trained, the model pruned and recovered, and what was measured
+is told; a killed run ends in the same bytes; what cannot work is refused in a line before weights are read.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Call, Forked, work_of
+from tests.tasks.conftest import sentences
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import compresso
+from compresso.report.records import RunRecords
+from compresso.runner.options import with_options
+from compresso.runner.recipe import build
+from compresso.runner.run import run
+
+SETS = (
+    *("stages.finetune.steps=60", "stages.finetune.lr=3.0e-3", "stages.finetune.save_every=20"),
+    *("stages.gate_taylor.batches=2", "stages.recover.rank=4", "stages.recover.save_every=5"),
+    *("stages.recover.steps=20", "stages.recover.lr=1.0e-3", "stages.recover.lr_at_hidden=null"),
+)
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def arguments(bert: Path, moods: Path) -> Command:
+    """arguments(output, *more): of a run that takes seconds."""
+
+    def _arguments(output: Path, *more: str) -> list[str]:
+        sets = [part for one in SETS for part in ("--set", one)]
+        options = ["--model", str(bert), "--task", "classification", "--data", str(moods), "--keep", "0.7"]
+        return ["run", "gate-taylor", *options, "--output", str(output), *sets, *more]
+
+    return _arguments
+
+
+@pytest.fixture(scope="session")
+def pruned(bert: Path, moods: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result."""
+    output = tmp_path_factory.mktemp("runs") / "moods"
+    raw = with_options("gate-taylor", model=str(bert), task="classification", keep=0.7, sets=SETS)
+    run(raw, bert, moods, output=output, quiet=True)
+    return output
+
+
+def outcome(output: Path) -> tuple[str, dict[str, Any]]:
+    stages = json.loads((output / "records.json").read_text())["stages"]
+    facts = {name: {key: value for key, value in stage.items() if key != "seconds"} for name, stage in stages.items()}
+    return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(), facts
+
+
+def test_the_result_is_a_stock_classifier_that_still_knows_the_labels(pruned: Path) -> None:
+    model, tokens = (one.from_pretrained(pruned) for one in (AutoModelForSequenceClassification, AutoTokenizer))
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert model.config.id2label == {0: "neg", 1: "pos"} and model.config.intermediate_size < 48
+    rows = sentences(40, seed=9)
+    with torch.no_grad():
+        logits = [model(**tokens(row["sentence"], return_tensors="pt")).logits[0] for row in rows]
+    right = [model.config.id2label[int(one.argmax())] == row["label"] for one, row in zip(logits, rows, strict=True)]
+    assert sum(right) >= 38
+    loaded = compresso.load(pruned).model
+    assert type(loaded) is type(model) and loaded.num_parameters() == model.num_parameters()
+
+
+def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None:
+    records = RunRecords.checked(json.loads((pruned / "records.json").read_text()), "records")
+    assert records.recipe.task == "classification"
+    assert [*records.recipe.knobs()] == ["finetune", "gate_taylor", "recover"]
+    assert records.dense is not None and records.dense.name == "bert, fine-tuned"
+    dense, smaller = records.report.models
+    assert (dense.name, dense.fingerprint) == ("dense", records.dense.fingerprint) != records.model.fingerprint
+    for one in (dense, smaller):
+        (accuracy,) = [number for number in one.measurements if number.name == "held/acc"]
+        assert accuracy.value >= 0.9 and accuracy.n == 48 and accuracy.stderr is not None
+        assert one.value("held, most frequent label/acc") == 0.5
+    assert records.guard.verdict == "ok" and records.before.held_loss is not None
+    assert records.after.parameters["blocks"] <= 0.705 * records.before.parameters["blocks"]  # widths are equal
+    assert records.stages["gate_taylor"].units_kept["layers.0.heads"] == "4/4"  # its config could not say fewer
+    card = (pruned / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "| Tasks: accuracy: held |" in card
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "bert, fine-tuned" in card
+    page = (pruned / "report.html").read_text()
+    assert "Tasks: accuracy" in page and "bert, fine-tuned" in page and "text-classification" in page
+    again = build(compresso.runner.recipe.read(pruned / "recipe.yaml"))  # type: ignore[attr-defined]
+    assert again.task.name == "classification" and len(again.stages) == 3
+
+
+def test_the_terminal_tells_the_accuracy_and_a_run_again_has_the_same_bytes(
+    arguments: Command, call: Call, pruned: Path, tmp_path: Path
+) -> None:
+    code, out, _ = call(*arguments(tmp_path / "out"))
+    assert code == 0
+    assert "held acc: 100.0 % dense, 100.0 % pruned, on 48 held-out examples" in out
+    assert outcome(tmp_path / "out") == outcome(pruned)
+
+
+def test_killed_in_every_stage_a_run_ends_in_the_same_bytes(
+    arguments: Command, forked: Forked, pruned: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert forked(arguments(output), event="kill", phase="finetune", at=45)[0] == -9
+    assert (work_of(output) / "training" / "finetune" / "step-000040").is_dir()
+    assert forked(arguments(output, "--resume"), event="kill", phase="saved", at=1)[0] == -9
+    dense = work_of(output) / "stages" / "01-finetune"
+    written = (dense / "model.safetensors").stat().st_mtime_ns
+    model = AutoModelForSequenceClassification.from_pretrained(dense)  # can be used by itself
+    assert model.config.id2label == {0: "neg", 1: "pos"} and model.config.intermediate_size == 48
+    code, log = forked(arguments(output, "--resume"), event="kill", phase="recover", at=12)
+    assert code == -9 and "finetune" not in log, log
+    code, log = forked(arguments(output, "--resume"))
+    assert code == 0 and "finetune" not in log, log
+    assert outcome(output) == outcome(pruned)
+    assert written  # the stage was not written again: its time is that of the second call
+
+
+def test_distillation_learns_from_the_fine_tuned_model(bert: Path, moods: Path, tmp_path: Path) -> None:
+    sets = [one for one in SETS if "recover" not in one] + ["stages.distill.steps=4", "stages.distill.rank=2"]
+    raw = with_options("gate-taylor/distill", model=str(bert), task="classification", keep=0.9, sets=sets)
+    result = run(raw, bert, moods, output=tmp_path / "out", quiet=True)
+    divergences = result.records["stages"]["distill"]["curve"]["divergence"]
+    assert max(divergences) < 0.1  # a teacher without a trained head would be far away
+
+
+def test_a_model_with_a_head_keeps_it(pruned: Path, moods: Path, tmp_path: Path) -> None:
+    raw = with_options(
+        "gate-taylor",
+        model=str(pruned),
+        task="classification",
+        keep=0.9,
+        sets=[one for one in SETS if "finetune" not in one],
+    )
+    result = run(raw, pruned, moods, output=tmp_path / "out", quiet=True)
+    assert [*result.records["stages"]] == ["gate_taylor", "recover"] and result.records["dense"] is None
+    assert result.model.config.id2label == {0: "neg", 1: "pos"}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "w1", "label": "joy"}\n{"text": "w2", "label": "pos"}\n' * 30)
+    with pytest.raises(compresso.errors.DataError, match=r"label 'joy' is none of the model's 2: 0 \(neg\), 1 \(pos\)"):
+        run(raw, pruned, other, output=tmp_path / "out2", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "said"),
+    [
+        ("wanda/50", (), "stage 'wanda' works on next tokens, and task classification has none; under it run"),
+        ("contextual/vocab", (), "works on next tokens"),
+        ("gate-taylor", ("--task", "clasification"), "task 'clasification' is unknown; did you mean 'classification'?"),
+        ("gate-taylor", ("--model", "LLAMA"), "is a causal language model; --task classification takes an encoder"),
+        ("gate-taylor", ("--task", "causal-lm"), "is not a causal language model, and recipes train and measure only"),
+        (
+            "gate-taylor",
+            ("--data", "TEXT"),
+            "fields are: text; wanted text, sentence, or sentence1 + sentence2, and label",
+        ),
+        ("gate-taylor", ("--layout", "native"), "layout native is not written for model_type 'bert'"),
+        ("gate-taylor", ("--keep", "0.2"), "at least"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    recipe: str,
+    more: tuple[str, ...],
+    said: str,
+    bert: Path,
+    moods: Path,
+    tiny_folder: Path,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "w1"}\n' * 40)
+    given = {"--model": str(bert), "--task": "classification", "--data": str(moods), "--output": str(tmp_path / "out")}
+    words = [{"LLAMA": str(tiny_folder), "TEXT": str(text)}.get(one, one) for one in more]
+    given |= dict(zip(words[::2], words[1::2], strict=True))
+    code, out, error = call("run", recipe, *(part for pair in given.items() for part in pair))
+    assert (code, out) == (2, "") and len(error.splitlines()) == 1
+    assert said in error
+    assert not (tmp_path / "out").exists() and not work_of(tmp_path / "out").exists()
+
+
+def test_a_task_without_data_asks_for_some(bert: Path, call: Call, tmp_path: Path) -> None:
+    """The recipe's own data is for another task."""
+    code, _, error = call("run", "gate-taylor", "--model", bert, "--task", "classification", "--output", tmp_path / "o")
+    assert code == 2 and "recipe gate-taylor needs data; give --data" in error
+
+
+def test_a_plan_counts_the_head_and_shows_the_stage(bert: Path, call: Call) -> None:
+    code, out, _ = call("plan", "gate-taylor", "--model", bert, "--task", "classification", "--json")
+    shown = json.loads(out)
+    assert code == 0 and shown["after"]["parameters"]["blocks"] < shown["before"]["parameters"]["blocks"]
+    assert any("counted with a head for 2 labels" in note for note in shown["notes"])
+    total = shown["before"]["parameters"]["total"]
+    assert total == compresso.inspect(bert)["parameters"]["total"] + 2 * 32 + 2
+
+
+def test_fine_tuning_stands_first() -> None:
+    with pytest.raises(compresso.errors.RecipeError, match=r"stage 'finetune' makes the dense model .* put it first"):
+        build({"task": "classification", "stages": ["gate_taylor", "finetune"]})
+
+
+def test_transformers_alone_opens_the_result(pruned: Path) -> None:
+    """In a process that knows nothing of compresso."""
+    code = (
+        "import sys; from transformers import pipeline;"
+        "found = pipeline('text-classification', sys.argv[1])('w1 good w2');"
+        "assert 'compresso' not in sys.modules; print(found[0]['label'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pruned)], env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "pos", done.stderr[-500:]
