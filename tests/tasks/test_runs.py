@@ -18,6 +18,11 @@ from tests.tasks.conftest import sentences
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compresso
+from compresso.checkpoint.source import load_model, open_source
+from compresso.engines.classifier import classifier_parity, classifier_reference
+from compresso.engines.onnx_runtime import ONNX
+from compresso.engines.transformers import OWN
+from compresso.engines.verify import verify
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build
@@ -220,3 +225,41 @@ def test_transformers_alone_opens_the_result(pruned: Path) -> None:
         [sys.executable, "-c", code, str(pruned)], env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
     )
     assert done.stdout.strip() == "pos", done.stderr[-500:]
+
+
+@pytest.mark.engines
+def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_path: Path) -> None:
+    """Texts of different lengths side by side, so padding must not count."""
+    pytest.importorskip("onnxruntime")
+    code, out, error = call("export", pruned, "--format", "onnx", "--output", tmp_path / "onnx", "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
+    answers = {one.engine: one for one in verify(pruned)}
+    assert answers[ONNX.name].opens == "yes" and answers[OWN].opens == "yes"
+    live = load_model(open_source(pruned))
+    with torch.no_grad():
+        live.get_parameter("classifier.bias").add_(1)
+    assert classifier_parity(ONNX, tmp_path / "onnx", classifier_reference(live, None)).opens == "no"
+    code, _, error = call("export", pruned, "--format", "gguf", "--output", tmp_path / "x.gguf")
+    assert code == 2 and len(error.splitlines()) == 1
+
+
+def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call: Call, tmp_path: Path) -> None:
+    rows = tmp_path / "fresh.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in sentences(60, seed=5)))
+    given = ("--task", "classification", "--data", rows)
+    code, out, _ = call("evaluate", pruned, *given, "--json")
+    accuracy, guess = json.loads(out)["models"][0]["measurements"]
+    assert code == 0 and accuracy["name"] == "fresh/acc" and accuracy["n"] == 60 and accuracy["value"] >= 0.95
+    assert guess["value"] == 0.5
+    code, out, _ = call("evaluate", pruned, *given, "--limit", 10)
+    assert code == 0 and "fresh/acc" in out and "Not measured" not in out
+    for more, said in (
+        ((bert, *given), "has no head for classification"),
+        ((pruned, "--task", "classification"), "task and data belong together"),
+        ((pruned, *given, "--suite", "world"), "leave them out with a task"),
+    ):
+        code, _, error = call("evaluate", *more)
+        assert code == 2 and said in error and len(error.splitlines()) == 1

@@ -156,6 +156,11 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return auto_class(config) is AutoModelForCausalLM and config.model_type != "bert"
 
 
+def is_text_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as a classifier of texts."""
+    return auto_class(config) is AutoModelForSequenceClassification
+
+
 def meta_model(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device, as its family's stock class: names and shapes without memory.
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
+from compresso.commands.evaluate_task import TASK, check_words, task_metric
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
@@ -42,6 +43,8 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
+    task: str | None = None,
+    data: str | None = None,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
@@ -59,10 +62,12 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N.
         seed: of shots that are drawn.
         output: file to which the report is written as JSON.
+        task, data: in place of all that is for text, a task such as "classification", and examples to score on.
 
     Raises:
         CompressoError: with the cure; nothing was written.
     """
+    check_words(task, data, suite, tasks, corpus, protocol)
     if suite is not None and tasks is not None:
         raise DataError("suite and tasks are both given; give one")
     if prompt not in PROMPTING:
@@ -72,13 +77,15 @@ def evaluate(
         raise DataError("tasks names nothing; give at least one")
     if names:
         _check_numbers(limit, batch_size)
-    elif prompt != "auto" or limit is not None:
+    elif prompt != "auto" or (limit is not None and task is None):
         raise DataError("prompt and limit belong to tasks, and none was asked for; give a suite or tasks")
     where = choose_device(device)
     source = open_source(model)
     target = None if output is None else report_path(output, [source.folder])
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")
+    if task is not None and data is not None:
+        return _reported(source, task_metric(source, task, data, where, limit), target)
     load_tokenizer(source)
     language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
     if language is None and protocol is not None:
@@ -107,6 +114,11 @@ def evaluate(
         )
         for one in prompts(loaded, prompt):
             measurements += score(prompt=one)
+    return _reported(source, measurements, target)
+
+
+def _reported(source: Source, measurements: Sequence[Measurement], target: Path | None) -> Report:
+    """The report of one model, also written if a file is named."""
     results = ModelResults(
         name=source.identity.name,
         model=source.identity.name,
@@ -192,6 +204,8 @@ def _notes(results: ModelResults) -> list[str]:
 def _absent(results: ModelResults) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
     units = {one.unit for one in results.measurements}
+    if any(TASK in one.protocol for one in results.measurements):
+        return []
     return [
         what
         for unit, what in (("share", "tasks (--suite or --tasks)"), ("1", "perplexity (--corpus)"))

@@ -9,14 +9,17 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
-from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.source import Source, is_text_classifier, open_source
+from compresso.engines.classifier import classifier_parity, classifier_reference
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
-from compresso.engines.parity import Format
+from compresso.engines.onnx_runtime import ONNX
+from compresso.engines.parity import Engine, Format, Parity
 from compresso.engines.registry import engine_for
 from compresso.engines.written import Live, load_for, write
 from compresso.errors import CheckpointError, ExportError, deprecated, nearest
 from compresso.formats.gguf import library
 from compresso.formats.onnx import head_dim
+from compresso.formats.onnx_classifier import save_onnx_classifier
 from compresso.metrics.size import weight_bytes
 
 log = logging.getLogger(__name__)
@@ -125,7 +128,10 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
     """A folder with an ONNX graph."""
-    facts = _exported(source, Format.ONNX, output, dtype, force)
+    if is_text_classifier(source.config):
+        facts = _classifier(source, output, dtype, force)
+    else:
+        facts = _exported(source, Format.ONNX, output, dtype, force)
     size = sum(path.stat().st_size for path in output.glob("model.onnx*"))
     return facts | {"arch": source.config.model_type, "bytes": size}
 
@@ -161,16 +167,36 @@ def _exported(source: Source, written: Format, output: Path, dtype: str | None, 
     return facts
 
 
+def _classifier(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
+    """Write a classifier's ONNX graph and open it in its engine; returns what `export` returns, without the bytes."""
+    live = load_for(Format.ONNX, source)
+    facts: dict[str, Any] = {"output": str(output), "format": str(Format.ONNX), "dtype": dtype}
+
+    def parity(path: Path) -> Parity:
+        return classifier_parity(ONNX, path, classifier_reference(live.model, live.tokenizer, dtype))
+
+    check = _opening(ONNX, parity, output, facts)
+    save_onnx_classifier(live.model, output, live.tokenizer, dtype=dtype, force=force, check=check)
+    return facts
+
+
 def _checking(written: Format, model: Live, output: Path, dtype: str, facts: dict[str, Any]) -> Callable[[Path], None]:
     """What opens a written file or folder in its engine, and adds to the facts what came of it."""
     engine = engine_for(written)
+    return _opening(engine, lambda path: engine.parity(path, model.reference(dtype)), output, facts)
+
+
+def _opening(
+    engine: Engine, parity_of: Callable[[Path], Parity], output: Path, facts: dict[str, Any]
+) -> Callable[[Path], None]:
+    """What refuses a written file or folder that an engine, where it is here, finds to compute something else."""
     facts |= {"difference": None, "same_tokens": None}
 
     def check(path: Path) -> None:
         if (missing := engine.missing()) is not None:
             facts["checked"] = f"not opened: {missing}"
             return
-        parity = engine.parity(path, model.reference(dtype))
+        parity = parity_of(path)
         if parity.opens != "yes":
             raise ExportError(
                 f"{output} would read back differently in {engine.program}: {parity.reason}. It was not written."

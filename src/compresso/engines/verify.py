@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from compresso.checkpoint.source import Source, is_causal, open_source
+from compresso.checkpoint.source import Source, is_causal, is_text_classifier, open_source
 from compresso.engines import registry
+from compresso.engines.classifier import verify_classifier
 from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
@@ -28,13 +29,18 @@ from compresso.sweep.memory import available
 def verify(model: str | Path) -> list[Parity]:
     """The parity of every engine with a hub id or a folder of safetensors.
 
-    Raises CheckpointError if it is no causal language model or cannot be read, ResourceError if memory is short.
+    Raises CheckpointError if it is neither a causal language model nor a classifier of texts, or cannot be read;
+    ResourceError if memory is short.
     """
     source = open_source(model)
-    if source.folder is None or not is_causal(source.config):
+    if source.folder is None or not (is_causal(source.config) or is_text_classifier(source.config)):
         raise CheckpointError(
-            f"model {source.name} is not a causal language model with weights, and verify compares their logits."
+            f"model {source.name} is not a causal language model or a classifier of texts with weights, and verify"
+            " compares their logits."
         )
+    if is_text_classifier(source.config):
+        with tempfile.TemporaryDirectory() as scratch:
+            return verify_classifier(source, Path(scratch))
     reference = load_for(Format.CHECKPOINT, source).reference()
     found: dict[str, Parity] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -85,20 +85,9 @@ def save_onnx(
 
     Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
     """
-    if dtype not in ("f32", "int8"):
-        raise ExportError(f"unknown dtype '{dtype}' of onnx; known: f32, int8")
-    library("onnxscript")
-    quantization = library("onnxruntime.quantization") if dtype == "int8" else None
     heads = [shape.kv_heads for shape in shapes if shape.kv_heads]
     with new_folder(folder, force) as temporary:
-        path = temporary / (GRAPH if quantization is None else "whole.onnx")
-        program = _traced(model.eval(), heads)
-        program.save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
-        if quantization is not None:
-            with _quiet():
-                quantization.quantize_dynamic(path, temporary / GRAPH, weight_type=quantization.QuantType.QInt8)
-            for whole in temporary.glob("whole.onnx*"):
-                whole.unlink()
+        write_graph(lambda: _traced(model.eval(), heads), model, temporary, dtype)
         widths = {"heads": heads, "head_dim": head_dim(model)}
         config = {**json.loads(model.config.to_json_string()), "compresso_cache": widths}
         write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
@@ -108,6 +97,23 @@ def save_onnx(
             tokenizer.save_pretrained(temporary)
         if check is not None:
             check(temporary)
+
+
+def write_graph(traced: Callable[[], Any], model: PreTrainedModel, folder: Path, dtype: str) -> None:
+    """Write what torch's exporter traced as `model.onnx`, its matrices in 8 bits if asked. Raises ExportError for an
+    unknown dtype and if onnx is not installed.
+    """
+    if dtype not in ("f32", "int8"):
+        raise ExportError(f"unknown dtype '{dtype}' of onnx; known: f32, int8")
+    library("onnxscript")
+    quantization = library("onnxruntime.quantization") if dtype == "int8" else None
+    path = folder / (GRAPH if quantization is None else "whole.onnx")
+    traced().save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
+    if quantization is not None:
+        with quiet():
+            quantization.quantize_dynamic(path, folder / GRAPH, weight_type=quantization.QuantType.QInt8)
+        for whole in folder.glob("whole.onnx*"):
+            whole.unlink()
 
 
 def head_dim(model: PreTrainedModel) -> int:
@@ -145,7 +151,7 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
     chunk = {0: rows, 1: new}
     dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
     try:
-        with _quiet():
+        with quiet():
             return torch.onnx.export(
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
@@ -167,7 +173,7 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's and the quantizer's own remarks."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
     levels = [logger.level for logger in loggers]

@@ -225,7 +225,7 @@ def run(
                     prepared.output,
                     overwrite,
                     dtype,
-                    parity_records if verify and prepared.recipe.task.writes_text else None,
+                    parity_records if verify else None,
                 )
                 work.discard()
             facts = broadcast(accelerator, facts)

@@ -1,0 +1,58 @@
+"""The metric of a task on a file of examples, such as the accuracy of a classifier."""
+
+from pathlib import Path
+
+import torch
+
+from compresso.checkpoint.source import Source, load_model, load_tokenizer
+from compresso.data.registry import load_records
+from compresso.errors import ArchError, DataError
+from compresso.metrics.record import Environment, Measurement
+from compresso.native.stock import as_stock
+from compresso.tasks.base import Reading, task_named
+
+TASK = "trained_for"
+"""The setting that tells these numbers from those of models that write text."""
+MAX_LENGTH = 512
+"""Tokens that are read of an example, where the model's context holds as many."""
+
+
+def task_metric(
+    source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None
+) -> tuple[Measurement, ...]:
+    """The task's metric of a model on all examples, or on `limit` evenly spaced ones, named after the file.
+
+    Raises:
+        RecipeError: an unknown task.
+        ArchError: a model that cannot do it, or that has no head for it.
+        DataError: data that is not of its kind.
+    """
+    known = task_named(task)
+    if obstacle := known.obstacle(source.config):
+        raise ArchError(f"{source.name} {obstacle}")
+    if known.lacks_head(source.config):
+        raise ArchError(
+            f"{source.name} has no head for {task}, so it says nothing that could be scored; give a model that a run"
+            f" with --task {task} wrote"
+        )
+    tokenizer = load_tokenizer(source)
+    length = min(MAX_LENGTH, getattr(source.config, "max_position_embeddings", None) or MAX_LENGTH)
+    records = load_records(data, form=known.form)
+    encoded = known.encode(records, tokenizer, Reading(length, limit=limit), source.config)
+    model = as_stock(load_model(source, device=device)).eval()
+    found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
+    name = records.source.partition(".")[0]
+    return tuple(
+        one.model_copy(
+            update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, TASK: known.name}}
+        )
+        for one in found
+    )
+
+
+def check_words(task: str | None, data: str | None, *others: object) -> None:
+    """Raise DataError unless task and data come together, and without what asks for something else."""
+    if (task is None) != (data is None):
+        raise DataError("task and data belong together: --task classification --data rows.jsonl")
+    if task is not None and any(other is not None for other in others):
+        raise DataError("suite, tasks, corpus and protocol are for models that write text; leave them out with a task")

@@ -1,0 +1,122 @@
+"""The parity check of a classifier of texts: its folder in a fresh process, and its ONNX graph in ONNX Runtime and
+OpenVINO, on texts of different lengths side by side.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
+from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine
+from compresso.engines.openvino import OPENVINO
+from compresso.engines.parity import TEXT, Format, Parity, within_rounding
+from compresso.engines.transformers import OWN
+from compresso.engines.written import missing_writer
+from compresso.errors import CompressoError
+from compresso.formats.onnx import GRAPH, library
+from compresso.formats.onnx_classifier import input_names, save_onnx_classifier
+from compresso.formats.reopen import reopen_and_compare
+
+TEXTS = (TEXT, "It was all right.", "No.")
+REOPENED_WITHIN = 1e-3
+
+
+@dataclass(frozen=True)
+class ClassifierReference:
+    """What a classifier computes, in float32.
+
+    Args:
+        given: what it reads, by name, each [batch, seq], int64.
+        logits: [batch, classes].
+        dtype: that the written weights have: f32 or int8.
+    """
+
+    given: dict[str, Tensor]
+    logits: Tensor
+    dtype: str = "f32"
+
+
+@torch.no_grad()
+def classifier_reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str = "f32"
+) -> ClassifierReference:
+    """What a live float32 classifier says of a few texts with padding, or of ids that it has."""
+    if tokenizer is None:
+        ids = torch.arange(24).reshape(2, 12) * 7919 % int(model.config.vocab_size)
+        mask = torch.ones_like(ids)
+        mask[1, 7:] = 0
+    else:
+        made = tokenizer(list(TEXTS), padding=True, truncation=True, max_length=64, return_tensors="pt")
+        ids, mask = made["input_ids"], made["attention_mask"]
+    names = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    given = {name: names[name] for name in input_names(model)}
+    return ClassifierReference(given, model.eval()(**given).logits, dtype)
+
+
+def classifier_parity(engine: OnnxEngine, folder: Path, reference: ClassifierReference) -> Parity:
+    """Compare an ONNX folder in an engine with the live model it was written from."""
+    wanted = reference.logits
+    try:
+        found = _RUNS[engine.name](folder, reference.given)
+    except RuntimeError as error:  # of the engine
+        return Parity(engine.name, "no", " ".join(str(error).split())[:300])
+    if found.shape != wanted.shape:
+        return Parity(engine.name, "no", f"logits are {list(found.shape)} instead of {list(wanted.shape)}")
+    difference, within = float((found - wanted).abs().max()), WITHIN.get(reference.dtype)
+    fits = bool(found.isfinite().all()) if within is None else within_rounding(found, wanted, within)
+    reason = "" if fits else f"logits differ by up to {difference:.2g}"
+    return Parity(engine.name, "yes" if fits else "no", reason, difference)
+
+
+def verify_classifier(source: Source, scratch: Path) -> list[Parity]:
+    """The parity of every engine with a classifier's folder. scratch: where to write the graph."""
+    assert source.folder is not None
+    live = load_model(source, dtype=torch.float32)
+    reference = classifier_reference(live, load_tokenizer(source) if has_tokenizer(source) else None)
+    try:
+        ids = reference.given["input_ids"][:1]
+        found = [Parity(OWN, "yes", "", reopen_and_compare(source.folder, live, ids, REOPENED_WITHIN))]
+    except CompressoError as error:
+        found = [Parity(OWN, "no", str(error))]
+    folder = scratch / "onnx"
+    lacking = {engine: missing_writer(Format.ONNX) or engine.missing() for engine in (ONNX, OPENVINO)}
+    try:
+        if None in lacking.values():
+            save_onnx_classifier(live, folder)
+        for engine, reason in lacking.items():
+            found.append(
+                classifier_parity(engine, folder, reference)
+                if reason is None
+                else Parity(engine.name, "not installed", reason)
+            )
+    except CompressoError as error:
+        found += [Parity(engine.name, "no", str(error)) for engine, reason in lacking.items() if reason is None]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _onnx_runtime(folder: Path, given: dict[str, Tensor]) -> Tensor:
+    runtime = library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session: Any = runtime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    known = {one.name for one in session.get_inputs()}
+    return torch.from_numpy(session.run(None, {name: ids.numpy() for name, ids in given.items() if name in known})[0])
+
+
+def _openvino(folder: Path, given: dict[str, Tensor]) -> Tensor:
+    core = library("openvino").Core()
+    compiled: Any = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    known = {one.any_name for one in compiled.inputs}
+    found = compiled({name: ids.numpy() for name, ids in given.items() if name in known})
+    return torch.from_numpy(found[compiled.outputs[0]].copy())
+
+
+_RUNS: dict[str, Callable[[Path, dict[str, Tensor]], Tensor]] = {ONNX.name: _onnx_runtime, OPENVINO.name: _openvino}

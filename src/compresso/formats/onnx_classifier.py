@@ -1,0 +1,95 @@
+"""Writing a classifier of texts as one ONNX graph, through torch's exporter.
+
+    input_ids, attention_mask, and token_type_ids where the model has some      [batch, seq], int64
+    logits                                                                      [batch, classes]
+
+Sizes are dynamic; a row of another length is padded on its right and masked.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.errors import ExportError
+from compresso.formats.onnx import quiet, write_graph
+
+
+class _Logits(nn.Module):
+    """A classifier as a function of tensors alone."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *given: Tensor) -> Tensor:
+        """Logits [batch, classes]."""
+        return self.model(**dict(zip(self.names, given, strict=True))).logits
+
+
+def input_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the graph of a classifier reads."""
+    types = ("token_type_ids",) if getattr(model.config, "type_vocab_size", 1) > 1 else ()
+    return ("input_ids", "attention_mask", *types)
+
+
+def save_onnx_classifier(
+    model: PreTrainedModel,
+    folder: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "f32",
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `model.onnx`, config and tokenizer; `folder` is complete or untouched.
+
+    Args:
+        model: live, of a stock class, float32.
+        folder: where to.
+        tokenizer: written beside it.
+        dtype: "f32" or "int8".
+        force: replace a folder that is not empty.
+        check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+
+    Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
+    """
+    with new_folder(folder, force) as temporary:
+        write_graph(lambda: _traced(model.eval()), model, temporary, dtype)
+        config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
+        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if check is not None:
+            check(temporary)
+
+
+@torch.no_grad()
+def _traced(model: PreTrainedModel) -> Any:
+    """The exporter's program. Raises ExportError if it cannot follow the forward."""
+    names = input_names(model)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    given = (ids, mask, torch.zeros_like(ids))[: len(names)]
+    shape = {0: Dim("batch_size"), 1: Dim("sequence_length")}
+    try:
+        with quiet():
+            return torch.onnx.export(
+                _Logits(model, names).eval(),
+                given,
+                dynamo=True,
+                input_names=list(names),
+                output_names=["logits"],
+                dynamic_shapes=(tuple(shape for _ in names),),
+                verbose=False,
+            )
+    except Exception as error:  # the exporter fails in any way on what it cannot follow
+        raise ExportError(
+            f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"
+        ) from error
