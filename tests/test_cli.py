@@ -471,6 +471,7 @@ def test_run_prints_where_the_result_is_and_json_prints_nothing_else(
     assert json.loads(out, parse_constant=pytest.fail) == json.loads((tmp_path / "again" / "records.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reads_weights")
 def test_the_whole_way_with_a_fresh_process(call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
     """Without short cuts: the checkpoint is reopened in a process of its own."""

@@ -169,18 +169,21 @@ def offline(data: str, cache: Path, **environment: str) -> tuple[str, int]:
     return message, attempts
 
 
+@pytest.mark.slow
 def test_with_the_hub_switched_off_no_connection_is_tried(tmp_path: Path) -> None:
     message, attempts = offline("alpaca-gpt4", tmp_path, HF_HUB_OFFLINE="1")
     assert attempts == 0
     assert "vicgalle/alpaca-gpt4" in message and "HF_HUB_OFFLINE is set" in message and "pass a local file" in message
 
 
+@pytest.mark.slow
 def test_without_a_network_the_hub_is_asked_once(tmp_path: Path) -> None:
     message, attempts = offline("wikitext2", tmp_path, HF_HUB_OFFLINE="0")
     assert 1 <= attempts <= 2
     assert "Salesforce/wikitext (wikitext-2-raw-v1), split 'train'" in message and "did not answer" in message
 
 
+@pytest.mark.slow
 def test_local_data_needs_no_connection(write) -> None:
     assert offline(str(write("a.txt", "a")), write("a.txt", "a").parent) == ("", 0)
 

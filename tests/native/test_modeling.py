@@ -94,6 +94,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, tmp_path: 
     assert all(float(one.abs().max()) > 0 for one in gradients[0])
 
 
+@pytest.mark.slow
 def test_opens_without_compresso_by_trust_remote_code(tmp_path: Path) -> None:
     live = narrow_model("qwen2", NO_FIRST_ATTENTION)
     save_checkpoint(live, NO_FIRST_ATTENTION, tmp_path / "out", "native")

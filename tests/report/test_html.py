@@ -108,6 +108,7 @@ def test_a_name_from_outside_is_text_everywhere(tmp_path: Path) -> None:
     assert "{{ 7 * 7 }}" in seen.text and 'alert("x")' in seen.text
 
 
+@pytest.mark.slow
 def test_a_large_comparison_stays_below_two_megabytes(tmp_path: Path) -> None:
     n_layers, runs = 48, []
     plan = Plan({f"layers.{i}.{part}": tuple(range(5)) for i in range(n_layers) for part in ("heads", "channels")})

@@ -32,6 +32,7 @@ def _fingerprint() -> str:
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_world_in_another_process_with_another_hash_seed():
     script = "import tests_world as t; print(t._fingerprint())"
     loader = f"import importlib.util,sys; s=importlib.util.spec_from_file_location('tests_world', {__file__!r}); "
