@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.regression import ridge
-from compresso.core.subsets import Pool, independent, perturbable, published, published_pool
+from compresso.core.subsets import Pool, independent, perturbable, published, published_pool, told_apart
 
 
 def priors(modules: int, size: int, seed: int = 0) -> dict[str, Tensor]:
@@ -156,6 +156,17 @@ def test_the_published_sampler_is_refused_where_a_module_has_only_one_mask(size:
     given = {"layers.0.channels": torch.rand(200), **priors(10, size)}
     with pytest.raises(ValueError, match=rf"layers\.0\.heads's {size} units .* take the sampler 'independent'"):
         published_pool(given, shares(given))
+
+
+def test_units_are_told_apart_where_masks_of_the_published_sampler_differ() -> None:
+    for size in range(1, 60):
+        given = {"a": torch.rand(size)}
+        if told_apart(size, 0.05):
+            masks = published(published_pool(given, {"a": 0.05}), given, {"a": 0.05}, 50, 0)[::2]
+            assert len(masks.unique(dim=0)) > 1
+        else:
+            with pytest.raises(ValueError, match="nothing is learned of it"):
+                published_pool(given, {"a": 0.05})
 
 
 def test_equal_priors_can_be_drawn_from() -> None:

@@ -118,23 +118,31 @@ def independent(pool: Pool, pairs: int, seed: int) -> Tensor:
     return with_complements(torch.stack(rows))
 
 
+def told_apart(size: int, share: float) -> bool:
+    """Whether masks of the published sampler differ in a module of `size` units: they do not where it varies one unit,
+    or as many as every mask switches off (int(p n) + 1).
+    """
+    u = _n_varied(size, share)
+    return u >= 2 and _n_off(size, share) < u
+
+
 def published_pool(priors: Mapping[str, Tensor], shares: Mapping[str, float]) -> Pool:
     """In each module of n units all but the best int(n (1 - 2 p)) by prior, as Bonsai's code takes them.
 
     Raises:
-        ValueError: a module's masks would all be alike, since it has one such unit or as many as every mask switches
-            off (int(p n) + 1); no regression could tell it from other modules.
+        ValueError: a module's masks would all be alike (see `told_apart`); no regression could tell it from other
+            modules.
     """
     units: dict[str, Tensor] = {}
     for name, prior in priors.items():
         n = len(prior)
-        units[name] = _lowest(name, prior, n - int(n * (1 - 2 * shares[name])))
-        u, off = len(units[name]), _n_off(n, shares[name])
-        if u < 2 or off >= u:
+        u, off = _n_varied(n, shares[name]), _n_off(n, shares[name])
+        if not told_apart(n, shares[name]):
             raise ValueError(
                 f"the published sampler would vary {u} of {name}'s {n} units and switch {off} off in every mask, so"
                 " that all of its masks are the same and nothing is learned of it; take the sampler 'independent'"
             )
+        units[name] = _lowest(name, prior, u)
     return Pool(units, {name: len(prior) for name, prior in priors.items()})
 
 
@@ -162,6 +170,11 @@ def published(pool: Pool, priors: Mapping[str, Tensor], shares: Mapping[str, flo
 def with_complements(masks: Tensor) -> Tensor:
     """Masks [n, columns], bool, each followed by its complement: [2 n, columns]."""
     return torch.stack([masks, ~masks], dim=1).flatten(0, 1)
+
+
+def _n_varied(size: int, share: float) -> int:
+    """How many units of a module published masks vary."""
+    return size - int(size * (1 - 2 * share))
 
 
 def _n_off(size: int, share: float) -> int:

@@ -1,0 +1,69 @@
+"""Wanda's scores of units against the formula written out, on linears whichever way round they store their weight."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from compresso.arch.base import arch_for
+from compresso.core.axis import Kind
+from compresso.observe.wanda import wanda_of_units
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            vocab_size=20,
+        )
+    )
+
+
+def gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=16, n_inner=24, vocab_size=20, bos_token_id=1, eos_token_id=1
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "linears"),
+    [
+        (llama, {"heads": "model.layers.1.self_attn.o_proj", "channels": "model.layers.1.mlp.down_proj"}),
+        (gpt2, {"heads": "transformer.h.1.attn.c_proj", "channels": "transformer.h.1.mlp.c_proj"}),
+    ],
+)
+def test_scores_are_the_mean_of_magnitude_times_scale_over_a_unit_s_entries(
+    make: Callable[[], PreTrainedModel], linears: dict[str, str]
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+        ids = torch.randint(3, 20, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    kinds = (Kind.HEAD, Kind.CHANNEL)
+    axes = [axis for axis in arch_for(model.config).axes(model) if axis.kind in kinds]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = wanda_of_units(model, axes, [batch, batch])
+    for what, name in linears.items():
+        seen: list[Tensor] = []
+        linear = model.get_submodule(name)
+        handle = linear.register_forward_pre_hook(lambda _, given, into=seen: into.append(given[0].detach()))
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        stored = model.get_parameter(f"{name}.weight").detach()
+        weight = stored if make is llama else stored.T
+        rms = seen[0][mask.bool()].double().square().mean(dim=0).sqrt()
+        columns = (weight.double().abs() * rms).mean(dim=0)
+        axis = next(axis for axis in axes if axis.name == f"layers.1.{what}")
+        torch.testing.assert_close(found[axis.name], columns.reshape(axis.size, -1).mean(dim=1))
