@@ -58,6 +58,7 @@ PHRASES = {
     PACKAGE + "solve/": "from scores and a budget to a plan: pools, shares, integer programming",
     PACKAGE + "stage/": "the stage contract: knob groups, what a stage may offer, the registry",
     PACKAGE + "sweep/": "block after block, each on the outputs of the edited blocks before it",
+    PACKAGE + "tasks/": "what a run trains and judges by, one file a task",
     PACKAGE + "training/": "the training loop: order, noise, processes, checkpoints, progress",
 }
 """What the tree says of a path."""
