@@ -81,9 +81,9 @@ def verify_classifier(source: Source, scratch: Path) -> list[Parity]:
     reference = classifier_reference(live, load_tokenizer(source) if has_tokenizer(source) else None)
     try:
         ids = reference.given["input_ids"][:1]
-        found = [Parity(OWN, "yes", "", reopen_and_compare(source.folder, live, ids, REOPENED_WITHIN))]
+        found = [Parity(OWN.name, "yes", "", reopen_and_compare(source.folder, live, ids, REOPENED_WITHIN))]
     except CompressoError as error:
-        found = [Parity(OWN, "no", str(error))]
+        found = [Parity(OWN.name, "no", str(error))]
     folder = scratch / "onnx"
     lacking = {engine: missing_writer(Format.ONNX) or engine.missing() for engine in (ONNX, OPENVINO)}
     try:

@@ -116,8 +116,8 @@ def losses_without(
     """
     masks = [_masks(axes, [*gone, candidate]) for candidate in candidates]
     losses = losses_under(model, axes, masks, batches, loss=loss, journal=journal, progress=progress, name=name)
-    for (axis, unit), loss in zip(candidates, losses.tolist(), strict=True):
-        if not math.isfinite(loss):
+    for (axis, unit), value in zip(candidates, losses.tolist(), strict=True):
+        if not math.isfinite(value):
             raise NumericError(f"the loss without unit {unit} of {axis} is not finite; use float32 or bfloat16")
     return losses
 
