@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from compresso.errors import CheckpointError
+
 _ONE_ID = (
     "bos_token_id",
     "eos_token_id",
@@ -33,6 +35,13 @@ def token_ids(model: PreTrainedModel) -> set[int]:
             value = getattr(config, field, None)
             ids.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
     return ids
+
+
+def refuse_named(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Raise CheckpointError if the model's config names a token that is not kept."""
+    size = int(model.config.vocab_size)
+    if lost := sorted(i for i in token_ids(model) - set(kept) if 0 <= i < size):
+        raise CheckpointError(f"the model's config gives the tokens {lost} a meaning, so they may not leave; keep them")
 
 
 def renumber_(model: PreTrainedModel, size: int, kept: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, names_of
 
 
@@ -84,9 +85,9 @@ class Awq:
         """Sweep over the blocks."""
         groups = self.check(job.model, job.arch)
         edit = rescaled(job.model, self._search, self._round)
-        job, notes = job.swept("awq", self, groups, self.calibration, moment_and_size, edit, rescales=True)
+        found, notes = swept(job.sweeping("awq", self), groups, self.calibration, moment_and_size, edit, rescales=True)
         sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
-        return job.note(
+        return job.note("awq", **found).note(
             "awq",
             sparsity=None,
             bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),

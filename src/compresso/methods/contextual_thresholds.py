@@ -35,11 +35,12 @@ from compresso.core.context import Uses, used
 from compresso.data.batches import Row
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.observe.linear_uses import linear_uses
 from compresso.solve.tokens import shares
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, stage
 from compresso.stage.tuning import group_of, tune
+from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
 
 Masks = dict[str, Tensor]

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.errors import CheckpointError
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.distill_objective import DistillObjective
+from compresso.training.history import curve
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -36,6 +36,7 @@ from compresso.job import Job
 from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
 
 
@@ -97,9 +98,9 @@ class ESparse:
         def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
             return self._prune(job.model, group, seen, foldable.get(group.names))
 
-        job, notes = job.swept("e_sparse", self, groups, self.calibration, histograms, edit)
+        found, notes = swept(job.sweeping("e_sparse", self), groups, self.calibration, histograms, edit)
         first = {name: facts for name, facts in notes.items() if "retained" in facts}
-        return job.note(
+        return job.note("e_sparse", **found).note(
             "e_sparse",
             entropy={name: facts["entropy"] for name, facts in first.items()},
             norm={name: facts["norm"] for name, facts in first.items()},

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core import schedule
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, stage
 from compresso.stage.tuning import tune
 from compresso.training.groups import Group
+from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
 
 

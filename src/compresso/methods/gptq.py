@@ -28,6 +28,7 @@ from compresso.observe.folds import second_moment
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 
@@ -91,9 +92,9 @@ class Gptq:
             damping=self.damping,
             block=max(self.block, self.group),
         )
-        job, notes = job.swept("gptq", self, groups, self.calibration, second_moment, edit)
+        found, notes = swept(job.sweeping("gptq", self), groups, self.calibration, second_moment, edit)
         sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
-        return job.note(
+        return job.note("gptq", **found).note(
             "gptq",
             sparsity=None,
             bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),

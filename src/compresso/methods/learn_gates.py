@@ -35,7 +35,7 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_parameter
 from compresso.solve.allocate import allocate
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
@@ -45,6 +45,7 @@ from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes,
 from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.duration import Duration
 from compresso.training.groups import Group
+from compresso.training.history import curve
 from compresso.training.noise import mixed_seed
 from compresso.training.objectives import GatedObjective
 

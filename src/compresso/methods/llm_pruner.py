@@ -213,7 +213,7 @@ class LlmPruner:
 
     def __call__(self, job: Job) -> Job:
         """Score, allocate and shrink, as often as asked."""
-        dense_axes, dense, removed = job.arch.axes(job.model), job.cost(), Plan()
+        dense_axes, dense = job.arch.axes(job.model), job.cost()
         for iteration in range(self.iterations):
             progress = (iteration + 1) / self.iterations
             axes, cost = self.chosen(job.arch.axes(job.model)), job.cost()
@@ -225,14 +225,9 @@ class LlmPruner:
                 plan = allocated(self.allocation, axes, scores, cost, self._rest_of_budget(progress, dense, cost))
             else:
                 plan = keep_counts(axes, scores, self.counts(dense_axes, dense, progress))
-            job, removed = job.without(plan.masks(axes), "llm_pruner"), removed.then(plan)
-        sizes = {axis.name: axis.size for axis in dense_axes}
-        before, after = dense().parameters(), job.cost()().parameters()
+            job = job.without(plan.masks(axes), "llm_pruner")
         return job.note(
             "llm_pruner",
-            parameters_before=before,
-            kept_share_of_blocks=after["blocks"] / before["blocks"],
-            units_kept={name: f"{len(units)}/{sizes[name]}" for name, units in removed.kept.items()},
             iterations=self.iterations,
             calibration_examples=(
                 self.calibrates.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0

@@ -32,12 +32,13 @@ from compresso.core.cost import CostModel
 from compresso.core.lora_gradient import cubic_progress
 from compresso.core.plan import Plan
 from compresso.errors import RecipeError
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.solve.allocate import allocate, keep_counts
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.duration import Duration
+from compresso.training.history import curve
 from compresso.training.lora_pruning import PruningObjective
 
 Count = Annotated[int, Ge(1)]

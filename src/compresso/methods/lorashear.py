@@ -44,13 +44,14 @@ from compresso.core.hard_concrete import removal_order
 from compresso.core.lora_score import Criterion, unit_products
 from compresso.core.plan import Plan
 from compresso.errors import BudgetError, NumericError, RecipeError
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.observe.losses import losses_under
 from compresso.solve.allocate import InfeasibleBudget, allocate
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.duration import Duration
+from compresso.training.history import curve
 from compresso.training.shrinking import ShrinkingObjective
 
 Count = Annotated[int, Ge(1)]

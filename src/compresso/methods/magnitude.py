@@ -75,7 +75,7 @@ class Magnitude:
         """Zero the smallest weights of every linear."""
         groups = self.check(job.model, job.arch)
         check_weights(job.model, groups)
-        before, names = fingerprints(job.tensors()), names_of(groups)
+        before, names = fingerprints(job.weights.tensors()), names_of(groups)
         weights = [matrix(job.model, name) for name in names]
         if self.scope == "global":
             together = torch.cat([weight.flatten() for weight in weights]).unsqueeze(0)
@@ -84,7 +84,7 @@ class Magnitude:
             masks = (self._gone(weight.float().abs()) for weight in weights)
         for weight, mask in zip(weights, masks, strict=True):
             weight.masked_fill_(mask.reshape(weight.shape), 0)
-        return job.note("magnitude", **audit(job.tensors(), before, names))
+        return job.note("magnitude", **audit(job.weights.tensors(), before, names))
 
     @property
     def _share(self) -> float:

@@ -25,6 +25,7 @@ from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.sweep.sweep import sweep
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
 from compresso.training.noise import mixed_seed
 
@@ -88,7 +89,7 @@ class Owl:
         shares = dict(zip(groups, outlier_weighted(outlying, self.sparsity, self.spread), strict=True))
         if self.base == "wanda":
             edit = zeroed(job.model, lambda group, score: (lowest_in_rows(score, shares[group.layer]), {}))
-            job, notes = job.swept("owl", self, groups, self.calibration, squares, edit)
+            found, notes = swept(job.sweeping("owl", self), groups, self.calibration, squares, edit)
         else:
             edit = compensated(
                 job.model,
@@ -97,8 +98,8 @@ class Owl:
                 damping=self.damping,
                 block=self.block,
             )
-            job, notes = job.swept("owl", self, groups, self.calibration, second_moment, edit)
-        return job.note(
+            found, notes = swept(job.sweeping("owl", self), groups, self.calibration, second_moment, edit)
+        return job.note("owl", **found).note(
             "owl",
             outliers_percent={str(layer): value for layer, value in zip(groups, outlying, strict=True)},
             shares={str(layer): share for layer, share in shares.items()},

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
 
 

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.data.batches import IGNORED, Row
 from compresso.errors import CheckpointError, DataError
-from compresso.job import Job, curve
+from compresso.job import Job
 from compresso.metrics.held import held_loss
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, TunesLora, stage
 from compresso.stage.tuning import attached, group_of, merged, tune
 from compresso.training.duration import Duration, shortened, updates
+from compresso.training.history import curve
 from compresso.training.mixture import MixedBatches, MixedObjective, logged, shares
 from compresso.training.noise import mixed_seed
 

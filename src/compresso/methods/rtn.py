@@ -62,13 +62,13 @@ class Rtn:
         """Round every linear."""
         groups = self.check(job.model, job.arch)
         check_weights(job.model, groups)
-        before, names = fingerprints(job.tensors()), names_of(groups)
+        before, names = fingerprints(job.weights.tensors()), names_of(groups)
         for name in names:
             weight = matrix(job.model, name)
             exact = weight.float()
             weight.copy_(fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip).round(exact))
         sizes = [tuple(matrix(job.model, name).shape) for name in names]
-        facts = audit(job.tensors(), before, names)
+        facts = audit(job.weights.tensors(), before, names)
         return job.note(
             "rtn", **{**facts, "sparsity": None, "bits": bits_per_weight(sizes, self.bits, self.group, self.symmetric)}
         )

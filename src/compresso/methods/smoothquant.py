@@ -31,6 +31,7 @@ from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.scaling import Found, largest, rescaled
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
 
 
@@ -81,13 +82,15 @@ class SmoothQuant:
         """Sweep over the blocks, then round activations."""
         groups = self.check(job.model, job.arch)
         edit = rescaled(job.model, self._search, self._round)
-        job, notes = job.swept("smoothquant", self, groups, self.calibration, largest, edit, rescales=True)
+        found, notes = swept(job.sweeping("smoothquant", self), groups, self.calibration, largest, edit, rescales=True)
         names = names_of(groups)
         patch = round_inputs_patch(self.inputs, names)
         patch.apply_(job.model)
         smoothed = {name: facts["largest_scale"] for name, facts in notes.items() if facts["scaled"]}
         job = replace(job, patches=(*job.patches, patch))
-        return job.note("smoothquant", sparsity=None, bits=8.0, activation_bits=8, largest_scale=smoothed)
+        return job.note("smoothquant", **found).note(
+            "smoothquant", sparsity=None, bits=8.0, activation_bits=8, largest_scale=smoothed
+        )
 
     def _search(self, weight: Tensor, seen: Stats) -> Found:
         scale = smoothing_scale(seen.total, weight, self.alpha)

@@ -33,6 +33,7 @@ from compresso.observe.folds import second_moment
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen
 
 
@@ -120,8 +121,8 @@ class SparseGpt:
             block=self.block,
             otherwise=zeroed(job.model, by_wanda) if self.not_invertible == "wanda" else None,
         )
-        job, notes = job.swept("sparsegpt", self, groups, self.calibration, second_moment, edit)
-        return job.note(
+        found, notes = swept(job.sweeping("sparsegpt", self), groups, self.calibration, second_moment, edit)
+        return job.note("sparsegpt", **found).note(
             "sparsegpt",
             bits=self.bits,
             loss={name: facts["loss"] for name, facts in notes.items()},

@@ -27,6 +27,7 @@ from compresso.observe.folds import squares
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.one_shot import zeroed
+from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen
 
 
@@ -81,8 +82,12 @@ class Wanda:
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
         groups = self.check(job.model, job.arch)
-        job, notes = job.swept("wanda", self, groups, self.calibration, squares, zeroed(job.model, self._gone))
-        return job.note("wanda", alpha={name: facts["alpha"] for name, facts in notes.items()}) if self.variant else job
+        found, notes = swept(
+            job.sweeping("wanda", self), groups, self.calibration, squares, zeroed(job.model, self._gone)
+        )
+        if self.variant:
+            found["alpha"] = {name: facts["alpha"] for name, facts in notes.items()}
+        return job.note("wanda", **found)
 
     def _gone(self, _: Group, score: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         """Which entries become zero [out, in], and the variant's alpha."""

@@ -23,7 +23,9 @@ became of it: the verdict is "unchecked", as it is without data.
 import math
 from typing import Literal
 
+import torch
 from pydantic import FiniteFloat
+from transformers import PreTrainedModel
 
 from compresso.errors import DataError, NumericError
 from compresso.metrics.record import Strict
@@ -190,3 +192,12 @@ def _degenerate(dense: float | None, pruned: float | None, why: str) -> Check:
         refuse_from=REFUSE_RISE,
         words=why,
     )
+
+
+def check_finite(model: PreTrainedModel, stage: str) -> None:
+    """Refuse a model with NaN or Inf in a weight. Raises NumericError naming the stage and the tensor."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericError(
+                f"stage '{stage}' left NaN or Inf in {name}; nothing was written. Lower its learning rate"
+            )

@@ -150,7 +150,7 @@ def take(
     else:
         dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
-    with job.callable_model():
+    with job.weights.whole():
         for name, model in models.items():
             _evaluate(
                 results[name], model, job, theirs if name == DENSE else job.tokenizer, settings, is_dense=name == DENSE

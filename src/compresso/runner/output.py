@@ -83,7 +83,7 @@ def state(job: Job) -> dict[str, Any]:
 
 
 def _held_loss(job: Job) -> float:
-    with job.callable_model():
+    with job.weights.whole():
         return round(job.task.score(job.model, job.held, job.dense_held).mean, 6)
 
 

@@ -30,8 +30,8 @@ from compresso.edit.patches import patch_, read_patches, written
 from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
-from compresso.job import Job, check_finite
-from compresso.metrics.guard import Guard
+from compresso.job import Job
+from compresso.metrics.guard import Guard, check_finite
 from compresso.native.stock import as_stock
 from compresso.runner.final_evaluation import FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded

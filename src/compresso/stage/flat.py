@@ -118,10 +118,9 @@ def dumped(stage: object) -> dict[str, Any]:
     }
 
 
-def groups_of(stage: Any) -> dict[str, Any]:
+def groups_of(stage: object) -> dict[str, Any]:
     """A stage's knob groups, by their fields."""
-    held = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
-    return {name: value for name, value in held.items() if type(value) in _LAST}
+    return {name: value for name, value in vars(stage).items() if type(value) in _LAST}
 
 
 def without_field(kind: type, path: Sequence[int | str]) -> tuple[int | str, ...]:

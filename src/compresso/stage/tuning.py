@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.core import schedule
-from compresso.edit.lora import attach_, merge_
+from compresso.edit.lora import attach_, merge_, save_adapter
 from compresso.edit.recompute import recompute_
 from compresso.job import Job
 from compresso.stage.knobs import AdamW, Trains, TunesLora
@@ -83,8 +84,8 @@ def merged(job: Job, adapted: PeftModel, name: str, trains: Trains) -> Job:
 
     Raises NumericError as `merge_`.
     """
-    if trains.save_adapter:
-        job.keep_adapter(adapted, name)
+    if trains.save_adapter and job.adapters is not None and PartialState().is_main_process:
+        save_adapter(adapted, job.adapters / name)
     return replace(job, model=merge_(adapted))
 
 

@@ -84,6 +84,10 @@ class Offloaded:
             name for name, parameter in self.model.named_parameters() if name not in inside and id(parameter) in body
         ]
 
+    def tensors(self) -> Store:
+        """The weights by name, read when they are asked for."""
+        return self.store
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within the context the model can be called, each module's weights being read for every call."""

@@ -53,3 +53,14 @@ class History:
                 for update, number in zip(updates.tolist(), columns[f"{name}/value"].tolist(), strict=True):
                     rows.setdefault(update, {"update": update})[name] = number
         return cls([rows[update] for update in sorted(rows)], list(skipped))
+
+
+def curve(history: History, points: int = 200) -> dict[str, list[float | None]]:
+    """A training log thinned to at most `points` rows a column, for records and plots; "update" is the horizontal axis.
+
+    None where a phase did not log a column.
+    """
+    step = max(1, -(-len(history.rows) // points))
+    rows = history.rows[::step]
+    names = sorted({name for row in history.rows for name in row})
+    return {name: [round(float(row[name]), 6) if name in row else None for row in rows] for name in names}

@@ -1,0 +1,106 @@
+"""A sweep as a stage of a run does it: on the run's examples, journalled, so that a killed run goes on, and audited."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.data.batches import Row
+from compresso.errors import ResourceError
+from compresso.observe.folds import Fold
+from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
+from compresso.sweep.block import BlockEdit
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.journal import Journal
+from compresso.sweep.offload import Offloaded
+from compresso.sweep.residence import InMemory
+from compresso.sweep.sweep import sweep
+from compresso.sweep.targets import Groups, edited_names, names_of
+from compresso.sweep.visitors import Edit
+from compresso.training.launch import processes
+from compresso.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """What a run gives to a stage's sweep; `Job.sweeping` makes it.
+
+    Args:
+        stage: its name.
+        model, arch: swept in place.
+        rows: examples to calibrate on.
+        seed: of their choice.
+        folder: where the journal lies, and states between two blocks that are kept on disk.
+        same: weights' fingerprints -> what a resume must agree on.
+        offloaded: where the weights are, if not in memory.
+        progress: display.
+    """
+
+    stage: str
+    model: PreTrainedModel
+    arch: Arch
+    rows: Sequence[Row]
+    seed: int
+    folder: Path
+    same: Callable[[Fingerprints], Mapping[str, Any]]
+    offloaded: Offloaded | None = None
+    progress: Progress | None = None
+
+
+def swept(
+    run: SweepRun,
+    groups: Groups,
+    calibration: Calibration,
+    fold: Fold | None,
+    edit: Edit | BlockEdit,
+    rescales: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sweep over the blocks and edit the weights of some linears.
+
+    Args:
+        run: the run's part.
+        groups: the linears.
+        calibration: which rows, and how they run.
+        fold, edit, rescales: see `compresso.sweep.sweep`.
+
+    Returns:
+        Facts for the records (what changed, and what did not although it was meant to; examples and tokens), and what
+        the edits noted, by linear.
+
+    Raises:
+        ResumeError: the journal is another run's.
+        ResourceError: in several processes.
+        CompressoError: as `sweep` and `audit`.
+    """
+    if processes() > 1:
+        raise ResourceError(
+            f"stage '{run.stage}' sweeps in one process, and {processes()} were launched; start it without torchrun"
+        )
+    weights = run.offloaded or InMemory(run.model)
+    before, batches = fingerprints(weights.tensors()), calibration.batches(run.rows, run.seed)
+    journal = Journal(run.folder, {**run.same(before), "calibration": digest([batch.tolist() for batch in batches])})
+    notes = sweep(
+        run.model,
+        run.arch,
+        groups,
+        batches,
+        fold,
+        edit,
+        place=calibration.activations,
+        scratch=run.folder / "activations",
+        true_sequential=calibration.true_sequential,
+        rescales=rescales,
+        journal=journal,
+        offloaded=run.offloaded,
+        progress=run.progress,
+        name=run.stage,
+    )
+    feeding = edited_names(run.model, [group for here in groups.values() for group in here], rescales)
+    read = {
+        "calibration_examples": sum(map(len, batches)),
+        "calibration_tokens": sum(batch.numel() for batch in batches),
+    }
+    return audit(weights.tensors(), before, names_of(groups), feeding) | read, notes
