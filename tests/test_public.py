@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -180,3 +181,20 @@ def test_commands_print_what_the_functions_return(call: Call, tiny_folder: Path)
     told = json.loads(out)
     assert {**told, "training": []} == json.loads(json.dumps({**facts, "training": []}))
     assert json.loads(call("inspect", tiny_folder, "--json")[1]) == compresso.inspect(tiny_folder)
+
+
+def test_messages_and_docstrings_name_what_exists() -> None:
+    """Every dotted name below `compresso` in a string of the package is a module, or a name in one."""
+    for path in Path(compresso.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for name in re.findall(r"(?<![\w/.-])compresso((?:\.[A-Za-z_]\w*)+)", node.value):
+                    assert exists(f"compresso{name}"), f"{path.name} names compresso{name}"
+
+
+def exists(dotted: str) -> bool:
+    """Whether a dotted name can be imported, or is an attribute of what can."""
+    module, _, attribute = dotted.rpartition(".")
+    if importlib.util.find_spec(dotted) is not None:
+        return True
+    return bool(module) and hasattr(importlib.import_module(module), attribute)
