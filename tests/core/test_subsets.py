@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.regression import ridge
-from compresso.core.subsets import Pool, independent, perturbable, published, published_pool, told_apart
+from compresso.core.subsets import Pool, drawn, independent, perturbable, published, published_pool, told_apart
 
 
 def priors(modules: int, size: int, seed: int = 0) -> dict[str, Tensor]:
@@ -167,6 +167,20 @@ def test_units_are_told_apart_where_masks_of_the_published_sampler_differ() -> N
         else:
             with pytest.raises(ValueError, match="nothing is learned of it"):
                 published_pool(given, {"a": 0.05})
+
+
+def test_a_module_that_grew_too_small_is_not_varied_by_the_published_sampler() -> None:
+    given = {"layers.0.heads": torch.rand(3), "layers.0.channels": torch.rand(100)}
+    pool, masks = drawn("published", given, 0.05, 20, 0, {})
+    assert {name: len(units) for name, units in pool.units.items()} == {"layers.0.heads": 0, "layers.0.channels": 10}
+    assert masks.shape == (40, len(pool))
+    assert pool.scatter(torch.zeros(10), 1.0)["layers.0.heads"].tolist() == [1, 1, 1]
+    small = {"layers.0.heads": torch.rand(3)}
+    with pytest.raises(ValueError, match="take the sampler 'independent'"):
+        drawn("published", small, 0.05, 20, 0, {})
+    pool, masks = drawn("independent", given, 0.05, 20, 0, {"layers.0.heads": 2})
+    assert [len(units) for units in pool.units.values()] == [1, 10]
+    assert torch.equal(masks, independent(pool, 20, 0))
 
 
 def test_equal_priors_can_be_drawn_from() -> None:

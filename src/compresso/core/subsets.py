@@ -19,12 +19,16 @@ to the rank, not two.)
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 LEAST = 4
 """Units of a module that may be off, if it has more than these: of fewer, too little is learned in a round."""
+
+
+Sampler = Literal["independent", "published"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,38 @@ def independent(pool: Pool, pairs: int, seed: int) -> Tensor:
             basis[len(rows)] = new / norm
         rows.append(row)
     return with_complements(torch.stack(rows))
+
+
+def drawn(
+    sampler: Sampler, priors: Mapping[str, Tensor], share: float, pairs: int, seed: int, fewest: Mapping[str, int]
+) -> tuple[Pool, Tensor]:
+    """A round's units that may be off, and its masks [2 pairs, columns], bool.
+
+    Modules that have grown too small for the published sampler are not varied.
+
+    Args:
+        sampler: "independent" or "published".
+        priors: module -> [n], finite; higher for units that are thought to matter.
+        share: of the units, that a round removes.
+        pairs: masks that are drawn; as many are their complements.
+        seed: of the draws.
+        fewest: module -> units that stay on in every independent mask.
+
+    Raises ValueError if there is nothing to vary.
+    """
+    shares = dict.fromkeys(priors, share)
+    if sampler == "independent":
+        pool = perturbable(priors, shares, fewest=fewest)
+        return pool, independent(pool, pairs, seed)
+    large = {name: prior for name, prior in priors.items() if told_apart(len(prior), share)}
+    if not large:
+        raise ValueError(
+            f"none of {len(priors)} modules has units enough for the published sampler; take the sampler 'independent'"
+        )
+    pool = published_pool(large, shares)
+    none = {name: torch.zeros(0, dtype=torch.int64) for name in priors if name not in large}
+    everywhere = Pool({**pool.units, **none}, {name: len(prior) for name, prior in priors.items()})
+    return everywhere, published(pool, large, shares, pairs, seed)
 
 
 def told_apart(size: int, share: float) -> bool:
