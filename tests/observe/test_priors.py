@@ -1,4 +1,4 @@
-"""Wanda's scores of units against the formula written out, on linears whichever way round they store their weight."""
+"""Priors of units: Wanda's against the formula written out, on linears whichever way round they store their weight."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from compresso.arch.base import arch_for
 from compresso.core.axis import Kind
-from compresso.observe.wanda import wanda_of_units
+from compresso.observe.priors import priors
 
 
 def llama() -> PreTrainedModel:
@@ -53,7 +53,7 @@ def test_scores_are_the_mean_of_magnitude_times_scale_over_a_unit_s_entries(
     kinds = (Kind.HEAD, Kind.CHANNEL)
     axes = [axis for axis in arch_for(model.config).axes(model) if axis.kind in kinds]
     batch = {"input_ids": ids, "attention_mask": mask}
-    found = wanda_of_units(model, axes, [batch, batch])
+    found = priors("wanda", model, axes, [batch, batch], 0)
     for what, name in linears.items():
         seen: list[Tensor] = []
         linear = model.get_submodule(name)
@@ -67,3 +67,22 @@ def test_scores_are_the_mean_of_magnitude_times_scale_over_a_unit_s_entries(
         columns = (weight.double().abs() * rms).mean(dim=0)
         axis = next(axis for axis in axes if axis.name == f"layers.1.{what}")
         torch.testing.assert_close(found[axis.name], columns.reshape(axis.size, -1).mean(dim=1))
+
+
+def test_a_dead_unit_has_the_lowest_prior_but_chance_knows_nothing_of_it() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = llama().eval()
+        ids = torch.randint(3, 20, (2, 9))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight")[5] = 0
+        model.get_parameter("model.layers.0.self_attn.v_proj.weight")[4:] = 0
+    axes = [axis for axis in arch_for(model.config).axes(model) if axis.name in ("layers.0.heads", "layers.0.channels")]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("wanda", "magnitude"):
+        found = priors(name, model, axes, [batch], 0)
+        assert [int(found[axis.name].argmin()) for axis in axes] == [1, 5]
+        assert all(float(score.min()) == 0 for score in found.values())
+    one, other = (priors("random", model, axes, [], seed) for seed in (0, 1))
+    assert not torch.equal(one["layers.0.channels"], other["layers.0.channels"])
+    assert one.keys() == {axis.name for axis in axes}
