@@ -1,0 +1,137 @@
+"""Removal in rounds of equal size, for searches that look again at what is left after each of them.
+
+The rounds are fixed by the model that they start from: the r-th ends at 1 - (r + 1) share of its count, the last at the
+budget. So what a round leaves over, the next may take, and a unit worth more than a round waits until it fits. All
+plans are in the units of that first model; scores and masks are in those of the model as it is by now.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.core.quantities import Cost
+from compresso.solve.allocate import allocate
+from compresso.solve.removal import lowest_within
+
+TIE = 1e-9
+"""What a tie may move a score by, as a share of their range, where `allocate` chooses."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of one removal.
+
+    Args:
+        axes: those of the first model that may lose units: heads, channels and their like, which keep their names while
+            units leave.
+        cost: counts the first model.
+        budget: what may stay of it in the end.
+        share: of its count that a round removes.
+    """
+
+    axes: Sequence[Axis]
+    cost: CostModel
+    budget: Budget
+    share: float
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return n_rounds(self.budget.keep, self.share)
+
+    @property
+    def fewest(self) -> dict[str, int]:
+        """Axis name -> units that stay at least."""
+        return {axis.name: self.budget.fewest(axis) for axis in self.axes}
+
+    def keep(self, r: int) -> float:
+        """The share of the first model that may stay after round r, from 0."""
+        last = r + 1 == len(self)
+        return self.budget.keep if last else max(self.budget.keep, 1 - self.share * (r + 1))
+
+    def facts(self, plan: Plan) -> dict[str, object]:
+        """What a plan makes of the first model, as records tell it of one removal."""
+        before, after = self.cost().parameters(), self.cost.of(plan).parameters()
+        kept = {axis.name: f"{len(plan.kept[axis.name])}/{axis.size}" for axis in self.axes if axis.name in plan.kept}
+        share = after["blocks"] / before["blocks"]
+        return {
+            "parameters_before": before,
+            "parameters_after": after,
+            "kept_share_of_blocks": share,
+            "units_kept": kept,
+        }
+
+    def masks(
+        self,
+        r: int,
+        done: Plan,
+        axes: Sequence[Axis],
+        cost: Cost,
+        scores: Mapping[str, Tensor],
+        priors: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What round r leaves: axis name -> [size], 0 or 1.
+
+        Where widths are free, units leave in the order of their scores and those of an infinite score stay; in the last
+        round, and for equal widths and multiples, `allocate` meets the budget, and they leave after all others.
+
+        Args:
+            r: from 0.
+            done: what the rounds before it left.
+            axes, cost: of the model as it is by now.
+            scores: axis name -> [size], comparable across axes; higher stays, infinity for units that nothing is known
+                of.
+            priors: axis name -> [size], comparable within an axis; by their ranks units of equal, or of infinite,
+                scores leave.
+
+        Raises ValueError as `allocate` and `lowest_within`.
+        """
+        budget, ranks = replace(self.budget, keep=self.keep(r)), {name: _ranks(one) for name, one in priors.items()}
+        if r + 1 < len(self) and not budget.uniform_over and not budget.rounds:
+            allowance = float(cost().count(budget.of)) - budget.limit(self.cost)
+            plan = lowest_within(axes, scores, cost, budget.of, allowance, ties=ranks, fewest=self.fewest)
+            return plan.masks(axes)
+        left = {axis.name: torch.ones(axis.size) for axis in self.axes} | done.masks(self.axes)
+        finite = _finite(scores, ranks)
+        whole = {
+            name: torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask > 0, finite[name])
+            if name in finite
+            else torch.zeros(len(mask), dtype=torch.float64)
+            for name, mask in left.items()
+        }
+        gone = {name: mask == 0 for name, mask in left.items()}
+        after = allocate(self.axes, whole, self.cost, budget, gone).masks(self.axes)
+        return {axis.name: after[axis.name][left[axis.name] > 0] for axis in axes}
+
+
+def n_rounds(keep: float, share: float) -> int:
+    """How many rounds it takes to get down to `keep`; at least one.
+
+    >>> n_rounds(0.7, 0.05), n_rounds(0.68, 0.05), n_rounds(1.0, 0.05)
+    (6, 7, 1)
+    """
+    return max(math.ceil((1 - keep) / share - 1e-9), 1)
+
+
+def _ranks(prior: Tensor) -> Tensor:
+    """The ranks of values [size] as shares of their number."""
+    return prior.argsort(stable=True).argsort() / max(len(prior), 1)
+
+
+def _finite(scores: Mapping[str, Tensor], ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores, float64, with infinite ones above all others, and ties in the order of ranks."""
+    known = torch.cat([score[score.isfinite()].double() for score in scores.values()])
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+    scale = high - low or 1.0
+    return {
+        name: torch.where(
+            score.isfinite(), score.double() + TIE * scale * ranks[name], high + scale * (1 + ranks[name])
+        )
+        for name, score in scores.items()
+    }
