@@ -111,7 +111,7 @@ def test_a_stage_offers_what_its_card_says(card: Card) -> None:
     assert isinstance(made, Learns) == ("training" in card.needs)
     assert isinstance(made, Shrinks) == (Effects.SHAPES in card.effects)
     assert isinstance(made, Sweeps) == ("calibration" in card.knobs)
-    assert isinstance(made, ChecksModel) == ("where" in card.knobs)
+    assert isinstance(made, ChecksModel) or "where" not in card.knobs  # what it names has to be there
 
 
 @every_stage
