@@ -19,6 +19,9 @@ from compresso.observe.folds import Stats
 from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 
+CONTRACT = {"group": 16}
+"""For the contract of stages: the tiny model's widths are multiples of 16."""
+
 NORM = "model.layers.{}.input_layernorm.weight"
 
 

@@ -13,6 +13,9 @@ from compresso.observe.linear_uses import linear_uses
 from tests.methods.conftest import MakeJob
 from tests.methods.test_contextual import biased
 
+CONTRACT = {"windows": 8}
+"""For the contract of stages: its data has fewer than 40 examples."""
+
 QUICK = {"steps": 1, "batch": 4, "micro_batch": 4, "windows": 36}
 MLP = "model.layers.1.mlp"
 

@@ -1,33 +1,64 @@
-"""What every registered stage must keep to, whatever it does."""
+"""What every registered stage must keep to, whatever it does. Stages are found; none is named here."""
 
+import importlib
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from compresso.job import Job
 from compresso.runner.recipe import build
-from compresso.stage import Card, ChecksModel, Effects, Learns, Shrinks, Stage, Sweeps, cards, check_order
+from compresso.stage import (
+    Calibrates,
+    Card,
+    ChecksModel,
+    Effects,
+    Learns,
+    Shrinks,
+    Stage,
+    Sweeps,
+    Trains,
+    TunesLora,
+    cards,
+    check_order,
+)
+from compresso.training.duration import Duration
 from tests.methods.conftest import MakeJob
 
-QUICK: dict[str, Any] = {
-    **dict.fromkeys(("tune", "ramp"), 1),
-    **dict.fromkeys(("hold", "steps", "periods", "text_steps", "instruction_steps"), 2),
-    "shrink": 5,
-    **dict.fromkeys(("batch", "micro_batch"), 4),
-    **dict.fromkeys(("batches", "score_batches"), 1),
-    "rank": 2,
-    "most": 60,
-    "group": 16,
+QUICK: dict[type, dict[str, Any]] = {
+    Trains: {"steps": 2, "batch": 4, "micro_batch": 4},
+    Calibrates: {"batches": 1, "batch": 4, "micro_batch": 4},
+    TunesLora: {"rank": 2},
 }
+"""Knobs of the groups that make any stage quick; durations of a stage's own are two updates.
+
+A stage whose defaults do not suit the tiny model names what does as `CONTRACT` in its test file.
+"""
+
 every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
 
 
+def quick(card: Card) -> dict[str, Any]:
+    """Knobs of a stage for a run of a second, found by its groups and its test file."""
+    of_groups = {
+        name: QUICK[knob.group][name]
+        for name, knob in card.knobs.items()
+        if knob.group in QUICK and name in QUICK[knob.group]
+    }
+    own = {field.name: 2 for field in fields(card.type) if field.type == Duration}
+    name = f"test_{card.type.__module__.rpartition('.')[2]}"
+    there = (Path(__file__).parent / f"{name}.py").is_file()
+    special = getattr(importlib.import_module(f"tests.methods.{name}"), "CONTRACT", {}) if there else {}
+    return {**of_groups, **own, **special}
+
+
 def done(card: Card, job: Job) -> Job:
-    return card.type(**{name: value for name, value in QUICK.items() if name in card.knobs})(job)
+    return card.type(**quick(card))(job)
 
 
 def tensors(job: Job) -> dict[str, torch.Tensor]:
@@ -112,6 +143,28 @@ def test_a_stage_offers_what_its_card_says(card: Card) -> None:
     assert isinstance(made, Shrinks) == (Effects.SHAPES in card.effects)
     assert isinstance(made, Sweeps) == ("calibration" in card.knobs)
     assert isinstance(made, ChecksModel) or "where" not in card.knobs  # what it names has to be there
+
+
+@every_stage
+def test_the_passes_that_a_stage_names_are_those_that_it_takes(card: Card, make_job: MakeJob) -> None:
+    """Examples that pass a block, the mean over the blocks. Named is the most: data of one kind or size may want fewer.
+    The comparison of the masked with the smaller model takes one each.
+    """
+    job = make_job()
+    few = {"calibration": {"examples": 8}} if "calibration" in card.knobs else {}
+    stage = card.type(**quick(card), **few)
+    named = sum((one.examples or 0) * one.forwards for one in stage.work(job.model, job.arch) if not one.dense)
+    blocks, passed = list(job.arch.blocks(job.model)), 0
+
+    def count(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal passed
+        if "forward" not in vars(block):  # a sweep puts a stand-in there while it records what blocks are called with
+            passed += len(given[0] if given else named["hidden_states"])
+
+    for block in blocks:
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    stage(job)
+    assert 0.75 * named <= passed / len(blocks) <= named + 2 + 1e-6
 
 
 @every_stage

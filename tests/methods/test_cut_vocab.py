@@ -30,6 +30,9 @@ from compresso.runner.run import run
 from tests.conftest import SHORT, Call
 from tests.methods.conftest import MakeJob
 
+CONTRACT = {"most": 60}
+"""For the contract of stages: its examples use all tokens."""
+
 TEXTS = ["The name of the cat is Tom.", "Tom has a cat. The cat has a name.", "A name is a name."]
 """Written with a handful of the embedded tokenizer's 1024 tokens."""
 

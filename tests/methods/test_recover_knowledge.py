@@ -18,6 +18,9 @@ from compresso.methods.recover_knowledge import RecoverKnowledge, sources_of, sp
 from compresso.metrics.held import held_loss
 from tests.methods.conftest import MakeJob
 
+CONTRACT = {"probed": 8}
+"""For the contract of stages: its data is one small source."""
+
 QUICK: dict[str, Any] = {
     "text_steps": 3,
     "instruction_steps": 3,

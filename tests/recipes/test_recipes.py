@@ -44,7 +44,8 @@ def test_a_recipe_fits_the_embedded_model(name: str) -> None:
     built = build(read(name), name)
     shown = dry_run(built, open_source(nano.path(), weights=False))
     kept = shown.after["parameters"]["blocks"] / shown.before["parameters"]["blocks"]
-    (keep,) = (stage.budget().keep for _, stage in built.stages if isinstance(stage, Shrinks))
+    budgets = [stage.budget() for _, stage in built.stages if isinstance(stage, Shrinks)]
+    (keep,) = (budget.keep for budget in budgets if budget is not None)
     assert keep - (0.06 if name.startswith("shortgpt") else 0.01) < kept <= keep + 1e-9  # of six layers
 
 

@@ -59,7 +59,7 @@ class Contextual:
 
     def __post_init__(self) -> None:
         """Refuse kinds whose activations are not measured. Raises ValueError."""
-        self.removes.only(Kind.CHANNEL, Kind.HEAD)
+        self.removes.only(Kind.CHANNEL, Kind.HEAD, what="are measured")
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""

@@ -85,7 +85,7 @@ class LoraPrune:
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
-        self.removes.only(Kind.HEAD, Kind.CHANNEL)
+        self.removes.only(Kind.HEAD, Kind.CHANNEL, what="are scored")
         if self.warmup >= self.done:
             raise ValueError(f"warmup={self.warmup} is not before done={self.done}; both are shares of the updates")
         if self.removes.layout == "uniform" and (self.spared or self.scope == "global"):

@@ -107,7 +107,7 @@ class LoraShear:
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
-        self.removes.only(Kind.HEAD, Kind.CHANNEL)
+        self.removes.only(Kind.HEAD, Kind.CHANNEL, what="shrink")
         if self.removes.layout == "uniform" and self.unprunable:
             raise ValueError(
                 f"unprunable={self.unprunable} keeps some layers wider than layout='uniform' allows; set it to 0"

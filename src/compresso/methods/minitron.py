@@ -72,7 +72,7 @@ class Minitron:
 
     def __post_init__(self) -> None:
         """Refuse kinds that no activation ranks. Raises ValueError."""
-        self.removes.only(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER)
+        self.removes.only(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER, what="are ranked")
 
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""

@@ -72,9 +72,11 @@ class RecoverKnowledge:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The training, and what is measured of a source: before it, and every so many updates."""
-        total = self.learning().updates
-        times = 0 if total is None else total // self.every
-        measured = Passes("measuring", None if total is None else self.probed, forwards=1 + times)
+        phases, known = self.learning().phases, self.learning().updates is not None
+        texts, instructions = self.trains.updates(1, phases)
+        total = texts + instructions
+        times = {*range(self.every, total + 1, self.every), texts, total} - {0}
+        measured = Passes("measuring", self.probed if known else None, forwards=1 + len(times))
         return [measured, Passes("dense loss", self.probed, dense=True), *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:

@@ -60,12 +60,15 @@ class Removes:
             floor=self.floor or {},
         )
 
-    def only(self, *known: Kind) -> None:
-        """Refuse kinds that a stage cannot choose among. Raises ValueError."""
+    def only(self, *known: Kind, what: str) -> None:
+        """Refuse kinds that a stage cannot choose among. what: becomes of the others, such as "are scored". Raises
+        ValueError.
+        """
         if not self.kinds or not set(self.kinds) <= set(known):
+            words = ["hidden dimensions" if kind == Kind.HIDDEN else f"{kind}s" for kind in known]
             raise ValueError(
-                f"kinds={[*map(str, self.kinds)]}: this stage removes units of {', '.join(known)}; give one or more of"
-                " them"
+                f"kinds={[*map(str, self.kinds)]}: only {', '.join(words[:-1])} and {words[-1]} {what}; give"
+                f" [{', '.join(known)}] or one of them"
             )
 
     def among(self, axes: Sequence[Axis]) -> list[Axis]:
