@@ -169,6 +169,7 @@ SHORT = {"batch": 4, "micro_batch": 2, "rank": 2}
         LoraPrune(keep=0.7, steps=4, every=2, **SHORT),
         LoraShear(keep=0.7, tune=1, shrink=4, periods=2, batches=1, **SHORT),
         Recover(steps=2, **SHORT),
+        Recover(steps=2, train="all", **SHORT),
         Distill(steps=2, **SHORT),
         Distill(steps=2, train="all", intermediate_weight=1.0, **SHORT),
     ],

@@ -237,7 +237,7 @@ def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_pat
     assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
     answers = {one.engine: one for one in verify(pruned)}
-    assert answers[ONNX.name].opens == "yes" and answers[OWN].opens == "yes"
+    assert answers[ONNX.name].opens == "yes" and answers[OWN.name].opens == "yes"
     live = load_model(open_source(pruned))
     with torch.no_grad():
         live.get_parameter("classifier.bias").add_(1)

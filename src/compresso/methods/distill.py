@@ -11,8 +11,7 @@ learned projection; and after the layers, before the final norm.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -23,7 +22,7 @@ from compresso.arch.base import Arch
 from compresso.errors import CheckpointError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
-from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.stage.tuning import group_of, learner, settled, tune
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
 
@@ -94,17 +93,11 @@ class Distill:
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         teacher = self._teacher(job)
-        adapted = attached(job, self.lora) if self.train == "lora" else None
-        # small updates of all weights would be rounded away in half precision
-        model: nn.Module = job.model.float().requires_grad_(True) if adapted is None else adapted
+        model = learner(job, self.lora if self.train == "lora" else None)
         learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
         history = tune(job, "distill", self.trains, self._objective(job, model, teacher), [learning], total)
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
-        if adapted is None:
-            job = replace(job, model=cast(Any, job.model).to(stored).requires_grad_(False))
-        else:
-            job = merged(job, adapted, "distill", self.trains)
-        return job.note("distill", **facts)
+        return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
 
     def _teacher(self, job: Job) -> PreTrainedModel:
         """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""

@@ -7,13 +7,14 @@ any pruning.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
-from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.stage.tuning import group_of, learner, settled, tune
 from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
 
@@ -36,26 +37,29 @@ class Recover:
 
     Args:
         trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
+        train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
     """
 
     trains: Trains = Trains()
+    train: Literal["lora", "all"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
 
     def learning(self) -> Learning:
-        """Adapters."""
-        return Learning(self.trains, [self.trains.steps], self.lora)
+        """Adapters, or all weights."""
+        return Learning(self.trains, [self.trains.steps], self.lora if self.train == "lora" else None)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training."""
         return self.learning().passes()
 
     def __call__(self, job: Job) -> Job:
-        """Train adapters, merge them."""
+        """Train adapters and merge them, or train weights."""
         (total,) = self.trains.updates(len(job.rows))
-        lora = attached(job, self.lora)
-        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
-        history = tune(job, "recover", self.trains, LossObjective(lora, job.task.loss), [adapters], total)
-        return merged(job, lora, "recover", self.trains).note(
-            "recover", updates=total, trainable=adapters.numbers, lr=adapters.lr, curve=curve(history)
+        stored = job.model.dtype
+        model = learner(job, self.lora if self.train == "lora" else None)
+        learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
+        history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total)
+        return settled(job, model, stored, "recover", self.trains).note(
+            "recover", updates=total, trainable=learning.numbers, lr=learning.lr, curve=curve(history)
         )

@@ -1,9 +1,11 @@
-"""What stages that train have in common: attach adapters, fit with a job's seed and a stage's knobs, merge."""
+"""What stages that train have in common: what learns, fitting with a job's seed and a stage's knobs, merge."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
@@ -24,6 +26,25 @@ from compresso.training.order import Batches
 def attached(job: Job, lora: TunesLora) -> PeftModel:
     """The job's model, frozen, with new adapters that its seed decides. Raises RecipeError as `attach_`."""
     return attach_(job.model, lora.rank, lora.alpha, lora.targets, lora.dropout, job.seed)
+
+
+def learner(job: Job, lora: TunesLora | None) -> nn.Module:
+    """What learns: new adapters on the frozen model, or all of its weights where `lora` is None."""
+    if lora is not None:
+        return attached(job, lora)
+    # small updates of all weights would be rounded away in half precision
+    return cast(nn.Module, job.model).float().requires_grad_(True)
+
+
+def settled(job: Job, learned: nn.Module, stored: torch.dtype, name: str, trains: Trains) -> Job:
+    """The job with what `learner` gave in its model: adapters merged, or weights in the dtype they had.
+
+    Raises:
+        NumericError: as `merge_`.
+    """
+    if isinstance(learned, PeftModel):
+        return merged(job, learned, name, trains)
+    return replace(job, model=cast(Any, job.model).to(stored).requires_grad_(False))
 
 
 def group_of(name: str, learning: nn.Module, adamw: AdamW, hidden: int, total: int, weight_decay: float = 0.0) -> Group:
