@@ -85,7 +85,7 @@ def test_the_comparison_of_masked_and_smaller_sees_a_wrong_cut(
     axes = [axis for axis in job.arch.axes(job.model) if axis.kind == Kind.CHANNEL]
     masks = Plan({axis.name: tuple(range(1, axis.size)) for axis in axes}).masks(axes)
     wrong = Plan({axis.name: tuple(range(axis.size - 1)) for axis in axes})
-    monkeypatch.setattr("compresso.job.shrink_", lambda model, axes, plan, soft: shrink_(model, axes, wrong))
+    monkeypatch.setattr("compresso.edit.removal.shrink_", lambda model, axes, plan, soft: shrink_(model, axes, wrong))
     with pytest.raises(Exception, match="differ from the masked model's"):
         job.without(masks, "wrong")
 
