@@ -85,7 +85,7 @@ def _group(card: Card, follows: bool) -> int:
 
 
 def _row(card: Card, recipes: list[str]) -> str:
-    where = ", ".join(f"`{name}`" for name in recipes) or "none of its own; any, by `--set` or a file"
+    where = ", ".join(f"`{name}`" for name in recipes) or "none of its own"
     if len(recipes) > MOST_RECIPES:
         where = f"the last stage of {len(recipes)} recipes"
     needs = [need for need in card.needs if not (need == "gradients" and "training" in card.needs)]

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -174,12 +175,18 @@ def test_old_arguments_warn_and_name_the_new_ones(tiny_folder: Path, tmp_path: P
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "other", quiet=True, stream=True)
 
 
+def untimed(facts: Any) -> Any:
+    """The facts of a plan without the seconds, which depend on how busy the machine is."""
+    if isinstance(facts, list):
+        return [untimed(one) for one in facts]
+    return {k: untimed(v) for k, v in facts.items() if "seconds" not in k} if isinstance(facts, dict) else facts
+
+
 def test_commands_print_what_the_functions_return(call: Call, tiny_folder: Path) -> None:
     code, out, _ = call("plan", "magnitude-structured", "--model", tiny_folder, "--keep", 0.5, "--json")
     assert code == 0
     facts = compresso.plan("magnitude-structured", tiny_folder, keep=0.5)
-    told = json.loads(out)
-    assert {**told, "training": []} == json.loads(json.dumps({**facts, "training": []}))
+    assert untimed(json.loads(out)) == untimed(json.loads(json.dumps(facts)))
     assert json.loads(call("inspect", tiny_folder, "--json")[1]) == compresso.inspect(tiny_folder)
 
 
@@ -195,6 +202,9 @@ def test_messages_and_docstrings_name_what_exists() -> None:
 def exists(dotted: str) -> bool:
     """Whether a dotted name can be imported, or is an attribute of what can."""
     module, _, attribute = dotted.rpartition(".")
-    if importlib.util.find_spec(dotted) is not None:
-        return True
-    return bool(module) and hasattr(importlib.import_module(module), attribute)
+    try:
+        if importlib.util.find_spec(dotted) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass  # what stands above it is no package
+    return hasattr(importlib.import_module(module), attribute)

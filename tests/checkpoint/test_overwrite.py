@@ -1,14 +1,15 @@
 """What --overwrite replaces: all that a command writes, and nothing that anybody else did."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from transformers import AutoTokenizer
 
 import compresso
-from compresso.checkpoint.overwrite import EXPORTS, RUN, demo, refuse_foreign
+from compresso.checkpoint.overwrite import EXPORTS, RUN, demo, fits, refuse_foreign
 from compresso.data import nano
+from compresso.edit.patches import TENSORS
 from compresso.errors import CheckpointError
 from tests.conftest import Call, Ran
 
@@ -25,6 +26,11 @@ def files(folder: Path) -> set[str]:
 )
 def test_all_that_a_run_writes_may_be_replaced(ran: Ran, recipe: str, layout: str) -> None:
     refuse_foreign(ran(recipe, layout=layout).folder, RUN)
+
+
+def test_tensors_of_patches_belong_to_a_run() -> None:
+    """No recipe that ships writes them."""
+    assert any(fits(PurePosixPath(TENSORS), pattern) for pattern in RUN.files)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ RUN = Written(
         "records.json",
         "README.md",
         "report.html",
+        "patches/tensors.safetensors",
         "adapters/*/adapter_config.json",
         "adapters/*/adapter_model.safetensors",
         "patches/tensors.safetensors",
