@@ -39,7 +39,7 @@ class Loaded:
             max_new_tokens, options: as for `transformers`' `generate`.
 
         Raises:
-            DataError: if the model has no tokenizer.
+            DataError: if the model has no tokenizer, or writes no text.
         """
         if self.tokenizer is None:
             raise DataError("this checkpoint has no tokenizer; call `model.generate` with token ids")
@@ -59,6 +59,8 @@ class Loaded:
     def _continued(
         self, tokenizer: PreTrainedTokenizerBase, ids: list[int], max_new_tokens: int, options: dict[str, Any]
     ) -> str:
+        if not self.model.can_generate():
+            raise DataError(f"a {type(self.model).__name__} writes no text; call `model` with token ids")
         inputs = torch.tensor([ids], device=self.model.device)
         options = {
             "do_sample": False,

@@ -23,6 +23,7 @@ from compresso.engines.classifier import classifier_parity, classifier_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.engines.transformers import OWN
 from compresso.engines.verify import verify
+from compresso.errors import DataError
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build
@@ -72,8 +73,10 @@ def test_the_result_is_a_stock_classifier_that_still_knows_the_labels(pruned: Pa
         logits = [model(**tokens(row["sentence"], return_tensors="pt")).logits[0] for row in rows]
     right = [model.config.id2label[int(one.argmax())] == row["label"] for one, row in zip(logits, rows, strict=True)]
     assert sum(right) >= 38
-    loaded = compresso.load(pruned).model
-    assert type(loaded) is type(model) and loaded.num_parameters() == model.num_parameters()
+    loaded = compresso.load(pruned)
+    assert type(loaded.model) is type(model) and loaded.model.num_parameters() == model.num_parameters()
+    with pytest.raises(DataError, match="a BertForSequenceClassification writes no text"):
+        loaded.complete("w1")
 
 
 def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None:
@@ -108,6 +111,7 @@ def test_the_terminal_tells_the_accuracy_and_a_run_again_has_the_same_bytes(
     assert outcome(tmp_path / "out") == outcome(pruned)
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_a_run_ends_in_the_same_bytes(
     arguments: Command, forked: Forked, pruned: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +152,7 @@ def test_a_model_with_a_head_keeps_it(pruned: Path, moods: Path, tmp_path: Path)
     assert result.model.config.id2label == {0: "neg", 1: "pos"}
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "w1", "label": "joy"}\n{"text": "w2", "label": "pos"}\n' * 30)
-    with pytest.raises(compresso.errors.DataError, match=r"label 'joy' is none of the model's 2: 0 \(neg\), 1 \(pos\)"):
+    with pytest.raises(DataError, match=r"label 'joy' is none of the model's 2: 0 \(neg\), 1 \(pos\)"):
         run(raw, pruned, other, output=tmp_path / "out2", quiet=True)
 
 
@@ -205,6 +209,7 @@ def test_a_plan_counts_the_head_and_shows_the_stage(bert: Path, call: Call) -> N
     shown = json.loads(out)
     assert code == 0 and shown["after"]["parameters"]["blocks"] < shown["before"]["parameters"]["blocks"]
     assert any("counted with a head for 2 labels" in note for note in shown["notes"])
+    assert any("all heads stay" in note for note in shown["notes"])
     total = shown["before"]["parameters"]["total"]
     assert total == compresso.inspect(bert)["parameters"]["total"] + 2 * 32 + 2
 
@@ -214,6 +219,7 @@ def test_fine_tuning_stands_first() -> None:
         build({"task": "classification", "stages": ["gate_taylor", "finetune"]})
 
 
+@pytest.mark.slow
 def test_transformers_alone_opens_the_result(pruned: Path) -> None:
     """In a process that knows nothing of compresso."""
     code = (
@@ -227,6 +233,7 @@ def test_transformers_alone_opens_the_result(pruned: Path) -> None:
     assert done.stdout.strip() == "pos", done.stderr[-500:]
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_path: Path) -> None:
     """Texts of different lengths side by side, so padding must not count."""

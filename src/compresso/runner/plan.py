@@ -15,7 +15,9 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
 from compresso.runner.options import recipe_for
+from compresso.runner.task_options import keeps_heads
 from compresso.stage import Learning, Passes
+from compresso.tasks.base import DEFAULT
 from compresso.training.device import choose_device
 
 TRAINED_BYTES = 16
@@ -71,6 +73,8 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
             one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with a head for {len(SOME_LABELS)} labels; the data tells how many there are")
+    if recipe.task.name != DEFAULT and keeps_heads(source.config):
+        shown.notes.append(f"all heads stay: a {source.config.model_type} config cannot say that some are gone")
     return {
         "recipe": recipe.name,
         "model": source.name,

@@ -39,7 +39,9 @@ def for_model(raw: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any
     stages = stages_of(raw)
     if task.lacks_head(config) and FIRST not in [name for name, _ in stages]:
         raw = {**raw, "stages": [{FIRST: {}}, *({name: knobs} for name, knobs in stages)]}
-    heads = getattr(config, "num_attention_heads", None)
-    if family_of(config.model_type) is None and getattr(config, "head_dim", None) is None and heads:
-        return held_to(raw, {Kind.HEAD: int(heads)})
-    return dict(raw)
+    return held_to(raw, {Kind.HEAD: int(config.num_attention_heads)}) if keeps_heads(config) else dict(raw)
+
+
+def keeps_heads(config: PreTrainedConfig) -> bool:
+    """Whether a family's only form has no field for a head's width, so that fewer heads would be wider ones."""
+    return family_of(config.model_type) is None and getattr(config, "head_dim", None) is None
