@@ -68,11 +68,11 @@ def test_the_demo_writes_its_account_and_report_and_says_how_to_load(call: Call,
         "vLLM not installed vllm is not installed"
     )
     assert sorted(path.name for path in output.iterdir()) == [
-        "report.json",
         "compresso",
         "gate-taylor",
         "magnitude",
         "report.html",
+        "report.json",
     ]
     report = (output / "report.html").read_text("utf-8")
     assert all(name in report for name in ROWS)
@@ -94,5 +94,5 @@ def test_the_demo_refuses_before_it_trains(call: Call, tmp_path: Path, monkeypat
     assert "not empty" in call("demo", "--output", tmp_path / "full")[2]
     code, _, error = call("demo", "--output", tmp_path / "new", "--keep", 1.5)
     assert code == 2
-    assert "less than or equal to 1" in error
+    assert "--keep 1.5: the kept share of block parameters lies in (0, 1]" in error
     assert not (tmp_path / "new").exists()

@@ -100,8 +100,6 @@ def prepare(
         check_offloaded(recipe, layout)
     output = output.resolve()
     check_output(output, source.folder, overwrite)
-    if overwrite:
-        refuse_foreign(output, RUN)
     check_output(WorkFolder.beside(output), source.folder, force=True)
     dry_run(recipe, source)
     where = choose_device(device)
@@ -109,6 +107,8 @@ def prepare(
         raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
     chosen = data or recipe.data.source
     _spare_data(chosen, output)
+    if overwrite:
+        refuse_foreign(output, RUN)
     tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
     # a model reads no further than its context: longer examples would train positions that it does not have
     length = min(
