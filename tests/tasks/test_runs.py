@@ -89,7 +89,7 @@ def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None
     for one in (dense, smaller):
         (accuracy,) = [number for number in one.measurements if number.name == "held/acc"]
         assert accuracy.value >= 0.9 and accuracy.n == 48 and accuracy.stderr is not None
-        assert one.value("held, most frequent label/acc") == 0.5
+        assert one.value("held-majority/acc") == 0.5
     assert records.guard.verdict == "ok" and records.before.held_loss is not None
     assert records.after.parameters["blocks"] <= 0.705 * records.before.parameters["blocks"]  # widths are equal
     assert records.stages["gate_taylor"].units_kept["layers.0.heads"] == "4/4"  # its config could not say fewer

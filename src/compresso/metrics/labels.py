@@ -18,7 +18,7 @@ from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
 from compresso.metrics.record import Environment, Measurement
 
-ACCURACY, GUESS = "held/acc", "held, most frequent label/acc"
+ACCURACY, GUESS = "held/acc", "held-majority/acc"
 
 
 @dataclass(frozen=True)
