@@ -117,7 +117,9 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def smaller(tokenizer: PreTrainedTokenizerBase, text: str = DOMAIN) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    kept = sorted(subwords.closed(state_of(tokenizer), {*encoded(tokenizer, text), *required_ids(tokenizer)}))
+    state, ids = state_of(tokenizer), {*encoded(tokenizer, text), *required_ids(tokenizer)}
+    vocab, made_of = subwords.vocabulary(state), subwords.constituents(state)
+    kept = sorted({vocab[part] for token, i in vocab.items() if i in ids for part in made_of(token)} | ids)
     return cut(tokenizer, kept, len(tokenizer)), kept
 
 

@@ -255,7 +255,7 @@ def test_a_resumed_run_goes_on_in_the_new_vocabulary(
     raw = recipe("stages.recover.lr=0.01")
     whole = run(raw, tiny_folder, text_file, output=tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut off"):
-        patch.setattr("compresso.methods.recover.attached", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
+        patch.setattr("compresso.stage.tuning.attached", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
         run(raw, tiny_folder, text_file, output=tmp_path / "again", quiet=True)
     again = run(raw, tiny_folder, text_file, output=tmp_path / "again", quiet=True, resume=True)
     assert again.plan == whole.plan

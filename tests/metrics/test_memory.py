@@ -84,10 +84,12 @@ def test_the_process_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "peak.json").exists()
 
 
-def test_the_peak_never_falls() -> None:
+def test_the_peak_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     before = peak_resident()
     block = torch.ones(32_000_000)
     during = peak_resident()
     del block
     assert during >= before
+    assert peak_resident() >= during
+    monkeypatch.setattr(memory, "_system_peak", lambda: during - 4096)  # as Linux may say, by pages it counts late
     assert peak_resident() >= during

@@ -139,8 +139,19 @@ def _measured(
     return {"peak": peak, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
+_highest = 0
+"""The largest peak read so far: Linux counts pages on each CPU apart, so its own peak may fall by a few of them."""
+
+
 def peak_resident() -> int:
     """The largest resident size that this process has had, in bytes."""
+    global _highest
+    _highest = max(_highest, _system_peak())
+    return _highest
+
+
+def _system_peak() -> int:
+    """What the system says is the peak."""
     status = Path("/proc/self/status")
     lines = status.read_text("utf-8").splitlines() if status.exists() else []
     for line in lines:
