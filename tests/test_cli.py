@@ -437,6 +437,8 @@ def test_catalogue(call: Call) -> None:
     assert "Measured" in call("methods", "gate_taylor")[1] and "Measured" not in call("methods", "recover")[1]
     assert rows["wanda"]["knobs"]["where"] == {"layers": None, "modules": ["*"], "ignore": []}
     assert "calibration.examples" in call("methods", "wanda")[1]
+    shown = call("methods", "bonsai")[1]  # as a recipe would say it
+    assert "[head, channel]" in shown and "{head: 1, channel: 1}" in shown
     assert "did you mean 'recover'" in call("methods", "recver")[2]
     assert "compresso/paper" in call("recipes")[1]
     assert "did you mean 'compresso/paper'" in call("recipes", "compresso/papr")[2]

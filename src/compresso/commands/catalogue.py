@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from compresso.commands.published_results import measured
 from compresso.runner.recipe import build, names, read
@@ -39,9 +41,9 @@ def show_methods(name: str | None, as_json: bool) -> None:
         value = _default(knob.default)
         parts = _parts(value)
         if parts is None:
-            table.add_row(knob.name, str(value))
+            table.add_row(knob.name, Text(_written(value)))
         for name, part in (parts or {}).items():
-            table.add_row(f"{knob.name}.{name}", str(part))
+            table.add_row(f"{knob.name}.{name}", Text(_written(part)))
     console.print(table)
     if rows := measured(one.name):
         shares = list(rows[0]["kept"])
@@ -100,6 +102,15 @@ def _parts(value: object) -> dict[str, object] | None:
     if not dataclasses.is_dataclass(value):
         return None
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _written(value: object) -> str:
+    """A default as a recipe would name it: lists and mappings in the words of YAML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(one)}' for key, one in value.items())}}}"
+    return str(value)
 
 
 def _plain(value: object) -> object:
