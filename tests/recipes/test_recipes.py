@@ -29,8 +29,9 @@ def test_a_recipe_names_itself_its_title_and_its_paper(name: str) -> None:
     assert recipe.name == name
     assert recipe.title
     assert recipe.description
-    assert re.fullmatch(r"\d{4}\.\d{5}", recipe.paper)
-    assert any(card(stage).paper == recipe.paper for stage, _ in recipe.stages)
+    papers = {card(stage).paper for stage, _ in recipe.stages if stage not in ("recover", "distill")}
+    assert recipe.paper in papers
+    assert re.fullmatch(r"\d{4}\.\d{5}", recipe.paper) or not any(papers)  # a method may have no paper
 
 
 @every_recipe
