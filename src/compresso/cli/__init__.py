@@ -30,10 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where the program was started with its output closed
+            sys.stdout.flush()
         if code == 130:  # what typer makes of a KeyboardInterrupt
             print("interrupted", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as leaving:  # typer's own answer to a pipe whose reader has left: 1, and nothing said
+        if isinstance(leaving.__context__, BrokenPipeError):
+            sys.exit(0)
+        raise
     except Exception as error:
         message, code = _explained(error)
         if message:
