@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if code == 130:  # what typer makes of a KeyboardInterrupt
             print("interrupted", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+    except Interrupted as stop:
+        cure = "; repeat the command with --resume to go on" if stop.saved else ""
+        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
+        raise
     except SystemExit as leaving:  # typer's own answer to a pipe whose reader has left: 1, and nothing said
         if isinstance(leaving.__context__, BrokenPipeError):
             sys.exit(0)
@@ -44,10 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if message:
             print(" ".join(message.split()), file=sys.stderr)
         sys.exit(code)
-    except Interrupted as stop:
-        cure = "; repeat the command with --resume to go on" if stop.saved else ""
-        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
