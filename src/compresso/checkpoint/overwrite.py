@@ -133,7 +133,6 @@ RUN = Written(
         "patches/tensors.safetensors",
         "adapters/*/adapter_config.json",
         "adapters/*/adapter_model.safetensors",
-        "patches/tensors.safetensors",
         *_CHECKPOINT,
     ),
     _is_run,
