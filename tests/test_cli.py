@@ -466,8 +466,8 @@ def test_run_prints_where_the_result_is_and_json_prints_nothing_else(
     recipe = written(tmp_path, NOTHING)
     code, out, error = call("run", recipe, "--model", tiny_folder, "--output", tmp_path / "out")
     assert (code, error) == (0, "")
-    assert len(out.splitlines()) == 1
-    assert "compresso.load(" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["parameters", "bytes", "held", "decoding", "written"]
+    assert "compresso.load(" in out and "report.html" in out and "README.md" in out
     code, out, error = call("run", recipe, "--model", tiny_folder, "--output", tmp_path / "again", "--json")
     assert code == 0
     assert json.loads(out, parse_constant=pytest.fail) == json.loads((tmp_path / "again" / "records.json").read_text())

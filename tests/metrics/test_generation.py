@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from compresso.data import nano
 from compresso.errors import DataError, NumericError
 from compresso.metrics.generation import (
-    PROMPTS,
     broken,
     ends_in_loop,
     generation_measurements,
@@ -19,6 +18,7 @@ from compresso.metrics.generation import (
     samples,
     world_prompts,
 )
+from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import Environment, Sample
 
 TOKENIZER = AutoTokenizer.from_pretrained(nano.path())
@@ -100,8 +100,8 @@ def test_what_counts_as_broken(text: str, tokens: list[int], ended: bool, expect
 
 
 def test_greedy_is_the_most_likely_token_each_time(model: LlamaForCausalLM) -> None:
-    made = samples(model, TOKENIZER, PROMPTS[:3], max_new_tokens=12)
-    assert [one.prompt for one in made] == list(PROMPTS[:3])
+    made = samples(model, TOKENIZER, OPENINGS[:3], max_new_tokens=12)
+    assert [one.prompt for one in made] == list(OPENINGS[:3])
     for one in made:
         ids = [TOKENIZER.bos_token_id, *TOKENIZER.encode(one.prompt, add_special_tokens=False)]
         start = len(ids)
@@ -133,12 +133,12 @@ def test_the_embedded_model_writes_as_transformers_lets_it() -> None:
 
 
 def test_an_end_token_at_once_is_an_empty_text(model: LlamaForCausalLM) -> None:
-    first = samples(model, TOKENIZER, PROMPTS[:1], max_new_tokens=1)[0]
+    first = samples(model, TOKENIZER, OPENINGS[:1], max_new_tokens=1)[0]
     (token,) = TOKENIZER.encode(first.text, add_special_tokens=False)
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = [before, token]
     try:
-        (made,) = samples(model, TOKENIZER, PROMPTS[:1])
+        (made,) = samples(model, TOKENIZER, OPENINGS[:1])
     finally:
         model.generation_config.eos_token_id = before
     assert (made.text, made.tokens, made.repetition, made.degenerate) == ("", 0, 0.0, True)
@@ -153,7 +153,7 @@ def test_a_model_that_says_one_thing_is_degenerate(model: LlamaForCausalLM) -> N
         stuck, TOKENIZER, encode=lambda text: [3, *TOKENIZER.encode(text, add_special_tokens=False)], max_new_tokens=20
     )
     assert all(one.degenerate for one in made)  # token 0, the lowest of equals, which is BOS and no text
-    assert [one.repetition for one in made] == [pytest.approx(16 / 17)] * len(PROMPTS)
+    assert [one.repetition for one in made] == [pytest.approx(16 / 17)] * len(OPENINGS)
     rate, share = generation_measurements(made, HERE, max_new_tokens=20)
     assert (rate.value, rate.stderr, share.value, share.stderr) == (pytest.approx(16 / 17), pytest.approx(0), 1.0, 0.0)
 
@@ -170,7 +170,7 @@ def test_prompts_are_encoded_as_asked(model: LlamaForCausalLM) -> None:
 
 
 def test_the_prompts_are_fixed_and_different() -> None:
-    assert len(set(PROMPTS)) == len(PROMPTS) == 8
+    assert len(set(OPENINGS)) == len(OPENINGS) == len(set(REQUESTS)) == len(REQUESTS) == 24
     assert world_prompts(5, 1) == world_prompts(5, 1) != world_prompts(5, 2)
     assert all(len(one.split()) == 4 for one in world_prompts(20))
 
@@ -191,7 +191,7 @@ def test_measurements_of_samples() -> None:
 def test_the_mode_of_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> None:
     for mode in (True, False):
         model.train(mode)
-        samples(model, TOKENIZER, PROMPTS[:1], max_new_tokens=2)
+        samples(model, TOKENIZER, OPENINGS[:1], max_new_tokens=2)
         assert model.training is mode
 
 

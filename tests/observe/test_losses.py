@@ -172,7 +172,7 @@ def test_a_stopped_search_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
         masks,
         given,
         journal=RoundJournal(tmp_path / "j", {"of": 1}),
-        progress=Progress("lines", 1, lines),
+        progress=Progress("lines", 0.0, lines),
         name="probes",
     )
     assert torch.equal(again, whole) and calls == 12

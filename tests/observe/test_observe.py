@@ -231,7 +231,7 @@ def test_a_pass_over_other_batches_is_not_continued(tmp_path: Path) -> None:
 
 def test_progress_counts_batches_also_of_a_generator() -> None:
     model, lines = made(), io.StringIO()
-    energy(model, iter(batches(2)), Pass(progress=Progress("lines", 1, lines), name="scores"))
+    energy(model, iter(batches(2)), Pass(progress=Progress("lines", 0.0, lines), name="scores"))
     assert [line.split("  ")[:2] for line in lines.getvalue().splitlines()] == [
         ["scores", f"{i}/4"] for i in range(1, 5)
     ]

@@ -173,7 +173,7 @@ def main() -> None:
             except Interrupted as stop:
                 print(stop, file=sys.stderr)
             objective = Gated("batch", asked.dropout)
-        history = train(objective, 8, folder=folder, event=asked.do, at=asked.at, progress=Progress("lines", 4))
+        history = train(objective, 8, folder=folder, event=asked.do, at=asked.at, progress=Progress("lines", 0.0))
         assert isinstance(objective.log_alpha, DTensor) == (run == "sharded")
         tensors = trained(objective)
         if int(os.environ.get("RANK", "0")) == 0:

@@ -19,6 +19,7 @@ from compresso.cli.options import (
     Layout,
     Macs,
     MaxSteps,
+    Measure,
     Overwrite,
     Parameters,
     Recipe,
@@ -167,6 +168,7 @@ def run(
     over_memory: Annotated[
         bool, typer.Option("--over-memory", help="Offload even if the estimate is above what is there.")
     ] = False,
+    measure: Measure = "full",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")
     ] = False,
@@ -208,6 +210,7 @@ def run(
         offload=offload or stream,
         over_memory=over_memory,
         verify=not no_verify,
+        measure=measure,
     )
     run.show(result, as_json)
 

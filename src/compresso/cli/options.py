@@ -3,7 +3,7 @@ place.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,6 +51,12 @@ Set = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output that this command wrote; one with other files is refused."),
+]
+Measure = Annotated[
+    Literal["none", "quick", "full"],
+    typer.Option(
+        help="Measured of both models at the end: full, quick (no speed, short texts), none (held-out loss alone)."
+    ),
 ]
 AllowCollapsed = Annotated[
     bool, typer.Option("--allow-collapsed", help="Write the result even if the collapse guard refuses it.")

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 from compresso.arch.outputs import outputs
 from compresso.checkpoint.code import refuse_code
 from compresso.checkpoint.source import auto_class
+from compresso.edit.rounding import ROUNDINGS, full_precision, rounding_of
 from compresso.errors import ExportError, ResourceError
 
 
@@ -39,7 +40,7 @@ def reopen_and_compare(
 
     Args:
         ids: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images.
-        atol: largest difference allowed.
+        atol: largest difference allowed, where roundings do not explain a larger one in this model.
         device: where the fresh process computes; None for the live model's device.
 
     Raises ExportError if the folder does not open, or its logits differ by more than `atol` or in shape; ResourceError
@@ -79,14 +80,18 @@ def reopen_and_compare(
         if done.returncode:
             raise ExportError(f"{folder} does not open in a fresh process: {last}")
         found = load_file(result)["logits"]
-    with _as_stored(model, stored, dtype):
+    allowed = atol
+    with _as_stored(model, stored, dtype), full_precision():
         wanted = outputs(model, ids.to(model.device)).cpu()
-    if found.shape != wanted.shape:
-        raise ExportError(f"{folder} reads back with logits {list(found.shape)} instead of {list(wanted.shape)}.")
-    worst = float((found - wanted).abs().max())
-    if not worst <= atol:  # also for NaN
+        if found.shape != wanted.shape:
+            raise ExportError(f"{folder} reads back with logits {list(found.shape)} instead of {list(wanted.shape)}.")
+        worst = float((found - wanted).abs().max())
+        if not worst <= atol:  # also for NaN
+            compute = lambda: outputs(model, ids.to(model.device)).cpu()  # noqa: E731
+            allowed = max(atol, ROUNDINGS * rounding_of(model, compute, wanted))
+    if not worst <= allowed:
         raise ExportError(
-            f"{folder} reads back differently: logits differ by up to {worst:.3g}, allowed is {atol:.3g}."
+            f"{folder} reads back differently: logits differ by up to {worst:.3g}, allowed is {allowed:.3g}."
         )
     return worst
 
@@ -115,7 +120,8 @@ def _main(folder: str, given: str, result: str, dtype: str, device: str) -> None
         folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
     )
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]  # the library's wrapper hides the signature
-    logits = outputs(model, load_file(given)["ids"].to(device)).cpu()
+    with full_precision():
+        logits = outputs(model, load_file(given)["ids"].to(device)).cpu()
     save_file({"logits": logits.contiguous()}, result)
 
 

@@ -1,4 +1,4 @@
-"""What a model writes: greedy continuations of a fixed list of prompts, and how many of them are broken.
+"""What a model writes: greedy continuations of fixed prompts, and how many of them are broken.
 
 Pruned models fail here first: a perplexity that doubled may still write, or may say one word without end. Nothing
 judges the content; counted is what a program can see (`broken`), and the texts are there to be read, dense and pruned
@@ -6,6 +6,7 @@ side by side.
 """
 
 import hashlib
+import inspect
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,20 +19,12 @@ from compresso.data import world
 from compresso.data.tokens import bare_ids
 from compresso.errors import DataError, NumericError
 from compresso.metrics.forward import check_ids, context_of
+from compresso.metrics.prompts import OPENINGS
 from compresso.metrics.record import Environment, Measurement, Sample, Setting
 
-PROMPTS = (
-    "Once upon a time, a little fox lived at the edge of a quiet forest. One morning",
-    "Ben and his sister found an old box under the stairs. When they opened it,",
-    "Water turns into ice when",
-    "The moon looks bright at night because",
-    "To make a cup of tea, first",
-    "The three most useful things to take on a long walk are",
-    "Dear neighbour, thank you for looking after our garden while we were away. When we came home,",
-    "Question: Why do many trees lose their leaves in autumn?\nAnswer:",
-)
-"""Openings that a base model can go on with: stories, facts, instructions, a letter, a question."""
 MAX_NEW_TOKENS = 64
+TOGETHER = 8
+"""Texts written side by side."""
 GRAM = 4
 """Tokens of the runs whose return counts as repetition."""
 MOST_REPETITION = 0.5
@@ -79,15 +72,17 @@ def broken(text: str, tokens: Sequence[int], ended: bool) -> bool:
 def samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = OPENINGS,
     max_new_tokens: int = MAX_NEW_TOKENS,
     encode: Callable[[str], list[int]] | None = None,
+    advance: Callable[[int, int], None] = lambda texts, tokens: None,
 ) -> tuple[Sample, ...]:
     """The greedy continuation of each prompt, up to the end token or `max_new_tokens`.
 
     Args:
         encode: ids of a prompt, for a model that expects a format of its own; None: BOS, where the tokenizer has one,
             and the bare text.
+        advance: called with the number of texts that are done and of the tokens since the last call.
 
     Greedy means the most likely token, the lowest of equals; a generation config with sampling or penalties is not
     looked at, except for its end tokens.
@@ -113,16 +108,16 @@ def samples(
     was_training = model.training
     model.eval()
     written: list[Sample] = []
+    together = TOGETHER if _takes_positions(model) else 1
     try:
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            tokens, ended = _greedy(model, ids, max_new_tokens, ends)
-            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-            degenerate = broken(text, tokens, ended)
-            written.append(
-                Sample(
-                    prompt=prompt, text=text, tokens=len(tokens), repetition=repetition(tokens), degenerate=degenerate
-                )
-            )
+        for begin in range(0, len(encoded), together):
+            chosen = encoded[begin : begin + together]
+            for place, (tokens, ended) in enumerate(_greedy(model, chosen, max_new_tokens, ends), begin):
+                text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                facts = {"tokens": len(tokens), "repetition": repetition(tokens)}
+                marked = broken(text, tokens, ended)
+                written.append(Sample(prompt=prompts[place], text=text, degenerate=marked, **facts))
+            advance(len(written), sum(one.tokens for one in written[begin:]))
     finally:
         model.train(was_training)
     return tuple(written)
@@ -179,19 +174,40 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     return {one for one in found if isinstance(one, int)}
 
 
+def _takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model can be told where each token stands, so that texts of different lengths share a batch."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 @torch.inference_mode()
-def _greedy(model: PreTrainedModel, ids: Sequence[int], max_new_tokens: int, ends: set[int]) -> tuple[list[int], bool]:
-    """New tokens without the end token, and whether there was one."""
-    given, cache = torch.tensor([list(ids)], device=model.device), None
-    tokens: list[int] = []
-    while len(tokens) < max_new_tokens:
-        output = model(input_ids=given, past_key_values=cache, use_cache=True)
-        last = output.logits[0, -1]
-        if last.isnan().any():
-            raise NumericError(f"the model gives NaN after {len(tokens)} new tokens; use float32 or bfloat16")
-        token = int(last.argmax())
-        if token in ends:
-            return tokens, True
-        tokens.append(token)
-        given, cache = torch.tensor([[token]], device=model.device), output.past_key_values
-    return tokens, False
+def _greedy(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int]
+) -> list[tuple[list[int], bool]]:
+    """New tokens of each prompt without the end token, and whether there was one.
+
+    Prompts stand at the right, after padding that no token looks at, where their lengths differ.
+    """
+    longest = max(map(len, prompts))
+    given = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
+    there = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    positions, padded, cache = (there.cumsum(-1) - 1).clamp(min=0), not bool(there.all()), None
+    texts: list[list[int]] = [[] for _ in prompts]
+    ended, open_ = [False] * len(prompts), set(range(len(prompts)))
+    for step in range(max_new_tokens):
+        placed = {"attention_mask": there, "position_ids": positions} if padded else {}
+        output = model(input_ids=given, past_key_values=cache, use_cache=True, **placed)
+        last = output.logits[:, -1]
+        if last[sorted(open_)].isnan().any():
+            raise NumericError(f"the model gives NaN after {step} new tokens; use float32 or bfloat16")
+        chosen = last.argmax(-1)
+        for row in sorted(open_):
+            if (token := int(chosen[row])) in ends:
+                ended[row] = True
+            else:
+                texts[row].append(token)
+        open_ = {row for row in open_ if not ended[row]}
+        if not open_:
+            break
+        given, cache = chosen.unsqueeze(-1), output.past_key_values
+        there, positions = torch.cat((there, torch.ones_like(there[:, :1])), -1), positions[:, -1:] + 1
+    return list(zip(texts, ended, strict=True))

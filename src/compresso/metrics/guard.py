@@ -12,9 +12,10 @@ Thresholds and why:
             45 and 43 % on seven multiple-choice tasks where the dense model has 63 and guessing 36.
     loss on held text
         refuse from ln(vocabulary): a guess that takes all tokens as equally likely does as well.
-    degenerate rate of greedy continuations, over that of the dense model warn from .25 more: with eight prompts, two
-        more broken texts. refuse from .5 more, if at least three quarters of all are broken then. Small dense models
-        loop by themselves, so the rise counts.
+    share of greedy continuations that are broken, over that of the dense model
+        warn from .25 more, if the 95 % interval of the rise (Newcombe's, of two Wilson intervals; Statistics in
+        Medicine 17, 1998, method 10) excludes none. Texts alone never refuse: greedy continuations loop long before a
+        model is useless, and a few dozen of them bound a share by a fifth either way.
 
 A dense model whose own loss is within half a nat of that guess has nothing to lose, and nothing can be said of what
 became of it: the verdict is "unchecked", as it is without data.
@@ -25,6 +26,7 @@ from typing import Literal
 
 import torch
 from pydantic import FiniteFloat
+from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 from compresso.errors import DataError, NumericError
@@ -35,8 +37,7 @@ REFUSE_GROWTH = 5.0
 LEAST_KNOWLEDGE = 0.5
 """Nats by which a dense model must beat a uniform guess to be judged by its loss."""
 WARN_RISE = 0.25
-REFUSE_RISE = 0.5
-REFUSE_RATE = 0.75
+CONFIDENCE = 0.95
 
 Verdict = Literal["ok", "warn", "refuse", "unchecked"]
 
@@ -99,6 +100,7 @@ def judge(
     pruned_loss: float | None,
     dense_degenerate: float | None = None,
     pruned_degenerate: float | None = None,
+    texts: int = 0,
 ) -> Guard:
     """Decide; None stands for what was not measured.
 
@@ -106,6 +108,7 @@ def judge(
         vocabulary: tokens that a uniform guess chooses from.
         dense_loss, pruned_loss: nats a token on the same held text.
         dense_degenerate, pruned_degenerate: share of broken texts, 0..1, on the same prompts.
+        texts: how many prompts there were.
 
     Raises:
         DataError: a share outside 0..1, or no vocabulary.
@@ -122,7 +125,8 @@ def judge(
     guess = math.log(vocabulary)
     why = _nothing_to_lose(dense_loss, guess)
     loss = _growth(dense_loss, pruned_loss, why)
-    checks = (loss, _level(dense_loss, pruned_loss, guess, why), _degenerate(dense_degenerate, pruned_degenerate, why))
+    broken = _degenerate(dense_degenerate, pruned_degenerate, texts, why)
+    checks = (loss, _level(dense_loss, pruned_loss, guess, why), broken)
     found = {one.verdict for one in checks}
     return Guard(verdict="refuse" if "refuse" in found else "warn" if "warn" in found else loss.verdict, checks=checks)
 
@@ -171,27 +175,46 @@ def _level(dense: float | None, pruned: float | None, guess: float, why: str) ->
     )
 
 
-def _degenerate(dense: float | None, pruned: float | None, why: str) -> Check:
+def _degenerate(dense: float | None, pruned: float | None, texts: int, why: str) -> Check:
     """The check of how many more texts are broken; not made for the reason `why`."""
     verdict: Verdict = "unchecked"
     rise = None if dense is None or pruned is None else pruned - dense
-    if dense is None or pruned is None or rise is None:
+    if dense is None or pruned is None or rise is None or not texts:
         why = "no text was generated, for want of a tokenizer or prompts"
     elif not why:
-        verdict = "ok" if rise < WARN_RISE else "refuse" if rise >= REFUSE_RISE and pruned >= REFUSE_RATE else "warn"
+        low, high = rise_interval(dense, pruned, texts)
+        verdict = "warn" if rise >= WARN_RISE and low > 0 else "ok"
         why = (
-            f"broken texts went from {dense:.0%} to {pruned:.0%} (warned from {100 * WARN_RISE:g} points more, "
-            f"refused from {100 * REFUSE_RISE:g} points more and {REFUSE_RATE:.0%} in all)"
+            f"broken texts went from {dense:.0%} to {pruned:.0%} of {texts}, {100 * rise:+.0f} points (95 % interval"
+            f" {100 * low:+.0f} to {100 * high:+.0f}; warned from {100 * WARN_RISE:+g})"
         )
     return Check(
-        name="degenerate",
-        verdict=verdict,
-        value=rise,
-        unit="share",
-        warn_from=WARN_RISE,
-        refuse_from=REFUSE_RISE,
-        words=why,
+        name="degenerate", verdict=verdict, value=rise, unit="share", warn_from=WARN_RISE, refuse_from=None, words=why
     )
+
+
+def rise_interval(before: float, after: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of the rise of a share, by Newcombe's method 10.
+
+    Args:
+        before, after: shares of `n` trials each, 0..1; the pairing of the trials is not used, which widens it.
+
+    >>> [round(bound, 3) for bound in rise_interval(56 / 70, 48 / 70, 70)]
+    [-0.257, 0.035]
+    """
+    low_b, high_b = _wilson(before, n)
+    low_a, high_a = _wilson(after, n)
+    rise = after - before
+    return (
+        rise - math.hypot(after - low_a, high_b - before),
+        rise + math.hypot(high_a - after, before - low_b),
+    )
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of n trials."""
+    found = binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def check_finite(model: PreTrainedModel, stage: str) -> None:

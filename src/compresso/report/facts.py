@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import yaml
 
 from compresso.metrics.record import Environment
-from compresso.report.columns import title, written
 from compresso.report.read import Run
 from compresso.report.records import Engine, RunRecords
 from compresso.tasks.base import DEFAULT, task_named
@@ -177,17 +176,6 @@ def written_time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def metric_line(records: RunRecords) -> str:
-    """The task's metric of the dense model and of the result, in a line; "" if it was not measured."""
-    name = task_named(records.recipe.task).metric
-    found = [[number for number in model.measurements if number.name == name] for model in records.report.models]
-    if len(found) < 2 or not all(found):
-        return ""
-    dense, pruned = found[0][0], found[-1][0]
-    old, new = (written(one.value, one.unit, name, one.stderr) for one in (dense, pruned))
-    return f"{title(name)} {name.rpartition('/')[2]}: {old} dense, {new} pruned, on {pruned.n:,} held-out examples"
 
 
 def guard(run: Run) -> list[str]:

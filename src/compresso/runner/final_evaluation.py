@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,20 +21,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
 from compresso.data.batches import Row
 from compresso.data.instructions import encode_prompt
+from compresso.data.template import original_template, single_template
+from compresso.errors import DataError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
-from compresso.metrics.generation import PROMPTS, generation_measurements, samples, world_prompts
+from compresso.metrics.generation import generation_measurements, samples, world_prompts
 from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
+from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
 from compresso.native.stock import as_stock
 from compresso.sweep.memory import available
+from compresso.training.progress import PATIENCE, Progress
 
 DENSE, PRUNED = "dense", "pruned"
-NEW_TOKENS, LEAST_NEW_TOKENS = 48, 8
+_SHOWN = 80
+"""Characters of a text in a message."""
+NEW_TOKENS, QUICK_NEW_TOKENS, LEAST_NEW_TOKENS = 48, 24, 8
 SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
+ASKED = "the run was asked not to measure it"
 OFFLOADED = "weights were read from disk block by block, which takes a pass over the files for each token"
 LARGE = 1_000_000_000
 """Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes
@@ -52,7 +59,7 @@ class Evaluated:
 
     def numbers(self, loss: float | None, examples: int) -> dict[str, float]:
         """What was measured, by name, the first of each; with the loss on so many held-out examples, if any."""
-        found = {one.name: one.value for one in reversed(self.measurements)}
+        found = {one.name: one.value for one in reversed(self.measurements)} | {"texts": float(len(self.samples))}
         return found | ({} if loss is None else {"loss": loss, "examples": float(examples)})
 
 
@@ -63,6 +70,14 @@ class FinalEvaluation:
     dense: Evaluated
     pruned: Evaluated
     guard: Guard
+
+    def example(self) -> str:
+        """One text of each model on the first prompt whose texts differ, in a sentence; "" where there are none."""
+        pairs = list(zip(self.dense.samples, self.pruned.samples, strict=False))
+        for dense, pruned in sorted(pairs, key=lambda pair: pair[0].text == pair[1].text):
+            shown = [" ".join(text.split())[:_SHOWN] for text in (dense.prompt, dense.text, pruned.text)]
+            return f" Asked {shown[0]!r}, the dense model writes {shown[1]!r}, the pruned one {shown[2]!r}."
+        return ""
 
     def report(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Report:
         """The report, once the smaller model is written.
@@ -110,6 +125,12 @@ class EvaluationSettings:
     refused: str = ""
 
 
+Extent = Literal["none", "quick", "full"]
+"""How much of both models is measured: the loss on held-out examples alone; with short texts, which the guard reads;
+with longer texts, divergence and speed.
+"""
+
+
 def take(
     job: Job,
     source: Source,
@@ -119,6 +140,7 @@ def take(
     prompt_on: bool,
     before: float | None,
     after: float | None,
+    extent: Extent = "full",
 ) -> FinalEvaluation:
     """Evaluate both models and judge.
 
@@ -128,15 +150,21 @@ def take(
         corpus: name of the training data.
         instructions, prompt_on: whether it was trained on instructions, and with the collaborative prompt.
         before, after: losses on the held-out examples, nats a token; None without data.
+        extent: how much is measured.
 
     Raises:
         NumericError: a model gives NaN.
     """
+    shown = job.progress()
     kept = job.plan.kept.get("vocab")
     # a model whose vocabulary was cut reads and writes with a tokenizer of its own
     theirs = job.tokenizer if kept is None or job.tokenizer is None else load_tokenizer(source)
     tokenizers = [job.tokenizer, theirs] if job.task.writes_text else []
     settings = evaluation_settings(job.model, tokenizers, corpus=corpus, instructions=instructions, prompt_on=prompt_on)
+    if extent != "full":
+        settings = replace(settings, new_tokens=min(settings.new_tokens, QUICK_NEW_TOKENS))
+    if extent == "none":
+        settings = replace(settings, prompts=(), refused=ASKED)
     results = {DENSE: Evaluated(), PRUNED: Evaluated()}
     pruned = job.model.eval()
     if job.offloaded:
@@ -148,25 +176,30 @@ def take(
             results[PRUNED].not_measured |= {"speed": lacking, "kl": lacking}
         models = {PRUNED: pruned}
     else:
-        dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
+        with shown.working("reading the dense model once more"):
+            dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
     with job.weights.whole():
         for name, model in models.items():
             _evaluate(
                 results[name], model, job, theirs if name == DENSE else job.tokenizer, settings, is_dense=name == DENSE
             )
-    if DENSE in models and job.task.writes_text:
+    if DENSE in models and job.task.writes_text and extent != "full":
+        results[DENSE].not_measured["speed"] = ASKED
+        results[PRUNED].not_measured |= {"speed": ASKED, "kl": ASKED}
+    elif DENSE in models and job.task.writes_text:
         windows = shared_windows(job.dense_held or job.held, kept)
         if windows:
-            results[PRUNED].measurements += divergence(
-                pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept
-            )
+            with shown.working("comparing the distributions of both models"):
+                results[PRUNED].measurements += divergence(
+                    pruned, reference(models[DENSE], windows, corpus=corpus), kept=kept
+                )
         elif job.held:
             results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
-        if kept is not None and before is not None:  # examples may have been dropped since
-            before = job.task.score(models[DENSE], job.dense_held or job.held).mean
-        for name, speeds in _speeds(models).items():
+        for name, speeds in _speeds(models, shown).items():
             results[name].measurements += speeds
+    if DENSE in models and kept is not None and before is not None:  # examples may have been dropped since
+        before = job.task.score(models[DENSE], job.dense_held or job.held).mean
     guard = job.task.judge(
         pruned.config, results[DENSE].numbers(before, len(job.held)), results[PRUNED].numbers(after, len(job.held))
     )
@@ -190,7 +223,8 @@ def evaluation_settings(
     instructions: bool,
     prompt_on: bool,
 ) -> EvaluationSettings:
-    """The texts to ask for: instructions in the format of training, openings of the embedded world, or plain openings.
+    """The texts to ask for: requests through the chat template or in the format of training, openings of the embedded
+    world, or plain openings.
 
     tokenizers: of all models that are evaluated; there must be room for the longest encoding.
     """
@@ -198,12 +232,17 @@ def evaluation_settings(
     if not known:
         return EvaluationSettings(corpus, (), None, 0, "", "the model has no tokenizer")
     of_world = corpus.startswith("world")
-    prompts = world_prompts(len(PROMPTS)) if of_world else PROMPTS
+    chats = all(original_template(single_template(tokenizer)) is not None for tokenizer in known)
+    prompts = world_prompts(len(OPENINGS)) if of_world else OPENINGS
     encode, words = None, "beginning token, then the bare text"
-    if instructions and not of_world:
-        encode = lambda tokenizer, text: encode_prompt(tokenizer, text, prompt_on=prompt_on)  # noqa: E731
-        words = "as an instruction" + (", with the collaborative prompt" if prompt_on else "")
-    longest = max(len(encode(one, text) if encode else one.encode(text)) for one in known for text in prompts) + 1
+    if (instructions or chats) and not of_world:
+        prompts, encode = REQUESTS, lambda tokenizer, text: encode_prompt(tokenizer, text, prompt_on=prompt_on)
+        words = "by the chat template" if chats else "as an instruction"
+        words += ", with the collaborative prompt" if prompt_on else ""
+    try:
+        longest = max(len(encode(one, text) if encode else one.encode(text)) for one in known for text in prompts) + 1
+    except DataError as error:
+        return EvaluationSettings(corpus, (), None, 0, words, f"the prompts cannot be written: {error}")
     context = context_of(model)
     room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
     if room < LEAST_NEW_TOKENS:
@@ -223,10 +262,12 @@ def _evaluate(
     is_dense: bool,
 ) -> None:
     """Held-out loss and texts of one model, added to its results."""
-    here = Environment.here(model.device, model.dtype)
+    here, shown = Environment.here(model.device, model.dtype), job.progress()
+    whose = DENSE if is_dense else PRUNED
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
-        score = job.task.score(model, rows, job.dense_held)
+        with shown.working(f"scoring {len(rows)} held-out examples, {whose} model"):
+            score = job.task.score(model, rows, job.dense_held)
         results.measurements += score.measurements(here, settings.corpus, noise=is_dense)
     else:
         results.not_measured[job.task.metric] = "the run had no data"
@@ -236,12 +277,14 @@ def _evaluate(
         results.not_measured["texts"] = settings.refused
         return
     encode = None if settings.encode is None else partial(settings.encode, tokenizer)
-    results.samples = samples(model, tokenizer, settings.prompts, settings.new_tokens, encode)
+    with shown.running(len(settings.prompts), 0, PATIENCE):
+        advance = lambda texts, tokens: shown.step(texts, f"texts, {whose} model", {}, tokens)  # noqa: E731
+        results.samples = samples(model, tokenizer, settings.prompts, settings.new_tokens, encode, advance)
     protocol = {"max_new_tokens": settings.new_tokens, "prompt_format": settings.prompt_format}
     results.measurements += generation_measurements(results.samples, here, **protocol)
 
 
-def _speeds(models: Mapping[str, PreTrainedModel]) -> dict[str, tuple[Measurement, ...]]:
+def _speeds(models: Mapping[str, PreTrainedModel], shown: Progress) -> dict[str, tuple[Measurement, ...]]:
     """Speed of both models in turn, at batch 1."""
     context = context_of(models[DENSE])
     large = sum(p.numel() for p in models[DENSE].parameters()) >= LARGE
@@ -249,7 +292,12 @@ def _speeds(models: Mapping[str, PreTrainedModel]) -> dict[str, tuple[Measuremen
     if context is not None:
         new = min(new, max(1, context // 2))
     prompt = SPEED_PROMPT if context is None else min(SPEED_PROMPT, context - new)
-    return speed_measurements(models, (1,), prompt, new, 3 if large else SPEED_ROUNDS)
+    rounds = 3 if large else SPEED_ROUNDS
+    turns = len(models) * (rounds + 1)  # one of each model warms up
+    begun = iter(range(turns))
+    with shown.running(turns, 0, PATIENCE):
+        advance = lambda what: shown.step(next(begun), f"speed, {what}", {}, 0)  # noqa: E731
+        return speed_measurements(models, (1,), prompt, new, rounds, advance=advance)
 
 
 def _lacking(source: Source, device: torch.device, dtype: torch.dtype) -> str:

@@ -31,9 +31,9 @@ from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
-from compresso.metrics.guard import Guard, check_finite
+from compresso.metrics.guard import check_finite
 from compresso.native.stock import as_stock
-from compresso.runner.final_evaluation import FinalEvaluation, take
+from compresso.runner.final_evaluation import Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
 from compresso.runner.output import finish, state, stored_dtype
@@ -90,6 +90,7 @@ def run(
     offload: bool = False,
     over_memory: bool = False,
     verify: bool = False,
+    measure: Extent = "full",
     force: bool | None = None,
     stream: bool | None = None,
 ) -> Result:
@@ -121,6 +122,8 @@ def run(
         offload: read weights from disk block by block, for models larger than memory; one-shot recipes of one
             calibrated stage only.
         over_memory: offload even where the estimate is above what is there.
+        measure: what is measured of both models at the end: "full"; "quick", without speed and divergence and with
+            shorter texts; "none", the loss on held-out examples alone.
         verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
         force: deprecated: `overwrite` and `allow_collapsed`.
         stream: deprecated: `offload`.
@@ -184,7 +187,8 @@ def run(
             if offload:
                 job = offloaded_job(job, prepared, over_memory=over_memory)
             dense = _dense(prepared, done)
-            job, before = _with_weights(job, prepared, dense, done)
+            with job.progress().working("reading the weights"):
+                job, before = _with_weights(job, prepared, dense, done)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -212,21 +216,15 @@ def run(
                 "dense": None if dense is prepared.source else asdict(dense.identity),
             }
             if is_main:
-                evaluation = _evaluated(job, prepared, dense, facts)
-                _refuse_collapse(evaluation.guard, allowed=allow_collapsed, quiet=quiet)
+                evaluation = _evaluated(job, prepared, dense, facts, measure)
+                _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
-                facts = finish(
-                    job,
-                    facts,
-                    evaluation,
-                    dense,
-                    prepared.layout,
-                    prepared.output,
-                    overwrite,
-                    dtype,
-                    parity_records if verify else None,
-                )
+                ask = parity_records if verify else None
+                with job.progress().working("writing the checkpoint and opening it again"):
+                    facts = finish(
+                        job, facts, evaluation, dense, prepared.layout, prepared.output, overwrite, dtype, ask
+                    )
                 work.discard()
             facts = broadcast(accelerator, facts)
             if offload:
@@ -310,7 +308,9 @@ def _with_weights(job: Job, prepared: Prepared, dense: Source, done: Sequence[Pa
     return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
-def _evaluated(job: Job, prepared: Prepared, dense: Source, facts: Mapping[str, Any]) -> FinalEvaluation:
+def _evaluated(
+    job: Job, prepared: Prepared, dense: Source, facts: Mapping[str, Any], extent: Extent
+) -> FinalEvaluation:
     """Results of the dense model and the smaller one, and the verdict."""
     return take(
         job,
@@ -320,17 +320,19 @@ def _evaluated(job: Job, prepared: Prepared, dense: Source, facts: Mapping[str, 
         prompt_on=prepared.prompt is not None,
         before=facts["before"]["held_loss"],
         after=facts["after"]["held_loss"],
+        extent=extent,
     )
 
 
-def _refuse_collapse(guard: Guard, *, allowed: bool, quiet: bool) -> None:
-    """Say what the guard found. Raises CollapseError if it refuses and that was not allowed; the finished stages stay
-    for a resume.
+def _refuse_collapse(evaluation: FinalEvaluation, tried: str, *, allowed: bool, quiet: bool) -> None:
+    """Say what the guard found. Raises CollapseError if it refuses and that was not allowed, with what was tried and
+    one text of each model; the finished stages stay for a resume.
     """
+    guard = evaluation.guard
     if guard.verdict == "refuse" and not allowed:
         raise CollapseError(
-            f"{guard.message()} The finished stages are kept: --resume --allow-collapsed writes this result without"
-            " training again"
+            f"{guard.message()} Tried: {tried}.{evaluation.example()} The finished stages are kept: --resume"
+            " --allow-collapsed writes this result without training again"
         )
     if guard.verdict in ("warn", "refuse") and not quiet:
         log.warning(guard.message())

@@ -87,13 +87,14 @@ class CausalLM:
         return held_loss(model, rows, counted_as=counted_as)
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
-        """By perplexity against dense, the loss itself, and broken texts."""
+        """By perplexity against dense and the loss itself; broken texts warn."""
         return judge(
             vocabulary=int(config.vocab_size),
             dense_loss=dense.get("loss"),
             pruned_loss=pruned.get("loss"),
             dense_degenerate=dense.get("degenerate"),
             pruned_degenerate=pruned.get("degenerate"),
+            texts=int(pruned.get("texts", 0)),
         )
 
 

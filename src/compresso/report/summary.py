@@ -1,0 +1,71 @@
+"""What a person reads when a run has ended: five lines, each with the dense model's number and the result's."""
+
+from pathlib import Path
+
+from compresso.metrics.record import Measurement, ModelResults
+from compresso.report.columns import title, written
+from compresso.report.records import RunRecords
+from compresso.tasks.base import task_named
+
+
+def summary(records: RunRecords, folder: Path) -> list[str]:
+    """Parameters, bytes, quality on held-out examples, decoding speed with its bound, and where everything lies.
+
+    Args:
+        records: of the run.
+        folder: the checkpoint, as the run was told.
+    """
+    dense, pruned = records.report.models[0], records.report.models[-1]
+    rows = [
+        ("parameters", _counted(records)),
+        ("bytes", _bytes(records, dense, pruned)),
+        _quality(records, dense, pruned),
+        ("decoding", _speed(dense, pruned)),
+        (
+            "written",
+            f"{folder}, layout {records.layout}: report.html, README.md (card); compresso.load({str(folder)!r})",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {words}" for name, words in rows]
+
+
+def _counted(records: RunRecords) -> str:
+    before, after = records.before.parameters["total"], records.after.parameters["total"]
+    return f"{before:,} -> {after:,} ({100 * after / before:.1f} %)"
+
+
+def _bytes(records: RunRecords, dense: ModelResults, pruned: ModelResults) -> str:
+    before, after = _found(dense, "bytes/disk"), _found(pruned, "bytes/disk")
+    words = "not counted"
+    if before is not None and after is not None:
+        share = f"({100 * after.value / before.value:.1f} %)"
+        words = f"{written(before.value, 'bytes')} -> {written(after.value, 'bytes')} {share}"
+    return "; ".join(part for part in (words, records.stored_dense()) if part)
+
+
+def _quality(records: RunRecords, dense: ModelResults, pruned: ModelResults) -> tuple[str, str]:
+    name = task_named(records.recipe.task).metric
+    label = f"{title(name)} {name.rpartition('/')[2]}".lower()
+    old, new = _found(dense, name), _found(pruned, name)
+    if new is None:
+        return label, f"not measured: {pruned.not_measured.get(name, 'no data')}; guard: {records.guard.verdict}"
+    shown = written(new.value, new.unit, name, new.stderr)
+    examples = new.protocol.get("examples", new.n)
+    before = "not measured" if old is None else written(old.value, old.unit, name, old.stderr)
+    return label, f"{before} -> {shown}, on {examples} held-out examples; guard: {records.guard.verdict}"
+
+
+def _speed(dense: ModelResults, pruned: ModelResults) -> str:
+    old, new = _found(dense, "decode/batch1"), _found(pruned, "decode/batch1")
+    ratio, bound = _found(pruned, "decode_speedup/batch1"), _found(pruned, "decode_bound/batch1")
+    if old is None or new is None or ratio is None or bound is None:
+        return f"not measured: {pruned.not_measured.get('speed', 'the task decodes nothing')}"
+    remark = "" if ratio.remark is None else f"; {ratio.remark}"
+    return (
+        f"{old.value:,.1f} -> {new.value:,.1f} tokens/s, {ratio.value:.2f} x (bytes allow {bound.value:.2f} x){remark}"
+    )
+
+
+def _found(model: ModelResults, name: str) -> Measurement | None:
+    return next((one for one in model.measurements if one.name == name), None)
