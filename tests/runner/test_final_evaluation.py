@@ -11,8 +11,11 @@ import compresso
 from compresso.data import nano
 from compresso.errors import CollapseError
 from compresso.metrics.guard import Guard
+from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import ModelResults, Report
+from compresso.runner.final_evaluation import evaluation_settings
 from compresso.runner.run import run
+from compresso.tasks.causal_lm import CausalLM
 
 RUINED: dict[str, Any] = {
     "name": "ruined",
@@ -116,3 +119,58 @@ def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, mo
     assert result.records["guard"]["verdict"] == "refuse"
     assert (output / "report.html").is_file()
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_quick_look_measures_less_and_says_so(tiny_folder: Path, instructions: Path, tmp_path: Path) -> None:
+    recipe = {
+        "name": "some",
+        "data": {"source": str(instructions), "prompt": False, "held": 4},
+        "stages": [
+            {"magnitude_structured": {"keep": 0.9}},
+            {"recover": {"steps": 1, "lr": 1e-9, "batch": 4, "micro_batch": 4, "rank": 1}},
+        ],
+    }
+    for extent in ("quick", "none"):
+        result = run(recipe, tiny_folder, output=tmp_path / extent, quiet=True, measure=extent, allow_collapsed=True)
+        dense, pruned = models(result.records)
+        for one in (dense, pruned):
+            assert one.value("held/perplexity") and one.value("decode/batch1") is None
+            assert one.not_measured["speed"] == "the run was asked not to measure it"
+            assert len(one.samples) == (24 if extent == "quick" else 0)
+            assert all(sample.tokens <= 24 for sample in one.samples)
+        assert "kl" in pruned.not_measured
+        assert result.records["guard"]["checks"][0]["value"] is not None
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_each_model_is_scored_once(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    score = CausalLM.score
+    monkeypatch.setattr(CausalLM, "score", lambda *given: (scored.append(1), score(*given))[1])
+    recipe = {
+        "name": "some",
+        "data": {"source": str(instructions), "prompt": False, "held": 4},
+        "stages": [
+            {"magnitude_structured": {"keep": 0.9}},
+            {"recover": {"steps": 1, "lr": 1e-9, "batch": 4, "micro_batch": 4, "rank": 1}},
+        ],
+    }
+    run(recipe, tiny_folder, output=tmp_path / "out", quiet=True, measure="none", allow_collapsed=True)
+    assert len(scored) == 2
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it(tiny_folder: Path) -> None:
+    opened = compresso.load(tiny_folder)
+    tokenizer = opened.tokenizer
+    assert tokenizer is not None
+    ask = {"corpus": "texts", "instructions": False, "prompt_on": False}
+    assert evaluation_settings(opened.model, [tokenizer], **ask).prompts == OPENINGS
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    settings = evaluation_settings(opened.model, [tokenizer], **ask)
+    assert settings.prompts == REQUESTS and settings.prompt_format == "by the chat template"
+    assert settings.encode is not None
+    text = tokenizer.decode(settings.encode(tokenizer, "Hello"))
+    assert text.replace(" ", "").endswith("<user>Hello<answer>")

@@ -58,8 +58,8 @@ def lines_after(stream: io.StringIO, n: int) -> list[str]:
 def test_a_step_that_takes_long_is_no_silence():
     stream = io.StringIO()
     progress = Progress("lines", 0.01, stream)
-    with progress.running(3, 0):
-        assert lines_after(stream, 1)[0].startswith("0/3, working for 0:00:0")
+    with progress.running(3, 0, "scores"):
+        assert lines_after(stream, 1)[0].startswith("scores  0/3, working for 0:00:0")
         progress.step(1, "scores", {}, 0)
         told = len(stream.getvalue().splitlines())
         assert "scores  1/3, working for" in lines_after(stream, told + 2)[-1]

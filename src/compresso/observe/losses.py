@@ -77,7 +77,7 @@ def losses_under(
     with (
         torch.inference_mode(),
         noted_signals() as requests,
-        shown.running(len(masks), len(losses)),
+        shown.running(len(masks), len(losses), name),
         gated(model, axes, {}) as sites,
     ):
         for i, mask in enumerate(masks[len(losses) :], start=len(losses)):

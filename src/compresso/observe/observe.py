@@ -106,7 +106,7 @@ def observe(
         for site in sites:
             handles += site(see, positions)
         steps = len(batches) if isinstance(batches, Sized) else 0
-        with noted_signals() if journal else nullcontext() as requests, shown.running(steps, done):
+        with noted_signals() if journal else nullcontext() as requests, shown.running(steps, done, how.name):
             for n, batch in enumerate(batches, start=1):
                 if journal is not None:
                     _add_to(data, batch)

@@ -34,6 +34,7 @@ from compresso.metrics.record import Environment, Measurement, ModelResults, Rep
 from compresso.metrics.size import size_measurements
 from compresso.native.stock import as_stock
 from compresso.sweep.memory import available
+from compresso.tasks.base import Score
 from compresso.training.progress import PATIENCE, Progress
 
 DENSE, PRUNED = "dense", "pruned"
@@ -141,6 +142,7 @@ def take(
     before: float | None,
     after: float | None,
     extent: Extent = "full",
+    scores: Mapping[str, Score | None] | None = None,
 ) -> FinalEvaluation:
     """Evaluate both models and judge.
 
@@ -151,6 +153,7 @@ def take(
         instructions, prompt_on: whether it was trained on instructions, and with the collaborative prompt.
         before, after: losses on the held-out examples, nats a token; None without data.
         extent: how much is measured.
+        scores: of both models on the held-out examples, as far as they are known.
 
     Raises:
         NumericError: a model gives NaN.
@@ -179,11 +182,13 @@ def take(
         with shown.working("reading the dense model once more"):
             dense = as_stock(load_model(source, dtype=pruned.dtype, device=job.device)).eval()
         models = {DENSE: dense, PRUNED: pruned}
+    known = dict(scores or {})
+    if job.dense_held is not None:  # its examples are others since tokens left
+        known.pop(DENSE, None)
     with job.weights.whole():
         for name, model in models.items():
-            _evaluate(
-                results[name], model, job, theirs if name == DENSE else job.tokenizer, settings, is_dense=name == DENSE
-            )
+            tokenizer = theirs if name == DENSE else job.tokenizer
+            _evaluate(results[name], model, job, tokenizer, settings, known.get(name), is_dense=name == DENSE)
     if DENSE in models and job.task.writes_text and extent != "full":
         results[DENSE].not_measured["speed"] = ASKED
         results[PRUNED].not_measured |= {"speed": ASKED, "kl": ASKED}
@@ -258,6 +263,7 @@ def _evaluate(
     job: Job,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: EvaluationSettings,
+    score: Score | None,
     *,
     is_dense: bool,
 ) -> None:
@@ -266,8 +272,9 @@ def _evaluate(
     whose = DENSE if is_dense else PRUNED
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
-        with shown.working(f"scoring {len(rows)} held-out examples, {whose} model"):
-            score = job.task.score(model, rows, job.dense_held)
+        if score is None:
+            with shown.working(f"scoring {len(rows)} held-out examples, {whose} model"):
+                score = job.task.score(model, rows, job.dense_held)
         results.measurements += score.measurements(here, settings.corpus, noise=is_dense)
     else:
         results.not_measured[job.task.metric] = "the run had no data"
@@ -277,7 +284,7 @@ def _evaluate(
         results.not_measured["texts"] = settings.refused
         return
     encode = None if settings.encode is None else partial(settings.encode, tokenizer)
-    with shown.running(len(settings.prompts), 0, PATIENCE):
+    with shown.running(len(settings.prompts), 0, f"texts, {whose} model", PATIENCE):
         advance = lambda texts, tokens: shown.step(texts, f"texts, {whose} model", {}, tokens)  # noqa: E731
         results.samples = samples(model, tokenizer, settings.prompts, settings.new_tokens, encode, advance)
     protocol = {"max_new_tokens": settings.new_tokens, "prompt_format": settings.prompt_format}
@@ -295,7 +302,7 @@ def _speeds(models: Mapping[str, PreTrainedModel], shown: Progress) -> dict[str,
     rounds = 3 if large else SPEED_ROUNDS
     turns = len(models) * (rounds + 1)  # one of each model warms up
     begun = iter(range(turns))
-    with shown.running(turns, 0, PATIENCE):
+    with shown.running(turns, 0, "speed", PATIENCE):
         advance = lambda what: shown.step(next(begun), f"speed, {what}", {}, 0)  # noqa: E731
         return speed_measurements(models, (1,), prompt, new, rounds, advance=advance)
 

@@ -29,6 +29,7 @@ from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
 from compresso.runner.final_evaluation import FinalEvaluation
 from compresso.runner.recipe import Recipe
+from compresso.tasks.base import Score
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 REOPENED_WITHIN = 1e-4
@@ -71,20 +72,25 @@ def origin(
     }
 
 
-def state(job: Job) -> dict[str, Any]:
+def state(job: Job, score: Score | None = None) -> dict[str, Any]:
     """Counts of the model as it is, and its mean loss on held-out examples (nats a labelled token; None without data).
 
-    Raises NumericError if that loss is not finite.
+    score: of those examples, as `scored` gives it.
     """
-    return {
-        **counts(job.cost()),
-        "held_loss": _held_loss(job) if job.held else None,
-    }
+    return {**counts(job.cost()), "held_loss": None if score is None else round(score.mean, 6)}
 
 
-def _held_loss(job: Job) -> float:
-    with job.weights.whole():
-        return round(job.task.score(job.model, job.held, job.dense_held).mean, 6)
+def scored(job: Job, whose: str) -> Score | None:
+    """How the model as it is does on the held-out examples; None without data.
+
+    whose: model it is, for a person who waits.
+
+    Raises NumericError if its loss is not finite.
+    """
+    if not job.held:
+        return None
+    with job.weights.whole(), job.progress().working(f"scoring {len(job.held)} held-out examples, {whose} model"):
+        return job.task.score(job.model, job.held, job.dense_held)
 
 
 def stored_dtype(source: Source) -> torch.dtype:

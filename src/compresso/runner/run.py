@@ -33,13 +33,14 @@ from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.native.stock import as_stock
-from compresso.runner.final_evaluation import Extent, FinalEvaluation, take
+from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
-from compresso.runner.output import finish, state, stored_dtype
+from compresso.runner.output import finish, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, prepare
 from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.stage import card
+from compresso.tasks.base import Score
 from compresso.training.launch import broadcast, new_accelerator
 
 log = logging.getLogger(__name__)
@@ -189,6 +190,10 @@ def run(
             dense = _dense(prepared, done)
             with job.progress().working("reading the weights"):
                 job, before = _with_weights(job, prepared, dense, done)
+            score = None
+            if not before and not card(prepared.recipe.stages[0][0]).makes_dense:
+                score = scored(job, DENSE)
+                before = state(job, score)
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -198,7 +203,9 @@ def run(
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
                 makes_dense = card(stage_name).makes_dense
-                before = state(job) if makes_dense else before
+                if makes_dense:
+                    score = scored(job, DENSE)
+                    before = state(job, score)
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, stage_name, partial(save_stage, job, before, whole=makes_dense))
                 accelerator.wait_for_everyone()
@@ -207,16 +214,17 @@ def run(
                     job = replace(job, original=_reader(dense))
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
+            after = scored(job, PRUNED)
             facts = {
                 **prepared.origin(),
                 "before": before,
-                "after": state(job),
+                "after": state(job, after),
                 "stages": dict(job.records),
                 "patches": written(job.patches),
                 "dense": None if dense is prepared.source else asdict(dense.identity),
             }
             if is_main:
-                evaluation = _evaluated(job, prepared, dense, facts, measure)
+                evaluation = _evaluated(job, prepared, dense, facts, measure, {DENSE: score, PRUNED: after})
                 _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
@@ -292,13 +300,14 @@ def _dense(prepared: Prepared, done: Sequence[Path]) -> Source:
 
 
 def _with_weights(job: Job, prepared: Prepared, dense: Source, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
-    """The job with the original's weights or those of the last finished stage, and what the dense model measured."""
+    """The job with the original's weights or those of the last finished stage, and what the dense model measured then;
+    nothing, where that is to be done.
+    """
     dtype = computed_in(prepared)
     if job.offloaded:
-        return job, state(job)
+        return job, {}
     if not done:
-        job = replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device)))
-        return job, {} if card(prepared.recipe.stages[0][0]).makes_dense else state(job)
+        return replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device))), {}
     job = replace(job, original=_reader(dense))
     model, plan, facts = load_stage(done[-1], dense, dtype, prepared.device)
     patches = read_patches(facts.get("patches", ()), done[-1])  # a stage saved before there were any names none
@@ -309,7 +318,12 @@ def _with_weights(job: Job, prepared: Prepared, dense: Source, done: Sequence[Pa
 
 
 def _evaluated(
-    job: Job, prepared: Prepared, dense: Source, facts: Mapping[str, Any], extent: Extent
+    job: Job,
+    prepared: Prepared,
+    dense: Source,
+    facts: Mapping[str, Any],
+    extent: Extent,
+    scores: Mapping[str, Score | None],
 ) -> FinalEvaluation:
     """Results of the dense model and the smaller one, and the verdict."""
     return take(
@@ -321,6 +335,7 @@ def _evaluated(
         before=facts["before"]["held_loss"],
         after=facts["after"]["held_loss"],
         extent=extent,
+        scores=scores,
     )
 
 

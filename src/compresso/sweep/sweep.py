@@ -102,7 +102,7 @@ def sweep(
     try:
         with offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
             calls = recorded_calls(model, blocks, batches, states)
-        with noted_signals() as requests, shown.running(last + 1, 0):
+        with noted_signals() as requests, shown.running(last + 1, 0, name):
             for layer, block in enumerate(blocks[: last + 1]):
                 runner = BlockRunner(block, layer, [of_batch[layer] for of_batch in calls], states)
                 here = groups.get(layer, ())

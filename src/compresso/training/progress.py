@@ -46,11 +46,14 @@ class Progress:
         self._bar: Bar | None = None
 
     @contextmanager
-    def running(self, steps: int, done: int, patience: float = 0.0) -> Iterator[None]:
-        """Show a run of `steps` steps of which `done` are behind it; no line within `patience` seconds."""
+    def running(self, steps: int, done: int, phase: str = "", patience: float = 0.0) -> Iterator[None]:
+        """Show a run of `steps` steps of which `done` are behind it; no line within `patience` seconds.
+
+        phase: what it is about until the first step says so.
+        """
         self._steps, self._done, self._first, self._tokens = steps, done, done, 0.0
         self._started = self._warm = time.monotonic()
-        self._line, self._said = "", self._started + max(patience - self._seconds, 0.0)
+        self._line, self._said = f"{phase}  {done}/{steps}".strip(), self._started + max(patience - self._seconds, 0.0)
         self._silent_until = self._started + patience
         if self._style != "bar":
             with self._beating(self._again, self._seconds):
@@ -64,7 +67,7 @@ class Progress:
             TimeRemainingColumn(),
         )
         with Bar(*columns, console=Console(file=self._stream)) as self._bar:
-            self._task = self._bar.add_task("", total=steps, completed=done, facts="")
+            self._task = self._bar.add_task(phase, total=steps, completed=done, facts="")
             yield
         self._bar = None
 
@@ -115,8 +118,7 @@ class Progress:
 
     def _again(self) -> None:
         """The state once more, for a step that takes long."""
-        begun = self._line or f"0/{self._steps}"
-        self.say(f"{begun}, working for {_clock(time.monotonic() - self._started)}")
+        self.say(f"{self._line}, working for {_clock(time.monotonic() - self._started)}")
 
     @contextmanager
     def _beating(self, beat: Callable[[], None], seconds: float) -> Iterator[None]:
