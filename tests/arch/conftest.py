@@ -104,6 +104,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         sliding_window=5,
         max_window_layers=2,
     ),
+    "qwen2_gqa": lambda: Qwen2Config(**SIZES, num_attention_heads=8, num_key_value_heads=2),
     "qwen3": lambda: Qwen3Config(
         **SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True
     ),
@@ -134,6 +135,19 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 """Models that are not causal language models."""
 WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3"))]
+GROUPED = [
+    "llama_gqa_tied",
+    "llama_gqa",
+    "llama_biased",
+    "mistral",
+    "qwen2_gqa",
+    "qwen3",
+    "phi3",
+    "phi3_gqa_tied",
+    "gemma2",
+    "gemma3",
+]
+"""Models whose query heads share key/value heads."""
 POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name == "opt_post_norm"]
 """Models whose layers end in a norm, so that they cannot be dropped whole by masks."""
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.arch.conftest import CLASSES, CONFIGS, POST_NORM, WITH_HIDDEN
+from tests.arch.conftest import CLASSES, CONFIGS, GROUPED, POST_NORM, WITH_HIDDEN
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, LayerShape, arch_for
+from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
@@ -30,6 +31,9 @@ WITHOUT = {
 }
 for name in POST_NORM:
     WITHOUT[name] |= {Kind.LAYER}
+for name in NAMES:
+    if name not in GROUPED:
+        WITHOUT.setdefault(name, set()).add(Kind.QUERY)
 CASES = [
     (name, kind) for name in NAMES for kind in (*(str(k) for k in Kind if k not in WITHOUT.get(name, ())), TOGETHER)
 ]
@@ -40,17 +44,25 @@ IDS = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(5))
 
 def described(model: PreTrainedModel) -> tuple[Arch, tuple[Axis, ...]]:
     arch = arch_for(model.config)
-    return arch, arch.axes(model)
+    return arch, axes_of(arch, model, tuple(Kind))
 
 
 def random_masks(axes: tuple[Axis, ...], kind: str, seed: int = 0, soft: bool = True) -> dict[str, Tensor]:
     """Masks with zeros for the axes of one kind, or of all that have gates; the tokens of IDS stay. Among them, where
-    no bias forbids it: layer 0 without heads, another layer without heads or channels, one with a single channel.
+    no bias forbids it: layer 0 without heads, another layer without heads or channels, one with a single channel. Key/
+    value heads of a layer keep as many query heads, fewer than there are.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_queries = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     masks: dict[str, Tensor] = {}
+    stay: dict[str, int] = {}
     for axis in axes:
         if kind != axis.kind and (kind != TOGETHER or axis.kind == Kind.VOCAB):
+            continue
+        if axis.within is not None:
+            drawn = 1 + int(torch.randint(axis.size - 1, (), generator=of_queries))
+            best = torch.randperm(axis.size, generator=of_queries)[: stay.setdefault(axis.within[0], drawn)]
+            values = torch.empty(axis.size).uniform_(0.2 if soft else 1.0, 1.0, generator=of_queries)
+            masks[axis.name] = torch.zeros(axis.size).scatter(0, best, values)
             continue
         stays = torch.rand(axis.size, generator=generator) < 0.7
         stays[torch.randint(axis.size, (), generator=generator)] = True
@@ -273,7 +285,7 @@ def test_shrinking_twice_equals_shrinking_once(tiny: Tiny, name: str) -> None:
     arch, axes = described(twice)
     first = shrunk_plan(axes, seed=2)
     shrink_(twice, axes, first)
-    later_axes = arch.axes(twice)
+    later_axes = axes_of(arch, twice, tuple(Kind))
     second = shrunk_plan(later_axes, seed=3)
     shrink_(twice, later_axes, second)
     shrink_(once, axes, first.then(second))

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.absent import NoAttention, NoMlp, is_absent
 from compresso.arch.base import LayerShape
-from compresso.arch.decoder_shape import checked_shapes, sync_config_
+from compresso.arch.decoder_shape import checked_shapes, sync_config_, sync_groups_
 from compresso.arch.producers import Producers, producers
 from compresso.arch.stream import hidden_axis
 from compresso.arch.vocabulary import vocabulary_axis
@@ -98,6 +98,7 @@ class Decoder:
 
     def sync_config_(self, model: PreTrainedModel) -> None:
         """Bring config and shape fields in line with the parameters; see `compresso.arch.decoder_shape`."""
+        sync_groups_(model)
         sync_config_(model, checked_shapes(model, self.head_norms, against_config=False))
 
 

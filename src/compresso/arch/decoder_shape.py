@@ -64,6 +64,15 @@ def checked_shapes(
     return shapes
 
 
+def sync_groups_(model: PreTrainedModel) -> None:
+    """Set how many query heads share a key/value head, in every attention, to what its linears are."""
+    for layer in _layers(model):
+        attention = layer.get_submodule("self_attn")
+        if not is_absent(attention):
+            q, k = (attention.get_parameter(f"{name}.weight") for name in ("q_proj", "k_proj"))
+            _set_fields_(attention, num_key_value_groups=q.shape[0] // k.shape[0])
+
+
 def sync_config_(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> None:
     """Set the config and the modules' shape fields to what the parameters are,
     and give each attention its cache slot.

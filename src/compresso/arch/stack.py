@@ -229,6 +229,8 @@ class Stack:
                 fields |= dict.fromkeys(parts.kv_heads, shape.kv_heads) | dict.fromkeys(
                     parts.widths, shape.query_heads * width
                 )
+                if hasattr(core, "num_key_value_groups"):
+                    fields["num_key_value_groups"] = shape.query_heads // shape.kv_heads
                 if parts.heads_in_config:
                     fields["config"] = config_of_layer(config, shape.query_heads, width)
                 for field, value in fields.items():

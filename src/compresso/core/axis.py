@@ -9,6 +9,9 @@ Two ways a unit owns entries of a tensor:
     unit=None   the units lie side by side along `dim`, `width` entries each: unit u owns [start + u * width, start + (u
                 + 1) * width)
     unit=k      the whole tensor belongs to unit k (a layer's matrices belong to unit k of the layer axis)
+
+An axis may lie within one unit of another: the query heads that share a key/value head. Then both own entries of one
+dimension, and what stays of it is what both keep.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from itertools import accumulate
 from typing import Literal
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Kind(StrEnum):
@@ -27,6 +31,8 @@ class Kind(StrEnum):
 
     HEAD = "head"
     """A key/value head together with the query heads that share it."""
+    QUERY = "query"
+    """One of the query heads that share a key/value head; all key/value heads of a layer keep as many."""
     CHANNEL = "channel"
     """One unit of an FFN's intermediate width."""
     HIDDEN = "hidden"
@@ -78,12 +84,31 @@ class Gate:
         side: "input" or "output" of that module.
         width: consecutive activation entries that share one unit's mask value.
         unit: None if the units tile the activation; k if the whole activation belongs to unit k.
+        start: where the first unit's entries begin.
+        of: entries of the activation, where the units tile only a part of it; None where they tile all of it.
     """
 
     module: str
     side: Literal["input", "output"]
     width: int = 1
     unit: int | None = None
+    start: int = 0
+    of: int | None = None
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """A mask [..., size] as it multiplies the activation: [..., entries], or [..., 1] where one unit owns all."""
+        if self.unit is not None:
+            return mask[..., self.unit : self.unit + 1]
+        values = mask if self.width == 1 else mask.repeat_interleave(self.width, dim=-1)
+        if self.of is None:
+            return values
+        return pad(values, (self.start, self.of - self.start - values.shape[-1]), value=1.0)
+
+    def entries(self, values: Tensor, size: int) -> Tensor:
+        """The values of each unit [size, width], from those of the activation's entries [entries]; for gates whose
+        units tile.
+        """
+        return values.narrow(0, self.start, len(values) if self.of is None else size * self.width).reshape(size, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +116,8 @@ class Axis:
     """Units that can be removed one by one, and everything that leaves with each.
 
     Args:
-        name: unique in the model and readable: `layers.3.heads`, `layers.3.channels`, `hidden`, `layers`, `attention`,
-            `mlp`, `vocab`.
+        name: unique in the model and readable: `layers.3.heads`, `layers.3.heads.1.queries`, `layers.3.channels`,
+            `hidden`, `layers`, `attention`, `mlp`, `vocab`.
         kind: what a unit is.
         size: number of units.
         slices: parameter entries owned by the units.
@@ -108,6 +133,8 @@ class Axis:
             removal scales their weight by sqrt(size / kept) and their eps by size / kept.
         head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be
             divided out there.
+        within: the axis, and the unit of it, that these units lie in; None for most. They leave with that unit, and all
+            units of that axis that stay keep the same number of theirs.
     """
 
     name: str
@@ -121,6 +148,7 @@ class Axis:
     min_units: int = 0
     norms: tuple[str, ...] = ()
     head_norm: str | None = None
+    within: tuple[str, int] | None = None
 
     def tilings(self) -> dict[tuple[str, int], list[Slice]]:
         """(parameter, dimension) -> the slices that tile it, in order of their start."""
@@ -131,7 +159,12 @@ class Axis:
         return {key: sorted(pieces, key=lambda piece: piece.start) for key, pieces in found.items()}
 
     def tiles(self, pieces: Sequence[Slice], length: int) -> bool:
-        """Whether slices, in order, fill a dimension of this length without a gap and without an overlap."""
+        """Whether slices, in order, fill a dimension of this length without a gap and without an overlap; those of an
+        axis within another need only fit into it.
+        """
+        if self.within is not None:
+            edges = [edge for piece in pieces for edge in (piece.start, piece.start + self.size * piece.width)]
+            return edges == sorted(edges) and edges[0] >= 0 and edges[-1] <= length
         ends = list(accumulate(self.size * piece.width for piece in pieces))
         return [piece.start for piece in pieces] == [0, *ends[:-1]] and ends[-1] == length
 

@@ -3,7 +3,8 @@
 A parameter's count is a product: for each dimension the kept entries, times one factor for each unit that owns the
 whole tensor. With keep probabilities instead of 0/1 masks the same product is the expected count (gates are
 independent), in closed form and in time linear in the number of gates: Compresso's expected size (arXiv 2310.05015, L0
-objective) without a [hidden, layers x ffn] product. Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's
+objective) without a [hidden, layers x ffn] product. Where axes lie within the units of another, a dimension's factor is
+a sum over these units (`compresso.core.grid`). Sums run in float64: LLaMA-7B's 6.7e9 entries do not fit float32's
 24 bits.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
+from compresso.core.grid import Grid, grids
 from compresso.core.plan import Plan
 from compresso.core.quantities import CostName
 from compresso.core.quantities import Counted as Counted
@@ -108,16 +110,17 @@ class CostModel:
             bits: parameter name -> bits that an entry is stored in; None leaves bytes uncounted.
 
         Raises:
-            ValueError: a slice names an unknown parameter or does not fit its shape, or a parameter has no bits.
+            ValueError: a slice names an unknown parameter or does not fit its shape, or a parameter has no bits, or
+                axes within another do not lie in its units alike.
         """
         self.axes = tuple(axes)
         self.weights = tuple(weights)
-        self._atoms: list[tuple[str, int | str]] = []
-        columns: dict[tuple[str, int | str], int] = {}
+        self._atoms: list[tuple[str, int | str | Grid]] = []
+        columns: dict[tuple[str, int | str | Grid], int] = {}
 
-        def atom(axis: str, what: int | str) -> int:
-            """Index of a scalar read off a mask: the sum over its units, the value of one unit, or whether any unit is
-            left.
+        def atom(axis: str, what: int | str | Grid) -> int:
+            """Index of a scalar read off masks: the sum over an axis' units, the value of one unit, whether any unit is
+            left, or the entries of a grid.
             """
             key = (axis, what)
             if key not in columns:
@@ -133,6 +136,7 @@ class CostModel:
         }  # factors of outputs and of presence: cached entries
         tiled: dict[tuple[str, int], int] = {}  # entries of one unit
         sizes: dict[tuple[str, int], int] = {}  # units
+        divided = grids(self.axes)
         for axis in self.axes:
             for piece in axis.slices:
                 if piece.param not in by_name:
@@ -150,16 +154,18 @@ class CostModel:
                 if not 0 <= dim < len(shape):
                     raise ValueError(f"axis {axis.name} lies along dim {dim} of {param}, whose shape is {list(shape)}")
                 width = sum(piece.width for piece in pieces)
+                if axis.within is not None and axis.tiles(pieces, shape[dim]):
+                    continue  # the axis around it counts both
                 if not axis.tiles(pieces, shape[dim]) or (param, dim) in tiled:
                     raise ValueError(
                         f"axis {axis.name}: {axis.size} units of {width} cannot tile dim {dim} ({shape[dim]}) of"
                         f" {param}"
                     )
-                tiled[param, dim], sizes[param, dim] = width, axis.size
-                index = atom(axis.name, "sum")
-                factors[param].append(index)
+                grid = divided.get((param, dim))
+                tiled[param, dim], sizes[param, dim] = width if grid is None else 1, axis.size
+                factors[param].append(atom(axis.name, "sum" if grid is None else grid))
                 if dim == by_name[param].output:
-                    rows[param].append(index)
+                    rows[param].append(atom(axis.name, "sum"))
             for name in axis.with_last_unit:
                 if name not in by_name:
                     raise ValueError(
@@ -189,12 +195,19 @@ class CostModel:
             sizes_of = torch.tensor([bits[weight.name] / 8 for weight in self.weights], dtype=torch.float64)
             self._byte_coefficients = entries * sizes_of
         self._ones = {axis.name: axis.size for axis in self.axes}
-        self._dense = torch.tensor(
-            [1.0, *(self._ones[axis] if what == "sum" else 1.0 for axis, what in self._atoms)], dtype=torch.float64
-        )
+        dense = [
+            float(what.dense) if isinstance(what, Grid) else self._ones[axis] if what == "sum" else 1.0
+            for axis, what in self._atoms
+        ]
+        self._dense = torch.tensor([1.0, *dense], dtype=torch.float64)
         self._of_axis: dict[str, list[tuple[int, int | str]]] = {}
+        self._grids: list[tuple[int, str, Grid]] = []
         for column, (name, what) in enumerate(self._atoms, start=1):
-            self._of_axis.setdefault(name, []).append((column, what))
+            if isinstance(what, Grid):
+                self._grids.append((column, name, what))
+            else:
+                self._of_axis.setdefault(name, []).append((column, what))
+        self._inner = {name for _, _, grid in self._grids for name in grid.inner}
         self._there: dict[torch.device, tuple[Tensor, ...]] = {}
         self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
@@ -210,7 +223,12 @@ class CostModel:
             return self._count(self._dense)
         totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
         picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
-        return self._count(self._atoms_of(tuple(masks), totals, torch.stack(picked) if picked else totals))
+        atoms = self._atoms_of(tuple(masks), totals, torch.stack(picked) if picked else totals)
+        for column, outer, grid in self._grids:
+            if outer in masks or not masks.keys().isdisjoint(grid.inner):
+                entries = grid.entries(masks.get(outer), masks, atoms.device)
+                atoms = atoms.index_copy(0, torch.tensor([column], device=atoms.device), entries.reshape(1))
+        return self._count(atoms)
 
     def even(self, of: CostName) -> bool:
         """Whether a unit of an axis costs the same however many stay: a product is linear in each of its factors."""
@@ -230,11 +248,18 @@ class CostModel:
             raise ValueError(
                 f"units of {owning[0]} own whole tensors, so that it matters which of them are kept; count by masks"
             )
-        return self._count(self._atoms_of(tuple(names), totals, totals))
+        if within := sorted(self._inner.intersection(names)):
+            raise ValueError(f"units of {within[0]} lie within those of another axis; count by masks")
+        atoms, place = self._atoms_of(tuple(names), totals, totals), {name: i for i, name in enumerate(names)}
+        for column, outer, grid in self._grids:
+            if outer in place:
+                entries = totals[place[outer]] * grid.of_outer
+                atoms = atoms.index_copy(0, torch.tensor([column], device=atoms.device), entries.reshape(1))
+        return self._count(atoms)
 
     def tiled(self, names: Sequence[str]) -> bool:
         """Whether totals alone decide what these axes cost."""
-        return not self._units(names)
+        return not self._units(names) and self._inner.isdisjoint(names)
 
     def _atoms_of(self, names: tuple[str, ...], totals: Tensor, picked: Tensor) -> Tensor:
         """The scalars of all products, given the axes' totals [axes] and their single units' values."""
@@ -292,7 +317,9 @@ class CostModel:
         return self._there[device]
 
     def of(self, plan: Plan) -> Counts:
-        """Count the model that a plan leaves."""
+        """Count the model that a plan leaves. Raises ValueError for a plan of axes that are not counted."""
+        if unknown := sorted(set(plan.kept) - set(self._ones)):
+            raise ValueError(f"the plan names {unknown[0]}, which is not counted; count with its kind of axes, too")
         return self(plan.masks(self.axes))
 
 

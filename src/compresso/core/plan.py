@@ -11,6 +11,7 @@ from torch import Tensor
 from compresso.core.axis import Axis
 
 _LAYER_PREFIX = re.compile(r"^layers\.(\d+)\.")
+_WITHIN = re.compile(r"^(layers\.\d+\.heads)\.(\d+)(\..+)$")
 _ONE_UNIT_A_LAYER = ("attention", "mlp")
 
 
@@ -18,21 +19,24 @@ _ONE_UNIT_A_LAYER = ("attention", "mlp")
 class Plan:
     """Kept unit indices per axis name, ascending; an axis that is absent keeps all its units.
 
-    Whole layers are the axis `layers`; axes of one layer are named `layers.{i}.…`. Indices and names refer to the model
-    before removal.
+    Whole layers are the axis `layers`; axes of one layer are named `layers.{i}.…`, those within a key/value head
+    `layers.{i}.heads.{g}.…`. Indices and names refer to the model before removal.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     @staticmethod
     def from_masks(axes: Iterable[Axis], masks: Mapping[str, Tensor]) -> "Plan":
-        """The plan that keeps units whose mask value is above zero. masks: axis name -> [size]."""
+        """The plan that keeps units whose mask value is above zero; it does not name axes within units that leave.
+
+        masks: axis name -> [size].
+        """
         kept: dict[str, tuple[int, ...]] = {}
         for axis in axes:
             if axis.name in masks:
                 alive: list[bool] = (masks[axis.name].detach() > 0).tolist()  # pyright: ignore
                 kept[axis.name] = tuple(i for i, keep in enumerate(alive) if keep)
-        return Plan(kept)
+        return Plan(_of_units_that_stay(kept))
 
     def masks(
         self, axes: Iterable[Axis], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -47,8 +51,8 @@ class Plan:
         return result
 
     def check(self, axes: Iterable[Axis]) -> None:
-        """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, or `min_units` is
-        undercut.
+        """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, `min_units` is
+        undercut, or units that stay would keep unequal numbers of those within them.
         """
         by_name = {axis.name: axis for axis in axes}
         for name, kept in self.kept.items():
@@ -66,6 +70,17 @@ class Plan:
                 raise ValueError(
                     f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must be kept"
                 )
+        counts: dict[str, dict[int, str]] = {}
+        for axis in by_name.values():
+            if axis.within is not None and axis.within[1] in self.kept.get(axis.within[0], (axis.within[1],)):
+                number = len(self.kept.get(axis.name, range(axis.size)))
+                counts.setdefault(axis.within[0], {}).setdefault(number, axis.name)
+        for name, found in counts.items():
+            if len(found) > 1:
+                told = ", ".join(f"{number} in {inner}" for number, inner in found.items())
+                raise ValueError(
+                    f"plan keeps unequal numbers within the units of {name} ({told}); keep as many in each"
+                )
 
     def is_noop(self, axes: Iterable[Axis]) -> bool:
         """Whether every unit of every axis is kept."""
@@ -76,26 +91,30 @@ class Plan:
         smaller model.
 
         A smaller model numbers the remaining units from 0: those that this plan keeps and, for the axes `attention`
-        and `mlp`, whose units lie one in each layer, only those in layers that this plan keeps.
+        and `mlp`, whose units lie one in each layer, only those in layers that this plan keeps. Axes within units that
+        leave are not named.
         """
         combined = dict(self.kept)
         layers = self.kept.get("layers")
         for name, kept in later.kept.items():
-            original = self._original_name(name)
+            original = self.original_name(name)
             before = self.kept.get(original)
             if name in _ONE_UNIT_A_LAYER:  # units keep the numbers of their layers, also removed ones
                 mapped = kept if layers is None else tuple(layers[i] for i in kept)
                 combined[original] = tuple(i for i in mapped if before is None or i in before)
             else:
                 combined[original] = tuple(kept) if before is None else tuple(before[i] for i in kept)
-        return Plan(combined)
+        return Plan(_of_units_that_stay(combined))
 
-    def _original_name(self, name: str) -> str:
-        """The name an axis had before this plan removed whole layers and renumbered the rest."""
+    def original_name(self, name: str) -> str:
+        """The name an axis had before this plan removed whole layers, or key/value heads, and renumbered the rest."""
         match = _LAYER_PREFIX.match(name)
-        if match is None or "layers" not in self.kept:
-            return name
-        return f"layers.{self.kept['layers'][int(match[1])]}." + name[match.end() :]
+        if match is not None and "layers" in self.kept:
+            name = f"layers.{self.kept['layers'][int(match[1])]}." + name[match.end() :]
+        within = _WITHIN.match(name)
+        if within is not None and within[1] in self.kept:
+            name = f"{within[1]}.{self.kept[within[1]][int(within[2])]}{within[3]}"
+        return name
 
     def to_json(self) -> str:
         """Indented JSON: {"format": 1, "kept": {axis: [indices]}}."""
@@ -113,3 +132,13 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')
         return Plan({str(name): tuple(int(i) for i in kept) for name, kept in data["kept"].items()})  # pyright: ignore
+
+
+def _of_units_that_stay(kept: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What is kept, without axes within units that are not."""
+    found = dict(kept)
+    for name in kept:
+        within = _WITHIN.match(name)
+        if within is not None and within[1] in kept and int(within[2]) not in kept[within[1]]:
+            del found[name]
+    return found

@@ -130,10 +130,7 @@ def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple
 
 def _values(gate: Gate, mask: Tensor) -> Tensor:
     """A mask as one gate multiplies it: [width of the activation], [1], or these with [batch, 1, ...] in front."""
-    if gate.unit is not None:
-        values = mask[..., gate.unit : gate.unit + 1]
-    else:
-        values = mask if gate.width == 1 else mask.repeat_interleave(gate.width, dim=-1)
+    values = gate.spread(mask)
     return values.unsqueeze(1) if mask.dim() == 2 else values
 
 

@@ -21,8 +21,9 @@ def reorder_(model: nn.Module, axis: Axis, order: Tensor | Sequence[int]) -> Non
     if sorted(units.tolist()) != list(range(axis.size)):
         raise ValueError(f"the order of {axis.name} does not name each of its {axis.size} units once")
     for (name, dim), pieces in axis.tilings().items():
-        places = torch.cat(
-            [(piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten() for piece in pieces]
-        )
         parameter = model.get_parameter(name)
+        places = torch.arange(parameter.shape[dim])
+        for piece in pieces:
+            unordered = places[piece.start : piece.start + axis.size * piece.width].reshape(axis.size, -1)
+            places[piece.start : piece.start + axis.size * piece.width] = unordered[units].flatten()
         parameter.copy_(parameter.index_select(dim, places.to(parameter.device)))

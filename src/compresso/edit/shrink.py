@@ -65,7 +65,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
         if len(plan.kept.get(axis.name, range(axis.size))) < axis.size
     }
     leaving = _leaving(axes, kept)
-    selections = _selections(axes, kept)
+    selections = _selections(model, axes, kept)
     factors = _factors(model, axes, kept, soft)
     _empty_sub_layers_(arch.blocks(model), arch, axes, kept)
 
@@ -136,19 +136,21 @@ def _leaving(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> set[str]:
     return names
 
 
-def _selections(axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[tuple[str, int], Tensor]:
-    """(parameter, dim) -> indices of the kept entries [n_kept]."""
-    selections: dict[tuple[str, int], Tensor] = {}
+def _selections(model: nn.Module, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> dict[tuple[str, int], Tensor]:
+    """(parameter, dim) -> indices of the kept entries [n_kept], ascending: those that every axis keeps."""
+    entries: dict[tuple[str, int], Tensor] = {}
     for axis in axes:
         if axis.name in kept:
-            units = torch.tensor(kept[axis.name], dtype=torch.long)
-            for key, pieces in axis.tilings().items():
-                owned = [
-                    (piece.start + units[:, None] * piece.width + torch.arange(piece.width)).flatten()
-                    for piece in pieces
-                ]
-                selections[key] = torch.cat(owned)
-    return selections
+            staying = torch.zeros(axis.size, dtype=torch.bool)
+            staying[kept[axis.name]] = True
+            for (name, dim), pieces in axis.tilings().items():
+                length = model.get_parameter(name).shape[dim]
+                here = entries.setdefault((name, dim), torch.ones(length, dtype=torch.bool, device="cpu"))
+                for piece in pieces:
+                    here.narrow(0, piece.start, axis.size * piece.width).logical_and_(
+                        staying.repeat_interleave(piece.width)
+                    )
+    return {key: here.nonzero().flatten() for key, here in entries.items()}
 
 
 def _factors(
@@ -166,10 +168,7 @@ def _factors(
             mask = soft[axis.name].detach().to("cpu", torch.float64)
             for gate in axis.gates:
                 for parameter, dim in _read_or_written(model, gate):
-                    values = (
-                        mask[gate.unit : gate.unit + 1] if gate.unit is not None else mask.repeat_interleave(gate.width)
-                    )
-                    multiply(parameter, dim, values)
+                    multiply(parameter, dim, gate.spread(mask))
             if axis.head_norm is not None:
                 # where the mask is 0 the stream is 0 and the norm's entry is never seen
                 multiply(f"{axis.head_norm}.weight", 0, 1 / torch.where(mask > 0, mask, 1.0))
