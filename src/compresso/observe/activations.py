@@ -8,6 +8,7 @@ score.
     channel   the input of the linear that reads it (after activation and gate)
     head      the L2 norm over its entries at the input of the output projection: a key/value head with all its query
               heads
+    query     the same of one query head
     hidden    summed over the norms inside the layers: their output (after the norm's weight)
     layer     1 - cosine between the layer's input and its output, mean over all tokens (block influence)
 """
@@ -27,7 +28,7 @@ from compresso.observe.observe import Batch, Pass, observe
 from compresso.observe.sites import Look, Positions, Site, calls, inputs
 
 Aggregate = Literal["mean", "l2", "variance"]
-SCORED = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER)
+SCORED = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL, Kind.HIDDEN, Kind.LAYER)
 """The kinds that have such a score."""
 
 
@@ -67,7 +68,11 @@ def activation_scores(
 
 
 def reader(model: nn.Module, axis: Axis) -> nn.Module:
-    """The linear that reads the units of a head or channel axis. Raises ArchError if there is not exactly one."""
+    """The linear that reads the units of an axis of heads, query heads or channels.
+
+    Raises:
+        ArchError: there is not exactly one.
+    """
     return _modules(model, axis, ())[0]
 
 
@@ -95,12 +100,12 @@ def mean_squares(
     """Mean square, over all tokens but padding, of each input of the linear that reads an axis: axis name -> [in],
     float64; its root is the scale that Wanda weighs a column with (arXiv 2306.11695, section 3).
 
-    A unit of a head axis owns in / size consecutive inputs. Raises ArchError for an axis that no one linear reads,
-    NumericError if an input is not finite.
+    Which of them a unit owns says `reads`. Raises ArchError for an axis that no one linear reads, NumericError if an
+    input is not finite.
 
     Args:
         model: read in evaluation mode.
-        axes: of heads or channels.
+        axes: of heads, query heads or channels.
         batches: input_ids and attention_mask, each int64 [batch, seq].
         how: display and journal of the pass.
     """
@@ -109,10 +114,19 @@ def mean_squares(
         return squares(total, rows.double())
 
     readers = {axis.name: reader(model, axis) for axis in axes}
-    stats = observe(model, [calls(readers, inputs)], wide_squares, batches, how=how)
+    first = {id(module): name for name, module in reversed(readers.items())}  # axes of one reader have one statistic
+    once = {name: module for name, module in readers.items() if first[id(module)] == name}
+    stats = observe(model, [calls(once, inputs)], wide_squares, batches, how=how)
     for name, found in stats.items():
         _check_finite(name, found.total)
-    return {name: found.total / max(found.n, 1) for name, found in stats.items()}
+    means = {name: found.total / max(found.n, 1) for name, found in stats.items()}
+    return {name: means[first[id(module)]] for name, module in readers.items()}
+
+
+def reads(axis: Axis, values: Tensor) -> Tensor:
+    """The values of each unit [size, width], from those of the inputs [in] of the linear that reads an axis."""
+    gate = next((gate for gate in axis.gates if gate.side == "input"), None)
+    return values.reshape(axis.size, -1) if gate is None else gate.entries(values, axis.size)
 
 
 def _look(axis: Axis, over_tokens: Aggregate) -> Look:
@@ -154,7 +168,7 @@ def _score(axis: Axis, stats: Sequence[Stats], over_examples: Aggregate) -> Tens
         score = torch.cat([found.total.cpu() / max(found.n, 1) for found in stats])
     else:
         entries = torch.stack([_over_examples(found, over_examples) for found in stats]).sum(dim=0)
-        score = entries.reshape(axis.size, -1).square().sum(dim=1).sqrt()
+        score = reads(axis, entries).square().sum(dim=1).sqrt()
     _check_finite(axis.name, score)
     return score
 

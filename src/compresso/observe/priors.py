@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
 from compresso.errors import ArchError
-from compresso.observe.activations import activation_scores, mean_squares, reader
+from compresso.observe.activations import activation_scores, mean_squares, reader, reads
 from compresso.observe.observe import Batch, Pass
 
 Prior = Literal["wanda", "magnitude", "random"]
@@ -34,7 +34,7 @@ def priors(
     Args:
         prior: which; see this file's header.
         model: read in evaluation mode.
-        axes: of heads or channels.
+        axes: of heads, query heads or channels.
         batches: input_ids and attention_mask, each int64 [batch, seq]; "random" reads none.
         seed: of "random".
         how: display and journal of the pass.
@@ -56,6 +56,6 @@ def _wanda(model: PreTrainedModel, axis: Axis, rms: Tensor) -> Tensor:
     for piece in axis.slices:
         if piece.unit is None and (held := model.get_parameter(piece.param)) is weight:
             size = piece.entries(held.detach(), axis.size).abs().cpu().double()  # [size, inputs of one x outputs]
-            inputs = rms.reshape(axis.size, -1)
+            inputs = reads(axis, rms)
             return (size.reshape(*inputs.shape, -1).mean(dim=2) * inputs).mean(dim=1)
     raise ArchError(f"{axis.name} has no entries in the linear that reads it")

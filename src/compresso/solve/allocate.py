@@ -40,7 +40,7 @@ def allocate(
             kinds, others are ignored.
         cost: counts the model.
         budget: what may be kept. With `uniform_over`, rank r of a kind is one item: the r-th best unit of each layer,
-            worth their mean score.
+            worth their mean score; so is rank r of the axes within the units of one other.
         removed: axis name -> [size], bool: units that were removed under an earlier, larger budget of the same shapes
             and do not come back.
 
@@ -162,7 +162,8 @@ def _groups(pool: Sequence[Axis], budget: Budget) -> list[list[int]]:
     """Positions of the axes that keep the same number of units."""
     groups: dict[str, list[int]] = {}
     for i, axis in enumerate(pool):
-        groups.setdefault(axis.kind if axis.kind in budget.uniform_over else axis.name, []).append(i)
+        own = axis.name if axis.within is None else f"within {axis.within[0]}"
+        groups.setdefault(axis.kind if axis.kind in budget.uniform_over else own, []).append(i)
     return list(groups.values())
 
 

@@ -3,11 +3,13 @@ take.
 
 Bonsai's rule (arXiv 2402.05406), counted exactly. It is not `allocate`, which ends at or below a size, puts units back
 that still fit, and may take any unit: a round ends before the first unit that is too much for it, and leaves units
-alone of which it has learned nothing. The last round, which has to meet the budget, is a case for `allocate`.
+alone of which it has learned nothing. The last round, which has to meet the budget, is a case for `allocate`. As there,
+units of axes that keep as many each leave at once, one of each axis, for the mean of their scores.
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -47,11 +49,12 @@ def lowest_within(
     order = _order(axes, scores, ties or {}, fewest or {})
     dense = float(cost().count(of))
     place = {axis.name: torch.full((axis.size,), len(order)) for axis in axes}  # in the order; kept units come after it
-    for i, (name, unit) in enumerate(order):
-        place[name][unit] = i
+    for i, units in enumerate(order):
+        for name, unit in units:
+            place[name][unit] = i
 
     def without(n: int) -> dict[str, Tensor]:
-        """The masks without the first n units of the order."""
+        """The masks without the first n of the order."""
         return {name: (places >= n).double() for name, places in place.items()}
 
     n = bisect_right(range(1, len(order) + 1), allowance, key=lambda n: dense - float(cost(without(n)).count(of)))
@@ -60,9 +63,10 @@ def lowest_within(
 
 def _order(
     axes: Sequence[Axis], scores: Mapping[str, Tensor], ties: Mapping[str, Tensor], fewest: Mapping[str, int]
-) -> list[tuple[str, int]]:
-    """The units that may leave, in the order of leaving."""
-    units: list[tuple[float, float, int, int]] = []
+) -> list[list[tuple[str, int]]]:
+    """What may leave at once, in the order of leaving: one unit, or one of each axis that keeps as many."""
+    together: dict[str, list[int]] = {}
+    ranked: list[list[tuple[float, float, int]]] = []
     for i, axis in enumerate(axes):
         given = scores.get(axis.name)
         if given is None or tuple(given.shape) != (axis.size,) or bool((given.isnan() | (given == -torch.inf)).any()):
@@ -71,7 +75,14 @@ def _order(
         second: list[float] = (
             ties[axis.name].detach().cpu().double().tolist() if axis.name in ties else [0.0] * axis.size
         )  # pyright: ignore
-        mine = sorted((score, tie, i, unit) for unit, (score, tie) in enumerate(zip(of_unit, second, strict=True)))
-        least = max(axis.fewest, fewest.get(axis.name, 0))
-        units += [entry for entry in mine[: max(axis.size - least, 0)] if entry[0] < float("inf")]
-    return [(axes[i].name, unit) for _, _, i, unit in sorted(units)]
+        mine = sorted((score, tie, unit) for unit, (score, tie) in enumerate(zip(of_unit, second, strict=True)))
+        ranked.append(mine[: max(axis.size - max(axis.fewest, fewest.get(axis.name, 0)), 0)])
+        together.setdefault(axis.name if axis.within is None else f"within {axis.within[0]}", []).append(i)
+    found: list[tuple[float, float, int, int, list[tuple[str, int]]]] = []
+    for members in together.values():
+        for units in zip(*(ranked[i] for i in members), strict=False):  # of unequal axes those that all of them have
+            score, tie = (fmean(unit[at] for unit in units) for at in (0, 1))
+            if score < float("inf"):
+                leaving = [(axes[i].name, unit) for i, (_, _, unit) in zip(members, units, strict=True)]
+                found.append((score, tie, members[0], units[0][2], leaving))
+    return [leaving for *_, leaving in sorted(found, key=lambda entry: entry[:4])]

@@ -29,8 +29,8 @@ class Rounds:
     """The rounds of one removal.
 
     Args:
-        axes: those of the first model that may lose units: heads, channels and their like, which keep their names while
-            units leave.
+        axes: those of the first model that may lose units: heads, query heads, channels and their like. Their names
+            stay while units leave, but for those within heads that leave or move up.
         cost: counts the first model.
         budget: what may stay of it in the end.
         share: of its count that a round removes.
@@ -45,10 +45,10 @@ class Rounds:
         """How many there are."""
         return n_rounds(self.budget.keep, self.share)
 
-    @property
-    def fewest(self) -> dict[str, int]:
-        """Axis name -> units that stay at least."""
-        return {axis.name: self.budget.fewest(axis) for axis in self.axes}
+    def fewest(self, done: Plan, axes: Sequence[Axis]) -> dict[str, int]:
+        """Axis name -> units that stay at least, of the axes of the model that `done` left."""
+        of_first = {axis.name: self.budget.fewest(axis) for axis in self.axes}
+        return {axis.name: of_first[done.original_name(axis.name)] for axis in axes}
 
     def keep(self, r: int) -> float:
         """The share of the first model that may stay after round r, from 0."""
@@ -95,10 +95,13 @@ class Rounds:
         budget, ranks = replace(self.budget, keep=self.keep(r)), {name: _ranks(one) for name, one in priors.items()}
         if r + 1 < len(self) and not budget.uniform_over and not budget.rounds:
             allowance = float(cost().count(budget.of)) - budget.limit(self.cost)
-            plan = lowest_within(axes, scores, cost, budget.of, allowance, ties=ranks, fewest=self.fewest)
+            fewest = self.fewest(done, axes)
+            plan = lowest_within(axes, scores, cost, budget.of, allowance, ties=ranks, fewest=fewest)
             return plan.masks(axes)
-        left = {axis.name: torch.ones(axis.size) for axis in self.axes} | done.masks(self.axes)
-        finite = _finite(scores, ranks)
+        first = {axis.name: done.original_name(axis.name) for axis in axes}
+        there = [axis for axis in self.axes if axis.within is None or _stays(axis.within, done)]
+        left = {axis.name: torch.ones(axis.size) for axis in there} | done.masks(there)
+        finite = {first[name]: score for name, score in _finite(scores, ranks).items()}
         whole = {
             name: torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask > 0, finite[name])
             if name in finite
@@ -106,8 +109,8 @@ class Rounds:
             for name, mask in left.items()
         }
         gone = {name: mask == 0 for name, mask in left.items()}
-        after = allocate(self.axes, whole, self.cost, budget, gone).masks(self.axes)
-        return {axis.name: after[axis.name][left[axis.name] > 0] for axis in axes}
+        after = allocate(there, whole, self.cost, budget, gone).masks(there)
+        return {name: after[of][left[of] > 0] for name, of in first.items() if of in after}
 
 
 def n_rounds(keep: float, share: float) -> int:
@@ -117,6 +120,11 @@ def n_rounds(keep: float, share: float) -> int:
     (6, 7, 1)
     """
     return max(math.ceil((1 - keep) / share - 1e-9), 1)
+
+
+def _stays(unit: tuple[str, int], plan: Plan) -> bool:
+    """Whether a unit of an axis is left."""
+    return unit[0] not in plan.kept or unit[1] in plan.kept[unit[0]]
 
 
 def _ranks(prior: Tensor) -> Tensor:
