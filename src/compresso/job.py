@@ -1,6 +1,6 @@
 """A job: what flows from stage to stage, and what a stage may do to it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
+from compresso.arch.queries import axes_of
+from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
@@ -99,9 +101,13 @@ class Job:
         """The same job with more facts about a stage in its records."""
         return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
 
-    def cost(self) -> CostModel:
-        """Counts the model as it is now."""
-        return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
+    def axes(self, kinds: Collection[Kind] = ()) -> tuple[Axis, ...]:
+        """The axes of the model as it is now; those of query heads among them if `kinds` names them."""
+        return axes_of(self.arch, self.model, kinds)
+
+    def cost(self, kinds: Collection[Kind] = ()) -> CostModel:
+        """Counts the model as it is now; kinds: as for `axes`."""
+        return CostModel(self.axes(kinds), self.arch.weights(self.model))
 
     def batches(self, batch: int, stage: str) -> ShuffledBatches:
         """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without
@@ -159,7 +165,7 @@ class Job:
         Raises:
             NumericError: if they differ by more than rounding explains.
         """
-        axes = self.arch.axes(self.model)
+        axes = self.axes((Kind.QUERY,))
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")
         job, told = (self, {}) if tokens is None else self.with_tokens(tokens)

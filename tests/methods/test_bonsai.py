@@ -100,7 +100,7 @@ def test_channels_leave_in_the_order_of_what_the_loss_minds(make_job: MakeJob, m
 def test_it_ends_on_its_budget_and_computes_what_the_masks_left(make_job: MakeJob, shapes: dict[str, Any]) -> None:
     job = Bonsai(**QUICK, **shapes)(make_job())
     record = job.records["bonsai"]
-    dense = make_job().cost()
+    dense = make_job().cost(tuple(Kind))
     kept = float(job.cost()().count(shapes.get("of", "blocks")) / dense().count(shapes.get("of", "blocks")))
     assert shapes["keep"] - 0.05 < kept <= shapes["keep"] * (1.005 if "multiple_of" in shapes else 1)
     assert dense.of(job.plan).parameters() == job.cost()().parameters() == record["parameters_after"]
@@ -242,8 +242,8 @@ def test_the_published_regression_takes_the_published_samplers_masks(
     assert [(record["columns"], record["batch"]) for record in rounds_of(job)] == [(15, 128.0)] * 2
 
 
-def test_other_units_than_heads_and_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="only heads and channels are varied"):
+def test_other_units_than_heads_query_heads_and_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="only heads, query heads and channels are varied"):
         Bonsai(kinds=(Kind.LAYER,))
     with pytest.raises(ValueError, match="multiple of 2"):
         Bonsai(masks=11)

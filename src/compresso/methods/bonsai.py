@@ -1,6 +1,7 @@
 """Bonsai: structured pruning by forward passes alone (Dery et al., arXiv 2402.05406).
 
-Units are key/value groups with their query heads, and FFN channels. A round sees new examples and the model as it is:
+Units are key/value groups with their query heads, single query heads of these, and FFN channels. A round sees new
+examples and the model as it is:
 
     prior     from one pass; the search is among the units of each module that it thinks least of
     masks     x_i in {0, 1}^columns, each followed by its complement 1 - x_i
@@ -16,7 +17,8 @@ of a module (grouped queries) it tells nothing: it is refused, and leaves alone 
 perplexity. Ridge, not an L1 penalty by Adam. Each round draws its own examples; in the authors' code all have the same.
 The r-th ends at 1 - r p: what it leaves over the next may take; the last meets the budget (there: within 2 %), as do
 all for equal widths or multiples. A module keeps a unit (`floor`). Activations that are not finite are an error, not a
-prior of 0. Query heads leave with their group: an axis of their own would share rows of q with it (docs/log.md).
+prior of 0. With grouped queries, which that code does not know, the groups of a layer keep as many query heads: the
+r-th worst of each leave at once. `kinds: [head, channel]` leaves them with their group.
 """
 
 import logging
@@ -30,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.plan import Plan
@@ -62,7 +65,7 @@ class Bonsai:
     """Knobs of Bonsai.
 
     Args:
-        removes: see `Removes`; of heads and channels.
+        removes: see `Removes`; of heads, query heads and channels.
         calibrates: see `Calibrates`; the examples of a round.
         round_share: p, the share of the received model that a round removes.
         masks: sub-models a round, half of them the other half's complements.
@@ -72,7 +75,7 @@ class Bonsai:
         metric: "loss" or "ppl".
     """
 
-    removes: Removes = Removes(floor={Kind.HEAD: 1, Kind.CHANNEL: 1})
+    removes: Removes = Removes(kinds=(Kind.HEAD, Kind.QUERY, Kind.CHANNEL), floor={Kind.HEAD: 1, Kind.CHANNEL: 1})
     calibrates: Calibrates = Calibrates(batches=2, batch=4)
     round_share: Annotated[float, Gt(0), Le(0.5)] = 0.05
     masks: Annotated[int, Ge(10), MultipleOf(2)] = 64
@@ -83,7 +86,7 @@ class Bonsai:
 
     def __post_init__(self) -> None:
         """Refuse kinds without a prior. Raises ValueError."""
-        self.removes.only(Kind.HEAD, Kind.CHANNEL, what="are varied")
+        self.removes.only(Kind.HEAD, Kind.QUERY, Kind.CHANNEL, what="are varied")
 
     def budget(self) -> Budget:
         """The budget these knobs describe."""
@@ -106,7 +109,7 @@ class Bonsai:
 
     def __call__(self, job: Job) -> Job:
         """Mask, score, fit and remove in rounds; what the journal holds of them is removed at once."""
-        rounds = Rounds(self._axes(job.model, job.arch), job.cost(), self.budget(), self.round_share)
+        rounds = Rounds(self._axes(job.model, job.arch), job.cost(self.removes.kinds), self.budget(), self.round_share)
         same, plan = job.same("bonsai", self), Plan()
         journal = job.rounds("rounds", same)
         done: list[Any] = [] if journal is None else journal.entries()
@@ -133,7 +136,7 @@ class Bonsai:
         seed, calibrates = mixed_seed("bonsai", job.seed, r), self.calibrates
         batches = list(calibrates.read(job.batches(calibrates.batch, f"bonsai {r}")))
         prior = priors(self.prior, job.model, axes, batches, seed)
-        pool, x = drawn(self.sampler, prior, self.round_share, self.masks // 2, seed, rounds.fewest)
+        pool, x = drawn(self.sampler, prior, self.round_share, self.masks // 2, seed, rounds.fewest(plan, axes))
         how = {"loss": job.task.loss, "journal": journal, "progress": job.progress(), "name": f"round {r + 1}"}
         losses = losses_under(job.model, axes, [pool.masks(row) for row in x], batches, **how)
         clipped = losses.nan_to_num(nan=math.inf).clamp(max=math.log(1e8))
@@ -142,9 +145,11 @@ class Bonsai:
         if tau < FAINT:
             log.warning("round %d: a tau of %.2f; its regression is no better than its prior", r + 1, tau)
         facts = {"seed": seed, "columns": len(pool), "loss": float(clipped.mean()), "tau": tau, **worth.chosen}
-        left = rounds.masks(r, plan, axes, job.cost(), pool.scatter(worth.coefficients, math.inf), prior)  # eq. 3
+        left = rounds.masks(
+            r, plan, axes, job.cost(self.removes.kinds), pool.scatter(worth.coefficients, math.inf), prior
+        )  # eq. 3
         return left, facts | {"better_than_prior": tau >= FAINT}
 
     def _axes(self, model: PreTrainedModel, arch: Arch) -> list[Axis]:
         """The axes whose units may leave."""
-        return [axis for axis in self.removes.among(arch.axes(model)) if axis.size]
+        return [axis for axis in self.removes.among(axes_of(arch, model, self.removes.kinds)) if axis.size]

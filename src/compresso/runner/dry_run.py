@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import arch_for
+from compresso.arch.queries import axes_of
 from compresso.checkpoint.source import Source, meta_model
-from compresso.core.axis import Axis
+from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
@@ -103,7 +104,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     if recipe.task.lacks_head(source.config):
         model = recipe.task.with_head(model, SOME_LABELS, 0)
     arch = arch_for(model.config)
-    axes = arch.axes(model)
+    axes = axes_of(arch, model, (Kind.QUERY,))
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
@@ -126,7 +127,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
             shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
             shrink_(model, axes, plan)
-            axes = arch.axes(model)
+            axes = axes_of(arch, model, (Kind.QUERY,))
             cost = CostModel(axes, arch.weights(model))
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}

@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
+from compresso.arch.queries import axes_of
 from compresso.checkpoint.source import Source, load_model, open_source
+from compresso.core.axis import Kind
 from compresso.core.plan import Plan
 from compresso.edit.patches import save_tensors, written
 from compresso.edit.shrink import shrink_
@@ -65,7 +67,7 @@ def load_stage(
     if not (folder / _TENSORS).is_file():
         return as_stock(load_model(open_source(folder), dtype=dtype, device=device)), plan, facts
     model = load_model(original, dtype=dtype, device=device)
-    shrink_(model, arch_for(model.config).axes(model), plan)
+    shrink_(model, axes_of(arch_for(model.config), model, (Kind.QUERY,)), plan)
     saved, have = load_file(folder / _TENSORS), _tensors(model)
     for name in sorted(saved.keys() | have.keys()):
         if name not in saved or name not in have or saved[name].shape != have[name].shape:

@@ -17,6 +17,7 @@ from compresso.training.duration import Duration, shortened, updates
 from compresso.training.order import Batches
 
 Count = Annotated[int, Ge(1)]
+_WORDS = {Kind.HIDDEN: "hidden dimensions", Kind.QUERY: "query heads"}
 
 
 @group(last=("layout", "multiple_of", "floor"))
@@ -65,7 +66,7 @@ class Removes:
         ValueError.
         """
         if not self.kinds or not set(self.kinds) <= set(known):
-            words = ["hidden dimensions" if kind == Kind.HIDDEN else f"{kind}s" for kind in known]
+            words = [_WORDS.get(kind, f"{kind}s") for kind in known]
             raise ValueError(
                 f"kinds={[*map(str, self.kinds)]}: only {', '.join(words[:-1])} and {words[-1]} {what}; give"
                 f" [{', '.join(known)}] or one of them"
