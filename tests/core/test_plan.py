@@ -117,3 +117,74 @@ def test_fewest_units_are_respected() -> None:
 def test_foreign_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Plan.from_json(text)
+
+
+QUERIES = {f"layers.{i}.heads": 3 for i in range(2)} | {
+    f"layers.{i}.heads.{g}.queries": 4 for i in range(2) for g in range(3)
+}
+WITH_QUERIES = tuple(
+    Axis(
+        name,
+        Kind.QUERY if name.endswith("queries") else Kind.HEAD,
+        size,
+        (),
+        (),
+        "",
+        within=(name[: len("layers.0.heads")], int(name[len("layers.0.heads.")])) if name.endswith("queries") else None,
+    )
+    for name, size in QUERIES.items()
+)
+
+
+@st.composite
+def plans_of_queries(draw: st.DrawFn, groups: dict[int, int], slots: dict[int, int]) -> Plan:
+    """A plan of two layers' key/value heads and, at equal counts, of their query heads; either may be left out."""
+    kept: dict[str, tuple[int, ...]] = {}
+    for i in range(2):
+        if draw(st.booleans()):
+            kept[f"layers.{i}.heads"] = draw(subsets(groups[i]))
+        if draw(st.booleans()) and slots[i]:
+            n = draw(st.integers(1, slots[i]))
+            for g in kept.get(f"layers.{i}.heads", range(groups[i])):
+                some = draw(st.permutations(range(slots[i])))[:n]
+                kept[f"layers.{i}.heads.{g}.queries"] = tuple(sorted(some))
+    return Plan(kept)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_query_heads_follow_their_key_value_heads_that_move_up(data: st.DataObject) -> None:
+    first = data.draw(plans_of_queries({0: 3, 1: 3}, {0: 4, 1: 4}))
+    left = {
+        i: {
+            g: list(first.kept.get(f"layers.{i}.heads.{g}.queries", range(4)))
+            for g in first.kept.get(f"layers.{i}.heads", range(3))
+        }
+        for i in range(2)
+    }
+    slots = {i: len(next(iter(units.values()), [])) for i, units in left.items()}
+    second = data.draw(plans_of_queries({i: len(units) for i, units in left.items()}, slots))
+    both = first.then(second)
+    both.check(WITH_QUERIES)
+    assert Plan.from_json(both.to_json()) == both
+    for i in range(2):
+        originals = list(left[i])
+        stay = [originals[g] for g in second.kept.get(f"layers.{i}.heads", range(len(originals)))]
+        assert stay == list(both.kept.get(f"layers.{i}.heads", range(3)))
+        for g, original in enumerate(originals):
+            name = f"layers.{i}.heads.{original}.queries"
+            assert original in stay or name not in both.kept
+            if original in stay:
+                kept = second.kept.get(f"layers.{i}.heads.{g}.queries", range(slots[i]))
+                assert list(both.kept.get(name, range(4))) == [left[i][original][r] for r in kept]
+
+
+def test_key_value_heads_that_stay_keep_as_many_query_heads() -> None:
+    uneven = {"layers.1.heads.0.queries": (1, 2), "layers.1.heads.2.queries": (0, 3)}
+    with pytest.raises(
+        ValueError, match=r"unequal numbers within the units of layers\.1\.heads \(2 in .*, 4 in .*\.1\."
+    ):
+        Plan(uneven).check(WITH_QUERIES)
+    Plan({**uneven, "layers.1.heads": (0, 2)}).check(WITH_QUERIES)
+    masks = {"layers.1.heads": torch.tensor([1.0, 0.0, 1.0]), "layers.1.heads.1.queries": torch.tensor([1.0, 0, 0, 0])}
+    assert Plan.from_masks(WITH_QUERIES, masks).kept == {"layers.1.heads": (0, 2)}

@@ -1,6 +1,7 @@
 """Priors of units: Wanda's against the formula written out, on linears whichever way round they store their weight."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from compresso.arch.base import arch_for
+from compresso.arch.queries import axes_of
 from compresso.core.axis import Kind
 from compresso.observe.priors import priors
 
@@ -86,3 +88,20 @@ def test_a_dead_unit_has_the_lowest_prior_but_chance_knows_nothing_of_it() -> No
     one, other = (priors("random", model, axes, [], seed) for seed in (0, 1))
     assert not torch.equal(one["layers.0.channels"], other["layers.0.channels"])
     assert one.keys() == {axis.name for axis in axes}
+
+
+@pytest.mark.parametrize("prior", ["wanda", "magnitude"])
+def test_a_query_head_has_its_part_of_its_key_value_heads_prior(prior: Literal["wanda", "magnitude"]) -> None:
+    """Wanda's is a mean over entries, that of activations a norm."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = llama().eval()
+        ids = torch.randint(3, 20, (2, 9))
+    arch = arch_for(model.config)
+    axes = [axis for axis in axes_of(arch, model, (Kind.QUERY,)) if axis.kind in (Kind.HEAD, Kind.QUERY)]
+    found = priors(prior, model, axes, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 0)
+    for i in range(2):
+        parts = torch.stack([found[f"layers.{i}.heads.{g}.queries"] for g in range(2)])
+        whole = parts.mean(dim=1) if prior == "wanda" else parts.square().sum(dim=1).sqrt()
+        torch.testing.assert_close(found[f"layers.{i}.heads"], whole)
+        assert len(parts.unique()) == 4

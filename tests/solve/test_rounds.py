@@ -8,41 +8,44 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
+from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
+from compresso.solve.removal import lowest_within
 from compresso.solve.rounds import Rounds
 
 KINDS = (Kind.HEAD, Kind.CHANNEL)
+WITH_QUERIES = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL)
 
 
 class Shrinking:
     """A model of 3 layers, 4 heads and 48 channels each, that units leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, queries: int = 2, kinds: tuple[Kind, ...] = KINDS) -> None:
         config = LlamaConfig(
             vocab_size=20,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=3,
-            num_attention_heads=8,
+            num_attention_heads=4 * queries,
             num_key_value_heads=4,
             head_dim=8,
         )
-        self.model, self.arch = LlamaForCausalLM(config), arch_for(config)
+        self.model, self.arch, self.kinds = LlamaForCausalLM(config), arch_for(config), kinds
 
     @property
     def axes(self) -> list[Axis]:
-        return [axis for axis in self.arch.axes(self.model) if axis.kind in KINDS]
+        return [axis for axis in axes_of(self.arch, self.model, self.kinds) if axis.kind in self.kinds]
 
     @property
     def cost(self) -> CostModel:
-        return CostModel(self.arch.axes(self.model), self.arch.weights(self.model))
+        return CostModel(axes_of(self.arch, self.model, self.kinds), self.arch.weights(self.model))
 
     def rounds(self, **budget: object) -> Rounds:
-        return Rounds(self.axes, self.cost, Budget(**{"kinds": KINDS, **budget}), 0.05)  # type: ignore[arg-type]
+        return Rounds(self.axes, self.cost, Budget(**{"kinds": self.kinds, **budget}), 0.05)  # type: ignore[arg-type]
 
     def through(self, rounds: Rounds, worth: Mapping[str, Tensor]) -> Iterator[Plan]:
         """What is left after each round, of units whose worth never changes."""
@@ -50,10 +53,11 @@ class Shrinking:
         for r in range(len(rounds)):
             axes = self.axes
             left = {axis.name: list(plan.kept.get(axis.name, range(axis.size))) for axis in rounds.axes}
-            scores = {axis.name: worth[axis.name][left[axis.name]] for axis in axes}
+            first = {axis.name: plan.original_name(axis.name) for axis in axes}
+            scores = {name: worth[of][left[of]] for name, of in first.items()}
             masks = rounds.masks(r, plan, axes, self.cost, scores, scores)
             now = Plan.from_masks(axes, masks)
-            shrink_(self.model, self.arch.axes(self.model), now)
+            shrink_(self.model, axes_of(self.arch, self.model, WITH_QUERIES), now)
             plan = plan.then(now)
             yield plan
 
@@ -120,3 +124,49 @@ def test_units_that_nothing_is_known_of_leave_last_and_in_the_order_of_their_pri
     lowest = few.masks(0, Plan(), axes, made.cost, scores, priors)["layers.1.channels"]
     assert lowest[priors["layers.1.channels"][:10].argmax()] == 1
     assert lowest[priors["layers.1.channels"][:10].argmin()] == 0
+
+
+@pytest.mark.parametrize("shapes", [{}, {"uniform_over": WITH_QUERIES}, {"multiple_of": {Kind.QUERY: 2}}])
+@pytest.mark.parametrize("seed", range(4))
+def test_key_value_heads_of_a_layer_keep_as_many_query_heads_in_every_round(
+    seed: int, shapes: dict[str, object]
+) -> None:
+    made = Shrinking(queries=4, kinds=WITH_QUERIES)
+    rounds, worth = made.rounds(keep=0.6, floor={Kind.HEAD: 1}, **shapes), drawn(made.axes, seed)
+    before, ratios, groups = Plan(), set[int](), set[int]()
+    for plan in made.through(rounds, worth):
+        plan.check(rounds.axes)
+        assert int(made.cost().blocks) == int(rounds.cost.of(plan).blocks)
+        for i, shape in enumerate(made.arch.shapes(made.model)):
+            ratio = shape.query_heads // shape.kv_heads
+            ratios.add(ratio)
+            groups.add(shape.kv_heads)
+            assert "multiple_of" not in shapes or ratio % 2 == 0
+            for g in plan.kept[f"layers.{i}.heads"]:
+                name = f"layers.{i}.heads.{g}.queries"
+                units = plan.kept.get(name, (0, 1, 2, 3))
+                assert len(units) == ratio and set(units) <= set(before.kept.get(name, units))
+                gone = [float(worth[name][u]) for u in range(4) if u not in units]
+                assert not gone or max(gone) < min(float(worth[name][u]) for u in units)
+        before = plan
+    assert len(ratios) > 1 and len(groups) > 1
+    least = 0.5 if "uniform_over" in shapes else 0.58  # a head of every layer at once, none of which comes back
+    assert least < float(made.cost().blocks / rounds.cost().blocks) <= 0.6 * 1.005
+    assert "uniform_over" not in shapes or len(set(made.arch.shapes(made.model))) == 1
+
+
+def test_what_leaves_at_once_leaves_for_the_mean_of_its_scores() -> None:
+    made = Shrinking(kinds=WITH_QUERIES)
+    axes = [axis for axis in made.axes if axis.kind == Kind.QUERY]
+    cost, item = made.cost, 4 * 2 * 32 * 8  # four query heads: rows of q and columns of o
+    scores = {axis.name: torch.tensor([0.5, 0.5 + axis.within[1]]) for axis in axes if axis.within}
+    scores |= {f"layers.1.heads.{g}.queries": torch.tensor([1.0 if g else 0.2, 0.4]) for g in range(4)}  # mean .35
+    plan = lowest_within(axes, scores, cost, "blocks", 2 * item - 1)
+    assert {name: units for name, units in plan.kept.items() if len(units) < 2} == {
+        f"layers.1.heads.{g}.queries": ((0,) if g else (1,)) for g in range(4)
+    }
+    everything = lowest_within(axes, scores, cost, "blocks", 10 * item)
+    assert {len(units) for units in everything.kept.values()} == {1}
+    scores["layers.2.heads.3.queries"][:] = torch.inf
+    known = lowest_within(axes, scores, cost, "blocks", 10 * item)
+    assert all(len(known.kept[f"layers.2.heads.{g}.queries"]) == 2 for g in range(4))

@@ -46,6 +46,10 @@ class GateTaylor:
     calibrates: Calibrates = Calibrates()
     allocation: Annotated[Allocation, Knobs(after="layout")] = "global"
 
+    def __post_init__(self) -> None:
+        """Refuse query heads. Raises ValueError."""
+        self.removes.no_queries()
+
     def budget(self) -> Budget:
         """The budget these knobs describe."""
         return self.removes.budget()

@@ -111,7 +111,8 @@ class LearnGates:
     finish: Literal["soft", "hard"] = "soft"
 
     def __post_init__(self) -> None:
-        """Refuse knobs that contradict each other. Raises ValueError."""
+        """Refuse query heads, and knobs that contradict each other. Raises ValueError."""
+        self.removes.no_queries()
         if self.layer_gates != "none" and self.constraint != "lagrangian":
             raise ValueError(
                 f"layer_gates={self.layer_gates!r} learn under constraint='lagrangian' only; a projection does not move"

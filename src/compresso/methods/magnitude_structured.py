@@ -37,6 +37,10 @@ class MagnitudeStructured:
 
     removes: Annotated[Removes, Knobs(without=("layout",))] = Removes(layout="uniform")
 
+    def __post_init__(self) -> None:
+        """Refuse query heads. Raises ValueError."""
+        self.removes.no_queries()
+
     def budget(self) -> Budget:
         """The budget these knobs describe: equal widths in all layers."""
         return self.removes.budget()

@@ -1,5 +1,10 @@
-"""What a run removed, layer by layer: units kept of those that were there."""
+"""What a run removed, layer by layer: units kept of those that were there.
 
+Heads are key/value heads; where query heads left one by one they are query heads, of which every key/value head of a
+layer keeps as many.
+"""
+
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +15,7 @@ HEADS, CHANNELS, HIDDEN = "heads", "FFN units", "hidden"
 _PARTS = {"heads": HEADS, "channels": CHANNELS}
 _WHOLE = {"attention": (HEADS,), "mlp": (CHANNELS,), "layers": (HEADS, CHANNELS)}
 """Axes with one unit a layer, and what is removed with it."""
+_QUERIES = re.compile(r"layers\.(\d+)\.heads\.\d+\.queries")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ def units_kept(plan: Plan, stages: Mapping[str, StageFacts]) -> list[UnitsKept]:
         if prefix == "layers" and number.isdecimal() and kind in _PARTS:
             layer, part = int(number), _PARTS[kind]
             rows[layer, part] = UnitsKept(layer, part, 0 if (layer, part) in removed else kept, sizes[axis])
+    for layer, (kept, of) in _of_each(known, sizes).items():
+        groups = rows.get((layer, HEADS), UnitsKept(layer, HEADS, 1, 1))
+        rows[layer, HEADS] = UnitsKept(layer, HEADS, groups.kept * kept, groups.of * of)
     for layer, part in removed - rows.keys():
         rows[layer, part] = UnitsKept(layer, part, 0, 1)
     n_layers = max([sizes[axis] for axis in _WHOLE if axis in known] + [layer + 1 for layer, _ in rows], default=0)
@@ -74,3 +83,8 @@ def units_kept(plan: Plan, stages: Mapping[str, StageFacts]) -> list[UnitsKept]:
             (layer, HIDDEN): UnitsKept(layer, HIDDEN, known["hidden"], sizes["hidden"]) for layer in range(n_layers)
         }
     return [rows[key] for key in sorted(rows)]
+
+
+def _of_each(known: Mapping[str, int], sizes: Mapping[str, int]) -> dict[int, tuple[int, int]]:
+    """Layer -> query heads that each of its key/value heads keeps, and has had, where they left one by one."""
+    return {int(match[1]): (n, sizes[name]) for name, n in known.items() if (match := _QUERIES.fullmatch(name))}

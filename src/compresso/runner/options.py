@@ -17,7 +17,15 @@ from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of
-from compresso.runner.engine_shapes import for_engine, held_to, multiples, parse_engine, writable_heads
+from compresso.runner.engine_shapes import (
+    for_engine,
+    held_to,
+    multiples,
+    parse_engine,
+    removes_queries,
+    writable_heads,
+    writable_queries,
+)
 from compresso.runner.inspection import inspect
 from compresso.runner.recipe import Recipe, build, override, read, task_of, with_knob
 from compresso.runner.recipe_file import plain
@@ -97,7 +105,7 @@ def with_options(
         raw = with_knob(raw, "max_steps", max_steps)
     if target is not None:
         want = parse_engine(target)
-        raw = for_engine(raw, want, multiples(want, model))
+        raw = for_engine(raw, want, multiples(want, model, removes_queries(raw)))
     return raw
 
 
@@ -152,6 +160,8 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
         check_written(config.model_type, layout)
     if layout == "uniform" or plain_family:
         raw = with_knob(raw, "layout", "uniform", required=False)
-    if plain_family and (heads := writable_heads(config)) > 1:
-        raw = held_to(raw, {Kind.HEAD: heads})
+    if plain_family:
+        counts = {Kind.HEAD: writable_heads(config), Kind.QUERY: writable_queries(config)}
+        if held := {kind: multiple for kind, multiple in counts.items() if multiple > 1}:
+            raw = held_to(raw, held)
     return build(raw, str(raw.get("name", "recipe")))

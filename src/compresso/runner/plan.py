@@ -13,7 +13,14 @@ from transformers import PreTrainedConfig
 
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
-from compresso.runner.engine_shapes import misfits, multiples, parse_engine, without_multiple, words
+from compresso.runner.engine_shapes import (
+    misfits,
+    multiples,
+    parse_engine,
+    removes_queries,
+    without_multiple,
+    words,
+)
 from compresso.runner.options import recipe_for
 from compresso.runner.task_options import keeps_heads
 from compresso.stage import Learning, Passes
@@ -29,7 +36,7 @@ def _engine_costs(
 ) -> list[str]:
     """What each constraint of an engine does to the size, in sentences; the others hold meanwhile."""
     want = parse_engine(engine)
-    held = multiples(want, model)
+    held = multiples(want, model, removes_queries(raw))
     told: list[str] = []
     for kind, multiple in held.items():
         recipe = recipe_for(without_multiple(raw, kind, multiple), layout, source.config)

@@ -72,6 +72,13 @@ class Removes:
                 f" [{', '.join(known)}] or one of them"
             )
 
+    def no_queries(self) -> None:
+        """Refuse query heads, for stages that would not keep as many of them in every key/value head. Raises
+        ValueError.
+        """
+        if Kind.QUERY in self.kinds:
+            raise ValueError("kinds names query: query heads leave one by one in the stage 'bonsai' alone; name head")
+
     def among(self, axes: Sequence[Axis]) -> list[Axis]:
         """The axes whose units may be removed."""
         return [axis for axis in axes if axis.kind in self.kinds]
