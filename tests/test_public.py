@@ -157,7 +157,7 @@ def test_run_takes_the_budgets_of_the_command_line(tiny_folder: Path, tmp_path: 
     assert json.loads((tmp_path / "keep" / "records.json").read_text())["recipe"]["stages"][0]["magnitude_structured"][
         "keep"
     ] == pytest.approx(0.5)
-    with pytest.raises(BudgetError, match="--keep and --macs are two budgets"):
+    with pytest.raises(BudgetError, match="keep= and macs= are two budgets"):
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "none", keep=0.5, macs=2)
 
 

@@ -1,6 +1,7 @@
 """Every error that compresso raises on purpose, and the exit code the command line gives it.
 
     CompressoError                 exit 2: bad input, with the cure in the message
+      ArgumentError                a public function was called with an argument of the wrong type, or an unknown one
       RecipeError                  unknown recipe, stage or key; stages in an illegal order
       ArchError                    an architecture nobody described, or a model that is not what its config says
       BudgetError                  a budget that cannot be met
@@ -30,6 +31,10 @@ class CompressoError(Exception):
     """Base of all errors that carry a message meant for a person; `exit_code` is what the command line returns."""
 
     exit_code = 2
+
+
+class ArgumentError(CompressoError):
+    """An argument of a public function that is missing, unknown or of the wrong type."""
 
 
 class RecipeError(CompressoError):

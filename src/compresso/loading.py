@@ -12,6 +12,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
+from compresso.door import public
 from compresso.edit.gather import gather_inputs_
 from compresso.edit.patches import patch_, read_patches
 from compresso.errors import CheckpointError, DataError
@@ -74,6 +75,7 @@ class Loaded:
         return str(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
+@public
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False
 ) -> Loaded:

@@ -157,13 +157,13 @@ def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
     [
         (("--suite", "comonsense"), "DataError: no task or suite 'comonsense'; did you mean 'commonsense'?"),
         (("--tasks", "world_fact,pica"), "no task or suite 'pica'; did you mean 'piqa'?"),
-        (("--tasks", ","), "tasks names nothing"),
-        (("--suite", "world", "--tasks", "piqa"), "suite and tasks are both given"),
+        (("--tasks", ","), "--tasks names nothing"),
+        (("--suite", "world", "--tasks", "piqa"), "--suite and --tasks are both given"),
         (("--suite", "world", "--prompt", "onn"), "prompt 'onn' is unknown; did you mean 'on'?"),
         (("--suite", "world", "--limit", "0"), "usage: Invalid value for '--limit'"),
         (("--suite", "world", "--batch", "0"), "usage: Invalid value for '--batch'"),
         (("--suite", "world", "--protocol", "sparsegpt"), "protocol 'sparsegpt' belongs to a corpus"),
-        (("--limit", "3"), "prompt and limit belong to tasks"),
+        (("--limit", "3"), "--prompt and --limit belong to tasks"),
         (
             ("--suite", "reading"),
             "data set aps/super_glue is not in the local cache, and HF_HUB_OFFLINE is set. Give --data-root",

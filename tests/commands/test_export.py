@@ -104,12 +104,12 @@ def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypa
 
 
 def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ExportError, match="unknown format 'ggml'; did you mean 'gguf'"):
+    with pytest.raises(ExportError, match="format='ggml' is unknown; did you mean 'gguf'"):
         exporting.export(nano.path(), tmp_path / "x", format="ggml")
     with pytest.raises(ExportError, match="unknown dtype 'q4'"):
         exporting.export(nano.path(), tmp_path / "x", format="gguf", dtype="q4")
     (tmp_path / "there").write_text("")
-    with pytest.raises(CheckpointError, match="--overwrite"):
+    with pytest.raises(CheckpointError, match="overwrite=True"):
         exporting.export(nano.path(), tmp_path / "there", format="gguf")
     monkeypatch.setattr(gguf.importlib, "import_module", _absent)
     with pytest.raises(ExportError, match="pip install gguf"):
@@ -194,7 +194,7 @@ def test_k_quants_that_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ExportError, match=r"llama\.cpp could not write q6_k \(3\): no such type"):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
     (tmp_path / "nano.gguf").write_text("old")
-    with pytest.raises(CheckpointError, match="--overwrite"):
+    with pytest.raises(CheckpointError, match="overwrite=True"):
         exporting.export(nano.path(), tmp_path / "nano.gguf", format="gguf", dtype="q6_k")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "nano.gguf"]
 
@@ -206,5 +206,5 @@ def test_vllm_deci_is_written_and_said_to_be_unopened(tmp_path: Path, call: Call
     assert (tmp_path / "deci" / "configuration_decilm.py").is_file() and (
         tmp_path / "deci" / "tokenizer.json"
     ).is_file()
-    with pytest.raises(ExportError, match="dtype=f32: vllm-deci keeps the stored one"):
+    with pytest.raises(ExportError, match="dtype='f32': vllm-deci keeps the stored one"):
         exporting.export(nano.path(), tmp_path / "other", format="vllm-deci", dtype="f32")

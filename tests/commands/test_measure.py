@@ -103,7 +103,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("./missing/model",), "CheckpointError: model ./missing/model does not exist."),
         (("--batch", "1,two"), "DataError: --batch '1,two' is not a list of whole numbers; wanted something like 1,8"),
         (("--batch", "0"), "batches=(0,): all must be at least 1"),
-        (("--rounds", "0"), "rounds=0"),
+        (("--rounds", "0"), "--rounds 0"),
         (("--dtype", "flaot32"), "--dtype 'flaot32' is unknown; did you mean 'float32'?"),
         (
             ("--prompt-tokens", "1000", "--new-tokens", "64"),

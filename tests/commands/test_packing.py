@@ -124,7 +124,9 @@ def test_what_cannot_be_packed_is_refused(rounded: Rounded, tiny_folder: Path, t
     ):
         exporting.export(tiny_folder, tmp_path / "packed", format="compressed-tensors")
     result = rounded("awq/4-g128")
-    with pytest.raises(ExportError, match="dtype=q8_0: compressed-tensors files have the bits that the run rounded to"):
+    with pytest.raises(
+        ExportError, match="dtype='q8_0': compressed-tensors files have the bits that the run rounded to"
+    ):
         exporting.export(result.folder, tmp_path / "packed", format="compressed-tensors", dtype="q8_0")
     assert not (tmp_path / "packed").exists()
 

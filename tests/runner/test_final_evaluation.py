@@ -108,7 +108,7 @@ def test_a_collapsed_model_is_refused_and_its_stages_are_kept(tmp_path: Path, mo
     output = tmp_path / "out"
     with pytest.raises(
         CollapseError,
-        match=r"collapsed: perplexity on held text is .* times the dense one .*--resume --allow-collapsed",
+        match=r"collapsed: perplexity on held text is .* times the dense one .*resume=True allow_collapsed=True",
     ) as refused:
         run(RUINED, nano.path(), output=output, quiet=True)
     assert refused.value.exit_code == 4

@@ -176,7 +176,7 @@ def test_what_cannot_be_streamed_is_refused(tiny_folder: Path, instructions: Pat
         compresso.run("magnitude/50", tiny_folder, output=tmp_path / "out", offload=True)
     for layout in ("padded", "native"):
         with pytest.raises(
-            RecipeError, match=f"--layout {layout}: an offloaded run writes its model in the layout it came in"
+            RecipeError, match=f"layout='{layout}': an offloaded run writes its model in the layout it came in"
         ):
             done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True, layout=layout)
     assert not list(tmp_path.iterdir())
@@ -187,7 +187,7 @@ def test_more_memory_than_there_is_is_refused_unless_insisted_upon(
 ) -> None:
     monkeypatch.setattr("compresso.sweep.memory.available", lambda device: 1_000_000)
     with pytest.raises(
-        ResourceError, match=r"this needs about 0\.\d+ GB at once \(.*\), and 0\.00 GB are there\..*--over-memory"
+        ResourceError, match=r"this needs about 0\.\d+ GB at once \(.*\), and 0\.00 GB are there\..*over_memory=True"
     ):
         done("wanda/50", tiny_folder, instructions, tmp_path / "out", offload=True)
     assert not list(tmp_path.iterdir())

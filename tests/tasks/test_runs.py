@@ -266,7 +266,7 @@ def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call
     assert code == 0 and "fresh/acc" in out and "Not measured" not in out
     for more, said in (
         ((bert, *given), "has no head for classification"),
-        ((pruned, "--task", "classification"), "task and data belong together"),
+        ((pruned, "--task", "classification"), "--task and --data belong together"),
         ((pruned, *given, "--suite", "world"), "leave them out with a task"),
     ):
         code, _, error = call("evaluate", *more)

@@ -17,7 +17,8 @@ from typer.exceptions import TyperException
 
 from compresso.cli import making, results  # noqa: F401 - each registers its commands
 from compresso.cli.app import app
-from compresso.errors import CompressoError, Interrupted
+from compresso.errors import ArgumentError, CompressoError, Interrupted
+from compresso.wording import command_line
 
 __all__ = ["app", "main"]
 
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it when it is imported
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
+        _refuse_empty(arguments)
+        with command_line():
+            code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
         if sys.stdout is not None:  # it is None where the program was started with its output closed
             sys.stdout.flush()
         if code == 130:  # what typer makes of a KeyboardInterrupt
@@ -50,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(code)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise ArgumentError for an argument without a text: as a path it would be the folder that the process stands
+    in.
+    """
+    before = "the command"
+    for one in arguments:
+        name, equals, value = one.partition("=")
+        if not one or (name.startswith("--") and equals and not value):
+            raise ArgumentError(f"{name or before} is given an empty text; give a value, or leave it out")
+        before = one
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from compresso.errors import GONE_IN, BudgetError
+from compresso.wording import renamed_speedup
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
@@ -65,10 +66,7 @@ AllowCollapsed = Annotated[
 
 def _is_macs(value: str | None) -> None:
     if value is not None:
-        raise BudgetError(
-            f"--speedup is called --macs now, for it divides multiply-accumulates and measures nothing (--speedup will"
-            f" mean measured time); give --macs {value}"
-        )
+        raise BudgetError(renamed_speedup(value))
 
 
 Speedup = Annotated[str | None, typer.Option("--speedup", hidden=True, callback=_is_macs, help="Now --macs.")]

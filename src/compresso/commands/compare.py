@@ -7,12 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compresso.door import public
 from compresso.engines.registry import commands
 from compresso.report.html import check_target, write_report
 from compresso.report.read import Comparison, read_results
 from compresso.report.table import Cell, missing, tables
 
 
+@public
 def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Comparison:
     """Merge run folders and report files by the models they speak of, and write the page if `output` is given.
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
 from compresso.commands.evaluate_task import TASK, check_words, task_metric
 from compresso.data.prompt import Prompt, collaborative_prompt
+from compresso.door import public
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PROMPTING = ("auto", "on", "off", "both")
 
 
+@public
 def evaluate(
     model: str | Path,
     *,
@@ -69,16 +71,16 @@ def evaluate(
     """
     check_words(task, data, suite, tasks, corpus, protocol)
     if suite is not None and tasks is not None:
-        raise DataError("suite and tasks are both given; give one")
+        raise DataError("--suite and --tasks are both given; give one")
     if prompt not in PROMPTING:
         raise DataError(_unknown_prompt(prompt))
     names = [suite] if suite else list(tasks or ())
     if tasks is not None and not names:
-        raise DataError("tasks names nothing; give at least one")
+        raise DataError("--tasks names nothing; give at least one")
     if names:
         _check_numbers(limit, batch_size)
     elif prompt != "auto" or (limit is not None and task is None):
-        raise DataError("prompt and limit belong to tasks, and none was asked for; give a suite or tasks")
+        raise DataError("--prompt and --limit belong to tasks, and none was asked for; give --suite or --tasks")
     where = choose_device(device)
     source = open_source(model)
     target = None if output is None else report_path(output, [source.folder])
@@ -90,7 +92,7 @@ def evaluate(
     language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
     if language is None and protocol is not None:
         raise DataError(
-            f"protocol '{protocol}' belongs to a corpus, and none was asked for; give one, such as wikitext2"
+            f"--protocol '{protocol}' belongs to a corpus, and none was asked for; give one, such as --corpus wikitext2"
         )
     ready = None
     if names:
@@ -232,10 +234,10 @@ def _language(
 
 
 def _unknown_prompt(prompt: str) -> str:
-    return f"prompt '{prompt}' is unknown; {nearest(prompt, PROMPTING)}"
+    return f"--prompt '{prompt}' is unknown; {nearest(prompt, PROMPTING)}"
 
 
 def _check_numbers(limit: int | None, batch_size: int) -> None:
-    for name, number in (("limit", limit), ("batch_size", batch_size)):
+    for name, number in (("--limit", limit), ("--batch", batch_size)):
         if number is not None and number < 1:
-            raise DataError(f"{name}={number}: wanted at least 1")
+            raise DataError(f"{name} {number}: wanted at least 1")

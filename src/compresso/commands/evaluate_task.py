@@ -53,6 +53,8 @@ def task_metric(
 def check_words(task: str | None, data: str | None, *others: object) -> None:
     """Raise DataError unless task and data come together, and without what asks for something else."""
     if (task is None) != (data is None):
-        raise DataError("task and data belong together: --task classification --data rows.jsonl")
+        raise DataError("--task and --data belong together: --task classification --data rows.jsonl")
     if task is not None and any(other is not None for other in others):
-        raise DataError("suite, tasks, corpus and protocol are for models that write text; leave them out with a task")
+        raise DataError(
+            "--suite, --tasks, --corpus and --protocol are for models that write text; leave them out with a task"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 from compresso.arch.base import arch_for
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.source import Source, is_text_classifier, open_source
+from compresso.door import public
 from compresso.engines.classifier import classifier_parity, classifier_reference
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
 from compresso.engines.onnx_runtime import ONNX
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
 
 
+@public
 def export(
     model: str | Path,
     output: str | Path,
@@ -57,7 +59,7 @@ def export(
             file is left.
     """
     if format not in FORMATS:
-        raise ExportError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
+        raise ExportError(f"--format '{format}' is unknown; {nearest(format, FORMATS)}")
     if force is not None:
         deprecated("force=", "overwrite=")
         overwrite = overwrite or force
@@ -68,12 +70,12 @@ def export(
     if format == "compressed-tensors":
         if dtype is not None:
             raise ExportError(
-                f"dtype={dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
+                f"--dtype {dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
             )
         return _packed(source, output, overwrite)
     if format == "vllm-deci":
         if dtype is not None:
-            raise ExportError(f"dtype={dtype}: vllm-deci keeps the stored one; leave --dtype out")
+            raise ExportError(f"--dtype {dtype}: vllm-deci keeps the stored one; leave --dtype out")
         return _deci(source, output, overwrite)
     if format == "onnx":
         return _onnx(source, output, dtype or "f32", overwrite)

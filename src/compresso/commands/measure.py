@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.commands.measure_table import show
+from compresso.door import public
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.metrics.forward import context_of
 from compresso.metrics.latency import speed_measurements
@@ -56,6 +57,7 @@ class Plan:
     rounds: int
 
 
+@public
 def measure(
     models: Sequence[str | Path],
     *,
@@ -153,7 +155,8 @@ def _planned(
     if not models:
         raise DataError("no model to measure; give at least one, the dense one first")
     if rounds < 1 or (batches is not None and (not batches or min(batches) < 1)):
-        raise DataError(f"rounds={rounds}, batches={batches}: all must be at least 1, such as --rounds 5 --batch 1,8")
+        listed = ",".join(map(str, batches or ())) or "of the defaults"
+        raise DataError(f"--rounds {rounds}, --batch {listed}: all must be at least 1, such as 5 rounds of 1,8")
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise DataError(f"--dtype '{dtype}' is unknown; {nearest(dtype, DTYPES)}")
     where = choose_device(device)

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from compresso.commands.plan_table import show
+from compresso.door import public
 from compresso.runner import plan as dry_runs
 from compresso.runner.options import with_options
 
 __all__ = ["plan", "show"]
 
 
+@public
 def plan(
     recipe: str | Path | Mapping[str, Any],
     model: str | Path,

@@ -97,7 +97,7 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
         except BadRecord as error:
             if not skip_bad:
                 raise DataError(
-                    f"{each.place}: {error}. Repair it, or pass skip_bad (--skip-bad) to skip and count bad lines."
+                    f"{each.place}: {error}. Repair it, or add --skip-bad to skip and count bad lines."
                 ) from error
             n_bad += 1
             if len(bad) < NAMED_BAD_LINES:

@@ -124,7 +124,7 @@ def load_records(
         [str(data)] if isinstance(data, Path) or Path(data).is_file() else [part.strip() for part in data.split(",")]
     )
     if not all(parts):
-        raise DataError(f"data={str(data)!r} names an empty source; wanted names or files, joined by single commas")
+        raise DataError(f"--data {str(data)!r} names an empty source; wanted names or files, joined by single commas")
     sources = [_one(part, split, seed, limit, skip_bad, local, form) for part in parts]
     if len(sources) == 1:
         return sources[0]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compresso.checkpoint.source import Source, is_causal, is_text_classifier, open_source
+from compresso.door import public
 from compresso.engines import registry
 from compresso.engines.classifier import verify_classifier
 from compresso.engines.parity import Engine, Format, Parity, Reference
@@ -26,6 +27,7 @@ from compresso.errors import CheckpointError, CompressoError
 from compresso.sweep.memory import available
 
 
+@public
 def verify(model: str | Path) -> list[Parity]:
     """The parity of every engine with a hub id or a folder of safetensors.
 

@@ -176,7 +176,7 @@ def check_context(protocol: PerplexityProtocol, context: int | None) -> None:
     """
     if context is not None and protocol.seq_len > context:
         fitting = [name for name, one in PRESETS.items() if one.seq_len <= context]
-        other = f"choose the protocol {' or '.join(fitting)}, or " if fitting else ""
+        other = f"choose --protocol {' or '.join(fitting)}, or " if fitting else ""
         raise DataError(
             f"the perplexity protocol reads {protocol.seq_len} tokens at once, the model was made for {context};"
             f" {other}give seq_len={context} (another length is another number)"

@@ -44,7 +44,7 @@ def lengths(contexts: Mapping[str, int | None], prompt_tokens: int | None, new_t
         new = max(1, min(NEW_TOKENS, most // 4 if prompt_tokens is None else most - prompt_tokens))
     prompt = max(1, min(PROMPT_TOKENS, most - new)) if prompt_tokens is None else prompt_tokens
     if min(prompt, new) < 1:
-        raise DataError(f"prompt_tokens={prompt}, new_tokens={new}: both must be at least 1")
+        raise DataError(f"--prompt-tokens {prompt}, --new-tokens {new}: both must be at least 1")
     if prompt + new > most:
         raise DataError(
             f"a prompt of {prompt} tokens and {new} new ones exceed the context of {shortest}, {most}; "

@@ -14,11 +14,13 @@ from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
 from compresso.discover.axes import Discovery, Found, discover
 from compresso.discover.explain import explain
+from compresso.door import public
 from compresso.errors import ArchError
 from compresso.metrics.size import counts
 from compresso.native.stock import as_stock
 
 
+@public
 def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
     """Counts and axes of a hub id, a folder, a config.json or a live model; `explained` adds what leaves with one axis,
     and why.

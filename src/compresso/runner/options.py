@@ -91,8 +91,6 @@ def with_options(
     raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
     if task_of(raw).name != DEFAULT:
         raw = for_model(raw, open_source(model, weights=False).config)
-    if isinstance(sets, str):  # it would be read letter by letter
-        raise RecipeError(f"sets={sets!r}: wanted a list of overrides; give sets=[{sets!r}]")
     for one in sets:
         path, equals, value = one.partition("=")
         if not equals:

@@ -26,6 +26,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
+from compresso.door import public
 from compresso.edit.patches import patch_, read_patches, written
 from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
@@ -66,6 +67,7 @@ class Result:
     folder: Path
 
 
+@public
 def run(
     recipe: str | Path | Mapping[str, Any],
     model: str | Path | PreTrainedModel,
