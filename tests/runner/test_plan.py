@@ -1,5 +1,6 @@
 """What `compresso plan` says of each shipped recipe: a cost for every stage, readable on a narrow screen."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from tests.conftest import ONE_SHOT
 
 from compresso.commands.plan_table import show
 from compresso.data import nano
+from compresso.errors import BudgetError, RecipeError
 from compresso.runner import plan as planning
 from compresso.runner.plan import plan
-from compresso.runner.recipe import names, read, with_knob
+from compresso.runner.recipe import names, override, read, with_knob
 
 FITTED = {  # published configurations of 32 layers, on six
     "attention_layers": [1, 4],
@@ -105,3 +107,23 @@ def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text((nano.path() / "config.json").read_text("utf-8"))
     assert plan(read("lorashear"), str(config))["stages"] == planned("lorashear")["stages"]
+
+
+@pytest.mark.parametrize("name", ["magnitude-structured/nano", "gate-taylor", "compresso"])
+def test_a_budget_that_leaves_a_later_stage_nothing_names_the_smallest_that_leaves_some(name: str) -> None:
+    """Not the linear that is missed, as if the model had never had it."""
+    with pytest.raises(
+        BudgetError, match=r"keep=0\.05 .*raise keep to [\d.]+|keep=0\.05 .*Raise keep to [\d.]+"
+    ) as error:
+        planned(name, keep=0.05)
+    said = re.search(r"aise keep to ([\d.]+\d)", str(error.value))
+    assert said is not None and "q_proj" not in str(error.value)
+    planned(name, keep=float(said[1]))
+    with pytest.raises(BudgetError):
+        planned(name, keep=float(said[1]) - 0.01)
+
+
+def test_what_a_model_never_had_is_no_fault_of_the_budget() -> None:
+    raw = override(read("magnitude-structured"), "stages.recover.targets", ["q_porj"])
+    with pytest.raises(RecipeError, match="did you mean 'q_proj'"):
+        plan(with_knob(raw, "keep", 0.05), str(nano.path()))

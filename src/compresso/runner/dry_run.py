@@ -5,8 +5,9 @@ The stages are acted out in order on the meta device: adapters are attached and 
 are removed to the budget.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, BudgetError
+from compresso.errors import ArchError, BudgetError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.formats.plain import check_plain
 from compresso.formats.shrunk import describe
@@ -108,6 +109,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
+    without: list[str] = []  # what to say should a later stage need what a budget leaves nothing of
     for name, stage in recipe.stages:
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
@@ -115,13 +117,21 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
         learning = stage.learning() if isinstance(stage, Learns) else None
-        trainable = {} if learning is None else _trainable(learning, model, axes, cost)
+        try:
+            trainable = {} if learning is None else _trainable(learning, model, axes, cost)
+        except RecipeError as error:
+            if not without or learning is None:
+                raise
+            _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
+            raise BudgetError(without[-1].format(stage=name)) from error
         planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
         total, macs = int(cost().total), int(cost().macs)
         shown.stages.append(Acted(name, model.config, total, macs, stage.work(model, arch), learning, trainable))
         if planned is not None:
             budget, plan = planned
             removed = removed.then(plan)
+            if budget is not None and (kinds := _gone(axes, plan)):
+                without.append(_emptied(name, axes, cost, budget, kinds))
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
             wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
@@ -156,6 +166,34 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
         adapted.unload()
     gates = sum(axis.size for axis in axes if axis.kind in learning.gates)
     return found | ({"gates": gates} if learning.gates else {})
+
+
+def _gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:
+    """The kinds of which a plan keeps no unit on any axis."""
+    kinds = {axis.kind for axis in axes if axis.size}
+    return sorted(kind for kind in kinds if not any(plan.kept.get(a.name, (0,)) for a in axes if a.kind == kind))
+
+
+def _emptied(name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, kinds: Sequence[Kind]) -> str:
+    """What is said where `{stage}` trains what a budget leaves nothing of, with what would leave some."""
+
+    def leaves_some(one: Budget) -> bool:
+        try:
+            counted = uniform_targets(axes, cost, one)
+        except ValueError:  # below what its floors and multiples allow
+            return False
+        return all(counted.get(kind, 1) for kind in kinds)
+
+    low, high = budget.keep, 1.0
+    while high - low > 5e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if leaves_some(replace(budget, keep=middle)) else (middle, high)
+    held = leaves_some(replace(budget, floor={**budget.floor, **dict.fromkeys(kinds, 1)}))
+    floor = f", or set floor to {{{{{', '.join(f'{kind}: 1' for kind in kinds)}}}}}" if held else ""
+    return (
+        f"stage '{name}': keep={budget.keep:g} leaves no {' and no '.join(kinds)} in any layer, but stage '{{stage}}'"
+        f" trains what goes with it; raise keep to {math.ceil(high * 1e3) / 1e3:g}{floor}"
+    )
 
 
 def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:
