@@ -175,3 +175,9 @@ def test_a_run_is_its_own_comparison(tmp_path: Path) -> None:
 def test_labels_are_as_short_as_they_can_be() -> None:
     assert labels([Path("a/x/out"), Path("b/x/out"), Path("c")]) == ["a/x/out", "b/x/out", "c"]
     assert labels([Path("a"), Path("a")]) == ["a", "a"]
+
+
+def test_bare_records_ask_for_their_folder() -> None:
+    records = Path(__file__).parent / "release_0_1" / "records.json"
+    with pytest.raises(CheckpointError, match=r"holds records of a run; give the folder .*release_0_1$"):
+        read_results([records])

@@ -193,8 +193,13 @@ def _read(path: Path, label: str) -> Input:
 
 
 def _report(path: Path) -> Report:
+    found = read_json(path)
+    if {"recipe", "stages"} <= found.keys():  # what a run writes beside its plan.json
+        raise CheckpointError(
+            f"{path} holds records of a run; give the folder that `compresso run` wrote, {path.parent}"
+        )
     try:
-        report = Report.model_validate(read_json(path))
+        report = Report.model_validate(found)
     except ValidationError as error:
         raise CheckpointError(
             f"{path} is not a report of measurements: {first_fault(error)}; write it with `compresso evaluate`"
@@ -209,7 +214,7 @@ def _read_run(folder: Path, label: str) -> Input:
     records = RunRecords.checked(read_json(folder / RECORDS), str(folder / RECORDS))
     try:
         plan = Plan.from_json((folder / PLAN).read_text("utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / PLAN} cannot be read: {error}. Give the whole folder that `compresso run` wrote"
         ) from error
