@@ -319,3 +319,18 @@ def test_lock_refuses_a_second_process_and_survives_a_dead_one(tmp_path: Path) -
     with lock(tmp_path / "out"), pytest.raises(CheckpointError), lock(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_in_the_folder_of_the_input_model_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    for output in (model / "out", model / "inner" / "deep" / "out", tmp_path / "link" / "out", model / "inner"):
+        with pytest.raises(CheckpointError, match=r"lies in the folder of the input model .*Choose another output"):
+            check_output(output, model)
+    with pytest.raises(CheckpointError, match="is the folder of the input model"):
+        check_output(tmp_path / "link", model)
+    with pytest.raises(CheckpointError, match="holds the input model"):
+        check_output(tmp_path, model)
+    check_output(tmp_path / "model-small", model)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inner", "link", "model"]

@@ -330,7 +330,7 @@ def test_a_fresh_process_looks_for_itself(folder: Path, ran: Path) -> None:
 
 def test_a_config_as_deep_as_its_file_is_long(folder: Path) -> None:
     deep: dict[str, Any] = {"auto_map": {"AutoConfig": "strange.X"}}
-    for _ in range(400):
+    for _ in range(40):
         deep = {"a": [deep]}
     change(folder / GENERATION, deep)
     with pytest.raises(CheckpointError, match=r"a\.0\.a\.0\..* names code to run") as raised:

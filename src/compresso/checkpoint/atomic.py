@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from compresso.checkpoint.storage import alive, exchange, storage_error, storage_errors, sync, sync_tree
+from compresso.core import strict_json
 from compresso.errors import CheckpointError, ResourceError
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -118,8 +119,8 @@ def check_output(output: Path | str, model_path: Path | str | None, force: bool 
     """Refuse an unusable output folder before any work is done; nothing is created.
 
     Raises:
-        CheckpointError: it is, or holds, the input model (also through links), is occupied without `force`, or its
-            parent cannot be written.
+        CheckpointError: it is, holds or lies in the input model (also through links), is occupied without `force`, or
+            its parent cannot be written.
         ResourceError: its disk is full.
     """
     output = Path(output).resolve()
@@ -130,6 +131,11 @@ def check_output(output: Path | str, model_path: Path | str | None, force: bool 
             raise CheckpointError(f"output {output} is the folder of the input model. Choose another output.")
         if folder.is_relative_to(output):
             raise CheckpointError(f"output {output} holds the input model {folder}. Choose another output.")
+        if output.is_relative_to(folder):
+            raise CheckpointError(
+                f"output {output} lies in the folder of the input model {folder}, which stays as it is. Choose another"
+                " output."
+            )
     refuse_occupied(output, force)
     parent = next(folder for folder in output.parents if folder.exists())
     probe = parent / f".compresso-probe.{_HOST}.{os.getpid()}"
@@ -171,12 +177,12 @@ def verify_manifest(folder: Path | str) -> tuple[str, ...]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: its writing was cut short. {cure}")
     try:
-        data = json.loads(path.read_bytes())
+        data = strict_json.loads(path.read_bytes())
         # the manifests of training checkpoints of release 0.1 hold the same files and no format
         if data.get("format", 1) != 1 or data.keys() - {"format", "files"}:
             raise ValueError("unknown format")
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}). {cure}") from error
     for name, (size, digest) in listed.items():
         file = folder / name

@@ -2,13 +2,13 @@
 read.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compresso.checkpoint.header import TensorInfo, read_header
+from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,7 +21,14 @@ _READ = (
     ".txt",
     ".tiktoken",
 )  # what transformers may open in a model folder
-_MAX_JSON_BYTES = {"config.json": 4_000_000, INDEX: 32_000_000, "tokenizer_config.json": 32_000_000}
+_MAX_JSON_BYTES = {
+    "config.json": 4_000_000,
+    INDEX: 32_000_000,
+    "tokenizer_config.json": 32_000_000,
+    "records.json": 64_000_000,
+}
+_UNBOUNDED = ("time_step_limit",)
+"""What Mamba's configs say to be at most Infinity."""
 _CONVERT = "Convert it once where you trust it: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)."
 
 
@@ -32,11 +39,15 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file and the place.
     """
     limit = _MAX_JSON_BYTES.get(path.name, _MAX_JSON_BYTES["config.json"])
-    if (size := path.stat().st_size) > limit:
-        raise CheckpointError(f"{path} has {size} bytes; at most {limit} are read. It is not what its name says.")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no file; a file with a JSON object is wanted.")
+        if (size := path.stat().st_size) > limit:
+            raise CheckpointError(f"{path} has {size} bytes; at most {limit} are read. It is not what its name says.")
+        value = strict_json.loads(path.read_bytes(), _UNBOUNDED)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Fetch or write the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(

@@ -4,12 +4,12 @@ A folder counts as written by a command if it holds that command's mark and no f
 of whole relative paths, in which a star stays within one part.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
 _TOKENIZER = (
@@ -94,8 +94,8 @@ def _files(folder: Path) -> Iterator[Path]:
 def _json(path: Path) -> dict[str, object]:
     """The object in a JSON file; empty if there is none."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = strict_json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

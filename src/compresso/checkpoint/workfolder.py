@@ -9,7 +9,6 @@ One process at a time owns it (a lock beside it). It is removed after the result
 has anything worth resuming. Only a folder that a run made is ever removed: whatever else has that name is left alone.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from compresso.checkpoint.atomic import lock, new_folder, verify_manifest, write_json, write_manifest
 from compresso.checkpoint.identity import differences
 from compresso.checkpoint.storage import storage_errors
+from compresso.core import strict_json
 from compresso.errors import CheckpointError, ResumeError
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _identity(path: Path) -> dict[str, Any]:
     if not (path / _IDENTITY).is_file():
         raise ResumeError(f"nothing to resume: {path} holds no interrupted run; leave --resume out to start one")
     try:
-        found = json.loads((path / _IDENTITY).read_text("utf-8"))
+        found = strict_json.loads((path / _IDENTITY).read_bytes())
     except ValueError as error:
         raise ResumeError(f"{path / _IDENTITY} is damaged ({error}); start anew with --overwrite") from error
     if not isinstance(found, dict):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
+from compresso.core import strict_json
 from compresso.core.quantities import QUANTITIES, CostName
 
 Field = str | int | float | bool
@@ -57,12 +58,12 @@ class CostTable:
             ValueError: for anything else.
         """
         try:
-            told = json.loads(text)
+            told = strict_json.loads(text)
             modules = {
                 name: {int(n): float(cost) for n, cost in costs.items()} for name, costs in told["modules"].items()
             }
             return cls(dict(told["model"]), modules, float(told["fixed"]), told["of"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a cost table ({error!r}); wanted model, modules, fixed and of") from error
 
 

@@ -4,10 +4,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from compresso.core import strict_json
 from compresso.core.axis import Axis
 
 _LAYER_PREFIX = re.compile(r"^layers\.(\d+)\.")
@@ -126,12 +128,17 @@ class Plan:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format, or anything but lists of indices.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != 1 or not isinstance(data.get("kept"), dict):  # pyright: ignore
+        data: Any = strict_json.loads(text)
+        rows: Any = data.get("kept") if isinstance(data, dict) and data.get("format") == 1 else None  # pyright: ignore
+        if not isinstance(rows, dict):
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')
-        return Plan({str(name): tuple(int(i) for i in kept) for name, kept in data["kept"].items()})  # pyright: ignore
+        plan = cast(dict[str, Any], rows)
+        for name, kept in plan.items():
+            if not isinstance(kept, list) or not all(type(i) is int and i >= 0 for i in cast(list[Any], kept)):
+                raise ValueError(f"not a plan: {name[:80]!r} keeps {str(kept)[:40]}; wanted a list of unit indices")
+        return Plan({name: tuple(cast(list[int], kept)) for name, kept in plan.items()})
 
 
 def _of_units_that_stay(kept: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,11 @@
 """Where a command's report goes: a JSON file that is written whole, and replaces nothing but another report."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.folder import read_json
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Report
 
@@ -35,8 +35,8 @@ def report_path(output: str | Path, models: Iterable[Path | None] = ()) -> Path:
         )
     if path.exists():
         try:
-            Report.model_validate(json.loads(path.read_bytes()))
-        except ValueError as error:
+            Report.model_validate(read_json(path))
+        except (CheckpointError, ValueError) as error:
             raise CheckpointError(
                 f"output {path} exists and is no report of measurements; choose another output"
             ) from error

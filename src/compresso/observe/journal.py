@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compresso.checkpoint.atomic import Json, new_folder, verify_manifest, write_json, write_manifest
 from compresso.checkpoint.identity import refuse_other_run
+from compresso.core import strict_json
 from compresso.errors import CheckpointError
 from compresso.observe.folds import Stats
 
@@ -59,7 +60,7 @@ class FoldJournal:
             except CheckpointError as damage:
                 log.warning("statistics are taken again: %s", damage)
                 continue
-            facts = json.loads((path / "facts.json").read_text("utf-8"))
+            facts = strict_json.loads((path / "facts.json").read_bytes())
             refuse_other_run(path, facts["same"], self._same)
             tensors = load_file(path / "statistics.safetensors")
             stats = {

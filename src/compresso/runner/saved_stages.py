@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.arch.queries import axes_of
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
@@ -62,8 +63,7 @@ def load_stage(
 
     Raises ResumeError if its tensors are not those of the original under that plan.
     """
-    facts: dict[str, Any] = json.loads((folder / "records.json").read_text("utf-8"))
-    plan = Plan.from_json((folder / "plan.json").read_text("utf-8"))
+    facts, plan = read_json(folder / "records.json"), Plan.from_json((folder / "plan.json").read_text("utf-8"))
     if not (folder / _TENSORS).is_file():
         return as_stock(load_model(open_source(folder), dtype=dtype, device=device)), plan, facts
     model = load_model(original, dtype=dtype, device=device)

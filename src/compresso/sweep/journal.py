@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compresso.checkpoint.atomic import new_folder, verify_manifest, write_json, write_manifest
 from compresso.checkpoint.identity import refuse_other_run
+from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -76,4 +77,4 @@ class Journal:
         return self.folder / f"step-{layer:06d}"
 
     def _facts(self, entry: Path) -> dict[str, Any]:
-        return json.loads((entry / "facts.json").read_text("utf-8"))
+        return strict_json.loads((entry / "facts.json").read_bytes())

@@ -10,7 +10,6 @@ that reason. Nothing is pickled, and no NaN or Inf is written.
     manifest.json         size and sha256 of each of the above; written last
 """
 
-import json
 import logging
 import re
 import shutil
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from compresso.checkpoint.atomic import clear_leftovers, new_folder, verify_manifest, write_json, write_manifest
 from compresso.checkpoint.storage import storage_errors
+from compresso.core import strict_json
 from compresso.errors import CheckpointError, NumericError, ResourceError
 from compresso.training.history import History
 
@@ -128,10 +128,10 @@ class TrainingCheckpoints:
             CheckpointError: it changed since.
         """
         try:
-            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+            facts = strict_json.loads((path / _FACTS).read_bytes())
             history = History.from_tensors(load_file(path / _HISTORY), facts["skipped"])
             return Saved(facts["update"], load_file(path / _STATE), history, facts["identity"])
-        except (OSError, ValueError, KeyError, SafetensorError) as damage:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as damage:
             raise CheckpointError(
                 f"checkpoint {path} cannot be read: {damage}; remove it to use the one before"
             ) from damage

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compresso.checkpoint.atomic import Json, write_json
 from compresso.checkpoint.identity import refuse_other_run
+from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ class RoundJournal:
 def _read(path: Path) -> dict[str, Json]:
     """A file's JSON object. Raises CheckpointError if it is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as damage:
+        value = strict_json.loads(path.read_bytes())
+    except (OSError, ValueError) as damage:
         raise CheckpointError(f"{path} is damaged ({type(damage).__name__})") from damage
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no object")
