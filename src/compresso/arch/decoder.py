@@ -128,7 +128,7 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
         slices = tuple(
             Slice(p, 0, unit=i)
             for i, prefixes in owned.items()
-            for p, _ in model.named_parameters()
+            for p in _inside(model, f"model.layers.{i}")
             if p.startswith(prefixes)
         )
         gates = tuple(Gate(module, "output", unit=i) for site in sites for i, module in site.items())
@@ -208,6 +208,11 @@ def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
+
+
+def _inside(model: PreTrainedModel, module: str) -> Iterator[str]:
+    """Qualified names of a module's parameters, without a walk over the others: of deep models there are many."""
+    return (name for name, _ in model.get_submodule(module).named_parameters(prefix=module))
 
 
 def _tensors(model: PreTrainedModel, module: str) -> Iterator[str]:

@@ -122,7 +122,7 @@ class Stack:
             slices = tuple(
                 Slice(p, 0, unit=i)
                 for i, of in prefixes.items()
-                for p, _ in model.named_parameters()
+                for p, _ in model.get_submodule(f"{where}.{i}").named_parameters(prefix=f"{where}.{i}")
                 if p.startswith(of)
             )
             gates = tuple(Gate(f"{where}.{i}.{module}", "output", unit=i) for present, module in sites for i in present)

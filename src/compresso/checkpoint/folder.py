@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from compresso.checkpoint.bounds import check_numbers
 from compresso.checkpoint.header import TensorInfo, read_header
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
@@ -78,6 +79,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         )
     if "transformers_weights" in data:
         raise CheckpointError(f"{path}: transformers_weights names another weight file. Give a folder with {SINGLE}.")
+    check_numbers(path, data)
     cls = CONFIG_MAPPING[model_type]
     if cls.__module__.startswith("transformers."):
         data.pop("auto_map", None)  # of code that is not run; what is written from this config must not name it either
@@ -108,6 +110,19 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json. Give a folder that holds a Hugging Face model.")
+
+
+def stored_names(folder: Path) -> tuple[str, ...]:
+    """Names of the tensors beside a config, where a header or an index can be read; none otherwise, as a config alone
+    is enough to count.
+    """
+    try:
+        if (folder / SINGLE).is_file():
+            return tuple(read_header(folder / SINGLE))
+        listed = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    except CheckpointError:
+        return ()
+    return tuple(listed) if isinstance(listed, dict) else ()
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:

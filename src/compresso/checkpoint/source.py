@@ -28,8 +28,9 @@ from transformers import (
 
 from compresso.checkpoint import hub
 from compresso.checkpoint.atomic import sha256
+from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
-from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_tensors
+from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
 from compresso.checkpoint.header import TensorInfo
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
 from compresso.native import family_of
@@ -37,7 +38,6 @@ from compresso.native.stock import as_stock
 
 _ENCODERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel)
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_MAX_LAYERS = 4_096
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
@@ -252,7 +252,11 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
     check_folder(folder)
     config = read_config(folder / "config.json")
     refuse_code(folder)
-    source = Source(config, folder, kind, name, folder / "config.json", stored_tensors(folder) if weights else {})
+    tensors = stored_tensors(folder) if weights else {}
+    if type(config).__module__.startswith("transformers."):  # layers of our own types may have lost all their tensors
+        layers = getattr(config, "num_hidden_layers", None)
+        check_layers(folder / "config.json", layers, tensors if weights else stored_names(folder))
+    source = Source(config, folder, kind, name, folder / "config.json", tensors)
     if weights and family_of(
         config.model_type
     ):  # for others transformers may rename tensors on the way in; load_model checks them
@@ -265,19 +269,16 @@ def _as_written(source: Source) -> PreTrainedModel:
 
     Raises ArchError if it is of no kind that is opened, CheckpointError if its config asks for the impossible.
     """
-    layers = getattr(source.config, "num_hidden_layers", 0) or 0
-    if layers > _MAX_LAYERS:
-        raise CheckpointError(
-            f"{source.config_file} asks for {layers} layers; at most {_MAX_LAYERS} are built. Check the config."
-        )
     auto = auto_class(source.config)
     try:
         with torch.device("meta"):
-            return auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
+            model = auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
         raise CheckpointError(
             f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config."
         ) from error
+    check_tables(source.config_file, model)
+    return model
 
 
 def _check_tensors(source: Source) -> None:
