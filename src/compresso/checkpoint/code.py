@@ -41,6 +41,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.links import is_own
 from compresso.errors import CheckpointError
 from compresso.native import CLASSES, MODELING_FILE
 
@@ -148,22 +149,12 @@ def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
     if not config.is_file() or not read_json(config).get("auto_map"):
         return False
     beside = folder / shipped.file.name
-    if (
-        not beside.is_file()
-        or not beside.resolve().is_relative_to(_root(folder))
-        or beside.read_bytes() != shipped.file.read_bytes()
-    ):
+    if not beside.is_file() or not is_own(beside.resolve(), folder) or beside.read_bytes() != shipped.file.read_bytes():
         raise CheckpointError(
             f"{beside} is not the file that this version of compresso writes, and is not run. Open the folder after"
             " `import compresso`, which does not read the file, or write it again with this version."
         )
     return True
-
-
-def _root(folder: Path) -> Path:
-    """The folder that holds all files of a model: itself, or its whole repository in the hub's cache."""
-    resolved = folder.resolve()
-    return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
 
 
 def _fields(data: dict[str, object]) -> Iterator[tuple[str, str, object]]:

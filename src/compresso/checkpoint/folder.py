@@ -9,19 +9,12 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compresso.checkpoint.bounds import check_numbers
 from compresso.checkpoint.header import TensorInfo, read_header
+from compresso.checkpoint.links import check_links
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_READ = (
-    ".json",
-    ".safetensors",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".tiktoken",
-)  # what transformers may open in a model folder
 _MAX_JSON_BYTES = {
     "config.json": 4_000_000,
     INDEX: 32_000_000,
@@ -93,17 +86,8 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError if the folder is a LoRA adapter, lacks config.json, or holds links that lead out of it.
-
-    Links into the blobs of the same repository are how the hub cache stores files, and are fine.
-    """
-    roots = [folder.resolve()]
-    if roots[0].parent.name == "snapshots":
-        roots.append(roots[0].parent.parent / "blobs")
-    for path in folder.iterdir():
-        read = path.name.endswith(_READ) or path.name == "additional_chat_templates"
-        if path.is_symlink() and read and not any(path.resolve().is_relative_to(root) for root in roots):
-            raise CheckpointError(f"{path} leads out of the model folder. Copy the file into it.")
+    """Raise CheckpointError if the folder is a LoRA adapter, lacks config.json, or holds links that lead out of it."""
+    check_links(folder)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder} holds a LoRA adapter (adapter_config.json). Merge it into its base model first."
