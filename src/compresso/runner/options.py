@@ -27,7 +27,8 @@ from compresso.runner.engine_shapes import (
     writable_queries,
 )
 from compresso.runner.inspection import inspect
-from compresso.runner.recipe import Recipe, build, override, read, task_of, with_knob
+from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
+from compresso.runner.recipe_data import with_confined_data
 from compresso.runner.recipe_file import plain
 from compresso.runner.task_options import for_model, with_task
 from compresso.tasks.base import DEFAULT
@@ -70,6 +71,7 @@ def with_options(
     sets: Sequence[str] = (),
     target: str | None = None,
     task: str | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """The raw recipe with task, budget, step cap, `path=value` overrides and the shapes that an engine wants in it.
 
@@ -83,10 +85,12 @@ def with_options(
         sets: overrides such as "stages.learn_gates.mask_lr=0.02".
         target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
         task: what is trained and judged by, such as "classification".
+        data: given in place of the recipe's own, which is then not looked at.
 
     Raises:
         BudgetError: more than one budget, or one outside its range.
-        RecipeError: an unknown recipe or engine, or an override that fits nothing.
+        RecipeError: an unknown recipe or engine, an override that fits nothing, or a recipe file that names data
+            outside its folder and the working folder.
     """
     raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
     if task_of(raw).name != DEFAULT:
@@ -96,6 +100,9 @@ def with_options(
         if not equals:
             raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
         raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
+    asked = data is not None or any(one.partition("=")[0].strip() == "data.source" for one in sets)
+    if not asked and not isinstance(recipe, Mapping) and str(recipe) not in names():
+        raw = with_confined_data(raw, Path(recipe))
     raw = _with_budget(raw, model, keep, parameters, macs)
     if max_steps is not None:
         if max_steps < 1:

@@ -157,6 +157,7 @@ def run(
             sets=sets,
             target=target,
             task=task,
+            data=None if data is None else str(data),
         )
         prepared = prepare(
             raw,
