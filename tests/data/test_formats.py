@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from compresso.data import lines
+from compresso.data.columns import TEXTS, parse
 from compresso.data.formats import read_file
 from compresso.data.records import (
     BadRecord,
@@ -25,7 +26,6 @@ from compresso.data.records import (
     Text,
     Window,
     digest,
-    parse,
     records_from,
 )
 from compresso.errors import DataError
@@ -129,7 +129,7 @@ BAD_LINES = [
     (b'{"text": "\\ud800"}', "half of a surrogate pair"),
     (
         b'{"prompt": "Add.", "answer": "3"}',
-        "fields are: prompt, answer; wanted instruction + output (+ input), messages, or text",
+        "fields are: prompt, answer; wanted instruction + output or response (+ input or context, system, history)",
     ),
     (b"{}", "fields are: none"),
     (b"[1, 2]", "holds a list; wanted an object"),
@@ -189,7 +189,7 @@ BAD_FILES = [
     ("a.jsonl.gz", gzip.compress(GOOD_LINE * 50)[:-20], "broken gzip"),
     ("a.parquet", b"PAR1 not really PAR1", "not a readable .parquet file"),
     ("a.safetensors", b"\xff" * 64, "not a readable .safetensors file"),
-    ("a.csv", b"text\nhello", "unknown file format"),
+    ("a.xlsx", b"text\nhello", "unknown file format"),
 ]
 
 
@@ -263,6 +263,6 @@ def test_the_digest_sees_content_kind_and_order() -> None:
 
 
 def test_records_in_memory_are_named_by_their_number() -> None:
-    assert records_from([{"text": "a"}, GOOD], "mine").kind == "mixed"
+    assert records_from([{"text": "a"}, GOOD], "mine", TEXTS).kind == "mixed"
     with pytest.raises(BadRecord, match="mine: record 2: fields are: x"):
-        records_from([{"text": "a"}, {"x": 1}], "mine")
+        records_from([{"text": "a"}, {"x": 1}], "mine", TEXTS)

@@ -1,50 +1,71 @@
 """Reading one local file into records; every bad line is named, none is dropped in silence.
 
-    .jsonl .jsonl.gz        one JSON object a line (blank lines separate nothing and are not counted)
-    .json .json.gz          a list of objects; a file that does not begin with "[" is read as .jsonl
-    .txt .txt.gz            documents separated by blank lines; without any blank line, each line is a document
+    .jsonl                  one JSON object a line (blank lines separate nothing and are not counted)
+    .json                   a list of objects; a file that does not begin with "[" is read as .jsonl
+    .txt                    documents separated by blank lines; without any blank line, each line is a document
+    .csv .tsv               rows under a header line
     .parquet                rows
+    .arrow                  rows, as `datasets` saves them
     .safetensors            integer `input_ids [n, seq]`: ready windows, in order
 
-The first good line decides what a file holds; a line of another kind is a bad line.
+All that is text may also be packed, as .gz or .zst. The first good line decides what a file holds: conversations (of
+one request or of several), texts or windows; a line of another kind is a bad line.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 
-from compresso.data.lines import MAX_BYTES, check_size, decoded_lines, opened
-from compresso.data.records import TEXTS, BadRecord, Record, RecordForm, Text, Window, kind_of
+from compresso.data.columns import TEXTS
+from compresso.data.lines import decoded_lines, opened
+from compresso.data.records import BadRecord, Chat, Instruction, Record, RecordForm, Text, Window, kind_of
+from compresso.data.tables import TableRow, arrow_rows, parquet_rows, separated_rows
 from compresso.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".txt", ".txt.gz", ".parquet", ".safetensors")
+_PACKED = ("", ".gz", ".zst")
+SUFFIXES = (
+    *(suffix + packed for suffix in (".jsonl", ".json", ".txt", ".csv", ".tsv") for packed in _PACKED),
+    ".parquet",
+    ".arrow",
+    ".safetensors",
+)
 MAX_WINDOW_IDS = 2**25
 NAMED_BAD_LINES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecords:
-    """A file's records, the number of its bad lines, and the first few of them as "file:line: reason"."""
+    """What was read of a file.
+
+    Args:
+        rows: its records.
+        n_bad, bad: the number of its bad lines, and the first few of them as "file:line: reason".
+        passed_over: columns that held something and were not read -> rows in which they did.
+        places: where each record stands, as "file:line" without a folder.
+    """
 
     rows: list[Record]
     n_bad: int
     bad: tuple[str, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
+    places: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One object of a file: where it begins, and the object, or why there is none."""
+    """One object of a file: where it begins, and the object, or why there is none; columns of it that were not read."""
 
     place: str
     value: object = None
     wrong: str = ""
+    unread: tuple[str, ...] = ()
 
 
 def suffix_of(path: Path) -> str:
@@ -52,8 +73,14 @@ def suffix_of(path: Path) -> str:
     return max((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), key=len, default="")
 
 
-def read_file(path: Path, skip_bad: bool = False, limit: int | None = None, form: RecordForm = TEXTS) -> FileRecords:
-    """Read a file, up to `limit` records of a form.
+def read_file(
+    path: Path,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    form: RecordForm = TEXTS,
+    like: Record | None = None,
+) -> FileRecords:
+    """Read a file, up to `limit` records of a form; of the kind of `like`, where other files came before it.
 
     Raises:
         DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and
@@ -67,7 +94,7 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None, form
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; give a file with at least one record")
-        return _collect(path, _objects(path, suffix, form), skip_bad, limit, form)
+        return _collect(path, _objects(path, suffix, form), skip_bad, limit, form, like)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
     except (pyarrow.ArrowInvalid, SafetensorError) as error:
@@ -75,23 +102,32 @@ def read_file(path: Path, skip_bad: bool = False, limit: int | None = None, form
             f"{path}: not a readable {suffix} file ({_first_line(error)}); fetch or write the file again"
         ) from error
     except OSError as error:
+        if suffix.endswith(".zst") and error.errno is None:
+            raise DataError(
+                f"{path}: broken zstd data ({_first_line(error)}); fetch or compress the file again"
+            ) from error
         raise DataError(
             f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file and its permissions"
         ) from error
 
 
-def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None, form: RecordForm) -> FileRecords:
+def _collect(
+    path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None, form: RecordForm, like: Record | None
+) -> FileRecords:
     rows: list[Record] = []
+    places: list[str] = []
     bad: list[str] = []
+    passed_over: Counter[str] = Counter()
     n_bad = 0
     for each in found:
         try:
             if each.wrong:
                 raise BadRecord(each.wrong)
-            row = form.parse(each.value)
-            if rows and kind_of(row) != kind_of(rows[0]):
+            taken = form.take(each.value)
+            row, first = taken.record, rows[0] if rows else like
+            if first is not None and _sort(row) != _sort(first):
                 raise BadRecord(
-                    f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(rows[0])}; put each kind into its"
+                    f"is of kind {kind_of(row)}, the lines before it of kind {kind_of(first)}; put each kind into its"
                     " own file"
                 )
         except BadRecord as error:
@@ -104,6 +140,9 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
                 bad.append(f"{each.place}: {error}")
             continue
         rows.append(row)
+        places.append(path.name + each.place.removeprefix(str(path)))
+        passed_over.update(taken.unused)
+        passed_over.update(each.unread)
         if len(rows) == limit:
             break
     if not rows:
@@ -112,19 +151,30 @@ def _collect(path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | N
             if bad
             else f"{path}: the file holds no record"
         )
-    return FileRecords(rows, n_bad, tuple(bad))
+    return FileRecords(rows, n_bad, tuple(bad), dict(passed_over), places)
+
+
+def _sort(record: Record) -> str:
+    """What must be alike in a file: a request with its answer is a conversation, too."""
+    return "conversation" if isinstance(record, Instruction | Chat) else kind_of(record)
 
 
 def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
-    match suffix.removesuffix(".gz"):
+    match suffix.removesuffix(".gz").removesuffix(".zst"):
         case ".jsonl":
             return _json_lines(path)
         case ".json":
             return _json_list(path) if _begins_list(path) else _json_lines(path)
         case ".txt":
             return _paragraphs(path)
+        case ".csv":
+            return _table(separated_rows(path, ",", form))
+        case ".tsv":
+            return _table(separated_rows(path, "\t", form))
         case ".parquet":
-            return _parquet_rows(path, form)
+            return _table(parquet_rows(path, form))
+        case ".arrow":
+            return _table(arrow_rows(path, form))
         case _:
             return _windows(path)
 
@@ -208,19 +258,8 @@ def _paragraphs(path: Path) -> Iterator[_Found]:
             paragraph.append(line)
 
 
-def _parquet_rows(path: Path, form: RecordForm) -> Iterator[_Found]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        known = [name for name in form.columns if name in names]
-        if not known:
-            raise DataError(f"{path}: columns are: {', '.join(names[:8])}; wanted {form.wanted}")
-        number = total = 0
-        for batch in file.iter_batches(batch_size=256, columns=known):
-            total += batch.nbytes
-            check_size(path, total, MAX_BYTES)
-            for row in batch.to_pylist():
-                number += 1
-                yield _Found(f"{path}: row {number}", row)
+def _table(rows: Iterator[TableRow]) -> Iterator[_Found]:
+    return (_Found(row.place, row.cells, row.wrong, row.unread) for row in rows)
 
 
 def _windows(path: Path) -> Iterator[_Found]:

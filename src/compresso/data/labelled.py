@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.data.batches import Row
 from compresso.data.instructions import Encoded, Stats
-from compresso.data.records import BadRecord, Labelled, RecordForm, Records, text_of, type_name
+from compresso.data.records import BadRecord, Labelled, RecordForm, Records, Taken, text_of, type_name, unused_of
 from compresso.errors import DataError
 
 _TEXTS = (
@@ -53,7 +53,15 @@ def parse_labelled(value: object) -> Labelled:
     return Labelled(texts[0], texts[1] if len(texts) > 1 else None, label)
 
 
-LABELLED = RecordForm((*(name for names in _TEXTS for name in names if name), "label"), parse_labelled, _WANTED)
+def take_labelled(value: object) -> Taken:
+    """The same, and the columns that were not read. Raises BadRecord."""
+    record = parse_labelled(value)
+    assert isinstance(value, Mapping)  # else it was refused
+    names = next(names for names in _TEXTS if all(name is None or name in value for name in names))
+    return Taken(record, unused_of(value, (*(name for name in names if name), "label")))
+
+
+LABELLED = RecordForm((*(name for names in _TEXTS for name in names if name), "label"), take_labelled, _WANTED)
 """Rows of a classification."""
 
 

@@ -1,13 +1,17 @@
 """Numbered lines of text files that come from strangers: a line, a file and what a compressed file may grow to have
 caps.
 
-gzip is read as a stream, so a small file that would fill the memory is refused when it passes a cap, not after.
+gzip and zstd are read as streams, so a small file that would fill the memory is refused when it passes a cap, not
+after. zstd comes with pyarrow, which reads the tables.
 """
 
 import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+import pyarrow
 
 from compresso.errors import DataError
 
@@ -39,8 +43,21 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The file's bytes as a stream, decompressed if its name ends in .gz."""
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # pyright: ignore[reportReturnType]
+    """The file's bytes as a stream, decompressed if its name ends in .gz or .zst.
+
+    Raises:
+        DataError: zstd is asked for, and this pyarrow cannot read it.
+    """
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
+        case ".zst":
+            if not pyarrow.Codec.is_available("zstd"):
+                raise DataError(f"{path}: this pyarrow was built without zstd; decompress the file first (zstd -d)")
+            packed = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+            return io.BufferedReader(packed)  # pyright: ignore[reportArgumentType, reportReturnType]
+        case _:
+            return path.open("rb")
 
 
 def check_size(path: Path, total: int, packed_bytes: int) -> None:

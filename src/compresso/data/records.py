@@ -1,34 +1,27 @@
-"""What one line of data can be, and how an untyped object becomes one.
+"""What one line of data can be: four kinds, whatever the columns were called.
 
-Four kinds, distinguished by their fields (the first match wins, so an Alpaca row that also has a `text` column is an
-instruction):
+    Instruction   what is asked, with an input or without, and the answer
+    Chat          a conversation
+    Text          a document
+    Window        ready token ids, used as they are
 
-    Instruction   instruction, output, and optionally input          (Alpaca)
-    Chat          messages [{role, content}], or conversations [{from, value}]
-    Text          text
-    Window        input_ids: ready token ids, used as they are
-
-A task whose rows mean something else reads them by a `RecordForm` of its own; `labelled` has one.
+Which columns become which is written in `columns`. A task whose rows mean something else reads them by a `RecordForm`
+of its own; `labelled` has one.
 
 Parsing is strict: what does not fit raises `BadRecord` with the reason, and the reader that knows the file and the line
-decides what to do.
+decides what to do. A column that holds something and goes into no record is named, so that it can be counted and said.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+LONGEST_NAME = 40
 KINDS = ("instruction", "chat", "text", "window")
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
 
 
 class BadRecord(ValueError):
@@ -98,6 +91,8 @@ class Records:
         n_bad: lines that were skipped because they hold no record.
         bad: the first few of those, as "file:line: reason".
         parts: of several sources, each one's name and number of rows; empty for a single one.
+        passed_over: columns that held something and were not read -> rows in which they did.
+        places: where each row stands, as "file:line"; empty where rows came from no file.
         sha256: identity of the rows, whatever file or hub they came from.
     """
 
@@ -107,6 +102,8 @@ class Records:
     n_bad: int = 0
     bad: tuple[str, ...] = ()
     parts: tuple[tuple[str, int], ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
+    places: Sequence[str] = ()
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,100 +139,76 @@ def digest(rows: Iterable[Record]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """What was read of one object.
+
+    Args:
+        record: it.
+        unused: columns that hold something and went into no record, and what else was passed over, by name.
+    """
+
+    record: Record
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RecordForm:
     """What a row of data holds.
 
     Args:
         columns: names that mean something, for files whose other columns need not be read.
-        parse: an object -> the record that it describes; raises BadRecord.
+        take: an object -> the record that it describes, and what of it was not read; raises BadRecord.
         wanted: the sets of columns that make a record, in words.
     """
 
     columns: tuple[str, ...]
-    parse: Callable[[object], "Record"]
+    take: Callable[[object], Taken]
     wanted: str
 
 
-def parse(value: object) -> Record:
-    """The record that `value` describes; a text or window stands for itself.
+def holds(cell: object) -> bool:
+    """Whether there is something in a cell: not null, and not an empty string, list or object."""
+    return not (cell is None or (isinstance(cell, str | list | tuple | dict) and not cell))
 
-    Raises:
-        BadRecord: it is not an object, has none of the known sets of fields, or a field has the wrong type or cannot be
-            UTF-8.
+
+def unused_of(row: Mapping[object, object] | Mapping[str, object], used: Iterable[str]) -> tuple[str, ...]:
+    """Names of the columns that hold something and were not used, fit to be printed."""
+    known = set(used)
+    return tuple(printable(str(name)) for name, cell in row.items() if name not in known and holds(cell))
+
+
+def printable(name: str) -> str:
+    """A name from a file of strangers as it may stand in a line.
+
+    >>> printable("tab\\there")
+    'tab?here'
     """
-    if isinstance(value, Text | Window):
-        return value
-    if not isinstance(value, Mapping):
-        raise BadRecord(f"holds {type_name(value)}; wanted an object with named fields")
-    if "instruction" in value and "output" in value:
-        given = value.get("input")
-        instruction = text_of(value, "instruction")
-        if not instruction:
-            raise BadRecord("field 'instruction' is empty")
-        return Instruction(instruction, "" if given is None else text_of(value, "input"), text_of(value, "output"))
-    if "messages" in value:
-        return Chat(_conversation(value["messages"], "messages", "role", "content"))
-    if "conversations" in value:
-        return Chat(_conversation(value["conversations"], "conversations", "from", "value"))
-    if "text" in value:
-        return Text(text_of(value, "text"))
-    found = ", ".join(str(name) for name in list(value)[:8]) or "none"
-    raise BadRecord(f"fields are: {found}; wanted {TEXTS.wanted}")
+    shown = "".join(letter if letter.isprintable() else "?" for letter in name[:LONGEST_NAME])
+    return shown + ("..." if len(name) > LONGEST_NAME else "")
 
 
-TEXTS = RecordForm(
-    ("instruction", "input", "output", "messages", "conversations", "text"),
-    parse,
-    "instruction + output (+ input), messages, or text",
-)
-"""What language models read."""
-
-
-def records_from(rows: Iterable[object], source: str, form: RecordForm = TEXTS) -> Records:
+def records_from(rows: Iterable[object], source: str, form: RecordForm) -> Records:
     """Records from objects that are already in memory.
 
     Raises:
         BadRecord: an object is no record, named by its place.
     """
     parsed: list[Record] = []
+    passed_over: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
-            parsed.append(form.parse(row))
+            taken = form.take(row)
         except BadRecord as error:
             raise BadRecord(f"{source}: record {number}: {error}") from error
-    return Records(joint_kind(parsed), parsed, source)
+        parsed.append(taken.record)
+        passed_over.update(taken.unused)
+    return Records(joint_kind(parsed), parsed, source, passed_over=dict(passed_over))
 
 
 def joint_kind(rows: Sequence[Record]) -> str:
     """The kind that all rows share, or "mixed"."""
     kinds = {kind_of(row) for row in rows}
     return kinds.pop() if len(kinds) == 1 else "mixed"
-
-
-def _conversation(value: object, name: str, role_key: str, content_key: str) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRecord(f"field '{name}' is {type_name(value)}; wanted a list of turns")
-    turns: list[Message] = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, Mapping):
-            raise BadRecord(
-                f"turn {number} of '{name}' is {type_name(turn)}; wanted an object with {role_key} and {content_key}"
-            )
-        role = _ROLES.get(str(turn.get(role_key)))
-        if role is None:
-            raise BadRecord(f"turn {number} has {role_key} {turn.get(role_key)!r}; wanted one of {', '.join(_ROLES)}")
-        try:
-            turns.append(Message(role, text_of(turn, content_key)))
-        except BadRecord as error:
-            raise BadRecord(f"turn {number}: {error}") from error
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    for number, turn in enumerate(spoken, len(turns) - len(spoken) + 1):
-        wanted = "user" if (number - (len(turns) - len(spoken))) % 2 else "assistant"
-        if turn.role != wanted:
-            raise BadRecord(f"turn {number} is by '{turn.role}'; user and assistant must take turns, the user first")
-    if len(spoken) < 2:
-        raise BadRecord(f"field '{name}' has no assistant turn to learn from")
-    return tuple(turns)
 
 
 def text_of(value: Mapping[object, object], name: str) -> str:

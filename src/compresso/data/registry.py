@@ -4,6 +4,7 @@ by commas.
     alpaca-gpt4                     a registered name
     owner/name or owner/name:config a data set on the hub
     answers.jsonl                   a local file
+    answers/ or 'part-*.jsonl'      a folder of files, or a pattern of their names; see `shards`
     answers.jsonl,wikitext2         both; text and instructions in one training set recover a pruned model better than
                                     instructions alone
 
@@ -13,15 +14,18 @@ those stand in, and the description says which file did and how it differs. The 
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
 from compresso.data import hub
-from compresso.data.formats import read_file, suffix_of
+from compresso.data.columns import TEXTS
+from compresso.data.formats import NAMED_BAD_LINES, SUFFIXES, read_file, suffix_of
 from compresso.data.hub import HubSet
-from compresso.data.records import TEXTS, BadRecord, RecordForm, Records, joint_kind, records_from
+from compresso.data.records import BadRecord, Record, RecordForm, Records, joint_kind, records_from, unused_of
+from compresso.data.shards import is_pattern, shards
 from compresso.errors import DataError, nearest
 
 WORLD_ROWS = 8000
@@ -120,9 +124,7 @@ def load_records(
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: wanted at least 1 row")
-    parts = (
-        [str(data)] if isinstance(data, Path) or Path(data).is_file() else [part.strip() for part in data.split(",")]
-    )
+    parts = [str(data)] if isinstance(data, Path) or Path(data).exists() else [part.strip() for part in data.split(",")]
     if not all(parts):
         raise DataError(f"--data {str(data)!r} names an empty source; wanted names or files, joined by single commas")
     sources = [_one(part, split, seed, limit, skip_bad, local, form) for part in parts]
@@ -136,7 +138,17 @@ def load_records(
         n_bad=sum(source.n_bad for source in sources),
         bad=tuple(chain.from_iterable(source.bad for source in sources)),
         parts=tuple((source.source, len(source.rows)) for source in sources),
+        passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
+        places=list(chain.from_iterable(_places(source) for source in sources)),
     )
+
+
+def _places(records: Records) -> Iterator[str]:
+    """Where each row stands, by its number where it came from no file."""
+    if records.places:
+        yield from records.places
+    else:
+        yield from (f"{records.source}: record {number}" for number in range(1, len(records.rows) + 1))
 
 
 def _one(
@@ -147,6 +159,8 @@ def _one(
     if name in REGISTERED:
         return _registered(name, split, limit, local, form)
     path = Path(name).expanduser()
+    if path.is_dir() or is_pattern(name):
+        return _shards(name, split, limit, skip_bad, form)
     if path.exists() or suffix_of(path):
         return _file(path, limit, skip_bad, form)
     if match := _HUB_ID.fullmatch(name):
@@ -156,7 +170,39 @@ def _one(
 
 def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Records:
     read = read_file(path, skip_bad, limit, form)
-    return Records(joint_kind(read.rows), read.rows, path.name, read.n_bad, read.bad)
+    return Records(
+        joint_kind(read.rows),
+        read.rows,
+        path.name,
+        read.n_bad,
+        read.bad,
+        passed_over=read.passed_over,
+        places=read.places,
+    )
+
+
+def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: RecordForm) -> Records:
+    """The files of a folder or of a pattern, one behind the other, as one source."""
+    rows: list[Record] = []
+    places: list[str] = []
+    bad: list[str] = []
+    n_bad = n_files = 0
+    passed_over: Counter[str] = Counter()
+    for path in shards(name, SUFFIXES, split):
+        left = None if limit is None else limit - len(rows)
+        if left == 0:
+            break
+        read = read_file(path, skip_bad, left, form, like=rows[0] if rows else None)
+        rows += read.rows
+        places += read.places
+        bad += read.bad
+        n_bad += read.n_bad
+        n_files += 1
+        passed_over.update(read.passed_over)
+    told = f"{Path(name).expanduser().name} ({n_files} file{'s' * (n_files != 1)})"
+    return Records(
+        joint_kind(rows), rows, told, n_bad, tuple(bad[:NAMED_BAD_LINES]), passed_over=dict(passed_over), places=places
+    )
 
 
 def _registered(name: str, split: str, limit: int | None, local: str | Path | None, form: RecordForm) -> Records:
@@ -180,8 +226,10 @@ def _from_hub(
         raise DataError(f"data set {place.id} has no column {', '.join(missing)}; it has {', '.join(rows[0])}")
     kept = [{column: row[column] for column in columns} for row in rows] if columns else rows
     part = f"first {len(rows)} rows of " if limit == len(rows) else ""
+    left = Counter(unused for row in rows for unused in unused_of(row, columns)) if columns else {}
     try:
-        return records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form)
+        records = records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form)
+        return replace(records, passed_over={**left, **records.passed_over})
     except BadRecord as error:
         raise DataError(f"{error}. Download it as a file, repair that row and pass the file.") from error
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from compresso.checkpoint.source import is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.data.batches import Row, collate
+from compresso.data.columns import TEXTS
 from compresso.data.instructions import Encoded, encode
-from compresso.data.records import TEXTS, RecordForm, Records
+from compresso.data.records import RecordForm, Records
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
 from compresso.tasks.base import DEFAULT, Reading, register
