@@ -12,6 +12,7 @@ from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
+from compresso.data.tokens import refuse_ids
 from compresso.door import public
 from compresso.edit.gather import gather_inputs_
 from compresso.edit.patches import patch_, read_patches
@@ -62,10 +63,12 @@ class Loaded:
     ) -> str:
         if not self.model.can_generate():
             raise DataError(f"a {type(self.model).__name__} writes no text; call `model` with token ids")
+        size = int(self.model.config.vocab_size)
+        refuse_ids(ids, size, "a token of the request")
         inputs = torch.tensor([ids], device=self.model.device)
         options = {
             "do_sample": False,
-            "pad_token_id": pad_id(tokenizer),
+            "pad_token_id": pad_id(tokenizer, size),
             "eos_token_id": tokenizer.eos_token_id,
             **options,
         }

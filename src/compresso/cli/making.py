@@ -11,6 +11,7 @@ import typer
 from compresso.cli.app import app
 from compresso.cli.options import (
     AllowCollapsed,
+    AllowDropped,
     Device,
     For,
     Force,
@@ -25,6 +26,7 @@ from compresso.cli.options import (
     Recipe,
     Seed,
     Set,
+    SkipBad,
     Speedup,
     Stream,
     Target,
@@ -107,6 +109,11 @@ def plan(
     sets: Set = None,
     target: Target = None,
     task: Task = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="As for `run`: says how many examples and tokens survive, and how long an epoch is."),
+    ] = None,
+    skip_bad: SkipBad = False,
     as_json: Json = False,
     speedup: Speedup = None,
     engine: For = None,
@@ -128,6 +135,8 @@ def plan(
         target=_target(target, engine),
         task=task,
         layout=layout,
+        data=data,
+        skip_bad=skip_bad,
     )
     plan.show(facts, as_json)
 
@@ -139,7 +148,10 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Registered name or local file (.jsonl[.gz], .json, .parquet, .txt); several with commas."),
+        typer.Option(
+            help="Registered name, local file (.jsonl, .json, .csv, .tsv, .txt, also .gz and .zst; .parquet), folder or"
+            " pattern of files; several with commas."
+        ),
     ] = None,
     keep: Keep = None,
     parameters: Parameters = None,
@@ -156,9 +168,8 @@ def run(
     ] = False,
     overwrite: Overwrite = False,
     allow_collapsed: AllowCollapsed = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave malformed data lines out, counted, instead of stopping.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    allow_dropped: AllowDropped = False,
     offload: Annotated[
         bool,
         typer.Option(
@@ -207,6 +218,7 @@ def run(
         overwrite=overwrite or force,
         allow_collapsed=allow_collapsed or force,
         skip_bad=skip_bad,
+        allow_dropped=allow_dropped,
         offload=offload or stream,
         over_memory=over_memory,
         verify=not no_verify,

@@ -59,6 +59,17 @@ Measure = Annotated[
         help="Measured of both models at the end: full, quick (no speed, short texts), none (held-out loss alone)."
     ),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave malformed data lines, and conversations that the chat template refuses, out, counted.",
+    ),
+]
+AllowDropped = Annotated[
+    bool,
+    typer.Option("--allow-dropped", help="Go on where more than a fifth of the data gives no example to learn from."),
+]
 AllowCollapsed = Annotated[
     bool, typer.Option("--allow-collapsed", help="Write the result even if the collapse guard refuses it.")
 ]

@@ -25,17 +25,20 @@ def plan(
     target: str | None = None,
     task: str | None = None,
     layout: str = "auto",
+    data: str | Path | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder or config.json.
-        keep, parameters, macs, max_steps, sets, target, task, layout: as for `compresso.run`.
+        keep, parameters, macs, max_steps, sets, target, task, layout, skip_bad: as for `compresso.run`.
+        data: as for `compresso.run`; None reads none.
 
     Returns:
         What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
-        "weight_bytes", "device", "stages", "training"}`.
+        "weight_bytes", "device", "stages", "training", "data"}`.
 
     Raises:
         CompressoError: for all that the run would refuse before it reads weights.
@@ -51,4 +54,4 @@ def plan(
         target=target,
         task=task,
     )
-    return dry_runs.plan(raw, str(model), layout, target)
+    return dry_runs.plan(raw, str(model), layout, target, data=None if data is None else str(data), skip_bad=skip_bad)

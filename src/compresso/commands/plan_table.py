@@ -36,6 +36,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         " rate; real steps take longer.",
         soft_wrap=True,
     )
+    if facts.get("data"):
+        for line in _data(facts["data"]):
+            console.print(line, markup=False, soft_wrap=True)
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
@@ -44,6 +47,24 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
+
+
+def _data(data: Mapping[str, Any]) -> list[str]:
+    """What became of the data, a sentence each."""
+    examples = data["examples"]
+    lines = [
+        f"data: {data['source']} ({data['kind']})",
+        f"data: {data['survive']:,} of {examples['n']:,} records survive at {data['max_length']} tokens; rows of"
+        f" training {data['train']:,}, held out {data['held']:,}; tokens {examples['tokens']:,}, of which"
+        f" {examples['response_tokens']:,} are learned",
+    ]
+    lines += [f"data: {note}" for note in data["notes"]]
+    lines += [
+        f"{one['stage']}: an epoch is {one['updates_an_epoch']:,} updates of {one['batch']} rows; it takes"
+        f" {one['updates']:,} updates"
+        for one in data["epochs"]
+    ]
+    return lines + ([f"A run would stop: {data['stops']}"] if data["stops"] else [])
 
 
 def _costs(facts: Mapping[str, Any]) -> Table:

@@ -32,16 +32,30 @@ class Batch(TypedDict):
     labels: Tensor
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> int:
     """An id to fill up with: the tokenizer's own, else its end token, else 0.
 
     Padding is masked in the attention and in the labels, so any id in the vocabulary will do. The authors' code adds a
-    [PAD] token and grows the embedding by a row for it; here the embedding keeps its size.
+    [PAD] token and grows the embedding by a row for it; here the embedding keeps its size. A padding token that was
+    added to the tokenizer alone has no row, so it is passed by.
+
+    size: rows of the embedding; None where every id of the tokenizer has one.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
+        if isinstance(candidate, int) and (size is None or 0 <= candidate < size):
             return candidate
     return 0
+
+
+def padding_note(tokenizer: PreTrainedTokenizerBase, size: int) -> str:
+    """What to say where the tokenizer's padding token has no row in an embedding of `size`; "" where it has one."""
+    own, used = tokenizer.pad_token_id, pad_id(tokenizer, size)
+    if not isinstance(own, int) or own == used:
+        return ""
+    return (
+        f"the padding token {tokenizer.pad_token!r} has the id {own}, and the embedding {size} rows: rows are filled up"
+        f" with id {used} instead, which is masked"
+    )
 
 
 def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> Batch:

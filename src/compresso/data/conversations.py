@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from compresso.data.records import Message
-from compresso.data.template import chat_template
+from compresso.data.template import chat_template, keeps_system, with_system_in_user_turn
 from compresso.data.tokens import Spans, special_texts
 from compresso.errors import DataError
 
@@ -26,13 +26,15 @@ def templated_transcript(
     ends it.
 
     Templates with generation marks say it themselves. For the others, a turn begins where the conversation before it,
-    rendered with a generation prompt, ends.
+    rendered with a generation prompt, ends. Where the template keeps no system text, it stands in the first user turn.
 
     Raises:
         DataError: the template refuses the conversation, or does not render a turn as a continuation of the turns
             before it.
     """
     jinja = chat_template(template, prompt_on)
+    if not keeps_system(template):
+        messages = with_system_in_user_turn(messages)
     if _GENERATION_MARK.search(template):
         return _marked(tokenizer, jinja, messages)
     text = _render(tokenizer, jinja, messages)
@@ -51,12 +53,15 @@ def templated_transcript(
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message]) -> tuple[str, Spans]:
-    rendered, spans = render_jinja_template(  # pyright: ignore[reportAssignmentType]
-        [_plain(messages)],
-        chat_template=jinja,
-        return_assistant_tokens_mask=True,
-        **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
-    )
+    try:
+        rendered, spans = render_jinja_template(  # pyright: ignore[reportAssignmentType]
+            [_plain(messages)],
+            chat_template=jinja,
+            return_assistant_tokens_mask=True,
+            **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
+        )
+    except Exception as error:  # templates refuse with any error they like
+        raise _refused(messages, error) from error
     return rendered[0], [tuple(span) for span in spans[0]]  # pyright: ignore[reportReturnType]
 
 
@@ -80,10 +85,13 @@ def _render(
             **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
         )
     except Exception as error:  # templates refuse with any error they like
-        raise DataError(
-            f"the tokenizer's chat template refuses a conversation of {len(messages)} turns: {error}"
-        ) from error
+        raise _refused(messages, error) from error
     return rendered[0]
+
+
+def _refused(messages: Sequence[Message], error: Exception) -> DataError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"the tokenizer's chat template refuses a conversation of {len(messages)} turns: {said}")
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

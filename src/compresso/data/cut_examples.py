@@ -60,7 +60,7 @@ def cut_examples(given: Examples, kept: Sequence[int], size: int, longest: int |
                 " more text"
             )
     if tokenizer is not None:
-        padding = pad_id(tokenizer)
+        padding = pad_id(tokenizer, len(kept))
     else:
         padding = list(kept).index(given.pad_id) if given.pad_id in set(kept) else 0
     facts: dict[str, object] = {

@@ -12,7 +12,7 @@ after the data was tokenised, and so does not act), and no [PAD] row is added to
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
@@ -20,68 +20,46 @@ from transformers import PreTrainedTokenizerBase
 from compresso.data.batches import IGNORED, Row
 from compresso.data.conversations import templated_prompt, templated_transcript
 from compresso.data.prompt import body, full_prompt, opening, user_turn
-from compresso.data.records import Chat, Instruction, Message, Record, Records, Text, Window
-from compresso.data.template import original_template, single_template, transcript
+from compresso.data.records import Chat, Instruction, Message, Records, Text, Window
+from compresso.data.survival import NAMED_BAD, Encoded, Lost, Reach, Stats, nothing_left
+from compresso.data.template import keeps_system, original_template, single_template, transcript
 from compresso.data.tokens import Spans, bare_ids, bos_text, eos_text, ids_and_ends, label_spans
 from compresso.errors import DataError
 
 _TOGETHER = 512  # records tokenised in one call
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What became of the records.
-
-    Args:
-        n: records that were looked at.
-        truncated: examples cut at max_length.
-        dropped: examples of which the cut left no token to learn.
-        empty: records with an empty text or response, from which nothing can be learned.
-        rows: rows made.
-        tokens: tokens in those rows.
-        response_tokens: tokens that have a label.
-    """
-
-    n: int
-    truncated: int
-    dropped: int
-    empty: int
-    rows: int
-    tokens: int
-    response_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Rows ready for batches, what became of the records they were made of, and names of their classes, if they have
-    some.
-    """
-
-    rows: list[Row]
-    stats: Stats
-    labels: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class _Tally:
+    skip_bad: bool = False
     truncated: int = 0
+    cut_tokens: int = 0
     dropped: int = 0
     empty: int = 0
+    blank: int = 0
     shortest_prompt: int | None = None
+    bad: list[str] = field(default_factory=list[str])
+
+    def lost(self, source: str, n: int) -> Lost:
+        return Lost(source, n, self.dropped, self.empty - self.blank, len(self.bad), self.shortest_prompt)
 
 
 def encode(
     records: Records,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     prompt_on: bool,
     pack: bool = False,
     limit: int | None = None,
     vocab_size: int | None = None,
+    skip_bad: bool = False,
+    context: int | None = None,
 ) -> Encoded:
     """Tokenise records.
 
     Args:
+        records: what was read.
+        tokenizer: None is enough for ready windows.
         max_length: most tokens of a row, the prompt included.
         prompt_on: put the collaborative prompt before instructions and conversations.
         pack: join the plain texts of a source, each between its beginning and end token, and cut the stream into rows
@@ -90,38 +68,47 @@ def encode(
         limit: most records to look at: the first ones, or evenly spaced ones of a mix of kinds, so that every kind is
             met.
         vocab_size: ids must be smaller; the tokenizer's size if not given. Pass the model's where it is at hand.
+        skip_bad: leave records out (counted) that the chat template refuses, instead of raising.
+        context: tokens that the model reads at most, for the words of a cure.
 
     Raises:
-        DataError: the tokenizer has no end token, an id is outside the vocabulary, a ready window is too long or all
-            padding, or no record leaves anything to learn.
+        DataError: there is no tokenizer for texts, it has no end token, the chat template refuses a conversation, an id
+            is outside the vocabulary, a ready window is too long or all padding, or no record leaves anything to learn.
     """
     if max_length < 2:
         raise DataError(f"max_length={max_length}: wanted at least 2, because a prediction needs a token before it")
-    if not tokenizer.eos_token:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token, so no response would ever end; set tokenizer.eos_token"
-        )
-    tally = _Tally()
+    if any(not isinstance(row, Window) for row in records.rows):
+        _check_tokenizer(records, tokenizer)
     chosen = _chosen(records, limit)
     rows: list[Row] = []
+    tallies: list[tuple[str, int, _Tally]] = []
+    start = 0
     for source, part in chosen.by_source():
-        for row in _rows(part, tokenizer, max_length, prompt_on, pack, tally):
+        tally = _Tally(skip_bad)
+        tallies.append((source, len(part), tally))
+        for row in _rows(chosen, range(start, start + len(part)), tokenizer, max_length, prompt_on, pack, tally):
             row["source"] = source
             rows.append(row)
-    size = len(tokenizer) if vocab_size is None else vocab_size
-    for number, row in enumerate(rows, 1):
-        if max(row["input_ids"]) >= size:
-            raise DataError(
-                f"{records.source}: row {number} holds id {max(row['input_ids'])}, the vocabulary has {size}; "
-                "use the tokenizer that belongs to the model"
-            )
-    if not rows:
-        raise DataError(_nothing_left(records, len(chosen.rows), max_length, prompt_on, tally))
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    learned = sum(label != IGNORED for row in rows for label in row["labels"])
-    return Encoded(
-        rows, Stats(len(chosen.rows), tally.truncated, tally.dropped, tally.empty, len(rows), tokens, learned)
+        start += len(part)
+    _check_ids(records.source, rows, tokenizer, vocab_size)
+    lost = tuple(tally.lost(source, n) for source, n, tally in tallies)
+    bad = tuple(reason for _, _, tally in tallies for reason in tally.bad)
+    stats = Stats(
+        n=len(chosen.rows),
+        truncated=sum(tally.truncated for _, _, tally in tallies),
+        dropped=sum(tally.dropped for _, _, tally in tallies),
+        empty=sum(tally.empty for _, _, tally in tallies),
+        rows=len(rows),
+        tokens=sum(len(row["input_ids"]) for row in rows),
+        response_tokens=sum(label != IGNORED for row in rows for label in row["labels"]),
+        blank=sum(tally.blank for _, _, tally in tallies),
+        refused=len(bad),
+        cut_tokens=sum(tally.cut_tokens for _, _, tally in tallies),
+        read=len(records.rows),
     )
+    if not rows:
+        raise DataError(nothing_left(records.source, stats, lost, bad, Reach(max_length, context, prompt_on)))
+    return Encoded(rows, stats, lost=lost, bad=bad[:NAMED_BAD], notes=_notes(chosen, tokenizer, prompt_on))
 
 
 def encode_prompt(
@@ -149,6 +136,50 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[: bisect_right(ends, len(head))]
 
 
+def _check_tokenizer(records: Records, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is None:
+        raise DataError(
+            f"{records.source}: the model has no tokenizer to read texts with; give ready token windows (.safetensors"
+            " with input_ids), or add the tokenizer's files to the model"
+        )
+    if not tokenizer.eos_token:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so no response would ever end; set tokenizer.eos_token"
+        )
+
+
+def _check_ids(
+    source: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None
+) -> None:
+    """Refuse ids that no row of the embedding belongs to, whoever wrote them: the data, or the tokenizer between."""
+    size = vocab_size if vocab_size is not None or tokenizer is None else len(tokenizer)
+    for number, row in enumerate(rows, 1):
+        if size is not None and (highest := max(row["input_ids"])) >= size:
+            special = tokenizer is not None and highest in tokenizer.all_special_ids
+            named = f" (the tokenizer's {tokenizer.convert_ids_to_tokens(highest)})" if tokenizer and special else ""
+            raise DataError(
+                f"{source}: row {number} holds id {highest}{named}, the vocabulary has {size}; use the tokenizer that"
+                " belongs to the model"
+            )
+
+
+def _notes(records: Records, tokenizer: PreTrainedTokenizerBase | None, prompt_on: bool) -> tuple[str, ...]:
+    """Where prompt and system texts went, if not where templates have a place for them."""
+    template = None if tokenizer is None else original_template(single_template(tokenizer))
+    talks = [row for row in records.rows if isinstance(row, Instruction | Chat)]
+    if template is None or not talks or keeps_system(template):
+        return ()
+    n = sum(isinstance(row, Chat) and row.messages[0].role == "system" for row in talks)
+    moved = (["the collaborative prompt stands"] if prompt_on else []) + (
+        [f"the system texts of {n:,} conversations stand"] if n else []
+    )
+    return (
+        (f"the model's chat template keeps no system text: {' and '.join(moved)} in the first user turn",)
+        if moved
+        else ()
+    )
+
+
 def _chosen(records: Records, limit: int | None) -> Records:
     """The records that are looked at, still by source."""
     n = len(records.rows)
@@ -156,35 +187,44 @@ def _chosen(records: Records, limit: int | None) -> Records:
         return records
     if limit < 1:
         raise DataError(f"limit={limit}: wanted at least 1 record")
-    places = range(limit) if records.kind != "mixed" else [place * n // limit for place in range(limit)]
+    picked = range(limit) if records.kind != "mixed" else [place * n // limit for place in range(limit)]
     ends = list(accumulate(size for _, size in records.parts))
-    names = Counter(bisect_right(ends, place) for place in places) if ends else {}
-    parts = tuple((name, names[i]) for i, (name, _) in enumerate(records.parts))
-    return replace(records, rows=[records.rows[place] for place in places], parts=parts)
+    names = Counter(bisect_right(ends, place) for place in picked) if ends else {}
+    return replace(
+        records,
+        rows=[records.rows[place] for place in picked],
+        parts=tuple((name, names[i]) for i, (name, _) in enumerate(records.parts)),
+        places=[records.places[place] for place in picked] if records.places else (),
+    )
 
 
 def _rows(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    numbers: range,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     prompt_on: bool,
     pack: bool,
     tally: _Tally,
 ) -> Iterator[Row]:
+    """Rows made of the records of these numbers, which are one source's."""
     stream: list[int] = []
-    numbered = enumerate(records, 1)
-    while together := list(islice(numbered, _TOGETHER)):
-        conversations = iter(
-            _conversation_ids([r for _, r in together if isinstance(r, Instruction | Chat)], tokenizer, prompt_on)
-        )
-        texts = iter(_text_ids([r.text for _, r in together if isinstance(r, Text) and r.text], tokenizer))
-        for number, record in together:
+    left = iter(numbers)
+    while together := list(islice(left, _TOGETHER)):
+        some = [(number, records.rows[number]) for number in together]
+        spoken = [(records.place(number), r) for number, r in some if isinstance(r, Instruction | Chat)]
+        conversations = iter(_conversation_ids(spoken, tokenizer, prompt_on, tally) if tokenizer and spoken else ())
+        written = [r.text for _, r in some if isinstance(r, Text) and r.text]
+        texts = iter(_text_ids(written, tokenizer) if tokenizer and written else ())
+        for number, record in some:
             match record:
                 case Window():
-                    ids = _window_ids(record, number, tokenizer, max_length)
+                    place = records.places[number] if records.places else f"window {number + 1}"
+                    ids = _window_ids(record, place, tokenizer, max_length)
                     yield Row(input_ids=ids, labels=list(ids))
                 case Text(""):
                     tally.empty += 1
+                    tally.blank += 1
                 case Text() if pack:
                     stream += next(texts)
                     while len(stream) >= max_length:
@@ -195,9 +235,7 @@ def _rows(
                     yield from _cut(Row(input_ids=ids, labels=list(ids)), max_length, tally)
                 case _:
                     row = next(conversations)
-                    if row is None:
-                        tally.empty += 1
-                    else:
+                    if row is not None:
                         yield from _cut(row, max_length, tally)
     if len(stream) > 1:
         yield Row(input_ids=stream, labels=list(stream))
@@ -215,23 +253,40 @@ def _cut(row: Row, max_length: int, tally: _Tally) -> Iterator[Row]:
             prompt = next(place for place, label in enumerate(labels) if label != IGNORED)
             tally.shortest_prompt = prompt if tally.shortest_prompt is None else min(prompt, tally.shortest_prompt)
             return
+        tally.cut_tokens += len(ids) - max_length
     yield Row(input_ids=ids[:max_length], labels=labels[:max_length])
 
 
 def _conversation_ids(
-    records: Sequence[Instruction | Chat], tokenizer: PreTrainedTokenizerBase, prompt_on: bool
+    records: Sequence[tuple[str, Instruction | Chat]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_on: bool,
+    tally: _Tally,
 ) -> list[Row | None]:
-    """Ids and labels of each record; None where every response is empty."""
+    """Ids and labels of each record; None where every response is empty, or the template refuses it and bad records are
+    skipped.
+
+    records: each with its place.
+    """
     template = original_template(single_template(tokenizer))
     written: list[tuple[str, Spans] | None] = []
-    for record in records:
+    for place, record in records:
         messages = _messages(record)
         if not any(turn.content for turn in messages if turn.role == "assistant"):
+            tally.empty += 1
             written.append(None)
         elif template is None:
             written.append(transcript(messages, prompt_on, bos_text(tokenizer), eos_text(tokenizer)))
         else:
-            written.append(templated_transcript(tokenizer, template, messages, prompt_on))
+            try:
+                written.append(templated_transcript(tokenizer, template, messages, prompt_on))
+            except DataError as error:
+                if not tally.skip_bad:
+                    raise DataError(
+                        f"{place}: {error}. Repair it, or pass skip_bad (--skip-bad) to skip and count such records."
+                    ) from error
+                tally.bad.append(f"{place}: {error}")
+                written.append(None)
     present = [each for each in written if each is not None]
     labelled = iter(label_spans(tokenizer, [text for text, _ in present], [spans for _, spans in present]))
     rows = [None if each is None else next(labelled) for each in written]
@@ -267,31 +322,19 @@ def _text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     return [[*begin, *ids, end] for ids in bare_ids(tokenizer, texts)]
 
 
-def _window_ids(window: Window, number: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+def _window_ids(window: Window, place: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> list[int]:
     """A window's ids without the padding at its end, where the tokenizer has an id for padding and nothing else."""
     ids = list(window.input_ids)
     if len(ids) > max_length:
         raise DataError(
-            f"window {number} holds {len(ids)} ids, max_length is {max_length}; ready windows are not cut, so raise"
-            " max_length"
+            f"{place} holds {len(ids)} ids, max_length is {max_length}; ready windows are not cut, so"
+            " raise max_length (--set data.max_length), or cut them"
         )
-    pad = tokenizer.pad_token_id
-    if pad is None or pad in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    if tokenizer is None or pad in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
         return ids
     while ids and ids[-1] == pad:
         ids.pop()
     if len(ids) < 2:
-        raise DataError(f"window {number} is padding (id {pad}) but for {len(ids)} ids; wanted at least 2 real ids")
+        raise DataError(f"{place} is padding (id {pad}) but for {len(ids)} ids; wanted at least 2 real ids")
     return ids
-
-
-def _nothing_left(records: Records, n: int, max_length: int, prompt_on: bool, tally: _Tally) -> str:
-    if tally.dropped and tally.shortest_prompt is not None:
-        cure = "raise max_length" + (" or turn the collaborative prompt off" if prompt_on else "")
-        lost = f"cut at max_length={max_length}, {tally.dropped} lost their whole response"
-        lost += f" (the shortest prompt has {tally.shortest_prompt} tokens)"
-        return f"{records.source}: nothing is left to learn in {n} records: {lost}; {cure}"
-    return (
-        f"{records.source}: nothing to learn in {n} records, {tally.empty} of them empty; give data with responses or"
-        " text"
-    )

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.data.batches import Row
-from compresso.data.instructions import Encoded, Stats
 from compresso.data.records import BadRecord, Labelled, RecordForm, Records, Taken, text_of, type_name, unused_of
+from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 
 _TEXTS = (
@@ -173,4 +173,4 @@ def encode_labelled(
             " that belongs to the model"
         )
     tokens = sum(len(row["input_ids"]) for row in rows)
-    return Encoded(rows, Stats(len(chosen), truncated, 0, 0, len(rows), tokens, len(rows)), labels.names)
+    return Encoded(rows, Stats(len(chosen), truncated, 0, 0, len(rows), tokens, len(rows), read=n), labels.names)

@@ -116,6 +116,10 @@ class Records:
             yield name, self.rows[start : start + n]
             start += n
 
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return self.places[index] if self.places else f"{self.source}: record {index + 1}"
+
     def texts(self) -> list[str]:
         """The documents among the rows, in order, empty ones included."""
         return [row.text for row in self.rows if isinstance(row, Text)]

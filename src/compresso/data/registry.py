@@ -139,16 +139,8 @@ def load_records(
         bad=tuple(chain.from_iterable(source.bad for source in sources)),
         parts=tuple((source.source, len(source.rows)) for source in sources),
         passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
-        places=list(chain.from_iterable(_places(source) for source in sources)),
+        places=[source.place(index) for source in sources for index in range(len(source.rows))],
     )
-
-
-def _places(records: Records) -> Iterator[str]:
-    """Where each row stands, by its number where it came from no file."""
-    if records.places:
-        yield from records.places
-    else:
-        yield from (f"{records.source}: record {number}" for number in range(1, len(records.rows) + 1))
 
 
 def _one(

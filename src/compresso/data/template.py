@@ -2,9 +2,10 @@
 was trained on.
 
 A base model gets a template of its own: opening, "###User Instruction:", response, end token, and so on turn by turn. A
-chat model keeps its template; the collaborative prompt is put before its system message (or before the first message,
-where the template has no place for a system message). What is wrapped is marked, so that wrapping twice changes nothing
-and the prompt can be taken out again.
+chat model keeps its template; the collaborative prompt is put before its system message. Some templates refuse a system
+text, drop it, or show it with the last user turn only, so that it moves as the conversation goes on: there, prompt and
+system text stand in the first user turn. What is wrapped is marked, so that wrapping twice changes nothing and the
+prompt can be taken out again.
 
 The template writes the beginning-of-sequence token itself, because engines tokenise a rendered template without adding
 special tokens. Who renders to text and tokenises later must therefore pass `add_special_tokens=False`, or the model
@@ -16,6 +17,7 @@ strings, not lists of parts, where the prompt has to go before them.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -37,6 +39,7 @@ _WRAPPED = "{#- compresso wrapper -#}"
 _WRAPPED_END = '{#- end of compresso wrapper -#}{{- "" }}'
 _PROMPT_MARK = f"{{#- collaborative prompt {VERSION} -#}}"
 _PROBE = "probe of the system message"
+_QUESTION = "probe of the first question"
 
 
 def transcript(messages: Sequence[Message], prompt_on: bool, bos: str, eos: str) -> tuple[str, Spans]:
@@ -126,27 +129,59 @@ def _own_template(prompt_on: bool) -> str:
 
 def _wrapped_template(original: str) -> str:
     prompt = _literal(collaborative_prompt(with_input=False).text)
+    between = _literal(BETWEEN_BLOCKS)
     before_first = (
         '{%- set messages = [{"role": messages[0]["role"], "content": '
-        f'{prompt} + {_literal(BETWEEN_BLOCKS)} + messages[0]["content"]}}] + messages[1:] -%}}'
+        f'{prompt} + {between} + messages[0]["content"]}}] + messages[1:] -%}}'
     )
-    own_system = f'{{%- set messages = [{{"role": "system", "content": {prompt}}}] + messages -%}}'
-    choice = (
-        f'{{%- if messages[0]["role"] == "system" -%}}{before_first}{{%- else -%}}{own_system}{{%- endif -%}}'
-        if _has_system_message(original)
-        else before_first
-    )
+    if keeps_system(original):
+        own_system = f'{{%- set messages = [{{"role": "system", "content": {prompt}}}] + messages -%}}'
+        choice = f'{{%- if messages[0]["role"] == "system" -%}}{before_first}{{%- else -%}}{own_system}{{%- endif -%}}'
+    else:
+        with_system = (
+            '{%- set messages = [{"role": messages[1]["role"], "content": '
+            f'{prompt} + {between} + messages[0]["content"] + {between} + messages[1]["content"]}}] + messages[2:] -%}}'
+        )
+        choice = (
+            f'{{%- if messages[0]["role"] == "system" and messages[1] -%}}{with_system}{{%- else -%}}{before_first}'
+            "{%- endif -%}"
+        )
     return f"{_WRAPPED}{_PROMPT_MARK}{choice}{_WRAPPED_END}{original}"
 
 
-def _has_system_message(template: str) -> bool:
-    """Whether a system message reaches the text: many templates refuse or drop it."""
-    conversation = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "question"}]
+def with_system_in_user_turn(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation with its system text, if it has one, at the head of the first user turn."""
+    if len(messages) < 2 or messages[0].role != "system":
+        return messages
+    system, first = messages[:2]
+    return (Message(first.role, system.content + BETWEEN_BLOCKS + first.content), *messages[2:])
+
+
+@lru_cache(maxsize=16)
+def keeps_system(template: str) -> bool:
+    """Whether a system text stands before the first question and stays there as the conversation goes on: many
+    templates refuse it, drop it, or show it with the last question only.
+    """
+    system = {"role": "system", "content": _PROBE}
+    asked = [{"role": "user", "content": _QUESTION}]
+    answer = {"role": "assistant", "content": "answer"}
+    heads: list[str] = []
+    for conversation in (asked, [*asked, answer], [*asked, answer, {"role": "user", "content": "another"}, answer]):
+        head = _head(template, [system, *conversation])
+        if head is not None:
+            heads.append(head)
+        elif _head(template, conversation) is not None:
+            return False
+    return bool(heads) and _PROBE in heads[0] and len(set(heads)) == 1
+
+
+def _head(template: str, conversation: list[dict[str, str]]) -> str | None:
+    """What a template writes before the first question; None if it refuses the conversation."""
     try:
         rendered, _ = render_jinja_template([conversation], chat_template=template, bos_token="", eos_token="")  # pyright: ignore[reportArgumentType, reportAssignmentType]
     except Exception:  # templates refuse with any error they like
-        return False
-    return _PROBE in rendered[0]
+        return None
+    return rendered[0].partition(_QUESTION)[0]
 
 
 def _literal(text: str) -> str:

@@ -29,6 +29,14 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
 
+def refuse_ids(ids: Sequence[int], size: int, what: str) -> None:
+    """Raise DataError if one of the ids has no row in an embedding of `size`; `what` wrote them, in words."""
+    if ids and not 0 <= (wrong := max(ids)) < size:
+        raise DataError(
+            f"{what} has the id {wrong}, and the embedding {size} rows; use the tokenizer that belongs to the model"
+        )
+
+
 def bare_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, nothing added."""
     if not texts:

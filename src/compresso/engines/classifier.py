@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
+from compresso.data.batches import pad_id
 from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine
 from compresso.engines.openvino import OPENVINO
 from compresso.engines.parity import TEXT, Format, Parity, within_rounding
@@ -53,7 +54,8 @@ def classifier_reference(
         mask[1, 7:] = 0
     else:
         made = tokenizer(list(TEXTS), padding=True, truncation=True, max_length=64, return_tensors="pt")
-        ids, mask = made["input_ids"], made["attention_mask"]
+        mask = made["attention_mask"]
+        ids = made["input_ids"].where(mask == 1, pad_id(tokenizer, int(model.config.vocab_size)))
     names = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     given = {name: names[name] for name in input_names(model)}
     return ClassifierReference(given, model.eval()(**given).logits, dtype)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.data.prompt import body
 from compresso.errors import DataError
+from compresso.metrics.forward import check_ids
 from compresso.metrics.record import Environment, Measurement, Setting
 
 
@@ -78,7 +79,7 @@ def choice_accuracy(
     """The share of items whose right choice has the highest likelihood; `batch_size` counts choices.
 
     Raises:
-        DataError: no items, or a choice without tokens.
+        DataError: no items, a choice without tokens, or ids that the model does not have.
     """
     if not items:
         raise DataError("no items to measure; give at least one")
@@ -93,6 +94,7 @@ def choice_accuracy(
                     f"item '{item.instruction}' of task '{item.task}' has the empty choice {choice!r}; give it text"
                 )
             rows.append((context + target, len(target)))
+    check_ids(model, [ids for ids, _ in rows])
     scored = _log_likelihoods(model, rows, batch_size)
     right: dict[str, list[bool]] = {}
     done = 0

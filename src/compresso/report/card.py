@@ -62,6 +62,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None) -
         dense=_one_line(records.stored_dense()),
         prompt=records.prompt.get("version") if records.prompt else None,
         guard=_one_line(records.guard.message()) if records.guard.verdict != "ok" else "",
+        data=_data(records),
         counted=_counted(records),
         results=_results(comparison),
         places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
@@ -125,6 +126,14 @@ def _index(numbers: Iterable[Measurement], pipeline: str) -> list[dict[str, Any]
             {"type": kind, "value": number.value, "name": metric, "args": {**number.protocol, **extra}}
         )
     return list(entries.values())
+
+
+def _data(records: RunRecords) -> list[str]:
+    """What the run read, and what of it gave no example, a line each; nothing where it read none."""
+    if records.data is None:
+        return []
+    used = f"{records.data.source} ({', '.join([records.data.kind, *facts.amounts(records.data)])})"
+    return [_one_line(line) for line in (used, *records.data.notes)]
 
 
 def _counted(records: RunRecords) -> list[tuple[str, int, int]]:

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import yaml
 
+from compresso.data.survival import survivors
 from compresso.metrics.record import Environment
 from compresso.report.read import Run
-from compresso.report.records import Engine, RunRecords
+from compresso.report.records import DataUsed, Engine, RunRecords
 from compresso.tasks.base import DEFAULT, task_named
 
 Rows = list[tuple[str, str]]
@@ -51,12 +52,8 @@ def asked(run: Run) -> Rows:
     if data is None:
         rows.append(("Data", "none: the recipe needs none"))
     else:
-        amounts = [
-            f"{data.examples[key]:,} {words}"
-            for key, words in (("n", "examples"), ("tokens", "tokens"))
-            if key in data.examples
-        ]
-        rows.append(("Data", f"{data.source} ({', '.join([data.kind, *amounts])})"))
+        rows.append(("Data", f"{data.source} ({', '.join([data.kind, *amounts(data)])})"))
+        rows += [("Of the data", note) for note in data.notes]
     prompt = (
         f"collaborative prompt, version {records.prompt.get('version', '?')}"
         if records.prompt
@@ -74,6 +71,18 @@ def asked(run: Run) -> Rows:
     )
     rows.append(("Layout", f"{records.layout}" + (f", {records.dtype}" if records.dtype else "")))
     return rows
+
+
+def amounts(data: DataUsed) -> list[str]:
+    """How many examples were used, of those that were looked at, and their tokens; what older records do not say is
+    left out.
+    """
+    counts = data.examples
+    told: list[str] = []
+    if "n" in counts:
+        kept = survivors(counts)
+        told.append(f"{kept:,} of {counts['n']:,} examples" if kept < counts["n"] else f"{kept:,} examples")
+    return told + ([f"{counts['tokens']:,} tokens"] if "tokens" in counts else [])
 
 
 def repeat(run: Run) -> Rows:

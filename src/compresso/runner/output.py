@@ -16,8 +16,8 @@ import yaml
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, open_source
-from compresso.data.instructions import Encoded
 from compresso.data.records import Records
+from compresso.data.survival import Encoded
 from compresso.edit.patches import patch_, save_tensors, unpatch_
 from compresso.engines.registry import commands
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
@@ -53,13 +53,14 @@ def origin(
     encoded: Encoded | None,
     prompt: Mapping[str, str] | None,
     seed: int,
+    said: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a result was made from, without paths of this machine; `recipe` names its data by file names."""
     return {
         "format": FORMAT,
         "recipe": recipe.to_dict(),
         "model": asdict(source.identity),
-        "data": None if records is None or encoded is None else _data(records, encoded),
+        "data": None if records is None or encoded is None else _data(records, encoded, said),
         "prompt": prompt,
         "seed": seed,
         "versions": versions(),
@@ -184,15 +185,17 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _data(records: Records, encoded: Encoded) -> dict[str, Any]:
+def _data(records: Records, encoded: Encoded, said: Sequence[str]) -> dict[str, Any]:
     """Where the training data came from, its identity, and what became of it."""
     return {
         "source": records.source,
         "kind": records.kind,
         "sha256": records.sha256,
         "skipped_lines": records.n_bad,
-        "skipped": list(records.bad),
+        "skipped": [*records.bad, *encoded.bad],
         "examples": asdict(encoded.stats),
+        "passed_over": dict(records.passed_over),
+        "notes": list(said),
     }
 
 

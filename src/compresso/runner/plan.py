@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.checkpoint.source import Source, open_source
+from compresso.runner.data_facts import data_facts
 from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import (
     misfits,
@@ -47,17 +48,30 @@ def _engine_costs(
     return told + misfits(want, held, model)
 
 
-def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str | None = None) -> dict[str, Any]:
+def plan(
+    raw: Mapping[str, Any],
+    model: str,
+    layout: str = "auto",
+    engine: str | None = None,
+    *,
+    data: str | None = None,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
-    engine: what the recipe's budgets were held to (see `compresso.runner.engine_shapes`); the notes then say what each
-    constraint costs.
+    Args:
+        raw, model, layout: as for a run.
+        engine: what the recipe's budgets were held to (see `compresso.runner.engine_shapes`); the notes then say what
+            each constraint costs.
+        data: names and files, as for a run; None reads none.
+        skip_bad: leave bad lines of them out.
 
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "device", "stages",
-        "training"}. `after`, `shapes` and `layouts` are those of equal widths in every layer: methods that learn or
-        score choose others of the same total. "stages" holds what each stage runs through its model, "training" what
-        those that train hold in memory. Numbers that depend on the length of the data are null.
+        "training", "data"}. "data" is None where none was given, else as `data_facts` gives it. `after`, `shapes` and
+        `layouts` are those of equal widths in every layer: methods that learn or score choose others of the same total.
+        "stages" holds what each stage runs through its model, "training" what those that train hold in memory. Numbers
+        that depend on the length of the data are null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
@@ -65,6 +79,7 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
     source = open_source(model, weights=False)
     recipe = recipe_for(raw, layout, source.config)
     shown = dry_run(recipe, source)
+    found = None if data is None else data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
     device = choose_device("auto")
@@ -97,6 +112,7 @@ def plan(raw: Mapping[str, Any], model: str, layout: str = "auto", engine: str |
         "device": device.type,
         "stages": stages,
         "training": training,
+        "data": found,
     }
 
 

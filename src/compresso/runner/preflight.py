@@ -10,20 +10,20 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
-from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, open_source
+from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.budget import InfeasibleBudget
-from compresso.data.instructions import Encoded
 from compresso.data.prompt import prompt_identity
 from compresso.data.records import Chat, Instruction, Records
-from compresso.data.registry import load_records
+from compresso.data.shards import is_pattern
+from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
 from compresso.runner.dry_run import dry_run
+from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.options import AskedLayout, recipe_for
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
 from compresso.stage import ChecksData, Sweeps
-from compresso.tasks.base import Reading
 from compresso.training.device import choose_device
 
 
@@ -40,6 +40,7 @@ class Prepared:
         prompt: identity of the collaborative prompt, if the recipe uses it.
         seed: of every random draw.
         layout: asked for.
+        said: what a person should know of the data before it begins, a sentence each.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Prepared:
     prompt: Mapping[str, str] | None
     seed: int
     layout: AskedLayout
+    said: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What a resume must agree on."""
@@ -67,7 +69,7 @@ class Prepared:
 
     def origin(self) -> dict[str, Any]:
         """What the records say of where the result comes from."""
-        return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed)
+        return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed, self.said)
 
 
 def prepare(
@@ -81,6 +83,7 @@ def prepare(
     device: str,
     overwrite: bool,
     skip_bad: bool,
+    allow_dropped: bool = False,
     offload: bool = False,
 ) -> Prepared:
     """Check a run's arguments against each other and read its data.
@@ -101,7 +104,7 @@ def prepare(
     output = output.resolve()
     check_output(output, source.folder, overwrite)
     check_output(WorkFolder.beside(output), source.folder, force=True)
-    dry_run(recipe, source)
+    acted = dry_run(recipe, source)
     where = choose_device(device)
     if data is not None and not recipe.needs("data"):
         raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
@@ -109,23 +112,22 @@ def prepare(
     _spare_data(chosen, output)
     if overwrite:
         refuse_foreign(output, RUN)
-    tokenizer = load_tokenizer(source) if recipe.needs("data") or has_tokenizer(source) else None
-    # a model reads no further than its context: longer examples would train positions that it does not have
-    length = min(
-        recipe.data.max_length, getattr(source.config, "max_position_embeddings", None) or recipe.data.max_length
-    )
-    recipe = replace(recipe, data=replace(recipe.data, max_length=length))
-    records, encoded = _examples(recipe, chosen, tokenizer, source.config, skip_bad)
+    read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped)
+    recipe, tokenizer, records, encoded = read.recipe, read.tokenizer, read.records, read.encoded
+    said = read.said
     if encoded is not None:
-        recipe = _held_out(recipe, raw, len(encoded.rows), chosen)
+        said = (*said, *fewer_than_asked(acted.stages, len(encoded.rows) - recipe.data.held))
     for name, stage in recipe.stages:
         if encoded is not None and isinstance(stage, ChecksData):
             packed = records is not None and records.kind == "text" and recipe.data.pack
-            _checked_data(name, stage, encoded, tokenizer, source.config, length if packed else None)
-    recipe = replace(recipe, data=replace(recipe.data, source=_without_folders(chosen)))
+            window = recipe.data.max_length if packed else None
+            _checked_data(name, stage, encoded, tokenizer, source.config, window)
+    recipe = replace(recipe, data=replace(recipe.data, source=without_folders(chosen)))
     prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
     prompt = prompt_identity() if recipe.data.prompt and prompted else None
-    return Prepared(recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout))
+    return Prepared(
+        recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout), said
+    )
 
 
 def check_offloaded(recipe: Recipe, layout: str) -> None:
@@ -160,52 +162,21 @@ def _checked_data(
         raise CheckpointError(f"stage '{name}': {error}") from error
 
 
-def _without_folders(data: str | None) -> str | None:
-    """What a person wrote after --data, with files named without the folders of this machine."""
+def without_folders(data: str | None) -> str | None:
+    """What a person wrote after --data, with files, folders and patterns named without the folders of this machine."""
     if data is None:
         return None
     parts = [part.strip() for part in data.split(",")]
-    return ",".join(Path(part).name if Path(part).expanduser().is_file() else part for part in parts)
+    return ",".join(Path(part).name if is_pattern(part) or Path(part).expanduser().exists() else part for part in parts)
 
 
 def _spare_data(data: str | None, output: Path) -> None:
     """Refuse data files that lie in a folder the run would replace."""
     for part in filter(None, map(str.strip, (data or "").split(","))):
         path = Path(part).expanduser()
+        path = path.parent if is_pattern(part) else path
         for folder in (output, WorkFolder.beside(output)):
-            if path.is_file() and path.resolve().is_relative_to(folder):
+            if path.exists() and path.resolve().is_relative_to(folder):
                 raise DataError(
                     f"data {path} lies in {folder}, which the run replaces. Move it, or choose another output"
                 )
-
-
-def _examples(
-    recipe: Recipe,
-    data: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    config: PreTrainedConfig,
-    skip_bad: bool,
-) -> tuple[Records | None, Encoded | None]:
-    """Read and tokenise the training data, if the recipe needs any."""
-    if not recipe.needs("data"):
-        return None, None
-    if data is None:
-        raise DataError(
-            f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
-            " alpaca-gpt4"
-        )
-    assert tokenizer is not None  # the caller loads one for a recipe that needs data
-    records = load_records(data, skip_bad=skip_bad, form=recipe.task.form)
-    knobs = recipe.data
-    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit)
-    return records, recipe.task.encode(records, tokenizer, reading, config)
-
-
-def _held_out(recipe: Recipe, raw: Mapping[str, Any], n_rows: int, data: str | None) -> Recipe:
-    """The recipe with the number of examples that are held out: its own, else as many as its task wants. Raises
-    DataError if none would be left.
-    """
-    held = recipe.data.held if "held" in (raw.get("data") or {}) else recipe.task.held_out(n_rows)
-    if n_rows <= held:
-        raise DataError(f"{data} gives {n_rows} examples, of which {held} are held out; give more, or lower data.held")
-    return replace(recipe, data=replace(recipe.data, held=held))

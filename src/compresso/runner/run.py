@@ -34,6 +34,7 @@ from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.native.stock import as_stock
+from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
@@ -89,6 +90,7 @@ def run(
     overwrite: bool = False,
     allow_collapsed: bool = False,
     skip_bad: bool = False,
+    allow_dropped: bool = False,
     quiet: bool = False,
     offload: bool = False,
     over_memory: bool = False,
@@ -120,7 +122,9 @@ def run(
         overwrite: replace an output that a run wrote, and discard an interrupted run; a folder with anything else in it
             is refused.
         allow_collapsed: write a result that the collapse guard refuses.
-        skip_bad: leave malformed data lines out (counted) instead of stopping.
+        skip_bad: leave malformed data lines, and conversations that the chat template refuses, out (counted) instead
+            of stopping.
+        allow_dropped: go on where more than a fifth of a source's records give no example.
         quiet: show no progress.
         offload: read weights from disk block by block, for models larger than memory; one-shot recipes of one
             calibrated stage only.
@@ -169,6 +173,7 @@ def run(
             device=device,
             overwrite=overwrite,
             skip_bad=skip_bad,
+            allow_dropped=allow_dropped,
             offload=offload,
         )
         accelerator = new_accelerator(prepared.device)
@@ -178,6 +183,9 @@ def run(
                 " takes FSDP)"
             )
         is_main = accelerator.is_main_process
+        if is_main and not quiet:
+            for sentence in prepared.said:
+                log.warning(sentence)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
@@ -278,7 +286,7 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
         seed=prepared.seed,
         out=out,
         adapters=out / "adapters",
-        pad_id=pad_id(prepared.tokenizer) if prepared.tokenizer is not None else 0,
+        pad_id=0 if prepared.tokenizer is None else pad_id(prepared.tokenizer, vocabulary(prepared.source.config)),
         quiet=quiet,
         original=_reader(prepared.source),
         task=prepared.recipe.task,

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compresso.core.loss import Loss
 from compresso.data.batches import Row
-from compresso.data.instructions import Encoded
 from compresso.data.records import RecordForm, Records
+from compresso.data.survival import Encoded, Reach
 from compresso.errors import RecipeError, nearest
 from compresso.metrics.guard import Guard
 from compresso.metrics.record import Environment, Measurement
@@ -37,12 +37,20 @@ class Reading:
         prompt: whether the collaborative prompt stands before instructions.
         pack: whether plain text is cut into full windows.
         limit: records looked at, at most.
+        skip_bad: whether records that a chat template refuses are left out, counted.
+        context: tokens that the model reads at most, where that is known.
     """
 
     max_length: int
     prompt: bool = False
     pack: bool = False
     limit: int | None = None
+    skip_bad: bool = False
+    context: int | None = None
+
+    def reach(self) -> Reach:
+        """How long an example may be."""
+        return Reach(self.max_length, self.context, self.prompt)
 
 
 class Score(Protocol):
@@ -114,9 +122,9 @@ class Task(Protocol):
         ...
 
     def encode(
-        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+        self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
-        """Rows ready for batches, for a model with this config. Raises DataError."""
+        """Rows ready for batches, for a model with this config; ready windows need no tokenizer. Raises DataError."""
         ...
 
     def held_out(self, n_rows: int) -> int:

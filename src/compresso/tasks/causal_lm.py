@@ -11,8 +11,9 @@ from compresso.checkpoint.source import is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.data.batches import Row, collate
 from compresso.data.columns import TEXTS
-from compresso.data.instructions import Encoded, encode
+from compresso.data.instructions import encode
 from compresso.data.records import RecordForm, Records
+from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
 from compresso.tasks.base import DEFAULT, Reading, register
@@ -53,7 +54,7 @@ class CausalLM:
         return model
 
     def encode(
-        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+        self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
         """Ids and labels: of responses, or of every token of a text. Raises DataError as `encode`."""
         return encode(
@@ -64,6 +65,8 @@ class CausalLM:
             pack=reading.pack,
             limit=reading.limit,
             vocab_size=config.vocab_size,
+            skip_bad=reading.skip_bad,
+            context=reading.context,
         )
 
     def held_out(self, n_rows: int) -> int:

@@ -21,9 +21,9 @@ from transformers import (
 from compresso.checkpoint.source import auto_class, is_causal
 from compresso.core.loss import LABEL, Loss
 from compresso.data.batches import Row
-from compresso.data.instructions import Encoded
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
+from compresso.data.survival import Encoded
 from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
@@ -85,11 +85,15 @@ class Classification:
         return made.train(model.training)
 
     def encode(
-        self, records: Records, tokenizer: PreTrainedTokenizerBase, reading: Reading, config: PreTrainedConfig
+        self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
         """Ids with the tokenizer's special tokens, and numbers of labels. Raises DataError as `labels_of` and
         `encode_labelled`.
         """
+        if tokenizer is None:
+            raise DataError(
+                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
+            )
         labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
         segments = getattr(config, "type_vocab_size", 1) > 1
         return encode_labelled(
@@ -131,7 +135,9 @@ class Classification:
 
     def score(self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None) -> LabelScore:
         """The accuracy on examples."""
-        return label_score(model, rows, partial(self.collate, pad_id=int(model.config.pad_token_id or 0)))
+        padding = model.config.pad_token_id
+        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
+        return label_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By what is left of the lead over the most frequent label."""

@@ -17,7 +17,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.data.batches import pad_id
 from compresso.errors import DataError
+from compresso.metrics.forward import check_ids
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """Texts, and ids, of a context and what continues it."""
@@ -45,6 +47,10 @@ class PromptedLM(_Base):
         opening: Sequence[int] = (),
         batch_size: int = 8,
     ) -> None:
+        if isinstance(tokenizer.pad_token_id, int) and tokenizer.pad_token_id >= int(model.config.vocab_size):
+            tokenizer.pad_token_id = pad_id(
+                tokenizer, int(model.config.vocab_size)
+            )  # masked: any that has a row will do
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._max_length = self.max_length
         self.tokenizer.model_max_length = sys.maxsize  # longer texts are cut, and counted, here
@@ -65,6 +71,16 @@ class PromptedLM(_Base):
         rows = [self._prompted(one) for one in requests]
         self.logits_cache = not _ambiguous(rows)
         return super()._loglikelihood_tokens(rows, disable_tqdm, override_bs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Logits; raises DataError for ids that the model does not have."""
+        check_ids(self.model, inps.tolist())
+        return super()._model_call(inps, *args, **options)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """Contexts with what continues them; raises DataError for ids that the model does not have."""
+        check_ids(self.model, context.tolist())
+        return super()._model_generate(context, *args, **options)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations.

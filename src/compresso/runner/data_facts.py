@@ -1,0 +1,67 @@
+"""What a plan says of data: how many examples survive, how many tokens they hold, and what an epoch is in updates."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from compresso.checkpoint.source import Source
+from compresso.data.survival import check_dropped, survivors
+from compresso.errors import DataError, RecipeError
+from compresso.runner.dry_run import Acted
+from compresso.runner.examples import fewer_than_asked, read_examples
+from compresso.runner.recipe import Recipe
+
+
+def data_facts(
+    recipe: Recipe, raw: Mapping[str, Any], data: str, source: Source, stages: Sequence[Acted], *, skip_bad: bool
+) -> dict[str, Any]:
+    """Read data as a run would, and count.
+
+    Args:
+        recipe, raw: checked, and as it was written.
+        data: names and files.
+        source: the model, of which the config and the tokenizer are read.
+        stages: as the dry run found them.
+        skip_bad: leave bad lines out.
+
+    Returns:
+        {"source", "kind", "examples" (counts, see `compresso.data.survival.Stats`), "survive", "train", "held",
+        "max_length", "notes", "stops" (why a run would, or None), "epochs" (for each stage that trains: its batch, the
+        updates of an epoch, and those it takes)}.
+
+    Raises:
+        DataError: for all that a run would refuse, except that too much is dropped: that is said in "stops".
+        RecipeError: the recipe uses no data.
+    """
+    if not recipe.needs("data"):
+        raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
+    read = read_examples(recipe, raw, data, source, skip_bad=skip_bad, allow_dropped=True)
+    assert read.records is not None and read.encoded is not None and read.reading is not None  # the recipe needs data
+    stops = None
+    try:
+        check_dropped(read.records, read.encoded, read.reading.reach(), allowed=False)
+    except DataError as error:
+        stops = str(error)
+    train = len(read.encoded.rows) - read.recipe.data.held
+    return {
+        "source": read.records.source,
+        "kind": read.records.kind,
+        "examples": asdict(read.encoded.stats),
+        "survive": survivors(asdict(read.encoded.stats)),
+        "train": train,
+        "held": read.recipe.data.held,
+        "max_length": read.recipe.data.max_length,
+        "notes": [*read.said, *fewer_than_asked(stages, train)],
+        "stops": stops,
+        "epochs": [
+            {
+                "stage": one.name,
+                "batch": one.learning.trains.batch,
+                "updates_an_epoch": math.ceil(train / one.learning.trains.batch),
+                "updates": sum(one.learning.trains.updates(train, one.learning.phases)),
+            }
+            for one in stages
+            if one.learning is not None
+        ],
+    }

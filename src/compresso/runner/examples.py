@@ -1,0 +1,135 @@
+"""The data of a run: what it is read with, the rows that come of it, and what a person should know before it begins."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
+from compresso.data.batches import padding_note
+from compresso.data.instructions import encode_prompt
+from compresso.data.records import Records
+from compresso.data.registry import load_records
+from compresso.data.survival import Encoded, check_dropped, told
+from compresso.data.tokens import refuse_ids
+from compresso.errors import DataError
+from compresso.runner.dry_run import Acted
+from compresso.runner.recipe import Recipe
+from compresso.tasks.base import Reading
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a recipe reads.
+
+    Args:
+        recipe: with the length of its examples and the number of those held out.
+        tokenizer: None for a model without one, in a recipe without data or with ready token windows.
+        records, encoded, reading: the data, and how it was read; None in a recipe without.
+        said: what a person should know of it, a sentence each.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase | None
+    records: Records | None = None
+    encoded: Encoded | None = None
+    reading: Reading | None = None
+    said: tuple[str, ...] = ()
+
+
+def read_examples(
+    recipe: Recipe,
+    raw: Mapping[str, Any],
+    data: str | None,
+    source: Source,
+    *,
+    skip_bad: bool = False,
+    allow_dropped: bool = False,
+) -> Examples:
+    """Read and tokenise the training data, if the recipe needs any.
+
+    Args:
+        recipe: checked.
+        raw: as it was written, to know which knobs are its own.
+        data: names and files.
+        source: the model.
+        skip_bad: leave bad lines out, and conversations that the chat template refuses.
+        allow_dropped: go on where a source loses more than a run may lose.
+
+    Raises:
+        DataError: there is none, it cannot be read, too much of it gives no example, or nothing would be left to train
+            on.
+        CheckpointError: the model has no tokenizer to read it with.
+    """
+    # a model reads no further than its context: longer examples would train positions that it does not have
+    context = getattr(source.config, "max_position_embeddings", None)
+    recipe = replace(
+        recipe, data=replace(recipe.data, max_length=min(recipe.data.max_length, context or recipe.data.max_length))
+    )
+    size = vocabulary(source.config)
+    if not recipe.needs("data"):
+        tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+        _check_own_ids(recipe, tokenizer, size)
+        return Examples(recipe, tokenizer)
+    if data is None:
+        raise DataError(
+            f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
+            " alpaca-gpt4"
+        )
+    records = load_records(data, skip_bad=skip_bad, form=recipe.task.form)
+    bare = records.kind == "window" and not has_tokenizer(source)
+    tokenizer = None if bare else load_tokenizer(source)
+    _check_own_ids(recipe, tokenizer, size)
+    knobs = recipe.data
+    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit, skip_bad, context)
+    encoded = recipe.task.encode(records, tokenizer, reading, source.config)
+    check_dropped(records, encoded, reading.reach(), allow_dropped)
+    said = told(records, encoded, knobs.max_length)
+    if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
+        said.append(note)
+    return Examples(_held_out(recipe, raw, len(encoded.rows), data), tokenizer, records, encoded, reading, tuple(said))
+
+
+def _check_own_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, size: int | None) -> None:
+    """Refuse a tokenizer whose own tokens, which a run writes before texts and questions at its end, have no row.
+
+    Raises DataError.
+    """
+    if tokenizer is None or size is None or not recipe.task.writes_text:
+        return
+    if isinstance(tokenizer.bos_token_id, int):
+        refuse_ids([tokenizer.bos_token_id], size, f"the tokenizer's beginning token {tokenizer.bos_token!r}")
+    try:
+        asked = encode_prompt(tokenizer, "Name a colour.", prompt_on=False)
+    except DataError:  # a template that refuses one question is met where there are some
+        return
+    refuse_ids(
+        asked, size, "a token that the chat template writes" if tokenizer.chat_template else "a token of a question"
+    )
+
+
+def vocabulary(config: PreTrainedConfig) -> int | None:
+    """Rows of a model's embedding, where it has one."""
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def fewer_than_asked(stages: Sequence[Acted], n: int) -> list[str]:
+    """A sentence for each stage that wants to look at more examples than the `n` that there are."""
+    return [
+        f"{one.name}: {passed.what} on the {n:,} examples that there are, of the {passed.examples:,} it asks for"
+        for one in stages
+        for passed in one.passes
+        if passed.what == "calibration" and passed.examples is not None and passed.examples > n
+    ]
+
+
+def _held_out(recipe: Recipe, raw: Mapping[str, Any], n_rows: int, data: str | None) -> Recipe:
+    """The recipe with the number of examples that are held out: its own, else as many as its task wants. Raises
+    DataError if none would be left.
+    """
+    held = recipe.data.held if "held" in (raw.get("data") or {}) else recipe.task.held_out(n_rows)
+    if n_rows <= held:
+        raise DataError(f"{data} gives {n_rows} examples, of which {held} are held out; give more, or lower data.held")
+    return replace(recipe, data=replace(recipe.data, held=held))
