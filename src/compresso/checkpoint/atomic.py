@@ -18,7 +18,15 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from compresso.checkpoint.storage import alive, exchange, storage_error, storage_errors, sync, sync_tree
+from compresso.checkpoint.storage import (
+    alive,
+    exchange,
+    storage_error,
+    storage_errors,
+    sync,
+    sync_tree,
+    with_ordinary_modes,
+)
 from compresso.core import strict_json
 from compresso.errors import CheckpointError, ResourceError
 
@@ -86,6 +94,7 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
         with storage_errors(target, only_resource=True):
             yield temporary
         with storage_errors(target):
+            with_ordinary_modes(temporary)
             sync_tree(temporary)
             refuse_occupied(target, force)  # someone else may have been faster
             _install(temporary, target)

@@ -22,6 +22,16 @@ _TOKENIZER = (
     "additional_chat_templates/*.jinja",
     "*.model",
 )
+_LEGAL = ("license*", "licence*", "copying*", "copyright*", "notice*", "use_policy*", "*[-_]license*", "*[-_]licence*")
+"""Licences and notices, in any case of letters: they go where the weights go."""
+_PROGRAMS = (".py", ".sh", ".so", ".js", ".bin", ".pt", ".pth", ".pkl", ".safetensors")
+_CARRIED = (
+    "*.tiktoken",
+    "tekken.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _CHECKPOINT = (
     "config.json",
     "generation_config.json",
@@ -29,6 +39,7 @@ _CHECKPOINT = (
     "*.safetensors.index.json",
     "modeling_compresso.py",
     *_TOKENIZER,
+    *_CARRIED,
 )
 
 
@@ -62,7 +73,8 @@ def refuse_foreign(output: Path, written: Written) -> None:
         )
     for path in _files(output):
         name = path.relative_to(output)
-        if not any(fits(PurePosixPath(name.as_posix()), pattern) for pattern in written.files):
+        known = any(fits(PurePosixPath(name.as_posix()), pattern) for pattern in written.files)
+        if not known and not (len(name.parts) == 1 and is_legal(name.name)):
             raise CheckpointError(
                 f"output {output} holds {name}, which compresso {written.by} did not write, so --overwrite does not"
                 " replace it. Move that file, or choose another output."
@@ -79,6 +91,15 @@ def fits(name: PurePosixPath, pattern: str) -> bool:
     """
     parts = pattern.split("/")
     return len(parts) == len(name.parts) and all(map(fnmatchcase, name.parts, parts))
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file is called as licences and notices are, and not as a program.
+
+    >>> is_legal("LICENSE.txt"), is_legal("Notice"), is_legal("license.py"), is_legal("model.safetensors")
+    (True, True, False, False)
+    """
+    return any(fnmatchcase(name.lower(), one) for one in _LEGAL) and not name.lower().endswith(_PROGRAMS)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -140,7 +161,7 @@ RUN = Written(
 EXPORTS = {
     "onnx": Written(
         "export",
-        ("model.onnx*", "config.json", "generation_config.json", *_TOKENIZER),
+        ("model.onnx*", "config.json", "generation_config.json", *_TOKENIZER, *_CARRIED),
         lambda folder: (folder / "model.onnx").is_file(),
     ),
     "vllm-deci": Written(
@@ -148,6 +169,6 @@ EXPORTS = {
         (*_CHECKPOINT, "configuration_decilm.py"),
         lambda folder: (folder / "configuration_decilm.py").is_file(),
     ),
-    "compressed-tensors": Written("export", _CHECKPOINT, _is_packed),
+    "compressed-tensors": Written("export", ("README.md", *_CHECKPOINT), _is_packed),
 }
 """What `compresso export` writes, by format; a GGUF is a single file."""

@@ -67,6 +67,17 @@ def sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
+def with_ordinary_modes(folder: Path) -> None:
+    """Let everybody read a folder's files who may read the folder itself; libraries make some readable by their owner
+    alone.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for root, _, files in os.walk(folder):
+        for name in files:
+            if not (path := Path(root, name)).is_symlink():
+                path.chmod(mode)
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the kernel or the file system cannot."""
     if sys.platform != "linux":

@@ -178,7 +178,7 @@ def _classifier(source: Source, output: Path, dtype: str, force: bool) -> dict[s
         return classifier_parity(ONNX, path, classifier_reference(live.model, live.tokenizer, dtype))
 
     check = _opening(ONNX, parity, output, facts)
-    save_onnx_classifier(live.model, output, live.tokenizer, dtype=dtype, force=force, check=check)
+    save_onnx_classifier(live.model, output, live.tokenizer, dtype=dtype, force=force, check=check, source=live.folder)
     return facts
 
 

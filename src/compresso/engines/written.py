@@ -37,11 +37,13 @@ class Live:
         model: of a stock class but for compressed-tensors; in float32 for GGUF and ONNX, else in the stored dtype.
         tokenizer: of its folder; None if that holds none.
         packing: what was rounded, and how; of compressed-tensors only.
+        folder: that it was read from.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     packing: Packing | None = None
+    folder: Path | None = None
 
     def reference(self, dtype: str = "f32") -> Reference:
         """What engines are compared with; the model becomes float32.
@@ -82,7 +84,7 @@ def load_for(written: Format, source: Source) -> Live:
     stored = written in (Format.PACKED, Format.DECI)
     model = load_model(source, dtype=None if stored else torch.float32)
     kept = written in (Format.CHECKPOINT, Format.PACKED)  # of the class that the folder says
-    return Live(model if kept else as_stock(model), tokenizer, packing)
+    return Live(model if kept else as_stock(model), tokenizer, packing, source.folder)
 
 
 def write(
@@ -109,7 +111,15 @@ def write(
     """
     if written is Format.PACKED:
         assert model.packing is not None
-        save_packed(model.model, model.packing, output, tokenizer=model.tokenizer, force=force, check=check)
+        save_packed(
+            model.model,
+            model.packing,
+            output,
+            tokenizer=model.tokenizer,
+            force=force,
+            check=check,
+            source=model.folder,
+        )
         return model.model.config.model_type
     stock = model.model
     shapes = arch_for(stock.config).shapes(stock)
@@ -118,7 +128,7 @@ def write(
             raise ExportError("it has no tokenizer, which a GGUF file wants")
         return save_gguf(stock, shapes, output, model.tokenizer, dtype, force, check)
     if written is Format.ONNX:
-        save_onnx(stock, shapes, output, model.tokenizer, dtype=dtype, force=force, check=check)
+        save_onnx(stock, shapes, output, model.tokenizer, dtype=dtype, force=force, check=check, source=model.folder)
         return stock.config.model_type
-    save_vllm_deci(stock, shapes, output, model.tokenizer, force=force, check=check)
+    save_vllm_deci(stock, shapes, output, model.tokenizer, force=force, check=check, source=model.folder)
     return "DeciLM"

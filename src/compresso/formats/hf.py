@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.errors import ExportError, NumericError
+from compresso.formats.beside import write_beside
 from compresso.formats.layout import (
     Layout,
     native_config,
@@ -48,6 +49,7 @@ def save_checkpoint(
     files: Mapping[str, str] | None = None,
     force: bool = False,
     max_shard_size: int | str = "5GB",
+    source: Path | None = None,
 ) -> Layout:
     """Write a shrunk model so that `folder` is complete or untouched, and return the layout used.
 
@@ -58,13 +60,14 @@ def save_checkpoint(
         dtype: dtype to store; None keeps that of the model.
         files: further text files, name -> text (recipe.yaml, README.md, ...).
         force: replace a folder that is not empty.
+        source: the folder that the model came from; what it holds beside weights and config is carried over.
 
     Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding
     to `dtype`), CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
     if family_of(model.config.model_type) is None:
         check_plain(model, shapes, layout)
-        _write_plain(model, folder, tokenizer, dtype, files or {}, force, max_shard_size)
+        _write_plain(model, folder, tokenizer, dtype, files or {}, force, max_shard_size, source)
         return "uniform"
     described = describe(model, shapes)
     layout = choose_layout(described, layout)
@@ -74,14 +77,10 @@ def save_checkpoint(
     _check_complete(config, tensors, described.tied)
     with new_folder(folder, force) as temporary:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        write_text(temporary / "config.json", config.to_json_string())
-        for weights in temporary.glob("*.safetensors"):  # the library makes them readable by their owner only
-            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
         if layout == "native":
             shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
-        if getattr(model, "generation_config", None) is not None:
-            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
-        _add_files(temporary, tokenizer, files or {})
+        write_beside(temporary, config, model, tokenizer, source)
+        _add_files(temporary, files or {})
     return layout
 
 
@@ -93,6 +92,7 @@ def _write_plain(
     files: Mapping[str, str],
     force: bool,
     max_shard_size: int | str,
+    source: Path | None,
 ) -> None:
     """Write a model that its own class and config hold, under the tensor names that its class writes."""
     tensors = {name: _stored(name, tensor.detach(), dtype) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -100,16 +100,12 @@ def _write_plain(
         model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
         config = copy.deepcopy(model.config)
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
-        write_text(temporary / "config.json", config.to_json_string())
-        for weights in temporary.glob("*.safetensors"):
-            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
-        _add_files(temporary, tokenizer, files)
+        write_beside(temporary, config, model, tokenizer, source)
+        _add_files(temporary, files)
 
 
-def _add_files(folder: Path, tokenizer: PreTrainedTokenizerBase | None, files: Mapping[str, str]) -> None:
-    """Write the tokenizer and further text files. Raises ExportError for a name that is not plain or taken."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def _add_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write further text files. Raises ExportError for a name that is not plain or taken."""
     for name, text in files.items():
         if Path(name).name != name or (folder / name).exists():
             raise ExportError(f"further file '{name}' must have a plain name that the checkpoint does not use itself.")

@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from compresso.arch.base import arch_for
 from compresso.arch.outputs import outputs
 from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.store import DTYPES
 from compresso.errors import ExportError, NumericError
+from compresso.formats.beside import write_beside
 from compresso.native import MODELING_FILE
 from compresso.sweep.offload import Offloaded
 
-_COPIED = ("config.json", "generation_config.json", MODELING_FILE.name)
+_COPIED = ("generation_config.json", MODELING_FILE.name)
 
 
 def save_offloaded(
@@ -72,10 +74,7 @@ def save_offloaded(
     for name in _COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod((folder / "config.json").stat().st_mode & 0o777)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_beside(folder, read_json(source.config_file), offloaded.model, tokenizer, source.folder)
     layout: Literal["uniform", "native"] = "native" if (folder / MODELING_FILE.name).is_file() else "uniform"
     return layout, _compared(offloaded, folder, ids, atol)
 

@@ -29,8 +29,9 @@ from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import LayerShape
-from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.atomic import new_folder
 from compresso.errors import ExportError
+from compresso.formats.beside import write_beside
 
 GRAPH = "model.onnx"
 Stored = Literal["f32", "int8"]
@@ -72,6 +73,7 @@ def save_onnx(
     dtype: str = "f32",
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write `model.onnx`, config and tokenizer; `folder` is complete or untouched.
 
@@ -82,6 +84,7 @@ def save_onnx(
         dtype: "f32" or "int8".
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+        source: the folder that the model came from; what it holds beside weights and config is carried over.
 
     Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
     """
@@ -90,11 +93,7 @@ def save_onnx(
         write_graph(lambda: _traced(model.eval(), heads), model, temporary, dtype)
         widths = {"heads": heads, "head_dim": head_dim(model)}
         config = {**json.loads(model.config.to_json_string()), "compresso_cache": widths}
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-        if getattr(model, "generation_config", None) is not None:
-            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        write_beside(temporary, config, model, tokenizer, source)
         if check is not None:
             check(temporary)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.atomic import new_folder
 from compresso.errors import ExportError
+from compresso.formats.beside import write_beside
 from compresso.formats.onnx import quiet, write_graph
 
 
@@ -47,6 +48,7 @@ def save_onnx_classifier(
     dtype: str = "f32",
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write `model.onnx`, config and tokenizer; `folder` is complete or untouched.
 
@@ -57,15 +59,14 @@ def save_onnx_classifier(
         dtype: "f32" or "int8".
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+        source: the folder that the model came from; what it holds beside weights and config is carried over.
 
     Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
     """
     with new_folder(folder, force) as temporary:
         write_graph(lambda: _traced(model.eval()), model, temporary, dtype)
         config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        write_beside(temporary, config, model, tokenizer, source)
         if check is not None:
             check(temporary)
 

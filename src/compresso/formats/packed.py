@@ -28,6 +28,8 @@ from compresso.checkpoint.folder import read_json
 from compresso.core.rounding import recovered
 from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
+from compresso.formats.beside import write_beside
+from compresso.formats.config_text import config_text, readers
 
 TESTED = "0.20.0"
 
@@ -95,6 +97,7 @@ def save_packed(
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write a checkpoint whose rounded linears are packed; `folder` is complete or untouched.
 
@@ -104,6 +107,7 @@ def save_packed(
         tokenizer: written beside it.
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+        source: the folder that the model came from; what it holds beside weights and config is carried over.
 
     Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if
     `folder` may not be written.
@@ -125,11 +129,51 @@ def save_packed(
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        write_beside(temporary, config, model, tokenizer, source)
+        write_text(temporary / "README.md", _card(packing, source, model))
         if check is not None:
             check(temporary)
+
+
+def _card(packing: Packing, source: Path | None, model: PreTrainedModel) -> str:
+    """README.md: what the folder holds, what opens it, and where the rest is told."""
+    name = "" if source is None else " of `" + " ".join(source.resolve().name.replace("`", "'").split()) + "`"
+    told = (
+        "How it was made and what it can do stands in the README.md, recipe.yaml and records.json of the folder that it"
+        " was exported from."
+    )
+    return f"""---
+library_name: transformers
+tags:
+- compresso
+- compressed-tensors
+---
+
+# Packed weights{name}
+
+{len(packing.linears)} linears that compresso (`pip install compresso-llm`) rounded, packed by compressed-tensors
+({packing.format}): {packing.kind}. The values are those of the model that it was exported from. {told}
+
+## How to load it
+
+```bash
+pip install transformers compressed-tensors=={TESTED}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+{readers(json.loads(config_text(model.config)))} It computes with full numbers there; the file is smaller, the model in
+memory and its speed are not.
+
+## Limits
+
+The licence and terms of the original model apply.
+"""
 
 
 def _packed(name: str, weight: Tensor, packing: Packing) -> dict[str, Tensor]:

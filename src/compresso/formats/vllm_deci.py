@@ -7,7 +7,6 @@ attention, which that class cannot do without: it is written as zeros. Run in vL
 tokens as transformers.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import LayerShape
-from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.atomic import new_folder
 from compresso.checkpoint.code import Shipped
 from compresso.errors import ExportError
+from compresso.formats.beside import write_beside
 from compresso.formats.layout import widest
 from compresso.formats.pad import pad_tensors
 from compresso.formats.shrunk import Shrunk, describe
@@ -46,6 +46,7 @@ def save_vllm_deci(
     *,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write weights, config with its class, and tokenizer; `folder` is complete or untouched.
 
@@ -55,6 +56,7 @@ def save_vllm_deci(
         tokenizer: written beside it.
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
+        source: the folder that the model came from; what it holds beside weights and config is carried over.
 
     Raises ExportError naming what a DeciLM does not hold, CheckpointError if `folder` may not be written.
     """
@@ -64,14 +66,8 @@ def save_vllm_deci(
     with new_folder(folder, force) as temporary:
         stored = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_torch_state_dict(stored, temporary, metadata={"format": "pt"})
-        write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
-        for weights in temporary.glob("*.safetensors"):  # the library makes them readable by their owner only
-            weights.chmod((temporary / "config.json").stat().st_mode & 0o777)
         shutil.copyfile(CONFIGURATION, temporary / CONFIGURATION.name)
-        if getattr(model, "generation_config", None) is not None:
-            write_text(temporary / "generation_config.json", model.generation_config.to_json_string())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        write_beside(temporary, config, model, tokenizer, source)
         if check is not None:
             check(temporary)
 

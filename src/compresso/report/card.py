@@ -32,12 +32,13 @@ _METRICS = {"acc": "accuracy"}
 _NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the data above")
 
 
-def model_card(records: RunRecords, commands: Mapping[str, str] | None = None) -> str:
+def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, readers: str = "") -> str:
     """Markdown from what a run's records.json holds.
 
     Args:
         records: of the run.
         commands: what to show for engines that opened it, as in `facts.loading`; None for nothing.
+        readers: a sentence on the versions of transformers that open it; empty for nothing.
     """
     comparison = comparison_of_run(records, Plan())
     pruned = comparison.models[-1]  # the dense model stands first; a run that kept everything has no other
@@ -72,6 +73,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None) -
             for name in opened
             if commands and name in commands
         ],
+        readers=readers,
         missing=[*map(_one_line, missing(comparison)), *_NEVER],
     )
 

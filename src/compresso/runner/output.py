@@ -14,12 +14,14 @@ import torch
 import yaml
 
 from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.edit.patches import patch_, save_tensors, unpatch_
 from compresso.engines.registry import commands
+from compresso.formats.config_text import readers
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
 from compresso.job import Job
@@ -113,6 +115,7 @@ def finish(
     overwrite: bool,
     dtype: torch.dtype,
     ask: Callable[[Path], Sequence[Mapping[str, Any]]] | None = None,
+    came_from: Path | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint beside `output`, reopen it in a fresh process, add its report, then rename it into place.
 
@@ -123,6 +126,7 @@ def finish(
         layout, output, overwrite: as the run was asked.
         dtype: to store.
         ask: what every engine makes of the written folder, for the records; None asks none.
+        came_from: the folder of the model that the run was given, whose other files are carried over.
 
     Returns:
         The records, with layout, bytes, the reopened difference, the guard and the report.
@@ -139,7 +143,9 @@ def finish(
         if job.offloaded:
             used, difference = save_offloaded(job.offloaded, source, folder, job.tokenizer, ids, REOPENED_WITHIN)
         else:
-            used = save_checkpoint(model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype)
+            used = save_checkpoint(
+                model, shapes, folder, layout=layout, tokenizer=job.tokenizer, dtype=dtype, source=came_from
+            )
             difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         patch_(model, job.patches)
         save_tensors(job.patches, folder)
@@ -162,7 +168,7 @@ def finish(
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
             "records.json": _json(written),
-            "README.md": model_card(records, commands()),
+            "README.md": model_card(records, commands(), readers(read_json(folder / "config.json"))),
             "report.html": report_of_run(records, job.plan, commands()),
         }
         for name, text in texts.items():

@@ -239,10 +239,10 @@ def run(
                 _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
-                ask = parity_records if verify else None
+                ask, carried = parity_records if verify else None, prepared.source.folder
                 with job.progress().working("writing the checkpoint and opening it again"):
                     facts = finish(
-                        job, facts, evaluation, dense, prepared.layout, prepared.output, overwrite, dtype, ask
+                        job, facts, evaluation, dense, prepared.layout, prepared.output, overwrite, dtype, ask, carried
                     )
                 work.discard()
             facts = broadcast(accelerator, facts)
