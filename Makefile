@@ -3,6 +3,8 @@
 # make test    the tests, offline, and their coverage
 # make test-fast   those that are not marked slow, in under three minutes on two cores
 # make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
+# make transformers-4   transformers 4.57 in .venv/transformers-4 (60 MB), for the tests that open checkpoints in it; without it they
+#                are skipped
 # make check   formatting, lint, types, import rule, the workflow of GitHub, doctests
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-fast vllm check clean
+.PHONY: setup demo test test-fast vllm transformers-4 check clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +42,14 @@ $(VENV)/vllm/.ready: requirements/vllm.txt
 	$(PYTHON) -m venv $(VENV)/vllm
 	$(VENV)/vllm/bin/python -m pip install --quiet "$$(grep '^torch==' requirements/vllm.txt)"
 	$(VENV)/vllm/bin/python -m pip install --quiet --no-deps -r requirements/vllm.txt
+	touch $@
+
+transformers-4: $(VENV)/transformers-4/.ready
+
+$(VENV)/transformers-4/.ready: requirements/transformers-4.txt $(VENV)/.ready
+	$(BIN)/python -m venv $(VENV)/transformers-4
+	$(VENV)/transformers-4/bin/python -m pip install --quiet --no-deps -r requirements/transformers-4.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(VENV)/transformers-4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_outer.pth"
 	touch $@
 
 check: setup

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from compresso import cli
 from compresso.data import nano
+from compresso.engines import transformers_4
 from compresso.engines import vllm as vllm_engine
 from compresso.errors import ExportError
 from compresso.runner.options import with_options
@@ -136,6 +137,13 @@ def no_vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """vLLM, which takes 20 seconds to open anything, is not installed but for tests marked `vllm`."""
     if request.node.get_closest_marker("vllm") is None:
         monkeypatch.setattr(vllm_engine, "missing", lambda: "vllm is not installed")
+
+
+@pytest.fixture(autouse=True)
+def no_transformers_4(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4.57, a process of five seconds, is not installed but for tests marked `transformers_4`."""
+    if request.node.get_closest_marker("transformers_4") is None:
+        monkeypatch.setattr(transformers_4, "missing", lambda: "transformers 4.57 is not installed")
 
 
 @pytest.fixture

@@ -142,7 +142,14 @@ def test_what_a_format_does_not_hold_is_a_no(tmp_path: Path) -> None:
 def test_every_engine_has_a_name_of_its_own_and_the_card_its_commands() -> None:
     engines = registry.engines()
     assert len({engine.name for engine in engines}) == len(engines)
-    assert {engine.program for engine in engines} == {"transformers", "llama.cpp", "ONNX Runtime", "OpenVINO", "vLLM"}
+    assert {engine.program for engine in engines} == {
+        "transformers",
+        "transformers 4.57",
+        "llama.cpp",
+        "ONNX Runtime",
+        "OpenVINO",
+        "vLLM",
+    }
     assert {engine.reads for engine in engines} == set(Format)
     assert [engine.name for engine in engines][:3] == [PLAIN.name, OWN.name, REMOTE.name]
     for name, command in registry.commands().items():

@@ -72,7 +72,7 @@ class Transformers:
                 check=False,
             )
             if done.returncode:
-                reason = _why(done.stderr, done.returncode).replace(str(written.resolve()), "this folder")
+                reason = why(done.stderr, done.returncode).replace(str(written.resolve()), "this folder")
                 return Parity(self.name, "no", reason)
             found = load_file(result)
         logits, wanted = found["logits"], reference.logits
@@ -102,7 +102,7 @@ PACKED = Transformers(
 ENGINES = (PLAIN, OWN, REMOTE, PACKED)
 
 
-def _why(stderr: str, code: int) -> str:
+def why(stderr: str, code: int) -> str:
     """The last line of a traceback that names an exception."""
     lines = [line for line in stderr.strip().splitlines() if line and not line[0].isspace()]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
