@@ -136,8 +136,9 @@ class Plan:
             raise ValueError('not a plan: wanted an object with "format": 1 and "kept"')
         plan = cast(dict[str, Any], rows)
         for name, kept in plan.items():
-            if not isinstance(kept, list) or not all(type(i) is int and i >= 0 for i in cast(list[Any], kept)):
-                raise ValueError(f"not a plan: {name[:80]!r} keeps {str(kept)[:40]}; wanted a list of unit indices")
+            units = cast(list[Any], kept) if isinstance(kept, list) else [None]
+            if not all(type(i) is int and i >= 0 for i in units):
+                raise ValueError(f"not a plan: {name[:80]!r} keeps {str(units)[:40]}; wanted a list of unit indices")
         return Plan({name: tuple(cast(list[int], kept)) for name, kept in plan.items()})
 
 
