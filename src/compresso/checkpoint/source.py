@@ -32,12 +32,11 @@ from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
 from compresso.checkpoint.header import TensorInfo
+from compresso.checkpoint.tensors import check_tensors, listed, untied_as_stored
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
-from compresso.native import family_of
 from compresso.native.stock import as_stock
 
 _ENCODERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel)
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
@@ -195,7 +194,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
             output_loading_info=True,
         )
         if gaps := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-            raise CheckpointError(f"model {source.name} lacks weights for {_listed(gaps)}. Fetch or write it again.")
+            raise CheckpointError(f"model {source.name} lacks weights for {listed(gaps)}. Fetch or write it again.")
         for name, tensor in model.state_dict().items():
             if (
                 tensor.is_floating_point()
@@ -257,9 +256,7 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
         layers = getattr(config, "num_hidden_layers", None)
         check_layers(folder / "config.json", layers, tensors if weights else stored_names(folder))
     source = Source(config, folder, kind, name, folder / "config.json", tensors)
-    if weights and family_of(
-        config.model_type
-    ):  # for others transformers may rename tensors on the way in; load_model checks them
+    if weights:
         _check_tensors(source)
     return source
 
@@ -282,40 +279,17 @@ def _as_written(source: Source) -> PreTrainedModel:
 
 
 def _check_tensors(source: Source) -> None:
-    """Raise CheckpointError listing tensors that are missing, unexpected, of the wrong shape or not of a plain float
-    dtype.
-    """
-    if (layers := source.config.num_hidden_layers) > len(source.tensors):
+    """Raise CheckpointError if the folder's tensors are not its model's. Its config is told if they untie the head."""
+    if (layers := getattr(source.config, "num_hidden_layers", 0) or 0) > len(source.tensors):
         raise CheckpointError(
             f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json."
         )
+    assert source.folder is not None  # weights lie in one
     model = _as_written(source)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model._tied_weights_keys or ()) if source.config.tie_word_embeddings else set()
-    stored = {
-        name: info for name, info in source.tensors.items() if not name.endswith("rotary_emb.inv_freq")
-    }  # old files still have it
-    problems = {
-        "missing": sorted(wanted.keys() - stored.keys() - tied),
-        "unexpected": sorted(stored.keys() - wanted.keys()),
-        "wrong shape": [
-            f"{name} {list(stored[name].shape)} instead of {list(shape)}"
-            for name, shape in wanted.items()
-            if name in stored and stored[name].shape != shape
-        ],
-        "not plain floats": [f"{name} {info.dtype}" for name, info in stored.items() if info.dtype not in _FLOATS],
-    }
-    if any(problems.values()):
-        problem = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-        raise CheckpointError(
-            f"{source.folder} does not fit its config.json: {problem}. Fetch the model again, or correct its config."
-        )
-
-
-def _listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(name[:120] for name in names[:8]) + rest
+    if untied_as_stored(source.config, model, source.folder, source.tensors):
+        source.config.tie_word_embeddings = False
+        model = _as_written(source)
+    check_tensors(source.folder, source.config, auto_class(source.config), model, source.tensors)
 
 
 def _line(error: Exception) -> str:
