@@ -90,8 +90,8 @@ def test_part_of_a_group_is_rounded_without_a_scale(make_job: MakeJob) -> None:
 
 def test_what_does_not_fit_is_refused(make_job: MakeJob) -> None:
     job = make_job()
-    with pytest.raises(RecipeError, match=r"down_proj has 48 inputs, no multiple of 32"):
-        Awq(group=32).check(job.model, job.arch)
+    with pytest.raises(RecipeError, match=r"q_proj has 32 inputs, no multiple of 24"):
+        Awq(group=24).check(job.model, job.arch)
 
 
 def test_equal_inputs_and_weights_need_no_scale() -> None:

@@ -56,8 +56,8 @@ def test_with_uncorrelated_inputs_it_is_rounding_to_nearest(make_job: MakeJob, m
 
 def test_groups_that_do_not_fit_are_refused(make_job: MakeJob) -> None:
     job = make_job()
-    with pytest.raises(RecipeError, match=r"down_proj has 48 inputs, no multiple of 32"):
-        Gptq(group=32).check(job.model, job.arch)
+    with pytest.raises(RecipeError, match=r"q_proj has 32 inputs, no multiple of 24"):
+        Gptq(group=24, block=24).check(job.model, job.arch)
     with pytest.raises(ValidationError, match="cuts groups of 24"):
         Gptq(group=24, block=32)
     with pytest.raises(ValidationError):

@@ -114,6 +114,12 @@ def plan(
         typer.Option(help="As for `run`: says how many examples and tokens survive, and how long an epoch is."),
     ] = None,
     skip_bad: SkipBad = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="What time and memory are estimated for: auto, cpu, cuda, or a GPU that is not here, such as h100."
+        ),
+    ] = "auto",
     as_json: Json = False,
     speedup: Speedup = None,
     engine: For = None,
@@ -137,6 +143,7 @@ def plan(
         layout=layout,
         data=data,
         skip_bad=skip_bad,
+        device=device,
     )
     plan.show(facts, as_json)
 

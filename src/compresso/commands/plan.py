@@ -27,6 +27,7 @@ def plan(
     layout: str = "auto",
     data: str | Path | None = None,
     skip_bad: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
 
@@ -35,10 +36,12 @@ def plan(
         model: hub id, local folder or config.json.
         keep, parameters, macs, max_steps, sets, target, task, layout, skip_bad: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
+        device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
+            "h100" or "rtx4090".
 
     Returns:
         What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
-        "weight_bytes", "device", "stages", "training", "data"}`.
+        "weight_bytes", "device", "stages", "training", "compressed", "data"}`.
 
     Raises:
         CompressoError: for all that the run would refuse before it reads weights.
@@ -54,4 +57,5 @@ def plan(
         target=target,
         task=task,
     )
-    return dry_runs.plan(raw, str(model), layout, target, data=None if data is None else str(data), skip_bad=skip_bad)
+    given = None if data is None else str(data)
+    return dry_runs.plan(raw, str(model), layout, target, data=given, skip_bad=skip_bad, device=device)

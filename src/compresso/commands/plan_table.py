@@ -23,6 +23,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     ]
     rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
+    if "packed" in facts["weight_bytes"]:
+        rows.append(("bytes once packed", facts["weight_bytes"]["before"], facts["weight_bytes"]["packed"]))
     for name, old, new in rows:
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.3f}" if old else "-")
     console.print(table)
@@ -32,13 +34,15 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         console.print(f"layout {layout}: {'no: ' + obstacle if obstacle else 'yes'}", markup=False, soft_wrap=True)
     console.print(_costs(facts))
     console.print(
-        "Tokens are at most these. Time is estimated from the passes over the model at this machine's matrix-product"
-        " rate; real steps take longer.",
+        f"Tokens are at most these. Time is estimated from the passes over the model at the matrix-product rate of"
+        f" {facts['device']}; real steps take longer.",
         soft_wrap=True,
     )
     if facts.get("data"):
         for line in _data(facts["data"]):
             console.print(line, markup=False, soft_wrap=True)
+    for one in facts["compressed"]:
+        console.print(_compressed(one, facts["device"]), markup=False, soft_wrap=True)
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
@@ -47,6 +51,17 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
+
+
+def _compressed(one: Mapping[str, Any], device: str) -> str:
+    """What a stage does to how many weights, and in which memory."""
+    done = [f"{one['sparsity']:.0%} become zero".replace("%", " %")] if one["sparsity"] else []
+    done += [] if one["bits"] is None else [f"{one['bits']:.3g} bits each once packed"]
+    stored = "" if one["bits"] is not None else "; zeros are stored dense, so that no byte is saved"
+    return (
+        f"{one['stage']}: works on {one['weights']:,} weights, {', '.join(done) or 'unchanged'}{stored}; about"
+        f" {_bytes(one['memory_bytes_estimated'])} on {device} (estimated)"
+    )
 
 
 def _data(data: Mapping[str, Any]) -> list[str]:

@@ -86,7 +86,8 @@ def packing_of(folder: Path | None) -> Packing:
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
     if name == "smoothquant":
         return Packing(linears, 8, inputs=range_of(knobs["inputs"]))
-    return Packing(linears, int(knobs["bits"]), int(knobs.get("group") or 0), bool(knobs.get("symmetric")))
+    group = records["stages"][name].get("group", knobs.get("group"))  # what fitted, where that was another
+    return Packing(linears, int(knobs["bits"]), int(group or 0), bool(knobs.get("symmetric")))
 
 
 def save_packed(

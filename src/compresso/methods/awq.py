@@ -14,23 +14,28 @@ whose inputs nothing feeds linearly (o under grouped queries, an FFN without a g
 this shows what rounding costs, not what packing saves.
 """
 
+import logging
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, cast
 
 from annotated_types import Ge, Le
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.core.rounding import bits_per_weight, fit
+from compresso.core.rounding import fit
 from compresso.core.scales import activation_scales, best_scale, round_clipped
 from compresso.job import Job
 from compresso.observe.folds import Stats
-from compresso.stage import Effects, Passes, stage, sweep_passes
+from compresso.stage import Effects, Passes, Stage, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.compressed import Compressed, fitting_group, other_group, rounded_weights
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
 from compresso.sweep.swept import swept
-from compresso.sweep.targets import Groups, Where, chosen, matches, matrix, names_of
+from compresso.sweep.targets import Groups, Where, chosen, matches
+
+log = logging.getLogger(__name__)
 
 
 @stage(
@@ -50,7 +55,8 @@ class Awq:
 
     Args:
         bits: of a code, 2 to 8.
-        group: consecutive inputs that share a rounding scale; 0 for one a row.
+        group: consecutive inputs that share a rounding scale; 0 for one a row. Where it does not divide all inputs,
+            the largest group that divides it and them.
         symmetric: a range around 0 instead of from the least to the greatest weight.
         steps: exponents that are tried.
         by_weight: also divide by the typical weight, as the public code does.
@@ -75,7 +81,16 @@ class Awq:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, self.group or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it rounds, and the bits they take once packed."""
+        group = fitting_group(self, model, arch)
+        return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """Another group than was asked for."""
+        return other_group(self, model, arch)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""
@@ -83,14 +98,18 @@ class Awq:
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        groups = self.check(job.model, job.arch)
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        if fitted != self:
+            log.warning("awq: %s", "; ".join(self.remarks(job.model, job.arch)))
+            return fitted(job)
+        groups, bits = self.check(job.model, job.arch), self.compressed(job.model, job.arch).bits
         edit = rescaled(job.model, self._search, self._round)
         found, notes = swept(job.sweeping("awq", self), groups, self.calibration, moment_and_size, edit, rescales=True)
-        sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
         return job.note("awq", **found).note(
             "awq",
             sparsity=None,
-            bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),
+            bits=bits,
+            group=self.group,
             exponents={name: facts["exponent"] for name, facts in notes.items() if facts["scaled"]},
             error_of_unscaled={name: facts["error_of_unscaled"] for name, facts in notes.items() if facts["scaled"]},
             not_scaled=[name for name, facts in notes.items() if not facts["scaled"]],

@@ -36,6 +36,7 @@ from compresso.job import Job
 from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_of
 
@@ -85,6 +86,10 @@ class ESparse:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1])
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it works on, and the share that becomes zero."""
+        return zeroed_weights(model, self.check(model, arch), None, self.pattern)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""

@@ -13,8 +13,10 @@ float64, then the run stops. Values are stored as full numbers, so this shows wh
 saves.
 """
 
+import logging
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, cast
 
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
@@ -22,14 +24,17 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.obs import Quantize
-from compresso.core.rounding import Grid, bits_per_weight, fit
+from compresso.core.rounding import Grid, fit
 from compresso.job import Job
 from compresso.observe.folds import second_moment
-from compresso.stage import Effects, Passes, stage, sweep_passes
+from compresso.stage import Effects, Passes, Stage, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.compressed import Compressed, fitting_group, other_group, rounded_weights
 from compresso.sweep.one_shot import compensated, more_damped
 from compresso.sweep.swept import swept
-from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
+from compresso.sweep.targets import Groups, Where, chosen
+
+log = logging.getLogger(__name__)
 
 
 @stage(
@@ -46,7 +51,8 @@ class Gptq:
 
     Args:
         bits: of a code, 2 to 8.
-        group: consecutive inputs that share a scale; 0 for one scale a row.
+        group: consecutive inputs that share a scale; 0 for one scale a row. Where it does not divide all inputs, the
+            largest group that divides it and them.
         symmetric: a range around 0 instead of from the least to the greatest weight.
         clip: shrink ranges where that lowers the rounding error.
         act_order: round the inputs with the largest second moments first.
@@ -76,7 +82,16 @@ class Gptq:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, self.group or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it rounds, and the bits they take once packed."""
+        group = fitting_group(self, model, arch)
+        return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """Another group than was asked for."""
+        return other_group(self, model, arch)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""
@@ -84,7 +99,11 @@ class Gptq:
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        groups = self.check(job.model, job.arch)
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        if fitted != self:
+            log.warning("gptq: %s", "; ".join(self.remarks(job.model, job.arch)))
+            return fitted(job)
+        groups, bits = self.check(job.model, job.arch), self.compressed(job.model, job.arch).bits
         edit = compensated(
             job.model,
             quantize=self._rounding,
@@ -93,11 +112,11 @@ class Gptq:
             block=max(self.block, self.group),
         )
         found, notes = swept(job.sweeping("gptq", self), groups, self.calibration, second_moment, edit)
-        sizes = [tuple(matrix(job.model, name).shape) for name in names_of(groups)]
         return job.note("gptq", **found).note(
             "gptq",
             sparsity=None,
-            bits=bits_per_weight(sizes, self.bits, self.group, self.symmetric),
+            bits=bits,
+            group=self.group,
             loss={name: facts["loss"] for name, facts in notes.items()},
             damped_more=more_damped(notes, self.damping),
         )

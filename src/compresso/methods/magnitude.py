@@ -21,6 +21,7 @@ from compresso.core.sparsity import at_most_threshold, lowest_in_groups, lowest_
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage
 from compresso.sweep.audit import audit, fingerprints
+from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
@@ -65,6 +66,10 @@ class Magnitude:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it works on, and the share that becomes zero."""
+        return zeroed_weights(model, self.check(model, arch), self.sparsity, self.pattern)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """None: it reads weights alone."""

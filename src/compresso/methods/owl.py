@@ -23,6 +23,7 @@ from compresso.job import Job
 from compresso.observe.folds import Stats, second_moment, squares
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.sweep.sweep import sweep
 from compresso.sweep.swept import swept
@@ -77,6 +78,10 @@ class Owl:
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
         return chosen(model, arch, self.where)
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it works on, and the share that becomes zero."""
+        return zeroed_weights(model, self.check(model, arch), self.sparsity, None)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the look at the dense model and of the sweep."""

@@ -6,20 +6,25 @@ grids are those of `compresso.core.rounding`.
 Departure: values are rounded and stored as full numbers, so this shows what rounding costs, not what packing saves.
 """
 
+import logging
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import Ge, Le
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.core.rounding import bits_per_weight, fit
+from compresso.core.rounding import fit
 from compresso.job import Job
-from compresso.stage import Effects, Passes, stage
+from compresso.stage import Effects, Passes, Stage, stage
 from compresso.sweep.audit import audit, fingerprints
+from compresso.sweep.compressed import Compressed, fitting_group, other_group, rounded_weights
 from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
+
+log = logging.getLogger(__name__)
 
 
 @stage(
@@ -37,7 +42,8 @@ class Rtn:
 
     Args:
         bits: of a code, 2 to 8.
-        group: consecutive inputs that share a scale; 0 for one scale a row.
+        group: consecutive inputs that share a scale; 0 for one scale a row. Where it does not divide all inputs, the
+            largest group that divides it and them.
         symmetric: a range around 0 instead of from the least to the greatest weight.
         clip: shrink ranges where that lowers the error.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
@@ -51,7 +57,16 @@ class Rtn:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, self.group or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it rounds, and the bits they take once packed."""
+        group = fitting_group(self, model, arch)
+        return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """Another group than was asked for."""
+        return other_group(self, model, arch)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """None: it reads weights alone."""
@@ -60,15 +75,16 @@ class Rtn:
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:
         """Round every linear."""
-        groups = self.check(job.model, job.arch)
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        if fitted != self:
+            log.warning("rtn: %s", "; ".join(self.remarks(job.model, job.arch)))
+            return fitted(job)
+        groups, bits = self.check(job.model, job.arch), self.compressed(job.model, job.arch).bits
         check_weights(job.model, groups)
         before, names = fingerprints(job.weights.tensors()), names_of(groups)
         for name in names:
             weight = matrix(job.model, name)
             exact = weight.float()
             weight.copy_(fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip).round(exact))
-        sizes = [tuple(matrix(job.model, name).shape) for name in names]
         facts = audit(job.weights.tensors(), before, names)
-        return job.note(
-            "rtn", **{**facts, "sparsity": None, "bits": bits_per_weight(sizes, self.bits, self.group, self.symmetric)}
-        )
+        return job.note("rtn", **{**facts, "sparsity": None, "bits": bits, "group": self.group})

@@ -30,6 +30,7 @@ from compresso.job import Job
 from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
+from compresso.sweep.compressed import Compressed, rounded_weights
 from compresso.sweep.scaling import Found, largest, rescaled
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen, is_linear, names_of
@@ -73,6 +74,10 @@ class SmoothQuant:
             layer: [replace(g, producer=None) if g.producer and is_linear(model, g.producer.module) else g for g in of]
             for layer, of in found.items()
         }
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
+        """The weights it rounds, and the bits they take once packed."""
+        return rounded_weights(model, self.check(model, arch), 8, 0, symmetric=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""

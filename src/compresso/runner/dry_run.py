@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.arch.base import arch_for
+from compresso.arch.base import Arch, arch_for
 from compresso.arch.queries import axes_of
 from compresso.checkpoint.source import Source, meta_model
 from compresso.core.axis import Axis, Kind
@@ -34,14 +34,19 @@ from compresso.solve.uniform import uniform_targets
 from compresso.stage import (
     Calibrates,
     ChecksModel,
+    Compresses,
     Learning,
     Learns,
     Passes,
     PlansShapes,
+    Remarks,
     Shrinks,
+    Sweeps,
     Trains,
     groups_of,
 )
+from compresso.sweep.compressed import Compressed
+from compresso.sweep.memory import estimate
 from compresso.training.launch import accumulation
 
 SOME_LABELS = ("0", "1")
@@ -60,6 +65,8 @@ class Acted:
         learning: what it trains; None where it trains nothing.
         trainable: parameters that learn by group: "lora" or, where all weights do, "all", and "gates" where there are
             any.
+        compressed: what it zeroes or rounds; None where it does neither.
+        held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
     """
 
     name: str
@@ -69,6 +76,18 @@ class Acted:
     passes: Sequence[Passes]
     learning: Learning | None = None
     trainable: Mapping[str, int] = field(default_factory=dict[str, int])
+    compressed: Compressed | None = None
+    held: int | None = None
+
+
+@dataclass(frozen=True)
+class Met:
+    """A budget, and what shapes make of it: the share of `of` that stays, and the one that was wanted."""
+
+    stage: str
+    of: str
+    share: float
+    wanted: float
 
 
 @dataclass
@@ -78,7 +97,8 @@ class DryRun:
     Args:
         before, after: counts as `inspect` gives them.
         shapes: axis -> [kept, size] of the axes that lose units.
-        notes: a sentence for each budget.
+        notes: a sentence for each budget, and for what a stage does otherwise than asked.
+        budgets: each as it was met.
         stages: each as it finds its model.
         layouts: layout -> why it could not hold these shapes, or None if it can.
     """
@@ -87,6 +107,7 @@ class DryRun:
     after: dict[str, Any]
     shapes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     notes: list[str] = field(default_factory=list[str])
+    budgets: list[Met] = field(default_factory=list[Met])
     stages: list[Acted] = field(default_factory=list[Acted])
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
 
@@ -126,7 +147,21 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             raise BudgetError(without[-1].format(stage=name)) from error
         planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
         total, macs = int(cost().total), int(cost().macs)
-        shown.stages.append(Acted(name, model.config, total, macs, stage.work(model, arch), learning, trainable))
+        if isinstance(stage, Remarks):
+            shown.notes += [f"{name}: {remark}" for remark in stage.remarks(model, arch)]
+        shown.stages.append(
+            Acted(
+                name,
+                model.config,
+                total,
+                macs,
+                stage.work(model, arch),
+                learning,
+                trainable,
+                stage.compressed(model, arch) if isinstance(stage, Compresses) else None,
+                _held(stage, model, arch, recipe.data.max_length) if isinstance(stage, Sweeps) else None,
+            )
+        )
         if planned is not None:
             budget, plan = planned
             removed = removed.then(plan)
@@ -136,6 +171,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             share = float(cost.of(plan).count(of) / cost().count(of))
             wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
             shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
+            if budget:
+                shown.budgets.append(Met(name, of, share, budget.keep))
             shrink_(model, axes, plan)
             axes = axes_of(arch, model, (Kind.QUERY,))
             cost = CostModel(axes, arch.weights(model))
@@ -152,6 +189,14 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         "native": None,
     }
     return shown
+
+
+def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int:
+    """Bytes that a sweep takes beside the weights, in float32, if every example has `length` tokens."""
+    rows = [length] * stage.calibration.examples
+    groups, keeps = stage.check(model, arch), stage.keeps_moments
+    needed = estimate(model, arch, groups, stage.calibration, rows, torch.float32, keeps)
+    return needed.statistics + needed.activations
 
 
 def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:

@@ -30,6 +30,7 @@ from compresso.runner.inspection import inspect
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
 from compresso.runner.recipe_file import plain
+from compresso.runner.target_budget import check_target
 from compresso.runner.task_options import for_model, with_task
 from compresso.tasks.base import DEFAULT
 
@@ -111,6 +112,8 @@ def with_options(
     if target is not None:
         want = parse_engine(target)
         raw = for_engine(raw, want, multiples(want, model, removes_queries(raw)))
+        source = open_source(model, weights=False)
+        check_target(recipe_for(raw, "auto", source.config), source, target)
     return raw
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.data_facts import data_facts
+from compresso.runner.devices import REACHED, Planned, planned
 from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import (
     misfits,
@@ -23,10 +24,10 @@ from compresso.runner.engine_shapes import (
     words,
 )
 from compresso.runner.options import recipe_for
+from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
 from compresso.stage import Learning, Passes
 from compresso.tasks.base import DEFAULT
-from compresso.training.device import choose_device
 
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
@@ -56,6 +57,7 @@ def plan(
     *,
     data: str | None = None,
     skip_bad: bool = False,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
@@ -65,13 +67,16 @@ def plan(
             each constraint costs.
         data: names and files, as for a run; None reads none.
         skip_bad: leave bad lines of them out.
+        device: of this machine, or one of `compresso.runner.devices.DEVICES`.
 
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "device", "stages",
-        "training", "data"}. "data" is None where none was given, else as `data_facts` gives it. `after`, `shapes` and
-        `layouts` are those of equal widths in every layer: methods that learn or score choose others of the same total.
-        "stages" holds what each stage runs through its model, "training" what those that train hold in memory. Numbers
-        that depend on the length of the data are null.
+        "training", "compressed", "data"}. "data" is None where none was given, else as `data_facts` gives it. `after`,
+        `shapes` and `layouts` are those of equal widths in every layer: methods that learn or score choose others of
+        the same total.
+        "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
+        "compressed" what those that zero or round do to how many weights. "weight_bytes" has "packed" where weights are
+        rounded. Numbers that depend on the length of the data are null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
@@ -82,17 +87,22 @@ def plan(
     found = None if data is None else data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
-    device = choose_device("auto")
+    where = planned(device)
     stored = _width(source.config)
-    length, width = recipe.data.max_length, stored if device.type == "cuda" else 4
+    length, width = recipe.data.max_length, stored if where.computes_in != torch.float32 else 4
     stages = [_cost(one, shown.before["macs_per_token"], length) for one in shown.stages]
     training = [
         _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
     ]
     if any(one["flops_at_most"] for one in stages):
-        rate = matmul_rate(device)
+        rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
         for one in (*stages, *training):
             one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
+    facts = (compressed_facts(one, width) for one in shown.stages)
+    compressed = [one for one in facts if one is not None]
+    packed = packed_bytes(shown.after["parameters"]["total"], stored, compressed)
+    if where.known is not None:
+        shown.notes += _room(where, [*training, *compressed])
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with a head for {len(SOME_LABELS)} labels; the data tells how many there are")
     if recipe.task.name != DEFAULT and keeps_heads(source.config):
@@ -108,12 +118,28 @@ def plan(
         "weight_bytes": {
             "before": shown.before["parameters"]["total"] * stored,
             "after": shown.after["parameters"]["total"] * stored,
+            **({} if packed is None else {"packed": packed}),
         },
-        "device": device.type,
+        "device": where.name,
         "stages": stages,
         "training": training,
+        "compressed": compressed,
         "data": found,
     }
+
+
+def _room(where: Planned, stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Whether each stage fits a device that is not here, and how its time was estimated."""
+    assert where.known is not None
+    told = [
+        f"time on {where.name}: {REACHED:.0%} of {where.known.flops / 1e12:.0f} dense 16-bit TFLOP/s, by its data sheet"
+    ]
+    for one in stages:
+        memory = one["memory_bytes_estimated"]
+        needed = memory["total"] if isinstance(memory, dict) else memory
+        verdict = "fits" if needed < where.known.memory else "DOES NOT FIT"
+        told.append(f"{one['stage']}: about {needed / 1e9:.1f} GB {verdict} {where.known.memory / 1e9:.0f} GB")
+    return told
 
 
 def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float:

@@ -6,6 +6,8 @@
     ChecksModel  a look at the shapes before weights are read
     ChecksData   a look at the examples before weights are read
     Learns       what it trains, and for how long
+    Compresses   how many weights it zeroes, or rounds to how many bits
+    Remarks      what it does otherwise than it was asked to, in sentences
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
 
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
@@ -28,6 +30,7 @@ from compresso.stage.knobs import Trains, TunesLora
 if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and sweeps their types alone
     from compresso.job import Job
     from compresso.sweep.calibration import Calibration
+    from compresso.sweep.compressed import Compressed
     from compresso.sweep.targets import Groups
 
 
@@ -150,6 +153,24 @@ class Learns(Protocol):
 
     def learning(self) -> Learning:
         """What it trains, and for how long."""
+        ...
+
+
+@runtime_checkable
+class Compresses(Protocol):
+    """A stage that zeroes or rounds weights where they are."""
+
+    def compressed(self, model: PreTrainedModel, arch: Arch) -> "Compressed":
+        """Which of them, and what they take then; from shapes alone."""
+        ...
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """A stage that may have to do otherwise than it was asked to."""
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """A sentence for each such thing on a model; none if there are none. From shapes alone."""
         ...
 
 

@@ -1,0 +1,74 @@
+"""Devices that a plan can be made for though they are not here.
+
+Rates are those of dense products in bfloat16 (float16 where there is none), as their makers' data sheets give them;
+plans assume that passes reach a part of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from compresso.errors import ResourceError, nearest
+from compresso.training.device import choose_device
+
+REACHED = 0.4
+"""Share of a data sheet's rate that passes over a model are taken to reach."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A device by its data sheet.
+
+    Args:
+        flops: a second, of dense 16-bit products.
+        memory: bytes.
+    """
+
+    flops: float
+    memory: float
+
+
+DEVICES = {
+    "a100-40gb": Known(312e12, 40e9),
+    "a100-80gb": Known(312e12, 80e9),
+    "a10g": Known(70e12, 24e9),
+    "h100": Known(989e12, 80e9),
+    "h200": Known(989e12, 141e9),
+    "l4": Known(121e12, 24e9),
+    "l40s": Known(362e12, 48e9),
+    "rtx4090": Known(165e12, 24e9),
+    "t4": Known(65e12, 16e9),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan is made for.
+
+    Args:
+        name: as a person gave it.
+        here: the device, if it is in this machine.
+        known: its data sheet, if it is not.
+    """
+
+    name: str
+    here: torch.device | None = None
+    known: Known | None = None
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """float32 on a CPU, 16 bits elsewhere."""
+        return torch.float32 if self.here is not None and self.here.type == "cpu" else torch.bfloat16
+
+
+def planned(name: str) -> Planned:
+    """A device of this machine ("auto", "cpu", "cuda", "cuda:1") or one of `DEVICES`.
+
+    Raises ResourceError for any other, with the nearest.
+    """
+    if name.lower() in DEVICES:
+        return Planned(name.lower(), known=DEVICES[name.lower()])
+    if name == "auto" or name.split(":")[0] in ("cpu", "cuda", "mps"):
+        device = choose_device(name)
+        return Planned(device.type, here=device)
+    raise ResourceError(f"device={name} is unknown; {nearest(name.lower(), DEVICES)}")

@@ -1,0 +1,34 @@
+"""Whether the shapes that an engine wants leave a budget within reach; the nearest one that they do, where not."""
+
+from compresso.checkpoint.source import Source
+from compresso.errors import BudgetError
+from compresso.runner.dry_run import dry_run
+from compresso.runner.recipe import Recipe
+
+WITHIN = 0.02
+"""Share of a budget by which shapes may miss it."""
+
+
+def check_target(recipe: Recipe, source: Source, target: str) -> None:
+    """Refuse an engine whose shapes miss a budget of the recipe by more than 2 %.
+
+    Args:
+        recipe: with the engine's multiples in its budgets.
+        source: the model; its shapes are enough.
+        target: the engine as it was asked for.
+
+    Raises BudgetError, naming the share that those shapes leave, and what else can be done.
+    """
+    for met in dry_run(recipe, source).budgets:
+        if abs(met.share - met.wanted) <= WITHIN * met.wanted:
+            continue
+        if met.share > 1 - 1e-9:
+            raise BudgetError(
+                f"--target {target}: its multiples are as large as what there is of {source.name}, so that nothing can"
+                f" leave, and {met.wanted:g} of {met.of} are to stay; leave the target out, or take a model of larger"
+                " widths"
+            )
+        raise BudgetError(
+            f"--target {target}: stage '{met.stage}' is to keep {met.wanted:g} of {met.of}, and its multiples leave"
+            f" {met.share:.4g} at the nearest; give --keep {met.share:.4g}, or leave the target out"
+        )

@@ -1,0 +1,82 @@
+"""What zeroing or rounding leaves of the weights it works on, before anything is read; groups that fit widths."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.rounding import bits_per_weight
+from compresso.core.sparsity import parse_pattern
+from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
+
+LEAST_GROUP = 16
+"""Inputs of the smallest group that takes another's place: below it scales weigh more than they save."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Weights that a stage works on.
+
+    Args:
+        weights: how many.
+        sparsity: share of them that becomes zero, 0..1.
+        bits: of each, scales included, once it is packed; None where nothing is rounded.
+    """
+
+    weights: int
+    sparsity: float = 0.0
+    bits: float | None = None
+
+
+def zeroed_weights(model: PreTrainedModel, groups: Groups, share: float | None, pattern: str | None) -> Compressed:
+    """Of a stage that zeroes a share (half, if it is not said) or leaves n of every m."""
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        share = 1 - n / m
+    return Compressed(sum(map(math.prod, _sizes(model, groups))), 0.5 if share is None else share)
+
+
+def rounded_weights(model: PreTrainedModel, groups: Groups, bits: int, group: int, symmetric: bool) -> Compressed:
+    """Of a stage that rounds."""
+    sizes = _sizes(model, groups)
+    return Compressed(sum(map(math.prod, sizes)), bits=bits_per_weight(sizes, bits, group, symmetric))
+
+
+class Grouped(Protocol):
+    """A stage whose grids have a scale for each `group` of inputs, 0 for each row."""
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def where(self) -> Where: ...
+
+
+def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch) -> int:
+    """The largest group up to `stage.group` that divides it and the inputs of every linear; 0 stays.
+
+    A group below 16 that was not asked for is none: then `stage.group` is returned, which `chosen` refuses by name.
+    """
+    if not stage.group:
+        return 0
+    found = stage.group
+    for name in names_of(chosen(model, arch, stage.where)):
+        found = math.gcd(found, matrix(model, name).shape[1])
+    return found if found >= min(LEAST_GROUP, stage.group) else stage.group
+
+
+def other_group(stage: Grouped, model: PreTrainedModel, arch: Arch) -> list[str]:
+    """A sentence where another group takes the place of the one that was asked for."""
+    fits = fitting_group(stage, model, arch)
+    if fits == stage.group:
+        return []
+    widths = {matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where))}
+    odd = ", ".join(f"{width:,}" for width in sorted(widths) if width % stage.group)
+    return [f"groups of {fits} inputs, the largest that fit, since {stage.group} does not divide {odd}"]
+
+
+def _sizes(model: PreTrainedModel, groups: Groups) -> Sequence[tuple[int, ...]]:
+    return [tuple(matrix(model, name).shape) for name in names_of(groups)]
