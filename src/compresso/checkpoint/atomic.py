@@ -9,7 +9,6 @@ if the target is missing.
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from compresso.checkpoint.storage import (
+    HOST,
     alive,
     exchange,
     storage_error,
@@ -33,7 +33,6 @@ from compresso.errors import CheckpointError, ResourceError
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 MANIFEST = "manifest.json"
-_HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -43,19 +42,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         ResourceError: the disk is full or broken.
         CheckpointError: writing is not allowed.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
-    with storage_errors(path):
+    with new_file(path) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                left = memoryview(data)
-                while left:
-                    left = left[os.write(descriptor, left) :]  # a write may be short
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            temporary.replace(path)
-            sync(path.parent)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]  # a write may be short
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to: that file becomes `target` when the block ends well, and goes when it does
+    not. What killed processes left beside it goes first.
+
+    Raises:
+        ResourceError: the disk is full or broken.
+        CheckpointError: writing is not allowed.
+    """
+    temporary = target.with_name(f".{target.name}.{HOST}.{os.getpid()}.tmp")
+    with storage_errors(target):
+        clear_leftovers(target.parent, re.escape(target.name))
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(target)
+            sync(target.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -87,7 +100,7 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target.parent, re.escape(target.name))
-        temporary = target.with_name(f".{target.name}.{_HOST}.{os.getpid()}.partial")
+        temporary = target.with_name(f".{target.name}.{HOST}.{os.getpid()}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     try:
@@ -147,7 +160,7 @@ def check_output(output: Path | str, model_path: Path | str | None, force: bool 
             )
     refuse_occupied(output, force)
     parent = next(folder for folder in output.parents if folder.exists())
-    probe = parent / f".compresso-probe.{_HOST}.{os.getpid()}"
+    probe = parent / f".compresso-probe.{HOST}.{os.getpid()}"
     try:
         try:
             os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -253,7 +266,7 @@ def _install(temporary: Path, target: Path) -> None:
     if exchange(temporary, target):
         shutil.rmtree(temporary, ignore_errors=True)  # now the old folder; a leftover is cleared by the next run
         return
-    old = target.with_name(f".{target.name}.{_HOST}.{os.getpid()}.old")
+    old = target.with_name(f".{target.name}.{HOST}.{os.getpid()}.old")
     target.replace(old)
     try:
         temporary.replace(target)
@@ -264,14 +277,13 @@ def _install(temporary: Path, target: Path) -> None:
 
 
 def clear_leftovers(folder: Path, names: str) -> None:
-    """Remove what killed processes of this machine left of writing folders; an old one whose swap was cut short is put
-    back.
+    """Remove what killed processes of this machine left of writing; an old folder whose swap was cut short is put back.
 
     Args:
-        folder: in which `new_folder` wrote.
+        folder: in which `new_folder` and `new_file` wrote.
         names: a regular expression that the whole name of a target matches.
     """
-    pattern = re.compile(rf"\.(?P<target>{names})\.{re.escape(_HOST)}\.(?P<pid>\d+)\.(?P<kind>partial|old)")
+    pattern = re.compile(rf"\.(?P<target>{names})\.{re.escape(HOST)}\.(?P<pid>\d+)\.(?P<kind>partial|old|tmp)")
     for path in sorted(folder.iterdir()):
         match = pattern.fullmatch(path.name)
         if match is None or (int(match["pid"]) != os.getpid() and alive(int(match["pid"]))):
@@ -279,5 +291,7 @@ def clear_leftovers(folder: Path, names: str) -> None:
         target = folder / match["target"]
         if match["kind"] == "old" and not target.exists():
             path.replace(target)
-        else:
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

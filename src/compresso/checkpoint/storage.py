@@ -1,32 +1,47 @@
 """The operating system's side of safe writing: errors in our words, forcing to disk, swapping two folders, asking for a
 process.
 
-Unusual: safetensors reports I/O failures as its own exception type, with the errno only in the text.
+Unusual: safetensors and tokenizers report I/O failures as other exceptions, with the errno only in the text; numpy and
+torch without one.
 """
 
 import ctypes
 import errno
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from compresso.errors import CheckpointError, CompressoError, ResourceError
 
+HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:24] or "host"
+"""This machine, in names of temporary files: a process id says nothing about those of another."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.EISDIR}
+_REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ELOOP,
+}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter failed|file write failed")
+"""What numpy and torch say, without an errno, of a write that the disk took a part of."""
 
 
-def storage_error(path: Path, error: OSError | SafetensorError) -> CompressoError | None:
+def storage_error(path: Path, error: Exception) -> CompressoError | None:
     """The error a person should see for a failed write to `path`, or None if it says nothing about storage."""
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (match := _OS_ERROR.search(str(error))):
         code = int(match[1])
+    if code is None and (_CUT_SHORT.search(str(error)) or (isinstance(error, OSError) and not str(error))):
+        return ResourceError(f"cannot write {path}: the disk took a part of it. Free space or choose another output.")
     if code in _FULL:
         return ResourceError(f"cannot write {path}: {os.strerror(code)}. Free space or choose another output.")
     if code in _REFUSED:
@@ -42,7 +57,9 @@ def storage_errors(path: Path, only_resource: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except CompressoError:
+        raise
+    except Exception as error:  # tokenizers and torch say it by errors of no kind of their own
         known = storage_error(path, error)
         if known is None or (only_resource and not isinstance(known, ResourceError)):
             raise

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -17,15 +18,19 @@ from typer.exceptions import TyperException
 
 from compresso.cli import making, results  # noqa: F401 - each registers its commands
 from compresso.cli.app import app
+from compresso.cli.streams import drop, hold_streams, say
 from compresso.errors import ArgumentError, CompressoError, Interrupted
 from compresso.wording import command_line
 
 __all__ = ["app", "main"]
 
+_NO_RESOURCE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG)
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command (of `sys.argv` if none is given), turn errors into one line, and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    hold_streams()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it when it is imported
     before = signal.signal(signal.SIGTERM, _terminated)
@@ -33,14 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _refuse_empty(arguments)
         with command_line():
             code = app(arguments or ["--help"], prog_name="compresso", standalone_mode=False)
-        if sys.stdout is not None:  # it is None where the program was started with its output closed
-            sys.stdout.flush()
+        sys.stdout.flush()
         if code == 130:  # what typer makes of a KeyboardInterrupt
-            print("interrupted", file=sys.stderr)
+            say("interrupted")
         sys.exit(code if isinstance(code, int) else 0)
     except Interrupted as stop:
         cure = "; repeat the command with --resume to go on" if stop.saved else ""
-        print(f"stopped by {stop.signal.name}{cure}", file=sys.stderr)
+        say(f"stopped by {stop.signal.name}{cure}")
         raise
     except SystemExit as leaving:  # typer's own answer to a pipe whose reader has left: 1, and nothing said
         if isinstance(leaving.__context__, BrokenPipeError):
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         message, code = _explained(error)
         if message:
-            print(" ".join(message.split()), file=sys.stderr)
+            say(message)
         sys.exit(code)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -86,11 +90,31 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(
         error, BrokenPipeError
     ):  # whoever read our output has left: nothing is wrong, and nothing more can be said to them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout.fileno())
         return "", 0
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return f"ResourceError: {error}; free some space, or choose another output", 3
+    if isinstance(error, OSError):
+        return _of_the_system(error)
     raise error
+
+
+def _of_the_system(error: OSError) -> tuple[str, int]:
+    """Message and exit code of an error of the operating system that no room put into its own words."""
+    if isinstance(error, FileNotFoundError) and not _stands_somewhere():
+        return "CheckpointError: the working folder is gone; change to one that exists", 2
+    where = f"{error.filename}: " if error.filename is not None else ""
+    why = error.strerror or str(error) or "an input or output error without a reason"
+    if error.errno is None or error.errno in _NO_RESOURCE:
+        return f"ResourceError: {where}{why} ({type(error).__name__}); free some space, or choose another output", 3
+    return f"CheckpointError: {where}{why}; check the path and its permissions", 2
+
+
+def _stands_somewhere() -> bool:
+    """Whether the working folder exists."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def _help_of(error: TyperException) -> str:
@@ -103,4 +127,5 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the host or of a device."""
     torch: Any = sys.modules.get("torch")  # where it was not imported, no tensor was made
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return on_device or isinstance(error, MemoryError) or any(words in str(error) for words in said)

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
+from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_classifier, open_source
 from compresso.door import public
 from compresso.engines.classifier import classifier_parity, classifier_reference
@@ -119,8 +119,8 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
     for remark in fallbacks(shapes, int(model.model.config.hidden_size), head_dim(model.model)):
         log.warning(remark)
     facts: dict[str, Any] = {"output": str(output), "format": "gguf", "dtype": dtype}
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        whole, quantized = Path(scratch, "f16.gguf"), Path(scratch, "quantized.gguf")
+    with scratch_beside(output) as scratch:
+        whole, quantized = scratch / "f16.gguf", scratch / "quantized.gguf"
         facts["arch"] = write(Format.GGUF, model, whole, dtype="f16")
         quantize(whole, quantized, dtype)
         _checking(Format.GGUF, model, output, dtype, facts)(quantized)

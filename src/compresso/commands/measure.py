@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, load_model, open_source
 from compresso.commands.measure_table import show
 from compresso.door import public
@@ -96,6 +97,8 @@ def measure(
     """
     plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
     target = None if output is None else report_path(output, [source.folder for source in plan.sources.values()])
+    if memory:
+        check_scratch()
     turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
     with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
         found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}

@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from compresso.checkpoint.code import refuse_code, trusted
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.engines import transformers_process
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
 from compresso.errors import CheckpointError
@@ -52,8 +52,8 @@ class Transformers:
                 trusted(written)
             except CheckpointError as error:
                 return Parity(self.name, "not checked", str(error).replace(str(written), "this folder"))
-        with tempfile.TemporaryDirectory() as scratch:
-            given, result = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
+        with scratch_folder() as scratch:
+            given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
             save_file({"ids": reference.ids.contiguous()}, given)
             done = subprocess.run(
                 [
@@ -84,10 +84,10 @@ class Transformers:
         fits = within_rounding(logits, wanted, within)
         return judged(self.name, difference, fits, found["greedy"].tolist(), reference.greedy.tolist(), "logits")
 
-    def _environment(self, scratch: str) -> dict[str, str]:
+    def _environment(self, scratch: Path) -> dict[str, str]:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-        home = {"HF_MODULES_CACHE": str(Path(scratch, "modules"))} if "remote" in self.words else {}
+        home = {"HF_MODULES_CACHE": str(scratch / "modules")} if "remote" in self.words else {}
         return os.environ | home | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 

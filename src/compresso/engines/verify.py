@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from compresso.checkpoint.scratch import check_scratch, scratch_folder
 from compresso.checkpoint.source import Source, is_causal, is_text_classifier, open_source
 from compresso.door import public
 from compresso.engines import registry
@@ -35,20 +36,21 @@ def verify(model: str | Path) -> list[Parity]:
     ResourceError if memory is short.
     """
     source = open_source(model)
+    check_scratch()
     if source.folder is None or not (is_causal(source.config) or is_text_classifier(source.config)):
         raise CheckpointError(
             f"model {source.name} is not a causal language model or a classifier of texts with weights, and verify"
             " compares their logits."
         )
     if is_text_classifier(source.config):
-        with tempfile.TemporaryDirectory() as scratch:
-            return verify_classifier(source, Path(scratch))
+        with scratch_folder() as scratch:
+            return verify_classifier(source, scratch)
     reference = load_for(Format.CHECKPOINT, source).reference()
     found: dict[str, Parity] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         for written, engines in groupby(registry.engines(), lambda engine: engine.reads):
             due = [engine for engine in engines if _due(engine, found)]
-            found |= {one.engine: one for one in parities(written, due, source, reference, Path(scratch))}
+            found |= {one.engine: one for one in parities(written, due, source, reference, scratch)}
     return list(found.values())
 
 

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compresso.checkpoint.code import NATIVE, Shipped, trusted
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged
 from compresso.errors import CheckpointError, ExportError
 from compresso.formats.vllm_deci import DECI_CLASS
@@ -146,8 +146,8 @@ def continue_ids(
         raise ExportError(reason)
     # also without trust, as versions of vLLM follow an auto_map then, too (CVE-2026-22807)
     words = ["remote"] if trusted(folder, shipped or NATIVE) and shipped is not None else []
-    with tempfile.TemporaryDirectory() as scratch:
-        given, result = Path(scratch, "ids.safetensors"), Path(scratch, "continued.safetensors")
+    with scratch_folder() as scratch:
+        given, result = scratch / "ids.safetensors", scratch / "continued.safetensors"
         save_file({"ids": ids.contiguous()}, given)
         done = subprocess.run(
             [
@@ -174,14 +174,14 @@ def continue_ids(
     return Continued(found["greedy"], found["logprobs"])
 
 
-def _environment(scratch: str) -> Mapping[str, str]:
+def _environment(scratch: Path) -> Mapping[str, str]:
     """The variables of the process: those of this one but for its modules, and what keeps vLLM small and quiet."""
     mine = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return (
         {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         | mine
         | _SETTINGS
-        | {"HF_MODULES_CACHE": str(Path(scratch, "modules"))}
+        | {"HF_MODULES_CACHE": str(scratch / "modules")}
     )
 
 

@@ -15,7 +15,6 @@ and k are reordered, by each layer's own number of heads.
 """
 
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compresso.arch.base import LayerShape
-from compresso.checkpoint.storage import storage_errors, sync
+from compresso.checkpoint.atomic import new_file
+from compresso.checkpoint.storage import storage_errors
 from compresso.errors import CheckpointError, ExportError, NumericError
 from compresso.formats.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
 from compresso.formats.gguf_tokenizer import add_tokenizer
@@ -93,26 +93,21 @@ def save_gguf(
         arch, written = described.family, [_widest(written)] * len(written)
     else:
         arch = "llama" if len(set(written)) == 1 else "deci"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
             _add_fields(writer, gguf, described, written, dtype)
             add_tokenizer(writer, gguf, tokenizer, described.tensors["model.embed_tokens.weight"].shape[0])
             _write_tensors(writer, gguf, list(_tensors(described, written, kept)), dtype)
             writer.close()
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            if check is not None:
-                check(temporary)
-            temporary.replace(path)
-            sync(path.parent)
         except BaseException:
-            with suppress(OSError):
+            with suppress(OSError):  # what it still holds back does not fit either
                 writer.close()
-                temporary.unlink(missing_ok=True)
             raise
+        if check is not None:
+            check(temporary)
     return arch
 
 

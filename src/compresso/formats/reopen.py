@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from compresso.arch.outputs import outputs
 from compresso.checkpoint.code import refuse_code
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import auto_class
 from compresso.edit.rounding import ROUNDINGS, full_precision, rounding_of
 from compresso.errors import ExportError, ResourceError
@@ -48,8 +48,8 @@ def reopen_and_compare(
     """
     folder = Path(folder).resolve()
     stored = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
-    with tempfile.TemporaryDirectory() as scratch:
-        given, result = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
+    with scratch_folder() as scratch:
+        given, result = scratch / "ids.safetensors", scratch / "logits.safetensors"
         save_file({"ids": ids.cpu().contiguous()}, given)
         name = str(dtype).removeprefix("torch.")
         package_root = str(Path(__file__).resolve().parents[2])

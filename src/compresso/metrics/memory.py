@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from compresso import errors
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import load_model, open_source
 from compresso.errors import CheckpointError, CompressoError, ResourceError
 from compresso.metrics.record import Environment, Measurement
@@ -64,8 +64,8 @@ def peak_memory(
         "seed": seed,
         "threads": torch.get_num_threads(),
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch, "peak.json")
+    with scratch_folder() as scratch:
+        result = scratch / "peak.json"
         order = {"folder": str(folder), "result": str(result), "device": str(device), "dtype": _name(dtype), **given}
         package_root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (package_root, os.environ.get("PYTHONPATH")) if part)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.budget import InfeasibleBudget
@@ -104,6 +105,7 @@ def prepare(
     output = output.resolve()
     check_output(output, source.folder, overwrite)
     check_output(WorkFolder.beside(output), source.folder, force=True)
+    check_scratch()
     acted = dry_run(recipe, source)
     where = choose_device(device)
     if data is not None and not recipe.needs("data"):

@@ -6,7 +6,6 @@ Launched in several processes (torchrun, accelerate), all of them run the stages
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, load_model, meta_model, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
@@ -257,8 +257,8 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     other.
     """
     if isinstance(model, PreTrainedModel):
-        with tempfile.TemporaryDirectory(prefix="compresso-") as scratch:
-            folder = Path(scratch, type(model).__name__)  # so that it has a name in the records
+        with scratch_folder() as scratch:
+            folder = scratch / type(model).__name__  # so that it has a name in the records
             model = as_stock(model)
             save_checkpoint(model, arch_for(model.config).shapes(model), folder, tokenizer=tokenizer)
             yield str(folder)

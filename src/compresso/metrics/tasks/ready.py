@@ -3,7 +3,6 @@ opened.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compresso.checkpoint.scratch import scratch_folder
 from compresso.data.hub import cache_only, why_silent
 from compresso.errors import CompressoError, DataError
 from compresso.metrics.tasks.copies import FOLDER, config
@@ -84,7 +84,7 @@ def prepare(
         raise DataError(f"num_fewshot={num_fewshot}: wanted 0 or more")
     from lm_eval.tasks import TaskManager
 
-    with quiet(), tempfile.TemporaryDirectory(prefix="compresso-tasks-") as folder:
+    with quiet(), scratch_folder() as folder:
         manager = TaskManager(include_defaults=False)
         ready = partial(_ready, manager, root, Path(folder), num_fewshot, seed, {})
         return tuple(ReadySuite(suite.name, tuple(map(ready, suite.benches)), suite.weights) for suite in suites)
