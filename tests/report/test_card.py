@@ -1,10 +1,13 @@
 """The model card says what the records say and no more, and the hub's own reader understands it."""
 
+import html
+import re
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from compresso.report.card import model_card
 from tests.report.made import TASK, TEXT, checked, dense, number, pruned, records, report_of
@@ -52,6 +55,43 @@ def test_hostile_names_stay_text() -> None:
     assert text.count("\n---\n") == 1
     assert "license" not in front(text)
     assert "<script>" not in text.split("---\n", 2)[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[free money](http://evil.test/x)",
+        "![](https://evil.test/x.png)",
+        "https://evil.test/x",
+        "www.evil.test",
+        "a@evil.test",
+        "mailto:a@evil.test",
+        "&#91;x&#93;(http://evil.test)",
+        "h&#116;tps&#58;//evil.test",
+        "<http://evil.test>",
+        "\\[x](http://evil.test)",
+        "[x][1] [1]: http://evil.test",
+        "**bold** |[x](//evil.test)|",
+        "# [x](http://evil.test)",
+        "`[x](http://evil.test)",
+        "\u202e[x](http://evil.test)",
+    ],
+)
+def test_a_name_becomes_no_link(name: str) -> None:
+    """Wherever it stands: in the title, a table, a list of what was not measured, an engine's words."""
+    results = pruned(remark=name).model_copy(update={"not_measured": {name: name}})
+    facts = records(report_of(dense(), results), model=name)
+    facts["recipe"]["name"] = name
+    facts["engines"] = [{"engine": name, "opens": "no", "reason": name}]
+    text = card(facts)
+    body = text.split("---\n", 2)[2]
+    assert body.count("evil") > 5 or "evil" not in name
+    outside = re.sub(r"`[^`]*`", "", body)
+    assert not re.search(r"://|www\.|\w@\w|mailto:", html.unescape(outside))
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    inline = [one.type for token in tokens for one in token.children or ()]
+    assert not {"link_open", "image", "em_open", "html_inline"} & set(inline)
+    assert inline.count("strong_open") == 1  # the guard's message, which the template makes bold
 
 
 def test_kinds_of_numbers_stand_in_tables_of_their_own() -> None:

@@ -80,7 +80,10 @@ def missing() -> str | None:
     if shutil.which("node") is None:
         return "node is not installed"
     if _modules() is None:
-        return f"node-llama-cpp is not installed; npm install --ignore-scripts --prefix {sys.prefix} node-llama-cpp"
+        return (
+            "node-llama-cpp is not installed; npm install --ignore-scripts --prefix"
+            " \"$(python -c 'import sys; print(sys.prefix)')\" node-llama-cpp"
+        )
     return None
 
 

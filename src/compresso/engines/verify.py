@@ -5,9 +5,7 @@ there but could not be run is called "not checked", not "yes".
 """
 
 import math
-import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
 from compresso.checkpoint.source import Source, is_causal, is_text_classifier, open_source
 from compresso.door import public
@@ -120,5 +119,4 @@ def parity_records(folder: Path) -> list[dict[str, Any]]:
             " asks elsewhere"
         )
         return [asdict(Parity(engine.name, "not checked", reason)) for engine in (PLAIN, OWN, REMOTE)]
-    temporary = re.compile(re.escape(tempfile.gettempdir()) + r"[^\s:]*")  # records name no folder of this machine
-    return [asdict(one) | {"reason": temporary.sub("a temporary file", one.reason)} for one in verify(folder)]
+    return [asdict(one) | {"reason": without_places(one.reason)} for one in verify(folder)]

@@ -107,12 +107,23 @@ def write_graph(traced: Callable[[], Any], model: PreTrainedModel, folder: Path,
     library("onnxscript")
     quantization = library("onnxruntime.quantization") if dtype == "int8" else None
     path = folder / (GRAPH if quantization is None else "whole.onnx")
-    traced().save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
+    program = traced()
+    _forget_sources_(program)
+    program.save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
     if quantization is not None:
         with quiet():
             quantization.quantize_dynamic(path, folder / GRAPH, weight_type=quantization.QuantType.QInt8)
         for whole in folder.glob("whole.onnx*"):
             whole.unlink()
+
+
+def _forget_sources_(program: Any) -> None:
+    """Empty the notes of each node: the exporter puts the lines of source there that it came from, with their folders
+    on this machine.
+    """
+    for graph in (program.model.graph, *program.model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
 
 
 def head_dim(model: PreTrainedModel) -> int:

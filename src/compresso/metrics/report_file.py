@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.places import without_places_in
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Report
 
@@ -49,4 +50,5 @@ def write_report_file(path: Path, report: Report) -> None:
     Raises:
         ResourceError: the disk is full.
     """
-    write_text(path, report.model_dump_json(indent=2) + "\n")
+    kept = Report.model_validate(without_places_in(report.model_dump(mode="json")))
+    write_text(path, kept.model_dump_json(indent=2) + "\n")

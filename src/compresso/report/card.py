@@ -7,6 +7,7 @@ pruned, so the tags say it. A base model is named only if it has an owner on the
 nobody told us either.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,27 +55,28 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
     numbers = [number for number in pruned.measurements if number.how != "counted"]
     return environment.get_template("card.md.jinja").render(
         front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
+        title=_plain(records.model.name),
         model=_one_line(records.model.name),
         recipe=_one_line(records.recipe.name),
         layout=records.layout,
         auto_class=task_named(records.recipe.task).auto_class,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
-        dense=_one_line(records.stored_dense()),
+        dense=_plain(records.stored_dense()),
         prompt=records.prompt.get("version") if records.prompt else None,
-        guard=_one_line(records.guard.message()) if records.guard.verdict != "ok" else "",
-        data=_data(records),
+        guard=_plain(records.guard.message()) if records.guard.verdict != "ok" else "",
+        data=[_plain(line) for line in _data(records)],
         counted=_counted(records),
         results=_results(comparison),
-        places=list(dict.fromkeys(facts.place(number.environment) for number in numbers)),
-        engines=[(one.engine, one.opens, _one_line(facts.engine_remark(one))) for one in records.engines],
+        places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
+        engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
         elsewhere=[
-            (name, facts.filled(commands[name], "path/to/this/folder", code))
+            (_plain(name), facts.filled(commands[name], "path/to/this/folder", code))
             for name in opened
             if commands and name in commands
         ],
         readers=readers,
-        missing=[*map(_one_line, missing(comparison)), *_NEVER],
+        missing=[*map(_plain, missing(comparison)), *_NEVER],
     )
 
 
@@ -135,13 +137,15 @@ def _data(records: RunRecords) -> list[str]:
     if records.data is None:
         return []
     used = f"{records.data.source} ({', '.join([records.data.kind, *facts.amounts(records.data)])})"
-    return [_one_line(line) for line in (used, *records.data.notes)]
+    return [used, *records.data.notes]
 
 
 def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
     """Rows of before and after."""
     before, after = records.before, records.after
-    rows = [(f"parameters, {name}", before.parameters.get(name), count) for name, count in after.parameters.items()]
+    rows = [
+        (_plain(f"parameters, {name}"), before.parameters.get(name), count) for name, count in after.parameters.items()
+    ]
     rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
     rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
     return [(name, old, new) for name, old, new in rows if old]
@@ -158,15 +162,32 @@ def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str
         for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
             if column.how != "counted":
                 name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")
-                rows.setdefault(column.how.capitalize(), []).append((_one_line(name), _words(old), _words(new)))
+                rows.setdefault(column.how.capitalize(), []).append((_plain(name), _words(old), _words(new)))
     return list(rows.items())
 
 
 def _words(cell: Cell) -> str:
     noise = " (within noise)" if cell.within_noise else ""
-    return _one_line(cell.text + noise + (f"; {cell.remark}" if cell.remark else ""))
+    return _plain(cell.text + noise + (f"; {cell.remark}" if cell.remark else ""))
 
 
 def _one_line(text: str) -> str:
-    """Text that stays in its line and its table cell."""
+    """Text that stays in its line, its table cell and its code span."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+
+
+def _plain(text: str) -> str:
+    """Text outside of code spans: a name in it becomes no link, no image and no emphasis, whoever chose the name.
+
+    Brackets are escaped; what renderers take for an address without any mark, also after they resolved entities, is
+    parted by a space of no width.
+    """
+    shown = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    return _ADDRESS.sub(
+        _PARTED, _MARKS.sub(r"\\\g<0>", shown).replace("`", "'").replace("&", "&amp;").replace("<", "&lt;")
+    )
+
+
+_MARKS = re.compile(r"[\\\[\]|*]|^[#>+~=-]")
+_ADDRESS = re.compile(r"(?<=:)(?=//)|(?i:(?<=\bwww)(?=\.))|(?<=[\w.+-])(?=@\w)|(?i:(?<=mailto)|(?<=xmpp))(?=:)")
+_PARTED = "\u200b"

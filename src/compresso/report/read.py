@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.places import without_places_in
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Measurement, ModelResults, Report, Sample
@@ -199,7 +200,7 @@ def _report(path: Path) -> Report:
             f"{path} holds records of a run; give the folder that `compresso run` wrote, {path.parent}"
         )
     try:
-        report = Report.model_validate(found)
+        report = Report.model_validate(without_places_in(found))
     except ValidationError as error:
         raise CheckpointError(
             f"{path} is not a report of measurements: {first_fault(error)}; write it with `compresso evaluate`"
@@ -211,7 +212,7 @@ def _report(path: Path) -> Report:
 
 
 def _read_run(folder: Path, label: str) -> Input:
-    records = RunRecords.checked(read_json(folder / RECORDS), str(folder / RECORDS))
+    records = RunRecords.checked(without_places_in(read_json(folder / RECORDS)), str(folder / RECORDS))
     try:
         plan = Plan.from_json((folder / PLAN).read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import yaml
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.places import without_places_in
 from compresso.checkpoint.source import Source, open_source
 from compresso.data.records import Records
 from compresso.data.survival import Encoded
@@ -149,7 +150,7 @@ def finish(
             difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         patch_(model, job.patches)
         save_tensors(job.patches, folder)
-        written = {
+        written: dict[str, Any] = {
             **facts,
             "layout": used,
             "dtype": str(dtype).removeprefix("torch."),
@@ -163,6 +164,7 @@ def finish(
         written["engines"] = list(ask(folder)) if ask else []
         result = replace(open_source(folder).identity, name=output.name)
         written["report"] = evaluation.report(source, result, folder, facts).model_dump(mode="json")
+        written = without_places_in(written)
         records = RunRecords.checked(written, "the run's records")
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
