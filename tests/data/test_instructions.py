@@ -23,6 +23,7 @@ from compresso.data.template import apply_to_tokenizer_
 from compresso.errors import DataError
 
 from .conftest import byte_level
+from .test_template import LAST_TURN
 
 BYTES_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 per_tokenizer = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -325,6 +326,28 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
         encode(records_of(CONVERSATION), chat_tokenizer(SHIFTING), 2000, prompt_on=False)
     with pytest.raises(DataError, match=r"refuses a conversation of \d turns: never"):
         encode(records_of(CONVERSATION), chat_tokenizer("{{ raise_exception('never') }}"), 2000, prompt_on=False)
+
+
+@pytest.mark.parametrize("prompt_on", [False, True])
+def test_a_template_that_moves_system_texts_gets_them_in_the_first_user_turn(
+    chat_tokenizer: Callable[[str], PreTrainedTokenizerFast], prompt_on: bool
+) -> None:
+    tokenizer = chat_tokenizer(LAST_TURN)
+    talk = Chat((Message("system", "Be short."), *CONVERSATION.messages))
+    encoded = encode(records_of(talk), tokenizer, 2000, prompt_on)
+    said = tokenizer.decode(encoded.rows[0]["input_ids"])
+    first = said.index("[/INST]")
+    assert "Be short." in said[:first] and said.count("Be short.") == 1
+    learned = [label for label in encoded.rows[0]["labels"] if label != IGNORED]
+    spoken = [turn.content for turn in talk.messages if turn.role == "assistant"]
+    assert tokenizer.decode(learned) == "".join(f" {turn}</s>" for turn in spoken)
+    (note,) = encoded.notes
+    assert note.startswith("the model's chat template keeps no system text: ")
+    assert ("the collaborative prompt" in note) == prompt_on and "the system texts of 1 conversations" in note
+    if prompt_on:
+        apply_to_tokenizer_(tokenizer, prompt_on=True)
+        conversation = [{"role": turn.role, "content": turn.content} for turn in talk.messages]
+        assert encoded.rows[0]["input_ids"] == tokenizer.apply_chat_template(conversation)["input_ids"]
 
 
 LOCAL = os.environ.get("COMPRESSO_DATA")

@@ -8,7 +8,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from compresso.data.prompt import collaborative_prompt, full_prompt, user_turn
 from compresso.data.records import Message
-from compresso.data.template import apply_to_tokenizer_, chat_template, original_template, transcript
+from compresso.data.template import (
+    apply_to_tokenizer_,
+    chat_template,
+    keeps_system,
+    original_template,
+    transcript,
+    with_system_in_user_turn,
+)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' +"
@@ -17,6 +24,26 @@ CHATML = (
 NO_SYSTEM = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system"
     " role') }}{% endif %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
+)
+LAST_TURN = (  # Mistral 7B v0.3's and Nemo's way: the system text goes where the last question is, while that is last
+    "{%- if messages[0].role == 'system' %}{%- set sys = messages[0].content %}{%- set rest = messages[1:] %}"
+    "{%- else %}{%- set rest = messages %}{%- endif %}{{ bos_token }}{%- for m in rest %}{%- if m.role == 'user' %}"
+    "{%- if loop.last and sys is defined %}{{ '[INST] ' + sys + '\n\n' + m.content + '[/INST]' }}"
+    "{%- else %}{{ '[INST] ' + m.content + '[/INST]' }}{%- endif %}{%- else %}{{ ' ' + m.content + eos_token }}"
+    "{%- endif %}{%- endfor %}"
+)
+DROPPING = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'system' %}{{ '[' + m['role'] + '] ' + m['content'] +"
+    " eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+IN_THE_FIRST_TURN = (  # LLaMA 2's way
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set sys = '<<' + messages[0]['content'] +"
+    " '>>' %}{% else %}{% set rest = messages %}{% set sys = '' %}{% endif %}{% for m in rest %}"
+    "{{ '[' + m['role'] + '] ' + (sys if loop.first else '') + m['content'] + eos_token }}{% endfor %}"
+)
+ONE_QUESTION = (
+    "{% if messages | length > 3 %}{{ raise_exception('one question only') }}{% endif %}{% for m in messages %}"
+    "{{ '[' + m['role'] + '] ' + m['content'] }}{% endfor %}"
 )
 LEADING_NEWLINE = "\n\nAt the top:\n{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = collaborative_prompt(with_input=False).text
@@ -117,3 +144,33 @@ def test_the_template_survives_saving(plain_tokenizer: PreTrainedTokenizerFast, 
     apply_to_tokenizer_(plain_tokenizer, prompt_on=True)
     plain_tokenizer.save_pretrained(tmp_path)
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path).chat_template == chat_template(None, prompt_on=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "keeps"),
+    [
+        (CHATML, True),
+        (IN_THE_FIRST_TURN, True),
+        (ONE_QUESTION, True),
+        (NO_SYSTEM, False),
+        (DROPPING, False),
+        (LAST_TURN, False),
+        ("{{ raise_exception('never') }}", False),
+    ],
+)
+def test_whether_a_system_text_stays_where_it_is(template: str, keeps: bool) -> None:
+    assert keeps_system(template) is keeps
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPPING, LAST_TURN])
+def test_where_no_system_text_stays_prompt_and_system_stand_in_the_first_user_turn(template: str) -> None:
+    wrapped = chat_template(template, prompt_on=True)
+    talk = [("user", "Hello"), ("assistant", "Hi"), ("user", "More"), ("assistant", "Yes")]
+    shown = render(template, [("user", PROMPT + "\n\nBe short.\n\nHello"), *talk[1:]])
+    assert render(wrapped, [("system", "Be short."), *talk]) == shown
+    moved = with_system_in_user_turn([Message(role, said) for role, said in [("system", "Be short."), *talk]])  # type: ignore[arg-type]
+    assert render(wrapped, [(turn.role, turn.content) for turn in moved]) == shown
+    assert original_template(wrapped) == template and chat_template(wrapped, prompt_on=True) == wrapped
+    for n in (1, 3):  # what the model is asked at inference begins what it was trained on
+        asked = render(wrapped, talk[:n], generation=True)
+        assert render(wrapped, talk).startswith(asked)

@@ -73,6 +73,8 @@ def _data(data: Mapping[str, Any]) -> list[str]:
         f" training {data['train']:,}, held out {data['held']:,}; tokens {examples['tokens']:,}, of which"
         f" {examples['response_tokens']:,} are learned",
     ]
+    if data["columns"]:
+        lines.append(f"data: columns read: {', '.join(data['columns'])}")
     lines += [f"data: {note}" for note in data["notes"]]
     lines += [
         f"{one['stage']}: an epoch is {one['updates_an_epoch']:,} updates of {one['batch']} rows; it takes"

@@ -69,7 +69,7 @@ def take(value: object) -> Taken:
         for shape in _SHAPES:
             if names.issuperset(shape.needs):
                 record, used, unused = shape.read(value, shape.needs)
-                return Taken(record, (*unused_of(value, used), *unused))
+                return Taken(record, (*unused_of(value, used), *unused), tuple(name for name in value if name in used))
     found = ", ".join(printable(str(name)) for name in list(value)[:8]) or "none"
     raise BadRecord(f"fields are: {found}; wanted {_WANTED}")
 

@@ -47,6 +47,7 @@ class FileRecords:
     Args:
         rows: its records.
         n_bad, bad: the number of its bad lines, and the first few of them as "file:line: reason".
+        columns: those that rows were made of -> rows that were.
         passed_over: columns that held something and were not read -> rows in which they did.
         places: where each record stands, as "file:line" without a folder.
     """
@@ -54,6 +55,7 @@ class FileRecords:
     rows: list[Record]
     n_bad: int
     bad: tuple[str, ...]
+    columns: Mapping[str, int] = field(default_factory=dict[str, int])
     passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
     places: list[str] = field(default_factory=list[str])
 
@@ -117,6 +119,7 @@ def _collect(
     rows: list[Record] = []
     places: list[str] = []
     bad: list[str] = []
+    columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     n_bad = 0
     for each in found:
@@ -141,6 +144,7 @@ def _collect(
             continue
         rows.append(row)
         places.append(path.name + each.place.removeprefix(str(path)))
+        columns.update(taken.used)
         passed_over.update(taken.unused)
         passed_over.update(each.unread)
         if len(rows) == limit:
@@ -151,7 +155,7 @@ def _collect(
             if bad
             else f"{path}: the file holds no record"
         )
-    return FileRecords(rows, n_bad, tuple(bad), dict(passed_over), places)
+    return FileRecords(rows, n_bad, tuple(bad), dict(columns), dict(passed_over), places)
 
 
 def _sort(record: Record) -> str:

@@ -58,7 +58,8 @@ def take_labelled(value: object) -> Taken:
     record = parse_labelled(value)
     assert isinstance(value, Mapping)  # else it was refused
     names = next(names for names in _TEXTS if all(name is None or name in value for name in names))
-    return Taken(record, unused_of(value, (*(name for name in names if name), "label")))
+    used = (*(name for name in names if name), "label")
+    return Taken(record, unused_of(value, used), used)
 
 
 LABELLED = RecordForm((*(name for names in _TEXTS for name in names if name), "label"), take_labelled, _WANTED)

@@ -91,6 +91,7 @@ class Records:
         n_bad: lines that were skipped because they hold no record.
         bad: the first few of those, as "file:line: reason".
         parts: of several sources, each one's name and number of rows; empty for a single one.
+        columns: those that rows were made of -> rows that were.
         passed_over: columns that held something and were not read -> rows in which they did.
         places: where each row stands, as "file:line"; empty where rows came from no file.
         sha256: identity of the rows, whatever file or hub they came from.
@@ -102,6 +103,7 @@ class Records:
     n_bad: int = 0
     bad: tuple[str, ...] = ()
     parts: tuple[tuple[str, int], ...] = ()
+    columns: Mapping[str, int] = field(default_factory=dict[str, int])
     passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
     places: Sequence[str] = ()
     sha256: str = field(init=False)
@@ -149,10 +151,12 @@ class Taken:
     Args:
         record: it.
         unused: columns that hold something and went into no record, and what else was passed over, by name.
+        used: columns that it was made of.
     """
 
     record: Record
     unused: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,7 @@ def records_from(rows: Iterable[object], source: str, form: RecordForm) -> Recor
         BadRecord: an object is no record, named by its place.
     """
     parsed: list[Record] = []
+    columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
@@ -205,8 +210,9 @@ def records_from(rows: Iterable[object], source: str, form: RecordForm) -> Recor
         except BadRecord as error:
             raise BadRecord(f"{source}: record {number}: {error}") from error
         parsed.append(taken.record)
+        columns.update(taken.used)
         passed_over.update(taken.unused)
-    return Records(joint_kind(parsed), parsed, source, passed_over=dict(passed_over))
+    return Records(joint_kind(parsed), parsed, source, columns=dict(columns), passed_over=dict(passed_over))
 
 
 def joint_kind(rows: Sequence[Record]) -> str:

@@ -138,6 +138,7 @@ def load_records(
         n_bad=sum(source.n_bad for source in sources),
         bad=tuple(chain.from_iterable(source.bad for source in sources)),
         parts=tuple((source.source, len(source.rows)) for source in sources),
+        columns=dict(sum((Counter(source.columns) for source in sources), Counter[str]())),
         passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
         places=[source.place(index) for source in sources for index in range(len(source.rows))],
     )
@@ -168,6 +169,7 @@ def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Re
         path.name,
         read.n_bad,
         read.bad,
+        columns=read.columns,
         passed_over=read.passed_over,
         places=read.places,
     )
@@ -179,6 +181,7 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: Reco
     places: list[str] = []
     bad: list[str] = []
     n_bad = n_files = 0
+    columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     for path in shards(name, SUFFIXES, split):
         left = None if limit is None else limit - len(rows)
@@ -190,10 +193,18 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: Reco
         bad += read.bad
         n_bad += read.n_bad
         n_files += 1
+        columns.update(read.columns)
         passed_over.update(read.passed_over)
     told = f"{Path(name).expanduser().name} ({n_files} file{'s' * (n_files != 1)})"
     return Records(
-        joint_kind(rows), rows, told, n_bad, tuple(bad[:NAMED_BAD_LINES]), passed_over=dict(passed_over), places=places
+        joint_kind(rows),
+        rows,
+        told,
+        n_bad,
+        tuple(bad[:NAMED_BAD_LINES]),
+        columns=dict(columns),
+        passed_over=dict(passed_over),
+        places=places,
     )
 
 

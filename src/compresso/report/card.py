@@ -137,7 +137,8 @@ def _data(records: RunRecords) -> list[str]:
     if records.data is None:
         return []
     used = f"{records.data.source} ({', '.join([records.data.kind, *facts.amounts(records.data)])})"
-    return [used, *records.data.notes]
+    columns = [f"columns read: {', '.join(records.data.columns)}"] if records.data.columns else []
+    return [used, *columns, *records.data.notes]
 
 
 def _counted(records: RunRecords) -> list[tuple[str, int, int]]:

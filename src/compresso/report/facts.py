@@ -53,6 +53,8 @@ def asked(run: Run) -> Rows:
         rows.append(("Data", "none: the recipe needs none"))
     else:
         rows.append(("Data", f"{data.source} ({', '.join([data.kind, *amounts(data)])})"))
+        if data.columns:
+            rows.append(("Columns read", ", ".join(data.columns)))
         rows += [("Of the data", note) for note in data.notes]
     prompt = (
         f"collaborative prompt, version {records.prompt.get('version', '?')}"

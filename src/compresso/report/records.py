@@ -44,7 +44,7 @@ class RecipeRun(Strict):
 
 class DataUsed(Strict):
     """The training data: what was named, its hash, the lines that were omitted, what became of the others (`Stats` in
-    `compresso.data.survival`), columns that were not read with their rows, and what was said of it.
+    `compresso.data.survival`), the columns that were read and that were not, with their rows, and what was said of it.
     """
 
     source: str
@@ -53,6 +53,7 @@ class DataUsed(Strict):
     skipped_lines: int
     skipped: list[Any]
     examples: dict[str, int]
+    columns: dict[str, int] = Field(default_factory=dict[str, int])
     passed_over: dict[str, int] = Field(default_factory=dict[str, int])
     notes: list[str] = Field(default_factory=list[str])
 

@@ -26,9 +26,9 @@ def data_facts(
         skip_bad: leave bad lines out.
 
     Returns:
-        {"source", "kind", "examples" (counts, see `compresso.data.survival.Stats`), "survive", "train", "held",
-        "max_length", "notes", "stops" (why a run would, or None), "epochs" (for each stage that trains: its batch, the
-        updates of an epoch, and those it takes)}.
+        {"source", "kind", "columns" (read -> rows), "examples" (counts, see `compresso.data.survival.Stats`),
+        "survive", "train", "held", "max_length", "notes", "stops" (why a run would, or None), "epochs" (for each stage
+        that trains: its batch, the updates of an epoch, and those it takes)}.
 
     Raises:
         DataError: for all that a run would refuse, except that too much is dropped: that is said in "stops".
@@ -47,6 +47,7 @@ def data_facts(
     return {
         "source": read.records.source,
         "kind": read.records.kind,
+        "columns": dict(read.records.columns),
         "examples": asdict(read.encoded.stats),
         "survive": survivors(asdict(read.encoded.stats)),
         "train": train,

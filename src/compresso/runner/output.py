@@ -202,6 +202,7 @@ def _data(records: Records, encoded: Encoded, said: Sequence[str]) -> dict[str, 
         "skipped_lines": records.n_bad,
         "skipped": [*records.bad, *encoded.bad],
         "examples": asdict(encoded.stats),
+        "columns": dict(records.columns),
         "passed_over": dict(records.passed_over),
         "notes": list(said),
     }
