@@ -1,5 +1,6 @@
 """A job: what flows from stage to stage, and what a stage may do to it."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ from compresso.training.order import ShuffledBatches
 from compresso.training.progress import Progress
 from compresso.training.rounds import RoundJournal
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -64,6 +67,7 @@ class Job:
         task: what the run trains and judges by.
         labels: names of the classes, where the task has some.
         removal: what the last stage that removed units has removed so far.
+        allow_dropped: whether a stage may drop more examples than a run may lose.
     """
 
     model: PreTrainedModel
@@ -86,6 +90,7 @@ class Job:
     task: Task = CAUSAL_LM
     labels: tuple[str, ...] = ()
     removal: Removal | None = None
+    allow_dropped: bool = True
 
     @property
     def weights(self) -> Residence:
@@ -192,12 +197,19 @@ class Job:
         Raises:
             CheckpointError: the tokenizer cannot be cut like this, or the model's config names a token that would
                 leave.
-            DataError: no example is left to train on, or none that was held out.
+            DataError: too many examples would be dropped; none is left to train on, or none that was held out.
         """
         config = self.model.config
         refuse_named(self.model, kept)
         given = Examples(self.tokenizer, self.rows, self.held, self.dense_held or self.held, self.pad_id)
-        cut = cut_examples(given, kept, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
+        longest = getattr(config, "max_position_embeddings", None)
+        cut = cut_examples(given, kept, int(config.vocab_size), longest, self.allow_dropped)
+        if (n_dropped := len(self.rows) - len(cut.rows)) and not self.quiet:
+            log.warning(
+                "%d of %d training examples hold tokens that left and have no spelling: they are dropped",
+                n_dropped,
+                len(self.rows),
+            )
         job = replace(
             self,
             tokenizer=cut.tokenizer,

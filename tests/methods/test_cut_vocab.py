@@ -196,6 +196,8 @@ def test_without_a_tokenizer_examples_with_a_removed_token_are_dropped(make_job:
     assert after.records["cut_vocab"]["examples_dropped"]["training"] == len(job.rows) - len(staying) > 0
     with pytest.raises(DataError, match="hold tokens that left and have no spelling"):
         CutVocab(most=3)(make_job())
+    with pytest.raises(DataError, match=r"of \d+ training examples hold tokens.*more than 20%.*--allow-dropped"):
+        CutVocab(most=30)(replace(make_job(), allow_dropped=False))
 
 
 def test_bad_limits_and_meaningful_tokens_are_refused(job: Job) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compresso.data.batches import Row, pad_id
 from compresso.data.cut_tokenizer import cut, translation
+from compresso.data.survival import MOST_DROPPED
 from compresso.errors import DataError
 
 
@@ -34,7 +35,9 @@ class Examples:
     facts: dict[str, object] = field(default_factory=dict[str, object])
 
 
-def cut_examples(given: Examples, kept: Sequence[int], size: int, longest: int | None = None) -> Examples:
+def cut_examples(
+    given: Examples, kept: Sequence[int], size: int, longest: int | None = None, allow_dropped: bool = True
+) -> Examples:
     """The same examples with fewer tokens.
 
     Args:
@@ -42,10 +45,11 @@ def cut_examples(given: Examples, kept: Sequence[int], size: int, longest: int |
         kept: ids that stay, ascending.
         size: tokens before.
         longest: tokens that an example is cut to where it became longer.
+        allow_dropped: go on where more examples are dropped than a run may lose.
 
     Raises:
         CheckpointError: the tokenizer cannot be cut like this.
-        DataError: no example is left to train on, or none that was held out.
+        DataError: too many examples are dropped; none is left to train on, or none that was held out.
     """
     tokenizer = None if given.tokenizer is None else cut(given.tokenizer, kept, size)
     to = translation(given.tokenizer, tokenizer, kept)
@@ -59,6 +63,11 @@ def cut_examples(given: Examples, kept: Sequence[int], size: int, longest: int |
                 f"all {len(before)} {what} examples hold tokens that left and have no spelling; keep more, or give"
                 " more text"
             )
+    if not allow_dropped and len(rows) - len(trained) > MOST_DROPPED * len(rows):
+        raise DataError(
+            f"{len(rows) - len(trained):,} of {len(rows):,} training examples hold tokens that left and have no"
+            f" spelling, more than {MOST_DROPPED:.0%}; keep more, or pass allow_dropped (--allow-dropped)"
+        )
     if tokenizer is not None:
         padding = pad_id(tokenizer, len(kept))
     else:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from compresso.data.columns import TEXTS
 from compresso.data.lines import decoded_lines, opened
-from compresso.data.records import BadRecord, Chat, Instruction, Record, RecordForm, Text, Window, kind_of
+from compresso.data.records import NAMED_BAD, BadRecord, Chat, Instruction, Record, RecordForm, Text, Window, kind_of
 from compresso.data.tables import TableRow, arrow_rows, parquet_rows, separated_rows
 from compresso.errors import DataError
 
@@ -37,7 +37,6 @@ SUFFIXES = (
     ".safetensors",
 )
 MAX_WINDOW_IDS = 2**25
-NAMED_BAD_LINES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def _collect(
                     f"{each.place}: {error}. Repair it, or add --skip-bad to skip and count bad lines."
                 ) from error
             n_bad += 1
-            if len(bad) < NAMED_BAD_LINES:
+            if len(bad) < NAMED_BAD:
                 bad.append(f"{each.place}: {error}")
             continue
         rows.append(row)

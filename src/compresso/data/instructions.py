@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from compresso.data.batches import IGNORED, Row
 from compresso.data.conversations import templated_prompt, templated_transcript
 from compresso.data.prompt import body, full_prompt, opening, user_turn
-from compresso.data.records import Chat, Instruction, Message, Records, Text, Window
-from compresso.data.survival import NAMED_BAD, Encoded, Lost, Reach, Stats, nothing_left
+from compresso.data.records import NAMED_BAD, Chat, Instruction, Message, Records, Text, Window
+from compresso.data.survival import Encoded, Lost, Reach, Stats, nothing_left
 from compresso.data.template import keeps_system, original_template, single_template, transcript
 from compresso.data.tokens import Spans, bare_ids, bos_text, eos_text, ids_and_ends, label_spans
 from compresso.errors import DataError

@@ -21,6 +21,8 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 LONGEST_NAME = 40
+NAMED_BAD = 5
+"""Bad records that are named; all are counted."""
 KINDS = ("instruction", "chat", "text", "window")
 
 
@@ -195,24 +197,44 @@ def printable(name: str) -> str:
     return shown + ("..." if len(name) > LONGEST_NAME else "")
 
 
-def records_from(rows: Iterable[object], source: str, form: RecordForm) -> Records:
+def records_from(rows: Iterable[object], source: str, form: RecordForm, skip_bad: bool = False) -> Records:
     """Records from objects that are already in memory.
 
+    Args:
+        rows: they.
+        source: where they come from, in words.
+        form: what a row holds.
+        skip_bad: leave objects out (counted) that are no records, instead of raising.
+
     Raises:
-        BadRecord: an object is no record, named by its place.
+        BadRecord: an object is no record, named by its place; or none is.
     """
     parsed: list[Record] = []
+    bad: list[str] = []
     columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         try:
             taken = form.take(row)
         except BadRecord as error:
-            raise BadRecord(f"{source}: record {number}: {error}") from error
+            bad.append(f"{source}: record {number}: {error}")
+            if not skip_bad:
+                raise BadRecord(bad[0]) from error
+            continue
         parsed.append(taken.record)
         columns.update(taken.used)
         passed_over.update(taken.unused)
-    return Records(joint_kind(parsed), parsed, source, columns=dict(columns), passed_over=dict(passed_over))
+    if bad and not parsed:
+        raise BadRecord(bad[0])
+    return Records(
+        joint_kind(parsed),
+        parsed,
+        source,
+        len(bad),
+        tuple(bad[:NAMED_BAD]),
+        columns=dict(columns),
+        passed_over=dict(passed_over),
+    )
 
 
 def joint_kind(rows: Sequence[Record]) -> str:

@@ -22,9 +22,18 @@ from pathlib import Path
 
 from compresso.data import hub
 from compresso.data.columns import TEXTS
-from compresso.data.formats import NAMED_BAD_LINES, SUFFIXES, read_file, suffix_of
+from compresso.data.formats import SUFFIXES, read_file, suffix_of
 from compresso.data.hub import HubSet
-from compresso.data.records import BadRecord, Record, RecordForm, Records, joint_kind, records_from, unused_of
+from compresso.data.records import (
+    NAMED_BAD,
+    BadRecord,
+    Record,
+    RecordForm,
+    Records,
+    joint_kind,
+    records_from,
+    unused_of,
+)
 from compresso.data.shards import is_pattern, shards
 from compresso.errors import DataError, nearest
 
@@ -114,7 +123,7 @@ def load_records(
         split: the split of a registered name or hub id; a local file is read whole.
         seed: draws the rows of the embedded world.
         limit: most rows per source.
-        skip_bad: skip and count bad lines of local files instead of raising.
+        skip_bad: skip and count bad lines instead of raising.
         local: a folder with local copies of registered names; that of COMPRESSO_DATA if None.
         form: what a row holds.
 
@@ -150,14 +159,14 @@ def _one(
     if name in WORLD_NAMES:
         return _world(name, seed, limit or WORLD_ROWS, form)
     if name in REGISTERED:
-        return _registered(name, split, limit, local, form)
+        return _registered(name, split, limit, skip_bad, local, form)
     path = Path(name).expanduser()
     if path.is_dir() or is_pattern(name):
         return _shards(name, split, limit, skip_bad, form)
     if path.exists() or suffix_of(path):
         return _file(path, limit, skip_bad, form)
     if match := _HUB_ID.fullmatch(name):
-        return _from_hub(HubSet(match["id"], match["config"]), None, split, limit, name, form)
+        return _from_hub(HubSet(match["id"], match["config"]), None, split, limit, name, skip_bad, form)
     raise DataError(f"data '{name}' is neither a registered name nor a file; {nearest(name, NAMES)}")
 
 
@@ -201,26 +210,34 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: Reco
         rows,
         told,
         n_bad,
-        tuple(bad[:NAMED_BAD_LINES]),
+        tuple(bad[:NAMED_BAD]),
         columns=dict(columns),
         passed_over=dict(passed_over),
         places=places,
     )
 
 
-def _registered(name: str, split: str, limit: int | None, local: str | Path | None, form: RecordForm) -> Records:
+def _registered(
+    name: str, split: str, limit: int | None, skip_bad: bool, local: str | Path | None, form: RecordForm
+) -> Records:
     known = REGISTERED[name]
     folder = local or os.environ.get("COMPRESSO_DATA")
     copy = (known.local or {}).get(split)
     if folder and copy and (path := Path(folder) / copy.file).is_file():
         return replace(
-            _file(path, limit, False, form), source=f"{name} {split}, local copy {path.name} ({copy.remark})"
+            _file(path, limit, skip_bad, form), source=f"{name} {split}, local copy {path.name} ({copy.remark})"
         )
-    return _from_hub(known.hub, known.columns, split, limit or known.rows, name, form)
+    return _from_hub(known.hub, known.columns, split, limit or known.rows, name, skip_bad, form)
 
 
 def _from_hub(
-    place: HubSet, columns: tuple[str, ...] | None, split: str, limit: int | None, name: str, form: RecordForm
+    place: HubSet,
+    columns: tuple[str, ...] | None,
+    split: str,
+    limit: int | None,
+    name: str,
+    skip_bad: bool,
+    form: RecordForm,
 ) -> Records:
     rows = hub.rows(place, split, limit)
     if not rows:
@@ -231,10 +248,13 @@ def _from_hub(
     part = f"first {len(rows)} rows of " if limit == len(rows) else ""
     left = Counter(unused for row in rows for unused in unused_of(row, columns)) if columns else {}
     try:
-        records = records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form)
+        records = records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form, skip_bad)
         return replace(records, passed_over={**left, **records.passed_over})
     except BadRecord as error:
-        raise DataError(f"{error}. Download it as a file, repair that row and pass the file.") from error
+        raise DataError(
+            f"{error}. Pass skip_bad (--skip-bad) to skip and count such rows, or download the data as a file and"
+            " repair them."
+        ) from error
 
 
 def _world(name: str, seed: int, n: int, form: RecordForm) -> Records:

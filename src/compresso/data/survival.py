@@ -13,7 +13,6 @@ from compresso.errors import DataError
 
 MOST_DROPPED = 0.2
 """Share of a source's records that may give no example."""
-NAMED_BAD = 5
 _NAMED_COLUMNS = 8
 
 

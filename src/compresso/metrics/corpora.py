@@ -14,6 +14,7 @@ from pathlib import Path
 
 from compresso.data.formats import suffix_of
 from compresso.data.registry import REGISTERED, load_records
+from compresso.data.shards import is_pattern
 from compresso.errors import DataError
 from compresso.metrics.protocol import usual_split
 
@@ -57,6 +58,8 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
     name, path = str(name_or_file), Path(name_or_file)
     if name not in REGISTERED and (suffix := suffix_of(path)):
         name, usual = path.name[: -len(suffix)], "all"
+    elif name not in REGISTERED and (path.expanduser().is_dir() or is_pattern(name)):
+        name, usual = path.expanduser().name, "test"
     else:
         usual = "test" if "/" in name else usual_split(name)
     split = split or usual

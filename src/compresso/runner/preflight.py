@@ -42,6 +42,7 @@ class Prepared:
         seed: of every random draw.
         layout: asked for.
         said: what a person should know of the data before it begins, a sentence each.
+        allow_dropped: whether more of the data may be lost than a run may lose.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Prepared:
     seed: int
     layout: AskedLayout
     said: tuple[str, ...] = ()
+    allow_dropped: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What a resume must agree on."""
@@ -128,7 +130,18 @@ def prepare(
     prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
     prompt = prompt_identity() if recipe.data.prompt and prompted else None
     return Prepared(
-        recipe, source, output, where, tokenizer, records, encoded, prompt, seed, cast(AskedLayout, layout), said
+        recipe,
+        source,
+        output,
+        where,
+        tokenizer,
+        records,
+        encoded,
+        prompt,
+        seed,
+        cast(AskedLayout, layout),
+        said,
+        allow_dropped,
     )
 
 

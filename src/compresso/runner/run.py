@@ -291,6 +291,7 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
         original=_reader(prepared.source),
         task=prepared.recipe.task,
         labels=prepared.encoded.labels if prepared.encoded else (),
+        allow_dropped=prepared.allow_dropped,
     )
 
 
