@@ -2,9 +2,12 @@
 with the column named.
 """
 
+from pathlib import Path
+
 import pytest
 
 from compresso.data.columns import TEXTS, parse, take
+from compresso.data.formats import SUFFIXES
 from compresso.data.records import BadRecord, Chat, Instruction, Message, Record, Text
 from compresso.data.turns import ROLES
 
@@ -181,3 +184,9 @@ def test_what_cannot_be_read_is_refused_by_name(row: dict, message: str) -> None
     with pytest.raises(BadRecord) as raised:
         take(row)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_page_names_all_that_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    for name in (*TEXTS.columns, *ROLES, *SUFFIXES[::3]):
+        assert f"`{name.removesuffix('.gz').removesuffix('.zst')}`" in page, name
