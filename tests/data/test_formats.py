@@ -100,7 +100,10 @@ def test_parquet(tmp_path: Path) -> None:
 def test_ready_windows_keep_their_order(tmp_path: Path) -> None:
     ids = torch.randint(0, 99, (5, 7), dtype=torch.int32)
     save_file({"input_ids": ids}, tmp_path / "a.safetensors")
-    assert read_file(tmp_path / "a.safetensors").rows == [Window(tuple(row)) for row in ids.tolist()]
+    read = read_file(tmp_path / "a.safetensors")
+    assert read.rows == [Window(tuple(row)) for row in ids.tolist()] and not read.passed_over
+    save_file({"input_ids": ids, "labels": ids.clone()}, tmp_path / "b.safetensors")
+    assert read_file(tmp_path / "b.safetensors").passed_over == {"labels": 5}
 
 
 def test_conversations_are_messages_under_another_name() -> None:

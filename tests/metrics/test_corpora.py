@@ -84,3 +84,12 @@ def test_the_local_copies_are_whole() -> None:
     wiki, c4 = corpus("wikitext2"), corpus("c4")
     assert len(wiki.texts) == 4358 and wiki.texts[0] == ""
     assert len(c4.texts) == 300 and all(text.strip() for text in c4.texts)
+
+
+def test_a_folder_of_texts_is_named_without_its_path_and_says_what_it_left_out(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(2):
+        (tmp_path / "texts" / f"part-{i}.jsonl").write_text(json.dumps({"text": f"Once {i}.", "title": "T"}))
+    found = corpus(str(tmp_path / "texts"))
+    assert (found.name, found.texts) == ("texts", ("Once 0.", "Once 1."))
+    assert str(tmp_path) not in found.remark and "Columns passed over: title (2 rows)." in found.remark

@@ -25,7 +25,18 @@ from safetensors import SafetensorError, safe_open
 
 from compresso.data.columns import TEXTS
 from compresso.data.lines import decoded_lines, opened
-from compresso.data.records import NAMED_BAD, BadRecord, Chat, Instruction, Record, RecordForm, Text, Window, kind_of
+from compresso.data.records import (
+    NAMED_BAD,
+    BadRecord,
+    Chat,
+    Instruction,
+    Record,
+    RecordForm,
+    Text,
+    Window,
+    kind_of,
+    printable,
+)
 from compresso.data.tables import TableRow, arrow_rows, parquet_rows, separated_rows
 from compresso.errors import DataError
 
@@ -279,11 +290,12 @@ def _windows(path: Path) -> Iterator[_Found]:
                 f"{path}: input_ids has {shape[0] * shape[1]} ids; at most {MAX_WINDOW_IDS} are read. Split the file."
             )
         ids = file.get_tensor("input_ids")
+        others = tuple(printable(name) for name in file.keys() if name != "input_ids")  # noqa: SIM118 - not a mapping
     if ids.is_floating_point() or ids.is_complex() or str(ids.dtype) == "torch.bool":
         raise DataError(f"{path}: input_ids is {str(ids.dtype).removeprefix('torch.')}; wanted an integer type")
     for number, window in enumerate(ids.tolist(), 1):
         wrong = f"id {min(window)} is negative" if min(window) < 0 else ""
-        yield _Found(f"{path}: window {number}", Window(tuple(window)), wrong)
+        yield _Found(f"{path}: window {number}", Window(tuple(window)), wrong, others)
 
 
 def _first_line(error: Exception) -> str:

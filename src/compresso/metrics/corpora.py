@@ -15,6 +15,7 @@ from pathlib import Path
 from compresso.data.formats import suffix_of
 from compresso.data.registry import REGISTERED, load_records
 from compresso.data.shards import is_pattern
+from compresso.data.survival import passed_over
 from compresso.errors import DataError
 from compresso.metrics.protocol import usual_split
 
@@ -29,6 +30,7 @@ class Corpus:
         texts: the documents in order, empty ones included.
         source: where they came from, in words, without folders.
         sha256: identity of the texts, wherever they came from.
+        passed_over: columns that were not read, in words; "" if there are none.
     """
 
     name: str
@@ -36,11 +38,13 @@ class Corpus:
     texts: tuple[str, ...]
     source: str
     sha256: str
+    passed_over: str = ""
 
     @property
     def remark(self) -> str:
         """The sentence that stands beside a number on these texts."""
-        return f"Texts: {self.source}; {len(self.texts)} documents."
+        beside = f" Columns passed over: {self.passed_over}." if self.passed_over else ""
+        return f"Texts: {self.source}; {len(self.texts)} documents.{beside}"
 
 
 def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | Path | None = None) -> Corpus:
@@ -74,4 +78,6 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
     texts = tuple(records.texts())
     if not any(text.strip() for text in texts):
         raise DataError(f"corpus {records.source}: all of its {len(texts)} texts are empty; give a file with text")
-    return Corpus(name, split, texts, records.source, records.sha256)
+    return Corpus(
+        name, split, texts, records.source, records.sha256, passed_over(records) if records.passed_over else ""
+    )
