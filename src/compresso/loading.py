@@ -95,7 +95,7 @@ def load(
         CheckpointError: if it is not a safe, complete checkpoint, was pruned with a prompt that this version does not
             know, or has no orders to gather by.
     """
-    source = open_source(path)
+    source = open_source(path, packed=True)
     prompt = _prompt(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype, device=device)

@@ -50,8 +50,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     """The config in a config.json, built by a class that transformers or compresso brings along.
+
+    Args:
+        path: the file.
+        packed: whether weights may be stored in few bits.
 
     Raises:
         CheckpointError: it is malformed, needs code from the folder, is quantised, or points elsewhere for its weights.
@@ -66,7 +70,7 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path}: transformers does not know model_type '{model_type[:60]}'{code}. Convert the model to one it"
             " knows."
         )
-    if data.get("quantization_config"):
+    if data.get("quantization_config") and not packed:
         raise CheckpointError(
             f"{path}: the weights are quantised, which cannot be pruned. Give the model before quantisation."
         )

@@ -6,6 +6,8 @@ architecture expects, on the meta device. Only `load_model` reads weights; it ne
 
 import copy
 import hashlib
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,9 +34,11 @@ from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
 from compresso.checkpoint.header import TensorInfo
-from compresso.checkpoint.tensors import check_tensors, listed, untied_as_stored
+from compresso.checkpoint.tensors import check_tensors, is_packed, listed, untied_as_stored
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
 from compresso.native.stock import as_stock
+
+log = logging.getLogger(__name__)
 
 _ENCODERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel)
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
@@ -94,10 +98,11 @@ class Source:
         return Identity(self.name, ("" if whole else "sampled-") + "sha256:" + digest.hexdigest())
 
 
-def open_source(model: str | Path, weights: bool = True) -> Source:
+def open_source(model: str | Path, weights: bool = True, packed: bool = False) -> Source:
     """Find a model and check it: a local folder of safetensors, a hub name, or a config.json (no weights).
 
-    With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at.
+    With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at. With
+    `packed=True` they may be stored in few bits, for those who run a model and change nothing in it.
 
     Raises:
         CheckpointError: with the cure, naming files and tensors.
@@ -108,17 +113,17 @@ def open_source(model: str | Path, weights: bool = True) -> Source:
         if path.is_file():
             if path.suffix != ".json":
                 raise CheckpointError(f"model {path} is a file; give the folder it lies in, or a config.json.")
-            config = read_config(path)
+            config = read_config(path, packed)
             refuse_fields(path, read_json(path))
             return Source(config, None, "config", path.resolve().parent.name, path)
         if path.is_dir():
-            return _open_folder(path, "folder", path.resolve().name, weights)
+            return _open_folder(path, "folder", path.resolve().name, weights, packed)
         if not isinstance(model, str) or not hub.is_hub_name(model):
             raise CheckpointError(
                 f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json."
             )
         folder, revision = hub.fetch(model, weights)
-        return replace(_open_folder(folder, "hub", model, weights), revision=revision)
+        return replace(_open_folder(folder, "hub", model, weights, packed), revision=revision)
     except OSError as error:
         raise CheckpointError(
             f"model {model} cannot be read: {error.strerror or error}. Check the path and its permissions."
@@ -186,7 +191,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
     try:
         model, info = auto_class(source.config).from_pretrained(  # a pair, as asked for
             source.folder,
-            config=copy.deepcopy(source.config),
+            config=_unpacking(source.config),
             dtype=dtype or "auto",
             local_files_only=True,
             trust_remote_code=False,
@@ -204,13 +209,27 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
                 raise NumericError(
                     f"model {source.name}: '{name}' holds NaN or Inf. Fetch the model again, or train it again."
                 )
+        if is_packed(source.config):
+            log.warning(
+                "%s: its packed weights were unpacked, so it runs, and takes memory, as a dense model", source.name
+            )
+            _as_dense_(model)
         return model.to(device)
+    except ImportError as error:
+        raise CheckpointError(f"model {source.name} is not opened without a package: {_line(error)}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             f"model {source.name} does not fit into memory of {device}. Use a smaller model or --device cpu."
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"model {source.name} cannot be loaded: {_line(error)}") from error
+
+
+def numbers_of(source: Source) -> int:
+    """How many numbers a model has in memory; of packed weights, once they are unpacked."""
+    if is_packed(source.config):
+        return sum(parameter.numel() for parameter in meta_model(source).parameters())
+    return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
 
 
 def has_tokenizer(source: Source) -> bool:
@@ -247,9 +266,27 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")
 
 
-def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weights: bool) -> Source:
+def _unpacking(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config; of packed weights, one by which they are read as plain numbers."""
+    copied = copy.deepcopy(config)
+    if is_packed(config):
+        copied.quantization_config = {**config.quantization_config, "dequantize": True}  # pyright: ignore[reportAttributeAccessIssue]
+    return copied
+
+
+def _as_dense_(model: PreTrainedModel) -> None:
+    """Let a model whose weights were unpacked say no more that they are packed: it is moved and cast as any other."""
+    for owner, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config", "_pre_quantization_dtype")),
+    ):
+        for name in names:
+            vars(owner).pop(name, None)
+
+
+def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weights: bool, packed: bool) -> Source:
     check_folder(folder)
-    config = read_config(folder / "config.json")
+    config = read_config(folder / "config.json", packed)
     refuse_code(folder)
     tensors = stored_tensors(folder) if weights else {}
     if type(config).__module__.startswith("transformers."):  # layers of our own types may have lost all their tensors

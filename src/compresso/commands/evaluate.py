@@ -82,7 +82,7 @@ def evaluate(
     elif prompt != "auto" or (limit is not None and task is None):
         raise DataError("--prompt and --limit belong to tasks, and none was asked for; give --suite or --tasks")
     where = choose_device(device)
-    source = open_source(model)
+    source = open_source(model, packed=True)
     target = None if output is None else report_path(output, [source.folder])
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")

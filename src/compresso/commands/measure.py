@@ -4,7 +4,6 @@ All models are found, checked and fitted into memory before the first is read. P
 their own, while this one holds no weights; then all models are loaded together, so that they can be timed in turn.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compresso.checkpoint.scratch import check_scratch
-from compresso.checkpoint.source import Source, load_model, open_source
+from compresso.checkpoint.source import Source, load_model, numbers_of, open_source
 from compresso.commands.measure_table import show
 from compresso.door import public
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
@@ -165,7 +164,7 @@ def _planned(
     where = choose_device(device)
     sources: dict[str, Source] = {}
     for model in models:
-        source = open_source(model)
+        source = open_source(model, packed=True)
         if not source.tensors:
             raise CheckpointError(f"{model} has no weights to measure; give a folder of safetensors or a hub name")
         same = sum(1 for name in sources if name == source.name or name.startswith(f"{source.name} ("))
@@ -181,10 +180,7 @@ def _planned(
 
 def _check_fit(plan: Plan) -> None:
     """Raise ResourceError if the weights of all models do not fit into the device's free memory together."""
-    each = {
-        name: sum(math.prod(t.shape) for t in source.tensors.values()) * plan.dtype.itemsize
-        for name, source in plan.sources.items()
-    }
+    each = {name: numbers_of(source) * plan.dtype.itemsize for name, source in plan.sources.items()}
     host = psutil.virtual_memory().available
     cure = "measure fewer models at a time, give --dtype bfloat16, or free memory"
     for needed, free, what in (

@@ -4,7 +4,6 @@ The folder's own code runs only if it is, byte for byte, the file that compresso
 there but could not be run is called "not checked", not "yes".
 """
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
-from compresso.checkpoint.source import Source, is_causal, is_text_classifier, open_source
+from compresso.checkpoint.source import Source, is_causal, is_text_classifier, numbers_of, open_source
 from compresso.door import public
 from compresso.engines import registry
 from compresso.engines.classifier import verify_classifier
@@ -34,7 +33,7 @@ def verify(model: str | Path) -> list[Parity]:
     Raises CheckpointError if it is neither a causal language model nor a classifier of texts, or cannot be read;
     ResourceError if memory is short.
     """
-    source = open_source(model)
+    source = open_source(model, packed=True)
     check_scratch()
     if source.folder is None or not (is_causal(source.config) or is_text_classifier(source.config)):
         raise CheckpointError(
@@ -112,7 +111,7 @@ def _compared(
 
 def parity_records(folder: Path) -> list[dict[str, Any]]:
     """What `verify` finds of a written folder, for its records; where memory does not suffice, that."""
-    size = 4 * sum(math.prod(tensor.shape) for tensor in open_source(folder).tensors.values())
+    size = 4 * numbers_of(open_source(folder))
     if 2.2 * size > (there := available(torch.device("cpu"))):
         reason = (
             f"two copies in float32 need {2 * size / 1e9:.1f} GB, and {there / 1e9:.1f} GB are there; compresso verify"

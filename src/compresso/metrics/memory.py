@@ -122,7 +122,7 @@ def _measured(
     """What the process of its own does: `peak` in bytes and the `dtype` that the weights had."""
     where = torch.device(device)
     on_gpu = where.type == "cuda"
-    source = open_source(folder)
+    source = open_source(folder, packed=True)
     before = 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(where)

@@ -38,7 +38,11 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         ArchError: if nobody described its architecture and a trace cannot prove its axes, or no axis is called as
             `explained` says.
     """
-    live = as_stock(model) if isinstance(model, PreTrainedModel) else meta_model(open_source(model, weights=False))
+    live = (
+        as_stock(model)
+        if isinstance(model, PreTrainedModel)
+        else meta_model(open_source(model, weights=False, packed=True))
+    )
     arch = _described(live)
     traced = discover(live) if arch is None or explained else None
     facts = describe(live, arch) if arch else describe_traced(live, traced) if traced else {}
