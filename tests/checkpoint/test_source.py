@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compresso.checkpoint import source as source_module
+from compresso.checkpoint import tokenizer_files
 from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
 from compresso.errors import ArchError, CheckpointError, NumericError
 
@@ -413,3 +414,41 @@ def test_unreadable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     refused(folder, "cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.model", b"\x0a\x0e\x0a\x05<unk>", "is a sentencepiece model.* pip install sentencepiece protobuf"),
+        ("spiece.model", b"\x0a\x0e\x0a\x05<unk>", "is a sentencepiece model.* pip install sentencepiece protobuf"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary.* pip install tiktoken"),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 1\n", "is a tiktoken vocabulary.* pip install tiktoken"),
+        ("tekken.json", b"{}", "is a tokenizer of mistral-common.* pip install mistral-common"),
+    ],
+)
+def test_a_tokenizer_file_is_named_with_the_package_that_reads_it(
+    name: str, content: bytes, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / name).write_bytes(content)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(tokenizer_files, "_here", lambda module: False)
+    with pytest.raises(CheckpointError, match=f"tokenizer of model cannot be loaded: .*{name} {said}") as raised:
+        load_tokenizer(open_source(folder))
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr(tokenizer_files, "_here", lambda module: True)
+    with pytest.raises(CheckpointError, match=r"tokenizer of model cannot be loaded: .*copy tokenizer\.json"):
+        load_tokenizer(open_source(folder))
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder: Path) -> None:
+    """transformers builds it of three tokens, and every text has no ids."""
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"reads tokenizer\.model, which the folder has not; copy tokenizer"):
+        CheckpointError, match=r"reads tokenizer\.model, which the folder has not; copy tokenizer\.json"
+    ):
+        load_tokenizer(open_source(folder))
+
+
+def test_a_rule_of_a_config_class_is_said_without_its_frame(folder: Path) -> None:
+    edit_config(folder, hidden_size=10, num_attention_heads=3)
+    refused(folder, r"not a valid llama config: The hidden size \(10\) is not a multiple of")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
@@ -63,6 +64,47 @@ def test_head_counts_that_a_config_without_head_dim_cannot_hold(name: str, tmp_p
     with pytest.raises(ExportError, match="no head_dim, so keep all heads and prune FFN channels"):
         save_checkpoint(model, arch.shapes(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("removed", ["heads", "hidden"])
+def test_a_longrope_phi_3_says_what_to_keep_in_words_of_ours(removed: str, tmp_path: Path) -> None:
+    """Its config holds one factor for every second entry of a head, whose size it takes from hidden size and heads."""
+    model = longrope_phi_3()
+    arch = arch_for(model.config)
+    kept = {f"layers.{i}.heads": (0,) for i in range(4)} if removed == "heads" else {"hidden": tuple(range(48))}
+    shrink_(model, arch.axes(model), Plan(kept))
+    with pytest.raises(ExportError) as raised:
+        save_checkpoint(model, arch.shapes(model), tmp_path / "out")
+    said = str(raised.value)
+    assert "short_factor field must have length" in said and "validat" not in said
+    assert "keep all heads and hidden dimensions and prune FFN channels, such as by kinds: [channel]" in said
+    model = longrope_phi_3()
+    shrink_(model, arch.axes(model), Plan(channels(50)))
+    assert save_checkpoint(model, arch.shapes(model), tmp_path / "out") == "uniform"
+
+
+def longrope_phi_3() -> Phi3ForCausalLM:
+    return Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            original_max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+            },
+        )
+    ).eval()
 
 
 def test_what_else_is_refused(tmp_path: Path) -> None:

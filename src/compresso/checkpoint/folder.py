@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from compresso.checkpoint.bounds import check_numbers
 from compresso.checkpoint.header import TensorInfo, read_header
 from compresso.checkpoint.links import check_links
+from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
@@ -83,9 +84,8 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     try:
         return cls.from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{path} is not a valid {model_type} config: {reason} Fetch or write the file again."
+            f"{path} is not a valid {model_type} config: {reason_of(error)} Fetch or write the file again."
         ) from error
 
 

@@ -34,7 +34,9 @@ from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
 from compresso.checkpoint.header import TensorInfo
+from compresso.checkpoint.reasons import reason_of
 from compresso.checkpoint.tensors import check_tensors, is_packed, listed, untied_as_stored
+from compresso.checkpoint.tokenizer_files import absent, lacking
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
 from compresso.native.stock import as_stock
 
@@ -216,13 +218,13 @@ def load_model(source: Source, dtype: torch.dtype | None = None, device: torch.d
             _as_dense_(model)
         return model.to(device)
     except ImportError as error:
-        raise CheckpointError(f"model {source.name} is not opened without a package: {_line(error)}") from error
+        raise CheckpointError(f"model {source.name} is not opened without a package: {reason_of(error)}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(
             f"model {source.name} does not fit into memory of {device}. Use a smaller model or --device cpu."
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"model {source.name} cannot be loaded: {_line(error)}") from error
+        raise CheckpointError(f"model {source.name} cannot be loaded: {reason_of(error)}") from error
 
 
 def numbers_of(source: Source) -> int:
@@ -258,7 +260,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 f"the tokenizer of {source.name} cannot be loaded without code of its own (auto_map in {described}),"
                 " which is never run. Write tokenizer.json, and name a tokenizer class of transformers in the file."
             ) from error
-        raise CheckpointError(f"the tokenizer of {source.name} cannot be loaded: {_line(error)}") from error
+        if (cure := lacking(source.folder)) is not None:
+            raise CheckpointError(f"the tokenizer of {source.name} cannot be loaded: {cure}") from error
+        raise CheckpointError(
+            f"the tokenizer of {source.name} cannot be loaded: {reason_of(error)} Fetch its files again, or copy"
+            " tokenizer.json and tokenizer_config.json of the model it came from."
+        ) from error
+    if missing := absent(source.folder, tokenizer):
+        cure = lacking(source.folder) or "copy tokenizer.json, or these files, of the model it came from"
+        raise CheckpointError(
+            f"the tokenizer of {source.name} cannot be loaded: a {type(tokenizer).__name__} reads {', '.join(missing)},"
+            f" which the folder has not; {cure}."
+        )
     tokenizer.init_kwargs.pop("auto_map", None)  # what is written from this tokenizer must not name code either
     return tokenizer
 
@@ -309,7 +322,7 @@ def _as_written(source: Source) -> PreTrainedModel:
             model = auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
         raise CheckpointError(
-            f"{source.config_file} describes a model that cannot be built: {_line(error)} Check the config."
+            f"{source.config_file} describes a model that cannot be built: {reason_of(error)} Check the config."
         ) from error
     check_tables(source.config_file, model)
     return model
@@ -327,11 +340,6 @@ def _check_tensors(source: Source) -> None:
         source.config.tie_word_embeddings = False
         model = _as_written(source)
     check_tensors(source.folder, source.config, auto_class(source.config), model, source.tensors)
-
-
-def _line(error: Exception) -> str:
-    """An exception's message on one bounded line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _sampled(path: Path) -> str:

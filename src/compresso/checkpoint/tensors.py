@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compresso.checkpoint.header import TensorInfo
+from compresso.checkpoint.reasons import reason_of
 from compresso.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,7 @@ def _loading_problems(
             )
     except Exception as error:  # names of any kind may meet any rule of renaming
         raise CheckpointError(
-            f"{where} cannot be matched with its config.json: {' '.join(str(error).split())[:300]}. Fetch the model"
-            " again."
+            f"{where} cannot be matched with its config.json: {reason_of(error)}. Fetch the model again."
         ) from error
     unexpected = sorted(info["unexpected_keys"])
     if passed := [

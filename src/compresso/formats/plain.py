@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from compresso.arch.base import LayerShape
+from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
 
 _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channels": "channels"}
@@ -53,7 +54,10 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
         with torch.device("meta"):
             reader = type(model)._from_config(copy.deepcopy(model.config))
     except (ValueError, StrictDataclassError) as error:
-        return f"{' '.join(str(error).split())[:200]}{cure}"
+        return (
+            f"its config takes no such shape ({reason_of(error)[:200].rstrip('.')}); keep all heads and hidden"
+            " dimensions and prune FFN channels, such as by kinds: [channel]"
+        )
     have, expected = ({name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (model, reader))
     odd = sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name))
     if odd:
