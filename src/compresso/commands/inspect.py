@@ -20,6 +20,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     console = Console()
     parameters = facts["parameters"]
     console.print(f"[bold]{facts['architecture']}[/bold]  {parameters['total']:,} parameters")
+    if "experts" in facts:
+        _show_experts(console, facts)
+        return
     if "stays" in facts:
         console.print("  nobody described this architecture: the axes were found from a trace of its operations")
     else:
@@ -39,6 +42,17 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         console.print(f"  {sentence}", markup=False, soft_wrap=True)
     if "explained" in facts:
         _show_explained(console, facts["explained"])
+
+
+def _show_experts(console: Console, facts: Mapping[str, Any]) -> None:
+    """What was counted of a mixture of experts."""
+    parameters, experts = facts["parameters"], facts["experts"]
+    active = f" · {parameters['active']:,} active a token" if "active" in parameters else ""
+    chosen = f", {experts['per_token']} chosen a token" if experts["per_token"] else ""
+    console.print(f"  experts {parameters['experts']:,} · embeddings {parameters['embeddings']:,}{active}")
+    console.print(f"  {experts['each']} experts in each of {experts['layers']} layers{chosen}")
+    for sentence in facts["stays"]:
+        console.print(f"  stays: {sentence}", markup=False, soft_wrap=True)
 
 
 def _show_explained(console: Console, said: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
@@ -30,7 +31,9 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         "parameters_per_unit"}], "macs_per_token", "kv_bytes_per_token"}`. `size` and `parameters_per_unit` are lists
         where layers differ. `parameters_per_unit` is what leaves the model with one unit of the dense model, embeddings
         and norms included. For an architecture nobody described the axes are found from a trace, of the parameters only
-        the total is counted, and "stays" says which dimensions cannot leave. `explained` adds "explained"; see
+        the total is counted, and "stays" says which dimensions cannot leave. A mixture of experts is not traced: its
+    parameters are counted, "active" ones being those that a token meets, and "experts" has {"layers", "each",
+    "per_token"}. `explained` adds "explained"; see
         `compresso.discover.explain`.
 
     Raises:
@@ -44,6 +47,8 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         else meta_model(open_source(model, weights=False, packed=True))
     )
     arch = _described(live)
+    if arch is None and explained is None and (mixture := count_experts(live)) is not None:
+        return mixture
     traced = discover(live) if arch is None or explained else None
     facts = describe(live, arch) if arch else describe_traced(live, traced) if traced else {}
     return {**facts, "explained": explain(traced, explained)} if traced and explained else facts
@@ -54,6 +59,44 @@ def _described(model: PreTrainedModel) -> Arch | None:
     try:
         return arch_for(model.config)
     except ArchError:
+        return None
+
+
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+
+
+def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The dictionary of `inspect` for a mixture of experts, counted from shapes alone; None for any other model."""
+    banks = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    held = {name: [tuple(one.shape) for one in bank.parameters()] for name, bank in banks.items()}
+    sizes = {name: sum(map(math.prod, shapes)) for name, shapes in held.items() if shapes}
+    if not sizes:
+        return None
+    each = {
+        len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
+    }  # apart, or stacked in tensors whose first dimension counts them
+    config = model.config.get_text_config()
+    per_token = next((int(one) for name in _PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(sizes.values())
+    tables = {id(part.weight): part.weight.numel() for part in (model.get_input_embeddings(), _head(model)) if part}
+    parameters = {"total": total, "experts": experts, "embeddings": sum(tables.values())}
+    if per_token is not None and len(each) == 1:
+        parameters["active"] = total - experts + experts * per_token // max(each)
+    return {
+        "architecture": model.config.model_type,
+        "parameters": parameters,
+        "experts": {"layers": len(sizes), "each": max(each), "per_token": per_token},
+        "axes": [],
+        "stays": ["all of it: nothing is removed from a mixture of experts here"],
+    }
+
+
+def _head(model: PreTrainedModel) -> Any:
+    """The output embeddings; None for a model without."""
+    try:
+        return model.get_output_embeddings()
+    except NotImplementedError:  # encoders without one raise it
         return None
 
 
