@@ -240,6 +240,7 @@ def test_only_language_models_with_weights(native: Path) -> None:
 
 def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
     assert int(ids_of(None, 5).max()) < 5
+    assert int(ids_of(nano_tokenizer(), 5).max()) < 5, "ids of a tokenizer that writes more than the model has"
     assert ids_of(nano_tokenizer(), 1024).dtype == torch.long
 
 

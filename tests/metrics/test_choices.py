@@ -98,3 +98,10 @@ def test_no_items_and_empty_choices_are_refused(model, tokenizer):
         choice_accuracy(model, tokenizer, [])
     with pytest.raises(DataError, match="empty choice"):
         choice_accuracy(model, tokenizer, [Item("fact", "What?", "", ("A.", ""), 0)])
+
+
+def test_tokens_without_a_row_are_refused(model, tokenizer) -> None:
+    other = AutoTokenizer.from_pretrained(nano.path())
+    other.add_special_tokens({"bos_token": "<begin>"})
+    with pytest.raises(DataError, match=rf"token id {len(tokenizer)} is beyond the model's vocabulary"):
+        choice_accuracy(model, other, SAMPLE[:2])

@@ -227,3 +227,11 @@ def test_what_cannot_be_classified_says_so() -> None:
 @pytest.mark.parametrize(("rows", "held"), [(40, 32), (400, 80), (10_000, 256)])
 def test_a_fifth_is_held_out_within_bounds(rows: int, held: int) -> None:
     assert CLASSIFICATION.held_out(rows) == held
+
+
+@pytest.mark.parametrize("padding", [None, -1, 10**6])
+def test_a_padding_id_without_a_row_does_not_reach_the_model(classifier: MakeClassifier, padding: int | None) -> None:
+    job = classifier()
+    wanted = CLASSIFICATION.score(job.model, job.rows).mean
+    job.model.config.pad_token_id = padding
+    assert CLASSIFICATION.score(job.model, job.rows).mean == pytest.approx(wanted)

@@ -156,3 +156,26 @@ def test_what_cannot_fit_is_refused(wrapped: Wrapped, tokenizer: PreTrainedToken
         scored(lm, (("Rain", " one two three four" * 30),))
     with pytest.raises(DataError, match=r"leaves 0 for a question after 64 new ones; leave generated tasks"):
         generated(wrapped([], context=64), "Rain", max_gen_toks=64)
+
+
+def test_a_padding_token_without_a_row_gives_way_to_one_that_has_one(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Contexts of different lengths are padded to generate from; padding is masked, so any token will do."""
+    import copy
+
+    model, other = new_model(512), copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert other.pad_token_id >= model.config.vocab_size
+    requests = [
+        Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 3}), n, ("t", n, 1))
+        for n, text in enumerate(("What is red?", "Rain"))
+    ]
+    with quiet():
+        lm = PromptedLM(model, other, (), 2)
+        assert lm.tokenizer.pad_token_id < model.config.vocab_size
+        assert len(lm.generate_until(requests, disable_tqdm=True)) == 2
+    strange = copy.deepcopy(tokenizer)
+    strange.add_tokens(["Zqxj"])
+    with quiet(), pytest.raises(DataError, match="is beyond the model's vocabulary"):
+        scored(PromptedLM(model, strange, (), 2), (("Zqxj is red?", " A door."),))
