@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
 from compresso.checkpoint.source import meta_model, open_source
@@ -75,7 +75,7 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     each = {
         len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
     }  # apart, or stacked in tensors whose first dimension counts them
-    config = model.config.get_text_config()
+    config: PreTrainedConfig = model.config.get_text_config()  # pyright: ignore[reportCallIssue]  # called a tensor
     per_token = next((int(one) for name in _PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(sizes.values())
