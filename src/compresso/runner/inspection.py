@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
 from compresso.checkpoint.source import meta_model, open_source
@@ -75,11 +75,12 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     each = {
         len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
     }  # apart, or stacked in tensors whose first dimension counts them
-    config: PreTrainedConfig = model.config.get_text_config()  # pyright: ignore[reportCallIssue]  # called a tensor
+    config = model.config.get_text_config()
     per_token = next((int(one) for name in _PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(sizes.values())
-    tables = {id(part.weight): part.weight.numel() for part in (model.get_input_embeddings(), _head(model)) if part}
+    ends: list[Any] = [model.get_input_embeddings(), _head(model)]
+    tables = {id(part.weight): part.weight.numel() for part in ends if part}
     parameters = {"total": total, "experts": experts, "embeddings": sum(tables.values())}
     if per_token is not None and len(each) == 1:
         parameters["active"] = total - experts + experts * per_token // max(each)
