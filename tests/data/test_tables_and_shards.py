@@ -72,6 +72,10 @@ def test_a_bad_table_is_refused_by_line(write, content: bytes, message: str) -> 
     assert str(raised.value).startswith(str(path)) and message in str(raised.value)
 
 
+def test_a_column_of_numbers_without_a_name_is_counted(write) -> None:
+    assert read_file(write("a.csv", ",text\n0,a\n1,b\n")).passed_over == {"(no name)": 2}
+
+
 def test_bad_rows_of_a_table_are_skipped_and_counted_on_request(write) -> None:
     read = read_file(write("a.csv", b"text,id\na,1\nb\nc,2,3\nd,4\n"), skip_bad=True)
     assert (read.rows, read.n_bad) == ([Text("a"), Text("d")], 2)

@@ -194,7 +194,7 @@ def printable(name: str) -> str:
     'tab?here'
     """
     shown = "".join(letter if letter.isprintable() else "?" for letter in name[:LONGEST_NAME])
-    return shown + ("..." if len(name) > LONGEST_NAME else "")
+    return (shown + ("..." if len(name) > LONGEST_NAME else "")).strip() or "(no name)"
 
 
 def records_from(rows: Iterable[object], source: str, form: RecordForm, skip_bad: bool = False) -> Records:
