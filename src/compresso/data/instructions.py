@@ -170,14 +170,11 @@ def _notes(records: Records, tokenizer: PreTrainedTokenizerBase | None, prompt_o
     if template is None or not talks or keeps_system(template):
         return ()
     n = sum(isinstance(row, Chat) and row.messages[0].role == "system" for row in talks)
-    moved = (["the collaborative prompt stands"] if prompt_on else []) + (
-        [f"the system texts of {n:,} conversations stand"] if n else []
-    )
-    return (
-        (f"the model's chat template keeps no system text: {' and '.join(moved)} in the first user turn",)
-        if moved
-        else ()
-    )
+    moved = ["the collaborative prompt"] * prompt_on + [f"the system texts of {n:,} conversations"] * bool(n)
+    if not moved:
+        return ()
+    stand = "stand" if n else "stands"
+    return (f"the model's chat template keeps no system text: {' and '.join(moved)} {stand} in the first user turn",)
 
 
 def _chosen(records: Records, limit: int | None) -> Records:
