@@ -63,7 +63,7 @@ class Loaded:
     ) -> str:
         if not self.model.can_generate():
             raise DataError(f"a {type(self.model).__name__} writes no text; call `model` with token ids")
-        size = int(self.model.config.vocab_size)
+        size = int(self.model.config.get_text_config().vocab_size)
         refuse_ids(ids, size, "a token of the request")
         inputs = torch.tensor([ids], device=self.model.device)
         options = {
