@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from compresso.data.records import Message
+from compresso.data.rendering import TemplateLimit, render, render_marked
 from compresso.data.template import chat_template, keeps_system, with_system_in_user_turn
 from compresso.data.tokens import Spans, special_texts
 from compresso.errors import DataError
@@ -54,15 +54,11 @@ def templated_transcript(
 
 def _marked(tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message]) -> tuple[str, Spans]:
     try:
-        rendered, spans = render_jinja_template(  # pyright: ignore[reportAssignmentType]
-            [_plain(messages)],
-            chat_template=jinja,
-            return_assistant_tokens_mask=True,
-            **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
-        )
+        return render_marked(jinja, _plain(messages), **special_texts(tokenizer))
+    except TemplateLimit:
+        raise
     except Exception as error:  # templates refuse with any error they like
         raise _refused(messages, error) from error
-    return rendered[0], [tuple(span) for span in spans[0]]  # pyright: ignore[reportReturnType]
 
 
 def _after_special(tokenizer: PreTrainedTokenizerBase, text: str, place: int) -> int:
@@ -78,15 +74,11 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, jinja: str, messages: Sequence[Message], generation: bool = False
 ) -> str:
     try:
-        rendered, _ = render_jinja_template(  # pyright: ignore[reportAssignmentType]
-            [_plain(messages)],
-            chat_template=jinja,
-            add_generation_prompt=generation,
-            **special_texts(tokenizer),  # pyright: ignore[reportArgumentType]
-        )
+        return render(jinja, _plain(messages), add_generation_prompt=generation, **special_texts(tokenizer))
+    except TemplateLimit:
+        raise
     except Exception as error:  # templates refuse with any error they like
         raise _refused(messages, error) from error
-    return rendered[0]
 
 
 def _refused(messages: Sequence[Message], error: Exception) -> DataError:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from compresso.data.prompt import (
     BETWEEN_BLOCKS,
@@ -32,6 +31,7 @@ from compresso.data.prompt import (
     opening,
 )
 from compresso.data.records import Message
+from compresso.data.rendering import TemplateLimit, render
 from compresso.data.tokens import Spans
 
 _OWN = "{#- compresso template -#}"
@@ -178,10 +178,11 @@ def keeps_system(template: str) -> bool:
 def _head(template: str, conversation: list[dict[str, str]]) -> str | None:
     """What a template writes before the first question; None if it refuses the conversation."""
     try:
-        rendered, _ = render_jinja_template([conversation], chat_template=template, bos_token="", eos_token="")  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        return render(template, conversation, bos_token="", eos_token="").partition(_QUESTION)[0]
+    except TemplateLimit:
+        raise
     except Exception:  # templates refuse with any error they like
         return None
-    return rendered[0].partition(_QUESTION)[0]
 
 
 def _literal(text: str) -> str:
