@@ -92,6 +92,17 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
         {"tokenizer_class": "AutoModelForCausalLM"},
         "tokenizer_class is AutoModelForCausalLM, which is no tokenizer",
     ),
+    (TOKENIZER, {"gguf_file": "../other.gguf"}, r"gguf_file names other files to read \(\.\./other\.gguf\)"),
+    (
+        TOKENIZER,
+        {"fast_tokenizer_files": ["tokenizer.4.json", "../tokenizer.5.json"]},
+        "fast_tokenizer_files names a file that may lie outside",
+    ),
+    (
+        TOKENIZER,
+        {"fast_tokenizer_files": ["/etc/tokenizer.5.json"]},
+        "fast_tokenizer_files names a file that may lie outside",
+    ),
     ("processor_config.json", {"x": {"auto_map": {"AutoProcessor": "strange.X"}}}, r"x\.auto_map names code"),
     ("audio_tokenizer_config.json", {"x": {"auto_map": {"AutoModel": "strange.X"}}}, r"x\.auto_map names code"),
 ]
@@ -297,6 +308,7 @@ def test_the_canary_sings_where_trust_is_given(folder: Path, ran: Path) -> None:
         {"experts_implementation": "batched_mm"},
         {"tokenizer_class": "LlamaTokenizerFast"},
         {"tokenizer_class": "ATokenizerOfTomorrow"},
+        {"fast_tokenizer_files": ["tokenizer.json"]},
     ],
 )
 def test_what_runs_nothing_opens(fields: dict[str, Any], folder: Path, ran: Path) -> None:

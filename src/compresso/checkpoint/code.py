@@ -13,6 +13,8 @@ the file that makes it do so:
                                   of any of them, and in configs inside configs
     custom_pipelines              module.Class for `pipeline`; in config.json
     configuration_files           another config in place of config.json, which nobody would have looked at
+    gguf_file                     a file in place of the tokenizer's, at any path
+    fast_tokenizer_files          the same, by version; names without a folder are fine
     tokenizer_class               any public name of transformers, also one that is no tokenizer and opens further
                                   folders
     attn_implementation           owner/repo[@revision][:function], a kernel from the hub; also with `_` before it, or
@@ -188,7 +190,21 @@ def _names_code(value: object) -> str:
 
 
 def _elsewhere(value: object) -> str:
-    return f"names other files to read as the config ({str(value)[:60]}). Remove the field; config.json is read."
+    return f"names other files to read ({str(value)[:60]}). Remove the field; the folder's own are read."
+
+
+def _files_outside(value: object) -> str:
+    outside = [one for one in (value if isinstance(value, list) else [value]) if not _is_name(one)]
+    return (
+        f"names a file that may lie outside the model folder ({str(outside[0])[:60]}). Remove the field."
+        if outside
+        else ""
+    )
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is the name of a file, and no path."""
+    return isinstance(value, str) and not value.startswith(".") and not any(mark in value for mark in "/\\:\0")
 
 
 def _attention(value: object) -> str:
@@ -247,6 +263,8 @@ _RULES: dict[str, Callable[[object], str]] = {
     "custom_generate": _names_code,
     "custom_pipelines": _names_code,
     "configuration_files": _elsewhere,
+    "gguf_file": _elsewhere,
+    "fast_tokenizer_files": _files_outside,
     "tokenizer_class": _tokenizer,
     "attn_implementation": _attention,
     "_attn_implementation": _attention,
