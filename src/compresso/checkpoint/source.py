@@ -120,6 +120,8 @@ def open_source(model: str | Path, weights: bool = True, packed: bool = False) -
             return Source(config, None, "config", path.resolve().parent.name, path)
         if path.is_dir():
             return _open_folder(path, "folder", path.resolve().name, weights, packed)
+        if path.exists():
+            raise CheckpointError(f"model {model} is a device, pipe or socket. Give a folder, or a config.json.")
         if not isinstance(model, str) or not hub.is_hub_name(model):
             raise CheckpointError(
                 f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json."

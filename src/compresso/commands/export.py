@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.atomic import first_bytes
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_classifier, open_source
@@ -64,6 +65,8 @@ def export(
         deprecated("force=", "overwrite=")
         overwrite = overwrite or force
     output = Path(output)
+    if format == "gguf" and not output.is_dir():
+        first_bytes(output)  # a device is refused here
     if overwrite:
         _refuse_foreign(output, format)
     source = open_source(model)
@@ -94,16 +97,10 @@ def _refuse_foreign(output: Path, format: str) -> None:
     """Raise CheckpointError if what lies at `output` is no export of this format alone."""
     if format != "gguf":
         refuse_foreign(output, EXPORTS[format])
-    elif output.is_file() and _begins(output) != b"GGUF":
+    elif output.is_file() and first_bytes(output, 4) != b"GGUF":
         raise CheckpointError(
             f"{output} is no GGUF file and will not be replaced even with --overwrite. Choose another output."
         )
-
-
-def _begins(path: Path) -> bytes:
-    """The four bytes that say what a file is."""
-    with path.open("rb") as file:
-        return file.read(4)
 
 
 def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:

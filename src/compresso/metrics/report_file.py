@@ -1,11 +1,11 @@
 """Where a command's report goes: a JSON file that is written whole, and replaces nothing but another report."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from compresso.checkpoint.atomic import write_text
-from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.atomic import first_bytes, write_text
 from compresso.checkpoint.places import without_places_in
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Report
@@ -34,14 +34,26 @@ def report_path(output: str | Path, models: Iterable[Path | None] = ()) -> Path:
         raise CheckpointError(
             f"output {path} lies in the folder of a measured model, which stays as it is; choose another output"
         )
-    if path.exists():
-        try:
-            Report.model_validate(read_json(path))
-        except (CheckpointError, ValueError) as error:
-            raise CheckpointError(
-                f"output {path} exists and is no report of measurements; choose another output"
-            ) from error
+    if path.exists() and not _is_report(path):
+        raise CheckpointError(f"output {path} exists and is no report of measurements; choose another output")
     return path
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report, by its first bytes, and then by the whole of it. Raises CheckpointError if it is no
+    file.
+    """
+    if not _BEGINNING.match(first_bytes(path)) or path.stat().st_size > _MOST_BYTES:
+        return False
+    try:
+        Report.model_validate(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+_BEGINNING = re.compile(rb"\s*\{\s*\"(format|created|models|subjects)\"")
+_MOST_BYTES = 64_000_000
 
 
 def write_report_file(path: Path, report: Report) -> None:

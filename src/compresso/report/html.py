@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.atomic import first_bytes, write_text
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
 from compresso.metrics.record import ModelResults, Sample
@@ -58,7 +58,7 @@ def check_target(path: str | Path) -> None:
         raise ExportError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ExportError(f"--output {path}: there is no folder {path.parent}; make it, or choose another output")
-    if path.exists() and GENERATOR not in path.read_bytes()[:2000].decode("utf-8", "replace"):
+    if path.exists() and GENERATOR.encode() not in first_bytes(path):
         raise ExportError(f"--output {path} exists and is not a report of compresso; choose another name")
 
 
