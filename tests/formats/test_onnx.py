@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_a_padded_row_computes_what_it_does_alone(exported: Exported) -> None:
     one = torch.tensor([[7], [7]])
     both, _ = graph(one, past, torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1))
     torch.testing.assert_close(both[1], graph(one[:1], own)[0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_does_not_tell_where_it_was_made(exported: Exported) -> None:
+    """Neither by lines of source, which torch's exporter notes at each node, nor otherwise."""
+    _, folder = exported("llama_mha", False)
+    graph = (folder / "model.onnx").read_bytes()
+    for place in (sys.prefix, str(Path(torch.__file__).parents[1]), str(Path.home()), ".py"):
+        assert place.encode() not in graph
 
 
 def test_eight_bits_make_the_file_smaller_and_move_the_logits_a_little(tmp_path: Path, exported: Exported) -> None:

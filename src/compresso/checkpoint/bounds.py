@@ -16,14 +16,19 @@ from torch import nn
 from compresso.errors import CheckpointError
 
 _LAYERS = re.compile(r"(layers?|depths?|blocks|attention_types)$")
+_NO_WIDTHS = re.compile(r"(window|block|chunk|image|batch|sample|cache|buffer).*size$|vocab")
 _WIDTHS = re.compile(r"(size|dims?|widths?|embd|inner|hidden|heads?|channels|rank|d_model|d_ff)$")
 MOST: tuple[tuple[str, re.Pattern[str], int], ...] = (
     ("layers", _LAYERS, 512),  # 126: Llama 3.1 405B
     ("labels", re.compile(r"^num_labels$"), 100_000),  # 21,843: ImageNet-21k
-    ("experts", re.compile(r"experts?$"), 2_048),  # 2,048: Switch C
-    ("entries of a vocabulary", re.compile(r"vocab"), 2**24),  # 262,144: Gemma 3
+    ("experts", re.compile(r"experts?$"), 2**14),  # 16,384: Doge
+    ("entries of a vocabulary", re.compile(r"vocab(_size)?$"), 2**24),  # 262,144: Gemma 3
     ("positions", re.compile(r"(positions?|position_embeddings)$"), 2**27),  # 10,485,760: Llama 4 Scout
-    ("in a size that is no width", re.compile(r"(window|block|chunk|image|batch|sample|cache|buffer).*size$"), 2**27),
+    (
+        "in a size that is no width",
+        re.compile(r"(window|block|chunk|image|batch|sample|cache|buffer).*size$|vocab"),
+        2**27,
+    ),
     ("in a width", _WIDTHS, 2**18),  # 59,392: Falcon 180B
 )
 """What a number counts, the names that it goes by (the first that fits decides), and the most."""

@@ -107,9 +107,7 @@ def write_graph(traced: Callable[[], Any], model: PreTrainedModel, folder: Path,
     library("onnxscript")
     quantization = library("onnxruntime.quantization") if dtype == "int8" else None
     path = folder / (GRAPH if quantization is None else "whole.onnx")
-    program = traced()
-    _forget_sources_(program)
-    program.save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
+    traced().save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
     if quantization is not None:
         with quiet():
             quantization.quantize_dynamic(path, folder / GRAPH, weight_type=quantization.QuantType.QInt8)
@@ -117,13 +115,14 @@ def write_graph(traced: Callable[[], Any], model: PreTrainedModel, folder: Path,
             whole.unlink()
 
 
-def _forget_sources_(program: Any) -> None:
-    """Empty the notes of each node: the exporter puts the lines of source there that it came from, with their folders
-    on this machine.
+def without_sources(program: Any) -> Any:
+    """What torch's exporter made, with the notes of its nodes emptied: it puts the lines of source there that each node
+    came from, with their folders on this machine.
     """
     for graph in (program.model.graph, *program.model.functions.values()):
         for node in graph.all_nodes():
             node.metadata_props.clear()
+    return program
 
 
 def head_dim(model: PreTrainedModel) -> int:
@@ -162,7 +161,7 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
     dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
     try:
         with quiet():
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
                 dynamo=True,
@@ -176,6 +175,7 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
+            return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
         raise ExportError(
             f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.checkpoint.atomic import new_folder
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
-from compresso.formats.onnx import quiet, write_graph
+from compresso.formats.onnx import quiet, without_sources, write_graph
 
 
 class _Logits(nn.Module):
@@ -81,7 +81,7 @@ def _traced(model: PreTrainedModel) -> Any:
     shape = {0: Dim("batch_size"), 1: Dim("sequence_length")}
     try:
         with quiet():
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 _Logits(model, names).eval(),
                 given,
                 dynamo=True,
@@ -90,6 +90,7 @@ def _traced(model: PreTrainedModel) -> Any:
                 dynamic_shapes=(tuple(shape for _ in names),),
                 verbose=False,
             )
+            return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
         raise ExportError(
             f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"

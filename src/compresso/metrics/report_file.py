@@ -46,8 +46,8 @@ def _is_report(path: Path) -> bool:
     if not _BEGINNING.match(first_bytes(path)) or path.stat().st_size > _MOST_BYTES:
         return False
     try:
-        Report.model_validate(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError):
+        Report.model_validate(read_json(path))
+    except (CheckpointError, ValueError):
         return False
     return True
 
