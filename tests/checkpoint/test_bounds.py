@@ -144,13 +144,15 @@ def test_the_most_that_passes_takes_seconds(tmp_path: Path) -> None:
 
 
 def test_what_is_usual_passes(tmp_path: Path) -> None:
-    """With the numbers that its class has by default; rope's own numbers may be any."""
+    """With the numbers that a class has by default, of every sixth and of those with large ones; rope's own numbers may
+    be any.
+    """
     looked_at = 0
-    for kind in CONFIG_MAPPING:
+    for kind in {*list(CONFIG_MAPPING)[::6], "doge", "qwen4_exp", "llama4", "jamba", "ctrl", "bloom", "distilbert"}:
         try:
             data = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
         except Exception:  # some classes have no default, or want a package
             continue
         check_numbers(tmp_path, data | {"rope_theta": 10**11, "seed": 2**60})
         looked_at += sum(names.search(name) is not None for _, names, _ in MOST for name in data)
-    assert looked_at > 2_000
+    assert looked_at > 500
