@@ -13,6 +13,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 from jinja2 import nodes
@@ -43,7 +44,9 @@ _GROWS = frozenset({"join", "replace", "expandtabs", "translate", "format", "for
 class _Marks(Protocol):
     """What transformers adds to its environment: it notes where the assistant speaks."""
 
-    def activate_tracker(self, rendered_blocks: list[str], generation_indices: list[tuple[int, int]]): ...
+    def activate_tracker(
+        self, rendered_blocks: list[str], generation_indices: list[tuple[int, int]]
+    ) -> AbstractContextManager[None]: ...
 
 
 class TemplateLimit(DataError):
@@ -136,7 +139,7 @@ class _Counting(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _passed("counted", node.iter)
+        node.iter = _passed("counted", cast(nodes.Expr, node.iter))
         node.body = [_entered(node.body, node), *node.body]
         return node
 
@@ -308,8 +311,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def _joining(self, text: object, args: tuple[object, ...], longest: int) -> tuple[object, ...]:
         """Arguments of `join`, as a method of what stands between, or as a filter of what is joined."""
-        method = isinstance(text, str | bytes) and len(args) > 1 and not isinstance(args[1], str | bytes)
-        given = args[1] if method else text
+        second = next(iter(args[1:]), None)
+        method = isinstance(text, str | bytes) and second is not None and not isinstance(second, str | bytes)
+        given = second if method else text
         if not isinstance(given, Iterable) or isinstance(given, str | bytes):
             return args
         parts = list(cast(Iterable[object], self.counted(given)))
