@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compresso.checkpoint.atomic import first_bytes, write_text
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.places import without_places_in
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Report
