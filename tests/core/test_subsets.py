@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compresso.core.axis import Axis, Kind
 from compresso.core.regression import ridge
 from compresso.core.subsets import Pool, drawn, independent, perturbable, published, published_pool, told_apart
 
@@ -225,3 +226,12 @@ def test_draws_below_an_exclusive_floor_may_take_whole_modules() -> None:
     pool = perturbable(given, shares(given), fewest=dict.fromkeys(given, 0))
     masks = independent(pool, 60, 0)
     assert any(not pool.masks(row)["layers.0.heads"].any() for row in masks)
+
+
+def test_a_unit_within_one_that_is_off_is_off() -> None:
+    pool = Pool({"heads": torch.tensor([0, 2]), "of 0": torch.tensor([1]), "of 1": torch.tensor([0, 1])}, {})
+    x = torch.tensor([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1]], dtype=torch.bool)
+    heads = Axis("heads", Kind.HEAD, 3, (), (), "")
+    inside = [Axis(f"of {g}", Kind.QUERY, 2, (), (), "", within=("heads", g)) for g in range(2)]  # 1 is always on
+    assert pool.on(x, [heads, *inside]).int().tolist() == [[0, 0, 0, 1, 0], [1, 0, 1, 0, 1]]
+    assert torch.equal(pool.on(x, [heads]), x)

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 import compresso.methods.bonsai as bonsai
 from compresso.core.axis import Kind
 from compresso.core.l1_regression import GRID
+from compresso.core.plan import Plan
+from compresso.edit.shrink import shrink_
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.bonsai import Bonsai
@@ -93,7 +95,12 @@ def test_channels_leave_in_the_order_of_what_the_loss_minds(make_job: MakeJob, m
         {"keep": 0.72},
         {"keep": 0.8, "of": "total"},
         {"keep": 0.7, "layout": "uniform"},
-        {"keep": 0.7, "multiple_of": {Kind.CHANNEL: 8}, "floor": {Kind.HEAD: 2}},
+        {
+            "keep": 0.7,
+            "kinds": (Kind.HEAD, Kind.CHANNEL),
+            "multiple_of": {Kind.CHANNEL: 8},
+            "floor": {Kind.HEAD: 2},
+        },
         {"keep": 0.8, "kinds": (Kind.CHANNEL,), "sampler": "published", "metric": "ppl", "prior": "magnitude"},
     ],
 )
@@ -109,6 +116,57 @@ def test_it_ends_on_its_budget_and_computes_what_the_masks_left(make_job: MakeJo
     widths = {axis.size for axis in job.arch.axes(job.model) if axis.kind == Kind.CHANNEL}
     assert len(widths) == 1 or shapes.get("layout") != "uniform"
     assert "multiple_of" not in shapes or all(width % 8 == 0 for width in widths)
+
+
+def test_the_query_heads_leave_first_whose_key_value_heads_mind_them_least_together(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query head counts where its key/value head is there alone; one of each leaves at once."""
+    minded = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 5 + 0.1
+    minded[1, 2] = 0  # one that none minds does not make up for the others of its layer
+    varied, masks = torch.zeros(3, 4, 2, dtype=torch.bool), 0
+
+    def loss(mask: Mapping[str, Tensor]) -> float:
+        nonlocal masks
+        masks, total = masks + 1, 0.0
+        for i in range(3) if masks <= 200 else ():
+            for g, head in enumerate(mask[f"layers.{i}.heads"].tolist()):
+                off = mask[f"layers.{i}.heads.{g}.queries"] == 0
+                varied[i, g] |= off
+                total += float(minded[i, g][off].sum()) if head else 1.5
+        return total
+
+    scored(monkeypatch, loss)
+    knobs: dict[str, Any] = {"kinds": (Kind.HEAD, Kind.QUERY), "prior": "random", "round_share": 0.07}
+    job = Bonsai(keep=0.86, **knobs, **QUICK | {"masks": 200})(make_job())
+    first = after_first_round(job.out)
+    assert bool((varied.sum(dim=2) == 1).all())
+    least = int((minded * varied).sum(dim=(1, 2)).argmin())
+    for i in range(3):
+        assert first[f"layers.{i}.heads"] == [0, 1, 2, 3]
+        for g in range(4):
+            kept = [r for r in range(2) if i != least or not varied[i, g, r]]
+            assert first[f"layers.{i}.heads.{g}.queries"] == kept
+
+
+@pytest.mark.parametrize("kinds", [(Kind.HEAD, Kind.QUERY), (Kind.HEAD, Kind.QUERY, Kind.CHANNEL)])
+def test_layers_keep_equal_counts_and_the_plan_leads_there_at_once(make_job: MakeJob, kinds: tuple[Kind, ...]) -> None:
+    job = Bonsai(keep=0.75, kinds=kinds, floor={Kind.HEAD: 1}, prior="random", **QUICK)(make_job())
+    shapes, again = job.arch.shapes(job.model), make_job()
+    assert any(shape.query_heads < 2 * shape.kv_heads for shape in shapes)
+    assert any(shape.kv_heads < 4 for shape in shapes)
+    plan = Plan.from_json(job.plan.to_json())
+    shrink_(again.model, again.axes(kinds), plan)
+    assert again.arch.shapes(again.model) == shapes
+    assert bytes_of(again) == bytes_of(job)
+    kept = job.records["bonsai"]["units_kept"]
+    assert all(f"layers.{i}.heads.{g}.queries" in kept for i in range(3) for g in plan.kept[f"layers.{i}.heads"])
+
+
+def test_query_heads_leave_with_their_key_value_head_where_they_are_no_kind(make_job: MakeJob) -> None:
+    job = Bonsai(keep=0.7, kinds=(Kind.HEAD, Kind.CHANNEL), **QUICK)(make_job())
+    assert not [name for name in job.plan.kept if name.endswith("queries")]
+    assert all(shape.query_heads == 2 * shape.kv_heads for shape in job.arch.shapes(job.model))
 
 
 def test_every_round_draws_masks_and_examples_of_its_own(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +213,9 @@ def test_nothing_has_a_gradient(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
 def test_a_search_that_stopped_goes_on_with_its_losses(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]
 ) -> None:
-    whole = Bonsai(keep=0.8, **QUICK)(make_job(folder="whole"))
+    knobs: dict[str, Any] = {**QUICK, "kinds": (Kind.HEAD, Kind.QUERY), "prior": "random"}
+    whole = Bonsai(keep=0.8, **knobs)(make_job(folder="whole"))
+    assert any(len(units) == 1 for name, units in whole.plan.kept.items() if name.endswith("queries"))
     step, taken = Progress.step, list[str]()
 
     def stops(self: Progress, done: int, now: str, facts: Any, tokens: float) -> None:
@@ -166,10 +226,10 @@ def test_a_search_that_stopped_goes_on_with_its_losses(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Progress, "step", stops)
-        Bonsai(keep=0.8, **QUICK)(make_job(folder="stopped"))
+        Bonsai(keep=0.8, **knobs)(make_job(folder="stopped"))
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "step", lambda self, done, now, facts, tokens: taken.append(now))
-        resumed = Bonsai(keep=0.8, **QUICK)(make_job(folder="stopped"))
+        resumed = Bonsai(keep=0.8, **knobs)(make_job(folder="stopped"))
     assert len([name for name in taken if name != "observe"]) == 4 * 20
     assert bytes_of(resumed) == bytes_of(whole)
     assert resumed.plan == whole.plan

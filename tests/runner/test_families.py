@@ -102,6 +102,28 @@ def test_a_recipe_ends_in_a_stock_checkpoint(
         )
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma2"])
+@pytest.mark.usefixtures("quick_reopening")
+def test_query_heads_that_leave_one_by_one_end_in_a_stock_checkpoint(
+    name: str, tmp_path: Path, instructions: Path
+) -> None:
+    config = CONFIGS[name]()
+    config.num_key_value_heads = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "in")
+    AutoTokenizer.from_pretrained(nano.path()).save_pretrained(tmp_path / "in")
+    knobs = {"keep": 0.87, "kinds": ["query"], "masks": 10, "batches": 1, "batch": 4, "micro_batch": 4}
+    raw = {**pruned_then_tuned([]), "stages": [{"bonsai": {**knobs, "round_share": 0.15}}]}
+    out = compresso.run(raw, tmp_path / "in", instructions, output=tmp_path / "out", quiet=True, allow_collapsed=True)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert opened.config.model_type == name and out.records["layout"] == "uniform"
+    assert (opened.config.num_attention_heads, opened.config.num_key_value_heads) == (2, 2)
+    with torch.no_grad():
+        ids = torch.arange(3, 40).unsqueeze(0)
+        torch.testing.assert_close(
+            opened(input_ids=ids).logits, out.model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4
+        )
+
+
 def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
     family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,11 @@ def test_key_value_heads_of_a_layer_keep_as_many_query_heads_in_every_round(
     seed: int, shapes: dict[str, object]
 ) -> None:
     made = Shrinking(queries=4, kinds=WITH_QUERIES)
-    rounds, worth = made.rounds(keep=0.6, floor={Kind.HEAD: 1}, **shapes), drawn(made.axes, seed)
+    rounds = made.rounds(keep=0.6, floor={Kind.HEAD: 1}, **shapes)
+    worth = {
+        axis.name: one / 4 if axis.within else one
+        for axis, one in zip(made.axes, drawn(made.axes, seed).values(), strict=True)
+    }
     before, ratios, groups = Plan(), set[int](), set[int]()
     for plan in made.through(rounds, worth):
         plan.check(rounds.axes)

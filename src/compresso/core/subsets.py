@@ -17,12 +17,14 @@ to the rank, not two.)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from compresso.core.axis import Axis
 
 LEAST = 4
 """Units of a module that may be off, if it has more than these: of fewer, too little is learned in a round."""
@@ -57,6 +59,18 @@ class Pool:
             values_of[name] = torch.full((self.sizes[name],), elsewhere, dtype=values.dtype, device=values.device)
             values_of[name][units] = part
         return values_of
+
+    def on(self, x: Tensor, axes: Sequence[Axis]) -> Tensor:
+        """Masks [masks, columns], bool, in which a unit within another is on only where that one is: what a sub-model
+        has of it.
+
+        axes: the modules, those that lie within others among them.
+        """
+        around = {axis.name: axis.within for axis in axes if axis.within is not None}
+        places = [(name, int(unit)) for name, units in self.units.items() for unit in units]
+        column = {place: i for i, place in enumerate(places)}
+        outer = [column.get(around.get(place[0], place), i) for i, place in enumerate(places)]
+        return x & x[:, torch.tensor(outer, dtype=torch.int64)]
 
     def masks(self, row: Tensor) -> dict[str, Tensor]:
         """One row of a design [columns] as masks: module -> [size], float32, 1 for units that are on."""

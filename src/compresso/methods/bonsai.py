@@ -1,7 +1,6 @@
 """Bonsai: structured pruning by forward passes alone (Dery et al., arXiv 2402.05406).
 
-Units are key/value groups with their query heads, single query heads of these, and FFN channels. A round sees new
-examples and the model as it is:
+Units are key/value groups, single query heads of them, and FFN channels. A round sees new examples, and what is left:
 
     prior     from one pass; the search is among the units of each module that it thinks least of
     masks     x_i in {0, 1}^columns, each followed by its complement 1 - x_i
@@ -13,12 +12,12 @@ until the budget is met; `distill` is the published adaptation. Nothing has a gr
 
 Departures; `recipes/bonsai/paper.yaml` takes back some. Units are off with probability 1/2 each: the authors' sampler
 switches the same number off in every mask, so that worths of different modules do not compare; where it varies one unit
-of a module (grouped queries) it tells nothing: it is refused, and leaves alone what shrinks to that. Loss, not
-perplexity. Ridge, not an L1 penalty by Adam. Each round draws its own examples; in the authors' code all have the same.
-The r-th ends at 1 - r p: what it leaves over the next may take; the last meets the budget (there: within 2 %), as do
-all for equal widths or multiples. A module keeps a unit (`floor`). Activations that are not finite are an error, not a
-prior of 0. With grouped queries, which that code does not know, the groups of a layer keep as many query heads: the
-r-th worst of each leave at once. `kinds: [head, channel]` leaves them with their group.
+of a module (grouped queries) it tells nothing: it is refused, and leaves alone what shrinks to that. Grouped queries are
+not known there: here the groups of a layer keep as many query heads, so that the r-th worst of each leave at once, for
+the sum of theirs, and in (2) one is on only where its group is. Loss, not perplexity. Ridge, not an L1 penalty by Adam.
+Each round draws its own examples; there all have the same. The r-th ends at 1 - r p: what it leaves over the next may
+take; the last meets the budget (there: within 2 %), as do all for equal widths or multiples. A module keeps a unit
+(`floor`). Activations that are not finite are an error, not a prior of 0.
 """
 
 import logging
@@ -125,15 +124,14 @@ class Bonsai:
             if journal is not None and losses is not None:
                 journal.append(done[-1])
                 losses.discard()
-        told = [entry["facts"] for entry in done]
-        worst = max(one["masked_minus_smaller"] for one in told)
+        worst, told = max(one["facts"]["masked_minus_smaller"] for one in done), [one["facts"] for one in done]
         return job.note("bonsai", **rounds.facts(plan), masked_minus_smaller_max_abs=worst, rounds=told)
 
     def _round(
         self, job: Job, axes: Sequence[Axis], rounds: Rounds, r: int, plan: Plan, journal: RoundJournal | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a round leaves of each axis [size], 0 or 1, and its record."""
-        seed, calibrates = mixed_seed("bonsai", job.seed, r), self.calibrates
+        seed, calibrates, cost = mixed_seed("bonsai", job.seed, r), self.calibrates, job.cost(self.removes.kinds)
         batches = list(calibrates.read(job.batches(calibrates.batch, f"bonsai {r}")))
         prior = priors(self.prior, job.model, axes, batches, seed)
         pool, x = drawn(self.sampler, prior, self.round_share, self.masks // 2, seed, rounds.fewest(plan, axes))
@@ -141,13 +139,11 @@ class Bonsai:
         losses = losses_under(job.model, axes, [pool.masks(row) for row in x], batches, **how)
         clipped = losses.nan_to_num(nan=math.inf).clamp(max=math.log(1e8))
         y = -clipped if self.metric == "loss" else -clipped.exp()  # eq. 1
-        worth, tau = worths(self.regression, x, y, seed)  # eq. 2
+        worth, tau = worths(self.regression, pool.on(x, axes), y, seed)  # eq. 2
         if tau < FAINT:
             log.warning("round %d: a tau of %.2f; its regression is no better than its prior", r + 1, tau)
         facts = {"seed": seed, "columns": len(pool), "loss": float(clipped.mean()), "tau": tau, **worth.chosen}
-        left = rounds.masks(
-            r, plan, axes, job.cost(self.removes.kinds), pool.scatter(worth.coefficients, math.inf), prior
-        )  # eq. 3
+        left = rounds.masks(r, plan, axes, cost, pool.scatter(worth.coefficients, math.inf), prior)  # eq. 3
         return left, facts | {"better_than_prior": tau >= FAINT}
 
     def _axes(self, model: PreTrainedModel, arch: Arch) -> list[Axis]:

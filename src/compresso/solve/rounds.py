@@ -6,6 +6,7 @@ plans are in the units of that first model; scores and masks are in those of the
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -86,13 +87,14 @@ class Rounds:
             done: what the rounds before it left.
             axes, cost: of the model as it is by now.
             scores: axis name -> [size], comparable across axes; higher stays, infinity for units that nothing is known
-                of.
+                of. Units that leave at once are worth the sum of theirs.
             priors: axis name -> [size], comparable within an axis; by their ranks units of equal, or of infinite,
                 scores leave.
 
         Raises ValueError as `allocate` and `lowest_within`.
         """
         budget, ranks = replace(self.budget, keep=self.keep(r)), {name: _ranks(one) for name, one in priors.items()}
+        scores = _summed(axes, scores)
         if r + 1 < len(self) and not budget.uniform_over and not budget.rounds:
             allowance = float(cost().count(budget.of)) - budget.limit(self.cost)
             fewest = self.fewest(done, axes)
@@ -125,6 +127,12 @@ def n_rounds(keep: float, share: float) -> int:
 def _stays(unit: tuple[str, int], plan: Plan) -> bool:
     """Whether a unit of an axis is left."""
     return unit[0] not in plan.kept or unit[1] in plan.kept[unit[0]]
+
+
+def _summed(axes: Sequence[Axis], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of which the mean over the units that leave at once, one of each axis, is the sum of those given."""
+    at_once = Counter(axis.within[0] for axis in axes if axis.within is not None)
+    return {axis.name: scores[axis.name] * (at_once[axis.within[0]] if axis.within else 1) for axis in axes}
 
 
 def _ranks(prior: Tensor) -> Tensor:
