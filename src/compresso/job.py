@@ -1,7 +1,7 @@
 """A job: what flows from stage to stage, and what a stage may do to it."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
 from compresso.arch.queries import axes_of
-from compresso.core.axis import Axis, Kind
+from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
@@ -106,13 +106,9 @@ class Job:
         """The same job with more facts about a stage in its records."""
         return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
 
-    def axes(self, kinds: Collection[Kind] = ()) -> tuple[Axis, ...]:
-        """The axes of the model as it is now; those of query heads among them if `kinds` names them."""
-        return axes_of(self.arch, self.model, kinds)
-
-    def cost(self, kinds: Collection[Kind] = ()) -> CostModel:
-        """Counts the model as it is now; kinds: as for `axes`."""
-        return CostModel(self.axes(kinds), self.arch.weights(self.model))
+    def cost(self) -> CostModel:
+        """Counts the model as it is now, under masks of query heads, too."""
+        return CostModel(axes_of(self.arch, self.model, (Kind.QUERY,)), self.arch.weights(self.model))
 
     def batches(self, batch: int, stage: str) -> ShuffledBatches:
         """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without
@@ -170,7 +166,7 @@ class Job:
         Raises:
             NumericError: if they differ by more than rounding explains.
         """
-        axes = self.axes((Kind.QUERY,))
+        axes = axes_of(self.arch, self.model, (Kind.QUERY,))
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")
         job, told = (self, {}) if tokens is None else self.with_tokens(tokens)

@@ -48,10 +48,11 @@ def drawn(cost: CostModel, seed: int, *, hard: bool) -> dict[str, Tensor]:
 
 def test_masks_that_name_no_query_head_count_as_if_there_were_none(tiny: CostModel, divided: CostModel) -> None:
     assert divided().parameters() == tiny().parameters()
-    for hard in (True, False):
-        masks = drawn(tiny, 1, hard=hard)
+    for masks in (drawn(tiny, 1, hard=True), drawn(tiny, 1, hard=False), {}):
+        named = {**masks, "layers.0.heads.1.queries": torch.ones(2)}
         for field in ("total", "blocks", "macs", "cached"):
-            assert float(getattr(divided(masks), field)) == pytest.approx(float(getattr(tiny(masks), field)), rel=1e-14)
+            assert torch.equal(getattr(divided(masks), field), getattr(tiny(masks), field))
+            assert float(getattr(divided(named), field)) == pytest.approx(float(getattr(tiny(masks), field)), rel=1e-14)
     names = [axis.name for axis in tiny.axes if axis.kind in (Kind.HEAD, Kind.CHANNEL)]
     totals = torch.arange(1.0, 5.0, dtype=torch.float64)
     assert divided.of_totals(names, totals).parameters() == tiny.of_totals(names, totals).parameters()

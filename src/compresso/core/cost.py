@@ -207,7 +207,10 @@ class CostModel:
                 self._grids.append((column, name, what))
             else:
                 self._of_axis.setdefault(name, []).append((column, what))
-        self._inner = {name for _, _, grid in self._grids for name in grid.inner}
+        self._inner = {axis.name for axis in self.axes if axis.within is not None}
+        self._outer = (  # what counts masks that name none of them, to the last bit as if there were none
+            CostModel([axis for axis in self.axes if axis.within is None], self.weights, bits) if self._inner else None
+        )
         self._there: dict[torch.device, tuple[Tensor, ...]] = {}
         self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
@@ -219,6 +222,8 @@ class CostModel:
         unknown = set(masks) - set(self._ones)
         if unknown:
             raise ValueError(f"masks name unknown axes: {sorted(unknown)[:4]}")
+        if self._outer is not None and self._inner.isdisjoint(masks):
+            return self._outer(masks)
         if not masks:
             return self._count(self._dense)
         totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
@@ -250,12 +255,9 @@ class CostModel:
             )
         if within := sorted(self._inner.intersection(names)):
             raise ValueError(f"units of {within[0]} lie within those of another axis; count by masks")
-        atoms, place = self._atoms_of(tuple(names), totals, totals), {name: i for i, name in enumerate(names)}
-        for column, outer, grid in self._grids:
-            if outer in place:
-                entries = totals[place[outer]] * grid.of_outer
-                atoms = atoms.index_copy(0, torch.tensor([column], device=atoms.device), entries.reshape(1))
-        return self._count(atoms)
+        if self._outer is not None:
+            return self._outer.of_totals(names, totals)
+        return self._count(self._atoms_of(tuple(names), totals, totals))
 
     def tiled(self, names: Sequence[str]) -> bool:
         """Whether totals alone decide what these axes cost."""

@@ -102,13 +102,14 @@ class Bonsai:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """Each round's prior and sub-models, and the looks before and after it; all counted on the received model."""
-        n, forwards = n_rounds(self.removes.keep, self.round_share), 1 + self.masks
-        return [Passes("search", n * self.calibrates.examples, forwards), Passes("comparison", 2 * n)]
+        n = n_rounds(self.removes.keep, self.round_share)
+        searched = Passes("search", n * self.calibrates.examples, forwards=1 + self.masks)
+        return [searched, Passes("comparison", 2 * n)]
 
     def __call__(self, job: Job) -> Job:
         """Mask, score, fit and remove in rounds; what the journal holds of them is removed at once."""
-        rounds = Rounds(self._axes(job.model, job.arch), job.cost(self.removes.kinds), self.budget(), self.round_share)
-        plan, same = Plan(), job.same("bonsai", self)
+        rounds = Rounds(self._axes(job.model, job.arch), job.cost(), self.budget(), self.round_share)
+        same, plan = job.same("bonsai", self), Plan()
         journal = job.rounds("rounds", same)
         done: list[Any] = [] if journal is None else journal.entries()
         if done:
@@ -131,7 +132,7 @@ class Bonsai:
         self, job: Job, axes: Sequence[Axis], rounds: Rounds, r: int, plan: Plan, journal: RoundJournal | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a round leaves of each axis [size], 0 or 1, and its record."""
-        seed, calibrates, cost = mixed_seed("bonsai", job.seed, r), self.calibrates, job.cost(self.removes.kinds)
+        seed, calibrates = mixed_seed("bonsai", job.seed, r), self.calibrates
         batches = list(calibrates.read(job.batches(calibrates.batch, f"bonsai {r}")))
         prior = priors(self.prior, job.model, axes, batches, seed)
         pool, x = drawn(self.sampler, prior, self.round_share, self.masks // 2, seed, rounds.fewest(plan, axes))
@@ -143,7 +144,7 @@ class Bonsai:
         if tau < FAINT:
             log.warning("round %d: a tau of %.2f; its regression is no better than its prior", r + 1, tau)
         facts = {"seed": seed, "columns": len(pool), "loss": float(clipped.mean()), "tau": tau, **worth.chosen}
-        left = rounds.masks(r, plan, axes, cost, pool.scatter(worth.coefficients, math.inf), prior)  # eq. 3
+        left = rounds.masks(r, plan, axes, job.cost(), pool.scatter(worth.coefficients, math.inf), prior)  # eq. 3
         return left, facts | {"better_than_prior": tau >= FAINT}
 
     def _axes(self, model: PreTrainedModel, arch: Arch) -> list[Axis]:
