@@ -11,13 +11,12 @@ Units are key/value groups, single query heads of them, and FFN channels. A roun
 until the budget is met; `distill` is the published adaptation. Nothing has a gradient; a killed run resumes.
 
 Departures; `recipes/bonsai/paper.yaml` takes back some. Units are off with probability 1/2 each: the authors' sampler
-switches the same number off in every mask, so that worths of different modules do not compare; where it varies one unit
-of a module (grouped queries) it tells nothing: it is refused, and leaves alone what shrinks to that. Grouped queries,
-unknown there: groups of a layer keep as many query heads, the r-th worst of each leave at once for their sum, and in
-(2) a head is on only where its group is. Loss, not perplexity. Ridge, not an L1 penalty by Adam. Rounds draw examples
-of their own; there all have the same. The r-th ends at 1 - r p: what it leaves the next may take; the last meets the
-budget (there: within 2 %), as do all for equal widths or multiples. A module keeps a unit (`floor`). Activations not
-finite are an error, not a prior of 0.
+switches equally many off in every mask, so that modules do not compare; where it varies one unit of a module (grouped
+queries) it tells nothing: it is refused, and leaves alone what shrinks to that. Grouped queries, unknown there: groups
+of a layer keep as many query heads, the r-th worst of each leave at once for their sum, and in (2) a head is on only
+where its group is. Loss, not perplexity. Ridge, not an L1 penalty by Adam. Each round draws its own examples. The r-th
+ends at 1 - r p: what it leaves the next may take; the last meets the budget (there: within 2 %), as do all for equal
+widths or multiples. A module keeps a unit (`floor`). Activations not finite are an error, not a prior of 0.
 """
 
 import logging
@@ -102,9 +101,8 @@ class Bonsai:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """Each round's prior and sub-models, and the looks before and after it; all counted on the received model."""
-        n = n_rounds(self.removes.keep, self.round_share)
-        searched = Passes("search", n * self.calibrates.examples, forwards=1 + self.masks)
-        return [searched, Passes("comparison", 2 * n)]
+        n, forwards = n_rounds(self.removes.keep, self.round_share), 1 + self.masks
+        return [Passes("search", n * self.calibrates.examples, forwards), Passes("comparison", 2 * n)]
 
     def __call__(self, job: Job) -> Job:
         """Mask, score, fit and remove in rounds; what the journal holds of them is removed at once."""
