@@ -69,8 +69,8 @@ def test_every_argument_is_held_to_its_type(
         ({"seed": True, "model": None}, "model=None: wanted a string, a path or a transformers.PreTrainedModel"),
         ({"data": ["x"]}, "data=['x']: wanted a string, a path or None, got a list of str"),
         ({"overwrite": "no"}, "overwrite='no': wanted True or False, got str"),
-        ({"model": " "}, "model=' ' is empty; wanted"),
-        ({"output": ""}, "output='' is empty; wanted"),
+        ({"model": " "}, "model=' ' is empty; wanted a path"),
+        ({"output": ""}, "output='' is empty; wanted a path"),
         ({"model": "a\0b"}, "model='a\\x00b' holds a NUL"),
         ({"sedd": 3}, "run has no argument 'sedd'; did you mean 'seed'?"),
         ({"speedup": 1.5}, "speedup= is called macs= now, for it divides multiply-accumulates and measures nothing"
@@ -252,3 +252,20 @@ def test_functions_that_are_checked_are_functions() -> None:
     for name in CHECKED:
         function: Callable[..., Any] = getattr(compresso, name)
         assert hasattr(function, "__wrapped__"), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "magnitude/50", "--model", "x" * 300, "--output", "o"), "--model 'xxx"),
+        (("run", "magnitude/50", "--model", "m", "--data", "x" * 300, "--output", "o"), "--data 'xxx"),
+        (("inspect", "x" * 300), "model 'xxx"),
+        (("compare", "x" * 300), "paths ['xxx"),
+        (("evaluate", "m", "--data-root", "x" * 300), "--data-root 'xxx"),
+    ],
+)
+def test_the_command_line_reads_its_own_words_at_the_door(arguments: tuple[str, ...], said: str, call: Call) -> None:
+    code, _, error = call(*arguments)
+    assert code == 2
+    assert error.startswith(f"ArgumentError: {said}")
+    assert "is 300 letters long" in error

@@ -2,6 +2,7 @@
 interface in use.
 """
 
+import errno
 import functools
 import inspect
 import operator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from compresso.errors import ArgumentError, CompressoError, nearest
-from compresso.wording import renamed_speedup, worded
+from compresso.wording import named, renamed_speedup, worded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,6 +23,8 @@ R = TypeVar("R")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 70
 _SHORT.maxlevel = 2
+_MAY_NAME_FILES = ("corpus",)
+"""Names of data, or files."""
 _WORDS: dict[object, str] = {
     str: "a string",
     int: "a whole number",
@@ -66,30 +69,53 @@ def _accepted(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
         wanted = ", ".join(one.name for one in signature.parameters.values() if one.default is one.empty)
         raise ArgumentError(f"{name}: {error}; wanted at least {wanted}") from error
     for one, value in bound.arguments.items():
-        bound.arguments[one] = _checked(one, value, _hints(function)[one])
+        bound.arguments[one] = _checked(name, one, value, _hints(function)[one])
     return bound
 
 
-def _checked(name: str, value: Any, wanted: Any) -> Any:
+def _checked(verb: str, name: str, value: Any, wanted: Any) -> Any:
     """An argument of the wanted type. Raises ArgumentError naming it."""
     from pydantic import ValidationError  # not needed by help
 
     if isinstance(value, Integral) and not isinstance(value, int):
         value = operator.index(value)
-    if isinstance(value, str) and Path in typing.get_args(wanted):
-        if not value.strip():
-            raise ArgumentError(f"{name}={value!r} is empty; wanted {_words(wanted)}")
-        if "\0" in value:
-            raise ArgumentError(f"{name}={value!r} holds a NUL, which no path or name does")
-    lists = [kind for kind in _kinds(wanted) if typing.get_origin(kind) is Sequence]
-    if isinstance(value, str) and lists and str not in _kinds(wanted):  # it would be read letter by letter
-        cure = f"; give {name}=[{_SHORT.repr(value)}]" if str in _kinds(typing.get_args(lists[0])[0]) else ""
-        raise ArgumentError(f"{name}={_SHORT.repr(value)}: wanted {_words(wanted)}{cure}")
+    given = f"{named(verb, name)}{_shown(value)}"
+    paths = _inner(wanted) if isinstance(value, list | tuple) else _kinds(wanted)
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, str | Path) and (Path in paths or name in _MAY_NAME_FILES):
+            _refuse_impossible(given, str(one), name == "data")
+    if isinstance(value, str) and _inner(wanted) and str not in _kinds(wanted):  # it would be read letter by letter
+        cure = f"; give {name}=[{_SHORT.repr(value)}]" if str in _inner(wanted) else ""
+        raise ArgumentError(f"{given}: wanted {_words(wanted)}{cure}")
     try:
         _adapter(wanted).validate_python(value)
     except ValidationError as error:
-        raise ArgumentError(f"{name}={_shown(value)}: wanted {_words(wanted)}, got {_got(value)}") from error
+        raise ArgumentError(f"{given}: wanted {_words(wanted)}, got {_got(value)}") from error
     return value
+
+
+def _refuse_impossible(given: str, text: str, several: bool) -> None:
+    """Raise ArgumentError for a text that is no path on any machine, or leads nowhere, of which each use would fail in
+    its own way. What merely does not exist passes: it may be a name.
+    """
+    if not text.strip():
+        raise ArgumentError(f"{given} is empty; wanted a path or a name")
+    if "\0" in text:
+        raise ArgumentError(f"{given} holds a NUL, which no path or name does")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{given} is not UTF-8, as names of files are here; rename it") from None
+    for part in text.split(",") if several else [text]:  # several sources may be longer than one path
+        try:
+            Path(part).expanduser().stat()
+        except RuntimeError as error:
+            raise ArgumentError(f"{given}: there is no such home folder; write the path out") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ArgumentError(f"{given} is {len(part)} letters long, too long for a path or name") from error
+            if error.errno == errno.ELOOP:
+                raise ArgumentError(f"{given} is a link that leads back to itself; give the real path") from error
 
 
 @functools.cache
@@ -107,6 +133,12 @@ def _adapter(wanted: Any) -> Any:
 def _kinds(wanted: Any) -> tuple[Any, ...]:
     """The alternatives of a type."""
     return typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+
+
+def _inner(wanted: Any) -> tuple[Any, ...]:
+    """The alternatives of what a list holds; none of what is no list."""
+    lists = [kind for kind in _kinds(wanted) if typing.get_origin(kind) is Sequence]
+    return _kinds(typing.get_args(lists[0])[0]) if lists else ()
 
 
 def _words(wanted: Any) -> str:
@@ -134,6 +166,7 @@ def _word(kind: Any) -> str:
 def _shown(value: Any) -> str:
     """A value as a message shows it, in one short line."""
     plain = value is None or isinstance(value, str | bytes | bool | int | float | list | tuple | dict | Path)
+    value = str(value) if isinstance(value, Path) else value
     return " ".join(_SHORT.repr(value).split()) if plain else f"<{type(value).__name__}>"
 
 

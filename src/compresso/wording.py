@@ -41,6 +41,8 @@ _PLAIN = (
 )
 CHOICES = frozenset(_PLAIN.split())
 """Plain words that are an option's value where they follow it."""
+_UNNAMED = ("models", "paths", "path", "recipe")
+"""What the command line takes without an option's name."""
 _VERBS = ("run", "plan", "inspect", "evaluate", "measure", "compare", "export", "verify")
 _COMMAND = re.compile(r"`compresso (?P<verb>[a-z]+)(?: --(?P<option>[a-z-]+))?`")
 _OPTION = re.compile(
@@ -97,6 +99,16 @@ def in_python(message: str, arguments: Container[str] = ()) -> str:
         return f"{name}={f'[{value}]' if value and name == 'sets' else value}{rest}"
 
     return _OPTION.sub(argument, _COMMAND.sub(function, message))
+
+
+def named(verb: str, argument: str) -> str:
+    """What stands before an argument's value: `output=`, or on the command line `--output ` and, without option, `model `."""
+    if not _ON_COMMAND_LINE.get():
+        return f"{argument}="
+    if argument in _UNNAMED or (argument == "model" and verb not in ("run", "plan")):
+        return f"{argument} "
+    option = next((option for option, names in VALUED.items() if argument in names), argument)
+    return f"--{option} "
 
 
 def renamed_speedup(value: object) -> str:

@@ -6,6 +6,9 @@ import io
 import os
 import sys
 
+_LONGEST = 400
+"""Letters of a word that is shown whole: names come from anywhere."""
+
 
 def hold_streams() -> None:
     """Open what was closed, on nothing.
@@ -28,7 +31,8 @@ def hold_streams() -> None:
 def say(text: str) -> None:
     """One line on stderr; where that takes nothing, the exit code says it alone."""
     try:
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        words = (word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-80:]}" for word in text.split())
+        print(*words, file=sys.stderr, flush=True)
     except OSError:
         drop(sys.stderr.fileno())
 

@@ -15,6 +15,7 @@ from compresso.checkpoint.source import open_source
 from compresso.commands import verify
 from compresso.commands.compare import compare
 from compresso.data import nano, world
+from compresso.door import public
 from compresso.loading import Loaded, load
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.latency import speed_measurements
@@ -42,8 +43,9 @@ _COLUMNS = {
 }
 
 
+@public
 def demo(
-    output: Path, *, keep: float = 0.7, overwrite: bool = False, allow_collapsed: bool = False, seed: int = 0
+    output: str | Path, *, keep: float = 0.7, overwrite: bool = False, allow_collapsed: bool = False, seed: int = 0
 ) -> Report:
     """Prune the nano model by three recipes, measure all of them against the dense model, print the table and write the
     report.
@@ -61,7 +63,7 @@ def demo(
     Raises:
         CompressoError: as `run` does.
     """
-    console = Console()
+    console, output = Console(), Path(output)
     check_output(output, nano.path(), overwrite)
     if overwrite:
         refuse_foreign(output, demo_files(tuple(RECIPES)))

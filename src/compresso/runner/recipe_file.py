@@ -46,8 +46,8 @@ def read(recipe: str | Path) -> dict[str, Any]:
         return parse(
             (resources.files("compresso") / "recipes" / folder / f"{stem or 'default'}.yaml").read_text("utf-8"), name
         )
-    path = Path(recipe).expanduser()
-    if not path.is_file():
+    path = _path(recipe)
+    if path is None or not path.is_file():
         raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {nearest(name, names())}")
     try:
         with path.open("rb") as file:
@@ -62,6 +62,15 @@ def read(recipe: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"recipe {name} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _path(recipe: str | Path) -> Path | None:
+    """A recipe as a path; None if it can be none."""
+    try:
+        path = Path(recipe).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, another's home, a NUL
+        return None
 
 
 def parse(text: str, name: str) -> dict[str, Any]:
