@@ -1,12 +1,13 @@
 """The work folder of a run: owned by one, resumed by the same run only, and never more than its own is removed."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compresso.checkpoint.workfolder import WorkFolder
-from compresso.errors import CheckpointError, ResumeError
+from compresso.errors import CheckpointError, Interrupted, ResumeError
 
 IDENTITY: dict[str, Any] = {
     "recipe": {"stages": [{"one": {"rate": 0.1, "kinds": ("a", "b")}}, {"two": {}}]},
@@ -22,7 +23,10 @@ def fill(folder: Path) -> None:
 
 def interrupted(output: Path, stages: int = 1) -> Path:
     """A run that ended by an exception after some stages."""
-    with pytest.raises(KeyboardInterrupt), WorkFolder.open(output, IDENTITY, resume=False, force=False) as work:
+    with (
+        pytest.raises((KeyboardInterrupt, Interrupted)),
+        WorkFolder.open(output, IDENTITY, resume=False, force=False) as work,
+    ):
         for index in range(stages):
             work.save_stage(index, NAMES[index], fill)
         raise KeyboardInterrupt
@@ -149,3 +153,34 @@ def test_a_damaged_identity_is_no_traceback(tmp_path: Path) -> None:
             WorkFolder.open(tmp_path / "out", IDENTITY, resume=True, force=False),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "stages/01-prune",
+        "training/recover/step-000003",
+        "training/bonsai/rounds/round-000002.json",
+        "training/minitron/scores/batch-000016",
+        "training/drop_layers/look/step-000001",
+    ],
+)
+def test_an_interruption_anywhere_says_where_to_go_on(tmp_path: Path, entry: str) -> None:
+    """Also where no one notes signals: in the final evaluation, or between two passes of a search."""
+    for error in (KeyboardInterrupt(), Interrupted(signal.SIGTERM, None)):
+        with (
+            pytest.raises(Interrupted) as stop,
+            WorkFolder.open(tmp_path / "out", {}, resume=False, force=True) as work,
+        ):
+            (work.path / entry).mkdir(parents=True)
+            raise error
+        assert stop.value.saved == str(tmp_path / "out.partial")
+        assert stop.value.signal == (signal.SIGTERM if isinstance(error, Interrupted) else signal.SIGINT)
+        assert (tmp_path / "out.partial" / entry).exists()
+
+
+def test_an_interruption_before_anything_was_done_leaves_nothing(tmp_path: Path) -> None:
+    for error in (KeyboardInterrupt(), Interrupted(signal.SIGTERM, None)):
+        with pytest.raises(type(error)), WorkFolder.open(tmp_path / "out", {}, resume=False, force=False):
+            raise error
+        assert not list(tmp_path.iterdir())

@@ -308,3 +308,23 @@ def test_input_folders_are_never_outputs(call: Call, tiny_folder: Path, instruct
     )
     assert code == 2
     assert "which the run replaces" in error
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_an_interrupted_final_evaluation_says_how_to_go_on(
+    call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(PRUNE_ONLY))
+    command = ("run", recipe, "--model", tiny_folder, "--output", tmp_path / "out", "--no-verify", "--allow-collapsed")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["compresso.runner.run"], "take", interrupted)
+        code, _, error = call(*command)
+    assert code == 130
+    assert error.splitlines()[-1] == "stopped by SIGINT; repeat the command with --resume to go on"
+    assert call(*command, "--resume")[0] == 0
+    assert (tmp_path / "out" / "records.json").is_file()

@@ -11,6 +11,7 @@ has anything worth resuming. Only a folder that a run made is ever removed: what
 
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,13 @@ from compresso.checkpoint.atomic import lock, new_folder, verify_manifest, write
 from compresso.checkpoint.identity import differences
 from compresso.checkpoint.storage import storage_errors
 from compresso.core import strict_json
-from compresso.errors import CheckpointError, ResumeError
+from compresso.errors import CheckpointError, Interrupted, ResumeError
 
 log = logging.getLogger(__name__)
 
 _IDENTITY = "identity.json"
+_ENTRIES = ("step-*", "batch-*", "round-*.json")
+"""What training, sweeps, passes over data and rounds leave of a stage that goes on."""
 
 
 class WorkFolder:
@@ -50,6 +53,7 @@ class WorkFolder:
                 said, or something lies there that no run made.
             ResumeError: if there is nothing to resume, or it was another run: the differing fields are named.
             ResourceError: if the disk is full.
+            Interrupted: in place of a KeyboardInterrupt, where there is something to resume.
         """
         path = WorkFolder.beside(output)
         with lock(path):
@@ -72,9 +76,13 @@ class WorkFolder:
             work = WorkFolder(path)
             try:
                 yield work
-            except BaseException:
+            except BaseException as error:
                 if not work._worth_resuming():
                     shutil.rmtree(path, ignore_errors=True)
+                elif isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(signal.SIGINT, str(path)) from error
+                elif isinstance(error, Interrupted) and error.saved is None:  # it came where nobody knows of the folder
+                    raise Interrupted(error.signal, str(path)) from error
                 raise
 
     def finished(self, names: Sequence[str]) -> list[Path]:
@@ -116,7 +124,8 @@ class WorkFolder:
         return self.path / "stages" / f"{index + 1:02d}-{name}"
 
     def _worth_resuming(self) -> bool:
-        return any(self.path.glob("stages/[0-9][0-9]-*")) or any(self.path.glob("training/*/step-*"))
+        found = ("stages/[0-9][0-9]-*", *(f"training/**/{entry}" for entry in _ENTRIES))
+        return any(True for pattern in found for _ in self.path.glob(pattern))
 
 
 def refuse_unowned(path: Path) -> None:
