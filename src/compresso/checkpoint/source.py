@@ -274,8 +274,26 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"the tokenizer of {source.name} cannot be loaded: a {type(tokenizer).__name__} reads {', '.join(missing)},"
             f" which the folder has not; {cure}."
         )
+    _try_out(source.name, tokenizer)
     tokenizer.init_kwargs.pop("auto_map", None)  # what is written from this tokenizer must not name code either
     return tokenizer
+
+
+def _try_out(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encode and decode a text: a setting of another kind than it should be is met with at the first use.
+
+    Raises CheckpointError.
+    """
+    try:
+        ids = list(tokenizer("a")["input_ids"])  # pyright: ignore[reportArgumentType]
+        tokenizer.decode(ids, skip_special_tokens=True)
+        whole = all(type(one) is int and one >= 0 for one in ids)
+    except Exception as error:  # as in loading
+        raise CheckpointError(
+            f"the tokenizer of {name} does not encode a text: {reason_of(error)} Fetch its files again."
+        ) from error
+    if not whole:
+        raise CheckpointError(f"the tokenizer of {name} encodes a text as {str(ids)[:60]}; fetch its files again.")
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json")
