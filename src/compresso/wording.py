@@ -102,7 +102,7 @@ def in_python(message: str, arguments: Container[str] = ()) -> str:
 
 
 def named(verb: str, argument: str) -> str:
-    """What stands before an argument's value: `output=`, or on the command line `--output ` and, without option, `model `."""
+    """What stands before an argument's value: `output=`; on the command line `--output `, or plain `model `."""
     if not _ON_COMMAND_LINE.get():
         return f"{argument}="
     if argument in _UNNAMED or (argument == "model" and verb not in ("run", "plan")):

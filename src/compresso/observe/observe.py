@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from compresso.errors import ResumeError
 from compresso.observe.folds import Fold, Stats
 from compresso.observe.journal import FoldJournal, State
+from compresso.observe.overflow import watched
 from compresso.observe.sites import Positions, See, Site
 from compresso.training.progress import Progress
 from compresso.training.signals import noted_signals
@@ -75,6 +76,7 @@ def observe(
         how: display and journal; None for neither.
 
     Raises:
+        NumericError: a layer outputs NaN or Inf, which is named.
         ResumeError: the journal is of other batches or of another pass.
         Interrupted: SIGINT or SIGTERM came; the journal has what is done.
 
@@ -105,6 +107,7 @@ def observe(
     try:
         for site in sites:
             handles += site(see, positions)
+        handles += watched(model, positions)
         steps = len(batches) if isinstance(batches, Sized) else 0
         with noted_signals() if journal else nullcontext() as requests, shown.running(steps, done, how.name):
             for n, batch in enumerate(batches, start=1):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compresso.observe.folds import Stats
+from compresso.observe.overflow import check_states
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.calls import BlockCall
-from compresso.sweep.finite import check_states
 from compresso.sweep.targets import Group
 
 
@@ -75,13 +75,13 @@ class BlockRunner:
             into: put it here instead, by batch.
 
         Raises:
-            NumericError: an output that is kept holds NaN or Inf.
+            NumericError: an output holds NaN or Inf.
         """
         kept = self._states if into is None else into
         for i in range(len(self)):
             outputs = output_of(self.block, self.batch(i))
+            check_states(self.layer, outputs)
             if keep:
-                check_states(self.layer, outputs)
                 kept.put(i, outputs)
 
 

@@ -2,24 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compresso.errors import NumericError
+from compresso.observe.overflow import finite
 from compresso.sweep.targets import Group, Groups, weight_of
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether a tensor with at least one entry holds neither NaN nor Inf, in one pass over it."""
-    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
-
-
-def check_states(layer: int, states: Tensor) -> None:
-    """Raise NumericError naming the layer whose output [batch, seq, hidden] is not finite."""
-    if not finite(states):
-        raise NumericError(
-            f"layer {layer} outputs NaN or Inf: the model overflows on this data; use float32 or bfloat16"
-        )
 
 
 def check_weights(model: nn.Module, groups: Groups) -> None:

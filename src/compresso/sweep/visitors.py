@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from compresso.errors import ArchError, NumericError
 from compresso.observe.folds import Fold, Stats
+from compresso.observe.overflow import finite
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
-from compresso.sweep.finite import check_edited, finite
+from compresso.sweep.finite import check_edited
 from compresso.sweep.targets import Group
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
@@ -58,7 +59,7 @@ class GroupVisitor:
         """See `Visitor`. Raises NumericError as `sweep` does."""
         notes: dict[str, Any] = {}
         for together in [[group] for group in groups] if self.true_sequential else [groups]:
-            with _looking(self.model, together, self.fold) as seen:
+            with _looking(self.model, together, self.fold) as seen, _nearest(together, seen):
                 runner.run(keep=self.keeps_states)
             for group in together:
                 check_seen(group, seen)
@@ -107,6 +108,18 @@ class BlockVisitor:
     def discard(self) -> None:
         """Forget the dense outputs."""
         self.dense.discard()
+
+
+@contextmanager
+def _nearest(groups: Sequence[Group], seen: Mapping[str, Stats]) -> Iterator[None]:
+    """Name the first linear that reads NaN or Inf, where there is one, rather than the layer that outputs them."""
+    try:
+        yield
+    except NumericError:
+        for group in groups:
+            if group.names[0] in seen:
+                check_seen(group, seen)
+        raise
 
 
 def check_seen(group: Group, seen: Mapping[str, Stats]) -> None:
