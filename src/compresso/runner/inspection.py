@@ -79,8 +79,8 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     per_token = next((int(one) for name in _PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(sizes.values())
-    ends: list[Any] = [model.get_input_embeddings(), _head(model)]
-    tables = {id(part.weight): part.weight.numel() for part in ends if part}
+    ends: list[Any] = [part for part in (model.get_input_embeddings(), _head(model)) if part is not None]
+    tables = {id(part.weight): part.weight.numel() for part in ends}
     parameters = {"total": total, "experts": experts, "embeddings": sum(tables.values())}
     if per_token is not None and len(each) == 1:
         parameters["active"] = total - experts + experts * per_token // max(each)
