@@ -109,6 +109,16 @@ def test_the_tokenizer_has_a_class_that_both_generations_know(folder: Path, tmp_
     assert set(again.all_special_tokens) == set(before.all_special_tokens)
 
 
+def test_special_tokens_with_names_of_their_own_keep_them(folder: Path, tmp_path: Path) -> None:
+    described = folder / "tokenizer_config.json"
+    edited(described, extra_special_tokens={"image_token": "<s>"}, additional_special_tokens=["<pad>"])
+    for source, output in ((folder, tmp_path / "once"), (tmp_path / "once", tmp_path / "twice")):
+        config = read(saved(source, output) / "tokenizer_config.json")
+        assert config["extra_special_tokens"] == {"image_token": "<s>"}  # a mapping, as older readers want it
+        assert config["additional_special_tokens"] == ["<pad>"]
+        assert AutoTokenizer.from_pretrained(output).image_token == "<s>"
+
+
 def test_a_token_that_the_run_changed_is_named_everywhere(folder: Path, tmp_path: Path) -> None:
     output = saved(folder, tmp_path / "out", pad_token="</s>")
     assert read(output / "special_tokens_map.json")["pad_token"] == "</s>"

@@ -134,8 +134,8 @@ def _tokenizer_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     extra = text.get("extra_special_tokens")
     if isinstance(extra, list):  # the older field of this name is a mapping, and fails on a list
         text["additional_special_tokens"] = text.pop("extra_special_tokens")
-        if isinstance(own := given.get("extra_special_tokens"), dict):
-            text["extra_special_tokens"] = own
+    if isinstance(named_tokens := text.get("model_specific_special_tokens"), dict):  # which is what it maps
+        text["extra_special_tokens"] = named_tokens
     return dict(sorted(text.items()))
 
 
