@@ -35,7 +35,7 @@ from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
 from compresso.checkpoint.header import TensorInfo
 from compresso.checkpoint.reasons import reason_of
-from compresso.checkpoint.tensors import check_tensors, is_packed, listed, untied_as_stored
+from compresso.checkpoint.tensors import HEADS, check_tensors, is_packed, listed, untied_as_stored
 from compresso.checkpoint.tokenizer_files import absent, lacking
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
 from compresso.native.stock import as_stock
@@ -328,7 +328,30 @@ def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weight
     source = Source(config, folder, kind, name, folder / "config.json", tensors)
     if weights:
         _check_tensors(source)
+    elif _may_be_tied(config):
+        _untie_as_stored_(source, _stored_if_readable(folder))
     return source
+
+
+def _may_be_tied(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _stored_if_readable(folder: Path) -> Mapping[str, TensorInfo]:
+    """The stored tensors; none where they are absent or damaged, for a config alone is enough to count a model."""
+    try:
+        return stored_tensors(folder)
+    except CheckpointError:
+        return {}
+
+
+def _untie_as_stored_(source: Source, stored: Mapping[str, TensorInfo]) -> None:
+    """Let the config say that head and embedding are apart, where the stored tensors say so."""
+    assert source.folder is not None  # tensors lie in one
+    if _may_be_tied(source.config) and any(name.endswith(HEADS) for name in stored):
+        model = _as_written(source)
+        if untied_as_stored(source.config, model, source.folder, stored):
+            source.config.tie_word_embeddings = False
 
 
 def _as_written(source: Source) -> PreTrainedModel:
@@ -354,12 +377,9 @@ def _check_tensors(source: Source) -> None:
         raise CheckpointError(
             f"{source.folder} holds {len(source.tensors)} tensors for the {layers} layers of its config.json."
         )
+    _untie_as_stored_(source, source.tensors)
     assert source.folder is not None  # weights lie in one
-    model = _as_written(source)
-    if untied_as_stored(source.config, model, source.folder, source.tensors):
-        source.config.tie_word_embeddings = False
-        model = _as_written(source)
-    check_tensors(source.folder, source.config, auto_class(source.config), model, source.tensors)
+    check_tensors(source.folder, source.config, auto_class(source.config), _as_written(source), source.tensors)
 
 
 def _sampled(path: Path) -> str:

@@ -30,6 +30,8 @@ _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
 """What compressed-tensors stores in place of, or beside, a weight."""
 _ADAPTER = re.compile(r"(^|\.)(lora_|adapter|ia3_|hada_|oft_|modules_to_save)")
 _CODED = re.compile(r"(scales?|scale_inv|qweight|qzeros|zero_point|zeros|absmax|quant_map|quant_state\S*|SCB|g_idx)$")
+HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_layer.weight")
+"""How the names of stored heads end."""
 _CHUNK = 16_000_000  # bytes that are compared at once
 
 
