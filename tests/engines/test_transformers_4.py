@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoint.test_packed import rounded
 from tests.formats.nano_variants import nano_tokenizer, pruned_nano
 from tests.formats.test_config_text import CASES, made
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -26,6 +27,7 @@ from compresso.engines.transformers_4 import Transformers4
 from compresso.engines.transformers_process import NEW_TOKENS
 from compresso.formats.config_text import config_text, older_obstacle
 from compresso.formats.hf import save_checkpoint
+from compresso.formats.packed import save_packed
 
 MISSING = transformers_4.missing()
 there = pytest.mark.skipif(MISSING is not None, reason=f"transformers 4.57: {MISSING}")
@@ -109,6 +111,27 @@ def test_a_native_checkpoint_does_not_open_there_as_its_card_says(tmp_path: Path
     assert older_obstacle(json.loads((tmp_path / "out" / "config.json").read_text())) is not None
     found = Transformers4().parity(tmp_path / "out", reference_of(model, ids_of(nano_tokenizer(), 1024)))
     assert found.opens == "no" and "custom code" in found.reason and str(tmp_path) not in found.reason
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of compressed-tensors
+@pytest.mark.parametrize(
+    ("how", "opens", "said"),
+    [
+        ("symmetric", "yes", "and 4.57 where it knows model_type llama"),
+        ("asymmetric", "no", "4.57 does not unpack its zero points"),
+        ("w8a8", "no", "4.57 opens it and rounds activations"),
+    ],
+)
+def test_the_card_of_packed_weights_is_true_there(how: str, opens: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors: not installed")
+    model, packing = rounded(how)
+    save_packed(model, packing, tmp_path / "packed", tokenizer=nano_tokenizer())
+    assert said in " ".join((tmp_path / "packed" / "README.md").read_text().split())
+    found = Transformers4().parity(tmp_path / "packed", reference_of(model, ids_of(nano_tokenizer(), 1024)))
+    assert found.opens == opens, found.reason
+    assert ("logits differ" in found.reason) is (how == "w8a8")
 
 
 @real
