@@ -138,6 +138,19 @@ def test_files_that_number_tokens_stay_behind_where_the_numbers_changed(folder: 
     assert generation["of_the_house"] == 3 and "stop_words" not in generation
 
 
+def test_files_of_the_hub_s_cache_are_followed_into_its_blobs(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    folder.rename(snapshot)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..", "..", "blobs", str(number)))
+    output = saved(snapshot, tmp_path / "out")
+    assert (output / "LICENSE").read_text() == KEPT["LICENSE"] and not (output / "LICENSE").is_symlink()
+    assert (output / "tokenizer.model").read_text() == KEPT["tokenizer.model"]
+
+
 def test_links_out_of_the_folder_are_not_followed(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
