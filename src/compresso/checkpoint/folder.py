@@ -128,6 +128,8 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{folder} holds pickled weights only ({pickles[0]}), and reading a pickle can run any code. {_CONVERT}"
             )
+        if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(".gguf")):
+            raise CheckpointError(f"{folder} has GGUF files and no safetensors. Give one of them: {folder / packed[0]}")
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")

@@ -16,6 +16,7 @@ ALLOWED = "COMPRESSO_LINKS"
 _READ = (
     ".json",
     ".safetensors",
+    ".gguf",
     ".jinja",
     ".model",
     ".txt",

@@ -26,7 +26,7 @@ def scratch_folder() -> Iterator[Path]:
     Raises:
         ResourceError: there is no place for such, or it is full.
     """
-    folder = _made()
+    folder = new_scratch()
     try:
         with storage_errors(folder, only_resource=True):
             yield folder
@@ -60,8 +60,12 @@ def check_scratch() -> None:
         (folder / "probe").write_bytes(b"compresso")
 
 
-def _made() -> Path:
-    """A new folder of this process, after those of killed ones are gone."""
+def new_scratch() -> Path:
+    """A new folder of this process, after those of killed ones are gone; who asks removes it.
+
+    Raises:
+        ResourceError: there is no place for such.
+    """
     try:
         place = Path(tempfile.gettempdir())
         for path in place.glob(f"compresso-{HOST}-*"):

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from compresso.checkpoint import hub
@@ -33,7 +34,9 @@ from compresso.checkpoint.atomic import sha256
 from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
+from compresso.checkpoint.gguf_folder import describe_gguf, is_gguf, only_gguf
 from compresso.checkpoint.header import TensorInfo
+from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.checkpoint.tensors import HEADS, check_tensors, is_packed, listed, untied_as_stored
 from compresso.checkpoint.tokenizer_files import absent, lacking
@@ -63,21 +66,24 @@ class Source:
 
     Args:
         config: its config; code the folder may bring along was not run.
-        folder: where its files lie; None if only a config.json was given.
-        kind: "folder", "hub" or "config" (no weights, only shapes).
+        folder: where its files lie; None if only a config.json was given. Of a GGUF file, a temporary folder with what
+            is in it.
+        kind: "folder", "hub", "gguf" or "config" (no weights, only shapes).
         name: hub name, or the last part of the path.
         tensors: stored tensors by parameter name; empty if the weights were not asked for.
         config_file: the config.json itself.
         revision: commit of a hub model.
+        file: the GGUF file that it was read from.
     """
 
     config: PreTrainedConfig
     folder: Path | None
-    kind: Literal["folder", "hub", "config"]
+    kind: Literal["folder", "hub", "gguf", "config"]
     name: str
     config_file: Path
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
     revision: str | None = None
+    file: Path | None = None
 
     @cached_property
     def identity(self) -> Identity:
@@ -101,10 +107,11 @@ class Source:
 
 
 def open_source(model: str | Path, weights: bool = True, packed: bool = False) -> Source:
-    """Find a model and check it: a local folder of safetensors, a hub name, or a config.json (no weights).
+    """Find a model and check it: a local folder of safetensors, a GGUF file, a hub name, or a config.json (no weights).
 
-    With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at. With
-    `packed=True` they may be stored in few bits, for those who run a model and change nothing in it.
+    A folder without config.json that holds one GGUF file stands for that file, `owner/name/file.gguf` for one on the
+    hub. With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at.
+    With `packed=True` they may be stored in few bits, for those who run a model and change nothing in it.
 
     Raises:
         CheckpointError: with the cure, naming files and tensors.
@@ -113,18 +120,19 @@ def open_source(model: str | Path, weights: bool = True, packed: bool = False) -
     path = Path(model).expanduser()
     try:
         if path.is_file():
-            if path.suffix != ".json":
-                raise CheckpointError(f"model {path} is a file; give the folder it lies in, or a config.json.")
-            config = read_config(path, packed)
-            refuse_fields(path, read_json(path))
-            return Source(config, None, "config", path.resolve().parent.name, path)
+            return _open_file(path, weights, packed)
         if path.is_dir():
             return _open_folder(path, "folder", path.resolve().name, weights, packed)
         if path.exists():
-            raise CheckpointError(f"model {model} is a device, pipe or socket. Give a folder, or a config.json.")
+            raise CheckpointError(
+                f"model {model} is a device, pipe or socket. Give a folder, a GGUF file, or a config.json."
+            )
+        if isinstance(model, str) and hub.is_hub_file(model):
+            return _open_gguf(hub.fetch_file(model), weights)
         if not isinstance(model, str) or not hub.is_hub_name(model):
             raise CheckpointError(
-                f"model {model} does not exist. Give a folder, a hub name such as owner/name, or a config.json."
+                f"model {model} does not exist. Give a folder, a GGUF file, a hub name such as owner/name, or a"
+                " config.json."
             )
         folder, revision = hub.fetch(model, weights)
         return replace(_open_folder(folder, "hub", model, weights, packed), revision=revision)
@@ -248,6 +256,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         CheckpointError: the folder holds none that can be built without running its code.
     """
     if source.folder is None or not has_tokenizer(source):
+        if source.file is not None:
+            raise CheckpointError(
+                f"{source.file} holds no tokenizer. Give a GGUF with one, or the folder that it was made from."
+            )
         raise CheckpointError(
             f"model {source.name} has no tokenizer. Copy tokenizer.json and tokenizer_config.json into its folder."
         )
@@ -255,7 +267,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     described = source.folder / "tokenizer_config.json"
     own_code = described.is_file() and bool(read_json(described).get("auto_map"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        # of a GGUF the tokenizer was built from what it holds, and no model type's own class knows better
+        loader: Any = AutoTokenizer if source.file is None else PreTrainedTokenizerFast
+        tokenizer = loader.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files of any origin fail in any way
         if own_code:
             raise CheckpointError(
@@ -317,7 +331,44 @@ def _as_dense_(model: PreTrainedModel) -> None:
             vars(owner).pop(name, None)
 
 
-def _open_folder(folder: Path, kind: Literal["folder", "hub"], name: str, weights: bool, packed: bool) -> Source:
+def _open_file(path: Path, weights: bool, packed: bool) -> Source:
+    """A model that is one file."""
+    if path.suffix == ".json":
+        config = read_config(path, packed)
+        refuse_fields(path, read_json(path))
+        return Source(config, None, "config", path.resolve().parent.name, path)
+    if is_gguf(path):
+        return _open_gguf(path, weights)
+    raise CheckpointError(
+        f"model {path} is a file, and no GGUF; give the folder it lies in, a GGUF file, or a config.json."
+    )
+
+
+def _open_gguf(path: Path, weights: bool) -> Source:
+    """A GGUF file, through a temporary folder that passes the same checks as any other."""
+    described = describe_gguf(path)
+    folder, config_file = described.folder, described.folder / "config.json"
+    try:
+        source = Source(read_config(config_file), folder, "gguf", folder.name, config_file, file=path)
+        tied = source.config.tie_word_embeddings
+        wanted = {name: tuple(one.shape) for name, one in _as_written(source).state_dict().items()}
+        described.check({name: shape for name, shape in wanted.items() if not (tied and name == "lm_head.weight")})
+        if not weights:
+            return source
+        described.write()
+        return replace(_open_folder(folder, "gguf", folder.name, True, False), file=path)
+    except CheckpointError as error:  # the folder is nobody's to look into
+        raise CheckpointError(
+            str(error).replace(str(config_file), str(path)).replace(str(folder), str(path))
+        ) from error
+
+
+def _open_folder(
+    folder: Path, kind: Literal["folder", "hub", "gguf"], name: str, weights: bool, packed: bool
+) -> Source:
+    if (file := only_gguf(folder)) is not None:
+        check_links(folder)
+        return _open_gguf(file, weights)
     check_folder(folder)
     config = read_config(folder / "config.json", packed)
     refuse_code(folder)
