@@ -9,8 +9,9 @@ import torch
 
 from compresso.core.rounding import fit
 from compresso.edit.patches import unpatch_, written
-from compresso.edit.round_inputs import PATCH, round_inputs_
+from compresso.edit.round_inputs import PATCH, RANGES, round_inputs_, rounded
 from compresso.methods.smoothquant import SmoothQuant
+from compresso.observe.folds import Stats
 from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
 from tests.methods.test_awq import lost, outlying
@@ -55,3 +56,28 @@ def test_only_what_was_chosen_is_rounded(make_job: MakeJob) -> None:
         "model.layers.1.post_attention_layernorm.weight"
     }
     assert written(job.patches)[0].split()[2:] == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("weights", ["row", "matrix"])
+def test_the_largest_weight_is_a_point_of_its_grid(make_job: MakeJob, weights: str) -> None:
+    """Steps of the largest over 127, as products of signed integers have them: it stays, and the others are whole
+    steps.
+    """
+    stage = SmoothQuant(weights=weights)  # type: ignore[arg-type]
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    found = stage._round("", weight, Stats(weight, 1), torch.ones(32))
+    rows, before = (one if weights == "row" else one.reshape(1, -1) for one in (found, weight))
+    top = before.abs().amax(dim=1, keepdim=True)
+    torch.testing.assert_close(rows.abs().amax(dim=1, keepdim=True), top)
+    steps = rows / (top / 127)
+    torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    assert float((rows - before).abs().max()) <= float(top.max()) / 127 / 2 * 1.001
+
+
+@pytest.mark.parametrize("share", RANGES)
+def test_activations_are_rounded_in_the_same_steps(share: str) -> None:
+    inputs = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
+    top = inputs.abs().amax(dim=-1, keepdim=True) if share == "token" else inputs.abs().amax()
+    steps = rounded(inputs, share) / (top / 127)  # type: ignore[arg-type]
+    torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    assert round(float(steps.abs().max())) == 127

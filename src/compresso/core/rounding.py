@@ -2,7 +2,9 @@
 
 Asymmetric: the range of a row or group, widened to hold 0, is cut into 2^b - 1 steps; the zero point is a whole step: 0
 remains 0. Symmetric: [-m, m] in 2^b - 1 steps with the zero point in the middle (as GPTQ's code); one code is never
-used and 0 remains 0. A row of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to
+used and 0 remains 0. `fit_signed` is the grid of products of 8-bit integers instead (SmoothQuant, arXiv 2211.10438,
+section 2): [-m, m] in steps of m / (2^(b-1) - 1), so that m is a point of it; the code of -2^(b-1) is never used. A row
+of zeros gets the scale 1 (SparseGPT's code takes the range [-1, 1] instead; both round 0 to
 0).
 
 `clip` shrinks the range in steps of 1 % down to 20 % and keeps the smallest sum of |error|^2.4, as the search in the
@@ -87,6 +89,26 @@ def fit(weight: Tensor, bits: int, *, group: int = 0, symmetric: bool = False, c
             torch.where(better, new, old) for new, old in ((grid.scale, scale), (grid.zero, zero), (found, error))
         )
     return Grid(scale, zero, bits, group)
+
+
+def fit_signed(weight: Tensor, bits: int) -> Grid:
+    """The grid of signed integers of each row: steps of the largest |weight| over 2^(bits-1) - 1, 127 for 8 bits.
+
+    Args:
+        weight: [rows, columns], float32 or float64.
+        bits: 2 to 8.
+
+    Raises:
+        ValueError: `bits` is out of range.
+
+    >>> fit_signed(torch.tensor([[-1.27, 0.014]]), 8).round(torch.tensor([[-1.27, 0.014]]))
+    tensor([[-1.2700,  0.0100]])
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits}: wanted 2 to 8")
+    top = weight.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(top > 0, top / (2 ** (bits - 1) - 1), 1)
+    return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)), bits)
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, group: int, symmetric: bool) -> Grid:

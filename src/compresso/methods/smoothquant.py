@@ -5,7 +5,7 @@ Section 4, eq. 3 and 4: inputs are divided by s = max|x|^alpha / max|w|^(1 - alp
 weights multiplied. Section 4, "applying SmoothQuant to transformer blocks": the linears behind a norm are smoothed; all
 linears are rounded. Section 3: weights of 8 bits, one scale a matrix or a row; activations of 8 bits, one scale a token
 (O1) or a tensor (O2), taken anew at
-    every call.
+    every call. Section 2, eq. 1: both are symmetric, in steps of the largest magnitude over 127.
 
 Departures: each block is calibrated on the outputs of the blocks before it with rounded weights, where the paper takes
 the dense model's activations. Static activation scales (O3) are left out, and so are integer products of queries and
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.core.rounding import fit
+from compresso.core.rounding import fit_signed
 from compresso.core.scales import smoothing_scale
 from compresso.edit.round_inputs import Range, round_inputs_patch
 from compresso.job import Job
@@ -103,4 +103,4 @@ class SmoothQuant:
 
     def _round(self, name: str, weight: Tensor, seen: Stats, scale: Tensor) -> Tensor:
         rows = weight if self.weights == "row" else weight.reshape(1, -1)
-        return fit(rows, 8, symmetric=True).round(rows).reshape(weight.shape)
+        return fit_signed(rows, 8).round(rows).reshape(weight.shape)
