@@ -42,7 +42,7 @@ def lost(dense: Job, other: Job) -> float:
     return float(F.kl_div(q, p, log_target=True, reduction="sum") / ids.numel())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"by_weight": False}, {"symmetric": True}, {"clip": False}])
+@pytest.mark.parametrize("knobs", [{}, {"by_weight": True}, {"symmetric": True}, {"clip": False}])
 def test_an_outlier_costs_half_of_what_it_costs_rounding_to_nearest(make_job: MakeJob, knobs: dict[str, Any]) -> None:
     dense = outlying(make_job())
     plain = Rtn(bits=4, group=16, symmetric=knobs.get("symmetric", False))(outlying(make_job()))
@@ -124,3 +124,19 @@ def test_ranges_are_clamped_for_the_inputs_as_the_scaled_weights_meet_them() -> 
 
     torch.testing.assert_close(found, nearest(inputs / scale))
     assert not torch.allclose(found, nearest(inputs))  # the inputs before scaling ask for other limits
+
+
+def test_scales_come_from_activations_alone_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger weights of an input change the scales of AutoAWQ alone."""
+    monkeypatch.setattr(
+        "compresso.methods.awq.best_scale", lambda weight, moment, tried, _: (*list(tried)[-1], 0.0, 1.0)
+    )
+    seen = Stats(torch.cat([torch.eye(16), torch.linspace(0.5, 2, 16).unsqueeze(0)]), 1)
+
+    def scale(stage: Awq, times: float) -> Tensor:
+        weight = torch.linspace(0.1, 1, 64).reshape(4, 16)
+        return stage._search(weight * torch.where(torch.arange(16) == 3, times, 1.0), seen)[0]
+
+    assert torch.equal(scale(Awq(group=16, steps=4), 1), scale(Awq(group=16, steps=4), 5))
+    of_both = Awq(group=16, steps=4, by_weight=True)
+    assert not torch.allclose(scale(of_both, 1), scale(of_both, 5))

@@ -28,7 +28,7 @@ def output_error(change: Tensor, moment: Tensor) -> float:
 
 
 def typical_weight(weight: Tensor, group: int) -> Tensor:
-    """Mean over outputs of |W| / the largest |W| of its row and group [in] (AWQ's public code, `w_mean`). group 0 is
+    """Mean over outputs of |W| / the largest |W| of its row and group [in] (AutoAWQ's `w_mean`). group 0 is
     the whole row.
     """
     grouped = weight.abs().reshape(len(weight), -1, group or weight.shape[1])
@@ -46,7 +46,7 @@ def activation_scales(
         weight: [out, in], of all layers that read these inputs.
         group: inputs that share a rounding scale; 0 for all of a row.
         steps: number of candidates.
-        by_weight: s = a^r / w^(1 - r) with w as in `typical_weight`, as the public code has it.
+        by_weight: s = a^r / w^(1 - r) with w as in `typical_weight`, as AutoAWQ has it.
     """
     size = size.clamp(min=_LEAST)
     typical = typical_weight(weight, group) + _LEAST if by_weight else None

@@ -3,15 +3,16 @@
 
 Section 3.2, eq. 4 and 5: W diag(s) is rounded, and x / s comes from what feeds the layer: the norm in front of it, v
     for o, up for down. s = a^r with a the mean |x| of each input; r is searched on a grid of 20.
-Public code: by choice s = a^r / w^(1 - r) (`by_weight`); then the range of each group is clamped where that lowers the
-    error of its outputs, but not in q and k, and weights are rounded to nearest.
+Authors' code: these scales; then the range of each group is clamped where that lowers the error of its outputs, but not
+    in q and k, and weights are rounded to nearest.
+AutoAWQ, the other public tool, has s = a^r / w^(1 - r), w the typical weight: `by_weight`, recipe awq/4-g128-autoawq.
 
 Departures: the error is that of the linears' own outputs over all calibration tokens, by their second moment; the
-public code runs the attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is
-calibrated on the outputs of the rounded blocks before it, where the public code takes the dense ones' outputs. A group
-whose inputs nothing feeds linearly (o under grouped queries, an FFN without a gate, fused projections), or of which
-`where` leaves a part out, is rounded without a scale, and the records say so. Values are stored as full numbers, so
-this shows what rounding costs, not what packing saves.
+authors' code runs the attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is
+calibrated on the outputs of the rounded blocks before it, where the authors' code takes those of the dense ones. A
+group whose inputs nothing feeds linearly (o under grouped queries, an FFN without a gate, fused projections), or of
+which `where` leaves a part out, is rounded without a scale, and the records say so. Values are stored as full numbers,
+so this shows what rounding costs, not what packing saves.
 """
 
 import logging
@@ -59,7 +60,7 @@ class Awq:
             the largest group that divides it and them.
         symmetric: a range around 0 instead of from the least to the greatest weight.
         steps: exponents that are tried.
-        by_weight: also divide by the typical weight, as the public code does.
+        by_weight: also divide by the typical weight, as AutoAWQ does and the authors do not.
         clip: clamp ranges where that lowers the error of the outputs.
         unclipped: patterns of linears that are not clamped.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
@@ -73,7 +74,7 @@ class Awq:
     group: Annotated[int, Ge(0)] = 128
     symmetric: bool = False
     steps: Annotated[int, Ge(1)] = 20
-    by_weight: bool = True
+    by_weight: bool = False
     clip: bool = True
     unclipped: tuple[str, ...] = ("*q_proj", "*k_proj", "*qkv_proj", "*query*", "*c_attn")
     where: Where = Where()
