@@ -9,6 +9,7 @@ from tests.report.made import DENSE, SMALL, dense, number, pruned, records, repo
 
 from compresso.commands import compare as comparison
 from compresso.metrics.record import Report
+from compresso.report.table import tables
 
 
 def test_the_verb_prints_tables_and_writes_the_page(
@@ -83,3 +84,34 @@ def test_bad_input_is_one_line_and_nothing_is_written(call: Call, tmp_path: Path
         assert says in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == there
     assert json.loads((run / "records.json").read_text())["seed"] == 3
+
+
+def test_models_stand_side_by_side_within_eighty_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers in rows; more models than fit go on in a further table beside the dense one; remarks are said once."""
+    monkeypatch.setenv("COLUMNS", "80")
+    others = [
+        pruned(f"method-{i}", f"sha256:{i:064d}", 11.0 + i, remark="no speed-up: zeros are stored dense")
+        for i in range(5)
+    ]
+    comparison.show(comparison.compare([report_file(tmp_path / "a.json", dense(), *others)]), as_json=False)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 or "no speed-up" in max(out.splitlines(), key=len)
+    heads = [line for line in out.splitlines() if line.startswith("┃") and "dense" in line]
+    assert all(f"method-{i}" in "".join(heads) for i in range(5)) and len(heads) % 2 == 0
+    assert out.count("no speed-up: zeros are stored dense") == 1
+
+
+def test_what_all_models_have_comes_first(tmp_path: Path) -> None:
+    alone = number("c4/perplexity", 9.0)
+    found = comparison.compare([report_file(tmp_path / "a.json", dense(alone), pruned())])
+    (table,) = [table for table in tables(found) if table.title == "Perplexity"]
+    assert [column.name for column in table.columns] == ["wikitext2/perplexity", "c4/perplexity"]
+
+
+def test_a_speed_has_one_ratio(tmp_path: Path) -> None:
+    found = comparison.compare([report_file(tmp_path / "a.json", dense(), pruned())])
+    (table,) = [table for table in tables(found) if table.title == "Speed"]
+    said = {column.name: table.rows[-1].cells[i] for i, column in enumerate(table.columns)}
+    assert said["decode/batch1"].against == "" and said["decode_speedup/batch1"].text == "0.90 ×"

@@ -53,9 +53,7 @@ def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Pa
     assert all(name in out for name in (tiny_folder.name, pruned.name, "(reference)"))
     flat = " ".join(out.split())
     assert all(line in flat for line in remarks(report.models))
-    assert error.splitlines() == [
-        f"measuring {f.name}, {what}" for what in ("loading", "batch 1", "batch 3") for f in (tiny_folder, pruned)
-    ]
+    assert error == "", "what is quick needs no sign of life"
 
 
 def test_json_is_the_account_and_nothing_else(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +100,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("./missing/model",), "CheckpointError: model ./missing/model does not exist."),
         (("--batch", "1,two"), "DataError: --batch '1,two' is not a list of whole numbers; wanted something like 1,8"),
-        (("--batch", "0"), "batches=(0,): all must be at least 1"),
+        (("--batch", "0"), "--batch 0: all must be at least 1"),
         (("--rounds", "0"), "--rounds 0"),
         (("--dtype", "flaot32"), "--dtype 'flaot32' is unknown; did you mean 'float32'?"),
         (

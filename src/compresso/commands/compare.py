@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Drawn
 from rich.text import Text
 
 from compresso.door import public
 from compresso.engines.registry import commands
 from compresso.report.html import check_target, write_report
 from compresso.report.read import Comparison, read_results
-from compresso.report.table import Cell, missing, tables
+from compresso.report.table import Cell, Row, Table, missing, tables
+
+_NAME, _LEAST = 24, 10
+"""Widths of the column of names and of a model's narrowest column."""
 
 
 @public
@@ -39,26 +42,56 @@ def compare(paths: Sequence[str | Path], output: str | Path | None = None) -> Co
 
 
 def show(comparison: Comparison, as_json: bool) -> None:
-    """Print a comparison as JSON (a report) or as tables, one for each group of numbers."""
+    """Print a comparison as JSON (a report) or as tables, one for each group of numbers, with models side by side."""
     if as_json:
         print(comparison.report().model_dump_json(indent=2))
         return
     console = Console()
     for one in tables(comparison):
-        drawn = Table(title=one.title, title_justify="left")
-        drawn.add_column("model", overflow="fold")
-        for column in one.columns:
-            heading = _plain(column.title) + Text(f"\n{column.how}", style="dim")
-            if column.detail:
-                heading += _plain(f"\n{column.detail}", "dim")
-            drawn.add_column(heading, justify="right", overflow="fold")
-        for row in one.rows:
-            drawn.add_row(_plain(row.name, "bold" if row.kind == "dense" else ""), *(_cell(cell) for cell in row.cells))
-        console.print(drawn)
+        for rows in _side_by_side(one.rows, console.width):
+            console.print(_drawn(one, rows, console.width))
+        for line in _remarks(one.rows):
+            console.print(_plain(line, "dim"), soft_wrap=True)
     if absent := missing(comparison):
         console.print(f"Not measured: {', '.join(absent)}.")
     if not comparison.dense:
         console.print("[red]No dense model is among the inputs: give the file of `compresso evaluate` on it too.[/red]")
+
+
+def _side_by_side(rows: Sequence[Row], width: int) -> list[list[Row]]:
+    """The models that fit beside each other; the first, which others are held against, stands in each part."""
+    room = max(1, (width - _NAME - 3) // (_LEAST + 3) - 1)
+    first, others = rows[:1], rows[1:]
+    return [[*first, *others[i : i + room]] for i in range(0, max(len(others), 1), room)]
+
+
+def _drawn(table: Table, rows: Sequence[Row], width: int) -> Drawn:
+    """Numbers in rows, models in columns; numbers that most of them have come first."""
+    drawn = Drawn(title=table.title, title_justify="left", show_lines=True)
+    drawn.add_column("", max_width=_NAME, overflow="fold")
+    for row in rows:
+        drawn.add_column(_plain(row.name, "bold" if row.kind == "dense" else ""), justify="right", overflow="fold")
+    for place, column in enumerate(table.columns):
+        heading = _plain(column.title) + Text(f"\n{column.how}", style="dim")
+        if column.detail:
+            heading += _plain(f"\n{_short(column.detail)}", "dim")
+        drawn.add_row(heading, *(_cell(row.cells[place]) for row in rows))
+    return drawn
+
+
+def _short(detail: str) -> str:
+    """A protocol without the checksums, which tell it apart and tell a person nothing."""
+    return ", ".join(part for part in detail.split(", ") if "sha256" not in part)
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What must be read beside numbers, each sentence once, with the models it is about."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for cell in row.cells:
+            if cell.remark and row.name not in found.setdefault(cell.remark, []):
+                found[cell.remark].append(row.name)
+    return [f"{', '.join(names)}: {remark}" for remark, names in found.items()]
 
 
 def _cell(cell: Cell) -> Text:
@@ -66,8 +99,6 @@ def _cell(cell: Cell) -> Text:
     if cell.against:
         known = {True: "\nwithin noise", False: "", None: ""}[cell.within_noise]
         text += Text(f"\n{cell.against}{known}", style="dim")
-    if cell.remark:
-        text += _plain(f"\n{cell.remark}", "red")
     return text
 
 

@@ -22,6 +22,7 @@ from compresso.loading import Loaded, load
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
 from compresso.training.device import choose_device
+from compresso.training.progress import Progress
 
 if TYPE_CHECKING:
     from compresso.metrics.corpora import Corpus
@@ -99,14 +100,16 @@ def evaluate(
         from compresso.metrics.tasks import prepare
 
         ready = prepare(names, data_root=data_root, seed=seed)
-    loaded = load(model, device=where)
+    shown = Progress()
+    with shown.working("reading the weights"):
+        loaded = load(model, device=where)
     assert loaded.tokenizer is not None
     measurements: list[Measurement] = []
     if language:
         from compresso.metrics.perplexity import perplexity
 
         texts, how = language
-        result = perplexity(loaded.model, loaded.tokenizer, texts.texts, how, batch_size=batch_size)
+        result = perplexity(loaded.model, loaded.tokenizer, texts.texts, how, batch_size=batch_size, progress=shown)
         measurements += result.measurements(Environment.here(where, loaded.model.dtype), texts.remark)
     if ready:
         from compresso.metrics.tasks import task_measurements

@@ -4,7 +4,6 @@ All models are found, checked and fitted into memory before the first is read. P
 their own, while this one holds no weights; then all models are loaded together, so that they can be timed in turn.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, load_model, numbers_of, open_source
@@ -30,6 +27,7 @@ from compresso.metrics.size import size_measurements
 from compresso.metrics.timed_generation import lengths
 from compresso.runner.output import stored_dtype
 from compresso.training.device import choose_device
+from compresso.training.progress import PATIENCE, Progress
 
 __all__ = ["batch_sizes", "measure", "show"]
 
@@ -204,28 +202,7 @@ def _short(dtype: torch.dtype) -> str:
 
 @contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that counts pieces of work; on no terminal, one line for each thing that is done to a
-    model.
-    """
-    if quiet or not sys.stderr.isatty():
-        said: set[str] = set()
-
-        def say(what: str) -> None:
-            phase = what.rpartition(", ")[0] if ", batch " in what else what
-            if not quiet and phase not in said:
-                print(f"measuring {phase}", file=sys.stderr, flush=True)
-            said.add(phase)
-
-        yield say
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        begun = False
-
-        def advance(what: str) -> None:
-            nonlocal begun
-            bar.update(task, description=what, advance=int(begun))
-            begun = True
-
-        yield advance
+    """The display of so many pieces of work; what it gives is called before each of them."""
+    shown, begun = Progress("silent" if quiet else "auto"), iter(range(total))
+    with shown.running(total, 0, "measuring", PATIENCE):
+        yield lambda what: shown.step(next(begun), f"measuring {what}", {}, 0)

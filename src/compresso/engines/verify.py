@@ -24,6 +24,7 @@ from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
 from compresso.sweep.memory import available
+from compresso.training.progress import Progress
 
 
 @public
@@ -43,7 +44,8 @@ def verify(model: str | Path) -> list[Parity]:
     if is_text_classifier(source.config):
         with scratch_folder() as scratch:
             return verify_classifier(source, scratch)
-    reference = load_for(Format.CHECKPOINT, source).reference()
+    with Progress().working("reading the model"):
+        reference = load_for(Format.CHECKPOINT, source).reference()
     found: dict[str, Parity] = {}
     with scratch_folder() as scratch:
         for written, engines in groupby(registry.engines(), lambda engine: engine.reads):
@@ -87,26 +89,33 @@ def _compared(
     """As `parities`, of engines that can be run here."""
     assert source.folder is not None
     if written is Format.CHECKPOINT:
-        return [engine.parity(source.folder, reference) for engine in engines]
+        return [_asked(engine, source.folder, reference) for engine in engines]
     path = scratch / written
     try:
         model = load_for(written, source)
     except CompressoError as error:
         return [Parity(engine.name, "not checked", str(error)) for engine in engines]
     try:
-        write(written, model, path)
+        with Progress().working(f"writing {written}"):
+            write(written, model, path)
     except CompressoError as error:
         return [Parity(engine.name, "no", str(error)) for engine in engines]
     if model.packing is not None:
         reference = model.reference()
     del model  # an engine needs memory for its own
     try:
-        return [engine.parity(path, reference) for engine in engines]
+        return [_asked(engine, path, reference) for engine in engines]
     finally:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _asked(engine: Engine, path: Path, reference: Reference) -> Parity:
+    """What an engine makes of what was written, with a sign of life while it opens it."""
+    with Progress().working(f"asking {engine.name}"):
+        return engine.parity(path, reference)
 
 
 def parity_records(folder: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from compresso.metrics.forward import context_of, rows_at_once, window_logits
 from compresso.metrics.protocol import PRESETS, PerplexityProtocol, check_context, every_token, preset
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.windows import Window, streams, text_windows
+from compresso.training.progress import PATIENCE, Progress
 
 __all__ = ["PRESETS", "PerplexityProtocol", "PerplexityResult", "check_context", "every_token", "perplexity", "preset"]
 
@@ -110,8 +111,11 @@ def perplexity(
     protocol: PerplexityProtocol,
     *,
     batch_size: int = 1,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of `texts`; `batch_size` windows are read together, which changes the time and nothing else.
+
+    progress: display of the windows; None shows nothing.
 
     Raises:
         DataError: windows longer than the model's context, or texts too short for one window.
@@ -127,10 +131,14 @@ def perplexity(
             f"corpus '{protocol.corpus}': {len(chosen)} texts make {longest} tokens in a row, too few to predict one;"
             f" wanted {wanted}. Give more text, or a smaller seq_len."
         )
-    nats = [0.0] * len(windows)
-    for i, logits in window_logits(model, [window.ids for window in windows], batch_size):
-        first = windows[i].first
-        nats[i] = _nats(logits[first - 1 : -1], torch.tensor(windows[i].ids[first:], device=logits.device))
+    nats, shown = [0.0] * len(windows), progress or Progress("silent")
+    read, phase = 0, f"perplexity of {protocol.corpus}"
+    with shown.running(len(windows), 0, phase, PATIENCE):
+        for i, logits in window_logits(model, [window.ids for window in windows], batch_size):
+            first = windows[i].first
+            nats[i] = _nats(logits[first - 1 : -1], torch.tensor(windows[i].ids[first:], device=logits.device))
+            read += 1
+            shown.step(read, phase, {}, len(windows[i].ids))
     total, n_tokens = math.fsum(nats), sum(window.n_scored for window in windows)
     loss = total / n_tokens
     if protocol.averaging == "windows":

@@ -7,7 +7,7 @@ as independent; on the same items they are not, so the true error is smaller and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compresso.metrics.record import Measurement, ModelResults
@@ -75,7 +75,7 @@ def tables(comparison: Comparison) -> list[Table]:
     every = columns(number for results in comparison.models for number in results.measurements)
     made: list[Table] = []
     for name in GROUPS:
-        mine = tuple(column for column in every if group(column.name) == name)
+        mine = tuple(sorted((column for column in every if group(column.name) == name), key=_lacking(comparison)))
         if mine:
             rows = _rows(comparison, mine)
             floor = _floors(comparison, mine) if name in QUALITY else None
@@ -89,6 +89,11 @@ def tables(comparison: Comparison) -> list[Table]:
             )
             made.append(Table(name, mine, tuple(rows), "Noise floor: not measured." if untold else ""))
     return made
+
+
+def _lacking(comparison: Comparison) -> Callable[[Column], int]:
+    """How many models have no number in a column: what can be compared across all comes first."""
+    return lambda column: sum(find(one, column) is None for one in comparison.models)
 
 
 def missing(comparison: Comparison) -> list[str]:
@@ -173,7 +178,9 @@ def _cell(results: ModelResults, dense: ModelResults | None, column: Column, rel
     if dense is None or reference is None:
         return Cell(text, spread, remark=number.remark or "")
     verdict = within_noise(number, reference, noise_floor(dense, reference)) if number.how == "measured" else None
-    return Cell(text, spread, against(number, reference), verdict, number.remark or "")
+    paired = number.name.replace("/", "_speedup/", 1)  # measured in turn with dense, so the better of the two ratios
+    twice = number.unit == "tokens/s" and any(one.name == paired for one in results.measurements)
+    return Cell(text, spread, "" if twice else against(number, reference), verdict, number.remark or "")
 
 
 def _floors(comparison: Comparison, mine: Sequence[Column]) -> Row | None:
