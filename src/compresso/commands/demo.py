@@ -63,10 +63,20 @@ def demo(
     Raises:
         CompressoError: as `run` does.
     """
-    console, output = Console(), Path(output)
+    console, output, threads = Console(), Path(output), torch.get_num_threads()
     check_output(output, nano.path(), overwrite)
     if overwrite:
         refuse_foreign(output, demo_files(tuple(RECIPES)))
+    torch.set_num_threads(1)  # so small a model gains nothing by more, and where they are busy waits for all of them
+    try:
+        report = _made(console, output, keep, overwrite, allow_collapsed, seed)
+    finally:
+        torch.set_num_threads(threads)
+    return report
+
+
+def _made(console: Console, output: Path, keep: float, overwrite: bool, allow_collapsed: bool, seed: int) -> Report:
+    """The three runs, the table and the report."""
     with new_folder(output, overwrite) as folder:
         folders = {"dense": nano.path()}
         for name, recipe in RECIPES.items():
