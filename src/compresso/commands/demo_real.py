@@ -138,7 +138,8 @@ def _whole(text: str) -> str:
 
 def _print(console: Console, shown: Mapping[str, Sequence[Sample]], results: Mapping[str, Result]) -> None:
     for place, asked in enumerate(ASKED):
-        table = Table(title=asked, title_justify="left", show_header=False)
+        console.print(f"\n[bold]{asked}[/bold]", soft_wrap=True)
+        table = Table(show_header=False)
         for name, texts in shown.items():
             table.add_row(name, " ".join(texts[place].text.split()))
         console.print(table)

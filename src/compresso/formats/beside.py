@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.links import is_own
 from compresso.checkpoint.overwrite import is_legal
 from compresso.formats.config_text import config_text
 
@@ -158,13 +159,10 @@ def _copy(folder: Path, source: Path, patterns: tuple[str, ...]) -> None:
 
 def _named(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     """The plain files of a folder that are to be carried over."""
-    roots = [folder.resolve()]
-    if roots[0].parent.name == "snapshots":
-        roots.append(roots[0].parent.parent / "blobs")
     for path in folder.iterdir():
         wanted = is_legal(path.name) or any(fnmatchcase(path.name, pattern) for pattern in patterns)
         if wanted and path.is_file():
-            if any(path.resolve().is_relative_to(root) for root in roots):
+            if is_own(path.resolve(), folder):
                 yield path
             else:
                 log.warning("%s leads out of the model's folder and was not carried over", path.name)
