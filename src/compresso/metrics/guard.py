@@ -82,15 +82,15 @@ class Guard(Strict):
         match self.verdict:
             case "refuse":
                 return (
-                    f"The pruned model has collapsed: {words}. Keep more, recover longer or with other data, or pass"
+                    f"The result has collapsed: {words}. Keep more, recover longer or with other data, or pass"
                     " --allow-collapsed."
                 )
             case "warn":
-                return f"The pruned model has lost much: {words}."
+                return f"The result has lost much: {words}."
             case "unchecked":
-                return f"Whether the pruned model still works is not known: {words}."
+                return f"Whether the result still works is not known: {words}."
             case _:
-                return f"The pruned model passes: {words}."
+                return f"The result passes: {words}."
 
 
 def judge(

@@ -19,6 +19,7 @@ from compresso.core.plan import Plan
 from compresso.metrics.record import Measurement, ModelResults
 from compresso.report import facts
 from compresso.report.columns import group
+from compresso.report.done import deeds, participle
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.table import Cell, missing, tables
@@ -61,6 +62,8 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         layout=records.layout,
         auto_class=task_named(records.recipe.task).auto_class,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
+        participle=participle(records),
+        deeds=[_plain(deed) for deed in deeds(records)],
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
         dense=_plain(records.stored_dense()),
         prompt=records.prompt.get("version") if records.prompt else None,
@@ -86,7 +89,7 @@ def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": task_named(records.recipe.task).pipeline,
-        "tags": ["compresso", "pruned"],
+        "tags": ["compresso", *participle(records).split(" and ")],
     }
     if "/" in source and is_hub_name(source):
         front |= {"base_model": source, "base_model_relation": "finetune"}
@@ -95,7 +98,7 @@ def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     results = _index(pruned.measurements, task_named(records.recipe.task).pipeline)
     if results:
         front["model-index"] = [
-            {"name": f"{source.rpartition('/')[2]} pruned by {records.recipe.name}", "results": results}
+            {"name": f"{source.rpartition('/')[2]} {participle(records)} by {records.recipe.name}", "results": results}
         ]
     return front
 

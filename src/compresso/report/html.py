@@ -18,6 +18,7 @@ from compresso.errors import ExportError
 from compresso.metrics.record import ModelResults, Sample
 from compresso.report import charts, facts, figures
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
+from compresso.report.done import deeds
 from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
@@ -128,6 +129,7 @@ def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
         "asked": facts.asked(run),
         "description": run.records.recipe.description.strip(),
         "removed": figures.removed(run),
+        "deeds": deeds(run.records),
         "training": figures.training(run),
         "guard": guard,
         "verdict": _VERDICTS[guard.verdict],

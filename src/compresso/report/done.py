@@ -1,0 +1,53 @@
+"""What was done to a model, in words, from what its stages noted: not from what a recipe is called."""
+
+import re
+
+from compresso.report.records import RunRecords
+
+_PARTS = (
+    (re.compile(r"\.queries$"), "query heads"),
+    (re.compile(r"\.heads$"), "heads"),
+    (re.compile(r"\.channels$"), "FFN channels"),
+    (re.compile(r"^hidden$"), "hidden dimensions"),
+    (re.compile(r"^layers$"), "layers"),
+    (re.compile(r"attention"), "attention sub-layers"),
+    (re.compile(r"mlp|ffn"), "FFN sub-layers"),
+    (re.compile(r"^vocab$"), "tokens of the vocabulary"),
+)
+
+
+def removed_kinds(records: RunRecords) -> list[str]:
+    """What left, such as ["heads", "FFN channels"]; kinds of which every unit stayed are not named."""
+    gone: list[str] = []
+    for facts in records.stages.values():
+        for axis, fraction in facts.units_kept.items():
+            kept, _, size = fraction.partition("/")
+            if int(kept) < int(size):
+                name = next((words for pattern, words in _PARTS if pattern.search(axis)), "other units")
+                gone.append(name)
+    return sorted(set(gone), key=gone.index)
+
+
+def participle(records: RunRecords) -> str:
+    """One of "pruned", "quantised", "pruned and quantised"; "trained" where nothing of it was done."""
+    pruned = bool(removed_kinds(records)) or any(facts.sparsity for facts in records.stages.values())
+    quantised = any(facts.bits for facts in records.stages.values())
+    return " and ".join(word for word, done in (("pruned", pruned), ("quantised", quantised)) if done) or "trained"
+
+
+def deeds(records: RunRecords) -> list[str]:
+    """A sentence for everything that was done."""
+    told: list[str] = []
+    if kinds := removed_kinds(records):
+        *first, last = kinds
+        names = f"{', '.join(first)} and {last}" if first else last
+        filled = " and filled up with zeros to one width" if records.layout == "padded" else ""
+        told.append(f"{names[0].upper()}{names[1:]} were removed{filled}.")
+    for name, facts in records.stages.items():
+        if facts.sparsity:
+            told.append(f"{facts.sparsity:.1%} of the weights that {name} worked on are zeros.".replace("%", " %"))
+        if facts.bits:
+            group = (facts.model_extra or {}).get("group")
+            groups = f", in groups of {group} inputs" if group else ""
+            told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
+    return told
