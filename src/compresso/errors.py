@@ -20,8 +20,10 @@ Messages are one line: what, the value, what was wanted, the cure.
 
 import difflib
 import signal
+import sys
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 GONE_IN = "0.3"
 """The release in which the names that this one deprecates stop working."""
@@ -108,6 +110,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a device."""
+    torch: Any = sys.modules.get("torch")  # where it was not imported, no tensor was made
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    said = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in said)
 
 
 def deprecated(old: str, new: str) -> None:

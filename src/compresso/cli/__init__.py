@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from typer.exceptions import TyperException
 
 from compresso.cli import making, results  # noqa: F401 - each registers its commands
 from compresso.cli.app import app
 from compresso.cli.streams import drop, hold_streams, say
-from compresso.errors import ArgumentError, CompressoError, Interrupted
+from compresso.errors import ArgumentError, CompressoError, Interrupted, out_of_memory
 from compresso.wording import command_line
 
 __all__ = ["app", "main"]
@@ -82,7 +82,7 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"{type(error).__name__}: {error}", error.exit_code
     if isinstance(error, TyperException):
         return f"usage: {error.format_message()} See `{_help_of(error)}`", 2
-    if _is_out_of_memory(error):
+    if out_of_memory(error):
         return (
             f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16",
             3,
@@ -121,11 +121,3 @@ def _help_of(error: TyperException) -> str:
     """The help page of the command that was called wrongly."""
     context = getattr(error, "ctx", None)
     return f"{context.command_path if context is not None else 'compresso'} --help"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of the host or of a device."""
-    torch: Any = sys.modules.get("torch")  # where it was not imported, no tensor was made
-    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    said = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    return on_device or isinstance(error, MemoryError) or any(words in str(error) for words in said)

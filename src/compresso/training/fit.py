@@ -18,6 +18,7 @@ from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.checkpoint_manager import CheckpointManager
 from compresso.training.device import choose_device, choose_precision
 from compresso.training.groups import Group, adamw, all_finite, check_groups, clip_, gradient_norms, set_rates_
+from compresso.training.halving import Halving, free
 from compresso.training.history import History
 from compresso.training.launch import new_accelerator, prepare, summed
 from compresso.training.noise import mixed_seed
@@ -77,6 +78,8 @@ def fit(
         phase: the name shown for an update.
 
     Raises:
+        ResourceError: memory does not suffice for a single example; a micro-batch that does not fit is halved, and that
+            is said (in one process).
         NumericError: MOST_SKIPS updates in a row were not finite; the parameters are put back to the newest checkpoint,
             if there is one.
         ResumeError: the newest checkpoint belongs to another run.
@@ -101,6 +104,7 @@ def fit(
     }
     optimizer = adamw(groups)
     model = prepare(accelerator, objective, optimizer)
+    halving = Halving(ranks)
     manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run)
     done, history = manager.resume()
     shown = progress if progress is not None and accelerator.is_main_process else Progress("silent")
@@ -110,7 +114,15 @@ def fit(
             shown.say(note)
         for update in range(done, steps):
             micros = micros_of(update, batches.global_batch, accumulation, rank, ranks)
-            means, tokens = _gradients(accelerator, model, batches, micros, seed, compute == "bf16")
+            while True:
+                try:
+                    means, tokens = _gradients(accelerator, model, batches, micros, seed, compute == "bf16", halving)
+                    break
+                except Exception as error:
+                    if not halving.after(error, micros):
+                        raise
+                optimizer.zero_grad(set_to_none=True)  # of the parts that did fit: the update is done anew
+                free()
             norms = gradient_norms(optimizer)
             bad = ~(means["loss"].isfinite() & all_finite(norms).to(means["loss"].device))
             sums = summed(accelerator, means | requests.flags() | {"#bad": bad, "#tokens": torch.tensor(tokens)})
@@ -141,7 +153,13 @@ def fit(
 
 
 def _gradients(
-    accelerator: Accelerator, model: nn.Module, batches: Batches, micros: Sequence[Micro], seed: int, bf16: bool
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Batches,
+    micros: Sequence[Micro],
+    seed: int,
+    bf16: bool,
+    halving: Halving,
 ) -> tuple[dict[str, Tensor], float]:
     """Accumulate the gradients of an update; returns this process' mean of every logged number, and its count of
     tokens.
@@ -149,20 +167,21 @@ def _gradients(
     device = accelerator.device
     means: dict[str, Tensor] = {}
     tokens = 0.0
-    for micro in micros:
-        batch = batches.at(micro.update, micro.rows)
-        tokens += _tokens(batch)
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        torch.manual_seed(mixed_seed("dropout", seed, micro.update, micro.slot))
-        with nullcontext() if micro is micros[-1] else accelerator.no_sync(model):
+    pieces = ((one, piece) for one in micros for piece in halving.pieces(one, batches))
+    for micro, piece in pieces:
+        tokens += _tokens(piece.batch)
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in piece.batch.items()}
+        part = () if piece.part is None else (piece.part,)
+        torch.manual_seed(mixed_seed("dropout", seed, micro.update, micro.slot, *part))
+        with nullcontext() if micro is micros[-1] and piece.last else accelerator.no_sync(model):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                numbers: dict[str, Tensor] = model(batch, micro)
+                numbers: dict[str, Tensor] = model(batch, piece.micro)
             if "loss" not in numbers or (means and numbers.keys() != means.keys()):
                 found = f"the objective returned {sorted(numbers)} at update {micro.update}"
                 raise CompressoError(f"{found}; wanted 'loss', and the same names for all of an update")
-            (numbers["loss"] / len(micros)).backward()
+            (numbers["loss"] * piece.weight / len(micros)).backward()
         for name, number in numbers.items():
-            share = number.detach().double() / len(micros)
+            share = number.detach().double() * piece.weight / len(micros)
             means[name] = means[name] + share if name in means else share
     return means, tokens
 
