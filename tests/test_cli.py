@@ -498,3 +498,32 @@ def test_the_whole_way_with_a_fresh_process(call: Call, tiny_folder: Path, instr
     assert code == 0, error
     assert json.loads((tmp_path / "out" / "records.json").read_text())["reopened_max_abs_difference"] <= 1e-4
     assert "recover" in error  # progress, on stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError("11008 requested and 2880 written"), 3, "11008 requested and 2880 written (OSError)"),
+        (OSError(), 3, "an input or output error without a reason"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/gone"), 2, "/gone: No such file or directory"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/closed"),
+            2,
+            "/closed: Permission denied; check the path",
+        ),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/loop"), 2, "/loop: Too many levels"),
+        (OSError(errno.EMFILE, "Too many open files"), 3, "Too many open files; free"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 3, "out of memory"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(
+    error: Exception, code: int, said: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inspect, "inspect", fail)
+    found, _, shown = call("inspect", "m")
+    assert found == code
+    assert said in shown
+    assert len(shown.splitlines()) == 1

@@ -33,7 +33,7 @@ UNKNOWN = f"{COMMAND} nothing-of-the-kind"
         (f"exec {UNKNOWN} 2>&-", 2, ""),
         (f"exec {UNKNOWN} >&- 2>/dev/full", 2, ""),
         (f"exec {UNKNOWN} >/dev/full", 2, "RecipeError: unknown recipe 'nothing-of-the-kind'"),
-        (f"exec {COMMAND} >/dev/full", 3, "ResourceError: No space left on device"),
+        (f"exec {COMMAND} >/dev/full", 3, "ResourceError: [Errno 28] No space left on device"),
         (f"exec {COMMAND} >/dev/full 2>&-", 3, ""),
         (f"PYTHONIOENCODING=ascii {COMMAND} compresso >/dev/null", 0, ""),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import compresso
 from compresso.checkpoint import atomic
@@ -334,3 +335,37 @@ def test_an_output_in_the_folder_of_the_input_model_is_refused(tmp_path: Path) -
         check_output(tmp_path, model)
     check_output(tmp_path / "model-small", model)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["inner", "link", "model"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("11008 requested and 2880 written"),
+        OSError(),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_by_whatever_says_it(tmp_path: Path, error: Exception) -> None:
+    for written in (atomic.new_file(tmp_path / "a"), new_folder(tmp_path / "b")):
+        with (
+            pytest.raises(ResourceError, match=r"cannot write .*choose another output|Choose another"),
+            written as path,
+        ):
+            path.write_text("part") if path.name.endswith("tmp") else (path / "x").write_text("part")
+            raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_of_a_file_left_goes_with_the_next(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    mine = tmp_path / f".x.gguf.{atomic.HOST}.{int(gone.stdout)}.tmp"
+    others = [tmp_path / f".x.gguf.elsewhere.{int(gone.stdout)}.tmp", tmp_path / f".y.gguf.{atomic.HOST}.1.tmp"]
+    for path in (mine, *others):
+        path.write_text("half")
+    with atomic.new_file(tmp_path / "x.gguf") as path:
+        assert not mine.exists()
+        path.write_text("whole")
+    assert (tmp_path / "x.gguf").read_text() == "whole"
+    assert all(path.exists() for path in others)

@@ -97,7 +97,7 @@ def test_parts_are_weighed_by_their_labels(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_example_that_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(ResourceError, match="out of memory with a single example") as e,
+        pytest.raises(ResourceError, match="out of memory with a single example") as error,
     ):
         trained(0, ERRORS["host"])
     assert "checkpointing: true" in str(error.value)

@@ -103,7 +103,9 @@ def _of_the_system(error: OSError) -> tuple[str, int]:
         return "CheckpointError: the working folder is gone; change to one that exists", 2
     where = f"{error.filename}: " if error.filename is not None else ""
     why = error.strerror or str(error) or "an input or output error without a reason"
-    if error.errno is None or error.errno in _NO_RESOURCE:
+    if error.errno in _NO_RESOURCE:
+        return f"ResourceError: {error}; free some space, or choose another output", 3
+    if error.errno is None:
         return f"ResourceError: {where}{why} ({type(error).__name__}); free some space, or choose another output", 3
     return f"CheckpointError: {where}{why}; check the path and its permissions", 2
 
