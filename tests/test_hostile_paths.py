@@ -1,11 +1,13 @@
 """Every option that takes a path, given one that leads nowhere: one line, exit code 2 or 3, nothing left behind."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from compresso.checkpoint import source
 from compresso.data import nano
 from tests.conftest import Call
 
@@ -83,3 +85,38 @@ def test_a_working_folder_that_is_gone_is_said_in_a_line(
     assert code in (2, 3), error
     assert len(error.splitlines()) == 1, error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick_reopening")
+@pytest.mark.parametrize("when", range(4))
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "magnitude/50", "--model", "model", "--output", "out", "--no-verify"),
+        ("evaluate", "model", "--corpus", "file", "--protocol", "compresso"),
+        ("export", "model", "--format", "vllm-deci", "--output", "out"),
+        ("measure", "model", "--no-memory", "--rounds", "1", "--batch", "1"),
+    ],
+)
+def test_a_model_that_vanishes_while_it_is_read(
+    command: tuple[str, ...], when: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """Its folder goes before the nth look at its files."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "file").write_text("One text of some words. " * 400)
+    monkeypatch.chdir(tmp_path)
+    looks, look = [0], source.refuse_code
+
+    def vanishing(folder: Path) -> None:
+        if looks[0] == when:
+            shutil.rmtree(tmp_path / "model")
+        looks[0] += 1
+        look(folder)
+
+    monkeypatch.setattr(source, "refuse_code", vanishing)
+    code, out, error = call(*command)
+    assert "Traceback" not in error + out
+    if looks[0] > when:
+        assert code == 2, error
+        assert error.splitlines()[-1].startswith(("CheckpointError: ", "ResumeError: ")), error
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
