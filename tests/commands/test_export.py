@@ -208,3 +208,11 @@ def test_vllm_deci_is_written_and_said_to_be_unopened(tmp_path: Path, call: Call
     ).is_file()
     with pytest.raises(ExportError, match="dtype='f32': vllm-deci keeps the stored one"):
         exporting.export(nano.path(), tmp_path / "other", format="vllm-deci", dtype="f32")
+
+
+@pytest.mark.parametrize("format", ["onnx", "vllm-deci", "compressed-tensors"])
+def test_a_folder_is_not_written_into_the_model(format: str, tiny_folder: Path) -> None:
+    before = sorted(tiny_folder.rglob("*"))
+    with pytest.raises(CheckpointError, match="lies in the folder of the input model"):
+        exporting.export(tiny_folder, tiny_folder / "out", format=format)
+    assert sorted(tiny_folder.rglob("*")) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.atomic import first_bytes
+from compresso.checkpoint.atomic import check_output, first_bytes
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_classifier, open_source
@@ -70,6 +70,8 @@ def export(
     if overwrite:
         _refuse_foreign(output, format)
     source = open_source(model)
+    if format != "gguf":  # a folder; a single file may lie beside the weights
+        check_output(output, source.folder, overwrite)
     if format == "compressed-tensors":
         if dtype is not None:
             raise ExportError(
