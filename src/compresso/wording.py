@@ -26,7 +26,7 @@ FLAGS = {
 """Options without a value, and what takes their place in Python."""
 _AS_SPELT = (
     "model data output keep parameters macs speedup max-steps target task layout seed device dtype format corpus suite"
-    " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds"
+    " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "set": ("sets",),

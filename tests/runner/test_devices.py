@@ -13,7 +13,7 @@ from compresso.runner.devices import DEVICES, planned
 def test_a_device_that_is_not_here_has_its_data_sheet() -> None:
     found = planned("H100")
     assert found.here is None and found.known == DEVICES["h100"]
-    with pytest.raises(ResourceError, match=r"device=h10 is unknown; did you mean 'h100'"):
+    with pytest.raises(ResourceError, match=r"--device h10 is unknown; did you mean 'h100'"):
         planned("h10")
     assert planned("cpu").here is not None
 

@@ -71,4 +71,4 @@ def planned(name: str) -> Planned:
     if name == "auto" or name.split(":")[0] in ("cpu", "cuda", "mps"):
         device = choose_device(name)
         return Planned(device.type, here=device)
-    raise ResourceError(f"device={name} is unknown; {nearest(name.lower(), DEVICES)}")
+    raise ResourceError(f"--device {name} is unknown; {nearest(name.lower(), DEVICES)}")
