@@ -82,10 +82,10 @@ class Loaded:
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False
 ) -> Loaded:
-    """Open a checkpoint folder.
+    """Open a checkpoint folder or a GGUF file.
 
     Args:
-        path: a folder that `compresso.run` wrote, or any model folder or hub id.
+        path: a folder that `compresso.run` wrote, or any model folder, GGUF file or hub id.
         dtype: None keeps the stored one.
         device: where the weights go.
         gather: weights that E-Sparse pruned lie in n:m groups, and their inputs are gathered to meet them; see

@@ -93,7 +93,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe in full.
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or a config.json.")
+        str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, GGUF file, or a config.json.")
     ],
     as_json: Json = False,
     explain: Annotated[
@@ -163,7 +163,7 @@ def plan(
 @app.command()
 def run(
     recipe: Recipe,
-    model: Annotated[str, typer.Option(help="Hub id or local folder of safetensors.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder of safetensors, or GGUF file.")],
     output: Annotated[Path, typer.Option(help="Folder of the new checkpoint; must not exist or be empty.")],
     data: Annotated[
         str | None,

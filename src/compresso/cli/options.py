@@ -12,7 +12,7 @@ from compresso.wording import renamed_speedup
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
-Weights = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or local folder of safetensors.")]
+Weights = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or GGUF file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 

@@ -14,7 +14,9 @@ from compresso.cli.options import Device, Force, Json, Overwrite, Task, Weights,
 
 @app.command()
 def measure(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids, the dense one first.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders, GGUF files, hub ids; the dense one first.")
+    ],
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8; default 1,8, and 32 on a GPU.")] = None,
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Length of the prompts; default 256, or what a context holds.")

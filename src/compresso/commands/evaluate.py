@@ -52,7 +52,7 @@ def evaluate(
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
     Args:
-        model: folder of safetensors or hub id.
+        model: folder of safetensors, GGUF file or hub id.
         suite: commonsense, reading, mmlu, bbh or world.
         tasks: single tasks, in place of a suite.
         corpus: wikitext2, c4 or a local file.
@@ -86,7 +86,7 @@ def evaluate(
     source = open_source(model, packed=True)
     target = None if output is None else report_path(output, [source.folder])
     if not source.tensors:
-        raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors")
+        raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors or a GGUF file")
     if task is not None and data is not None:
         return _reported(source, task_metric(source, task, data, where, limit), target)
     load_tokenizer(source)

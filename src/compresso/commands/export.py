@@ -38,10 +38,11 @@ def export(
     overwrite: bool = False,
     force: bool | None = None,
 ) -> dict[str, Any]:
-    """Write a folder of safetensors or a hub id in another format, and open it in the engine where that is installed.
+    """Write a folder of safetensors, a GGUF file or a hub id in another format, and open it in the engine where that is
+    installed.
 
     Args:
-        model: folder of safetensors or hub id.
+        model: folder of safetensors, GGUF file or hub id.
         output: the file or folder to write.
         format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded) or vllm-deci.
         dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama.cpp; of
@@ -70,6 +71,8 @@ def export(
     if overwrite:
         _refuse_foreign(output, format)
     source = open_source(model)
+    if source.file is not None and output.exists() and output.samefile(source.file):
+        raise CheckpointError(f"output {output} is the input model. Choose another output.")
     if format != "gguf":  # a folder; a single file may lie beside the weights
         check_output(output, source.folder, overwrite)
     if format == "compressed-tensors":

@@ -73,7 +73,7 @@ def measure(
     """Size, multiply-accumulates, peak memory, prefill and decode speed of models, the first being the dense reference.
 
     Args:
-        models: folders or hub ids.
+        models: folders, GGUF files or hub ids.
         batches: batch sizes; None for 1 and 8, and 32 on a GPU. Peak memory is measured at the first.
         prompt_tokens, new_tokens: of each sequence; None for 256 and 64, or fewer where a model's context holds no
             more.
@@ -164,7 +164,9 @@ def _planned(
     for model in models:
         source = open_source(model, packed=True)
         if not source.tensors:
-            raise CheckpointError(f"{model} has no weights to measure; give a folder of safetensors or a hub name")
+            raise CheckpointError(
+                f"{model} has no weights to measure; give a folder of safetensors, GGUF file or hub id"
+            )
         same = sum(1 for name in sources if name == source.name or name.startswith(f"{source.name} ("))
         sources[f"{source.name} ({same + 1})" if same else source.name] = source
     contexts = {name: context_of(source.config) for name, source in sources.items()}

@@ -33,7 +33,7 @@ def plan(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: hub id, local folder or config.json.
+        model: hub id, local folder, GGUF file or config.json.
         keep, parameters, macs, max_steps, sets, target, task, layout, skip_bad: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as

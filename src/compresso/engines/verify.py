@@ -29,7 +29,7 @@ from compresso.training.progress import Progress
 
 @public
 def verify(model: str | Path) -> list[Parity]:
-    """The parity of every engine with a hub id or a folder of safetensors.
+    """The parity of every engine with a hub id, a folder of safetensors or a GGUF file.
 
     Raises CheckpointError if it is neither a causal language model nor a classifier of texts, or cannot be read;
     ResourceError if memory is short.

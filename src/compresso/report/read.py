@@ -189,6 +189,8 @@ def _read(path: Path, label: str) -> Input:
             f"{path} does not exist; give a folder that `compresso run` wrote, or a file of `compresso evaluate"
             " --output`"
         )
+    if path.suffix in (".gguf", ".safetensors"):
+        raise CheckpointError(f"{path} is a model; give the file of `compresso evaluate {path.name} --output FILE`")
     report = _report(path)
     return Input(label, report)
 

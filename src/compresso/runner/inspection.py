@@ -23,8 +23,8 @@ from compresso.native.stock import as_stock
 
 @public
 def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
-    """Counts and axes of a hub id, a folder, a config.json or a live model; `explained` adds what leaves with one axis,
-    and why.
+    """Counts and axes of a hub id, a folder, a GGUF file, a config.json or a live model; `explained` adds what leaves
+    with one axis, and why.
 
     Returns:
         `{"architecture", "parameters": {"total", "blocks", "embeddings", "norms"}, "axes": [{"kind", "count", "size",

@@ -78,7 +78,7 @@ def with_options(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: what `parameters` and `target` are counted on: hub id, folder or config.json.
+        model: what `parameters` and `target` are counted on: hub id, folder, GGUF file or config.json.
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
         parameters: all parameters wanted, such as "5.4B".
         macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.

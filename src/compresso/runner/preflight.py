@@ -99,8 +99,8 @@ def prepare(
     source = open_source(model)
     if not source.tensors:
         raise CheckpointError(
-            f"{model} has no weights; a run needs a folder of safetensors (a config.json is enough for `compresso"
-            " plan`)"
+            f"{model} has no weights; a run needs a folder of safetensors or a GGUF file (a config.json is enough for"
+            " `compresso plan`)"
         )
     if offload:
         check_offloaded(recipe, layout)

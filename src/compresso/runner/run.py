@@ -103,7 +103,7 @@ def run(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: hub id, local folder of safetensors, or a live model, which stays as it is.
+        model: hub id, local folder of safetensors, GGUF file, or a live model, which stays as it is.
         data: registered name or local file(s); the recipe's own if None.
         output: folder of the new checkpoint; it must not exist or be empty, but with `overwrite`.
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
