@@ -107,7 +107,7 @@ def _llama(fields: Fields, common: dict[str, Any], shapes: list[LayerShape]) -> 
         "attention_bias": any(name.endswith(".attn_output.bias") for name in tensors),
         "mlp_bias": any(name.endswith(".ffn_down.bias") for name in tensors),
     }
-    if len(set(shapes)) > 1:
+    if _differ(shapes):
         return _per_layer("llama", common | biases, shapes)
     if common["hidden_size"] % common["num_attention_heads"]:  # which a stock Llama does not hold
         return _stock("mistral", "MistralForCausalLM", common | {"sliding_window": None})
@@ -116,7 +116,7 @@ def _llama(fields: Fields, common: dict[str, Any], shapes: list[LayerShape]) -> 
 
 def _qwen(fields: Fields, common: dict[str, Any], shapes: list[LayerShape]) -> dict[str, Any]:
     own = {"use_sliding_window": False} | ({"attention_bias": False} if fields.arch == "qwen3" else {})
-    if len(set(shapes)) > 1:
+    if _differ(shapes):
         return _per_layer(fields.arch, common | own, shapes)
     return _stock(fields.arch, f"{fields.arch.capitalize()}ForCausalLM", common | own)
 
@@ -159,9 +159,14 @@ _CAPS = {
 """Caps of scores and logits, and what they are where the file says nothing."""
 
 
+def _differ(shapes: list[LayerShape]) -> bool:
+    """Whether a stock config cannot say the widths: they are not the same in all layers, or a part is absent."""
+    return len(set(shapes)) > 1 or not (shapes[0].query_heads and shapes[0].channels)
+
+
 def _same(fields: Fields, shapes: list[LayerShape]) -> None:
-    """Raise CheckpointError if the layers of a family without a per-layer class differ."""
-    if len(set(shapes)) > 1:
+    """Raise CheckpointError if the layers of a family without a per-layer class differ, or lack a part."""
+    if _differ(shapes):
         raise fields.refuse(f"has layers of different widths, and {fields.arch} is read with one width for all.")
 
 

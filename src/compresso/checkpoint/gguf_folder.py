@@ -241,10 +241,12 @@ def _described(path: Path) -> GgufModel:
         str(dtype).removeprefix("torch."),
     )
     sources = _sources(fields)
+    if has_tokens(fields) and not fields.texts("tokenizer.ggml.tokens"):
+        raise fields.refuse("has no tokenizer.ggml.tokens, which is needed. Convert the model to GGUF again.")
     folder = _scratch() / _name(path)
     with storage_errors(folder):
         folder.mkdir(parents=True)
-        ids = special_ids(fields)
+        ids = special_ids(fields) if has_tokens(fields) else {}
         write_json(folder / "config.json", values | ids)
         if has_tokens(fields):
             write_json(folder / "generation_config.json", ids)

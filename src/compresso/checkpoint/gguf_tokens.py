@@ -67,7 +67,7 @@ def write_tokenizer(fields: Fields, folder: Path, rows: int, context: int) -> No
         CheckpointError: if it is of a kind that is not read, or its parts do not fit together.
     """
     tokens = fields.texts("tokenizer.ggml.tokens")
-    if not tokens or len(tokens) > rows:
+    if tokens is None or len(tokens) > rows:
         raise fields.refuse(f"has {len(tokens or ())} tokens for an embedding of {rows} rows.")
     types = fields.integers("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):

@@ -39,8 +39,8 @@ def is_hub_file(name: str) -> bool:
     return _FILE.fullmatch(name) is not None and ".." not in name
 
 
-def fetch_file(name: str) -> Path:
-    """A GGUF file of a hub model: `owner/name/file.gguf`.
+def fetch_file(name: str) -> tuple[Path, str]:
+    """A GGUF file of a hub model, `owner/name/file.gguf`, and its revision.
 
     Raises:
         CheckpointError: the hub does not know it, or is out of reach with nothing in the cache.
@@ -49,11 +49,11 @@ def fetch_file(name: str) -> Path:
     match = _FILE.fullmatch(name)
     assert match is not None, "callers ask is_hub_file first"
     owner, file = match.groups()
-    folder, _ = fetch(owner, file=file)
+    folder, revision = fetch(owner, file=file)
     if not (folder / file).is_file():
         raise CheckpointError(f"{file} of hub model {owner} is not in the hub cache. Fetch it while online.")
     check_links(folder)
-    return folder / file
+    return folder / file, revision
 
 
 def fetch(name: str, weights: bool = True, file: str | None = None) -> tuple[Path, str]:

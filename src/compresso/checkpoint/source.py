@@ -128,7 +128,8 @@ def open_source(model: str | Path, weights: bool = True, packed: bool = False) -
                 f"model {model} is a device, pipe or socket. Give a folder, a GGUF file, or a config.json."
             )
         if isinstance(model, str) and hub.is_hub_file(model):
-            return _open_gguf(hub.fetch_file(model), weights)
+            file, revision = hub.fetch_file(model)
+            return replace(_open_gguf(file, weights), revision=revision)
         if not isinstance(model, str) or not hub.is_hub_name(model):
             raise CheckpointError(
                 f"model {model} does not exist. Give a folder, a GGUF file, a hub name such as owner/name, or a"
@@ -339,9 +340,7 @@ def _open_file(path: Path, weights: bool, packed: bool) -> Source:
         return Source(config, None, "config", path.resolve().parent.name, path)
     if is_gguf(path):
         return _open_gguf(path, weights)
-    raise CheckpointError(
-        f"model {path} is a file, and no GGUF; give the folder it lies in, a GGUF file, or a config.json."
-    )
+    raise CheckpointError(f"model {path} is a file; give the folder it lies in, a GGUF file, or a config.json.")
 
 
 def _open_gguf(path: Path, weights: bool) -> Source:
