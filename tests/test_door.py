@@ -182,6 +182,7 @@ def sentences() -> Iterator[tuple[Path, str]]:
 
 OF_OTHERS = re.compile(
     r"^(compresso export|llama-cli|vllm serve|npm|node-llama|--?[a-z-]+$)|var\(--|vllm serve|npm install"
+    r"|llama-gguf-split"
 )
 """Commands for a shell, and options of other programs."""
 _AND_ON = (
