@@ -6,18 +6,21 @@ Files are made here byte by byte, independently of the package and of the gguf l
 import math
 import random
 import re
+import shutil
 import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from compresso.checkpoint import gguf_package
+from compresso.checkpoint import gguf_folder, gguf_package
+from compresso.checkpoint.gguf_folder import describe_gguf
 from compresso.checkpoint.gguf_header import read_gguf_header
-from compresso.checkpoint.source import load_tokenizer, open_source
-from compresso.errors import CheckpointError, CompressoError
+from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.errors import CheckpointError, CompressoError, NumericError, ResourceError
 
 pytest.importorskip("gguf", reason="gguf: not installed")
 
@@ -295,6 +298,80 @@ def test_runs_of_spaces_are_pieces(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(open_source(tmp_path / "m.gguf", weights=False))
     assert tokenizer("a  a a")["input_ids"] == [4, 5, 4, 3, 4]
     assert tokenizer.decode([4, 5, 4, 3, 4]) == "a  a a"
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "falcon3", "qwen2", "deepseek-r1-qwen", "tekken"])
+def test_every_known_way_to_split_gives_a_tokenizer(name: str, tmp_path: Path) -> None:
+    fields = changed(
+        tokenizer__ggml__model="gpt2",
+        tokenizer__ggml__pre=name,
+        tokenizer__ggml__tokens=["<unk>", "<s>", "</s>", "a", "b", "ab"],
+        tokenizer__ggml__token_type=[3, 3, 3, 1, 1, 1],
+        tokenizer__ggml__merges=["a b"],
+        tokenizer__ggml__scores=None,
+    )
+    (tmp_path / "m.gguf").write_bytes(file_of(fields, SHAPES))
+    begins = [1] if name in ("llama-bpe", "falcon3", "tekken") else []  # as llama.cpp does where the file is silent
+    tokenizer = load_tokenizer(open_source(tmp_path / "m.gguf", weights=False))
+    assert tokenizer("aab</s>b")["input_ids"] == [*begins, 3, 5, 2, 4]
+
+
+def test_the_first_gemma_is_read(tmp_path: Path) -> None:
+    fields = {
+        key.replace("llama.", "gemma.", 1): value for key, value in changed(general__architecture="gemma").items()
+    }
+    fields["gemma.attention.key_length"] = fields["gemma.attention.value_length"] = 4
+    (tmp_path / "m.gguf").write_bytes(file_of({**fields, "general.architecture": "gemma"}, SHAPES))
+    model = load_model(open_source(tmp_path / "m.gguf"))
+    assert model.config.model_type == "gemma" and model.config.hidden_activation in (None, "gelu_pytorch_tanh")
+    assert bool((model.model.norm.weight == -1).all())  # the 1 that its code adds
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+    data, path = bytearray(file_of(FIELDS, SHAPES)), tmp_path / "m.gguf"
+    path.write_bytes(data)
+    begin = read_gguf_header(path).tensors["blk.0.ffn_up.weight"].begin
+    data[begin : begin + 4] = struct.pack("<f", math.nan)
+    path.write_bytes(data)
+    with pytest.raises(NumericError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' holds NaN or Inf"):
+        load_model(open_source(path))
+
+
+def test_a_full_disk_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(file_of(FIELDS, SHAPES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(ResourceError, match=r"m\.gguf needs 0\.0 GB of temporary files .* set TMPDIR to a folder"):
+        open_source(tmp_path / "m.gguf")
+
+
+def test_a_file_that_became_shorter(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_of(FIELDS, SHAPES))
+    described = describe_gguf(path)
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="has become shorter while it was read"):
+        described.write()
+
+
+def test_shards_and_pieces_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(file_of(FIELDS, SHAPES))
+    dice = random.Random(1)
+    for name in ("one", "many"):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+    tensors = read_gguf_header(tmp_path / "one.gguf").tensors
+    for tensor in tensors.values():
+        count = (tensor.end - tensor.begin) // 4
+        data[tensor.begin : tensor.end] = struct.pack(f"<{count}f", *(dice.gauss(0, 1) for _ in range(count)))
+    states = []
+    for name in ("one", "many"):
+        (tmp_path / f"{name}.gguf").write_bytes(data)
+        states.append(load_model(open_source(tmp_path / f"{name}.gguf")).state_dict())
+        monkeypatch.setattr(gguf_folder, "_SHARD_BYTES", 300)
+        monkeypatch.setattr(gguf_folder, "_CHUNK", 16)
+    folder = open_source(tmp_path / "many.gguf").folder
+    assert folder is not None and len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+    assert all(bool((states[0][name] == states[1][name]).all()) for name in states[0])
 
 
 def test_an_end_of_turn_ends_a_text_too(tmp_path: Path) -> None:

@@ -180,10 +180,16 @@ def as_numbers(path: Path, stored: GgufTensor, dtype: torch.dtype, heads: int = 
         dtype: of the result.
         heads: if not 0, rows lie in pairs within so many heads, and come to lie in two halves of each.
         offset: what is taken from each number.
+
+    Raises:
+        CheckpointError: if the file has become shorter since its header was read.
     """
     width = stored.shape[-1] if len(stored.shape) > 1 else stored.kind.block
     rows = math.prod(stored.shape) // width
-    raw = np.memmap(path, np.uint8, "r", stored.begin, (rows, width // stored.kind.block * stored.kind.bytes))
+    try:
+        raw = np.memmap(path, np.uint8, "r", stored.begin, (rows, width // stored.kind.block * stored.kind.bytes))
+    except ValueError as error:
+        raise CheckpointError(f"{path} has become shorter while it was read. Wait until it is whole.") from error
     order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1) if heads else None
     found = torch.empty((rows, width), dtype=dtype)
     step = max(1, _CHUNK // width)
