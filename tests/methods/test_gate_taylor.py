@@ -1,14 +1,18 @@
 """Gate-Taylor removal: what it keeps is what its scores say, one pool over kinds and layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from compresso.core.axis import Axis
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.score import parameters_per_unit
 from compresso.job import Job
 from compresso.methods.gate_taylor import GateTaylor
-from compresso.observe.gate_taylor import sensitivity_per_parameter
+from compresso.observe.gate_taylor import gate_taylor, sensitivity_per_cost
+from compresso.solve.allocate import allocate
 from tests.methods.conftest import MakeJob
 
 
@@ -17,7 +21,7 @@ def scored(job: Job, axes: Sequence[Axis], batches: int, batch: int, micro_batch
     source = job.batches(batch, "gate_taylor")
     parts = [range(start, min(start + micro_batch, batch)) for start in range(0, batch, micro_batch)]
     given = [source.at(update, part) for update in range(batches) for part in parts]
-    return sensitivity_per_parameter(job.model, axes, job.cost(), given)
+    return sensitivity_per_cost(job.model, axes, job.cost(), given)
 
 
 def test_kept_units_score_above_removed_ones_of_the_same_kind_and_price(make_job: MakeJob) -> None:
@@ -89,3 +93,28 @@ def test_scores_do_not_depend_on_the_micro_batch(make_job: MakeJob) -> None:
     whole, parts = (scored(job, axes, 2, 4, micro_batch) for micro_batch in (4, 3))
     for name, score in whole.items():
         torch.testing.assert_close(score, parts[name], rtol=1e-4, atol=1e-12)
+
+
+def test_scores_are_worth_what_the_budget_counts(make_job: MakeJob) -> None:
+    """A hidden dimension takes more of all parameters, embeddings among them, than of the blocks alone."""
+    job = make_job()
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind in ("channel", "hidden")]
+    source = job.batches(4, "gate_taylor")
+    given = [source.at(0, range(4))]
+    raw = gate_taylor(job.model, axes, given)
+    for of in ("blocks", "total", "macs"):
+        price = parameters_per_unit(axes, job.cost(), of)
+        scores = {name: score / price[name] for name, score in raw.items()}
+        wanted = allocate(axes, scores, job.cost(), Budget(0.8, of, (Kind.CHANNEL, Kind.HIDDEN)))
+        stage = GateTaylor(keep=0.8, of=of, kinds=("channel", "hidden"), batches=1, batch=4)  # type: ignore[call-arg]
+        assert stage(make_job(folder=of)).plan == wanted
+    assert len({parameters_per_unit(axes, job.cost(), of)["hidden"] for of in ("blocks", "total", "macs")}) == 3
+
+
+@pytest.mark.parametrize("allocation", ["global", "per_layer", "sensitivity", "exact"])
+def test_what_takes_nothing_of_the_count_stays(make_job: MakeJob, allocation: str) -> None:
+    """FFN units hold nothing of a cache, so that no share of one is won by removing them."""
+    knobs: dict[str, Any] = {"keep": 0.5, "of": "kv", "allocation": allocation, "batches": 1, "batch": 4}
+    job = GateTaylor(**knobs)(make_job())
+    assert [shape.channels for shape in job.arch.shapes(job.model)] == [48, 48, 48]
+    assert float(job.cost()().cached) == 0.5 * float(make_job(folder="dense").cost()().cached)

@@ -311,3 +311,10 @@ def test_what_the_model_cannot_give_is_refused_before_weights_are_read(tmp_path:
         BudgetError, match=r"keep=0.3 allows .* but at least .* are kept .* or widen attention_layers and mlp_layers"
     ):
         dry_run(build(raw), source)
+
+
+@pytest.mark.parametrize("allocation", ["global", "exact"])
+def test_a_cache_is_cut_by_heads_alone(make_job: MakeJob, allocation: str) -> None:
+    job = LlmPruner(keep=0.5, of="kv", scope="global", allocation=allocation, batch=4, micro_batch=4)(make_job())  # type: ignore[arg-type,call-arg]
+    assert [shape.channels for shape in job.arch.shapes(job.model)] == [48, 48, 48]
+    assert float(job.cost()().cached) == 0.5 * float(make_job(folder="dense").cost()().cached)

@@ -1,4 +1,4 @@
-"""Scores of units that need only the weights, and what a unit is worth per parameter."""
+"""Scores of units that need only the weights, and what a unit takes of a count."""
 
 from collections.abc import Mapping, Sequence
 
@@ -41,3 +41,8 @@ def parameters_per_unit(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks
         cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True
     )
     return {name: float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}
+
+
+def prices(axes: Sequence[Axis], cost: Cost, of: CostName) -> dict[str, float]:
+    """What one unit takes of a count, of the axes whose units take anything: FFN units hold nothing of a cache."""
+    return {name: price for name, price in parameters_per_unit(axes, cost, of).items() if price > 0}

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.budget import Budget
+from compresso.core.plan import Plan
 from compresso.job import Job
-from compresso.observe.gate_taylor import sensitivity_per_parameter
+from compresso.observe.gate_taylor import sensitivity_per_cost
 from compresso.solve.allocation import Allocation, allocated
 from compresso.stage import Calibrates, Effects, Knobs, Passes, Removes, stage
 
@@ -63,6 +64,7 @@ class GateTaylor:
         axes, cost = self.removes.among(job.arch.axes(job.model)), job.cost()
         batches = list(self.calibrates.read(job.batches(self.calibrates.batch, "gate_taylor")))
         how = job.observing("scores", job.same("gate_taylor", self))
-        scores = sensitivity_per_parameter(job.model, axes, cost, batches, how, job.task.loss)
-        plan = allocated(self.allocation, axes, scores, cost, self.budget())
+        scores = sensitivity_per_cost(job.model, axes, cost, batches, self.removes.of, how, job.task.loss)
+        priced = [axis for axis in axes if axis.name in scores]  # what takes nothing of the count stays
+        plan = allocated(self.allocation, priced, scores, cost, self.budget()) if priced else Plan()
         return job.without(plan.masks(axes), "gate_taylor", calibration_examples=self.calibrates.examples)

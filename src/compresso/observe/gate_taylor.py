@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
-from compresso.core.cost import CostModel
 from compresso.core.loss import NEXT_TOKEN, Loss, logits_of
-from compresso.core.score import parameters_per_unit
+from compresso.core.quantities import Cost, CostName
+from compresso.core.score import prices
 from compresso.edit.gate import gated
 from compresso.errors import NumericError
 from compresso.observe.folds import squares
@@ -69,26 +69,29 @@ def gate_taylor(
     }
 
 
-def sensitivity_per_parameter(
+def sensitivity_per_cost(
     model: PreTrainedModel,
     axes: Sequence[Axis],
-    cost: CostModel,
+    cost: Cost,
     batches: Iterable[Batch],
+    of: CostName = "blocks",
     how: Pass | None = None,
     loss: Loss = NEXT_TOKEN,
 ) -> dict[str, Tensor]:
-    """Gate-Taylor scores divided by each unit's block parameters: axis name -> [size], float32, on the CPU.
+    """Gate-Taylor scores divided by what each unit takes of a count: axis name -> [size], float32, on the CPU.
 
     The scores do not depend on how examples are batched, since each example has its own mask row.
 
     Args:
-        model, axes, batches, how, loss: as in `gate_taylor`.
+        model, axes, batches, how, loss: as in `gate_taylor`. Axes whose units take nothing of the count get no scores.
         cost: of the model as it is.
+        of: what is counted.
 
     Raises as `gate_taylor`.
     """
-    scores, per_unit = gate_taylor(model, axes, batches, how, loss), parameters_per_unit(axes, cost)
-    return {name: score.cpu() / per_unit[name] for name, score in scores.items()}
+    price = prices(axes, cost, of)
+    scores = gate_taylor(model, [axis for axis in axes if axis.name in price], batches, how, loss)
+    return {name: score.cpu() / price[name] for name, score in scores.items()}
 
 
 @contextmanager

@@ -32,8 +32,8 @@ def allocated(
     Args:
         how: see `Allocation`.
         axes, scores, cost, budget: as `core.allocate.allocate` takes them.
-        per_unit: whether scores are worth a unit; False where they are worth a parameter, so that "exact" multiplies by
-            a unit's price.
+        per_unit: whether scores are worth a unit; False where they are worth one of what the budget counts, so that
+            "exact" multiplies by a unit's price.
 
     Raises:
         InfeasibleBudget: floors or multiples leave more than the target.
@@ -47,6 +47,6 @@ def allocated(
         return allocate_per_layer(axes, scores, cost, budget, sensitivity_weights(axes, scores, budget))
     from compresso.solve.exact import allocate_exactly  # scipy's solver takes a while to import
 
-    prices = parameters_per_unit(axes, cost)
+    prices = parameters_per_unit(axes, cost, budget.of)
     worth = scores if per_unit else {name: score * prices[name] for name, score in scores.items() if name in prices}
     return allocate_exactly(axes, worth, cost, budget)
