@@ -282,3 +282,18 @@ def test_nan_gates_never_leave_the_stage(make_job: MakeJob) -> None:
 def test_knobs_that_contradict_each_other_are_refused_with_the_cure(knobs: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         build({"name": "x", "stages": [{"learn_gates": knobs}]}, "x")
+
+
+@pytest.mark.parametrize("layout", ["free", "uniform"])
+def test_a_lagrangian_that_ends_far_from_its_target_says_so(
+    make_job: MakeJob, caplog: pytest.LogCaptureFixture, layout: str
+) -> None:
+    """Gates that hardly move keep nearly all; a projection is on its target by construction."""
+    knobs: dict[str, Any] = {**QUICK, "keep": 0.6, "layout": layout, "mask_lr": 1e-6}
+    facts = LearnGates(**knobs)(make_job()).records["learn_gates"]
+    assert facts["expected_keep"] > 0.9 > 1.02 * 0.6
+    assert "constraint: projection" in facts["far_from_target"]
+    assert any(facts["far_from_target"] in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    projected = LearnGates(**{**knobs, "constraint": "projection"})(make_job(folder="projected"))
+    assert "far_from_target" not in projected.records["learn_gates"] and not caplog.records
