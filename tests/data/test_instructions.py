@@ -372,3 +372,11 @@ def check_real(tokenizer: PreTrainedTokenizerFast, output: str) -> None:
     ]
     assert row["input_ids"] == tokenizer.apply_chat_template(conversation)["input_ids"]
     assert row["input_ids"].count(1) == 1
+
+
+def test_what_was_asked_is_learned_where_that_is_wanted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The ids stay; every one of them has its label."""
+    asked = records_of(Instruction("Name two colours.", "", "red, blue"))
+    alone, both = (encode(asked, tokenizer, 256, False, on_inputs=on).rows[0] for on in (False, True))
+    assert both["input_ids"] == alone["input_ids"] == both["labels"]
+    assert IGNORED in alone["labels"]

@@ -54,6 +54,7 @@ def encode(
     vocab_size: int | None = None,
     skip_bad: bool = False,
     context: int | None = None,
+    on_inputs: bool = False,
 ) -> Encoded:
     """Tokenise records.
 
@@ -70,6 +71,7 @@ def encode(
         vocab_size: ids must be smaller; the tokenizer's size if not given. Pass the model's where it is at hand.
         skip_bad: leave records out (counted) that the chat template refuses, instead of raising.
         context: tokens that the model reads at most, for the words of a cure.
+        on_inputs: learn what was asked, too: every token of a conversation has its label.
 
     Raises:
         DataError: there is no tokenizer for texts, it has no end token, the chat template refuses a conversation, an id
@@ -86,7 +88,9 @@ def encode(
     for source, part in chosen.by_source():
         tally = _Tally(skip_bad)
         tallies.append((source, len(part), tally))
-        for row in _rows(chosen, range(start, start + len(part)), tokenizer, max_length, prompt_on, pack, tally):
+        for row in _rows(
+            chosen, range(start, start + len(part)), tokenizer, max_length, prompt_on, pack, tally, on_inputs
+        ):
             row["source"] = source
             rows.append(row)
         start += len(part)
@@ -203,6 +207,7 @@ def _rows(
     prompt_on: bool,
     pack: bool,
     tally: _Tally,
+    on_inputs: bool,
 ) -> Iterator[Row]:
     """Rows made of the records of these numbers, which are one source's."""
     stream: list[int] = []
@@ -232,6 +237,8 @@ def _rows(
                     yield from _cut(Row(input_ids=ids, labels=list(ids)), max_length, tally)
                 case _:
                     row = next(conversations)
+                    if row is not None and on_inputs:
+                        row["labels"] = list(row["input_ids"])
                     if row is not None:
                         yield from _cut(row, max_length, tally)
     if len(stream) > 1:

@@ -13,7 +13,10 @@ Departures: The size is a budget of block parameters, shared out as equal shares
     first, still scaled. Masks multiply before o_proj and at gate_proj and up_proj instead of every output: the same
     function. A unit of a grouped-query model is a key/value head with its query heads; the public code assumes 32 heads
     of 128. Matrices without an adapter do not count for a score but are cut like the others; the public code neither
-    masks nor cuts them. keep = 1 trains nothing. Recovery is the recipe's next stage.
+    masks nor cuts them. The loss falls on responses; the public script has it on instructions, too, as
+    `data.train_on_inputs` does in recipe loraprune/paper. The public script goes back to the weights of the lowest
+    validation loss at its end; here the last update's stay, whose masks meet the budget. keep = 1 trains nothing.
+    Recovery is the recipe's next stage.
 """
 
 from collections.abc import Mapping, Sequence

@@ -82,7 +82,7 @@ def read_examples(
     tokenizer = None if bare else load_tokenizer(source)
     _check_own_ids(recipe, tokenizer, size)
     knobs = recipe.data
-    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit, skip_bad, context)
+    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit, skip_bad, context, knobs.train_on_inputs)
     encoded = recipe.task.encode(records, tokenizer, reading, source.config)
     check_dropped(records, encoded, reading.reach(), allow_dropped)
     said = told(records, encoded, knobs.max_length)

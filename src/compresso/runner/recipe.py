@@ -42,6 +42,7 @@ class DataKnobs:
         pack: whether plain text is cut into full windows instead of one document a row.
         limit: examples read at most.
         held: examples kept out of training for the before/after loss.
+        train_on_inputs: whether the loss falls on what was asked, too, and not on responses alone.
     """
 
     source: str | None = None
@@ -50,6 +51,7 @@ class DataKnobs:
     pack: bool = True
     limit: Annotated[int, Ge(1)] | None = None
     held: Annotated[int, Ge(0)] = 32
+    train_on_inputs: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Reading:
         limit: records looked at, at most.
         skip_bad: whether records that a chat template refuses are left out, counted.
         context: tokens that the model reads at most, where that is known.
+        on_inputs: whether what was asked is learned, too.
     """
 
     max_length: int
@@ -47,6 +48,7 @@ class Reading:
     limit: int | None = None
     skip_bad: bool = False
     context: int | None = None
+    on_inputs: bool = False
 
     def reach(self) -> Reach:
         """How long an example may be."""

@@ -67,6 +67,7 @@ class CausalLM:
             vocab_size=config.vocab_size,
             skip_bad=reading.skip_bad,
             context=reading.context,
+            on_inputs=reading.on_inputs,
         )
 
     def held_out(self, n_rows: int) -> int:
