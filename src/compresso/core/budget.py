@@ -116,12 +116,18 @@ def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
     """
     chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
     if not chosen:
-        has = ", ".join(sorted({axis.kind for axis in axes}))
+        has = ", ".join(sorted({axis.kind for axis in axes if axis.size} - {Kind.VOCAB}))  # tokens are no budget's
         raise ValueError(
             f"the model has no units of the kinds {', '.join(budget.kinds)}; it has {has}: name some of those in"
             " 'kinds'"
         )
     return chosen
+
+
+def lacking(axes: Sequence[Axis], budget: Budget) -> list[Kind]:
+    """The kinds that the budget may remove and a model has no units of: others have to give what they would have."""
+    there = {axis.kind for axis in axes if axis.size}
+    return [kind for kind in budget.kinds if kind not in there]
 
 
 def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan) -> InfeasibleBudget:
@@ -133,7 +139,9 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
         f"keep={budget.keep} allows {quantity.text(limit)} of {quantity.text(dense)} {quantity.words}, but at least"
         f" {quantity.text(least)} are kept"
     )
-    held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in removable(axes, budget)}
+    pool = removable(axes, budget)
+    there = [kind for kind in budget.kinds if any(axis.kind == kind for axis in pool)]
+    held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in pool}
     name = max(held, key=lambda axis_name: held[axis_name], default="")
     needed = math.ceil(least / dense * 1e4) / 1e4
     if held.get(name):
@@ -143,7 +151,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
             f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'"
         )
     return InfeasibleBudget(
-        f"{message} in what the kinds {', '.join(budget.kinds)} do not reach. Raise keep to {needed} or add kinds"
+        f"{message} in what the kinds {', '.join(there)} do not reach. Raise keep to {needed} or add kinds"
     )
 
 

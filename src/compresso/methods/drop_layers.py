@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget
+from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 from compresso.job import Job
@@ -97,8 +97,8 @@ class DropLayers:
         return Budget(self.keep or (0.7 if self.drop is None else 1.0), self.of, self.kinds)
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
-        """A plan within the budget for parts that are all alike. Raises ValueError if there is none."""
-        axes = [axis for axis in axes if axis.kind in self.kinds]
+        """A plan within the budget for parts that are all alike. Raises ValueError without one, or such parts."""
+        axes = removable(axes, self.budget())
         if self.score == "angular":
             return drop_run(axes[0], torch.zeros(axes[0].size + 1, axes[0].size + 1), cost, self.budget(), self.drop)
         return self._lowest(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost)
@@ -119,7 +119,7 @@ class DropLayers:
 
     def __call__(self, job: Job) -> Job:
         """Score, choose, shrink."""
-        axes, cost = [axis for axis in job.arch.axes(job.model) if axis.kind in self.kinds], job.cost()
+        axes, cost = removable(job.arch.axes(job.model), self.budget()), job.cost()
         blocks = job.arch.blocks(job.model)
         same = {} if self.score in ("reverse", "random") else job.same("drop_layers", self)
         if self.score == "angular":

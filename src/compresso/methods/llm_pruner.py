@@ -11,7 +11,8 @@ Departures: A key/value head leaves with its own query heads, and is scored with
     result computes what the masked model did; there, norms average over what is left. A global ranking compares scores
     per parameter (or whatever the budget counts) and meets a budget. The authors' threshold on the bare scores takes a
     head for as much as one channel, so that nearly all channels leave before the first head. A size may be given as
-    `keep` instead of the published `ratio`. float16 is widened to float32 for gradients.
+    `keep` instead of the published `ratio`. float16 is widened to float32 for gradients. The authors' recovery, which
+    evaluates every 100 updates, goes back to the weights of the lowest validation loss; that is up to `recover`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from compresso.core.saliency import (
     kept_units,
     unit_scores,
 )
-from compresso.core.score import parameters_per_unit
+from compresso.core.score import prices
 from compresso.data.random_windows import random_windows
 from compresso.errors import BudgetError
 from compresso.job import Job
@@ -154,8 +155,9 @@ class LlmPruner:
         return Budget(keep, self.of, kinds, uniform_over=kinds if equal else (), floor=self.floor or {})
 
     def chosen(self, axes: Sequence[Axis]) -> list[Axis]:
-        """The axes that may lose units. Raises BudgetError for a range of layers that the model does not have."""
-        n_layers = next(axis.size for axis in axes if axis.kind == Kind.LAYER)
+        """The axes that may lose units. Raises BudgetError for layers or kinds that the model does not have."""
+        within = 1 + max((axis.layer for axis in axes if axis.layer is not None), default=-1)
+        n_layers = next((axis.size for axis in axes if axis.kind == Kind.LAYER), within)
         for knob, layers in (("attention_layers", self.attention_layers), ("mlp_layers", self.mlp_layers)):
             if layers is not None and layers[1] > n_layers:
                 raise BudgetError(
@@ -167,6 +169,11 @@ class LlmPruner:
             Kind.CHANNEL: range(*(self.mlp_layers or (0, n_layers))),
         }
         kinds = _KINDS[self.scope]
+        if not any(axis.kind in kinds and axis.size for axis in axes):
+            raise BudgetError(
+                f"stage 'llm_pruner': scope='{self.scope}' removes units of the kinds {', '.join(kinds)}, and the"
+                " model has none that can leave; give scope: block"
+            )
         return [
             axis
             for axis in axes
@@ -220,8 +227,9 @@ class LlmPruner:
             scores = self.scores(job, axes, iteration)
             if self.scope == "global":
                 if self.importance not in ("random", "position"):
-                    price = parameters_per_unit(axes, cost, self.of)
-                    scores = {name: score / price[name] for name, score in scores.items()}
+                    price = prices(axes, cost, self.of)
+                    scores = {name: scores[name] / price[name] for name in price}
+                    axes = [axis for axis in axes if axis.name in price]  # what takes nothing of the count stays
                 plan = allocated(self.allocation, axes, scores, cost, self._rest_of_budget(progress, dense, cost))
             else:
                 plan = keep_counts(axes, scores, self.counts(dense_axes, dense, progress))
