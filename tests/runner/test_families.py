@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.arch.test_laws import described
+from tests.conftest import reopen_here
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,8 +27,9 @@ from compresso.checkpoint.source import load_model, meta_model, open_source
 from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.edit.shrink import shrink_
-from compresso.errors import ExportError, RecipeError, ResumeError
+from compresso.errors import BudgetError, ExportError, RecipeError, ResumeError
 from compresso.job import Job
+from compresso.runner.options import with_options
 from compresso.runner.plan import plan
 from compresso.runner.saved_stages import load_stage, save_stage
 
@@ -204,3 +206,114 @@ def test_meta_models_say_the_same(family: Callable[[str], Path]) -> None:
         source = open_source(family(name))
         on_meta, with_weights = meta_model(source), load_model(source, dtype=torch.float32, device=torch.device("cpu"))
         assert described(on_meta)[1] == described(with_weights)[1]
+
+
+ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+ODD: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt2": CONFIGS["gpt2"],
+    "opt-350m": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "phi3 of longrope": lambda: Phi3Config(
+        **SIZES,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        original_max_position_embeddings=64,
+        rope_parameters=ROPE | {"original_max_position_embeddings": 64},
+    ),
+}
+
+
+@pytest.fixture
+def shaped(tmp_path: Path) -> Callable[[str], str]:
+    """A config.json alone: what is refused before weights are read needs none."""
+
+    def of(name: str) -> str:
+        config = ODD[name]()
+        config.architectures = [
+            {"gpt2": "GPT2LMHeadModel", "opt": "OPTForCausalLM"}.get(config.model_type, "Phi3ForCausalLM")
+        ]
+        config.save_pretrained(tmp_path / name)
+        return str(tmp_path / name / "config.json")
+
+    return of
+
+
+DEPTH = [
+    {"drop_layers": {"drop": 1}},
+    {"drop_layers": {"drop": 1, "score": "angular"}},
+    {"drop_layers": {"keep": 0.6, "score": "perplexity"}},
+    {"llm_pruner": {"keep": 0.7, "scope": "layer"}},
+    {"llm_pruner": {"ratio": 0.3, "scope": "layer"}},
+    {"gate_taylor": {"keep": 0.6, "kinds": ["layer"]}},
+    {"minitron": {"keep": 0.6, "kinds": ["layer"]}},
+]
+
+
+@pytest.mark.parametrize("stage", DEPTH, ids=str)
+def test_no_whole_layer_leaves_a_model_whose_norms_lie_behind_its_sums(
+    stage: dict[str, Any], shaped: Callable[[str], str]
+) -> None:
+    with pytest.raises(
+        BudgetError, match=r"(no units of the kinds layer; .*name some of those|give scope: block)"
+    ) as met:
+        plan({"name": "short", "stages": [stage]}, shaped("opt-350m"))
+    assert "\n" not in str(met.value)
+
+
+@pytest.mark.parametrize("knobs", [{"keep": 0.7}, {"ratio": 0.25}], ids=str)
+def test_hidden_dimensions_that_are_not_there_are_refused(knobs: dict[str, Any], shaped: Callable[[str], str]) -> None:
+    with pytest.raises(BudgetError, match=r"scope='channel' removes .* hidden, and the model has none .* scope: block"):
+        plan({"name": "short", "stages": [{"llm_pruner": {"scope": "channel", **knobs}}]}, shaped("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "cure"),
+    [
+        ({"gate_taylor": {"keep": 0.7}}, r"kinds: \[channel\]"),
+        ({"minitron": {"keep": 0.7}}, r"kinds: \[channel\]"),
+        ({"llm_pruner": {"keep": 0.7}}, "Stage 'llm_pruner' has no kinds to leave out: take one that has"),
+    ],
+)
+def test_heads_of_a_longrope_stay(stage: dict[str, Any], cure: str, shaped: Callable[[str], str]) -> None:
+    """Its factors are a list of half a head's width, which the stock config takes from hidden size and heads."""
+    with pytest.raises(ExportError, match=cure):
+        plan({"name": "short", "stages": [stage]}, shaped("phi3 of longrope"))
+    plan(
+        {"name": "short", "stages": [{"gate_taylor": {"keep": 0.7, "kinds": ["channel"]}}]}, shaped("phi3 of longrope")
+    )
+
+
+def test_kinds_that_are_not_there_are_said_with_what_the_rest_gives(
+    family: Callable[[str], Path], instructions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-2 has no hidden dimensions that could leave, so that its channels alone meet the size."""
+    stage = {"minitron": {"keep": 0.8, "batches": 1, "batch": 4, "micro_batch": 4}}
+    raw = {"name": "short", "data": {"max_length": 64, "held": 8, "prompt": False}, "stages": [stage]}
+    shown = plan(raw, str(family("gpt2")))
+    notes = [note for note in shown["notes"] if "no hidden dimensions" in note]
+    assert len(notes) == 1 and "channels alone, which hold" in notes[0]
+    assert shown["after"]["parameters"]["blocks"] <= 0.8 * shown["before"]["parameters"]["blocks"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
+        result = compresso.run(
+            raw, family("gpt2"), instructions, output=tmp_path / "out", measure="none", allow_collapsed=True
+        )
+    assert f"minitron: {result.records['stages']['minitron']['lacking_kinds']}" == notes[0]
+    assert notes[0] in [record.getMessage() for record in caplog.records]
+    all_there = {"name": "short", "stages": [{"gate_taylor": {"keep": 0.8, "kinds": ["channel"]}}]}
+    assert not any("that could leave" in note for note in plan(all_there, str(family("gpt2")))["notes"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("target", [None, "awq:g2"])
+def test_multiples_of_tokens_are_no_budgets(name: str, target: str | None, family: Callable[[str], Path]) -> None:
+    """What a family or an engine holds heads to is no business of cut_vocab, whose multiple is a number."""
+    stages = [{"cut_vocab": {"most": 700, "multiple_of": 8}}, {"gate_taylor": {"keep": 0.8, "kinds": ["channel"]}}]
+    raw = with_options({"name": "short", "stages": stages}, model=str(family(name)), target=target)
+    assert plan(raw, str(family(name)))["shapes"]["vocab"] == [700, 1024]
+
+
+@pytest.mark.parametrize("given", [8, {"head": "two"}, ["head"], "head"], ids=str)
+def test_multiples_of_another_form_are_refused(given: object, family: Callable[[str], Path]) -> None:
+    raw = {"name": "short", "stages": [{"gate_taylor": {"keep": 0.8, "multiple_of": given}}]}
+    with pytest.raises(RecipeError, match="stage 'gate_taylor': multiple_of"):
+        with_options(raw, model=str(family("gpt2")), target="awq:g16")

@@ -22,12 +22,13 @@ from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, BudgetError, RecipeError
+from compresso.errors import ArchError, BudgetError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.formats.plain import check_plain
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
 from compresso.native import family_of
+from compresso.runner.lacking import said_of_kinds
 from compresso.runner.recipe import Recipe
 from compresso.solve.allocate import allocate
 from compresso.solve.uniform import uniform_targets
@@ -43,6 +44,7 @@ from compresso.stage import (
     Shrinks,
     Sweeps,
     Trains,
+    card,
     groups_of,
 )
 from compresso.sweep.compressed import Compressed
@@ -101,6 +103,7 @@ class DryRun:
         budgets: each as it was met.
         stages: each as it finds its model.
         layouts: layout -> why it could not hold these shapes, or None if it can.
+        lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
     """
 
     before: dict[str, Any]
@@ -110,6 +113,7 @@ class DryRun:
     budgets: list[Met] = field(default_factory=list[Met])
     stages: list[Acted] = field(default_factory=list[Acted])
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    lacking: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def dry_run(recipe: Recipe, source: Source) -> DryRun:
@@ -130,6 +134,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     cost = CostModel(axes, arch.weights(model))
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
+    fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     without: list[str] = []  # what to say should a later stage need what a budget leaves nothing of
     for name, stage in recipe.stages:
         for group in groups_of(stage).values():
@@ -164,7 +169,16 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         )
         if planned is not None:
             budget, plan = planned
+            if budget is not None and (told := said_of_kinds(model.config.model_type, axes, cost, budget)):
+                shown.lacking[name] = told
+                shown.notes.append(f"{name}: {told}")
             removed = removed.then(plan)
+            if "kinds" not in card(name).knobs and any(
+                len(plan.kept.get(axis.name, range(axis.size))) < axis.size
+                for axis in axes
+                if axis.kind in (Kind.HEAD, Kind.HIDDEN)
+            ):
+                fixed.append(name)
             if budget is not None and (kinds := _gone(axes, plan)):
                 without.append(_emptied(name, axes, cost, budget, kinds))
             of = budget.of if budget else "blocks"
@@ -179,7 +193,15 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
     if family_of(source.config.model_type) is None:
-        check_plain(model, arch.shapes(model), "uniform")
+        try:
+            check_plain(model, arch.shapes(model), "uniform")
+        except ExportError as error:
+            if not fixed:
+                raise
+            raise ExportError(
+                f"{error} Stage '{fixed[0]}' has no kinds to leave out: take one that has, such as gate_taylor, in its"
+                " place"
+            ) from error
         shown.layouts = {"uniform": None}
         return shown
     shrunk = describe(model, arch.shapes(model))

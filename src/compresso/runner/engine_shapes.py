@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,8 +106,8 @@ def held_to(raw: Mapping[str, Any], held: Mapping[Kind, int]) -> dict[str, Any]:
     for name, knobs in stages_of(raw):
         knob = card(name).knobs.get("multiple_of")
         here = {kind: multiple for kind, multiple in held.items() if kind != Kind.QUERY or _queries(name, knobs)}
-        if knob is not None and knob.group is Removes and here:
-            own: Mapping[str, int] = knobs.get("multiple_of") or {}
+        own = knobs.get("multiple_of") or {}
+        if knob is not None and knob.group is Removes and here and _is_counts(own):
             both = {str(kind): math.lcm(multiple, own.get(str(kind), 1)) for kind, multiple in here.items()}
             knobs = {**knobs, "multiple_of": {**own, **both}}
         stages.append({name: knobs})
@@ -169,6 +169,11 @@ def misfits(want: ShapeConstraints, held: Mapping[Kind, int], model: str) -> lis
 def words(want: ShapeConstraints, kind: Kind, multiple: int) -> str:
     """A constraint in words."""
     return f"{want.engine}: {_PLURALS[kind]} in multiples of {multiple}"
+
+
+def _is_counts(own: Any) -> TypeGuard[Mapping[str, int]]:
+    """Whether a knob holds a number for each kind; the recipe's own check refuses what does not."""
+    return isinstance(own, Mapping) and all(isinstance(value, int) for value in cast(Mapping[Any, Any], own).values())
 
 
 def _queries(name: str, knobs: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run, found before weights are read and before anything is written."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ class Prepared:
         layout: asked for.
         said: what a person should know of the data before it begins, a sentence each.
         allow_dropped: whether more of the data may be lost than a run may lose.
+        lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Prepared:
     layout: AskedLayout
     said: tuple[str, ...] = ()
     allow_dropped: bool = False
+    lacking: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def identity(self) -> dict[str, Any]:
         """What a resume must agree on."""
@@ -142,6 +144,7 @@ def prepare(
         cast(AskedLayout, layout),
         said,
         allow_dropped,
+        acted.lacking,
     )
 
 

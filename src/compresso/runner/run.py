@@ -186,6 +186,8 @@ def run(
         if is_main and not quiet:
             for sentence in prepared.said:
                 log.warning(sentence)
+            for stage_name, sentence in prepared.lacking.items():
+                log.warning("%s: %s", stage_name, sentence)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
@@ -213,6 +215,8 @@ def run(
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
+                if (sentence := prepared.lacking.get(stage_name)) is not None:
+                    job = job.note(stage_name, lacking_kinds=sentence)
                 makes_dense = card(stage_name).makes_dense
                 if makes_dense:
                     score = scored(job, DENSE)
