@@ -317,3 +317,10 @@ def test_multiples_of_another_form_are_refused(given: object, family: Callable[[
     raw = {"name": "short", "stages": [{"gate_taylor": {"keep": 0.8, "multiple_of": given}}]}
     with pytest.raises(RecipeError, match="stage 'gate_taylor': multiple_of"):
         with_options(raw, model=str(family("gpt2")), target="awq:g16")
+
+
+def test_what_no_floor_holds_is_not_laid_to_one(shaped: Callable[[str], str]) -> None:
+    """Biases keep the last channel, and no channel holds anything of a cache: other kinds are the cure."""
+    stage = {"gate_taylor": {"keep": 0.5, "of": "kv", "kinds": ["channel"]}}
+    with pytest.raises(BudgetError, match=r"in what the kinds channel do not reach\. Raise keep to 1\.0 or add kinds"):
+        plan({"name": "short", "stages": [stage]}, shaped("gpt2"))

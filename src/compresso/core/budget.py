@@ -117,10 +117,8 @@ def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
     chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
     if not chosen:
         has = ", ".join(sorted({axis.kind for axis in axes if axis.size} - {Kind.VOCAB}))  # tokens are no budget's
-        raise ValueError(
-            f"the model has no units of the kinds {', '.join(budget.kinds)}; it has {has}: name some of those in"
-            " 'kinds'"
-        )
+        cure = f"; it has {has}: name some of those in 'kinds'" if has else "; name others in 'kinds'"
+        raise ValueError(f"the model has no units of the kinds {', '.join(budget.kinds)}{cure}")
     return chosen
 
 
@@ -141,7 +139,11 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
     )
     pool = removable(axes, budget)
     there = [kind for kind in budget.kinds if any(axis.kind == kind for axis in pool)]
-    held = {axis.name: len(smallest.kept[axis.name]) / axis.size for axis in pool}
+    held = {  # by a floor or a multiple; the last unit, which a bias holds, is nobody's to lower
+        axis.name: len(smallest.kept[axis.name]) / axis.size
+        for axis in pool
+        if len(smallest.kept[axis.name]) > axis.fewest
+    }
     name = max(held, key=lambda axis_name: held[axis_name], default="")
     needed = math.ceil(least / dense * 1e4) / 1e4
     if held.get(name):

@@ -48,5 +48,8 @@ def allocated(
     from compresso.solve.exact import allocate_exactly  # scipy's solver takes a while to import
 
     prices = parameters_per_unit(axes, cost, budget.of)
-    worth = scores if per_unit else {name: score * prices[name] for name, score in scores.items() if name in prices}
+    # what takes nothing of the count is worth its score, so that it stays
+    worth = (
+        scores if per_unit else {name: score * (prices[name] or 1) for name, score in scores.items() if name in prices}
+    )
     return allocate_exactly(axes, worth, cost, budget)
