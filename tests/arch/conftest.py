@@ -14,14 +14,18 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -85,7 +89,18 @@ GEMMA = {
     "query_pre_attn_scalar": 20,
     "sliding_window": 5,
 }
+BLOOM = {key: SIZES[key] for key in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+BLOOM |= {"n_layer": 4, "n_head": 4}
+GLM = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def _without_end(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same without the end tokens that its class names, which a small vocabulary has not."""
+    config.eos_token_id = None
+    return config
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_mha": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
     "llama_gqa_tied": lambda: LlamaConfig(
@@ -118,6 +133,14 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox_unbiased": lambda: GPTNeoXConfig(**NEOX, attention_bias=False, use_parallel_residual=False),
     "phi3": lambda: Phi3Config(**PHI3, num_key_value_heads=4),
     "phi3_gqa_tied": lambda: Phi3Config(**PHI3, num_key_value_heads=2, tie_word_embeddings=True),
+    "glm": lambda: _without_end(GlmConfig(**GLM)),
+    "glm4_tied": lambda: _without_end(Glm4Config(**GLM, tie_word_embeddings=True, attention_bias=False)),
+    "bloom": lambda: BloomConfig(**BLOOM),
+    "bloom_post_norm": lambda: BloomConfig(
+        **BLOOM, apply_residual_connection_post_layernorm=True, tie_word_embeddings=False
+    ),
+    "phi": lambda: PhiConfig(**NEOX),
+    "phi_gqa_normed": lambda: PhiConfig(**NEOX | {"num_attention_heads": 8}, num_key_value_heads=4, qk_layernorm=True),
     "bert": lambda: BertConfig(**BERT),
     "bert_classifier": lambda: BertConfig(**BERT, num_labels=3),
     "bert_bare": lambda: BertConfig(**BERT),
@@ -134,7 +157,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "vit_bare": ViTModel,
 }
 """Models that are not causal language models."""
-WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3"))]
+WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm"))]
 GROUPED = [
     "llama_gqa_tied",
     "llama_gqa",
@@ -146,16 +169,21 @@ GROUPED = [
     "phi3_gqa_tied",
     "gemma2",
     "gemma3",
+    "glm",
+    "glm4_tied",
+    "phi_gqa_normed",
 ]
 """Models whose query heads share key/value heads."""
-POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name == "opt_post_norm"]
-"""Models whose layers end in a norm, so that they cannot be dropped whole by masks."""
+POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name.endswith("_post_norm")]
+"""Models whose norms feed the residual sums or lie behind them, so that they cannot be dropped whole by masks."""
+ALL_HEADS = [name for name in CONFIGS if name.startswith("bloom")]
+"""Models whose heads all stay."""
 
 
 def build(name: str, attention: str = "sdpa") -> PreTrainedModel:
     """A model from its config, with its class's own random weights."""
-    if name == "gemma2":
-        attention = "eager"  # its soft-capped scores have no other
+    if name == "gemma2" or name.startswith("bloom"):
+        attention = "eager"  # soft-capped scores and ALiBi have no other
     if name in CLASSES:
         return CLASSES[name]._from_config(CONFIGS[name](), attn_implementation=attention)
     return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)

@@ -12,13 +12,17 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -26,6 +30,8 @@ from transformers import (
 )
 
 from compresso.arch.base import arch_for
+from compresso.core.axis import Kind
+from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import attach_
@@ -50,6 +56,8 @@ TINY_LLAMA = {
 PYTHIA_160M = GPTNeoXConfig(
     vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
 )
+BLOOM_560M = BloomConfig(hidden_size=1024, n_layer=24, n_head=16)
+PHI_2 = PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32)
 
 
 def on_meta(sizes: dict[str, int]) -> PreTrainedModel:
@@ -125,13 +133,29 @@ def test_published_sizes(sizes: dict[str, int], plan: Plan, total: int, blocks: 
         (AutoModelForCausalLM, GPT2Config(), 12 * (12 * 768**2 + 9 * 768)),
         (AutoModelForCausalLM, PYTHIA_160M, 12 * (12 * 768**2 + 9 * 768)),
         (AutoModelForCausalLM, Phi3Config(), 32 * (4 * 3072**2 + 3 * 3072 * 8192)),
+        (AutoModelForCausalLM, PHI_2, 32 * (12 * 2560**2 + 9 * 2560)),
+        (AutoModelForCausalLM, GlmConfig(), 40 * (4096 * 36 * 128 + 36 * 128 + 4096 * 4096 + 3 * 4096 * 13696)),
+        (AutoModelForCausalLM, Glm4Config(), 40 * (4096 * 36 * 128 + 36 * 128 + 4096 * 4096 + 3 * 4096 * 13696)),
         (BertModel, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
         (BertForMaskedLM, BertConfig(), 12 * (12 * 768**2 + 9 * 768)),
         (ViTForImageClassification, ViTConfig(num_labels=1000), 12 * (12 * 768**2 + 9 * 768)),
         (AutoModelForCausalLM, Gemma2Config(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
         (AutoModelForCausalLM, Gemma3TextConfig(), 26 * (2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216)),
     ],
-    ids=["opt-125m", "gpt2", "pythia-160m", "phi-3-mini", "bert", "bert-masked", "vit-base", "gemma2-2b", "gemma3"],
+    ids=[
+        "opt-125m",
+        "gpt2",
+        "pythia-160m",
+        "phi-3-mini",
+        "phi-2",
+        "glm-4-9b",
+        "glm-4-9b-0414",
+        "bert",
+        "bert-masked",
+        "vit-base",
+        "gemma2-2b",
+        "gemma3",
+    ],
 )
 def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrainedConfig, blocks: int) -> None:
     """Their own classes' num_parameters, and the closed form of the layers; then with some units gone."""
@@ -144,7 +168,7 @@ def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrained
     assert cost().parameters()["blocks"] == blocks
     plan = Plan(
         {
-            "layers.1.heads": (0, 2),
+            "layers.1.heads": (1,),
             "layers.3.channels": tuple(range(100)),
             "mlp": tuple(range(1, config.num_hidden_layers)),
         }
@@ -160,10 +184,11 @@ def test_stacks_on_the_meta_device(of: type[PreTrainedModel], config: PreTrained
         (GPT2Config(), 124_439_808, 12 * 2 * 768),
         (PYTHIA_160M, 162_322_944, 12 * 2 * 768),
         (Phi3Config(), 3_821_079_552, 32 * 2 * 3072),
+        (PHI_2, 2_779_683_840, 32 * 2 * 2560),
     ],
-    ids=["gpt2", "pythia-160m", "phi-3-mini"],
+    ids=["gpt2", "pythia-160m", "phi-3-mini", "phi-2"],
 )
-def test_published_sizes_of_fused_models(config: PreTrainedConfig, total: int, cached: int) -> None:
+def test_published_sizes_and_caches(config: PreTrainedConfig, total: int, cached: int) -> None:
     """The hub's sizes, and a cache of as many keys and values as there are heads; half of a layer's heads hold half of
     its share.
     """
@@ -174,3 +199,46 @@ def test_published_sizes_of_fused_models(config: PreTrainedConfig, total: int, c
     assert (int(cost().total), int(cost().cached)) == (total, cached)
     half = Plan({"layers.0.heads": tuple(range(config.num_attention_heads // 2))})
     assert int(cost.of(half).cached) == cached - cached // config.num_hidden_layers // 2
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "cached"),
+    [
+        (BLOOM_560M, 559_214_592, 24 * 2 * 1024),
+        (GlmConfig(), 9_399_951_360, 40 * 2 * 2 * 128),
+    ],
+    ids=["bloom-560m", "glm-4-9b"],
+)
+def test_published_sizes_of_models_of_few_or_fixed_heads(config: PreTrainedConfig, total: int, cached: int) -> None:
+    """The hub's sizes; an eighth of the layers holds an eighth of the cache."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    arch = arch_for(model.config)
+    cost = CostModel(arch.axes(model), arch.weights(model))
+    assert (int(cost().total), int(cost().cached)) == (total, cached)
+    eighth = Plan({"layers": tuple(range(config.num_hidden_layers // 8))})
+    assert int(cost.of(eighth).cached) * 8 == cached
+
+
+def test_no_head_of_an_alibi_model_can_leave() -> None:
+    """Its slopes follow from the number of heads, so that the budget says which kinds there are."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BLOOM_560M)
+    axes = arch_for(model.config).axes(model)
+    assert {axis.kind for axis in axes} == {Kind.CHANNEL, Kind.LAYER, Kind.ATTENTION, Kind.MLP, Kind.VOCAB}
+    with pytest.raises(ValueError, match=r"no units of the kinds head; it has .*channel.*: name some of those"):
+        removable(axes, Budget(0.9, kinds=(Kind.HEAD,)))
+
+
+def test_a_norm_that_attention_and_ffn_read_leaves_with_the_layer() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(PHI_2)
+    arch = arch_for(model.config)
+    block = arch.blocks(model)[0]
+    q, k, v = (f"self_attn.{name}_proj" for name in "qkv")
+    assert arch.linear_groups(block) == ((q, k, v, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",))
+    feeders = arch.producers(block)
+    assert feeders[q, k, v, "mlp.fc1"].module == "input_layernorm" and feeders["self_attn.dense",].module == v
+    norm = "model.layers.0.input_layernorm.weight"
+    leaving = {axis.name for axis in arch.axes(model) if norm in {piece.param for piece in axis.slices}}
+    assert leaving == {"layers"}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.arch.conftest import CLASSES, CONFIGS, GROUPED, POST_NORM, WITH_HIDDEN
+from tests.arch.conftest import ALL_HEADS, CLASSES, CONFIGS, GROUPED, POST_NORM, WITH_HIDDEN
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -31,6 +31,8 @@ WITHOUT = {
 }
 for name in POST_NORM:
     WITHOUT[name] |= {Kind.LAYER}
+for name in ALL_HEADS:
+    WITHOUT[name] |= {Kind.HEAD}
 for name in NAMES:
     if name not in GROUPED:
         WITHOUT.setdefault(name, set()).add(Kind.QUERY)
@@ -407,7 +409,7 @@ def test_config_and_fields_are_true_after_shrinking(tiny: Tiny, name: str) -> No
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
     down = model.model.layers[1].mlp.down_proj
     assert (down.in_features, down.out_features) == (9, 53)
-    if not name.startswith("phi3"):  # whose FFN has no such fields
+    if not name.startswith(("phi3", "glm")):  # whose FFN has no such fields
         assert (model.model.layers[1].mlp.intermediate_size, model.model.layers[1].mlp.hidden_size) == (9, 53)
     if name == "qwen2":
         assert model.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]

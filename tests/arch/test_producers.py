@@ -34,7 +34,8 @@ def test_a_scale_moves_through_every_feeder(tiny: Tiny, name: str, pruned: bool)
                     matrix(model, linear).mul_(scale)
             moved += 1
     torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=1e-4)
-    assert moved >= (2 if name in GENERATING else 0)
+    none = name not in GENERATING or name == "bloom_post_norm"  # whose norms feed the sums too
+    assert moved >= (0 if none else 2)
 
 
 def test_a_part_of_a_group_has_no_feeder(tiny: Tiny) -> None:

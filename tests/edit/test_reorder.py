@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.arch.conftest import CONFIGS, GROUPED
+from tests.arch.conftest import ALL_HEADS, CONFIGS, GROUPED
 from tests.arch.conftest import tiny as tiny  # the fixture
 from tests.arch.test_laws import Tiny, described, logits
 
@@ -21,7 +21,7 @@ def test_another_order_changes_nothing(tiny: Tiny, name: str, kind: Kind) -> Non
             weight = model.get_parameter(axis.slices[0].param).clone()
             reorder_(model, axis, torch.arange(axis.size).flip(0))
             changed += not torch.equal(weight, model.get_parameter(axis.slices[0].param))
-    assert changed == 4
+    assert changed == (0 if kind == Kind.HEAD and name in ALL_HEADS else 4)
     torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
 
 

@@ -1,5 +1,5 @@
-"""OPT, BERT, ViT and Gemma: what their own config holds is written and reopened; what it does not hold is refused with
-what would do.
+"""OPT, BERT, ViT, Gemma, GLM, BLOOM and Phi: what their own config holds is written and reopened; what it does not hold
+is refused with what would do.
 """
 
 from pathlib import Path
@@ -36,17 +36,25 @@ def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"),
+        *("glm", "glm4_tied", "bloom", "phi", "phi_gqa_normed"),
+    ],
+)
 def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build(name).eval()
     arch = arch_for(model.config)
-    kept = channels(50) | ({f"layers.{i}.heads": (1,) for i in range(4)} if name.startswith("gemma") else {})
+    kept: dict[str, tuple[int, ...]] = {} if name == "bloom" else channels(50)
+    kept |= {f"layers.{i}.heads": (1,) for i in range(4)} if name.startswith(("gemma", "glm")) or name == "phi" else {}
+    kept |= {"hidden": tuple(range(60))} if name.startswith("glm") else {}
     kept |= {} if name.startswith("bert") else {"layers": (0, 2, 3)}
     shrink_(model, arch.axes(model), Plan(kept))
     assert save_checkpoint(model, arch.shapes(model), tmp_path / "out") == "uniform"
     given = PIXELS if name.startswith("vit") else INPUTS
-    if name in ("bert", "vit_bare", "gemma3"):
+    if name in ("bert", "vit_bare", "gemma3", "glm4_tied", "bloom", "phi"):
         reopen_and_compare(tmp_path / "out", model, given, atol=1e-5)
     for path in (tmp_path / "out", tmp_path / "out" / "config.json"):
         assert inspect(path)["parameters"]["total"] == model.num_parameters()
@@ -56,12 +64,22 @@ def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> N
         assert (loaded(given)[0] - model(given)[0]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["opt", "bert", "vit"])
+@pytest.mark.parametrize("name", ["opt", "bert", "vit", "phi_gqa_normed"])
 def test_head_counts_that_a_config_without_head_dim_cannot_hold(name: str, tmp_path: Path) -> None:
     model = build(name)
     arch = arch_for(model.config)
     shrink_(model, arch.axes(model), Plan({f"layers.{i}.heads": (0, 1) for i in range(4)}))
     with pytest.raises(ExportError, match="no head_dim, so keep all heads and prune FFN channels"):
+        save_checkpoint(model, arch.shapes(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("removed", [channels(50), {"attention": (0, 1, 3)}], ids=["channels", "attention"])
+def test_a_config_without_a_field_for_the_ffn_s_width(removed: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    model = build("bloom")
+    arch = arch_for(model.config)
+    shrink_(model, arch.axes(model), Plan(removed))
+    with pytest.raises(ExportError, match=r"cannot hold this bloom: .*drop whole layers"):
         save_checkpoint(model, arch.shapes(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

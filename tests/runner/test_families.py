@@ -14,11 +14,14 @@ from tests.conftest import reopen_here
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     Gemma2Config,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
 )
 
@@ -27,7 +30,7 @@ from compresso.checkpoint.source import load_model, meta_model, open_source
 from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.edit.shrink import shrink_
-from compresso.errors import BudgetError, ExportError, RecipeError, ResumeError
+from compresso.errors import BudgetError, CompressoError, ExportError, RecipeError, ResumeError
 from compresso.job import Job
 from compresso.runner.options import with_options
 from compresso.runner.plan import plan
@@ -41,6 +44,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
     "phi3": lambda: Phi3Config(**SIZES, num_key_value_heads=4, intermediate_size=48),
     "gemma2": lambda: Gemma2Config(**SIZES, num_key_value_heads=4, head_dim=8, intermediate_size=48),
+    "glm4": lambda: Glm4Config(**SIZES, num_key_value_heads=4, head_dim=8, intermediate_size=48),
+    "bloom": lambda: BloomConfig(**TOKENS, hidden_size=32, n_layer=4, n_head=4),
+    "phi": lambda: PhiConfig(**SIZES, intermediate_size=48),
 }
 LORA = {"rank": 2, "alpha": 4, "batch": 8, "micro_batch": 8, "lr": 1e-3}
 
@@ -85,6 +91,8 @@ def pruned_then_tuned(kinds: list[str]) -> dict[str, Any]:
         ("opt", ["channel"]),
         ("phi3", ["head", "channel"]),
         ("gemma2", ["head", "channel"]),
+        ("glm4", ["head", "channel"]),
+        ("phi", ["head", "channel"]),
     ],
 )
 @pytest.mark.usefixtures("quick_reopening")
@@ -141,6 +149,28 @@ def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
     with pytest.raises(ExportError, match="layout native is not written for model_type 'opt'"):
         plan(pruned_then_tuned(["channel"]), str(family("opt")), layout="native")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_bloom_loses_layers_and_nothing_else(
+    family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped = pruned_then_tuned(["head"])
+    dropped["stages"][0] = {"drop_layers": {"score": "influence", "drop": 1, "batches": 2, "batch": 8}}
+    result = compresso.run(dropped, family("bloom"), instructions, output=tmp_path / "out", quiet=True)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (opened.config.model_type, opened.config.n_layer) == ("bloom", 3)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected = result.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(opened(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr(
+        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
+    with pytest.raises(ExportError, match=r"cannot hold this bloom: .*drop whole layers"):
+        compresso.run(pruned_then_tuned(["channel"]), family("bloom"), instructions, output=tmp_path / "new")
+    with pytest.raises(CompressoError, match="no units of the kinds head; it has"):
+        compresso.run(pruned_then_tuned(["head"]), family("bloom"), instructions, output=tmp_path / "new")
 
 
 @pytest.mark.parametrize("stage", [{"loraprune": {"steps": 4, "spared": 0.0}}, {"lorashear": {"unprunable": 0.0}}])

@@ -1,8 +1,8 @@
 """What stands in for a removed sub-layer, so that the stock decoder layer still runs: it adds zero to the residual
 stream.
 
-Neither module has parameters, and that is how a removed sub-layer is recognised. The norm before it becomes
-`nn.Identity`.
+None of these modules has parameters, and that is how a removed sub-layer is recognised. The norm before it becomes
+`nn.Identity`. BLOOM's sub-layers are given the stream and return their sum with it; two of these stand in for them.
 """
 
 from torch import Tensor, nn
@@ -22,6 +22,22 @@ class NoMlp(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Zeros of the input's shape without their memory."""
         return hidden_states.new_zeros(()).expand_as(hidden_states)
+
+
+class NoAttentionSum(nn.Module):
+    """An attention without heads, in a family whose attention adds the stream itself: the stream as it came."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        """The stream, and no attention weights."""
+        return residual, None
+
+
+class NoMlpSum(nn.Module):
+    """An FFN without channels, in a family whose FFN adds the stream itself: the stream as it came."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """The stream."""
+        return residual
 
 
 def is_absent(module: nn.Module) -> bool:

@@ -25,6 +25,13 @@ def config_of_layer(config: PreTrainedConfig, heads: int, head_dim: int) -> PreT
     """What an attention of that many heads has to read;
     the model's own config, told `head_dim`, if that says the same.
     """
+    tell_head_dim_(config, head_dim)
+    return config if config.num_attention_heads == heads else LayerConfig(config, heads)
+
+
+def tell_head_dim_(config: PreTrainedConfig, head_dim: int) -> None:
+    """Give a config without the field `head_dim`, which its class obeys, that field, where the heads it counts would
+    otherwise be of another width.
+    """
     if getattr(config, "head_dim", None) is None and config.hidden_size // config.num_attention_heads != head_dim:
         config.head_dim = head_dim
-    return config if config.num_attention_heads == heads else LayerConfig(config, heads)

@@ -2,7 +2,7 @@
 
 Some families write q, k and v with one linear, and gate and up with another. Their outputs then lie one behind the
 other, either all of q, all of k and all of v ("blocks": GPT-2, Phi-3), or for each head its q, k and v ("heads":
-GPT-NeoX). GPT-2's linears are `Conv1D`s, whose weight is [in, out].
+GPT-NeoX, BLOOM). GPT-2's linears are `Conv1D`s, whose weight is [in, out].
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,8 @@ class Parts:
         read: q, k and v, or the one linear that writes all three.
         write: o.
         attention_norms: norms that have no use without the attention.
-        head_norms: norms over one head's entries, shared by all heads.
+        head_norms: norms over one head's entries, shared by all heads; some models of a family may lack them.
+        shared_norms: norms that attention and FFN both read, side by side (Phi); they leave with the whole layer.
         ffn: the innermost module that holds the FFN's linears; "" if they lie in the layer itself.
         up: the FFN's linears that read the stream.
         down: the one that writes to it.
@@ -39,10 +40,12 @@ class Parts:
         heads: fields of `core` that say how many heads there are.
         kv_heads: fields of `core` that say how many key/value heads there are.
         widths: fields of `core` that say how wide all its heads are together.
-        channels: field of the config that says the FFN's width.
+        channels: field of the config that says the FFN's width; "" if none does.
         packing: how a linear that writes q, k and v holds them.
         fused_up: how many times the FFN's width `up` writes, one behind the other.
         heads_in_config: whether the stock forward reads the head count off the config of `core`.
+        heads_stay: whether no head can leave, because something outside the attention counts them (BLOOM).
+        adds_stream: whether attention and FFN are given the residual stream and return their sum with it (BLOOM).
     """
 
     attention: str
@@ -55,6 +58,7 @@ class Parts:
     attention_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     ffn_norms: tuple[str, ...] = ()
+    shared_norms: tuple[str, ...] = ()
     head_dim: str = "head_dim"
     heads: tuple[str, ...] = ()
     kv_heads: tuple[str, ...] = ()
@@ -63,6 +67,8 @@ class Parts:
     packing: Literal["apart", "blocks", "heads"] = "apart"
     fused_up: int = 1
     heads_in_config: bool = False
+    heads_stay: bool = False
+    adds_stream: bool = False
 
     def head_widths(self, block: nn.Module, where: str) -> tuple[int, int, int, int]:
         """How many entries q, k, v and o hold.

@@ -1,5 +1,5 @@
-"""Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, Phi-3, BERT, ViT and
-Gemma.
+"""Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, BLOOM, Phi, Phi-3, GLM,
+BERT, ViT and Gemma.
 
     stream -> [ + o(attention(q, k, v)), + down(act(up)) or + down(act(gate) * up) ] x layers
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.arch.absent import NoAttention, NoMlp, is_absent
+from compresso.arch.absent import NoAttention, NoAttentionSum, NoMlp, NoMlpSum, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
-from compresso.arch.layer_config import config_of_layer
+from compresso.arch.layer_config import config_of_layer, tell_head_dim_
 from compresso.arch.parts import Parts, output_dim, tensors, written
 from compresso.arch.producers import Producers, producers
 from compresso.arch.stream import hidden_axis, is_norm
@@ -37,6 +37,10 @@ def _always(_: PreTrainedConfig) -> bool:
     return True
 
 
+def _never(_: PreTrainedConfig) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """An `Arch` for models of the form in this file's header.
@@ -49,6 +53,8 @@ class Stack:
         norm_first: whether, by its config, a model's norms lie before the sub-layers and not behind the residual sums.
         final_norm: where the norm that only the head reads may lie, if all norms are RMSNorms and hidden dimensions can
             leave.
+        obeys_head_dim: whether, by its config, a model whose config class has no field `head_dim` is built by it if
+            given one.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Stack:
     generates: bool
     norm_first: Callable[[PreTrainedConfig], bool] = _always
     final_norm: tuple[str, ...] = ()
+    obeys_head_dim: Callable[[PreTrainedConfig], bool] = _never
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether the config has this model type."""
@@ -99,7 +106,7 @@ class Stack:
         where, shapes, head = self._where(model), self.shapes(model), model.get_output_embeddings()
         axes: list[Axis] = []
         for i, shape in enumerate(shapes):
-            if shape.kv_heads:
+            if shape.kv_heads and not self.parts.heads_stay:
                 axes.append(self._heads(model, f"{where}.{i}", i, shape))
             if shape.channels:
                 axes.append(self._channels(model, f"{where}.{i}", i, shape))
@@ -154,22 +161,24 @@ class Stack:
         return tuple(weights)
 
     def linear_groups(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
-        """(q, k, v), (o), (gate, up) or (up), (down), without those of removed sub-layers."""
+        """(q, k, v), (o), (gate, up) or (up), (down), without those of removed sub-layers; (q, k, v, up), (o), (down)
+        where attention and FFN read one norm.
+        """
         parts = self.parts
-        attention = () if self._is_empty(block, Kind.ATTENTION) else (parts.read, (parts.write,))
-        return attention + (() if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,)))
+        read, write = ((), ()) if self._is_empty(block, Kind.ATTENTION) else (parts.read, (parts.write,))
+        up, down = ((), ()) if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,))
+        groups = ((*read, *up), write, down) if parts.shared_norms else (read, write, up, down)
+        return tuple(group for group in groups if group)
 
     def producers(self, block: nn.Module) -> Producers:
         """Norms that lie first; v for o if it is apart and heads share no values; up for down where a gate multiplies
         it.
         """
         parts, here = self.parts, self.linear_groups(block)
-        first = getattr(block, "do_layer_norm_before", True)
-        norms = {
-            names: of[0]
-            for names, of in ((parts.read, parts.attention_norms), (parts.up, parts.ffn_norms))
-            if of and first
-        }
+        of_group = ((parts.read, parts.attention_norms), (parts.up, parts.ffn_norms))
+        if parts.shared_norms:
+            of_group = ((here[0] if here else (), parts.shared_norms),)
+        norms = {names: of[0] for names, of in of_group if of and _norms_first(block)}
         writers = {(parts.write,): parts.read[2]} if parts.packing == "apart" else {}
         writers |= {(parts.down,): parts.up[1]} if len(parts.up) == 2 else {}
         return producers(
@@ -182,24 +191,24 @@ class Stack:
         """
         parts = self.parts
         if kind == Kind.ATTENTION:
-            block.set_submodule(parts.core, NoAttention())
+            block.set_submodule(parts.core, NoAttentionSum() if parts.adds_stream else NoAttention())
             if not parts.write.startswith(parts.core + "."):
                 block.set_submodule(parts.write, NoMlp())
         elif kind == Kind.MLP:
             for up in () if parts.ffn else parts.up:
                 block.set_submodule(up, nn.Identity())
-            block.set_submodule(parts.ffn or parts.down, NoMlp())
+            block.set_submodule(parts.ffn or parts.down, NoMlpSum() if parts.adds_stream else NoMlp())
         else:
             raise ValueError(f"only an attention or an mlp can be emptied, got {kind}")
-        for norm in self._norms(kind) if getattr(block, "do_layer_norm_before", True) else ():
+        for norm in self._norms(kind) if _norms_first(block) else ():
             block.set_submodule(norm, nn.Identity())
 
     def sync_config_(self, model: PreTrainedModel) -> None:
         """Set config and shape fields to what the parameters are, and give each attention its cache slot.
 
         `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class
-        built from it would give heads another width; the exporter refuses such a model. Phi-3 has no such field but
-        obeys it, so it is given one.
+        built from it would give heads another width; the exporter refuses such a model. Phi and Phi-3 have no such
+        field but obey it, so they are given one.
         """
         config, blocks, shapes, parts = model.config, self.blocks(model), self._shapes(model), self.parts
         config.num_hidden_layers = len(blocks)
@@ -210,7 +219,10 @@ class Stack:
             config.num_attention_heads = max(shape.query_heads for shape in shapes)
             if hasattr(config, "num_key_value_heads"):
                 config.num_key_value_heads = max(shape.kv_heads for shape in shapes)
-        if any(shape.channels for shape in shapes):
+            if self.obeys_head_dim(config):
+                core = next(b.get_submodule(parts.core) for b, s in zip(blocks, shapes, strict=True) if s.kv_heads)
+                tell_head_dim_(config, int(getattr(core, parts.head_dim)))
+        if parts.channels and any(shape.channels for shape in shapes):
             setattr(config, parts.channels, max(shape.channels for shape in shapes))
         cores = [block.get_submodule(parts.core) for block in blocks]
         kinds = [
@@ -235,8 +247,10 @@ class Stack:
                     fields["config"] = config_of_layer(config, shape.query_heads, width)
                 for field, value in fields.items():
                     setattr(core, field, value)
-            if parts.ffn and shape.channels and hasattr(mlp := block.get_submodule(parts.ffn), parts.channels):
-                setattr(mlp, parts.channels, shape.channels)
+            if parts.ffn and parts.channels and shape.channels:
+                mlp = block.get_submodule(parts.ffn)
+                if hasattr(mlp, parts.channels):
+                    setattr(mlp, parts.channels, shape.channels)
 
     def _final(self, model: PreTrainedModel) -> str:
         """Qualified name of the norm that only the head reads."""
@@ -276,7 +290,7 @@ class Stack:
         layer's.
         """
         where, parts = self._where(model), self.parts
-        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms)
+        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms, *parts.shared_norms)
         known = (
             *parts.read,
             parts.write,
@@ -378,8 +392,9 @@ class Stack:
         biased = f"{reader}.bias" in dict(model.get_submodule(reader).named_parameters(prefix=reader))
         block = f"{self._where(model)}.{layer}"
         norms = (*self._norms(Kind.ATTENTION), *self.parts.head_norms) if kind == Kind.HEAD else self._norms(Kind.MLP)
+        there = dict(model.get_submodule(block).named_modules())
         leaving = (
-            tuple(p for norm in norms for p in tensors(model, f"{block}.{norm}"))
+            tuple(p for norm in norms if norm in there for p in tensors(model, f"{block}.{norm}"))
             if self.norm_first(model.config)
             else ()
         )
@@ -394,3 +409,11 @@ class Stack:
             with_last_unit=() if biased else leaving,
             min_units=int(biased),
         )
+
+
+def _norms_first(block: nn.Module) -> bool:
+    """Whether a layer's norms lie before its sub-layers and feed nothing but these; what `norm_first` says of a config,
+    said by a layer.
+    """
+    behind = getattr(block, "apply_residual_connection_post_layernorm", False)  # BLOOM's, which feed the sums too
+    return bool(getattr(block, "do_layer_norm_before", True)) and not behind

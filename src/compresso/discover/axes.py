@@ -252,14 +252,14 @@ def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
     """Axes whose units are whole sub-layers and whole layers, for each list of layers."""
     of_list: dict[str, list[tuple[int, SubLayer]]] = defaultdict(list)
     for sub_layer in sub_layers:
-        places = {_layer(name, model) for name in sub_layer.parameters}
+        places = {_layer(name, model) for name in (*sub_layer.parameters, *sub_layer.shared)}
         place = places.pop()
         if place is not None and not places:
             of_list[place[0]].append((place[1], sub_layer))
     found: list[Found] = []
     for layers, members in of_list.items():
         size = len(model.get_submodule(layers)._modules)
-        owned = {name for _, sub_layer in members for name in sub_layer.parameters}
+        owned = {name for _, sub_layer in members for name in (*sub_layer.parameters, *sub_layer.shared)}
         every = {name for name, _ in model.named_parameters() if name.startswith(layers + ".")}
         groups = {
             Kind.LAYER: members if owned == every else [],
@@ -268,7 +268,10 @@ def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
         }
         for kind, chosen in groups.items():
             if chosen:
-                whole = tuple(Slice(name, 0, unit=i) for i, sub_layer in chosen for name in sub_layer.parameters)
+                leaving = [(i, name) for i, sub_layer in chosen for name in sub_layer.parameters]
+                if kind == Kind.LAYER:
+                    leaving += dict.fromkeys((i, name) for i, sub_layer in chosen for name in sub_layer.shared)
+                whole = tuple(Slice(name, 0, unit=i) for i, name in leaving)
                 gates = tuple(Gate(sub_layer.writer, "output", unit=i) for i, sub_layer in chosen)
                 found.append(
                     Found(f"{kind}s" if kind == Kind.LAYER else str(kind), kind, size, (), whole, gates, layers)

@@ -2,7 +2,8 @@
 
 A sub-layer is a term f(x) of a sum x + f(x) + ... whose operations read x, constants and parameters, and are read by
 nobody else. Without it the sum is what it is with f = 0, so it can leave whole; this is proved on the trace, not read
-off the module names.
+off the module names. Terms of one sum may begin with the same operations (Phi's norm, which attention and FFN both
+read): the parameters of these leave when all the terms do.
 """
 
 from collections import defaultdict
@@ -24,11 +25,13 @@ class SubLayer:
         parameters: names of the parameters only it uses.
         writer: the innermost module whose output is the term.
         attends: whether it multiplies activations by activations.
+        shared: names of the parameters that only it and the other terms of its sum use.
     """
 
     parameters: tuple[str, ...]
     writer: str
     attends: bool
+    shared: tuple[str, ...] = ()
 
 
 class Flow:
@@ -119,12 +122,10 @@ class Flow:
             streams = [t for t in terms if all(t == other or self._reaches(other, t) for other in terms)]
             if not streams:
                 continue
-            sub_layers = [
-                s
-                for t in terms
-                if t != streams[0] and (s := self._sub_layer(t, streams[0], step.outputs[0])) is not None
-            ]
-            if sub_layers:
+            added = [term for term in terms if term != streams[0]]
+            together = [self._sub_layer(term, streams[0], set(added) - {term}) for term in added]
+            each = together if None not in together else [self._sub_layer(term, streams[0], set()) for term in added]
+            if sub_layers := [sub_layer for sub_layer in each if sub_layer is not None]:
                 found.append((step.outputs[0], sub_layers))
         return found
 
@@ -162,29 +163,35 @@ class Flow:
     def _reaches(self, end: int, start: int) -> bool:
         return any(start in self.trace.steps[at].inputs for at in self._between(end, start))
 
-    def _sub_layer(self, term: int, stream: int, total: int) -> SubLayer | None:
-        """The term as a sub-layer, if its parameters are its own and nothing but the sum reads it."""
+    def _sub_layer(self, term: int, stream: int, others: set[int]) -> SubLayer | None:
+        """The term as a sub-layer, if its parameters are its own and nothing but the sum reads it.
+
+        others: terms of the same sum that may begin with the same operations.
+        """
         steps = self._between(term, stream)
+        beside = {at for other in others for at in self._between(other, stream)}
         weights = {number for at in steps for number in self.trace.steps[at].inputs if number in self.trace.parameters}
         own = {number for number in weights if all(at in steps for at in self.readers[number])}
         depends = self._depending(steps, weights | {stream})
         leaks = any(
-            reader not in steps
+            reader not in steps and reader not in beside
             for at in depends
             for n in self.trace.steps[at].outputs
             if n != term
             for reader in self.readers[n]
         )
-        if not own or own != weights or leaks or len(self.readers[term]) != 1 or term in self.trace.results:
+        shared = {number for number in own if any(at in beside for at in self.readers[number])}
+        if own == shared or own != weights or leaks or len(self.readers[term]) != 1 or term in self.trace.results:
             return None
         writer = self.made_by(term)
         while writer is not None and (writer.name in _RESHAPES or (writer.name == "mul" and len(writer.inputs) == 1)):
             writer = self.made_by(writer.inputs[0])
         if writer is None or not self.is_leaf(writer.module):
             return None
-        names = tuple(name for number, name in self.trace.parameters.items() if number in own)
+        names = tuple(name for number, name in self.trace.parameters.items() if number in own - shared)
+        with_others = tuple(name for number, name in self.trace.parameters.items() if number in shared)
         attends = any(self.trace.steps[at].name == "bmm" and self._is_activation_product(at, depends) for at in steps)
-        return SubLayer(names, writer.module, attends)
+        return SubLayer(names, writer.module, attends, with_others)
 
     def _depending(self, steps: set[int], sources: set[int]) -> set[int]:
         """The steps among `steps` that depend on the sources; the others make masks and position tables."""

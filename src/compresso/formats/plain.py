@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
 
+_FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
+"""What families call the width of an FFN in their configs."""
 _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channels": "channels"}
 
 
@@ -44,11 +46,7 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
             if getattr(shape, field) != getattr(shapes[0], field):
                 told = f"layers.{index} has {getattr(shape, field)} {words}, layers.0 has {getattr(shapes[0], field)}"
                 return f"{told}; keep as many in every layer"
-    cure = (
-        ""
-        if hasattr(model.config, "head_dim")
-        else "; its config has no head_dim, so keep all heads and prune FFN channels, such as by kinds: [channel]"
-    )
+    cure = _cure(model.config)
     try:
         model.config.validate()
         with torch.device("meta"):
@@ -63,3 +61,15 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
     if odd:
         return f"{odd[0]} is {have.get(odd[0], 'absent')}, its class wants {expected.get(odd[0], 'none')}{cure}"
     return None
+
+
+def _cure(config: PreTrainedConfig) -> str:
+    """What to do instead, for what a config has no field for."""
+    if not any(hasattr(config, field) for field in _FFN_WIDTHS):
+        return (
+            "; its config has no field for the width of heads or of an FFN, so drop whole layers, such as by the recipe"
+            " shortgpt, or zero and round weights"
+        )
+    if not hasattr(config, "head_dim"):
+        return "; its config has no head_dim, so keep all heads and prune FFN channels, such as by kinds: [channel]"
+    return ""
