@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.errors import CheckpointError
 from compresso.job import Job
-from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
-from compresso.stage.tuning import group_of, learner, settled, tune
+from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
+from compresso.stage.tuning import group_of, learner, settled, tune, watching
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
 
@@ -49,7 +49,7 @@ class Distill:
     """Knobs of distillation.
 
     Args:
-        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
+        trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
         train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
         divergence: "forward" KL(dense || smaller), "reverse", or "js" (generalised Jensen-Shannon).
         temperature: divides both models' logits.
@@ -68,6 +68,7 @@ class Distill:
     train: Literal["lora", "all"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
+    watches: Watches = Watches()
     divergence: Literal["forward", "reverse", "js"] = "forward"
     temperature: Annotated[float, Gt(0)] = 1.0
     beta: Annotated[float, Gt(0), Lt(1)] = 0.5
@@ -95,8 +96,12 @@ class Distill:
         teacher = self._teacher(job)
         model = learner(job, self.lora if self.train == "lora" else None)
         learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
-        history = tune(job, "distill", self.trains, self._objective(job, model, teacher), [learning], total)
+        watch = watching(job, self.watches, total)
+        history = tune(
+            job, "distill", self.trains, self._objective(job, model, teacher), [learning], total, watch=watch
+        )
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
+        facts |= watch.facts() if watch else {}
         return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
 
     def _teacher(self, job: Job) -> PreTrainedModel:

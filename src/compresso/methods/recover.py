@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.job import Job
-from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, stage
-from compresso.stage.tuning import group_of, learner, settled, tune
+from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
+from compresso.stage.tuning import group_of, learner, settled, tune, watching
 from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
 
@@ -36,7 +36,7 @@ class Recover:
     """Knobs of LoRA recovery.
 
     Args:
-        trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
+        trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
         train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
     """
 
@@ -44,6 +44,7 @@ class Recover:
     train: Literal["lora", "all"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
+    watches: Watches = Watches()
 
     def learning(self) -> Learning:
         """Adapters, or all weights."""
@@ -59,7 +60,13 @@ class Recover:
         stored = job.model.dtype
         model = learner(job, self.lora if self.train == "lora" else None)
         learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
-        history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total)
+        watch = watching(job, self.watches, total)
+        history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
         return settled(job, model, stored, "recover", self.trains).note(
-            "recover", updates=total, trainable=learning.numbers, lr=learning.lr, curve=curve(history)
+            "recover",
+            updates=total,
+            trainable=learning.numbers,
+            lr=learning.lr,
+            curve=curve(history),
+            **(watch.facts() if watch else {}),
         )

@@ -62,6 +62,16 @@ def asked(run: Run) -> Rows:
         else "no prompt before the examples"
     )
     rows.append(("Prompt", prompt))
+    for name, stage in records.stages.items():
+        if (held := stage.held) is not None:
+            best = min(held.loss)
+            rows.append(
+                (
+                    "Held-out loss",
+                    f"{name}: {held.loss[0]:.4f} before training, {best:.4f} after {held.best} updates, whose state was"
+                    f" kept; {held.why}",
+                )
+            )
     times = [
         f"{name} {written_time(stage.seconds)}" for name, stage in records.stages.items() if stage.seconds is not None
     ]

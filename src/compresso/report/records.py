@@ -67,6 +67,18 @@ class Counted(Strict):
     held_loss: FiniteFloat | None
 
 
+class HeldCurve(Strict):
+    """Losses on held-out examples while a stage trained, after how many updates the state is that was kept, after how
+    many training ended, and why.
+    """
+
+    update: list[int]
+    loss: list[FiniteFloat]
+    best: int
+    ended: int
+    why: str
+
+
 class StageFacts(Strict):
     """What a stage noted, facts of its own among it.
 
@@ -82,6 +94,7 @@ class StageFacts(Strict):
     seconds: FiniteFloat | None = None
     sparsity: FiniteFloat | None = None
     bits: FiniteFloat | None = None
+    held: HeldCurve | None = None
 
 
 class Engine(Strict):

@@ -22,7 +22,7 @@ from compresso.stage.contract import (
     sweep_passes,
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
-from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora
+from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora, Watches
 from compresso.stage.registry import Card, Effects, card, cards, check_order, stage
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Sweeps",
     "Trains",
     "TunesLora",
+    "Watches",
     "card",
     "cards",
     "check_order",

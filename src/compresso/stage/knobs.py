@@ -169,3 +169,24 @@ class Trains:
         """
         asked = [updates(one, examples, self.batch) for one in ([self.steps] if phases is None else phases)]
         return shortened(asked, self.max_steps)
+
+
+@group(last=("evaluations", "patience"))
+class Watches:
+    """Whether the best state on held-out examples is kept, against overfitting.
+
+    Args:
+        evaluations: how often the held-out loss is looked at, before the first update, after the last and evenly
+            between; 0 never, and the last state is kept.
+        patience: evaluations in a row that may be no better than the best before training stops.
+
+    Raises ValueError for one evaluation, which compares nothing.
+    """
+
+    evaluations: Annotated[int, Ge(0), Le(10)] = 0
+    patience: Count = 2
+
+    def __post_init__(self) -> None:
+        """Refuse a single evaluation."""
+        if self.evaluations == 1:
+            raise ValueError("evaluations=1 compares nothing; give 0, or 2 to 10")

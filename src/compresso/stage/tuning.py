@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from compresso.core import schedule
 from compresso.edit.lora import attach_, merge_, save_adapter
 from compresso.edit.recompute import recompute_
+from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.stage.knobs import AdamW, Trains, TunesLora
+from compresso.stage.knobs import AdamW, Trains, TunesLora, Watches
 from compresso.training.fit import fit
 from compresso.training.groups import Group
 from compresso.training.history import History
 from compresso.training.launch import accumulation
 from compresso.training.order import Batches
+from compresso.training.watch import Watch
 
 
 def attached(job: Job, lora: TunesLora) -> PeftModel:
@@ -67,6 +69,7 @@ def tune(
     before_step: Callable[[int], None] | None = None,
     after_update: Callable[[int], Mapping[str, float] | None] | None = None,
     phase: Callable[[int], str] | None = None,
+    watch: Watch | None = None,
 ) -> History:
     """`fit` with what a job and a stage's knobs say of it.
 
@@ -78,6 +81,7 @@ def tune(
         batches: data other than the job's.
         before_step, after_update: as in `fit`.
         phase: the name shown for an update; the stage's if None.
+        watch: from `watching`.
 
     Raises as `fit`; RecipeError for a batch that cannot be split, DataError without training data.
     """
@@ -97,7 +101,26 @@ def tune(
             save_every=trains.save_every,
             progress=job.progress(),
             phase=phase or (lambda _: name),
+            watch=watch,
         )
+
+
+def watching(job: Job, watches: Watches, total: int) -> Watch | None:
+    """What looks at the job's held-out examples in a training of `total` updates; None where the knobs want nothing.
+
+    Raises:
+        RecipeError: there are no held-out examples.
+    """
+    if not watches.evaluations:
+        return None
+    if not job.held:
+        raise RecipeError(
+            f"evaluations={watches.evaluations}, and no examples are held out; give data.held, or evaluations=0"
+        )
+    # adapters lie inside the job's own model, which is therefore the one that learns
+    return Watch(
+        lambda: job.task.score(job.model, job.held, job.dense_held).mean, total, watches.evaluations, watches.patience
+    )
 
 
 def merged(job: Job, adapted: PeftModel, name: str, trains: Trains) -> Job:

@@ -14,6 +14,7 @@ from compresso.training.checkpoint import Saved, TrainingCheckpoints
 from compresso.training.history import History
 from compresso.training.launch import broadcast
 from compresso.training.state import collect, is_sharded, restore_
+from compresso.training.watch import Watch, without_watch
 
 
 class CheckpointManager:
@@ -25,6 +26,7 @@ class CheckpointManager:
         optimizer: its optimizer.
         checkpoints: where to, or None.
         run: what the training loop itself adds to the identity of the run.
+        watch: what looks at held-out examples on the way, whose state is saved too; None if nothing does.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         checkpoints: TrainingCheckpoints | None,
         run: Mapping[str, Any],
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._accelerator, self._objective, self._optimizer, self._checkpoints = (
             accelerator,
             objective,
@@ -58,7 +62,9 @@ class CheckpointManager:
         if found is None:
             return 0, History()
         refuse_other_run(Path(self.saved or ""), found.identity, self._identity)
-        restore_(self._objective, self._optimizer, found.tensors)
+        restore_(self._objective, self._optimizer, without_watch(found.tensors))
+        if self._watch is not None:
+            self._watch.take_(found.tensors)
         return found.update, found.history
 
     def save(self, done: int, history: History) -> None:
@@ -74,7 +80,7 @@ class CheckpointManager:
         path: str | None = None
         error: CompressoError | None = None
         if main or is_sharded(self._objective):  # gathering shards takes all processes
-            tensors = collect(self._objective, self._optimizer)
+            tensors = collect(self._objective, self._optimizer) | (self._watch.tensors() if self._watch else {})
             if main:
                 try:
                     path = str(self._checkpoints.save(Saved(done, tensors, history, self._identity)))
@@ -90,7 +96,7 @@ class CheckpointManager:
         found = self._newest()
         if found is None:
             return "there is no checkpoint to go back to"
-        restore_(self._objective, self._optimizer, found.tensors)
+        restore_(self._objective, self._optimizer, without_watch(found.tensors))
         return f"the model was put back to update {found.update}"
 
     def _newest(self) -> Saved | None:

@@ -26,6 +26,7 @@ from compresso.training.order import Batches, Micro, micros_of
 from compresso.training.progress import Progress
 from compresso.training.signals import asked, noted_signals
 from compresso.training.state import trainable
+from compresso.training.watch import Watch
 
 MOST_SKIPS = 3
 """This many updates in a row with a NaN or Inf in loss or gradient end a run; fewer are skipped."""
@@ -47,6 +48,7 @@ def fit(
     save_every: int = 50,
     progress: Progress | None = None,
     phase: Callable[[int], str] = lambda update: "training",
+    watch: Watch | None = None,
 ) -> History:
     """Train in place, from the newest checkpoint if there is one, and return the log of all updates, those of
     interrupted runs included.
@@ -76,6 +78,8 @@ def fit(
         save_every: updates between saves; the last update is saved too.
         progress: display; None shows nothing.
         phase: the name shown for an update.
+        watch: looks at a held-out loss on the way, ends training when that only rises, and leaves the best state in
+            the objective.
 
     Raises:
         ResourceError: memory does not suffice for a single example; a micro-batch that does not fit is halved, and that
@@ -101,18 +105,21 @@ def fit(
         "micro_batches": accumulation * ranks,
         "precision": compute,
         "groups": {g.name: g.facts() for g in groups},
-    }
+    } | ({"held": watch.identity} if watch else {})
     optimizer = adamw(groups)
     model = prepare(accelerator, objective, optimizer)
     halving = Halving(ranks)
-    manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run)
+    manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run, watch)
     done, history = manager.resume()
     shown = progress if progress is not None and accelerator.is_main_process else Progress("silent")
 
     with noted_signals() as requests, _training(objective, accelerator.device), shown.running(steps, done):
         for note in checkpoints.notes if checkpoints else ():
             shown.say(note)
+        _look(watch, accelerator, objective, done, shown)
         for update in range(done, steps):
+            if watch is not None and watch.over:
+                break
             micros = micros_of(update, batches.global_batch, accumulation, rank, ranks)
             while True:
                 try:
@@ -141,7 +148,9 @@ def fit(
                 row |= dict((after_update(update) if after_update else None) or {})
                 history.rows.append(row)
             optimizer.zero_grad(set_to_none=True)
-            if stop or update + 1 == steps or (update + 1) % save_every == 0:
+            _look(watch, accelerator, objective, update + 1, shown)
+            over = watch is not None and watch.over
+            if stop or over or update + 1 == steps or (update + 1) % save_every == 0:
                 manager.save(update + 1, history)
             shown.step(update + 1, phase(update), row, sums["#tokens"])
             if stop:
@@ -149,7 +158,15 @@ def fit(
         late = asked(summed(accelerator, requests.flags()))  # came during the last save
         if late:
             raise Interrupted(late, manager.saved)
+        if watch is not None:
+            shown.say(watch.settle_(objective))
     return history
+
+
+def _look(watch: Watch | None, accelerator: Accelerator, objective: nn.Module, done: int, shown: Progress) -> None:
+    """Evaluate on held-out examples, if something does and it is time to, and say so."""
+    if watch is not None and (told := watch.look(accelerator, objective, done)) is not None:
+        shown.say(told)
 
 
 def _gradients(

@@ -35,13 +35,20 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     return {name: _kept(p) for name, p in trainable(module).items()}
 
 
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of what learns on the CPU, without the optimizer's state: `param/<name>`, `buffer/<name>`; every process
+    must call this if any is sharded.
+    """
+    tensors = {f"param/{name}": tensor for name, tensor in trained(module).items()}
+    return tensors | {f"buffer/{name}": _kept(b) for name, b in _buffers(module).items()}
+
+
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """A copy of the training state on the CPU: `param/<name>`, `buffer/<name>`, `optimizer/<name>/<key>`.
 
     Every process must call this if any parameter is sharded.
     """
-    tensors = {f"param/{name}": tensor for name, tensor in trained(module).items()}
-    tensors |= {f"buffer/{name}": _kept(b) for name, b in _buffers(module).items()}
+    tensors = learned(module)
     for name, p in trainable(module).items():
         tensors |= {f"optimizer/{name}/{key}": _kept(value) for key, value in optimizer.state.get(p, {}).items()}
     return tensors
@@ -54,11 +61,30 @@ def restore_(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappi
     Raises:
         ResumeError: the names or shapes are not those of this module.
     """
+    put_(module, {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")})
+    optimizer.state.clear()
+    for name, p in trainable(module).items():
+        prefix = f"optimizer/{name}/"
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if state:
+            # AdamW keeps its step counts on the CPU, and its moments where and how the parameter lies
+            optimizer.state[p] = {
+                key: value.clone() if value.shape != p.shape or key == "step" else _like(value, p)
+                for key, value in state.items()
+            }
+
+
+@torch.no_grad()
+def put_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `learned` took, in place.
+
+    Raises:
+        ResumeError: the names or shapes are not those of this module.
+    """
     params, buffers = trainable(module), _buffers(module)
     wanted = {f"param/{name}": p for name, p in params.items()} | {f"buffer/{name}": b for name, b in buffers.items()}
-    found = {name for name in tensors if not name.startswith("optimizer/")}
-    if found != wanted.keys():
-        odd = sorted(found ^ wanted.keys())
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())
         raise ResumeError(
             f"{len(odd)} tensors are only in the checkpoint or only in the model, the first is {odd[0]}; resume the"
             " same model"
@@ -70,16 +96,6 @@ def restore_(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappi
                 " the same model"
             )
         target.copy_(_like(tensors[name], target))
-    optimizer.state.clear()
-    for name, p in params.items():
-        prefix = f"optimizer/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            # AdamW keeps its step counts on the CPU, and its moments where and how the parameter lies
-            optimizer.state[p] = {
-                key: value.clone() if value.shape != p.shape or key == "step" else _like(value, p)
-                for key, value in state.items()
-            }
 
 
 def _kept(tensor: Tensor) -> Tensor:
