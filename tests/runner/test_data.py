@@ -21,6 +21,7 @@ from compresso.errors import DataError, RecipeError
 from compresso.runner import plan as planning
 from compresso.runner.plan import plan
 from compresso.runner.preflight import Prepared, prepare
+from compresso.runner.recipe import build, read
 from compresso.runner.run import run
 
 Row = dict[str, Any]
@@ -288,3 +289,15 @@ def test_folders_and_patterns_are_named_without_their_folder(
         ready = prepared(TRAINS, small(), tmp_path / name, tmp_path)
         assert ready.recipe.data.source == wanted and ready.encoded is not None and ready.encoded.stats.n == 80
         assert str(tmp_path) not in json.dumps(ready.origin())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_recipe_may_learn_what_is_asked(
+    on: bool, small: Callable[..., Path], rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the script of LoRAPrune does, and so its recipe."""
+    raw = {**TRAINS, "data": {**TRAINS["data"], "train_on_inputs": on}}  # type: ignore[dict-item]
+    encoded = prepared(raw, small(), rows(ALPACA), tmp_path).encoded
+    assert encoded is not None
+    assert all((row["labels"] == row["input_ids"]) is on for row in encoded.rows)
+    assert build(read("loraprune/paper")).data.train_on_inputs and not build(read("loraprune")).data.train_on_inputs

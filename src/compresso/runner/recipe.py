@@ -42,7 +42,7 @@ class DataKnobs:
         pack: whether plain text is cut into full windows instead of one document a row.
         limit: examples read at most.
         held: examples kept out of training for the before/after loss.
-        train_on_inputs: whether the loss falls on what was asked, too, and not on responses alone.
+        train_on_inputs: whether the loss of conversations falls on what was asked, too, and not on responses alone.
     """
 
     source: str | None = None
