@@ -227,7 +227,7 @@ def test_bad_models_are_refused_by_their_headers(
         broken(config=lambda values: values.update(model_type="mine", auto_map={"AutoConfig": "a.B"}))
     )
     codegen = lambda folder: CodeGenConfig(n_layer=1, n_embd=8, n_head=2, rotary_dim=4).save_pretrained(folder)  # noqa: E731
-    assert "no architecture describes model_type 'codegen'" in check(broken(raw=codegen))
+    assert "does not fit its config.json" in check(broken(raw=codegen))
     only_config = broken() / "config.json"
     assert "a config.json is enough for `compresso plan`" in check(only_config)
     assert "does not exist" in check(tmp_path / "nowhere" / "at" / "all")
@@ -438,7 +438,7 @@ def test_catalogue(call: Call) -> None:
     assert rows["wanda"]["knobs"]["where"] == {"layers": None, "modules": ["*"], "ignore": []}
     assert "calibration.examples" in call("methods", "wanda")[1]
     shown = call("methods", "bonsai")[1]  # as a recipe would say it
-    assert "[head, channel]" in shown and "{head: 1, channel: 1}" in shown
+    assert "[head, query, channel]" in shown and "{head: 1, channel: 1}" in shown
     assert "did you mean 'recover'" in call("methods", "recver")[2]
     assert "compresso/paper" in call("recipes")[1]
     assert "did you mean 'compresso/paper'" in call("recipes", "compresso/papr")[2]

@@ -6,11 +6,11 @@ from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import Recipe
 
 WITHIN = 0.02
-"""Share of a budget by which shapes may miss it."""
+"""Of what the budget counts: by how much shapes may miss it."""
 
 
 def check_target(recipe: Recipe, source: Source, target: str) -> None:
-    """Refuse an engine whose shapes miss a budget of the recipe by more than 2 %.
+    """Refuse an engine whose shapes miss a budget of the recipe by more than 2 % of the dense model.
 
     Args:
         recipe: with the engine's multiples in its budgets.
@@ -20,7 +20,7 @@ def check_target(recipe: Recipe, source: Source, target: str) -> None:
     Raises BudgetError, naming the share that those shapes leave, and what else can be done.
     """
     for met in dry_run(recipe, source).budgets:
-        if abs(met.share - met.wanted) <= WITHIN * met.wanted:
+        if abs(met.share - met.wanted) <= WITHIN:
             continue
         if met.share > 1 - 1e-9:
             raise BudgetError(
