@@ -10,10 +10,27 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.score import parameters_per_unit
 from compresso.job import Job
+from compresso.methods.drop_layers import DropLayers
 from compresso.methods.gate_taylor import GateTaylor
+from compresso.methods.learn_gates import LearnGates
 from compresso.observe.gate_taylor import gate_taylor, sensitivity_per_cost
 from compresso.solve.allocate import allocate
+from compresso.stage import Stage
 from tests.methods.conftest import MakeJob
+
+SCORED: dict[str, Any] = {
+    "keep": 0.8,
+    "kinds": ("head", "channel"),
+    "tune": 0,
+    "ramp": 0,
+    "hold": 2,
+    "constraint": "projection",
+    "start": "score",
+    "score_batches": 1,
+    "batch": 4,
+    "micro_batch": 4,
+    "rank": 2,
+}
 
 
 def scored(job: Job, axes: Sequence[Axis], batches: int, batch: int, micro_batch: int) -> dict[str, torch.Tensor]:
@@ -118,3 +135,14 @@ def test_what_takes_nothing_of_the_count_stays(make_job: MakeJob, allocation: st
     job = GateTaylor(**knobs)(make_job())
     assert [shape.channels for shape in job.arch.shapes(job.model)] == [48, 48, 48]
     assert float(job.cost()().cached) == 0.5 * float(make_job(folder="dense").cost()().cached)
+
+
+@pytest.mark.parametrize(
+    "stage", [GateTaylor(keep=0.8, batches=1, batch=4), LearnGates(**SCORED)], ids=["score", "gates"]
+)  # type: ignore[call-arg]
+def test_a_layer_without_attention_is_scored_like_the_others(make_job: MakeJob, stage: Stage) -> None:
+    job = DropLayers(drop=1, kinds=(Kind.ATTENTION,), score="reverse")(make_job())  # type: ignore[call-arg]
+    before = job.cost()().parameters()["blocks"]
+    after = stage(job)
+    assert after.cost()().parameters()["blocks"] <= 0.8 * before
+    assert [shape.kv_heads > 0 for shape in after.arch.shapes(after.model)] == [True, True, False]

@@ -44,5 +44,8 @@ def parameters_per_unit(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks
 
 
 def prices(axes: Sequence[Axis], cost: Cost, of: CostName) -> dict[str, float]:
-    """What one unit takes of a count, of the axes whose units take anything: FFN units hold nothing of a cache."""
-    return {name: price for name, price in parameters_per_unit(axes, cost, of).items() if price > 0}
+    """What one unit takes of a count, of the axes whose units take anything: FFN units hold nothing of a cache. Axes
+    without units are among them, at no price that matters.
+    """
+    empty = {axis.name for axis in axes if not axis.size}
+    return {name: price for name, price in parameters_per_unit(axes, cost, of).items() if price > 0 or name in empty}
