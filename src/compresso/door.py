@@ -145,7 +145,7 @@ def _words(wanted: Any) -> str:
     """A type as a sentence names it.
 
     >>> _words(Sequence[str | Path] | None)
-    'a list of which each is a string or a path, or None'
+    'a list, each a string or a path or None'
     """
     words = [_word(kind) for kind in _kinds(wanted)]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

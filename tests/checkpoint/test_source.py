@@ -132,7 +132,7 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
     refused("./absent", "does not exist")
     refused("absent/config.json", "does not exist")
     refused("a/../b", "does not exist")
-    refused(folder / "model.safetensors", "is a file, and no GGUF; give the folder it lies in")
+    refused(folder / "model.safetensors", "is a file; give the folder it lies in, a GGUF file")
     refused(tmp_path, r"has no config\.json")
 
 

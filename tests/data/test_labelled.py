@@ -72,7 +72,7 @@ def test_what_is_no_labelled_text_says_why(row: object, said: str) -> None:
 
 def test_a_bad_row_is_named_or_skipped_and_counted(write: Write) -> None:
     path = write({"text": "a", "label": 1}, {"text": "b", "label": -1}, {"text": "c", "label": 0})
-    said = r"rows.jsonl:2: field 'label' is -1.*Repair it, or pass skip_bad \(--skip-bad\)"
+    said = r"rows.jsonl:2: field 'label' is -1.*Repair it, or add --skip-bad"
     with pytest.raises(DataError, match=said):
         load_records(path, form=LABELLED)
     found = load_records(path, form=LABELLED, skip_bad=True)

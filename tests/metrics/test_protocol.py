@@ -79,7 +79,7 @@ def test_a_window_longer_than_the_context_is_refused_with_the_cure() -> None:
     check_context(PRESETS["sparsegpt"], None)
     check_context(PRESETS["sparsegpt"], 2048)
     with pytest.raises(
-        DataError, match=r"2048 tokens at once.*made for 512; choose the protocol llm-pruner, or give seq_len=512"
+        DataError, match=r"2048 tokens at once.*made for 512; choose --protocol llm-pruner, or give seq_len=512"
     ):
         check_context(PRESETS["sparsegpt"], 512)
     with pytest.raises(DataError, match=r"made for 64; give seq_len=64"):

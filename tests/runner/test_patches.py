@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import compresso
 from compresso.edit.patches import TENSORS, unpatch_
+from compresso.errors import Interrupted
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.skip_in_prefill import SkipInPrefill
@@ -59,7 +60,7 @@ def test_a_resumed_run_and_load_apply_a_patch_with_its_tensors(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Magnitude, "__call__", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="continue from"):
         go(tmp_path / "cut")
     monkeypatch.setattr(Magnitude, "__call__", plain)
     monkeypatch.setattr(SkipInPrefill, "__call__", killed)  # its stage is finished
