@@ -269,3 +269,13 @@ def test_records_in_memory_are_named_by_their_number() -> None:
     assert records_from([{"text": "a"}, GOOD], "mine", TEXTS).kind == "mixed"
     with pytest.raises(BadRecord, match="mine: record 2: fields are: x"):
         records_from([{"text": "a"}, {"x": 1}], "mine", TEXTS)
+
+
+def test_one_sentence_a_line_is_a_document_a_line(tmp_path: Path) -> None:
+    """Penn Treebank as text, BookCorpus as a table: lower-case, rare words as <unk>, order kept, nothing joined."""
+    lines = [" no it was n't black monday ", " but while the <unk> did n't fall apart N times ", " some <unk> <unk>"]
+    (tmp_path / "ptb.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "ptb.jsonl").write_text("".join(json.dumps({"sentence": line.strip()}) + "\n" for line in lines))
+    from_text, from_column = (read_file(tmp_path / name).rows for name in ("ptb.txt", "ptb.jsonl"))
+    assert [row.text.strip() for row in from_text if isinstance(row, Text)] == [line.strip() for line in lines]
+    assert from_column == [Text(line.strip()) for line in lines]

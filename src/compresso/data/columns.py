@@ -39,7 +39,8 @@ _GIVEN = ("input", "context")
 _ASKED_WITH_CHOSEN = ("prompt", "question", "instruction", "input")
 _WANTED = (
     "instruction + output or response (+ input or context, system, history), messages, conversations, prompt +"
-    " completion or response, question + answer or response, query + response, prompt + chosen, input + output, or text"
+    " completion or response, question + answer or response, query + response, prompt + chosen, input + output, text,"
+    " content or sentence"
 )
 
 
@@ -214,6 +215,7 @@ _SHAPES = (
     _Shape(("input", "output"), _asked),
     _Shape(("text",), _document),
     _Shape(("content",), _document),
+    _Shape(("sentence",), _document),
 )
 _COLUMNS = (*(name for shape in _SHAPES for name in shape.needs), *_GIVEN, *_SYSTEM, "history", "rejected")
 TEXTS = RecordForm(tuple(dict.fromkeys(_COLUMNS)), take, _WANTED)

@@ -15,6 +15,7 @@ from compresso.data.survival import Encoded, check_dropped, told
 from compresso.data.tokens import refuse_ids
 from compresso.errors import DataError
 from compresso.runner.dry_run import Acted
+from compresso.runner.generated import with_generated
 from compresso.runner.recipe import Recipe
 from compresso.tasks.base import Reading
 
@@ -77,7 +78,7 @@ def read_examples(
             f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
             " alpaca-gpt4"
         )
-    records = load_records(data, skip_bad=skip_bad, form=recipe.task.form)
+    records = load_records(with_generated(data, source), skip_bad=skip_bad, form=recipe.task.form)
     bare = records.kind == "window" and not has_tokenizer(source)
     tokenizer = None if bare else load_tokenizer(source)
     _check_own_ids(recipe, tokenizer, size)
