@@ -47,6 +47,7 @@ def read_examples(
     *,
     skip_bad: bool = False,
     allow_dropped: bool = False,
+    quiet: bool = False,
 ) -> Examples:
     """Read and tokenise the training data, if the recipe needs any.
 
@@ -57,6 +58,7 @@ def read_examples(
         source: the model.
         skip_bad: leave bad lines out, and conversations that the chat template refuses.
         allow_dropped: go on where a source loses more than a run may lose.
+        quiet: show no progress.
 
     Raises:
         DataError: there is none, it cannot be read, too much of it gives no example, or nothing would be left to train
@@ -78,7 +80,7 @@ def read_examples(
             f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
             " alpaca-gpt4"
         )
-    records = load_records(with_generated(data, source), skip_bad=skip_bad, form=recipe.task.form)
+    records = load_records(with_generated(data, source, quiet), skip_bad=skip_bad, form=recipe.task.form)
     bare = records.kind == "window" and not has_tokenizer(source)
     tokenizer = None if bare else load_tokenizer(source)
     _check_own_ids(recipe, tokenizer, size)

@@ -105,13 +105,14 @@ def parsed(name: str) -> Sampling:
     return found
 
 
-def with_generated(data: str, source: Source) -> str:
+def with_generated(data: str, source: Source, quiet: bool = False) -> str:
     """What `--data` names, with the file in the cache in the place of each source that the model is to write; written
     now if it is not there.
 
     Args:
         data: names and files, joined by commas.
         source: the dense model.
+        quiet: show no progress.
 
     Raises:
         DataError: settings that cannot be, the model was opened without weights, or several processes would write it.
@@ -120,7 +121,7 @@ def with_generated(data: str, source: Source) -> str:
     if not any(is_generated(part.strip()) for part in data.split(",")) or Path(data).exists():
         return data
     parts = [part.strip() for part in data.split(",")]
-    return ",".join(str(_written(part, source)) if is_generated(part) else part for part in parts)
+    return ",".join(str(_written(part, source, quiet)) if is_generated(part) else part for part in parts)
 
 
 def folder() -> Path:
@@ -130,7 +131,7 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compresso"
 
 
-def _written(name: str, source: Source) -> Path:
+def _written(name: str, source: Source, quiet: bool) -> Path:
     """The file of windows for a source's name, written if need be."""
     how = parsed(name)
     context = getattr(source.config, "max_position_embeddings", None)
@@ -152,7 +153,7 @@ def _written(name: str, source: Source) -> Path:
         model = load_model(source, torch.float32 if device.type == "cpu" else None, device)
         parts = file.with_suffix(".parts")
         parts.mkdir(parents=True, exist_ok=True)
-        windows = torch.cat(list(_parts(model, how, parts)))
+        windows = torch.cat(list(_parts(model, how, parts, Progress("silent" if quiet else "auto"))))
         _save(windows, file)
         for part in parts.iterdir():
             part.unlink()
@@ -160,10 +161,9 @@ def _written(name: str, source: Source) -> Path:
     return file
 
 
-def _parts(model: PreTrainedModel, how: Sampling, folder: Path) -> Iterator[Tensor]:
+def _parts(model: PreTrainedModel, how: Sampling, folder: Path, shown: Progress) -> Iterator[Tensor]:
     """The windows [n, tokens] of each part; read where they were written before."""
     starts = range(0, how.examples, AT_ONCE)
-    shown = Progress("auto")
     there = sum((folder / f"{number:06d}.safetensors").is_file() for number in range(len(starts)))
     with shown.running(len(starts), there, "the model writes its own data"):
         done = there

@@ -90,6 +90,7 @@ def prepare(
     skip_bad: bool,
     allow_dropped: bool = False,
     offload: bool = False,
+    quiet: bool = False,
 ) -> Prepared:
     """Check a run's arguments against each other and read its data.
 
@@ -118,7 +119,7 @@ def prepare(
     _spare_data(chosen, output)
     if overwrite:
         refuse_foreign(output, RUN)
-    read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped)
+    read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped, quiet=quiet)
     recipe, tokenizer, records, encoded = read.recipe, read.tokenizer, read.records, read.encoded
     said = read.said
     if encoded is not None:

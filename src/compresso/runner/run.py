@@ -175,6 +175,7 @@ def run(
             skip_bad=skip_bad,
             allow_dropped=allow_dropped,
             offload=offload,
+            quiet=quiet,
         )
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
