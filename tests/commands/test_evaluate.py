@@ -88,7 +88,9 @@ def language(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(source: Any, corpus: str, protocol: str | None, data_root: object) -> tuple[type[Texts], dict[str, Any]]:
         return Texts, {"corpus": corpus, "asked": protocol}
 
-    def perplexity(model: Any, tokenizer: Any, texts: Any, protocol: dict[str, Any], *, batch_size: int) -> Language:
+    def perplexity(
+        model: Any, tokenizer: Any, texts: Any, protocol: dict[str, Any], *, batch_size: int, progress: object
+    ) -> Language:
         return Language({**protocol, "batch_size": batch_size, "texts": len(texts)})
 
     monkeypatch.setattr(evaluation, "_language", found)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +33,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_|adapter|ia3_|hada_|oft_|modules_to_save)")
 _CODED = re.compile(r"(scales?|scale_inv|qweight|qzeros|zero_point|zeros|absmax|quant_map|quant_state\S*|SCB|g_idx)$")
 HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_layer.weight")
 """How the names of stored heads end."""
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 16_000_000  # bytes that are compared at once
 
 
@@ -99,14 +101,11 @@ def _loading_problems(
     """What transformers finds missing, left over or of another shape."""
     try:
         with _silent():
-            _, info = auto.from_pretrained(
-                where,
+            _, info = type(model).from_pretrained(
+                None,
                 config=copy.deepcopy(config),
+                state_dict=_claimed(stored),
                 device_map="meta",
-                dtype="auto",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -125,6 +124,16 @@ def _loading_problems(
         "wrong shape": [
             f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])
         ],
+    }
+
+
+def _claimed(stored: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Tensors of the stored names, shapes and types on the meta device: no file is opened or mapped for them, which
+    counts as memory where that is limited.
+    """
+    return {
+        name: torch.empty(tuple(one.shape), dtype=_TYPES.get(one.dtype, torch.uint8), device="meta")
+        for name, one in stored.items()
     }
 
 

@@ -104,7 +104,7 @@ class Progress:
         elif self._style == "lines":
             self._line = "  ".join(part for part in (phase, f"{done}/{self._steps}", self._facts(facts)) if part)
             now = time.monotonic()
-            due = now - self._said >= self._seconds or done in (self._first + 1, self._steps)
+            due = now - self._said >= 0.8 * self._seconds or done in (self._first + 1, self._steps)
             if due and now >= self._silent_until:
                 self.say(f"{self._line}{self._eta()}")
 
