@@ -99,9 +99,10 @@ def _loading_problems(
     where: Path, config: PreTrainedConfig, auto: Any, model: PreTrainedModel, stored: Mapping[str, TensorInfo]
 ) -> dict[str, list[str]]:
     """What transformers finds missing, left over or of another shape."""
+    opener: Any = type(model)  # its signature says nothing of the second thing that it returns
     try:
         with _silent():
-            _, info = type(model).from_pretrained(
+            _, info = opener.from_pretrained(
                 None,
                 config=copy.deepcopy(config),
                 state_dict=_claimed(stored),
