@@ -146,7 +146,7 @@ def _print(console: Console, report: Report, keep: float) -> None:
     table = Table(
         title=f"nano on fresh items, {keep:.0%} of block parameters kept, equal training", title_justify="left"
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")
     for results in report.models:
