@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CodeGenConfig
+from transformers import CodeGenConfig, CodeGenForCausalLM
 
 from compresso import cli
 from compresso.commands import inspect
@@ -228,6 +228,10 @@ def test_bad_models_are_refused_by_their_headers(
     )
     codegen = lambda folder: CodeGenConfig(n_layer=1, n_embd=8, n_head=2, rotary_dim=4).save_pretrained(folder)  # noqa: E731
     assert "does not fit its config.json" in check(broken(raw=codegen))
+    whole = lambda folder: CodeGenForCausalLM(CodeGenConfig.from_pretrained(folder)).save_pretrained(folder)  # noqa: E731
+    assert "no architecture describes model_type 'codegen'" in check(
+        broken(raw=lambda folder: (codegen(folder), whole(folder)))
+    )
     only_config = broken() / "config.json"
     assert "a config.json is enough for `compresso plan`" in check(only_config)
     assert "does not exist" in check(tmp_path / "nowhere" / "at" / "all")

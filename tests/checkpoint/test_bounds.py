@@ -132,6 +132,12 @@ def test_a_table_computed_in_python(tmp_path: Path) -> None:
         open_source(tmp_path / "config.json")
 
 
+def test_a_number_of_hundreds_of_digits_is_refused_as_it_is_read(folder: Path) -> None:
+    change(folder, num_labels=10**400)
+    with pytest.raises(CheckpointError, match="has more than 300 digits"):
+        open_source(folder)
+
+
 def test_the_most_that_passes_takes_seconds(tmp_path: Path) -> None:
     """At the edge of each bound."""
     edge = {"num_labels": 100_000, "max_position_embeddings": 2**27, "vocab_size": 2**24}
