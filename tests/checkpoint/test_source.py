@@ -167,6 +167,22 @@ def test_bad_config(text: str, message: str, folder: Path) -> None:
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'; a token's number is wanted"),
+        ({"eos_token_id": [1, {}]}, r"eos_token_id is '\[1, {}\]'; a token's number is wanted"),
+        ({"early_stopping": []}, "is no valid generation config: unhashable"),
+        ({"watermarking_config": "x"}, "is no valid generation config"),
+    ],
+)
+def test_a_bad_generation_config(fields: dict[str, Any], message: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    refused(folder, message)
+    (folder / "generation_config.json").unlink()
+    open_source(folder)
+
+
 def test_config_that_asks_for_too_much(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1_000_000)
     with pytest.raises(CheckpointError, match="num_hidden_layers is 1,000,000; at most 512 layers are built"):

@@ -5,7 +5,7 @@ read.
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from compresso.checkpoint.bounds import check_numbers
 from compresso.checkpoint.header import TensorInfo, read_header
@@ -98,6 +98,26 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json. Give a folder that holds a Hugging Face model.")
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise CheckpointError if the folder's generation_config.json is none: transformers reads it with the weights."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    data = read_json(path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = data.get(name)
+        if value is not None and any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
+            raise CheckpointError(
+                f"{path}: {name} is {str(value)[:60]!r}; a token's number is wanted. Correct or delete the file."
+            )
+    try:
+        GenerationConfig.from_dict(data)
+    except Exception as error:  # it may fail on malformed values in any way
+        raise CheckpointError(
+            f"{path} is no valid generation config: {reason_of(error)} Correct or delete the file."
+        ) from error
 
 
 def stored_names(folder: Path) -> tuple[str, ...]:

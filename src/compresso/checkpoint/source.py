@@ -33,7 +33,14 @@ from compresso.checkpoint import hub
 from compresso.checkpoint.atomic import sha256
 from compresso.checkpoint.bounds import check_layers, check_tables
 from compresso.checkpoint.code import refuse_code, refuse_fields
-from compresso.checkpoint.folder import check_folder, read_config, read_json, stored_names, stored_tensors
+from compresso.checkpoint.folder import (
+    check_folder,
+    check_generation_config,
+    read_config,
+    read_json,
+    stored_names,
+    stored_tensors,
+)
 from compresso.checkpoint.gguf_folder import describe_gguf, is_gguf, only_gguf
 from compresso.checkpoint.header import TensorInfo
 from compresso.checkpoint.links import check_links
@@ -371,6 +378,7 @@ def _open_folder(
     check_folder(folder)
     config = read_config(folder / "config.json", packed)
     refuse_code(folder)
+    check_generation_config(folder)
     tensors = stored_tensors(folder) if weights else {}
     if type(config).__module__.startswith("transformers."):  # layers of our own types may have lost all their tensors
         layers = getattr(config, "num_hidden_layers", None)
