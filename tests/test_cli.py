@@ -312,6 +312,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert {"torch", "transformers", "numpy", "peft"}.isdisjoint(imported), arguments
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reads_weights", "quick_reopening")
 def test_old_options_work_with_a_warning(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
     recipe = written(tmp_path, NOTHING)

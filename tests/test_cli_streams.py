@@ -13,10 +13,12 @@ def _shell(line: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     assert _shell(f"{{ sleep 0.2; exec {COMMAND}; }} | true; exit ${{PIPESTATUS[0]}}") == (0, "")
 
 
+@pytest.mark.slow
 def test_a_closed_output_is_no_error() -> None:
     assert _shell(f"exec {COMMAND} >&-") == (0, "")
 

@@ -235,6 +235,7 @@ def test_the_readme_says_what_it_must() -> None:
         assert f"`{name}`" in text, f"the table of methods lacks the recipe {name}"
 
 
+@pytest.mark.slow
 def test_the_readme_is_fresh() -> None:
     """Its tables and tree are what `scripts/readme.py` makes of the registry and the folders."""
     if subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=False).returncode:

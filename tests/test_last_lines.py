@@ -24,6 +24,7 @@ def test_c(): ...
 WHOLE = 'import pytest\npytest.importorskip("no_such_module", reason="engine: not installed")\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_skips_are_counted_by_name(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

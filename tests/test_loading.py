@@ -41,6 +41,7 @@ def asked(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, what: str, *words: st
     return found.value.args[0]
 
 
+@pytest.mark.slow
 def test_ids_at_inference_start_with_bos_and_the_prompt(prompted: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = compresso.load(prompted.folder)
     assert loaded.tokenizer is not None

@@ -102,6 +102,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -120,6 +121,7 @@ def test_transformers_opens_native_checkpoints_after_import(native: Path, import
     assert python(program, str(native)).splitlines()[-1] == "CompressoLlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_a_config_needs_no_model_class(native: Path) -> None:
     program = (
         "import compresso, sys; from transformers import AutoConfig;"
@@ -132,6 +134,7 @@ def test_importing_compresso_registers_its_models() -> None:
     assert AutoConfig.for_model("compresso_llama", head_dim=8).model_type == "compresso_llama"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_run_takes_the_budgets_of_the_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     shares = {}
@@ -161,6 +164,7 @@ def test_run_takes_the_budgets_of_the_command_line(tiny_folder: Path, tmp_path: 
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "none", keep=0.5, macs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_old_arguments_warn_and_name_the_new_ones(tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"

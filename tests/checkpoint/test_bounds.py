@@ -138,6 +138,7 @@ def test_a_number_of_hundreds_of_digits_is_refused_as_it_is_read(folder: Path) -
         open_source(folder)
 
 
+@pytest.mark.slow
 def test_the_most_that_passes_takes_seconds(tmp_path: Path) -> None:
     """At the edge of each bound."""
     edge = {"num_labels": 100_000, "max_position_embeddings": 2**27, "vocab_size": 2**24}

@@ -226,6 +226,7 @@ def test_an_auto_map_is_passed_over_where_transformers_has_a_class_and_refused_w
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_an_auto_map_opens_in_a_fresh_process_and_is_written_without_it(
     folder: Path, ran: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +282,7 @@ def test_custom_generate_is_always_refused(kind: str, folder: Path, ran: Path, t
     refused_everywhere(folder.parent / "link", ran, "custom_generate holds code")
 
 
+@pytest.mark.slow
 def test_the_canary_sings_where_trust_is_given(folder: Path, ran: Path) -> None:
     """In a process of its own: without the gate, both kinds of code would run."""
     opens = "import sys, transformers as t; t.{}.from_pretrained(sys.argv[1], trust_remote_code=True)"
@@ -330,6 +332,7 @@ def test_what_came_after_opening_is_refused_when_it_is_read(folder: Path, ran: P
             read(source)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_looks_for_itself(folder: Path, ran: Path) -> None:
     from compresso.formats.reopen import reopen_and_compare
 

@@ -142,6 +142,7 @@ def test_what_is_accepted_safetensors_accepts(changes: list[tuple[int, str, int]
         pytest.fail(f"accepted, but safetensors says {error}: {bytes(data)!r}")
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     hostile = (

@@ -20,6 +20,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "layout"),
     [("gate-taylor", "auto"), ("magnitude-structured", "native"), ("magnitude-structured", "padded")],

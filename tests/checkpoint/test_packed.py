@@ -97,6 +97,7 @@ def test_it_is_measured_evaluated_inspected_and_loaded(
     assert load(folder).complete("The fox", max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_it_computes_the_same_in_transformers(folder: Path) -> None:
     model = load_model(open_source(folder, packed=True), torch.float32)
     found = PLAIN.parity(folder, reference_of(model, ids_of(nano_tokenizer(), 1024)))

@@ -23,6 +23,7 @@ def pruned(ran: Ran) -> Path:
     return ran("gate-taylor", layout="native", sets=("stages.gate_taylor.batches=1",), max_steps=1).folder
 
 
+@pytest.mark.slow
 def test_dense_and_pruned_side_by_side(call: Call, tiny_folder: Path, pruned: Path, tmp_path: Path) -> None:
     output = tmp_path / "measured.json"
     code, out, error = call("measure", tiny_folder, pruned, *BRIEF, "--batch", "1,3", "--no-memory", "--output", output)

@@ -213,6 +213,7 @@ def test_the_planted_worst_group_of_ten_modules_of_three_is_found() -> None:
     assert all(worst_found("independent", 10, 3, seed) for seed in range(20))
 
 
+@pytest.mark.slow
 def test_published_masks_find_the_planted_worst_unit_by_chance_only() -> None:
     """12 units a module, two of which vary: a module that hardly matters looks like any other, since its columns add up
     to a constant.

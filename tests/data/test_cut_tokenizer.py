@@ -123,6 +123,7 @@ def smaller(tokenizer: PreTrainedTokenizerBase, text: str = DOMAIN) -> tuple[Pre
     return cut(tokenizer, kept, len(tokenizer)), kept
 
 
+@pytest.mark.slow
 @every_tokenizer
 def test_text_of_kept_tokens_is_encoded_as_before(name: str, tmp_path: Path) -> None:
     tokenizer = MAKERS[name]()
@@ -143,6 +144,7 @@ def test_text_of_kept_tokens_is_encoded_as_before(name: str, tmp_path: Path) -> 
             assert old_id == (None if new_id is None else kept[new_id])
 
 
+@pytest.mark.slow
 @every_tokenizer
 def test_whatever_was_encoded_with_kept_tokens_alone_still_is(name: str) -> None:
     """Words of all the texts, in any order: where the old encoding uses kept tokens only, it stays to the last id."""
@@ -164,6 +166,7 @@ def test_whatever_was_encoded_with_kept_tokens_alone_still_is(name: str) -> None
     assert same >= 3
 
 
+@pytest.mark.slow
 @every_tokenizer
 def test_other_text_is_still_written(name: str) -> None:
     tokenizer = MAKERS[name]()

@@ -59,6 +59,7 @@ def test_shape_and_size(model):
     )
 
 
+@pytest.mark.slow
 def test_knows_the_world_far_above_chance(model, tokenizer):
     items = [item for task in world.TASKS for item in world.items(task, 40, 77)]
     result = choice_accuracy(model, tokenizer, items)
@@ -67,6 +68,7 @@ def test_knows_the_world_far_above_chance(model, tokenizer):
     assert result.accuracy > 0.85
 
 
+@pytest.mark.slow
 def test_scores_on_record_are_of_this_model(model, tokenizer):
     """The perplexity on record, measured again on the same fresh documents."""
     scores = json.loads((nano.path() / "scores.json").read_text())

@@ -171,6 +171,7 @@ def test_spans_of_generation_marks_are_those_of_transformers() -> None:
     assert [text[start:end] for start, end in marked] == ["a\tb", "c" * 3_000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ENDLESS, *LARGE])
 def test_a_template_without_end_is_stopped_in_a_line(name: str) -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

@@ -63,6 +63,7 @@ def as_version_4_wrote_it(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @real
 def test_a_pruned_model_with_llama3_s_rotary_embedding_computes_the_same_there(tmp_path: Path) -> None:
     source = open_source(as_version_4_wrote_it(tmp_path / "given"))
@@ -81,6 +82,7 @@ def test_a_pruned_model_with_llama3_s_rotary_embedding_computes_the_same_there(t
     assert (found.opens, found.reason[:14]) == ("no", "logits differ ")  # what was written before, and nothing said
 
 
+@pytest.mark.slow
 @real
 def test_every_rotary_embedding_computes_the_same_there(tmp_path: Path) -> None:
     """All in one process, as each costs seconds."""
@@ -103,6 +105,7 @@ def test_every_rotary_embedding_computes_the_same_there(tmp_path: Path) -> None:
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4, msg=lambda text, case=case: f"{case}: {text}")
 
 
+@pytest.mark.slow
 @real
 def test_a_native_checkpoint_does_not_open_there_as_its_card_says(tmp_path: Path) -> None:
     model = pruned_nano(keep=0.8)
@@ -134,6 +137,7 @@ def test_the_card_of_packed_weights_is_true_there(how: str, opens: str, said: st
     assert ("logits differ" in found.reason) is (how == "w8a8")
 
 
+@pytest.mark.slow
 @real
 def test_a_tokenizer_that_reads_otherwise_is_a_no(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(nano.path(), dtype=torch.float32)

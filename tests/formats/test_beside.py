@@ -170,6 +170,7 @@ def test_every_file_of_a_run_has_the_mode_that_umask_asks_for(ran: Ran, tiny_fol
     assert modes and set(modes.values()) == {0o666 & ~before}
 
 
+@pytest.mark.slow
 def test_a_run_carries_the_rest_over_and_its_card_names_the_readers(
     folder: Path, instructions: Path, tmp_path: Path, quick_reopening: None
 ) -> None:

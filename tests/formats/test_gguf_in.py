@@ -302,6 +302,7 @@ def test_a_cache_drops_the_suffix_and_a_link_out_of_a_folder_is_refused(tmp_path
         open_source(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_dequantised_once_said_once_and_gone_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(pruned_nano(), tmp_path / "once.gguf", "q4_0")
     with caplog.at_level(logging.WARNING):

@@ -210,6 +210,7 @@ def test_nothing_has_a_gradient(make_job: MakeJob, monkeypatch: pytest.MonkeyPat
     assert compared.backwards == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [(1, 7), (3, 20)])
 def test_a_search_that_stopped_goes_on_with_its_losses(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]

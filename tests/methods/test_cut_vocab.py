@@ -224,6 +224,7 @@ def recipe(*sets: str) -> dict[str, object]:
     return with_options("contextual/vocab", model=str(nano.path()), max_steps=2, sets=[*SHORT, *sets])
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_checkpoint_that_others_open(
     tiny_folder: Path, text_file: Path, tmp_path: Path, quick_reopening: None
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_run_writes_a_checkpoint_that_others_open(
     assert load(result.folder).tokenizer is not None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_new_vocabulary(
     tiny_folder: Path, text_file: Path, tmp_path: Path, quick_reopening: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob) -> None:
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_a_resumed_run_has_its_teacher_again(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -166,6 +166,7 @@ def taught() -> LlamaForCausalLM:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_first_order_scores_follow_the_true_change_of_the_loss(make_job: MakeJob) -> None:
     """On the embedded model, against the loss without a channel. The signed sum is the first-order term of removing all
     of it.

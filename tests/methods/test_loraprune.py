@@ -129,6 +129,7 @@ def test_keeping_everything_changes_no_bit(make_job: MakeJob) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     knobs = {"save_every": 1, "dropout": 0.1, "keep": 0.6}

@@ -103,6 +103,7 @@ def test_keeping_everything_changes_no_bit(make_job: MakeJob) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob, step: int) -> None:
     """Before the first choice, between two factors of a period, and in the second one."""

@@ -102,6 +102,7 @@ def test_one_kind_alone_takes_all_updates_and_the_records_say_so(make_job: MakeJ
     assert record["updates"] == {"texts": 6, "instructions": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_it_goes_on_where_it_was_interrupted(make_job: MakeJob, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = {**QUICK, "save_every": 1, "dropout": 0.1}

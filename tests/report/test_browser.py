@@ -113,6 +113,7 @@ everywhere = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @everywhere
 def test_it_loads_without_a_request_or_a_complaint_and_fits(opened: Opened, report: Path) -> None:
     page = opened.page
@@ -131,6 +132,7 @@ def test_it_loads_without_a_request_or_a_complaint_and_fits(opened: Opened, repo
     assert table.evaluate("node => node.scrollWidth > node.clientWidth")  # it scrolls in itself
 
 
+@pytest.mark.slow
 @everywhere
 def test_text_is_readable_on_what_lies_behind_it(opened: Opened) -> None:
     found: list[Any] = opened.page.evaluate(CONTRAST)

@@ -10,6 +10,7 @@ from tests.conftest import Ran
 from tests.report.made import records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["compresso/nano", "magnitude-structured"])
 def test_what_a_run_wrote_comes_back_as_it_was(ran: Ran, recipe: str) -> None:
     path = ran(recipe).folder / "records.json"

@@ -56,6 +56,7 @@ def test_nothing_removed_gives_no_cells() -> None:
     assert units_kept(Plan(), {}) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["magnitude-structured", "gate-taylor"])
 def test_a_real_run_adds_up(ran: Ran, recipe: str) -> None:
     result = ran(recipe)

@@ -146,6 +146,7 @@ def test_a_damaged_stage_is_done_again(command: Crash, uninterrupted: tuple[str,
     assert outcome(output) == uninterrupted
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_run_and_names_the_difference(
     command: Crash, call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_resume_refuses_another_run_and_names_the_difference(
     assert "continue it with --resume or discard it with --overwrite" in error
 
 
+@pytest.mark.slow
 def test_a_nan_loss_exits_4_and_never_reaches_disk(command: Crash, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -221,6 +223,7 @@ def earlier_run(tmp_path: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +313,7 @@ def test_input_folders_are_never_outputs(call: Call, tiny_folder: Path, instruct
     assert "which the run replaces" in error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_an_interrupted_final_evaluation_says_how_to_go_on(
     call: Call, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

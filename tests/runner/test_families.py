@@ -83,6 +83,7 @@ def pruned_then_tuned(kinds: list[str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
@@ -112,6 +113,7 @@ def test_a_recipe_ends_in_a_stock_checkpoint(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phi3", "gemma2"])
 @pytest.mark.usefixtures("quick_reopening")
 def test_query_heads_that_leave_one_by_one_end_in_a_stock_checkpoint(
@@ -151,6 +153,7 @@ def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_bloom_loses_layers_and_nothing_else(
     family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,7 @@ def models(records: Any) -> tuple[ModelResults, ModelResults]:
     return dense, pruned
 
 
+@pytest.mark.slow
 def test_both_models_answer_the_same_questions(ran: Ran) -> None:
     result = ran("gate-taylor/nano")
     dense, pruned = models(result.records)

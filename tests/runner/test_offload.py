@@ -80,6 +80,7 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     assert "texts" in offloaded.records["report"]["models"][1]["not_measured"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 def test_a_checkpoint_of_uneven_layers_is_streamed_as_well(
     tiny_folder: Path, instructions: Path, tmp_path: Path
@@ -132,6 +133,7 @@ def test_no_more_than_one_block_is_in_memory(
     assert all(parameter.is_meta for parameter in result.model.parameters())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_in_the_same_bytes(
     tiny_folder: Path, instructions: Path, tmp_path: Path, forked: Forked
 ) -> None:

@@ -167,6 +167,7 @@ def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, comm
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_resuming_with_other_knobs_or_data_is_refused(
     command: Command,
     tmp_path: Path,
@@ -178,6 +179,7 @@ def test_resuming_with_other_knobs_or_data_is_refused(
     assert "recipe.stages.0.wanda.sparsity was 0.5, is 0.6" in log
 
 
+@pytest.mark.slow
 def test_sigterm_ends_after_the_block_and_says_how_to_go_on(
     command: Command,
     tmp_path: Path,

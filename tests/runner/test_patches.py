@@ -46,6 +46,7 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shifted", "quick_reopening")
 def test_a_resumed_run_and_load_apply_a_patch_with_its_tensors(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

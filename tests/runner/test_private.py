@@ -58,6 +58,7 @@ def told(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_that_is_written_tells_whose_it_is(home: Path) -> None:
     out = home / "results" / "out"
     recipe = {"data": {"source": None, "max_length": 32, "held": 4, "pack": False}, "stages": [{"wanda": {}}]}
@@ -94,6 +95,7 @@ def test_nothing_that_is_written_tells_whose_it_is(home: Path) -> None:
     assert len(told(home / "results")) == 1
 
 
+@pytest.mark.slow
 def test_records_of_another_machine_are_shown_without_its_folders(home: Path) -> None:
     """As those of an earlier release have them."""
     out = home / "out"

@@ -28,6 +28,11 @@ FILES = {
 PRUNE_ONLY: dict[str, Any] = {"name": "prune-only", "stages": [{"magnitude_structured": {"keep": 0.6}}]}
 
 
+EACH_LIST = [
+    pytest.param(recipe, marks=() if recipe in ("gate-taylor", "compresso") else pytest.mark.slow) for recipe in RUN
+]
+
+
 def digest(result: Result) -> str:
     return hashlib.sha256((result.folder / "model.safetensors").read_bytes()).hexdigest()
 
@@ -41,7 +46,7 @@ def no_nan(text: str) -> None:
     raise AssertionError(f"{text} in JSON")
 
 
-@pytest.mark.parametrize("recipe", RUN)
+@pytest.mark.parametrize("recipe", EACH_LIST)
 def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
     result = ran(recipe)
     extra = {"modeling_compresso.py"} if result.records["layout"] == "native" else set()
@@ -62,7 +67,7 @@ def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: 
     assert after["blocks"] >= (keep - 0.1) * before["blocks"]
 
 
-@pytest.mark.parametrize("recipe", RUN)
+@pytest.mark.parametrize("recipe", EACH_LIST)
 def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> None:
     result = ran(recipe)
     records = json.loads((result.folder / "records.json").read_text(), parse_constant=no_nan)
@@ -84,7 +89,7 @@ def test_records_say_what_was_done(ran: Ran, tiny_folder: Path, recipe: str) -> 
     assert written["run"]["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("recipe", RUN)
+@pytest.mark.parametrize("recipe", EACH_LIST)
 def test_nothing_of_this_machine_is_written(ran: Ran, recipe: str) -> None:
     for path in ran(recipe).folder.iterdir():
         if path.suffix != ".safetensors":
@@ -95,6 +100,7 @@ def test_nothing_of_this_machine_is_written(ran: Ran, recipe: str) -> None:
                 assert not re.findall(r"(?:^|[\s\"'=])(/(?:\w|[.-])+/\S*|~/\S+)", text), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RUN_WITHOUT_BUDGET)
 def test_lists_of_stages_without_a_budget_end_in_a_checkpoint_that_opens(ran: Ran, recipe: str) -> None:
     """What their stages leave is what compresso opens, patches of the forward included, and no block became larger."""
@@ -107,6 +113,7 @@ def test_lists_of_stages_without_a_budget_end_in_a_checkpoint_that_opens(ran: Ra
     assert after["blocks"] <= before["blocks"] and after["total"] <= before["total"]
 
 
+@pytest.mark.slow
 def test_the_default_trains_from_the_first_row_and_logs_it(ran: Ran) -> None:
     stages = ran("compresso").records["stages"]
     assert stages["learn_gates"]["curve"]["update"] == [0, 1, 2]
@@ -122,6 +129,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(ran: Ran) -> None:
     assert digest(ran("compresso")) != digest(ran("compresso", seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["uniform", "padded", "native"])
 def test_layouts_hold_the_same_function(ran: Ran, layout: str) -> None:
     result = ran("gate-taylor", layout=layout, sets=("stages.gate_taylor.batches=1",))
@@ -154,6 +162,7 @@ def vars_of(shape: Any) -> list[int]:
     return [shape.query_heads, shape.kv_heads, shape.channels]
 
 
+@pytest.mark.slow
 def test_layout_uniform_reaches_the_stages_from_python_too(ran: Ran) -> None:
     stages = ran("compresso", layout="uniform").records["recipe"]["stages"]
     assert stages[0]["learn_gates"]["layout"] == "uniform"
@@ -208,6 +217,7 @@ def test_public_run_refuses_an_unknown_layout(tiny_folder: Path, tmp_path: Path)
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", layout="unifrom")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prompted"), [("text", False), ("instructions", True)])
 def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions(
     tiny_folder: Path, instructions: Path, tmp_path: Path, quick_reopening: None, kind: str, prompted: bool
@@ -231,6 +241,7 @@ def test_examples_fit_the_context_and_the_prompt_stands_only_before_instructions
     assert (compresso.load(tmp_path / "out").prompt is not None) == prompted
 
 
+@pytest.mark.slow
 def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, quick_reopening: None, ran: Ran) -> None:
     """The result minus the kept adapter is the model before recovery,
     and the folder still opens as a plain checkpoint.

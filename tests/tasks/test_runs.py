@@ -64,6 +64,7 @@ def outcome(output: Path) -> tuple[str, dict[str, Any]]:
     return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest(), facts
 
 
+@pytest.mark.slow
 def test_the_result_is_a_stock_classifier_that_still_knows_the_labels(pruned: Path) -> None:
     model, tokens = (one.from_pretrained(pruned) for one in (AutoModelForSequenceClassification, AutoTokenizer))
     assert type(model).__name__ == "BertForSequenceClassification"
@@ -79,6 +80,7 @@ def test_the_result_is_a_stock_classifier_that_still_knows_the_labels(pruned: Pa
         loaded.complete("w1")
 
 
+@pytest.mark.slow
 def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None:
     records = RunRecords.checked(json.loads((pruned / "records.json").read_text()), "records")
     assert records.recipe.task == "classification"
@@ -102,6 +104,7 @@ def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None
     assert again.task.name == "classification" and len(again.stages) == 3
 
 
+@pytest.mark.slow
 def test_the_terminal_tells_the_accuracy_and_a_run_again_has_the_same_bytes(
     arguments: Command, call: Call, pruned: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +135,7 @@ def test_killed_in_every_stage_a_run_ends_in_the_same_bytes(
     assert written  # the stage was not written again: its time is that of the second call
 
 
+@pytest.mark.slow
 def test_distillation_learns_from_the_fine_tuned_model(bert: Path, moods: Path, tmp_path: Path) -> None:
     sets = [one for one in SETS if "recover" not in one] + ["stages.distill.steps=4", "stages.distill.rank=2"]
     raw = with_options("gate-taylor/distill", model=str(bert), task="classification", keep=0.9, sets=sets)
@@ -140,6 +144,7 @@ def test_distillation_learns_from_the_fine_tuned_model(bert: Path, moods: Path, 
     assert max(divergences) < 0.1  # a teacher without a trained head would be far away
 
 
+@pytest.mark.slow
 def test_a_model_with_a_head_keeps_it(pruned: Path, moods: Path, tmp_path: Path) -> None:
     raw = with_options(
         "gate-taylor",
