@@ -1,0 +1,239 @@
+"""A search for the levels that a model minds least, by evolution under a budget (EvoPress, Sieberling et al.,
+arXiv 2410.14649).
+
+What each level does alone does not tell what levels do together, so candidates are tried on the model. One parent has
+some offspring; each differs by a few level switches and costs no more than the budget. Offspring are compared on few
+tokens, the best of them on more, the last on most, and the best of these takes the parent's place if it is better.
+
+Departures: costs are free, and any item trades with any other (there, items of one kind and size trade, a level up for
+a level down); items may be switched together, such as the two halves of a block. Evaluation sets stay the same from
+generation to generation (there, they are drawn anew), so that the best fitness never rises and a candidate met twice is
+not tried twice.
+
+The model is a function of candidate and stage; who keeps a journal of it can go on after any candidate, since all else
+follows from the seed.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from compresso.core.budget import InfeasibleBudget
+from compresso.solve.level_choice import Item, Levels, cost_floor, fits, whole_costs
+
+TRIES = 64
+"""Draws of an offspring that differs from the parent and its siblings before a generation goes on with fewer."""
+FILLED = 0.75
+"""How often an offspring spends what its switches left of the budget: mostly, since dearer levels seldom harm."""
+
+
+class Fitness(Protocol):
+    """How far from dense a candidate's model is: lower is better, NaN is worst."""
+
+    def __call__(self, levels: Levels, stage: int, /) -> float:
+        """Fitness on the evaluation set of a stage, 0 being the smallest set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """How long to search, and how broadly.
+
+    Args:
+        generations: of offspring.
+        offspring: of a parent, in each.
+        survivors: how many stay after each stage but the last; as many stages as these and one more.
+        switches: most switches of an offspring, the smaller of two draws.
+        patience: generations in a row without anything better before the search ends; None for all generations.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    generations: int = 60
+    offspring: int = 16
+    survivors: tuple[int, ...] = (4, 2)
+    switches: int = 3
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what selects nobody."""
+        ranked = (self.offspring, *self.survivors, 1)
+        if self.generations < 0 or self.switches < 1 or (self.patience is not None and self.patience < 1):
+            raise ValueError(
+                f"generations={self.generations}, switches={self.switches} and patience={self.patience}; wanted at"
+                " least 0, 1 and 1"
+            )
+        if any(fewer > more for more, fewer in itertools.pairwise(ranked)):
+            raise ValueError(
+                f"offspring={self.offspring} and survivors={list(self.survivors)} grow from stage to stage; wanted"
+                " fewer at each, at least 1"
+            )
+
+    @property
+    def stages(self) -> int:
+        """Evaluation sets, smallest first."""
+        return len(self.survivors) + 1
+
+    @property
+    def last(self) -> int:
+        """The stage of the largest set."""
+        return len(self.survivors)
+
+
+@dataclass(frozen=True)
+class Evolved:
+    """What a search found.
+
+    Args:
+        levels: the best.
+        fitness: of it, on the largest set.
+        history: best fitness before the first generation and after each; never rises.
+        finalists: all that were tried on the largest set, best first, with their fitness; the earlier of equals first.
+        tried: candidates that were tried, by stage.
+    """
+
+    levels: Levels
+    fitness: float
+    history: tuple[float, ...]
+    finalists: tuple[tuple[Levels, float], ...]
+    tried: tuple[int, ...]
+
+
+def evolve(
+    items: Sequence[Item],
+    limit: float,
+    start: Levels,
+    fitness: Fitness,
+    how: Evolution,
+    *,
+    seed: int,
+    together: Sequence[Sequence[int]] = (),
+    adopted: Callable[[Levels], None] = lambda _: None,
+) -> Evolved:
+    """Search for the levels of least fitness within a budget.
+
+    Args:
+        items: their costs; errors are not looked at.
+        limit: what all levels together may cost.
+        start: the first parent, within the limit.
+        fitness: the model; asked once for each candidate and stage.
+        how: length and breadth.
+        seed: of all draws; a generation's draws follow from it and the generation's number.
+        together: places of items that may be switched as one.
+        adopted: called with each parent before its offspring are tried.
+
+    Raises:
+        InfeasibleBudget: the limit is below the cheapest levels, or `start` above the limit.
+        ValueError: `start` has not one level of each item.
+    """
+    cost_floor(items, limit)
+    if len(start) != len(items) or any(not 0 <= n < len(item.costs) for n, item in zip(start, items, strict=False)):
+        raise ValueError(f"a start of {len(start)} levels for {len(items)} items; wanted one level of each")
+    if not fits(items, start, limit):
+        raise InfeasibleBudget(f"the start costs more than {limit:.6g}; give one within the budget")
+    costs, most = whole_costs(items, limit)
+    market = _Market(costs, most, together)
+    known: list[dict[Levels, float]] = [{} for _ in range(how.stages)]
+
+    def tried(levels: Levels, stage: int) -> float:
+        if levels not in known[stage]:
+            value = fitness(levels, stage)
+            known[stage][levels] = math.inf if math.isnan(value) else value
+        return known[stage][levels]
+
+    parent, best, waited = start, tried(start, how.last), 0
+    history = [best]
+    for generation in range(how.generations):
+        adopted(parent)
+        pool = _offspring(market, parent, how, random.Random(f"{seed} {generation}"))
+        for stage, survivors in enumerate((*how.survivors, 1)):
+            if len(pool) > survivors or stage == how.last:
+                pool = sorted(pool, key=lambda child, stage=stage: tried(child, stage))[:survivors]
+        waited += 1
+        if pool and tried(pool[0], how.last) < best:
+            parent, best, waited = pool[0], tried(pool[0], how.last), 0
+        history.append(best)
+        if how.patience is not None and waited >= how.patience:
+            break
+    finalists = sorted(known[how.last].items(), key=lambda one: one[1])
+    return Evolved(parent, best, tuple(history), tuple(finalists), tuple(map(len, known)))
+
+
+def _offspring(market: "_Market", parent: Levels, how: Evolution, draw: random.Random) -> list[Levels]:
+    """Different children of a parent, all within the limit; fewer than asked for where no more are found."""
+    found: dict[Levels, None] = {}
+    for _ in range(how.offspring):
+        for _ in range(TRIES):
+            child = market.mutated(parent, how.switches, draw)
+            if child is not None and child != parent and child not in found:
+                found[child] = None
+                break
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Market:
+    """What items may trade.
+
+    Args:
+        costs: of each item's levels, whole numbers.
+        limit: what all levels together may cost.
+        together: places of items that may be switched as one.
+    """
+
+    costs: Sequence[Sequence[int]]
+    limit: int
+    together: Sequence[Sequence[int]]
+
+    def mutated(self, parent: Levels, switches: int, draw: random.Random) -> Levels | None:
+        """A parent with a few items switched to other levels, and others after them so that the budget holds; None
+        where it does not.
+        """
+        child, moved = list(parent), set[int]()
+        for _ in range(min(draw.randint(1, switches), draw.randint(1, switches))):
+            self._switch(child, moved, draw)
+        left = self.limit - sum(costs[n] for costs, n in zip(self.costs, child, strict=True))
+        while left < 0:
+            cheaper = [
+                (place, n)
+                for place, costs in enumerate(self.costs)
+                if place not in moved
+                for n, cost in enumerate(costs)
+                if cost < costs[child[place]]
+            ]
+            if not cheaper:
+                return None
+            place, n = cheaper[draw.randrange(len(cheaper))]
+            left += self.costs[place][child[place]] - self.costs[place][n]
+            child[place] = n
+        if draw.random() < FILLED:
+            self._fill(child, left, moved, draw)
+        return tuple(child)
+
+    def _switch(self, child: list[int], moved: set[int], draw: random.Random) -> None:
+        """Switch one item, or some that go together, to dearer levels or to cheaper ones, and note which moved."""
+        unit: Sequence[int] = (draw.randrange(len(self.costs)),)
+        if self.together and draw.random() < 0.5:
+            unit = self.together[draw.randrange(len(self.together))]
+        sign = draw.choice((1, -1))
+        for place in unit:
+            costs, now = self.costs[place], child[place]
+            others = [n for n, cost in enumerate(costs) if n != now and sign * (cost - costs[now]) >= 0]
+            if others and place not in moved:
+                child[place] = others[draw.randrange(len(others))]
+                moved.add(place)
+
+    def _fill(self, child: list[int], left: int, moved: set[int], draw: random.Random) -> None:
+        """Switch items to the dearest levels that still fit, in random order; those that were switched stay."""
+        places = [place for place in range(len(child)) if place not in moved]
+        draw.shuffle(places)
+        for place in places:
+            costs, now = self.costs[place], child[place]
+            dearer = [n for n, cost in enumerate(costs) if costs[now] < cost <= costs[now] + left]
+            if dearer:
+                child[place] = max(dearer, key=lambda n, costs=costs: costs[n])
+                left -= costs[child[place]] - costs[now]

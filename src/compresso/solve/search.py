@@ -1,0 +1,85 @@
+"""From levels and a fitness to a level of each item, by name: what a bank of levels is handed to.
+
+none    the start, as it is given
+dp      what each level does alone, added up, and the least of the sums (`compresso.solve.level_choice`)
+evolve  evolution from the better of the two (`compresso.solve.evolve`)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+
+from compresso.core.budget import InfeasibleBudget
+from compresso.solve.evolve import Evolution, Evolved, Fitness, evolve
+from compresso.solve.level_choice import Item, Levels, choose_exactly, fits
+
+
+class Search(StrEnum):
+    """How levels are chosen."""
+
+    NONE = "none"
+    DP = "dp"
+    EVOLVE = "evolve"
+
+
+def search_levels(
+    how: Search,
+    items: Sequence[Item],
+    limit: float,
+    start: Levels,
+    fitness: Fitness,
+    evolution: Evolution,
+    *,
+    seed: int,
+    together: Sequence[Sequence[int]] = (),
+    adopted: Callable[[Levels], None] = lambda _: None,
+) -> Evolved:
+    """Choose a level of each item.
+
+    Args:
+        how: see the header.
+        items: with errors, unless `how` is "none"; `with_errors` measures them.
+        start: levels within the limit.
+        limit, fitness, evolution, seed, together, adopted: as `evolve` takes them. "none" and "dp" ask for the fitness
+            of what they choose, on the largest set.
+
+    Raises:
+        InfeasibleBudget: the limit is below the cheapest levels, or `start` above it.
+        ValueError: as `choose_exactly` and `evolve` do.
+    """
+    if not fits(items, start, limit):
+        raise InfeasibleBudget(f"the start costs more than {limit:.6g}; give one within the budget")
+    known: dict[tuple[Levels, int], float] = {}
+
+    def tried(levels: Levels, stage: int) -> float:
+        if (levels, stage) not in known:
+            known[levels, stage] = fitness(levels, stage)
+        return known[levels, stage]
+
+    chosen = start if how == Search.NONE else choose_exactly(items, limit).levels
+    alone = replace(evolution, generations=0)
+    first = evolve(items, limit, chosen, tried, alone, seed=seed)
+    if how != Search.EVOLVE:
+        return first
+    if chosen != start:
+        other = evolve(items, limit, start, tried, alone, seed=seed)
+        first = min(first, other, key=lambda one: one.fitness)
+    return evolve(items, limit, first.levels, tried, evolution, seed=seed, together=together, adopted=adopted)
+
+
+def with_errors(items: Sequence[Item], dense: Levels, fitness: Fitness, stage: int = 0) -> list[Item]:
+    """The items with the error of each level measured alone: the fitness of a model that is dense but for it.
+
+    Args:
+        items: their costs; errors are replaced.
+        dense: the level of each item that leaves the model as it is; its error is 0.
+        fitness, stage: the model, and its evaluation set.
+    """
+    measured: list[Item] = []
+    for place, item in enumerate(items):
+        errors = tuple(
+            0.0 if n == dense[place] else fitness((*dense[:place], n, *dense[place + 1 :]), stage)
+            for n in range(len(item.costs))
+        )
+        measured.append(replace(item, errors=errors))
+    return measured
