@@ -5,6 +5,7 @@ dp      what each level does alone, added up, and the least of the sums (`compre
 evolve  evolution from the better of the two (`compresso.solve.evolve`)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -53,18 +54,20 @@ def search_levels(
 
     def tried(levels: Levels, stage: int) -> float:
         if (levels, stage) not in known:
-            known[levels, stage] = fitness(levels, stage)
+            value = fitness(levels, stage)
+            known[levels, stage] = math.inf if math.isnan(value) else value
         return known[levels, stage]
 
     chosen = start if how == Search.NONE else choose_exactly(items, limit).levels
     alone = replace(evolution, generations=0)
-    first = evolve(items, limit, chosen, tried, alone, seed=seed)
-    if how != Search.EVOLVE:
-        return first
-    if chosen != start:
+    found = evolve(items, limit, chosen, tried, alone, seed=seed)
+    if how == Search.EVOLVE:
         other = evolve(items, limit, start, tried, alone, seed=seed)
-        first = min(first, other, key=lambda one: one.fitness)
-    return evolve(items, limit, first.levels, tried, evolution, seed=seed, together=together, adopted=adopted)
+        parent = min(found, other, key=lambda one: one.fitness).levels
+        found = evolve(items, limit, parent, tried, evolution, seed=seed, together=together, adopted=adopted)
+    last = [(levels, value) for (levels, stage), value in known.items() if stage == evolution.last]
+    n_tried = tuple(sum(stage == one for _, stage in known) for one in range(evolution.stages))
+    return replace(found, finalists=tuple(sorted(last, key=lambda one: one[1])), tried=n_tried)
 
 
 def with_errors(items: Sequence[Item], dense: Levels, fitness: Fitness, stage: int = 0) -> list[Item]:
