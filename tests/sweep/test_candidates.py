@@ -54,7 +54,7 @@ def fitness_on(
 ) -> Any:
     arch, items = arch_for(model.config), parts(model)
     blocks = arch.blocks(model)
-    install = EmptiedSubLayers(arch, blocks, items)
+    install = EmptiedSubLayers(arch, blocks, [(block, (kind,)) for block, kind in items])
     return candidate_divergence(
         model, blocks, [block for block, _ in items], install, (0,) * len(items), given, stages, max_bytes
     )
@@ -186,7 +186,7 @@ def test_a_candidate_without_numbers_is_nan_and_harms_no_other() -> None:
     model, given = made("llama_mha"), batches()
     n = len(parts(model))
     blocks = arch_for(model.config).blocks(model)
-    own = EmptiedSubLayers(arch_for(model.config), blocks, parts(model))
+    own = EmptiedSubLayers(arch_for(model.config), blocks, [(block, (kind,)) for block, kind in parts(model)])
     kept = model.get_parameter("model.layers.0.mlp.down_proj.weight")
     saved = kept.detach().clone()
 

@@ -21,6 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated_dataclass
+
 from compresso.core.budget import InfeasibleBudget
 from compresso.solve.level_choice import Item, Levels, cost_floor, fits, whole_costs
 
@@ -38,7 +41,7 @@ class Fitness(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Evolution:
     """How long to search, and how broadly.
 
@@ -48,6 +51,7 @@ class Evolution:
         survivors: how many stay after each stage but the last; as many stages as these and one more.
         switches: most switches of an offspring, the smaller of two draws.
         patience: generations in a row without anything better before the search ends; None for all generations.
+        growth: each stage's evaluation set is so many times larger than that of the stage before.
 
     Raises:
         ValueError: values out of range.
@@ -58,15 +62,16 @@ class Evolution:
     survivors: tuple[int, ...] = (4, 2)
     switches: int = 3
     patience: int | None = None
+    growth: int = 4
 
     def __post_init__(self) -> None:
         """Refuse what selects nobody."""
         ranked = (self.offspring, *self.survivors, 1)
-        if self.generations < 0 or self.switches < 1 or (self.patience is not None and self.patience < 1):
-            raise ValueError(
-                f"generations={self.generations}, switches={self.switches} and patience={self.patience}; wanted at"
-                " least 0, 1 and 1"
-            )
+        least = {"generations": 0, "switches": 1, "patience": 1, "growth": 1}
+        for name, bound in least.items():
+            value: int | None = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value}; wanted at least {bound}")
         if any(fewer > more for more, fewer in itertools.pairwise(ranked)):
             raise ValueError(
                 f"offspring={self.offspring} and survivors={list(self.survivors)} grow from stage to stage; wanted"
@@ -77,6 +82,19 @@ class Evolution:
     def stages(self) -> int:
         """Evaluation sets, smallest first."""
         return len(self.survivors) + 1
+
+    def sizes(self, whole: int) -> list[int]:
+        """Parts of an evaluation set of so many parts that each stage takes; the last takes all.
+
+        >>> Evolution(survivors=(4, 2), growth=4).sizes(16)
+        [1, 4, 16]
+        """
+        return [max(whole // self.growth ** (self.last - stage), 1) for stage in range(self.stages)]
+
+    @property
+    def most(self) -> list[int]:
+        """Candidates of all generations that are tried at each stage, at most; without the start."""
+        return [self.generations * n for n in (self.offspring, *self.survivors)]
 
     @property
     def last(self) -> int:

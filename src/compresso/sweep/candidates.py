@@ -168,26 +168,39 @@ class CandidateDivergence:
         was kept there.
         """
 
-        def forward_of(layer: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        def handing_on(layer: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **named: Any) -> Any:
-                hidden: Tensor = arguments[0] if arguments else named["hidden_states"]
-                if layer < border:
-                    given = states[border] if layer == border - 1 else hidden
-                    return (given,) if self._tuples[layer] else given
-                if keep and layer > border and layer in self.borders:
-                    states[layer] = hidden
-                output = own(*arguments, **named)
-                self._tuples[layer] = isinstance(output, tuple)
-                return output
+                given: Tensor = states[border] if layer == border - 1 else _hidden(arguments, named)
+                return (given,) if self._tuples[layer] else given
 
             return forward
 
+        def reading(layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                states[layer] = _hidden(arguments, named)
+
+            return hook
+
+        def written(layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                self._tuples[layer] = isinstance(output, tuple)
+
+            return hook
+
+        handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for layer, block in enumerate(self._blocks):
-                block.forward = forward_of(layer, block.forward)  # on the instance, before the class's own
+                if layer < border:
+                    block.forward = handing_on(layer)  # on the instance, before the class's own
+                elif keep:
+                    handles.append(block.register_forward_hook(written(layer)))
+                    if layer > border and layer in self.borders:
+                        handles.append(block.register_forward_pre_hook(reading(layer), with_kwargs=True))
             yield
         finally:
-            for block in self._blocks:
+            for handle in handles:
+                handle.remove()
+            for block in self._blocks[:border]:
                 block.__dict__.pop("forward", None)
 
 
@@ -216,6 +229,11 @@ def candidate_divergence(
     finally:
         fitness.set(dense)
         model.train(was_training)
+
+
+def _hidden(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The states that a block is called with."""
+    return arguments[0] if arguments else named["hidden_states"]
 
 
 def _placed(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], max_bytes: int) -> list[_Batch]:

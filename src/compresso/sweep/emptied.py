@@ -15,12 +15,13 @@ class EmptiedSubLayers:
     Args:
         arch: of the model.
         blocks: of the model, whole.
-        items: block and kind (attention or mlp) of each item, in the order of levels.
+        items: block of each item, and the kinds of sub-layers there (attention, mlp or both) that it stands for, in the
+            order of levels.
     """
 
-    def __init__(self, arch: Arch, blocks: nn.ModuleList, items: Sequence[tuple[int, Kind]]) -> None:
+    def __init__(self, arch: Arch, blocks: nn.ModuleList, items: Sequence[tuple[int, Sequence[Kind]]]) -> None:
         self._arch, self._blocks = arch, blocks
-        self._kinds = [[kind for block, kind in items if block == here] for here in range(len(blocks))]
+        self._kinds = [[kinds for block, kinds in items if block == here] for here in range(len(blocks))]
         self._whole = [[(module, dict(module._modules)) for module in block.modules()] for block in blocks]
 
     def __call__(self, block: int, levels: Levels, /) -> None:
@@ -28,6 +29,6 @@ class EmptiedSubLayers:
         for module, children in self._whole[block]:
             module._modules.clear()
             module._modules.update(children)
-        for kind, level in zip(self._kinds[block], levels, strict=True):
-            if level:
+        for kinds, level in zip(self._kinds[block], levels, strict=True):
+            for kind in kinds if level else ():
                 self._arch.empty_(self._blocks[block], kind)
