@@ -17,7 +17,7 @@ damping grows tenfold up to three times, then in float64, then the run stops: ne
 Calibration rows are the run's, not C4 by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -30,12 +30,15 @@ from compresso.core.rounding import fit
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, parse_pattern
 from compresso.job import Job
 from compresso.observe.folds import second_moment
-from compresso.stage import Effects, Passes, stage, sweep_passes
+from compresso.stage import Effects, Passes, search_passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
+from compresso.sweep.share_search import searched_shares
+from compresso.sweep.shares import ShareAllocation, ShareSearch, in_blocks
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen
+from compresso.sweep.visitors import Edit
 
 
 @stage(
@@ -65,6 +68,8 @@ class SparseGpt:
         compat: "exact" or "reference" (the authors' off-by-one and ties).
         not_invertible: what becomes of linears whose second moment cannot be inverted: "stop" the run, or prune them by
             "wanda", which the records tell.
+        allocation: of zeros to layers: "uniform", or found by search: "dp" or "evolve", of the same number in all.
+        search: of allocations that are found; see `compresso.sweep.shares.ShareSearch`.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
@@ -79,6 +84,8 @@ class SparseGpt:
     block: Annotated[int, Ge(1)] = 128
     compat: Literal["exact", "reference"] = "exact"
     not_invertible: Literal["stop", "wanda"] = "stop"
+    allocation: ShareAllocation = ShareAllocation.UNIFORM
+    search: ShareSearch = ShareSearch()
     where: Where = Where()
     calibration: Calibration = Calibration()
 
@@ -90,6 +97,11 @@ class SparseGpt:
                 raise ValueError(f"pattern={self.pattern} says how many weights each row loses; set sparsity to null")
             if self.block % m:
                 raise ValueError(f"block={self.block} is no multiple of {m}, which pattern={self.pattern} needs")
+        if self.allocation != ShareAllocation.UNIFORM and (self.pattern is not None or self.compat != "exact"):
+            raise ValueError(
+                f"allocation={self.allocation} gives each layer an exact share; leave pattern out and set compat to"
+                " exact"
+            )
         if self.not_invertible == "wanda" and self.bits is not None:
             raise ValueError("not_invertible=wanda prunes and does not round; leave bits out, or let the run stop")
 
@@ -102,37 +114,52 @@ class SparseGpt:
         return zeroed_weights(model, self.check(model, arch), self.sparsity, self.pattern)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
-        """The passes of the sweep."""
-        return [sweep_passes(self, model, arch)]
+        """The passes of the sweep, and those of the search for shares."""
+        return [sweep_passes(self, model, arch), *search_passes(self, model, arch, self.calibration.examples)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        groups = self.check(job.model, job.arch)
+        groups, run = self.check(job.model, job.arch), job.sweeping("sparsegpt", self)
         share = 0.5 if self.sparsity is None else self.sparsity
-        pattern = parse_pattern(self.pattern) if self.pattern else None
-        if share == 0 and pattern is None and self.bits is None:
+        if share == 0 and self.pattern is None and self.bits is None:
             return job.note("sparsegpt", sparsity=0.0)
-
-        def by_wanda(_: Group, score: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            """Entries that go by Wanda's score."""
-            return lowest_in_groups(score, *pattern) if pattern else lowest_in_rows(score, share), {}
-
-        edit = compensated(
-            job.model,
-            choose=obs_choice(share, pattern, self.compat),
-            every=pattern[1] if pattern else self.block,
-            quantize=None if self.bits is None else self._rounding,
-            damping=self.damping,
-            block=self.block,
-            otherwise=zeroed(job.model, by_wanda) if self.not_invertible == "wanda" else None,
+        shares = searched_shares(
+            run,
+            groups,
+            self.calibration,
+            second_moment,
+            lambda one: self._edit(job.model, dict.fromkeys(groups, one)),
+            in_blocks(self.block),
+            share,
+            self.allocation,
+            self.search,
         )
-        found, notes = swept(job.sweeping("sparsegpt", self), groups, self.calibration, second_moment, edit)
-        return job.note("sparsegpt", **found).note(
+        edit = self._edit(job.model, shares.of_layer)
+        found, notes = swept(run, groups, self.calibration, second_moment, edit)
+        return job.note("sparsegpt", **found, **shares.facts).note(
             "sparsegpt",
             bits=self.bits,
             loss={name: facts["loss"] for name, facts in notes.items()},
             damped_more=more_damped(notes, self.damping),
             by_wanda={name: facts["not_inverted"] for name, facts in notes.items() if "not_inverted" in facts},
+        )
+
+    def _edit(self, model: PreTrainedModel, shares: Mapping[int, float]) -> Edit:
+        """The edit of groups whose layers lose these shares."""
+        pattern = parse_pattern(self.pattern) if self.pattern else None
+
+        def by_wanda(group: Group, score: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            """Entries that go by Wanda's score."""
+            return lowest_in_groups(score, *pattern) if pattern else lowest_in_rows(score, shares[group.layer]), {}
+
+        return compensated(
+            model,
+            choose=lambda group, scores: obs_choice(shares[group.layer], pattern, self.compat)(group, scores),
+            every=pattern[1] if pattern else self.block,
+            quantize=None if self.bits is None else self._rounding,
+            damping=self.damping,
+            block=self.block,
+            otherwise=zeroed(model, by_wanda) if self.not_invertible == "wanda" else None,
         )
 
     def _rounding(self, weight: Tensor, _: Tensor) -> Quantize:

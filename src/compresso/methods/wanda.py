@@ -24,12 +24,14 @@ from compresso.arch.base import Arch
 from compresso.core.sparsity import lowest_in_groups, lowest_in_rows, lowest_mass, parse_pattern
 from compresso.job import Job
 from compresso.observe.folds import squares
-from compresso.stage import Effects, Passes, stage, sweep_passes
+from compresso.stage import Effects, Passes, search_passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.one_shot import zeroed
+from compresso.sweep.share_search import searched_shares
+from compresso.sweep.shares import ShareAllocation, ShareSearch, in_rows
 from compresso.sweep.swept import swept
-from compresso.sweep.targets import Group, Groups, Where, chosen
+from compresso.sweep.targets import Groups, Where, chosen
 
 
 @stage(
@@ -50,6 +52,8 @@ class Wanda:
         sparsity: share of each row's weights that become zero; 0.5 if no pattern is given either.
         pattern: "n:m" instead: n of every m consecutive inputs are kept.
         variant: rows lose equal shares of their score, not of their weights.
+        allocation: of zeros to layers: "uniform", or found by search: "dp" or "evolve", of the same number in all.
+        search: of allocations that are found; see `compresso.sweep.shares.ShareSearch`.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
@@ -59,6 +63,8 @@ class Wanda:
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     pattern: str | None = None
     variant: bool = False
+    allocation: ShareAllocation = ShareAllocation.UNIFORM
+    search: ShareSearch = ShareSearch()
     where: Where = Where()
     calibration: Calibration = Calibration()
 
@@ -71,6 +77,10 @@ class Wanda:
                     f"pattern={self.pattern} says how many weights each row loses; set sparsity to null and variant to"
                     " false"
                 )
+        if self.allocation != ShareAllocation.UNIFORM and (self.pattern is not None or self.variant):
+            raise ValueError(
+                f"allocation={self.allocation} gives each layer a share; leave pattern out and set variant to false"
+            )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
@@ -81,24 +91,34 @@ class Wanda:
         return zeroed_weights(model, self.check(model, arch), self.sparsity, self.pattern)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
-        """The passes of the sweep."""
-        return [sweep_passes(self, model, arch)]
+        """The passes of the sweep, and those of the search for shares."""
+        return [sweep_passes(self, model, arch), *search_passes(self, model, arch, self.calibration.examples)]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        groups = self.check(job.model, job.arch)
-        found, notes = swept(
-            job.sweeping("wanda", self), groups, self.calibration, squares, zeroed(job.model, self._gone)
+        groups, run = self.check(job.model, job.arch), job.sweeping("wanda", self)
+        share = 0.5 if self.sparsity is None else self.sparsity
+        shares = searched_shares(
+            run,
+            groups,
+            self.calibration,
+            squares,
+            lambda one: zeroed(job.model, lambda _, score: (lowest_in_rows(score, one), {})),
+            in_rows,
+            share,
+            self.allocation,
+            self.search,
         )
+        edit = zeroed(job.model, lambda group, score: self._gone(shares.of_layer[group.layer], score))
+        found, notes = swept(run, groups, self.calibration, squares, edit)
         if self.variant:
             found["alpha"] = {name: facts["alpha"] for name, facts in notes.items()}
-        return job.note("wanda", **found)
+        return job.note("wanda", **found, **shares.facts)
 
-    def _gone(self, _: Group, score: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+    def _gone(self, share: float, score: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         """Which entries become zero [out, in], and the variant's alpha."""
         if self.pattern is not None:
             return lowest_in_groups(score, *parse_pattern(self.pattern)), {}
-        share = 0.5 if self.sparsity is None else self.sparsity
         if not self.variant:
             return lowest_in_rows(score, share), {}
         mask, alpha = lowest_mass(score, share)

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from compresso.errors import RecipeError, nearest
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
-from compresso.stage import Effects, Stage, card, cards, check_order, dumped, knobs_of
+from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
 from compresso.tasks.base import DEFAULT, Task, task_named
 from compresso.tasks.causal_lm import CAUSAL_LM
@@ -76,7 +76,10 @@ class Recipe:
 
     def needs(self, what: str) -> bool:
         """Whether any stage needs "data", "gradients" or "training"."""
-        return any(what in card(name).needs for name, _ in self.stages)
+        return any(
+            what in card(name).needs or (isinstance(one, NeedsMore) and what in one.needs_more())
+            for name, one in self.stages
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every knob spelled out, as it can be run again."""

@@ -76,13 +76,14 @@ def with_errors(items: Sequence[Item], dense: Levels, fitness: Fitness, stage: i
     Args:
         items: their costs; errors are replaced.
         dense: the level of each item that leaves the model as it is; its error is 0.
-        fitness, stage: the model, and its evaluation set.
+        fitness, stage: the model, and its evaluation set; a level at which it is no number is forbidden.
     """
-    measured: list[Item] = []
-    for place, item in enumerate(items):
-        errors = tuple(
-            0.0 if n == dense[place] else fitness((*dense[:place], n, *dense[place + 1 :]), stage)
-            for n in range(len(item.costs))
-        )
-        measured.append(replace(item, errors=errors))
-    return measured
+
+    def error(place: int, level: int) -> float:
+        value = 0.0 if level == dense[place] else fitness((*dense[:place], level, *dense[place + 1 :]), stage)
+        return math.inf if math.isnan(value) else value
+
+    return [
+        replace(item, errors=tuple(error(place, level) for level in range(len(item.costs))))
+        for place, item in enumerate(items)
+    ]

@@ -13,12 +13,14 @@ from compresso.stage.contract import (
     Compresses,
     Learning,
     Learns,
+    NeedsMore,
     Passes,
     PlansShapes,
     Remarks,
     Shrinks,
     Stage,
     Sweeps,
+    search_passes,
     sweep_passes,
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
@@ -36,6 +38,7 @@ __all__ = [
     "Knobs",
     "Learning",
     "Learns",
+    "NeedsMore",
     "Passes",
     "PlansShapes",
     "Remarks",
@@ -53,6 +56,7 @@ __all__ = [
     "group",
     "groups_of",
     "knobs_of",
+    "search_passes",
     "stage",
     "sweep_passes",
 ]

@@ -8,6 +8,7 @@
     Learns       what it trains, and for how long
     Compresses   how many weights it zeroes, or rounds to how many bits
     Remarks      what it does otherwise than it was asked to, in sentences
+    NeedsMore    needs data, though its card does not say so, by its knobs
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
 
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and 
     from compresso.job import Job
     from compresso.sweep.calibration import Calibration
     from compresso.sweep.compressed import Compressed
+    from compresso.sweep.shares import ShareAllocation, ShareSearch
     from compresso.sweep.targets import Groups
 
 
@@ -175,6 +177,29 @@ class Remarks(Protocol):
 
 
 @runtime_checkable
+class NeedsMore(Protocol):
+    """A stage that needs more than its card says if its knobs ask for it."""
+
+    def needs_more(self) -> tuple[str, ...]:
+        """What it needs beside that: "data"."""
+        ...
+
+
+class FindsShares(Protocol):
+    """A stage that can search for a share of zeros of each layer."""
+
+    @property
+    def allocation(self) -> "ShareAllocation": ...
+
+    @property
+    def search(self) -> "ShareSearch": ...
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> "Groups":
+        """The linears that it works on. Raises RecipeError or ArchError."""
+        ...
+
+
+@runtime_checkable
 class Sweeps(Protocol):
     """A stage that sweeps over the blocks: one of them is in memory at a time, so a model may be larger.
 
@@ -202,3 +227,22 @@ def sweep_passes(stage: Sweeps, model: PreTrainedModel, arch: Arch, looks: int =
     of_blocks = [len(here) if stage.calibration.true_sequential else 1 for here in groups.values() if here]
     again = max(groups, default=0)  # the last edited block's output is not asked for
     return Passes("calibration", stage.calibration.examples, (sum(of_blocks) + again + looks * n_blocks) / n_blocks)
+
+
+def search_passes(stage: FindsShares, model: PreTrainedModel, arch: Arch, looked_at: int = 0) -> list[Passes]:
+    """The passes of a search for shares: a look at the dense model, each layer at each share alone, from its block on,
+    and as many candidates as may be asked for at each stage of selection; none where shares are uniform.
+
+    looked_at: examples that statistics of the dense model are taken on.
+    """
+    if stage.allocation == "uniform":
+        return []
+    search, n_blocks = stage.search, len(arch.blocks(model))
+    sizes = [
+        min(n * search.batch, search.examples) for n in search.evolution.sizes(-(-search.examples // search.batch))
+    ]
+    levels = 2 * int(search.reach / search.step + 0.5) + 1
+    alone = levels * sum(n_blocks - layer for layer in stage.check(model, arch)) / n_blocks
+    found = [Passes("search", looked_at), Passes("search", sizes[-1], 3), Passes("search", sizes[0], alone)]
+    tried = search.evolution.most if stage.allocation == "evolve" else [0] * len(sizes)
+    return found + [Passes("search", size, n) for size, n in zip(sizes, tried, strict=True)]
