@@ -1,4 +1,4 @@
-"""Shares that differ from layer to layer: the total stays, the search is no worse than uniform, and killed ones go on."""
+"""Shares that differ by layer: the total stays, the search is no worse than uniform, and killed ones go on."""
 
 import itertools
 import math
