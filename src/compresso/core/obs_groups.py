@@ -1,0 +1,224 @@
+"""Optimal brain surgeon by groups of input columns: which leave a matrix, one after another, and what is left to do.
+
+W is [out, in] and H [in, in] the damped second moment of its inputs, so that a change D of W costs tr(D H D^T). With
+P = H^-1 of the columns that are still there, group S
+
+    costs    tr(W_S (P_SS)^-1 W_S^T)                        if all the others are fitted anew,
+    moves    W -= W_S (P_SS)^-1 P_S:                        to exactly that fit, and
+    leaves   P -= P_:S (P_SS)^-1 P_S:                       as the inverse of what stays of H
+
+(ZipLM, arXiv 2302.04089, section 3.1; derived from LeCun's and Hassibi's optimal brain surgeon). Every removal is
+followed by new scores: of two columns that say the same, each alone is free to go, and the other one is needed then.
+
+Unusual: the costs are tr((P_SS)^-1 A_SS) with A = W^T W, and A follows by A -= E^T F + F^T E, where E = L^-1 P_S:,
+P_SS = L L^T, F = L^-1 A_S: - K E / 2 and K = L^-1 A_SS L^-T. So W itself is not needed for an order, a metric on the
+outputs would be one more factor in A, and updates can wait until there are many: rows of P and A are read through
+those that are pending. Weights come from `refit`, which depends on nothing but what stays. All in float64: P runs over
+as many downdates as there are columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compresso.core.obs import NotPositiveDefiniteError, inverse_factor
+
+_PENDING = 64
+"""Updates of rank one that are applied together, as one product."""
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """What a change D of a layer's weights costs: tr(D H D^T).
+
+    Args:
+        moment: H [in, in], damped, float64.
+        inverse: H^-1 [in, in], float64.
+        dead: inputs that were always 0 [in], bool; they leave at no cost.
+        damping: share of the mean diagonal of live inputs that was added.
+    """
+
+    moment: Tensor
+    inverse: Tensor
+    dead: Tensor
+    damping: float
+
+
+def quadratic(moment: Tensor, damping: float = 0.01) -> Quadratic:
+    """The quadratic of H + damping * mean(diag H) * I, the mean being that of inputs which are not dead.
+
+    Args:
+        moment: [in, in], symmetric, of any scale and floating dtype.
+        damping: share of the mean diagonal; it grows where that is not enough, see `inverse_factor`.
+
+    Raises:
+        NotPositiveDefiniteError: the moment is not finite, or no damping within reach helped.
+    """
+    wide = moment.to(torch.float64, copy=True)
+    diagonal = wide.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    diagonal[dead] = mean
+    upper = inverse_factor(wide, damping)
+    diagonal += upper.damping * mean
+    return Quadratic(wide, upper.upper.T @ upper.upper, dead, upper.damping)
+
+
+class Elimination:
+    """A layer while columns leave it. `error` is what has been lost so far, tr(D H D^T) of the best fit.
+
+    Args:
+        gram: A [in, in], float64, taken over.
+        inverse: P [in, in], float64, taken over.
+        error: lost before.
+    """
+
+    def __init__(self, gram: Tensor, inverse: Tensor, error: float = 0.0) -> None:
+        self._gram, self._inverse, self.error = gram, inverse, error
+        self._left, self._right = gram[:0], gram[:0]
+
+    @staticmethod
+    def of(weight: Tensor, cost: Quadratic) -> "Elimination":
+        """A whole layer: W [out, in], and the cost of changes to it."""
+        wide = weight.to(torch.float64).masked_fill(cost.dead, 0)
+        return Elimination(wide.T @ wide, cost.inverse.clone())
+
+    def fork(self) -> "Elimination":
+        """The same state, to go on in two ways."""
+        self._settle()
+        return Elimination(self._gram.clone(), self._inverse.clone(), self.error)
+
+    @property
+    def inverse(self) -> Tensor:
+        """P [in, in]; rows and columns of what left are 0."""
+        self._settle()
+        return self._inverse
+
+    def blocks(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """P_SS and A_SS of some groups [n, g] of live columns: [n, g, g] each."""
+        self._settle()
+        rows, columns = groups.unsqueeze(2), groups.unsqueeze(1)
+        return self._inverse[rows, columns], self._gram[rows, columns]
+
+    def remove(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Let a group [g] of live columns leave; returns E and F [g, in] of this file's header.
+
+        Raises:
+            NotPositiveDefiniteError: rounding has used up the inverse; the damping is too small.
+        """
+        left, right = self._left[:, columns], self._right[:, columns]
+        inverse = self._inverse[columns] - left.T @ self._left
+        gram = self._gram[columns] - left.T @ self._right - right.T @ self._left
+        factor = _cholesky(inverse[:, columns])
+        half = _solved(factor, _solved(factor, gram[:, columns]).T)
+        half = (half + half.T) / 2
+        moved = _solved(factor, inverse)
+        other = _solved(factor, gram) - half @ moved / 2
+        self._left, self._right = torch.cat([self._left, moved]), torch.cat([self._right, other])
+        self._clear(columns)
+        self.error += max(float(half.trace()), 0.0)
+        if len(self._left) >= _PENDING:
+            self._settle()
+        moved[:, columns], other[:, columns] = 0, 0
+        return moved, other
+
+    def _clear(self, columns: Tensor) -> None:
+        """Leave nothing of columns that left, exactly, whatever rounding would."""
+        for matrix in (self._gram, self._inverse):
+            matrix[columns] = 0
+            matrix[:, columns] = 0
+        self._left[:, columns] = 0
+        self._right[:, columns] = 0
+
+    def _settle(self) -> None:
+        """Apply what is pending."""
+        if len(self._left):
+            self._inverse.addmm_(self._left.T, self._left, alpha=-1)
+            crossed = self._left.T @ self._right
+            self._gram.sub_(crossed).sub_(crossed.T)
+            self._left, self._right = self._left[:0], self._right[:0]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Groups in the order in which they leave.
+
+    Args:
+        order: their indices.
+        errors: what is lost before the first, after the first, ... [len(order) + 1], ascending.
+    """
+
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+
+
+def group_scores(inverse: Tensor, gram: Tensor) -> Tensor:
+    """tr((P_SS)^-1 A_SS) of each group [n], at least 0, from `Elimination.blocks`."""
+    if inverse.shape[1] == 1:
+        return (gram / inverse).flatten().clamp(min=0)
+    solved = torch.cholesky_solve(gram, _cholesky(inverse))
+    return solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+
+
+def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = None) -> Nested:
+    """Remove the group that costs least, again and again, until none is left. `layer` is left at that end.
+
+    Args:
+        layer: all columns of the groups are alive.
+        groups: columns [n, g] of each, disjoint.
+        teams: the team of each group [n]; once a group has left, the others of its team stay. None: every group leaves.
+
+    Raises:
+        NotPositiveDefiniteError: as `Elimination.remove`.
+    """
+    inverse, gram = layer.blocks(groups)
+    of = torch.arange(len(groups)) if teams is None else torch.tensor(teams)
+    waiting = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
+    order, errors = list[int](), [layer.error]
+    unit = torch.eye(groups.shape[1], dtype=inverse.dtype, device=inverse.device)
+    while bool(waiting.any()):
+        one = int(group_scores(inverse, gram).masked_fill(~waiting, torch.inf).argmin())
+        moved, other = (rows[:, groups].transpose(0, 1) for rows in layer.remove(groups[one]))  # [n, g, g]
+        inverse -= moved.mT @ moved
+        crossed = moved.mT @ other
+        gram -= crossed + crossed.mT
+        inverse[one], gram[one] = unit, 0  # so that it can be factored along with the others
+        waiting[of.to(waiting.device) == of[one]] = False
+        order.append(one)
+        errors.append(layer.error)
+    return Nested(tuple(order), tuple(errors))
+
+
+def refit(weight: Tensor, cost: Quadratic, kept: Tensor) -> Tensor:
+    """The kept columns of W, fitted so that least is lost: W_k + W_g H_gk (H_kk)^-1, g being the others.
+
+    Args:
+        weight: W [out, in], of any floating dtype.
+        cost: of its inputs.
+        kept: indices of columns, ascending [k].
+
+    Returns:
+        [out, k], float64.
+    """
+    wide, gone = weight.to(torch.float64), torch.ones_like(cost.dead)
+    gone[kept] = False
+    if not bool(gone.any()) or not len(kept):
+        return wide[:, kept]
+    missing = wide[:, gone] @ cost.moment[gone][:, kept]
+    return wide[:, kept] + torch.cholesky_solve(missing.T, _cholesky(cost.moment[kept][:, kept])).T
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor of [..., g, g]. Raises NotPositiveDefiniteError."""
+    lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
+    if bool(failed.any()):
+        raise NotPositiveDefiniteError("what is left of the inverse of its second moment is not positive definite")
+    return lower
+
+
+def _solved(lower: Tensor, right: Tensor) -> Tensor:
+    """lower^-1 right."""
+    return cast(Tensor, torch.linalg.solve_triangular(lower, right, upper=False))  # pyright: ignore[reportUnknownMemberType]
