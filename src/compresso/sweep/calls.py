@@ -23,6 +23,13 @@ class BlockCall:
     named: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+class _HandedOn(Tensor):
+    """What a stand-in returns: hidden states, and their own first entry for bodies that take a block's first output."""
+
+    def __getitem__(self, index: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self if type(index) is int and index == 0 else super().__getitem__(index)
+
+
 def recorded_calls(
     model: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[Tensor], states: ActivationStore
 ) -> list[list[BlockCall]]:
@@ -50,11 +57,12 @@ def recorded_calls(
     def stand_in(layer: int) -> Callable[..., Tensor]:
         def forward(*arguments: Any, **named: Any) -> Tensor:
             hidden: Tensor = arguments[0] if arguments else named.pop("hidden_states")
+            hidden = hidden.as_subclass(Tensor)
             if layer == 0:
                 states.put(len(calls) - 1, hidden)
             rest = tuple(shared(value, (layer, str(i))) for i, value in enumerate(arguments[1:]))
             calls[-1].append(BlockCall(rest, {key: shared(value, (layer, key)) for key, value in named.items()}))
-            return hidden
+            return hidden.as_subclass(_HandedOn)
 
         return forward
 
