@@ -92,6 +92,12 @@ class Elimination:
         return Elimination(self._gram.clone(), self._inverse.clone(), self.error)
 
     @property
+    def gram(self) -> Tensor:
+        """A [in, in]; rows and columns of what left are 0."""
+        self._settle()
+        return self._gram
+
+    @property
     def inverse(self) -> Tensor:
         """P [in, in]; rows and columns of what left are 0."""
         self._settle()
