@@ -23,6 +23,7 @@ from compresso.arch.base import arch_for
 from compresso.arch.queries import axes_of
 from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
+from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.errors import CheckpointError
 from compresso.solve.bank import Bank, columns, levels, plan, weights_at
@@ -217,6 +218,31 @@ def test_a_sink_token_rules_the_order_unless_tokens_count_by_their_stream(tmp_pa
         bank = make_bank(run, Calibration(batch=4), BankKnobs(weighting=weighting))
         ranks[weighting] = bank.sub_layers["layers.0.mlp"].ladders[0].order.index(planted)
     assert ranks[Weighting.STREAM] < 24 < 40 < ranks[Weighting.NONE]
+
+
+def test_what_left_before_is_not_there_and_an_empty_block_leaves_at_no_cost(tmp_path: Path) -> None:
+    model = llama()
+    axes = axes_of(arch_for(model.config), model, ())
+    shrink_(model, axes, Plan({"attention": (0, 2), "mlp": (0, 2), "layers.2.channels": tuple(range(20))}))
+    bank = bank_of(model, tmp_path)
+    assert list(bank.sub_layers) == [f"layers.{i}.{kind}" for i in (0, 2) for kind in (Kind.ATTENTION, Kind.MLP)]
+    assert bank.blocks[1] == 0 < bank.blocks[0]
+    assert len(bank.sub_layers["layers.2.mlp"].ladders[0].order) == 20
+    chosen = {"layers.0.mlp": levels(bank.sub_layers["layers.0.mlp"])[-1]}
+    shrink_(model, axes_of(arch_for(model.config), model, ()), plan(bank, chosen, without=[1]))
+    assert [(shape.kv_heads, shape.channels) for shape in arch_for(model.config).shapes(model)] == [(2, 0), (2, 20)]
+
+
+@pytest.mark.parametrize("n", [12, 30])
+def test_too_few_calibration_tokens_are_said_with_the_number_that_would_do(
+    n: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_bank(run_of(llama(), tmp_path, rows(n)), Calibration(batch=4), BankKnobs())
+    said = (
+        "calibration has 204 tokens, fewer than 8 for each of the 48 inputs of model.layers.0.mlp.down_proj; 384 would"
+        " do"
+    )
+    assert [record.getMessage() for record in caplog.records] == ([said] if n == 12 else [])
 
 
 def test_a_bank_is_read_and_not_made_again_and_another_is_refused_by_the_field(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Statistics are those of the dense stream: no sub-layer knows what others will lo
 of levels. Weights for a choice are fitted later, on the stream as it is then.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from annotated_types import Gt, Le
@@ -27,6 +29,10 @@ from compresso.sweep.survey import Weighting, look_at, survey
 from compresso.sweep.swept import SweepRun
 from compresso.sweep.targets import matrix
 from compresso.training.launch import processes
+
+log = logging.getLogger(__name__)
+TOKENS_A_COLUMN = 8
+"""Fewest calibration tokens for each input of a fitted linear, below which fits follow the sample."""
 
 
 @validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -75,6 +81,7 @@ def make_bank(run: SweepRun, calibration: Calibration, knobs: BankKnobs) -> Bank
     here: dict[int, list[Site]] = {}
     for site in sites(axes):
         here.setdefault(site.layer, []).append(site)
+    _warn_of_few(model, [site.consumer for of_layer in here.values() for site in of_layer], batches)
     drops_blocks = any(axis.kind == Kind.LAYER for axis in axes)
 
     def look(layer: int, runner: BlockRunner) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,6 +107,23 @@ def make_bank(run: SweepRun, calibration: Calibration, knobs: BankKnobs) -> Bank
         name=f"{run.stage} bank",
     )
     return bank_file.read(folder, identity)
+
+
+def _warn_of_few(model: PreTrainedModel, consumers: Sequence[str], batches: Sequence[Tensor]) -> None:
+    """Say how many calibration tokens would do, where there are too few."""
+    widest = max(consumers, key=lambda name: matrix(model, name).shape[1], default=None)
+    if widest is None:
+        return
+    inputs, n_tokens = matrix(model, widest).shape[1], sum(batch.numel() for batch in batches)
+    if n_tokens < TOKENS_A_COLUMN * inputs:
+        log.warning(
+            "calibration has %s tokens, fewer than %d for each of the %s inputs of %s; %s would do",
+            f"{n_tokens:,}",
+            TOKENS_A_COLUMN,
+            f"{inputs:,}",
+            widest,
+            f"{TOKENS_A_COLUMN * inputs:,}",
+        )
 
 
 def _nested(model: PreTrainedModel, site: Site, moment: Tensor, damping: float) -> SubLayer:
