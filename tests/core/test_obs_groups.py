@@ -11,7 +11,7 @@ from tests.core.test_obs import layer, moment_of
 from torch import Tensor
 
 from compresso.core.obs import NotPositiveDefiniteError
-from compresso.core.obs_groups import Elimination, Quadratic, group_scores, nested, quadratic, refit
+from compresso.core.obs_groups import Elimination, Quadratic, damped, group_scores, nested, quadratic, refit
 
 CLOSE = {"atol": 1e-9, "rtol": 1e-8}
 
@@ -48,7 +48,7 @@ def test_the_weights_of_any_level_are_those_of_the_published_steps_and_the_least
     now, inverse, alive = weight.clone(), torch.linalg.inv(cost.moment), torch.ones(n * width, dtype=torch.bool)
     for k, one in enumerate(order):
         kept = kept_after(order, k, groups)
-        torch.testing.assert_close(refit(weight, cost, kept), now[:, kept], **CLOSE)
+        torch.testing.assert_close(refit(weight, cost.moment, kept), now[:, kept], **CLOSE)
         if k in (0, n // 2, n - 1):
             fit = torch.linalg.solve(cost.moment[kept][:, kept], (weight @ cost.moment[:, kept]).T).T
             torch.testing.assert_close(now[:, kept], fit, **CLOSE)
@@ -153,7 +153,7 @@ def test_dead_columns_leave_first_and_at_no_cost(width: int) -> None:
     assert found.errors[:4] == (0, 0, 0, 0)
     assert found.errors[4] > 0
     kept = torch.tensor([i for i in range(8 * width) if i // width not in dead])
-    assert torch.equal(refit(weight, quadratic(moment_of(inputs)), kept), weight[:, kept])
+    assert torch.equal(refit(weight, damped(moment_of(inputs))[0], kept), weight[:, kept])
 
 
 def test_of_twins_either_may_leave_and_the_other_one_takes_over() -> None:
@@ -166,7 +166,7 @@ def test_of_twins_either_may_leave_and_the_other_one_takes_over() -> None:
     twin = 5 - found.order[0]
     assert found.errors[1] < 1e-5 * found.errors[-1]
     kept = torch.tensor([i for i in range(6) if i != found.order[0]])
-    fitted = refit(weight, cost, kept)[:, kept.tolist().index(twin)]
+    fitted = refit(weight, cost.moment, kept)[:, kept.tolist().index(twin)]
     torch.testing.assert_close(fitted, weight[:, 1] + weight[:, 4], atol=1e-3, rtol=1e-3)
     alone = group_scores(*Elimination.of(weight, cost).blocks(columns(6, 1)))
     assert found.errors[list(found.order).index(twin) + 1] > 1e3 * float(alone[twin])
@@ -198,8 +198,8 @@ def test_forks_go_their_own_ways() -> None:
 
 def test_keeping_all_or_nothing_needs_no_fit() -> None:
     weight, cost = made(4, 2, 13)
-    assert torch.equal(refit(weight, cost, torch.arange(8)), weight)
-    assert refit(weight, cost, torch.arange(0)).shape == (7, 0)
+    assert torch.equal(refit(weight, cost.moment, torch.arange(8)), weight)
+    assert refit(weight, cost.moment, torch.arange(0)).shape == (7, 0)
 
 
 def test_an_ill_conditioned_layer_in_float32_keeps_its_errors_exact() -> None:
@@ -213,6 +213,16 @@ def test_an_ill_conditioned_layer_in_float32_keeps_its_errors_exact() -> None:
     for k in (1, 100, 170, 185, 199):
         kept = kept_after(found.order, k, columns(200, 1))
         assert found.errors[k] == pytest.approx(lost(weight.double(), cost, kept), rel=1e-6)
+
+
+def test_damping_grows_until_the_moment_can_be_inverted_or_is_given_up() -> None:
+    indefinite = torch.eye(4, dtype=torch.float64)
+    indefinite[0, 1] = indefinite[1, 0] = 1.05
+    assert quadratic(indefinite, 0.01).damping == pytest.approx(0.1)
+    with pytest.raises(NotPositiveDefiniteError, match=r"even with damping 1e-05 in float64"):
+        quadratic(indefinite, 1e-8)
+    with pytest.raises(NotPositiveDefiniteError, match="what stays of the second moment"):
+        refit(torch.ones(2, 4), damped(indefinite)[0], torch.tensor([0, 1]))
 
 
 def test_a_moment_that_is_not_finite_is_refused() -> None:

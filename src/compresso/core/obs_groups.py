@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compresso.core.obs import NotPositiveDefiniteError, inverse_factor
+from compresso.core.obs import NotPositiveDefiniteError
 
 _PENDING = 64
 """Updates of rank one that are applied together, as one product."""
@@ -47,24 +47,43 @@ class Quadratic:
     damping: float
 
 
-def quadratic(moment: Tensor, damping: float = 0.01) -> Quadratic:
-    """The quadratic of H + damping * mean(diag H) * I, the mean being that of inputs which are not dead.
+def damped(moment: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """H + damping * mean(diag H) * I, the mean being that of inputs which are not dead, and which are dead [in], bool.
+
+    A dead input gets that mean on the diagonal, so that the rest does not depend on it.
 
     Args:
-        moment: [in, in], symmetric, of any scale and floating dtype.
-        damping: share of the mean diagonal; it grows where that is not enough, see `inverse_factor`.
+        moment: H [in, in], symmetric, of any scale and floating dtype.
+        damping: share of the mean diagonal; 0.01 in the paper's code.
 
-    Raises:
-        NotPositiveDefiniteError: the moment is not finite, or no damping within reach helped.
+    Returns:
+        [in, in] and [in], float64 and bool.
     """
     wide = moment.to(torch.float64, copy=True)
     diagonal = wide.diagonal()
     dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    mean = diagonal.new_ones(()) if bool(dead.all()) else diagonal[~dead].mean()
     diagonal[dead] = mean
-    upper = inverse_factor(wide, damping)
-    diagonal += upper.damping * mean
-    return Quadratic(wide, upper.upper.T @ upper.upper, dead, upper.damping)
+    diagonal += damping * mean
+    return wide, dead
+
+
+def quadratic(moment: Tensor, damping: float = 0.01) -> Quadratic:
+    """The quadratic of a second moment, `damped`; the damping grows tenfold, up to three times, where it is not enough.
+
+    Raises:
+        NotPositiveDefiniteError: the moment is not finite, or no damping within reach helped.
+    """
+    if not bool(moment.isfinite().all()):
+        raise NotPositiveDefiniteError("the second moment of its inputs holds NaN or Inf")
+    for share in (damping * 10**times for times in range(4)):
+        wide, dead = damped(moment, share)
+        lower, failed = _factored(wide)
+        if not bool(failed):
+            return Quadratic(wide, torch.cholesky_inverse(lower), dead, share)
+    raise NotPositiveDefiniteError(
+        f"the second moment of its inputs is not positive definite, even with damping {damping * 1000:g} in float64"
+    )
 
 
 class Elimination:
@@ -198,31 +217,41 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
     return Nested(tuple(order), tuple(errors))
 
 
-def refit(weight: Tensor, cost: Quadratic, kept: Tensor) -> Tensor:
+def refit(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     """The kept columns of W, fitted so that least is lost: W_k + W_g H_gk (H_kk)^-1, g being the others.
 
     Args:
         weight: W [out, in], of any floating dtype.
-        cost: of its inputs.
+        moment: H [in, in], as `damped` gives it.
         kept: indices of columns, ascending [k].
 
     Returns:
         [out, k], float64.
+
+    Raises:
+        NotPositiveDefiniteError: what stays of H has no inverse; the damping is too small, or the moment is not finite.
     """
-    wide, gone = weight.to(torch.float64), torch.ones_like(cost.dead)
+    wide = weight.to(torch.float64)
+    gone = torch.ones(wide.shape[1], dtype=torch.bool, device=wide.device)
     gone[kept] = False
     if not bool(gone.any()) or not len(kept):
         return wide[:, kept]
-    missing = wide[:, gone] @ cost.moment[gone][:, kept]
-    return wide[:, kept] + torch.cholesky_solve(missing.T, _cholesky(cost.moment[kept][:, kept])).T
+    missing = wide[:, gone] @ moment[gone][:, kept]
+    return wide[:, kept] + torch.cholesky_solve(missing.T, _cholesky(moment[kept][:, kept])).T
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
     """The lower factor of [..., g, g]. Raises NotPositiveDefiniteError."""
-    lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
+    lower, failed = _factored(matrix)
     if bool(failed.any()):
-        raise NotPositiveDefiniteError("what is left of the inverse of its second moment is not positive definite")
+        raise NotPositiveDefiniteError("what stays of the second moment of its inputs is not positive definite")
     return lower
+
+
+def _factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor of [..., g, g], and which of them have none."""
+    lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
+    return lower, (failed != 0) | ~lower.isfinite().all(dim=-1).all(dim=-1)
 
 
 def _solved(lower: Tensor, right: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compresso.core.axis import Kind
 from compresso.core.obs import NotPositiveDefiniteError
-from compresso.core.obs_groups import quadratic, refit
+from compresso.core.obs_groups import damped, refit
 from compresso.core.plan import Plan
 from compresso.errors import NumericError
 
@@ -168,7 +168,9 @@ def columns(sub_layer: SubLayer, level: Level) -> Tensor:
     return (torch.tensor(starts).unsqueeze(1) + torch.arange(slot)).flatten()
 
 
-def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float = 0.01) -> Tensor:
+def weights_at(
+    sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float | None = None
+) -> Tensor:
     """The consumer's weights at a level, fitted so that its outputs change least.
 
     Args:
@@ -177,7 +179,7 @@ def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor
         weight: dense, [out, in].
         moment: second moment of what the consumer reads [in, in], of any scale: that of the dense stream, or of an
             edited one.
-        damping: see `compresso.core.obs_groups.quadratic`.
+        damping: share of the mean diagonal added to it; None for that of the orders.
 
     Returns:
         [out, in] of the weight's dtype, 0 at what leaves; the weight itself, bit for bit, where nothing does.
@@ -191,7 +193,9 @@ def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor
     found = torch.zeros_like(weight)
     if len(stay):
         try:
-            found[:, stay] = refit(weight, quadratic(moment, damping), stay).to(weight.dtype)
+            found[:, stay] = refit(
+                weight, damped(moment, sub_layer.damping if damping is None else damping)[0], stay
+            ).to(weight.dtype)
         except NotPositiveDefiniteError as error:
             raise NumericError(
                 f"{sub_layer.consumer}: {error}; give more calibration examples, or raise damping"
