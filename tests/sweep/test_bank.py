@@ -42,7 +42,13 @@ SIZES = {
     "num_hidden_layers": 3,
     "max_position_embeddings": 64,
 }
-TEXTS = [name for name in CONFIGS if not name.startswith("vit")]
+QUICK = ("llama_gqa", "gpt2", "bloom", "phi", "gemma2", "bert")
+"""Families that every run of the tests asks; the others are slow together."""
+TEXTS = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONFIGS
+    if not name.startswith("vit")
+]
 
 
 def rows(n: int = 12, length: int = 16, seed: int = 0, vocabulary: int = 64) -> list[dict[str, Any]]:
