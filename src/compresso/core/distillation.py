@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compresso.core.squarehead import squared_error, wide
+
 Divergence = Literal["forward", "reverse", "js"]
 Distance = Literal["cosine", "mse"]
 ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -52,7 +54,7 @@ def divergences(
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} divides the logits; give a number above 0")
-    q, p = (_wide(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
+    q, p = (wide(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
     if kind == "forward":
         found = _kl(p, q)
     elif kind == "reverse":
@@ -98,9 +100,9 @@ def hidden_distance(student: Tensor, teacher: Tensor, kind: Distance) -> Tensor:
         raise ValueError(
             f"hidden states are {list(student.shape)} and {list(teacher.shape)}; select the remaining dimensions"
         )
-    ours, theirs = _wide(student), _wide(teacher)
     if kind == "mse":
-        return (ours - theirs).square().mean()
+        return squared_error(student, teacher, "none")
+    ours, theirs = wide(student), wide(teacher)
     return 1 - functional.cosine_similarity(ours, theirs, dim=-1).mean()
 
 
@@ -162,8 +164,3 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is."""
-    return tensor.to(_wider(tensor.dtype))
