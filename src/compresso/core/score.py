@@ -34,13 +34,20 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
     return scores
 
 
-def parameters_per_unit(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks") -> dict[str, float]:
-    """How much of a count one unit of each axis carries in the dense model: the count's gradient at all-ones masks."""
+def prices_of_units(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks") -> dict[str, Tensor]:
+    """How much of a count each unit carries in the dense model, the count's gradient at all-ones masks: axis name ->
+    [size], float64.
+    """
     ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
     gradients = torch.autograd.grad(
         cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True
     )
-    return {name: float(grad.mean()) for name, grad in zip(ones, gradients, strict=True)}
+    return dict(zip(ones, gradients, strict=True))
+
+
+def parameters_per_unit(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks") -> dict[str, float]:
+    """How much of a count one unit of each axis carries in the dense model, the mean over its units."""
+    return {name: float(price.mean()) for name, price in prices_of_units(axes, cost, of).items()}
 
 
 def prices(axes: Sequence[Axis], cost: Cost, of: CostName) -> dict[str, float]:

@@ -22,10 +22,16 @@ every update instead of by multipliers, and `cost_aware` then charges gates for 
 log-alpha from gate-Taylor scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one
 before recovery; adapters lie on all linears at a rate that `lr_at_hidden` scales with the width; `layout: uniform`
 learns equal widths per layer (per-kind targets as in LLM-Shearing, arXiv 2310.06694, section 2.1).
+
+Layers, attentions and MLPs may have gates in the same pool (CoFi, arXiv 2204.00408, has them, too): a unit counts only
+while its sub-layer and its layer are open, so that the expected size is a sum of products of probabilities. The paper
+has none: removing widths alone lost to dropping whole layers on small models. Their gates start from the loss without
+each (`observe/pooled.py`), since their gradients are blind to depth.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -41,8 +47,10 @@ from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
 from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_cost
+from compresso.observe.pooled import PARTS, Looks, n_losses, pooled_per_cost
 from compresso.solve.allocate import allocate
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
+from compresso.solve.depth import absorbed
 from compresso.solve.project import deterministic_to_budget, shift_to_budget
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
@@ -94,6 +102,8 @@ class LearnGates:
         start: "open" as published, or "score".
         open_mean, channel_droprate: initial log-alpha of an open gate, and FFN gates' initial drop rate.
         score_batches, score_spread: batches behind the starting scores; spread of the starting log-alpha.
+        depth_batches: of these, the first so many are behind the scores of layers, attentions and MLPs, each of which
+            takes a forward pass over them.
         noise: "batch" (one draw an update) or "example" (one draw an example).
         layer_gates: "none", or the published option that switches pruning on per "layer" or "sublayer".
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
@@ -117,6 +127,7 @@ class LearnGates:
     channel_droprate: Annotated[float, Gt(0), Le(0.5)] = 0.01
     score_batches: Count = 16
     score_spread: Annotated[float, Gt(0)] = 1.5
+    depth_batches: Count = 1
     noise: Literal["batch", "example"] = "batch"
     layer_gates: Literal["none", "layer", "sublayer"] = "none"
     finish: Literal["soft", "hard"] = "soft"
@@ -144,8 +155,11 @@ class LearnGates:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes behind the starting scores, if there are any, and those of the training."""
-        scored = self.score_batches * self.trains.batch if self.start == "score" else 0
-        looks = [Passes("calibration", scored, backwards=1)] if scored else []
+        if self.start != "score":
+            return self.learning().passes()
+        looks = [Passes("calibration", self.score_batches * self.trains.batch, backwards=1)]
+        if forwards := n_losses(arch.axes(model), self.removes.kinds):
+            looks.append(Passes("search", self.depth_batches * self.trains.batch, forwards=forwards))
         return [*looks, *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
@@ -234,7 +248,7 @@ class LearnGates:
         return {"far_from_target": said}
 
     def _initial(self, job: Job, axes: Sequence[Axis], cost: CostModel) -> dict[str, Tensor]:
-        """Starting log-alpha: open as published, or spread by gate-Taylor score around the budget's threshold."""
+        """Starting log-alpha: open as published, or spread by score around the budget's threshold."""
         if self.start == "open":
             generator = torch.Generator().manual_seed(mixed_seed("log-alpha", job.seed))
             means = {axis.name: None if axis.kind == Kind.CHANNEL else self.open_mean for axis in axes}
@@ -244,10 +258,7 @@ class LearnGates:
                 )
                 for axis in axes
             }
-        looks = Calibrates(self.score_batches, self.trains.batch, self.trains.micro_batch)
-        batches = list(looks.read(job.batches(looks.batch, "gate_taylor")))
-        how = job.observing("scores", job.same("learn_gates", self))
-        scores = sensitivity_per_cost(job.model, axes, cost, batches, how=how, loss=job.task.loss)
+        scores = self._scores(job, axes, cost)
         logs = {name: score.clamp(min=1e-30).log() for name, score in scores.items()}
         pooled = torch.cat(list(logs.values()))
         spread = {
@@ -255,6 +266,19 @@ class LearnGates:
         }
         shift = shift_to_budget(spread, cost, self.removes.keep, self.removes.of)
         return {name: hard_concrete.clamp_(one + shift) for name, one in spread.items()}
+
+    def _scores(self, job: Job, axes: Sequence[Axis], cost: CostModel) -> dict[str, Tensor]:
+        """What a gate is worth per parameter, before anything was learned."""
+        looks = Calibrates(self.score_batches, self.trains.batch, self.trains.micro_batch)
+        batches = list(looks.read(job.batches(looks.batch, "gate_taylor")))
+        same = job.same("learn_gates", self)
+        how = job.observing("scores", same)
+        if not any(axis.kind in PARTS for axis in axes):
+            return sensitivity_per_cost(job.model, axes, cost, batches, how=how, loss=job.task.loss)
+        first = replace(looks, batches=self.depth_batches).read(job.batches(looks.batch, "gate_taylor"))
+        depth = Looks(list(first), job.rounds("depth", same), job.rounds("pools", same), job.progress())
+        budget = replace(self.budget(), of="blocks")  # as the scores of units are
+        return pooled_per_cost(job.model, axes, cost, budget, batches, depth, how=how, loss=job.task.loss)
 
     def _project(
         self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget
@@ -264,8 +288,8 @@ class LearnGates:
         """
         values = {name: value.cpu() for name, value in values.items()}
         if self.finish == "soft" and self.removes.layout == "free" and not budget.rounds:
-            return deterministic_to_budget(values, axes, cost, budget.keep, budget.of)
-        masks = allocate(axes, values, cost, budget).masks(axes)
+            return absorbed(axes, deterministic_to_budget(values, axes, cost, budget.keep, budget.of))
+        masks = absorbed(axes, allocate(axes, values, cost, budget).masks(axes))
         if self.finish == "hard":
             return masks
         return {name: mask * hard_concrete.soft_value(values[name]) for name, mask in masks.items()}

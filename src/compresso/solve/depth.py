@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from compresso.core.axis import Axis
+from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, infeasible
 from compresso.core.influence import least_distant_run
 from compresso.core.plan import Plan
@@ -75,3 +76,35 @@ def drop_run(axis: Axis, distances: Tensor, cost: Cost, budget: Budget, n: int |
     if run is None:
         raise infeasible(budget, [axis], cost, without([axis], [(axis.name, unit) for unit in range(axis.size - 1)]))
     return without([axis], [(axis.name, unit) for unit in run])
+
+
+def absorbed(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks without the layers of which nothing is left: one without attention and MLP computes nothing, and no stock
+    class could hold it. Masks that do not name layers are as they were.
+
+    Args:
+        axes: those of the masks, as the layers' units are found by their `layer`.
+        masks: axis name -> [size], 0 for what leaves. A sub-layer is gone if it is closed itself or all of its units
+            are.
+    """
+    layers = next((axis for axis in axes if axis.kind == Kind.LAYER and axis.name in masks), None)
+    if layers is None:
+        return dict(masks)
+    left = {kind: torch.zeros(layers.size, dtype=torch.bool) for kind in (Kind.ATTENTION, Kind.MLP)}
+    within = {Kind.HEAD: Kind.ATTENTION, Kind.CHANNEL: Kind.MLP}
+    named = [axis for axis in axes if axis.name in masks]
+    for axis in named:
+        if axis.kind in within and axis.layer is not None:
+            left[within[axis.kind]][axis.layer] = bool((masks[axis.name] > 0).any())
+    for kind in left:
+        if not any(within.get(axis.kind) == kind for axis in named):
+            left[kind][:] = True  # whole
+        for axis in named:
+            if axis.kind == kind:
+                left[kind] &= masks[axis.name].cpu() > 0
+    empty = ~(left[Kind.ATTENTION] | left[Kind.MLP])
+    stays = masks[layers.name].clone()
+    stays[empty.to(stays.device)] = 0
+    if int((stays > 0).sum()) < layers.fewest:
+        return dict(masks)
+    return {**masks, layers.name: stays}
