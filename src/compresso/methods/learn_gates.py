@@ -284,11 +284,12 @@ class LearnGates:
         self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget
     ) -> dict[str, Tensor]:
         """Masks of exactly the budget: the deterministic rule, or the highest gates where layouts or multiples are
-        asked for.
+        asked for, or whole layers leave.
         """
         values = {name: value.cpu() for name, value in values.items()}
-        if self.finish == "soft" and self.removes.layout == "free" and not budget.rounds:
-            return absorbed(axes, deterministic_to_budget(values, axes, cost, budget.keep, budget.of))
+        deep = any(axis.kind in PARTS for axis in axes)  # one that does not fit may leave the rule far below the target
+        if self.finish == "soft" and self.removes.layout == "free" and not budget.rounds and not deep:
+            return deterministic_to_budget(values, axes, cost, budget.keep, budget.of)
         masks = absorbed(axes, allocate(axes, values, cost, budget).masks(axes))
         if self.finish == "hard":
             return masks
