@@ -297,3 +297,81 @@ def test_a_lagrangian_that_ends_far_from_its_target_says_so(
     caplog.clear()
     projected = LearnGates(**{**knobs, "constraint": "projection"})(make_job(folder="projected"))
     assert "far_from_target" not in projected.records["learn_gates"] and not caplog.records
+
+
+DEEP: dict[str, Any] = {"finish": "hard", "kinds": ("head", "channel", "layer"), **HARD}
+
+
+def useless(job: Job, layer: int) -> Job:
+    """The job with a layer that writes nothing."""
+    with torch.no_grad():
+        for linear in ("self_attn.o_proj", "mlp.down_proj"):
+            job.model.get_parameter(f"model.layers.{layer}.{linear}.weight").zero_()
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        DEEP,
+        {**DEEP, "finish": "soft", "cost_aware": True},
+        {**DEEP, "kinds": ("head", "channel", "hidden", "layer", "attention", "mlp")},
+        {"kinds": ("head", "channel", "layer"), "tune": 0},
+    ],
+)
+def test_budgets_of_widths_and_depth_together_are_met(make_job: MakeJob, knobs: Mapping[str, Any]) -> None:
+    """Scored or open, projected or under a Lagrangian, hard or soft; what is left is the model that was masked."""
+    before = blocks(make_job())
+    job = LearnGates(keep=0.6, **{**QUICK, **knobs})(make_job(folder="other"))  # type: ignore[arg-type]
+    assert 0.6 * before - 3 * 32 < blocks(job) <= 0.6 * before
+    assert job.records["learn_gates"]["masked_minus_smaller_max_abs"] < 1e-4
+    assert len(job.arch.shapes(job.model)) == len(job.plan.kept["layers"]) == job.model.config.num_hidden_layers
+    assert make_job(folder="third").cost().of(job.plan).parameters() == job.cost()().parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_that_writes_nothing_leaves_first(make_job: MakeJob, layer: int) -> None:
+    """The budget is a layer's share: with it gone, no unit of the others has to leave."""
+    job = LearnGates(keep=2 / 3, **{**QUICK, **DEEP, "hold": 2})(useless(make_job(), layer))  # type: ignore[arg-type]
+    assert job.plan.kept["layers"] == tuple(i for i in range(3) if i != layer)
+    assert widths(job) == [(8, 4, 48)] * 2
+
+
+@pytest.mark.slow
+def test_starting_with_layers_keeps_what_gate_taylor_keeps_when_nothing_is_learned(make_job: MakeJob) -> None:
+    from compresso.methods.gate_taylor import GateTaylor
+
+    knobs = {**QUICK, **DEEP, "lr": 0.0, "mask_lr": 0.0, "score_spread": 0.3}
+    learned = LearnGates(keep=0.6, **knobs)(make_job())  # type: ignore[arg-type]
+    scored = GateTaylor(keep=0.6, kinds=("head", "channel", "layer"), batches=1, batch=4)(make_job(folder="other"))  # type: ignore[arg-type]
+    assert learned.plan == scored.plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("journal", ["depth", "pools"])
+def test_a_search_for_layers_that_was_stopped_goes_on_in_the_same_bits(make_job: MakeJob, journal: str) -> None:
+    """The journals of losses survive: none that is known is taken again, and the result is the same."""
+    knobs: dict[str, Any] = {**QUICK, **DEEP, "hold": 2}
+    whole = LearnGates(keep=0.6, **knobs)(make_job(folder="whole"))
+    LearnGates(keep=0.6, **knobs)(make_job(folder="stopped"))
+    folder = make_job(folder="stopped").out / journal
+    entries = sorted(folder.glob("round-*.json"))
+    assert len(entries) == {"depth": 4, "pools": 3}[journal]  # the dense loss, and each layer, or both pools
+    entries[-1].unlink()
+    known = [entry.stat().st_mtime_ns for entry in entries[:-1]]
+    again = LearnGates(keep=0.6, **knobs)(make_job(folder="stopped"))
+    assert [entry.stat().st_mtime_ns for entry in entries[:-1]] == known
+    assert entries[-1].is_file()
+    assert again.plan == whole.plan
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_only_our_own_recipes_have_gates_on_layers() -> None:
+    kinds = {name: dict(build(read(name)).stages)["learn_gates"] for name in ("compresso", "compresso/nano")}
+    assert {name: stage.budget().kinds for name, stage in kinds.items() if isinstance(stage, LearnGates)} == {
+        "compresso": (Kind.HEAD, Kind.CHANNEL, Kind.LAYER),
+        "compresso/nano": (Kind.HEAD, Kind.CHANNEL),
+    }

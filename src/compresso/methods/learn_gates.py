@@ -19,7 +19,7 @@ In the published configurations (recipes compresso/paper, compresso/script) thes
 
 The default recipe departs further, each a knob of this stage: `constraint: projection` holds the budget exactly after
 every update instead of by multipliers, and `cost_aware` then charges gates for their parameters; `start: score` starts
-log-alpha from gate-Taylor scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one
+log-alpha from scores; `noise: example` draws noise per example; `finish: hard` makes survivors exactly one
 before recovery; adapters lie on all linears at a rate that `lr_at_hidden` scales with the width; `layout: uniform`
 learns equal widths per layer (per-kind targets as in LLM-Shearing, arXiv 2310.06694, section 2.1).
 
@@ -74,7 +74,7 @@ Rate = Annotated[float, Ge(0)]
 
 @stage(
     "learn_gates",
-    title="learns which heads, FFN units and hidden dimensions to keep while LoRA tunes",
+    title="learns which heads, FFN units, hidden dimensions and layers to keep while LoRA tunes",
     paper="2310.05015",
     effects=Effects.SHAPES | Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
