@@ -168,3 +168,13 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         model.get_parameter("model.layers.2.mlp.down_proj.weight").fill_(float("nan"))
     with pytest.raises(NumericError, match="not finite"):
         pooled_per_cost(model, axes, cost, Budget(0.7, kinds=(Kind.LAYER,)), data, Looks(data))
+
+
+def test_the_weight_of_depth_moves_parts_alone() -> None:
+    model = made((1.0, 0.4, 1.0, 0.3))
+    axes, cost = described(model)
+    data = batches(model)
+    budget = Budget(0.6, kinds=POOL)
+    full, half = (pooled_per_cost(model, axes, cost, budget, data, Looks(data), weight=weight) for weight in (1.0, 0.5))
+    for axis in axes:
+        assert torch.equal(half[axis.name], full[axis.name] * (0.5 if axis.kind == Kind.LAYER else 1.0))

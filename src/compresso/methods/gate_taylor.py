@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
@@ -45,6 +45,8 @@ class GateTaylor:
         calibrates: see `Calibrates`.
         depth_batches: of its batches, the first so many are behind the scores of layers, attentions and MLPs, each of
             which takes a forward pass over them.
+        depth_weight: what the loss without such a part counts for beside what units cost; below 1 before training,
+            which gives back more of it.
         allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer
             programming).
     """
@@ -52,6 +54,7 @@ class GateTaylor:
     removes: Removes = Removes()
     calibrates: Calibrates = Calibrates()
     depth_batches: Annotated[int, Ge(1)] = 1
+    depth_weight: Annotated[float, Gt(0)] = 1.0
     allocation: Annotated[Allocation, Knobs(after="layout")] = "global"
 
     def __post_init__(self) -> None:
@@ -79,8 +82,9 @@ class GateTaylor:
         first = list(replace(self.calibrates, batches=self.depth_batches).read(source))
         same = job.same("gate_taylor", self)
         depth = Looks(first, job.rounds("depth", same), job.rounds("pools", same), job.progress())
-        how, loss = job.observing("scores", same), job.task.loss
-        scores = pooled_per_cost(job.model, axes, cost, self.budget(), batches, depth, how=how, loss=loss)
+        how, weight, loss = job.observing("scores", same), self.depth_weight, job.task.loss
+        budget = self.budget()
+        scores = pooled_per_cost(job.model, axes, cost, budget, batches, depth, weight=weight, how=how, loss=loss)
         priced = [axis for axis in axes if axis.name in scores]  # what takes nothing of the count stays
         plan = allocated(self.allocation, priced, scores, cost, self.budget()) if priced else Plan()
         return job.without(

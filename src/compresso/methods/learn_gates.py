@@ -104,6 +104,8 @@ class LearnGates:
         score_batches, score_spread: batches behind the starting scores; spread of the starting log-alpha.
         depth_batches: of these, the first so many are behind the scores of layers, attentions and MLPs, each of which
             takes a forward pass over them.
+        depth_weight: what the loss without such a part counts for beside what units cost; below 1, since training gives
+            back more of it.
         noise: "batch" (one draw an update) or "example" (one draw an example).
         layer_gates: "none", or the published option that switches pruning on per "layer" or "sublayer".
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
@@ -128,6 +130,7 @@ class LearnGates:
     score_batches: Count = 16
     score_spread: Annotated[float, Gt(0)] = 1.5
     depth_batches: Count = 1
+    depth_weight: Annotated[float, Gt(0)] = 1.0
     noise: Literal["batch", "example"] = "batch"
     layer_gates: Literal["none", "layer", "sublayer"] = "none"
     finish: Literal["soft", "hard"] = "soft"
@@ -278,7 +281,8 @@ class LearnGates:
         first = replace(looks, batches=self.depth_batches).read(job.batches(looks.batch, "gate_taylor"))
         depth = Looks(list(first), job.rounds("depth", same), job.rounds("pools", same), job.progress())
         budget = replace(self.budget(), of="blocks")  # as the scores of units are
-        return pooled_per_cost(job.model, axes, cost, budget, batches, depth, how=how, loss=job.task.loss)
+        weight, loss = self.depth_weight, job.task.loss
+        return pooled_per_cost(job.model, axes, cost, budget, batches, depth, weight=weight, how=how, loss=loss)
 
     def _project(
         self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget

@@ -7,6 +7,9 @@ pruning; arXiv 2407.14679, section 2.2). Both kinds of score are guesses of the 
 costs, and both are wrong where much leaves together: each by a factor, which is measured. What the budget would take of
 the units alone, and what it would take of the parts alone, are left out as a whole; how much the loss rises, over the
 sum of their scores, is the factor of their pool.
+
+What training gives back is another matter: more of what parts cost than of what units cost. `weight` is what a part's
+loss counts for beside that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,6 +70,7 @@ def pooled_per_cost(
     batches: Sequence[Batch],
     looks: Looks,
     *,
+    weight: float = 1.0,
     how: Pass | None = None,
     loss: Loss = NEXT_TOKEN,
 ) -> dict[str, Tensor]:
@@ -82,6 +86,7 @@ def pooled_per_cost(
         budget: that the scores are meant for.
         batches: behind the scores of units.
         looks: behind those of parts.
+        weight: of the loss that parts cost, above 0.
         how: of the pass over `batches`.
         loss: of an example.
 
@@ -94,11 +99,11 @@ def pooled_per_cost(
     scores = sensitivity_per_cost(model, units, cost, batches, budget.of, how, loss) if units else {}
     if not parts:
         return scores
-    rises = _rises(model, parts, looks, loss)
+    each = _rises(model, parts, looks, loss)
     price = prices_of_units(axes, cost, budget.of)
     paid = [axis for axis in parts if bool((price[axis.name] > 0).any())]  # an MLP takes nothing of a cache
     # a sub-layer that left before takes nothing, and its gate does nothing
-    worth = {axis.name: rises[axis.name] / price[axis.name].clamp(min=1e-300) for axis in paid}
+    worth = {axis.name: each[axis.name] / price[axis.name].clamp(min=1e-300) for axis in paid}
     for axis in paid:
         free = price[axis.name] == 0
         worth[axis.name][free] = worth[axis.name][~free].max()
@@ -110,11 +115,12 @@ def pooled_per_cost(
     )
     _check(measured, "what the budget would take of one pool")
     found: dict[str, Tensor] = {}
-    for (_, of), mask, rise in zip(pools, masks, (measured[1:] - measured[0]).tolist(), strict=True):
+    rises = (measured[1:] - measured[0]).tolist()
+    for (_, of), mask, rise, counts in zip(pools, masks, rises, (1.0, weight), strict=True):
         gone = {name: of[name].double() * price[name] * (mask[name] == 0) for name in of}
         foreseen = sum(float(value.sum()) for value in gone.values())
         factor = rise / foreseen if rise > 0 and foreseen > 0 else 1.0
-        found |= {name: score.double() * factor for name, score in of.items()}
+        found |= {name: score.double() * factor * counts for name, score in of.items()}
     return {axis.name: found[axis.name] for axis in axes if axis.name in found}
 
 
