@@ -33,6 +33,7 @@ PUBLIC = [
     "fit",
     "gated",
     "inspect",
+    "latency",
     "load",
     "measure",
     "plan",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compresso.commands.compare import compare
     from compresso.commands.evaluate import evaluate
     from compresso.commands.export import export
+    from compresso.commands.latency import latency
     from compresso.commands.measure import measure
     from compresso.commands.plan import plan
     from compresso.core.budget import Budget
@@ -47,6 +48,7 @@ __all__ = [
     "fit",
     "gated",
     "inspect",
+    "latency",
     "load",
     "measure",
     "plan",
@@ -67,6 +69,7 @@ _HOME = {
     "fit": "training.fit",
     "gated": "edit.gate",
     "inspect": "runner.inspection",
+    "latency": "commands.latency",
     "load": "loading",
     "measure": "commands.measure",
     "plan": "commands.plan",

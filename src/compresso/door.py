@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from compresso.errors import ArgumentError, CompressoError, nearest
-from compresso.wording import named, renamed_speedup, worded
+from compresso.wording import named, worded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,8 +60,6 @@ def _accepted(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     signature = inspect.signature(function)
     name = getattr(function, "__name__", "the function")
     for unknown in sorted(kwargs.keys() - signature.parameters.keys()):
-        if unknown == "speedup" and "macs" in signature.parameters:
-            raise ArgumentError(renamed_speedup(kwargs[unknown]))
         raise ArgumentError(f"{name} has no argument '{unknown}'; {nearest(unknown, signature.parameters)}")
     try:
         bound = signature.bind(*args, **kwargs)

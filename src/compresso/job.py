@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
+from compresso.arch.costs import cost_of
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
+from compresso.core.measures import NONE, Measures
 from compresso.core.plan import Plan
 from compresso.data.batches import Row
 from compresso.data.cut_examples import Examples, cut_examples
@@ -68,6 +70,7 @@ class Job:
         labels: names of the classes, where the task has some.
         removal: what the last stage that removed units has removed so far.
         allow_dropped: whether a stage may drop more examples than a run may lose.
+        measures: what a budget may be a share of beside counts of shapes.
     """
 
     model: PreTrainedModel
@@ -91,6 +94,7 @@ class Job:
     labels: tuple[str, ...] = ()
     removal: Removal | None = None
     allow_dropped: bool = True
+    measures: Measures = NONE
 
     @property
     def weights(self) -> Residence:
@@ -107,8 +111,12 @@ class Job:
         return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
 
     def cost(self) -> CostModel:
-        """Counts the model as it is now, under masks of query heads, too."""
-        return CostModel(axes_of(self.arch, self.model, (Kind.QUERY,)), self.arch.weights(self.model))
+        """Counts the model as it is now, under masks of query heads, too, and measures it as the run has budgets of.
+
+        Raises:
+            BudgetError: the table of its times does not hold for it.
+        """
+        return cost_of(self.arch, self.model, self.measures)
 
     def batches(self, batch: int, stage: str) -> ShuffledBatches:
         """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without

@@ -25,8 +25,10 @@ FLAGS = {
 }
 """Options without a value, and what takes their place in Python."""
 _AS_SPELT = (
-    "model data output keep parameters macs speedup max-steps target task layout seed device dtype format corpus suite"
+    "model data output keep parameters macs milliseconds speedup latency-table bytes-at-context max-steps"
+    " target task layout seed device dtype format corpus suite"
     " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
+    " engine phase context levels"
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "set": ("sets",),
@@ -36,14 +38,15 @@ VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
 }
 """Options with a value, and the arguments that take it: of several, the one that the called function has."""
 _PLAIN = (
-    "auto cpu cuda on off both uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci"
+    "auto cpu cuda on off both decode prefill torch onnxruntime llama.cpp"
+    " uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci"
     " quick full none"
 )
 CHOICES = frozenset(_PLAIN.split())
 """Plain words that are an option's value where they follow it."""
 _UNNAMED = ("models", "paths", "path", "recipe")
 """What the command line takes without an option's name."""
-_VERBS = ("run", "plan", "inspect", "evaluate", "measure", "compare", "export", "verify")
+_VERBS = ("run", "plan", "inspect", "evaluate", "measure", "latency", "compare", "export", "verify")
 _COMMAND = re.compile(r"`compresso (?P<verb>[a-z]+)(?: --(?P<option>[a-z-]+))?`")
 _OPTION = re.compile(
     r"(?<![\w-])--(?P<name>[a-z]+(?:-[a-z]+)*)(?![\w-])(?P<value> '[^']*'| \"[^\"]*\"| [^\s`'\"-][^\s`]*)?"
@@ -109,14 +112,6 @@ def named(verb: str, argument: str) -> str:
         return f"{argument} "
     option = next((option for option, names in VALUED.items() if argument in names), argument)
     return f"--{option} "
-
-
-def renamed_speedup(value: object) -> str:
-    """What is said to somebody who gives `speedup`, which is called `macs` now."""
-    return (
-        "--speedup is called --macs now, for it divides multiply-accumulates and measures nothing (--speedup will mean"
-        f" measured time); give --macs {value}"
-    )
 
 
 def _argument(option: str, arguments: Container[str]) -> str:

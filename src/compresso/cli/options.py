@@ -3,12 +3,12 @@ place.
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from compresso.errors import GONE_IN, BudgetError
-from compresso.wording import renamed_speedup
+from compresso.errors import GONE_IN
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
@@ -28,6 +28,25 @@ Macs = Annotated[
             "The dense model's multiply-accumulates a token over the smaller one's, at least 1: 1.5 keeps 1/1.5 of"
             " them. It measures no time."
         )
+    ),
+]
+Milliseconds = Annotated[
+    float | None, typer.Option(help="Milliseconds that one forward may take, as --latency-table tells them.")
+]
+Speedup = Annotated[
+    str | None,
+    typer.Option(help="Measured time of the dense model over the smaller one's, by --latency-table: 1.5x."),
+]
+LatencyTable = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What `compresso latency` wrote for this model on this machine."),
+]
+BytesAtContext = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="Count bytes of weights and of the cache of so many tokens; --keep is their share.",
     ),
 ]
 Layout = Annotated[
@@ -75,12 +94,6 @@ AllowCollapsed = Annotated[
 ]
 
 
-def _is_macs(value: str | None) -> None:
-    if value is not None:
-        raise BudgetError(renamed_speedup(value))
-
-
-Speedup = Annotated[str | None, typer.Option("--speedup", hidden=True, callback=_is_macs, help="Now --macs.")]
 Force = Annotated[bool, typer.Option("--force", hidden=True, help="Deprecated: --overwrite, --allow-collapsed.")]
 For = Annotated[str | None, typer.Option("--for", hidden=True, help="Deprecated: --target.")]
 Stream = Annotated[bool, typer.Option("--stream", hidden=True, help="Deprecated: --offload.")]

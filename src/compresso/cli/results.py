@@ -58,6 +58,43 @@ def measure(
 
 
 @app.command()
+def latency(
+    model: Weights,
+    engine: Annotated[str, typer.Option(help="torch, onnxruntime or llama.cpp.")] = "torch",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens before the decoded one, or of the prefill.")] = 512,
+    phase: Annotated[str, typer.Option(help="decode (one token at the context) or prefill.")] = "decode",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights, as the engine names it; float32 on a CPU, else as stored.")
+    ] = None,
+    levels: Annotated[int, typer.Option(min=1, help="Numbers of channels, and of heads, that are timed; torch.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, in which the models take turns.")] = 9,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the table.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What each module of a model takes on this machine, for --milliseconds and --speedup.
+
+    Example: compresso latency ./llama-7b --context 1024 --output llama-7b-latency.json
+    """
+    from compresso.commands import latency
+
+    table = latency.latency(
+        model,
+        engine=engine,
+        batch=batch,
+        context=context,
+        phase=phase,
+        dtype=dtype,
+        levels=levels,
+        rounds=rounds,
+        device=device,
+        output=output,
+    )
+    latency.show(table, as_json)
+
+
+@app.command()
 def evaluate(
     model: Weights,
     suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,

@@ -97,7 +97,7 @@ def measure(
     if memory:
         check_scratch()
     turns = len(plan.sources) * len(plan.batches) * (rounds + WARMUP)
-    with _progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
+    with progress(len(plan.sources) * (1 + memory) + turns, quiet) as advance:
         found: dict[str, list[Measurement]] = {name: [] for name in plan.sources}
         sizes = {"batch": plan.batches[0], "prompt_tokens": plan.prompt_tokens, "new_tokens": plan.new_tokens}
         for name, source in plan.sources.items() if memory else ():
@@ -203,7 +203,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+def progress(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
     """The display of so many pieces of work; what it gives is called before each of them."""
     shown, begun = Progress("silent" if quiet else "auto"), iter(range(total))
     with shown.running(total, 0, "measuring", PATIENCE):

@@ -20,6 +20,10 @@ def plan(
     keep: float | None = None,
     parameters: str | float | None = None,
     macs: float | None = None,
+    milliseconds: float | None = None,
+    speedup: str | float | None = None,
+    latency_table: str | Path | None = None,
+    bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
@@ -34,7 +38,8 @@ def plan(
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder, GGUF file or config.json.
-        keep, parameters, macs, max_steps, sets, target, task, layout, skip_bad: as for `compresso.run`.
+        keep, parameters, macs, milliseconds, speedup, latency_table, bytes_at_context, max_steps, sets, target, task,
+            layout, skip_bad: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
             "h100" or "rtx4090".
@@ -52,6 +57,10 @@ def plan(
         keep=keep,
         parameters=parameters,
         macs=macs,
+        milliseconds=milliseconds,
+        speedup=speedup,
+        latency_table=latency_table,
+        bytes_at_context=bytes_at_context,
         max_steps=max_steps,
         sets=sets,
         target=target,

@@ -8,9 +8,10 @@ a sum over these units (`compresso.core.grid`). Sums run in float64: LLaMA-7B's 
 24 bits.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from compresso.core.axis import Axis
 from compresso.core.grid import Grid, grids
 from compresso.core.plan import Plan
-from compresso.core.quantities import CostName
+from compresso.core.quantities import Amounts, Cost, CostName
 from compresso.core.quantities import Counted as Counted
 
 
@@ -60,7 +61,7 @@ class Counts:
 
     `total` counts parameters with tied ones once; `macs` is multiply-accumulates per token in matrices with a full
     head, attention scores excluded (they depend on the context length); `cached` is key/value cache entries per token;
-    `bytes` is what the weights take, None where their bits are not known.
+    `bytes` is what the weights take, None where their bits are not known; `measured` has what else is asked for.
     """
 
     total: Tensor
@@ -70,6 +71,7 @@ class Counts:
     macs: Tensor
     cached: Tensor
     bytes: Tensor | None = None
+    measured: Mapping[CostName, Callable[[], Amounts]] = field(default_factory=dict[CostName, Callable[[], Amounts]])
 
     def count(self, of: CostName) -> Tensor:
         """The count that a budget is a share of [].
@@ -82,7 +84,12 @@ class Counts:
             return known[of]
         if of == "bytes" and self.bytes is not None:
             return self.bytes
-        cure = "give the bits of its weights" if of == "bytes" else "measure a table and count with it"
+        if of in self.measured:
+            return self.measured[of]().count(of)
+        cure = {
+            "bytes": "give the bits of its weights",
+            "bytes_at_context": "say at which: --bytes-at-context 4096",
+        }.get(of, "measure a table with `compresso latency` and count with it: --latency-table")
         raise ValueError(f"of='{of}' does not follow from the shapes of a model; {cure}")
 
     def parameters(self) -> dict[str, int]:
@@ -101,13 +108,18 @@ class CostModel:
     """
 
     def __init__(
-        self, axes: Sequence[Axis], weights: Sequence[Weight], bits: Mapping[str, float] | None = None
+        self,
+        axes: Sequence[Axis],
+        weights: Sequence[Weight],
+        bits: Mapping[str, float] | None = None,
+        measured: Mapping[CostName, Cost] | None = None,
     ) -> None:
         """Compile the products.
 
         Args:
             axes, weights: of the model.
             bits: parameter name -> bits that an entry is stored in; None leaves bytes uncounted.
+            measured: what does not follow from shapes -> what measures it.
 
         Raises:
             ValueError: a slice names an unknown parameter or does not fit its shape, or a parameter has no bits, or
@@ -115,6 +127,7 @@ class CostModel:
         """
         self.axes = tuple(axes)
         self.weights = tuple(weights)
+        self.measured = dict(measured or {})
         self._atoms: list[tuple[str, int | str | Grid]] = []
         columns: dict[tuple[str, int | str | Grid], int] = {}
 
@@ -218,7 +231,16 @@ class CostModel:
         """Count under masks or keep probabilities: axis name -> [size], values in [0, 1]; an absent axis keeps all its
         units.
         """
-        masks = masks or {}
+        return self._with_measured(self._under(masks or {}), lambda cost: cost(masks))
+
+    def _with_measured(self, counts: Counts, measure: Callable[[Cost], Amounts]) -> Counts:
+        """The counts, and what else measures the model, which nobody may ask for."""
+        if not self.measured:
+            return counts
+        return replace(counts, measured={of: partial(measure, cost) for of, cost in self.measured.items()})
+
+    def _under(self, masks: Mapping[str, Tensor]) -> Counts:
+        """What the products count."""
         unknown = set(masks) - set(self._ones)
         if unknown:
             raise ValueError(f"masks name unknown axes: {sorted(unknown)[:4]}")
@@ -237,7 +259,7 @@ class CostModel:
 
     def even(self, of: CostName) -> bool:
         """Whether a unit of an axis costs the same however many stay: a product is linear in each of its factors."""
-        return True
+        return self.measured[of].even(of) if of in self.measured else True
 
     def of_totals(self, names: Sequence[str], totals: Tensor) -> Counts:
         """Count from how many units of each axis are expected to be kept, without their masks; other axes keep all.
@@ -255,13 +277,14 @@ class CostModel:
             )
         if within := sorted(self._inner.intersection(names)):
             raise ValueError(f"units of {within[0]} lie within those of another axis; count by masks")
-        if self._outer is not None:
-            return self._outer.of_totals(names, totals)
-        return self._count(self._atoms_of(tuple(names), totals, totals))
+        counter = self._outer or self
+        counted = counter._count(counter._atoms_of(tuple(names), totals, totals))
+        return self._with_measured(counted, lambda cost: cost.of_totals(names, totals))
 
     def tiled(self, names: Sequence[str]) -> bool:
         """Whether totals alone decide what these axes cost."""
-        return not self._units(names) and self._inner.isdisjoint(names)
+        tiled = not self._units(names) and self._inner.isdisjoint(names)
+        return tiled and all(cost.tiled(names) for cost in self.measured.values())
 
     def _atoms_of(self, names: tuple[str, ...], totals: Tensor, picked: Tensor) -> Tensor:
         """The scalars of all products, given the axes' totals [axes] and their single units' values."""

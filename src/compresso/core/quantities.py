@@ -15,8 +15,10 @@ from compresso.core.plan import Plan
 
 Counted = Literal["blocks", "total", "macs", "kv"]
 """What follows from the shapes of a model alone."""
-CostName = Literal["blocks", "total", "macs", "kv", "bytes", "milliseconds"]
+CostName = Literal["blocks", "total", "macs", "kv", "bytes", "bytes_at_context", "milliseconds"]
 """What a budget may be a share of."""
+Budgeted = Literal["blocks", "total", "macs", "kv", "bytes_at_context", "milliseconds"]
+"""What the budget of a stage may be a share of; the last two where the run says by which context or table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ QUANTITIES: Mapping[CostName, Quantity] = {
     "macs": Quantity("multiply-accumulates a token"),
     "kv": Quantity("key/value cache entries a token"),
     "bytes": Quantity("bytes of weights"),
+    "bytes_at_context": Quantity("bytes of weights and cache"),
     "milliseconds": Quantity("milliseconds", whole=False),
 }
 

@@ -37,7 +37,16 @@ def magnitude(axes: Sequence[Axis], parameters: Mapping[str, Tensor]) -> dict[st
 def prices_of_units(axes: Sequence[Axis], cost: Cost, of: CostName = "blocks") -> dict[str, Tensor]:
     """How much of a count each unit carries in the dense model, the count's gradient at all-ones masks: axis name ->
     [size], float64.
+
+    Where units do not cost alike, as in a table of times, it is what leaves with all units of the axis, shared out: of
+    a staircase the last step may be level, and its units would seem to cost nothing.
     """
+    if not cost.even(of):
+        whole = float(cost().count(of))
+        without = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
+        least = {name: float(cost({name: mask}).count(of)) for name, mask in without.items()}
+        each = {axis.name: (whole - least[axis.name]) / max(axis.size, 1) for axis in axes}
+        return {axis.name: torch.full((axis.size,), each[axis.name], dtype=torch.float64) for axis in axes}
     ones = {axis.name: torch.ones(axis.size, dtype=torch.float64, requires_grad=True) for axis in axes}
     gradients = torch.autograd.grad(
         cost(ones).count(of), list(ones.values()), allow_unused=True, materialize_grads=True

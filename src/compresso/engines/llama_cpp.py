@@ -79,7 +79,7 @@ def missing() -> str | None:
     """Why llama.cpp cannot be run here; None if it can."""
     if shutil.which("node") is None:
         return "node is not installed"
-    if _modules() is None:
+    if modules() is None:
         return (
             "node-llama-cpp is not installed; npm install --ignore-scripts --prefix"
             " \"$(python -c 'import sys; print(sys.prefix)')\" node-llama-cpp"
@@ -102,7 +102,7 @@ def continue_texts(
     question = {"file": str(Path(file).resolve()), "texts": list(texts), "new_tokens": new_tokens}
     try:
         done = subprocess.run(
-            ["node", str(_SCRIPT), str(_modules())],
+            ["node", str(_SCRIPT), str(modules())],
             input=json.dumps(question),
             capture_output=True,
             text=True,
@@ -121,12 +121,12 @@ def continue_texts(
 
 def shared_library() -> Path | None:
     """llama.cpp's own library, as node-llama-cpp ships it; None if it is not here."""
-    modules = _modules()
-    found = sorted(modules.glob("@node-llama-cpp/*/bins/*/libllama.*")) if modules else []
+    there = modules()
+    found = sorted(there.glob("@node-llama-cpp/*/bins/*/libllama.*")) if there else []
     return found[0] if found else None
 
 
-def _modules() -> Path | None:
+def modules() -> Path | None:
     """The node_modules folder with node-llama-cpp in it."""
     named = os.environ.get("COMPRESSO_NODE_MODULES")
     places = ([Path(named)] if named else []) + [Path(sys.prefix, "node_modules"), Path("node_modules")]

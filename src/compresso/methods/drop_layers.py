@@ -18,7 +18,8 @@ Of equal scores the lowest index goes first. Loss instead of perplexity: it rank
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -28,8 +29,9 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
-from compresso.core.cost import CostModel, Counted
+from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.quantities import Budgeted, Counted
 from compresso.job import Job
 from compresso.observe.influence import angular_distances, block_influence
 from compresso.observe.losses import losses_without
@@ -61,7 +63,7 @@ class DropLayers:
         score: "influence", "angular" (a contiguous run of layers), "perplexity", "reverse" or "random".
         kinds: what leaves: "layer" alone, or "attention", "mlp" or both.
         keep: share of `of` that stays; 0.7 if `drop` is not given either.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
+        of: "blocks", "total", "macs", "kv" (cache entries), "bytes_at_context" or "milliseconds"; see `Removes`.
         drop: instead of `keep`, how many layers or sub-layers leave.
         iterative: with "perplexity", score again after each removal.
         calibrates: see `Calibrates`.
@@ -70,7 +72,7 @@ class DropLayers:
     score: Literal["influence", "angular", "perplexity", "reverse", "random"] = "influence"
     kinds: tuple[Kind, ...] = (Kind.LAYER,)
     keep: Annotated[float, Gt(0), Le(1)] | None = None
-    of: Counted = "blocks"
+    of: Budgeted = "blocks"
     drop: Annotated[int, Ge(1)] | None = None
     iterative: bool = False
     calibrates: Calibrates = Calibrates()
@@ -111,8 +113,9 @@ class DropLayers:
             return [Passes("calibration", self.calibrates.examples)]
         axes = [axis for axis in arch.axes(model) if axis.kind in self.kinds]
         n, forwards = len(parts_of(axes)), len(parts_of(axes))
-        if self.iterative:
-            plan = self.dry_run_plan(axes, CostModel(arch.axes(model), arch.weights(model)))
+        if self.iterative:  # an estimate: what is measured is not known here, and whole parts cost about alike in all
+            counted = replace(self, of="blocks") if self.of not in get_args(Counted) else self
+            plan = counted.dry_run_plan(axes, CostModel(arch.axes(model), arch.weights(model)))
             leave = sum(axis.size - len(plan.kept.get(axis.name, range(axis.size))) for axis in axes)
             forwards = sum(n - i for i in range(leave))
         return [Passes("search", self.calibrates.examples, forwards=forwards)]

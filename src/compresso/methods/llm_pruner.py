@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import CostModel, Counted
+from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.quantities import Budgeted
 from compresso.core.saliency import (
     WITH_FISHER,
     WITH_GRADIENT,
@@ -79,7 +80,7 @@ class LlmPruner:
     Args:
         keep: share of `of` that stays; 0.7 if neither it nor a ratio is given.
         ratio: share of units that leaves in each layer of the ranges, as published; not a share of the model.
-        of: "blocks", "total", "macs" or "kv" (cache entries).
+        of: "blocks", "total", "macs", "kv" (cache entries), "bytes_at_context" or "milliseconds"; see `Removes`.
         scope: "block" (heads and channels, equally in every layer), "global" (all of them in one pool), "channel"
             (hidden dimensions) or "layer".
         attention_layers, mlp_layers: [first, end) of the layers that lose heads and channels; None for all.
@@ -96,7 +97,7 @@ class LlmPruner:
 
     keep: Annotated[float, Gt(0), Le(1)] | None = None
     ratio: Annotated[float, Gt(0), Lt(1)] | None = None
-    of: Counted = "blocks"
+    of: Budgeted = "blocks"
     scope: Literal["block", "channel", "layer", "global"] = "block"
     attention_layers: Layers | None = None
     mlp_layers: Layers | None = None

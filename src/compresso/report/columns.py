@@ -48,6 +48,7 @@ _GROUP_OF_START = {
     **dict.fromkeys(("kl", "top1_agreement", "removed_mass"), "Distance from the dense model"),
     **dict.fromkeys(("repetition", "degenerate"), "Generated text"),
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
+    **dict.fromkeys(("prefill_ms", "decode_ms"), "Speed"),
     "memory": "Memory",
 }
 _WORDS = {
@@ -71,6 +72,8 @@ _PREFIXES = {
     "prefill_speedup": "prefill speed-up",
     "decode_speedup": "decode speed-up",
     "decode_bound": "decode speed-up, at most",
+    "prefill_ms": "time of a prefill",
+    "decode_ms": "time of a decoded token",
 }
 
 
@@ -137,6 +140,8 @@ def title(name: str) -> str:
 def lower_is_better(name: str) -> bool | None:
     """Which way is good; None where neither is."""
     table = group(name)
+    if name.partition("/")[0] in ("prefill_ms", "decode_ms"):
+        return True
     if table == "Perplexity" or name in ("kl", "removed_mass", "repetition", "degenerate"):
         return True
     if table.startswith("Tasks") or table == "Speed" or name == "top1_agreement":

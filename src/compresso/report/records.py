@@ -35,6 +35,7 @@ class RecipeRun(Strict):
     description: str = ""
     task: str = "causal-lm"
     data: dict[str, Any] = Field(default_factory=dict[str, Any])
+    cost: dict[str, Any] = Field(default_factory=dict[str, Any])
     stages: list[dict[str, dict[str, Any]]]
 
     def knobs(self) -> dict[str, dict[str, Any]]:

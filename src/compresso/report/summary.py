@@ -7,9 +7,12 @@ from compresso.report.columns import title, written
 from compresso.report.records import RunRecords
 from compresso.tasks.base import task_named
 
+_HOW = {"estimated": "predicted", "measured": "measured", "counted": "counted"}
+
 
 def summary(records: RunRecords, folder: Path) -> list[str]:
-    """Parameters, bytes, quality on held-out examples, decoding speed with its bound, and where everything lies.
+    """Parameters, bytes, quality on held-out examples, decoding speed with its bound, time where it was budgeted, and
+    where everything lies.
 
     Args:
         records: of the run.
@@ -21,6 +24,7 @@ def summary(records: RunRecords, folder: Path) -> list[str]:
         ("bytes", _bytes(records, dense, pruned)),
         _quality(records, dense, pruned),
         ("decoding", _speed(dense, pruned)),
+        *([("time", words)] if (words := _time(dense, pruned)) else []),
         (
             "written",
             f"{folder}, layout {records.layout}: report.html, README.md (card); compresso.load({str(folder)!r})",
@@ -65,6 +69,18 @@ def _speed(dense: ModelResults, pruned: ModelResults) -> str:
     return (
         f"{old.value:,.1f} -> {new.value:,.1f} tokens/s, {ratio.value:.2f} x (bytes allow {bound.value:.2f} x){remark}"
     )
+
+
+def _time(dense: ModelResults, pruned: ModelResults) -> str:
+    """What a forward was predicted and measured to take, of a run with a budget of time; "" of others."""
+    told: list[str] = []
+    for model in (dense, pruned):
+        numbers = [one for one in model.measurements if one.name.startswith(("prefill_ms/", "decode_ms/"))]
+        if not numbers:
+            return ""
+        told.append(", ".join(f"{written(one.value, one.unit)} {_HOW[one.how]}" for one in numbers))
+    lacking = pruned.not_measured.get("time")
+    return " -> ".join(told) + (f"; not measured: {lacking}" if lacking else "")
 
 
 def _found(model: ModelResults, name: str) -> Measurement | None:

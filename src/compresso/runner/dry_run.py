@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
+from compresso.arch.costs import cost_of, shape_facts
 from compresso.arch.queries import axes_of
 from compresso.checkpoint.source import Source, meta_model
 from compresso.core.axis import Axis, Kind
@@ -29,6 +30,7 @@ from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
 from compresso.native import family_of
 from compresso.runner.lacking import said_of_kinds
+from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
 from compresso.solve.allocate import allocate
 from compresso.solve.uniform import uniform_targets
@@ -131,7 +133,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         model = recipe.task.with_head(model, SOME_LABELS, 0)
     arch = arch_for(model.config)
     axes = axes_of(arch, model, (Kind.QUERY,))
-    cost = CostModel(axes, arch.weights(model))
+    refuse_other_table(recipe.measures, shape_facts(arch, model))
+    cost = cost_of(arch, model, recipe.measures)
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
@@ -189,7 +192,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 shown.budgets.append(Met(name, of, share, budget.keep))
             shrink_(model, axes, plan)
             axes = axes_of(arch, model, (Kind.QUERY,))
-            cost = CostModel(axes, arch.weights(model))
+            cost = cost_of(arch, model, recipe.measures)
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
     if family_of(source.config.model_type) is None:

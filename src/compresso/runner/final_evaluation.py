@@ -33,6 +33,7 @@ from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
 from compresso.native.stock import as_stock
+from compresso.runner.budgeted_time import obstacle, predicted, timed
 from compresso.sweep.memory import available
 from compresso.tasks.base import Score
 from compresso.training.progress import PATIENCE, Progress
@@ -203,12 +204,31 @@ def take(
             results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         for name, speeds in _speeds(models, shown).items():
             results[name].measurements += speeds
+    if job.measures.latency is not None:
+        _add_times(results, job, source, models, extent)
     if DENSE in models and kept is not None and before is not None:  # examples may have been dropped since
         before = job.task.score(models[DENSE], job.dense_held or job.held).mean
     guard = job.task.judge(
         pruned.config, results[DENSE].numbers(before, len(job.held)), results[PRUNED].numbers(after, len(job.held))
     )
     return FinalEvaluation(results[DENSE], results[PRUNED], guard)
+
+
+def _add_times(
+    results: Mapping[str, Evaluated], job: Job, source: Source, models: Mapping[str, PreTrainedModel], extent: Extent
+) -> None:
+    """What a forward of both models takes by the table of the run's budget, and as it is timed here."""
+    table = job.measures.latency
+    assert table is not None  # the run has such a budget
+    for name, one in zip((DENSE, PRUNED), predicted(table, source, job.plan), strict=True):
+        results[name].measurements.append(one)
+    lacking = ASKED if extent == "none" else "" if DENSE in models else str(results[PRUNED].not_measured.get("speed"))
+    if not (lacking := lacking or obstacle(table, job.device)):
+        with job.progress().working("timing both models as the table of the budget was"):
+            for name, measured in timed(table, models, job.tokenizer).items():
+                results[name].measurements.append(measured)
+        return
+    results[PRUNED].not_measured["time"] = lacking
 
 
 def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list[int]]:

@@ -27,6 +27,7 @@ from compresso.runner.engine_shapes import (
     writable_queries,
 )
 from compresso.runner.inspection import inspect
+from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
 from compresso.runner.recipe_file import plain
@@ -68,6 +69,10 @@ def with_options(
     keep: float | None = None,
     parameters: str | float | None = None,
     macs: float | None = None,
+    milliseconds: float | None = None,
+    speedup: str | float | None = None,
+    latency_table: str | Path | None = None,
+    bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
@@ -82,6 +87,10 @@ def with_options(
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
         parameters: all parameters wanted, such as "5.4B".
         macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.
+        milliseconds: of one forward, as the table tells them.
+        speedup: the dense model's milliseconds over the smaller one's, as the table tells them: "1.5x".
+        latency_table: what `compresso latency` wrote for this model on this machine.
+        bytes_at_context: tokens of the cache that is counted with the weights; `keep` is a share of both.
         max_steps: cap on the updates of each training stage.
         sets: overrides such as "stages.learn_gates.mask_lr=0.02".
         target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
@@ -89,7 +98,7 @@ def with_options(
         data: given in place of the recipe's own, which is then not looked at.
 
     Raises:
-        BudgetError: more than one budget, or one outside its range.
+        BudgetError: more than one budget, or one outside its range; a table of another model or machine.
         RecipeError: an unknown recipe or engine, an override that fits nothing, or a recipe file that names data
             outside its folder and the working folder.
     """
@@ -104,7 +113,27 @@ def with_options(
     asked = data is not None or any(one.partition("=")[0].strip() == "data.source" for one in sets)
     if not asked and not isinstance(recipe, Mapping) and str(recipe) not in names():
         raw = with_confined_data(raw, Path(recipe))
-    raw = _with_budget(raw, model, keep, parameters, macs)
+    budgets = {
+        "--keep": keep,
+        "--parameters": parameters,
+        "--macs": macs,
+        "--milliseconds": milliseconds,
+        "--speedup": speedup,
+    }
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
+    if bytes_at_context is not None and given not in ([], ["--keep"]):
+        raise BudgetError(f"{given[0]} and --bytes-at-context are two budgets; --bytes-at-context goes with --keep")
+    timed = milliseconds is not None or speedup is not None
+    if latency_table is not None and not timed:
+        raise BudgetError("--latency-table says what --milliseconds and --speedup are counted by; give one of them")
+    if timed:
+        raw = with_time(raw, model, milliseconds, speedup, latency_table)
+    else:
+        raw = _with_budget(raw, model, keep, parameters, macs)
+    if bytes_at_context is not None:
+        raw = with_bytes_at_context(raw, model, bytes_at_context)
     if max_steps is not None:
         if max_steps < 1:
             raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
@@ -114,17 +143,16 @@ def with_options(
         raw = for_engine(raw, want, multiples(want, model, removes_queries(raw)))
         source = open_source(model, weights=False)
         check_target(recipe_for(raw, "auto", source.config), source, target)
+    if milliseconds is not None or speedup is not None:
+        source = open_source(model, weights=False)
+        check_floor(recipe_for(raw, "auto", source.config), source, budgets)
     return raw
 
 
 def _with_budget(
     raw: dict[str, Any], model: str, keep: float | None, parameters: str | float | None, macs: float | None
 ) -> dict[str, Any]:
-    """The raw recipe with the one budget that was given in it."""
-    budgets = {"--keep": keep, "--parameters": parameters, "--macs": macs}
-    given = [name for name, value in budgets.items() if value is not None]
-    if len(given) > 1:
-        raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
+    """The raw recipe with the one budget of its shapes that was given in it."""
     if keep is not None:
         if not 0 < keep <= 1:  # also refuses NaN
             raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")

@@ -21,7 +21,9 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from compresso.core.measures import NONE, Measures
 from compresso.errors import RecipeError, nearest
+from compresso.runner.measured_budget import cost_knobs, measures_of
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
 from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
@@ -64,6 +66,7 @@ class Recipe:
         data: data knobs.
         task: what the run trains and judges by.
         title, paper, description: for people.
+        measures: what a budget may be a share of beside counts of shapes.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Recipe:
     title: str = ""
     paper: str = ""
     description: str = ""
+    measures: Measures = NONE
 
     def needs(self, what: str) -> bool:
         """Whether any stage needs "data", "gradients" or "training"."""
@@ -90,6 +94,7 @@ class Recipe:
             "description": self.description,
             "task": self.task.name,
             "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
+            **({} if self.measures == NONE else {"cost": cost_knobs(self.measures)}),
             "stages": [{name: dumped(one)} for name, one in self.stages],
         }
 
@@ -115,7 +120,8 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     check_order(effects)
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
-    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts)
+    measures = measures_of(raw.get("cost"), f"recipe {name}: cost")
+    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts, measures=measures)
 
 
 def task_of(raw: Mapping[str, Any]) -> Task:

@@ -16,7 +16,7 @@ from compresso.errors import RecipeError, nearest
 
 MAX_BYTES = 65_536
 MAX_DEPTH = 12
-_TOP_LEVEL = ("name", "title", "paper", "description", "task", "data", "stages", "run")
+_TOP_LEVEL = ("name", "title", "paper", "description", "task", "data", "cost", "stages", "run")
 
 
 def names() -> list[str]:

@@ -78,6 +78,10 @@ def run(
     keep: float | None = None,
     parameters: str | float | None = None,
     macs: float | None = None,
+    milliseconds: float | None = None,
+    speedup: str | float | None = None,
+    latency_table: str | Path | None = None,
+    bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
     target: str | None = None,
@@ -110,6 +114,11 @@ def run(
         parameters: in place of `keep`, all parameters wanted, such as "5.4B".
         macs: in place of `keep`, the dense model's multiply-accumulates a token over those of the smaller one, at least
             1: 1.5 keeps 1/1.5 of them. It measures no time.
+        milliseconds: in place of `keep`, those that one forward may take, as `latency_table` tells them.
+        speedup: in place of `keep`, the dense model's milliseconds over the smaller one's, such as "1.5x".
+        latency_table: the file that `compresso latency` wrote for this model on this machine.
+        bytes_at_context: tokens of one sequence whose key/value cache is counted with the weights, in bytes; `keep` is
+            then the share of both that stays.
         max_steps: cap on the updates of each training stage; schedules shrink with it.
         sets: overrides of knobs, such as "stages.learn_gates.mask_lr=0.02".
         target: an engine whose shape constraints hold the budgets: "llama.cpp:q4_k", "awq:g128", "vllm:tp2".
@@ -157,6 +166,10 @@ def run(
             keep=keep,
             parameters=parameters,
             macs=macs,
+            milliseconds=milliseconds,
+            speedup=speedup,
+            latency_table=latency_table,
+            bytes_at_context=bytes_at_context,
             max_steps=max_steps,
             sets=sets,
             target=target,
@@ -297,6 +310,7 @@ def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
         task=prepared.recipe.task,
         labels=prepared.encoded.labels if prepared.encoded else (),
         allow_dropped=prepared.allow_dropped,
+        measures=prepared.recipe.measures,
     )
 
 

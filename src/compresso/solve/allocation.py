@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from compresso.core.axis import Axis
-from compresso.core.budget import Budget
+from compresso.core.budget import Budget, removable
 from compresso.core.plan import Plan
 from compresso.core.quantities import Cost
 from compresso.core.score import parameters_per_unit
@@ -47,7 +47,7 @@ def allocated(
         return allocate_per_layer(axes, scores, cost, budget, sensitivity_weights(axes, scores, budget))
     from compresso.solve.exact import allocate_exactly  # scipy's solver takes a while to import
 
-    prices = parameters_per_unit(axes, cost, budget.of)
+    prices = parameters_per_unit(removable(axes, budget), cost, budget.of)
     # what takes nothing of the count is worth its score, so that it stays
     worth = (
         scores if per_unit else {name: score * (prices[name] or 1) for name, score in scores.items() if name in prices}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
-from compresso.core.cost import Counted
+from compresso.core.quantities import Budgeted
 from compresso.stage.flat import group
 from compresso.training.duration import Duration, shortened, updates
 from compresso.training.order import Batches
@@ -26,7 +26,9 @@ class Removes:
 
     Args:
         keep: share of `of` that stays, of the model that the stage receives.
-        of: "blocks" (parameters of the layers), "total" (all parameters), "macs" (a token) or "kv" (cache entries).
+        of: "blocks" (parameters of the layers), "total" (all parameters), "macs" (a token), "kv" (cache entries),
+            "bytes_at_context" (weights and cache) or "milliseconds" (measured); the run says at which context, and by
+            which table.
         kinds: what may be removed.
         layout: "free" or "uniform" (equal widths in all layers).
         multiple_of: kind -> multiple that kept counts are rounded to.
@@ -36,7 +38,7 @@ class Removes:
     """
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.7
-    of: Counted = "blocks"
+    of: Budgeted = "blocks"
     kinds: tuple[Kind, ...] = (Kind.HEAD, Kind.CHANNEL)
     layout: Literal["free", "uniform"] = "free"
     multiple_of: Mapping[Kind, Count] | None = None
