@@ -158,8 +158,8 @@ class LatencyTable:
         try:
             given["conditions"] = _conditions(given["conditions"])
             for name in ("attention", "ffn"):
-                given[name] = {int(n): float(ms) for n, ms in given[name].items()}
-            given["fixed"] = float(given["fixed"])
+                given[name] = {int(n): _number(ms) for n, ms in given[name].items()}
+            given["fixed"] = _number(given["fixed"])
             for name in ("model", "machine"):
                 if not all(isinstance(value, str | int | float | bool) for value in given[name].values()):
                     raise ValueError(f"{wanted}: {name} holds more than plain values")
@@ -171,6 +171,13 @@ class LatencyTable:
     def from_json(cls, text: str | bytes) -> "LatencyTable":
         """Read what `to_json` wrote. Raises ValueError for anything else."""
         return cls.from_dict(strict_json.loads(text))
+
+
+def _number(value: object) -> float:
+    """A number of a file. Raises TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} is no number")
+    return float(value)
 
 
 def _conditions(told: Mapping[str, Any]) -> Conditions:
