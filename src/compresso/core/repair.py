@@ -104,7 +104,7 @@ def refitted(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: float = 0.3) 
         ridge: share of the mean diagonal of H, above 0.
 
     Raises:
-        NotPositiveDefiniteError: H or T is not finite, or H is zero. The caller knows the layer's name.
+        NotPositiveDefiniteError: H or T is not finite, H is zero, or rounding outweighs the ridge. The caller knows the layer's name.
     """
     if not ridge > 0:
         raise ValueError(f"ridge={ridge}: wanted a number above 0, such as 0.3")
@@ -113,7 +113,9 @@ def refitted(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: float = 0.3) 
     damped.diagonal().add_(pull)
     lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(damped))  # pyright: ignore[reportUnknownMemberType]
     if int(failed) or not bool(damped.isfinite().all()):
-        raise NotPositiveDefiniteError("the second moment of its inputs is zero, or holds NaN or Inf")
+        raise NotPositiveDefiniteError(
+            "the second moment of its inputs is zero, holds NaN or Inf, or needs a larger ridge"
+        )
     # the step from the old weight is solved for: where there is nothing to mend it is 0 exactly
     step = torch.cholesky_solve((cross - old @ inputs).T, lower).T
     fitted = old + step
