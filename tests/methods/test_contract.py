@@ -37,7 +37,8 @@ QUICK: dict[type, dict[str, Any]] = {
 }
 """Knobs of the groups that make any stage quick; durations of a stage's own are two updates.
 
-A stage whose defaults do not suit the tiny model names what does as `CONTRACT` in its test file.
+A stage whose defaults do not suit the tiny model names what does as `CONTRACT` in its test file, and what has to have
+happened to the model as `prepared`.
 """
 
 every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
@@ -51,10 +52,22 @@ def quick(card: Card) -> dict[str, Any]:
         if knob.group in QUICK and name in QUICK[knob.group]
     }
     own = {field.name: 2 for field in fields(card.type) if field.type == Duration}
-    name = f"test_{card.type.__module__.rpartition('.')[2]}"
-    there = (Path(__file__).parent / f"{name}.py").is_file()
-    special = getattr(importlib.import_module(f"tests.methods.{name}"), "CONTRACT", {}) if there else {}
-    return {**of_groups, **own, **special}
+    return {**of_groups, **own, **_of_test_file(card, "CONTRACT", {})}
+
+
+def _of_test_file(card: Card, name: str, default: Any) -> Any:
+    """What a stage's test file says for the contract."""
+    file = f"test_{card.type.__module__.rpartition('.')[2]}"
+    there = (Path(__file__).parent / f"{file}.py").is_file()
+    return getattr(importlib.import_module(f"tests.methods.{file}"), name, default) if there else default
+
+
+@pytest.fixture
+def make_job(make_job: MakeJob, request: pytest.FixtureRequest) -> MakeJob:
+    """Fresh jobs, of a model to which has happened what a stage's test file says as `prepared`."""
+    card: Card | None = getattr(request.node, "callspec").params.get("card")  # noqa: B009  pytest's own
+    prepare = (lambda job: job) if card is None else _of_test_file(card, "prepared", lambda job: job)
+    return lambda **how: prepare(make_job(**how))
 
 
 def done(card: Card, job: Job) -> Job:

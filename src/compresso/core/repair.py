@@ -104,7 +104,8 @@ def refitted(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: float = 0.3) 
         ridge: share of the mean diagonal of H, above 0.
 
     Raises:
-        NotPositiveDefiniteError: H or T is not finite, H is zero, or rounding outweighs the ridge. The caller knows the layer's name.
+        NotPositiveDefiniteError: H or T is not finite, H is zero, or rounding outweighs the ridge. The caller knows the
+            layer's name.
     """
     if not ridge > 0:
         raise ValueError(f"ridge={ridge}: wanted a number above 0, such as 0.3")

@@ -148,8 +148,8 @@ class _Repair:
     def tokens(self, one: Consumer) -> Iterator[tuple[bool, Tensor, list[Tensor]]]:
         """Whether a batch is held out, x~ [tokens, in] and y* [tokens, out] of each target, batch by batch."""
         kind, own = one.place.kind, one.place.layer
-        module = self.smaller.linear(one.layer, kind)
-        bias = 0.0 if module.bias is None else module.bias.float()
+        bias = getattr(self.smaller.linear(one.layer, kind), "bias", None)
+        constant = bias.float() if isinstance(bias, Tensor) else 0.0
         adds = self.adds[own]
         for index in range(len(self.smaller)):
             hidden = self.smaller.states[index]
@@ -170,7 +170,7 @@ class _Repair:
                 goals.append(self._made_of(one, index, hidden, forced))
             if self.fit.residual:
                 goals.append(cut(self.goals[kind][index], self.kept))
-            wanted = [(goal.float() - already - bias).flatten(0, -2) for goal in goals]
+            wanted = [(goal.float() - already - constant).flatten(0, -2) for goal in goals]
             yield index >= self.n_seen, written.inputs[kind].flatten(0, -2), wanted
 
     def _made_of(self, one: Consumer, index: int, hidden: Tensor, forced: Tensor | None) -> Tensor:
