@@ -48,7 +48,7 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt/attention": ("drop_layers", {"kinds": ["attention"], "batches": 8, "batch": 4}),
     "shortgpt/mlp": ("drop_layers", {"kinds": ["mlp"], "batches": 8, "batch": 4}),
 }
-SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 8, "batch": 4})
+SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 4, "batch": 4})
 """ShortGPT with a number of layers in the place of a share; asked for as the selector `shortgpt/drop-6`."""
 TEXTS = Path(os.environ.get("COMPRESSO_DATA", "")) / "datasets"
 WIDTH = 512

@@ -3,7 +3,8 @@ architecture; and what it must leave alone.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def seen_of(model: PreTrainedModel, ids: Tensor = IDS) -> Seen:
     return seen
 
 
+def falling() -> Callable[[], float]:
+    """A loss that any repair lowers: gaps are then closed with the last ridge that is tried."""
+    times = itertools.count()
+    return lambda: -float(next(times))
+
+
 @dataclass(frozen=True)
 class Pair:
     """A dense model and what was made of it."""
@@ -98,12 +105,22 @@ class Pair:
         behind: bool = False,
         place: Where = "device",
         journal: Journal | None = None,
+        loss: Callable[[], float] | None = None,
     ) -> tuple[PreTrainedModel, dict[str, dict[str, Any]]]:
         """A repaired copy; fitted to some text and, unless told otherwise, judged on the same."""
         model, (arch, _) = copy.deepcopy(self.smaller), described(self.dense)
         data = Calibrated(seen, held, place, folder or Path("unused"))
         notes = repair_(
-            self.dense, model, arch, self.gone(behind), self.layers, self.dimensions, data, fit, journal=journal
+            self.dense,
+            model,
+            arch,
+            self.gone(behind),
+            self.layers,
+            self.dimensions,
+            data,
+            fit,
+            loss or falling(),
+            journal=journal,
         )
         return model, notes
 
@@ -262,11 +279,29 @@ def test_a_fit_that_misses_unseen_text_more_is_not_taken(tiny: Tiny) -> None:
     repaired, notes = both.repaired(Fit(alphas=(1.0,), ridges=(1e-5,)), seen=few, held=[OTHERS])
     (module,) = notes
     assert not notes[module]["applied"]
-    assert notes[module]["held_out_after"] == notes[module]["held_out_before"]
+    assert notes[module]["held_out_error"][1] == notes[module]["held_out_error"][0]
     assert torch.equal(matrix(repaired, module), matrix(both.smaller, module))
     chosen = both.repaired(Fit(alphas=(1.0,), ridges=(1e-5, 3.0)), seen=[IDS], held=[OTHERS])[1][module]
     assert chosen["applied"] and chosen["ridge"] == 3.0
-    assert chosen["held_out_after"] < chosen["held_out_before"]
+    assert chosen["held_out_error"][1] < chosen["held_out_error"][0]
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 3])
+def test_before_a_gap_the_loss_of_the_model_decides(tiny: Tiny, best: int) -> None:
+    """The old weight is judged first, then each ridge; whichever has the lowest loss stays."""
+    dense = tiny("llama_gqa")
+    both = pair(dense, without(described(dense)[1], {"layers": [2]}))
+    losses = [0.5 if i == best else 1.0 + i for i in range(4)]
+    repaired, notes = both.repaired(Fit(), loss=iter(losses).__next__)
+    ((module, facts),) = notes.items()
+    assert facts["held_out_loss"] == [losses[0], 0.5]
+    assert facts["applied"] == (best > 0)
+    if best:
+        assert facts["ridge"] == (0.03, 0.3, 3.0)[best - 1]
+        (alone, _) = both.repaired(Fit(alphas=(facts["alpha"],), ridges=(facts["ridge"],)))
+        assert torch.equal(matrix(repaired, module), matrix(alone, module))
+    else:
+        assert torch.equal(matrix(repaired, module), matrix(both.smaller, module))
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

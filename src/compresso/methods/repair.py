@@ -9,8 +9,7 @@ several times as many inputs as the stream has dimensions, absorbs the gap, and 
 
 Departures: tokens count by one over their squared target norm, since those that draw all attention are a thousand times
 larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen on windows that are not fitted
-to, linear by linear, and the whole is taken back if the loss on them did not fall. What was measured for each of these
-is in docs/log.md.
+to, linear by linear (before a gap by the model's loss), and the whole is taken back if the loss on them did not fall.
 """
 
 import logging
@@ -91,7 +90,7 @@ class Repair:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """Two looks at every block and one step behind it, if all of them lost something; beside them the dense model's
-        own, and the loss before and after on what is held out.
+        own, and the loss before and after on what is held out. Each gap takes that loss once a ridge and once before.
         """
         last = 1 / len(arch.blocks(model))  # behind the last fitted block nothing is run
         own = Passes("calibration", self.examples, 3 - last + 2 * self.held)
@@ -123,7 +122,11 @@ class Repair:
         ids = digest([[batch.tolist() for batch in batches] for batches in (data.seen, data.held)])
         journal = Journal(job.out, {**job.same("repair", self, before), "calibration": ids})
         old = {name: job.model.get_parameter(name).detach().clone() for name in _weights(gone)}
-        loss = job.task.score(job.model, held).mean
+
+        def held_loss() -> float:
+            return job.task.score(job.model, held).mean
+
+        before_loss = held_loss()
         fit = Fit(
             self.target == "residual", self.alphas, self.ridges, self.tokens == "weighted", to_old=self.pull == "old"
         )
@@ -136,18 +139,21 @@ class Repair:
             dimensions,
             data,
             fit,
+            held_loss,
             journal=journal,
             progress=job.progress(),
         )
-        after = job.task.score(job.model, held).mean
-        if helped := after < loss:
+        after = held_loss()
+        if helped := after < before_loss:
             changed = audit(job.weights.tensors(), before, [one.module for one in gone.consumers])["changed"]
         else:
             changed = 0
             for name, weight in old.items():
                 job.model.get_parameter(name).detach().copy_(weight)
-        self._tell(job, linears, loss, after, helped)
-        return job.note("repair", **told, applied=helped, changed=changed, held_out_loss=[loss, after], linears=linears)
+        self._tell(job, linears, before_loss, after, helped)
+        return job.note(
+            "repair", **told, applied=helped, changed=changed, held_out_loss=[before_loss, after], linears=linears
+        )
 
     def _rows(self, job: Job) -> tuple[list[Row], list[Row]]:
         """Rows to fit to, and rows to choose by, spread over the data. Raises DataError for fewer than two."""

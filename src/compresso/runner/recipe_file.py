@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from compresso.errors import RecipeError, nearest
+from compresso.runner.repairs import expanded
 
 MAX_BYTES = 65_536
 MAX_DEPTH = 12
@@ -101,7 +102,9 @@ def plain(text: str, what: str) -> Any:
 
 
 def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
-    """Name and knobs of each stage of a raw recipe. Raises RecipeError if it has none, or an unknown top-level key."""
+    """Name and knobs of each stage of a raw recipe, that of a knob `repair` among them. Raises RecipeError if it has
+    none, or an unknown top-level key.
+    """
     name = name or str(raw.get("name", "recipe"))
     for key in raw:
         if key not in _TOP_LEVEL:
@@ -123,7 +126,7 @@ def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
                 f"recipe {name}: a stage is one name with its knobs, such as {{recover: {{rank: 8}}}}; got"
                 f" {short(entry)}"
             )
-    return stages
+    return expanded(stages, name)
 
 
 def short(value: Any) -> str:

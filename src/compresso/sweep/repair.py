@@ -10,12 +10,14 @@ fitted (`compresso.sweep.lost`), x~ is what it reads in the smaller model, and y
 Where a norm stands between the linear and the stream (Gemma 2, BERT) neither stream can be reached by adding: there y*
 is what the dense linear itself writes, and a gap is not absorbed.
 
-Some windows are held out: of all ridges and mixtures, the one whose fit misses their y* least is taken, and none where
-the old weight misses it less. `compresso.core.repair` has the mathematics. Only what feeds a gap is fitted, and blocks
-behind the last such linear are not run.
+Some windows are held out. For each ridge, the mixture is taken whose fit misses their y* least. Of the ridges, a linear
+that lost inputs takes the one that misses it least, and keeps its old weight if that misses it less. A linear before a
+gap, of which there are few and whose target is far away, takes the one with the lowest loss of the whole model, or
+keeps its weight if that has a lower one. `compresso.core.repair` has the mathematics. Only what feeds a gap is fitted,
+and blocks behind the last such linear are not run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,23 +64,36 @@ class Fit:
         """Whether the dense sub-layer's own target is needed."""
         return not self.residual or any(alpha < 1 for alpha in self.alphas)
 
-    def best(self, old: Tensor, seen: Moments, held: Moments) -> tuple[Tensor | None, dict[str, Any]]:
-        """The fitted weight in the old one's dtype, None where that is no worse, and what is to be noted.
+    def candidates(self, old: Tensor, seen: Moments, held: Moments) -> list["Candidate"]:
+        """For each ridge the fitted weight whose mixture misses the held-out targets least.
 
         Raises NotPositiveDefiniteError.
         """
-        before = error(old, held)
-        best: tuple[float, Tensor | None, float, float] = (before, None, 0.0, 0.0)
         start = old if self.to_old else torch.zeros_like(old)
-        for alpha in self.alphas if self.residual else (0.0,):
-            cross = seen.cross_of(alpha)
-            for ridge in self.ridges:
-                fitted = refitted(start, seen.inputs, cross, ridge).to(old.dtype)
-                if (missed := error(fitted, held)) < best[0]:
-                    best = (missed, fitted, alpha, ridge)
-        after, weight, alpha, ridge = best
-        facts = {"applied": weight is not None, "held_out_before": before, "held_out_after": after}
-        return weight, facts if weight is None else {**facts, "alpha": alpha, "ridge": ridge}
+        found: list[Candidate] = []
+        for ridge in self.ridges:
+            of_ridge: list[Candidate] = []
+            for alpha in self.alphas if self.residual else (0.0,):
+                weight = refitted(start, seen.inputs, seen.cross_of(alpha), ridge).to(old.dtype)
+                of_ridge.append(Candidate(weight, alpha, ridge, error(weight, held)))
+            found.append(min(of_ridge, key=lambda one: one.missed))
+        return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that may take the old one's place.
+
+    Args:
+        weight: [out, in], in the old one's dtype.
+        alpha, ridge: it was fitted with.
+        missed: its relative error on held-out tokens.
+    """
+
+    weight: Tensor
+    alpha: float
+    ridge: float
+    missed: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,7 @@ def repair_(
     dimensions: Sequence[int] | None,
     data: Calibrated,
     fit: Fit,
+    loss: Callable[[], float],
     *,
     journal: Journal | None = None,
     progress: Progress | None = None,
@@ -221,6 +237,7 @@ def repair_(
         dimensions: of the dense stream, those that are left; None for all.
         data: the tokens.
         fit: how.
+        loss: of the smaller model as it is, on what is held out.
         journal: of finished blocks, which are read instead of done; None keeps none.
         progress, name: display.
 
@@ -256,7 +273,7 @@ def repair_(
                     for parameter, weight in weights.items():
                         smaller.get_parameter(parameter).copy_(weight)
                 else:
-                    facts = {one.module: _fitted_(smaller, both, one) for _, one in sorted(wanted.items())}
+                    facts = {one.module: _fitted_(smaller, both, one, loss) for _, one in sorted(wanted.items())}
                     if journal and wanted:
                         named = {f"{one.module}.weight" for one in wanted.values()}
                         journal.write(layer, {one: smaller.get_parameter(one) for one in sorted(named)}, facts)
@@ -271,25 +288,40 @@ def repair_(
     return notes
 
 
-def _fitted_(smaller: PreTrainedModel, both: _Repair, one: Consumer) -> dict[str, Any]:
+def _fitted_(smaller: PreTrainedModel, both: _Repair, one: Consumer, loss: Callable[[], float]) -> dict[str, Any]:
     """Fit one linear in place; its facts."""
-    told = {"columns": one.columns, "narrower": one.narrower, "absorbs": _absorbed(one)}
+    gap = _absorbed(one)
+    told = {"columns": one.columns, "narrower": one.narrower, "absorbs": gap}
     if not both.adds[one.place.layer] and not one.narrower:
         return {"applied": False, **told, "why": "a norm behind it keeps it from absorbing a gap"}
     sums: dict[bool, Moments] = {}
     for held, inputs, targets in both.tokens(one):
         weights = token_weights(targets[-1]) if both.fit.weighted else torch.ones(len(inputs), device=inputs.device)
         sums[held] = gathered(sums.get(held), inputs, targets, weights)
-    old = matrix(smaller, one.module)
+    weight = matrix(smaller, one.module)
+    old = weight.clone()
     try:
-        fitted, facts = both.fit.best(old, sums[False], sums[True])
+        candidates = both.fit.candidates(old, sums[False], sums[True])
     except NotPositiveDefiniteError as problem:
         raise NumericError(
             f"{one.module} cannot be repaired: {problem}; give more calibration examples, or use float32"
         ) from problem
-    if fitted is not None:
-        old.copy_(fitted)
-    return {**facts, **told, "tokens": sums[False].tokens}
+    told |= {"tokens": sums[False].tokens}
+    missed = error(old, sums[True])
+    if gap and both.adds[one.place.layer]:
+        judged = [(loss(), missed, None)]
+        for candidate in candidates:
+            weight.copy_(candidate.weight)
+            judged.append((loss(), candidate.missed, candidate))
+        best = min(judged, key=lambda one: one[0])
+        told |= {"held_out_loss": [judged[0][0], best[0]]}
+    else:
+        least = min(candidates, key=lambda one: one.missed)
+        best = (0.0, missed, None) if missed <= least.missed else (0.0, least.missed, least)
+    _, after, taken = best
+    weight.copy_(old if taken is None else taken.weight)
+    told |= {"applied": taken is not None, "held_out_error": [missed, after]}
+    return told if taken is None else {**told, "alpha": taken.alpha, "ridge": taken.ridge}
 
 
 def _absorbed(one: Consumer) -> str:
