@@ -84,8 +84,12 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--macs", "0.5"), "--macs 0.5: the dense model's multiply-accumulates a token over those of the"
          " smaller one; wanted at least 1, such as 1.5; to keep 0.5 of them, give 2"),
         (("compresso", "--macs", "inf"), "--macs inf"),
-        (("compresso", "--speedup", "1.5"), "--speedup is called --macs now, for it divides multiply-accumulates and"
-         " measures nothing (--speedup will mean measured time); give --macs 1.5"),
+        (("compresso", "--speedup", "1.5"), "--speedup 1.5 is measured time and needs --latency-table, the file that"
+         " `compresso latency --output` writes; for multiply-accumulates, which measure no time, give --macs"),
+        (("compresso", "--milliseconds", "20"), "--milliseconds 20 is measured time and needs --latency-table"),
+        (("compresso", "--bytes-at-context", "0"), "usage: Invalid value for '--bytes-at-context'"),
+        (("compresso", "--bytes-at-context", "64", "--macs", "2"),
+         "--macs and --bytes-at-context are two budgets; --bytes-at-context goes with --keep"),
         (("compresso", "--macs", "1000"), "stage 'learn_gates': keep=0.001"),
         (("compresso", "--layout", "unifrom"), "--layout 'unifrom' is unknown; did you mean 'uniform'?"),
         (("compresso", "--max-steps", "0"), "usage: Invalid value for '--max-steps'"),

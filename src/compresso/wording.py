@@ -32,7 +32,7 @@ _AS_SPELT = (
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "set": ("sets",),
-    "batch": ("batches", "batch_size"),
+    "batch": ("batches", "batch_size", "batch"),
     "explain": ("explained",),
     "for": ("target",),
 }

@@ -150,7 +150,7 @@ def test_a_table_is_written_and_printed(tiny_folder: Path, tmp_path: Path, call:
     assert found.machine == machine_here() and found.conditions == DECODE
     again = compresso.latency(tiny_folder, context=24, levels=2, rounds=1, output=path, quiet=True)
     assert LatencyTable.from_json(path.read_text()) == again != found or again.created == found.created
-    assert spaced(3, 6) == [0, 1, 2, 3] or 3 in spaced(3, 6)
+    assert spaced(3, 6) == [0, 1, 2, 3]
 
 
 def test_whole_files_are_fitted(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_whole_files_are_fitted(tiny_folder: Path, monkeypatch: pytest.MonkeyPat
         ({"phase": "walk"}, "phase='walk' is unknown"),
         ({"batch": 0}, "batch=0: wanted at least 1"),
         ({"levels": 0}, "levels=0: wanted at least 1"),
-        ({"rounds": -1}, "rounds=-1: wanted at least 1"),
+        ({"rounds": 0}, "rounds=0: wanted at least 1"),
         ({"context": 0}, "context=0: wanted at least 1"),
         ({"dtype": "q8_0"}, "dtype='q8_0' is unknown to torch"),
         ({"engine": "llama.cpp", "dtype": "float32"}, "dtype='float32' is unknown to llama.cpp"),
@@ -217,19 +217,30 @@ def milliseconds(folder: Path, table: LatencyTable, plan: Plan) -> float:
     return float(cost_of(arch_for(model.config), model, Measures(table)).of(plan).count("milliseconds"))
 
 
+KNOBS: dict[str, dict[str, Any]] = {
+    "magnitude_structured": {},
+    "gate_taylor": {"batches": 1, "batch": 4},
+    "llm_pruner": {"batch": 2, "scope": "global"},
+    "drop_layers": {"batches": 1, "batch": 4},
+    "learn_gates": {"max_steps": 3, "batch": 4, "kinds": ["head", "channel"]},
+}
+"""Short runs."""
+ONLY = {"name": "mine", "stages": [{"magnitude_structured": {}}]}
+
+
 @pytest.mark.parametrize(
-    ("recipe", "budget"),
+    ("stage", "budget"),
     [
-        ("magnitude-structured", {"milliseconds": 27.0}),
-        ("gate-taylor", {"speedup": "1.5x"}),
-        ("llm-pruner", {"speedup": 1.25}),
-        ("shortgpt", {"milliseconds": 31.0}),
-        ("compresso", {"milliseconds": 32.0}),
+        ("magnitude_structured", {"milliseconds": 27.0}),
+        ("gate_taylor", {"speedup": "1.5x"}),
+        ("llm_pruner", {"speedup": 1.25}),
+        ("drop_layers", {"milliseconds": 31.0}),
+        ("learn_gates", {"milliseconds": 32.0}),
     ],
 )
 @pytest.mark.slow
 def test_a_budget_of_time_is_met_and_told(
-    recipe: str,
+    stage: str,
     budget: dict[str, Any],
     tiny_folder: Path,
     instructions: Path,
@@ -238,15 +249,13 @@ def test_a_budget_of_time_is_met_and_told(
     tmp_path: Path,
     quick_reopening: None,
 ) -> None:
-    sets = ["data.held=4", "data.prompt=false", "data.limit=40"] if recipe != "magnitude-structured" else []
+    data = {"held": 4, "prompt": False, "limit": 40}
     done = compresso.run(
-        recipe,
+        {"name": "mine", "data": data, "stages": [{stage: KNOBS[stage]}]},
         tiny_folder,
-        None if recipe == "magnitude-structured" else instructions,
+        None if stage == "magnitude_structured" else instructions,
         output=tmp_path / "out",
         latency_table=file,
-        max_steps=2 if recipe in ("gate-taylor", "llm-pruner", "shortgpt", "compresso") else None,
-        sets=sets,
         allow_collapsed=True,
         measure="quick",
         quiet=True,
@@ -292,8 +301,8 @@ def test_targets_out_of_reach_are_refused(tiny_folder: Path, file: Path) -> None
     assert "two budgets" in said(milliseconds=20.0, speedup="2x")
     assert "two budgets" in said(milliseconds=20.0, bytes_at_context=128)
     assert "what milliseconds= and speedup= are counted by" in said(keep=0.5)
-    assert "needs latency_table=FILE" in refused("gate-taylor", tiny_folder, milliseconds=20.0)
-    assert "needs latency_table=FILE" in refused("gate-taylor", tiny_folder, speedup=1.5)
+    assert "measured time and needs latency_table=" in refused("gate-taylor", tiny_folder, milliseconds=20.0)
+    assert "measured time and needs latency_table=" in refused("gate-taylor", tiny_folder, speedup=1.5)
 
 
 @pytest.mark.parametrize(
@@ -348,11 +357,11 @@ def test_a_stage_that_takes_what_the_table_does_not_tell_is_refused(tiny_folder:
     assert "units of hidden" in said
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.8])
+@pytest.mark.parametrize("keep", [0.33, 0.8])
 def test_bytes_at_a_context_are_a_budget(keep: float, tiny_folder: Path, tmp_path: Path, quick_reopening: None) -> None:
     """float32 weights, and two bytes for each of the 3 x 4 x 2 x 8 entries of a token."""
     done = compresso.run(
-        "magnitude-structured",
+        ONLY,
         tiny_folder,
         output=tmp_path / "out",
         keep=keep,

@@ -50,13 +50,15 @@ class ShapedModels:
             ) from error
 
     def model(self, widths: Widths) -> PreTrainedModel:
-        """The model whose layers have these widths; 0 for a sub-layer that is not there."""
+        """The model whose layers have these widths, the first ones; 0 for a sub-layer that is not there."""
         model = meta_model(self.source)
         arch = arch_for(model.config)
         axes = arch.axes(model)
         kept: dict[str, tuple[int, ...]] = {}
         for axis in axes:
-            if axis.layer is not None and axis.kind in (Kind.HEAD, Kind.CHANNEL):
+            if axis.kind == Kind.LAYER and len(widths) < axis.size:
+                kept[axis.name] = tuple(range(len(widths)))
+            elif axis.layer is not None and axis.layer < len(widths) and axis.kind in (Kind.HEAD, Kind.CHANNEL):
                 kept[axis.name] = tuple(range(widths[axis.layer][axis.kind == Kind.CHANNEL]))
         shrink_(model, axes, Plan(kept))
         self._fill_(model)

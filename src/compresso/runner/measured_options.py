@@ -1,12 +1,13 @@
 """From `--milliseconds`, `--speedup` and `--bytes-at-context` to a recipe that holds what they are measured by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.arch.costs import cost_of, shape_facts
 from compresso.checkpoint.source import Source, meta_model, open_source
+from compresso.core.axis import Axis
 from compresso.core.budget import Budget, removable
 from compresso.core.measures import Measures
 from compresso.core.plan import Plan
@@ -39,8 +40,8 @@ def with_time(
     asked = f"--milliseconds {milliseconds:g}" if milliseconds is not None else f"--speedup {speedup}"
     if latency_table is None:
         raise BudgetError(
-            f"{asked} is measured time and needs --latency-table FILE, which `compresso latency {model} --output FILE`"
-            " writes; for multiply-accumulates, which measure no time, give --macs"
+            f"{asked} is measured time and needs --latency-table, the file that `compresso latency --output` writes; for"
+            " multiply-accumulates, which measure no time, give --macs"
         )
     measures = Measures(latency=read_table(latency_table))
     assert measures.latency is not None
@@ -100,7 +101,10 @@ def check_floor(recipe: Recipe, source: Source, asked: Mapping[str, object]) -> 
         budget = stage.budget() if isinstance(stage, Shrinks) else None
         if budget is None or budget.of != "milliseconds":
             continue
-        least = float(cost.of(_smallest(arch.axes(shaped), budget)).count("milliseconds"))
+        try:
+            least = float(cost.of(_smallest(arch.axes(shaped), budget)).count("milliseconds"))
+        except ValueError as error:  # of kinds that the table does not tell
+            raise BudgetError(f"stage '{name}': {error}") from error
         wanted = budget.keep * dense
         if wanted < least:
             told = next(f"{option} {value}" for option, value in asked.items() if value is not None)
@@ -112,7 +116,7 @@ def check_floor(recipe: Recipe, source: Source, asked: Mapping[str, object]) -> 
             )
 
 
-def _smallest(axes: Any, budget: Budget) -> Plan:
+def _smallest(axes: Sequence[Axis], budget: Budget) -> Plan:
     """What a budget's floors and multiples leave at least."""
     least = {
         axis.name: budget.allowed(axis.kind, axis.size, budget.fewest(axis))[0] for axis in removable(axes, budget)
