@@ -29,6 +29,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "plan": {"recipe": "magnitude/50", "model": "m"},
     "evaluate": {"model": "m"},
     "measure": {"models": ["m"]},
+    "latency": {"model": "m"},
     "compare": {"paths": ["m"]},
     "export": {"model": "m", "output": "o", "format": "gguf"},
     "verify": {"model": "m"},

@@ -200,7 +200,7 @@ def test_what_cannot_be_timed_is_said_in_one_line(tiny_folder: Path, options: di
 
 def test_an_engine_that_is_not_here_is_said(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compresso.engines.llama_cpp.missing", lambda: "node is not installed")
-    with pytest.raises(CompressoError, match="engine='llama.cpp' cannot be timed: node is not installed"):
+    with pytest.raises(CompressoError, match=r"engine='llama.cpp' cannot be timed: node is not installed"):
         compresso.latency(tiny_folder, engine="llama.cpp", context=24, quiet=True)
 
 
@@ -300,7 +300,7 @@ def test_targets_out_of_reach_are_refused(tiny_folder: Path, file: Path) -> None
     assert "two budgets" in said(milliseconds=20.0, keep=0.5)
     assert "two budgets" in said(milliseconds=20.0, speedup="2x")
     assert "two budgets" in said(milliseconds=20.0, bytes_at_context=128)
-    assert "what milliseconds= and speedup= are counted by" in said(keep=0.5)
+    assert "is what milliseconds= and speedup= are counted by" in said(keep=0.5)
     assert "measured time and needs latency_table=" in refused("gate-taylor", tiny_folder, milliseconds=20.0)
     assert "measured time and needs latency_table=" in refused("gate-taylor", tiny_folder, speedup=1.5)
 

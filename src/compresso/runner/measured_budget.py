@@ -38,7 +38,7 @@ def measures_of(told: Any, where: str) -> Measures:
         raise RecipeError(f"{where}: wanted a mapping of {', '.join(known)}, as a run with such a budget writes it")
     context, numbers = told.get("context"), [told.get(name, 2) for name in known[2:]]
     if context is not None and (type(context) is not int or context < 1):
-        raise RecipeError(f"{where}: context={context!r}: wanted a whole number of tokens, at least 1")
+        raise RecipeError(f"{where}: context {context!r}: wanted a whole number of tokens, at least 1")
     if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
         raise RecipeError(f"{where}: bytes of a weight and of a cache entry are {numbers}; wanted numbers above 0")
     try:

@@ -55,7 +55,7 @@ def with_time(
 
 
 def with_bytes_at_context(raw: Mapping[str, Any], model: str, context: int) -> dict[str, Any]:
-    """The raw recipe whose budgets are shares of the bytes of weights, as they are stored, and of one sequence's cache.
+    """The raw recipe whose budgets are shares of the bytes of weights, as stored, and of one sequence's cache.
 
     Args:
         raw: a recipe's mapping.

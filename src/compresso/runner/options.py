@@ -127,7 +127,7 @@ def with_options(
         raise BudgetError(f"{given[0]} and --bytes-at-context are two budgets; --bytes-at-context goes with --keep")
     timed = milliseconds is not None or speedup is not None
     if latency_table is not None and not timed:
-        raise BudgetError("--latency-table says what --milliseconds and --speedup are counted by; give one of them")
+        raise BudgetError("--latency-table is what --milliseconds and --speedup are counted by; give one of them")
     if timed:
         raw = with_time(raw, model, milliseconds, speedup, latency_table)
     else:
