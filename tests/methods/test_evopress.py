@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from compresso.core.plan import Plan
 from compresso.data import nano
-from compresso.errors import BudgetError
+from compresso.errors import BudgetError, NumericError
 from compresso.job import Job
 from compresso.methods.evopress import EvoPress
 from compresso.solve.depth_search import as_layers
@@ -58,6 +58,7 @@ def test_layers_that_do_nothing_leave_whole(
     assert job.records["evopress"]["divergence"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_no_set_of_parts_within_the_budget_is_nearer_to_dense(make_job: MakeJob) -> None:
     job = make_job()
     stage = searching(keep=0.7, evolution=Evolution(generations=40, offspring=8, survivors=(4,), growth=1))
@@ -103,6 +104,7 @@ class Killed(Exception):
     """Stands for a kill that nobody can catch."""
 
 
+@pytest.mark.slow
 def test_a_search_killed_at_any_candidate_goes_on_to_the_same_weights(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_search_killed_at_any_candidate_goes_on_to_the_same_weights(
         assert all(torch.equal(value, theirs[name]) for name, value in again.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_seed_decides(make_job: MakeJob) -> None:
     runs = [searching(keep=0.6)(make_job(seed=seed, folder=f"{i}")) for i, seed in enumerate((0, 0, 1))]
     assert runs[0].records == runs[1].records != runs[2].records
@@ -167,6 +170,16 @@ def test_layers_that_lose_both_halves_are_layers(make_job: MakeJob) -> None:
     assert as_layers(axes, parts, removed) == ([("layers", 1)], [("attention", 0), ("mlp", 1)])
     assert as_layers(axes, parts[::2], removed[:2]) == ([], removed[:2])
     assert len(as_layers(axes, parts, parts)[0]) == 2
+
+
+def test_a_model_of_which_no_part_may_leave_is_said(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CandidateDivergence, "__call__", lambda *_: float("nan"))
+    with pytest.raises(NumericError, match="no levels with finite errors"):
+        searching(keep=0.6)(make_job())
+    real = iter([0.1] * 6)
+    monkeypatch.setattr(CandidateDivergence, "__call__", lambda *_: next(real, float("nan")))
+    with pytest.raises(NumericError, match="no candidate of the search predicts anything finite"):
+        searching(keep=0.6)(make_job(folder="other"))
 
 
 def test_bad_knobs_are_named(make_job: MakeJob) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from compresso.core.budget import InfeasibleBudget
+from compresso.errors import NumericError
 from compresso.solve.evolve import Evolution, evolve
 from compresso.solve.level_choice import Item, Levels, choose_exactly, cost_of, fits
 from compresso.solve.search import Search, search_levels, with_errors
@@ -137,6 +138,22 @@ def test_a_search_asks_for_no_candidate_twice() -> None:
 
     search_levels(Search.EVOLVE, items, limit, start, watched, LONG, seed=0)
     assert len(asked) == len(set(asked))
+
+
+def test_without_a_start_the_exact_choice_is_one() -> None:
+    items, limit, start, error = problem(1, 0.7)
+    given = with_errors(items, (0,) * 6, error, 2)
+    found = search_levels(Search.EVOLVE, given, limit, None, error, LONG, seed=0)
+    assert found.history[0] == error(choose_exactly(given, limit).levels, 2) > found.fitness
+    with pytest.raises(ValueError, match="search=none takes the start as it is"):
+        search_levels(Search.NONE, given, limit, None, error, LONG, seed=0)
+    with pytest.raises(NumericError, match="no candidate of the search"):
+        search_levels(Search.NONE, given, limit, start, lambda *_: float("nan"), LONG, seed=0)
+    bare = with_errors(items, (0,) * 6, lambda *_: float("nan"))
+    with pytest.raises(NumericError, match="no levels with finite errors"):
+        search_levels(Search.DP, bare, limit, start, error, LONG, seed=0)
+    with pytest.raises(InfeasibleBudget, match="cheapest levels cost"):
+        search_levels(Search.DP, bare, -1.0, None, error, LONG, seed=0)
 
 
 def test_bad_input_is_named() -> None:

@@ -88,6 +88,7 @@ class Killed(Exception):
     """Stands for a kill that nobody can catch."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "places"), [("wanda", (0, 5, 20)), ("magnitude", (18,)), ("sparsegpt", (9,))])
 def test_a_search_killed_at_any_candidate_goes_on_to_the_same_weights(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, name: str, places: tuple[int, ...]

@@ -33,8 +33,8 @@ from compresso.solve.allocate import allocate
 from compresso.solve.depth import Part, without
 from compresso.solve.depth_search import as_layers, depth_items, depth_parts, gone, keeping_fewest, pairs, sub_layers_of
 from compresso.solve.evolve import Evolution, Evolved
-from compresso.solve.level_choice import Levels, choose_exactly
-from compresso.solve.search import Search, search_levels, with_errors
+from compresso.solve.level_choice import Levels
+from compresso.solve.search import Search, recorded, search_levels, with_errors
 from compresso.stage import Calibrates, Effects, Passes, stage
 from compresso.sweep.candidates import candidate_divergence
 from compresso.sweep.emptied import EmptiedSubLayers
@@ -137,7 +137,7 @@ class EvoPress:
                 Search(self.search),
                 items,
                 limit,
-                choose_exactly(items, limit).levels,
+                None,
                 fitness,
                 self.evolution,
                 seed=mixed_seed("evopress", job.seed),
@@ -146,8 +146,8 @@ class EvoPress:
             )
             facts = {
                 "calibration": divergence.facts,
-                "alone": {item.name: item.errors[1] for item in items},
-                "history": list(found.history),
+                "alone": dict(zip([i.name for i in items], recorded(i.errors[1] for i in items), strict=True)),
+                "history": recorded(found.history),
                 "candidates": list(found.tried),
             }
         return found, facts

@@ -21,7 +21,7 @@ from compresso.errors import RecipeError, ResourceError
 from compresso.observe.folds import Fold, Stats
 from compresso.solve.evolve import Fitness
 from compresso.solve.level_choice import Item, Levels
-from compresso.solve.search import Search, search_levels, with_errors
+from compresso.solve.search import Search, recorded, search_levels, with_errors
 from compresso.sweep.audit import digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.candidates import candidate_divergence
@@ -130,9 +130,9 @@ def searched_shares(
             "how": str(how),
             "grid": grid,
             "divergence": found.fitness,
-            "divergence_uniform": known[start] if start in known else fitness(start, last),
+            "divergence_uniform": recorded([known[start] if start in known else fitness(start, last)])[0],
             "calibration": divergence.facts,
-            "history": list(found.history),
+            "history": recorded(found.history),
             "candidates": list(found.tried),
         }
     of_layer = {layer: grid[level] for layer, level in zip(groups, found.levels, strict=True)}
