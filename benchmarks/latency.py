@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, machine, write
 
 import compresso
+from common import RESULTS, machine, write
 from compresso.checkpoint.source import open_source
 from compresso.core.latency_table import LatencyTable
 from compresso.core.plan import Plan

@@ -149,9 +149,7 @@ def _fitted(
         advance(f"timing {len(models)} files in {conditions.engine}")
         times = timer.times(paths, conditions, rounds, threads, int(source.config.vocab_size))
     fitted = fit_times(models, [median(one) for one in times])
-    versions = Environment.here(
-        **({"onnxruntime": "onnxruntime"} if conditions.engine == "onnxruntime" else {})
-    ).versions
+    here = Environment.here(onnxruntime="onnxruntime") if conditions.engine == "onnxruntime" else Environment.here()
     return LatencyTable(
         {},
         machine_here(),
@@ -162,7 +160,7 @@ def _fitted(
         "fitted",
         sum(map(len, times)),
         round(fitted.error, 4),
-        versions,
+        here.versions,
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

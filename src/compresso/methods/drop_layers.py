@@ -114,8 +114,9 @@ class DropLayers:
         axes = [axis for axis in arch.axes(model) if axis.kind in self.kinds]
         n, forwards = len(parts_of(axes)), len(parts_of(axes))
         if self.iterative:  # an estimate: what is measured is not known here, and whole parts cost about alike in all
-            counted = replace(self, of="blocks") if self.of not in get_args(Counted) else self
-            plan = counted.dry_run_plan(axes, CostModel(arch.axes(model), arch.weights(model)))
+            budget = self.budget() if self.of in get_args(Counted) else replace(self.budget(), of="blocks")
+            alike = {axis.name: torch.zeros(axis.size) for axis in axes}
+            plan = self._lowest(axes, alike, CostModel(arch.axes(model), arch.weights(model)), budget)
             leave = sum(axis.size - len(plan.kept.get(axis.name, range(axis.size))) for axis in axes)
             forwards = sum(n - i for i in range(leave))
         return [Passes("search", self.calibrates.examples, forwards=forwards)]
@@ -193,8 +194,12 @@ class DropLayers:
         generator = torch.Generator().manual_seed(mixed_seed("drop_layers", seed))
         return {axis.name: torch.rand(axis.size, generator=generator, dtype=torch.float64) for axis in axes}
 
-    def _lowest(self, axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel) -> Plan:
-        """The plan without the parts of the lowest scores: `drop` of them, or those that the budget asks for."""
-        return (
-            allocate(axes, scores, cost, self.budget()) if self.drop is None else drop_lowest(axes, scores, self.drop)
-        )
+    def _lowest(
+        self, axes: Sequence[Axis], scores: Mapping[str, Tensor], cost: CostModel, budget: Budget | None = None
+    ) -> Plan:
+        """The plan without the parts of the lowest scores: `drop` of them, or those that a budget, by default the
+        stage's own, asks for.
+        """
+        if self.drop is not None:
+            return drop_lowest(axes, scores, self.drop)
+        return allocate(axes, scores, cost, budget or self.budget())

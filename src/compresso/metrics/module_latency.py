@@ -114,9 +114,8 @@ def time_modules(
                         fixed.append(rest)
                         for kind in (0, 1):
                             _add(seen[kind], widths, parts, kind)
-    return ModuleTimes(
-        median(fixed), *({n: median(times) for n, times in sorted(one.items())} for one in seen), len(fixed)
-    )
+    attention, ffn = ({n: median(times) for n, times in sorted(one.items())} for one in seen)
+    return ModuleTimes(median(fixed), attention, ffn, len(fixed))
 
 
 def latin(heads: Sequence[int], channels: Sequence[int], layers: int) -> list[Widths]:

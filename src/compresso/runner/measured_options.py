@@ -40,8 +40,8 @@ def with_time(
     asked = f"--milliseconds {milliseconds:g}" if milliseconds is not None else f"--speedup {speedup}"
     if latency_table is None:
         raise BudgetError(
-            f"{asked} is measured time and needs --latency-table, the file that `compresso latency --output` writes; for"
-            " multiply-accumulates, which measure no time, give --macs"
+            f"{asked} is measured time and needs --latency-table, the file that `compresso latency --output` writes;"
+            " for multiply-accumulates, which measure no time, give --macs"
         )
     measures = Measures(latency=read_table(latency_table))
     assert measures.latency is not None

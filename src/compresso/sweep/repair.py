@@ -309,7 +309,7 @@ def _fitted_(smaller: PreTrainedModel, both: _Repair, one: Consumer, loss: Calla
     told |= {"tokens": sums[False].tokens}
     missed = error(old, sums[True])
     if gap and both.adds[one.place.layer]:
-        judged = [(loss(), missed, None)]
+        judged: list[tuple[float, float, Candidate | None]] = [(loss(), missed, None)]
         for candidate in candidates:
             weight.copy_(candidate.weight)
             judged.append((loss(), candidate.missed, candidate))
