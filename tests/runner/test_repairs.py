@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compresso.data import nano
-from compresso.errors import RecipeError
+from compresso.errors import Interrupted, RecipeError
 from compresso.methods import repair as method
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build, read
@@ -91,7 +91,7 @@ def test_a_run_repairs_writes_what_it_has_and_goes_on_after_a_kill(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(method.Journal, "write", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         repaired(tmp_path / "killed")
     monkeypatch.setattr(method.Journal, "write", real)
     assert hashed(repaired(tmp_path / "killed", resume=True).folder) == hashed(whole.folder)
