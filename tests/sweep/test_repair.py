@@ -24,8 +24,9 @@ from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError
 from compresso.sweep.activation_store import Place as Where
 from compresso.sweep.journal import Journal
+from compresso.sweep.least_squares import Fit
 from compresso.sweep.lost import Lost, Place, lost, writers
-from compresso.sweep.repair import Calibrated, Fit, repair_
+from compresso.sweep.repair import Calibrated, repair_
 from compresso.sweep.targets import matrix
 
 TEXT = [name for name in CONFIGS if not name.startswith("vit")]
@@ -146,9 +147,9 @@ def without(axes: Sequence[Axis], gone: Mapping[str, Sequence[int]]) -> dict[str
     return masks
 
 
-def least_squares(old: Tensor, inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """The minimiser [out, in] by a solver of stacked equations."""
-    weights = token_weights(targets).double()
+def least_squares(old: Tensor, inputs: Tensor, targets: Tensor, led_to: Tensor, ridge: float) -> Tensor:
+    """The minimiser [out, in] by a solver of stacked equations; tokens weigh by the stream that they are led to."""
+    weights = token_weights(led_to).double()
     root = weights.sqrt().unsqueeze(1)
     pull = ridge * (weights.unsqueeze(1) * inputs.square()).sum(dim=0).mean().sqrt() ** 2
     left = torch.cat([root * inputs, pull.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)])
@@ -192,7 +193,8 @@ def test_every_weight_is_the_least_squares_fit_to_the_dense_stream(tiny: Tiny, n
             goal, already = was.wrote[names[one.place]], torch.zeros(())
         bias = getattr(repaired.get_submodule(one.module), "bias", None)
         targets = cut(goal, both.dimensions) - already - (0 if bias is None else bias.detach().double())
-        wanted = least_squares(old, now.read[one.module].flatten(0, -2), targets.flatten(0, 1), 0.3)
+        stream = cut(goal, both.dimensions).flatten(0, 1)
+        wanted = least_squares(old, now.read[one.module].flatten(0, -2), targets.flatten(0, 1), stream, 0.3)
         assert notes[one.module]["applied"], one
         torch.testing.assert_close(matrix(repaired, one.module).double(), wanted, atol=2e-4, rtol=2e-3)
     meant = {f"{one.module}.weight" for one in gone.consumers}

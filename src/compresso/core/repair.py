@@ -6,10 +6,11 @@ Tokens x~ [in] are inputs of the already edited model, y* [out] what the layer i
     sum_t w_t |y*_t - W x~_t|^2 + ridge * mean(diag H) * |W - W_old|^2,    H = sum_t w_t x~_t x~_t^T
     W = (T + ridge * mean(diag H) * W_old) (H + ridge * mean(diag H))^-1,  T = sum_t w_t y*_t x~_t^T
 
-Three choices keep it from doing harm. A token counts by one over its squared target norm: the few tokens that draw all
-attention (massive activations; Sun et al., arXiv 2402.17762) are a thousand times larger than others and would decide
-everything, and without them the fit is free to break them, and with them every later layer. The ridge pulls to the old
-weight, never to zero. And no token is left out.
+Three choices keep it from doing harm. A token counts by one over the squared norm of the stream that it is led to
+(which is what the norm in front of the next sub-layer divides it by): the few tokens that draw all attention (massive
+activations; Sun et al., arXiv 2402.17762) are a thousand times larger than others and would decide everything, and
+without them the fit is free to break them, and with them every later layer. The ridge pulls to the old weight, never to
+zero. And no token is left out.
 
 Two targets can be mixed, by a share alpha: what the dense layer outputs for the edited model's stream (alpha = 0, the
 target of ZipLM, arXiv 2302.04089, and of most layer-wise pruning), and what brings the edited stream back onto the
@@ -37,7 +38,7 @@ def token_weights(targets: Tensor) -> Tensor:
     Targets near zero would count without bound, so that norms are taken for at least a hundredth of the median norm.
 
     Args:
-        targets: [tokens, out].
+        targets: [tokens, out], whole: what a layer adds to, and what it adds.
     """
     squared = targets.float().square().sum(dim=1)
     least = (squared.median() * _SMALLEST).clamp(min=torch.finfo(torch.float32).tiny)

@@ -7,8 +7,8 @@ ZipLM (arXiv 2302.04089), whose least squares aim at the layer's own dense outpu
 which puts a fitted matrix in the place of dropped layers. Here no matrix is added: the FFN's down projection, which has
 several times as many inputs as the stream has dimensions, absorbs the gap, and its target is the dense residual stream.
 
-Departures: tokens count by one over their squared target norm, since those that draw all attention are a thousand times
-larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen on windows that are not fitted
+Departures: tokens count by one over the squared norm of the stream that they are led to, since those that draw all
+attention are a thousand times larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen on windows that are not fitted
 to, linear by linear (before a gap by the model's loss), and the whole is taken back if the loss on them did not fall.
 """
 
@@ -30,8 +30,9 @@ from compresso.sweep.activation_store import Place
 from compresso.sweep.audit import audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
+from compresso.sweep.least_squares import Fit
 from compresso.sweep.lost import Lost, lost
-from compresso.sweep.repair import Calibrated, Fit, repair_
+from compresso.sweep.repair import Calibrated, repair_
 from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 
@@ -68,7 +69,7 @@ class Repair:
         activations: where the states between two blocks are kept: "device", "cpu" or "disk".
         refit: "gaps", what lost inputs or stands before something that left, or "behind", everything from the first of
             these on.
-        tokens: "weighted" by one over the squared target norm, or "alike".
+        tokens: "weighted" by one over the squared norm of the stream that they are led to, or "alike".
         pull: what the ridge pulls to, the "old" weight or "zero".
     """
 

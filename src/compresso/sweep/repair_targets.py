@@ -1,0 +1,109 @@
+"""What the linears of a smaller model read, and what they are to write, block by block beside the dense model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Kind
+from compresso.sweep.activation_store import ActivationStore
+from compresso.sweep.least_squares import Fit
+from compresso.sweep.lost import Consumer, Place
+from compresso.sweep.two_streams import Stream, cut, lifted
+
+
+@dataclass
+class Targets:
+    """The two streams, at the smaller model's block that is next, and what the dense stream was behind its places."""
+
+    dense: Stream
+    smaller: Stream
+    layers: Sequence[int]
+    kept: Sequence[int] | None
+    width: int
+    n_seen: int
+    fit: Fit
+    goals: Mapping[Kind, ActivationStore]
+    at: int = 0
+    adds: dict[int, bool] = field(default_factory=dict[int, bool])
+
+    def leading(self) -> None:
+        """Run what left before the first block that is left."""
+        while self.at < self.layers[0]:
+            self.dense.step(self.at)
+            self.at += 1
+
+    def pass_dense(self, layer: int, wanted: Mapping[Kind, Consumer]) -> None:
+        """Run the dense block and the gap behind it, noting the streams that are wanted of them."""
+        own = self.layers[layer]
+        following = self.layers[layer + 1] if layer + 1 < len(self.layers) else len(self.dense.blocks)
+        self.adds[own] = not wanted or self.dense.is_sum(own, 0, self.dense.states[0])
+        for index in range(len(self.dense)):
+            hidden = self.dense.states[index]
+            beyond = [one for one in wanted.values() if self.adds[own] and one.until.layer >= following]
+            for at in range(own, following):
+                output, written = self.dense.run(at, index, hidden)
+                for kind, one in wanted.items():
+                    if not self.adds[own]:
+                        if at == own:
+                            self.goals[kind].put(index, written.outputs[kind])
+                    elif one.until.layer == at:
+                        behind = output if one.until.kind is Kind.MLP else hidden + written.outputs[one.until.kind]
+                        self.goals[kind].put(index, behind)
+                hidden = output
+            self.dense.states.put(index, hidden)
+            for one in beyond:  # sub-layers of blocks that are left are gone, too
+                self.goals[one.place.kind].put(index, self._followed(index, hidden, following, one.until))
+        self.at = following
+
+    def tokens(self, one: Consumer) -> Iterator[tuple[bool, Tensor, list[Tensor], Tensor]]:
+        """Batch by batch: whether it is held out, x~ [tokens, in], y* [tokens, out] of each target, and the stream that
+        the last of them leads to [tokens, out].
+        """
+        kind, own = one.place.kind, one.place.layer
+        bias = getattr(self.smaller.linear(one.layer, kind), "bias", None)
+        constant = bias.float() if isinstance(bias, Tensor) else 0.0
+        adds = self.adds[own]
+        for index in range(len(self.smaller)):
+            hidden = self.smaller.states[index]
+            until = kind if kind is Kind.ATTENTION or not adds else None
+            output, written = self.smaller.run(one.layer, index, hidden, until=until)
+            if not adds:
+                already: Tensor | float = 0.0
+            elif kind is Kind.ATTENTION:
+                already = hidden.float()
+            else:
+                already = output.float() - written.outputs[kind].float()
+            goals: list[Tensor] = []
+            if self.fit.mixes:
+                forced = None
+                if kind is Kind.MLP:
+                    attention = written.outputs.get(Kind.ATTENTION)
+                    forced = torch.zeros_like(hidden) if attention is None else attention
+                goals.append(self._made_of(one, index, hidden, forced))
+            if self.fit.residual:
+                goals.append(cut(self.goals[kind][index], self.kept))
+            wanted = [(goal.float() - already - constant).flatten(0, -2) for goal in goals]
+            yield index >= self.n_seen, written.inputs[kind].flatten(0, -2), wanted, goals[-1].flatten(0, -2)
+
+    def _made_of(self, one: Consumer, index: int, hidden: Tensor, forced: Tensor | None) -> Tensor:
+        """The stream at a consumer's last place, made by the dense blocks of the smaller model's stream."""
+        own = one.place.layer
+        hidden = lifted(hidden, self.kept, self.width)
+        forced = None if forced is None else lifted(forced, self.kept, self.width)
+        if self.adds[own]:
+            return cut(self._followed(index, hidden, own, one.until, forced), self.kept)
+        _, written = self.dense.run(own, index, hidden, until=one.place.kind, forced=forced)
+        return cut(written.outputs[one.place.kind], self.kept)
+
+    def _followed(self, index: int, hidden: Tensor, first: int, until: Place, forced: Tensor | None = None) -> Tensor:
+        """The stream behind a place, made by the dense blocks from the first on.
+
+        forced: what the first one's attention is to have written.
+        """
+        for at in range(first, until.layer + 1):
+            last = Kind.ATTENTION if at == until.layer and until.kind is Kind.ATTENTION else None
+            output, written = self.dense.run(at, index, hidden, last, forced if at == first else None)
+            hidden = hidden + written.outputs[last] if last else output
+        return hidden
