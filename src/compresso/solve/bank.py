@@ -25,6 +25,11 @@ from compresso.errors import NumericError
 
 GRID = 16
 """FFN channels between two levels."""
+RIDGE = 0.3
+"""Damping of fitted weights, as a share of the mean diagonal: how strongly they are held to the old ones. Orders want
+less: on SmolLM2-135M with 11 tokens a column, held-out errors were least at 0.01 to 0.1 for orders and at 0.3 for
+weights, which at 0.01 could be worse than no fit at all.
+"""
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,7 @@ def columns(sub_layer: SubLayer, level: Level) -> Tensor:
     return (torch.tensor(starts).unsqueeze(1) + torch.arange(slot)).flatten()
 
 
-def weights_at(
-    sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float | None = None
-) -> Tensor:
+def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float = RIDGE) -> Tensor:
     """The consumer's weights at a level, fitted so that its outputs change least.
 
     Args:
@@ -179,7 +182,7 @@ def weights_at(
         weight: dense, [out, in].
         moment: second moment of what the consumer reads [in, in], of any scale: that of the dense stream, or of an
             edited one.
-        damping: share of the mean diagonal added to it; None for that of the orders.
+        damping: share of the mean diagonal added to it; see `RIDGE`.
 
     Returns:
         [out, in] of the weight's dtype, 0 at what leaves; the weight itself, bit for bit, where nothing does.
@@ -193,9 +196,7 @@ def weights_at(
     found = torch.zeros_like(weight)
     if len(stay):
         try:
-            found[:, stay] = refit(
-                weight, damped(moment, sub_layer.damping if damping is None else damping)[0], stay
-            ).to(weight.dtype)
+            found[:, stay] = refit(weight, damped(moment, damping)[0], stay).to(weight.dtype)
         except NotPositiveDefiniteError as error:
             raise NumericError(
                 f"{sub_layer.consumer}: {error}; give more calibration examples, or raise damping"
