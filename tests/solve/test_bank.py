@@ -8,7 +8,7 @@ import torch
 from compresso.core.axis import Kind
 from compresso.core.obs_groups import damped
 from compresso.errors import NumericError
-from compresso.solve.bank import RIDGE, Bank, Ladder, SubLayer, columns, levels, plan, weights_at
+from compresso.solve.bank import Bank, Ladder, SubLayer, columns, levels, plan, weights_at
 
 
 def made_up(kind: Kind = Kind.MLP) -> SubLayer:
@@ -51,12 +51,12 @@ def test_weights_follow_the_moment_that_they_are_fitted_to() -> None:
     level = levels(one)[1]
     fitted = [weights_at(one, level, weight, moment) for moment in moments]
     for moment, mine, other in ((moments[0], *fitted), (moments[1], fitted[1], fitted[0])):
-        cost = damped(moment, RIDGE)[0]
+        cost = damped(moment)[0]
         lost = [float(torch.trace((w - weight).double() @ cost @ (w - weight).double().T)) for w in (mine, other)]
         assert lost[0] < lost[1]
 
 
-def test_fits_of_few_tokens_are_held_to_the_old_weights() -> None:
+def test_damping_holds_fits_of_few_tokens_to_the_old_weights() -> None:
     """A sample of fewer tokens than columns: a fit that follows it loses more on other tokens than one that is held."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(40, 40, generator=generator)
@@ -64,13 +64,14 @@ def test_fits_of_few_tokens_are_held_to_the_old_weights() -> None:
     one, weight = made_up(), torch.randn(6, 40, generator=generator)
     level = levels(one)[1]
 
-    def lost(damping: float | None) -> float:
-        """The error on the other tokens; None: at the default."""
-        given = (one, level, weight, few.T @ few)
-        found = weights_at(*given) if damping is None else weights_at(*given, damping)
+    def lost(damping: float) -> float:
+        """The error on the other tokens."""
+        found = weights_at(one, level, weight, few.T @ few, damping)
         return float((many @ (found - weight).T).square().mean())
 
-    assert lost(None) < 0.8 * lost(0.01)
+    assert lost(0.3) < 0.8 * lost(0.01)
+    held = [weights_at(one, level, weight, few.T @ few, damping)[:, :32] for damping in (1.0, 1e6)]
+    assert float((held[1] - weight[:, :32]).abs().max()) < 1e-4 < float((held[0] - weight[:, :32]).abs().max())
 
 
 def test_a_moment_without_an_inverse_is_refused_by_the_name_of_the_linear() -> None:

@@ -25,11 +25,6 @@ from compresso.errors import NumericError
 
 GRID = 16
 """FFN channels between two levels."""
-RIDGE = 0.3
-"""Damping of fitted weights, as a share of the mean diagonal: how strongly they are held to the old ones. Orders want
-less: on SmolLM2-135M with 11 tokens a column, held-out errors were least at 0.01 to 0.1 for orders and at 0.3 for
-weights, which at 0.01 could be worse than no fit at all.
-"""
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def columns(sub_layer: SubLayer, level: Level) -> Tensor:
     return (torch.tensor(starts).unsqueeze(1) + torch.arange(slot)).flatten()
 
 
-def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float = RIDGE) -> Tensor:
+def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor, damping: float = 0.01) -> Tensor:
     """The consumer's weights at a level, fitted so that its outputs change least.
 
     Args:
@@ -182,7 +177,10 @@ def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor
         weight: dense, [out, in].
         moment: second moment of what the consumer reads [in, in], of any scale: that of the dense stream, or of an
             edited one.
-        damping: share of the mean diagonal added to it; see `RIDGE`.
+        damping: share of the mean diagonal added to it, which holds weights to the old ones. On SmolLM2-135M with 11
+            tokens a column, the outputs of single linears on other text were closest at 0.3, and perplexity with half
+            of all channels gone was lowest at 0.01: what a ridge misses, it misses in every layer the same way. Choose
+            on other text where it matters.
 
     Returns:
         [out, in] of the weight's dtype, 0 at what leaves; the weight itself, bit for bit, where nothing does.
