@@ -45,7 +45,8 @@ def delivered(model: str, scratch: Path, quick: bool) -> dict[str, tuple[Path, P
             if label in found:
                 continue
             knobs = {key: {**value, "keep": at} for key, value in stage.items()}
-            raw = {"name": "cut", "data": {"source": "world", "limit": 64, "held": 0}, "stages": [knobs]}
+            data = {"source": "world", "limit": 64, "held": 0, "prompt": False}
+            raw = {"name": "cut", "data": data, "stages": [knobs]}
             if "magnitude_structured" in stage:
                 raw.pop("data")
             folder = scratch / str(len(found))
@@ -61,7 +62,8 @@ def timed(table: LatencyTable, folders: Mapping[str, Path], scratch: Path, round
     dtype = getattr(torch, conditions.dtype) if engine == "torch" else torch.float32
     models, tokenizers = {}, {}
     for name, folder in folders.items():
-        models[name], tokenizers[name] = compresso.load(folder, dtype=dtype)[:2]
+        loaded = compresso.load(folder, dtype=dtype)
+        models[name], tokenizers[name] = loaded.model, loaded.tokenizer
     if engine == "torch":
         return {name: median(times) for name, times in timed_forwards(models, conditions, rounds).items()}
     timer = TIMERS[engine]
