@@ -375,3 +375,19 @@ def test_only_our_own_recipes_have_gates_on_layers() -> None:
         "compresso": (Kind.HEAD, Kind.CHANNEL, Kind.LAYER),
         "compresso/nano": (Kind.HEAD, Kind.CHANNEL),
     }
+
+
+def test_a_shallow_model_keeps_its_layers_and_nothing_else_changes(make_job: MakeJob) -> None:
+    """Of three layers: with `depth_from` 4 the result is that without the kind, bit for bit; with 3 layers may go."""
+    knobs: dict[str, Any] = {**QUICK, **HARD, "finish": "hard", "hold": 2}
+    widths_alone = LearnGates(keep=0.6, **{**knobs, "kinds": ("head", "channel")})(make_job(folder="one"))
+    shallow = LearnGates(keep=0.6, **{**knobs, **DEEP, "hold": 2, "depth_from": 4})(make_job(folder="two"))
+    assert shallow.plan == widths_alone.plan
+    for (name, a), (_, b) in zip(shallow.model.named_parameters(), widths_alone.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    axes = make_job(folder="three").arch.axes(make_job(folder="three").model)
+    deep = LearnGates(kinds=("head", "layer"), depth_from=3)
+    assert deep.fitted(axes) is deep
+    assert LearnGates(kinds=("layer",), depth_from=99).fitted(axes).removes.kinds == (
+        Kind.LAYER,
+    )  # or nothing could go

@@ -81,8 +81,6 @@ def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
     assert command(output, event="kill", phase="hold", at=5)[0] == -9
     assert not output.exists()
     assert sorted(path.name for path in (work_of(output) / "training" / "learn_gates").iterdir()) == [
-        "depth",
-        "pools",
         "scores",
         "step-000002",
         "step-000004",

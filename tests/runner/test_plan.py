@@ -109,7 +109,7 @@ def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
     assert plan(read("lorashear"), str(config))["stages"] == planned("lorashear")["stages"]
 
 
-@pytest.mark.parametrize("name", ["magnitude-structured/nano", "gate-taylor", "compresso/nano"])
+@pytest.mark.parametrize("name", ["magnitude-structured/nano", "gate-taylor", "compresso"])
 def test_a_budget_that_leaves_a_later_stage_nothing_names_the_smallest_that_leaves_some(name: str) -> None:
     """Not the linear that is missed, as if the model had never had it."""
     with pytest.raises(

@@ -106,6 +106,8 @@ class LearnGates:
             takes a forward pass over them.
         depth_weight: what the loss without such a part counts for beside what units cost; below 1, since training gives
             back more of it.
+        depth_from: fewest layers of a model of which `kinds` may take whole ones, attentions or MLPs; a shallower one
+            keeps them.
         noise: "batch" (one draw an update) or "example" (one draw an example).
         layer_gates: "none", or the published option that switches pruning on per "layer" or "sublayer".
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
@@ -131,6 +133,7 @@ class LearnGates:
     score_spread: Annotated[float, Gt(0)] = 1.5
     depth_batches: Count = 1
     depth_weight: Annotated[float, Gt(0)] = 1.0
+    depth_from: Count = 1
     noise: Literal["batch", "example"] = "batch"
     layer_gates: Literal["none", "layer", "sublayer"] = "none"
     finish: Literal["soft", "hard"] = "soft"
@@ -152,6 +155,14 @@ class LearnGates:
         """The budget these knobs describe."""
         return self.removes.budget()
 
+    def fitted(self, axes: Sequence[Axis]) -> "LearnGates":
+        """This stage on a model with these axes: without kinds of depth, if it is a shallow one."""
+        depth = [axis.size for axis in axes if axis.kind in PARTS]
+        kinds = tuple(kind for kind in self.removes.kinds if kind not in PARTS)
+        if not kinds or len(kinds) == len(self.removes.kinds) or max(depth, default=0) >= self.depth_from:
+            return self
+        return replace(self, removes=replace(self.removes, kinds=kinds))
+
     def learning(self) -> Learning:
         """Adapters and gates."""
         return Learning(self.trains, [self.tune, self.ramp, self.hold], self.lora, gates=self.removes.kinds)
@@ -161,12 +172,16 @@ class LearnGates:
         if self.start != "score":
             return self.learning().passes()
         looks = [Passes("calibration", self.score_batches * self.trains.batch, backwards=1)]
-        if forwards := n_losses(arch.axes(model), self.removes.kinds):
+        axes = arch.axes(model)
+        if forwards := n_losses(axes, self.fitted(axes).removes.kinds):
             looks.append(Passes("search", self.depth_batches * self.trains.batch, forwards=forwards))
         return [*looks, *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
         """Train gates and LoRA together, land on the budget, merge, fold and shrink."""
+        fitted = self.fitted(job.arch.axes(job.model))
+        if fitted is not self:
+            return fitted(job)
         removes = self.removes
         axes, cost, budget = removes.among(job.arch.axes(job.model)), job.cost(), self.budget()
         if removes.layout == "uniform":

@@ -38,6 +38,7 @@ from compresso.stage import (
     Calibrates,
     ChecksModel,
     Compresses,
+    FitsModel,
     Learning,
     Learns,
     Passes,
@@ -139,7 +140,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     without: list[str] = []  # what to say should a later stage need what a budget leaves nothing of
-    for name, stage in recipe.stages:
+    for name, given in recipe.stages:
+        stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
                 accumulation(group.batch, group.micro_batch)

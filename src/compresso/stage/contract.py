@@ -9,6 +9,7 @@
     Compresses   how many weights it zeroes, or rounds to how many bits
     Remarks      what it does otherwise than it was asked to, in sentences
     NeedsMore    needs data, though its card does not say so, by its knobs
+    FitsModel    knobs that depend on the model it meets
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
 
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
@@ -196,6 +197,15 @@ class FindsShares(Protocol):
 
     def check(self, model: PreTrainedModel, arch: Arch) -> "Groups":
         """The linears that it works on. Raises RecipeError or ArchError."""
+        ...
+
+
+@runtime_checkable
+class FitsModel(Protocol):
+    """A stage of which some knobs only act on some models."""
+
+    def fitted(self, axes: Sequence[Axis]) -> Stage:
+        """The stage that it is on a model with these axes; the same where all of its knobs act."""
         ...
 
 
