@@ -8,8 +8,9 @@ which puts a fitted matrix in the place of dropped layers. Here no matrix is add
 several times as many inputs as the stream has dimensions, absorbs the gap, and its target is the dense residual stream.
 
 Departures: tokens count by one over the squared norm of the stream that they are led to, since those that draw all
-attention are a thousand times larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen on windows that are not fitted
-to, linear by linear (before a gap by the model's loss), and the whole is taken back if the loss on them did not fall.
+attention are a thousand times larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen
+on windows that are not fitted to, linear by linear (before a gap by the model's loss), and the whole is taken back if
+the loss on them did not fall.
 """
 
 import logging

@@ -34,7 +34,7 @@ from compresso.errors import NumericError
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.activation_store import Place as Where
 from compresso.sweep.journal import Journal
-from compresso.sweep.least_squares import Fit
+from compresso.sweep.least_squares import Candidate, Fit
 from compresso.sweep.lost import Consumer, Lost, Place
 from compresso.sweep.repair_targets import Targets
 from compresso.sweep.targets import matrix
