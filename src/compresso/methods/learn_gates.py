@@ -161,7 +161,8 @@ class LearnGates:
         kinds = tuple(kind for kind in self.removes.kinds if kind not in PARTS)
         if not kinds or len(kinds) == len(self.removes.kinds) or max(depth, default=0) >= self.depth_from:
             return self
-        return replace(self, removes=replace(self.removes, kinds=kinds))
+        fewer = replace(self.removes, kinds=kinds)
+        return replace(self, removes=fewer)  # pyright: ignore[reportArgumentType]  # `stage` makes it a dataclass
 
     def learning(self) -> Learning:
         """Adapters and gates."""
