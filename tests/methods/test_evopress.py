@@ -189,3 +189,26 @@ def test_bad_knobs_are_named(make_job: MakeJob) -> None:
         EvoPress(evolution={"generation": 3})  # type: ignore[arg-type]
     with pytest.raises((BudgetError, ValueError), match=r"keep=0\.1 allows"):
         searching(kinds=("mlp",), keep=0.1)(make_job())
+
+
+def test_a_search_begins_no_farther_than_the_layers_of_least_influence(
+    planted: tuple[PreTrainedModel, list[list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each part does alone is made to mislead; the search goes on from block influence then."""
+    model, rows = planted
+    real = CandidateDivergence.__call__
+
+    def misled(self: CandidateDivergence, levels: Any, stage: int, /) -> float:
+        value = real(self, levels, stage)
+        return 10 - value if sum(levels) == 1 else value
+
+    monkeypatch.setattr(CandidateDivergence, "__call__", misled)
+    knobs: dict[str, Any] = {"keep": 0.75, "batches": 2, "batch": 4, "micro_batch": 4}
+    runs = [
+        EvoPress(**knobs, search=search, evolution=Evolution(generations=0))(
+            job_of(copy.deepcopy(model), rows, tmp_path / search)
+        ).records["evopress"]
+        for search in ("dp", "evolve")
+    ]
+    assert runs[0]["divergence"] > 0.01 and runs[1]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert runs[1]["gone"] == ["attention.3", "mlp.3", "attention.4", "mlp.4"]

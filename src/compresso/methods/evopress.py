@@ -1,19 +1,20 @@
 """Depth by search: which attentions and MLPs a model can do without together (EvoPress, Sieberling et al.,
-arXiv 2410.14649, section 4.1, depth pruning).
+arXiv 2410.14649, depth pruning).
 
 What each part does alone does not add up: two layers may stand in for each other. So whole sets of parts are tried on
 the model, by evolution under one budget (`compresso.solve.evolve`), and compared by the KL divergence from the dense
-model (section 3, fitness), on few, more and all calibration batches (`compresso.sweep.candidates`).
+model, on few, more and all calibration batches (`compresso.sweep.candidates`).
 
 Departures: attentions and MLPs trade by what they cost, so that how many of each leave is found, too (there, as many
-of both leave). The search begins at the exact choice by the divergence without each part alone, not at a random one.
-Half of the switches move a block's attention and MLP together. The best few are also let write, as a divergence does
-not see repetition: those that repeat themselves more than the dense model are passed over (section C.2 of the paper
-looks at perplexity alone). A block without either leaves as a layer.
+of both leave). The search begins at the exact choice by the divergence without each part alone, or at the layers of
+least block influence, whichever is nearer to dense, not at a random one. Half of the switches move a block's attention
+and MLP together. The best few are also let write, as a divergence does not see repetition: those that repeat themselves
+more than the dense model are passed over. A block without either leaves as a layer.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,17 +24,18 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, removable
+from compresso.core.budget import Budget, InfeasibleBudget, removable
 from compresso.core.cost import CostModel, Counted
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
 from compresso.job import Job
 from compresso.metrics.repeats import first_that_writes, repetition_of
+from compresso.observe.influence import block_influence
 from compresso.solve.allocate import allocate
 from compresso.solve.depth import Part, without
 from compresso.solve.depth_search import as_layers, depth_items, depth_parts, gone, keeping_fewest, pairs, sub_layers_of
 from compresso.solve.evolve import Evolution, Evolved
-from compresso.solve.level_choice import Levels
+from compresso.solve.level_choice import Levels, fits
 from compresso.solve.search import Search, recorded, search_levels, with_errors
 from compresso.stage import Calibrates, Effects, Passes, stage
 from compresso.sweep.candidates import candidate_divergence
@@ -103,7 +105,8 @@ class EvoPress:
         alone = sum(blocks - unit for _, unit in parts) / blocks
         tried = [0] * self.evolution.stages if self.search == "dp" else self.evolution.most
         per_piece = self.calibrates.examples // self._pieces
-        passes = [Passes("search", sizes[-1] * per_piece), Passes("search", sizes[0] * per_piece, alone)]
+        passes = [Passes("calibration", self.calibrates.examples, 2)] if self.search == "evolve" else []
+        passes += [Passes("search", sizes[-1] * per_piece), Passes("search", sizes[0] * per_piece, alone)]
         passes += [Passes("search", size * per_piece, n) for size, n in zip(sizes, tried, strict=True) if n]
         return [*passes, Passes("search", sizes[-1] * per_piece)]
 
@@ -126,7 +129,10 @@ class EvoPress:
         dense, blocks = (0,) * len(parts), job.arch.blocks(job.model)
         install = EmptiedSubLayers(job.arch, blocks, sub_layers_of(job.arch.axes(job.model), parts))
         batches, at = list(self._calibration(job)), [unit for _, unit in parts]
-        most = 1 + len(parts) + (sum(self.evolution.most) if self.search == "evolve" else 0)
+        start = self._by_influence(job, axes, parts, cost) if self.search == "evolve" else None
+        if start is not None and not fits(items, start, limit):
+            start = None
+        most = 2 + len(parts) + (sum(self.evolution.most) if self.search == "evolve" else 0)
         journal = job.rounds("candidates", job.same("evopress", self))
         with (
             candidate_divergence(job.model, blocks, at, install, dense, batches, self._sizes()) as divergence,
@@ -137,7 +143,7 @@ class EvoPress:
                 Search(self.search),
                 items,
                 limit,
-                None,
+                start,
                 fitness,
                 self.evolution,
                 seed=mixed_seed("evopress", job.seed),
@@ -151,6 +157,20 @@ class EvoPress:
                 "candidates": list(found.tried),
             }
         return found, facts
+
+    def _by_influence(self, job: Job, axes: Sequence[Axis], parts: Sequence[Part], cost: CostModel) -> Levels | None:
+        """The candidate of block influence, whole layers where there are any; None where the budget is finer."""
+        every = job.arch.axes(job.model)
+        whole = [axis for axis in every if axis.kind == Kind.LAYER and len(self.kinds) > 1]
+        budget = replace(self.budget(), kinds=(Kind.LAYER,)) if whole else self.budget()
+        how = job.observing("influence", job.same("evopress", self))
+        blocks = job.arch.blocks(job.model)
+        scores = block_influence(job.model, blocks, every, budget.kinds, self._calibration(job), how).scores
+        try:
+            kept = allocate(whole or axes, scores, cost, budget).kept
+        except InfeasibleBudget:
+            return None
+        return tuple(int(unit not in kept[whole[0].name if whole else name]) for name, unit in parts)
 
     def _that_writes(
         self, job: Job, axes: Sequence[Axis], parts: Sequence[Part], found: Evolved

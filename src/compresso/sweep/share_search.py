@@ -2,7 +2,7 @@
 
 Each layer is pruned at several shares around the one asked for, all on the dense model's statistics, and what that
 leaves is kept on disk. A candidate is a share of each layer, put together from there. Candidates are compared by their
-divergence from the dense model (EvoPress, arXiv 2410.14649, section 3). The stage then prunes once more at the shares
+divergence from the dense model (EvoPress, arXiv 2410.14649). The stage then prunes once more at the shares
 that were found, each layer on what the pruned layers before it give out.
 
 The total of zeros is never below the uniform one, and equal to it where the grid has whole counts
