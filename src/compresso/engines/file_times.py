@@ -6,8 +6,8 @@ All files take turns. What is timed is the engine's own forward with its cache, 
 import json
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,11 @@ class FileTimer(Protocol):
     @property
     def step(self) -> int:
         """Channels of a file that is no wider for them come in multiples of this."""
+        ...
+
+    @property
+    def packages(self) -> Mapping[str, str]:
+        """Its Python packages, by the names that records have for them."""
         ...
 
     @property
@@ -78,6 +83,7 @@ class OnnxTimer:
     dtypes: tuple[str, ...] = ("f32", "int8")
     step: int = 1
     suffix: str = ""
+    packages: Mapping[str, str] = field(default_factory=lambda: {"onnxruntime": "onnxruntime", "onnx": "onnx"})
 
     def missing(self) -> str | None:
         """See `FileTimer`."""
@@ -119,6 +125,7 @@ class LlamaCppTimer:
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
     step: int = 32
     suffix: str = ".gguf"
+    packages: Mapping[str, str] = field(default_factory=lambda: {"gguf": "gguf"})
 
     def missing(self) -> str | None:
         """See `FileTimer`."""
