@@ -171,7 +171,7 @@ def _fitted_(smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Calla
     else:
         least = min(candidates, key=lambda one: one.missed)
         best = (0.0, missed, None) if missed <= least.missed else (0.0, least.missed, least)
-    _, after, taken = best
+    after, taken = best[1:]
     weight.copy_(old if taken is None else taken.weight)
     told |= {"applied": taken is not None, "held_out_error": [missed, after]}
     return told if taken is None else {**told, "alpha": taken.alpha, "ridge": taken.ridge}
