@@ -178,8 +178,8 @@ def weights_at(sub_layer: SubLayer, level: Level, weight: Tensor, moment: Tensor
         moment: second moment of what the consumer reads [in, in], of any scale: that of the dense stream, or of an
             edited one.
         damping: share of the mean diagonal added to it, which holds weights to the old ones. On SmolLM2-135M with 11
-            tokens a column, the outputs of single linears on other text were closest at 0.3, and perplexity with half
-            of all channels gone was lowest at 0.01: what a ridge misses, it misses in every layer the same way. Choose
+            tokens a column, the outputs of single linears on other text were closest at 0.3; WikiText-2 perplexity was
+            73.3 there and 74.5 at 0.01 with a quarter of all channels gone, but 158 and 147 with half of them. Choose
             on other text where it matters.
 
     Returns:
