@@ -55,6 +55,7 @@ def test_ids_at_inference_start_with_bos_and_the_prompt(prompted: Result, monkey
     assert loaded.tokenizer.decode(with_input[1:]) == full_prompt("Add.", "1 2")
 
 
+@pytest.mark.slow
 def test_the_chat_template_of_the_checkpoint_gives_the_same_ids(
     prompted: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:

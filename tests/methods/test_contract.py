@@ -41,7 +41,11 @@ A stage whose defaults do not suit the tiny model names what does as `CONTRACT` 
 happened to the model as `prepared`.
 """
 
-every_stage = pytest.mark.parametrize("card", cards().values(), ids=lambda card: card.name)
+every_stage = pytest.mark.parametrize(
+    "card",
+    [pytest.param(card, marks=pytest.mark.slow if name == "bonsai" else ()) for name, card in cards().items()],
+    ids=lambda card: card.name,
+)
 
 
 def quick(card: Card) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def test_the_result_is_never_above_its_budget(make_job: MakeJob, kinds: tuple[st
     assert job.records["evopress"]["parameters_after"]["blocks"] == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["dp", "evolve"])
 def test_layers_that_do_nothing_leave_whole(
     planted: tuple[PreTrainedModel, list[list[int]]], search: str, tmp_path: Path

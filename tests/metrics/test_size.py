@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
@@ -43,6 +44,7 @@ def test_a_tied_llama_by_hand(tiny_folder: Path) -> None:
     assert found["kv_bytes/token"].protocol == {"element_bytes": KV_BYTES}
 
 
+@pytest.mark.slow
 def test_a_live_per_layer_model_is_counted_as_it_was_written_and_left_as_it_is(ran: Ran) -> None:
     result = ran("gate-taylor", layout="native", sets=("stages.gate_taylor.batches=1",), max_steps=1)
     model = load_model(open_source(result.folder))

@@ -121,6 +121,11 @@ VARIANTS: Mapping[str, Stages] = {
     "bonsai of channels": [
         {"bonsai": {"keep": 0.8, "kinds": ["channel"], "layout": "uniform", "masks": 10, "round_share": 0.2, **LOOKS}}
     ],
+    "evopress": [{"evopress": {"keep": 0.8, "search": "dp", "finalists": 1, "texts": 2, **LOOKS}}],
+    "evopress of layers": [
+        {"evopress": {"keep": 0.7, "kinds": ["layer"], "search": "dp", "finalists": 1, "texts": 2, **LOOKS}}
+    ],
+    "repair": [*score(["channel"], layout="uniform"), {"repair": {"examples": 8, "batch": 4}}],
     "magnitude": [{"magnitude": {"sparsity": 0.5}}],
     "wanda": [{"wanda": {"sparsity": 0.5, **SWEPT}}],
     "sparsegpt": [{"sparsegpt": {"pattern": "2:4", **SWEPT}}],
@@ -177,7 +182,8 @@ REFUSED: Mapping[str, Cells] = {
     },
     r"hidden, and the model has none that can leave; give scope: block": {"llm_pruner channel": (*LAYER_NORM, *GEMMA)},
     r"keep some in every layer, or drop whole layers": dict.fromkeys(
-        ("drop_layers of attention", "drop_layers of mlp", "drop_layers of parts"), (*NO_HEAD_DIM, *GEMMA, "phi3")
+        ("drop_layers of attention", "drop_layers of mlp", "drop_layers of parts", "evopress"),
+        (*NO_HEAD_DIM, *GEMMA, "phi3"),
     ),
 }
 """What refuses, by what its message has to say. Llama, Mistral, Qwen2 and Qwen3 run whatever there is."""

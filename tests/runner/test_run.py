@@ -28,9 +28,7 @@ FILES = {
 PRUNE_ONLY: dict[str, Any] = {"name": "prune-only", "stages": [{"magnitude_structured": {"keep": 0.6}}]}
 
 
-EACH_LIST = [
-    pytest.param(recipe, marks=() if recipe in ("gate-taylor", "compresso") else pytest.mark.slow) for recipe in RUN
-]
+EACH_LIST = [pytest.param(recipe, marks=() if recipe == "gate-taylor" else pytest.mark.slow) for recipe in RUN]
 
 
 def digest(result: Result) -> str:

@@ -109,6 +109,7 @@ def expected_of(
     return expected(model, levels, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_borders_change_no_bit(name: str) -> None:
     model, given = made(name), batches()

@@ -356,6 +356,7 @@ def test_a_model_that_overflows_is_named(tiny: Tiny, which: str) -> None:
         both.repaired()
 
 
+@pytest.mark.slow
 def test_every_family_with_a_hidden_axis_is_repaired_in_fewer_dimensions(tiny: Tiny) -> None:
     for name in WITH_HIDDEN:
         dense = tiny(name)

@@ -259,6 +259,7 @@ def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_pat
     assert code == 2 and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call: Call, tmp_path: Path) -> None:
     rows = tmp_path / "fresh.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in sentences(60, seed=5)))

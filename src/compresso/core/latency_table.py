@@ -135,10 +135,8 @@ class LatencyTable:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that `from_dict` reads."""
-        curves = {
-            name: {str(n): round(ms, 6) for n, ms in getattr(self, name).items()} for name in ("attention", "ffn")
-        }
-        return {"format": FORMAT, "kind": "latency", **asdict(self), "fixed": round(self.fixed, 6), **curves}
+        curves = {name: {str(n): ms for n, ms in getattr(self, name).items()} for name in ("attention", "ffn")}
+        return {"format": FORMAT, "kind": "latency", **asdict(self), **curves}
 
     def to_json(self) -> str:
         """As JSON text that `from_json` reads."""

@@ -53,8 +53,8 @@ class GateTaylor:
 
     removes: Removes = Removes()
     calibrates: Calibrates = Calibrates()
-    depth_batches: Annotated[int, Ge(1)] = 1
-    depth_weight: Annotated[float, Gt(0)] = 1.0
+    depth_batches: Annotated[int, Ge(1), Knobs(after="floor")] = 1
+    depth_weight: Annotated[float, Gt(0), Knobs(after="depth_batches")] = 1.0
     allocation: Annotated[Allocation, Knobs(after="layout")] = "global"
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ def latin(heads: Sequence[int], channels: Sequence[int], layers: int) -> list[Wi
     The first layer is never without attention, since a key/value cache begins with it.
 
     >>> latin([0, 2], [0, 4], 3)
-    [[(2, 0), (2, 4), (0, 0)], [(2, 4), (0, 0), (2, 4)]]
+    [[(2, 0), (2, 4), (0, 4)], [(2, 4), (0, 0), (2, 0)]]
     """
     found: list[Widths] = []
     for shift in range(max(len(heads), len(channels))):
