@@ -155,7 +155,7 @@ def cells(updates: int) -> Iterator[Cell]:
 def made(cell: Cell, model: str, scratch: Path, root: Path) -> tuple[str, dict[str, Any]]:
     """The checkpoint of a cell, and the facts of the run that wrote it."""
     if cell.kind == "dense":
-        return model, {"parameters": open_source(model).name}
+        return model, {}
     folder, facts = scratch / cell.name, scratch / f"{cell.name}.json"
     if not facts.exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,7 @@
     python benchmarks/real_model_report.py
 
 Reads results/real_model.jsonl, which `real_model.py` appends to, and writes real_model.md and real_model.html beside
-it. A cell that was not done is a dash; how the runs were shortened stands above the tables.
+it. What was not done is named below its table; how the runs were shortened stands above them.
 """
 
 import json
@@ -63,20 +63,25 @@ def parameters(lines: Found, cell: str) -> str:
     facts = lines.get((cell, "perplexity"), {}).get("facts", {})
     if "after" not in facts:
         return "-"
-    return f"{100 * facts['after']['blocks'] / facts['before']['blocks']:.1f} %"
+    kept, of = (facts[when]["parameters"]["blocks"] for when in ("after", "before"))
+    return f"{100 * kept / of:.1f} %"
 
 
 def table(lines: Found, kind: str, updates: int) -> list[str]:
-    """The rows of one kind in Markdown."""
+    """The rows of one kind in Markdown, and what is not done yet."""
     columns = ["method", "", "blocks", *TEXTS.values(), *TASKS]
     rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    missing: list[str] = []
     for cell in cells(updates):
         if cell.kind in (kind, "dense"):
+            if not {(cell.name, "perplexity"), (cell.name, "tasks")} & lines.keys():
+                missing.append(f"{cell.method} {cell.setting}".strip())
+                continue
             numbers = [perplexity(lines, cell.name, text) for text in TEXTS]
             numbers += [score(lines, cell.name, task) for task in TASKS]
             kept = parameters(lines, cell.name)
             rows.append(f"| {' | '.join([cell.method, cell.setting, kept, *numbers])} |")
-    return rows
+    return [*rows, *(["", f"Not done yet: {'; '.join(missing)}."] if missing else [])]
 
 
 def how(lines: Found) -> str:
@@ -136,18 +141,20 @@ def main() -> None:
 
 
 def _html(rows: Sequence[str]) -> Markup:
-    cells_of = [[part.strip() for part in row.strip("|").split("|")] for row in rows]
+    cells_of = [[part.strip() for part in row.strip("|").split("|")] for row in rows if row.startswith("|")]
+    after = [row for row in rows if row and not row.startswith("|")]
     head = Markup("").join(Markup("<th>{}</th>").format(one) for one in cells_of[0])
     lines = [Markup("").join(Markup("<td>{}</td>").format(one) for one in row) for row in cells_of[2:]]
     body = Markup("").join(Markup("<tr>{}</tr>").format(line) for line in lines)
-    return Markup('<div class="wide"><table><tr>{}</tr>{}</table></div>').format(head, body)
+    told = Markup("").join(Markup("<p>{}</p>").format(row) for row in after)
+    return Markup('<div class="wide"><table><tr>{}</tr>{}</table></div>{}').format(head, body, told)
 
 
 def _short(value: float) -> str:
     """Three significant digits."""
     if not math.isfinite(value):
         return "∞"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.2g}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 if __name__ == "__main__":
