@@ -38,7 +38,7 @@ from compresso.runner.recipe import read
 LINES = RESULTS / "real_model.jsonl"
 TEXT, ROWS = "datasets/text/redpajama_sample.jsonl.gz", "datasets/instruct/alpaca_subset.jsonl.gz"
 SCORED = {"wikitext2": "wikitext2", "c4": "datasets/text/c4_sample_300.jsonl.gz"}
-TASKS = ("arc_easy", "piqa", "winogrande", "hellaswag")
+TASKS = ("arc_easy", "piqa", "winogrande", "hellaswag", "lambada")
 CALIBRATION = {"examples": 24, "length": 512}
 BATCH, LENGTH = 4, 256
 """Examples and tokens of an update: 1,024 tokens, shortened for a CPU."""

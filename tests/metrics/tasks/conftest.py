@@ -75,6 +75,7 @@ MADE_UP: dict[str, Rows] = {
         }
         for s in STEMS
     ],
+    "lambada_openai_2000": [{"text": f"{stem} was red, and all of it was red"} for stem in STEMS],
     "mmlu_dev": [
         {"question": f"Shot {n} of {subject}? ", "subject": subject, "choices": ["1", "2", "3", "4"], "answer": n % 4}
         for subject in ("anatomy", "virology")

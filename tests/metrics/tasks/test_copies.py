@@ -21,7 +21,10 @@ from compresso.metrics.tasks.ready import prepare
 from compresso.metrics.tasks.suites import Bench, suites_of
 
 LOCAL = os.environ.get("COMPRESSO_DATA")
-SINGLE = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "storycloze", "boolq", "race")
+SINGLE = (
+    *("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"),
+    *("openbookqa", "storycloze", "boolq", "race", "lambada"),
+)
 PARTS = ("mmlu_anatomy", "mmlu_virology", "bbh_boolean_expressions", "bbh_navigate")
 
 

@@ -129,6 +129,14 @@ STORYCLOZE = Bench(
         "as given; its authors send it on request",
     ),
 )
+LAMBADA = Bench(
+    "lambada",
+    "lambada/lambada_openai.yaml",
+    hub="EleutherAI/lambada_openai",
+    copy=Copy({"test": "lambada_openai_2000.jsonl.gz"}, ("text",), "first 2,000 rows of 5,153"),
+)
+ALONE = (STORYCLOZE, LAMBADA)
+"""Tasks of no suite that always has them."""
 READING = (
     Bench(
         "boolq",
@@ -170,7 +178,7 @@ def suites_of(names: str | Sequence[str], data_root: Path | None = None) -> tupl
     if not asked:
         raise DataError(f"no task was named; known suites: {', '.join(SUITES)}")
     suites = _suites(data_root)
-    tasks = {bench.name: bench for suite in suites.values() for bench in suite.benches} | {STORYCLOZE.name: STORYCLOZE}
+    tasks = {bench.name: bench for suite in (*suites.values(), Suite(None, ALONE)) for bench in suite.benches}
     chosen: list[Suite] = []
     seen: set[str] = set()
     for name in asked:
