@@ -163,6 +163,20 @@ def test_a_saved_adapter_is_read_back_by_peft(make: Make, tmp_path: Path) -> Non
         assert torch.equal(again(input_ids=IDS).logits, expected)
 
 
+def test_a_target_that_left_every_layer_is_said_and_skipped(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    model = make()
+    layers = len(arch_for(model.config).blocks(model))
+    gone = Plan({f"layers.{i}.channels": () for i in range(layers)} | {"mlp": ()})
+    shrink_(model, arch_for(model.config).axes(model), gone)
+    adapted = attach_(model, 2, 4, ("q_proj", "gate_proj", "down_proj"))
+    assert "no layer has gate_proj, down_proj any more" in caplog.text
+    assert {name.split(".")[-2] for name in adapter_parameters(adapted)} == {"q_proj"}
+    model = merge_(adapted)
+    for targets, strict in ((("up_proj",), False), (("q_proj", "up_proj"), True)):
+        with pytest.raises(RecipeError, match="keep more"):
+            attach_(model, 2, 4, targets, strict=strict)
+
+
 def test_a_model_whose_linears_all_left_says_so() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)

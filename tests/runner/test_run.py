@@ -62,7 +62,8 @@ def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: 
     assert (
         after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32
     )  # one channel more at most, and what multiples may add
-    assert after["blocks"] >= (keep - 0.1) * before["blocks"]
+    slack = 0.2 if recipe == "evopress" else 0.1  # an attention leaves whole, and is a fifth of this model
+    assert after["blocks"] >= (keep - slack) * before["blocks"]
 
 
 @pytest.mark.parametrize("recipe", EACH_LIST)

@@ -4,6 +4,7 @@ Unusual: the initial A comes from a generator on the CPU, so a seed gives the sa
 checks every sum for NaN and Inf before it changes the first weight.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from compresso.arch.base import arch_for
 from compresso.errors import NumericError, RecipeError, nearest
 
+log = logging.getLogger(__name__)
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Of a layer of LLaMA, and of the families that have its names."""
+
 
 def attach_(
     model: PreTrainedModel,
@@ -27,17 +33,20 @@ def attach_(
     targets: Sequence[str] = ("q_proj", "v_proj"),
     dropout: float = 0.0,
     seed: int = 0,
+    strict: bool = False,
 ) -> PeftModel:
     """Freeze the model and put an adapter on each linear whose last name is a target; layers that have none are
-    skipped.
+    skipped, and so is a target that the architecture knows and that left every layer, which is said.
 
     Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's
     `attn.c_attn` for `q_proj`), the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
     The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out,
     rank] zero, both float32 whatever the base's dtype.
 
+    strict: refuse a target that left every layer, too, as a dry run does while the budget can still be changed.
+
     Raises:
-        RecipeError: a target that no layer has and for a rank below 1.
+        RecipeError: a target that the architecture does not know, none that is left, and a rank below 1.
     """
     head = model.get_output_embeddings()  # may be the embedding, so it is no target
     modules = {
@@ -48,15 +57,22 @@ def attach_(
     linears = {name.rpartition(".")[2] for name in modules}
     parts = getattr(arch_for(model.config), "parts", None)
     names: list[str] = []
-    if not linears:
+    left: list[str] = []
+    for target in targets:
+        known = target if target in _LINEARS else None
+        name = target if target in linears else known if parts is None else parts.standing_for(target)
+        if name is None:
+            raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
+        here = any(f".{one}".endswith(f".{name}") for one in modules)
+        (names if here else left).append(name)
+    if targets and not names:
         raise RecipeError(
             "no linear is left in this model's layers to put adapters on: the budget removed them all; keep more"
         )
-    for target in targets:
-        name = target if target in linears or parts is None else parts.standing_for(target)
-        if name is None or not any(f".{one}".endswith(f".{name}") for one in modules):
-            raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
-        names.append(name)
+    if left and strict:
+        raise RecipeError(f"no layer has {', '.join(left)} any more, and adapters are to lie there; keep more")
+    if left:
+        log.warning("adapters: no layer has %s any more, since their sub-layers were all removed", ", ".join(left))
     adapted_ones = [
         module for name, module in modules.items() if f".{name}".endswith(tuple(f".{one}" for one in names))
     ]

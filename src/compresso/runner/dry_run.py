@@ -231,7 +231,7 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
     if learning.lora is None:
         found = {"all": int(cost().total)}
     else:
-        adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets)
+        adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets, strict=True)
         if learning.by_adapters:
             adapter_parameters(adapted)
         found = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
