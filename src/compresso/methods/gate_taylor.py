@@ -45,8 +45,8 @@ class GateTaylor:
         calibrates: see `Calibrates`.
         depth_batches: of its batches, the first so many are behind the scores of layers, attentions and MLPs, each of
             which takes a forward pass over them.
-        depth_weight: what the loss without such a part counts for beside what units cost; below 1 before training,
-            which gives back more of it.
+        depth_weight: what the loss without such a part counts for beside what units cost; below 1 where
+            training behind it is thought to give back more of it.
         allocation: "global" (one pool), "per_layer" (equal shares), "sensitivity" (shares by score) or "exact" (integer
             programming).
     """

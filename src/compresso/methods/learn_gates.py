@@ -104,8 +104,8 @@ class LearnGates:
         score_batches, score_spread: batches behind the starting scores; spread of the starting log-alpha.
         depth_batches: of these, the first so many are behind the scores of layers, attentions and MLPs, each of which
             takes a forward pass over them.
-        depth_weight: what the loss without such a part counts for beside what units cost; below 1, since training gives
-            back more of it.
+        depth_weight: what the loss without such a part counts for beside what units cost; below 1 where training is
+            thought to give back more of it.
         depth_from: fewest layers of a model of which `kinds` may take whole ones, attentions or MLPs; a shallower one
             keeps them.
         noise: "batch" (one draw an update) or "example" (one draw an example).
