@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging as transformers_logging
 
 from compresso import cli
+from compresso.core.budget import Budget
+from compresso.core.quantities import Counted
 from compresso.data import nano
 from compresso.engines import transformers_4
 from compresso.engines import vllm as vllm_engine
@@ -40,13 +42,20 @@ SHORT = ("data.held=4", "data.prompt=false", "data.pack=false", "data.limit=40")
 _STAGES = {name: dict(build(read(name)).stages) for name in names()}
 ONE_SHOT = [name for name, made in _STAGES.items() if all(isinstance(one, ChecksModel) for one in made.values())]
 """Shipped recipes that change weights in one pass and no shapes."""
+
+
+def _counts(budget: Budget | None) -> bool:
+    """Whether a budget is a share of what follows from shapes."""
+    return budget is not None and budget.of in get_args(Counted)
+
+
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
-    if any(isinstance(stage, Shrinks) and stage.budget() is not None for stage in stages.values())
+    if any(isinstance(stage, Shrinks) and _counts(stage.budget()) for stage in stages.values())
 ]
-"""Shipped recipes with a budget; others meet no size, or have a ratio of the units of certain layers: published sizes
-of certain models.
+"""Shipped recipes with a budget that shapes alone can meet; others meet no size, have a ratio of the units of certain
+layers (published sizes of certain models), or count in what a run measures.
 """
 
 

@@ -125,6 +125,9 @@ VARIANTS: Mapping[str, Stages] = {
     "evopress of layers": [
         {"evopress": {"keep": 0.7, "kinds": ["layer"], "search": "dp", "finalists": 1, "texts": 2, **LOOKS}}
     ],
+    "ristretto": [
+        {"ristretto": {"keep": 0.8, "search": "dp", "beginnings": 2, "judge_rows": 2, "texts": 2, "steps": 3, **LOOKS}}
+    ],
     "repair": [*score(["channel"], layout="uniform"), {"repair": {"examples": 8, "batch": 4}}],
     "magnitude": [{"magnitude": {"sparsity": 0.5}}],
     "wanda": [{"wanda": {"sparsity": 0.5, **SWEPT}}],
@@ -167,6 +170,7 @@ REFUSED: Mapping[str, Cells] = {
             "learn_gates",
             "learn_gates projected",
             "bonsai",
+            "ristretto",
         ),
         NO_HEAD_DIM,
     )

@@ -1,0 +1,320 @@
+"""Ristretto: layers, heads and channels traded for each other on the model, without training. compresso's own.
+
+1. A bank of nested choices: of every attention and FFN the order in which its units leave by exact optimal brain
+   surgeon, and what is left fitted by least squares (`compresso.sweep.bank`; the surgeon's updates as in ZipLM, Kurtic
+   et al., arXiv 2302.04089).
+2. Beginnings: no, a few, ... layers leave in the order of least block influence (ShortGPT, Men et al., arXiv
+   2403.03853), and the widths of all others are the exact choice by the bank's errors.
+3. Each beginning is built, repaired as the stage `repair` does, and judged by its KL divergence from dense on rows
+   that neither the bank nor the repair has seen. Layers gain most by a repair, and widths were fitted before: without
+   the repair the comparison would choose wrongly between them.
+4. Evolution from the best of them, every candidate compared with the dense model by the KL divergence (EvoPress,
+   Sieberling et al., arXiv 2410.14649).
+5. The best that evolution found are judged like the beginnings; of all that were judged, the nearest is taken that
+   repeats itself little more than the dense model when it writes.
+
+The stage leaves weights as the bank fitted them; put `repair` behind it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.arch.queries import axes_of
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget, InfeasibleBudget, removable
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.core.quantities import Budgeted
+from compresso.data.batches import Row
+from compresso.errors import BudgetError, DataError, ResourceError
+from compresso.job import Job
+from compresso.methods.repair import Repair
+from compresso.methods.ristretto_judge import Judge, cut
+from compresso.observe.influence import block_influence
+from compresso.solve.allocate import allocate
+from compresso.solve.bank_choice import STEPS, Menu, beginnings, evenly, items, menu
+from compresso.solve.evolve import Evolution, Fitness
+from compresso.solve.level_choice import Item, Levels
+from compresso.solve.search import Search, recorded, search_levels
+from compresso.stage import Calibrates, Effects, Passes, stage
+from compresso.sweep.bank import BankKnobs, make_bank
+from compresso.sweep.bank_levels import BankLevels
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.candidates import candidate_divergence
+from compresso.training.fitness_journal import journalled
+from compresso.training.launch import processes
+from compresso.training.noise import mixed_seed
+from compresso.training.order import Batches
+
+WIDTHS, DEPTHS = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL), (Kind.ATTENTION, Kind.MLP)
+
+
+@stage(
+    "ristretto",
+    title="trades layers, heads and channels for each other under one budget, by search on the model",
+    paper="2410.14649",
+    effects=Effects.SHAPES | Effects.WEIGHTS,
+    needs=("data",),
+    when="The best model of a size without training, where minutes to hours of forward passes are at hand.",
+    failures=(
+        "What it finds fits its calibration data: give a mixture, and at least eight tokens for each input of the"
+        " widest linear. Recovery narrows the lead over scores."
+    ),
+)
+class Ristretto:
+    """Knobs of ristretto.
+
+    Args:
+        keep: share of `of` that stays.
+        of: "blocks", "total", "macs", "kv", "bytes_at_context" or "milliseconds"; see `Removes`.
+        kinds: what may leave: attention and mlp (a block without both leaves as a layer), head, query and channel.
+        layout: "free", or "uniform": equal widths in all layers, and whole layers leave; not with "evolve".
+        search: "none" keeps one share in every layer, "dp" takes the best beginning, "evolve" goes on from it.
+        evolution: length and breadth of the search; see `compresso.solve.evolve.Evolution`.
+        calibrates: what candidates are compared on; the last stage of selection takes all.
+        examples: calibration rows of the bank, and of repairs, at most.
+        batch_of_bank: rows a forward pass of these.
+        steps: widths of an FFN that are tried, at most.
+        damping: share of the mean diagonal added to second moments when weights are fitted.
+        beginnings: judged, at most, from no layer gone to layers alone.
+        finalists: best candidates of the evolution that are judged.
+        judged: by their divergence "repaired", as `repair` behind this stage will make them, or as "found".
+        judge_rows: rows that the bank does not see.
+        texts: of these rows, continued to look for repetition; 0 looks at none.
+        repeats: by how much more than the dense model's a candidate's share of repeated 4-grams may be.
+    """
+
+    keep: Annotated[float, Gt(0), Le(1)] = 0.8
+    of: Budgeted = "blocks"
+    kinds: tuple[Kind, ...] = (*DEPTHS, *WIDTHS)
+    layout: Literal["free", "uniform"] = "free"
+    search: Literal["none", "dp", "evolve"] = "evolve"
+    evolution: Evolution = Evolution(generations=20, offspring=12)
+    calibrates: Calibrates = Calibrates(batches=16, batch=1, micro_batch=1)
+    examples: Annotated[int, Ge(2)] = 128
+    batch_of_bank: Annotated[int, Ge(1)] = 4
+    steps: Annotated[int, Ge(1)] = STEPS
+    damping: Annotated[float, Gt(0), Le(1)] = 0.1
+    beginnings: Annotated[int, Ge(1)] = 4
+    finalists: Annotated[int, Ge(0)] = 2
+    judged: Literal["repaired", "found"] = "repaired"
+    judge_rows: Annotated[int, Ge(1)] = 16
+    texts: Annotated[int, Ge(0)] = 8
+    repeats: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse what no bank holds. Raises ValueError."""
+        known = (*DEPTHS, *WIDTHS)
+        if not self.kinds or not set(self.kinds) <= set(known):
+            raise ValueError(
+                f"kinds={[*map(str, self.kinds)]}: a bank holds {', '.join(known)}; give some of them. A layer leaves"
+                " where its attention and its mlp do"
+            )
+        if self.layout == "uniform" and self.search == "evolve":
+            raise ValueError(
+                "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
+            )
+        if self.search == "none" and not set(self.kinds) & {Kind.HEAD, Kind.CHANNEL}:
+            raise ValueError("search=none keeps one share in every layer; let kinds name head or channel")
+
+    def budget(self) -> Budget:
+        """The share that these knobs describe."""
+        return self._budget(self.kinds)
+
+    def _budget(self, kinds: Sequence[Kind]) -> Budget:
+        even = tuple(kind for kind in kinds if kind in (Kind.HEAD, Kind.CHANNEL)) if self.layout == "uniform" else ()
+        return Budget(self.keep, self.of, kinds, uniform_over=even)
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Raise BudgetError for a model that has none of the units."""
+        try:
+            removable(axes_of(arch, model, (Kind.QUERY,)), self.budget())
+        except ValueError as error:
+            raise BudgetError(f"ristretto: {error}") from error
+
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+        """A plan within the budget for units that are all alike: widths, or whole parts where widths cannot meet it.
+        Raises ValueError without one, or such units.
+        """
+        removable(axes, self.budget())
+        whole = [kind for kind in self.kinds if kind in DEPTHS]
+        for kinds in ([kind for kind in self.kinds if kind in (Kind.HEAD, Kind.CHANNEL)], whole):
+            there = [axis for axis in axes if axis.kind in kinds and axis.size]
+            if there:
+                try:
+                    zeros = {axis.name: torch.zeros(axis.size) for axis in there}
+                    return allocate(there, zeros, cost, self._budget(kinds))
+                except InfeasibleBudget:
+                    if kinds is whole or not whole:
+                        raise
+        raise ValueError("kinds names query alone; name head, too")
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """The bank's look, block influence, repairs and losses of what is judged, and candidates of the search."""
+        evolves = self.search == "evolve"
+        n_judged = {"none": 1, "dp": self.beginnings, "evolve": self.beginnings + 1 + self.finalists}[self.search]
+        repaired = n_judged if self.judged == "repaired" else 0
+        sizes = self.evolution.sizes(self._pieces)
+        passes = [Passes("calibration", self.examples), Passes("search", self.judge_rows, 1 + 2 * n_judged)]
+        passes.append(Passes("comparison", 2 * n_judged))  # of each as masked and as smaller
+        if self.search != "none":
+            passes.append(Passes("calibration", self.calibrates.examples))
+        for one in self._repair.work(model, arch) if repaired else ():
+            passes.append(replace(one, forwards=one.forwards * repaired))
+        if evolves:
+            each = self.calibrates.examples // self._pieces
+            passes.append(Passes("search", self.calibrates.examples, 3))
+            passes += [Passes("search", size * each, n) for size, n in zip(sizes, self.evolution.most, strict=True)]
+        return passes
+
+    def __call__(self, job: Job) -> Job:
+        """Make the bank, search, judge, and leave the best."""
+        if job.offloaded is not None or processes() > 1:
+            raise ResourceError(
+                "stage 'ristretto' puts candidates together in memory, in one process; start it without --offload and"
+                " torchrun"
+            )
+        seen, judges = self.split_rows(job)
+        axes, cost, of_run = axes_of(job.arch, job.model, (Kind.QUERY,)), job.cost(), job.same("ristretto", self)
+        self.dry_run_plan(axes, cost)
+        run = replace(job.sweeping("ristretto", self), rows=seen)
+        bank = make_bank(run, Calibration(self.examples, self.batch_of_bank), BankKnobs(moments=True))
+        choice = menu(bank, self.kinds, self.steps)
+        priced = items(choice, axes, cost, self.of)
+        limit = self.budget().limit(cost) - float(cost().count(self.of))
+        fitted = partial(self._fitted, choice, run.folder / "bank")
+        repair = self._repair if self.judged == "repaired" else None
+        build = partial(cut, choice=choice, axes=axes, fitted=fitted)
+        judge = Judge(build, repair, replace(job, rows=seen), judges, self.texts, job.rounds("judged", of_run))
+        for levels in self._beginnings(job, axes, choice, priced, limit, of_run):
+            judge(levels)
+        facts: dict[str, Any] = {}
+        if self.search == "evolve":
+            found, facts = self._evolved(job, axes, choice, priced, limit, judge.best, fitted(job), of_run)
+            for levels in found:
+                judge(levels)
+        levels, place = judge.taken(self.repeats)
+        told = {
+            "bank": {"blocks": [bank.blocks[layer] for layer in sorted(bank.blocks)], **bank.identity["knobs"]},
+            "judged": [{**one, "gone": choice.empty_blocks(levels)} for levels, one in judge.seen.items()],
+            "taken": place,
+            "levels": {one.name: [level.units, level.slots] for one, level in choice.picked(levels)},
+            **facts,
+        }
+        return build(job, levels).note("ristretto", **told)
+
+    def split_rows(self, job: Job) -> tuple[list[Row], list[Row]]:
+        """Rows for the bank and repairs, and rows to judge by, drawn without repetition. Raises DataError."""
+        if len(job.rows) < 3:
+            raise DataError(
+                f"{len(job.rows)} calibration examples: candidates are fitted to some and judged by others; give at"
+                " least 3"
+            )
+        n = min(self.judge_rows, len(job.rows) // 3)
+        generator = torch.Generator().manual_seed(mixed_seed("ristretto rows", job.seed))
+        order = torch.randperm(len(job.rows), generator=generator).tolist()
+        return [job.rows[i] for i in sorted(order[n:])], [job.rows[i] for i in sorted(order[:n])]
+
+    def _beginnings(
+        self,
+        job: Job,
+        axes: Sequence[Axis],
+        choice: Menu,
+        priced: Sequence[Item],
+        limit: float,
+        same: Mapping[str, Any],
+    ) -> list[Levels]:
+        """What is judged first."""
+        if self.search == "none":
+            return [evenly(choice, priced, limit)]
+        order: list[int] = []
+        layers = [axis for axis in axes if axis.kind == Kind.LAYER]
+        if layers and set(DEPTHS) <= set(self.kinds):
+            blocks, batches = job.arch.blocks(job.model), self.calibrates.read(self._batches(job))
+            how = job.observing("influence", same)
+            scores = block_influence(job.model, blocks, layers, (Kind.LAYER,), batches, how).scores
+            order = torch.argsort(scores[layers[0].name], stable=True).tolist()
+        even = self.layout == "uniform"
+        return beginnings(choice, priced, limit, order[: len(order) - 1], self.beginnings, even=even)
+
+    def _evolved(
+        self,
+        job: Job,
+        axes: Sequence[Axis],
+        choice: Menu,
+        priced: Sequence[Item],
+        limit: float,
+        start: Levels,
+        install: BankLevels,
+        same: Mapping[str, Any],
+    ) -> tuple[list[Levels], dict[str, Any]]:
+        """The best candidates of the evolution from a beginning, and facts for the records."""
+        blocks, batches = job.arch.blocks(job.model), list(self.calibrates.read(self._batches(job)))
+        at = [one.layer for one in choice.sub_layers]
+        most = 2 + sum(self.evolution.most)
+        journal = job.rounds("candidates", same)
+        with (
+            candidate_divergence(
+                job.model, blocks, at, install, choice.dense, batches, self.evolution.sizes(len(batches))
+            ) as divergence,
+            journalled(
+                _keeping_fewest(divergence, choice, axes), journal, most, job.progress(), "candidates"
+            ) as fitness,
+        ):
+            found = search_levels(
+                Search.EVOLVE,
+                priced,
+                limit,
+                start,
+                fitness,
+                self.evolution,
+                seed=mixed_seed("ristretto", job.seed),
+                together=choice.pairs,
+                adopted=divergence.adopt,
+            )
+            facts = {
+                "calibration": divergence.facts,
+                "history": recorded(found.history),
+                "candidates": list(found.tried),
+            }
+        best = [found.levels, *(levels for levels, value in found.finalists if math.isfinite(value))]
+        return list(dict.fromkeys(best))[: 1 + self.finalists], facts
+
+    def _fitted(self, choice: Menu, bank: Path, job: Job) -> BankLevels:
+        """What puts a job's model at levels."""
+        return BankLevels(job.model, job.arch, choice, bank, self.damping)
+
+    @property
+    def _repair(self) -> Repair:
+        """What is done to candidates before they are judged."""
+        return Repair(**{"examples": self.examples, "batch": self.batch_of_bank})
+
+    @property
+    def _pieces(self) -> int:
+        """Forward passes over the calibration data."""
+        return self.calibrates.batches * -(-self.calibrates.batch // self.calibrates.micro_batch)
+
+    def _batches(self, job: Job) -> Batches:
+        return job.batches(self.calibrates.batch, "ristretto")
+
+
+def _keeping_fewest(fitness: Fitness, choice: Menu, axes: Sequence[Axis]) -> Fitness:
+    """The fitness, infinite for candidates that keep too few parts; the model is not asked about these."""
+
+    def held(levels: Levels, stage: int, /) -> float:
+        try:
+            choice.plan(levels, layers=False).check(axes)
+        except ValueError:
+            return math.inf
+        return fitness(levels, stage) if len(choice.empty_blocks(levels)) < choice.bank.layers else math.inf
+
+    return held

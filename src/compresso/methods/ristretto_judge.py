@@ -1,0 +1,133 @@
+"""Candidates as whole smaller models: built apart, repaired as the stage `repair` does, and compared with dense on rows
+of their own.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from compresso.core.axis import Axis, Kind
+from compresso.core.plan import Plan
+from compresso.data.batches import Row
+from compresso.errors import NumericError
+from compresso.job import Job
+from compresso.methods.repair import Repair
+from compresso.metrics.divergence import DenseReference, divergence, reference
+from compresso.metrics.repeats import first_that_writes, repetition_of
+from compresso.solve.bank_choice import Menu
+from compresso.solve.level_choice import Levels
+from compresso.sweep.bank_levels import BankLevels
+from compresso.training.rounds import RoundJournal
+
+NEW_TOKENS = 48
+"""Of each text that a candidate writes."""
+
+
+class Build(Protocol):
+    """Turns a job's model into the smaller one."""
+
+    def __call__(self, job: Job, levels: Levels) -> Job:
+        """The job at these levels."""
+        ...
+
+
+class Judge:
+    """Builds candidates apart from the model, repairs them, and notes how far they are from dense and what they write.
+
+    Args:
+        build: the smaller model, in a job whose model may be changed.
+        repair: behind it; None judges models as they are built.
+        job: with the rows that repairs may see; its model stays as it is.
+        rows: to judge by.
+        texts: of these, continued to look for repetition.
+        journal: of what was judged, in order; None keeps none.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        repair: Repair | None,
+        job: Job,
+        rows: Sequence[Row],
+        texts: int,
+        journal: RoundJournal | None,
+    ) -> None:
+        self._build, self._repair, self._job, self._rows, self._texts = build, repair, job, rows, texts
+        self._journal = journal
+        self._known: list[Any] = [] if journal is None else journal.entries()
+        self._reference: DenseReference | None = None
+        self.seen: dict[Levels, dict[str, Any]] = {}
+
+    @property
+    def best(self) -> Levels:
+        """The nearest to dense."""
+        return min(self.seen, key=self._distance)
+
+    def _distance(self, levels: Levels) -> float:
+        value = self.seen[levels]["divergence"]
+        return math.inf if value is None else value
+
+    def __call__(self, levels: Levels) -> None:
+        """Judge a candidate, unless it was judged before."""
+        if levels in self.seen:
+            return
+        n = len(self.seen)
+        if n < len(self._known):
+            self.seen[levels] = self._known[n]
+            return
+        folder = self._job.out / f"judged-{n:06d}"
+        apart = replace(self._job, model=copy.deepcopy(self._job.model), out=folder)
+        smaller = self._build(apart, levels)
+        if self._repair is not None:
+            smaller = self._repair(smaller)
+        self.seen[levels] = {
+            "divergence": self._divergence(smaller.model),
+            "loss": float(self._job.task.score(smaller.model, self._rows).mean),
+            "repetition": self._repetition(smaller.model),
+        }
+        if self._journal is not None:
+            self._journal.append(self.seen[levels])
+
+    def taken(self, repeats: float) -> tuple[Levels, int]:
+        """The best candidate that repeats itself at most so much more than the dense model, and its place in the order
+        of judging.
+        """
+        ranked = sorted(self.seen, key=self._distance)
+        most = self._repetition(self._job.model) + repeats
+        place, _ = first_that_writes((self.seen[levels]["repetition"] for levels in ranked), most)
+        return ranked[place], list(self.seen).index(ranked[place])
+
+    def _divergence(self, model: PreTrainedModel) -> float | None:
+        """Mean KL(dense || model) in nats a token; None where it is not finite."""
+        if self._reference is None:
+            texts = [row["input_ids"] for row in self._rows]
+            self._reference = reference(self._job.model, texts, corpus="judged", batch_size=1)
+        try:
+            return divergence(model, self._reference)[0].value
+        except NumericError:
+            return None
+
+    def _repetition(self, model: PreTrainedModel) -> float:
+        """Of what a model writes; 0 where it is not asked."""
+        texts = [row["input_ids"] for row in self._rows if len(row["input_ids"]) > 1][: self._texts]
+        if self._job.tokenizer is None or not texts:
+            return 0.0
+        return repetition_of(model, self._job.tokenizer, texts, NEW_TOKENS)
+
+
+def cut(job: Job, levels: Levels, *, choice: Menu, axes: Sequence[Axis], fitted: Callable[[Job], BankLevels]) -> Job:
+    """The job at these levels: weights fitted, units removed, and then the layers that lost all."""
+    gone = choice.empty_blocks(levels)
+    fitted(job).fit_(levels)
+    left = choice.plan(levels).kept
+    plan = Plan({name: units for name, units in left.items() if name != "layers"})
+    job = job.without(plan.masks(axes), "ristretto")
+    layers = [axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER]
+    if gone:
+        stays = tuple(i for i in range(choice.bank.layers) if i not in gone)
+        job = job.without(Plan({layers[0].name: stays}).masks(layers), "ristretto")
+    return job
