@@ -43,6 +43,13 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             console.print(line, markup=False, soft_wrap=True)
     for one in facts["compressed"]:
         console.print(_compressed(one, facts["device"]), markup=False, soft_wrap=True)
+    for one in facts["stages"]:
+        if one["memory_bytes_estimated"] is not None:
+            console.print(
+                f"{one['stage']}: the dense model lies beside its own; about {_bytes(one['memory_bytes_estimated'])} on"
+                f" {facts['device']} (estimated), activations not among it",
+                soft_wrap=True,
+            )
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(

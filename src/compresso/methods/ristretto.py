@@ -296,7 +296,8 @@ class Ristretto:
     @property
     def _repair(self) -> Repair:
         """What is done to candidates before they are judged."""
-        return Repair(**{"examples": self.examples, "batch": self.batch_of_bank})
+        knobs: dict[str, Any] = {"examples": self.examples, "batch": self.batch_of_bank}
+        return Repair(**knobs)
 
     @property
     def _pieces(self) -> int:

@@ -90,7 +90,7 @@ def plan(
     where = planned(device)
     stored = _width(source.config)
     length, width = recipe.data.max_length, stored if where.computes_in != torch.float32 else 4
-    stages = [_cost(one, shown.before["macs_per_token"], length) for one in shown.stages]
+    stages = [_cost(one, shown.before, length, width) for one in shown.stages]
     training = [
         _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
     ]
@@ -102,7 +102,8 @@ def plan(
     compressed = [one for one in facts if one is not None]
     packed = packed_bytes(shown.after["parameters"]["total"], stored, compressed)
     if where.known is not None:
-        shown.notes += _room(where, [*training, *compressed])
+        beside = [one for one in stages if one["memory_bytes_estimated"] is not None]
+        shown.notes += _room(where, [*training, *compressed, *beside])
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with a head for {len(SOME_LABELS)} labels; the data tells how many there are")
     if recipe.task.name != DEFAULT and keeps_heads(source.config):
@@ -159,8 +160,11 @@ def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float
     return 2 * size**3 / min(seconds)
 
 
-def _cost(one: Acted, dense_macs: int, length: int) -> dict[str, Any]:
-    """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs."""
+def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int) -> dict[str, Any]:
+    """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs; and the memory of what
+    trains nothing but wants the dense model beside its own, at `width` bytes a number.
+    """
+    beside = one.learning is None and any(passed.dense for passed in one.passes)
     passes = [
         {
             "what": passed.what,
@@ -168,7 +172,9 @@ def _cost(one: Acted, dense_macs: int, length: int) -> dict[str, Any]:
             "tokens_at_most": _times(passed.examples, length),
             "forwards": passed.forwards,
             "backwards": passed.backwards,
-            "flops_at_most": _times(_times(passed.examples, length), flops_per_token(passed, one.macs, dense_macs)),
+            "flops_at_most": _times(
+                _times(passed.examples, length), flops_per_token(passed, one.macs, dense["macs_per_token"])
+            ),
         }
         for passed in one.passes
     ]
@@ -179,6 +185,7 @@ def _cost(one: Acted, dense_macs: int, length: int) -> dict[str, Any]:
         "backward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["backwards"]) for row in passes),
         "flops_at_most": _sum(row["flops_at_most"] for row in passes),
         "seconds_estimated": None,
+        "memory_bytes_estimated": (one.parameters + dense["parameters"]["total"]) * width if beside else None,
     }
 
 
