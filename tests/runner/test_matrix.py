@@ -125,6 +125,10 @@ VARIANTS: Mapping[str, Stages] = {
     "evopress of layers": [
         {"evopress": {"keep": 0.7, "kinds": ["layer"], "search": "dp", "finalists": 1, "texts": 2, **LOOKS}}
     ],
+    "sparse_finetune": [
+        {"magnitude": {"sparsity": 0.5}},
+        {"sparse_finetune": {"steps": 2, "batch": 4, "micro_batch": 4, "kl_weight": 0.5}},
+    ],
     "ristretto": [
         {"ristretto": {"keep": 0.8, "search": "dp", "beginnings": 2, "judge_rows": 2, "texts": 2, "steps": 3, **LOOKS}}
     ],

@@ -66,6 +66,11 @@ class Halves(Protocol):
         ...
 
     @property
+    def reads_states(self) -> bool:
+        """Whether what `read` gives first are the last hidden states."""
+        ...
+
+    @property
     def outcomes(self) -> int:
         """Among how many the model decides."""
         ...
@@ -148,6 +153,11 @@ class Network:
             )
 
     @property
+    def reads_states(self) -> bool:
+        """They are, behind the final norm."""
+        return True
+
+    @property
     def outcomes(self) -> int:
         """Rows of the head."""
         weight = self.head().get_parameter("weight")
@@ -188,6 +198,11 @@ class Whole:
 
     def check(self) -> None:
         """Nothing can lie between the halves."""
+
+    @property
+    def reads_states(self) -> bool:
+        """They are logits."""
+        return False
 
     @property
     def outcomes(self) -> int:
