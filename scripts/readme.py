@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PACKAGE = "src/compresso/"
 MOST_RECIPES = 10
-"""A stage in more recipes than these is one that ends most of them."""
+"""A stage in more recipes than these begins those of other papers, too, which have their own rows, or ends most."""
 PHRASES = {
     ".ci/": "what every change must pass, in one script",
     ".github/": "the same on GitHub: a fast lane and the whole",
@@ -67,14 +67,18 @@ PHRASES = {
 def methods() -> str:
     """The table of stages: those that remove units, that change weights, that only follow others."""
     used: dict[str, list[str]] = {}
-    first: set[str] = set()
+    first, papers = set[str](), dict[str, str]()
     for name in names():
-        stages = [stage for stage, _ in build(read(name), name).stages]
+        recipe = build(read(name), name)
+        stages, papers[name] = [stage for stage, _ in recipe.stages], recipe.paper
         first.add(stages[0])
         for stage in stages:
             used.setdefault(stage, []).append(name)
     follows = used.keys() - first
     rows = sorted(cards().values(), key=lambda card: (_group(card, card.name in follows), card.name))
+    for card in rows:
+        if card.name in first and len(used[card.name]) > MOST_RECIPES:
+            used[card.name] = [name for name in used[card.name] if papers[name] == card.paper]
     table = [_row(card, used.get(card.name, [])) for card in rows]
     return "\n".join(["| stage | recipes | what it does | paper | needs |", "|---|---|---|---|---|", *table])
 
