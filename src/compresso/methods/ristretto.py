@@ -5,9 +5,9 @@
    et al., arXiv 2302.04089).
 2. Beginnings: no, a few, ... layers leave in the order of least block influence (ShortGPT, Men et al., arXiv
    2403.03853), and the widths of all others are the exact choice by the bank's errors.
-3. Each beginning is built, repaired as the stage `repair` does, and judged by its KL divergence from dense on rows
-   that neither the bank nor the repair has seen. Layers gain most by a repair, and widths were fitted before: without
-   the repair the comparison would choose wrongly between them.
+3. Each beginning is built and judged by its KL divergence from dense on rows that the bank has not seen; by choice
+   after the stage `repair` has repaired it (`judged: repaired`), since layers gain most by that and widths were
+   fitted before.
 4. Evolution from the best of them, every candidate compared with the dense model by the KL divergence (EvoPress,
    Sieberling et al., arXiv 2410.14649).
 5. The best that evolution found are judged like the beginnings; of all that were judged, the nearest is taken that
@@ -87,7 +87,7 @@ class Ristretto:
         damping: share of the mean diagonal added to second moments when weights are fitted.
         beginnings: judged, at most, from no layer gone to layers alone.
         finalists: best candidates of the evolution that are judged.
-        judged: by their divergence "repaired", as `repair` behind this stage will make them, or as "found".
+        judged: by their divergence as "found", or "repaired" as `repair` behind this stage will make them; slow.
         judge_rows: rows that the bank does not see.
         texts: of these rows, continued to look for repetition; 0 looks at none.
         repeats: by how much more than the dense model's a candidate's share of repeated 4-grams may be.
@@ -106,7 +106,7 @@ class Ristretto:
     damping: Annotated[float, Gt(0), Le(1)] = 0.1
     beginnings: Annotated[int, Ge(1)] = 4
     finalists: Annotated[int, Ge(0)] = 2
-    judged: Literal["repaired", "found"] = "repaired"
+    judged: Literal["repaired", "found"] = "found"
     judge_rows: Annotated[int, Ge(1)] = 16
     texts: Annotated[int, Ge(0)] = 8
     repeats: Annotated[float, Ge(0), Le(1)] = 0.1
