@@ -3,7 +3,8 @@
     python benchmarks/real_model_report.py
 
 Reads results/real_model.jsonl, which `real_model.py` appends to, and writes real_model.md and real_model.html beside
-it. What was not done is named below its table; how the runs were shortened stands above them.
+it, and the short table in README.md. What was not done is named below its table; how the runs were shortened stands
+above them.
 """
 
 import json
@@ -17,6 +18,7 @@ from common import RESULTS
 from compresso.report.charts import curves
 from real_model import BATCH, CALIBRATION, LENGTH, LINES, TASKS, cells
 
+README = RESULTS.parents[1] / "README.md"
 Found = Mapping[tuple[str, str], Mapping[str, Any]]
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4 sample"}
 HEADINGS = {
@@ -122,6 +124,26 @@ def plots(lines: Found, updates: int) -> list[Markup]:
     return drawn
 
 
+def short(lines: Found, updates: int) -> list[str]:
+    """Perplexity alone, methods by what was removed, for README.md."""
+    by_kind: dict[str, dict[str, dict[str, str]]] = {}
+    for cell in cells(updates):
+        if (cell.name, "perplexity") in lines and cell.kind != "dense":
+            method, _, bits = cell.method.partition(", ")
+            values = [lines[cell.name, "perplexity"]["found"][text]["value"] for text in TEXTS]
+            by_kind.setdefault(cell.kind, {}).setdefault(method, {})[bits or cell.setting] = " / ".join(
+                map(_short, values)
+            )
+    dense = " / ".join(_short(lines["dense", "perplexity"]["found"][text]["value"]) for text in TEXTS)
+    text = [f"Perplexity of {' / '.join(TEXTS.values())}; dense {dense}.", ""]
+    for kind, methods in by_kind.items():
+        settings = list(dict.fromkeys(setting for of in methods.values() for setting in of))
+        text += [f"| {HEADINGS[kind].lower()} | {' | '.join(settings)} |", "|---|" + "---:|" * len(settings)]
+        text += [f"| {method} | {' | '.join(of.get(one, '-') for one in settings)} |" for method, of in methods.items()]
+        text.append("")
+    return text
+
+
 def main() -> None:
     """Write the tables and the page."""
     lines = found()
@@ -130,6 +152,10 @@ def main() -> None:
     for kind in ("sparse", "rounded", "structured"):
         text += [f"### {HEADINGS[kind]}", "", *table(lines, kind, updates), ""]
     (RESULTS / "real_model.md").write_text("\n".join(text), "utf-8")
+    before, mark, rest = README.read_text("utf-8").partition("<!-- real model -->")
+    after = rest.partition("<!-- /real model -->")[2]
+    part = "\n".join([how(lines), "", *short(lines, updates)])
+    README.write_text(f"{before}{mark}\n{part}<!-- /real model -->{after}", "utf-8")
     body = [Markup("<p>{}</p>").format(how(lines)), *plots(lines, updates)]
     for kind in ("sparse", "rounded", "structured"):
         body.append(Markup("<h2>{}</h2>{}").format(HEADINGS[kind], _html(table(lines, kind, updates))))

@@ -47,6 +47,10 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt/angular": ("drop_layers", {"score": "angular", "batches": 8, "batch": 4}),
     "shortgpt/attention": ("drop_layers", {"kinds": ["attention"], "batches": 8, "batch": 4}),
     "shortgpt/mlp": ("drop_layers", {"kinds": ["mlp"], "batches": 8, "batch": 4}),
+    "ristretto": (
+        "ristretto",
+        {"evolution": {"generations": 6, "offspring": 8}, "batches": 8, "beginnings": 3, "judge_rows": 6},
+    ),
 }
 SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 4, "batch": 4})
 """ShortGPT with a number of layers in the place of a share; asked for as the selector `shortgpt/drop-6`."""
