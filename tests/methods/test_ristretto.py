@@ -177,6 +177,21 @@ def test_rows_that_judge_are_not_fitted_to(make_job: MakeJob) -> None:
     assert not [row for row in judges if any(row is one for one in seen)]
 
 
+def test_nothing_is_searched_by_the_rows_that_judge(make_job: MakeJob) -> None:
+    """With other rows to judge by, the search from one beginning is the same, and the judgement is not."""
+    found: list[Any] = []
+    for folder, token in (("a", 1), ("b", 40)):
+        stage, job = ristretto(search="evolve", keep=0.6, beginnings=1), make_job(folder=folder)
+        judges = stage.split_rows(job)[1]
+        others: list[Any] = [
+            {"input_ids": [token] * 12, "labels": [token] * 12} if any(row is one for one in judges) else row
+            for row in job.rows
+        ]
+        found.append(stage(replace(job, rows=others)).records["ristretto"])
+    assert found[0]["history"] == found[1]["history"] and len(found[0]["history"]) == 4
+    assert found[0]["judged"][0]["divergence"] != found[1]["judged"][0]["divergence"]
+
+
 def test_bad_input_is_named(make_job: MakeJob) -> None:
     with pytest.raises(ValidationError, match="a bank holds attention, mlp, head, query, channel"):
         Ristretto(kinds=("hidden",))  # type: ignore[arg-type]

@@ -186,7 +186,8 @@ class Ristretto:
         seen, judges = self.split_rows(job)
         axes, cost, of_run = axes_of(job.arch, job.model, (Kind.QUERY,)), job.cost(), job.same("ristretto", self)
         self.dry_run_plan(axes, cost)
-        run = replace(job.sweeping("ristretto", self), rows=seen)
+        looking = replace(job, rows=seen)
+        run = looking.sweeping("ristretto", self)
         bank = make_bank(run, Calibration(self.examples, self.batch_of_bank), BankKnobs(moments=True))
         choice = menu(bank, self.kinds, self.steps)
         priced = items(choice, axes, cost, self.of)
@@ -194,12 +195,12 @@ class Ristretto:
         fitted = partial(self._fitted, choice, run.folder / "bank")
         repair = self._repair if self.judged == "repaired" else None
         build = partial(cut, choice=choice, axes=axes, fitted=fitted)
-        judge = Judge(build, repair, replace(job, rows=seen), judges, self.texts, job.rounds("judged", of_run))
-        for levels in self._beginnings(job, axes, choice, priced, limit, of_run):
+        judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
+        for levels in self._beginnings(looking, axes, choice, priced, limit, of_run):
             judge(levels)
         facts: dict[str, Any] = {}
         if self.search == "evolve":
-            found, facts = self._evolved(job, axes, choice, priced, limit, judge.best, fitted(job), of_run)
+            found, facts = self._evolved(looking, axes, choice, priced, limit, judge.best, fitted(job), of_run)
             for levels in found:
                 judge(levels)
         levels, place = judge.taken(self.repeats)
