@@ -89,7 +89,7 @@ def test_the_model_comes_nearer_to_dense(make_job: MakeJob) -> None:
 
 def objective_of(job: Job, **knobs: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     stage = SparseFinetune(**{**SHORT, **knobs})
-    teacher = stage._teacher(job) if stage._taught else None  # pyright: ignore[reportPrivateUsage]
+    teacher = stage._teacher(job)  # pyright: ignore[reportPrivateUsage]
     objective = stage._objective(job, job.model, teacher)  # pyright: ignore[reportPrivateUsage]
     return lambda batch: objective(batch, Micro(0, 0, range(4)))
 

@@ -19,14 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.errors import CheckpointError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
-from compresso.stage.tuning import group_of, learner, settled, tune, watching
+from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @stage(
@@ -93,7 +90,7 @@ class Distill:
         """Reopen the dense model, train adapters or weights towards it, merge adapters."""
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
-        teacher = self._teacher(job)
+        teacher = frozen_teacher(job, self.teacher_dtype, self.teacher_device)
         model = learner(job, self.lora if self.train == "lora" else None)
         learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
         watch = watching(job, self.watches, total)
@@ -103,17 +100,6 @@ class Distill:
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
         return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
-
-    def _teacher(self, job: Job) -> PreTrainedModel:
-        """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""
-        if job.original is None:
-            raise CheckpointError(
-                "distillation needs the dense model as its teacher, and this job names none; set Job.original"
-            )
-        device = torch.device("cpu") if self.teacher_device == "cpu" else job.device
-        teacher = job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device)
-        teacher.requires_grad_(False)
-        return teacher.eval()
 
     def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
         """The loss of the model that learns, with the layers and hidden dimensions that it has left."""

@@ -25,15 +25,13 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.squarehead import Norm
 from compresso.edit.zeros import INFERRED, Zeros
-from compresso.errors import CheckpointError, RecipeError
+from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, Watches, stage
-from compresso.stage.tuning import group_of, learner, settled, tune, watching
+from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
 from compresso.sweep.targets import Where, chosen, names_of
 from compresso.training.history import curve
 from compresso.training.squarehead_objective import SquareHeadObjective
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @stage(
@@ -103,7 +101,7 @@ class SparseFinetune:
         zeros = self._zeros(job)
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
-        teacher = self._teacher(job) if self._taught else None
+        teacher = self._teacher(job)
         model = learner(job, None)
         learning = group_of("all", model, self.adamw, job.model.config.hidden_size, total, self.weight_decay)
         watch = watching(job, self.watches, total)
@@ -140,17 +138,12 @@ class SparseFinetune:
             )
         return zeros
 
-    def _teacher(self, job: Job) -> PreTrainedModel:
-        """The dense model, read anew and frozen. Raises CheckpointError if the job does not know where from."""
-        if job.original is None:
-            raise CheckpointError(
-                "SquareHead compares with the dense model, and this job names none; set Job.original, or"
-                " feature_weight: 0 and kl_weight: 0"
-            )
-        device = torch.device("cpu") if self.teacher_device == "cpu" else job.device
-        teacher = job.original(_DTYPES.get(self.teacher_dtype, job.model.dtype), device)
-        teacher.requires_grad_(False)
-        return teacher.eval()
+    def _teacher(self, job: Job) -> PreTrainedModel | None:
+        """The dense model, if something is compared with it."""
+        if not self._taught:
+            return None
+        cure = "set Job.original, or feature_weight: 0 and kl_weight: 0"
+        return frozen_teacher(job, self.teacher_dtype, self.teacher_device, cure)
 
     def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel | None) -> SquareHeadObjective:
         """The loss, with the layers and hidden dimensions that are left."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compresso.core import schedule
 from compresso.edit.lora import attach_, merge_, save_adapter
 from compresso.edit.recompute import recompute_
-from compresso.errors import RecipeError
+from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
 from compresso.stage.knobs import AdamW, Trains, TunesLora, Watches
 from compresso.training.fit import fit
@@ -23,6 +23,8 @@ from compresso.training.history import History
 from compresso.training.launch import accumulation
 from compresso.training.order import Batches
 from compresso.training.watch import Watch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def attached(job: Job, lora: TunesLora) -> PeftModel:
@@ -36,6 +38,27 @@ def learner(job: Job, lora: TunesLora | None) -> nn.Module:
         return attached(job, lora)
     # small updates of all weights would be rounded away in half precision
     return cast(nn.Module, job.model).float().requires_grad_(True)
+
+
+def frozen_teacher(
+    job: Job, dtype: Literal["same", "bf16", "fp32"], device: Literal["same", "cpu"], cure: str = "set Job.original"
+) -> PreTrainedModel:
+    """The dense model, read anew and frozen.
+
+    Args:
+        dtype: it is read in; "same" as the job's model.
+        device: it computes on.
+        cure: what to do where the job does not know where from.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if job.original is None:
+        raise CheckpointError(f"the dense model is the teacher here, and this job names none; {cure}")
+    place = torch.device("cpu") if device == "cpu" else job.device
+    teacher = job.original(_DTYPES.get(dtype, job.model.dtype), place)
+    teacher.requires_grad_(False)
+    return teacher.eval()
 
 
 def settled(job: Job, learned: nn.Module, stored: torch.dtype, name: str, trains: Trains) -> Job:
