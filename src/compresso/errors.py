@@ -101,15 +101,16 @@ class Interrupted(SystemExit):
         )
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the closest valid one, or all of them.
+def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None) -> str:
+    """The tail of a message about an unknown name: the closest valid one, or all of them, or those `shown` in their
+    place.
 
     >>> nearest("head", ["heads", "channels"])
     "did you mean 'heads'?"
     """
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names if shown is None else sorted(shown))}"
 
 
 def out_of_memory(error: BaseException) -> bool:

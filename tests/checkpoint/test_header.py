@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -105,6 +105,7 @@ def test_good_file_reads_as_safetensors_reads_it(tmp_path: Path) -> None:
     }
 
 
+@example(changes=[(26, "delete", 0), (215, "insert", 0)])  # NUL behind the object, with the length unchanged
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(

@@ -114,7 +114,7 @@ def _entries(text: str, path: Path) -> dict[str, TensorInfo]:
             tensors[name] = _entry(name, json.loads(body[0]), path)
             at = body.end()
         at = _next(text, at)
-    if text[at + 1 :].strip(" \t\r\n\0"):
+    if text[at + 1 :].strip(" \t\r\n"):
         raise ValueError("text after its end")
     return tensors
 

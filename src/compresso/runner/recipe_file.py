@@ -49,7 +49,8 @@ def read(recipe: str | Path) -> dict[str, Any]:
         )
     path = _path(recipe)
     if path is None or not path.is_file():
-        raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {nearest(name, names())}")
+        known = nearest(name, names(), shown={one.partition("/")[0] for one in names()})
+        raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {known}")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
