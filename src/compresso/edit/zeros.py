@@ -22,7 +22,7 @@ class Zeros:
 
     @staticmethod
     def of(model: nn.Module, linears: Sequence[str], least: float = 0.0) -> "Zeros":
-        """The zeros of linears, by full name, of which more than `least` of the weights, and at least one, are 0."""
+        """The zeros of linears, by full name, of which at least the share `least`, and at least one weight, is 0."""
         found = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach() == 0 for name in linears}
         return Zeros({name: mask for name, mask in found.items() if mask.any() and float(mask.float().mean()) >= least})
 

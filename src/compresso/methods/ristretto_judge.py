@@ -1,6 +1,4 @@
-"""Candidates as whole smaller models: built apart, repaired as the stage `repair` does, and compared with dense on rows
-of their own.
-"""
+"""Candidates as whole smaller models: built apart, repaired by choice, and compared with dense on rows of their own."""
 
 import copy
 import math
@@ -36,7 +34,7 @@ class Build(Protocol):
 
 
 class Judge:
-    """Builds candidates apart from the model, repairs them, and notes how far they are from dense and what they write.
+    """Builds candidates apart from the model and notes how far they are from dense and what they write.
 
     Args:
         build: the smaller model, in a job whose model may be changed.

@@ -4,7 +4,7 @@
     loss = hard_weight x cross-entropy + kl_weight x temperature^2 KL(teacher || student) + feature_weight x SquareHead
 
 The teacher runs first, and its states wait in a queue; behind each block of the student the block's term is taken and
-the teacher's state let go, so that both models' states never lie in memory together. What weighs nothing is not
+the teacher's state let go; the term's own difference stays until its gradient is taken. What weighs nothing is not
 computed: without a divergence the teacher makes no logits, and without features and divergence it does not run.
 """
 
