@@ -75,6 +75,10 @@ def mixture(kind: str) -> list[Iterator[str]]:
         f"{row['instruction']}\n{row['input']}\n{row['output']}".replace("\n\n", "\n")
         for row in lines("instruct/dolly_3k")
     )
+    if kind == "flagship":
+        books = (row["text"] for row in lines("text/redpajama_sample") if row["domain"] == "book")
+        code = (row["text"] for row in lines("text/redpajama_sample") if row["domain"] == "github")
+        return [papers, instructions, books, code]
     stories = (row["text"] for row in lines("text/tinystories_sample"))
     return [papers, encyclopaedia, instructions, stories]
 
@@ -128,6 +132,8 @@ class Subject:
                 "wikitext2": (row["text"] for row in lines("text/wikitext2_raw_test") if row["text"].strip()),
                 "c4": (row["text"] for row in lines("text/c4_sample_300")),
             }
+            if mix == "flagship":
+                texts["stories"] = (row["text"] for row in lines("text/tinystories_sample"))
         self.rows = [{"input_ids": ids, "labels": ids} for ids in calibration]
         self.scored = {key: windows(self.tokenizer, text, width, scored) for key, text in texts.items()}
         self.reference: DenseReference = reference(
@@ -161,11 +167,14 @@ class Subject:
         return {**found, "kl": divergence(job.model, self.reference)[0].value}
 
 
-def cells(subject: Subject, selector: str, ratio: float, repairs: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """One selector at one ratio, with each repair."""
+def cells(
+    subject: Subject, selector: str, ratio: float, repairs: Sequence[str], seed: int, folder: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """One selector at one ratio, with each repair. folder: of journals that outlast a killed run."""
     stage, knobs = SIX_LAYERS if selector == "shortgpt/drop-6" else SELECTORS[selector]
     budget: Mapping[str, Any] = {} if "drop" in knobs else {"keep": 1 - ratio}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = folder or Path(temporary)
         started = time.monotonic()
         chosen = card(stage).type(**knobs, **budget)(subject.job(Path(scratch) / "selector", seed))
         seconds = time.monotonic() - started

@@ -1,0 +1,174 @@
+"""Compresso beside dropping layers on a real model: as many updates of as many tokens for each, at the same rate.
+
+    python benchmarks/equal_updates.py MODEL --scratch FOLDER [--only GLOB] [--updates 120] [--windows 40] [--threads 1]
+    python benchmarks/equal_updates.py --report
+
+An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend a
+quarter of the updates on them. Adapters of all recoveries have rank 32 and the rate 5e-4 at a hidden size of 4,096.
+`repair` is the least-squares fit to the dense model before recovery: no update, and up to 128 windows of the same
+data. Measured on WikiText-2 and the C4 sample, which nobody was trained on, in
+float32. A finished row is a line of results/equal_updates.jsonl; checkpoints stay in FOLDER.
+"""
+
+import argparse
+import json
+import os
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compresso
+from common import RESULTS, high_water_mib, machine
+from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.metrics.corpora import corpus
+from compresso.metrics.perplexity import perplexity
+from compresso.metrics.protocol import PerplexityProtocol
+from compresso.runner.recipe import read
+from real_model import ROWS, SCORED, TEXT
+
+LINES = RESULTS / "equal_updates.jsonl"
+BATCH, LENGTH = 4, 512
+SELECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "shortgpt": ("shortgpt", "drop_layers", {"batches": 8, "batch": BATCH}),
+    "compresso": ("compresso", "learn_gates", {"batch": BATCH, "micro_batch": BATCH, "precision": "bf16"}),
+    "llm-pruner": ("llm-pruner", "llm_pruner", {"batch": 32, "micro_batch": BATCH}),
+    "gate-taylor": ("gate-taylor", "gate_taylor", {"batches": 8, "batch": BATCH}),
+}
+"""Of each method its recipe, and the stage that chooses with what is read by it."""
+
+
+def sets_of(method: str, repair: str, updates: int) -> list[str]:
+    """Overrides of a method's recipe."""
+    recipe, stage, knobs = SELECTS[method]
+    gates = updates // 4 if stage == "learn_gates" else 0
+    knobs = {**knobs, **({"hold": gates} if gates else {}), "repair": repair}
+    trains = {"steps": updates - gates, "batch": BATCH, "micro_batch": BATCH, "precision": "bf16", "lr": 5e-4}
+    found = [f"data.max_length={LENGTH}", "data.prompt=false", "data.pack=true", "data.limit=1500"]
+    found += [f"stages.{stage}.{name}={value}" for name, value in knobs.items()]
+    found += [f"stages.recover.{name}={value}" for name, value in trains.items()]
+    assert [name for one in read(recipe)["stages"] for name in one if name not in ("repair",)] == [stage, "recover"]
+    return found
+
+
+def row(
+    model: str, scratch: Path, root: Path, method: str, repair: str, keep: float, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Make a checkpoint, unless it is there, and score it."""
+    name = f"{method}-{repair}-{keep}-{given.updates}"
+    folder, facts = scratch / name, scratch / f"{name}.json"
+    sets = sets_of(method, repair, given.updates)
+    if not facts.exists():
+        begun = time.monotonic()
+        data = ",".join(str(root / one) for one in (ROWS, TEXT))
+        result = compresso.run(
+            SELECTS[method][0], model, data, output=folder, keep=keep, sets=sets, measure="none",
+            allow_collapsed=True, overwrite=True,
+        )  # fmt: skip
+        blocks = [result.records[when]["parameters"]["blocks"] for when in ("after", "before")]
+        repaired = result.records["stages"].get("repair", {})
+        known = {
+            "seconds": round(time.monotonic() - begun),
+            "blocks": blocks[0] / blocks[1],
+            "repair": {key: repaired[key] for key in ("applied", "held_out_loss") if key in repaired},
+        }
+        facts.write_text(json.dumps(known), "utf-8")
+    return {**json.loads(facts.read_text("utf-8")), "sets": sets, "found": scored(str(folder), root, given.windows)}
+
+
+def scored(folder: str, root: Path, windows: int) -> dict[str, Any]:
+    """Perplexity of both texts, with the loss of each window."""
+    source = open_source(folder)
+    model, tokenizer = load_model(source, torch.float32), load_tokenizer(source)
+    found: dict[str, Any] = {}
+    for name, place in SCORED.items():
+        texts = corpus(place if name == place else root / place, data_root=root)
+        how = PerplexityProtocol(name, texts.split, "blank line", LENGTH, bos="none", max_windows=windows)
+        result = perplexity(model, tokenizer, texts.texts, how, batch_size=2)
+        found[name] = {"value": result.value, "loss": result.loss, "stderr": result.stderr, "tokens": result.n_tokens}
+    return found
+
+
+def rows() -> list[dict[str, Any]]:
+    """What is done."""
+    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
+
+
+def report() -> None:
+    """Write results/equal_updates.md."""
+    done = rows()
+    one = done[-1]
+    where = one["machine"]["cuda"] or f"{one['machine']['processor']}, {one['machine']['threads']} thread(s)"
+    text = [
+        "# Compresso beside dropping layers, after equal updates",
+        "",
+        f"SmolLM2-135M-Instruct; {one['updates']} updates of {BATCH * LENGTH:,} tokens for every method, one seed."
+        f" Perplexity ± one standard error over windows; {where}. See `benchmarks/equal_updates.py`.",
+        "",
+        "| removed | method | repair | blocks left | WikiText-2 | C4 sample | minutes |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for line in sorted(done, key=lambda line: (-line["keep"], line["found"]["wikitext2"]["loss"])):
+        numbers = [
+            f"{line['found'][name]['value']:.1f} ± {line['found'][name]['value'] * line['found'][name]['stderr']:.1f}"
+            for name in SCORED
+        ]
+        text.append(
+            f"| {round(100 * (1 - line['keep']))} % | {line['method']} | {line['repair_target']} |"
+            f" {100 * line.get('blocks', 1):.1f} % | {' | '.join(numbers)} | {line.get('seconds', 0) / 60:.0f} |"
+        )
+    (RESULTS / "equal_updates.md").write_text("\n".join([*text, ""]), "utf-8")
+
+
+def main() -> None:
+    """Do what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--only", default="*", help="rows whose METHOD-REPAIR-KEEP fits, such as 'compresso-*-0.8'")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.7, 0.5])
+    parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    root = Path(os.environ["COMPRESSO_DATA"])
+    if not given.report:
+        given.scratch.mkdir(parents=True, exist_ok=True)
+        where = {key: value for key, value in machine().items() if key != "load_before"}
+        for keep in (1.0, *given.keeps):
+            for method, repair in _order(keep):
+                name = f"{method}-{repair}-{keep}"
+                known = {(line["method"], line["repair_target"], line["keep"], line["updates"]) for line in rows()}
+                if (method, repair, keep, given.updates) in known or not fnmatch(name, given.only):
+                    continue
+                if method == "dense":
+                    found: dict[str, Any] = {"found": scored(given.model, root, given.windows)}
+                else:
+                    found = row(given.model, given.scratch, root, method, repair, keep, given)
+                line = {"method": method, "repair_target": repair, "keep": keep, "updates": given.updates, **found}
+                with LINES.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
+                print(name, json.dumps(line["found"]), flush=True)
+    report()
+
+
+def _order(keep: float) -> list[tuple[str, str]]:
+    """Methods and repairs at a size, those that most is asked of first."""
+    if keep == 1.0:
+        return [("dense", "none")]
+    return [
+        ("shortgpt", "none"),
+        ("compresso", "residual"),
+        ("compresso", "none"),
+        ("shortgpt", "residual"),
+        ("llm-pruner", "none"),
+        ("gate-taylor", "none"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
