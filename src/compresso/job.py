@@ -122,7 +122,7 @@ class Job:
         """Training batches of `batch` examples an update, in an order of the stage's own. Raises DataError without
         training data.
         """
-        return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed))
+        return ShuffledBatches(self.rows, batch, self.collated, mixed_seed(stage, self.seed), self.task.again)
 
     def collated(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Examples side by side: what the model reads, and labels."""

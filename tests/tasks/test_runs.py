@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compresso
 from compresso.checkpoint.source import load_model, open_source
-from compresso.engines.classifier import classifier_parity, classifier_reference
+from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.engines.transformers import OWN
 from compresso.engines.verify import verify
@@ -254,7 +254,7 @@ def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_pat
     live = load_model(open_source(pruned))
     with torch.no_grad():
         live.get_parameter("classifier.bias").add_(1)
-    assert classifier_parity(ONNX, tmp_path / "onnx", classifier_reference(live, None)).opens == "no"
+    assert encoder_parity(ONNX, tmp_path / "onnx", encoder_reference(live, None)).opens == "no"
     code, _, error = call("export", pruned, "--format", "gguf", "--output", tmp_path / "x.gguf")
     assert code == 2 and len(error.splitlines()) == 1
 

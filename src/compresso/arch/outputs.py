@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def outputs(model: PreTrainedModel, given: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Logits, or the last hidden states of a model without a head, in float32 on the model's device.
+    """Logits (of starts and ends side by side), or the last hidden states of a model without a head, in float32 on the
+    model's device.
 
     given: token ids [batch, seq], or pixel values [batch, channels, height, width] for a model that reads images; or
         all that a model of tokens reads, by name.
@@ -20,4 +21,6 @@ def outputs(model: PreTrainedModel, given: Tensor | Mapping[str, Tensor]) -> Ten
         result = model(pixel_values=given.to(model.dtype))
     else:
         result = model(input_ids=given, use_cache=False)
+    if hasattr(result, "start_logits"):
+        return torch.stack([result.start_logits, result.end_logits], -1).float()
     return (result.logits if hasattr(result, "logits") else result.last_hidden_state).float()

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -52,7 +53,8 @@ from compresso.native.stock import as_stock
 
 log = logging.getLogger(__name__)
 
-_ENCODERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModel)
+_READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
+_ENCODERS = (*_READERS, AutoModelForImageClassification, AutoModel)
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
@@ -155,8 +157,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
     causal one.
 
     Raises:
-        ArchError: the config names none of a causal language model, a masked one, a classifier or a bare model, and is
-            not causal.
+        ArchError: the config names none of a causal language model, a masked one, a classifier, one that finds answers
+            or a bare model, and is not causal.
     """
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
@@ -180,9 +182,11 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return auto_class(config) is AutoModelForCausalLM and config.model_type != "bert"
 
 
-def is_text_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a model is opened as a classifier of texts."""
-    return auto_class(config) is AutoModelForSequenceClassification
+def is_text_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as an encoder of texts with a head: one that guesses masked tokens, classifies, or
+    finds answers.
+    """
+    return auto_class(config) in _READERS
 
 
 def meta_model(source: Source) -> PreTrainedModel:

@@ -10,9 +10,9 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output, first_bytes
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.scratch import scratch_beside
-from compresso.checkpoint.source import Source, is_text_classifier, open_source
+from compresso.checkpoint.source import Source, is_text_encoder, open_source
 from compresso.door import public
-from compresso.engines.classifier import classifier_parity, classifier_reference
+from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
 from compresso.engines.onnx_runtime import ONNX
 from compresso.engines.parity import Engine, Format, Parity
@@ -21,7 +21,7 @@ from compresso.engines.written import Live, load_for, write
 from compresso.errors import CheckpointError, ExportError, deprecated, nearest
 from compresso.formats.gguf import library
 from compresso.formats.onnx import head_dim
-from compresso.formats.onnx_classifier import save_onnx_classifier
+from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.metrics.size import weight_bytes
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,8 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
     """A folder with an ONNX graph."""
-    if is_text_classifier(source.config):
-        facts = _classifier(source, output, dtype, force)
+    if is_text_encoder(source.config):
+        facts = _encoder(source, output, dtype, force)
     else:
         facts = _exported(source, Format.ONNX, output, dtype, force)
     size = sum(path.stat().st_size for path in output.glob("model.onnx*"))
@@ -171,16 +171,16 @@ def _exported(source: Source, written: Format, output: Path, dtype: str | None, 
     return facts
 
 
-def _classifier(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
-    """Write a classifier's ONNX graph and open it in its engine; returns what `export` returns, without the bytes."""
+def _encoder(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
+    """Write an encoder's ONNX graph and open it in its engine; returns what `export` returns, without the bytes."""
     live = load_for(Format.ONNX, source)
     facts: dict[str, Any] = {"output": str(output), "format": str(Format.ONNX), "dtype": dtype}
 
     def parity(path: Path) -> Parity:
-        return classifier_parity(ONNX, path, classifier_reference(live.model, live.tokenizer, dtype))
+        return encoder_parity(ONNX, path, encoder_reference(live.model, live.tokenizer, dtype))
 
     check = _opening(ONNX, parity, output, facts)
-    save_onnx_classifier(live.model, output, live.tokenizer, dtype=dtype, force=force, check=check, source=live.folder)
+    save_onnx_encoder(live.model, output, live.tokenizer, dtype=dtype, force=force, check=check, source=live.folder)
     return facts
 
 

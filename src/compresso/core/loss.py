@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compresso.core.losses import IGNORED, label_loss, next_token_loss
+from compresso.core.losses import IGNORED, label_loss, masked_token_loss, next_token_loss
 
 
 class TrainingLoss(Protocol):
@@ -67,3 +67,5 @@ NEXT_TOKEN = Loss(next_token_loss, _next_tokens, _after_padding)
 """Of a causal language model: labels [batch, seq], each predicted at the position before it."""
 LABEL = Loss(label_loss, _labels)
 """Of a classifier: labels [batch], one an example."""
+MASKED_TOKEN = Loss(masked_token_loss, _labels)
+"""Of a masked language model: labels [batch, seq], each predicted where it stands."""

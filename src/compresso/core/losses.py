@@ -51,6 +51,26 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
 
 
+def masked_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood [], float32, of labelled tokens, each predicted where it stands.
+
+    Args:
+        logits: [batch, seq, vocab], any float dtype.
+        labels: [batch, seq], int64; -100 is ignored.
+
+    Raises ValueError if no token is labelled (the mean would be NaN) or the shapes disagree.
+    """
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"wanted logits [batch, seq, vocab] and labels [batch, seq], got {list(logits.shape)} and"
+            f" {list(labels.shape)}"
+        )
+    labelled = labels != IGNORED
+    if not bool(labelled.any()):
+        raise ValueError(f"no token is labelled in a batch {list(labels.shape)}; give texts with masked tokens")
+    return functional.cross_entropy(logits[labelled].float(), labels[labelled])
+
+
 @overload
 def lagrangian(sparsity: Tensor, target: float, lambda1: Tensor, lambda2: Tensor) -> Tensor: ...
 @overload

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.masking import Masking
 from compresso.errors import DataError
 
 IGNORED = -100
@@ -15,13 +16,15 @@ IGNORED = -100
 
 class Row(TypedDict):
     """One example: its ids, and for each the label, which is the id itself or `IGNORED`; of a classified text one label
-    in all. Where it is known, the source it came from; of a pair of texts, which id belongs to which.
+    in all. Where it is known, the source it came from; of a pair of texts, which id belongs to which; of a masked text,
+    how it was masked.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: NotRequired[str]
     token_type_ids: NotRequired[list[int]]
+    masking: NotRequired[Masking]
 
 
 class Batch(TypedDict):

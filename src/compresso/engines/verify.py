@@ -15,10 +15,10 @@ import torch
 
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
-from compresso.checkpoint.source import Source, is_causal, is_text_classifier, numbers_of, open_source
+from compresso.checkpoint.source import Source, is_causal, is_text_encoder, numbers_of, open_source
 from compresso.door import public
 from compresso.engines import registry
-from compresso.engines.classifier import verify_classifier
+from compresso.engines.encoder import verify_encoder
 from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
@@ -31,19 +31,19 @@ from compresso.training.progress import Progress
 def verify(model: str | Path) -> list[Parity]:
     """The parity of every engine with a hub id, a folder of safetensors or a GGUF file.
 
-    Raises CheckpointError if it is neither a causal language model nor a classifier of texts, or cannot be read;
-    ResourceError if memory is short.
+    Raises CheckpointError if it is neither a causal language model nor an encoder of texts with a head, or cannot be
+    read; ResourceError if memory is short.
     """
     source = open_source(model, packed=True)
     check_scratch()
-    if source.folder is None or not (is_causal(source.config) or is_text_classifier(source.config)):
+    if source.folder is None or not (is_causal(source.config) or is_text_encoder(source.config)):
         raise CheckpointError(
-            f"model {source.name} is not a causal language model or a classifier of texts with weights, and verify"
-            " compares their logits."
+            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, and"
+            " verify compares their logits."
         )
-    if is_text_classifier(source.config):
+    if is_text_encoder(source.config):
         with scratch_folder() as scratch:
-            return verify_classifier(source, scratch)
+            return verify_encoder(source, scratch)
     with Progress().working("reading the model"):
         reference = load_for(Format.CHECKPOINT, source).reference()
     found: dict[str, Parity] = {}

@@ -80,7 +80,7 @@ class Finetune:
             "updates": total,
             "trainable": sum(parameter.numel() for parameter in trained.parameters()),
             "lr": lr,
-            "new_head": list(job.labels) if new_head else None,
+            "new_head": (list(job.labels) or [job.task.head]) if new_head else None,
             "curve": curve(history),
         }
         return replace(job, model=trained).note("finetune", **facts)

@@ -136,15 +136,8 @@ def loading(run: Run, commands: Mapping[str, str]) -> list[tuple[str, str]]:
     folder = repr(run.name.rpartition("/")[2])
     task = task_named(run.records.recipe.task)
     plain = f"from transformers import {task.auto_class}\n\nmodel = {task.auto_class}.from_pretrained({folder})"
-    ways = [
-        (
-            "compresso",
-            f"import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))",
-        )
-    ]
-    if not task.writes_text:
-        called = f"pipeline({task.pipeline!r}, {folder})('A fine piece of work.')"
-        ways = [("transformers, text in", f"from transformers import pipeline\n\nprint({called})")]
+    opener = "compresso" if task.writes_text else "transformers, text in"
+    ways = [(opener, task.usage.replace("{folder}", folder))]
     if run.records.layout == "native":
         ways.append(("transformers, with compresso installed", f"import compresso  # knows this model type\n{plain}"))
         remote = plain.replace(f"({folder})", f"({folder}, trust_remote_code=True)")

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.data_facts import data_facts
 from compresso.runner.devices import REACHED, Planned, planned
-from compresso.runner.dry_run import SOME_LABELS, Acted, DryRun, dry_run
+from compresso.runner.dry_run import Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import (
     misfits,
     multiples,
@@ -105,7 +105,7 @@ def plan(
         beside = [one for one in stages if one["memory_bytes_estimated"] is not None]
         shown.notes += _room(where, [*training, *compressed, *beside])
     if recipe.task.lacks_head(source.config):
-        shown.notes.append(f"counted with a head for {len(SOME_LABELS)} labels; the data tells how many there are")
+        shown.notes.append(f"counted with {recipe.task.head}")
     if recipe.task.name != DEFAULT and keeps_heads(source.config):
         shown.notes.append(f"all heads stay: a {source.config.model_type} config cannot say that some are gone")
     return {

@@ -97,6 +97,16 @@ class Task(Protocol):
         ...
 
     @property
+    def head(self) -> str:
+        """The head that a base model is given, in words."""
+        ...
+
+    @property
+    def usage(self) -> str:
+        """Python that opens a model and asks it something, with {folder} for the model."""
+        ...
+
+    @property
     def writes_text(self) -> bool:
         """Whether its models write text, which is then read, compared and timed."""
         ...
@@ -139,6 +149,10 @@ class Task(Protocol):
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """Examples side by side: what the model reads, and "labels"."""
+        ...
+
+    def again(self, row: Row, seed: int) -> Row:
+        """An example as one pass over the data sees it, by a seed of that pass; the same where nothing is drawn."""
         ...
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ class CausalLM:
     pipeline: str = "text-generation"
     form: RecordForm = TEXTS
     metric: str = "held/perplexity"
+    head: str = "none"
+    usage: str = "import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))"
     writes_text: bool = True
     loss: Loss = NEXT_TOKEN
     compare: Compare = next_tokens
@@ -82,6 +84,10 @@ class CausalLM:
         """input_ids, attention_mask and labels, each [len(rows), longest], int64."""
         batch = collate(rows, pad_id)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+
+    def again(self, row: Row, seed: int) -> Row:
+        """The example as it is: nothing is drawn."""
+        return row
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """The beginning of the first example."""

@@ -4,7 +4,6 @@ A base model has no classifier. It is given one by the stage `finetune`, which t
 comes out is the dense model that a pruned one is taught by and compared with.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from compresso.data.batches import Row
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
+from compresso.edit.new_head import under_new_head
 from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
@@ -45,6 +45,10 @@ class Classification:
     pipeline: str = "text-classification"
     form: RecordForm = LABELLED
     metric: str = ACCURACY
+    head: str = "a head for 2 labels; the data tells how many there are"
+    usage: str = (
+        "from transformers import pipeline\n\nprint(pipeline('text-classification', {folder})('A fine piece of work.'))"
+    )
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = examples
@@ -65,24 +69,12 @@ class Classification:
 
     def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
         """The encoder under a new classifier, and a new pooler if it has none; both as the family draws them."""
-        config = copy.deepcopy(model.config)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: i for i, name in enumerate(labels)}
-        config.problem_type = "single_label_classification"
-        with torch.random.fork_rng(devices=[]), torch.device(model.device):
-            torch.manual_seed(mixed_seed("head", seed))
-            made: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-                config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-            )
-        encoder, fresh = model.base_model, made.base_model
-        for name, module in fresh.named_children():
-            if getattr(encoder, name, None) is None:
-                setattr(encoder, name, module)
-        for module in encoder.modules():
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                module.config = made.config  # pyright: ignore[reportArgumentType]  # no tensor and no module
-        setattr(made, made.base_model_prefix, encoder)
-        return made.train(model.training)
+        fields = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
+        return under_new_head(model, AutoModelForSequenceClassification, fields, mixed_seed("head", seed))
 
     def encode(
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
@@ -127,6 +119,10 @@ class Classification:
         if any(map(any, types)):
             batch["token_type_ids"] = torch.tensor([one + [0] * gap for one, gap in zip(types, gaps, strict=True)])
         return batch
+
+    def again(self, row: Row, seed: int) -> Row:
+        """The example as it is: nothing is drawn."""
+        return row
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """A few examples with their padding."""

@@ -94,6 +94,28 @@ def examples(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
     return Compared(labels, torch.ones_like(labels, dtype=torch.bool), batch["attention_mask"].bool())
 
 
+@torch.no_grad()
+def check_halves(model: PreTrainedModel, halves: Halves) -> None:
+    """Compare a model's two halves with the whole.
+
+    Raises:
+        ArchError: something unknown lies between them.
+    """
+    ids = torch.arange(min(8, halves.outcomes), device=model.device).unsqueeze(0)
+    whole = lambda: model(input_ids=ids, use_cache=False).logits  # noqa: E731
+    with full_precision():
+        wanted = whole()
+        found = halves.logits(halves.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
+        apart = float((wanted - found).abs().max())
+        usual = apart <= 1e2 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+        explained = usual or apart <= ROUNDINGS * rounding_of(model, whole, wanted)
+    if not explained:
+        name = type(model).__name__
+        raise ArchError(
+            f"{name} changes its logits after the head in a way nobody described; distil another architecture"
+        )
+
+
 @dataclass(frozen=True)
 class Network:
     """A causal language model in two halves: ids -> hidden states, hidden states -> logits.
@@ -111,7 +133,7 @@ class Network:
         device.
         """
         inputs = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        with _outputs(self.blocks) as found:
+        with block_outputs(self.blocks) as found:
             last = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return last, list(found)
 
@@ -131,26 +153,9 @@ class Network:
         """Those of the head."""
         return list(self.head().parameters())
 
-    @torch.no_grad()
     def check(self) -> None:
-        """Compare the two halves with the whole.
-
-        Raises:
-            ArchError: something unknown lies between them.
-        """
-        ids = torch.arange(min(8, self.outcomes), device=self.model.device).unsqueeze(0)
-        whole = lambda: self.model(input_ids=ids, use_cache=False).logits  # noqa: E731
-        with full_precision():
-            wanted = whole()
-            halves = self.logits(self.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0])
-            apart = float((wanted - halves).abs().max())
-            usual = apart <= 1e2 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
-            explained = usual or apart <= ROUNDINGS * rounding_of(self.model, whole, wanted)
-        if not explained:
-            name = type(self.model).__name__
-            raise ArchError(
-                f"{name} changes its logits after the head in a way nobody described; distil another architecture"
-            )
+        """Compare the two halves with the whole. Raises ArchError as `check_halves`."""
+        check_halves(self.model, self)
 
     @property
     def reads_states(self) -> bool:
@@ -184,7 +189,7 @@ class Whole:
     def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Logits [batch, classes], and the outputs of the blocks, each [batch, seq, hidden]; on the model's device."""
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        with _outputs(self.blocks) as found:
+        with block_outputs(self.blocks) as found:
             logits = logits_of(self.model, inputs)
         return logits, list(found)
 
@@ -337,7 +342,7 @@ class DistillObjective(nn.Module):
 
 
 @contextmanager
-def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The blocks' outputs, in order, once a forward pass has run."""
     found: list[Tensor] = []
 

@@ -55,13 +55,19 @@ class ShuffledBatches:
         global_batch: examples an update.
         collate: makes a batch of tensors from a list of examples.
         seed: of the permutations.
+        again: an example and a seed of this pass over the data -> the example as this pass sees it; None leaves it.
 
     Raises:
         DataError: the dataset is empty.
     """
 
     def __init__(
-        self, dataset: Sequence[Any], global_batch: int, collate: Callable[[list[Any]], dict[str, Tensor]], seed: int
+        self,
+        dataset: Sequence[Any],
+        global_batch: int,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        seed: int,
+        again: Callable[[Any, int], Any] | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise DataError(
@@ -72,6 +78,7 @@ class ShuffledBatches:
         self._dataset = dataset
         self._collate = collate
         self._global_batch = global_batch
+        self._seed, self._again = seed, again
         n = len(dataset)
 
         @lru_cache(maxsize=2)
@@ -93,7 +100,17 @@ class ShuffledBatches:
 
     def at(self, update: int, rows: range) -> dict[str, Tensor]:
         """The given rows of the global batch of an update; tensors [len(rows), ...] on the CPU."""
-        return self._collate([self._dataset[i] for i in self.indices(update, rows)])
+        chosen = self.indices(update, rows)
+        if self._again is None:
+            return self._collate([self._dataset[i] for i in chosen])
+        n, first = len(self._dataset), update * self._global_batch
+        passes = [(first + row) // n for row in rows]
+        return self._collate(
+            [
+                self._again(self._dataset[i], mixed_seed("again", self._seed, epoch, i))
+                for i, epoch in zip(chosen, passes, strict=True)
+            ]
+        )
 
 
 def micros_of(update: int, global_batch: int, accumulation: int, rank: int, processes: int) -> list[Micro]:

@@ -1,9 +1,9 @@
-"""The parity check of a classifier of texts: its folder in a fresh process, and its ONNX graph in ONNX Runtime and
-OpenVINO, on texts of different lengths side by side.
+"""The parity check of an encoder of texts with a head: its folder in a fresh process, and its ONNX graph in ONNX
+Runtime and OpenVINO, on texts of different lengths side by side.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.arch.outputs import outputs
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
 from compresso.data.batches import pad_id
 from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine
@@ -21,7 +22,7 @@ from compresso.engines.transformers import OWN
 from compresso.engines.written import missing_writer
 from compresso.errors import CompressoError
 from compresso.formats.onnx import GRAPH, library
-from compresso.formats.onnx_classifier import input_names, save_onnx_classifier
+from compresso.formats.onnx_encoder import input_names, save_onnx_encoder
 from compresso.formats.reopen import reopen_and_compare
 
 TEXTS = (TEXT, "It was all right.", "No.")
@@ -29,12 +30,12 @@ REOPENED_WITHIN = 1e-3
 
 
 @dataclass(frozen=True)
-class ClassifierReference:
-    """What a classifier computes, in float32.
+class EncoderReference:
+    """What an encoder with a head computes, in float32.
 
     Args:
         given: what it reads, by name, each [batch, seq], int64.
-        logits: [batch, classes].
+        logits: [batch, classes], [batch, seq, vocabulary], or [batch, seq, 2] of starts and ends.
         dtype: that the written weights have: f32 or int8.
     """
 
@@ -44,10 +45,10 @@ class ClassifierReference:
 
 
 @torch.no_grad()
-def classifier_reference(
+def encoder_reference(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str = "f32"
-) -> ClassifierReference:
-    """What a live float32 classifier says of a few texts with padding, or of ids that it has."""
+) -> EncoderReference:
+    """What a live float32 encoder says of a few texts with padding, or of ids that it has."""
     if tokenizer is None:
         ids = torch.arange(24).reshape(2, 12) * 7919 % int(model.config.vocab_size)
         mask = torch.ones_like(ids)
@@ -58,10 +59,10 @@ def classifier_reference(
         ids = made["input_ids"].where(mask == 1, pad_id(tokenizer, int(model.config.vocab_size)))
     names = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     given = {name: names[name] for name in input_names(model)}
-    return ClassifierReference(given, model.eval()(**given).logits, dtype)
+    return EncoderReference(given, outputs(model.eval(), given), dtype)
 
 
-def classifier_parity(engine: OnnxEngine, folder: Path, reference: ClassifierReference) -> Parity:
+def encoder_parity(engine: OnnxEngine, folder: Path, reference: EncoderReference) -> Parity:
     """Compare an ONNX folder in an engine with the live model it was written from."""
     wanted = reference.logits
     try:
@@ -76,11 +77,11 @@ def classifier_parity(engine: OnnxEngine, folder: Path, reference: ClassifierRef
     return Parity(engine.name, "yes" if fits else "no", reason, difference)
 
 
-def verify_classifier(source: Source, scratch: Path) -> list[Parity]:
-    """The parity of every engine with a classifier's folder. scratch: where to write the graph."""
+def verify_encoder(source: Source, scratch: Path) -> list[Parity]:
+    """The parity of every engine with an encoder's folder. scratch: where to write the graph."""
     assert source.folder is not None
     live = load_model(source, dtype=torch.float32)
-    reference = classifier_reference(live, load_tokenizer(source) if has_tokenizer(source) else None)
+    reference = encoder_reference(live, load_tokenizer(source) if has_tokenizer(source) else None)
     try:
         ids = reference.given["input_ids"][:1]
         found = [Parity(OWN.name, "yes", "", reopen_and_compare(source.folder, live, ids, REOPENED_WITHIN))]
@@ -90,10 +91,10 @@ def verify_classifier(source: Source, scratch: Path) -> list[Parity]:
     lacking = {engine: missing_writer(Format.ONNX) or engine.missing() for engine in (ONNX, OPENVINO)}
     try:
         if None in lacking.values():
-            save_onnx_classifier(live, folder)
+            save_onnx_encoder(live, folder)
         for engine, reason in lacking.items():
             found.append(
-                classifier_parity(engine, folder, reference)
+                encoder_parity(engine, folder, reference)
                 if reason is None
                 else Parity(engine.name, "not installed", reason)
             )
@@ -110,7 +111,8 @@ def _onnx_runtime(folder: Path, given: dict[str, Tensor]) -> Tensor:
     options.log_severity_level = 3
     session: Any = runtime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
     known = {one.name for one in session.get_inputs()}
-    return torch.from_numpy(session.run(None, {name: ids.numpy() for name, ids in given.items() if name in known})[0])
+    found = session.run(None, {name: ids.numpy() for name, ids in given.items() if name in known})
+    return _side_by_side([torch.from_numpy(one) for one in found])
 
 
 def _openvino(folder: Path, given: dict[str, Tensor]) -> Tensor:
@@ -118,7 +120,12 @@ def _openvino(folder: Path, given: dict[str, Tensor]) -> Tensor:
     compiled: Any = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     known = {one.any_name for one in compiled.inputs}
     found = compiled({name: ids.numpy() for name, ids in given.items() if name in known})
-    return torch.from_numpy(found[compiled.outputs[0]].copy())
+    return _side_by_side([torch.from_numpy(found[one].copy()) for one in compiled.outputs])
+
+
+def _side_by_side(found: Sequence[Tensor]) -> Tensor:
+    """The graph's one output, or its starts and ends as `outputs` puts them."""
+    return found[0] if len(found) == 1 else torch.stack(list(found), -1)
 
 
 _RUNS: dict[str, Callable[[Path, dict[str, Tensor]], Tensor]] = {ONNX.name: _onnx_runtime, OPENVINO.name: _openvino}

@@ -1,7 +1,8 @@
-"""Writing a classifier of texts as one ONNX graph, through torch's exporter.
+"""Writing an encoder of texts with a head as one ONNX graph, through torch's exporter.
 
     input_ids, attention_mask, and token_type_ids where the model has some      [batch, seq], int64
-    logits                                                                      [batch, classes]
+    logits                          [batch, classes], or of a masked language model [batch, seq, vocabulary]
+    start_logits, end_logits        of a model that finds answers, each [batch, seq]
 
 Sizes are dynamic; a row of another length is padded on its right and masked.
 """
@@ -14,33 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder
+from compresso.checkpoint.source import auto_class
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.onnx import quiet, without_sources, write_graph
 
 
 class _Logits(nn.Module):
-    """A classifier as a function of tensors alone."""
+    """An encoder with a head as a function of tensors alone."""
 
     def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *given: Tensor) -> Tensor:
-        """Logits [batch, classes]."""
-        return self.model(**dict(zip(self.names, given, strict=True))).logits
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in the order of `output_names`."""
+        result = self.model(**dict(zip(self.names, given, strict=True)))
+        return tuple(getattr(result, name) for name in output_names(self.model))
 
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the graph of a classifier reads."""
+    """What the graph of an encoder reads."""
     types = ("token_type_ids",) if getattr(model.config, "type_vocab_size", 1) > 1 else ()
     return ("input_ids", "attention_mask", *types)
 
 
-def save_onnx_classifier(
+def output_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the graph of an encoder gives."""
+    finds = auto_class(model.config) is AutoModelForQuestionAnswering
+    return ("start_logits", "end_logits") if finds else ("logits",)
+
+
+def save_onnx_encoder(
     model: PreTrainedModel,
     folder: Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -86,7 +95,7 @@ def _traced(model: PreTrainedModel) -> Any:
                 given,
                 dynamo=True,
                 input_names=list(names),
-                output_names=["logits"],
+                output_names=list(output_names(model)),
                 dynamic_shapes=(tuple(shape for _ in names),),
                 verbose=False,
             )

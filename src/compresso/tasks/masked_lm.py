@@ -1,0 +1,122 @@
+"""Masked language modelling: tokens of plain texts that a model does not see, by an encoder with a decoder on top
+(Devlin et al., arXiv 1810.04805, section 3.1).
+
+15 % of the tokens are asked for; 80 % of these are seen as the mask, 10 % as another token, 10 % as they are
+(`core/masking.py`). Training draws masks anew in every pass over the data, by the run's seed; held-out examples keep
+those that their text alone decides, so that all models are asked the same.
+
+A base model has no such head. It is given one by the stage `finetune`: as its family draws it, with the embedding as
+the decoder, so that it adds a matrix [hidden, hidden], a norm and a bias; it is of use once it was trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import auto_class, is_causal
+from compresso.core.loss import MASKED_TOKEN, Loss
+from compresso.data.batches import Row, collate
+from compresso.data.masked import PLAIN, encode_masked, redrawn
+from compresso.data.records import RecordForm, Records
+from compresso.data.survival import Encoded
+from compresso.edit.new_head import under_new_head
+from compresso.errors import DataError
+from compresso.metrics.guard import Guard
+from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score
+from compresso.tasks.base import Reading, register
+from compresso.training.distill_objective import Compare
+from compresso.training.masked_halves import MaskedNetwork, masked_tokens
+from compresso.training.noise import mixed_seed
+
+_PROBED = 4
+_LEAST_HELD, _MOST_HELD = 32, 256
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """The task of encoders that guess masked tokens."""
+
+    name: str = "masked-lm"
+    auto_class: str = "AutoModelForMaskedLM"
+    pipeline: str = "fill-mask"
+    form: RecordForm = PLAIN
+    metric: str = PERPLEXITY
+    head: str = "a new head whose decoder is the embedding"
+    usage: str = (
+        "from transformers import pipeline\n\nfill = pipeline('fill-mask', {folder})\n"
+        "print(fill(f'A fine {fill.tokenizer.mask_token} of work.'))"
+    )
+    writes_text: bool = False
+    loss: Loss = MASKED_TOKEN
+    compare: Compare = masked_tokens
+
+    def obstacle(self, config: PreTrainedConfig) -> str:
+        """Why no model with this config does it; "" for an encoder of texts."""
+        if is_causal(config):
+            return (
+                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
+            )
+        if type(config) not in AutoModelForMaskedLM._model_mapping:
+            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
+        return ""
+
+    def lacks_head(self, config: PreTrainedConfig) -> bool:
+        """Whether it is a base model, or has a head for another task."""
+        return auto_class(config) is not AutoModelForMaskedLM
+
+    def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
+        """The encoder under a new head with the embedding as its decoder; it has no use for a pooler."""
+        return under_new_head(model, AutoModelForMaskedLM, {"tie_word_embeddings": True}, mixed_seed("head", seed))
+
+    def encode(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
+    ) -> Encoded:
+        """Ids with the tokenizer's special tokens, masked. Raises DataError as `encode_masked`."""
+        if tokenizer is None:
+            raise DataError(
+                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
+            )
+        return encode_masked(
+            records, tokenizer, reading.max_length, reading.pack, reading.limit, int(config.vocab_size)
+        )
+
+    def held_out(self, n_rows: int) -> int:
+        """A fifth, but enough for a loss and no more than takes seconds."""
+        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+
+    def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> MaskedNetwork:
+        """The model cut where logits are made."""
+        return MaskedNetwork(model, blocks)
+
+    def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels, each [len(rows), longest], int64. Raises DataError as `collate`."""
+        batch = collate(rows, pad_id)
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+
+    def again(self, row: Row, seed: int) -> Row:
+        """The text with masks of this seed."""
+        return redrawn(row, seed)
+
+    def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """A few examples with their padding."""
+        batch = self.collate(rows[:_PROBED], pad_id)
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def score(
+        self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None
+    ) -> MaskedScore:
+        """The loss on masked tokens, and how many of them are guessed."""
+        padding = model.config.pad_token_id
+        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
+        return masked_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
+
+    def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
+        """By the loss on masked tokens, against dense and against a uniform guess."""
+        return judge_masked(int(config.vocab_size), dense.get("loss"), pruned.get("loss"))
+
+
+MASKED_LM = MaskedLM()
+register(MASKED_LM)
