@@ -163,6 +163,10 @@ def test_run_takes_the_budgets_of_the_command_line(tiny_folder: Path, tmp_path: 
     ] == pytest.approx(0.5)
     with pytest.raises(BudgetError, match="keep= and macs= are two budgets"):
         compresso.run(PRUNE_ONLY, tiny_folder, output=tmp_path / "none", keep=0.5, macs=2)
+    knob = "stages.magnitude_structured.keep=0.6"
+    for verb, more in ((compresso.run, {"output": tmp_path / "none"}), (compresso.plan, {})):
+        with pytest.raises(BudgetError, match=rf"keep=0.5 and sets=\['{knob}'\] are two budgets; give one"):
+            verb(PRUNE_ONLY, tiny_folder, keep=0.5, sets=[knob], **more)  # type: ignore[operator]
 
 
 @pytest.mark.slow

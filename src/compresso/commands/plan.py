@@ -51,6 +51,7 @@ def plan(
     Raises:
         CompressoError: for all that the run would refuse before it reads weights.
     """
+    given = None if data is None else str(data)
     raw = with_options(
         recipe,
         model=str(model),
@@ -65,6 +66,7 @@ def plan(
         sets=sets,
         target=target,
         task=task,
+        data=given,
+        layout=layout,
     )
-    given = None if data is None else str(data)
     return dry_runs.plan(raw, str(model), layout, target, data=given, skip_bad=skip_bad, device=device)

@@ -31,6 +31,7 @@ from compresso.runner.measured_options import check_floor, with_bytes_at_context
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
 from compresso.runner.recipe_file import plain
+from compresso.runner.said_twice import refuse_said_twice
 from compresso.runner.target_budget import check_target
 from compresso.runner.task_options import for_model, with_task
 from compresso.tasks.base import DEFAULT
@@ -78,6 +79,7 @@ def with_options(
     target: str | None = None,
     task: str | None = None,
     data: str | None = None,
+    layout: str = "auto",
 ) -> dict[str, Any]:
     """The raw recipe with task, budget, step cap, `path=value` overrides and the shapes that an engine wants in it.
 
@@ -96,11 +98,12 @@ def with_options(
         target: engine whose shape constraints hold the budgets, such as "llama.cpp:q4_k".
         task: what is trained and judged by, such as "classification".
         data: given in place of the recipe's own, which is then not looked at.
+        layout: which the recipe will be checked for; only compared with `sets` here.
 
     Raises:
         BudgetError: more than one budget, or one outside its range; a table of another model or machine.
         RecipeError: an unknown recipe or engine, an override that fits nothing, or a recipe file that names data
-            outside its folder and the working folder.
+            outside its folder and the working folder; an option and an override of what it sets.
     """
     raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
     if task_of(raw).name != DEFAULT:
@@ -125,6 +128,8 @@ def with_options(
         raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
     if bytes_at_context is not None and given not in ([], ["--keep"]):
         raise BudgetError(f"{given[0]} and --bytes-at-context are two budgets; --bytes-at-context goes with --keep")
+    others = {"bytes-at-context": bytes_at_context, "max-steps": max_steps, "target": target, "layout": layout}
+    refuse_said_twice(sets, {**{name[2:]: value for name, value in budgets.items()}, **others, "data": data})
     timed = milliseconds is not None or speedup is not None
     if latency_table is not None and not timed:
         raise BudgetError("--latency-table is what --milliseconds and --speedup are counted by; give one of them")

@@ -175,6 +175,7 @@ def run(
             target=target,
             task=task,
             data=None if data is None else str(data),
+            layout=layout,
         )
         prepared = prepare(
             raw,
