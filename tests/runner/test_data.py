@@ -135,6 +135,20 @@ def test_the_command_line_stops_and_goes_on_by_option(
     assert code == 2 and "gives 40 examples, of which 40 are held out" in error
 
 
+def test_a_plan_takes_the_option_that_it_names(
+    call: Call, small: Callable[..., Path], rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = rows([*ALPACA[:40], *({**row, "output": ""} for row in ALPACA[40:])])
+    recipe = tmp_path / "recover.yaml"
+    recipe.write_text("stages: [{recover: {steps: 2}}]\ndata: {prompt: false}\n")
+    given = ("plan", recipe, "--model", small(), "--data", data, "--device", "h100")
+    code, out, _ = call(*given)
+    assert code == 0 and "To go on with what is left, give --allow-dropped\n" in out
+    assert "allow_dropped" not in out
+    code, out, _ = call(*given, "--allow-dropped")
+    assert code == 0 and "A run would stop" not in out and "40 of 80 examples are dropped" in out
+
+
 @pytest.mark.usefixtures("quick_reopening")
 def test_what_became_of_the_data_stands_on_the_terminal_and_in_every_file(
     small: Callable[..., Path], rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -206,6 +220,8 @@ def test_a_plan_says_what_survives_and_what_an_epoch_is(
     assert "80 of 120 records survive at 512 tokens" in shown
     assert "recover: an epoch is 5 updates of 16 rows; it takes 10 updates" in shown
     assert "A run would stop: d.jsonl: 40 of 120" in shown
+    assert found["stops"].endswith("To go on with what is left, give allow_dropped=True")
+    assert plan(TRAINS, str(small()), data=str(data), allow_dropped=True)["data"]["stops"] is None
     assert plan(TRAINS, str(small()))["data"] is None
     with pytest.raises(RecipeError, match="uses no data, but --data"):
         plan({"name": "n", "stages": [{"magnitude_structured": {}}]}, str(small()), data=str(data))

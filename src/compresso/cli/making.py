@@ -133,6 +133,7 @@ def plan(
         typer.Option(help="As for `run`: says how many examples and tokens survive, and how long an epoch is."),
     ] = None,
     skip_bad: SkipBad = False,
+    allow_dropped: AllowDropped = False,
     device: Annotated[
         str,
         typer.Option(
@@ -166,6 +167,7 @@ def plan(
         data=data,
         skip_bad=skip_bad,
         device=device,
+        allow_dropped=allow_dropped,
     )
     plan.show(facts, as_json)
 

@@ -32,6 +32,7 @@ def plan(
     data: str | Path | None = None,
     skip_bad: bool = False,
     device: str = "auto",
+    allow_dropped: bool = False,
 ) -> dict[str, Any]:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
 
@@ -39,7 +40,7 @@ def plan(
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder, GGUF file or config.json.
         keep, parameters, macs, milliseconds, speedup, latency_table, bytes_at_context, max_steps, sets, target, task,
-            layout, skip_bad: as for `compresso.run`.
+            layout, skip_bad, allow_dropped: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
             "h100" or "rtx4090".
@@ -69,4 +70,6 @@ def plan(
         data=given,
         layout=layout,
     )
-    return dry_runs.plan(raw, str(model), layout, target, data=given, skip_bad=skip_bad, device=device)
+    return dry_runs.plan(
+        raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device
+    )

@@ -66,7 +66,7 @@ def cut_examples(
     if not allow_dropped and len(rows) - len(trained) > MOST_DROPPED * len(rows):
         raise DataError(
             f"{len(rows) - len(trained):,} of {len(rows):,} training examples hold tokens that left and have no"
-            f" spelling, more than {MOST_DROPPED:.0%}; keep more, or pass allow_dropped (--allow-dropped)"
+            f" spelling, more than {MOST_DROPPED:.0%}; keep more, or give --allow-dropped"
         )
     if tokenizer is not None:
         padding = pad_id(tokenizer, len(kept))

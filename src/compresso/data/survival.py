@@ -170,8 +170,8 @@ def check_dropped(records: Records, encoded: Encoded, reach: Reach, allowed: boo
             cure = reach.cure()[0].upper() + reach.cure()[1:] if one.no_room else "Repair the data"
             raise DataError(
                 f"{one.source}: {dropped:,} of {n:,} examples would be dropped, more than {MOST_DROPPED:.0%}:"
-                f" {', '.join(reasons(one, skipped, reach.max_length))}. {cure}. To go on with what is left, pass"
-                " allow_dropped (--allow-dropped)"
+                f" {', '.join(reasons(one, skipped, reach.max_length))}. {cure}. To go on with what is left, give"
+                " --allow-dropped"
             )
 
 

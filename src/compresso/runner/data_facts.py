@@ -11,10 +11,18 @@ from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
+from compresso.wording import worded
 
 
 def data_facts(
-    recipe: Recipe, raw: Mapping[str, Any], data: str, source: Source, stages: Sequence[Acted], *, skip_bad: bool
+    recipe: Recipe,
+    raw: Mapping[str, Any],
+    data: str,
+    source: Source,
+    stages: Sequence[Acted],
+    *,
+    skip_bad: bool,
+    allow_dropped: bool = False,
 ) -> dict[str, Any]:
     """Read data as a run would, and count.
 
@@ -24,6 +32,7 @@ def data_facts(
         source: the model, of which the config and the tokenizer are read.
         stages: as the dry run found them.
         skip_bad: leave bad lines out.
+        allow_dropped: whether the run would go on where too much is dropped.
 
     Returns:
         {"source", "kind", "columns" (read -> rows), "examples" (counts, see `compresso.data.survival.Stats`),
@@ -40,9 +49,9 @@ def data_facts(
     assert read.records is not None and read.encoded is not None and read.reading is not None  # the recipe needs data
     stops = None
     try:
-        check_dropped(read.records, read.encoded, read.reading.reach(), allowed=False)
-    except DataError as error:
-        stops = str(error)
+        check_dropped(read.records, read.encoded, read.reading.reach(), allow_dropped)
+    except DataError as error:  # a value that is handed back, which no public function puts into its caller's words
+        stops = worded(str(error), ("allow_dropped", "sets"))
     train = len(read.encoded.rows) - read.recipe.data.held
     return {
         "source": read.records.source,

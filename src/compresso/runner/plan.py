@@ -57,6 +57,7 @@ def plan(
     *,
     data: str | None = None,
     skip_bad: bool = False,
+    allow_dropped: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
@@ -67,6 +68,7 @@ def plan(
             each constraint costs.
         data: names and files, as for a run; None reads none.
         skip_bad: leave bad lines of them out.
+        allow_dropped: whether the run would go on where too much of them is dropped.
         device: of this machine, or one of `compresso.runner.devices.DEVICES`.
 
     Returns:
@@ -84,7 +86,9 @@ def plan(
     source = open_source(model, weights=False)
     recipe = recipe_for(raw, layout, source.config)
     shown = dry_run(recipe, source)
-    found = None if data is None else data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad)
+    found = None
+    if data is not None:
+        found = data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad, allow_dropped=allow_dropped)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
     where = planned(device)
