@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import compresso
+from compresso.checkpoint.atomic import check_output
 from compresso.checkpoint.overwrite import EXPORTS, RUN, demo, fits, refuse_foreign
 from compresso.data import nano
 from compresso.edit.patches import TENSORS
@@ -82,11 +83,16 @@ def test_folders_of_others_are_refused(call: Call, tiny_folder: Path, tmp_path: 
     (other / "records.json").write_text(json.dumps({"mine": 1}))
     with pytest.raises(CheckpointError, match="was not written"):
         refuse_foreign(other, RUN)
+    with pytest.raises(CheckpointError, match=r"is not empty, and was not written by compresso run\. Choose another"):
+        check_output(other, None, False, RUN)
+    code, _, error = call("export", nano.path(), "--format", "onnx", "--output", other)
+    assert code == 2 and "and was not written by compresso export" in error and "--overwrite" not in error
     code, _, error = call("export", nano.path(), "--format", "onnx", "--output", other, "--overwrite")
     assert code == 2 and "was not written by compresso export" in error
     (tmp_path / "notes.gguf").write_text("mine")
     code, _, error = call("export", nano.path(), "--format", "gguf", "--output", tmp_path / "notes.gguf", "--overwrite")
     assert code == 2 and "is no GGUF file" in error
+    assert call("export", nano.path(), "--format", "gguf", "--output", tmp_path / "notes.gguf")[2] == error
     assert (tmp_path / "notes.gguf").read_text() == "mine"
 
 
@@ -104,6 +110,7 @@ def test_exports_and_demos_are_known_again(call: Call, ran: Ran, tmp_path: Path)
     assert call(*arguments, "--overwrite")[0] == 0
     (deci / "mine").touch()
     assert "holds mine" in call(*arguments, "--overwrite")[2]
+    assert "holds mine, which compresso export did not write. Choose another output, or move" in call(*arguments)[2]
     onnx = tmp_path / "onnx"
     onnx.mkdir()
     AutoTokenizer.from_pretrained(nano.path()).save_pretrained(onnx)

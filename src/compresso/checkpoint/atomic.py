@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
+from compresso.checkpoint.overwrite import Written, how_to_replace
 from compresso.checkpoint.storage import (
     HOST,
     alive,
@@ -117,19 +118,18 @@ def new_folder(target: Path | str, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def refuse_occupied(target: Path, force: bool) -> None:
+def refuse_occupied(target: Path, force: bool, written: Written | None = None) -> None:
     """Raise CheckpointError if `target` may not be written: a file, a non-empty folder without `force`, or a folder we
-    stand in.
+    stand in. written: what `force` would replace, if that is known; else it is offered for whatever lies there.
     """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"output {target} is a file; a folder is wanted. Choose another output.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:
-        raise CheckpointError(
-            f"output {target} exists and is not empty. Choose another output, or add --overwrite to replace what a run"
-            " wrote."
-        )
+        unseen = ". Choose another output, or add --overwrite to replace what a run wrote."
+        cure = unseen if written is None else how_to_replace(target, written)
+        raise CheckpointError(f"output {target} exists and is not empty{cure}")
     for precious, what in ((Path.cwd(), "the working folder"), (Path.home(), "your home folder")):
         if precious.resolve().is_relative_to(target):
             raise CheckpointError(
@@ -151,8 +151,16 @@ def first_bytes(path: Path, most: int = 2_000) -> bytes:
         return file.read(most)
 
 
-def check_output(output: Path | str, model_path: Path | str | None, force: bool = False) -> None:
+def check_output(
+    output: Path | str, model_path: Path | str | None, force: bool = False, written: Written | None = None
+) -> None:
     """Refuse an unusable output folder before any work is done; nothing is created.
+
+    Args:
+        output: the folder.
+        model_path: the input model.
+        force: whether the folder may be replaced.
+        written: what `force` would replace, so that nothing else is told to use it.
 
     Raises:
         CheckpointError: it is, holds or lies in the input model (also through links), is occupied without `force`, or
@@ -172,7 +180,7 @@ def check_output(output: Path | str, model_path: Path | str | None, force: bool 
                 f"output {output} lies in the folder of the input model {folder}, which stays as it is. Choose another"
                 " output."
             )
-    refuse_occupied(output, force)
+    refuse_occupied(output, force, written)
     parent = next(folder for folder in output.parents if folder.exists())
     probe = parent / f".compresso-probe.{HOST}.{os.getpid()}"
     try:

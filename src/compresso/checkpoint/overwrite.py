@@ -71,14 +71,35 @@ def refuse_foreign(output: Path, written: Written) -> None:
             f"output {output} was not written by compresso {written.by} and will not be replaced even with --overwrite."
             " Choose another output."
         )
+    if (name := _foreign_file(output, written)) is not None:
+        raise CheckpointError(
+            f"output {output} holds {name}, which compresso {written.by} did not write, so --overwrite does not"
+            " replace it. Move that file, or choose another output."
+        )
+
+
+def how_to_replace(output: Path, written: Written) -> str:
+    """What a person may do about an occupied folder, a sentence that begins behind "and is not empty": --overwrite is
+    offered only where it would replace the folder.
+    """
+    if not written.mark(output):
+        return f", and was not written by compresso {written.by}. Choose another output."
+    if (name := _foreign_file(output, written)) is not None:
+        return (
+            f", and holds {name}, which compresso {written.by} did not write. Choose another output, or move that file"
+            " and add --overwrite."
+        )
+    return f". Choose another output, or add --overwrite to replace what compresso {written.by} wrote."
+
+
+def _foreign_file(output: Path, written: Written) -> Path | None:
+    """The first file below a folder that a command does not write, relative to it."""
     for path in _files(output):
         name = path.relative_to(output)
         known = any(fits(PurePosixPath(name.as_posix()), pattern) for pattern in written.files)
         if not known and not (len(name.parts) == 1 and is_legal(name.name)):
-            raise CheckpointError(
-                f"output {output} holds {name}, which compresso {written.by} did not write, so --overwrite does not"
-                " replace it. Move that file, or choose another output."
-            )
+            return name
+    return None
 
 
 def fits(name: PurePosixPath, pattern: str) -> bool:

@@ -64,7 +64,7 @@ def demo(
         CompressoError: as `run` does.
     """
     console, output, threads = Console(), Path(output), torch.get_num_threads()
-    check_output(output, nano.path(), overwrite)
+    check_output(output, nano.path(), overwrite, demo_files(tuple(RECIPES)))
     if overwrite:
         refuse_foreign(output, demo_files(tuple(RECIPES)))
     torch.set_num_threads(1)  # so small a model gains nothing by more, and where they are busy waits for all of them

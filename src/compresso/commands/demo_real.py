@@ -71,7 +71,7 @@ def demo_real(
     """
     console, output = Console(), Path(output)
     source = open_source(model)
-    check_output(output, source.folder, overwrite)
+    check_output(output, source.folder, overwrite, demo_files(RECIPES))
     if overwrite:
         refuse_foreign(output, demo_files(RECIPES))
     dense = load(model, dtype=torch.float32)

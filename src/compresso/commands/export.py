@@ -68,13 +68,13 @@ def export(
     output = Path(output)
     if format == "gguf" and not output.is_dir():
         first_bytes(output)  # a device is refused here
-    if overwrite:
+    if overwrite or format == "gguf":  # a file is never told to use an option that would be refused
         _refuse_foreign(output, format)
     source = open_source(model)
     if source.file is not None and output.exists() and output.samefile(source.file):
         raise CheckpointError(f"output {output} is the input model. Choose another output.")
     if format != "gguf":  # a folder; a single file may lie beside the weights
-        check_output(output, source.folder, overwrite)
+        check_output(output, source.folder, overwrite, EXPORTS[format])
     if format == "compressed-tensors":
         if dtype is not None:
             raise ExportError(

@@ -108,7 +108,7 @@ def prepare(
     if offload:
         check_offloaded(recipe, layout)
     output = output.resolve()
-    check_output(output, source.folder, overwrite)
+    check_output(output, source.folder, overwrite, RUN)
     check_output(WorkFolder.beside(output), source.folder, force=True)
     check_scratch()
     acted = dry_run(recipe, source)
