@@ -142,7 +142,7 @@ def test_damaged_records_name_the_field(tmp_path: Path, change: dict[str, object
     [
         ("{", "is not JSON"),
         ("[]", "a JSON object is wanted"),
-        ("{}", "is not a report of measurements: created: Field required"),
+        ("{}", "is not a report of measurements: created: is missing"),
         (report_of().model_dump_json(), "holds no measured model"),
     ],
 )

@@ -37,5 +37,5 @@ def test_anything_else_is_refused_by_the_name_of_its_field(change: dict[str, obj
 def test_a_missing_field_is_named() -> None:
     lacking = records()
     del lacking["guard"]
-    with pytest.raises(CheckpointError, match=r"the records: guard: Field required"):
+    with pytest.raises(CheckpointError, match=r"the records: guard: is missing"):
         RunRecords.checked(lacking, "the records")

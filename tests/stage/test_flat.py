@@ -57,9 +57,9 @@ def test_recipes_name_no_group(name: str) -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"keep": 2}, "stage 'gate_taylor': keep=2: Input should be less than or equal to 1"),
-        ({"multiple_of": {"channel": 0}}, "stage 'gate_taylor': multiple_of.channel=0: Input"),
-        ({"batch": 0}, "stage 'gate_taylor': batch=0: Input"),
+        ({"keep": 2}, "stage 'gate_taylor': keep=2: wanted at most 1"),
+        ({"multiple_of": {"channel": 0}}, "stage 'gate_taylor': multiple_of.channel=0: wanted at least 1"),
+        ({"batch": 0}, "stage 'gate_taylor': batch=0: wanted at least 1"),
         ({"kinds": ["vocab"]}, "stage 'gate_taylor': kinds names vocab, which only the stage 'cut_vocab' removes"),
     ],
 )

@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from compresso.cli import making, results  # noqa: F401 - each registers its commands
 from compresso.cli.app import app
 from compresso.cli.streams import drop, hold_streams, say
+from compresso.core.faults import said
 from compresso.errors import ArgumentError, CompressoError, Interrupted, out_of_memory
 from compresso.wording import command_line
 
@@ -81,7 +82,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, CompressoError):
         return f"{type(error).__name__}: {error}", error.exit_code
     if isinstance(error, TyperException):
-        return f"usage: {error.format_message()} See `{_help_of(error)}`", 2
+        return f"usage: {_said(error)} See `{_help_of(error)}`", 2
     if out_of_memory(error):
         return (
             f"ResourceError: out of memory ({error}); lower micro_batch, or set checkpointing: true or precision: bf16",
@@ -95,6 +96,19 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return _of_the_system(error)
     raise error
+
+
+def _said(error: TyperException) -> str:
+    """What was typed wrongly, as a sentence."""
+    from pydantic import ValidationError  # not needed by help
+
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        given = "" if first["type"] == "value_error" else f"{str(first['input'])!r}: "
+        error.message = f"{given}{said([first])}"
+    words = error.format_message()
+    return words if words.endswith((".", "?")) else f"{words}."
 
 
 def _of_the_system(error: OSError) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from compresso.core.faults import said
 from compresso.errors import CheckpointError
 from compresso.metrics.guard import Guard
 from compresso.metrics.record import Report, Strict, upgraded
@@ -198,6 +199,6 @@ class RunRecords(Strict):
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing pydantic found wrong, in one line: "versions.torch: Field required"."""
+    """The first thing pydantic found wrong, in one line: "versions.torch: is missing"."""
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"
+    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {said([first])}"

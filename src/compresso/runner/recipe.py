@@ -21,6 +21,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from compresso.core.faults import said
 from compresso.core.measures import NONE, Measures
 from compresso.errors import RecipeError, nearest
 from compresso.runner.measured_budget import cost_knobs, measures_of
@@ -202,7 +203,22 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(knobs)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in without_field(kind, first["loc"]))
+        found = [(_place(without_field(kind, one["loc"]), knobs), one) for one in error.errors()]
+        path, first = found[0]
+        words = said([one for place, one in found if place == path])  # several, where a value may be one of several
         given = f"{path}={short(first['input'])}: " if path else ""  # of several knobs together the message names them
-        raise RecipeError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from error
+        raise RecipeError(f"{where}: {given}{words}") from error
+
+
+def _place(path: Sequence[int | str], knobs: Any) -> str:
+    """A validation error's place as far as it leads into what was given: behind it stands what the value was tried
+    as.
+    """
+    known: list[int | str] = []
+    for part in path:
+        held: dict[Any, Any] = dict(enumerate(knobs)) if isinstance(knobs, list) else knobs
+        if not isinstance(held, dict) or part not in held:
+            break
+        known.append(part)
+        knobs = held[part]
+    return ".".join(map(str, known))
