@@ -12,10 +12,11 @@ import pytest
 from tests.conftest import SHORT, Call, Forked, work_of
 
 import compresso.runner.output
-from compresso.checkpoint.atomic import lock
+from compresso.checkpoint.atomic import lock, write_json
 from compresso.checkpoint.workfolder import WorkFolder
-from compresso.errors import ExportError, NumericError
+from compresso.errors import DataError, ExportError, NumericError
 from compresso.runner.options import with_options
+from compresso.runner.preflight import prepare
 from compresso.runner.run import run
 
 KNOBS = (
@@ -188,6 +189,43 @@ def test_resume_refuses_another_run_and_names_the_difference(
     code, _, error = call("run", "compresso", "--model", tiny_folder, "--data", instructions, "--output", output)
     assert code == 2
     assert "continue it with --resume or discard it with --overwrite" in error
+
+
+def test_an_interrupted_run_is_looked_at_before_data_is_read(
+    call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    sets = ["data.prompt=false", "data.limit=40"]
+    raw = with_options("shortgpt", model=str(tiny_folder), sets=sets)
+    given: dict[str, Any] = {"layout": "auto", "seed": 0, "device": "cpu", "overwrite": False, "skip_bad": False}
+    known = prepare(raw, str(tiny_folder), str(instructions), output=output, **given).identity()
+    (work_of(output) / "stages" / "01-drop_layers").mkdir(parents=True)
+    write_json(work_of(output) / "identity.json", known)
+
+    def read(*_: object, **__: object) -> None:
+        raise DataError("data was read")
+
+    monkeypatch.setattr("compresso.runner.preflight.read_examples", read)
+
+    def said(*more: object) -> str:
+        arguments = ["run", "shortgpt", "--model", tiny_folder, "--data", instructions, "--output", output]
+        code, _, error = call(*arguments, *(part for one in sets for part in ("--set", one)), *more)
+        assert code == 2 and len(error.splitlines()) == 1
+        return error
+
+    another = "ResumeError: cannot resume another run: "
+    assert said("--resume", "--seed", 1).startswith(f"{another}seed was 0, is 1. Give the same arguments")
+    assert said("--resume", "--set", "data.held=7").startswith(f"{another}recipe.data.held was ")
+    assert "continue it with --resume or discard it with --overwrite" in said()
+    for goes_on in ("--resume", "--overwrite"):
+        assert said(goes_on) == "DataError: data was read\n"
+    assert "nothing to resume" in said("--resume", "--output", tmp_path / "elsewhere")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "01-drop_layers",
+        "identity.json",
+        "out.partial",
+        "stages",
+    ]
 
 
 @pytest.mark.slow

@@ -1,19 +1,20 @@
 """Whether unfinished work is that of the run which wants to continue it: two identities, compared field by field."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from compresso.errors import ResumeError
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], unknown: Collection[str] = ()) -> list[str]:
     """The fields in which two identities differ, as "name was 1, is 2".
 
     Args:
         before: as it was stored.
         now: JSON values, nested as you like; tuples count as lists.
+        unknown: dotted names of what is not known now; they and all below them are passed over.
     """
     was, is_now = _flat(before), _flat(json.loads(json.dumps(now)))
     absent = "absent"
@@ -21,6 +22,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{name} was {was.get(name, absent)!r}, is {is_now.get(name, absent)!r}"
         for name in sorted(was.keys() | is_now.keys())
         if was.get(name, absent) != is_now.get(name, absent)
+        and not any(name == one or name.startswith(f"{one}.") for one in unknown)
     ]
 
 

@@ -12,7 +12,7 @@ has anything worth resuming. Only a folder that a run made is ever removed: what
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,27 @@ class WorkFolder:
         return output.with_name(output.name + ".partial")
 
     @staticmethod
+    def check(
+        output: Path, identity: Mapping[str, Any], *, resume: bool, force: bool, unknown: Collection[str] = ()
+    ) -> None:
+        """Refuse what `open` would refuse, before a run reads its data; nothing is changed.
+
+        Args:
+            output, resume, force: as for `open`.
+            identity: as far as it is known.
+            unknown: dotted names of what is not known yet.
+
+        Raises:
+            CheckpointError, ResumeError, ResourceError: as `open`.
+        """
+        path = WorkFolder.beside(output)
+        if path.is_symlink() or path.exists():  # whoever works there has the lock
+            with lock(path):
+                _refuse(path, identity, resume, force, unknown)
+        else:
+            _refuse(path, identity, resume, force, unknown)
+
+    @staticmethod
     @contextmanager
     def open(output: Path, identity: Mapping[str, Any], *, resume: bool, force: bool) -> Iterator["WorkFolder"]:
         """Own the work folder of an output for a run, new or resumed.
@@ -57,18 +78,8 @@ class WorkFolder:
         """
         path = WorkFolder.beside(output)
         with lock(path):
-            refuse_unowned(path)
-            if resume:
-                if differing := differences(_identity(path), identity):
-                    raise ResumeError(
-                        f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew"
-                        " with --overwrite"
-                    )
-            else:
-                if path.exists() and not force and WorkFolder(path)._worth_resuming():
-                    raise CheckpointError(
-                        f"{path} holds an interrupted run; continue it with --resume or discard it with --overwrite"
-                    )
+            _refuse(path, identity, resume, force)
+            if not resume:
                 with storage_errors(path):
                     shutil.rmtree(path, ignore_errors=True)
                     path.mkdir()
@@ -77,7 +88,7 @@ class WorkFolder:
             try:
                 yield work
             except BaseException as error:
-                if not work._worth_resuming():
+                if not work.worth_resuming():
                     shutil.rmtree(path, ignore_errors=True)
                 elif isinstance(error, KeyboardInterrupt):
                     raise Interrupted(signal.SIGINT, str(path)) from error
@@ -123,9 +134,24 @@ class WorkFolder:
         """Where a finished stage lies."""
         return self.path / "stages" / f"{index + 1:02d}-{name}"
 
-    def _worth_resuming(self) -> bool:
+    def worth_resuming(self) -> bool:
+        """Whether anything in it was finished, or was begun and saved."""
         found = ("stages/[0-9][0-9]-*", *(f"training/**/{entry}" for entry in _ENTRIES))
         return any(True for pattern in found for _ in self.path.glob(pattern))
+
+
+def _refuse(path: Path, identity: Mapping[str, Any], resume: bool, force: bool, unknown: Collection[str] = ()) -> None:
+    """Raise what `WorkFolder.open` says of what lies at its path."""
+    refuse_unowned(path)
+    if resume and (differing := differences(_identity(path), identity, unknown)):
+        raise ResumeError(
+            f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with"
+            " --overwrite"
+        )
+    if not resume and not force and path.exists() and WorkFolder(path).worth_resuming():
+        raise CheckpointError(
+            f"{path} holds an interrupted run; continue it with --resume or discard it with --overwrite"
+        )
 
 
 def refuse_unowned(path: Path) -> None:

@@ -65,11 +65,7 @@ def read_examples(
             on.
         CheckpointError: the model has no tokenizer to read it with.
     """
-    # a model reads no further than its context: longer examples would train positions that it does not have
-    context = getattr(source.config, "max_position_embeddings", None)
-    recipe = replace(
-        recipe, data=replace(recipe.data, max_length=min(recipe.data.max_length, context or recipe.data.max_length))
-    )
+    recipe, context = within_context(recipe, source.config), _context(source.config)
     size = vocabulary(source.config)
     if not recipe.needs("data"):
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
@@ -92,6 +88,17 @@ def read_examples(
     if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
         said.append(note)
     return Examples(_held_out(recipe, raw, len(encoded.rows), data), tokenizer, records, encoded, reading, tuple(said))
+
+
+def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """The recipe with examples no longer than a model's context: those would train positions that it does not have."""
+    longest = recipe.data.max_length
+    return replace(recipe, data=replace(recipe.data, max_length=min(longest, _context(config) or longest)))
+
+
+def _context(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model reads, where its config says so."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _check_own_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, size: int | None) -> None:

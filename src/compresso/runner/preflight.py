@@ -20,12 +20,13 @@ from compresso.data.shards import is_pattern
 from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
 from compresso.runner.dry_run import dry_run
-from compresso.runner.examples import fewer_than_asked, read_examples
+from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
 from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
+from compresso.training.launch import is_main_process
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,27 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """What a resume must agree on."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "model": asdict(self.source.identity),
-            "data": self.records.sha256 if self.records else None,
-            "prompt": self.prompt,
-            "layout": self.layout,
-            "seed": self.seed,
-            "versions": versions(),
-        }
+        data = self.records.sha256 if self.records else None
+        return _known(self.recipe, self.source, self.layout, self.seed) | {"data": data, "prompt": self.prompt}
 
     def origin(self) -> dict[str, Any]:
         """What the records say of where the result comes from."""
         return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed, self.said)
+
+
+_READ = ("data", "prompt", "recipe.data.source")
+"""Of a run's identity, what is known, or told together with what is known, once its data was read."""
+
+
+def _known(recipe: Recipe, source: Source, layout: str, seed: int) -> dict[str, Any]:
+    """What a resume must agree on, but for the data."""
+    return {
+        "recipe": recipe.to_dict(),
+        "model": asdict(source.identity),
+        "layout": layout,
+        "seed": seed,
+        "versions": versions(),
+    }
 
 
 def prepare(
@@ -91,8 +100,9 @@ def prepare(
     allow_dropped: bool = False,
     offload: bool = False,
     quiet: bool = False,
+    resume: bool = False,
 ) -> Prepared:
-    """Check a run's arguments against each other and read its data.
+    """Check a run's arguments against each other and against an interrupted run, and read its data.
 
     Raises:
         CompressoError: with the cure; nothing was written.
@@ -119,6 +129,10 @@ def prepare(
     _spare_data(chosen, output)
     if overwrite:
         refuse_foreign(output, RUN)
+    if is_main_process():
+        known = _known(within_context(recipe, source.config), source, layout, seed)
+        own = () if "held" in (raw.get("data") or {}) else ("recipe.data.held",)
+        WorkFolder.check(output, known, resume=resume, force=overwrite, unknown=(*_READ, *own))
     read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped, quiet=quiet)
     recipe, tokenizer, records, encoded = read.recipe, read.tokenizer, read.records, read.encoded
     said = read.said

@@ -190,6 +190,7 @@ def run(
             allow_dropped=allow_dropped,
             offload=offload,
             quiet=quiet,
+            resume=resume,
         )
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -198,14 +199,14 @@ def run(
                 " takes FSDP)"
             )
         is_main = accelerator.is_main_process
-        if is_main and not quiet:
-            for sentence in prepared.said:
-                log.warning(sentence)
-            for stage_name, sentence in prepared.lacking.items():
-                log.warning("%s: %s", stage_name, sentence)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
             accelerator.wait_for_everyone()
+            if is_main and not quiet:  # nothing refuses the run any more
+                for sentence in prepared.said:
+                    log.warning(sentence)
+                for stage_name, sentence in prepared.lacking.items():
+                    log.warning("%s: %s", stage_name, sentence)
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
             job = new_job(prepared, work.path, quiet)
             if offload and done:

@@ -27,6 +27,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one of those launched that owns the folders, without starting anything."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def new_accelerator(device: torch.device) -> Accelerator:
     """An accelerator for this process: on `device` if it is alone, else on its share of the devices of that type.
 
