@@ -172,5 +172,5 @@ def test_an_unprunable_share_that_is_too_large_is_named_before_weights_are_read(
 
 
 def test_too_few_updates_to_shrink_in_are_refused(make_job: MakeJob) -> None:
-    with pytest.raises(RecipeError, match="1 updates are left to shrink in, at least 2 are needed"):
+    with pytest.raises(RecipeError, match="1 update is left to shrink in, at least 2 are needed"):
         shear(replace(make_job()), tune=2, shrink=4, hold=2, max_steps=3)

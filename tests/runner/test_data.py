@@ -157,8 +157,8 @@ def test_what_became_of_the_data_stands_on_the_terminal_and_in_every_file(
     with caplog.at_level(logging.WARNING):
         result = run(SWEEPS, small(context=256), data, output=tmp_path / "out", allow_collapsed=True)
     said = [
-        "d.jsonl: 1 of 82 examples are dropped: 1 with an empty response",
-        "1 examples are cut at 256 tokens",
+        "d.jsonl: 1 of 82 examples is dropped: 1 with an empty response",
+        "1 example is cut at 256 tokens",
         "columns passed over: id (82 rows)",
         "wanda: calibration on the 77 examples that there are, of the 128 it asks for",
     ]

@@ -20,6 +20,7 @@ from compresso.checkpoint.overwrite import refuse_foreign
 from compresso.checkpoint.source import open_source
 from compresso.commands.compare import compare
 from compresso.commands.export import export
+from compresso.core.counted import counted
 from compresso.data.instructions import encode_prompt
 from compresso.data.requests import requests
 from compresso.data.template import original_template, single_template
@@ -85,7 +86,7 @@ def demo_real(
         del dense
         results: dict[str, Result] = {}
         for recipe in RECIPES:
-            console.print(f"[bold]{recipe}[/bold]: {keep:.0%} of the blocks stay, {steps} updates a stage")
+            console.print(f"[bold]{recipe}[/bold]: {keep:.0%} of the blocks stay, {counted(steps, 'update')} a stage")
             results[recipe] = run(
                 recipe,
                 model,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
 from compresso.commands.evaluate_task import TASK, check_words, task_metric
+from compresso.core.counted import counted
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
 from compresso.errors import CheckpointError, DataError, nearest
@@ -190,7 +191,9 @@ def show(report: Report, as_json: bool = False) -> None:
         for line in _notes(results):
             console.print(line, highlight=False)
         if limits := sorted({int(limit) for one in results.measurements if (limit := one.protocol.get("limit"))}):
-            console.print(f"Only the first {limits[-1]} items of each task: not comparable with published scores.")
+            console.print(
+                f"Only the first {counted(limits[-1], 'item')} of each task: not comparable with published scores."
+            )
         if absent := _absent(results):
             console.print(f"Not measured: {', '.join(absent)}.")
 

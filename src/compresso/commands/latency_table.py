@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from compresso.core.counted import counted
 from compresso.core.latency_table import LatencyTable
 
 
@@ -13,8 +14,9 @@ def show(table: LatencyTable, as_json: bool) -> None:
         return
     console = Console()
     machine = table.machine
+    threads = counted(int(machine["threads"]), "thread")
     shown = Table(
-        title=f"ms a forward: {table.conditions.words}; {machine['hardware']}, {machine['threads']} threads",
+        title=f"ms a forward: {table.conditions.words}; {machine['hardware']}, {threads}",
         title_justify="left",
     )
     for column in ("module", "units", "ms", "of all units"):
@@ -30,4 +32,4 @@ def show(table: LatencyTable, as_json: bool) -> None:
     shown.add_row("embeddings, head, final norm", "", f"{table.fixed:.4g}", "")
     console.print(shown)
     error = "" if table.error is None else f"; the fit misses no file by more than {table.error:.1%}"
-    console.print(f"{table.how}, medians over {table.measured} forwards{error}", highlight=False)
+    console.print(f"{table.how}, medians over {counted(table.measured, 'forward')}{error}", highlight=False)

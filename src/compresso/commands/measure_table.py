@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from compresso.core.counted import counted
 from compresso.metrics.record import Measurement, ModelResults, Report
 
 _LABELS = {
@@ -122,7 +123,7 @@ def _title(models: tuple[ModelResults, ...]) -> str:
     every = [one for results in models for one in results.measurements]
     timed = next((one for one in every if one.unit == "tokens/s"), None)
     environment = (timed or every[0]).environment
-    threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
+    threads = f", {counted(environment.threads, 'thread')}" if environment.device == "cpu" else ""
     text = f"{environment.hardware} ({environment.device}{threads})" + (
         f", {environment.dtype}" if environment.dtype else ""
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.counted import counted
 from compresso.data.records import Message
 from compresso.data.rendering import TemplateLimit, render, render_marked
 from compresso.data.template import chat_template, keeps_system, with_system_in_user_turn
@@ -83,7 +84,9 @@ def _render(
 
 def _refused(messages: Sequence[Message], error: Exception) -> DataError:
     said = (str(error).splitlines() or [type(error).__name__])[0]
-    return DataError(f"the tokenizer's chat template refuses a conversation of {len(messages)} turns: {said}")
+    return DataError(
+        f"the tokenizer's chat template refuses a conversation of {counted(len(messages), 'turn')}: {said}"
+    )
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.counted import counted
 from compresso.data.batches import Row, pad_id
 from compresso.data.cut_tokenizer import cut, translation
 from compresso.data.survival import MOST_DROPPED
@@ -65,8 +66,8 @@ def cut_examples(
             )
     if not allow_dropped and len(rows) - len(trained) > MOST_DROPPED * len(rows):
         raise DataError(
-            f"{len(rows) - len(trained):,} of {len(rows):,} training examples hold tokens that left and have no"
-            f" spelling, more than {MOST_DROPPED:.0%}; keep more, or give --allow-dropped"
+            f"{len(rows) - len(trained):,} of {counted(len(rows), 'training example')} hold tokens that left and"
+            f" have no spelling, more than {MOST_DROPPED:.0%}; keep more, or give --allow-dropped"
         )
     if tokenizer is not None:
         padding = pad_id(tokenizer, len(kept))

@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow
 from safetensors import SafetensorError, safe_open
 
+from compresso.core.counted import counted
 from compresso.data.columns import TEXTS
 from compresso.data.lines import decoded_lines, opened
 from compresso.data.records import (
@@ -161,7 +162,7 @@ def _collect(
             break
     if not rows:
         raise DataError(
-            f"{path}: no record among {n_bad} bad lines; the first: {bad[0]}"
+            f"{path}: no record among {counted(n_bad, 'bad line')}; the first: {bad[0]}"
             if bad
             else f"{path}: the file holds no record"
         )

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.counted import counted
 from compresso.data.batches import IGNORED, Row
 from compresso.data.conversations import templated_prompt
 from compresso.data.prompt import body, full_prompt, opening, user_turn
@@ -158,7 +159,7 @@ def _notes(records: Records, tokenizer: PreTrainedTokenizerBase | None, prompt_o
     if template is None or not talks or keeps_system(template):
         return ()
     n = sum(isinstance(row, Chat) and row.messages[0].role == "system" for row in talks)
-    moved = ["the collaborative prompt"] * prompt_on + [f"the system texts of {n:,} conversations"] * bool(n)
+    moved = ["the collaborative prompt"] * prompt_on + [f"the system texts of {counted(n, 'conversation')}"] * bool(n)
     if not moved:
         return ()
     stand = "stand" if n else "stands"

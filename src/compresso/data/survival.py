@@ -7,6 +7,7 @@ leaves no room for responses within the model's context. So it stops, with the c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from compresso.core.counted import counted
 from compresso.data.batches import Row
 from compresso.data.records import Records
 from compresso.errors import DataError
@@ -137,14 +138,15 @@ def nothing_left(source: str, stats: Stats, lost: Sequence[Lost], bad: Sequence[
     if stats.dropped and shortest:
         told = f"cut at max_length={reach.max_length}, {stats.dropped} lost their whole response"
         told += f" (the shortest prompt has {min(shortest)} tokens)"
-        return f"{source}: nothing is left to learn in {stats.n} records: {told}; {reach.cure()}"
+        return f"{source}: nothing is left to learn in {counted(stats.n, 'record')}: {told}; {reach.cure()}"
     if bad:
         return (
-            f"{source}: nothing is left to learn in {stats.n} records, {len(bad)} of them refused; the first: {bad[0]}"
+            f"{source}: nothing is left to learn in {counted(stats.n, 'record')}, {len(bad)} of them refused; the"
+            f" first: {bad[0]}"
         )
     return (
-        f"{source}: nothing to learn in {stats.n} records, {stats.empty} of them empty; give data with responses or"
-        " text"
+        f"{source}: nothing to learn in {counted(stats.n, 'record')}, {stats.empty} of them empty; give data with"
+        " responses or text"
     )
 
 
@@ -169,7 +171,7 @@ def check_dropped(records: Records, encoded: Encoded, reach: Reach, allowed: boo
         if dropped > MOST_DROPPED * n:
             cure = reach.cure()[0].upper() + reach.cure()[1:] if one.no_room else "Repair the data"
             raise DataError(
-                f"{one.source}: {dropped:,} of {n:,} examples would be dropped, more than {MOST_DROPPED:.0%}:"
+                f"{one.source}: {dropped:,} of {counted(n, 'example')} would be dropped, more than {MOST_DROPPED:.0%}:"
                 f" {', '.join(reasons(one, skipped, reach.max_length))}. {cure}. To go on with what is left, give"
                 " --allow-dropped"
             )
@@ -186,7 +188,7 @@ def reasons(lost: Lost, skipped: int, max_length: int) -> list[str]:
     if lost.refused:
         told.append(f"{lost.refused:,} that the chat template refuses")
     if skipped:
-        told.append(f"{skipped:,} bad lines")
+        told.append(counted(skipped, "bad line"))
     return told
 
 
@@ -199,16 +201,16 @@ def told(records: Records, encoded: Encoded, max_length: int) -> list[str]:
     for one in encoded.lost:
         if one.total:
             said.append(
-                f"{one.source}: {one.total:,} of {one.n:,} examples are dropped:"
-                f" {', '.join(reasons(one, 0, max_length))}"
+                f"{one.source}: {one.total:,} of {counted(one.n, 'example')} {'is' if one.total == 1 else 'are'}"
+                f" dropped: {', '.join(reasons(one, 0, max_length))}"
             )
     if records.n_bad:
-        said.append(f"{records.source}: {records.n_bad:,} bad lines are skipped")
+        said.append(f"{records.source}: {counted(records.n_bad, 'bad line', 'is')} skipped")
     if stats.truncated > stats.dropped:
-        beyond = f", which takes {stats.cut_tokens:,} tokens off" if stats.cut_tokens else ""
-        said.append(f"{stats.truncated - stats.dropped:,} examples are cut at {max_length} tokens{beyond}")
+        beyond = f", which takes {counted(stats.cut_tokens, 'token')} off" if stats.cut_tokens else ""
+        said.append(f"{counted(stats.truncated - stats.dropped, 'example', 'is')} cut at {max_length} tokens{beyond}")
     if stats.n < stats.read:
-        said.append(f"{stats.n:,} of {stats.read:,} records are looked at (data.limit)")
+        said.append(f"{stats.n:,} of {stats.read:,} records {'is' if stats.n == 1 else 'are'} looked at (data.limit)")
     if records.passed_over:
         said.append(f"columns passed over: {passed_over(records)}")
     return [*said, *encoded.notes]
@@ -217,6 +219,6 @@ def told(records: Records, encoded: Encoded, max_length: int) -> list[str]:
 def passed_over(records: Records) -> str:
     """The columns that were not read, with the number of rows in which they held something."""
     ordered = sorted(records.passed_over.items(), key=lambda pair: (-pair[1], pair[0]))
-    named = ", ".join(f"{name} ({n:,} rows)" for name, n in ordered[:_NAMED_COLUMNS])
+    named = ", ".join(f"{name} ({counted(n, 'row')})" for name, n in ordered[:_NAMED_COLUMNS])
     more = len(ordered) - _NAMED_COLUMNS
     return named + (f", and {more} more" if more > 0 else "")

@@ -39,6 +39,7 @@ from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
+from compresso.core.counted import counted
 from compresso.core.half_space import keep_after
 from compresso.core.hard_concrete import removal_order
 from compresso.core.lora_score import Criterion, unit_products
@@ -164,8 +165,8 @@ class LoraShear:
         open_, shrink, hold = self.trains.updates(len(job.rows), (self.tune, self.shrink, self.hold))
         if shrink < 2:
             raise RecipeError(
-                f"stage 'lorashear': {shrink} updates are left to shrink in, at least 2 are needed; raise shrink or"
-                " max_steps"
+                f"stage 'lorashear': {counted(shrink, 'update', 'is')} left to shrink in, at least 2 are needed;"
+                " raise shrink or max_steps"
             )
         periods = min(self.periods, shrink // 2)
 

@@ -22,6 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.core.counted import counted
 from compresso.core.repair import tokens_wanted
 from compresso.data.batches import Row
 from compresso.errors import CheckpointError, DataError, ResourceError
@@ -162,7 +163,7 @@ class Repair:
         n = min(len(job.rows), self.examples)
         if n < 2:
             raise DataError(
-                f"{n} calibration examples: a repair is fitted to some and chosen by others; give at least 2"
+                f"{counted(n, 'calibration example')}: a repair is fitted to some and chosen by others; give at least 2"
             )
         generator = torch.Generator().manual_seed(mixed_seed("repair", job.seed))
         order = torch.randperm(len(job.rows), generator=generator)[:n].tolist()

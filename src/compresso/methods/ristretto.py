@@ -32,6 +32,7 @@ from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, removable
 from compresso.core.cost import CostModel
+from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
 from compresso.data.batches import Row
@@ -217,8 +218,8 @@ class Ristretto:
         """Rows for the bank and repairs, and rows to judge by, drawn without repetition. Raises DataError."""
         if len(job.rows) < 3:
             raise DataError(
-                f"{len(job.rows)} calibration examples: candidates are fitted to some and judged by others; give at"
-                " least 3"
+                f"{counted(len(job.rows), 'calibration example')}: candidates are fitted to some and judged by others;"
+                " give at least 3"
             )
         n = min(self.judge_rows, len(job.rows) // 3)
         generator = torch.Generator().manual_seed(mixed_seed("ristretto rows", job.seed))

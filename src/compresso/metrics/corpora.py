@@ -12,6 +12,7 @@ A local copy stands in for a named corpus where one is there; what sets it apart
 from dataclasses import dataclass
 from pathlib import Path
 
+from compresso.core.counted import counted
 from compresso.data.formats import suffix_of
 from compresso.data.registry import REGISTERED, load_records
 from compresso.data.shards import is_pattern
@@ -44,7 +45,7 @@ class Corpus:
     def remark(self) -> str:
         """The sentence that stands beside a number on these texts."""
         beside = f" Columns passed over: {self.passed_over}." if self.passed_over else ""
-        return f"Texts: {self.source}; {len(self.texts)} documents.{beside}"
+        return f"Texts: {self.source}; {counted(len(self.texts), 'document')}.{beside}"
 
 
 def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | Path | None = None) -> Corpus:

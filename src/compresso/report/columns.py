@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from compresso.core.counted import counted
 from compresso.metrics.record import Measurement, Setting
 
 Key = tuple[str, str, str, str, str]
@@ -101,7 +102,11 @@ class Column:
 def column_key(number: Measurement) -> Key:
     """What two numbers must share to stand in one column."""
     place = number.environment
-    machine = f"{place.device}, {place.hardware}, {place.threads} threads, {place.dtype}" if _is_timed(number) else ""
+    machine = (
+        f"{place.device}, {place.hardware}, {counted(place.threads, 'thread')}, {place.dtype}"
+        if _is_timed(number)
+        else ""
+    )
     return (number.name, number.unit, number.how, json.dumps(number.protocol, sort_keys=True), machine)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
+from compresso.core.counted import counted
 from compresso.data.survival import survivors
 from compresso.metrics.record import Environment
 from compresso.report.read import Run
@@ -68,8 +69,8 @@ def asked(run: Run) -> Rows:
             rows.append(
                 (
                     "Held-out loss",
-                    f"{name}: {held.loss[0]:.4f} before training, {best:.4f} after {held.best} updates, whose state was"
-                    f" kept; {held.why}",
+                    f"{name}: {held.loss[0]:.4f} before training, {best:.4f} after {counted(held.best, 'update')},"
+                    f" whose state was kept; {held.why}",
                 )
             )
     times = [
@@ -93,8 +94,10 @@ def amounts(data: DataUsed) -> list[str]:
     told: list[str] = []
     if "n" in counts:
         kept = survivors(counts)
-        told.append(f"{kept:,} of {counts['n']:,} examples" if kept < counts["n"] else f"{kept:,} examples")
-    return told + ([f"{counts['tokens']:,} tokens"] if "tokens" in counts else [])
+        told.append(
+            f"{kept:,} of {counted(counts['n'], 'example')}" if kept < counts["n"] else counted(kept, "example")
+        )
+    return told + ([counted(counts["tokens"], "token")] if "tokens" in counts else [])
 
 
 def repeat(run: Run) -> Rows:
@@ -172,7 +175,7 @@ def engine_remark(engine: Engine) -> str:
 
 def place(environment: Environment) -> str:
     """Where a number was made, in one line."""
-    parts = [environment.device, environment.hardware, f"{environment.threads} threads", environment.system]
+    parts = [environment.device, environment.hardware, counted(environment.threads, "thread"), environment.system]
     return ", ".join([*parts, *([environment.dtype] if environment.dtype else []), pairs(environment.versions)])
 
 

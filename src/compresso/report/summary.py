@@ -57,7 +57,8 @@ def _quality(records: RunRecords, dense: ModelResults, pruned: ModelResults) -> 
     shown = written(new.value, new.unit, name, new.stderr)
     examples = new.protocol.get("examples", new.n)
     before = "not measured" if old is None else written(old.value, old.unit, name, old.stderr)
-    return label, f"{before} -> {shown}, on {examples} held-out examples; guard: {records.guard.verdict}"
+    held = f"{examples} held-out example{'' if examples == 1 else 's'}"
+    return label, f"{before} -> {shown}, on {held}; guard: {records.guard.verdict}"
 
 
 def _speed(dense: ModelResults, pruned: ModelResults) -> str:

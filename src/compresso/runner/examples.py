@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
+from compresso.core.counted import counted
 from compresso.data.batches import padding_note
 from compresso.data.instructions import encode_prompt
 from compresso.data.records import Records
@@ -128,7 +129,8 @@ def vocabulary(config: PreTrainedConfig) -> int | None:
 def fewer_than_asked(stages: Sequence[Acted], n: int) -> list[str]:
     """A sentence for each stage that wants to look at more examples than the `n` that there are."""
     return [
-        f"{one.name}: {passed.what} on the {n:,} examples that there are, of the {passed.examples:,} it asks for"
+        f"{one.name}: {passed.what} on the {counted(n, 'example')} that there {'is' if n == 1 else 'are'}, of the"
+        f" {passed.examples:,} it asks for"
         for one in stages
         for passed in one.passes
         if passed.what == "calibration" and passed.examples is not None and passed.examples > n
@@ -141,5 +143,7 @@ def _held_out(recipe: Recipe, raw: Mapping[str, Any], n_rows: int, data: str | N
     """
     held = recipe.data.held if "held" in (raw.get("data") or {}) else recipe.task.held_out(n_rows)
     if n_rows <= held:
-        raise DataError(f"{data} gives {n_rows} examples, of which {held} are held out; give more, or lower data.held")
+        raise DataError(
+            f"{data} gives {counted(n_rows, 'example')}, of which {held} are held out; give more, or lower data.held"
+        )
     return replace(recipe, data=replace(recipe.data, held=held))

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
+from compresso.core.counted import counted
 from compresso.data.batches import Row
 from compresso.data.instructions import encode_prompt
 from compresso.data.template import original_template, single_template
@@ -293,7 +294,7 @@ def _evaluate(
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
         if score is None:
-            with shown.working(f"scoring {len(rows)} held-out examples, {whose} model"):
+            with shown.working(f"scoring {counted(len(rows), 'held-out example')}, {whose} model"):
                 score = job.task.score(model, rows, job.dense_held)
         results.measurements += score.measurements(here, settings.corpus, noise=is_dense)
     else:

@@ -18,6 +18,7 @@ from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
 from compresso.checkpoint.places import without_places_in
 from compresso.checkpoint.source import Source, open_source
+from compresso.core.counted import counted
 from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.edit.patches import patch_, save_tensors, unpatch_
@@ -93,7 +94,10 @@ def scored(job: Job, whose: str) -> Score | None:
     """
     if not job.held:
         return None
-    with job.weights.whole(), job.progress().working(f"scoring {len(job.held)} held-out examples, {whose} model"):
+    with (
+        job.weights.whole(),
+        job.progress().working(f"scoring {counted(len(job.held), 'held-out example')}, {whose} model"),
+    ):
         return job.task.score(job.model, job.held, job.dense_held)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from compresso.core.counted import counted
 from compresso.errors import CompressoError
 from compresso.training.launch import broadcast
 from compresso.training.state import is_sharded, learned, put_
@@ -81,8 +82,8 @@ class Watch:
         self._losses[done] = loss
         if before is None or loss < before:
             self._best = learned(objective)
-            return f"held-out loss {loss:.4f} after {done} updates" + (": the best so far" if before else "")
-        return f"held-out loss {loss:.4f} after {done} updates; the best is {before:.4f} after {self.best}"
+            return f"held-out loss {loss:.4f} after {counted(done, 'update')}" + (": the best so far" if before else "")
+        return f"held-out loss {loss:.4f} after {counted(done, 'update')}; the best is {before:.4f} after {self.best}"
 
     def settle_(self, objective: nn.Module) -> str:
         """Put the best state back, and say in a sentence which it is and why training ended."""
@@ -124,10 +125,10 @@ class Watch:
     def _ending(self) -> str:
         ended = max(self._losses)
         if not self.over:
-            return f"all {ended} updates were done"
+            return "the only update was done" if ended == 1 else f"all {ended} updates were done"
         return (
             f"stopped after {ended} of {self._updates} updates: the held-out loss was no lower in the last"
-            f" {self._patience} evaluations"
+            f" {counted(self._patience, 'evaluation')}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.core.counted import counted
 from compresso.data.instructions import opening_ids
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.errors import DataError
@@ -186,8 +187,8 @@ def _remark(ready: Ready, cut: set[str | tuple[str, str]], dropped: Sequence[int
     """What a reader must see beside the score: items that did not fit."""
     generated = ready.task.OUTPUT_TYPE == "generate_until"
     lost = {one.doc_id for one in ready.task.instances if (one.args[0] if generated else one.args) in cut}
-    parts = [f"{len(dropped)} items lost {sum(dropped)} shots to fit"] if dropped else []
-    parts += [f"{len(lost)} items lost the oldest tokens of their context"] if lost else []
+    parts = [f"{counted(len(dropped), 'item')} lost {counted(sum(dropped), 'shot')} to fit"] if dropped else []
+    parts += [f"{counted(len(lost), 'item')} lost the oldest tokens of their context"] if lost else []
     return "; ".join(parts) or None
 
 
