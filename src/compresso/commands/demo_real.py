@@ -18,6 +18,7 @@ from compresso.checkpoint.atomic import check_output, new_folder
 from compresso.checkpoint.overwrite import demo_real as demo_files
 from compresso.checkpoint.overwrite import refuse_foreign
 from compresso.checkpoint.source import open_source
+from compresso.checkpoint.writes_text import refuse_textless
 from compresso.commands.compare import compare
 from compresso.commands.export import export
 from compresso.core.counted import counted
@@ -68,10 +69,12 @@ def demo_real(
         The result of each recipe.
 
     Raises:
-        CompressoError: as `run` does; CheckpointError for a model without a chat template.
+        CompressoError: as `run` does; ArchError for a model that writes no text, CheckpointError for one without a chat
+            template.
     """
     console, output = Console(), Path(output)
     source = open_source(model)
+    refuse_textless(source, "it answers no request; give a chat model")
     check_output(output, source.folder, overwrite, demo_files(RECIPES))
     if overwrite:
         refuse_foreign(output, demo_files(RECIPES))

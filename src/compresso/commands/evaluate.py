@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
-from compresso.commands.evaluate_task import TASK, check_words, task_metric
+from compresso.commands.evaluate_task import TASK, check_words, refuse_other_than_text, task_metric
 from compresso.core.counted import counted
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
@@ -90,6 +90,7 @@ def evaluate(
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors or a GGUF file")
     if task is not None and data is not None:
         return _reported(source, task_metric(source, task, data, where, limit), target)
+    refuse_other_than_text(source)
     load_tokenizer(source)
     language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
     if language is None and protocol is not None:

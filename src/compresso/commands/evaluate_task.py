@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from compresso.checkpoint.source import Source, load_model, load_tokenizer
+from compresso.checkpoint.source import Source, is_text_classifier, load_model, load_tokenizer
+from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
@@ -58,3 +59,14 @@ def check_words(task: str | None, data: str | None, *others: object) -> None:
         raise DataError(
             "--suite, --tasks, --corpus and --protocol are for models that write text; leave them out with a task"
         )
+
+
+def refuse_other_than_text(source: Source) -> None:
+    """Raise ArchError for a model whose perplexity and answers nobody could measure, with what can be."""
+    if is_text_classifier(source.config):
+        refuse_textless(source, "give --task classification --data rows.jsonl to score its labels")
+    refuse_textless(
+        source,
+        "perplexity and tasks are measured of causal language models. An encoder of texts is scored by --task"
+        " classification --data rows.jsonl once a run with that task has given it a head",
+    )

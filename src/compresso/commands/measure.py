@@ -15,6 +15,7 @@ import torch
 
 from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, load_model, numbers_of, open_source
+from compresso.checkpoint.writes_text import refuse_textless
 from compresso.commands.measure_table import show
 from compresso.door import public
 from compresso.errors import CheckpointError, DataError, ResourceError, nearest
@@ -167,6 +168,7 @@ def _planned(
             raise CheckpointError(
                 f"{model} has no weights to measure; give a folder of safetensors, GGUF file or hub id"
             )
+        refuse_textless(source, "prefill and decoding are timed of causal language models")
         same = sum(1 for name in sources if name == source.name or name.startswith(f"{source.name} ("))
         sources[f"{source.name} ({same + 1})" if same else source.name] = source
     contexts = {name: context_of(source.config) for name, source in sources.items()}
