@@ -19,12 +19,19 @@ Messages are one line: what, the value, what was wanted, the cure.
 """
 
 import difflib
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\-~])|[\x00-\x08\x0e-\x1b\x7f-\x9f]"
+)
+"""What a terminal takes as an order: sequences that begin with an escape, and control characters that are no white
+space.
+"""
 GONE_IN = "0.3"
 """The release in which the names that this one deprecates stop working."""
 
@@ -111,6 +118,30 @@ def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None)
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names if shown is None else sorted(shown))}"
+
+
+def without_escapes(text: str) -> str:
+    """A text without colours, cursor moves and other orders to a terminal.
+
+    >>> without_escapes("\x1b[96mThis is step 1/3\x1b[0m of it")
+    'This is step 1/3 of it'
+    """
+    return _ESCAPES.sub("", text)
+
+
+def quoted(text: object, most: int = 300, *, last: bool = False) -> str:
+    """What another library or program said, on one line of plain letters: its first `most` of them, or its last.
+
+    >>> quoted(ValueError("first\\n  \x1b[31msecond\x1b[0m"))
+    'first second'
+    """
+    line = " ".join(without_escapes(str(text)).split())
+    return line[-most:] if last else line[:most]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, `quoted`; its error's name if it says nothing."""
+    return quoted((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:

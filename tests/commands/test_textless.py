@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import compresso
-from compresso.commands import demo_real, evaluate, evaluate_task, measure
+from compresso.commands import demo_real, evaluate, evaluate_task, export, measure
 from compresso.data import nano
 from compresso.errors import ArchError, CompressoError
 
@@ -71,6 +71,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (measure, "load_model"),
         (measure, "peak_memory"),
         (demo_real, "load"),
+        (export, "load_for"),
     ):
         monkeypatch.setattr(module, reads, refuse)
 
@@ -110,3 +111,21 @@ def test_a_classifier_is_told_how_it_is_scored(folders: dict[str, Path], tmp_pat
         compresso.evaluate(folders["moods"], task="classification", data=str(rows))
     with pytest.raises(CompressoError, match="has no head for classification"):
         compresso.evaluate(folders["headless"], task="classification", data=str(rows))
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_format_but_onnx_of_classifiers_takes_them(
+    folders: dict[str, Path], tmp_path: Path, name: str, format: str, overwrite: bool
+) -> None:
+    if (name, format) == ("moods", "onnx"):
+        with pytest.raises(AssertionError, match="weights were read"):
+            compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
+        return
+    with pytest.raises(ArchError) as caught:
+        compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
+    assert str(caught.value).startswith(f"{name} {MADE[name][1]}; format='{format}' takes causal language models")
+    assert ("and classifiers of texts" in str(caught.value)) == (format == "onnx")
+    assert ("give format='onnx'" in str(caught.value)) == (name == "moods")
+    assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.links import is_own
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, quoted
 from compresso.native import CLASSES, MODELING_FILE
 
 _CONFIGS = (
@@ -245,10 +245,7 @@ def _tokenizer(value: object) -> str:
     try:
         named = getattr(transformers, value, None)
     except Exception as error:  # transformers imports what a name stands for, which may fail in any way
-        return (
-            f"is {value[:60]}, which transformers cannot import ({' '.join(str(error).split())[:120]}). Name a"
-            " tokenizer class."
-        )
+        return f"is {value[:60]}, which transformers cannot import ({quoted(error, 120)}). Name a tokenizer class."
     absent = getattr(named, "__module__", "").startswith(
         "transformers.utils.dummy"
     )  # stands for a class whose package is not installed

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, quoted
 
 ALLOWED = "COMPRESSO_LINKS"
 """Environment variable with the folders that links may lead into, separated as in PATH."""
@@ -75,4 +75,4 @@ def _read(folder: Path) -> Iterator[Path]:
 
 def _line(error: Exception) -> str:
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split())[:200]
+    return quoted(said, 200)

@@ -2,6 +2,8 @@
 
 from huggingface_hub.errors import StrictDataclassError
 
+from compresso.errors import quoted
+
 
 def reason_of(error: BaseException) -> str:
     """The rule that was broken, on one bounded line, without the frame in which a config class words its own rules.
@@ -11,4 +13,4 @@ def reason_of(error: BaseException) -> str:
     """
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return quoted(error) or type(error).__name__

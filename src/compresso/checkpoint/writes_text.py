@@ -8,6 +8,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
@@ -18,6 +19,7 @@ from compresso.errors import ArchError
 _CALLED = {
     AutoModel: "a model without a head",
     AutoModelForMaskedLM: "a model that fills gaps in text",
+    AutoModelForQuestionAnswering: "a model that finds answers in texts",
     AutoModelForSequenceClassification: "a classifier of texts",
     AutoModelForImageClassification: "a classifier of images",
 }

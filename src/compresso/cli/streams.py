@@ -6,6 +6,8 @@ import io
 import os
 import sys
 
+from compresso.errors import without_escapes
+
 _LONGEST = 400
 """Letters of a word that is shown whole: names come from anywhere."""
 
@@ -29,9 +31,12 @@ def hold_streams() -> None:
 
 
 def say(text: str) -> None:
-    """One line on stderr; where that takes nothing, the exit code says it alone."""
+    """One line on stderr, without orders to the terminal; where that takes nothing, the exit code says it alone."""
     try:
-        words = (word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-80:]}" for word in text.split())
+        words = (
+            word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-80:]}"
+            for word in without_escapes(text).split()
+        )
         print(*words, file=sys.stderr, flush=True)
     except OSError:
         drop(sys.stderr.fileno())

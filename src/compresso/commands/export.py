@@ -11,6 +11,7 @@ from compresso.checkpoint.atomic import check_output, first_bytes
 from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_encoder, open_source
+from compresso.checkpoint.writes_text import refuse_textless
 from compresso.door import public
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
@@ -56,6 +57,7 @@ def export(
         unchecked.
 
     Raises:
+        ArchError: for a model that neither writes text nor, as ONNX, classifies it.
         CheckpointError: if the model cannot be read or the output may not be written.
         ExportError: if the format cannot hold the model, or the engine reads something else than was written; then no
             file is left.
@@ -71,6 +73,7 @@ def export(
     if overwrite or format == "gguf":  # a file is never told to use an option that would be refused
         _refuse_foreign(output, format)
     source = open_source(model)
+    _refuse_textless(source, format)
     if source.file is not None and output.exists() and output.samefile(source.file):
         raise CheckpointError(f"output {output} is the input model. Choose another output.")
     if format != "gguf":  # a folder; a single file may lie beside the weights
@@ -96,6 +99,15 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(facts, indent=2, allow_nan=False))
         return
     print(f"{facts['output']}: {facts['bytes']:,} bytes, arch {facts['arch']}, {facts['dtype']}; {facts['checked']}")
+
+
+def _refuse_textless(source: Source, format: str) -> None:
+    """Raise ArchError for a model that the engines of a format cannot be asked about."""
+    if not is_text_encoder(source.config):
+        also = " and encoders of texts with a head, as a run with --task writes them" if format == "onnx" else ""
+        refuse_textless(source, f"--format {format} takes causal language models{also}")
+    elif format != "onnx":
+        refuse_textless(source, f"--format {format} takes causal language models; give --format onnx")
 
 
 def _refuse_foreign(output: Path, format: str) -> None:

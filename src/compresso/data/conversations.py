@@ -10,7 +10,7 @@ from compresso.data.records import Message
 from compresso.data.rendering import TemplateLimit, render, render_marked
 from compresso.data.template import chat_template, keeps_system, with_system_in_user_turn
 from compresso.data.tokens import Spans, special_texts
-from compresso.errors import DataError
+from compresso.errors import DataError, first_line
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -83,10 +83,8 @@ def _render(
 
 
 def _refused(messages: Sequence[Message], error: Exception) -> DataError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return DataError(
-        f"the tokenizer's chat template refuses a conversation of {counted(len(messages), 'turn')}: {said}"
-    )
+    said, turns = first_line(error), counted(len(messages), "turn")
+    return DataError(f"the tokenizer's chat template refuses a conversation of {turns}: {said}")
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ from compresso.data.records import (
     printable,
 )
 from compresso.data.tables import TableRow, arrow_rows, parquet_rows, separated_rows
-from compresso.errors import DataError
+from compresso.errors import DataError, first_line
 
 _PACKED = ("", ".gz", ".zst")
 SUFFIXES = (
@@ -112,15 +112,15 @@ def read_file(
         raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
     except (pyarrow.ArrowInvalid, SafetensorError) as error:
         raise DataError(
-            f"{path}: not a readable {suffix} file ({_first_line(error)}); fetch or write the file again"
+            f"{path}: not a readable {suffix} file ({first_line(error)}); fetch or write the file again"
         ) from error
     except OSError as error:
         if suffix.endswith(".zst") and error.errno is None:
             raise DataError(
-                f"{path}: broken zstd data ({_first_line(error)}); fetch or compress the file again"
+                f"{path}: broken zstd data ({first_line(error)}); fetch or compress the file again"
             ) from error
         raise DataError(
-            f"{path}: cannot be read ({error.strerror or _first_line(error)}); check the file and its permissions"
+            f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file and its permissions"
         ) from error
 
 
@@ -205,7 +205,7 @@ def _json_lines(path: Path) -> Iterator[_Found]:
             except json.JSONDecodeError as error:
                 yield _Found(place, wrong=f"bad JSON at character {error.pos + 1} ({error.msg})")
             except (ValueError, RecursionError) as error:
-                yield _Found(place, wrong=f"bad JSON ({_first_line(error)})")
+                yield _Found(place, wrong=f"bad JSON ({first_line(error)})")
 
 
 def _begins_list(path: Path) -> bool:
@@ -237,7 +237,7 @@ def _json_list(path: Path) -> Iterator[_Found]:
         try:
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: bad JSON ({_first_line(error)}); repair the file") from error
+            raise DataError(f"{where}: bad JSON ({first_line(error)}); repair the file") from error
         yield _Found(where, value)
         first = False
         place = _skip_space(text, place)
@@ -297,7 +297,3 @@ def _windows(path: Path) -> Iterator[_Found]:
     for number, window in enumerate(ids.tolist(), 1):
         wrong = f"id {min(window)} is negative" if min(window) < 0 else ""
         yield _Found(f"{path}: window {number}", Window(tuple(window)), wrong, others)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

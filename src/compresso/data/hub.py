@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from compresso.errors import DataError
+from compresso.errors import DataError, first_line
 
 ANSWER_WITHIN_S = 5.0
 
@@ -44,7 +44,7 @@ def rows(hub: HubSet, split: str, limit: int | None = None) -> list[dict[str, An
         with cache_only() if silent else nullcontext():
             loaded = datasets.load_dataset(hub.id, hub.config, data_files=_files(hub, split), split=split)
     except Exception as error:
-        reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = silent or first_line(error)
         raise DataError(
             f"data set {hub.id}{f' ({hub.config})' if hub.config else ''}, split '{split}': not in the local cache, and"
             f" {reason}. Download it where there is a network, or pass a local file (.jsonl, .json, .parquet, .txt)."
@@ -70,7 +70,7 @@ def why_silent(hub_id: str) -> str:
     try:
         HfApi().dataset_info(hub_id, timeout=ANSWER_WITHIN_S)
     except HfHubHTTPError as error:
-        return f"the hub refused it ({(str(error).splitlines() or [''])[0]})"
+        return f"the hub refused it ({first_line(error)})"
     except (
         Exception
     ) as error:  # the HTTP library and so the error type depend on the hub client's version; all of them mean no answer

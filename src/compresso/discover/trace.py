@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from compresso.errors import ArchError
+from compresso.errors import ArchError, first_line
 
 POSITIONS = 4
 """Tokens in the traced sequence."""
@@ -85,7 +85,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Trace
             with recorder:
                 result = torch.func.functional_call(model, {**parameters, **buffers}, (), given)
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            where, what = recorder.module or type(model).__name__, str(error).partition("\n")[0]
+            where, what = recorder.module or type(model).__name__, first_line(error)
             raise ArchError(f"{where} cannot be traced without weights: {what}; describe this architecture") from error
     recorder.trace.results = tuple(
         recorder.number(leaf) for leaf in tree_leaves(_plain(result)) if isinstance(leaf, Tensor)

@@ -20,7 +20,7 @@ from compresso.engines.openvino import OPENVINO
 from compresso.engines.parity import TEXT, Format, Parity, within_rounding
 from compresso.engines.transformers import OWN
 from compresso.engines.written import missing_writer
-from compresso.errors import CompressoError
+from compresso.errors import CompressoError, quoted
 from compresso.formats.onnx import GRAPH, library
 from compresso.formats.onnx_encoder import input_names, save_onnx_encoder
 from compresso.formats.reopen import reopen_and_compare
@@ -68,7 +68,7 @@ def encoder_parity(engine: OnnxEngine, folder: Path, reference: EncoderReference
     try:
         found = _RUNS[engine.name](folder, reference.given)
     except RuntimeError as error:  # of the engine
-        return Parity(engine.name, "no", " ".join(str(error).split())[:300])
+        return Parity(engine.name, "no", quoted(error))
     if found.shape != wanted.shape:
         return Parity(engine.name, "no", f"logits are {list(found.shape)} instead of {list(wanted.shape)}")
     difference, within = float((found - wanted).abs().max()), WITHIN.get(reference.dtype)

@@ -17,7 +17,7 @@ from compresso.arch.base import arch_for
 from compresso.core.latency_table import Conditions
 from compresso.engines import llama_cpp
 from compresso.engines.onnx_runtime import ONNX, OnnxModel
-from compresso.errors import DataError, ExportError
+from compresso.errors import DataError, ExportError, quoted
 from compresso.formats.gguf import save_gguf
 from compresso.formats.onnx import save_onnx
 from compresso.metrics.forwards import TOKENS
@@ -160,7 +160,7 @@ class LlamaCppTimer:
             check=False,
         )
         if done.returncode:
-            raise ExportError(f"llama.cpp could not be timed: {' '.join(done.stderr.split())[-400:]}")
+            raise ExportError(f"llama.cpp could not be timed: {quoted(done.stderr, 400, last=True)}")
         told: list[list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
         return told
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from compresso.engines.parity import ALWAYS, TEXT, Format, Listed, Parity, Reference, judged
-from compresso.errors import ExportError
+from compresso.errors import ExportError, quoted
 
 WITHIN = {"f32": 1e-2, "f16": 0.1, "bf16": 0.1}
 """Allowed differences of probabilities, by the dtype of the file; how far a quantised model goes from its source is its
@@ -112,7 +112,7 @@ def continue_texts(
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"llama.cpp did not answer about {file} within {timeout:g} s.") from error
     if done.returncode:
-        said = " ".join(done.stderr.split())[-400:]
+        said = quoted(done.stderr, 400, last=True)
         how = f"ended by signal {-done.returncode}" if done.returncode < 0 else "refuses it"
         raise ExportError(f"{file} does not open in llama.cpp, which {how}: {said}")
     found = json.loads(done.stdout.strip().splitlines()[-1])

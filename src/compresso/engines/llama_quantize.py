@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compresso.arch.base import LayerShape
 from compresso.engines import libllama, llama_cpp
-from compresso.errors import ExportError
+from compresso.errors import ExportError, quoted
 from compresso.formats.gguf import library
 
 KINDS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
@@ -52,5 +52,5 @@ def quantize(whole: Path, output: Path, kind: str) -> None:
     named = kind.upper() if len(command) == 1 else str(library().LlamaFileType[f"MOSTLY_{kind.upper()}"].value)
     done = subprocess.run([*command, str(whole), str(output), named], capture_output=True, text=True, check=False)
     if done.returncode or not output.is_file():
-        said = " ".join((done.stderr or done.stdout).split())[-300:]
+        said = quoted(done.stderr or done.stdout, last=True)
         raise ExportError(f"llama.cpp could not write {kind} ({done.returncode}): {said}")

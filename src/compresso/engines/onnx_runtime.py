@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
+from compresso.errors import quoted
 from compresso.formats.onnx import GRAPH, cache_names, library
 
 WITHIN = {"f32": 1e-4}
@@ -112,7 +113,7 @@ class OnnxEngine:
             last, _ = model(ids[-1:].unsqueeze(0), cache)
             tokens = model.greedy(ids, len(reference.greedy)).tolist()
         except RuntimeError as error:  # of the engine
-            return Parity(self.name, "no", " ".join(str(error).split())[:300])
+            return Parity(self.name, "no", quoted(error))
         found = torch.cat([found, last], dim=1)[0]
         difference = float((found - wanted).abs().max())
         within = WITHIN.get(reference.dtype)

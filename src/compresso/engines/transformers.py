@@ -12,7 +12,7 @@ from compresso.checkpoint.code import refuse_code, trusted
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.engines import transformers_process
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
-from compresso.errors import CheckpointError
+from compresso.errors import CheckpointError, quoted, without_escapes
 
 WITHIN = {"f32": 1e-3}
 """Allowed differences of logits, as in `within_rounding`, by the dtype that was written: what rounding in float32
@@ -104,6 +104,6 @@ ENGINES = (PLAIN, OWN, REMOTE, PACKED)
 
 def why(stderr: str, code: int) -> str:
     """The last line of a traceback that names an exception."""
-    lines = [line for line in stderr.strip().splitlines() if line and not line[0].isspace()]
+    lines = [line for line in without_escapes(stderr).strip().splitlines() if line and not line[0].isspace()]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return " ".join((named or lines or [f"ended with {code}"])[-1].split())[:300]
+    return quoted((named or lines or [f"ended with {code}"])[-1])

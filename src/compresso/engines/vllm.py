@@ -19,7 +19,7 @@ from torch import Tensor
 from compresso.checkpoint.code import NATIVE, Shipped, trusted
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged
-from compresso.errors import CheckpointError, ExportError
+from compresso.errors import CheckpointError, ExportError, quoted, without_escapes
 from compresso.formats.vllm_deci import DECI_CLASS
 
 WITHIN = {"float32": 1e-2, "bfloat16": 0.1}
@@ -187,6 +187,8 @@ def _environment(scratch: Path) -> Mapping[str, str]:
 
 def _why(said: str, code: int) -> str:
     """The last line that names an exception."""
-    lines = [line.partition("]: ")[2] if line.startswith("[rank") else line for line in said.splitlines()]
+    lines = [
+        line.partition("]: ")[2] if line.startswith("[rank") else line for line in without_escapes(said).splitlines()
+    ]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "Value error, " in line]
-    return " ".join((named or [line for line in lines if line.strip()] or [f"ended with {code}"])[-1].split())[:300]
+    return quoted((named or [line for line in lines if line.strip()] or [f"ended with {code}"])[-1])

@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder
-from compresso.errors import ExportError
+from compresso.errors import ExportError, quoted
 from compresso.formats.beside import write_beside
 
 GRAPH = "model.onnx"
@@ -177,9 +177,15 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
             )
             return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
-        raise ExportError(
-            f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise untraced(model, error) from error
+
+
+def untraced(model: PreTrainedModel, error: Exception) -> ExportError:
+    """What is said where the exporter cannot follow a forward: the reason that its own message of several steps is
+    about.
+    """
+    reason = error if error.__cause__ is None else error.__cause__
+    return ExportError(f"torch cannot write {type(model).__name__} as ONNX: {type(reason).__name__}: {quoted(reason)}")
 
 
 @contextmanager

@@ -19,9 +19,8 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from compresso.checkpoint.atomic import new_folder
 from compresso.checkpoint.source import auto_class
-from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
-from compresso.formats.onnx import quiet, without_sources, write_graph
+from compresso.formats.onnx import quiet, untraced, without_sources, write_graph
 
 
 class _Logits(nn.Module):
@@ -101,6 +100,4 @@ def _traced(model: PreTrainedModel) -> Any:
             )
             return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
-        raise ExportError(
-            f"torch cannot write {type(model).__name__} as ONNX: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise untraced(model, error) from error

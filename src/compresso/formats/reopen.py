@@ -22,7 +22,7 @@ from compresso.checkpoint.code import refuse_code
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import auto_class
 from compresso.edit.rounding import ROUNDINGS, full_precision, rounding_of
-from compresso.errors import ExportError, ResourceError
+from compresso.errors import ExportError, ResourceError, quoted
 
 
 def reopen_and_compare(
@@ -71,7 +71,7 @@ def reopen_and_compare(
             text=True,
             check=False,
         )
-        last = (done.stderr.strip().splitlines() or [""])[-1][:300]
+        last = quoted((done.stderr.strip().splitlines() or [""])[-1])
         if done.returncode < 0 or "OutOfMemory" in last or "MemoryError" in last:
             raise ResourceError(
                 f"reopening {folder} ended by signal or lack of memory ({done.returncode}: {last}). Free memory and try"

@@ -24,7 +24,7 @@ import torch
 from compresso import errors
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import load_model, open_source
-from compresso.errors import CheckpointError, CompressoError, ResourceError
+from compresso.errors import CheckpointError, CompressoError, ResourceError, quoted
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, prefill_and_decode, prompts
 
@@ -77,7 +77,9 @@ def peak_memory(
             check=False,
         )
         if done.returncode:
-            raise _failure(Path(folder).name, done.returncode, (done.stderr.strip().splitlines() or [""])[-1][:600])
+            raise _failure(
+                Path(folder).name, done.returncode, quoted((done.stderr.strip().splitlines() or [""])[-1], 600)
+            )
         found = json.loads(result.read_text("utf-8"))
     counted = (
         "tensors on the device" if torch.device(device).type == "cuda" else "resident size beyond that of the libraries"

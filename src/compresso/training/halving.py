@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.losses import IGNORED
-from compresso.errors import ResourceError, out_of_memory
+from compresso.errors import ResourceError, out_of_memory, quoted
 from compresso.training.order import Batches, Micro
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Halving:
         size = max(len(micro.rows) for micro in micros)
         if self.parts >= size:
             raise ResourceError(
-                f"out of memory with a single example ({' '.join(str(error).split())[:200]}); set checkpointing: true,"
+                f"out of memory with a single example ({quoted(error, 200)}); set checkpointing: true,"
                 " precision: bf16 or a smaller max_length, or use a device with more memory"
             ) from error
         self.parts *= 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.data.hub import cache_only, why_silent
-from compresso.errors import CompressoError, DataError
+from compresso.errors import CompressoError, DataError, first_line
 from compresso.metrics.tasks.copies import FOLDER, config
 from compresso.metrics.tasks.quiet import quiet
 from compresso.metrics.tasks.suites import Bench, suites_of
@@ -144,7 +144,7 @@ def _from_hub(bench: Bench, silent: str, cure: str) -> Iterator[None]:
     except CompressoError:
         raise
     except Exception as error:  # `datasets` and the hub's client fail in many ways; all of them mean no rows
-        reason = silent or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = silent or first_line(error)
         raise DataError(
             f"task '{bench.name}': data set {bench.hub} is not in the local cache, and {reason}. "
             f"{cure}, or fetch it where there is a network."
