@@ -41,6 +41,8 @@ def records(*labels: object) -> Records:
         ({"sentence": "a", "label": "good", "idx": 7}, Labelled("a", None, "good")),
         ({"sentence1": "a", "sentence2": "b", "label": 0}, Labelled("a", "b", 0)),
         ({"premise": "a", "hypothesis": "b", "label": 2}, Labelled("a", "b", 2)),
+        ({"question": "a", "sentence": "b", "label": 0}, Labelled("a", "b", 0)),
+        ({"text_a": "a", "text_b": "b", "label": 0}, Labelled("a", "b", 0)),
         ({"question1": "a", "question2": "b", "label": " 1 "}, Labelled("a", "b", 1)),
     ],
 )

@@ -3,6 +3,7 @@ say.
 """
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from compresso.errors import DataError, NumericError
 from compresso.metrics.label_guard import judge_labels
-from compresso.metrics.labels import ACCURACY, GUESS, label_score
+from compresso.metrics.labels import ACCURACY, F1, GUESS, LabelScore, label_score
 from compresso.metrics.record import Environment
 from compresso.tasks.classification import CLASSIFICATION
 
@@ -52,6 +53,29 @@ def test_accuracy_and_loss_are_those_of_a_count_by_hand(size: int) -> None:
     assert (accuracy.name, accuracy.value, accuracy.n) == (ACCURACY, 5 / 7, 7)
     assert accuracy.stderr == pytest.approx(math.sqrt(5 / 7 * 2 / 7 / 7))
     assert (guess.name, guess.value, guess.how) == (GUESS, 3 / 7, "counted")
+
+
+def test_f1_is_that_of_the_second_of_two_labels() -> None:
+    """Against the definition by precision and recall, with an error that a jackknife agrees with."""
+    draw = random.Random(0)
+    second = [draw.random() < 0.7 for _ in range(400)]
+    right = [draw.random() < (0.9 if one else 0.6) for one in second]
+    score = LabelScore((0.1,) * 400, tuple(right), 200, "", tuple(second))
+    said = [one == hit for one, hit in zip(second, right, strict=True)]
+
+    def f1(chosen: list[int]) -> float:
+        hits = sum(said[i] and second[i] for i in chosen)
+        precision, recall = hits / sum(said[i] for i in chosen), hits / sum(second[i] for i in chosen)
+        return 2 * precision * recall / (precision + recall)
+
+    value, error = score.f1
+    assert value == pytest.approx(f1(list(range(400)))) and value != score.accuracy
+    without = [f1([j for j in range(400) if j != i]) for i in range(400)]
+    mean = sum(without) / 400
+    assert error == pytest.approx(math.sqrt(399 / 400 * sum((one - mean) ** 2 for one in without)), rel=0.02)
+    assert [one.name for one in score.measurements(Environment.here(), "t")] == [ACCURACY, GUESS, F1]
+    assert LabelScore((0.1,), (True,), 1, "", (False,)).f1 == (0.0, None)
+    assert scored(LastToken()).second == ()  # three labels have no F1
 
 
 def test_the_mode_is_put_back_and_what_cannot_be_scored_says_so() -> None:

@@ -91,7 +91,7 @@ def test_records_card_and_report_tell_the_accuracy_of_both(pruned: Path) -> None
     for one in (dense, smaller):
         (accuracy,) = [number for number in one.measurements if number.name == "held/acc"]
         assert accuracy.value >= 0.9 and accuracy.n == 48 and accuracy.stderr is not None
-        assert one.value("held-majority/acc") == 0.5
+        assert one.value("held-majority/acc") == 0.5 and one.value("held/f1") >= 0.9
     assert records.guard.verdict == "ok" and records.before.held_loss is not None
     assert records.after.parameters["blocks"] <= 0.705 * records.before.parameters["blocks"]  # widths are equal
     assert records.stages["gate_taylor"].units_kept["layers.0.heads"] == "4/4"  # its config could not say fewer
@@ -265,9 +265,10 @@ def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call
     rows.write_text("".join(json.dumps(row) + "\n" for row in sentences(60, seed=5)))
     given = ("--task", "classification", "--data", rows)
     code, out, _ = call("evaluate", pruned, *given, "--json")
-    accuracy, guess = json.loads(out)["models"][0]["measurements"]
+    accuracy, guess, f1 = json.loads(out)["models"][0]["measurements"]
     assert code == 0 and accuracy["name"] == "fresh/acc" and accuracy["n"] == 60 and accuracy["value"] >= 0.95
     assert guess["value"] == 0.5
+    assert f1["name"] == "fresh/f1" and f1["value"] >= 0.95 and f1["stderr"] is not None
     code, out, _ = call("evaluate", pruned, *given, "--limit", 10)
     assert code == 0 and "fresh/acc" in out and "Not measured" not in out
     for more, said in (

@@ -1,7 +1,8 @@
 """Texts, or pairs of texts, with a label each: how a row is read, what the labels are called, and tokens of all of it.
 
     text or sentence, and label
-    sentence1 + sentence2, premise + hypothesis, or question1 + question2, and label
+    sentence1 + sentence2, premise + hypothesis, question1 + question2, question + sentence, or text_a + text_b, and
+        label
 
 A label is a whole number or a name. Names are numbered in alphabetical order, numbers in theirs, so the order of the
 rows decides nothing. A label of -1, which test sets have in the place of one, is none.
@@ -22,6 +23,8 @@ _TEXTS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
     ("sentence", None),
     ("text", None),
 )

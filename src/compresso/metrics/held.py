@@ -17,6 +17,7 @@ from compresso.core.losses import IGNORED
 from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
 from compresso.metrics.forward import window_logits
+from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement
 
 SPLITS = 99
@@ -45,11 +46,7 @@ class HeldLoss:
     @property
     def stderr(self) -> float | None:
         """Standard error of the mean (a ratio of sums over independent examples); None for a single example."""
-        n, mean = len(self.nats), self.mean
-        if n < 2:
-            return None
-        residuals = [nats - mean * tokens for nats, tokens in zip(self.nats, self.tokens, strict=True)]
-        return statistics.stdev(residuals) * math.sqrt(n) / sum(self.tokens)
+        return ratio_error(self.nats, self.tokens)
 
     def half_split(self, splits: int = SPLITS) -> float | None:
         """How far the perplexities of two random halves of the examples lie apart, the median over `splits`; None for a

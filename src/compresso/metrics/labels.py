@@ -1,5 +1,5 @@
 """How a classifier does on examples that no stage trained on: its accuracy, with its standard error, beside that of
-always giving the most frequent label.
+always giving the most frequent label; of two labels also the F1 of the second, as GLUE has it (arXiv 1804.07461).
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from compresso.core.loss import logits_of
 from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
+from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement
 
-ACCURACY, GUESS = "held/acc", "held-majority/acc"
+ACCURACY, GUESS, F1 = "held/acc", "held-majority/acc", "held/f1"
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class LabelScore:
         right: whether each was given its label.
         most_frequent: examples of the most frequent label.
         examples_sha256: of their ids and labels; the same ones have the same.
+        second: of two labels, whether each example has the second one; empty for more labels.
     """
 
     nats: tuple[float, ...]
     right: tuple[bool, ...]
     most_frequent: int
     examples_sha256: str
+    second: tuple[bool, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -52,18 +55,31 @@ class LabelScore:
         """The accuracy of always giving the most frequent label."""
         return self.most_frequent / len(self.right)
 
+    @property
+    def f1(self) -> tuple[float, float | None]:
+        """Of the second of two labels, with its standard error: 2 hits / (2 hits + false ones + missed ones); 0 where
+        there are none of the three.
+        """
+        hits = [2 * (right and has) for right, has in zip(self.right, self.second, strict=True)]
+        below = [hit + (not right) for hit, right in zip(hits, self.right, strict=True)]
+        return sum(hits) / max(sum(below), 1), ratio_error(hits, below)
+
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
         """The accuracy, "held/acc", with the standard error of a share; counted beside it what always giving the most
-        frequent label would reach.
+        frequent label would reach; of two labels the F1, "held/f1".
         """
         n = len(self.right)
         shared: dict[str, Any] = {"unit": "share", "n": n, "environment": environment}
         shared["protocol"] = {"corpus": corpus, "examples": n, "examples_sha256": self.examples_sha256[:16]}
         spread = math.sqrt(self.accuracy * (1 - self.accuracy) / n)
-        return (
+        found = (
             Measurement(name=ACCURACY, value=self.accuracy, how="measured", stderr=spread, **shared),
             Measurement(name=GUESS, value=self.guess, how="counted", **shared),
         )
+        if not self.second:
+            return found
+        value, error = self.f1
+        return (*found, Measurement(name=F1, value=value, how="measured", stderr=error, **shared))
 
 
 def label_score(
@@ -81,7 +97,7 @@ def label_score(
     if not rows:
         raise DataError("0 held-out examples; give more data, or raise data.held")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    nats, right = [0.0] * len(rows), [False] * len(rows)
+    nats, right, classes = [0.0] * len(rows), [False] * len(rows), 0
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -89,6 +105,7 @@ def label_score(
             chosen = order[start : start + batch_size]
             batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
             logits, labels = logits_of(model, batch).float(), batch["labels"]
+            classes = logits.shape[-1]
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
             for i, loss, hit in zip(chosen, losses, (logits.argmax(-1) == labels).tolist(), strict=True):
                 nats[i], right[i] = loss, hit
@@ -100,4 +117,5 @@ def label_score(
         )
     frequent = Counter(row["labels"][0] for row in rows).most_common(1)[0][1]
     digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
-    return LabelScore(tuple(nats), tuple(right), frequent, digest)
+    second = tuple(row["labels"][0] == 1 for row in rows) if classes == 2 else ()
+    return LabelScore(tuple(nats), tuple(right), frequent, digest, second)

@@ -23,6 +23,7 @@ from compresso.errors import DataError, NumericError
 from compresso.metrics.forward import check_ids
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss
+from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement
 
 PERPLEXITY, ACCURACY = "held-masked/perplexity", "held-masked/acc"
@@ -46,9 +47,9 @@ class MaskedScore:
         return self.loss.mean
 
     @property
-    def accuracy(self) -> HeldLoss:
-        """The share of masked tokens that were guessed, as `mean`, with its standard error over examples."""
-        return HeldLoss(tuple(map(float, self.right)), self.loss.tokens, self.loss.examples_sha256)
+    def accuracy(self) -> float:
+        """The share of masked tokens that were guessed."""
+        return sum(self.right) / sum(self.loss.tokens)
 
     def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
         """The perplexity, "held-masked/perplexity", and the accuracy, "held-masked/acc", of masked tokens; with `noise`
@@ -67,8 +68,8 @@ class MaskedScore:
         shared: dict[str, Any] = {"unit": "share", "how": "measured", "n": sum(self.loss.tokens)}
         accuracy = Measurement(
             name=ACCURACY,
-            value=self.accuracy.mean,
-            stderr=self.accuracy.stderr,
+            value=self.accuracy,
+            stderr=ratio_error(self.right, self.loss.tokens),
             protocol=dict(perplexities[0].protocol),
             environment=environment,
             **shared,

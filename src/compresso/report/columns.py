@@ -22,13 +22,14 @@ GROUPS = (
     "Tasks: accuracy",
     "Tasks: accuracy by length-normalised likelihood",
     "Tasks: exact match",
+    "Tasks: F1",
     "Distance from the dense model",
     "Generated text",
     "Speed",
     "Memory",
     "Other",
 )
-QUALITY = GROUPS[1:7]
+QUALITY = GROUPS[1:8]
 """Groups in which a difference is damage or luck, and noise matters."""
 NOISE = "noise/"
 """A number of the dense model whose name is this and another number's name: how far dense lies from itself, in the same
@@ -43,6 +44,7 @@ _GROUP_OF_END = {
     "acc": "Tasks: accuracy",
     "acc_norm": "Tasks: accuracy by length-normalised likelihood",
     "exact_match": "Tasks: exact match",
+    "f1": "Tasks: F1",
 }
 _GROUP_OF_START = {
     **dict.fromkeys(("parameters", "bytes", "macs", "kv_bytes"), "Size"),

@@ -29,6 +29,9 @@ NOT_MEASURED = "not measured"
 REFERENCE = "reference"
 NOISE_ROW = "noise floor"
 
+_OF_SOME = ("Tasks: F1", "Other")
+"""Groups that most models have no number of, and lack nothing."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -99,7 +102,7 @@ def _lacking(comparison: Comparison) -> Callable[[Column], int]:
 def missing(comparison: Comparison) -> list[str]:
     """The groups in which no model has a number, and what single models lack, with the reason."""
     have = {group(number.name) for results in comparison.models for number in results.measurements}
-    absent = [name for name in GROUPS if name not in have and name != "Other"]
+    absent = [name for name in GROUPS if name not in have and name not in _OF_SOME]
     return absent + [
         f"{what} of {one.name}: {why}" for one in comparison.models for what, why in one.not_measured.items()
     ]
