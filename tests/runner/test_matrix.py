@@ -142,6 +142,10 @@ VARIANTS: Mapping[str, Stages] = {
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],
     "awq": [{"awq": {"bits": 4, "group": 16, **SWEPT}}],
     "smoothquant": [{"smoothquant": SWEPT}],
+    "qat": [{"qat": {"steps": 2, **STEPS}}],
+    "qat pruned": [
+        {"qat": {"steps": 2, **STEPS, "weight_bits": 8, "channels_kept": 0.5, "heads_kept": 0.5, "inputs": "learned"}}
+    ],
     "skip_in_prefill": [{"skip_in_prefill": {"skip": 0.3, **LOOKS}}],
     "recover": [{"recover": {"steps": 1, **LORA}}],
     "distill": [*score(["channel"], layout="uniform"), {"distill": {"steps": 1, **LORA}}],
