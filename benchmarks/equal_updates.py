@@ -63,9 +63,10 @@ def row(
     if not facts.exists():
         begun = time.monotonic()
         data = ",".join(str(root / one) for one in (ROWS, TEXT))
+        begun_before = folder.with_name(f"{name}.partial").exists()
         result = compresso.run(
             SELECTS[method][0], model, data, output=folder, keep=keep, sets=sets, measure="none",
-            allow_collapsed=True, overwrite=True,
+            allow_collapsed=True, overwrite=not begun_before, resume=begun_before,
         )  # fmt: skip
         blocks = [result.records[when]["parameters"]["blocks"] for when in ("after", "before")]
         repaired = result.records["stages"].get("repair", {})

@@ -126,6 +126,6 @@ def test_no_format_but_onnx_of_classifiers_takes_them(
     with pytest.raises(ArchError) as caught:
         compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
     assert str(caught.value).startswith(f"{name} {MADE[name][1]}; format='{format}' takes causal language models")
-    assert ("and classifiers of texts" in str(caught.value)) == (format == "onnx")
+    assert ("and encoders of texts" in str(caught.value)) == (format == "onnx")
     assert ("give format='onnx'" in str(caught.value)) == (name == "moods")
     assert not (tmp_path / "out").exists()
