@@ -44,6 +44,8 @@ MADE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
 }
 """Models that write no text, and what each is called."""
+EXPORTED = ("masked", "moods")
+"""Those that ONNX Runtime can be asked about."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_what_writes_no_text_is_refused_before_any_work(
 
 def test_a_classifier_is_told_how_it_is_scored(folders: dict[str, Path], tmp_path: Path) -> None:
     """In Python in the words of Python; and that cure leads on."""
-    with pytest.raises(ArchError, match=r"give task='classification' data='rows.jsonl' to score its labels"):
+    with pytest.raises(ArchError, match=r"give task='classification' data='rows.jsonl' to score what it"):
         compresso.evaluate(folders["moods"], tasks=["world_fact"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, 1)))
@@ -116,10 +118,10 @@ def test_a_classifier_is_told_how_it_is_scored(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("format", export.FORMATS)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_no_format_but_onnx_of_classifiers_takes_them(
+def test_no_format_but_onnx_of_encoders_with_a_head_takes_them(
     folders: dict[str, Path], tmp_path: Path, name: str, format: str, overwrite: bool
 ) -> None:
-    if (name, format) == ("moods", "onnx"):
+    if name in EXPORTED and format == "onnx":
         with pytest.raises(AssertionError, match="weights were read"):
             compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
         return
@@ -127,5 +129,5 @@ def test_no_format_but_onnx_of_classifiers_takes_them(
         compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
     assert str(caught.value).startswith(f"{name} {MADE[name][1]}; format='{format}' takes causal language models")
     assert ("and encoders of texts" in str(caught.value)) == (format == "onnx")
-    assert ("give format='onnx'" in str(caught.value)) == (name == "moods")
+    assert ("give format='onnx'" in str(caught.value)) == (name in EXPORTED)
     assert not (tmp_path / "out").exists()

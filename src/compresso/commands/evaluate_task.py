@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from compresso.checkpoint.source import Source, is_text_classifier, load_model, load_tokenizer
+from compresso.checkpoint.source import Source, load_model, load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
 from compresso.native.stock import as_stock
-from compresso.tasks.base import Reading, task_named
+from compresso.tasks.base import Reading, task_named, tasks
 
 TASK = "trained_for"
 """The setting that tells these numbers from those of models that write text."""
@@ -63,8 +63,10 @@ def check_words(task: str | None, data: str | None, *others: object) -> None:
 
 def refuse_other_than_text(source: Source) -> None:
     """Raise ArchError for a model whose perplexity and answers nobody could measure, with what can be."""
-    if is_text_classifier(source.config):
-        refuse_textless(source, "give --task classification --data rows.jsonl to score its labels")
+    config = source.config
+    able = [name for name, task in tasks().items() if not task.obstacle(config) and not task.lacks_head(config)]
+    if able:
+        refuse_textless(source, f"give --task {able[0]} --data rows.jsonl to score what it was trained for")
     refuse_textless(
         source,
         "perplexity and tasks are measured of causal language models. An encoder of texts is scored by --task"
