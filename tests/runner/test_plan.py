@@ -101,6 +101,36 @@ def test_epochs_of_unknown_data_are_null() -> None:
     assert planned("compresso/paper", max_steps=5)["stages"][0]["forward_tokens_at_most"] > 0
 
 
+def said(facts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the terminal shows of a plan."""
+    show(facts, as_json=False)
+    return capsys.readouterr().out
+
+
+def test_the_terminal_says_what_depends_on_the_length_of_the_data(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = said(planned("sparse-finetune/50"), capsys)
+    assert "sparse_finetune: 2 epochs; the number of updates depends on --data; about" in shown
+    assert "epochs updates" not in shown and "?: the length of the data decides; give --data." in shown
+    row = next(line for line in shown.splitlines() if line.startswith("  sparse_finetune"))
+    assert row.split() == ["sparse_finetune", "training", *"????"], "no cell of what is not known is empty"
+    assert "sparse_finetune: 2 epochs, at most 5 updates; about" in said(
+        planned("sparse-finetune/50", max_steps=5), capsys
+    )
+    shown = said(planned("shortgpt", max_steps=5), capsys)
+    assert re.search(r"recover: 5 updates, by max_steps, of \d+; about", shown) and "?:" not in shown
+
+
+@pytest.mark.parametrize(("name", "equal"), [("sparse-finetune/50", False), ("shortgpt", False), ("gate-taylor", True)])
+def test_only_what_makes_layers_narrower_is_counted_with_equal_widths(
+    name: str, equal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert ("after (equal widths)" in said(planned(name), capsys)) == equal
+
+
 def test_both_halves_of_lorashear_s_recovery_are_planned() -> None:
     facts = planned("lorashear")
     assert [one["stage"] for one in facts["training"]] == ["lorashear", "recover_knowledge"]

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from compresso.core.counted import counted
+
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:
     """Print what `runner.plan.plan` returned, as JSON or as tables."""
@@ -16,7 +18,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         return
     console = Console()
     title = f"{facts['recipe']} on {facts['model']}: a dry run"
-    table = Table("", "before", "after (equal widths)", "ratio", title=title, title_justify="left")
+    table = Table("", "before", _after(facts), "ratio", title=title, title_justify="left")
     before, after = facts["before"], facts["after"]
     rows = [
         (f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]
@@ -33,6 +35,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     for layout, obstacle in facts["layouts"].items():
         console.print(f"layout {layout}: {'no: ' + obstacle if obstacle else 'yes'}", markup=False, soft_wrap=True)
     console.print(_costs(facts))
+    if any(one["flops_at_most"] is None for one in facts["stages"]):
+        cure = "an epoch of it is below" if facts.get("data") else "give --data"
+        console.print(f"?: the length of the data decides; {cure}.", soft_wrap=True)
     console.print(
         f"Tokens are at most these. Time is estimated from the passes over the model at the matrix-product rate of"
         f" {facts['device']}; real steps take longer.",
@@ -53,11 +58,32 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
         console.print(
-            f"{one['stage']}: {one['duration']} updates; about {_bytes(memory['total'])} on {facts['device']}"
+            f"{one['stage']}: {_length(one, facts.get('data'))}; about {_bytes(memory['total'])} on {facts['device']}"
             f" (estimated: weights {_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations"
             f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
+
+
+def _after(facts: Mapping[str, Any]) -> str:
+    """The heading of what is left: widths are counted as equal only where layers lose units of their own."""
+    narrower = any(kept < size for axis, (kept, size) in facts["shapes"].items() if "." in axis)
+    return "after (equal widths)" if narrower else "after"
+
+
+def _length(one: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
+    """How long a stage trains, as it was asked for and in updates."""
+    asked, most = one["duration"], one["updates"]
+    if "epoch" not in asked:
+        whole = sum(int(phase) for phase in asked.split(" + "))
+        words = f"{asked} updates" if whole != 1 else "1 update"
+        return words if most == whole else f"{counted(most, 'update')}, by max_steps, of {asked}"
+    if data is not None:
+        taken = next(row["updates"] for row in data["epochs"] if row["stage"] == one["stage"])
+        return f"{asked}, {counted(taken, 'update')}"
+    return (
+        f"{asked}, at most {counted(most, 'update')}" if most else f"{asked}; the number of updates depends on --data"
+    )
 
 
 def _compressed(one: Mapping[str, Any], device: str) -> str:
@@ -102,14 +128,14 @@ def _costs(facts: Mapping[str, Any]) -> Table:
         if not one["passes"]:
             table.add_row(one["stage"], "none", *["-"] * 4)
         for number, row in enumerate(one["passes"]):
-            tokens, last = row["tokens_at_most"], number == len(one["passes"]) - 1
+            tokens = row["tokens_at_most"]
             table.add_row(
                 "" if number else one["stage"],
                 row["what"],
                 _short(None if tokens is None else tokens * row["forwards"]),
                 _short(None if tokens is None else tokens * row["backwards"]),
                 _short(row["flops_at_most"]),
-                ("?" if one["seconds_estimated"] is None else _time(one["seconds_estimated"])) if last else "",
+                "" if number else "?" if one["seconds_estimated"] is None else _time(one["seconds_estimated"]),
             )
     return table
 
