@@ -123,7 +123,9 @@ def test_the_terminal_says_what_depends_on_the_length_of_the_data(
     assert re.search(r"recover: 5 updates, by max_steps, of \d+; about", shown) and "?:" not in shown
 
 
-@pytest.mark.parametrize(("name", "equal"), [("sparse-finetune/50", False), ("shortgpt", False), ("gate-taylor", True)])
+@pytest.mark.parametrize(
+    ("name", "equal"), [("sparse-finetune/50", False), ("shortgpt", False), ("ristretto", False), ("gate-taylor", True)]
+)
 def test_only_what_makes_layers_narrower_is_counted_with_equal_widths(
     name: str, equal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

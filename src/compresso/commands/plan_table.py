@@ -66,9 +66,11 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _after(facts: Mapping[str, Any]) -> str:
-    """The heading of what is left: widths are counted as equal only where layers lose units of their own."""
+    """The heading of what is left: widths are counted as equal only where layers lose units of their own, and come out
+    equal.
+    """
     narrower = any(kept < size for axis, (kept, size) in facts["shapes"].items() if "." in axis)
-    return "after (equal widths)" if narrower else "after"
+    return "after (equal widths)" if narrower and facts["layouts"].get("uniform") is None else "after"
 
 
 def _length(one: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:

@@ -74,8 +74,8 @@ def plan(
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "device", "stages",
         "training", "compressed", "data"}. "data" is None where none was given, else as `data_facts` gives it. `after`,
-        `shapes` and `layouts` are those of equal widths in every layer: methods that learn or score choose others of
-        the same total.
+        `shapes` and `layouts` are those of equal widths in every layer, where equal ones meet the budget: methods that
+        learn or score choose others of the same total.
         "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
         "compressed" what those that zero or round do to how many weights. "weight_bytes" has "packed" where weights are
         rounded. Numbers that depend on the length of the data are null.
