@@ -5,6 +5,7 @@ whose stages are still unchecked. The `recipe.yaml` of a result has a further ke
 it, passed over when it is run again.
 """
 
+import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -49,8 +50,7 @@ def read(recipe: str | Path) -> dict[str, Any]:
         )
     path = _path(recipe)
     if path is None or not path.is_file():
-        known = nearest(name, names(), shown={one.partition("/")[0] for one in names()})
-        raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {known}")
+        raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {_alike(name)}")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -64,6 +64,18 @@ def read(recipe: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"recipe {name} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _alike(name: str) -> str:
+    """The tail of a message about an unknown recipe: the closest one. A family without a recipe of its own name is
+    shown whole, for which of its recipes is meant nobody can tell.
+    """
+    families = {one.partition("/")[0] for one in names()}
+    close = difflib.get_close_matches(name, sorted({*names(), *families}), n=1, cutoff=0.5)
+    if close and close[0] not in names():
+        members = [one for one in names() if one.startswith(f"{close[0]}/")]
+        return f"did you mean one of {', '.join(members)}?" if len(members) > 1 else f"did you mean '{members[0]}'?"
+    return nearest(name, names(), shown=families)
 
 
 def _path(recipe: str | Path) -> Path | None:
