@@ -72,8 +72,8 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
     ("arguments", "message"),
     [
         (("compreso",), "unknown recipe 'compreso': neither a shipped recipe nor a file; did you mean 'compresso'?"),
-        (("sparse-finetune",), "neither a shipped recipe nor a file; did you mean one of sparse-finetune/50, sparse-finetune/50-16-32,"),
-        (("sparse_finetun",), "neither a shipped recipe nor a file; did you mean one of sparse-finetune/50, sparse-finetune/50-16-32,"),
+        (("sparse-finetune",), "a file; did you mean one of sparse-finetune/50, sparse-finetune/50-16-32,"),
+        (("sparse_finetun",), "a file; did you mean one of sparse-finetune/50, sparse-finetune/50-16-32,"),
         (("rtn",), "did you mean 'rtn/4-bit'?"),
         (("compresso", "--keep", "0"), "--keep 0.0: the kept share of block parameters lies in (0, 1]"),
         (("compresso", "--keep", "1.5"), "--keep 1.5"),
