@@ -286,6 +286,20 @@ def refused(recipe: str, folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+def test_what_is_no_table_is_named_once_and_in_plain_words(tiny_folder: Path, tmp_path: Path) -> None:
+    def said(text: str) -> str:
+        file = tmp_path / "other.json"
+        file.write_text(text)
+        return refused("gate-taylor", tiny_folder, latency_table=file, speedup=1.5).partition("other.json'")[2]
+
+    wanted = ": not a latency table; wanted what `compresso.latency(output=...)` writes"
+    assert said('{"format": 1, "recipe": {}, "stages": {}}') == wanted
+    assert said('{"format": 1, "kind": "latency"}') == f"{wanted} ('conditions' is missing)"
+    cure = "; `compresso.latency(output=...)` writes one"
+    assert said('{"a": 1}\n{"a": 2}\n') == f" is no latency table: another value begins at line 2, column 1{cure}"
+    assert said("") == f" is no latency table: it is empty{cure}"
+
+
 def test_targets_out_of_reach_are_refused(tiny_folder: Path, file: Path) -> None:
     def said(**options: Any) -> str:
         return refused("gate-taylor", tiny_folder, latency_table=file, **options)

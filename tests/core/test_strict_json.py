@@ -41,8 +41,11 @@ def test_what_is_json_is_read_as_python_does(value: object) -> None:
         ("\ufeff{}", "byte order mark"),
         (b"\xef\xbb\xbf{}", "byte order mark"),
         (b'{"a": "\xff"}', "byte 7 is no UTF-8"),
-        ("", "Expecting value"),
-        ('{"a": 1', "delimiter"),
+        ("", "it is empty"),
+        (" ", "it is empty"),
+        ('{"a": }', "^a value is missing at line 1, column 7$"),
+        ('{"a": 1}\n{"a": 2}', "^another value begins at line 2, column 1$"),
+        ('{"a": 1', "^a comma or the closing bracket is missing at line 1, column 8$"),
     ],
 )  # fmt: skip
 def test_what_is_not_is_a_value_error(text: str | bytes, said: str) -> None:

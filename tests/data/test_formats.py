@@ -125,7 +125,7 @@ GOOD_LINE = json.dumps(GOOD).encode()
 BAD_LINES = [
     (b'{"instruction": "Add."', "bad JSON at character 24"),
     (b"[" * 100_000, "bad JSON"),
-    (b'{"text": "a"} {"text": "b"}', "bad JSON at character 15 (Extra data)"),
+    (b'{"text": "a"} {"text": "b"}', "bad JSON at character 15 (another value begins)"),
     (b'{"text": ' + b"1" * 5000 + b"}", "bad JSON"),
     (b'{"text": "\xff\xfe"}', "byte 11 of the line is not UTF-8"),
     (b'{"text": "' + b"x" * (10 * 2**20) + b'"}', "the line is longer than 8388608 bytes"),

@@ -162,8 +162,10 @@ class LatencyTable:
                 if not all(isinstance(value, str | int | float | bool) for value in given[name].values()):
                     raise ValueError(f"{wanted}: {name} holds more than plain values")
             return cls(**given)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{wanted} ({error!r})") from error
+        except KeyError as error:
+            raise ValueError(f"{wanted} ({error} is missing)") from error
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{wanted} ({error})") from error
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "LatencyTable":

@@ -16,6 +16,23 @@ MOST_DIGITS = 300
 _DEEP = f"it is nested deeper than the {MOST_DEPTH} levels that are read"
 
 
+_WORDS = {
+    "Extra data": "another value begins",
+    "Expecting value": "a value is missing",
+    "Expecting ',' delimiter": "a comma or the closing bracket is missing",
+    "Expecting ':' delimiter": "the colon behind a name is missing",
+    "Expecting property name enclosed in double quotes": "a name in double quotes is missing",
+    "Illegal trailing comma before end of object": "a comma stands before the closing bracket",
+    "Illegal trailing comma before end of array": "a comma stands before the closing bracket",
+    "Unterminated string starting at": "a string begins that does not end",
+    "Invalid control character at": "a string holds a control character",
+}
+
+
+class Refused(ValueError):
+    """What is written as JSON is, and holds what no file of ours or of a model may hold."""
+
+
 def loads(text: str | bytes, unbounded: Collection[str] = ()) -> Any:
     """The value of a JSON text in UTF-8, without a byte order mark.
 
@@ -24,8 +41,8 @@ def loads(text: str | bytes, unbounded: Collection[str] = ()) -> Any:
         unbounded: keys of whose values a number may be infinite.
 
     Raises:
-        ValueError: it is none, holds NaN, Infinity or a number out of range, a key twice in one object, or is nested
-            too deeply.
+        ValueError: it is none, or is nested too deeply; `Refused` where it holds NaN, Infinity or a number out of
+            range, or a key twice in one object.
 
     >>> loads('{"a": [1, 2.5, null]}')
     {'a': [1, 2.5, None]}
@@ -41,8 +58,16 @@ def loads(text: str | bytes, unbounded: Collection[str] = ()) -> Any:
         value = json.loads(text, object_pairs_hook=_once, parse_int=_whole)
     except RecursionError as error:
         raise ValueError(_DEEP) from error
+    except json.JSONDecodeError as error:
+        at = f" at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{words(error)}{at}" if text.strip() else "it is empty") from error
     _check(value, unbounded)
     return value
+
+
+def words(error: json.JSONDecodeError) -> str:
+    """What the parser found wrong, without its terms and the place."""
+    return _WORDS.get(error.msg, error.msg[0].lower() + error.msg[1:])
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -50,13 +75,13 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+        raise Refused(f"the key {twice[:80]!r} stands twice in one object")
     return found
 
 
 def _whole(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise ValueError(f"the number {digits[:20]}... has more than {MOST_DIGITS} digits")
+        raise Refused(f"the number {digits[:20]}... has more than {MOST_DIGITS} digits")
     return int(digits)
 
 
@@ -71,7 +96,7 @@ def _check(value: Any, unbounded: Collection[str]) -> None:
             elif isinstance(one, list):
                 inner += [(key, part) for part in one]  # pyright: ignore[reportUnknownVariableType]
             elif isinstance(one, float) and not math.isfinite(one) and not (key in unbounded and one == one):
-                raise ValueError(f"{key[:80] or 'it'} is {one}; a finite number is wanted")
+                raise Refused(f"{key[:80] or 'it'} is {one}; a finite number is wanted")
         if not inner:
             return
         level = inner

@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow
 from safetensors import SafetensorError, safe_open
 
+from compresso.core import strict_json
 from compresso.core.counted import counted
 from compresso.data.columns import TEXTS
 from compresso.data.lines import decoded_lines, opened
@@ -203,7 +204,7 @@ def _json_lines(path: Path) -> Iterator[_Found]:
             try:
                 yield _Found(place, json.loads(line))
             except json.JSONDecodeError as error:
-                yield _Found(place, wrong=f"bad JSON at character {error.pos + 1} ({error.msg})")
+                yield _Found(place, wrong=f"bad JSON at character {error.pos + 1} ({strict_json.words(error)})")
             except (ValueError, RecursionError) as error:
                 yield _Found(place, wrong=f"bad JSON ({first_line(error)})")
 
@@ -237,7 +238,8 @@ def _json_list(path: Path) -> Iterator[_Found]:
         try:
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: bad JSON ({first_line(error)}); repair the file") from error
+            said = strict_json.words(error) if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise DataError(f"{where}: bad JSON ({said}); repair the file") from error
         yield _Found(where, value)
         first = False
         place = _skip_space(text, place)

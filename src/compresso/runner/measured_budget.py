@@ -68,11 +68,15 @@ def read_table(path: str | Path) -> LatencyTable:
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
             raise BudgetError(f"--latency-table {path} is no file with a latency table; {cure}")
-        return LatencyTable.from_dict(strict_json.loads(file.read_bytes()))
+        told = strict_json.loads(file.read_bytes())
     except OSError as error:
         raise BudgetError(f"--latency-table {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise BudgetError(f"--latency-table {path}: {error}; {cure}") from error
+        raise BudgetError(f"--latency-table {path} is no latency table: {error}; {cure}") from error
+    try:
+        return LatencyTable.from_dict(told)
+    except ValueError as error:  # it says what is wanted
+        raise BudgetError(f"--latency-table {path}: {error}") from error
 
 
 def machine_here(device: str = "cpu") -> dict[str, Field]:
