@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.arch.conftest import CONFIGS
 from tests.conftest import Call
+from transformers import AutoModel, AutoModelForCausalLM
 
 import compresso
 from compresso.arch.base import arch_for
@@ -115,6 +117,54 @@ def test_shaped_models_have_the_widths_and_share_their_memory(tiny_folder: Path)
     assert models[0].lm_head.weight is models[0].model.embed_tokens.weight
     begins = [next(model.parameters()).untyped_storage().data_ptr() for model in models]
     assert begins[0] == begins[1]
+
+
+def config_of(family: str, folder: Path) -> Path:
+    """A config.json of a tiny model of a family, for its shapes."""
+    config = CONFIGS[family]()
+    named = (AutoModelForCausalLM if config.model_type != "bert" else AutoModel)._model_mapping[type(config)]
+    config.architectures = [named.__name__]
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt_post_norm", "llama_biased", "gpt_neox", "bert_bare"])
+def test_a_sub_layer_whose_last_unit_a_bias_holds_leaves_as_a_whole(family: str, tmp_path: Path) -> None:
+    """And the layers behind the first ones are not there, or do nothing where a family keeps their norms."""
+    make = ShapedModels(open_source(config_of(family, tmp_path), weights=False), torch.float32, torch.device("cpu"))
+    for widths in ([(4, 176), (0, 12), (2, 0), (0, 0)], [(1, 8), (4, 1)]):
+        model = make.model(widths)
+        shapes = [(shape.kv_heads, shape.channels) for shape in arch_for(model.config).shapes(model)]
+        gone = [] if len(shapes) == len(widths) else [(0, 0)] * (4 - len(widths))
+        assert shapes == [*widths, *gone]
+        assert len(gone) == 0 or family in ("opt_post_norm", "bert_bare")
+        assert next(iter(model(torch.arange(5).unsqueeze(0)).values())).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "phase"), [("gpt2", "decode"), ("opt", "prefill"), ("bert_bare", "prefill")])
+def test_biased_families_are_timed(family: str, phase: str, tmp_path: Path) -> None:
+    found = compresso.latency(
+        config_of(family, tmp_path), context=24, levels=2, rounds=1, phase=phase, output=tmp_path / "t.json", quiet=True
+    )
+    assert set(found.attention) == {0, 2, 4} and set(found.ffn) == {0, 88, 176}
+    assert LatencyTable.from_json((tmp_path / "t.json").read_text()) == found
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "llama.cpp"])
+def test_an_encoder_decodes_nothing_and_only_torch_times_it(
+    engine: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr("compresso.commands.latency.ShapedModels", refuse)
+    code, out, error = call("latency", config_of("bert_bare", tmp_path), "--engine", engine, "--context", 24)
+    assert (code, out, len(error.splitlines())) == (2, "", 1)
+    cure = f"--engine {engine} times causal language models; give --engine torch --phase prefill"
+    assert ("it decodes nothing: give --phase prefill" if engine == "torch" else cure) in error
+    CONFIGS["vit"]().save_pretrained(tmp_path / "vit")
+    with pytest.raises(ArchError, match="forwards over tokens are timed, and it reads none"):
+        compresso.latency(tmp_path / "vit" / "config.json", phase="prefill", context=24, quiet=True)
 
 
 def test_a_decoded_token_stands_at_the_context_and_a_prefill_reads_it(tiny_folder: Path) -> None:

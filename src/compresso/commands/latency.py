@@ -13,6 +13,7 @@ from compresso.arch.costs import shape_facts
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.writes_text import refuse_textless
 from compresso.commands.latency_table import show
 from compresso.commands.measure import DTYPES, progress
 from compresso.core.latency_table import Conditions, LatencyTable, Phase
@@ -84,6 +85,7 @@ def latency(
     source = open_source(model, weights=False)
     where = choose_device(device) if engine == "torch" else torch.device("cpu")
     shaped = meta_model(source)
+    _check_reads(source, shaped.main_input_name, engine, phase)
     arch = arch_for(shaped.config)
     shapes = _one_kind(arch, arch.shapes(shaped), source)
     facts = shape_facts(arch, shaped)
@@ -172,6 +174,16 @@ def spaced(units: int, levels: int) -> list[int]:
     ([0, 1, 2, 3], [0, 384, 768, 1152, 1536])
     """
     return sorted({round(units * part / levels) for part in range(levels + 1)})
+
+
+def _check_reads(source: Source, given: str, engine: str, phase: str) -> None:
+    """Raise ArchError for a model of which no such forward can be timed. given: the name of what it reads."""
+    if given != "input_ids":
+        refuse_textless(source, "forwards over tokens are timed, and it reads none")
+    if engine != "torch":
+        refuse_textless(source, f"--engine {engine} times causal language models; give --engine torch --phase prefill")
+    if phase == "decode":
+        refuse_textless(source, "it decodes nothing: give --phase prefill")
 
 
 def _one_kind(arch: Arch, shapes: Sequence[LayerShape], source: Source) -> Sequence[LayerShape]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import Source, auto_class, meta_model
-from compresso.core.axis import Kind
+from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ResourceError
@@ -50,17 +50,14 @@ class ShapedModels:
             ) from error
 
     def model(self, widths: Widths) -> PreTrainedModel:
-        """The model whose layers have these widths, the first ones; 0 for a sub-layer that is not there."""
+        """The model whose layers have these widths, the first ones; 0 for a sub-layer that is not there.
+
+        A bias outlives the last unit of a sub-layer, so that one without units leaves as a whole. Where layers cannot
+        leave, those behind the first ones lose both sub-layers.
+        """
         model = meta_model(self.source)
-        arch = arch_for(model.config)
-        axes = arch.axes(model)
-        kept: dict[str, tuple[int, ...]] = {}
-        for axis in axes:
-            if axis.kind == Kind.LAYER and len(widths) < axis.size:
-                kept[axis.name] = tuple(range(len(widths)))
-            elif axis.layer is not None and axis.layer < len(widths) and axis.kind in (Kind.HEAD, Kind.CHANNEL):
-                kept[axis.name] = tuple(range(widths[axis.layer][axis.kind == Kind.CHANNEL]))
-        shrink_(model, axes, Plan(kept))
+        axes = arch_for(model.config).axes(model)
+        shrink_(model, axes, _plan(axes, widths))
         self._fill_(model)
         return model.eval()
 
@@ -79,6 +76,24 @@ class ShapedModels:
             if buffer.is_meta:
                 owner, _, own = name.rpartition(".")
                 owners[owner].register_buffer(own, self._buffers[name], persistent=False)
+
+
+def _plan(axes: Sequence[Axis], widths: Widths) -> Plan:
+    """What leaves of a model for its layers to have these widths."""
+    whole = {Kind.ATTENTION: 0, Kind.MLP: 1}
+    units = {Kind.HEAD: 0, Kind.CHANNEL: 1}
+    goes = not any(axis.kind == Kind.LAYER for axis in axes)
+    kept: dict[str, tuple[int, ...]] = {}
+    for axis in axes:
+        if axis.kind == Kind.LAYER:
+            kept[axis.name] = tuple(range(len(widths)))
+        elif axis.kind in whole:
+            stays = [bool(one[whole[axis.kind]]) for one in widths] + [not goes] * (axis.size - len(widths))
+            kept[axis.name] = tuple(i for i, there in enumerate(stays) if there)
+        elif axis.kind in units and axis.layer is not None:
+            n = widths[axis.layer][units[axis.kind]] if axis.layer < len(widths) else 0
+            kept[axis.name] = tuple(range(n or axis.size))
+    return Plan(kept)
 
 
 def _attention(model: PreTrainedModel) -> str:
