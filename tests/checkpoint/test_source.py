@@ -204,8 +204,8 @@ def test_not_a_language_model(tmp_path: Path) -> None:
         ArchError, match=r"resnet with no architecture is not opened\. Give a causal language model, or an encoder"
     ):
         meta_model(open_source(tmp_path / "config.json"))
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}')
-    with pytest.raises(ArchError, match="bert with the architecture BertForQuestionAnswering is not opened"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForTokenClassification"]}')
+    with pytest.raises(ArchError, match="bert with the architecture BertForTokenClassification is not opened"):
         meta_model(open_source(tmp_path / "config.json"))
 
 

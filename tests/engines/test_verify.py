@@ -234,7 +234,9 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
 
 
 def test_only_language_models_with_weights(native: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a causal language model or a classifier of texts with weights"):
+    with pytest.raises(
+        CheckpointError, match="not a causal language model or an encoder of texts with a head and weights"
+    ):
         verify(native / "config.json")
 
 

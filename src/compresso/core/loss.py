@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compresso.core.losses import IGNORED, label_loss, masked_token_loss, next_token_loss
+from compresso.core.losses import IGNORED, label_loss, masked_token_loss, next_token_loss, span_loss
+
+_NOWHERE = -1e4
+"""A logit of no weight that every float dtype has."""
 
 
 class TrainingLoss(Protocol):
@@ -43,9 +46,16 @@ class Loss:
 
 
 def logits_of(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
-    """What a model says of a batch, whose labels it does not see."""
+    """What a model says of a batch, whose labels it does not see.
+
+    Of a model that finds answers, of each token to be the first and the last [batch, seq, 2]; padding is neither.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = getattr(model(**inputs, use_cache=False), "logits")  # noqa: B009 - models of any library
+    result = model(**inputs, use_cache=False)
+    if hasattr(result, "start_logits"):
+        both = [getattr(result, name) for name in ("start_logits", "end_logits")]  # models of any library
+        return torch.stack(both, -1).masked_fill(batch["attention_mask"].unsqueeze(-1) == 0, _NOWHERE)
+    logits = getattr(result, "logits")  # noqa: B009 - models of any library
     assert isinstance(logits, Tensor)
     return logits
 
@@ -69,3 +79,5 @@ LABEL = Loss(label_loss, _labels)
 """Of a classifier: labels [batch], one an example."""
 MASKED_TOKEN = Loss(masked_token_loss, _labels)
 """Of a masked language model: labels [batch, seq], each predicted where it stands."""
+SPAN = Loss(span_loss, _labels)
+"""Of a model that finds answers: labels [batch, 2], the first and the last token of each."""

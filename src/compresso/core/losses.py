@@ -71,6 +71,24 @@ def masked_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits[labelled].float(), labels[labelled])
 
 
+def span_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood [], float32, of where answers begin and end.
+
+    Args:
+        logits: of each token to be the first and the last [batch, seq, 2], any float dtype.
+        labels: the two places of each example [batch, 2], int64; -100 is ignored.
+
+    Raises ValueError if no place is labelled (the mean would be NaN) or the shapes disagree.
+    """
+    if logits.dim() != 3 or logits.shape[2] != 2 or labels.shape != (len(logits), 2):
+        raise ValueError(
+            f"wanted logits [batch, seq, 2] and labels [batch, 2], got {list(logits.shape)} and {list(labels.shape)}"
+        )
+    if not bool((labels != IGNORED).any()):
+        raise ValueError(f"no answer is labelled in a batch of {len(labels)}; give questions with answers")
+    return functional.cross_entropy(logits.float().transpose(1, 2).flatten(0, 1), labels.flatten())
+
+
 @overload
 def lagrangian(sparsity: Tensor, target: float, lambda1: Tensor, lambda2: Tensor) -> Tensor: ...
 @overload

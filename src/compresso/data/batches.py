@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.answer_window import AnswerWindow
 from compresso.core.masking import Masking
 from compresso.errors import DataError
 
@@ -16,8 +17,8 @@ IGNORED = -100
 
 class Row(TypedDict):
     """One example: its ids, and for each the label, which is the id itself or `IGNORED`; of a classified text one label
-    in all. Where it is known, the source it came from; of a pair of texts, which id belongs to which; of a masked text,
-    how it was masked.
+    in all; of a question, where its answer begins and ends. Where it is known, the source it came from; of a pair of
+    texts, which id belongs to which; of a masked text, how it was masked; of a question, what answers are read from.
     """
 
     input_ids: list[int]
@@ -25,6 +26,7 @@ class Row(TypedDict):
     source: NotRequired[str]
     token_type_ids: NotRequired[list[int]]
     masking: NotRequired[Masking]
+    window: NotRequired[AnswerWindow]
 
 
 class Batch(TypedDict):
@@ -80,3 +82,24 @@ def collate(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> Batch:
         attention_mask=torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
         labels=torch.tensor([row["labels"] + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)]),
     )
+
+
+def encoder_inputs(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """What an encoder reads: input_ids, attention_mask and, where there are pairs of texts, token_type_ids, each
+    [len(rows), longest], int64.
+
+    Raises:
+        DataError: there are no rows, or a row is empty.
+    """
+    if not rows or not all(row["input_ids"] for row in rows):
+        raise DataError(f"a batch of {len(rows)} rows, some of them empty; wanted at least one token a row")
+    width = max(len(row["input_ids"]) for row in rows)
+    gaps = [width - len(row["input_ids"]) for row in rows]
+    batch = {
+        "input_ids": torch.tensor([row["input_ids"] + [pad_id] * gap for row, gap in zip(rows, gaps, strict=True)]),
+        "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
+    }
+    types = [row.get("token_type_ids", [0] * len(row["input_ids"])) for row in rows]
+    if any(map(any, types)):
+        batch["token_type_ids"] = torch.tensor([one + [0] * gap for one, gap in zip(types, gaps, strict=True)])
+    return batch

@@ -79,7 +79,20 @@ class Labelled:
     label: int | str
 
 
-Record = Instruction | Chat | Text | Window | Labelled
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question about a text, and its answers: each a part of the text, and the character at which it begins.
+
+    `title` is what examples share that must not lie on both sides of a split; "" where nothing is said.
+    """
+
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+    title: str = ""
+
+
+Record = Instruction | Chat | Text | Window | Labelled | Answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +284,8 @@ def _fields(row: Record) -> Iterator[object]:
             yield input_ids
         case Labelled(text, second, label):
             yield from (text, second, label)
+        case Answered(question, context, answers, title):
+            yield from (question, context, answers, title)
 
 
 def type_name(value: object) -> str:

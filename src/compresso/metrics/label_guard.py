@@ -24,18 +24,28 @@ ERRORS = 2
 """Standard errors by which an accuracy must exceed the guess."""
 
 
-def judge_labels(dense: float | None, pruned: float | None, guess: float | None, n: int | None) -> Guard:
+def judge_labels(
+    dense: float | None,
+    pruned: float | None,
+    guess: float | None,
+    n: int | None,
+    *,
+    what: str = "accuracy",
+    guessing: str = "the most frequent label",
+) -> Guard:
     """Decide; None stands for what was not measured.
 
     Args:
         dense, pruned: accuracies, 0..1, on the same examples.
         guess: that of always giving the most frequent label.
         n: examples.
+        what: the accuracies, in words.
+        guessing: what the guess gives, in words.
 
     Raises NumericError: a share outside 0..1.
     """
     if dense is None or pruned is None or guess is None or not n:
-        why = "the accuracy on held-out examples was not measured, for want of data"
+        why = f"the {what} on held-out examples was not measured, for want of data"
         return Guard(verdict="unchecked", checks=(_check("lead", "unchecked", None, why),))
     for name, share in (("dense", dense), ("pruned", pruned), ("guess", guess)):
         if not 0 <= share <= 1:
@@ -43,20 +53,19 @@ def judge_labels(dense: float | None, pruned: float | None, guess: float | None,
     above = guess + ERRORS * math.sqrt(guess * (1 - guess) / n)
     if dense <= above:
         why = (
-            f"the dense model's accuracy of {dense:.1%} on {n} held-out examples is no better than always giving the"
-            f" most frequent label ({guess:.1%}), so it has nothing to lose; fine-tune it longer, or on more data"
+            f"the dense model's {what} of {dense:.1%} on {n} held-out examples is no better than always giving"
+            f" {guessing} ({guess:.1%}), so it has nothing to lose; fine-tune it longer, or on more data"
         )
         return Guard(verdict="unchecked", checks=(_check("lead", "unchecked", None, why),))
     lead = (pruned - guess) / (dense - guess)
     kept: Verdict = "ok" if lead >= WARN_LEAD else "warn" if lead >= REFUSE_LEAD else "refuse"
     words = (
-        f"accuracy on held-out examples went from {dense:.1%} to {pruned:.1%}, which keeps {max(lead, 0):.0%} of the"
-        f" lead over the most frequent label (warned below {WARN_LEAD:.0%}, refused below {REFUSE_LEAD:.0%})"
+        f"{what} on held-out examples went from {dense:.1%} to {pruned:.1%}, which keeps {max(lead, 0):.0%} of the"
+        f" lead over {guessing} (warned below {WARN_LEAD:.0%}, refused below {REFUSE_LEAD:.0%})"
     )
     level: Verdict = "ok" if pruned > above else "refuse"
     told = (
-        f"accuracy on held-out examples is {pruned:.1%} (refused up to {above:.1%}, two standard errors above the most"
-        " frequent label)"
+        f"{what} on held-out examples is {pruned:.1%} (refused up to {above:.1%}, two standard errors above {guessing})"
     )
     checks = (_check("lead", kept, lead, words), _check("accuracy", level, pruned, told, above))
     found = {one.verdict for one in checks}

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
-from compresso.data.batches import padding_note
+from compresso.data.batches import Row, padding_note
 from compresso.data.instructions import encode_prompt
 from compresso.data.records import Records
 from compresso.data.registry import load_records
@@ -88,7 +88,7 @@ def read_examples(
     said = told(records, encoded, knobs.max_length)
     if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
         said.append(note)
-    return Examples(_held_out(recipe, raw, len(encoded.rows), data), tokenizer, records, encoded, reading, tuple(said))
+    return Examples(_held_out(recipe, raw, encoded.rows, data), tokenizer, records, encoded, reading, tuple(said))
 
 
 def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
@@ -137,11 +137,14 @@ def fewer_than_asked(stages: Sequence[Acted], n: int) -> list[str]:
     ]
 
 
-def _held_out(recipe: Recipe, raw: Mapping[str, Any], n_rows: int, data: str | None) -> Recipe:
+def _held_out(recipe: Recipe, raw: Mapping[str, Any], rows: Sequence[Row], data: str | None) -> Recipe:
     """The recipe with the number of examples that are held out: its own, else as many as its task wants. Raises
     DataError if none would be left.
     """
-    held = recipe.data.held if "held" in (raw.get("data") or {}) else recipe.task.held_out(n_rows)
+    n_rows, own = len(rows), "held" in (raw.get("data") or {})
+    held = recipe.data.held if own else recipe.task.held_out(n_rows)
+    if n_rows > held:
+        held = len(recipe.task.held_places(rows, held))
     if n_rows <= held:
         raise DataError(
             f"{data} gives {counted(n_rows, 'example')}, of which {held} are held out; give more, or lower data.held"

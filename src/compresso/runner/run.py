@@ -291,8 +291,7 @@ def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
     """The job before its weights are read; `out` is where stages keep what they need for a resume."""
     rows = prepared.encoded.rows if prepared.encoded else []
-    # spread over the data, so that every source of a mix is held out in its share
-    held = {i * len(rows) // prepared.recipe.data.held for i in range(prepared.recipe.data.held)} if rows else set()
+    held = prepared.recipe.task.held_places(rows, prepared.recipe.data.held)
     model = meta_model(prepared.source)
     return Job(
         model=model,

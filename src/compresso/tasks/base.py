@@ -143,6 +143,12 @@ class Task(Protocol):
         """How many of so many examples no stage trains on, where a recipe does not say."""
         ...
 
+    def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
+        """Which examples no stage trains on: about `n`, and what belongs together is on one side. Asked for as many as
+        it gave, it gives the same ones.
+        """
+        ...
+
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Halves:
         """A model, and blocks whose outputs are wanted, as distillation reads it."""
         ...
@@ -180,6 +186,15 @@ class Task(Protocol):
                 not.
         """
         ...
+
+
+def spread(n_rows: int, n: int) -> set[int]:
+    """`n` places, evenly spaced.
+
+    >>> sorted(spread(10, 3))
+    [0, 3, 6]
+    """
+    return {i * n_rows // n for i in range(n)} if n_rows else set()
 
 
 _KNOWN: dict[str, Task] = {}

@@ -16,7 +16,7 @@ from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
-from compresso.tasks.base import DEFAULT, Reading, register
+from compresso.tasks.base import DEFAULT, Reading, register, spread
 from compresso.training.distill_objective import Compare, Network, next_tokens
 
 _PROBED = 128
@@ -71,6 +71,10 @@ class CausalLM:
             context=reading.context,
             on_inputs=reading.on_inputs,
         )
+
+    def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
+        """Spread over the data, so that every source of a mix is held out in its share."""
+        return spread(len(rows), n)
 
     def held_out(self, n_rows: int) -> int:
         """Enough tokens for a loss."""

@@ -19,7 +19,7 @@ from transformers import (
 
 from compresso.checkpoint.source import auto_class, is_causal
 from compresso.core.loss import LABEL, Loss
-from compresso.data.batches import Row
+from compresso.data.batches import Row, encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
@@ -28,7 +28,7 @@ from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
-from compresso.tasks.base import Reading, register
+from compresso.tasks.base import Reading, register, spread
 from compresso.training.distill_objective import Compare, Whole, examples
 from compresso.training.noise import mixed_seed
 
@@ -92,6 +92,10 @@ class Classification:
             records, tokenizer, labels, reading.max_length, reading.limit, config.vocab_size, segments
         )
 
+    def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
+        """Spread over the data."""
+        return spread(len(rows), n)
+
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for an accuracy and no more than takes seconds."""
         return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
@@ -102,23 +106,10 @@ class Classification:
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """input_ids, attention_mask and, for pairs, token_type_ids, each [len(rows), longest]; labels [len(rows)];
-        int64.
-
-        Raises DataError: there are no rows, or a row is empty.
+        int64. Raises DataError as `encoder_inputs`.
         """
-        if not rows or not all(row["input_ids"] for row in rows):
-            raise DataError(f"a batch of {len(rows)} rows, some of them empty; wanted at least one token a row")
-        width = max(len(row["input_ids"]) for row in rows)
-        gaps = [width - len(row["input_ids"]) for row in rows]
-        batch = {
-            "input_ids": torch.tensor([row["input_ids"] + [pad_id] * gap for row, gap in zip(rows, gaps, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
-            "labels": torch.tensor([row["labels"][0] for row in rows]),
-        }
-        types = [row.get("token_type_ids", [0] * len(row["input_ids"])) for row in rows]
-        if any(map(any, types)):
-            batch["token_type_ids"] = torch.tensor([one + [0] * gap for one, gap in zip(types, gaps, strict=True)])
-        return batch
+        labels = torch.tensor([row["labels"][0] for row in rows])
+        return {**encoder_inputs(rows, pad_id), "labels": labels}
 
     def again(self, row: Row, seed: int) -> Row:
         """The example as it is: nothing is drawn."""

@@ -26,7 +26,7 @@ from compresso.edit.new_head import under_new_head
 from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score
-from compresso.tasks.base import Reading, register
+from compresso.tasks.base import Reading, register, spread
 from compresso.training.distill_objective import Compare
 from compresso.training.masked_halves import MaskedNetwork, masked_tokens
 from compresso.training.noise import mixed_seed
@@ -82,6 +82,10 @@ class MaskedLM:
         return encode_masked(
             records, tokenizer, reading.max_length, reading.pack, reading.limit, int(config.vocab_size)
         )
+
+    def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
+        """Spread over the data, so that every source of a mix is held out in its share."""
+        return spread(len(rows), n)
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a loss and no more than takes seconds."""

@@ -1,0 +1,133 @@
+"""How a model finds answers that no stage trained on: F1 of words and exact match, each with its standard error over
+questions, beside the F1 of giving the whole text for an answer.
+
+Of all windows of a question the answer with the largest sum of two logits counts. Questions about one text are not
+independent, so the errors are too small by what they share.
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.core.answer_window import AnswerWindow
+from compresso.core.answers import answer_f1, exact_match
+from compresso.core.loss import SPAN, logits_of
+from compresso.data.batches import Row
+from compresso.errors import DataError, NumericError
+from compresso.metrics.forward import check_ids
+from compresso.metrics.record import Environment, How, Measurement
+
+F1, EXACT, WHOLE = "held/f1", "held/exact_match", "held-whole-text/f1"
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """What a model answered.
+
+    Args:
+        nats: the loss of each window.
+        f1, exact: of each question.
+        whole: the F1 of each question of answering with all of its text.
+        examples_sha256: of the ids and labels of the windows; the same ones have the same.
+    """
+
+    nats: tuple[float, ...]
+    f1: tuple[float, ...]
+    exact: tuple[bool, ...]
+    whole: tuple[float, ...]
+    examples_sha256: str
+
+    @property
+    def mean(self) -> float:
+        """Nats a place, of first and last tokens."""
+        return math.fsum(self.nats) / len(self.nats)
+
+    def measurements(self, environment: Environment, corpus: str, *, noise: bool = False) -> tuple[Measurement, ...]:
+        """F1 and exact match with their standard errors over questions; counted beside them the F1 of the whole
+        text.
+        """
+        n = len(self.f1)
+        shared: dict[str, Any] = {"unit": "share", "n": n, "environment": environment}
+        shared["protocol"] = {
+            "corpus": corpus,
+            "examples": n,
+            "windows": len(self.nats),
+            "examples_sha256": self.examples_sha256[:16],
+        }
+        rows: tuple[tuple[str, Sequence[float], How], ...] = (
+            (F1, self.f1, "measured"),
+            (EXACT, self.exact, "measured"),
+            (WHOLE, self.whole, "counted"),
+        )
+        return tuple(
+            Measurement(
+                name=name,
+                value=math.fsum(values) / n,
+                how=how,
+                stderr=statistics.stdev(map(float, values)) / math.sqrt(n) if how == "measured" and n > 1 else None,
+                **shared,
+            )
+            for name, values, how in rows
+        )
+
+
+def answer_score(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    batch_size: int = 16,
+) -> AnswerScore:
+    """What a model answers, windows of like length together; its mode is put back.
+
+    Raises:
+        DataError: no examples, or ids that the model does not have.
+        NumericError: a loss is not finite.
+    """
+    if not rows:
+        raise DataError("0 held-out examples; give more data, or raise data.held")
+    check_ids(model, [row["input_ids"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    nats, said = [0.0] * len(rows), [(-math.inf, "")] * len(rows)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
+            logits = logits_of(model, batch).float()
+            for row, i in enumerate(chosen):
+                nats[i] = float(SPAN.mean(logits[row : row + 1], batch["labels"][row : row + 1]))
+                starts, ends = logits[row, : len(rows[i]["input_ids"])].cpu().unbind(-1)
+                said[i] = _window(rows[i]).best(starts, ends)
+    model.train(was_training)
+    if not math.isfinite(math.fsum(nats)):
+        raise NumericError(
+            f"the loss on {len(rows)} held-out examples is not finite; the model overflows on it, use float32 or"
+            " bfloat16"
+        )
+    best: dict[int, tuple[float, int]] = {}
+    for i, (score, _) in enumerate(said):
+        question = _window(rows[i]).question
+        if question not in best or score > best[question][0]:
+            best[question] = (score, i)
+    given = [(said[i][1], _window(rows[i])) for _, i in best.values()]
+    digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
+    return AnswerScore(
+        tuple(nats),
+        tuple(answer_f1(text, window.answers) for text, window in given),
+        tuple(exact_match(text, window.answers) for text, window in given),
+        tuple(answer_f1(window.context, window.answers) for _, window in given),
+        digest,
+    )
+
+
+def _window(row: Row) -> AnswerWindow:
+    assert "window" in row  # rows of this task have it
+    return row["window"]

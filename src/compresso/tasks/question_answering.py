@@ -1,0 +1,134 @@
+"""Extractive question answering: where in a text the answer to a question begins and ends, by an encoder with two
+logits a token on top (Devlin et al., arXiv 1810.04805, section 4.2).
+
+A base model has no such head; the stage `finetune` gives it one, drawn as its family draws it. Examples are split by
+title: no text lies on both sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import auto_class, is_causal
+from compresso.core.loss import SPAN, Loss
+from compresso.data.answers import ANSWERED, by_group, encode_answered
+from compresso.data.batches import Row, encoder_inputs
+from compresso.data.records import RecordForm, Records
+from compresso.data.survival import Encoded
+from compresso.edit.new_head import under_new_head
+from compresso.errors import DataError
+from compresso.metrics.answers import F1, WHOLE, AnswerScore, answer_score
+from compresso.metrics.guard import Guard
+from compresso.metrics.label_guard import judge_labels
+from compresso.tasks.base import Reading, register
+from compresso.training.distill_objective import Compare
+from compresso.training.noise import mixed_seed
+from compresso.training.span_halves import Spans, both_ends
+
+_PROBED = 4
+_LEAST_HELD, _MOST_HELD = 32, 256
+
+
+@dataclass(frozen=True)
+class QuestionAnswering:
+    """The task of encoders that find answers."""
+
+    name: str = "question-answering"
+    auto_class: str = "AutoModelForQuestionAnswering"
+    pipeline: str = "question-answering"
+    form: RecordForm = ANSWERED
+    metric: str = F1
+    head: str = "a new head of two logits a token"
+    usage: str = (
+        "from transformers import AutoModelForQuestionAnswering, AutoTokenizer\n\n"
+        "model, tokenizer = (one.from_pretrained({folder}) for one in (AutoModelForQuestionAnswering, AutoTokenizer))\n"
+        "given = tokenizer('Who came?', 'A man came in.', return_tensors='pt')\n"
+        "said = model(**given)\n"
+        "first, last = said.start_logits.argmax(), said.end_logits.argmax()\n"
+        "print(tokenizer.decode(given['input_ids'][0, first : last + 1]))"
+    )
+    writes_text: bool = False
+    loss: Loss = SPAN
+    compare: Compare = both_ends
+
+    def obstacle(self, config: PreTrainedConfig) -> str:
+        """Why no model with this config does it; "" for an encoder of texts."""
+        if is_causal(config):
+            return (
+                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
+            )
+        if type(config) not in AutoModelForQuestionAnswering._model_mapping:
+            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
+        return ""
+
+    def lacks_head(self, config: PreTrainedConfig) -> bool:
+        """Whether it is a base model, or has a head for another task."""
+        return auto_class(config) is not AutoModelForQuestionAnswering
+
+    def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
+        """The encoder under a new linear with two outputs."""
+        return under_new_head(model, AutoModelForQuestionAnswering, {"num_labels": 2}, mixed_seed("head", seed))
+
+    def encode(
+        self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
+    ) -> Encoded:
+        """Windows of question and text. Raises DataError as `encode_answered`."""
+        if tokenizer is None:
+            raise DataError(
+                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
+            )
+        segments = getattr(config, "type_vocab_size", 1) > 1
+        return encode_answered(records, tokenizer, reading.max_length, reading.limit, int(config.vocab_size), segments)
+
+    def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
+        """Windows of whole titles."""
+        return by_group(rows, n)
+
+    def held_out(self, n_rows: int) -> int:
+        """A fifth, but enough for a score and no more than takes seconds."""
+        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+
+    def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Spans:
+        """The model whole: its logits are few."""
+        return Spans(model, blocks)
+
+    def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """What `encoder_inputs` gives, and labels [len(rows), 2], int64. Raises DataError as `encoder_inputs`."""
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**encoder_inputs(rows, pad_id), "labels": labels}
+
+    def again(self, row: Row, seed: int) -> Row:
+        """The example as it is: nothing is drawn."""
+        return row
+
+    def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+        """A few examples with their padding."""
+        return encoder_inputs(rows[:_PROBED], pad_id)
+
+    def score(
+        self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None
+    ) -> AnswerScore:
+        """F1 and exact match of answers."""
+        padding = model.config.pad_token_id
+        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
+        return answer_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
+
+    def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
+        """By what is left of the lead in F1 over answering with the whole text."""
+        n = pruned.get("examples")
+        return judge_labels(
+            dense.get(F1),
+            pruned.get(F1),
+            pruned.get(WHOLE),
+            None if n is None else int(n),
+            what="F1",
+            guessing="the whole text",
+        )
+
+
+QUESTION_ANSWERING = QuestionAnswering()
+register(QUESTION_ANSWERING)
