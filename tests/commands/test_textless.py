@@ -118,16 +118,17 @@ def test_a_classifier_is_told_how_it_is_scored(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("format", export.FORMATS)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_no_format_but_onnx_of_encoders_with_a_head_takes_them(
+def test_few_formats_take_encoders_and_only_with_a_head(
     folders: dict[str, Path], tmp_path: Path, name: str, format: str, overwrite: bool
 ) -> None:
-    if name in EXPORTED and format == "onnx":
+    taken = format in ("onnx", "compressed-tensors")
+    if name in EXPORTED and taken:
         with pytest.raises(AssertionError, match="weights were read"):
             compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
         return
     with pytest.raises(ArchError) as caught:
         compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
     assert str(caught.value).startswith(f"{name} {MADE[name][1]}; format='{format}' takes causal language models")
-    assert ("and encoders of texts" in str(caught.value)) == (format == "onnx")
+    assert ("and encoders of texts" in str(caught.value)) == taken
     assert ("give format='onnx'" in str(caught.value)) == (name in EXPORTED)
     assert not (tmp_path / "out").exists()

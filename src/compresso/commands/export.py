@@ -13,11 +13,12 @@ from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_encoder, open_source
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.door import public
-from compresso.engines.encoder import encoder_parity, encoder_reference
+from compresso.engines.encoder import encoder_parity, encoder_reference, packed_encoder_parity
 from compresso.engines.llama_quantize import KINDS, fallbacks, quantize, tool
 from compresso.engines.onnx_runtime import ONNX
 from compresso.engines.parity import Engine, Format, Parity
 from compresso.engines.registry import engine_for
+from compresso.engines.transformers import PACKED
 from compresso.engines.written import Live, load_for, write
 from compresso.errors import CheckpointError, ExportError, deprecated, nearest
 from compresso.formats.gguf import library
@@ -27,6 +28,8 @@ from compresso.metrics.size import weight_bytes
 
 log = logging.getLogger(__name__)
 FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
+_ENCODERS = ("onnx", "compressed-tensors")
+"""Formats that encoders with a head have, too."""
 
 
 @public
@@ -104,9 +107,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
 def _refuse_textless(source: Source, format: str) -> None:
     """Raise ArchError for a model that the engines of a format cannot be asked about."""
     if not is_text_encoder(source.config):
-        also = " and encoders of texts with a head, as a run with --task writes them" if format == "onnx" else ""
-        refuse_textless(source, f"--format {format} takes causal language models{also}")
-    elif format != "onnx":
+        also = " and encoders of texts with a head, as a run with --task writes them"
+        refuse_textless(source, f"--format {format} takes causal language models{also if format in _ENCODERS else ''}")
+    elif format not in _ENCODERS:
         refuse_textless(source, f"--format {format} takes causal language models; give --format onnx")
 
 
@@ -159,7 +162,22 @@ def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:
     """A folder whose rounded linears are packed."""
-    return _exported(source, Format.PACKED, output, None, force) | {"bytes": weight_bytes(output)}
+    made = _packed_encoder if is_text_encoder(source.config) else _packed_decoder
+    return made(source, output, force) | {"bytes": weight_bytes(output)}
+
+
+def _packed_decoder(source: Source, output: Path, force: bool) -> dict[str, Any]:
+    return _exported(source, Format.PACKED, output, None, force)
+
+
+def _packed_encoder(source: Source, output: Path, force: bool) -> dict[str, Any]:
+    """Write a classifier with packed weights and open it in a fresh process."""
+    live = load_for(Format.PACKED, source)
+    assert live.packing is not None
+    facts: dict[str, Any] = {"output": str(output), "format": str(Format.PACKED), "dtype": live.packing.kind}
+    check = _opening(PACKED, lambda path: packed_encoder_parity(path, live), output, facts)
+    facts["arch"] = write(Format.PACKED, live, output, force=force, check=check)
+    return facts
 
 
 def _exported(source: Source, written: Format, output: Path, dtype: str | None, force: bool) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""The parity check of an encoder of texts with a head: its folder in a fresh process, and its ONNX graph in ONNX
-Runtime and OpenVINO, on texts of different lengths side by side.
+"""The parity check of an encoder of texts with a head: its folder in a fresh process, also with packed weights, and its
+ONNX graph in ONNX Runtime and OpenVINO, on texts of different lengths side by side.
 """
 
 import shutil
@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.arch.outputs import outputs
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
 from compresso.data.batches import pad_id
+from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine
 from compresso.engines.openvino import OPENVINO
 from compresso.engines.parity import TEXT, Format, Parity, within_rounding
-from compresso.engines.transformers import OWN
-from compresso.engines.written import missing_writer
+from compresso.engines.transformers import OWN, PACKED
+from compresso.engines.written import Live, missing_writer
 from compresso.errors import CompressoError, quoted
 from compresso.formats.onnx import GRAPH, library
 from compresso.formats.onnx_encoder import input_names, save_onnx_encoder
@@ -75,6 +76,28 @@ def encoder_parity(engine: OnnxEngine, folder: Path, reference: EncoderReference
     fits = bool(found.isfinite().all()) if within is None else within_rounding(found, wanted, within)
     reason = "" if fits else f"logits differ by up to {difference:.2g}"
     return Parity(engine.name, "yes" if fits else "no", reason, difference)
+
+
+def packed_encoder_parity(folder: Path, live: Live) -> Parity:
+    """Open a folder with packed weights in a fresh process, and compare it with the model it was written from, which
+    becomes float32.
+
+    Where activations are rounded, here and there by steps of slightly different size, a difference of twice what
+    rounding them makes is allowed.
+    """
+    assert live.packing is not None
+    model, within = live.model.float().eval(), REOPENED_WITHIN
+    ids = encoder_reference(model, live.tokenizer).given["input_ids"][:1]
+    if live.packing.inputs:
+        exact = outputs(model, ids)
+        round_inputs_(model, live.packing.inputs, live.packing.linears)
+        within += 2 * float((outputs(model, ids) - exact).abs().max())
+    try:
+        return Parity(PACKED.name, "yes", "", reopen_and_compare(folder, model, ids, within))
+    except CompressoError as error:
+        return Parity(PACKED.name, "no", str(error).replace(str(folder.resolve()), "this folder"))
+    finally:
+        keep_inputs_(model)
 
 
 def verify_encoder(source: Source, scratch: Path) -> list[Parity]:

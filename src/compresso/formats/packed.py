@@ -1,12 +1,12 @@
 """Writing rounded weights as codes of few bits, in the formats of compressed-tensors, for engines that read them.
 
-`rtn`, `gptq`, `awq` and `smoothquant` leave values on a grid, stored as full numbers. The grid can be told from the
-values, so any such checkpoint can be packed later, without the run that made it. The library packs, unpacks and words
-the config.
+`rtn`, `gptq`, `awq`, `smoothquant` and `qat` leave values on a grid, stored as full numbers. The grid can be told from
+the values, so any such checkpoint can be packed later, without the run that made it. The library packs, unpacks and
+words the config.
 
 Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so
 (`dequantize`); it says so for asymmetric grids, since their packed zero points are not read the first way. The file is
-smaller, the model in memory and its speed are not. Weights of 8 bits under rounded activations (`smoothquant`):
+smaller, the model in memory and its speed are not. Weights of 8 bits under rounded activations (`smoothquant`, `qat`):
 int-quantized, for engines that multiply integers; transformers computes it with full numbers. The library's steps of
 activations are 1/127.5 of the largest entry, those of `compresso.load` 1/127.
 """
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.source import auto_class
 from compresso.core.rounding import recovered
 from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
@@ -32,6 +33,7 @@ from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
 
 TESTED = "0.20.0"
+_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Packing:
         linears: full names.
         bits, group, symmetric: of their grids; group 0 is one scale a row.
         inputs: what shares a scale of the activations that they round, None if they round none.
+        simulated: bits of activations that were rounded, and that the format does not have; None if there are none.
     """
 
     linears: tuple[str, ...]
@@ -49,6 +52,7 @@ class Packing:
     group: int = 0
     symmetric: bool = True
     inputs: Range | None = None
+    simulated: int | None = None
 
     @property
     def kind(self) -> str:
@@ -75,19 +79,40 @@ def packing_of(folder: Path | None) -> Packing:
     records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
     stages: list[dict[str, Any]] = records.get("recipe", {}).get("stages", [])
     rounding = [
-        (name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name == "smoothquant"
+        (name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name in _OWN_WORDS
     ]
     if not rounding:
         raise ExportError(
-            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant on"
-            " it first"
+            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant,"
+            " or qat, on it first"
         )
     name, knobs = rounding[-1]
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
-    if name == "smoothquant":
-        return Packing(linears, 8, inputs=range_of(knobs["inputs"]))
+    if name in _OWN_WORDS:
+        return _OWN_WORDS[name](linears, knobs, records["stages"][name])
     group = records["stages"][name].get("group", knobs.get("group"))  # what fitted, where that was another
     return Packing(linears, int(knobs["bits"]), int(group or 0), bool(knobs.get("symmetric")))
+
+
+def _smoothquant(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:
+    return Packing(linears, 8, inputs=range_of(knobs["inputs"]))
+
+
+def _qat(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:
+    """Binary and ternary rows take 2 bits; activations go with the weights if a grid of the format is theirs. Raises
+    ExportError if weights were not rounded.
+    """
+    bits = int(knobs["weight_bits"])
+    if bits > _MOST:
+        raise ExportError(f"qat rounded no weights (weight_bits={bits}), so there is nothing to pack; give it 1 to 8")
+    as_integers = bits == knobs["input_bits"] == 8 and knobs["inputs"] == "token" and not facts["asymmetric_inputs"]
+    rounded = None if knobs["input_bits"] > _MOST else int(knobs["input_bits"])
+    symmetric, inputs = bool(knobs["weight_symmetric"]), range_of("token") if as_integers else None
+    return Packing(linears, max(bits, 2), 0, symmetric, inputs, None if as_integers else rounded)
+
+
+_OWN_WORDS = {"smoothquant": _smoothquant, "qat": _qat}
+"""Stages whose knobs say otherwise than by `bits` and `group` what they rounded."""
 
 
 def save_packed(
@@ -143,6 +168,13 @@ def _card(packing: Packing, source: Path | None, model: PreTrainedModel) -> str:
         "How it was made and what it can do stands in the README.md, recipe.yaml and records.json of the folder that it"
         " was exported from."
     )
+    opens = auto_class(model.config).__name__
+    left_out = (
+        f"Activations of {packing.simulated} bits, which it was trained for, are simulated by `compresso.load` of that"
+        " folder and not in these files."
+        if packing.simulated
+        else ""
+    )
     return f"""---
 library_name: transformers
 tags:
@@ -154,6 +186,7 @@ tags:
 
 {len(packing.linears)} linears that compresso (`pip install compresso-llm`) rounded, packed by compressed-tensors
 ({packing.format}): {packing.kind}. The values are those of the model that it was exported from. {told}
+{left_out}
 
 ## How to load it
 
@@ -162,9 +195,9 @@ pip install transformers compressed-tensors=={TESTED}
 ```
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {opens}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {opens}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 

@@ -14,6 +14,8 @@ _PARTS = (
     (re.compile(r"mlp|ffn"), "FFN sub-layers"),
     (re.compile(r"^vocab$"), "tokens of the vocabulary"),
 )
+_SERVED = 8
+"""Bits of activations that engines with integers compute."""
 
 
 def removed_kinds(records: RunRecords) -> list[str]:
@@ -50,4 +52,9 @@ def deeds(records: RunRecords) -> list[str]:
             group = (facts.model_extra or {}).get("group")
             groups = f", in groups of {group} inputs" if group else ""
             told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
+        if (bits := (facts.model_extra or {}).get("activation_bits")) and bits < _SERVED:
+            told.append(
+                f"Activations of {bits} bits by {name} are simulated: compresso.load computes them with full numbers,"
+                " and other engines do not round them."
+            )
     return told
