@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.arch.base import Arch
 from compresso.arch.costs import cost_of
 from compresso.arch.queries import axes_of
+from compresso.arch.whole_layers import NAME as LAYERS
+from compresso.arch.whole_layers import with_layers
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.measures import NONE, Measures
@@ -175,6 +177,7 @@ class Job:
             NumericError: if they differ by more than rounding explains.
         """
         axes = axes_of(self.arch, self.model, (Kind.QUERY,))
+        axes = with_layers(axes, self.arch, self.model) if LAYERS in masks else axes
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")
         job, told = (self, {}) if tokens is None else self.with_tokens(tokens)

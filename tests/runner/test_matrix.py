@@ -93,6 +93,7 @@ VARIANTS: Mapping[str, Stages] = {
     "drop_layers of attention": drop(["attention"]),
     "drop_layers of mlp": drop(["mlp"], score="random"),
     "drop_layers of parts": drop(["attention", "mlp"], drop=2, score="reverse"),
+    "keep_layers": [{"keep_layers": {"layers": [0, 2]}}],
     "llm_pruner": [{"llm_pruner": {"keep": 0.7, "batch": 4, "micro_batch": 4}}],
     "llm_pruner uniform": [{"llm_pruner": {"keep": 0.7, "layout": "uniform", "batch": 4, "micro_batch": 4}}],
     "llm_pruner channel": [{"llm_pruner": {"ratio": 0.25, "scope": "channel", "batch": 4, "micro_batch": 4}}],

@@ -77,11 +77,12 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Where a mask multiplies activations: the last dimension of a module's input or output.
+    """Where a mask multiplies activations: the last dimension of a module's input or output; or a module that a mask
+    of 0 skips.
 
     Args:
         module: qualified module name; a Linear, or an Embedding with side "output".
-        side: "input" or "output" of that module.
+        side: "input" or "output" of that module; "skip" where its output becomes mask x output + (1 - mask) x input.
         width: consecutive activation entries that share one unit's mask value.
         unit: None if the units tile the activation; k if the whole activation belongs to unit k.
         start: where the first unit's entries begin.
@@ -89,7 +90,7 @@ class Gate:
     """
 
     module: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "skip"]
     width: int = 1
     unit: int | None = None
     start: int = 0

@@ -56,6 +56,20 @@ class GateSites:
 
         return hook
 
+    def skip(self, site: tuple[str, str]) -> Any:
+        """A forward hook that mixes the output with the input by the mask at a site, if there is one."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            mask = self._masks.get(site)
+            if mask is None:
+                return None
+            given: Tensor = inputs[0] if inputs else named["hidden_states"]
+            made: Tensor = output[0] if isinstance(output, tuple) else output
+            mixed = _times(made, mask) + _times(given, 1 - mask)
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return hook
+
 
 @contextmanager
 def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> Iterator[GateSites]:
@@ -90,6 +104,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
             module = base.get_submodule(place[0])
             if place[1] == "input":
                 handles.append(module.register_forward_pre_hook(sites.scale_input(place)))
+            elif place[1] == "skip":
+                handles.append(module.register_forward_hook(sites.skip(place), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(sites.scale_output(place)))
         yield sites

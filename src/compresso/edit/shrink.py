@@ -108,8 +108,10 @@ def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mappi
             )
         if not bool((torch.isfinite(mask) & (mask >= 0)).all()):
             raise ArchError(f"soft mask '{name}' has values that are negative or not finite; wanted values in [0, 1]")
-        if by_name[name].kind == Kind.VOCAB and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ArchError(f"soft mask '{name}' keeps tokens by halves, which no weight can hold; wanted 0 or 1")
+        skipping = any(gate.side == "skip" for gate in by_name[name].gates)
+        if (by_name[name].kind == Kind.VOCAB or skipping) and not bool(((mask == 0) | (mask == 1)).all()):
+            what = "layers" if skipping else "tokens"
+            raise ArchError(f"soft mask '{name}' keeps {what} by halves, which no weight can hold; wanted 0 or 1")
     parameters = dict(model.named_parameters())
     for axis in axes:
         tilings = axis.tilings()

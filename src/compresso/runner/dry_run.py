@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.arch.costs import cost_of, shape_facts
 from compresso.arch.queries import axes_of
+from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.source import Source, meta_model
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
@@ -43,6 +44,7 @@ from compresso.stage import (
     Learns,
     Passes,
     PlansShapes,
+    ReachesLayers,
     Remarks,
     Shrinks,
     Sweeps,
@@ -155,6 +157,9 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 raise
             _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
             raise BudgetError(without[-1].format(stage=name)) from error
+        if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
+            axes, cost = reached, CostModel(reached, arch.weights(model))
+            sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
         planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
         total, macs = int(cost().total), int(cost().macs)
         if isinstance(stage, Remarks):

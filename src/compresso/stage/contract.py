@@ -3,6 +3,7 @@
     Stage        always: the act itself, and the passes it takes (`work`), so that every stage has a cost
     Shrinks      a budget that is tried on the shapes before weights are read
     PlansShapes  with Shrinks: the shapes, where a budget alone does not describe them
+    ReachesLayers with Shrinks: it takes whole layers, too, where axes name none
     ChecksModel  a look at the shapes before weights are read
     ChecksData   a look at the examples before weights are read
     Learns       what it trains, and for how long
@@ -123,6 +124,15 @@ class PlansShapes(Protocol):
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan for units that are all alike. Raises ValueError or BudgetError if there is none."""
+        ...
+
+
+@runtime_checkable
+class ReachesLayers(Protocol):
+    """A stage that removes whole layers also of models that have no axis of them."""
+
+    def reaches_layers(self) -> bool:
+        """It does."""
         ...
 
 
