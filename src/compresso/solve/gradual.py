@@ -1,0 +1,66 @@
+"""How many units stay at each update of a training that prunes as it goes, and which (HomoDistil, arXiv 2302.09632).
+
+The kept share of every matrix follows one cubic curve (Zhu and Gupta, arXiv 1710.01878), from all at `start` to its end
+at `end`: most leave early, when a step of training repairs most. Units leave in the order of their scores among those
+that are left and never come back, so that what stays at any update lies within what stayed before.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compresso.core.axis import Axis
+from compresso.solve.allocate import keep_counts
+
+
+def kept_share(final: float, done: int, start: float, end: float) -> float:
+    """The share that stays after `done` updates: 1 up to `start`, `final` from `end`, cubic between.
+
+    The curve leaves 1 at a slope of -3 (1 - final) / (end - start).
+
+    >>> [kept_share(0.5, done, 10, 20) for done in (0, 10, 15, 20, 30)]
+    [1.0, 1.0, 0.5625, 0.5, 0.5]
+    """
+    if done >= end:
+        return final
+    left = 1 - max(0.0, done - start) / (end - start)
+    return final + (1 - final) * left**3
+
+
+def kept_count(size: int, final: int, done: int, start: float, end: float) -> int:
+    """Units that stay of `size`, of which `final` stay at the end: the share of them, rounded up.
+
+    >>> [kept_count(10, 4, done, 0, 10) for done in (0, 1, 5, 10)]
+    [10, 9, 5, 4]
+    """
+    wanted = kept_share(final / size, done, start, end) * size
+    return max(final, math.ceil(wanted - 1e-9))  # 0.3 * 10 is more than 3
+
+
+def still_kept(
+    axes: Sequence[Axis], scores: Mapping[str, Tensor], gone: Mapping[str, Tensor], counts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The best units among those that are left: axis name -> [size], bool.
+
+    Args:
+        axes: all of them.
+        scores: axis name -> [size], finite and not negative; of units that are gone they do not count.
+        gone: axis name -> [size], bool.
+        counts: axis name -> units that stay; fewer where fewer are left.
+    """
+    ranked = {axis.name: torch.where(gone[axis.name], -1.0, scores[axis.name]) for axis in axes}
+    least = {axis.name: min(counts[axis.name], axis.size - int(gone[axis.name].sum())) for axis in axes}
+    kept = keep_counts(axes, ranked, least).masks(axes)
+    return {axis.name: kept[axis.name].bool() for axis in axes}
+
+
+def slicing_updates(start: int, end: int, n_slices: int) -> tuple[int, ...]:
+    """After how many updates tensors are cut: evenly spread behind `start`, the last at `end`.
+
+    >>> slicing_updates(0, 20, 4), slicing_updates(0, 2, 50)
+    ((5, 10, 15, 20), (1, 2))
+    """
+    n = min(n_slices, end - start)
+    return tuple(start + (end - start) * (i + 1) // n for i in range(n))
