@@ -34,6 +34,7 @@ def test_counts_are_the_share_rounded_up(size: int, final: int) -> None:
 def test_sets_lie_within_sets_whatever_the_scores() -> None:
     axes = [Axis(f"layers.{i}.channels", Kind.CHANNEL, 12, (Slice("w", 0),), (), "", layer=i) for i in range(2)]
     draw = torch.Generator().manual_seed(0)
+    scores: dict[str, torch.Tensor] = {}
     gone = {axis.name: torch.zeros(12, dtype=torch.bool) for axis in axes}
     for done in range(1, 11):
         scores = {axis.name: torch.rand(12, generator=draw, dtype=torch.float64) for axis in axes}

@@ -58,12 +58,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
     _check(model, axes, plan, soft)
     if plan.is_noop(axes) and not soft:
         return
-    arch = arch_for(model.config)
-    kept = {
-        axis.name: list(plan.kept[axis.name])
-        for axis in axes
-        if len(plan.kept.get(axis.name, range(axis.size))) < axis.size
-    }
+    arch, kept = arch_for(model.config), _losing(axes, plan)
     leaving = _leaving(axes, kept)
     selections = _selections(model, axes, kept)
     factors = _factors(model, axes, kept, soft)
@@ -81,7 +76,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
             new = nn.Parameter(_edited(name, parameter, by_dim), requires_grad=parameter.requires_grad)
             for module, key in owners[parameter]:
                 setattr(module, key, new)
-                _set_features_(module)
+                set_features_(module)
     for axis in axes:
         if axis.name in kept:
             for norm in (model.get_submodule(norm) for norm in axis.norms if f"{norm}.weight" not in leaving):
@@ -91,6 +86,30 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
         if axis.kind == Kind.VOCAB and axis.name in kept:
             renumber_(model, axis.size, kept[axis.name])
     arch.sync_config_(model)
+
+
+def kept_entries(model: nn.Module, axes: Sequence[Axis], plan: Plan) -> dict[tuple[str, int], Tensor]:
+    """What `shrink_` keeps of tensors that it cuts: (parameter, dim) -> indices of entries [n_kept], ascending."""
+    return _selections(model, axes, _losing(axes, plan))
+
+
+def set_features_(module: nn.Module) -> None:
+    """Bring a module's own counts of its weight's shape up to date."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _losing(axes: Sequence[Axis], plan: Plan) -> dict[str, list[int]]:
+    """The units that stay of the axes that lose some."""
+    return {
+        axis.name: list(plan.kept[axis.name])
+        for axis in axes
+        if len(plan.kept.get(axis.name, range(axis.size))) < axis.size
+    }
 
 
 def _check(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapping[str, Tensor]) -> None:
@@ -236,13 +255,3 @@ def _drop_layers_(blocks: nn.ModuleList, axes: Sequence[Axis], kept: Mapping[str
         if axis.kind == Kind.LAYER and axis.name in kept:
             for layer in sorted(set(range(axis.size)) - set(kept[axis.name]), reverse=True):
                 del blocks[layer]
-
-
-def _set_features_(module: nn.Module) -> None:
-    """Bring a module's own counts of its weight's shape up to date."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape

@@ -93,6 +93,7 @@ def tune(
     after_update: Callable[[int], Mapping[str, float] | None] | None = None,
     phase: Callable[[int], str] | None = None,
     watch: Watch | None = None,
+    begin: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> History:
     """`fit` with what a job and a stage's knobs say of it.
 
@@ -105,6 +106,7 @@ def tune(
         before_step, after_update: as in `fit`.
         phase: the name shown for an update; the stage's if None.
         watch: from `watching`.
+        begin: as in `fit`.
 
     Raises as `fit`; RecipeError for a batch that cannot be split, DataError without training data.
     """
@@ -125,6 +127,7 @@ def tune(
             progress=job.progress(),
             phase=phase or (lambda _: name),
             watch=watch,
+            begin=begin,
         )
 
 

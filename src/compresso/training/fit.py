@@ -49,6 +49,7 @@ def fit(
     progress: Progress | None = None,
     phase: Callable[[int], str] = lambda update: "training",
     watch: Watch | None = None,
+    begin: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> History:
     """Train in place, from the newest checkpoint if there is one, and return the log of all updates, those of
     interrupted runs included.
@@ -80,6 +81,7 @@ def fit(
         phase: the name shown for an update.
         watch: looks at a held-out loss on the way, ends training when that only rises, and leaves the best state in
             the objective.
+        begin: given the optimizer before anything is done, for an `after_update` that edits its state, too.
 
     Raises:
         ResourceError: memory does not suffice for a single example; a micro-batch that does not fit is halved, and that
@@ -107,6 +109,8 @@ def fit(
         "groups": {g.name: g.facts() for g in groups},
     } | ({"held": watch.identity} if watch else {})
     optimizer = adamw(groups)
+    if begin is not None:
+        begin(optimizer)
     model = prepare(accelerator, objective, optimizer)
     halving = Halving(ranks)
     manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run, watch)

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compresso.core.distillation import chunked, divergences
-from compresso.core.losses import IGNORED
 from compresso.core.squarehead import Norm, squared_error
 from compresso.errors import RecipeError
 from compresso.training.distill_objective import Compare, Halves, Tokens, next_tokens
+from compresso.training.logit_losses import logit_losses
 from compresso.training.order import Micro
 
 
@@ -128,34 +126,17 @@ class SquareHeadObjective(nn.Module):
 
     def _on_logits(self, last: Tensor, taught: Tensor | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Label loss and divergence over places: last, taught [n, width] of each model, targets [n]."""
-        n_labels = int((targets != IGNORED).sum())
-        if self._hard and not n_labels:
-            raise ValueError(
-                f"none of a batch's {len(targets)} tokens is labelled, so hard_weight has nothing to weigh"
-            )
-        if not self._hard and taught is None:
-            return last.new_zeros((), dtype=torch.float32), {}
-
-        def loss(rows: slice, part: Tensor) -> tuple[Tensor, Tensor]:
-            logits, parts = self._student.logits(part), list[Tensor]()
-            if self._hard:
-                sums = functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum")
-                parts.append(sums / n_labels)
-            if taught is not None:
-                with torch.no_grad():
-                    wanted = self._teacher_logits(taught[rows]).to(logits.device)
-                parts.append(divergences(logits, wanted, "forward", self._temperature).sum() / len(targets))
-            each = torch.stack(parts)
-            return (each * each.new_tensor(weights)).sum(), each
-
-        weights = [*([self._hard] if self._hard else []), *([] if taught is None else [self._kl])]
-        names = [*(["hard"] if self._hard else []), *([] if taught is None else ["divergence"])]
-        total, facts = chunked(loss, last, self._student.parameters(), self._chunk)
-        return total, dict(zip(names, facts, strict=True))
-
-    def _teacher_logits(self, last: Tensor) -> Tensor:
-        assert self._teacher is not None
-        return self._teacher.logits(last)
+        return logit_losses(
+            self._student,
+            self._teacher,
+            last,
+            taught,
+            targets,
+            hard=self._hard,
+            kl=self._kl,
+            temperature=self._temperature,
+            chunk=self._chunk,
+        )
 
 
 @contextmanager

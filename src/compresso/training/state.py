@@ -6,12 +6,22 @@ not depend on how many processes made it.
 """
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compresso.errors import ResumeError
+
+
+@runtime_checkable
+class ChangesShape(Protocol):
+    """A module whose parameters lose entries while it trains."""
+
+    def take_shape_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the parameters the shapes that they had when `collect` took these; their values are put back next."""
+        ...
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,11 +66,13 @@ def collect(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 @torch.no_grad()
 def restore_(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `collect` took, in place.
+    """Put back what `collect` took, in place; a module that changes its shape takes that of the state first.
 
     Raises:
         ResumeError: the names or shapes are not those of this module.
     """
+    if isinstance(module, ChangesShape):
+        module.take_shape_(tensors)
     put_(module, {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")})
     optimizer.state.clear()
     for name, p in trainable(module).items():
