@@ -46,6 +46,14 @@ def change(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"])
+def test_a_number_below_what_it_can_count_is_named(field: str, folder: Path) -> None:
+    for value in (-1, 0)[: 2 if field != "intermediate_size" else 1]:
+        change(folder, **{field: value})
+        with pytest.raises(CheckpointError, match=rf"config\.json: {field} is {value}; wanted at least \d\. Check the"):
+            open_source(folder)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

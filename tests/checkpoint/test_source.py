@@ -142,6 +142,10 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
         ("", "is not JSON"),
         ('{"model_type": "llama"', "is not JSON"),
         ("[" * 100_000, "is not JSON"),
+        (
+            '{"model_type": "llama", "rms_norm_eps": NaN}',
+            r"config\.json: rms_norm_eps is nan; a finite number is wanted\. C",
+        ),
         ("[1]", "holds a list"),
         ("{}", "has no model_type"),
         ('{"model_type": 7}', "has no model_type"),

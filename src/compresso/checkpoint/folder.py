@@ -42,6 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = strict_json.loads(path.read_bytes(), _UNBOUNDED)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+    except strict_json.Refused as error:
+        raise CheckpointError(f"{path}: {error}. Correct it, or fetch or write the file again.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Fetch or write the file again.") from error
     if not isinstance(value, dict):
@@ -85,7 +87,7 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
         return cls.from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
         raise CheckpointError(
-            f"{path} is not a valid {model_type} config: {reason_of(error)} Fetch or write the file again."
+            f"{path} is not a valid {model_type} config: {reason_of(error).rstrip('.')}. Fetch or write the file again."
         ) from error
 
 
@@ -116,7 +118,7 @@ def check_generation_config(folder: Path) -> None:
         GenerationConfig.from_dict(data)
     except Exception as error:  # it may fail on malformed values in any way
         raise CheckpointError(
-            f"{path} is no valid generation config: {reason_of(error)} Correct or delete the file."
+            f"{path} is no valid generation config: {reason_of(error).rstrip('.')}. Correct or delete the file."
         ) from error
 
 

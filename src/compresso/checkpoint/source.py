@@ -291,8 +291,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if (cure := lacking(source.folder)) is not None:
             raise CheckpointError(f"the tokenizer of {source.name} cannot be loaded: {cure}") from error
         raise CheckpointError(
-            f"the tokenizer of {source.name} cannot be loaded: {reason_of(error)} Fetch its files again, or copy"
-            " tokenizer.json and tokenizer_config.json of the model it came from."
+            f"the tokenizer of {source.name} cannot be loaded: {reason_of(error).rstrip('.')}. Fetch its files again,"
+            " or copy tokenizer.json and tokenizer_config.json of the model it came from."
         ) from error
     if missing := absent(source.folder, tokenizer):
         cure = lacking(source.folder) or "copy tokenizer.json, or these files, of the model it came from"
@@ -316,7 +316,7 @@ def _try_out(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         whole = all(type(one) is int and one >= 0 for one in ids)
     except Exception as error:  # as in loading
         raise CheckpointError(
-            f"the tokenizer of {name} does not encode a text: {reason_of(error)} Fetch its files again."
+            f"the tokenizer of {name} does not encode a text: {reason_of(error).rstrip('.')}. Fetch its files again."
         ) from error
     if not whole:
         raise CheckpointError(f"the tokenizer of {name} encodes a text as {str(ids)[:60]}; fetch its files again.")
@@ -427,7 +427,8 @@ def _as_written(source: Source) -> PreTrainedModel:
             model = auto.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     except Exception as error:  # a config may ask for anything, and modelling code fails on it in any way
         raise CheckpointError(
-            f"{source.config_file} describes a model that cannot be built: {reason_of(error)} Check the config."
+            f"{source.config_file} describes a model that cannot be built: {reason_of(error).rstrip('.')}. Check the"
+            " config."
         ) from error
     check_tables(source.config_file, model)
     return model
