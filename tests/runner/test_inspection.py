@@ -3,6 +3,8 @@ what was published of Mixtral 8x7B.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,27 @@ MIXTURES: dict[str, tuple[dict[str, Any], int, int]] = {
 @pytest.fixture(autouse=True)
 def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "discover", lambda model: pytest.fail("a mixture of experts was traced"))
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_weights_that_a_run_refuses_are_said_where_they_are_not_read(
+    verb: str, call: Call, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_folder, folder)
+    planned = ("magnitude-structured", "--model", folder, "--parameters", "50K", "--device", "h100")
+    given = (verb, *((folder,) if verb == "inspect" else planned))
+    code, whole, _ = call(*given)
+    assert code == 0 and not caplog.messages
+    os.truncate(folder / "model.safetensors", 9000)
+    code, out, _ = call(*given)
+    assert code == 0 and out == whole and len(caplog.messages) == 1
+    assert "model.safetensors cannot be read: " in caplog.text and "it is truncated" in caplog.text
+    assert "What is counted here is what the config says." in caplog.text
+    caplog.clear()
+    assert call("inspect", folder / "config.json")[0] == 0
+    (folder / "model.safetensors").unlink()
+    assert call(*given)[:2] == (0, whole) and not caplog.messages
 
 
 def written(family: str, folder: Path, **fields: Any) -> Path:

@@ -1,5 +1,6 @@
 """What can be removed from a model, counted without its weights."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.folder import damaged_weights
+from compresso.checkpoint.source import Source, meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
@@ -19,6 +21,8 @@ from compresso.door import public
 from compresso.errors import ArchError
 from compresso.metrics.size import counts
 from compresso.native.stock import as_stock
+
+log = logging.getLogger(__name__)
 
 
 @public
@@ -41,11 +45,21 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         ArchError: if nobody described its architecture and a trace cannot prove its axes, or no axis is called as
             `explained` says.
     """
-    live = (
-        as_stock(model)
-        if isinstance(model, PreTrainedModel)
-        else meta_model(open_source(model, weights=False, packed=True))
-    )
+    if isinstance(model, PreTrainedModel):
+        return facts_of(as_stock(model), explained)
+    source = open_source(model, weights=False, packed=True)
+    warn_of_damage(source)
+    return facts_of(meta_model(source), explained)
+
+
+def warn_of_damage(source: Source) -> None:
+    """Say that the weights of a folder, which are not needed to count, are such as a run refuses."""
+    if source.kind == "folder" and (why := damaged_weights(source.config_file.parent)) is not None:
+        log.warning("%s What is counted here is what the config says.", why)
+
+
+def facts_of(live: PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
+    """The dictionary of `inspect` for a live model of a stock class (the meta device will do)."""
     arch = _described(live)
     if arch is None and explained is None and (mixture := count_experts(live)) is not None:
         return mixture

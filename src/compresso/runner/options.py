@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from compresso.checkpoint.source import open_source
+from compresso.checkpoint.source import meta_model, open_source
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
@@ -26,7 +26,7 @@ from compresso.runner.engine_shapes import (
     writable_heads,
     writable_queries,
 )
-from compresso.runner.inspection import inspect
+from compresso.runner.inspection import facts_of
 from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
@@ -163,7 +163,7 @@ def _with_budget(
             raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
         return with_knob(raw, "keep", keep)
     if parameters is not None:
-        wanted, total = count(str(parameters)), inspect(model)["parameters"]["total"]
+        wanted, total = count(str(parameters)), _total(model)
         if wanted > total:
             raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
         return with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
@@ -176,6 +176,11 @@ def _with_budget(
             )
         return with_knob(with_knob(raw, "keep", 1 / macs), "of", "macs")
     return raw
+
+
+def _total(model: str) -> int:
+    """All parameters of a model."""
+    return facts_of(meta_model(open_source(model, weights=False, packed=True)))["parameters"]["total"]
 
 
 def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> Recipe:

@@ -23,6 +23,7 @@ from compresso.runner.engine_shapes import (
     without_multiple,
     words,
 )
+from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
@@ -84,6 +85,7 @@ def plan(
         CompressoError: as `run` would, for everything that can be known without weights and data.
     """
     source = open_source(model, weights=False)
+    warn_of_damage(source)
     recipe = recipe_for(raw, layout, source.config)
     shown = dry_run(recipe, source)
     found = None
