@@ -137,6 +137,7 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--set", "data.max_length=64"), "raise max_length or turn the collaborative prompt off"),
         (("compresso", "--set", "data=5"), "wanted stages.STAGE.KNOB=value or data.KNOB=value"),
         (("compresso", "--nonsense",), "(Possible options: --seed). See `compresso run --help`"),
+        (("compresso", "--dataset", "d.jsonl"), "No such option: --dataset; give --data. See `compresso run --help`"),
         (("compresso", "--set", "stages.learn_gates.batch=nan"), "batch='nan': wanted a whole number"),
         (("compresso", "--set", "stages.learn_gates.floor.channel=x"),
          "floor.channel='x': wanted a whole number or 'keep'"),
@@ -147,6 +148,12 @@ def test_a_wrong_word_is_named_with_its_cure(
     refused: Callable[..., str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in refused(*arguments)
+
+
+def test_an_option_of_another_name_is_told_ours(call: Call, tmp_path: Path) -> None:
+    given = ("export", tmp_path, "--format", "gguf", "--output", tmp_path / "m.gguf", "--precision", "q4_0")
+    usage = "usage: No such option: --precision; give --dtype. See `compresso export --help`\n"
+    assert call(*given) == (2, "", usage)
 
 
 @pytest.mark.parametrize(

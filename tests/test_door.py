@@ -74,6 +74,7 @@ def test_every_argument_is_held_to_its_type(
         ({"output": ""}, "output='' is empty; wanted a path"),
         ({"model": "a\0b"}, "model='a\\x00b' holds a NUL"),
         ({"sedd": 3}, "run has no argument 'sedd'; did you mean 'seed'?"),
+        ({"dataset": "d.jsonl"}, "run has no argument 'dataset'; give data="),
         ({"speedup": [1.5]}, "speedup=[1.5]: wanted a string, a number or None, got a list of float"),
     ],
 )  # fmt: skip

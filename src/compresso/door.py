@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from compresso.errors import ArgumentError, CompressoError, nearest
-from compresso.wording import named, worded
+from compresso.wording import meant, named, worded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +60,9 @@ def _accepted(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     signature = inspect.signature(function)
     name = getattr(function, "__name__", "the function")
     for unknown in sorted(kwargs.keys() - signature.parameters.keys()):
-        raise ArgumentError(f"{name} has no argument '{unknown}'; {nearest(unknown, signature.parameters)}")
+        ours = meant(unknown, signature.parameters)
+        cure = nearest(unknown, signature.parameters) if ours is None else f"give {ours}="
+        raise ArgumentError(f"{name} has no argument '{unknown}'; {cure}")
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -5,7 +5,7 @@ they leave it as they are written there (`keep=0.5`, `skip_bad=True`).
 """
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -44,6 +44,17 @@ _PLAIN = (
 )
 CHOICES = frozenset(_PLAIN.split())
 """Plain words that are an option's value where they follow it."""
+_OTHER_NAMES = {
+    "dtype": ("precision", "precisions", "quantization", "quantize", "quant", "bits", "outtype"),
+    "output": ("out", "output-dir", "out-dir", "outfile", "save", "save-path"),
+    "data": ("dataset", "datasets", "train", "train-data"),
+    "keep": ("ratio", "share"),
+    "batch": ("batch-size",),
+    "max-steps": ("steps",),
+    "overwrite": ("replace",),
+    "target": ("engine",),
+}
+"""Options, and what the same is called in our tables and by other tools."""
 _UNNAMED = ("models", "paths", "path", "recipe")
 """What the command line takes without an option's name."""
 _VERBS = ("run", "plan", "inspect", "evaluate", "measure", "latency", "compare", "export", "verify")
@@ -112,6 +123,17 @@ def named(verb: str, argument: str) -> str:
         return f"{argument} "
     option = next((option for option, names in VALUED.items() if argument in names), argument)
     return f"--{option} "
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The option or argument that somebody means who gives one of another name; None if nobody can tell.
+
+    >>> meant("--precision", ["--dtype", "--output"]), meant("dataset", ["data"]), meant("colour", ["data"])
+    ('--dtype', 'data', None)
+    """
+    bare = name.lstrip("-").replace("_", "-")
+    ours = next((option for option, others in _OTHER_NAMES.items() if bare in others), None)
+    return next((one for one in known if one.lstrip("-").replace("_", "-") == ours), None)
 
 
 def _argument(option: str, arguments: Container[str]) -> str:

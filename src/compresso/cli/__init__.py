@@ -21,7 +21,7 @@ from compresso.cli.app import app
 from compresso.cli.streams import drop, hold_streams, say
 from compresso.core.faults import said
 from compresso.errors import ArgumentError, CompressoError, Interrupted, out_of_memory
-from compresso.wording import command_line
+from compresso.wording import command_line, meant
 
 __all__ = ["app", "main"]
 
@@ -108,6 +108,11 @@ def _said(error: TyperException) -> str:
         given = "" if first["type"] == "value_error" else f"{str(first['input'])!r}: "
         error.message = f"{given}{said([first])}"
     words = error.format_message()
+    given, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if isinstance(given, str) and context is not None:
+        known = [option for one in context.command.params for option in one.opts]
+        if given not in known and (option := meant(given, known)) is not None:
+            words = f"{error.message}; give {option}"
     return words if words.endswith((".", "?")) else f"{words}."
 
 
