@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from compresso.training import progress
 from compresso.training.progress import Progress, Style
 
 
@@ -15,11 +16,11 @@ class Terminal(io.StringIO):
 
 
 def show(style: Style, stream: io.StringIO, seconds: float = 0.0, done: int = 0) -> str:
-    progress = Progress(style, seconds, stream)
-    with progress.running(5, done):
+    shown = Progress(style, seconds, stream)
+    with shown.running(5, done):
         for i in range(done + 1, 6):
-            progress.step(i, "ramp", {"loss": 2.0, "sparsity": 0.1, "target": 0.3}, tokens=7)
-        progress.say("a [note]")
+            shown.step(i, "ramp", {"loss": 2.0, "sparsity": 0.1, "target": 0.3}, tokens=7)
+        shown.say("a [note]")
     return stream.getvalue()
 
 
@@ -77,6 +78,40 @@ def test_work_without_steps_is_mentioned_once_it_takes_long(monkeypatch: pytest.
     with Progress("lines", 0.02, stream).working("reading the weights"):
         said = lines_after(stream, 2)
     assert all(line.startswith("reading the weights  0:00:0") for line in said)
+
+
+def test_what_runs_within_something_else_shares_its_line(monkeypatch: pytest.MonkeyPatch):
+    """Two counters of one run, each with a clock of its own, took turns."""
+    monkeypatch.setattr(progress, "PATIENCE", 0.02)
+    stream = io.StringIO()
+    with Progress("lines", 0.02, stream).working("writing"):
+        with Progress("lines", 0.02, stream).working("asking onnx"):
+            lines_after(stream, 2)
+        told = len(stream.getvalue().splitlines())
+        assert all(line.startswith("writing: asking onnx  0:") for line in stream.getvalue().splitlines())
+        assert lines_after(stream, told + 2)[-1].startswith("writing  0:")
+        within = Progress("lines", 0.02, stream)
+        with within.running(3, 0, "scores"):
+            told = len(stream.getvalue().splitlines())
+            assert all(line.startswith("scores  0/3, working") for line in lines_after(stream, told + 3)[told + 1 :])
+    stream = io.StringIO()
+    with Progress("silent").working("writing"), Progress("lines", 0.02, stream).working("asking onnx"):
+        time.sleep(0.1)
+    assert stream.getvalue() == "", "who asked for no display gets none from within"
+    assert not progress._FRAMES
+
+
+def test_a_bar_within_a_bar_takes_its_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = Terminal()
+    with Progress("bar", stream=terminal).working("writing"):
+        with Progress("bar", stream=terminal).running(2, 0, "scores") as _:
+            pass
+        with Progress("bar", stream=terminal).working("asking onnx"):
+            pass
+    assert "writing: asking onnx" in terminal.getvalue() and "scores" in terminal.getvalue()
+    assert not progress._FRAMES
 
 
 def test_the_watch_ends_with_an_error():

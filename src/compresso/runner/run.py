@@ -44,6 +44,7 @@ from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.stage import card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast, new_accelerator
+from compresso.wording import worded
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ def run(
                 _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
-                ask, carried = parity_records if verify else None, prepared.source.folder
+                ask, carried = partial(_asked, job) if verify else None, prepared.source.folder
                 with job.progress().working("writing the checkpoint and opening it again"):
                     facts = finish(
                         job, facts, evaluation, dense, prepared.layout, prepared.output, overwrite, dtype, ask, carried
@@ -269,6 +270,13 @@ def run(
             if offload:
                 job = replace(job, model=opened_offloaded(Path(output), prepared))
     return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
+
+
+def _asked(job: Job, folder: Path) -> Sequence[Mapping[str, Any]]:
+    """What every engine makes of a written folder."""
+    asking = worded("asking the engines of this machine (--no-verify leaves it out)", ("verify",))
+    with job.progress().working(asking):
+        return parity_records(folder)
 
 
 @contextmanager

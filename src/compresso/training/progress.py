@@ -3,6 +3,9 @@
 Lines are chosen where the output is no terminal, where NO_COLOR is set, and on dumb terminals. They come by the clock
 and not by the work: the first and the last, and one every half minute between them, though nothing was finished since.
 Only the main process gets a display.
+
+What runs within something else that takes long shares its line, or takes its place where it has steps of its own: two
+counters never take turns.
 """
 
 import os
@@ -11,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, TextIO
 
 from rich.console import Console
@@ -29,6 +33,29 @@ PATIENCE = 10.0
 """Seconds before work of unknown length is mentioned."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """Something that takes long: who shows it, what it is, and whether it has steps."""
+
+    shown: "Progress"
+    what: str
+    steps: bool
+
+
+_FRAMES: list[_Frame] = []
+"""What takes long within what, the innermost last."""
+_SPEAKING = threading.RLock()
+"""Held while the frames change or a watch speaks."""
+
+
+def _line() -> list[_Frame]:
+    """The frames that share the line which is shown: the innermost, and where that has no steps all such around it."""
+    at = len(_FRAMES) - 1
+    while at > 0 and not _FRAMES[at].steps and not _FRAMES[at - 1].steps:
+        at -= 1
+    return _FRAMES[max(at, 0) :]
+
+
 class Progress:
     """The display of something that takes long.
 
@@ -44,6 +71,7 @@ class Progress:
         self._style: Style = ("lines" if plain else "bar") if style == "auto" else style
         self._seconds = seconds
         self._bar: Bar | None = None
+        self._said = 0.0
 
     @contextmanager
     def running(self, steps: int, done: int, phase: str = "", patience: float = 0.0) -> Iterator[None]:
@@ -56,7 +84,7 @@ class Progress:
         self._line, self._said = f"{phase}  {done}/{steps}".strip(), self._started + max(patience - self._seconds, 0.0)
         self._silent_until = self._started + patience
         if self._style != "bar":
-            with self._beating(self._again, self._seconds):
+            with self._within(phase, steps=True) as frame, self._beating(frame, self._again, self._seconds):
                 yield
             return
         columns = (
@@ -66,7 +94,7 @@ class Progress:
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
         )
-        with Bar(*columns, console=Console(file=self._stream)) as self._bar:
+        with self._within(phase, steps=True), Bar(*columns, console=Console(file=self._stream)) as self._bar:
             self._task = self._bar.add_task(phase, total=steps, completed=done, facts="")
             yield
         self._bar = None
@@ -76,15 +104,36 @@ class Progress:
         """Show work that has no steps: a spinner, or lines once it takes long; `what` is in the form "reading X"."""
         if self._style != "bar":
             begun = time.monotonic()
+
+            def beat() -> None:
+                self.say(f"{': '.join(one.what for one in _line())}  {_clock(time.monotonic() - begun)}")
+
             self._said = begun + PATIENCE - self._seconds
-            with self._beating(lambda: self.say(f"{what}  {_clock(time.monotonic() - begun)}"), self._seconds):
+            with self._within(what, steps=False) as frame, self._beating(frame, beat, self._seconds):
                 yield
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Bar(*columns, console=Console(file=self._stream), transient=True) as self._bar:
-            self._bar.add_task(what, total=None)
+        bar = Bar(*columns, console=Console(file=self._stream), transient=True)
+        with self._within(what, steps=False), bar as self._bar:
+            bar.add_task(": ".join(one.what for one in _line()), total=None)
             yield
         self._bar = None
+
+    @contextmanager
+    def _within(self, what: str, steps: bool) -> Iterator[_Frame]:
+        """Count as the innermost of what takes long; a bar around it is taken away meanwhile."""
+        frame, around = _Frame(self, what, steps), [one.shown._bar for one in _FRAMES[-1:]]
+        for bar in filter(None, around):
+            bar.stop()
+        with _SPEAKING:
+            _FRAMES.append(frame)
+        try:
+            yield frame
+        finally:
+            with _SPEAKING:
+                _FRAMES.remove(frame)
+            for bar in filter(None, around):
+                bar.start()
 
     def step(self, done: int, phase: str, facts: Mapping[str, float], tokens: float) -> None:
         """Show that `done` steps are done.
@@ -110,7 +159,9 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self._said = time.monotonic()
+        self._said = now = time.monotonic()
+        for frame in tuple(_FRAMES):
+            frame.shown._said = max(frame.shown._said, now)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         elif self._style == "lines":
@@ -121,8 +172,8 @@ class Progress:
         self.say(f"{self._line}, working for {_clock(time.monotonic() - self._started)}")
 
     @contextmanager
-    def _beating(self, beat: Callable[[], None], seconds: float) -> Iterator[None]:
-        """Call `beat` whenever nothing was said for so long; only where lines are shown."""
+    def _beating(self, frame: _Frame, beat: Callable[[], None], seconds: float) -> Iterator[None]:
+        """Call `beat` whenever nothing was said for so long and the line is the frame's; only where lines are shown."""
         if self._style != "lines" or not seconds:
             yield
             return
@@ -130,8 +181,9 @@ class Progress:
 
         def watch() -> None:
             while not over.wait(max(self._said + seconds - time.monotonic(), 0.01)):
-                if time.monotonic() - self._said >= seconds:
-                    beat()
+                with _SPEAKING:
+                    if time.monotonic() - self._said >= seconds and frame in _line()[:1]:
+                        beat()
 
         watcher = threading.Thread(target=watch, name="progress", daemon=True)
         watcher.start()
