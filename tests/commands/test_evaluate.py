@@ -3,6 +3,7 @@ before.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -99,8 +100,10 @@ def language(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores_are_printed_and_written(call: Call, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    code, out, _ = call("evaluate", nano.path(), *QUICK, "--output", output, "--batch", "4", "--device", "cpu")
+    code, out, said = call("evaluate", nano.path(), *QUICK, "--output", output, "--batch", "4", "--device", "cpu")
     assert code == 0
+    assert said == "", "what is quick needs no sign of life, and the harness' bars are no lines of a log"
+    assert re.search(r"\bprompt\b", out) and re.search(r"world_fact/acc .*\boff\b", out)
     assert "world_fact/acc" in out
     assert "Only the first 3 items of each task" in out
     assert "Not measured: perplexity (--corpus)." in out
@@ -127,6 +130,7 @@ def test_without_a_wish_it_is_the_perplexity_on_wikitext2(call: Call, language: 
     code, out, _ = call("evaluate", nano.path())
     assert code == 0
     assert "wikitext2/perplexity" in out
+    assert not re.search(r"\b(prompt|shots|stderr)\b", out.partition("Not measured")[0]), "of which there is nothing"
     assert "Not measured: tasks (--suite or --tasks)." in out
     report = evaluate(nano.path(), batch_size=2)
     assert report.models[0].measurements[0].protocol == {

@@ -117,7 +117,14 @@ def evaluate(
         from compresso.metrics.tasks import task_measurements
 
         score = partial(
-            task_measurements, loaded.model, loaded.tokenizer, ready, limit=limit, batch_size=batch_size, seed=seed
+            task_measurements,
+            loaded.model,
+            loaded.tokenizer,
+            ready,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            progress=shown,
         )
         for one in prompts(loaded, prompt):
             measurements += score(prompt=one)
@@ -165,30 +172,7 @@ def show(report: Report, as_json: bool = False) -> None:
         return
     console = Console()
     for results in report.models:
-        table = Table(
-            "",
-            "value",
-            "± stderr",
-            "n",
-            "shots",
-            "prompt",
-            title=f"{results.name} {results.fingerprint[:19]}",
-            title_justify="left",
-        )
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:5]:
-            column.justify = "right"
-        for one in results.measurements:
-            shots = one.protocol.get("shots")
-            table.add_row(
-                one.name,
-                f"{one.value:.3f}",
-                "" if one.stderr is None else f"{one.stderr:.3f}",
-                "" if one.n is None else f"{one.n:,}",
-                "" if shots is None else str(shots),
-                "on" if one.protocol.get("prompt") else "",
-            )
-        console.print(table)
+        console.print(_scores(results))
         for line in _notes(results):
             console.print(line, highlight=False)
         if limits := sorted({int(limit) for one in results.measurements if (limit := one.protocol.get("limit"))}):
@@ -197,6 +181,29 @@ def show(report: Report, as_json: bool = False) -> None:
             )
         if absent := _absent(results):
             console.print(f"Not measured: {', '.join(absent)}.")
+
+
+def _scores(results: ModelResults) -> Table:
+    """A row for each number; a column that says nothing of any of them is left out."""
+    rows = [
+        (
+            one.name,
+            f"{one.value:.3f}",
+            "" if one.stderr is None else f"{one.stderr:.3f}",
+            "" if one.n is None else f"{one.n:,}",
+            "" if (shots := one.protocol.get("shots")) is None else str(shots),
+            "" if "prompt" not in one.protocol else "on" if one.protocol["prompt"] else "off",
+        )
+        for one in results.measurements
+    ]
+    table = Table(title=f"{results.name} {results.fingerprint[:19]}", title_justify="left")
+    said = [place < 2 or any(row[place] for row in rows) for place in range(6)]
+    for name, shown in zip(("", "value", "± stderr", "n", "shots", "prompt"), said, strict=True):
+        if shown:
+            table.add_column(name, justify="left" if name in ("", "prompt") else "right", no_wrap=not name)
+    for row in rows:
+        table.add_row(*(cell for cell, shown in zip(row, said, strict=True) if shown))
+    return table
 
 
 def _notes(results: ModelResults) -> list[str]:

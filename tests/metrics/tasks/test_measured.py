@@ -2,6 +2,8 @@
 say.
 """
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from compresso.errors import DataError
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.record import Measurement
 from compresso.metrics.tasks import prepare, task_measurements
+from compresso.metrics.tasks.bars import bars_shown_by
 from compresso.metrics.tasks.prompted import PromptedLM
+from compresso.training import progress
+from compresso.training.progress import Progress
 
 
 def named(measurements: tuple[Measurement, ...]) -> dict[str, Measurement]:
@@ -50,6 +55,25 @@ def test_a_planted_answer_is_right_and_its_contrary_wrong(
     assert (found["piqa/acc"].value, found["piqa/acc"].stderr, found["piqa/acc"].n) == (1, 0, len(rows))
     write_rows(tmp_path, "piqa_validation", [row | {"label": 1 - row["label"]} for row in rows])
     assert named(task_measurements(model, tokenizer, "piqa", data_root=str(tmp_path)))["piqa/acc"].value == 0
+
+
+def test_requests_are_counted_by_our_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.models.huggingface as harness
+
+    theirs, stream = harness.tqdm, io.StringIO()
+    monkeypatch.setattr("compresso.metrics.tasks.bars.PATIENCE", 0.0)
+    loaded = compresso.load(nano.path())
+    assert loaded.tokenizer is not None
+    shown = Progress("lines", 0.0, stream)
+    task_measurements(loaded.model, loaded.tokenizer, "world", limit=2, batch_size=32, progress=shown)
+    lines = stream.getvalue().splitlines()
+    assert lines and all(re.match(r"scoring requests  \d+/\d+", line) for line in lines)
+    done, of = re.findall(r"\d+", lines[-1])[:2]
+    assert done == of and harness.tqdm is theirs
+    with pytest.raises(ZeroDivisionError), bars_shown_by(shown):
+        harness.tqdm(total=3, desc="Running")
+        raise ZeroDivisionError
+    assert not progress._FRAMES and harness.tqdm is theirs
 
 
 def test_the_world_agrees_with_choice_accuracy() -> None:

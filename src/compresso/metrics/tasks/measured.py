@@ -19,9 +19,11 @@ from compresso.data.instructions import opening_ids
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.errors import DataError
 from compresso.metrics.record import Environment, Measurement, Setting
+from compresso.metrics.tasks.bars import bars_shown_by
 from compresso.metrics.tasks.quiet import quiet
 from compresso.metrics.tasks.ready import Ready, ReadySuite, prepare
 from compresso.metrics.tasks.scores import METRICS, Score, mean_score, scores_of
+from compresso.training.progress import Progress
 
 TOO_LONG = "whole shots dropped from the end, then the oldest tokens of the context"
 
@@ -38,6 +40,7 @@ def task_measurements(
     data_root: str | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Measurement, ...]:
     """Scores of a model on suites or tasks: of each suite first its mean, then its tasks.
 
@@ -51,6 +54,7 @@ def task_measurements(
         data_root: folder with local files; None: that of COMPRESSO_DATA, if set.
         seed: of shots that are drawn.
         device: moves the model there first.
+        progress: what shows the requests; None shows nothing.
 
     Raises:
         DataError: as `prepare`; or a limit below 1, a prompt this version does not know, or requests that the context
@@ -71,7 +75,7 @@ def task_measurements(
         model.to(device)  # pyright: ignore[reportArgumentType]
     was_training = model.training
     try:
-        with quiet():
+        with quiet(), bars_shown_by(progress or Progress("silent")):
             return _run(model, tokenizer, suites, prompt, limit, batch_size, seed)
     finally:
         model.train(was_training)

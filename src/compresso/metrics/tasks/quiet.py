@@ -1,4 +1,4 @@
-"""Keeps the harness and `datasets` from talking about what compresso decided on purpose; progress bars stay."""
+"""Keeps the harness and `datasets` from talking about what compresso decided on purpose."""
 
 import logging
 from collections.abc import Iterator
