@@ -89,7 +89,8 @@ def how_to_replace(output: Path, written: Written) -> str:
             f", and holds {name}, which compresso {written.by} did not write. Choose another output, or move that file"
             " and add --overwrite."
         )
-    return f". Choose another output, or add --overwrite to replace what compresso {written.by} wrote."
+    article = "an" if written.by[0] in "aeiou" else "a"
+    return f". Choose another output, or add --overwrite to replace what {article} {written.by} wrote."
 
 
 def _foreign_file(output: Path, written: Written) -> Path | None:
