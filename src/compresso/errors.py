@@ -24,7 +24,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compresso.core.budget import Shortfall
 
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\-~])|[\x00-\x08\x0e-\x1b\x7f-\x9f]"
@@ -55,7 +58,11 @@ class ArchError(CompressoError):
 
 
 class BudgetError(CompressoError):
-    """A budget outside its range, or one that the floors make impossible."""
+    """A budget outside its range, or one that the floors make impossible; by how much, where that is known."""
+
+    def __init__(self, message: str, shortfall: "Shortfall | None" = None) -> None:
+        super().__init__(message)
+        self.shortfall = shortfall
 
 
 class DataError(CompressoError):

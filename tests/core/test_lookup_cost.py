@@ -177,3 +177,8 @@ def test_bytes_are_counted_by_the_bits_of_each_weight(tiny: CostModel) -> None:
         tiny().count("bytes")
     with pytest.raises(ValueError, match=r"bits of '.*' are missing"):
         CostModel(tiny.axes, tiny.weights, {})
+
+
+def test_a_model_that_has_lost_all_its_modules_costs_the_fixed_part() -> None:
+    empty = LookupCost((), CostTable(model=MODEL, modules={}, fixed=1.25, of="milliseconds"), MODEL)
+    assert milliseconds(empty) == 1.25

@@ -1,13 +1,16 @@
 """`compresso plan`: what a recipe would make of a model, from its config alone."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compresso.commands.plan_table import show
 from compresso.door import public
 from compresso.runner import plan as dry_runs
+from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.options import with_options
+from compresso.runner.preflight import check_shapes
 
 __all__ = ["plan", "show"]
 
@@ -53,23 +56,23 @@ def plan(
         CompressoError: for all that the run would refuse before it reads weights.
     """
     given = None if data is None else str(data)
-    raw = with_options(
-        recipe,
-        model=str(model),
-        keep=keep,
-        parameters=parameters,
-        macs=macs,
-        milliseconds=milliseconds,
-        speedup=speedup,
-        latency_table=latency_table,
-        bytes_at_context=bytes_at_context,
-        max_steps=max_steps,
-        sets=sets,
-        target=target,
-        task=task,
-        data=given,
-        layout=layout,
-    )
-    return dry_runs.plan(
-        raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device
-    )
+    options: dict[str, Any] = {
+        "keep": keep,
+        "parameters": parameters,
+        "macs": macs,
+        "milliseconds": milliseconds,
+        "speedup": speedup,
+        "latency_table": latency_table,
+        "bytes_at_context": bytes_at_context,
+        "max_steps": max_steps,
+        "sets": sets,
+        "target": target,
+        "task": task,
+        "data": given,
+        "layout": layout,
+    }
+    with said_as_asked(options, partial(check_shapes, recipe, str(model), layout)):
+        raw = with_options(recipe, model=str(model), **options)
+        return dry_runs.plan(
+            raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device
+        )

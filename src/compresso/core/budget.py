@@ -21,8 +21,27 @@ Floor = int | Literal["keep"]
 """
 
 
+@dataclass(frozen=True)
+class Shortfall:
+    """How far a budget is from what can be met.
+
+    Args:
+        keep: the share that was to be kept.
+        share: the least one that nothing found so far speaks against.
+        cause: what holds it up, in words that name no option.
+    """
+
+    keep: float
+    share: float
+    cause: str
+
+
 class InfeasibleBudget(ValueError):
-    """A budget that floors, multiples or the range of the gates make impossible."""
+    """A budget that floors, multiples or the range of the gates make impossible; by how much, where that is known."""
+
+    def __init__(self, message: str, shortfall: Shortfall | None = None) -> None:
+        super().__init__(message)
+        self.shortfall = shortfall
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
         f"keep={budget.keep} allows {quantity.text(limit)} of {quantity.text(dense)} {quantity.words}, but at least"
         f" {quantity.text(least)} are kept"
     )
+    held_up = f"at least {quantity.text(least)} of {quantity.text(dense)} {quantity.words} are kept"
     pool = removable(axes, budget)
     there = [kind for kind in budget.kinds if any(axis.kind == kind for axis in pool)]
     held = {  # by a floor or a multiple; the last unit, which a bias holds, is nobody's to lower
@@ -150,10 +170,13 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
         axis = next(axis for axis in axes if axis.name == name)
         cause = f"{name} may not go below {len(smallest.kept[name])} of {axis.size} units"
         return InfeasibleBudget(
-            f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'"
+            f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'",
+            Shortfall(budget.keep, least / dense, f"{held_up}, as {cause}"),
         )
+    cause = f"in what the kinds {', '.join(there)} do not reach"
     return InfeasibleBudget(
-        f"{message} in what the kinds {', '.join(there)} do not reach. Raise keep to {needed} or add kinds"
+        f"{message} {cause}. Raise keep to {needed} or add kinds",
+        Shortfall(budget.keep, least / dense, f"{held_up} {cause}"),
     )
 
 

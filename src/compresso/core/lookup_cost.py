@@ -59,9 +59,9 @@ class LookupCost:
         mine = [axis for axis in self.axes if axis.name in table.modules]
         self._rows = {axis.name: row for row, axis in enumerate(mine)}
         self._owners = _owners(self.axes, self._rows)
-        longest = max((axis.size for axis in mine), default=0)
-        costs = [every_count(table.modules[axis.name], max(longest, 1)) for axis in mine]
-        self._costs = torch.tensor(costs, dtype=torch.float64).reshape(len(mine), -1)
+        longest = max((axis.size for axis in mine), default=1)
+        costs = [every_count(table.modules[axis.name], longest) for axis in mine]
+        self._costs = torch.tensor(costs, dtype=torch.float64).reshape(len(mine), longest + 1)
         self._sizes = torch.tensor([axis.size for axis in mine], dtype=torch.float64)
 
     def even(self, of: CostName) -> bool:

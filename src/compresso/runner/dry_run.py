@@ -19,7 +19,7 @@ from compresso.arch.queries import axes_of
 from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.source import Source, meta_model
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget
+from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
@@ -141,7 +141,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
-    without: list[str] = []  # what to say should a later stage need what a budget leaves nothing of
+    without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
     for name, given in recipe.stages:
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
@@ -156,7 +156,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             if not without or learning is None:
                 raise
             _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
-            raise BudgetError(without[-1].format(stage=name)) from error
+            raise _without(without[-1], name) from error
         if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
@@ -251,7 +251,9 @@ def _gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:
     return sorted(kind for kind in kinds if not any(plan.kept.get(a.name, (0,)) for a in axes if a.kind == kind))
 
 
-def _emptied(name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, kinds: Sequence[Kind]) -> str:
+def _emptied(
+    name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, kinds: Sequence[Kind]
+) -> InfeasibleBudget:
     """What is said where `{stage}` trains what a budget leaves nothing of, with what would leave some."""
 
     def leaves_some(one: Budget) -> bool:
@@ -267,10 +269,21 @@ def _emptied(name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, k
         low, high = (low, middle) if leaves_some(replace(budget, keep=middle)) else (middle, high)
     held = leaves_some(replace(budget, floor={**budget.floor, **dict.fromkeys(kinds, 1)}))
     floor = f", or set floor to {{{{{', '.join(f'{kind}: 1' for kind in kinds)}}}}}" if held else ""
-    return (
-        f"stage '{name}': keep={budget.keep:g} leaves no {' and no '.join(kinds)} in any layer, but stage '{{stage}}'"
-        f" trains what goes with it; raise keep to {math.ceil(high * 1e3) / 1e3:g}{floor}"
+    share, gone = math.ceil(high * 1e3) / 1e3, f"no {' and no '.join(kinds)}"
+    return InfeasibleBudget(
+        f"stage '{name}': keep={budget.keep:g} leaves {gone} in any layer, but stage '{{stage}}' trains what goes with"
+        f" it; raise keep to {share:g}{floor}",
+        Shortfall(
+            budget.keep, share, f"less leaves {gone} in any layer, and stage '{{stage}}' trains what goes with it"
+        ),
     )
+
+
+def _without(said: InfeasibleBudget, stage: str) -> BudgetError:
+    """The error for a stage that trains what a budget leaves nothing of."""
+    found = said.shortfall
+    assert found is not None  # that is what `_emptied` tells
+    return BudgetError(str(said).format(stage=stage), replace(found, cause=found.cause.format(stage=stage)))
 
 
 def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:

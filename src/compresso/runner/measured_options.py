@@ -8,7 +8,7 @@ from compresso.arch.base import arch_for
 from compresso.arch.costs import cost_of, shape_facts
 from compresso.checkpoint.source import Source, meta_model, open_source
 from compresso.core.axis import Axis
-from compresso.core.budget import Budget, removable
+from compresso.core.budget import Budget, Shortfall, removable
 from compresso.core.measures import Measures
 from compresso.core.plan import Plan
 from compresso.errors import BudgetError
@@ -109,10 +109,14 @@ def check_floor(recipe: Recipe, source: Source, asked: Mapping[str, object]) -> 
         if wanted < least:
             told = next(f"{option} {value}" for option, value in asked.items() if value is not None)
             kinds = ", ".join(budget.kinds)
-            raise BudgetError(
-                f"{told}: stage '{name}' is to come down to {wanted:.4g} ms, below its floor of {least:.4g} ms:"
+            cause = (
+                f"stage '{name}' is to come down to {wanted:.4g} ms, below its floor of {least:.4g} ms:"
                 f" {table.fixed:.4g} ms of embeddings and head, which stay, and {least - table.fixed:.4g} ms that kinds"
-                f" {kinds} may not remove; give --milliseconds {least * 1.005:.4g} or more"
+                f" {kinds} may not remove"
+            )
+            raise BudgetError(
+                f"{told}: {cause}; give --milliseconds {least * 1.005:.4g} or more",
+                Shortfall(budget.keep, least * 1.005 / dense, cause),
             )
 
 

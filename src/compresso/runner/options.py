@@ -17,6 +17,7 @@ from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of
+from compresso.runner.asked_budget import asked_for, count
 from compresso.runner.engine_shapes import (
     for_engine,
     held_to,
@@ -38,29 +39,6 @@ from compresso.tasks.base import DEFAULT
 
 AskedLayout = Literal["auto", "uniform", "padded", "native"]
 LAYOUTS = get_args(AskedLayout)
-
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-
-
-def count(text: str) -> float:
-    """A number of parameters: "5.4B", "300M", "6738415616".
-
-    >>> count("5.4B")
-    5400000000.0
-
-    Raises:
-        BudgetError: if it is not a positive number with an optional K, M, B or T.
-    """
-    unit = text[-1:].upper() if text[-1:].isalpha() else ""
-    try:
-        value = float(text[: len(text) - len(unit)]) * _UNITS[unit]
-    except (ValueError, KeyError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise BudgetError(
-            f"--parameters {text!r}: wanted a positive number with an optional K, M, B or T, such as 5.4B"
-        )
-    return value
 
 
 def with_options(
@@ -147,7 +125,8 @@ def with_options(
         want = parse_engine(target)
         raw = for_engine(raw, want, multiples(want, model, removes_queries(raw)))
         source = open_source(model, weights=False)
-        check_target(recipe_for(raw, "auto", source.config), source, target)
+        asked = asked_for({name.removeprefix("--"): value for name, value in budgets.items()})
+        check_target(recipe_for(raw, "auto", source.config), source, target, asked)
     if milliseconds is not None or speedup is not None:
         source = open_source(model, weights=False)
         check_floor(recipe_for(raw, "auto", source.config), source, budgets)

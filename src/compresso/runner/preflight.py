@@ -21,7 +21,7 @@ from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
 from compresso.runner.dry_run import dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
-from compresso.runner.options import AskedLayout, recipe_for
+from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
 from compresso.stage import ChecksData, Sweeps
@@ -161,6 +161,15 @@ def prepare(
         allow_dropped,
         acted.lacking,
     )
+
+
+def check_shapes(recipe: str | Path | Mapping[str, Any], model: str, layout: str, options: Mapping[str, Any]) -> None:
+    """Act a recipe out on a model's shapes alone. options: as `with_options` takes them.
+
+    Raises CompressoError: for what `prepare` would refuse of budgets and shapes.
+    """
+    raw, source = with_options(recipe, model=model, **options), open_source(model, weights=False)
+    dry_run(recipe_for(raw, layout, source.config), source)
 
 
 def check_offloaded(recipe: Recipe, layout: str) -> None:

@@ -34,12 +34,13 @@ from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.native.stock import as_stock
+from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
 from compresso.runner.output import finish, scored, state, stored_dtype
-from compresso.runner.preflight import Prepared, prepare
+from compresso.runner.preflight import Prepared, check_shapes, prepare
 from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.stage import card
 from compresso.tasks.base import Score
@@ -160,24 +161,27 @@ def run(
         deprecated("stream=", "offload=")
         offload = offload or stream
     started = time.time()
-    with _named(model, tokenizer) as name, _progress_bars(shown=not quiet):
-        raw = with_options(
-            recipe,
-            model=name,
-            keep=keep,
-            parameters=parameters,
-            macs=macs,
-            milliseconds=milliseconds,
-            speedup=speedup,
-            latency_table=latency_table,
-            bytes_at_context=bytes_at_context,
-            max_steps=max_steps,
-            sets=sets,
-            target=target,
-            task=task,
-            data=None if data is None else str(data),
-            layout=layout,
-        )
+    options: dict[str, Any] = {
+        "keep": keep,
+        "parameters": parameters,
+        "macs": macs,
+        "milliseconds": milliseconds,
+        "speedup": speedup,
+        "latency_table": latency_table,
+        "bytes_at_context": bytes_at_context,
+        "max_steps": max_steps,
+        "sets": sets,
+        "target": target,
+        "task": task,
+        "data": None if data is None else str(data),
+        "layout": layout,
+    }
+    with (
+        _named(model, tokenizer) as name,
+        _progress_bars(shown=not quiet),
+        said_as_asked(options, partial(check_shapes, recipe, name, layout)),
+    ):
+        raw = with_options(recipe, model=name, **options)
         prepared = prepare(
             raw,
             name,

@@ -2,6 +2,7 @@
 
 from compresso.checkpoint.source import Source
 from compresso.errors import BudgetError
+from compresso.runner.asked_budget import Asked
 from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import Recipe
 
@@ -9,13 +10,14 @@ WITHIN = 0.02
 """Of what the budget counts: by how much shapes may miss it."""
 
 
-def check_target(recipe: Recipe, source: Source, target: str) -> None:
+def check_target(recipe: Recipe, source: Source, target: str, asked: Asked | None = None) -> None:
     """Refuse an engine whose shapes miss a budget of the recipe by more than 2 % of the dense model.
 
     Args:
         recipe: with the engine's multiples in its budgets.
         source: the model; its shapes are enough.
         target: the engine as it was asked for.
+        asked: the budget, where it was not asked for as a share.
 
     Raises BudgetError, naming the share that those shapes leave, and what else can be done.
     """
@@ -28,7 +30,8 @@ def check_target(recipe: Recipe, source: Source, target: str) -> None:
                 f" leave, and {met.wanted:g} of {met.of} are to stay; leave the target out, or take a model of larger"
                 " widths"
             )
+        cure = f"--keep {met.share:.4g}" if asked is None else str(asked.of_share(met.share / met.wanted))
         raise BudgetError(
             f"--target {target}: stage '{met.stage}' is to keep {met.wanted:g} of {met.of}, and its multiples leave"
-            f" {met.share:.4g} at the nearest; give --keep {met.share:.4g}, or leave the target out"
+            f" {met.share:.4g} at the nearest; give {cure}, or leave the target out"
         )
