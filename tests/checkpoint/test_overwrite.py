@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import compresso
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.overwrite import EXPORTS, RUN, demo, fits, refuse_foreign
+from compresso.checkpoint.overwrite import EXPORTS, ONNX_MARKS, RUN, demo, fits, refuse_foreign
 from compresso.data import nano
 from compresso.edit.patches import TENSORS
 from compresso.errors import CheckpointError
@@ -116,7 +116,13 @@ def test_exports_and_demos_are_known_again(call: Call, ran: Ran, tmp_path: Path)
     AutoTokenizer.from_pretrained(nano.path()).save_pretrained(onnx)
     for name in ("model.onnx", "model.onnx.data", "config.json"):
         (onnx / name).touch()
-    refuse_foreign(onnx, EXPORTS["onnx"])
+    with pytest.raises(
+        CheckpointError, match="was not written by compresso export"
+    ):  # another exporter's has the same names
+        refuse_foreign(onnx, EXPORTS["onnx"])
+    for mark in ONNX_MARKS:
+        (onnx / "config.json").write_text(json.dumps({"model_type": "llama", mark: ["input_ids"]}))
+        refuse_foreign(onnx, EXPORTS["onnx"])
     shown = tmp_path / "demo"
     shown.mkdir()
     (shown / "report.json").touch()
@@ -130,3 +136,19 @@ def test_exports_and_demos_are_known_again(call: Call, ran: Ran, tmp_path: Path)
     (shown / "magnitude" / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match=r"holds magnitude/thesis\.tex, which compresso demo did not write"):
         refuse_foreign(shown, demo(("magnitude", "compresso")))
+
+
+def test_a_gguf_of_others_is_not_replaced(call: Call, tmp_path: Path) -> None:
+    gguf, path = pytest.importorskip("gguf", reason="gguf: not installed"), tmp_path / "friend.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.name", "a friend's")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    theirs = path.read_bytes()
+    arguments = ("export", nano.path(), "--format", "gguf", "--dtype", "f16", "--output")
+    code, out, error = call(*arguments, path, "--overwrite")
+    assert (code, out, len(error.splitlines())) == (2, "", 1) and "without the field compresso.written_by" in error
+    assert path.read_bytes() == theirs
+    assert call(*arguments, tmp_path / "own.gguf")[0] == 0
+    assert call(*arguments, tmp_path / "own.gguf", "--overwrite")[0] == 0

@@ -95,12 +95,14 @@ def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypa
     _maker = gguf._maker
     monkeypatch.setattr(gguf, "_maker", wrong)
     path = tmp_path / "nano.gguf"
-    path.write_bytes(b"GGUF of old")
+    path.write_bytes(b"GGUF of old, compresso.written_by")
     with pytest.raises(
         ExportError, match=r"nano\.gguf would read back differently in llama\.cpp: probabilities differ"
     ):
         exporting.export(nano.path(), path, format="gguf", dtype="f32", overwrite=True)
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("nano.gguf", "GGUF of old")]
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [
+        ("nano.gguf", "GGUF of old, compresso.written_by")
+    ]
 
 
 def test_bad_input_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from compresso.checkpoint.atomic import first_bytes
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
@@ -41,6 +42,13 @@ _CHECKPOINT = (
     *_TOKENIZER,
     *_CARRIED,
 )
+
+
+GGUF_MARK = "compresso.written_by"
+"""A field of the GGUF files that `compresso export` writes, the first after the architecture."""
+ONNX_MARKS = ("compresso_cache", "compresso_inputs")
+"""Fields of the config beside a graph that `compresso export` writes: of a language model, of a classifier."""
+_MARKED_WITHIN = 1_024  # bytes
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,22 @@ def _foreign_file(output: Path, written: Written) -> Path | None:
         if not known and not (len(name.parts) == 1 and is_legal(name.name)):
             return name
     return None
+
+
+def refuse_foreign_gguf(output: Path) -> None:
+    """Raise CheckpointError if a file that is to be replaced is no GGUF that `compresso export` wrote."""
+    if not output.is_file():
+        return
+    begin = first_bytes(output, _MARKED_WITHIN)
+    if not begin.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{output} is no GGUF file and will not be replaced even with --overwrite. Choose another output."
+        )
+    if GGUF_MARK.encode() not in begin:
+        raise CheckpointError(
+            f"{output} is a GGUF file without the field {GGUF_MARK} that compresso export writes, so --overwrite does"
+            " not replace it. Move that file, or choose another output."
+        )
 
 
 def fits(name: PurePosixPath, pattern: str) -> bool:
@@ -191,7 +215,7 @@ EXPORTS = {
     "onnx": Written(
         "export",
         ("model.onnx*", "config.json", "generation_config.json", *_TOKENIZER, *_CARRIED),
-        lambda folder: (folder / "model.onnx").is_file(),
+        lambda folder: (folder / "model.onnx").is_file() and any(map(_json(folder / "config.json").get, ONNX_MARKS)),
     ),
     "vllm-deci": Written(
         "export",

@@ -8,7 +8,7 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output, first_bytes
-from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign
+from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign, refuse_foreign_gguf
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_encoder, open_source
 from compresso.checkpoint.writes_text import refuse_textless
@@ -117,10 +117,8 @@ def _refuse_foreign(output: Path, format: str) -> None:
     """Raise CheckpointError if what lies at `output` is no export of this format alone."""
     if format != "gguf":
         refuse_foreign(output, EXPORTS[format])
-    elif output.is_file() and first_bytes(output, 4) != b"GGUF":
-        raise CheckpointError(
-            f"{output} is no GGUF file and will not be replaced even with --overwrite. Choose another output."
-        )
+    else:
+        refuse_foreign_gguf(output)
 
 
 def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:

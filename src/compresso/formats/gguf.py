@@ -28,6 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_file
+from compresso.checkpoint.overwrite import GGUF_MARK
 from compresso.checkpoint.storage import storage_errors
 from compresso.errors import CheckpointError, ExportError, NumericError
 from compresso.formats.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
@@ -98,6 +99,7 @@ def save_gguf(
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
+            writer.add_string(GGUF_MARK, "compresso export")
             _add_fields(writer, gguf, described, written, dtype)
             add_tokenizer(writer, gguf, tokenizer, described.tensors["model.embed_tokens.weight"].shape[0])
             _write_tensors(writer, gguf, list(_tensors(described, written, kept)), dtype)

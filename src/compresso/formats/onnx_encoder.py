@@ -74,6 +74,7 @@ def save_onnx_encoder(
     with new_folder(folder, force) as temporary:
         write_graph(lambda: _traced(model.eval()), model, temporary, dtype)
         config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
+        config["compresso_inputs"] = list(input_names(model))
         write_beside(temporary, config, model, tokenizer, source)
         if check is not None:
             check(temporary)
