@@ -148,7 +148,7 @@ def test_a_gguf_of_others_is_not_replaced(call: Call, tmp_path: Path) -> None:
     theirs = path.read_bytes()
     arguments = ("export", nano.path(), "--format", "gguf", "--dtype", "f16", "--output")
     code, out, error = call(*arguments, path, "--overwrite")
-    assert (code, out, len(error.splitlines())) == (2, "", 1) and "without the field compresso.written_by" in error
+    assert (code, out, len(error.splitlines())) == (2, "", 1) and "without the field general.written_by" in error
     assert path.read_bytes() == theirs
     assert call(*arguments, tmp_path / "own.gguf")[0] == 0
     assert call(*arguments, tmp_path / "own.gguf", "--overwrite")[0] == 0

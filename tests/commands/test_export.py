@@ -95,13 +95,13 @@ def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypa
     _maker = gguf._maker
     monkeypatch.setattr(gguf, "_maker", wrong)
     path = tmp_path / "nano.gguf"
-    path.write_bytes(b"GGUF of old, compresso.written_by")
+    path.write_bytes(b"GGUF of old, general.written_by compresso export")
     with pytest.raises(
         ExportError, match=r"nano\.gguf would read back differently in llama\.cpp: probabilities differ"
     ):
         exporting.export(nano.path(), path, format="gguf", dtype="f32", overwrite=True)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [
-        ("nano.gguf", "GGUF of old, compresso.written_by")
+        ("nano.gguf", "GGUF of old, general.written_by compresso export")
     ]
 
 

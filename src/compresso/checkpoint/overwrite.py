@@ -44,8 +44,8 @@ _CHECKPOINT = (
 )
 
 
-GGUF_MARK = "compresso.written_by"
-"""A field of the GGUF files that `compresso export` writes, the first after the architecture."""
+GGUF_MARK = ("general.written_by", "compresso export")
+"""A field, and its value, of the GGUF files that `compresso export` writes, the first after the architecture."""
 ONNX_MARKS = ("compresso_cache", "compresso_inputs")
 """Fields of the config beside a graph that `compresso export` writes: of a language model, of a classifier."""
 _MARKED_WITHIN = 1_024  # bytes
@@ -120,9 +120,9 @@ def refuse_foreign_gguf(output: Path) -> None:
         raise CheckpointError(
             f"{output} is no GGUF file and will not be replaced even with --overwrite. Choose another output."
         )
-    if GGUF_MARK.encode() not in begin:
+    if not all(part.encode() in begin for part in GGUF_MARK):
         raise CheckpointError(
-            f"{output} is a GGUF file without the field {GGUF_MARK} that compresso export writes, so --overwrite does"
+            f"{output} is a GGUF file without the field {GGUF_MARK[0]} that compresso export writes, so --overwrite does"
             " not replace it. Move that file, or choose another output."
         )
 

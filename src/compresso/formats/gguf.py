@@ -99,7 +99,7 @@ def save_gguf(
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
-            writer.add_string(GGUF_MARK, "compresso export")
+            writer.add_string(*GGUF_MARK)
             _add_fields(writer, gguf, described, written, dtype)
             add_tokenizer(writer, gguf, tokenizer, described.tensors["model.embed_tokens.weight"].shape[0])
             _write_tensors(writer, gguf, list(_tensors(described, written, kept)), dtype)
