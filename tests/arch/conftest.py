@@ -15,6 +15,9 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BloomConfig,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForQuestionAnswering,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -30,6 +33,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -57,6 +63,8 @@ ENCODER = {
     "attention_probs_dropout_prob": 0.0,
 }
 BERT = {**ENCODER, "vocab_size": 128, "max_position_embeddings": 64}
+DISTILBERT = {"dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 176, "dropout": 0.0, "attention_dropout": 0.0}
+DISTILBERT |= {"vocab_size": 128, "max_position_embeddings": 64}
 VIT = {**ENCODER, "image_size": 16, "patch_size": 4}
 OPT_SIZES = {
     **{
@@ -144,6 +152,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: BertConfig(**BERT),
     "bert_classifier": lambda: BertConfig(**BERT, num_labels=3),
     "bert_bare": lambda: BertConfig(**BERT),
+    "roberta": lambda: RobertaConfig(**BERT, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "roberta_classifier": lambda: RobertaConfig(**BERT, pad_token_id=0, num_labels=3),
+    "distilbert": lambda: DistilBertConfig(**DISTILBERT),
+    "distilbert_finder": lambda: DistilBertConfig(**DISTILBERT, qa_dropout=0.0),
     "vit": lambda: ViTConfig(**VIT, num_labels=5),
     "vit_bare": lambda: ViTConfig(**VIT, qkv_bias=False),
     "gemma2": lambda: Gemma2Config(**GEMMA, layer_types=MIXED, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
@@ -153,6 +165,10 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,
     "bert_classifier": BertForSequenceClassification,
     "bert_bare": BertModel,
+    "roberta": RobertaForMaskedLM,
+    "roberta_classifier": RobertaForSequenceClassification,
+    "distilbert": DistilBertForMaskedLM,
+    "distilbert_finder": DistilBertForQuestionAnswering,
     "vit": ViTForImageClassification,
     "vit_bare": ViTModel,
 }
@@ -174,7 +190,9 @@ GROUPED = [
     "phi_gqa_normed",
 ]
 """Models whose query heads share key/value heads."""
-POST_NORM = [name for name in CONFIGS if name.startswith("bert") or name.endswith("_post_norm")]
+POST_NORM = [
+    name for name in CONFIGS if name.startswith(("bert", "roberta", "distilbert")) or name.endswith("_post_norm")
+]
 """Models whose norms feed the residual sums or lie behind them, so that they cannot be dropped whole by masks."""
 ALL_HEADS = [name for name in CONFIGS if name.startswith("bloom")]
 """Models whose heads all stay."""

@@ -97,10 +97,12 @@ def output(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
         result = model(
             pixel_values=torch.stack([torch.randn(3, 16, 16, generator=seed) for seed in seeds]).to(model.dtype)
         )
-    elif model.config.model_type == "bert":
+    elif model.config.model_type in ("bert", "roberta", "distilbert"):
         result = model(input_ids=ids, attention_mask=(ids % 5 != 0).long())
     else:
         result = model(input_ids=ids)
+    if hasattr(result, "start_logits"):
+        return torch.stack([result.start_logits, result.end_logits], -1)
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 

@@ -22,9 +22,13 @@ def facts(axes: tuple[Axis, ...]) -> set[tuple[object, ...]]:
     }
 
 
-OUTSIDE = {"opt_post_norm": {"model.decoder.channels"}, "bert_classifier": {"channels"}}
+OUTSIDE = {
+    "opt_post_norm": {"model.decoder.channels"},
+    "bert_classifier": {"channels"},
+    "roberta_classifier": {"classifier.channels"},
+}
 """Axes that lie outside the layers and that descriptions leave alone:
-OPT-350m's narrower embedding, and BERT's pooler.
+OPT-350m's narrower embedding, BERT's pooler, and the first linear of RoBERTa's classifier.
 """
 
 

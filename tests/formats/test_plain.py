@@ -15,7 +15,7 @@ from compresso.errors import ExportError
 from compresso.formats.hf import reopen_and_compare, save_checkpoint
 from compresso.loading import load
 from compresso.runner.inspection import inspect
-from tests.arch.conftest import CLASSES, build
+from tests.arch.conftest import CLASSES, POST_NORM, build
 
 INPUTS = torch.arange(2, 26).reshape(2, 12)
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -40,6 +40,7 @@ def test_heads_that_a_config_refuses_are_refused_in_words(tmp_path: Path) -> Non
     "name",
     [
         *("opt", "bert", "bert_classifier", "bert_bare", "vit", "vit_bare", "gemma2", "gemma3"),
+        *("roberta", "roberta_classifier", "distilbert", "distilbert_finder"),
         *("glm", "glm4_tied", "bloom", "phi", "phi_gqa_normed"),
     ],
 )
@@ -50,11 +51,11 @@ def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> N
     kept: dict[str, tuple[int, ...]] = {} if name == "bloom" else channels(50)
     kept |= {f"layers.{i}.heads": (1,) for i in range(4)} if name.startswith(("gemma", "glm")) or name == "phi" else {}
     kept |= {"hidden": tuple(range(60))} if name.startswith("glm") else {}
-    kept |= {} if name.startswith("bert") else {"layers": (0, 2, 3)}
+    kept |= {} if name in POST_NORM else {"layers": (0, 2, 3)}
     shrink_(model, arch.axes(model), Plan(kept))
     assert save_checkpoint(model, arch.shapes(model), tmp_path / "out") == "uniform"
     given = PIXELS if name.startswith("vit") else INPUTS
-    if name in ("bert", "vit_bare", "gemma3", "glm4_tied", "bloom", "phi"):
+    if name in ("bert", "distilbert", "roberta_classifier", "vit_bare", "gemma3", "glm4_tied", "bloom", "phi"):
         reopen_and_compare(tmp_path / "out", model, given, atol=1e-5)
     for path in (tmp_path / "out", tmp_path / "out" / "config.json"):
         assert inspect(path)["parameters"]["total"] == model.num_parameters()
@@ -64,7 +65,7 @@ def test_uniform_widths_are_written_and_reopened(name: str, tmp_path: Path) -> N
         assert (loaded(given)[0] - model(given)[0]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["opt", "bert", "vit", "phi_gqa_normed"])
+@pytest.mark.parametrize("name", ["opt", "bert", "roberta", "distilbert", "vit", "phi_gqa_normed"])
 def test_head_counts_that_a_config_without_head_dim_cannot_hold(name: str, tmp_path: Path) -> None:
     model = build(name)
     arch = arch_for(model.config)

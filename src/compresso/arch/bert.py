@@ -9,22 +9,25 @@ from compresso.arch.base import register
 from compresso.arch.parts import Parts
 from compresso.arch.stack import Stack
 
+PARTS = Parts(
+    attention="attention",
+    core="attention.self",
+    read=("attention.self.query", "attention.self.key", "attention.self.value"),
+    write="attention.output.dense",
+    ffn="",
+    up=("intermediate.dense",),
+    down="output.dense",
+    head_dim="attention_head_size",
+    heads=("num_attention_heads",),
+    widths=("all_head_size",),
+    sum_norms=("attention.output.LayerNorm", "output.LayerNorm"),
+)
+"""Of a layer of BERT, and of the families that have its names."""
 BERT = register(
     Stack(
         name="bert",
         layers=("bert.encoder.layer", "encoder.layer"),
-        parts=Parts(
-            attention="attention",
-            core="attention.self",
-            read=("attention.self.query", "attention.self.key", "attention.self.value"),
-            write="attention.output.dense",
-            ffn="",
-            up=("intermediate.dense",),
-            down="output.dense",
-            head_dim="attention_head_size",
-            heads=("num_attention_heads",),
-            widths=("all_head_size",),
-        ),
+        parts=PARTS,
         generates=False,
         norm_first=lambda _: False,
     )

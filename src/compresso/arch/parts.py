@@ -32,6 +32,7 @@ class Parts:
         attention_norms: norms that have no use without the attention.
         head_norms: norms over one head's entries, shared by all heads; some models of a family may lack them.
         shared_norms: norms that attention and FFN both read, side by side (Phi); they leave with the whole layer.
+        sum_norms: norms behind the residual sums (BERT), which stay.
         ffn: the innermost module that holds the FFN's linears; "" if they lie in the layer itself.
         up: the FFN's linears that read the stream.
         down: the one that writes to it.
@@ -59,6 +60,7 @@ class Parts:
     head_norms: tuple[str, ...] = ()
     ffn_norms: tuple[str, ...] = ()
     shared_norms: tuple[str, ...] = ()
+    sum_norms: tuple[str, ...] = ()
     head_dim: str = "head_dim"
     heads: tuple[str, ...] = ()
     kv_heads: tuple[str, ...] = ()

@@ -1,5 +1,5 @@
 """Stacks of attention and FFN described once by the names of their parts: OPT, GPT-2, GPT-NeoX, BLOOM, Phi, Phi-3, GLM,
-BERT, ViT and Gemma.
+BERT, RoBERTa, DistilBERT, ViT and Gemma.
 
     stream -> [ + o(attention(q, k, v)), + down(act(up)) or + down(act(gate) * up) ] x layers
 
@@ -30,7 +30,10 @@ from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
 from compresso.errors import ArchError
 
-_ONCE_A_TOKEN = ("lm_head.", "embed_out.", "cls.predictions.", "model.decoder.project_")
+_ONCE_A_TOKEN = (
+    *("lm_head.", "embed_out.", "cls.predictions.", "model.decoder.project_"),
+    *("vocab_transform.", "vocab_projector.", "qa_outputs."),
+)
 
 
 def _always(_: PreTrainedConfig) -> bool:
@@ -290,16 +293,8 @@ class Stack:
         layer's.
         """
         where, parts = self._where(model), self.parts
-        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms, *parts.shared_norms)
-        known = (
-            *parts.read,
-            parts.write,
-            *parts.up,
-            parts.down,
-            *norms,
-            "attention.output.LayerNorm",
-            "output.LayerNorm",
-        )
+        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms, *parts.shared_norms, *parts.sum_norms)
+        known = (*parts.read, parts.write, *parts.up, parts.down, *norms)
         shapes: list[LayerShape] = []
         for i, block in enumerate(self.blocks(model)):
             for name, _ in block.named_parameters():

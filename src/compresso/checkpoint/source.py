@@ -54,6 +54,8 @@ from compresso.native.stock import as_stock
 log = logging.getLogger(__name__)
 
 _READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
+_BOTH_WAYS = ("bert", "roberta", "distilbert")
+"""Encoders of texts that are described here; a config that names no class means the bare model."""
 _ENCODERS = (*_READERS, AutoModelForImageClassification, AutoModel)
 _FULL_HASH_BELOW = 1_000_000_000  # bytes
 _SAMPLES, _SAMPLE_BYTES = 64, 65_536
@@ -166,10 +168,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
         if type(config) in mapping and mapping[type(config)].__name__ == named:
             return auto
     if (
-        type(config) in AutoModelForCausalLM._model_mapping and config.model_type != "bert"
+        type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _BOTH_WAYS
     ):  # transformers has a causal BERT too
         return AutoModelForCausalLM
-    if not named and config.model_type in ("bert", "vit"):
+    if not named and config.model_type in (*_BOTH_WAYS, "vit"):
         return AutoModel
     said = f"the architecture {named}" if named else "no architecture"
     raise ArchError(
@@ -179,7 +181,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def is_causal(config: PreTrainedConfig) -> bool:
     """Whether a model is opened as a causal language model: what data, training and reports need."""
-    return auto_class(config) is AutoModelForCausalLM and config.model_type != "bert"
+    return auto_class(config) is AutoModelForCausalLM and config.model_type not in _BOTH_WAYS
 
 
 def is_text_encoder(config: PreTrainedConfig) -> bool:

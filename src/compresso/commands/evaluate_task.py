@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from compresso.arch.context import positions_of
 from compresso.checkpoint.source import Source, load_model, load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
@@ -37,7 +38,7 @@ def task_metric(
             f" with --task {task} wrote"
         )
     tokenizer = load_tokenizer(source)
-    length = min(MAX_LENGTH, getattr(source.config, "max_position_embeddings", None) or MAX_LENGTH)
+    length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
     records = load_records(data, form=known.form)
     encoded = known.encode(records, tokenizer, Reading(length, limit=limit), source.config)
     model = as_stock(load_model(source, device=device)).eval()

@@ -13,7 +13,7 @@ from compresso.arch.base import LayerShape
 from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
 
-_FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
+_FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 """What families call the width of an FFN in their configs."""
 _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channels": "channels"}
 

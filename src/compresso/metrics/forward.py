@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from compresso.arch.context import positions_of
 from compresso.errors import DataError
 
 _AT_ONCE_BYTES = 2**26
@@ -18,9 +19,7 @@ _AT_ONCE_BYTES = 2**26
 
 def context_of(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """Tokens a model was made to read, as its config says; None if it does not say."""
-    config = model.config if isinstance(model, PreTrainedModel) else model
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
+    return positions_of(model.config if isinstance(model, PreTrainedModel) else model)
 
 
 def check_ids(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from compresso.arch.context import positions_of
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
 from compresso.data.batches import Row, padding_note
@@ -66,7 +67,7 @@ def read_examples(
             on.
         CheckpointError: the model has no tokenizer to read it with.
     """
-    recipe, context = within_context(recipe, source.config), _context(source.config)
+    recipe, context = within_context(recipe, source.config), positions_of(source.config)
     size = vocabulary(source.config)
     if not recipe.needs("data"):
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
@@ -94,12 +95,7 @@ def read_examples(
 def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     """The recipe with examples no longer than a model's context: those would train positions that it does not have."""
     longest = recipe.data.max_length
-    return replace(recipe, data=replace(recipe.data, max_length=min(longest, _context(config) or longest)))
-
-
-def _context(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model reads, where its config says so."""
-    return getattr(config, "max_position_embeddings", None)
+    return replace(recipe, data=replace(recipe.data, max_length=min(longest, positions_of(config) or longest)))
 
 
 def _check_own_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, size: int | None) -> None:
