@@ -41,7 +41,7 @@ FAMILIES: dict[str, Any] = {
             n_heads=4,
             hidden_dim=48,
             vocab_size=MASK + 1,
-            max_position_embeddings=32,
+            max_position_embeddings=48,
             pad_token_id=0,
         )
     ),

@@ -39,6 +39,8 @@ from compresso.metrics.record import Environment
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
 from compresso.runner.run import run
+from compresso.stage import TunesLora
+from compresso.stage.tuning import attached
 from compresso.tasks.masked_lm import MASKED_LM
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.masked_halves import MaskedNetwork
@@ -217,6 +219,13 @@ def test_the_loss_is_the_models_own_and_the_score_its_parts(make: Make) -> None:
     with torch.no_grad():
         wanted = job.model(**given)
     torch.testing.assert_close(MASKED_TOKEN(job.model, given), wanted.loss)
+    torch.testing.assert_close(MASKED_TOKEN.mean(wanted.logits, given["labels"]), wanted.loss)
+    seen: list[torch.Size] = []
+    handle = job.model.cls.predictions.decoder.register_forward_hook(lambda *made: seen.append(made[-1].shape))
+    adapted = attached(job, TunesLora(rank=2)).eval()
+    torch.testing.assert_close(MASKED_TOKEN(adapted, given).detach(), wanted.loss)
+    handle.remove()
+    assert seen == [torch.Size([int((given["labels"] != -100).sum()), MASK + 1])]  # no other logits are made
     assert MASKED_TOKEN.terms(given["labels"]) == int((given["labels"] != -100).sum())
     found = MASKED_LM.score(job.model, job.held)
     assert found.mean == pytest.approx(float(wanted.loss), rel=1e-5)

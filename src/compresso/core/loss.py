@@ -5,12 +5,14 @@ Objectives and scores take one as an argument, so that any masks are trained and
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compresso.core.asked import asked_logits
 from compresso.core.losses import IGNORED, label_loss, masked_token_loss, next_token_loss, span_loss
 
 _NOWHERE = -1e4
@@ -34,15 +36,21 @@ class Loss:
             of them gives the loss of some examples.
         terms: labels -> how many of them the mean is over.
         predicted: labels, attention mask -> labels without those that nothing but padding predicts.
+        read: a model and a batch -> the logits and labels that `mean` takes where it is called with both, if not all of
+            them are wanted.
     """
 
     mean: Callable[[Tensor, Tensor], Tensor]
     terms: Callable[[Tensor], int]
     predicted: Callable[[Tensor, Tensor], Tensor] = lambda labels, _: labels
+    read: Callable[[Callable[..., object], Mapping[str, Tensor]], tuple[Tensor, Tensor]] = lambda model, batch: (
+        logits_of(model, batch),
+        batch["labels"],
+    )
 
     def __call__(self, model: Callable[..., object], batch: Mapping[str, Tensor], /) -> Tensor:
         """The loss [] of a model on a batch: what the model reads, and labels."""
-        return self.mean(logits_of(model, batch), batch["labels"])
+        return self.mean(*self.read(model, batch))
 
 
 def logits_of(model: Callable[..., object], batch: Mapping[str, Tensor]) -> Tensor:
@@ -77,7 +85,7 @@ NEXT_TOKEN = Loss(next_token_loss, _next_tokens, _after_padding)
 """Of a causal language model: labels [batch, seq], each predicted at the position before it."""
 LABEL = Loss(label_loss, _labels)
 """Of a classifier: labels [batch], one an example."""
-MASKED_TOKEN = Loss(masked_token_loss, _labels)
+MASKED_TOKEN = Loss(masked_token_loss, _labels, read=partial(asked_logits, logits_of))
 """Of a masked language model: labels [batch, seq], each predicted where it stands."""
 SPAN = Loss(span_loss, _labels)
 """Of a model that finds answers: labels [batch, 2], the first and the last token of each."""

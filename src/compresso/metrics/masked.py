@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from compresso.core.loss import logits_of
+from compresso.core.loss import MASKED_TOKEN
 from compresso.core.losses import IGNORED
 from compresso.data.batches import Row
 from compresso.errors import DataError, NumericError
@@ -100,12 +100,12 @@ def masked_score(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
-            logits, labels = logits_of(model, batch), batch["labels"]
-            for row, i in enumerate(chosen):
-                asked = labels[row] != IGNORED
-                said, wanted = logits[row][asked].float(), labels[row][asked]
-                nats[i] = float(functional.cross_entropy(said, wanted, reduction="none").double().sum())
-                right[i], tokens[i] = int((said.argmax(-1) == wanted).sum()), int(asked.sum())
+            logits, labels = MASKED_TOKEN.read(model, batch)
+            losses = functional.cross_entropy(logits[0].float(), labels[0], reduction="none").double()
+            hits, counts = logits[0].argmax(-1) == labels[0], (batch["labels"] != IGNORED).sum(1).tolist()
+            parts = zip(chosen, counts, losses.split(counts), hits.split(counts), strict=True)
+            for i, count, lost, hit in parts:
+                nats[i], right[i], tokens[i] = float(lost.sum()), int(hit.sum()), count
     model.train(was_training)
     if not math.isfinite(math.fsum(nats)):
         raise NumericError(
