@@ -18,6 +18,7 @@ from compresso.core.axis import Kind
 from compresso.core.one_stage import layer_map
 from compresso.core.quantisers import Quantiser, Style
 from compresso.data.batches import Row
+from compresso.edit.eager import eager
 from compresso.edit.patches import unpatch_
 from compresso.edit.quantise_inputs import Inputs
 from compresso.edit.quantised import QuantisedModel
@@ -181,6 +182,31 @@ def test_padding_changes_nothing(make_job: MakeJob) -> None:
     objective = objective_of(job)
     for name, value in asked(objective, alone).items():
         assert asked(objective, wide)[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_padding_moves_no_learned_range(make_job: MakeJob) -> None:
+    """Of the first layer, whose inputs at padding are those of a token that no text here has."""
+    found: list[Tensor] = []
+    for folder, wide in (("alone", 0), ("wide", 5)):
+        job = make_job(folder=folder)
+        with torch.no_grad():
+            job.model.get_input_embeddings().get_parameter("weight")[0, 0] = 1e4  # padding's
+        stage = Qat(**{**SHORT, "inputs": "learned", "input_bits": 8})
+        names = list(linears(job.model))
+        rounded = QuantisedModel(job.model, names, Quantiser(16), Inputs(8, Style.TEXTBOOK, tuple(names)), 0.9)
+        teacher = stage._teacher(job)  # pyright: ignore[reportPrivateUsage]
+        objective = stage._objective(job, job.model, teacher, rounded)  # pyright: ignore[reportPrivateUsage]
+        batch = job.collated([{"input_ids": row["input_ids"][:6], "labels": row["labels"][:6]} for row in job.rows[:2]])
+        padded = {
+            name: nn.functional.pad(value, (0, wide), value=-100 if name == "labels" else 0)
+            for name, value in batch.items()
+        }
+        with eager(job.model, teacher or job.model):
+            objective.train()(padded, Micro(0, 0, range(2)))
+        ranges = rounded.ranges()
+        assert ranges is not None
+        found.append(ranges)
+    torch.testing.assert_close(*found)
 
 
 def test_what_weighs_nothing_asks_no_teacher(make_job: MakeJob) -> None:
