@@ -101,7 +101,7 @@ class GradualPruning(nn.Module):
         self.register_buffer("score", torch.zeros(self._flat.units, dtype=torch.float64))
         self.register_buffer("gone", torch.zeros(self._flat.units, dtype=torch.int64))
         self.register_buffer("cut", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("eps", torch.tensor([self._epsilon(norm) for norm in self._norms], dtype=torch.float64))
+        self.register_buffer("eps", self._epsilons())
         self.register_buffer("difference", torch.zeros(1, dtype=torch.float64))
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
@@ -197,7 +197,7 @@ class GradualPruning(nn.Module):
             with same_parameters(self.model), _modes(self.model):
                 difference = remove_(self.model, axes, masks, *self._probe, by=f"cut after {done} updates")
             self.difference.clamp_(min=difference)
-            self.eps.copy_(torch.tensor([self._epsilon(norm) for norm in self._norms]))
+            self.eps.copy_(self._epsilons())
         self._known = None
 
     def _zero_(self) -> None:
@@ -232,8 +232,10 @@ class GradualPruning(nn.Module):
         """Which units the tensors still hold [units], bool."""
         return (self.gone == 0) | (self.gone > self.cut)
 
-    def _epsilon(self, norm: str) -> float:
-        return float(self.model.get_submodule(norm).variance_epsilon)  # pyright: ignore
+    def _epsilons(self) -> Tensor:
+        """Of the norms over hidden dimensions, as they are now."""
+        now = [float(self.model.get_submodule(norm).variance_epsilon) for norm in self._norms]  # pyright: ignore
+        return torch.tensor(now, dtype=torch.float64)
 
 
 def _where(stays: Tensor) -> tuple[int, ...]:
