@@ -24,9 +24,10 @@ from compresso.engines import transformers_4
 from compresso.engines import vllm as vllm_engine
 from compresso.errors import ExportError
 from compresso.runner.options import with_options
-from compresso.runner.recipe import build, names, read, with_knob
+from compresso.runner.recipe import build, names, read, task_of, with_knob
 from compresso.runner.run import Result, run
 from compresso.stage import ChecksModel, Learns, Shrinks
+from compresso.tasks.base import DEFAULT
 from tests.last_lines import (  # noqa: F401  hooks of pytest: what a run of the tests ends with
     pytest_collectreport,
     pytest_sessionfinish,
@@ -56,9 +57,10 @@ def _counts(budget: Budget | None) -> bool:
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
-    if any(isinstance(stage, Shrinks) and _counts(stage.budget()) for stage in stages.values())
+    if task_of(read(name)).name == DEFAULT
+    and any(isinstance(stage, Shrinks) and _counts(stage.budget()) for stage in stages.values())
 ]
-"""Shipped recipes with a budget that shapes alone can meet; others meet no size, have a ratio of the units of certain
+"""Shipped recipes of causal language models with a budget that shapes alone can meet; others meet no size, have a ratio of the units of certain
 layers (published sizes of certain models), or count in what a run measures.
 """
 

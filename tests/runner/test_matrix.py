@@ -130,6 +130,8 @@ VARIANTS: Mapping[str, Stages] = {
         {"magnitude": {"sparsity": 0.5}},
         {"sparse_finetune": {"steps": 2, "batch": 4, "micro_batch": 4, "kl_weight": 0.5}},
     ],
+    "homodistil": [{"homodistil": {"keep": 0.8, "kinds": ["channel"], "cuts": 1, **STEPS, "steps": 2}}],
+    "homodistil of all": [{"homodistil": {"keep": 0.8, "cuts": 2, **STEPS, "steps": 3}}],
     "ristretto": [
         {"ristretto": {"keep": 0.8, "search": "dp", "beginnings": 2, "judge_rows": 2, "texts": 2, "steps": 3, **LOOKS}}
     ],
@@ -179,6 +181,7 @@ REFUSED: Mapping[str, Cells] = {
             "learn_gates",
             "learn_gates projected",
             "bonsai",
+            "homodistil of all",
             "ristretto",
         ),
         NO_HEAD_DIM,
