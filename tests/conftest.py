@@ -60,8 +60,8 @@ FOR_ANY_MODEL = [
     if task_of(read(name)).name == DEFAULT
     and any(isinstance(stage, Shrinks) and _counts(stage.budget()) for stage in stages.values())
 ]
-"""Shipped recipes of causal language models with a budget that shapes alone can meet; others meet no size, have a ratio of the units of certain
-layers (published sizes of certain models), or count in what a run measures.
+"""Shipped recipes of causal language models with a budget that shapes alone can meet; others meet no size, have a ratio
+of the units of certain layers (published sizes of certain models), or count in what a run measures.
 """
 
 

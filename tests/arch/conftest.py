@@ -173,7 +173,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "vit_bare": ViTModel,
 }
 """Models that are not causal language models."""
-WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm"))]
+WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm", "bert"))]
 GROUPED = [
     "llama_gqa_tied",
     "llama_gqa",

@@ -26,8 +26,9 @@ from compresso.edit.shrink import shrink_
 NAMES = list(CONFIGS)
 GENERATING = [name for name in NAMES if name not in CLASSES]
 TOGETHER = "together"
-WITHOUT = {
-    name: {Kind.HIDDEN} | ({Kind.VOCAB} if name in CLASSES else set()) for name in NAMES if name not in WITH_HIDDEN
+WITHOUT: dict[str, set[Kind]] = {
+    name: ({Kind.HIDDEN} if name not in WITH_HIDDEN else set()) | ({Kind.VOCAB} if name in CLASSES else set())
+    for name in NAMES
 }
 for name in POST_NORM:
     WITHOUT[name] |= {Kind.LAYER}

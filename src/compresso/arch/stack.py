@@ -5,11 +5,12 @@ BERT, RoBERTa, DistilBERT, ViT and Gemma.
 
 Heads are masked before `o`, FFN channels before `down`, so any activation will do; whole sub-layers at the output of
 `o` and `down`. Most have no hidden axis: LayerNorm subtracts a mean over the stream, which a removed dimension would
-change; Gemma says its own reason. A norm before a sub-layer leaves with it. A norm behind the residual sum (BERT)
-stays, so that such a model has no axis of whole layers: norm(x + 0) is not x. A bias on `o` or `down` outlives the last
-unit, which therefore has to be kept. Of multiply-accumulates a token, those of layers and of language-model heads are
-counted; poolers, classifiers and the projection of image patches do not run once a token and count none. Everything
-outside the layers that is no norm is counted with the embeddings.
+change; of BERT, whose norms write the stream, dimensions can leave (`encoder_stream.py`); Gemma says its own reason. A
+norm before a sub-layer leaves with it. A norm behind the residual sum (BERT) stays, so that such a model has no axis of
+whole layers: norm(x + 0) is not x. A bias on `o` or `down` outlives the last unit, which therefore has to be kept. Of
+multiply-accumulates a token, those of layers and of language-model heads are counted; poolers, classifiers and the
+projection of image patches do not run once a token and count none. Everything outside the layers that is no norm is
+counted with the embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoAttentionSum, NoMlp, NoMlpSum, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
+from compresso.arch.encoder_stream import EncoderStream
 from compresso.arch.layer_config import config_of_layer, tell_head_dim_
 from compresso.arch.parts import Parts, output_dim, tensors, written
 from compresso.arch.producers import Producers, producers
@@ -56,6 +58,7 @@ class Stack:
         norm_first: whether, by its config, a model's norms lie before the sub-layers and not behind the residual sums.
         final_norm: where the norm that only the head reads may lie, if all norms are RMSNorms and hidden dimensions can
             leave.
+        stream: what touches the stream of an encoder whose hidden dimensions can leave.
         obeys_head_dim: whether, by its config, a model whose config class has no field `head_dim` is built by it if
             given one.
     """
@@ -67,6 +70,7 @@ class Stack:
     norm_first: Callable[[PreTrainedConfig], bool] = _always
     final_norm: tuple[str, ...] = ()
     obeys_head_dim: Callable[[PreTrainedConfig], bool] = _never
+    stream: EncoderStream | None = None
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether the config has this model type."""
@@ -117,8 +121,8 @@ class Stack:
         mlps = {i: self._owned(model.config, Kind.MLP) for i, shape in enumerate(shapes) if shape.channels}
         every = dict.fromkeys(range(len(shapes)), ("",))
         o, down = self.parts.write, self.parts.down
-        if self.final_norm:
-            axes.append(self._hidden(model, where, tuple(attentions), tuple(mlps)))
+        if (hidden := self._hidden(model, where, tuple(attentions), tuple(mlps))) is not None:
+            axes.append(hidden)
         rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
         rows += [
             ("attention", Kind.ATTENTION, attentions, ((attentions, o),)),
@@ -218,6 +222,8 @@ class Stack:
         if self.final_norm:
             norm = model.get_submodule(self._final(model))
             config.hidden_size, config.rms_norm_eps = len(norm.get_parameter("weight")), norm.variance_epsilon
+        elif self.stream is not None:
+            config.hidden_size = model.get_input_embeddings().get_parameter("weight").shape[1]
         if any(shape.kv_heads for shape in shapes):
             config.num_attention_heads = max(shape.query_heads for shape in shapes)
             if hasattr(config, "num_key_value_heads"):
@@ -353,8 +359,10 @@ class Stack:
             container,
         )
 
-    def _hidden(self, model: PreTrainedModel, where: str, attentions: Sequence[int], mlps: Sequence[int]) -> Axis:
-        """One dimension of the stream. attentions, mlps: the layers that have one."""
+    def _hidden(
+        self, model: PreTrainedModel, where: str, attentions: Sequence[int], mlps: Sequence[int]
+    ) -> Axis | None:
+        """One dimension of the stream; None where none can leave. attentions, mlps: the layers that have one."""
         parts = self.parts
         read = [
             f"{where}.{i}.{name}"
@@ -365,6 +373,10 @@ class Stack:
         written = [
             f"{where}.{i}.{name}" for layers, name in ((attentions, parts.write), (mlps, parts.down)) for i in layers
         ]
+        if self.stream is not None:
+            return self.stream.axis(model, where, written, read)
+        if not self.final_norm:
+            return None
         norms = {
             f"{where}.{i}.{norm}" for i in (*attentions, *mlps) for norm in (*parts.attention_norms, *parts.ffn_norms)
         }

@@ -134,6 +134,8 @@ class Axis:
             removal scales their weight by sqrt(size / kept) and their eps by size / kept.
         head_norm: the RMSNorm read only by a head tied to the embedding. A soft mask folded into the embedding must be
             divided out there.
+        layer_norms: LayerNorm modules whose mean and variance run over this axis. A mask leaves units at 0 out of both,
+            as removal does, so that nothing has to be corrected; gates lie on their outputs.
         within: the axis, and the unit of it, that these units lie in; None for most. They leave with that unit, and all
             units of that axis that stay keep the same number of theirs.
     """
@@ -150,6 +152,7 @@ class Axis:
     norms: tuple[str, ...] = ()
     head_norm: str | None = None
     within: tuple[str, int] | None = None
+    layer_norms: tuple[str, ...] = ()
 
     def tilings(self) -> dict[tuple[str, int], list[Slice]]:
         """(parameter, dimension) -> the slices that tile it, in order of their start."""

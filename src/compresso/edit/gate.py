@@ -1,5 +1,7 @@
 """Multiplies masks into a model's activations for as long as a context lasts, without touching a parameter.
 
+A LayerNorm over units that a mask may leave out takes its mean and variance over the others, as the smaller model does.
+
 This is the common ground of learned masks, search over masks and measuring before cutting: with 0/1 masks the model
 computes exactly what `shrink_` would leave. Masks of several axes that meet at one site are multiplied once on entry,
 so a call costs one product a site.
@@ -28,6 +30,7 @@ class GateSites:
         """axes: those whose gates are hooked."""
         self._axes = axes
         self._masks: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Use these masks from the next forward pass on; a backward pass that recomputes activations must come before
@@ -37,6 +40,21 @@ class GateSites:
             ValueError: an unknown axis and for masks of the wrong shape or dtype.
         """
         self._masks = _site_masks(self._axes, masks)
+        self._kept = {
+            norm: kept
+            for axis in self._axes
+            if (kept := _some_left_out(axis, masks)) is not None
+            for norm in axis.layer_norms
+        }
+
+    def over_kept(self, name: str) -> Any:
+        """A forward hook that computes a LayerNorm over the units that a mask keeps, if it leaves some out."""
+
+        def hook(norm: nn.LayerNorm, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            kept = self._kept.get(name)
+            return None if kept is None else _normed(norm, inputs[0], kept).to(output.dtype)
+
+        return hook
 
     def scale_input(self, site: tuple[str, str]) -> Any:
         """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
@@ -100,6 +118,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
     places = {(gate.module, gate.side): None for axis in axes for gate in axis.gates}
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
+        for name in {norm: None for axis in axes for norm in axis.layer_norms}:
+            handles.append(base.get_submodule(name).register_forward_hook(sites.over_kept(name)))
         for place in places:
             module = base.get_submodule(place[0])
             if place[1] == "input":
@@ -142,6 +162,23 @@ def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple
             values, site = _values(gate, wide), (gate.module, gate.side)
             sites[site] = sites[site] * values if site in sites else values
     return sites
+
+
+def _some_left_out(axis: Axis, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """Which units of an axis stay [size] or [batch, 1, size], bool; None if all do, or if it has no mask."""
+    mask = masks.get(axis.name) if axis.layer_norms else None
+    if mask is None or bool((kept := mask.detach() != 0).all()):
+        return None
+    return kept.unsqueeze(1) if kept.dim() == 2 else kept
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, kept: Tensor) -> Tensor:
+    """A LayerNorm's output for x [..., width] with mean and variance over what is kept, in float32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    share = kept.to(x) / kept.sum(-1, keepdim=True)
+    centred = x - (x * share).sum(-1, keepdim=True)
+    normed = centred * torch.rsqrt((centred.square() * share).sum(-1, keepdim=True) + norm.eps)
+    return normed * norm.weight + norm.bias
 
 
 def _values(gate: Gate, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Everything follows from the axes, so there is nothing here about any one archite
     slice   the entries of kept units.
     norms   masked training divides by the original width d, a stock RMSNorm by the kept width d':
             x / sqrt(S/d + eps) = sqrt(d/d') x / sqrt(S/d' + eps d/d'), hence weight *= sqrt(d/d'), eps *= d/d'.
+            A LayerNorm computes over kept entries under a mask, too, and stays as it is.
 
 A head tied to the embedding would see the folded hidden mask a second time. The norm that only the head reads is
 divided by it instead: exact, without untying and without one parameter more.
@@ -101,6 +102,8 @@ def set_features_(module: nn.Module) -> None:
         module.nx, module.nf = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _losing(axes: Sequence[Axis], plan: Plan) -> dict[str, list[int]]:

@@ -196,7 +196,7 @@ def _modules(model: nn.Module, axis: Axis, blocks: Sequence[nn.Module]) -> list[
         return []
     if axis.kind == Kind.HIDDEN:
         inside = {id(module) for block in blocks for module in block.modules()}
-        return [norm for norm in map(model.get_submodule, axis.norms) if id(norm) in inside]
+        return [norm for norm in map(model.get_submodule, (*axis.norms, *axis.layer_norms)) if id(norm) in inside]
     read = {gate.module for gate in axis.gates if gate.side == "input"}
     written = {gate.module for gate in axis.gates if gate.side == "output"}
     readers = read or {piece.param.rpartition(".")[0] for piece in axis.slices} - written
