@@ -122,8 +122,8 @@ def refuse_foreign_gguf(output: Path) -> None:
         )
     if not all(part.encode() in begin for part in GGUF_MARK):
         raise CheckpointError(
-            f"{output} is a GGUF file without the field {GGUF_MARK[0]} that compresso export writes, so --overwrite does"
-            " not replace it. Move that file, or choose another output."
+            f"{output} is a GGUF file without the field {GGUF_MARK[0]} that compresso export writes, so --overwrite"
+            " does not replace it. Move that file, or choose another output."
         )
 
 
