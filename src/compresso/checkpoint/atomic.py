@@ -137,20 +137,6 @@ def refuse_occupied(target: Path, force: bool, written: Written | None = None) -
             )
 
 
-def first_bytes(path: Path, most: int = 2_000) -> bytes:
-    """How a file begins that is to be replaced, which tells what it is; b"" where nothing lies.
-
-    Raises:
-        CheckpointError: a device, pipe or socket lies there, which would be read without end and replaced by a file.
-    """
-    if not path.exists():
-        return b""
-    if not path.is_file():
-        raise CheckpointError(f"output {path} is no file but a device, pipe or socket. Choose another output.")
-    with path.open("rb") as file:
-        return file.read(most)
-
-
 def check_output(
     output: Path | str, model_path: Path | str | None, force: bool = False, written: Written | None = None
 ) -> None:

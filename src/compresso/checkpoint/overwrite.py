@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from compresso.checkpoint.atomic import first_bytes
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
 
@@ -84,6 +83,20 @@ def refuse_foreign(output: Path, written: Written) -> None:
             f"output {output} holds {name}, which compresso {written.by} did not write, so --overwrite does not"
             " replace it. Move that file, or choose another output."
         )
+
+
+def first_bytes(path: Path, most: int = 2_000) -> bytes:
+    """How a file begins that is to be replaced, which tells what it is; b"" where nothing lies.
+
+    Raises:
+        CheckpointError: a device, pipe or socket lies there, which would be read without end and replaced by a file.
+    """
+    if not path.exists():
+        return b""
+    if not path.is_file():
+        raise CheckpointError(f"output {path} is no file but a device, pipe or socket. Choose another output.")
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def how_to_replace(output: Path, written: Written) -> str:

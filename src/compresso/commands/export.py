@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.atomic import check_output, first_bytes
-from compresso.checkpoint.overwrite import EXPORTS, refuse_foreign, refuse_foreign_gguf
+from compresso.checkpoint.atomic import check_output
+from compresso.checkpoint.overwrite import EXPORTS, first_bytes, refuse_foreign, refuse_foreign_gguf
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, is_text_encoder, open_source
 from compresso.checkpoint.writes_text import refuse_textless

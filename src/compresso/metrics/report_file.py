@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from compresso.checkpoint.atomic import first_bytes, write_text
+from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.overwrite import first_bytes
 from compresso.checkpoint.places import without_places_in
 from compresso.errors import CheckpointError
 from compresso.metrics.record import Report

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compresso.checkpoint.atomic import first_bytes, write_text
+from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.overwrite import first_bytes
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
 from compresso.metrics.record import ModelResults, Sample
