@@ -42,6 +42,8 @@ def records(*labels: object) -> Records:
         ({"sentence1": "a", "sentence2": "b", "label": 0}, Labelled("a", "b", 0)),
         ({"premise": "a", "hypothesis": "b", "label": 2}, Labelled("a", "b", 2)),
         ({"question": "a", "sentence": "b", "label": 0}, Labelled("a", "b", 0)),
+        ({"Quality": "1", "#1 ID": "7", "#1 String": "a", "#2 String": "b"}, Labelled("a", "b", 1)),
+        ({"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}, Labelled("a", "b", "neutral")),
         ({"text_a": "a", "text_b": "b", "label": 0}, Labelled("a", "b", 0)),
         ({"question1": "a", "question2": "b", "label": " 1 "}, Labelled("a", "b", 1)),
     ],

@@ -208,6 +208,11 @@ def test_the_best_answer_is_that_of_trying_all() -> None:
         top, i, j = max(tried)
         found, text = window.best(starts, stops)
         assert found == pytest.approx(top) and text == window.context[begins[i] : ends[j]]
+    for apart, length in ((LONGEST - 1, LONGEST), (LONGEST, 1)):  # the longest that counts, and one more
+        starts, stops = torch.zeros(2, n).unbind(0)
+        starts[10], stops[10 + apart] = 5.0, 5.0
+        _, text = window.best(starts, stops)
+        assert (text == window.context[begins[10] : ends[10 + apart]]) == (length == LONGEST)
     nothing = AnswerWindow(0, "", "a", (), array("i", [-1]), array("i", [-1]))
     assert nothing.best(torch.zeros(1), torch.zeros(1)) == (-torch.inf, "")
 

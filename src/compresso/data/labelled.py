@@ -1,8 +1,8 @@
 """Texts, or pairs of texts, with a label each: how a row is read, what the labels are called, and tokens of all of it.
 
     text or sentence, and label
-    sentence1 + sentence2, premise + hypothesis, question1 + question2, question + sentence, or text_a + text_b, and
-        label
+    sentence1 + sentence2, premise + hypothesis, question1 + question2, question + sentence, text_a + text_b, or
+        #1 String + #2 String (MRPC's own file), and label, gold_label (MNLI's) or Quality (MRPC's)
 
 A label is a whole number or a name. Names are numbered in alphabetical order, numbers in theirs, so the order of the
 rows decides nothing. A label of -1, which test sets have in the place of one, is none.
@@ -25,9 +25,11 @@ _TEXTS = (
     ("question1", "question2"),
     ("question", "sentence"),
     ("text_a", "text_b"),
+    ("#1 String", "#2 String"),
     ("sentence", None),
     ("text", None),
 )
+_LABELS = ("label", "gold_label", "Quality")
 _WANTED = "text, sentence, or sentence1 + sentence2, and label"
 _HIDDEN = -1
 _TOGETHER = 512  # rows tokenised in one call
@@ -38,21 +40,22 @@ def parse_labelled(value: object) -> Labelled:
     if not isinstance(value, Mapping):
         raise BadRecord(f"holds {type_name(value)}; wanted an object with {_WANTED}")
     names = next((names for names in _TEXTS if all(name is None or name in value for name in names)), None)
-    if names is None or "label" not in value:
+    named = next((name for name in _LABELS if name in value), None)
+    if names is None or named is None:
         found = ", ".join(str(name) for name in list(value)[:8]) or "none"
         raise BadRecord(f"fields are: {found}; wanted {_WANTED}")
     texts = [text_of(value, name) for name in names if name is not None]
     for name, text in zip(names, texts, strict=False):
         if not text.strip():
             raise BadRecord(f"field '{name}' is empty")
-    label = value["label"]
+    label = value[named]
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRecord(f"field 'label' is {type_name(label)}; wanted a whole number or a name")
+        raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
     if isinstance(label, str):
-        label = text_of(value, "label").strip()
+        label = text_of(value, named).strip()
         label = int(label) if label.removeprefix("-").isdecimal() else label
     if label == "" or label == _HIDDEN:
-        raise BadRecord(f"field 'label' is {label!r}, which is none: the rows of a test set cannot be learned from")
+        raise BadRecord(f"field '{named}' is {label!r}, which is none: the rows of a test set cannot be learned from")
     return Labelled(texts[0], texts[1] if len(texts) > 1 else None, label)
 
 
@@ -61,11 +64,13 @@ def take_labelled(value: object) -> Taken:
     record = parse_labelled(value)
     assert isinstance(value, Mapping)  # else it was refused
     names = next(names for names in _TEXTS if all(name is None or name in value for name in names))
-    used = (*(name for name in names if name), "label")
+    used = (*(name for name in names if name), next(name for name in _LABELS if name in value))
     return Taken(record, unused_of(value, used), used)
 
 
-LABELLED = RecordForm((*(name for names in _TEXTS for name in names if name), "label"), take_labelled, _WANTED)
+LABELLED = RecordForm(
+    tuple(dict.fromkeys((*(name for names in _TEXTS for name in names if name), *_LABELS))), take_labelled, _WANTED
+)
 """Rows of a classification."""
 
 
