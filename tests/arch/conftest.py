@@ -173,7 +173,8 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "vit_bare": ViTModel,
 }
 """Models that are not causal language models."""
-WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm", "bert"))]
+WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm"))]
+ENCODERS_WITH_HIDDEN = [name for name in CONFIGS if name.startswith("bert")]
 GROUPED = [
     "llama_gqa_tied",
     "llama_gqa",

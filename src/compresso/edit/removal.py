@@ -95,6 +95,8 @@ def remove_(
     shrink_(model, axes, plan, soft)
     ids = [place[i] for i in ids]
     smaller = _probed(model, ids, given)
+    if smaller.shape[-1] < masked.shape[-1]:  # hidden states of a model without a head
+        masked = masked[..., list(plan.kept["hidden"])]
     difference = float((smaller - masked).abs().max())
     if difference <= _EXPECTED * torch.finfo(model.dtype).eps * float(masked.abs().max().clamp(min=1)):
         return difference

@@ -44,8 +44,7 @@ from compresso.core.squarehead import Norm
 from compresso.edit.removal import Removal
 from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.solve.gradual import slicing_updates
-from compresso.solve.uniform import uniform_targets
+from compresso.solve.gradual import final_counts, slicing_updates
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Removes, Trains, stage
 from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune
 from compresso.training.gradual_pruning import GradualPruning
@@ -131,7 +130,7 @@ class HomoDistil:
     def final(self, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:
         """Units that stay at the end: axis name -> number. Raises InfeasibleBudget."""
         pool = removable(axes, self.budget())
-        counts = uniform_targets(axes, cost, self.budget())
+        counts = final_counts(axes, cost, self.budget())
         return {axis.name: counts[axis.kind] for axis in pool}
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
@@ -169,18 +168,19 @@ class HomoDistil:
             adamw = replace(self.adamw, warmup=round(self.warmup * total))
             learning = group_of("all", job.model, adamw, job.model.config.hidden_size, total, self.weight_decay)
             numbers, learning = learning.numbers, replace(learning, eps=self.eps)
-            history = tune(
-                job,
-                "homodistil",
-                self.trains,
-                objective,
-                [learning],
-                total,
-                before_step=objective.observe_,
-                after_update=objective.prune_,
-                begin=objective.begin,
-            )
-            objective.settle_(total)  # changes something only if the last updates were skipped
+            with objective.attached():
+                history = tune(
+                    job,
+                    "homodistil",
+                    self.trains,
+                    objective,
+                    [learning],
+                    total,
+                    before_step=objective.observe_,
+                    after_update=objective.prune_,
+                    begin=objective.begin,
+                )
+                objective.settle_(total)  # changes something only if the last updates were skipped
         facts: dict[str, Any] = {
             "updates": total,
             "trainable": numbers,

@@ -6,13 +6,17 @@ that are left and never come back, so that what stays at any update lies within 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from compresso.core.axis import Axis
-from compresso.solve.allocate import keep_counts
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget, infeasible, removable
+from compresso.core.quantities import Cost
+from compresso.solve.allocate import keep_best, keep_counts
+from compresso.solve.uniform import uniform_targets
 
 
 def kept_share(final: float, done: int, start: float, end: float) -> float:
@@ -64,3 +68,42 @@ def slicing_updates(start: int, end: int, n_slices: int) -> tuple[int, ...]:
     """
     n = min(n_slices, end - start)
     return tuple(start + (end - start) * (i + 1) // n for i in range(n))
+
+
+def final_counts(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind, int]:
+    """How many units of each kind every layer keeps at the end, near one common share and on the budget.
+
+    The stream of an encoder (an axis with LayerNorms) is as wide as all heads of a layer together, since its config
+    says only that. Where heads and hidden dimensions may both leave, they keep one ratio: of the ratios the one whose
+    channels, which fill up the budget, are nearest to it. Raises InfeasibleBudget.
+    """
+    pool = removable(axes, budget)
+    hidden = next((axis for axis in pool if axis.kind == Kind.HIDDEN and axis.layer_norms), None)
+    heads = [axis for axis in pool if axis.kind == Kind.HEAD]
+    if hidden is None or not heads or len({axis.size for axis in heads}) > 1 or hidden.size % heads[0].size:
+        return uniform_targets(axes, cost, budget)
+    n_heads, channels = heads[0].size, [axis for axis in pool if axis.kind == Kind.CHANNEL]
+    width, limit = hidden.size // n_heads, budget.limit(cost)
+    most = min((axis.size for axis in channels), default=0)
+    allowed = budget.allowed(Kind.CHANNEL, most, max((budget.fewest(axis) for axis in channels), default=0))
+    fewest = max(1, *(budget.fewest(axis) for axis in heads), -(-budget.fewest(hidden) // width))
+
+    def fits(counts: Mapping[Kind, int]) -> bool:
+        shares = {axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size).double() for axis in pool}
+        return budget.settled(cost(shares).count(budget.of)) <= limit
+
+    found: list[tuple[float, dict[Kind, int]]] = []
+    for n in range(fewest, n_heads + 1):
+        counts = {Kind.HEAD: n, Kind.HIDDEN: n * width}
+        if not channels:
+            found += [(float(n_heads - n), counts)] if fits(counts) else []
+            continue
+        first_above = bisect_left(allowed, True, key=lambda c, counts=counts: not fits({**counts, Kind.CHANNEL: c}))
+        if first_above:
+            kept = allowed[first_above - 1]
+            found.append((abs(n / n_heads - kept / most), {**counts, Kind.CHANNEL: kept}))
+    if not found:
+        nothing = {axis.name: torch.zeros(axis.size) for axis in pool}
+        smallest = {Kind.HEAD: fewest, Kind.HIDDEN: fewest * width, Kind.CHANNEL: allowed[0]}
+        raise infeasible(budget, pool, cost, keep_best(pool, nothing, smallest))
+    return min(found, key=lambda one: one[0])[1]

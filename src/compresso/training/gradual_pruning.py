@@ -6,11 +6,12 @@
 
 What is gone never comes back. When each unit left, and when tensors were cut, are a few bytes a unit, kept as buffers:
 training checkpoints carry them, and a resumed run takes the shapes of its checkpoint before it reads the numbers.
-Between two cuts the weights of RMSNorms and of all else that touches a dimension are 0, which is the masked model.
+Between two cuts the weights of all that touches a unit are 0, which is the masked model but for LayerNorms: hooks leave
+dimensions that are gone out of their mean and variance.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +23,7 @@ from compresso.arch.base import Arch
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 from compresso.core.sensitivity import sensitivities
+from compresso.edit.gate import gated
 from compresso.edit.in_place import States, cut_moments_, same_parameters, zero_units_
 from compresso.edit.removal import remove_
 from compresso.edit.shrink import set_features_
@@ -98,11 +100,20 @@ class GradualPruning(nn.Module):
         self._norms = [norm for axis in self.axes for norm in axis.norms]
         self._optimizer: torch.optim.Optimizer | None = None
         self._known: Left | None = None
+        self._hooks = ExitStack()
         self.register_buffer("score", torch.zeros(self._flat.units, dtype=torch.float64))
         self.register_buffer("gone", torch.zeros(self._flat.units, dtype=torch.int64))
         self.register_buffer("cut", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("eps", self._epsilons())
         self.register_buffer("difference", torch.zeros(1, dtype=torch.float64))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within the context LayerNorms may be hooked; afterwards they are not."""
+        try:
+            yield
+        finally:
+            self._hooks.close()
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember whose moments are edited with the weights."""
@@ -163,6 +174,7 @@ class GradualPruning(nn.Module):
                 if not bool(stays[there[name]].all()):
                     ours[name] = stays[there[name]].nonzero().flatten()
             self._known = Left(self._before.then(Plan(plan)), ours)
+            self._hook_(ours)
         return self._known
 
     def plan(self) -> Plan:
@@ -172,6 +184,7 @@ class GradualPruning(nn.Module):
     @torch.no_grad()
     def take_shape_(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the student the shapes of a training state, before its numbers are put back."""
+        self._hooks.close()
         for name, parameter in self.named_parameters():
             saved = tensors.get(f"param/{name}")
             if saved is not None and parameter.shape != saved.shape:
@@ -193,12 +206,23 @@ class GradualPruning(nn.Module):
             masks = {axis.name: torch.zeros(axis.size) for axis in axes if axis.name in ours}
             for name, stays in ours.items():
                 masks[name][stays.cpu()] = 1
+            self._hooks.close()
             cut_moments_(self._states, self.model, axes, Plan.from_masks(axes, masks))
             with same_parameters(self.model), _modes(self.model):
                 difference = remove_(self.model, axes, masks, *self._probe, by=f"cut after {done} updates")
             self.difference.clamp_(min=difference)
             self.eps.copy_(self._epsilons())
         self._known = None
+
+    def _hook_(self, ours: Mapping[str, Tensor]) -> None:
+        """Let LayerNorms pass over what is gone; ours: what stays of axes that lost some since they were cut."""
+        self._hooks.close()
+        axes = [axis for axis in self._axes_now() if axis.layer_norms and axis.name in ours]
+        masks = {axis.name: torch.zeros(axis.size, device=self.gone.device) for axis in axes}
+        for name, mask in masks.items():
+            mask[ours[name]] = 1
+        if axes:
+            self._hooks.enter_context(gated(self.model, axes, masks))
 
     def _zero_(self) -> None:
         """Set weights and moments of units that are gone, but not cut, to 0."""
