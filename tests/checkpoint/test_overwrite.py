@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import compresso
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.overwrite import EXPORTS, ONNX_MARKS, RUN, demo, fits, refuse_foreign
+from compresso.checkpoint.overwrite import EXPORTS, ONNX_MARKS, PACKED_MARK, RUN, demo, fits, refuse_foreign
 from compresso.data import nano
 from compresso.edit.patches import TENSORS
 from compresso.errors import CheckpointError
@@ -136,6 +136,17 @@ def test_exports_and_demos_are_known_again(call: Call, ran: Ran, tmp_path: Path)
     (shown / "magnitude" / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match=r"holds magnitude/thesis\.tex, which compresso demo did not write"):
         refuse_foreign(shown, demo(("magnitude", "compresso")))
+
+
+def test_packed_weights_of_others_are_not_replaced(tmp_path: Path) -> None:
+    """Anybody's compressed-tensors folder has the same files; ours is known by its card."""
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "README.md").write_text("# A friend's model, packed by compressed-tensors\n")
+    with pytest.raises(CheckpointError, match="was not written by compresso export"):
+        refuse_foreign(tmp_path, EXPORTS["compressed-tensors"])
+    (tmp_path / "README.md").write_text(f"# Packed\n\n12 linears that compresso {PACKED_MARK} compressed-tensors\n")
+    refuse_foreign(tmp_path, EXPORTS["compressed-tensors"])
 
 
 def test_a_gguf_of_others_is_not_replaced(call: Call, tmp_path: Path) -> None:

@@ -186,7 +186,12 @@ def _is_run(folder: Path) -> bool:
 
 def _is_packed(folder: Path) -> bool:
     quantization = _json(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+    packed = isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
+    return packed and PACKED_MARK.encode() in first_bytes(folder / "README.md")
+
+
+PACKED_MARK = "(`pip install compresso-llm`) rounded, packed by"
+"""In the card of an export with packed weights, and of nobody else's."""
 
 
 def demo(runs: tuple[str, ...]) -> Written:

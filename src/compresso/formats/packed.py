@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.overwrite import PACKED_MARK
 from compresso.checkpoint.source import auto_class
 from compresso.core.rounding import recovered
 from compresso.edit.round_inputs import Range, range_of
@@ -184,7 +185,7 @@ tags:
 
 # Packed weights{name}
 
-{len(packing.linears)} linears that compresso (`pip install compresso-llm`) rounded, packed by compressed-tensors
+{len(packing.linears)} linears that compresso {PACKED_MARK} compressed-tensors
 ({packing.format}): {packing.kind}. The values are those of the model that it was exported from. {told}
 {left_out}
 
