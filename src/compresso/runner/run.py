@@ -210,6 +210,11 @@ def run(
             if is_main and not quiet:  # nothing refuses the run any more
                 for sentence in prepared.said:
                     log.warning(sentence)
+                if (task_of_run := prepared.recipe.task).lacks_head(prepared.source.config):
+                    maker = prepared.recipe.stages[0][0]
+                    log.warning(
+                        "%s has no head for %s: %s makes a new one", prepared.source.name, task_of_run.name, maker
+                    )
                 for stage_name, sentence in prepared.lacking.items():
                     log.warning("%s: %s", stage_name, sentence)
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
