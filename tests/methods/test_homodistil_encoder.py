@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from compresso.arch.base import arch_for
+from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.masking import Masking, masked
 from compresso.core.plan import Plan
@@ -180,6 +181,8 @@ def test_the_published_sizes_of_bert(recipe: str, millions: float) -> None:
     head = next(len(units) for name, units in plan.kept.items() if name.endswith("heads"))
     assert len(plan.kept["hidden"]) == 64 * head
     assert float(cost.of(plan).total) / 1e6 == pytest.approx(millions, rel=0.015)
+    with pytest.raises(InfeasibleBudget, match=r"keep=0\.001 allows .* Raise keep to"):
+        HomoDistil(keep=0.001).dry_run_plan(axes, cost)
 
 
 def test_a_teacher_of_other_labels_is_refused_in_one_line(make: Make) -> None:

@@ -13,8 +13,10 @@ tokens, AdamW with eps 1e-6, a rate of 3e-4 at the base size and 6e-4 at the oth
 
 Guessed, as nobody published them: the weights of the five distances (1 each; sums over layers), temperature 1, no units
     leave before update 0 and none after 70 % of them, the moving average's momentum .85, 10 % of warm-up, weight decay
-    .01, a clip of 1, and which share of a target size each kind of unit bears (one common share, as near as whole units
-    allow).
+    .01, a clip of 1, how often tensors are cut, and which share of a target size each kind of unit bears (one common
+    share, as near as whole units allow; an encoder's heads and hidden dimensions keep exactly one, since its config
+    takes a head's width from the hidden size). So BERT-base ends at 9, 4, 4 and 4 heads of 64 and as many times 64
+    hidden dimensions.
 
 Departures. Attention loses whole heads, which every family's stock class can hold, where the paper narrows each head.
     Tensors are cut every so often instead of once at the end (`cuts`), so that training becomes cheaper as it goes and
