@@ -174,7 +174,7 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 """Models that are not causal language models."""
 WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm"))]
-ENCODERS_WITH_HIDDEN = [name for name in CONFIGS if name.startswith("bert")]
+ENCODERS_WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("bert", "roberta", "distilbert"))]
 GROUPED = [
     "llama_gqa_tied",
     "llama_gqa",

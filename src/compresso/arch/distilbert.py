@@ -1,9 +1,10 @@
 """DistilBERT (arXiv 1910.01108): BERT's layers under other names, without token types and pooler.
 
-No hidden axis and no axis of layers, for BERT's reasons.
+Hidden dimensions leave as BERT's do; no axis of layers, for its reasons.
 """
 
 from compresso.arch.base import register
+from compresso.arch.encoder_stream import EncoderStream
 from compresso.arch.parts import Parts
 from compresso.arch.stack import Stack
 
@@ -26,5 +27,13 @@ DISTILBERT = register(
         ),
         generates=False,
         norm_first=lambda _: False,
+        stream=EncoderStream(
+            norms=("sa_layer_norm", "output_layer_norm"),
+            tables=("embeddings.word_embeddings", "embeddings.position_embeddings"),
+            outer_norms=("embeddings.LayerNorm", "vocab_layer_norm"),
+            read=("vocab_transform", "vocab_projector", "pre_classifier", "classifier", "qa_outputs"),
+            copied=("vocab_transform", "pre_classifier"),
+            gated=("pre_classifier",),
+        ),
     )
 )
