@@ -130,8 +130,19 @@ VARIANTS: Mapping[str, Stages] = {
         {"magnitude": {"sparsity": 0.5}},
         {"sparse_finetune": {"steps": 2, "batch": 4, "micro_batch": 4, "kl_weight": 0.5}},
     ],
-    "homodistil": [{"homodistil": {"keep": 0.8, "kinds": ["channel"], "cuts": 1, **STEPS, "steps": 2}}],
-    "homodistil of all": [{"homodistil": {"keep": 0.8, "cuts": 2, **STEPS, "steps": 3}}],
+    "homodistil": [{"homodistil": {"keep": 0.8, "of": "blocks", "kinds": ["channel"], "cuts": 1, **STEPS, "steps": 2}}],
+    "homodistil of all": [
+        {
+            "homodistil": {
+                "keep": 0.8,
+                "of": "blocks",
+                "kinds": ["head", "channel", "hidden"],
+                "cuts": 2,
+                **STEPS,
+                "steps": 3,
+            }
+        }
+    ],
     "ristretto": [
         {"ristretto": {"keep": 0.8, "search": "dp", "beginnings": 2, "judge_rows": 2, "texts": 2, "steps": 3, **LOOKS}}
     ],
