@@ -111,7 +111,7 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
          "usage: Invalid value for '--bytes-at-context': '0': wanted at least 1. See"),
         (("compresso", "--bytes-at-context", "64", "--macs", "2"),
          "--macs and --bytes-at-context are two budgets; --bytes-at-context goes with --keep"),
-        (("compresso", "--macs", "1000"), "stage 'learn_gates': keep=0.001"),
+        (("compresso", "--macs", "1000"), "--macs 1000 is above the most of 1.386 ("),
         (("compresso", "--layout", "unifrom"), "--layout 'unifrom' is unknown; did you mean 'uniform'?"),
         (("compresso", "--max-steps", "0"), "usage: Invalid value for '--max-steps'"),
         (("compresso", "--set", "stages.learn_gates.mask_lr"),

@@ -343,7 +343,7 @@ def test_a_template_that_moves_system_texts_gets_them_in_the_first_user_turn(
     assert tokenizer.decode(learned) == "".join(f" {turn}</s>" for turn in spoken)
     (note,) = encoded.notes
     assert note.startswith("the model's chat template keeps no system text: ")
-    assert ("the collaborative prompt" in note) == prompt_on and "the system texts of 1 conversations" in note
+    assert ("the collaborative prompt" in note) == prompt_on and "the system texts of 1 conversation stand" in note
     if prompt_on:
         apply_to_tokenizer_(tokenizer, prompt_on=True)
         conversation = [{"role": turn.role, "content": turn.content} for turn in talk.messages]

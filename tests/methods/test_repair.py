@@ -194,7 +194,7 @@ def test_what_it_cannot_work_on_is_refused(make_job: MakeJob, monkeypatch: pytes
     chosen = MagnitudeStructured(keep=0.6)(learned(make_job()))
     with pytest.raises(CheckpointError, match=r"needs the dense model.*set Job\.original"):
         Repair()(replace(chosen, original=None))
-    with pytest.raises(DataError, match="1 calibration examples"):
+    with pytest.raises(DataError, match="1 calibration example:"):
         Repair()(replace(chosen, rows=chosen.rows[:1]))
     monkeypatch.setattr(module, "processes", lambda: 2)
     with pytest.raises(ResourceError, match="without torchrun"):

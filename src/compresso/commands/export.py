@@ -107,7 +107,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
 def _refuse_textless(source: Source, format: str) -> None:
     """Raise ArchError for a model that the engines of a format cannot be asked about."""
     if not is_text_encoder(source.config):
-        also = " and encoders of texts with a head, as a run with --task writes them"
+        also = " and encoders of texts with a head, as a run with --task classification writes them"
         refuse_textless(source, f"--format {format} takes causal language models{also if format in _ENCODERS else ''}")
     elif format not in _ENCODERS:
         refuse_textless(source, f"--format {format} takes causal language models; give --format onnx")
