@@ -210,14 +210,13 @@ def run(
             if is_main and not quiet:  # nothing refuses the run any more
                 for sentence in prepared.said:
                     log.warning(sentence)
-                if (task_of_run := prepared.recipe.task).lacks_head(prepared.source.config):
-                    maker = prepared.recipe.stages[0][0]
-                    log.warning(
-                        "%s has no head for %s: %s makes a new one", prepared.source.name, task_of_run.name, maker
-                    )
                 for stage_name, sentence in prepared.lacking.items():
                     log.warning("%s: %s", stage_name, sentence)
             done = work.finished([stage for stage, _ in prepared.recipe.stages])
+            new_head = not done and prepared.recipe.task.lacks_head(prepared.source.config)
+            if is_main and not quiet and new_head:
+                made_by, task_name = prepared.recipe.stages[0][0], prepared.recipe.task.name
+                log.warning("%s has no head for %s: %s makes a new one", prepared.source.name, task_name, made_by)
             job = new_job(prepared, work.path, quiet)
             if offload and done:
                 raise ResumeError(
