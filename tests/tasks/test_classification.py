@@ -17,7 +17,7 @@ from compresso.core.loss import LABEL
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
-from compresso.errors import DataError
+from compresso.errors import DataError, RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
 from compresso.methods.gate_taylor import GateTaylor
@@ -133,7 +133,8 @@ def test_a_classifier_is_taught_what_its_teacher_thinks(classifier: MakeClassifi
     """The divergence is that of the closed form, 0 for its own teacher; hidden states of padding do not count."""
     job = classifier()
     given = batch(job, 4)
-    own: Any = DistillObjective(job.model, Whole(job.model), Whole(job.model), compare=CLASSIFICATION.compare)
+    halves = CLASSIFICATION.halves(job.model, ())
+    own: Any = DistillObjective(job.model, halves, halves, compare=CLASSIFICATION.compare)
     assert own(given, Micro(0, 0, range(4)))["loss"].item() == pytest.approx(0, abs=1e-6)
     teacher = copy.deepcopy(job.model)
     with torch.no_grad():
@@ -156,6 +157,15 @@ def test_a_classifier_is_taught_what_its_teacher_thinks(classifier: MakeClassifi
     assert numbers["divergence"] + 0.5 * numbers["hard"] == pytest.approx(float(wanted), rel=1e-4)
     assert numbers["intermediate"] == pytest.approx(0, abs=1e-6)  # the layers are the same
     assert other["loss"] == pytest.approx(numbers["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("words", "same"), [("classes", "labels"), ("positions", "positions")])
+def test_a_teacher_that_decides_among_other_things_is_refused(
+    classifier: MakeClassifier, words: str, same: str
+) -> None:
+    model = classifier().model
+    with pytest.raises(RecipeError, match=f"has 2 {words}, its teacher 3; distil from a teacher of the same {same}$"):
+        DistillObjective(model, Whole(model, (), 2, words), Whole(model, (), 3, words))
 
 
 SHORT = {"batch": 4, "micro_batch": 2, "rank": 2}

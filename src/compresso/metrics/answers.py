@@ -5,14 +5,12 @@ Of all windows of a question the answer with the largest sum of two logits count
 independent, so the errors are too small by what they share.
 """
 
-import hashlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +18,7 @@ from compresso.core.answer_window import AnswerWindow
 from compresso.core.answers import answer_f1, exact_match
 from compresso.core.loss import SPAN, logits_of
 from compresso.data.batches import Row
-from compresso.errors import DataError, NumericError
+from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.forward import check_ids
 from compresso.metrics.record import Environment, How, Measurement
 
@@ -81,7 +79,7 @@ class AnswerScore:
 def answer_score(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    collate: Collate,
     batch_size: int = 16,
 ) -> AnswerScore:
     """What a model answers, windows of like length together; its mode is put back.
@@ -90,41 +88,30 @@ def answer_score(
         DataError: no examples, or ids that the model does not have.
         NumericError: a loss is not finite.
     """
-    if not rows:
-        raise DataError("0 held-out examples; give more data, or raise data.held")
     check_ids(model, [row["input_ids"] for row in rows])
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    nats, said = [0.0] * len(rows), [(-math.inf, "")] * len(rows)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
-            logits = logits_of(model, batch).float()
-            for row, i in enumerate(chosen):
-                nats[i] = float(SPAN.mean(logits[row : row + 1], batch["labels"][row : row + 1]))
-                starts, ends = logits[row, : len(rows[i]["input_ids"])].cpu().unbind(-1)
-                said[i] = _window(rows[i]).best(starts, ends)
-    model.train(was_training)
-    if not math.isfinite(math.fsum(nats)):
-        raise NumericError(
-            f"the loss on {len(rows)} held-out examples is not finite; the model overflows on it, use float32 or"
-            " bfloat16"
-        )
+    said = [(-math.inf, "")] * len(rows)
+
+    def scores(places: Sequence[int], batch: dict[str, Tensor]) -> list[float]:
+        logits = logits_of(model, batch).float()
+        for row, i in enumerate(places):
+            starts, ends = logits[row, : len(rows[i]["input_ids"])].cpu().unbind(-1)
+            said[i] = _window(rows[i]).best(starts, ends)
+        labels = batch["labels"]
+        return [float(SPAN.mean(logits[n : n + 1], labels[n : n + 1])) for n in range(len(places))]
+
+    nats = losses_by_length(model, rows, collate, batch_size, scores)
     best: dict[int, tuple[float, int]] = {}
     for i, (score, _) in enumerate(said):
         question = _window(rows[i]).question
         if question not in best or score > best[question][0]:
             best[question] = (score, i)
     given = [(said[i][1], _window(rows[i])) for _, i in best.values()]
-    digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
     return AnswerScore(
-        tuple(nats),
+        nats,
         tuple(answer_f1(text, window.answers) for text, window in given),
         tuple(exact_match(text, window.answers) for text, window in given),
         tuple(answer_f1(window.context, window.answers) for _, window in given),
-        digest,
+        examples_sha256(rows),
     )
 
 

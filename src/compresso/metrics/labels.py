@@ -2,10 +2,9 @@
 always giving the most frequent label; of two labels also the F1 of the second, as GLUE has it (arXiv 1804.07461).
 """
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.loss import logits_of
 from compresso.data.batches import Row
-from compresso.errors import DataError, NumericError
+from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement
 
@@ -85,7 +84,7 @@ class LabelScore:
 def label_score(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    collate: Collate,
     batch_size: int = 32,
 ) -> LabelScore:
     """What a classifier says of examples, those of like length together; its mode is put back.
@@ -94,28 +93,17 @@ def label_score(
         DataError: no examples.
         NumericError: a loss is not finite.
     """
-    if not rows:
-        raise DataError("0 held-out examples; give more data, or raise data.held")
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    nats, right, classes = [0.0] * len(rows), [False] * len(rows), 0
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
-            logits, labels = logits_of(model, batch).float(), batch["labels"]
-            classes = logits.shape[-1]
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
-            for i, loss, hit in zip(chosen, losses, (logits.argmax(-1) == labels).tolist(), strict=True):
-                nats[i], right[i] = loss, hit
-    model.train(was_training)
-    if not math.isfinite(math.fsum(nats)):
-        raise NumericError(
-            f"the loss on {len(rows)} held-out examples is not finite; the model overflows on it, use float32 or"
-            " bfloat16"
-        )
+    right, classes = [False] * len(rows), 0
+
+    def scores(places: Sequence[int], batch: dict[str, Tensor]) -> list[float]:
+        nonlocal classes
+        logits, labels = logits_of(model, batch).float(), batch["labels"]
+        classes = logits.shape[-1]
+        for i, hit in zip(places, (logits.argmax(-1) == labels).tolist(), strict=True):
+            right[i] = hit
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+
+    nats = losses_by_length(model, rows, collate, batch_size, scores)
     frequent = Counter(row["labels"][0] for row in rows).most_common(1)[0][1]
-    digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
     second = tuple(row["labels"][0] == 1 for row in rows) if classes == 2 else ()
-    return LabelScore(tuple(nats), tuple(right), frequent, digest, second)
+    return LabelScore(nats, tuple(right), frequent, examples_sha256(rows), second)

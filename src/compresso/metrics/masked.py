@@ -5,13 +5,10 @@ The perplexity is of 15 % of the tokens at once, each seen with the others maske
 Salazar et al. (arXiv 1910.14659), which masks one token after the other, and compares with nothing but itself.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -19,7 +16,7 @@ from transformers import PreTrainedModel
 from compresso.core.loss import MASKED_TOKEN
 from compresso.core.losses import IGNORED
 from compresso.data.batches import Row
-from compresso.errors import DataError, NumericError
+from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.forward import check_ids
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss
@@ -80,7 +77,7 @@ class MaskedScore:
 def masked_score(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    collate: Callable[[Sequence[Row]], dict[str, Tensor]],
+    collate: Collate,
     batch_size: int = 16,
 ) -> MaskedScore:
     """What a masked language model says of masked examples, those of like length together; its mode is put back.
@@ -89,31 +86,19 @@ def masked_score(
         DataError: no examples, or ids that the model does not have.
         NumericError: a loss is not finite.
     """
-    if not rows:
-        raise DataError("0 held-out examples; give more data, or raise data.held")
     check_ids(model, [row["input_ids"] for row in rows])
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    nats, right, tokens = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = {name: value.to(model.device) for name, value in collate([rows[i] for i in chosen]).items()}
-            logits, labels = MASKED_TOKEN.read(model, batch)
-            losses = functional.cross_entropy(logits[0].float(), labels[0], reduction="none").double()
-            hits, counts = logits[0].argmax(-1) == labels[0], (batch["labels"] != IGNORED).sum(1).tolist()
-            parts = zip(chosen, counts, losses.split(counts), hits.split(counts), strict=True)
-            for i, count, lost, hit in parts:
-                nats[i], right[i], tokens[i] = float(lost.sum()), int(hit.sum()), count
-    model.train(was_training)
-    if not math.isfinite(math.fsum(nats)):
-        raise NumericError(
-            f"the loss on {len(rows)} held-out examples is not finite; the model overflows on it, use float32 or"
-            " bfloat16"
-        )
-    digest = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
-    return MaskedScore(HeldLoss(tuple(nats), tuple(tokens), digest), tuple(right))
+    right, tokens = [0] * len(rows), [0] * len(rows)
+
+    def scores(places: Sequence[int], batch: dict[str, Tensor]) -> list[float]:
+        logits, labels = MASKED_TOKEN.read(model, batch)
+        losses = functional.cross_entropy(logits[0].float(), labels[0], reduction="none").double()
+        hits, counts = logits[0].argmax(-1) == labels[0], (batch["labels"] != IGNORED).sum(1).tolist()
+        for i, count, hit in zip(places, counts, hits.split(counts), strict=True):
+            right[i], tokens[i] = int(hit.sum()), count
+        return [float(lost.sum()) for lost in losses.split(counts)]
+
+    nats = losses_by_length(model, rows, collate, batch_size, scores)
+    return MaskedScore(HeldLoss(nats, tuple(tokens), examples_sha256(rows)), tuple(right))
 
 
 def judge_masked(vocabulary: int, dense_loss: float | None, pruned_loss: float | None) -> Guard:

@@ -17,23 +17,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso.checkpoint.source import auto_class, is_causal
+from compresso.checkpoint.source import auto_class
 from compresso.core.loss import LABEL, Loss
 from compresso.data.batches import Row, encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.edit.new_head import under_new_head
-from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
+from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register, spread
 from compresso.training.distill_objective import Compare, Whole, examples
 from compresso.training.noise import mixed_seed
-
-_PROBED = 4
-_LEAST_HELD, _MOST_HELD = 32, 256
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,7 @@ class Classification:
 
     def obstacle(self, config: PreTrainedConfig) -> str:
         """Why no model with this config does it; "" for an encoder of texts."""
-        if is_causal(config):
-            return (
-                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
-            )
-        if type(config) not in AutoModelForSequenceClassification._model_mapping:
-            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
-        return ""
+        return encoders.obstacle(config, AutoModelForSequenceClassification, self.name)
 
     def lacks_head(self, config: PreTrainedConfig) -> bool:
         """Whether it is a base model, or has a head for another task."""
@@ -82,12 +73,9 @@ class Classification:
         """Ids with the tokenizer's special tokens, and numbers of labels. Raises DataError as `labels_of` and
         `encode_labelled`.
         """
-        if tokenizer is None:
-            raise DataError(
-                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
-            )
+        tokenizer = encoders.with_tokenizer(tokenizer, records)
         labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
-        segments = getattr(config, "type_vocab_size", 1) > 1
+        segments = encoders.tells_segments(config)
         return encode_labelled(
             records, tokenizer, labels, reading.max_length, reading.limit, config.vocab_size, segments
         )
@@ -98,11 +86,11 @@ class Classification:
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for an accuracy and no more than takes seconds."""
-        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+        return encoders.held_out(n_rows)
 
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Whole:
         """The model whole: its logits are few."""
-        return Whole(model, blocks)
+        return Whole(model, blocks, int(model.config.num_labels or 0), "classes")
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """input_ids, attention_mask and, for pairs, token_type_ids, each [len(rows), longest]; labels [len(rows)];
@@ -117,14 +105,11 @@ class Classification:
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """A few examples with their padding."""
-        batch = self.collate(rows[:_PROBED], pad_id)
-        return {name: value for name, value in batch.items() if name != "labels"}
+        return encoder_inputs(rows[: encoders.PROBED], pad_id)
 
     def score(self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None) -> LabelScore:
         """The accuracy on examples."""
-        padding = model.config.pad_token_id
-        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
-        return label_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
+        return label_score(model, rows, partial(self.collate, pad_id=encoders.padding(model.config)))
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By what is left of the lead over the most frequent label."""

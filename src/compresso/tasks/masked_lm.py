@@ -16,23 +16,20 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import auto_class, is_causal
+from compresso.checkpoint.source import auto_class
 from compresso.core.loss import MASKED_TOKEN, Loss
 from compresso.data.batches import Row, collate
 from compresso.data.masked import PLAIN, encode_masked, redrawn
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.edit.new_head import under_new_head
-from compresso.errors import DataError
 from compresso.metrics.guard import Guard
 from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score
+from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register, spread
 from compresso.training.distill_objective import Compare
 from compresso.training.masked_halves import MaskedNetwork, masked_tokens
 from compresso.training.noise import mixed_seed
-
-_PROBED = 4
-_LEAST_HELD, _MOST_HELD = 32, 256
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,7 @@ class MaskedLM:
 
     def obstacle(self, config: PreTrainedConfig) -> str:
         """Why no model with this config does it; "" for an encoder of texts."""
-        if is_causal(config):
-            return (
-                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
-            )
-        if type(config) not in AutoModelForMaskedLM._model_mapping:
-            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
-        return ""
+        return encoders.obstacle(config, AutoModelForMaskedLM, self.name)
 
     def lacks_head(self, config: PreTrainedConfig) -> bool:
         """Whether it is a base model, or has a head for another task."""
@@ -75,10 +66,7 @@ class MaskedLM:
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
         """Ids with the tokenizer's special tokens, masked. Raises DataError as `encode_masked`."""
-        if tokenizer is None:
-            raise DataError(
-                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
-            )
+        tokenizer = encoders.with_tokenizer(tokenizer, records)
         return encode_masked(
             records, tokenizer, reading.max_length, reading.pack, reading.limit, int(config.vocab_size)
         )
@@ -89,7 +77,7 @@ class MaskedLM:
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a loss and no more than takes seconds."""
-        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+        return encoders.held_out(n_rows)
 
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> MaskedNetwork:
         """The model cut where logits are made."""
@@ -106,16 +94,14 @@ class MaskedLM:
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """A few examples with their padding."""
-        batch = self.collate(rows[:_PROBED], pad_id)
+        batch = self.collate(rows[: encoders.PROBED], pad_id)
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def score(
         self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None
     ) -> MaskedScore:
         """The loss on masked tokens, and how many of them are guessed."""
-        padding = model.config.pad_token_id
-        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
-        return masked_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
+        return masked_score(model, rows, partial(self.collate, pad_id=encoders.padding(model.config)))
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By the loss on masked tokens, against dense and against a uniform guess."""

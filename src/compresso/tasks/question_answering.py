@@ -13,24 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import auto_class, is_causal
+from compresso.checkpoint.source import auto_class
 from compresso.core.loss import SPAN, Loss
 from compresso.data.answers import ANSWERED, by_group, encode_answered
 from compresso.data.batches import Row, encoder_inputs
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.edit.new_head import under_new_head
-from compresso.errors import DataError
 from compresso.metrics.answers import F1, WHOLE, AnswerScore, answer_score
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
+from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register
-from compresso.training.distill_objective import Compare
+from compresso.training.distill_objective import Compare, Whole, examples
 from compresso.training.noise import mixed_seed
-from compresso.training.span_halves import Spans, both_ends
-
-_PROBED = 4
-_LEAST_HELD, _MOST_HELD = 32, 256
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,11 @@ class QuestionAnswering:
     )
     writes_text: bool = False
     loss: Loss = SPAN
-    compare: Compare = both_ends
+    compare: Compare = examples
 
     def obstacle(self, config: PreTrainedConfig) -> str:
         """Why no model with this config does it; "" for an encoder of texts."""
-        if is_causal(config):
-            return (
-                f"({config.model_type}) is a causal language model; --task {self.name} takes an encoder, such as BERT"
-            )
-        if type(config) not in AutoModelForQuestionAnswering._model_mapping:
-            return f"({config.model_type}) reads no text; --task {self.name} takes an encoder of texts, such as BERT"
-        return ""
+        return encoders.obstacle(config, AutoModelForQuestionAnswering, self.name)
 
     def lacks_head(self, config: PreTrainedConfig) -> bool:
         """Whether it is a base model, or has a head for another task."""
@@ -77,11 +67,8 @@ class QuestionAnswering:
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
         """Windows of question and text. Raises DataError as `encode_answered`."""
-        if tokenizer is None:
-            raise DataError(
-                f"{records.source}: the model has no tokenizer to read texts with; add its files to the model"
-            )
-        segments = getattr(config, "type_vocab_size", 1) > 1
+        tokenizer = encoders.with_tokenizer(tokenizer, records)
+        segments = encoders.tells_segments(config)
         return encode_answered(records, tokenizer, reading.max_length, reading.limit, int(config.vocab_size), segments)
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
@@ -90,11 +77,11 @@ class QuestionAnswering:
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a score and no more than takes seconds."""
-        return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+        return encoders.held_out(n_rows)
 
-    def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Spans:
+    def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Whole:
         """The model whole: its logits are few."""
-        return Spans(model, blocks)
+        return Whole(model, blocks, int(model.config.max_position_embeddings), "positions")
 
     def collate(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """What `encoder_inputs` gives, and labels [len(rows), 2], int64. Raises DataError as `encoder_inputs`."""
@@ -107,15 +94,13 @@ class QuestionAnswering:
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """A few examples with their padding."""
-        return encoder_inputs(rows[:_PROBED], pad_id)
+        return encoder_inputs(rows[: encoders.PROBED], pad_id)
 
     def score(
         self, model: PreTrainedModel, rows: Sequence[Row], counted_as: Sequence[Row] | None = None
     ) -> AnswerScore:
         """F1 and exact match of answers."""
-        padding = model.config.pad_token_id
-        has_row = isinstance(padding, int) and 0 <= padding < model.config.vocab_size
-        return answer_score(model, rows, partial(self.collate, pad_id=padding if has_row else 0))
+        return answer_score(model, rows, partial(self.collate, pad_id=encoders.padding(model.config)))
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By what is left of the lead in F1 over answering with the whole text."""

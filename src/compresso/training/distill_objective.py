@@ -2,7 +2,7 @@
 hidden states.
 
 Language models are cut where logits are made: hidden states of all tokens are computed at once, logits (which are as
-wide as the vocabulary) for a few hundred tokens at a time. A classifier's logits are few and are taken whole. The
+wide as the vocabulary) for a few hundred tokens at a time. Logits of classes and positions are taken whole. The
 teacher is no submodule of the objective, so it stays in evaluation mode, frozen, where and in which dtype it is, and
 out of every checkpoint.
 """
@@ -89,7 +89,7 @@ def next_tokens(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
 
 
 def examples(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
-    """Every example, and the hidden states of all its positions but padding."""
+    """Every label, one or several an example, and the hidden states of all positions but padding."""
     labels = batch["labels"]
     return Compared(labels, torch.ones_like(labels, dtype=torch.bool), batch["attention_mask"].bool())
 
@@ -176,22 +176,28 @@ class Network:
 
 @dataclass(frozen=True)
 class Whole:
-    """A classifier of whole examples, whose first half is all of it.
+    """A model whose logits are few: a classifier, or one that finds answers. Its first half is all of it.
 
     Args:
         model: without or with adapters in its layers.
         blocks: those of its layers whose outputs are wanted.
+        outcomes: among how many it decides.
+        words: what these are, in a word.
     """
 
     model: PreTrainedModel
-    blocks: Sequence[nn.Module] = ()
+    blocks: Sequence[nn.Module]
+    outcomes: int
+    words: str
 
     def read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Logits [batch, classes], and the outputs of the blocks, each [batch, seq, hidden]; on the model's device."""
+        """Logits [batch, classes], or those of each token to be the first and the last [batch, 2, seq], and the outputs
+        of the blocks, each [batch, seq, hidden]; on the model's device.
+        """
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
         with block_outputs(self.blocks) as found:
             logits = logits_of(self.model, inputs)
-        return logits, list(found)
+        return logits.transpose(1, -1), list(found)  # what is decided among comes last
 
     def logits(self, last: Tensor) -> Tensor:
         """The same."""
@@ -209,15 +215,22 @@ class Whole:
         """They are logits."""
         return False
 
-    @property
-    def outcomes(self) -> int:
-        """Classes."""
-        return int(self.model.config.num_labels or 0)
 
-    @property
-    def words(self) -> str:
-        """What it decides among."""
-        return "classes"
+def check_pair(student: Halves, teacher: Halves | None) -> None:
+    """Check that both models can be cut, and decide among the same.
+
+    Raises:
+        RecipeError: the models decide among different outcomes.
+        ArchError: a model that cannot be cut in halves.
+    """
+    if teacher is not None and student.outcomes != teacher.outcomes:
+        raise RecipeError(
+            f"the student decides among {student.outcomes} {student.words}, its teacher among {teacher.outcomes}; give"
+            " a teacher of the same"
+        )
+    for network in (student, teacher):
+        if network is not None:
+            network.check()
 
 
 class DistillObjective(nn.Module):
@@ -263,10 +276,11 @@ class DistillObjective(nn.Module):
         """
         super().__init__()
         if student.outcomes != teacher.outcomes:
-            if student.words == "classes":
+            if student.words != "tokens":
+                same = "labels" if student.words == "classes" else student.words
                 raise RecipeError(
-                    f"the smaller model has {student.outcomes} classes, its teacher {teacher.outcomes}; distil from a"
-                    " teacher of the same labels"
+                    f"the smaller model has {student.outcomes} {student.words}, its teacher {teacher.outcomes}; distil"
+                    f" from a teacher of the same {same}"
                 )
             raise RecipeError(
                 f"the smaller model has a vocabulary of {student.outcomes}, its teacher one of {teacher.outcomes}: "

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.core.squarehead import Norm, squared_error
-from compresso.errors import ArchError, RecipeError
-from compresso.training.distill_objective import Compare, Halves, Tokens, block_outputs
+from compresso.errors import ArchError
+from compresso.training.distill_objective import Compare, Halves, Tokens, block_outputs, check_pair
 from compresso.training.gradual_pruning import Left
 from compresso.training.logit_losses import logit_losses
 from compresso.training.order import Micro
@@ -95,14 +95,7 @@ class HomoDistilLosses:
         tokens: Tokens = "labelled",
         chunk: int = 512,
     ) -> None:
-        ours, theirs = student.halves, teacher.halves
-        if ours.outcomes != theirs.outcomes:
-            raise RecipeError(
-                f"the student decides among {ours.outcomes} {ours.words}, its teacher among {theirs.outcomes}; give a"
-                " teacher of the same"
-            )
-        ours.check()
-        theirs.check()
+        check_pair(student.halves, teacher.halves)
         self._student, self._teacher, self._compare, self._weights = student, teacher, compare, weights
         self._norm: Norm = norm
         self._temperature, self._chunk = temperature, chunk

@@ -22,8 +22,8 @@ from compresso.core.losses import IGNORED
 from compresso.core.one_stage import LayerMap, attention_distance, soft_cross_entropy
 from compresso.core.squarehead import Norm, squared_error
 from compresso.edit.quantise_inputs import InputRounding
-from compresso.errors import ArchError, RecipeError
-from compresso.training.distill_objective import Compare, Halves, Tokens, next_tokens
+from compresso.errors import ArchError
+from compresso.training.distill_objective import Compare, Halves, Tokens, check_pair, next_tokens
 from compresso.training.order import Micro
 
 Over = Literal["examples", "classes"]
@@ -99,15 +99,7 @@ class OneStageObjective(nn.Module):
         reading: Sequence[InputRounding] = (),
     ) -> None:
         super().__init__()
-        student, teacher = taught.student, taught.teacher
-        if teacher is not None and student.outcomes != teacher.outcomes:
-            raise RecipeError(
-                f"the student decides among {student.outcomes} {student.words}, its teacher among {teacher.outcomes};"
-                " give a teacher of the same"
-            )
-        for network in (student, teacher):
-            if network is not None:
-                network.check()
+        check_pair(taught.student, taught.teacher)
         self.model = model
         self._taught, self._weighs, self._compare, self._reading = taught, weighs, compare, tuple(reading)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.core.squarehead import Norm, squared_error
-from compresso.errors import RecipeError
-from compresso.training.distill_objective import Compare, Halves, Tokens, next_tokens
+from compresso.training.distill_objective import Compare, Halves, Tokens, check_pair, next_tokens
 from compresso.training.logit_losses import logit_losses
 from compresso.training.order import Micro
 
@@ -63,14 +62,7 @@ class SquareHeadObjective(nn.Module):
         chunk: int = 512,
     ) -> None:
         super().__init__()
-        if teacher is not None and student.outcomes != teacher.outcomes:
-            raise RecipeError(
-                f"the student decides among {student.outcomes} {student.words}, its teacher among {teacher.outcomes};"
-                " give a teacher of the same"
-            )
-        for network in (student, teacher):
-            if network is not None:
-                network.check()
+        check_pair(student, teacher)
         self.model = model
         self._student, self._teacher, self._blocks, self._dimensions = student, teacher, list(blocks), dimensions
         self._norm: Norm = norm

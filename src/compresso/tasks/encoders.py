@@ -1,0 +1,51 @@
+"""What the tasks of encoders of texts have in common: whom they refuse, what they read, how much they hold out."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from compresso.checkpoint.source import is_causal
+from compresso.data.records import Records
+from compresso.errors import DataError
+
+PROBED = 4
+"""Examples that a masked and a smaller model are compared on."""
+_LEAST_HELD, _MOST_HELD = 32, 256
+
+
+def obstacle(config: PreTrainedConfig, head: Any, task: str) -> str:
+    """Why no model with this config does a task; "" for an encoder of texts.
+
+    Args:
+        config: of the model.
+        head: transformers' class that opens one with a head for the task.
+        task: its name.
+    """
+    if is_causal(config):
+        return f"({config.model_type}) is a causal language model; --task {task} takes an encoder, such as BERT"
+    if type(config) not in head._model_mapping:
+        return f"({config.model_type}) reads no text; --task {task} takes an encoder of texts, such as BERT"
+    return ""
+
+
+def with_tokenizer(tokenizer: PreTrainedTokenizerBase | None, records: Records) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises DataError without one."""
+    if tokenizer is None:
+        raise DataError(f"{records.source}: the model has no tokenizer to read texts with; add its files to the model")
+    return tokenizer
+
+
+def tells_segments(config: PreTrainedConfig) -> bool:
+    """Whether a model tells the texts of a pair apart by type ids."""
+    return getattr(config, "type_vocab_size", 1) > 1
+
+
+def held_out(n_rows: int) -> int:
+    """A fifth of so many examples, but enough for a score and no more than takes seconds."""
+    return min(max(n_rows // 5, _LEAST_HELD), _MOST_HELD)
+
+
+def padding(config: PreTrainedConfig) -> int:
+    """The id that pads a batch: the model's own, or 0 where that has no row."""
+    own = config.pad_token_id
+    return own if isinstance(own, int) and 0 <= own < config.vocab_size else 0
