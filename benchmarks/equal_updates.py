@@ -13,7 +13,6 @@ float32. A finished row is a line of results/equal_updates.jsonl; checkpoints st
 import argparse
 import json
 import os
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,6 @@ def row(
     folder, facts = scratch / name, scratch / f"{name}.json"
     sets = sets_of(method, repair, given.updates)
     if not facts.exists():
-        begun = time.monotonic()
         data = ",".join(str(root / one) for one in (ROWS, TEXT))
         begun_before = folder.with_name(f"{name}.partial").exists()
         result = compresso.run(
@@ -71,7 +69,6 @@ def row(
         blocks = [result.records[when]["parameters"]["blocks"] for when in ("after", "before")]
         repaired = result.records["stages"].get("repair", {})
         known = {
-            "seconds": round(time.monotonic() - begun),
             "blocks": blocks[0] / blocks[1],
             "repair": {key: repaired[key] for key in ("applied", "held_out_loss") if key in repaired},
         }
@@ -108,8 +105,8 @@ def report() -> None:
         f"SmolLM2-135M-Instruct; {one['updates']} updates of {BATCH * LENGTH:,} tokens for every method, one seed."
         f" Perplexity ± one standard error over windows; {where}. See `benchmarks/equal_updates.py`.",
         "",
-        "| removed | method | repair | blocks left | WikiText-2 | C4 sample | minutes |",
-        "|---:|---|---|---:|---:|---:|---:|",
+        "| removed | method | repair | blocks left | WikiText-2 | C4 sample |",
+        "|---:|---|---|---:|---:|---:|",
     ]
     for line in sorted(done, key=lambda line: (-line["keep"], line["found"]["wikitext2"]["loss"])):
         numbers = [
@@ -118,7 +115,7 @@ def report() -> None:
         ]
         text.append(
             f"| {round(100 * (1 - line['keep']))} % | {line['method']} | {line['repair_target']} |"
-            f" {100 * line.get('blocks', 1):.1f} % | {' | '.join(numbers)} | {line.get('seconds', 0) / 60:.0f} |"
+            f" {100 * line.get('blocks', 1):.1f} % | {' | '.join(numbers)} |"
         )
     (RESULTS / "equal_updates.md").write_text("\n".join([*text, ""]), "utf-8")
 

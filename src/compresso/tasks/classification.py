@@ -23,7 +23,6 @@ from compresso.data.batches import Row, encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
-from compresso.edit.new_head import under_new_head
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
@@ -65,7 +64,7 @@ class Classification:
             "label2id": {name: i for i, name in enumerate(labels)},
             "problem_type": "single_label_classification",
         }
-        return under_new_head(model, AutoModelForSequenceClassification, fields, mixed_seed("head", seed))
+        return encoders.under_new_head(model, AutoModelForSequenceClassification, fields, mixed_seed("head", seed))
 
     def encode(
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig

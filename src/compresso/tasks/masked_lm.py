@@ -22,7 +22,6 @@ from compresso.data.batches import Row, collate
 from compresso.data.masked import PLAIN, encode_masked, redrawn
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
-from compresso.edit.new_head import under_new_head
 from compresso.metrics.guard import Guard
 from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score
 from compresso.tasks import encoders
@@ -60,7 +59,9 @@ class MaskedLM:
 
     def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
         """The encoder under a new head with the embedding as its decoder; it has no use for a pooler."""
-        return under_new_head(model, AutoModelForMaskedLM, {"tie_word_embeddings": True}, mixed_seed("head", seed))
+        return encoders.under_new_head(
+            model, AutoModelForMaskedLM, {"tie_word_embeddings": True}, mixed_seed("head", seed)
+        )
 
     def encode(
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig

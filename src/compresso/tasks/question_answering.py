@@ -19,7 +19,6 @@ from compresso.data.answers import ANSWERED, by_group, encode_answered
 from compresso.data.batches import Row, encoder_inputs
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
-from compresso.edit.new_head import under_new_head
 from compresso.metrics.answers import F1, WHOLE, AnswerScore, answer_score
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
@@ -61,7 +60,9 @@ class QuestionAnswering:
 
     def with_head(self, model: PreTrainedModel, labels: Sequence[str], seed: int) -> PreTrainedModel:
         """The encoder under a new linear with two outputs."""
-        return under_new_head(model, AutoModelForQuestionAnswering, {"num_labels": 2}, mixed_seed("head", seed))
+        return encoders.under_new_head(
+            model, AutoModelForQuestionAnswering, {"num_labels": 2}, mixed_seed("head", seed)
+        )
 
     def encode(
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig

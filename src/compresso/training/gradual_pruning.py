@@ -13,13 +13,12 @@ dimensions that are gone out of their mean and variance.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresso.arch.base import Arch
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 from compresso.core.sensitivity import sensitivities
@@ -50,12 +49,24 @@ Losses = Callable[[Mapping[str, Tensor], Micro, Left], dict[str, Tensor]]
 """A batch, where it stands, what is left -> "loss" and numbers to log."""
 
 
+class Narrowing(Protocol):
+    """What an architecture says of a model that gets narrower; an `Arch` does."""
+
+    def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
+        """Everything that can still be removed."""
+        ...
+
+    def sync_config_(self, model: PreTrainedModel) -> None:
+        """Make the config agree with the parameters."""
+        ...
+
+
 class GradualPruning(nn.Module):
     """A training whose student loses units.
 
     Args:
         model: the student; all of its weights learn.
-        arch: of it.
+        arch: what describes it.
         losses: what it minimises.
         final: axis name -> units that stay at the end; other axes lose none. Their units tile their tensors.
         start, end: updates between which units leave.
@@ -79,7 +90,7 @@ class GradualPruning(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        arch: Arch,
+        arch: Narrowing,
         losses: Losses,
         final: Mapping[str, int],
         *,
