@@ -15,7 +15,7 @@ trained alike before it is scored; only 0 is there yet.
 Torch-Pruning is run from its own package where it is installed (`opponents.py`).
 
 The report says for each ratio which method is nearest to dense by KL, and by how much the next is farther, in pairs of
-windows and seeds: won is more than 6 %, with the 95 % interval of the difference off zero.
+windows and seeds: won is more than 6 %, with the 95 % interval of the difference off zero, over several seeds.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def _verdict(mine: Sequence[Mapping[str, Any]]) -> str:
     ]
     mean, half = statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
     ratio = statistics.fmean(second[seed]["kl"] / first[seed]["kl"] for seed in seeds)
-    won = mean - half > 0 and ratio > MARGIN
+    won = mean - half > 0 and ratio > MARGIN and len(seeds) > 1
     return (
         f"{ranked[0]} is nearest; {ranked[1]} is {ratio:.2f} times as far, {mean:.3f} ± {half:.3f} nats more over"
         f" {len(gaps)} windows{' (won)' if won else ''}."
