@@ -46,7 +46,9 @@ _CHECKPOINT = (
 GGUF_MARK = ("general.written_by", "compresso export")
 """A field, and its value, of the GGUF files that `compresso export` writes, the first after the architecture."""
 ONNX_MARKS = ("compresso_cache", "compresso_inputs")
-"""Fields of the config beside a graph that `compresso export` writes: of a language model, of a classifier."""
+"""Fields of the config beside a graph that `compresso export` writes: of a language model, of an encoder."""
+PACKED_MARK = "(`pip install compresso-llm`) rounded, packed by"
+"""In the card of an export with packed weights, and of nobody else's."""
 _MARKED_WITHIN = 1_024  # bytes
 
 
@@ -188,10 +190,6 @@ def _is_packed(folder: Path) -> bool:
     quantization = _json(folder / "config.json").get("quantization_config")
     packed = isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors"
     return packed and PACKED_MARK.encode() in first_bytes(folder / "README.md")
-
-
-PACKED_MARK = "(`pip install compresso-llm`) rounded, packed by"
-"""In the card of an export with packed weights, and of nobody else's."""
 
 
 def demo(runs: tuple[str, ...]) -> Written:

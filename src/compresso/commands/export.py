@@ -60,7 +60,7 @@ def export(
         unchecked.
 
     Raises:
-        ArchError: for a model that neither writes text nor, as ONNX, classifies it.
+        ArchError: for a model that writes no text, but for encoders with a head where the format has them.
         CheckpointError: if the model cannot be read or the output may not be written.
         ExportError: if the format cannot hold the model, or the engine reads something else than was written; then no
             file is left.
@@ -169,7 +169,7 @@ def _packed_decoder(source: Source, output: Path, force: bool) -> dict[str, Any]
 
 
 def _packed_encoder(source: Source, output: Path, force: bool) -> dict[str, Any]:
-    """Write a classifier with packed weights and open it in a fresh process."""
+    """Write an encoder with packed weights and open it in a fresh process."""
     live = load_for(Format.PACKED, source)
     assert live.packing is not None
     facts: dict[str, Any] = {"output": str(output), "format": str(Format.PACKED), "dtype": live.packing.kind}
