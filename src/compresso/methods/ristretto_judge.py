@@ -62,8 +62,14 @@ class Judge:
 
     @property
     def best(self) -> Levels:
-        """The nearest to dense."""
-        return min(self.seen, key=self._distance)
+        """The nearest to dense. Raises NumericError if predictions of all of them overflow."""
+        nearest = min(self.seen, key=self._distance)
+        if self.seen[nearest]["divergence"] is None:
+            raise NumericError(
+                f"all {len(self.seen)} candidates overflow on the rows that judge; use float32 or bfloat16, or raise"
+                " keep"
+            )
+        return nearest
 
     def _distance(self, levels: Levels) -> float:
         value = self.seen[levels]["divergence"]
@@ -82,18 +88,21 @@ class Judge:
         smaller = self._build(apart, levels)
         if self._repair is not None:
             smaller = self._repair(smaller)
+        divergence = self._divergence(smaller.model)
+        sound = divergence is not None  # of one that overflows there is neither a loss nor a text
         self.seen[levels] = {
-            "divergence": self._divergence(smaller.model),
-            "loss": float(self._job.task.score(smaller.model, self._rows).mean),
-            "repetition": self._repetition(smaller.model),
+            "divergence": divergence,
+            "loss": float(self._job.task.score(smaller.model, self._rows).mean) if sound else None,
+            "repetition": self._repetition(smaller.model) if sound else 1.0,
         }
         if self._journal is not None:
             self._journal.append(self.seen[levels])
 
     def taken(self, repeats: float) -> tuple[Levels, int]:
         """The best candidate that repeats itself at most so much more than the dense model, and its place in the order
-        of judging.
+        of judging. Raises NumericError as `best`.
         """
+        _ = self.best
         ranked = sorted(self.seen, key=self._distance)
         most = self._repetition(self._job.model) + repeats
         place, _ = first_that_writes((self.seen[levels]["repetition"] for levels in ranked), most)
