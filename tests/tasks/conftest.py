@@ -4,17 +4,24 @@ seconds.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.conftest import Call
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.source import load_model, open_source
 from compresso.core.plan import Plan
+from compresso.engines.onnx_runtime import ONNX
+from compresso.engines.transformers import OWN
+from compresso.engines.verify import verify
 from compresso.job import Job
+from compresso.tasks.base import Task
 from compresso.tasks.classification import CLASSIFICATION
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -76,34 +83,50 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MakeClassifier = Callable[..., Job]
 
 
+def untrained(model: PreTrainedModel, rows: Sequence[Any], task: Task, out: Path, labels: tuple[str, ...] = ()) -> Job:
+    """A job of a model with random weights large enough to tell units apart; the first six rows are held out."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.3, generator=generator)
+    return Job(
+        model=model,
+        arch=arch_for(model.config),
+        tokenizer=None,
+        rows=rows[6:],
+        held=rows[:6],
+        plan=Plan(),
+        records={},
+        identity={},
+        seed=0,
+        out=out,
+        quiet=True,
+        task=task,
+        labels=labels,
+    )
+
+
 @pytest.fixture
 def classifier(tmp_path: Path) -> MakeClassifier:
     """classifier(**config): a job of a classifier with random weights large enough to tell units apart."""
 
     def make(**config: object) -> Job:
-        generator = torch.Generator().manual_seed(3)
         model = BertForSequenceClassification(BertConfig(**SIZES | config, num_labels=3)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.3, generator=generator)
         draw = random.Random(1)
         ids = [[2, *(draw.randrange(4, len(VOCABULARY)) for _ in range(draw.randint(2, 8))), 3] for _ in range(24)]
         rows = [{"input_ids": row, "labels": [i % 3]} for i, row in enumerate(ids)]
-        return Job(
-            model=model,
-            arch=arch_for(model.config),
-            tokenizer=None,
-            rows=rows[6:],
-            held=rows[:6],
-            plan=Plan(),
-            records={},
-            identity={},
-            seed=0,
-            out=tmp_path / "work",
-            quiet=True,
-            task=CLASSIFICATION,
-            labels=("a", "b", "c"),
-        )
+        return untrained(model, rows, CLASSIFICATION, tmp_path / "work", ("a", "b", "c"))
 
     return make
+
+
+def exported(call: Call, pruned: Path, folder: Path) -> PreTrainedModel:
+    """Write a checkpoint as ONNX and ask the engines of it and of the graph; the checkpoint's model."""
+    code, out, error = call("export", pruned, "--format", "onnx", "--output", folder, "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
+    answers = {one.engine: one for one in verify(pruned)}
+    assert answers[ONNX.name].opens == "yes" and answers[OWN.name].opens == "yes"
+    return load_model(open_source(pruned))

@@ -15,21 +15,16 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Call, Forked, work_of
-from tests.tasks.conftest import NEUTRAL, SIZES, SPECIAL, VOCABULARY, tokenizer
+from tests.tasks.conftest import NEUTRAL, SIZES, SPECIAL, VOCABULARY, exported, tokenizer, untrained
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, GPT2Config, ViTConfig
 
-from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
 from compresso.core.loss import MASKED_TOKEN
 from compresso.core.masking import Masking, masked
-from compresso.core.plan import Plan
 from compresso.data.batches import Row
 from compresso.data.masked import encode_masked
 from compresso.data.records import Records, Text
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
-from compresso.engines.transformers import OWN
-from compresso.engines.verify import verify
 from compresso.errors import DataError
 from compresso.job import Job
 from compresso.methods.distill import Distill
@@ -98,26 +93,11 @@ def make(tmp_path: Path) -> Make:
     """make(): a job of a masked language model with random weights large enough to tell units apart."""
 
     def _make() -> Job:
-        generator = torch.Generator().manual_seed(3)
-        model = BertForMaskedLM(BertConfig(**SIZES | {"vocab_size": MASK + 1})).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.3, generator=generator)
-        rows = encoded(texts(24), max_length=32).rows
-        return Job(
-            model=model,
-            arch=arch_for(model.config),
-            tokenizer=None,
-            rows=rows[6:],
-            held=rows[:6],
-            plan=Plan(),
-            records={},
-            identity={},
-            seed=0,
-            out=tmp_path / "work",
-            quiet=True,
-            task=MASKED_LM,
+        return untrained(
+            BertForMaskedLM(BertConfig(**SIZES | {"vocab_size": MASK + 1})).eval(),
+            encoded(texts(24), max_length=32).rows,
+            MASKED_LM,
+            tmp_path / "work",
         )
 
     return _make
@@ -348,13 +328,7 @@ def test_killed_a_run_ends_in_the_same_bytes(
 @pytest.mark.engines
 def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    code, out, error = call("export", pruned, "--format", "onnx", "--output", tmp_path / "onnx", "--json")
-    assert code == 0, error
-    told = json.loads(out)
-    assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
-    answers = {one.engine: one for one in verify(pruned)}
-    assert answers[ONNX.name].opens == "yes" and answers[OWN.name].opens == "yes"
-    live = load_model(open_source(pruned))
+    live = exported(call, pruned, tmp_path / "onnx")
     with torch.no_grad():
         live.get_parameter("cls.predictions.bias").add_(1)
     assert encoder_parity(ONNX, tmp_path / "onnx", encoder_reference(live, None)).opens == "no"

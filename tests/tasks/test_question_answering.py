@@ -14,20 +14,15 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Call
-from tests.tasks.conftest import MOODS, NEUTRAL, SIZES, tokenizer
+from tests.tasks.conftest import MOODS, NEUTRAL, SIZES, exported, tokenizer, untrained
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering, BertModel, GPT2Config
 
-from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
 from compresso.core.answer_window import LONGEST, AnswerWindow
 from compresso.core.loss import SPAN
-from compresso.core.plan import Plan
 from compresso.data.answers import ANSWERED, by_group, encode_answered, parse_answered
 from compresso.data.records import Answered, BadRecord, Records, records_from
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
-from compresso.engines.transformers import OWN
-from compresso.engines.verify import verify
 from compresso.errors import DataError
 from compresso.job import Job
 from compresso.methods.distill import Distill
@@ -80,26 +75,11 @@ def make(tmp_path: Path) -> Make:
     """make(): a job of a model with random weights large enough to tell units apart."""
 
     def _make() -> Job:
-        generator = torch.Generator().manual_seed(3)
-        model = BertForQuestionAnswering(BertConfig(**SIZES)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.3, generator=generator)
-        rows = encoded(questions(24), segments=True).rows
-        return Job(
-            model=model,
-            arch=arch_for(model.config),
-            tokenizer=None,
-            rows=rows[6:],
-            held=rows[:6],
-            plan=Plan(),
-            records={},
-            identity={},
-            seed=0,
-            out=tmp_path / "work",
-            quiet=True,
-            task=QUESTION_ANSWERING,
+        return untrained(
+            BertForQuestionAnswering(BertConfig(**SIZES)).eval(),
+            encoded(questions(24), segments=True).rows,
+            QUESTION_ANSWERING,
+            tmp_path / "work",
         )
 
     return _make
@@ -355,13 +335,7 @@ def test_a_run_makes_a_head_trains_prunes_and_tells_f1_and_exact_match(pruned: P
 @pytest.mark.engines
 def test_onnx_gives_starts_and_ends_and_computes_the_same(pruned: Path, call: Call, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    code, out, error = call("export", pruned, "--format", "onnx", "--output", tmp_path / "onnx", "--json")
-    assert code == 0, error
-    told = json.loads(out)
-    assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
-    answers = {one.engine: one for one in verify(pruned)}
-    assert answers[ONNX.name].opens == "yes" and answers[OWN.name].opens == "yes"
-    live = load_model(open_source(pruned))
+    live = exported(call, pruned, tmp_path / "onnx")
     with torch.no_grad():
         live.get_parameter("qa_outputs.bias")[1] += 1
     assert encoder_parity(ONNX, tmp_path / "onnx", encoder_reference(live, None)).opens == "no"

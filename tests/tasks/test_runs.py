@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Call, Forked, work_of
-from tests.tasks.conftest import sentences
+from tests.tasks.conftest import exported, sentences
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compresso
-from compresso.checkpoint.source import load_model, open_source
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
-from compresso.engines.transformers import OWN
-from compresso.engines.verify import verify
 from compresso.errors import DataError
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
@@ -244,14 +241,8 @@ def test_transformers_alone_opens_the_result(pruned: Path) -> None:
 def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_path: Path) -> None:
     """Texts of different lengths side by side, so padding must not count."""
     pytest.importorskip("onnxruntime")
-    code, out, error = call("export", pruned, "--format", "onnx", "--output", tmp_path / "onnx", "--json")
-    assert code == 0, error
-    told = json.loads(out)
-    assert told["checked"] == "opened in ONNX Runtime" and told["difference"] < 1e-4
+    live = exported(call, pruned, tmp_path / "onnx")
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
-    answers = {one.engine: one for one in verify(pruned)}
-    assert answers[ONNX.name].opens == "yes" and answers[OWN.name].opens == "yes"
-    live = load_model(open_source(pruned))
     with torch.no_grad():
         live.get_parameter("classifier.bias").add_(1)
     assert encoder_parity(ONNX, tmp_path / "onnx", encoder_reference(live, None)).opens == "no"

@@ -76,6 +76,7 @@ def under_new_head(model: PreTrainedModel, auto: Any, fields: Mapping[str, objec
         made: PreTrainedModel = auto.from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
+    made.config.architectures = [type(made).__name__]  # by which a later stage knows that the head is there
     encoder, fresh = model.base_model, dict(made.base_model.named_children())
     there = dict(encoder.named_children())
     for name in there.keys() - fresh.keys():
