@@ -33,6 +33,7 @@ from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.data import nano
 from compresso.edit.shrink import shrink_
+from compresso.edit.stock import as_stock
 from compresso.engines import llama_cpp
 from compresso.engines.onnx_runtime import ONNX, OnnxModel
 from compresso.engines.parity import ids_of, reference_of
@@ -40,7 +41,6 @@ from compresso.formats.gguf import save_gguf
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.onnx import save_onnx
 from compresso.metrics.latency import speed_measurements
-from compresso.native.stock import as_stock
 from compresso.solve.allocate import allocate
 
 PROMPT, NEW = 128, 32

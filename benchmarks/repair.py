@@ -30,9 +30,9 @@ from common import RESULTS, machine
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
 from compresso.data import nano, world
+from compresso.edit.stock import as_stock
 from compresso.job import Job
 from compresso.metrics.divergence import DenseReference, divergence, reference
-from compresso.native.stock import as_stock
 from compresso.stage import card
 
 SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -30,15 +30,15 @@ import torch
 
 from common import RESULTS, machine
 from compresso.checkpoint.source import load_model, open_source
+from compresso.core.row import Row
 from compresso.data import world
-from compresso.data.batches import Row
+from compresso.edit.stock import as_stock
 from compresso.errors import RecipeError
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.held import held_loss
 from compresso.metrics.perplexity import every_token, perplexity
-from compresso.native.stock import as_stock
 from compresso.runner.preflight import Prepared, prepare
 from compresso.runner.recipe import build
 from compresso.runner.run import new_job

@@ -19,7 +19,7 @@ import torch
 
 from common import high_water_mib, machine, write
 from compresso.checkpoint.source import load_model
-from compresso.native.stock import as_stock
+from compresso.edit.stock import as_stock
 from compresso.runner.recipe import build
 from compresso.runner.run import new_job
 from structured import prepared

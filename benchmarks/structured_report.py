@@ -24,8 +24,8 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, open_source
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
+from compresso.edit.stock import as_stock
 from compresso.metrics.latency import speed_measurements
-from compresso.native.stock import as_stock
 from compresso.report.charts import curves
 from compresso.runner.recipe import read
 from structured import WHOLE, rows_of

@@ -21,7 +21,7 @@ from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.measures import NONE, Measures
 from compresso.core.plan import Plan
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.cut_examples import Examples, cut_examples
 from compresso.edit.patch import Patch
 from compresso.edit.removal import Removal, remove_, without_tokens

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 import compresso
-from compresso.commands import demo_real, evaluate, evaluate_task, export, measure
+from compresso.commands import demo_real, evaluate, export, measure
 from compresso.data import nano
 from compresso.errors import ArchError, CompressoError
+from compresso.runner import evaluate_task
 
 ENCODER: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 BERT: dict[str, Any] = {**ENCODER, "vocab_size": 512, "max_position_embeddings": 64}

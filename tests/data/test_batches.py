@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compresso.data.batches import IGNORED, Row, collate, pad_id
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED, collate, pad_id
 from compresso.errors import DataError
 
 id_lists = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=4)

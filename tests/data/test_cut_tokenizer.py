@@ -15,8 +15,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from compresso.core.row import Row
 from compresso.data import nano, subwords
-from compresso.data.batches import IGNORED, Row
+from compresso.data.batches import IGNORED
 from compresso.data.cut_tokenizer import cut, required_ids, state_of, translation
 from compresso.errors import CheckpointError
 

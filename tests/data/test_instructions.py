@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.data.instructions import encode, encode_prompt, opening_ids
 from compresso.data.prompt import collaborative_prompt, full_prompt, user_turn
 from compresso.data.records import Chat, Instruction, Message, Record, Records, Text, Window

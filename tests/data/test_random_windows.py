@@ -2,7 +2,7 @@
 
 import pytest
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.random_windows import random_windows
 from compresso.errors import DataError
 

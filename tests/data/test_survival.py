@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from compresso.core.counted import survivors
 from compresso.data import nano
 from compresso.data.instructions import encode, encode_prompt
 from compresso.data.records import Chat, Instruction, Message, Record, Records, Text, Window
 from compresso.data.registry import load_records
-from compresso.data.survival import Encoded, Lost, Reach, check_dropped, passed_over, survivors, told
+from compresso.data.survival import Encoded, Lost, Reach, check_dropped, passed_over, told
 from compresso.errors import DataError
 
 SHORT = Instruction("Say a.", "", "a")

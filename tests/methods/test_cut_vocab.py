@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
+from compresso.core.row import Row
 from compresso.data import nano
-from compresso.data.batches import Row
 from compresso.errors import BudgetError, CheckpointError, DataError
 from compresso.job import Job
 from compresso.loading import load

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.edit.gate import gated
 from compresso.edit.in_place import cut_moments_, same_parameters
 from compresso.edit.removal import remove_

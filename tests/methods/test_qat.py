@@ -17,7 +17,7 @@ import compresso.stage.tuning
 from compresso.core.axis import Kind
 from compresso.core.one_stage import layer_map
 from compresso.core.quantisers import Quantiser, Style
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.edit.eager import eager
 from compresso.edit.patches import unpatch_
 from compresso.edit.quantise_inputs import Inputs

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import compresso.stage.tuning
 from compresso.core.axis import Kind
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError, NumericError
 from compresso.metrics.held import HeldLoss, held_loss
 from compresso.metrics.record import Environment

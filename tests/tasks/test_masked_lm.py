@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 
 from compresso.core.loss import MASKED_TOKEN
 from compresso.core.masking import Masking, masked
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.masked import encode_masked
 from compresso.data.records import Records, Text
 from compresso.engines.encoder import encoder_parity, encoder_reference

@@ -48,8 +48,8 @@ from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.checkpoint.tensors import HEADS, check_tensors, is_packed, listed, untied_as_stored
 from compresso.checkpoint.tokenizer_files import absent, lacking
+from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, CheckpointError, NumericError, ResourceError
-from compresso.native.stock import as_stock
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from compresso.checkpoint.source import Source, load_tokenizer, open_source
-from compresso.commands.evaluate_task import TASK, check_words, refuse_other_than_text, task_metric
 from compresso.core.counted import counted
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
@@ -22,6 +21,7 @@ from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
+from compresso.runner.evaluate_task import TASK, check_words, refuse_other_than_text, task_metric
 from compresso.training.device import choose_device
 from compresso.training.progress import Progress
 

@@ -14,6 +14,7 @@ from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, meta_model, open_source
 from compresso.checkpoint.writes_text import refuse_textless
+from compresso.commands.latency_fit import fit_times, shapes_to_fit
 from compresso.commands.latency_table import show
 from compresso.commands.measure import DTYPES, progress
 from compresso.core.latency_table import Conditions, LatencyTable, Phase
@@ -25,7 +26,6 @@ from compresso.metrics.record import Environment
 from compresso.metrics.shaped import ShapedModels
 from compresso.runner.measured_budget import machine_here, read_table
 from compresso.runner.output import stored_dtype
-from compresso.solve.latency_fit import fit_times, shapes_to_fit
 from compresso.training.device import choose_device
 
 __all__ = ["latency", "show"]

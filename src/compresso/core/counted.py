@@ -1,5 +1,7 @@
 """How many there are, in words that fit one of them too."""
 
+from collections.abc import Mapping
+
 
 def counted(n: int, noun: str, verb: str = "") -> str:
     """A number with what it counts, and the verb that goes with it.
@@ -15,3 +17,11 @@ def counted(n: int, noun: str, verb: str = "") -> str:
     one = n == 1
     spoken = {"is": "are", "was": "were"}.get(verb, verb) if not one else verb
     return f"{n:,} {noun}{'' if one else 's'}{' ' if verb else ''}{spoken}"
+
+
+def survivors(examples: Mapping[str, int]) -> int:
+    """Records that gave an example, of counts as `data.survival.Stats` names them; older records do not know all of
+    them.
+    """
+    empty = examples.get("empty", 0) - examples.get("blank", 0)
+    return examples.get("n", 0) - examples.get("dropped", 0) - empty - examples.get("refused", 0)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresso.core.answer_window import AnswerWindow
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.records import Answered, BadRecord, RecordForm, Records, Taken, text_of, type_name, unused_of
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError

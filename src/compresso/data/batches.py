@@ -1,32 +1,17 @@
 """From tokenised rows to the tensors of a training step."""
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compresso.core.answer_window import AnswerWindow
-from compresso.core.masking import Masking
+from compresso.core.row import Row
 from compresso.errors import DataError
 
 IGNORED = -100
 """Label of a token that takes no part in the loss."""
-
-
-class Row(TypedDict):
-    """One example: its ids, and for each the label, which is the id itself or `IGNORED`; of a classified text one label
-    in all; of a question, where its answer begins and ends. Where it is known, the source it came from; of a pair of
-    texts, which id belongs to which; of a masked text, how it was masked; of a question, what answers are read from.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    source: NotRequired[str]
-    token_type_ids: NotRequired[list[int]]
-    masking: NotRequired[Masking]
-    window: NotRequired[AnswerWindow]
 
 
 class Batch(TypedDict):

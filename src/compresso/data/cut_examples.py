@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from compresso.core.counted import counted
-from compresso.data.batches import Row, pad_id
+from compresso.core.row import Row
+from compresso.data.batches import pad_id
 from compresso.data.cut_tokenizer import cut, translation
 from compresso.data.survival import MOST_DROPPED
 from compresso.errors import DataError

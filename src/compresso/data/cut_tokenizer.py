@@ -15,8 +15,9 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from compresso.core.row import Row
 from compresso.data import subwords
-from compresso.data.batches import IGNORED, Row
+from compresso.data.batches import IGNORED
 from compresso.errors import CheckpointError
 
 

@@ -18,7 +18,8 @@ from itertools import accumulate
 from transformers import PreTrainedTokenizerBase
 
 from compresso.core.counted import counted
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.data.conversations import templated_prompt
 from compresso.data.prompt import body, full_prompt, opening, user_turn
 from compresso.data.records import NAMED_BAD, Chat, Instruction, Records, Window

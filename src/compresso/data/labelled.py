@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.records import BadRecord, Labelled, RecordForm, Records, Taken, text_of, type_name, unused_of
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError

@@ -11,7 +11,8 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from compresso.core.masking import Masking, masked, own_seed
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.data.columns import take
 from compresso.data.records import BadRecord, RecordForm, Records, Taken, Text, kind_of
 from compresso.data.survival import Encoded, Lost, Stats

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError
 
 

@@ -8,7 +8,8 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.data.conversations import templated_transcript
 from compresso.data.prompt import user_turn
 from compresso.data.records import Chat, Instruction, Message, Records, Text, Window

@@ -4,11 +4,11 @@ A run that drops more than a fifth of a source trains on something else than wha
 leaves no room for responses within the model's context. So it stops, with the cure, unless it is told to go on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compresso.core.counted import counted
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.records import Records
 from compresso.errors import DataError
 
@@ -71,12 +71,6 @@ class Lost:
     def total(self) -> int:
         """All of them."""
         return self.no_room + self.empty + self.refused
-
-
-def survivors(examples: Mapping[str, int]) -> int:
-    """Records that gave an example, of counts as `Stats` names them; older records do not know all of them."""
-    empty = examples.get("empty", 0) - examples.get("blank", 0)
-    return examples.get("n", 0) - examples.get("dropped", 0) - empty - examples.get("refused", 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.errors import DataError
 
 Spans = list[tuple[int, int]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
+from compresso.edit.stock import as_stock
 from compresso.engines.parity import Format, Reference, ids_of, reference_of
 from compresso.errors import ExportError
 from compresso.formats import packed
@@ -18,7 +19,6 @@ from compresso.formats.gguf import save_gguf
 from compresso.formats.onnx import save_onnx
 from compresso.formats.packed import Packing, packing_of, save_packed
 from compresso.formats.vllm_deci import save_vllm_deci
-from compresso.native.stock import as_stock
 
 _NEEDS = {
     Format.GGUF: ("gguf", "gguf"),

@@ -22,7 +22,7 @@ from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.plan import Plan
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.windows import check_window
 from compresso.edit.compensate import compensate_
 from compresso.job import Job

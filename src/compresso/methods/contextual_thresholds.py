@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compresso.arch.base import Arch
 from compresso.core.context import Uses, used
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids
 from compresso.job import Job

@@ -25,8 +25,8 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
+from compresso.core.row import Row
 from compresso.data import subwords
-from compresso.data.batches import Row
 from compresso.data.cut_tokenizer import required_ids, state_of
 from compresso.data.windows import check_window
 from compresso.edit.token_ids import token_ids

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.data.batches import IGNORED, Row
+from compresso.core.row import Row
+from compresso.data.batches import IGNORED
 from compresso.errors import CheckpointError, DataError
 from compresso.job import Job
 from compresso.metrics.held import held_loss

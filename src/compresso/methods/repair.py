@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.counted import counted
 from compresso.core.repair import tokens_wanted
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import CheckpointError, DataError, ResourceError
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage

@@ -35,7 +35,7 @@ from compresso.core.cost import CostModel
 from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import BudgetError, DataError, ResourceError
 from compresso.job import Job
 from compresso.methods.repair import Repair

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import NumericError
 from compresso.job import Job
 from compresso.methods.repair import Repair

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compresso.core.answer_window import AnswerWindow
 from compresso.core.answers import answer_f1, exact_match
 from compresso.core.loss import SPAN, logits_of
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.forward import check_ids
 from compresso.metrics.record import Environment, How, Measurement

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError, NumericError
 
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import write_bytes
+from compresso.core.rows_at_once import rows_at_once
 from compresso.errors import DataError, NumericError
-from compresso.metrics.forward import context_of, rows_at_once, window_logits
+from compresso.metrics.forward import context_of, window_logits
 from compresso.metrics.record import Environment, Measurement
 
 MAX_BYTES = 2**28

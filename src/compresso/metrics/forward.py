@@ -13,9 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.context import positions_of
 from compresso.errors import DataError
 
-_AT_ONCE_BYTES = 2**26
-"""Most bytes of float32 log-probabilities that are made at once: 512 tokens of a vocabulary of 32,000."""
-
 
 def context_of(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """Tokens a model was made to read, as its config says; None if it does not say."""
@@ -68,8 +65,3 @@ def window_logits(
                 yield i, logits[row, : len(windows[i])]
     finally:
         model.train(was_training)
-
-
-def rows_at_once(vocabulary: int) -> int:
-    """Positions whose log-probabilities are made together, so that memory does not grow with the window."""
-    return max(1, _AT_ONCE_BYTES // (4 * vocabulary))

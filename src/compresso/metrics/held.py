@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.core.losses import IGNORED
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError, NumericError
 from compresso.metrics.forward import window_logits
 from compresso.metrics.ratio import ratio_error

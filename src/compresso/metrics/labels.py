@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.core.loss import logits_of
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement

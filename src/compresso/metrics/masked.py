@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.loss import MASKED_TOKEN
 from compresso.core.losses import IGNORED
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
 from compresso.metrics.forward import check_ids
 from compresso.metrics.guard import Guard, judge

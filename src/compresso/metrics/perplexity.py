@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.core.rows_at_once import rows_at_once
 from compresso.errors import DataError, NumericError
-from compresso.metrics.forward import context_of, rows_at_once, window_logits
+from compresso.metrics.forward import context_of, window_logits
 from compresso.metrics.protocol import PRESETS, PerplexityProtocol, check_context, every_token, preset
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.windows import Window, streams, text_windows

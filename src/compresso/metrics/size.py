@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from compresso.arch.base import arch_for
 from compresso.checkpoint.folder import stored_tensors
 from compresso.core.cost import CostModel
+from compresso.edit.stock import as_stock
 from compresso.errors import ArchError
 from compresso.metrics.record import Environment, Measurement, Protocol
 from compresso.native import family_of
-from compresso.native.stock import as_stock
 
 KV_BYTES = 2
 """Bytes of a key/value cache entry: bfloat16 or float16, as served."""

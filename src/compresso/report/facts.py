@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from compresso.core.counted import counted
-from compresso.data.survival import survivors
+from compresso.core.counted import counted, survivors
 from compresso.metrics.record import Environment
 from compresso.report.read import Run
 from compresso.report.records import DataUsed, Engine, RunRecords

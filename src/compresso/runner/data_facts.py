@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from compresso.checkpoint.source import Source
-from compresso.data.survival import check_dropped, survivors
+from compresso.core.counted import survivors
+from compresso.data.survival import check_dropped
 from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples

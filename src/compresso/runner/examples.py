@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from compresso.arch.context import positions_of
 from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
-from compresso.data.batches import Row, padding_note
+from compresso.core.row import Row
+from compresso.data.batches import padding_note
 from compresso.data.instructions import encode_prompt
 from compresso.data.records import Records
 from compresso.data.registry import load_records

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
 from compresso.core.counted import counted
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.instructions import encode_prompt
 from compresso.data.template import original_template, single_template
+from compresso.edit.stock import as_stock
 from compresso.errors import DataError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
@@ -33,7 +34,6 @@ from compresso.metrics.latency import speed_measurements
 from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
-from compresso.native.stock import as_stock
 from compresso.runner.budgeted_time import obstacle, predicted, timed
 from compresso.sweep.memory import available
 from compresso.tasks.base import Score

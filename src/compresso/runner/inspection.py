@@ -18,9 +18,9 @@ from compresso.core.score import parameters_per_unit
 from compresso.discover.axes import Discovery, Found, discover
 from compresso.discover.explain import explain
 from compresso.door import public
+from compresso.edit.stock import as_stock
 from compresso.errors import ArchError
 from compresso.metrics.size import counts
-from compresso.native.stock import as_stock
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,12 @@ from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.door import public
 from compresso.edit.patches import patch_, read_patches, written
+from compresso.edit.stock import as_stock
 from compresso.engines.verify import parity_records
 from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
-from compresso.native.stock import as_stock
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take

@@ -24,11 +24,11 @@ from compresso.core.axis import Kind
 from compresso.core.plan import Plan
 from compresso.edit.patches import save_tensors, written
 from compresso.edit.shrink import shrink_
+from compresso.edit.stock import as_stock
 from compresso.errors import ResumeError
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.native import family_of
-from compresso.native.stock import as_stock
 
 _TENSORS = "tensors.safetensors"
 

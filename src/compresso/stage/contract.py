@@ -27,7 +27,7 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.stage.knobs import Trains, TunesLora
 
 if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and sweeps their types alone

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import DataError
 from compresso.sweep.activation_store import Place
 

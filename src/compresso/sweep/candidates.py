@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from compresso.core.rows_at_once import rows_at_once
 from compresso.errors import DataError, NumericError
-from compresso.metrics.forward import rows_at_once
 from compresso.solve.level_choice import Levels
 
 MAX_BYTES = 2**30

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from compresso.checkpoint.source import Source, auto_class
 from compresso.checkpoint.store import Store
+from compresso.edit.stock import as_stock
 from compresso.errors import CheckpointError
-from compresso.native.stock import as_stock
 
 
 class Offloaded:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.errors import ResourceError
 from compresso.observe.folds import Fold
 from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.core.loss import Loss
-from compresso.data.batches import Row
+from compresso.core.row import Row
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded, Reach
 from compresso.errors import RecipeError, nearest

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from compresso.checkpoint.source import is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
-from compresso.data.batches import Row, collate
+from compresso.core.row import Row
+from compresso.data.batches import collate
 from compresso.data.columns import TEXTS
 from compresso.data.instructions import encode
 from compresso.data.records import RecordForm, Records

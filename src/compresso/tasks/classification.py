@@ -19,7 +19,8 @@ from transformers import (
 
 from compresso.checkpoint.source import auto_class
 from compresso.core.loss import LABEL, Loss
-from compresso.data.batches import Row, encoder_inputs
+from compresso.core.row import Row
+from compresso.data.batches import encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded

@@ -18,7 +18,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from compresso.checkpoint.source import auto_class
 from compresso.core.loss import MASKED_TOKEN, Loss
-from compresso.data.batches import Row, collate
+from compresso.core.row import Row
+from compresso.data.batches import collate
 from compresso.data.masked import PLAIN, encode_masked, redrawn
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded

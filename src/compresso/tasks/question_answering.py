@@ -15,8 +15,9 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTra
 
 from compresso.checkpoint.source import auto_class
 from compresso.core.loss import SPAN, Loss
+from compresso.core.row import Row
 from compresso.data.answers import ANSWERED, by_group, encode_answered
-from compresso.data.batches import Row, encoder_inputs
+from compresso.data.batches import encoder_inputs
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.answers import F1, WHOLE, AnswerScore, answer_score

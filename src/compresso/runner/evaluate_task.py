@@ -8,9 +8,9 @@ from compresso.arch.context import positions_of
 from compresso.checkpoint.source import Source, load_model, load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
+from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
-from compresso.native.stock import as_stock
 from compresso.tasks.base import Reading, task_named, tasks
 
 TASK = "trained_for"

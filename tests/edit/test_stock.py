@@ -13,8 +13,8 @@ import compresso  # noqa: F401 - registers the per-layer classes
 from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
+from compresso.edit.stock import as_stock
 from compresso.formats.hf import save_checkpoint
-from compresso.native.stock import as_stock
 
 SIZES = {
     "hidden_size": 32,

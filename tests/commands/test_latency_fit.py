@@ -2,7 +2,7 @@
 
 import pytest
 
-from compresso.solve.latency_fit import LEAST, fit_times, shapes_to_fit
+from compresso.commands.latency_fit import LEAST, fit_times, shapes_to_fit
 
 TERMS = (12.0, 0.2, 0.1, 0.05, 0.001)
 
