@@ -4,9 +4,11 @@ A skip's reason is "NAME: why", so that skips can be counted by the name of what
 listed with 0, too: a whole run says of each of them that nothing was skipped for it.
 """
 
+import importlib.util
 import io
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,16 +69,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(summed_up([*map(reason_of, skipped), *_SKIPPED_MODULES.values()]))
 
 
-def coverage_lines() -> list[str]:
-    """The head, the first rows and the total of coverage's table, or why there is none."""
+def coverage_lines(data_file: str | None = None) -> list[str]:
+    """The head, the first rows and the total of coverage's table, or why there is none.
+
+    Modules that tests write count nothing: they lie in temporary folders, which another run may have cleared by now.
+
+    data_file: what was measured; None for where coverage writes it.
+    """
     from coverage import Coverage
     from coverage.exceptions import NoDataError
 
     table = io.StringIO()
-    measured = Coverage()
+    measured = Coverage() if data_file is None else Coverage(data_file)
+    package = importlib.util.find_spec("compresso")
+    assert package is not None and package.origin is not None
+    ours = str(Path(package.origin).parent / "*")
     try:
         measured.load()
-        measured.report(sort="cover", skip_empty=True, file=table)
+        measured.report(sort="cover", skip_empty=True, file=table, include=ours)
     except NoDataError as error:
         return [f"no coverage: {error}"]
     lines = table.getvalue().splitlines()

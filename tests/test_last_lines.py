@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.last_lines import WANTED, summed_up
+from tests.last_lines import WANTED, coverage_lines, summed_up
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
@@ -43,3 +43,18 @@ def test_reasons_of_one_name_stand_together_once() -> None:
     line = summed_up(["disk: 32 GB must be free", "Skipped: data: no b", "data: no a", "data: no b", "odd"])
     assert line.startswith("skipped: data 3 (no b; no a), disk 1 (32 GB must be free), odd 1, vLLM 0")
     assert summed_up([]) == "skipped: " + ", ".join(f"{name} 0" for name in WANTED)
+
+
+def test_modules_that_a_test_wrote_and_that_are_gone_do_not_count(tmp_path: Path) -> None:
+    """The table was lost with all results where another run had cleared the folder of a test's own module."""
+    from coverage import CoverageData
+
+    import compresso
+
+    data = CoverageData(str(tmp_path / "measured"))
+    data.add_lines({str(Path(compresso.__file__)): [1, 2], str(tmp_path / "made_up.py"): [1]})
+    data.write()
+    lines = coverage_lines(str(tmp_path / "measured"))
+    assert any("__init__" in line for line in lines)
+    assert any(line.startswith("TOTAL") for line in lines)
+    assert not any("made_up" in line for line in lines)
