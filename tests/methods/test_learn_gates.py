@@ -350,6 +350,24 @@ def test_starting_with_layers_keeps_what_gate_taylor_keeps_when_nothing_is_learn
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("turned", [0, 1, 2])
+def test_layers_in_the_order_of_influence_leave_as_shortgpt_drops_them(make_job: MakeJob, turned: int) -> None:
+    """Another layer than the one without which the loss is least, where a layer's own loss says otherwise."""
+    from compresso.methods.drop_layers import DropLayers
+
+    def job(folder: str) -> Job:
+        made = make_job(folder=folder)
+        with torch.no_grad():
+            made.model.get_parameter(f"model.layers.{turned}.mlp.down_proj.weight").mul_(0.3)
+        return made
+
+    knobs = {**QUICK, **HARD, "finish": "hard", "kinds": ("layer",), "lr": 0.0, "mask_lr": 0.0}
+    learned = LearnGates(keep=0.34, depth_order="influence", **knobs)(job("a"))  # type: ignore[arg-type]
+    dropped = DropLayers(keep=0.34, batches=1, batch=4)(job("b"))
+    assert learned.plan.kept["layers"] == dropped.plan.kept["layers"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("journal", ["depth", "pools"])
 def test_a_search_for_layers_that_was_stopped_goes_on_in_the_same_bits(make_job: MakeJob, journal: str) -> None:
     """The journals of losses survive: none that is known is taken again, and the result is the same."""

@@ -140,6 +140,19 @@ def test_a_single_part_is_worth_what_the_smaller_model_loses() -> None:
     )
 
 
+def test_rises_are_handed_out_in_another_order_where_one_is_given() -> None:
+    """The same amounts, the least of them to the part that is first in the order."""
+    model = made((1.0, 0.4, 1.0, 0.3))
+    axes, cost = described(model, (Kind.LAYER,))
+    data = batches(model)
+    budget = Budget(0.75, kinds=(Kind.LAYER,))
+    own = pooled_per_cost(model, axes, cost, budget, data, Looks(data))["layers"]
+    order = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    given = pooled_per_cost(model, axes, cost, budget, data, Looks(data, order={"layers": order}))["layers"]
+    assert given.argsort().tolist() == order.argsort().tolist() != own.argsort().tolist()
+    torch.testing.assert_close(given.sort().values / given.min(), own.sort().values / own.min())
+
+
 def test_a_pool_that_cannot_give_what_the_budget_asks_is_measured_at_half_of_what_it_can() -> None:
     model = made()
     kinds = (Kind.CHANNEL, Kind.ATTENTION)

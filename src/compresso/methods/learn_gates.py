@@ -47,6 +47,8 @@ from compresso.core.cost import CostModel
 from compresso.core.gates import Gates
 from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_cost
+from compresso.observe.influence import block_influence
+from compresso.observe.observe import Batch
 from compresso.observe.pooled import PARTS, Looks, n_losses, pooled_per_cost
 from compresso.solve.allocate import allocate
 from compresso.solve.constraint import CountsPerLayer, ShareOfModel
@@ -111,6 +113,8 @@ class LearnGates:
         noise: "batch" (one draw an update) or "example" (one draw an example).
         layer_gates: "none", or the published option that switches pruning on per "layer" or "sublayer".
         finish: "soft" keeps survivors' mask values as published; "hard" sets them to 1.
+        depth_order: whether the losses without layers, attentions and MLPs belong to the part that each was taken
+            without ("loss"), or are handed out in the order of block influence ("influence").
     """
 
     removes: Removes = Removes(kinds=(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN))
@@ -137,6 +141,7 @@ class LearnGates:
     noise: Literal["batch", "example"] = "batch"
     layer_gates: Literal["none", "layer", "sublayer"] = "none"
     finish: Literal["soft", "hard"] = "soft"
+    depth_order: Literal["loss", "influence"] = "loss"
 
     def __post_init__(self) -> None:
         """Refuse query heads, and knobs that contradict each other. Raises ValueError."""
@@ -176,6 +181,8 @@ class LearnGates:
         axes = arch.axes(model)
         if forwards := n_losses(axes, self.fitted(axes).removes.kinds):
             looks.append(Passes("search", self.depth_batches * self.trains.batch, forwards=forwards))
+            if self.depth_order == "influence":
+                looks.append(Passes("calibration", self.score_batches * self.trains.batch, forwards=1))
         return [*looks, *self.learning().passes()]
 
     def __call__(self, job: Job) -> Job:
@@ -295,10 +302,19 @@ class LearnGates:
         if not any(axis.kind in PARTS for axis in axes):
             return sensitivity_per_cost(job.model, axes, cost, batches, how=how, loss=job.task.loss)
         first = replace(looks, batches=self.depth_batches).read(job.batches(looks.batch, "gate_taylor"))
-        depth = Looks(list(first), job.rounds("depth", same), job.rounds("pools", same), job.progress())
+        order = self._order(job, axes, batches, same) if self.depth_order == "influence" else None
+        depth = Looks(list(first), job.rounds("depth", same), job.rounds("pools", same), job.progress(), order)
         budget = replace(self.budget(), of="blocks")  # as the scores of units are
         weight, loss = self.depth_weight, job.task.loss
         return pooled_per_cost(job.model, axes, cost, budget, batches, depth, weight=weight, how=how, loss=loss)
+
+    def _order(
+        self, job: Job, axes: Sequence[Axis], batches: Sequence[Batch], same: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        """How far each part turns the stream: axis name -> [size]."""
+        kinds = [axis.kind for axis in axes if axis.kind in PARTS]
+        how, blocks = job.observing("influence", same), job.arch.blocks(job.model)
+        return block_influence(job.model, blocks, job.arch.axes(job.model), kinds, batches, how).scores
 
     def _project(
         self, values: Mapping[str, Tensor], axes: Sequence[Axis], cost: CostModel, budget: Budget

@@ -8,6 +8,10 @@ costs, and both are wrong where much leaves together: each by a factor, which is
 the units alone, and what it would take of the parts alone, are left out as a whole; how much the loss rises, over the
 sum of their scores, is the factor of their pool.
 
+The loss without one part says little of the loss without several: the parts without which a model does best alone are
+not those that can leave together. So the rises may be handed out in another order, such as that of block influence: the
+least rise to the part that turns the stream least, and so on.
+
 What training gives back is another matter: more of what parts cost than of what units cost. `weight` is what a part's
 loss counts for beside that.
 """
@@ -48,12 +52,15 @@ class Looks:
         batches: to take them on: what the model reads, an attention mask, and labels.
         single, pools: journals of the losses without each part, and without each pool; None keeps none.
         progress: display.
+        order: scores of the parts, axis name -> [size], by which the rises are handed out; None leaves each with its
+            own.
     """
 
     batches: Sequence[Batch]
     single: RoundJournal | None = None
     pools: RoundJournal | None = None
     progress: Progress | None = None
+    order: Mapping[str, Tensor] | None = None
 
 
 def n_losses(axes: Sequence[Axis], kinds: Sequence[Kind]) -> int:
@@ -141,6 +148,9 @@ def _rises(model: PreTrainedModel, parts: Sequence[Axis], looks: Looks, loss: Lo
     _check(losses, "one of the layers or sub-layers")
     rises = losses[1:] - losses[0]
     rises = rises.clamp(min=max(LEAST * float(rises.median()), 1e-12))
+    if looks.order is not None:
+        places = torch.stack([looks.order[name][unit] for name, unit in each]).argsort(stable=True)
+        rises = torch.empty_like(rises).index_copy_(0, places, rises.sort().values)
     found = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in parts}
     for (name, unit), rise in zip(each, rises.tolist(), strict=True):
         found[name][unit] = rise
