@@ -28,7 +28,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import RESULTS, high_water_mib, machine, write
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.data import nano

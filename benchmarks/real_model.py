@@ -28,7 +28,9 @@ import torch
 
 import compresso
 from common import RESULTS, machine
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.metrics.corpora import corpus
 from compresso.metrics.perplexity import perplexity
 from compresso.metrics.protocol import PerplexityProtocol

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from common import RESULTS, machine
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.core.row import Row
 from compresso.data import world
 from compresso.edit.stock import as_stock

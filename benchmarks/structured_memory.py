@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import high_water_mib, machine, write
-from compresso.checkpoint.source import load_model
+from compresso.checkpoint.load import load_model
 from compresso.edit.stock import as_stock
 from compresso.runner.recipe import build
 from compresso.runner.run import new_job

@@ -21,7 +21,8 @@ from markupsafe import Markup
 import compresso
 from common import RESULTS, machine, write
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
 from compresso.edit.stock import as_stock

@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.data.batches import pad_id
 from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity

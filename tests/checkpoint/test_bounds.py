@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from compresso.checkpoint.bounds import MOST, MOST_BUFFER_BYTES, check_numbers
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import open_source
 from compresso.commands.plan import plan
 from compresso.errors import CheckpointError
 from compresso.runner.inspection import inspect

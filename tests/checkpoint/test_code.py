@@ -27,7 +27,9 @@ from transformers import (
 import compresso
 from compresso.arch.base import arch_for
 from compresso.checkpoint.code import refuse_code, trusted
-from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.load import load_model, meta_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.data import nano
 from compresso.engines import vllm as vllm_engine
 from compresso.engines.parity import Format, Reference, reference_of

@@ -19,7 +19,9 @@ import pytest
 from compresso.checkpoint import gguf_folder, gguf_package
 from compresso.checkpoint.gguf_folder import describe_gguf
 from compresso.checkpoint.gguf_header import read_gguf_header
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.errors import CheckpointError, CompressoError, NumericError, ResourceError
 
 pytest.importorskip("gguf", reason="gguf: not installed")

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso.checkpoint import hub
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from tests.checkpoint.test_gguf_header import FIELDS, SHAPES, file_of
 

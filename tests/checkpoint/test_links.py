@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compresso.checkpoint.code import trusted
 from compresso.checkpoint.links import ALLOWED, is_own
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.data import nano
 from compresso.errors import CheckpointError
 

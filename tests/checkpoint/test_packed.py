@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, meta_model, numbers_of, open_source
+from compresso.checkpoint.load import load_model, meta_model, numbers_of
+from compresso.checkpoint.source import open_source
 from compresso.commands.evaluate import evaluate
 from compresso.commands.measure import measure
 from compresso.core.rounding import fit

@@ -18,7 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from compresso.checkpoint import source as source_module
 from compresso.checkpoint import tokenizer_files
-from compresso.checkpoint.source import load_model, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.load import load_model, meta_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.errors import ArchError, CheckpointError, NumericError
 
 TINY = {

@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, meta_model, open_source
+from compresso.checkpoint.load import load_model, meta_model
+from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from compresso.formats.hf import save_checkpoint
 

@@ -86,7 +86,8 @@ def test_a_run_passes_the_gate_each_time_it_reads_a_model(
         seen.append(folder.resolve().name)
         passed(folder, *more)
 
-    monkeypatch.setattr("compresso.checkpoint.source.refuse_code", noted)
+    for part in ("source", "tokenizer", "load"):
+        monkeypatch.setattr(f"compresso.checkpoint.{part}.refuse_code", noted)
     short = (*SHORT, "stages.gate_taylor.batches=1", "stages.distill.batch=4", "stages.distill.lr_at_hidden=null")
     sets = [part for one in short for part in ("--set", one)]
     arguments = (

@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import compresso
 from compresso.arch.base import arch_for
 from compresso.arch.costs import cost_of, shape_facts
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import open_source
 from compresso.commands.latency import spaced
 from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.core.measures import Measures

@@ -82,7 +82,8 @@ def test_a_stock_model_is_returned_as_it_is() -> None:
 
 
 def test_it_works_without_memory(tmp_path: Path) -> None:
-    from compresso.checkpoint.source import meta_model, open_source
+    from compresso.checkpoint.load import meta_model
+    from compresso.checkpoint.source import open_source
 
     live = cut("qwen2")
     arch = arch_for(live.config)

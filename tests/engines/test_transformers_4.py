@@ -17,7 +17,8 @@ from tests.formats.test_config_text import CASES, made
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.edit.shrink import shrink_

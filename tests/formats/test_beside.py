@@ -12,8 +12,10 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.load import load_model
 from compresso.checkpoint.overwrite import RUN, refuse_foreign
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.data import nano
 from compresso.errors import CheckpointError
 from compresso.formats.hf import save_checkpoint

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from compresso.checkpoint.atomic import sha256
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.errors import ResourceError
 from compresso.formats.hf import save_checkpoint
 

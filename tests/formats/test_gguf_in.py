@@ -25,7 +25,9 @@ from transformers import (
 
 import compresso
 from compresso.arch.base import LayerShape, arch_for
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands.export import export
 from compresso.errors import CheckpointError
 from compresso.formats.gguf import save_gguf

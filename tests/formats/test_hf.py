@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import compresso  # noqa: F401  # registers the native classes
 from compresso.arch.base import LayerShape
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError, ExportError, NumericError, ResourceError
 from compresso.formats import reopen
 from compresso.formats.hf import reopen_and_compare, save_checkpoint

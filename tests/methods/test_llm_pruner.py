@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, load_tokenizer, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
 from compresso.core.saliency import salience

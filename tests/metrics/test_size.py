@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.size import KV_BYTES, size_measurements, weight_bytes
 from compresso.native import family_of

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.errors import ArchError, DataError
 from compresso.metrics.forward import context_of
 from compresso.metrics.timed_generation import (

@@ -11,7 +11,8 @@ from tests.conftest import Call
 import compresso
 from compresso.arch.base import arch_for
 from compresso.arch.costs import shape_facts
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import open_source
 from compresso.core.budget import InfeasibleBudget, Shortfall
 from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.errors import BudgetError

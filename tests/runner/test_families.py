@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import compresso
-from compresso.checkpoint.source import load_model, meta_model, open_source
+from compresso.checkpoint.load import load_model, meta_model
+from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.edit.shrink import shrink_

@@ -17,7 +17,8 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 from compresso.arch.base import arch_for
 from compresso.arch.context import positions_of
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
 from compresso.data.records import records_from
 from compresso.engines.encoder import encoder_parity, encoder_reference

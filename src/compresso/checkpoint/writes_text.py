@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from compresso.checkpoint.source import Source, auto_class, is_causal
+from compresso.checkpoint.kinds import auto_class, is_causal
+from compresso.checkpoint.source import Source
 from compresso.errors import ArchError
 
 _CALLED = {

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from compresso.checkpoint.source import Source, load_tokenizer, open_source
+from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.counted import counted
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public

@@ -8,9 +8,10 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output
+from compresso.checkpoint.kinds import is_text_encoder
 from compresso.checkpoint.overwrite import EXPORTS, first_bytes, refuse_foreign, refuse_foreign_gguf
 from compresso.checkpoint.scratch import scratch_beside
-from compresso.checkpoint.source import Source, is_text_encoder, open_source
+from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.door import public
 from compresso.engines.encoder import encoder_parity, encoder_reference, packed_encoder_parity

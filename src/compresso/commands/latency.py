@@ -11,8 +11,10 @@ import torch
 from compresso.arch.base import Arch, LayerShape, arch_for
 from compresso.arch.costs import shape_facts
 from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer, meta_model, open_source
+from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.commands.latency_fit import fit_times, shapes_to_fit
 from compresso.commands.latency_table import show

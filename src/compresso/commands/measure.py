@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from compresso.checkpoint.load import load_model, numbers_of
 from compresso.checkpoint.scratch import check_scratch
-from compresso.checkpoint.source import Source, load_model, numbers_of, open_source
+from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.commands.measure_table import show
 from compresso.door import public

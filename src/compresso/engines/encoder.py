@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.outputs import outputs
-from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source
+from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.data.batches import pad_id
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from compresso.checkpoint.kinds import is_causal, is_text_encoder
+from compresso.checkpoint.load import numbers_of
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
-from compresso.checkpoint.source import Source, is_causal, is_text_encoder, numbers_of, open_source
+from compresso.checkpoint.source import Source, open_source
 from compresso.door import public
 from compresso.engines import registry
 from compresso.engines.encoder import verify_encoder

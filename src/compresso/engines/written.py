@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, has_tokenizer, load_model, load_tokenizer
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source
+from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.edit.stock import as_stock
 from compresso.engines.parity import Format, Reference, ids_of, reference_of

@@ -18,7 +18,7 @@ from torch.export import Dim
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder
-from compresso.checkpoint.source import auto_class
+from compresso.checkpoint.kinds import auto_class
 from compresso.formats.beside import write_beside
 from compresso.formats.onnx import quiet, untraced, without_sources, write_graph
 

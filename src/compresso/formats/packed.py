@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.kinds import auto_class
 from compresso.checkpoint.overwrite import PACKED_MARK
-from compresso.checkpoint.source import auto_class
 from compresso.core.rounding import recovered
 from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError

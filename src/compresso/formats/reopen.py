@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from compresso.arch.outputs import outputs
 from compresso.checkpoint.code import refuse_code
+from compresso.checkpoint.kinds import auto_class
 from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import auto_class
 from compresso.edit.rounding import ROUNDINGS, full_precision, rounding_of
 from compresso.errors import ExportError, ResourceError, quoted
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from compresso import errors
+from compresso.checkpoint.load import load_model
 from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError, CompressoError, ResourceError, quoted
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, prefill_and_decode, prompts

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import Source, auto_class, meta_model
+from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import arch_for
 from compresso.arch.costs import cost_of
+from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import Source, meta_model
+from compresso.checkpoint.source import Source
 from compresso.core.latency_table import LatencyTable
 from compresso.core.measures import Measures
 from compresso.core.plan import Plan

@@ -17,7 +17,8 @@ from compresso.arch.base import Arch, arch_for
 from compresso.arch.costs import cost_of, shape_facts
 from compresso.arch.queries import axes_of
 from compresso.arch.whole_layers import with_layers
-from compresso.checkpoint.source import Source, meta_model
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
 from compresso.core.cost import CostModel

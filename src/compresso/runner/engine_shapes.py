@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.arch.queries import axes_of
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import open_source
 from compresso.core.axis import Axis, Kind
 from compresso.errors import RecipeError
 from compresso.runner.recipe import stages_of, with_knob

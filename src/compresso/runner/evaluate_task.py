@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from compresso.arch.context import positions_of
-from compresso.checkpoint.source import Source, load_model, load_tokenizer
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
 from compresso.edit.stock import as_stock

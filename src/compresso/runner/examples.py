@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.arch.context import positions_of
-from compresso.checkpoint.source import Source, has_tokenizer, load_tokenizer
+from compresso.checkpoint.source import Source
+from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.data.batches import padding_note

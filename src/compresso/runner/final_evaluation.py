@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import Identity, Source, load_model, load_tokenizer
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Identity, Source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.data.instructions import encode_prompt

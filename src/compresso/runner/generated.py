@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import lock
-from compresso.checkpoint.source import Source, load_model
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source
 from compresso.checkpoint.storage import storage_errors
 from compresso.errors import DataError
 from compresso.training.device import choose_device

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
 from compresso.checkpoint.folder import damaged_weights
-from compresso.checkpoint.source import Source, meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import Source, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit

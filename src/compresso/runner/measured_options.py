@@ -6,7 +6,8 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.arch.costs import cost_of, shape_facts
-from compresso.checkpoint.source import Source, meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import Source, open_source
 from compresso.core.axis import Axis
 from compresso.core.budget import Budget, Shortfall, removable
 from compresso.core.measures import Measures

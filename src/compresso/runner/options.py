@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from compresso.checkpoint.source import meta_model, open_source
+from compresso.checkpoint.load import meta_model
+from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from compresso.arch.base import arch_for
+from compresso.checkpoint.load import load_model, meta_model
 from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import Source, load_model, meta_model, open_source
+from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.data.batches import pad_id

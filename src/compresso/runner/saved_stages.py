@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from compresso.arch.base import arch_for
 from compresso.arch.queries import axes_of
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.source import Source, load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import Source, open_source
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
 from compresso.edit.patches import save_tensors, written

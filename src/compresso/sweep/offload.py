@@ -13,7 +13,8 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from torch import nn
 from transformers import PreTrainedModel
 
-from compresso.checkpoint.source import Source, auto_class
+from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.source import Source
 from compresso.checkpoint.store import Store
 from compresso.edit.stock import as_stock
 from compresso.errors import CheckpointError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import is_causal
+from compresso.checkpoint.kinds import is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.core.row import Row
 from compresso.data.batches import collate

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compresso.checkpoint.source import auto_class
+from compresso.checkpoint.kinds import auto_class
 from compresso.core.loss import LABEL, Loss
 from compresso.core.row import Row
 from compresso.data.batches import encoder_inputs

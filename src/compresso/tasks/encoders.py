@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import is_causal
+from compresso.checkpoint.kinds import is_causal
 from compresso.data.records import Records
 from compresso.errors import DataError
 

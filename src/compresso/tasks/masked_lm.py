@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import auto_class
+from compresso.checkpoint.kinds import auto_class
 from compresso.core.loss import MASKED_TOKEN, Loss
 from compresso.core.row import Row
 from compresso.data.batches import collate

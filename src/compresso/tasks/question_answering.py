@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.source import auto_class
+from compresso.checkpoint.kinds import auto_class
 from compresso.core.loss import SPAN, Loss
 from compresso.core.row import Row
 from compresso.data.answers import ANSWERED, by_group, encode_answered

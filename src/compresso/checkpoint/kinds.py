@@ -1,0 +1,57 @@
+"""Which of transformers' classes opens a model."""
+
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from compresso.errors import ArchError
+
+_READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
+_BOTH_WAYS = ("bert", "roberta", "distilbert")
+"""Encoders of texts that are described here; a config that names no class means the bare model."""
+_ENCODERS = (*_READERS, AutoModelForImageClassification, AutoModel)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Which of transformers' auto classes opens a model: the one whose class the config's `architectures` names, else a
+    causal one.
+
+    Raises:
+        ArchError: the config names none of a causal language model, a masked one, a classifier, one that finds answers
+            or a bare model, and is not causal.
+    """
+    named = (getattr(config, "architectures", None) or [""])[0]
+    for auto in (AutoModelForCausalLM, *_ENCODERS):
+        mapping: Any = auto._model_mapping
+        if type(config) in mapping and mapping[type(config)].__name__ == named:
+            return auto
+    if (
+        type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _BOTH_WAYS
+    ):  # transformers has a causal BERT too
+        return AutoModelForCausalLM
+    if not named and config.model_type in (*_BOTH_WAYS, "vit"):
+        return AutoModel
+    said = f"the architecture {named}" if named else "no architecture"
+    raise ArchError(
+        f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head."
+    )
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as a causal language model: what data, training and reports need."""
+    return auto_class(config) is AutoModelForCausalLM and config.model_type not in _BOTH_WAYS
+
+
+def is_text_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as an encoder of texts with a head: one that guesses masked tokens, classifies, or
+    finds answers.
+    """
+    return auto_class(config) in _READERS
