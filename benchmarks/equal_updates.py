@@ -4,10 +4,11 @@
     python benchmarks/equal_updates.py --report
 
 An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend a
-quarter of the updates on them. Adapters of all recoveries have rank 32 and the rate 5e-4 at a hidden size of 4,096.
-`repair` is the least-squares fit to the dense model before recovery: no update, and up to 128 windows of the same
-data. Measured on WikiText-2 and the C4 sample, which nobody was trained on, in
-float32. A finished row is a line of results/equal_updates.jsonl; checkpoints stay in FOLDER.
+quarter of the updates on them; `compresso-by-loss` starts those of layers from the loss without each, `compresso` in
+the order of block influence. Adapters of all recoveries have rank 32 and the rate 5e-4 at a hidden size of 4,096.
+`repair` is the least-squares fit to the dense model before recovery: no update, and up to 128 windows of the same data.
+Measured on WikiText-2 and the C4 sample, which nobody was trained on, in float32. A finished row is a line of
+results/equal_updates.jsonl; checkpoints stay in FOLDER.
 """
 
 import argparse
@@ -32,9 +33,11 @@ from real_model import ROWS, SCORED, TEXT
 
 LINES = RESULTS / "equal_updates.jsonl"
 BATCH, LENGTH = 4, 512
+GATES = {"batch": BATCH, "micro_batch": BATCH, "precision": "bf16"}
 SELECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", "drop_layers", {"batches": 8, "batch": BATCH}),
-    "compresso": ("compresso", "learn_gates", {"batch": BATCH, "micro_batch": BATCH, "precision": "bf16"}),
+    "compresso": ("compresso", "learn_gates", {**GATES, "depth_order": "influence"}),
+    "compresso-by-loss": ("compresso", "learn_gates", {**GATES, "depth_order": "loss"}),
     "llm-pruner": ("llm-pruner", "llm_pruner", {"batch": 32, "micro_batch": BATCH}),
     "gate-taylor": ("gate-taylor", "gate_taylor", {"batches": 8, "batch": BATCH}),
 }
@@ -162,8 +165,10 @@ def _order(keep: float) -> list[tuple[str, str]]:
         return [("dense", "none")]
     return [
         ("shortgpt", "none"),
-        ("compresso", "residual"),
         ("compresso", "none"),
+        ("compresso", "residual"),
+        ("compresso-by-loss", "residual"),
+        ("compresso-by-loss", "none"),
         ("shortgpt", "residual"),
         ("llm-pruner", "none"),
         ("gate-taylor", "none"),
