@@ -1,10 +1,11 @@
 """Compresso beside dropping layers on a real model: as many updates of as many tokens for each, at the same rate.
 
-    python benchmarks/equal_updates.py MODEL --scratch FOLDER [--only GLOB] [--updates 120] [--windows 40] [--threads 1]
+    python benchmarks/equal_updates.py MODEL --scratch FOLDER [--only GLOB] [--updates 120] [--gates 12]
+        [--windows 40] [--threads 1]
     python benchmarks/equal_updates.py --report
 
-An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend a
-quarter of the updates on them; `compresso-by-loss` starts those of layers from the loss without each, `compresso` in
+An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend
+`--gates` of the updates on them; `compresso-by-loss` starts those of layers from the loss without each, `compresso` in
 the order of block influence. Adapters of all recoveries have rank 32 and the rate 5e-4 at a hidden size of 4,096.
 `repair` is the least-squares fit to the dense model before recovery: no update, and up to 128 windows of the same data.
 Measured on WikiText-2 and the C4 sample, which nobody was trained on, in float32. A finished row is a line of
@@ -44,10 +45,14 @@ SELECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Of each method its recipe, and the stage that chooses with what is read by it."""
 
 
-def sets_of(method: str, repair: str, updates: int) -> list[str]:
+def gates_of(method: str, given: argparse.Namespace) -> int:
+    """Updates of gates and adapters together; 0 where none learn."""
+    return given.gates if method in SELECTS and SELECTS[method][1] == "learn_gates" else 0
+
+
+def sets_of(method: str, repair: str, updates: int, gates: int) -> list[str]:
     """Overrides of a method's recipe."""
     recipe, stage, knobs = SELECTS[method]
-    gates = updates // 4 if stage == "learn_gates" else 0
     knobs = {**knobs, **({"hold": gates} if gates else {}), "repair": repair}
     trains = {"steps": updates - gates, "batch": BATCH, "micro_batch": BATCH, "precision": "bf16", "lr": 5e-4}
     found = [f"data.max_length={LENGTH}", "data.prompt=false", "data.pack=true", "data.limit=1500"]
@@ -61,9 +66,10 @@ def row(
     model: str, scratch: Path, root: Path, method: str, repair: str, keep: float, given: argparse.Namespace
 ) -> dict[str, Any]:
     """Make a checkpoint, unless it is there, and score it."""
-    name = f"{method}-{repair}-{keep}-{given.updates}"
+    gates = gates_of(method, given)
+    name = f"{method}-{repair}-{keep}-{given.updates}" + (f"-{gates}" if gates else "")
     folder, facts = scratch / name, scratch / f"{name}.json"
-    sets = sets_of(method, repair, given.updates)
+    sets = sets_of(method, repair, given.updates, gates)
     if not facts.exists():
         data = ",".join(str(root / one) for one in (ROWS, TEXT))
         begun_before = folder.with_name(f"{name}.partial").exists()
@@ -110,8 +116,8 @@ def report() -> None:
         f"SmolLM2-135M-Instruct; {one['updates']} updates of {BATCH * LENGTH:,} tokens for every method, one seed."
         f" Perplexity ± one standard error over windows; {where}. See `benchmarks/equal_updates.py`.",
         "",
-        "| removed | method | repair | blocks left | WikiText-2 | C4 sample |",
-        "|---:|---|---|---:|---:|---:|",
+        "| removed | method | updates of gates | repair | blocks left | WikiText-2 | C4 sample |",
+        "|---:|---|---:|---|---:|---:|---:|",
     ]
     for line in sorted(done, key=lambda line: (-line["keep"], line["found"]["wikitext2"]["loss"])):
         numbers = [
@@ -119,7 +125,8 @@ def report() -> None:
             for name in SCORED
         ]
         text.append(
-            f"| {round(100 * (1 - line['keep']))} % | {line['method']} | {line['repair_target']} |"
+            f"| {round(100 * (1 - line['keep']))} % | {line['method']} | {line.get('gates', 0)} |"
+            f" {line['repair_target']} |"
             f" {100 * line.get('blocks', 1):.1f} % | {' | '.join(numbers)} |"
         )
     (RESULTS / "equal_updates.md").write_text("\n".join([*text, ""]), "utf-8")
@@ -133,6 +140,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="rows whose METHOD-REPAIR-KEEP fits, such as 'compresso-*-0.8'")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.7, 0.5])
     parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--gates", type=int, default=12, help="of the updates, those in which gates learn")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
@@ -145,14 +153,16 @@ def main() -> None:
         for keep in (1.0, *given.keeps):
             for method, repair in _order(keep):
                 name = f"{method}-{repair}-{keep}"
-                known = {(line["method"], line["repair_target"], line["keep"], line["updates"]) for line in rows()}
-                if (method, repair, keep, given.updates) in known or not fnmatch(name, given.only):
+                one = {"method": method, "repair_target": repair, "keep": keep, "updates": given.updates}
+                one["gates"] = gates_of(method, given)
+                known = any(all(line.get(key, 0) == value for key, value in one.items()) for line in rows())
+                if known or not fnmatch(name, given.only):
                     continue
                 if method == "dense":
                     found: dict[str, Any] = {"found": scored(given.model, root, given.windows)}
                 else:
                     found = row(given.model, given.scratch, root, method, repair, keep, given)
-                line = {"method": method, "repair_target": repair, "keep": keep, "updates": given.updates, **found}
+                line = {**one, **found}
                 with LINES.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
                 print(name, json.dumps(line["found"]), flush=True)
