@@ -2,12 +2,13 @@
 
     COMPRESSO_DATA=folder python benchmarks/repair.py [--models nano babyllama SmolLM2_FOLDER] [--selectors ...]
         [--ratios 0.2 0.3 0.5] [--repairs none input residual] [--windows 40] [--tokens 20480] [--mix mixed|papers]
+    python benchmarks/repair.py --report
 
 A finished cell is a line of results/repair.jsonl and is not repeated, so that a run may be stopped at any time. A
 selector decides once a cell's row; its repairs start from copies of what it left. Calibration is mixed (papers,
 encyclopaedia, instructions, stories; the embedded model: its own documents), and no file of it is scored. Scores are of
 text of windows of 512 tokens (or the model's context): WikiText-2's test text and the C4 sample; of babyllama, stories;
-of nano, fresh documents of its world.
+of nano, fresh documents of its world. `--report` writes results/repair.md of what is done.
 """
 
 import argparse
@@ -217,6 +218,54 @@ def _counts(values: Iterator[float]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def report() -> None:
+    """Write results/repair.md: of each model and ratio, what each repair leaves of a selector's damage."""
+    done = [json.loads(line) for line in (RESULTS / "repair.jsonl").read_text("utf-8").splitlines()]
+    text = [
+        "# Selectors with and without repair, no training",
+        "",
+        "KL from the dense model in nats a token, and perplexity where no repair is applied / with target `input` /"
+        " with target `residual`. A repair that does not lower the loss of held-out windows is taken back, which is"
+        " marked by =. One seed. See `benchmarks/repair.py`.",
+    ]
+    runs = dict.fromkeys((line["model"], line["mix"], line["tokens"], line["windows"]) for line in done)
+    for run in runs:
+        here = [line for line in done if (line["model"], line["mix"], line["tokens"], line["windows"]) == run]
+        texts = [name for name in ("wikitext2", "c4", "stories", "world") if name in here[0]]
+        dense = next((line for line in here if line["selector"] == "dense"), None)
+        where = f"{here[-1]['machine']['processor']}, {here[-1]['machine']['threads']} thread(s)"
+        text += [
+            "",
+            f"## {run[0]}",
+            "",
+            f"{run[2]:,} tokens of calibration ({run[1]}), {run[3]} windows a text; {where}.",
+        ]
+        if dense is not None:
+            text[-1] += " Dense: " + ", ".join(f"{name} {dense[name]:.2f}" for name in texts) + "."
+        text += ["", "| removed | selector | KL | " + " | ".join(texts) + " |", "|---:|---|---|" + "---|" * len(texts)]
+        cells_of: dict[tuple[float, str], dict[str, Any]] = {}
+        for line in here:
+            if line["selector"] != "dense":
+                cells_of.setdefault((line["ratio"], line["selector"]), {})[line["repair"]] = line
+        for (ratio, selector), by in sorted(cells_of.items(), key=lambda one: (one[0][0], _least(one[1]))):
+            columns = [
+                " / ".join(
+                    "-"
+                    if repair not in by
+                    else f"{by[repair][name]:{shape}}" + ("" if by[repair].get("applied", True) else " =")
+                    for repair in ("none", "input", "residual")
+                )
+                for name, shape in (("kl", ".3f"), *((name, ".4g") for name in texts))
+            ]
+            text.append(f"| {ratio:.0%} | {selector} | {' | '.join(columns)} |")
+    (RESULTS / "repair.md").write_text("\n".join([*text, ""]), "utf-8")
+
+
+def _least(by: Mapping[str, Mapping[str, Any]]) -> float:
+    """The least divergence of a cell's repairs."""
+    return min(line["kl"] for line in by.values())
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,7 +278,10 @@ def main() -> None:
     parser.add_argument("--mix", choices=["mixed", "papers"], default="mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()
+    if given.report:
+        return report()
     torch.set_num_threads(given.threads)
     log = RESULTS / "repair.jsonl"
     keys = ("model", "selector", "ratio", "repair", "mix", "seed", "tokens", "windows")
@@ -261,6 +313,7 @@ def main() -> None:
                 continue
             for row in cells(subject, selector, ratio, left, given.seed):
                 note({**cell, **row, "machine": where})
+    return report()
 
 
 if __name__ == "__main__":
