@@ -18,6 +18,7 @@ Calibration rows are the run's, not C4 by itself.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -32,7 +33,7 @@ from compresso.job import Job
 from compresso.observe.folds import second_moment
 from compresso.stage import Effects, Passes, search_passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
-from compresso.sweep.compressed import Compressed, zeroed_weights
+from compresso.sweep.compressed import Compressed, rounded_weights, zeroed_weights
 from compresso.sweep.one_shot import compensated, more_damped, obs_choice, zeroed
 from compresso.sweep.share_search import searched_shares
 from compresso.sweep.shares import ShareAllocation, ShareSearch, in_blocks
@@ -110,8 +111,12 @@ class SparseGpt:
         return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
-        """The weights it works on, and the share that becomes zero."""
-        return zeroed_weights(model, self.check(model, arch), self.sparsity, self.pattern)
+        """The weights it works on, the share that becomes zero, and the bits of the others if it rounds them."""
+        groups = self.check(model, arch)
+        found = zeroed_weights(model, groups, self.sparsity, self.pattern)
+        if self.bits is None:
+            return found
+        return replace(found, bits=rounded_weights(model, groups, self.bits, 0, symmetric=False).bits)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep, and those of the search for shares."""
