@@ -126,13 +126,14 @@ def vocabulary(config: PreTrainedConfig) -> int | None:
 
 def fewer_than_asked(stages: Sequence[Acted], n: int) -> list[str]:
     """A sentence for each stage that wants to look at more examples than the `n` that there are."""
-    return [
+    told = [
         f"{one.name}: {passed.what} on the {counted(n, 'example')} that there {'is' if n == 1 else 'are'}, of the"
         f" {passed.examples:,} it asks for"
         for one in stages
         for passed in one.passes
         if passed.what == "calibration" and passed.examples is not None and passed.examples > n
     ]
+    return list(dict.fromkeys(told))  # the dense model may look, too
 
 
 def _held_out(recipe: Recipe, raw: Mapping[str, Any], rows: Sequence[Row], data: str | None) -> Recipe:
