@@ -40,6 +40,7 @@ from compresso.stage import (
     Calibrates,
     ChecksModel,
     Compresses,
+    Effects,
     FitsModel,
     Learning,
     Learns,
@@ -127,8 +128,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
 
     Raises:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that
-            cannot be met, LoRA targets that no layer has, batches that cannot be split, shapes that no checkpoint of
-            the family holds.
+            cannot be met, LoRA targets that no layer has, batches that cannot be split, weights that would leave the
+            grid they were rounded to, shapes that no checkpoint of the family holds.
     """
     if obstacle := recipe.task.obstacle(source.config):
         raise ArchError(f"{source.name} {obstacle}")
@@ -142,6 +143,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
+    rounded = ""  # the last stage that rounded weights
     without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
     for name, given in recipe.stages:
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
@@ -150,6 +152,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 accumulation(group.batch, group.micro_batch)
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
+        compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
+        rounded = _last_to_round(rounded, name, compressed)
         learning = stage.learning() if isinstance(stage, Learns) else None
         try:
             trainable = {} if learning is None else _trainable(learning, model, axes, cost)
@@ -174,7 +178,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 stage.work(model, arch),
                 learning,
                 trainable,
-                stage.compressed(model, arch) if isinstance(stage, Compresses) else None,
+                compressed,
                 _held(stage, model, arch, recipe.data.max_length) if isinstance(stage, Sweeps) else None,
             )
         )
@@ -222,6 +226,22 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         "native": None,
     }
     return shown
+
+
+def _last_to_round(before: str, name: str, compressed: Compressed | None) -> str:
+    """The last stage that rounded weights; "" for none.
+
+    Raises RecipeError for one behind it that changes weights or shapes and rounds none: what few bits hold would be of
+    no grid any more, and records would say it were.
+    """
+    if compressed is not None and compressed.bits is not None:
+        return name
+    if before and card(name).effects & (Effects.SHAPES | Effects.WEIGHTS):
+        raise RecipeError(
+            f"stage '{name}' changes weights or shapes behind '{before}', whose rounding would be lost; put '{name}'"
+            f" before '{before}'"
+        )
+    return before
 
 
 def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int:
