@@ -6,6 +6,7 @@ import os
 from compresso.commands import verify
 from compresso.engines.parity import Parity
 from compresso.report.records import RunRecords
+from compresso.report.stage_table import stage_table
 from compresso.report.summary import summary
 from compresso.runner.run import Result, run
 
@@ -13,7 +14,9 @@ __all__ = ["run", "show"]
 
 
 def show(result: Result, as_json: bool) -> None:
-    """Print a result's records as JSON, or which engines opened it and the five lines of its summary."""
+    """Print a result's records as JSON, or which engines opened it and the five lines of its summary, and what each of
+    several stages cost and left.
+    """
     if int(os.environ.get("RANK", "0")):
         return  # launched in several processes, of which one speaks
     if as_json:
@@ -24,3 +27,5 @@ def show(result: Result, as_json: bool) -> None:
         verify.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
     for line in summary(records, result.folder):
         print(line)
+    if (stages := stage_table(records)) is not None:
+        print("", *stages.lines(), sep="\n")

@@ -22,6 +22,7 @@ from compresso.report.columns import group
 from compresso.report.done import deeds, participle
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
+from compresso.report.stage_table import stage_table
 from compresso.report.table import Cell, missing, tables
 from compresso.tasks.base import task_named
 
@@ -70,6 +71,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         guard=_plain(records.guard.message()) if records.guard.verdict != "ok" else "",
         data=[_plain(line) for line in _data(records)],
         counted=_counted(records),
+        stages=_stages(records),
         results=_results(comparison),
         places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
         engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
@@ -153,6 +155,12 @@ def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
     rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
     rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
     return [(name, old, new) for name, old, new in rows if old]
+
+
+def _stages(records: RunRecords) -> list[list[str]]:
+    """What each stage cost and left, titles first; nothing where there is one alone."""
+    found = stage_table(records)
+    return [] if found is None else [[_plain(cell) for cell in row] for row in (found.titles, *found.rows)]
 
 
 def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:

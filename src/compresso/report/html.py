@@ -23,6 +23,7 @@ from compresso.report.done import deeds
 from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
+from compresso.report.stage_table import stage_table
 from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
 
 GENERATOR = '<meta name="generator" content="compresso">'
@@ -79,14 +80,15 @@ def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> s
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    drawn = tables(comparison)
+    drawn, runs = tables(comparison), [_run(run, commands or {}) for run in comparison.runs]
     style = environment.loader.get_source(environment, "report.css")[0] if environment.loader else ""
     text = environment.get_template("report.html.jinja").render(
         comparison=comparison,
         style=Markup(style),
         generator=Markup(GENERATOR),
         summary=[_summary(comparison, one) for one in comparison.models if one.fingerprint not in comparison.dense],
-        runs=[_run(run, commands or {}) for run in comparison.runs],
+        runs=runs,
+        staged=any(run["stages"] for run in runs),
         quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
@@ -129,6 +131,7 @@ def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
         "name": run.name,
         "asked": facts.asked(run),
         "description": run.records.recipe.description.strip(),
+        "stages": stage_table(run.records),
         "removed": figures.removed(run),
         "deeds": deeds(run.records),
         "training": figures.training(run),

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_vali
 from compresso.core.faults import said
 from compresso.errors import CheckpointError
 from compresso.metrics.guard import Guard
-from compresso.metrics.record import Report, Strict, upgraded
+from compresso.metrics.record import Measurement, Report, Strict, upgraded
 
 FORMAT = 3
 Fraction = Annotated[str, Field(pattern=r"^\d+/\d+$")]
@@ -81,11 +81,23 @@ class HeldCurve(Strict):
     why: str
 
 
+class Left(Strict):
+    """What a stage left: all parameters and multiply-accumulates a token, and on held-out examples the loss, in nats a
+    label, and the task's metric; None without data.
+    """
+
+    parameters: int
+    macs_per_token: int
+    held_loss: FiniteFloat | None
+    score: Measurement | None
+
+
 class StageFacts(Strict):
     """What a stage noted, facts of its own among it.
 
     `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it
-    worked on, `bits` what one of these would take if they were packed.
+    worked on, `bits` what one of these would take if they were packed. `seconds` is what the stage took, and if it was
+    resumed, since then; `left` is absent where an older version ran it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -97,6 +109,7 @@ class StageFacts(Strict):
     sparsity: FiniteFloat | None = None
     bits: FiniteFloat | None = None
     held: HeldCurve | None = None
+    left: Left | None = None
 
 
 class Engine(Strict):

@@ -27,6 +27,7 @@ from compresso.formats.config_text import readers
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
 from compresso.job import Job
+from compresso.metrics.record import Environment
 from compresso.metrics.size import counts, weight_bytes
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
@@ -83,6 +84,22 @@ def state(job: Job, score: Score | None = None) -> dict[str, Any]:
     score: of those examples, as `scored` gives it.
     """
     return {**counts(job.cost()), "held_loss": None if score is None else round(score.mean, 6)}
+
+
+def left(job: Job, score: Score | None, corpus: str) -> dict[str, Any]:
+    """What a stage left, as `compresso.report.records.Left` reads it.
+
+    Args:
+        job: with the model as it is.
+        score: of the held-out examples, as `scored` gives it.
+        corpus: they are of, in a word.
+    """
+    now = state(job, score)
+    here = Environment.here(job.model.device, job.model.dtype)
+    found = () if score is None else score.measurements(here, corpus)
+    metric = next((one.model_dump(mode="json") for one in found if one.name == job.task.metric), None)
+    total = now["parameters"]["total"]
+    return {"parameters": total, **{key: now[key] for key in ("macs_per_token", "held_loss")}, "score": metric}
 
 
 def scored(job: Job, whose: str) -> Score | None:

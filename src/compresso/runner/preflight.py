@@ -66,6 +66,10 @@ class Prepared:
         data = self.records.sha256 if self.records else None
         return _known(self.recipe, self.source, self.layout, self.seed) | {"data": data, "prompt": self.prompt}
 
+    def corpus(self) -> str:
+        """What the examples are of, in a word."""
+        return "none" if self.records is None else self.recipe.data.source or "data"
+
     def origin(self) -> dict[str, Any]:
         """What the records say of where the result comes from."""
         return origin(self.recipe, self.source, self.records, self.encoded, self.prompt, self.seed, self.said)

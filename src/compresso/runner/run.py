@@ -40,7 +40,7 @@ from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
-from compresso.runner.output import finish, scored, state, stored_dtype
+from compresso.runner.output import finish, left, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, check_shapes, prepare
 from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.stage import card
@@ -233,6 +233,7 @@ def run(
             if not before and not card(prepared.recipe.stages[0][0]).makes_dense:
                 score = scored(job, DENSE)
                 before = state(job, score)
+            after = None
             for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
                 if index < len(done):
                     continue
@@ -244,8 +245,10 @@ def run(
                 if (sentence := prepared.lacking.get(stage_name)) is not None:
                     job = job.note(stage_name, lacking_kinds=sentence)
                 makes_dense = card(stage_name).makes_dense
+                after = scored(job, DENSE if makes_dense else PRUNED)
+                job = job.note(stage_name, left=left(job, after, prepared.corpus()))
                 if makes_dense:
-                    score = scored(job, DENSE)
+                    score = after
                     before = state(job, score)
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, stage_name, partial(save_stage, job, before, whole=makes_dense))
@@ -255,7 +258,8 @@ def run(
                     job = replace(job, original=_reader(dense))
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
-            after = scored(job, PRUNED)
+            if after is None:  # no data, or a resumed run found all stages done
+                after = scored(job, PRUNED)
             facts = {
                 **prepared.origin(),
                 "before": before,
@@ -378,7 +382,7 @@ def _evaluated(
     return take(
         job,
         dense,
-        corpus=(prepared.recipe.data.source or "data") if prepared.records is not None else "none",
+        corpus=prepared.corpus(),
         instructions=prepared.records is not None and prepared.records.kind != "text",
         prompt_on=prepared.prompt is not None,
         before=facts["before"]["held_loss"],
