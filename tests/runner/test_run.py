@@ -49,7 +49,11 @@ def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: 
     result = ran(recipe)
     extra = {"modeling_compresso.py"} if result.records["layout"] == "native" else set()
     assert {path.name for path in result.folder.iterdir()} == FILES | extra
-    opened = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    opened = (
+        compresso.load(result.folder).model
+        if result.records["patches"]  # which the files know nothing of
+        else AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    )
     torch.testing.assert_close(logits(opened), logits(result.model), rtol=0, atol=1e-4)
     after = result.records["after"]["parameters"]
     assert sum(parameter.numel() for parameter in opened.parameters()) == after["total"]
@@ -62,7 +66,8 @@ def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: 
     assert (
         after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32
     )  # one channel more at most, and what multiples may add
-    slack = 0.2 if recipe == "evopress" else 0.1  # an attention leaves whole, and is a fifth of this model
+    coarse = ("evopress", "pipelines/decoder")  # an attention or a layer leaves whole: a fifth or a third of this model
+    slack = 0.2 if recipe in coarse else 0.1
     assert after["blocks"] >= (keep - slack) * before["blocks"]
 
 
