@@ -20,12 +20,12 @@ from compresso.core.quantisers import Quantiser, Style
 from compresso.core.row import Row
 from compresso.edit.eager import eager
 from compresso.edit.patches import unpatch_
-from compresso.edit.quantise_inputs import Inputs
+from compresso.edit.quantise_inputs import Inputs, behind_activations
 from compresso.edit.quantised import QuantisedModel
 from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
-from compresso.methods.qat import Qat, behind_activations
+from compresso.methods.qat import Qat
 from compresso.methods.recover import Recover
 from compresso.training.fit import fit
 from compresso.training.one_stage_objective import OneStageObjective

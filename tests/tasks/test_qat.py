@@ -19,9 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compresso
 from compresso.edit.patches import unpatch_
+from compresso.edit.quantise_inputs import behind_activations
 from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.methods.qat import Qat, behind_activations
+from compresso.methods.qat import Qat
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
 from compresso.runner.run import run

@@ -7,18 +7,22 @@ their speed is that of full numbers. The grids are those of `compresso.core.quan
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compresso.core.axis import Axis, Kind
 from compresso.core.quantisers import FULL, MOST, Quantiser, Style
+from compresso.edit.magnitude_masks import ends
 from compresso.edit.patch import Patch, PatchKind, register
 from compresso.errors import ArchError
 
 TOKENS, LEARNED = "quantise_inputs", "quantise_inputs_in_range"
 """The patch with a grid of each token's own, and the one with a learned grid of each linear."""
+Asymmetric = Literal["none", "activation", "all"]
+"""Which inputs have a grid from their least to their greatest: those behind an activation without a gate, or all."""
 _HOOK = "_compresso_quantise_inputs"
 _PARAMS = frozenset({"bits", "style", "symmetric", "asymmetric"})
 _RANGES = "ranges"
@@ -63,6 +67,26 @@ class Inputs:
             "asymmetric": list(self.asymmetric),
         }
         return Patch(TOKENS, params) if ranges is None else Patch(LEARNED, params, {_RANGES: ranges})
+
+
+def inputs_of(bits: int, style: Style, asymmetric: Asymmetric, linears: Sequence[str], axes: Sequence[Axis]) -> Inputs:
+    """How linears of a model with these axes read their inputs: none rounded at 16 bits.
+
+    Raises ValueError for bits of which no record is read.
+    """
+    if bits != FULL and not _LEAST <= bits <= MOST:
+        raise ValueError(f"input_bits={bits}: wanted {_LEAST} to {MOST}, or {FULL} for no rounding")
+    if bits == FULL:
+        return Inputs(FULL, style, ())
+    behind = behind_activations(axes) if asymmetric == "activation" else set[str]()
+    one_sided = [name for name in linears if asymmetric == "all" or name in behind]
+    return Inputs(bits, style, tuple(name for name in linears if name not in one_sided), tuple(one_sided))
+
+
+def behind_activations(axes: Sequence[Axis]) -> set[str]:
+    """The linears that read an FFN's channels behind an activation that no gate multiplies."""
+    found = [ends(axis) for axis in axes if axis.kind == Kind.CHANNEL]
+    return {piece.param.removesuffix(".weight") for written, read in found if len(written) == 1 for piece in read}
 
 
 def quantise_inputs_(model: PreTrainedModel, inputs: Inputs, ranges: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ widths, opened after `import compresso` or with `trust_remote_code`, as the mode
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder, write_text
+from compresso.edit.patch import Patch
+from compresso.edit.patches import save_tensors, written
 from compresso.errors import ExportError, NumericError
 from compresso.formats.beside import write_beside
 from compresso.formats.layout import (
@@ -37,6 +40,8 @@ from compresso.formats.shrunk import Shrunk, describe
 from compresso.native import MODELING_FILE, family_of
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
+RECORDS = "records.json"
+"""Where `compresso.load` finds the names of patches."""
 
 
 def save_checkpoint(
@@ -50,6 +55,7 @@ def save_checkpoint(
     force: bool = False,
     max_shard_size: int | str = "5GB",
     source: Path | None = None,
+    patches: Sequence[Patch] = (),
 ) -> Layout:
     """Write a shrunk model so that `folder` is complete or untouched, and return the layout used.
 
@@ -61,13 +67,15 @@ def save_checkpoint(
         files: further text files, name -> text (recipe.yaml, README.md, ...).
         force: replace a folder that is not empty.
         source: the folder that the model came from; what it holds beside weights and config is carried over.
+        patches: what the model computes beside its weights, for `compresso.load`; a run's records name them already.
 
     Raises ExportError if the layout cannot hold the shapes, NumericError if a tensor is not finite (also after rounding
     to `dtype`), CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
+    texts = {**(files or {}), **({RECORDS: _records(patches)} if patches else {})}
     if family_of(model.config.model_type) is None:
         check_plain(model, shapes, layout)
-        _write_plain(model, folder, tokenizer, dtype, files or {}, force, max_shard_size, source)
+        _write_plain(model, folder, tokenizer, dtype, texts, force, max_shard_size, source, patches)
         return "uniform"
     described = describe(model, shapes)
     layout = choose_layout(described, layout)
@@ -80,7 +88,8 @@ def save_checkpoint(
         if layout == "native":
             shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         write_beside(temporary, config, model, tokenizer, source)
-        _add_files(temporary, files or {})
+        _add_files(temporary, texts)
+        save_tensors(patches, temporary)
     return layout
 
 
@@ -93,6 +102,7 @@ def _write_plain(
     force: bool,
     max_shard_size: int | str,
     source: Path | None,
+    patches: Sequence[Patch],
 ) -> None:
     """Write a model that its own class and config hold, under the tensor names that its class writes."""
     tensors = {name: _stored(name, tensor.detach(), dtype) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -102,6 +112,12 @@ def _write_plain(
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, files)
+        save_tensors(patches, temporary)
+
+
+def _records(patches: Sequence[Patch]) -> str:
+    """The part of a run's records that says what is computed beside the weights."""
+    return json.dumps({"patches": written(patches)}, indent=2) + "\n"
 
 
 def _add_files(folder: Path, files: Mapping[str, str]) -> None:

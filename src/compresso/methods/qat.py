@@ -39,8 +39,8 @@ from compresso.core.one_stage import layer_map
 from compresso.core.quantisers import FULL, Quantiser, Style
 from compresso.core.squarehead import Norm
 from compresso.edit.eager import EAGER, attention_of, eager
-from compresso.edit.magnitude_masks import ends, owned, unit_masks, weight_masks
-from compresso.edit.quantise_inputs import Inputs
+from compresso.edit.magnitude_masks import owned, unit_masks, weight_masks
+from compresso.edit.quantise_inputs import Asymmetric, inputs_of
 from compresso.edit.quantised import QuantisedModel
 from compresso.errors import RecipeError
 from compresso.job import Job
@@ -109,7 +109,7 @@ class Qat:
     weight_symmetric: bool = True
     inputs: Literal["token", "learned"] = "token"
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
-    asymmetric: Literal["none", "activation", "all"] = "activation"
+    asymmetric: Asymmetric = "activation"
     embeddings: bool = False
     weights_kept: Share = 1.0
     channels_kept: Share = 1.0
@@ -179,7 +179,7 @@ class Qat:
         """Put roundings on, train under the teacher, fold them into the weights, patch the inputs."""
         groups = self.check(job.model, job.arch)
         compressed, linears = self.compressed(job.model, job.arch), names_of(groups)
-        inputs = self._inputs(job.model, job.arch, linears)
+        inputs = inputs_of(self.input_bits, self.quantisers, self.asymmetric, linears, job.arch.axes(job.model))
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         model = learner(job, None)
@@ -317,19 +317,6 @@ class Qat:
         """Of rows of weights. Raises ValueError for a grid that there is not."""
         return Quantiser(self.weight_bits, self.weight_symmetric, self.quantisers)
 
-    def _inputs(self, model: PreTrainedModel, arch: Arch, linears: Sequence[str]) -> Inputs:
-        """Which linears read rounded inputs, by their kind of grid."""
-        if self.input_bits == FULL:
-            return Inputs(FULL, self.quantisers, ())
-        behind = behind_activations(arch.axes(model)) if self.asymmetric == "activation" else set[str]()
-        one_sided = [name for name in linears if self.asymmetric == "all" or name in behind]
-        return Inputs(
-            self.input_bits,
-            self.quantisers,
-            tuple(name for name in linears if name not in one_sided),
-            tuple(one_sided),
-        )
-
     def _embedding(self, model: PreTrainedModel) -> str:
         """The token embedding's name. Raises RecipeError if the head has the same weight."""
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -352,12 +339,6 @@ class Qat:
         if self.weights_kept < 1:
             names = [f"{name}.weight" for name in linears]
             rounded.keep_(weight_masks(_left(rounded), names, self.weights_kept))
-
-
-def behind_activations(axes: Sequence[Axis]) -> set[str]:
-    """The linears that read an FFN's channels behind an activation that no gate multiplies."""
-    found = [ends(axis) for axis in axes if axis.kind == Kind.CHANNEL]
-    return {piece.param.removesuffix(".weight") for written, read in found if len(written) == 1 for piece in read}
 
 
 def _left(rounded: QuantisedModel) -> dict[str, Tensor]:
