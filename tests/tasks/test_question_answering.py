@@ -3,6 +3,7 @@ split, scores are SQuAD's, a base model gets a head, and stages train and prune 
 """
 
 import copy
+import gzip
 import json
 import random
 from array import array
@@ -16,11 +17,13 @@ import torch
 from tests.conftest import Call
 from tests.tasks.conftest import MOODS, NEUTRAL, SIZES, exported, tokenizer, untrained
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering, BertModel, GPT2Config
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from compresso.core.answer_window import LONGEST, AnswerWindow
 from compresso.core.loss import SPAN
 from compresso.data.answers import ANSWERED, by_group, encode_answered, parse_answered
 from compresso.data.records import Answered, BadRecord, Records, records_from
+from compresso.data.registry import load_records
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.errors import DataError
@@ -28,7 +31,7 @@ from compresso.job import Job
 from compresso.methods.distill import Distill
 from compresso.methods.gate_taylor import GateTaylor
 from compresso.methods.recover import Recover
-from compresso.metrics.answers import EXACT, F1, WHOLE
+from compresso.metrics.answers import EXACT, F1, NEVER, WHOLE
 from compresso.metrics.record import Environment
 from compresso.report.records import RunRecords
 from compresso.runner.options import with_options
@@ -94,6 +97,9 @@ SQUAD = {"question": "who", "context": "a b c", "answers": {"text": ["b", "b"], 
         ({}, Answered("who", "a b c", (("b", 2),), "T")),
         ({"answers": [{"text": "c", "answer_start": 4}], "id": 3}, Answered("who", "a b c", (("c", 4),), "T")),
         ({"title": None}, Answered("who", "a b c", (("b", 2),), "")),
+        ({"answers": {"text": [], "answer_start": []}}, Answered("who", "a b c", (), "T")),
+        ({"answers": [], "is_impossible": True, "plausible_answers": [{}]}, Answered("who", "a b c", (), "T")),
+        ({"is_impossible": False}, Answered("who", "a b c", (("b", 2),), "T")),
     ],
 )
 def test_the_columns_that_are_read(change: dict[str, Any], wanted: Answered) -> None:
@@ -105,7 +111,12 @@ def test_the_columns_that_are_read(change: dict[str, Any], wanted: Answered) -> 
     [
         ({"question": " "}, "field 'question' is empty"),
         ({"context": 5}, "field 'context' is a number; wanted a string"),
-        ({"answers": {"text": [], "answer_start": []}}, "holds none: questions without an answer are not read"),
+        (
+            {"is_impossible": True},
+            "field 'is_impossible' is true, and field 'answers' holds 1; wanted true beside none",
+        ),
+        ({"answers": [], "is_impossible": False}, "field 'is_impossible' is false, and field 'answers' holds 0"),
+        ({"is_impossible": "yes"}, "field 'is_impossible' is yes"),
         ({"answers": {"text": ["b"], "answer_start": [3]}}, "answer 'b' does not stand at character 3 of the context"),
         ({"answers": {"text": ["b"], "answer_start": [-3]}}, "does not stand at character -3"),
         ({"answers": {"text": ["b"]}}, "has no lists text and answer_start of one length"),
@@ -195,6 +206,153 @@ def test_the_best_answer_is_that_of_trying_all() -> None:
         assert (text == window.context[begins[10] : ends[10 + apart]]) == (length == LONGEST)
     nothing = AnswerWindow(0, "", "a", (), array("i", [-1]), array("i", [-1]))
     assert nothing.best(torch.zeros(1), torch.zeros(1)) == (-torch.inf, "")
+
+
+def with_some_unanswerable(n: int, seed: int = 0, **how: Any) -> list[dict[str, Any]]:
+    """As `questions`; every third text has no mood in it, so that there is no answer."""
+    rows = questions(n, seed, **how)
+    for row in rows[::3]:
+        (answer,) = row["answers"]["text"]
+        row["context"] = " ".join("w3" if word == answer else word for word in row["context"].split())
+        row["answers"] = {"text": [], "answer_start": []}
+    return rows
+
+
+def test_questions_without_an_answer_point_at_the_first_token_of_all_windows() -> None:
+    rows = with_some_unanswerable(12, words=(60, 90))
+    made = encoded(rows)
+    assert "4 of 12 questions have no answer: the first token stands for none" in made.notes
+    assert not any("lie whole in no window" in note for note in made.notes)
+    for row in made.rows:
+        window = row["window"]
+        assert window.open and (window.answers == ()) == (window.question % 3 == 0)
+        if not window.answers:
+            assert row["labels"] == [0, 0]
+    assert not any(row["window"].open for row in encoded(questions(3)).rows)
+    with pytest.raises(DataError, match="no question has an answer, so there is nothing to learn"):
+        encoded(rows[::3])
+
+
+class Says(torch.nn.Module):
+    """A model whose two logits of a token are its id's, so that a test decides what it answers."""
+
+    def __init__(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        super().__init__()
+        self.starts, self.ends = (torch.nn.Parameter(one) for one in (starts, ends))
+        self.config = BertConfig(**SIZES)
+        self.device = torch.device("cpu")
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(self.config.vocab_size, 2)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return QuestionAnsweringModelOutput(start_logits=self.starts[input_ids], end_logits=self.ends[input_ids])
+
+
+@pytest.mark.parametrize(("none", "exact", "answered"), [(-1.0, 8, True), (0.5, 12, True), (9.0, 4, False)])
+def test_nothing_is_an_answer_where_its_two_logits_are_above_those_of_all_words(
+    none: float, exact: int, answered: bool
+) -> None:
+    """Moods have logits 1 and neutral words 0; `none` is that of [CLS], in the window where it is least."""
+    rows = encoded(with_some_unanswerable(12)).rows
+    logit = torch.tensor([0.0, 0.0, none, 0.0] + [1.0] * 6 + [0.0] * (SIZES["vocab_size"] - 10))
+    found = QUESTION_ANSWERING.score(Says(logit, logit), rows)  # type: ignore[arg-type]
+    assert len(found.f1) == 12 and sum(found.exact) == exact
+    assert found.f1 == tuple(map(float, found.exact))  # words of one token
+    numbers = {one.name: one for one in found.measurements(Environment.here(), "t")}
+    assert numbers[NEVER].value == pytest.approx(4 / 12) and numbers[NEVER].how == "counted"
+    assert sum(found.whole) < 8 and found.whole[0] == 0.0  # of a question without an answer no word is right
+    says = {F1: numbers[F1].value, WHOLE: numbers[WHOLE].value, NEVER: numbers[NEVER].value}
+    guard = QUESTION_ANSWERING.judge(BertConfig(), {**says, "examples": 12}, {**says, "examples": 12})
+    assert "no answer" in guard.message() or "whole text" in guard.message()
+    assert (numbers[EXACT].value > numbers[NEVER].value) == answered
+
+
+def test_of_windows_without_the_answer_the_least_says_none() -> None:
+    """One window in which there is an answer is enough, however sure the others are that there is none."""
+    rows = encoded(with_some_unanswerable(12, words=(60, 90))).rows
+    assert len(rows) > 24
+    logit = torch.tensor([0.0, 0.0, 0.5, 0.0] + [1.0] * 6 + [0.0] * (SIZES["vocab_size"] - 10))
+    assert all(QUESTION_ANSWERING.score(Says(logit, logit), rows).exact)  # type: ignore[arg-type]
+
+
+def test_where_every_question_has_an_answer_nothing_is_none() -> None:
+    rows = encoded(questions(6)).rows
+    logit = torch.zeros(SIZES["vocab_size"])
+    logit[2], logit[4:10] = 9.0, 1.0
+    found = QUESTION_ANSWERING.score(Says(logit, logit), rows)  # type: ignore[arg-type]
+    assert found.never == () and [one.name for one in found.measurements(Environment.here(), "t")] == [F1, EXACT, WHOLE]
+    assert all(found.exact)  # however sure the first token is
+
+
+def published(rows: list[dict[str, Any]], **article: Any) -> dict[str, Any]:
+    """The same rows as SQuAD's authors publish them."""
+    asked = [
+        {
+            "question": row["question"],
+            "id": row["id"],
+            "is_impossible": not row["answers"]["text"],
+            "answers": [
+                {"text": text, "answer_start": begin}
+                for text, begin in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+            ],
+        }
+        for row in rows
+    ]
+    paragraphs = [{"context": row["context"], "qas": [one]} for row, one in zip(rows, asked, strict=True)]
+    return {"version": "v2.0", "data": [{"title": rows[0]["title"], "paragraphs": paragraphs, **article}]}
+
+
+@pytest.mark.parametrize("how", ["one line", "many lines", "packed"])
+def test_a_file_as_it_is_published_holds_the_same_questions(how: str, tmp_path: Path) -> None:
+    rows = [{**row, "title": "t"} for row in with_some_unanswerable(9)]
+    text = json.dumps(published(rows), indent=None if how == "one line" else 1)
+    path = tmp_path / ("dev.json.gz" if how == "packed" else "dev.json")
+    path.write_bytes(gzip.compress(text.encode()) if how == "packed" else text.encode())
+    found = load_records(path, form=ANSWERED)
+    assert found.rows == records(rows).rows and found.kind == "answered"
+    assert found.sha256 == records(rows).sha256
+    assert found.passed_over == {"id": 9} and found.columns["is_impossible"] == 9
+    assert found.places[1] == f"{path.name}: article 1, paragraph 2, question 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '{"data": [{"title": "t"}]}',
+            "dev.json: article 1, paragraph 1, question 1: fields are: title, context; want",
+        ),
+        ('{"data": [5]}', "article 1, paragraph 1, question 1: holds a number; wanted an object with question"),
+        ('{"data": [{"title": "t", "paragraphs": []}]}', "the file holds no record"),
+        ('{"data": [{"paragraphs": [{"context": "a"', "dev.json:1: bad JSON at character 42"),
+        ('{\n"data": [\n}', "dev.json:3: bad JSON at character 1"),
+        ('{"data": 5}', "fields are: data; wanted question"),
+        ("{" * 20 + "\n" + "{", "bad JSON"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_at_its_place(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "dev.json"
+    path.write_text(text.replace("\\n", "\n"))
+    with pytest.raises(DataError) as error:
+        load_records(path, form=ANSWERED)
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_an_object_a_line_is_still_one_row_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions(4)))
+    assert load_records(path, form=ANSWERED).rows == records(questions(4)).rows
+    path.write_text("{broken\n" + path.read_text())
+    assert load_records(path, form=ANSWERED, skip_bad=True).n_bad == 1
+
+
+def test_a_whole_file_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(published([{**row, "title": "t"} for row in questions(9)])))
+    monkeypatch.setattr("compresso.data.lines.MAX_WHOLE_BYTES", 100)
+    with pytest.raises(DataError, match=r"one JSON object of more than 100 bytes; write its rows as .jsonl"):
+        load_records(path, form=ANSWERED)
 
 
 def test_the_loss_is_the_models_own_and_padding_does_not_count(make: Make) -> None:
@@ -349,6 +507,24 @@ def test_evaluate_scores_a_file_of_questions(pruned: Path, call: Call, tmp_path:
     numbers = json.loads(out)["models"][0]["measurements"]
     assert code == 0 and [one["name"] for one in numbers] == ["fresh/f1", "fresh/exact_match", "fresh-whole-text/f1"]
     assert numbers[0]["value"] > 0.6 and numbers[0]["n"] == 40
+
+
+@pytest.mark.slow
+def test_a_run_learns_that_some_questions_have_no_answer(bert: Path, tmp_path: Path) -> None:
+    """From a file as it is published, with a title for every ten questions."""
+    rows = with_some_unanswerable(270)
+    articles = [published([{**row, "title": f"t{i}"} for row in rows[i::27]])["data"][0] for i in range(27)]
+    data = tmp_path / "train-v2.0.json"
+    data.write_text(json.dumps({"version": "v2.0", "data": articles}))
+    raw = with_options("gate-taylor", model=str(bert), task="question-answering", keep=0.8, sets=SETS)
+    result = run(raw, bert, data, output=tmp_path / "out", quiet=True)
+    records = RunRecords.checked(result.records, "records")
+    assert records.data is not None and records.data.columns["is_impossible"] == 270
+    assert any("90 of 270 questions have no answer" in note for note in records.data.notes)
+    for one in records.report.models:
+        exact, never = one.value(EXACT), one.value(NEVER)
+        assert exact is not None and never is not None and exact > 0.6 > 0.5 > never > 0.2
+    assert records.guard.verdict == "ok"
 
 
 @pytest.mark.parametrize(

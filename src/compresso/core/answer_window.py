@@ -18,9 +18,10 @@ class AnswerWindow:
         question: the same number for all windows of one question, and for none else.
         group: what examples share that must not lie on both sides of a split; the title.
         context: the whole text.
-        answers: those that people gave.
+        answers: those that people gave; none of a question that the text does not answer.
         begins, ends: of each token, where it begins and ends in the context; -1 for a token of the question and for
             special ones.
+        open: whether the answer may be that there is none, which the first token stands for.
     """
 
     question: int
@@ -29,6 +30,7 @@ class AnswerWindow:
     answers: tuple[str, ...]
     begins: "array[int]"
     ends: "array[int]"
+    open: bool = False
 
     def best(self, starts: Tensor, ends: Tensor) -> tuple[float, str]:
         """The likeliest answer of `LONGEST` tokens at most, and the sum of its two logits.
@@ -47,3 +49,7 @@ class AnswerWindow:
         if top == -torch.inf:
             return top, ""
         return top, self.context[self.begins[where[0]] : self.ends[where[1]]]
+
+    def none(self, starts: Tensor, ends: Tensor) -> float:
+        """The sum of the two logits of there being no answer; arguments as of `best`."""
+        return float(starts[0] + ends[0])

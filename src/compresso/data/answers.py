@@ -2,14 +2,17 @@
 
     question, context, and answers: {"text": [...], "answer_start": [...]}, or [{"text": ..., "answer_start": ...}]
     title, by which examples are split; else the context stands for it
+    {"data": [{"title": ..., "paragraphs": [{"context": ..., "qas": [{"question": ..., "answers": ...}]}]}]}, a .json
+        file as SQuAD's authors publish it
 
 A text that is longer than a row is read in windows that overlap. A window without the answer points at its first token,
-as in BERT's code (arXiv 1810.04805, section 4.2), so that every window says where the answer is not.
+as in BERT's code (arXiv 1810.04805, section 4.2), so that every window says where the answer is not. A question whose
+answers are none (SQuAD 2, arXiv 1806.03822) has no window with one, and is trained like that.
 """
 
 import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +24,7 @@ from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 
 _WANTED = "question, context and answers with text and answer_start"
-_USED = ("question", "context", "answers", "title")
+_USED = ("question", "context", "answers", "title", "is_impossible")
 _TOGETHER = 256  # questions tokenised in one call
 _LONGEST_QUESTION, _OVERLAP = 64, 128
 _LEAST = 32
@@ -39,8 +42,11 @@ def parse_answered(value: object) -> Answered:
         if not text.strip():
             raise BadRecord(f"field '{name}' is empty")
     answers = tuple(dict.fromkeys(_answers(value["answers"])))
-    if not answers:
-        raise BadRecord("field 'answers' holds none: questions without an answer are not read")
+    if (impossible := value.get("is_impossible")) is not None and impossible is not (not answers):
+        raise BadRecord(
+            f"field 'is_impossible' is {str(impossible).lower()[:20]}, and field 'answers' holds {len(answers)}; wanted"
+            " true beside none, false beside some"
+        )
     for text, begin in answers:
         if not text.strip() or context[begin : begin + len(text)] != text or begin < 0:
             raise BadRecord(f"answer {text[:40]!r} does not stand at character {begin} of the context")
@@ -55,7 +61,29 @@ def take_answered(value: object) -> Taken:
     return Taken(record, unused_of(value, _USED), tuple(name for name in _USED if name in value))
 
 
-ANSWERED = RecordForm(_USED, take_answered, _WANTED)
+def nested(value: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """Each question of a file as SQuAD's authors publish it, with its place in words; what is no question is given as
+    it is, for `take_answered` to refuse.
+    """
+    for i, article in enumerate(_listed(value, "data"), 1):
+        for j, paragraph in enumerate(_listed(article, "paragraphs"), 1):
+            for k, asked in enumerate(_listed(paragraph, "qas"), 1):
+                place = f"article {i}, paragraph {j}, question {k}"
+                around = {"title": _of(article, "title"), "context": _of(paragraph, "context")}
+                yield place, {**around, **asked} if isinstance(asked, Mapping) else asked
+
+
+def _listed(value: object, name: str) -> Sequence[object]:
+    """What an object lists under a name; else the value itself, so that it is seen and refused."""
+    found = _of(value, name)
+    return found if isinstance(found, list) else [value]
+
+
+def _of(value: object, name: str) -> object:
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+ANSWERED = RecordForm(_USED, take_answered, _WANTED, nested)
 """Rows of extractive question answering."""
 
 
@@ -67,7 +95,8 @@ def encode_answered(
     vocab_size: int | None = None,
     segments: bool = False,
 ) -> Encoded:
-    """Tokenise each question with windows of its text; an answer is where the first of its answers is.
+    """Tokenise each question with windows of its text; an answer is where the first of its answers is, and at the first
+    token where there is none.
 
     Args:
         records: questions.
@@ -79,7 +108,8 @@ def encode_answered(
         segments: whether the model tells question and text apart by type ids.
 
     Raises:
-        DataError: the tokenizer does not say where tokens lie, rows are too short, or an id is outside the vocabulary.
+        DataError: the tokenizer does not say where tokens lie, rows are too short, an id is outside the vocabulary, or
+            no question has an answer.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -92,6 +122,11 @@ def encode_answered(
     places = range(n) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
     sources = [name for name, part in records.by_source() for _ in part]
     chosen = [(i, sources[i], row) for i in places if isinstance(row := records.rows[i], Answered)]
+    unanswered = sum(not row.answers for _, _, row in chosen)
+    if chosen and unanswered == len(chosen):
+        raise DataError(
+            f"{records.source}: no question has an answer, so there is nothing to learn; give some that have"
+        )
     rows: list[Row] = []
     unseen = 0
     for start in range(0, len(chosen), _TOGETHER):
@@ -110,12 +145,12 @@ def encode_answered(
         seen: set[int] = set()
         for window, which in enumerate(made["overflow_to_sample_mapping"]):
             number, source, answered = some[which]
-            row = _window(made, window, number, answered, segments)
+            row = _window(made, window, number, answered, segments, unanswered > 0)
             row["source"] = source
             rows.append(row)
             if row["labels"] != [0, 0]:
                 seen.add(which)
-        unseen += len(some) - len(seen)
+        unseen += sum(bool(row.answers) for _, _, row in some) - len(seen)
     highest = max((max(row["input_ids"]) for row in rows), default=0)
     if vocab_size is not None and highest >= vocab_size:
         raise DataError(
@@ -124,6 +159,8 @@ def encode_answered(
         )
     tokens = sum(len(row["input_ids"]) for row in rows)
     notes = [f"{len(chosen):,} questions give {len(rows):,} windows of {max_length} tokens at most"]
+    if unanswered:
+        notes.append(f"{unanswered:,} of {len(chosen):,} questions have no answer: the first token stands for none")
     if unseen:
         notes.append(f"{unseen:,} answers lie whole in no window")
     if any(not row.title for _, _, row in chosen):
@@ -178,8 +215,8 @@ def _cut(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int
     ]
 
 
-def _window(made: Any, window: int, number: int, answered: Answered, segments: bool) -> Row:
-    """One window as a row."""
+def _window(made: Any, window: int, number: int, answered: Answered, segments: bool, open: bool) -> Row:
+    """One window as a row; open: whether any question has no answer."""
     inside = [part == 1 for part in made.sequence_ids(window)]
     spans = made["offset_mapping"][window]
     begins = array("i", [begin if real else -1 for (begin, _), real in zip(spans, inside, strict=True)])
@@ -188,7 +225,7 @@ def _window(made: Any, window: int, number: int, answered: Answered, segments: b
     row = Row(
         input_ids=list(made["input_ids"][window]),
         labels=_place(begins, ends, answered),
-        window=AnswerWindow(number, answered.title or answered.context, answered.context, texts, begins, ends),
+        window=AnswerWindow(number, answered.title or answered.context, answered.context, texts, begins, ends, open),
     )
     if segments:
         row["token_type_ids"] = list(made["token_type_ids"][window])
@@ -196,7 +233,11 @@ def _window(made: Any, window: int, number: int, answered: Answered, segments: b
 
 
 def _place(begins: Sequence[int], ends: Sequence[int], answered: Answered) -> list[int]:
-    """The first and the last token of the first answer; the first token of all where the window has not all of it."""
+    """The first and the last token of the first answer; the first token of all where the window has not all of it, or
+    there is none.
+    """
+    if not answered.answers:
+        return [0, 0]
     text, begin = answered.answers[0]
     end = begin + len(text)
     touching = [

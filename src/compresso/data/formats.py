@@ -1,7 +1,8 @@
 """Reading one local file into records; every bad line is named, none is dropped in silence.
 
     .jsonl                  one JSON object a line (blank lines separate nothing and are not counted)
-    .json                   a list of objects; a file that does not begin with "[" is read as .jsonl
+    .json                   a list of objects; one object with "data", where the task knows such files (SQuAD's own);
+                            else a file that does not begin with "[" is read as .jsonl
     .txt                    documents separated by blank lines; without any blank line, each line is a document
     .csv .tsv               rows under a header line
     .parquet                rows
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from compresso.core import strict_json
 from compresso.core.counted import counted
 from compresso.data.columns import TEXTS
-from compresso.data.lines import decoded_lines, opened
+from compresso.data.lines import decoded_lines, opened, whole_text
 from compresso.data.records import (
     NAMED_BAD,
     BadRecord,
@@ -180,7 +181,12 @@ def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
         case ".jsonl":
             return _json_lines(path)
         case ".json":
-            return _json_list(path) if _begins_list(path) else _json_lines(path)
+            if _begins(path, "["):
+                return _json_list(path)
+            whole = _one_object(path) if form.nested is not None and _begins(path, "{") else None
+            if form.nested is not None and whole is not None:
+                return (_Found(f"{path}: {place}", value) for place, value in form.nested(whole))
+            return _json_lines(path)
         case ".txt":
             return _paragraphs(path)
         case ".csv":
@@ -209,9 +215,29 @@ def _json_lines(path: Path) -> Iterator[_Found]:
                 yield _Found(place, wrong=f"bad JSON ({first_line(error)})")
 
 
-def _begins_list(path: Path) -> bool:
+def _begins(path: Path, sign: str) -> bool:
     with opened(path) as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(sign.encode())
+
+
+def _one_object(path: Path) -> Mapping[object, object] | None:
+    """The object that a whole file is, if it lists something under "data"; None if it is something else, such as an
+    object a line. Raises DataError if it is too large or no JSON.
+    """
+    text = whole_text(path)
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, _skip_space(text, 0))
+    except json.JSONDecodeError as error:
+        if error.lineno == 1 and "\n" in text.strip():
+            return None  # a bad line among others
+        where = f"{path}:{error.lineno}"
+        raise DataError(
+            f"{where}: bad JSON at character {error.colno} ({strict_json.words(error)}); repair it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: bad JSON ({first_line(error)}); repair the file") from error
+    alone = _skip_space(text, end) == len(text)
+    return value if alone and isinstance(value, dict) and isinstance(value.get("data"), list) else None
 
 
 def _json_list(path: Path) -> Iterator[_Found]:

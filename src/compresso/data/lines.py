@@ -23,6 +23,9 @@ MAX_RATIO = 200
 text compresses 3 to 20 times.
 """
 RATIO_FREE_BYTES = 64 * 2**20
+MAX_WHOLE_BYTES = 256 * 2**20
+"""Most bytes of a file that has to be read at once; SQuAD 2's training part has 42 million."""
+_AT_ONCE = 2**20
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
@@ -81,3 +84,22 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str, str]]:
             yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode(), ""
         except UnicodeDecodeError as error:
             yield number, "", f"byte {error.start + 1} of the line is not UTF-8"
+
+
+def whole_text(path: Path) -> str:
+    """A file's text, without the byte order mark of some editors. Raises DataError if it is too large or not UTF-8."""
+    packed_bytes, parts, total = path.stat().st_size, list[bytes](), 0
+    with opened(path) as stream:
+        while part := stream.read(_AT_ONCE):
+            total += len(part)
+            check_size(path, total, packed_bytes)
+            if total > MAX_WHOLE_BYTES:
+                raise DataError(
+                    f"{path}: one JSON object of more than {MAX_WHOLE_BYTES} bytes; write its rows as .jsonl"
+                )
+            parts.append(part)
+    content = b"".join(parts)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; repair the file") from error

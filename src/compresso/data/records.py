@@ -81,7 +81,8 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question about a text, and its answers: each a part of the text, and the character at which it begins.
+    """A question about a text, and its answers: each a part of the text, and the character at which it begins; none
+    where the text does not answer it.
 
     `title` is what examples share that must not lie on both sides of a split; "" where nothing is said.
     """
@@ -182,11 +183,14 @@ class RecordForm:
         columns: names that mean something, for files whose other columns need not be read.
         take: an object -> the record that it describes, and what of it was not read; raises BadRecord.
         wanted: the sets of columns that make a record, in words.
+        nested: of a .json file that is one object with "data", the place of each row in words, and the row; None where
+            no such file has a meaning.
     """
 
     columns: tuple[str, ...]
     take: Callable[[object], Taken]
     wanted: str
+    nested: Callable[[Mapping[object, object]], Iterator[tuple[str, object]]] | None = None
 
 
 def holds(cell: object) -> bool:

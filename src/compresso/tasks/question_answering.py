@@ -1,8 +1,9 @@
 """Extractive question answering: where in a text the answer to a question begins and ends, by an encoder with two
 logits a token on top (Devlin et al., arXiv 1810.04805, section 4.2).
 
-A base model has no such head; the stage `finetune` gives it one, drawn as its family draws it. Examples are split by
-title: no text lies on both sides.
+Questions without an answer (SQuAD 2, arXiv 1806.03822) point at the first token, and are scored by whether nothing is
+found. A base model has no such head; the stage `finetune` gives it one, drawn as its family draws it. Examples are
+split by title: no text lies on both sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from compresso.data.answers import ANSWERED, by_group, encode_answered
 from compresso.data.batches import encoder_inputs
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
-from compresso.metrics.answers import F1, WHOLE, AnswerScore, answer_score
+from compresso.metrics.answers import F1, NEVER, WHOLE, AnswerScore, answer_score
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
 from compresso.tasks import encoders
@@ -105,15 +106,16 @@ class QuestionAnswering:
         return answer_score(model, rows, partial(self.collate, pad_id=encoders.padding(model.config)))
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
-        """By what is left of the lead in F1 over answering with the whole text."""
-        n = pruned.get("examples")
+        """By what is left of the lead in F1 over answering with the whole text, or never, whichever is better."""
+        n, whole, never = pruned.get("examples"), pruned.get(WHOLE), pruned.get(NEVER)
+        silent = whole is not None and never is not None and never > whole
         return judge_labels(
             dense.get(F1),
             pruned.get(F1),
-            pruned.get(WHOLE),
+            never if silent else whole,
             None if n is None else int(n),
             what="F1",
-            guessing="the whole text",
+            guessing="no answer" if silent else "the whole text",
         )
 
 
