@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,21 @@ SETS = (
     *("stages.gate_taylor.batches=2", "stages.recover.rank=4", "stages.recover.save_every=5"),
     *("stages.recover.steps=20", "stages.recover.lr=1.0e-3", "stages.recover.lr_at_hidden=null"),
 )
+PIPELINE = (
+    *(*SETS[:4], "stages.distill.steps=20", "stages.distill.save_every=5", "stages.distill.lr=1.0e-3"),
+    *("stages.qat.steps=20", "stages.qat.save_every=5", "stages.qat.lr=1.0e-3"),
+)
 Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
 def arguments(bert: Path, moods: Path) -> Command:
-    """arguments(output, *more): of a run that takes seconds."""
+    """arguments(output, *more, recipe, sets): of a run that takes seconds."""
 
-    def _arguments(output: Path, *more: str) -> list[str]:
-        sets = [part for one in SETS for part in ("--set", one)]
+    def _arguments(output: Path, *more: str, recipe: str = "gate-taylor", sets: Sequence[str] = SETS) -> list[str]:
+        given = [part for one in sets for part in ("--set", one)]
         options = ["--model", str(bert), "--task", "classification", "--data", str(moods), "--keep", "0.7"]
-        return ["run", "gate-taylor", *options, "--output", str(output), *sets, *more]
+        return ["run", recipe, *options, "--output", str(output), *given, *more]
 
     return _arguments
 
@@ -113,23 +117,41 @@ def test_the_terminal_tells_the_accuracy_and_a_run_again_has_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "sets", "kills"),
+    [
+        ("gate-taylor", SETS, (("recover", 12),)),
+        ("pipelines/encoder", PIPELINE, (("scores", 2), ("distill", 12), ("saved", 3), ("qat", 12), ("saved", 4))),
+    ],
+)
 def test_killed_in_every_stage_a_run_ends_in_the_same_bytes(
-    arguments: Command, forked: Forked, pruned: Path, tmp_path: Path
+    recipe: str,
+    sets: Sequence[str],
+    kills: Sequence[tuple[str, int]],
+    arguments: Command,
+    forked: Forked,
+    pruned: Path,
+    tmp_path: Path,
 ) -> None:
-    output = tmp_path / "out"
-    assert forked(arguments(output), event="kill", phase="finetune", at=45)[0] == -9
+    output, whole = tmp_path / "out", pruned if recipe == "gate-taylor" else tmp_path / "whole"
+    words = arguments(output, recipe=recipe, sets=sets)
+    if not whole.exists():
+        code, log = forked(arguments(whole, recipe=recipe, sets=sets))
+        assert code == 0, log
+    assert forked(words, event="kill", phase="finetune", at=45)[0] == -9
     assert (work_of(output) / "training" / "finetune" / "step-000040").is_dir()
-    assert forked(arguments(output, "--resume"), event="kill", phase="saved", at=1)[0] == -9
+    assert forked([*words, "--resume"], event="kill", phase="saved", at=1)[0] == -9
     dense = work_of(output) / "stages" / "01-finetune"
     written = (dense / "model.safetensors").stat().st_mtime_ns
     model = AutoModelForSequenceClassification.from_pretrained(dense)  # can be used by itself
     assert model.config.id2label == {0: "neg", 1: "pos"} and model.config.intermediate_size == 48
-    code, log = forked(arguments(output, "--resume"), event="kill", phase="recover", at=12)
-    assert code == -9 and "finetune" not in log, log
-    code, log = forked(arguments(output, "--resume"))
-    assert code == 0 and "finetune" not in log, log
-    assert outcome(output) == outcome(pruned)
-    assert written  # the stage was not written again: its time is that of the second call
+    for phase, at in kills:
+        code, log = forked([*words, "--resume"], event="kill", phase=phase, at=at)
+        assert code == -9 and "finetune" not in log, log
+        assert (dense / "model.safetensors").stat().st_mtime_ns == written  # it is not done again
+    code, log = forked([*words, "--resume"])
+    assert code == 0 and "finetune  1/" not in log, log
+    assert outcome(output) == outcome(whole)
 
 
 @pytest.mark.slow

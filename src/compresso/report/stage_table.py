@@ -94,7 +94,7 @@ def _loss(_: StageFacts, left: Left) -> str:
 
 _COLUMNS: Sequence[tuple[str, Callable[[StageFacts, Left], str], bool]] = (
     ("parameters", lambda _, left: f"{left.parameters:,}", True),
-    ("MACs a token", lambda _, left: written(left.macs_per_token, "macs"), True),
+    ("MACs a token", lambda _, left: f"{left.macs_per_token:,}", True),
     ("zeros", _sparsity, False),
     ("bits a weight", _bits, False),
     ("held loss", _loss, False),
