@@ -89,7 +89,11 @@ def made(keep: float, layout: str, folder: Path) -> None:
 
 def onnx_times(folders: Mapping[str, Path], rounds: int) -> Times:
     """Prefill and decode in ONNX Runtime, the variants in turn."""
-    models = {name: OnnxModel(folder, threads=1) for name, folder in folders.items()}
+    return in_turn({name: OnnxModel(folder, threads=1) for name, folder in folders.items()}, rounds)
+
+
+def in_turn(models: Mapping[str, OnnxModel], rounds: int) -> Times:
+    """Prefill and decode of open models, in turn; the first round does not count."""
     prompt = torch.arange(PROMPT).unsqueeze(0) % 1000 + 3
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(rounds + 1):

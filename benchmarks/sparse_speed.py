@@ -1,0 +1,193 @@
+"""Whether zeros make anything faster on a CPU: a model with 70 % of them where an engine might skip them.
+
+    compresso run sparsegpt/70 --model DENSE --data TEXT --output SPARSE
+    python benchmarks/sparse_speed.py DENSE SPARSE [--rounds 7] [--threads 1]
+
+torch multiplies by all linears of all blocks in turn, so that weights come from memory as in decoding: dense, and as
+rows of what is not 0 (CSR) by torch and by scipy, at one token and at 128. ONNX Runtime and OpenVINO run the graphs of
+both models, float32 and 8 bits, on a prompt of 128 tokens and 32 more; OpenVINO also with its packing of sparse weights
+switched on for linears with half zeros and more, and how many kernels then are sparse ones is read from the compiled
+graph. Variants of one engine take turns, and ratios are medians of rounds, dense over own. 2 of 4 in tensor cores
+needs a GPU: without one it is not measured.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+from torch.nn.functional import linear
+
+from common import RESULTS, machine, write
+from compresso.arch.base import arch_for
+from compresso.checkpoint.source import load_model, open_source
+from compresso.edit.stock import as_stock
+from compresso.engines.onnx_runtime import OnnxModel
+from compresso.engines.openvino import OpenVinoModel
+from compresso.formats.onnx import GRAPH, library, save_onnx
+from compresso.metrics.traffic import paired
+from compresso.sweep.targets import Where, chosen, names_of
+from engines import NEW, PROMPT, in_turn, size
+
+RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
+HALF = 0.5
+"""Share of zeros from which OpenVINO is asked to pack."""
+EXACT = 1e-6
+"""Of its norm: how far a product over what is not 0 may be from the dense one."""
+Row = dict[str, Any]
+
+
+class PackingModel(OpenVinoModel):
+    """A folder in OpenVINO that packs sparse weights where it can."""
+
+    def _open(self, folder: Path, threads: int) -> set[str]:
+        core = library("openvino").Core()
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, RATE: HALF}
+        self._compiled = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", settings)
+        return {one.any_name for one in self._compiled.inputs}
+
+    def kernels(self) -> tuple[int, int]:
+        """Matrix products of the compiled graph, and those by a sparse kernel."""
+        found = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
+        types = [str(info["primitiveType"].value) for info in found if _is_product(info)]
+        return len(types), sum("sparse" in one for one in types)
+
+
+def _is_product(info: Any) -> bool:
+    return "layerType" in info and str(info["layerType"].value) in ("FullyConnected", "MatMul")
+
+
+def row(engine: str, what: str, part: str, dense: Sequence[float], own: Sequence[float], **more: Any) -> Row:
+    """What was measured of a variant: its speed over that of dense."""
+    ratios, noise = paired(dense, own)
+    found = {"engine": engine, "variant": what, "part": part, "ratio": round(statistics.median(ratios), 3)}
+    found |= {"rounds": [round(one, 3) for one in ratios], "noise": round(noise, 3)}
+    return found | {"ms": round(1000 * statistics.median(own), 2)} | more
+
+
+def products(weights: Sequence[Tensor], tokens: int, rounds: int) -> list[Row]:
+    """All linears in turn, at so many tokens; AssertionError if a sparse product is not the dense one."""
+    generator = torch.Generator().manual_seed(0)
+    given = {weight.shape[1]: torch.randn(tokens, weight.shape[1], generator=generator) for weight in weights}
+    inputs = [given[weight.shape[1]] for weight in weights]
+    rows_of = [weight.to_sparse_csr() for weight in weights]
+    arrays = [csr_array(weight.numpy()) for weight in weights]
+    ways: dict[str, Callable[[int], Any]] = {
+        "dense": lambda i: linear(inputs[i], weights[i]),
+        "torch CSR": lambda i: (rows_of[i] @ inputs[i].T).T,
+        "scipy CSR": lambda i: (arrays[i] @ inputs[i].T.numpy()).T,
+    }
+    apart: dict[str, float] = {}
+    for name, way in ways.items():
+        off = [_apart(torch.as_tensor(way(i)), ways["dense"](i)) for i in range(len(weights))]
+        apart[name] = max(off)
+        assert apart[name] <= EXACT, f"{name}: {apart[name]:.1e} of its norm from dense"
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            for i in range(len(weights)):
+                way(i)
+            seconds[name].append(time.perf_counter() - begun)
+    part = f"{tokens} token{'s' * (tokens > 1)}"
+    return [
+        row("all linears", name, part, seconds["dense"], own, difference=apart[name]) for name, own in seconds.items()
+    ]
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def engines(folders: Mapping[str, Path], dtype: str, rounds: int, threads: int) -> list[Row]:
+    """Both graphs in ONNX Runtime and OpenVINO, and the sparse one in OpenVINO that packs."""
+    found: list[Row] = []
+    for engine, opening in (("ONNX Runtime", OnnxModel), ("OpenVINO", OpenVinoModel)):
+        models: dict[str, OnnxModel] = {name: opening(folder, threads) for name, folder in folders.items()}
+        told: dict[str, Any] = {}
+        if engine == "OpenVINO":
+            packing = PackingModel(folders["70 % zeros"], threads)
+            models["70 % zeros, packing on"] = packing
+            products_, sparse = packing.kernels()
+            told = {"products": products_, "sparse_kernels": sparse}
+        times = in_turn(models, rounds)
+        for name, parts in times.items():
+            for part, own, base in zip((f"prompt of {PROMPT}", f"{NEW} tokens"), parts, times["dense"], strict=True):
+                more = told if name.endswith("on") else {}
+                folder = folders.get(name, folders["70 % zeros"])
+                found.append(row(f"{engine}, {dtype}", name, part, base, own, megabytes=size(folder) / 1e6, **more))
+                print(found[-1], flush=True)
+    return found
+
+
+def report(rows: Sequence[Row], zeros: float, facts: Mapping[str, Any], rounds: int) -> str:
+    """results/sparse_speed.md."""
+    lines = ["# Zeros on a CPU", ""]
+    faster = [one for one in rows if one["variant"] != "dense" and one["ratio"] > 1 + one["noise"]]
+    said = "; ".join(f"{one['engine']}, {one['variant']}, {one['part']} ({one['ratio']:.2f})" for one in faster)
+    packing = [one for one in rows if "products" in one]
+    products_, kernels = (sum(one[name] for one in packing) for name in ("products", "sparse_kernels"))
+    gpu = "2 of 4 on its GPU was not measured." if facts["cuda"] else "2 of 4 needs a GPU and was not measured: none."
+    lines += [
+        f"Faster than dense beyond noise: {said}." if said else "Nothing here is faster than dense beyond noise.",
+        "",
+        f"{100 * zeros:.1f} % of the weights of all linears of the blocks are 0, by SparseGPT. Ratios are speeds over"
+        f" dense, medians of {rounds} rounds in turn, with the least and greatest round. OpenVINO packs sparse weights"
+        f" of 8-bit products on processors with AMX; this one has {'it' if facts['amx'] else 'none'}, and {kernels} of"
+        f" {products_} products in the graphs that were compiled with it on are sparse kernels. {gpu}",
+        "",
+        "| engine | model | part | of dense | least to greatest | ms | MB |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for one in rows:
+        megabytes = f"{one['megabytes']:.0f}" if "megabytes" in one else "-"
+        lines.append(
+            f"| {one['engine']} | {one['variant']} | {one['part']} | {one['ratio']:.2f} |"
+            f" {min(one['rounds']):.2f} to {max(one['rounds']):.2f} | {one['ms']:.1f} | {megabytes} |"
+        )
+    where = f"{facts['processor']}, {facts['threads']} of {facts['cores']} cores (shared)"
+    return "\n".join([*lines, "", f"{where}, torch {facts['versions']['torch']}; `benchmarks/sparse_speed.py`.", ""])
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dense")
+    parser.add_argument("sparse")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    cpu = Path("/proc/cpuinfo")
+    facts = machine() | {"amx": cpu.exists() and "amx_int8" in cpu.read_text("utf-8")}
+    paths = {"dense": given.dense, "70 % zeros": given.sparse}
+    models = {name: as_stock(load_model(open_source(path), dtype=torch.float32)) for name, path in paths.items()}
+    sparse = models["70 % zeros"]
+    names = names_of(chosen(sparse, arch_for(sparse.config), Where()))
+    weights = [sparse.get_parameter(f"{name}.weight").detach() for name in names]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    rows: list[Row] = []
+    with torch.no_grad():
+        for tokens in (1, PROMPT):
+            rows += products(weights, tokens, given.rounds)
+            print(rows[-3:], flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype in ("f32", "int8"):
+            folders = {name: Path(scratch, f"{dtype}-{i}") for i, name in enumerate(models)}
+            for name, folder in folders.items():
+                model = models[name]
+                save_onnx(model, arch_for(model.config).shapes(model), folder, dtype=dtype)
+            rows += engines(folders, dtype, given.rounds, given.threads)
+    command = f"python benchmarks/sparse_speed.py DENSE SPARSE --rounds {given.rounds} --threads {given.threads}"
+    write("sparse_speed", {"rows": rows, "zeros": zeros, "machine": facts, "command": command})
+    (RESULTS / "sparse_speed.md").write_text(report(rows, zeros, facts, given.rounds), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
