@@ -3,7 +3,8 @@ killed training goes on to the same weights.
 """
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparse_finetune import SparseFinetune, paired
+from compresso.training import squarehead_objective
+from compresso.training.distill_objective import Network
 from compresso.training.fit import fit
 from compresso.training.order import Micro
 from tests.methods.conftest import MakeJob
@@ -74,11 +77,14 @@ def test_zeros_stay_bit_for_bit_and_the_others_learn(make_job: MakeJob, knobs: d
     assert not any(parameter.requires_grad for parameter in after.model.parameters())
 
 
-def test_a_pattern_holds_in_every_group(make_job: MakeJob) -> None:
-    after = tuned(pruned(make_job, sparsity=None, pattern="2:4"))
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_a_pattern_holds_in_every_group(make_job: MakeJob, pattern: str) -> None:
+    kept, group = map(int, pattern.split(":"))
+    after = tuned(pruned(make_job, sparsity=None, pattern=pattern))
     for name, weight in linears(after.model).items():
         if "lm_head" not in name:
-            assert int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
+            counts = (weight.unflatten(1, (-1, group)) != 0).sum(-1)
+            assert int(counts.min()) == int(counts.max()) == kept
 
 
 def test_the_model_comes_nearer_to_dense(make_job: MakeJob) -> None:
@@ -118,6 +124,29 @@ def test_the_dense_model_itself_loses_nothing(make_job: MakeJob) -> None:
     asked = objective_of(job, hard_weight=0.0, kl_weight=1.0)(job.collated(job.rows[:2]))
     found = {name: value.detach() for name, value in asked.items()}
     assert float(found["features"]) == 0 and float(found["divergence"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_s_states_go_layer_by_layer(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a term is taken, the teacher's states of the layers before it are no more."""
+    job, real, read = pruned(make_job), squarehead_objective.squared_error, Network.read
+    states: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def counting(*given: Any) -> Tensor:
+        alive.append(sum(state() is not None for state in states))
+        return real(*given)
+
+    def remembered(halves: Network, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        last, found = read(halves, batch)
+        if halves.model is not job.model:
+            states.extend(weakref.ref(state) for state in (*found[:-1], last))
+        return last, found
+
+    ask = objective_of(job)
+    monkeypatch.setattr(Network, "read", remembered)
+    monkeypatch.setattr(squarehead_objective, "squared_error", counting)
+    ask(job.collated(job.rows[:4]))
+    assert len(states) == 3 and alive == [2, 1, 0]
 
 
 def test_padding_changes_nothing(make_job: MakeJob) -> None:
@@ -194,6 +223,37 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     again = tuned(pruned(make_job, "killed"), save_every=5)
     theirs = whole.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_weight_that_trained_to_0_is_no_zero_after_a_resume(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are of the model that pruning left, never of the training's checkpoint."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    begun = pruned(make_job, "killed")
+    place = tuple(begun.model.get_parameter(name).nonzero()[0].tolist())
+
+    def dying(objective: Any, *given: Any, **named: Any) -> Any:
+        after = named["after_update"]
+
+        def passing(update: int) -> Any:
+            told = after(update)
+            with torch.no_grad():
+                objective.model.get_parameter(name)[place] = 0
+            if update == 17:
+                raise KeyboardInterrupt
+            return told
+
+        return fit(objective, *given, **{**named, "after_update": passing})
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(compresso.stage.tuning, "fit", dying)
+        tuned(begun, save_every=5)
+    again = tuned(pruned(make_job, "killed"), save_every=5)
+    assert again.records["sparse_finetune"]["zeros"] == sum(
+        int((weight == 0).sum()) for key, weight in linears(pruned(make_job, "x").model).items() if "lm_head" not in key
+    )
+    assert again.model.get_parameter(name)[place] != 0
 
 
 def test_the_guess_lets_accidental_zeros_grow(make_job: MakeJob) -> None:

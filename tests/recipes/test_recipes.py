@@ -6,6 +6,8 @@ import pytest
 
 from compresso.checkpoint.source import open_source
 from compresso.data import nano
+from compresso.methods.sparse_finetune import SparseFinetune
+from compresso.methods.sparsegpt import SparseGpt
 from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import build, names, read, with_knob
 from compresso.runner.recipe_file import parse, plain
@@ -87,3 +89,28 @@ def test_depth_recipes_differ_in_what_they_drop_alone(name: str) -> None:
     other, plain = build(read(f"shortgpt/{name}")), build(read("shortgpt"))
     assert other.stages[1:] == plain.stages[1:] and other.data == plain.data
     assert other.stages[0] != plain.stages[0]
+
+
+SPARSE_FINETUNING = {
+    "50": ("2 epochs", 3e-5),
+    "60": ("2 epochs", 1e-4),
+    "70": ("4 epochs", 8e-5),
+    "80": ("4 epochs", 1e-4),
+    "50-2-4": ("4 epochs", 1e-4),
+    "50-16-32": ("4 epochs", 1e-4),
+}
+"""The authors' epochs and rates, by recipe."""
+
+
+@pytest.mark.parametrize("name", SPARSE_FINETUNING)
+def test_fine_tuning_with_zeros_is_the_published_run(name: str) -> None:
+    """Rates and epochs; batch, loss and warm-up; gradients as they are; what SparseGPT leaves."""
+    stages = dict(build(read(f"sparse-finetune/{name}"), name).stages)
+    sparsegpt, stage = stages["sparsegpt"], stages["sparse_finetune"]
+    assert isinstance(sparsegpt, SparseGpt) and isinstance(stage, SparseFinetune)
+    assert (stage.trains.steps, stage.adamw.lr) == SPARSE_FINETUNING[name]
+    assert (stage.trains.batch, stage.adamw.warmup, stage.adamw.lr_schedule) == (32, 20, "linear")
+    assert (stage.hard_weight, stage.kl_weight, stage.feature_weight, stage.weight_decay) == (1, 0, 1, 0)
+    assert stage.adamw.clip is None and stage.norm == "global" and stage.masks == "all"
+    share, _, pattern = name.partition("-")
+    assert sparsegpt.pattern == pattern.replace("-", ":") if pattern else sparsegpt.sparsity == int(share) / 100
