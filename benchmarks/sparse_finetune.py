@@ -1,6 +1,6 @@
 """What SquareHead is worth: 70 % of the weights zero by SparseGPT, then equal updates under four losses.
 
-    python benchmarks/sparse_finetune.py --scratch FOLDER [--models babyllama SMOLLM2_FOLDER] [--only GLOB]
+    python benchmarks/sparse_finetune.py --scratch FOLDER [--models babyllama SMOLLM2_FOLDER] [--only GLOB ...]
     python benchmarks/sparse_finetune_report.py
 
 A seed draws what is calibrated on and the order of training, and all losses of a seed start from the same pruned model
@@ -163,7 +163,8 @@ def do(case: Case, given: argparse.Namespace) -> None:
     start = lru_cache(1)(partial(pruned, case, scratch=given.scratch))
     for seed, loss, rate in cells(case):
         known = [row for row in rows() if (row["model"], row["loss"], row["seed"]) == (case.name, loss, seed)]
-        if any(rate in (None, row["rate"]) for row in known) or not fnmatch(f"{case.name}/{seed}/{loss}", given.only):
+        wanted = any(fnmatch(f"{case.name}/{seed}/{loss}", one) for one in given.only)
+        if not wanted or any(rate in (None, row["rate"]) for row in known):
             continue
         where: Mapping[str, Any] = machine()
         found: dict[str, Any]
@@ -186,7 +187,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["babyllama"])
     parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--only", default="*", help="cells whose MODEL/SEED/LOSS fits, such as '*/100/*' for the rates")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="cells whose MODEL/SEED/LOSS fits, such as '*/100/*' for the rates"
+    )
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
