@@ -66,7 +66,7 @@ def babyllama(root: Path) -> Case:
         {"examples": 128, "batch": 16},
         {"steps": 100, "batch": 8, "micro_batch": 8, "warmup": 10, "precision": "no"},
         tuple(LOSSES),
-        (1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3),
         (0, 1, 2, 3, 4),
     )
 
