@@ -92,20 +92,20 @@ def onnx_times(folders: Mapping[str, Path], rounds: int) -> Times:
     return in_turn({name: OnnxModel(folder, threads=1) for name, folder in folders.items()}, rounds)
 
 
-def in_turn(models: Mapping[str, OnnxModel], rounds: int) -> Times:
-    """Prefill and decode of open models, in turn; the first round does not count."""
+def in_turn(models: Mapping[str, OnnxModel], rounds: int, clock: Callable[[], float] = time.perf_counter) -> Times:
+    """Prefill and decode of open models, in turn, by a clock; the first round does not count."""
     prompt = torch.arange(PROMPT).unsqueeze(0) % 1000 + 3
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(rounds + 1):
         for name, model in models.items():
-            begun = time.perf_counter()
+            begun = clock()
             logits, past = model(prompt, model.empty())
-            read = time.perf_counter()
+            read = clock()
             for _ in range(NEW):
                 logits, past = model(logits[:, -1:].argmax(dim=-1), past)
             if round_:
                 found[name][0].append(read - begun)
-                found[name][1].append(time.perf_counter() - read)
+                found[name][1].append(clock() - read)
     return found
 
 

@@ -1,17 +1,19 @@
-"""Whether zeros make anything faster on a CPU: a model with 70 % of them where an engine might skip them.
+"""Whether zeros make anything faster on a CPU: linears with 70 % of them where an engine might skip them.
 
-    compresso run sparsegpt/70 --model DENSE --data TEXT --output SPARSE
-    python benchmarks/sparse_speed.py DENSE SPARSE [--rounds 7] [--threads 1]
+    python benchmarks/sparse_speed.py MODEL [--layers 12] [--rounds 5]
 
-torch multiplies by all linears of all blocks in turn, so that weights come from memory as in decoding: dense, and as
-rows of what is not 0 (CSR) by torch and by scipy, at one token and at 128. ONNX Runtime and OpenVINO run the graphs of
-both models, float32 and 8 bits, on a prompt of 128 tokens and 32 more; OpenVINO also with its packing of sparse weights
-switched on for linears with half zeros and more, and how many kernels then are sparse ones is read from the compiled
-graph. Variants of one engine take turns, and ratios are medians of rounds, dense over own. 2 of 4 in tensor cores
-needs a GPU: without one it is not measured.
+The smallest 70 % of each linear of the blocks become zero: how many there are decides about time, not which. torch
+multiplies by all linears in turn, so that weights come from memory as in decoding: dense, and as rows of what is not 0
+(CSR) by torch and by scipy, at one token and at 128. ONNX Runtime and OpenVINO run the graphs of both models, float32
+and 8 bits, on a prompt of 128 tokens and 32 more; OpenVINO also with its packing of sparse weights switched on for
+linears with half zeros and more, and how many kernels then are sparse ones is read from the compiled graph.
+
+One thread, variants of an engine in turn, ratios are medians of rounds, dense over own. Times are of the processor, not
+of the wall, so that others on the machine count less. 2 of 4 in tensor cores needs a GPU and is not measured.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -21,12 +23,14 @@ from typing import Any
 
 import torch
 from scipy.sparse import csr_array
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from common import RESULTS, machine, write
 from compresso.arch.base import arch_for
 from compresso.checkpoint.source import load_model, open_source
+from compresso.core.sparsity import lowest_share
 from compresso.edit.stock import as_stock
 from compresso.engines.onnx_runtime import OnnxModel
 from compresso.engines.openvino import OpenVinoModel
@@ -36,8 +40,8 @@ from compresso.sweep.targets import Where, chosen, names_of
 from engines import NEW, PROMPT, in_turn, size
 
 RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
-HALF = 0.5
-"""Share of zeros from which OpenVINO is asked to pack."""
+SHARE, HALF = 0.7, 0.5
+"""Of zeros; and from which on OpenVINO is asked to pack."""
 EXACT = 1e-6
 """Of its norm: how far a product over what is not 0 may be from the dense one."""
 Row = dict[str, Any]
@@ -91,10 +95,10 @@ def products(weights: Sequence[Tensor], tokens: int, rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             for i in range(len(weights)):
                 way(i)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.process_time() - begun)
     part = f"{tokens} token{'s' * (tokens > 1)}"
     return [
         row("all linears", name, part, seconds["dense"], own, difference=apart[name]) for name, own in seconds.items()
@@ -105,18 +109,18 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def engines(folders: Mapping[str, Path], dtype: str, rounds: int, threads: int) -> list[Row]:
+def engines(folders: Mapping[str, Path], dtype: str, rounds: int) -> list[Row]:
     """Both graphs in ONNX Runtime and OpenVINO, and the sparse one in OpenVINO that packs."""
     found: list[Row] = []
     for engine, opening in (("ONNX Runtime", OnnxModel), ("OpenVINO", OpenVinoModel)):
-        models: dict[str, OnnxModel] = {name: opening(folder, threads) for name, folder in folders.items()}
+        models: dict[str, OnnxModel] = {name: opening(folder, 1) for name, folder in folders.items()}
         told: dict[str, Any] = {}
         if engine == "OpenVINO":
-            packing = PackingModel(folders["70 % zeros"], threads)
+            packing = PackingModel(folders["70 % zeros"], 1)
             models["70 % zeros, packing on"] = packing
             products_, sparse = packing.kernels()
             told = {"products": products_, "sparse_kernels": sparse}
-        times = in_turn(models, rounds)
+        times = in_turn(models, rounds, time.process_time)
         for name, parts in times.items():
             for part, own, base in zip((f"prompt of {PROMPT}", f"{NEW} tokens"), parts, times["dense"], strict=True):
                 more = told if name.endswith("on") else {}
@@ -126,7 +130,7 @@ def engines(folders: Mapping[str, Path], dtype: str, rounds: int, threads: int) 
     return found
 
 
-def report(rows: Sequence[Row], zeros: float, facts: Mapping[str, Any], rounds: int) -> str:
+def report(rows: Sequence[Row], told: str, facts: Mapping[str, Any], rounds: int) -> str:
     """results/sparse_speed.md."""
     lines = ["# Zeros on a CPU", ""]
     faster = [one for one in rows if one["variant"] != "dense" and one["ratio"] > 1 + one["noise"]]
@@ -137,9 +141,9 @@ def report(rows: Sequence[Row], zeros: float, facts: Mapping[str, Any], rounds: 
     lines += [
         f"Faster than dense beyond noise: {said}." if said else "Nothing here is faster than dense beyond noise.",
         "",
-        f"{100 * zeros:.1f} % of the weights of all linears of the blocks are 0, by SparseGPT. Ratios are speeds over"
-        f" dense, medians of {rounds} rounds in turn, with the least and greatest round. OpenVINO packs sparse weights"
-        f" of 8-bit products on processors with AMX; this one has {'it' if facts['amx'] else 'none'}, and {kernels} of"
+        f"{told} Ratios are speeds over dense in time of the processor, medians of {rounds} rounds in turn, with the"
+        " least and greatest round; one thread. OpenVINO packs sparse weights of 8-bit products on processors with AMX;"
+        f" this one has {'it' if facts['amx'] else 'none'}, and {kernels} of"
         f" {products_} products in the graphs that were compiled with it on are sparse kernels. {gpu}",
         "",
         "| engine | model | part | of dense | least to greatest | ms | MB |",
@@ -155,21 +159,34 @@ def report(rows: Sequence[Row], zeros: float, facts: Mapping[str, Any], rounds: 
     return "\n".join([*lines, "", f"{where}, torch {facts['versions']['torch']}; `benchmarks/sparse_speed.py`.", ""])
 
 
+def zeroed_(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
+    """The model, the smallest weights of each of these linears 0."""
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(f"{name}.weight")
+            weight.masked_fill_(lowest_share(weight.abs(), SHARE), 0)
+    return model
+
+
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense")
-    parser.add_argument("sparse")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("model")
+    parser.add_argument("--layers", type=int, help="the first of the model; all if not given")
+    parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     cpu = Path("/proc/cpuinfo")
     facts = machine() | {"amx": cpu.exists() and "amx_int8" in cpu.read_text("utf-8")}
-    paths = {"dense": given.dense, "70 % zeros": given.sparse}
-    models = {name: as_stock(load_model(open_source(path), dtype=torch.float32)) for name, path in paths.items()}
+    dense = as_stock(load_model(open_source(given.model), dtype=torch.float32))
+    arch = arch_for(dense.config)
+    if given.layers:
+        stack = dense.get_submodule("model")
+        stack.layers = nn.ModuleList(arch.blocks(dense)[: given.layers])
+        dense.config.num_hidden_layers = given.layers
+    names = names_of(chosen(dense, arch, Where()))
+    models = {"dense": dense, "70 % zeros": zeroed_(copy.deepcopy(dense), names)}
     sparse = models["70 % zeros"]
-    names = names_of(chosen(sparse, arch_for(sparse.config), Where()))
     weights = [sparse.get_parameter(f"{name}.weight").detach() for name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     rows: list[Row] = []
@@ -183,10 +200,13 @@ def main() -> None:
             for name, folder in folders.items():
                 model = models[name]
                 save_onnx(model, arch_for(model.config).shapes(model), folder, dtype=dtype)
-            rows += engines(folders, dtype, given.rounds, given.threads)
-    command = f"python benchmarks/sparse_speed.py DENSE SPARSE --rounds {given.rounds} --threads {given.threads}"
-    write("sparse_speed", {"rows": rows, "zeros": zeros, "machine": facts, "command": command})
-    (RESULTS / "sparse_speed.md").write_text(report(rows, zeros, facts, given.rounds), "utf-8")
+            rows += engines(folders, dtype, given.rounds)
+    layers = f" --layers {given.layers}" if given.layers else ""
+    command = f"python benchmarks/sparse_speed.py MODEL{layers} --rounds {given.rounds}"
+    told = f"{Path(given.model).name}, {len(arch.blocks(dense))} layers: {100 * zeros:.1f} % of the weights of their"
+    told += f" {len(names)} linears ({sum(weight.nbytes for weight in weights) / 2**20:.0f} MiB) are 0."
+    write("sparse_speed", {"rows": rows, "told": told, "zeros": zeros, "machine": facts, "command": command})
+    (RESULTS / "sparse_speed.md").write_text(report(rows, told, facts, given.rounds), "utf-8")
 
 
 if __name__ == "__main__":
