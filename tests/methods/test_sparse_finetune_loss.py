@@ -1,4 +1,4 @@
-"""What SquareHead is for: at 70 % zeros and with few examples, which labels alone overfit, the held-out loss ends lower.
+"""What SquareHead is for: at 70 % zeros and with few examples, which labels alone overfit, its held-out loss is lower.
 
 With as many fresh examples as updates ask for the two are not told apart here.
 """
