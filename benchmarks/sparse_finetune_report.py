@@ -105,7 +105,14 @@ def grid(done: Rows) -> list[str]:
         least = min((row["held"] for row in told.values() if not diverged(row)), default=math.nan)
         cells = [_cell(told.get(rate), least) for rate in rates]
         lines.append(f"| {loss} | {' | '.join(cells)} |")
-    return lines
+    return lines + edges(done, rates)
+
+
+def edges(done: Rows, rates: Sequence[float]) -> list[str]:
+    """Which losses might have gained from rates beyond the grid."""
+    used = {loss: of(done, loss)[0]["rate"] for loss in LOSSES if of(done, loss)}
+    found = [f"{loss} ({rate:.0e})" for loss, rate in used.items() if rate in (rates[0], rates[-1])]
+    return ["", f"At an end of the grid, so that a rate beyond it may be better: {', '.join(found)}."] if found else []
 
 
 def _cell(row: dict[str, Any] | None, least: float) -> str:
