@@ -88,7 +88,7 @@ def differences(done: Rows, corpora: Sequence[str]) -> list[str]:
             mean, half, n = found
             said = "below" if mean + half < 0 else "above" if mean - half > 0 else "not told apart"
             lines.append(
-                f"| {one} − {other} | {name} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] | {n} | {said} |"
+                f"| {one} against {other} | {name} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] | {n} | {said} |"
             )
     return lines
 
@@ -154,12 +154,16 @@ def section(name: str, done: Rows) -> list[str]:
 def main() -> None:
     """Write results/sparse_finetune.md."""
     done = rows()
+    lost = sum(diverged(row) for row in done)
+    said = f"{lost} cells diverged." if lost else "No cell diverged."
     text = [
         "# SquareHead beside its parts, at 70 % zeros",
         "",
         "SparseGPT zeros 70 % of the weights of all linears of the blocks; all weights that are left learn, at equal"
         " updates, from the same pruned model and the same batches. Losses in nats a token; differences are paired by"
-        " seed, below 0 where the first is better. See `benchmarks/sparse_finetune.py`.",
+        " seed, below 0 where the first is better. Seeds draw what is calibrated on and the order of training, of one"
+        " dense model each. Texts were neither calibrated nor trained on here, though the model's authors may have had"
+        f" them. {said} See `benchmarks/sparse_finetune.py`.",
         "",
     ]
     for name in dict.fromkeys(row["model"] for row in done):
