@@ -53,6 +53,7 @@ from compresso.stage import (
     Trains,
     card,
     groups_of,
+    learned_bytes,
 )
 from compresso.sweep.compressed import Compressed
 from compresso.sweep.memory import estimate
@@ -247,8 +248,8 @@ def _last_to_round(before: str, name: str, compressed: Compressed | None) -> str
 def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int:
     """Bytes that a sweep takes beside the weights, in float32, if every example has `length` tokens."""
     rows = [length] * stage.calibration.examples
-    groups, keeps = stage.check(model, arch), stage.keeps_moments
-    needed = estimate(model, arch, groups, stage.calibration, rows, torch.float32, keeps)
+    groups, held = stage.check(model, arch), (stage.keeps_moments, learned_bytes(stage))
+    needed = estimate(model, arch, groups, stage.calibration, rows, torch.float32, *held)
     return needed.statistics + needed.activations
 
 

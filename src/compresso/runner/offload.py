@@ -14,7 +14,7 @@ from compresso.errors import ResourceError
 from compresso.job import Job
 from compresso.runner.output import stored_dtype
 from compresso.runner.preflight import Prepared
-from compresso.stage import Sweeps
+from compresso.stage import Sweeps, learned_bytes
 from compresso.sweep.memory import estimate, give_back_large_blocks_, refuse_above
 from compresso.sweep.offload import Offloaded
 from compresso.training.launch import processes
@@ -42,7 +42,8 @@ def offloaded_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
     (_, stage) = prepared.recipe.stages[0]
     assert isinstance(stage, Sweeps)  # the preflight lets no other pass
     groups, lengths = stage.check(job.model, job.arch), [len(row["input_ids"]) for row in job.rows]
-    needed = estimate(job.model, job.arch, groups, stage.calibration, lengths, dtype, stage.keeps_moments)
+    held = (stage.keeps_moments, learned_bytes(stage))
+    needed = estimate(job.model, job.arch, groups, stage.calibration, lengths, dtype, *held)
     if not job.quiet:
         log.warning("memory: %s", needed.words())
     if not over_memory:

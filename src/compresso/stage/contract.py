@@ -12,6 +12,7 @@
     NeedsMore    needs data, though its card does not say so, by its knobs
     FitsModel    knobs that depend on the model it meets
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
+    LearnsBlocks with Sweeps: trains each block on the way, which takes memory beside it
 
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
 """
@@ -236,6 +237,22 @@ class Sweeps(Protocol):
     def check(self, model: PreTrainedModel, arch: Arch) -> "Groups":
         """The linears that it works on. Raises RecipeError or ArchError."""
         ...
+
+
+@runtime_checkable
+class LearnsBlocks(Protocol):
+    """A sweep that trains each block with gradients.
+
+    Args:
+        learned_bytes: held meanwhile for each of the block's weights.
+    """
+
+    learned_bytes: ClassVar[int]
+
+
+def learned_bytes(stage: Sweeps) -> int:
+    """What a sweep holds for each weight of the block it is at, beside the block; 0 where nothing learns."""
+    return stage.learned_bytes if isinstance(stage, LearnsBlocks) else 0
 
 
 def sweep_passes(stage: Sweeps, model: PreTrainedModel, arch: Arch, looks: int = 0) -> Passes:

@@ -95,6 +95,7 @@ def estimate(
     rows: Iterable[int],
     dtype: torch.dtype,
     keeps_moments: bool = False,
+    learned_bytes: int = 0,
 ) -> Estimate:
     """What one stage of an offloaded run takes.
 
@@ -106,6 +107,8 @@ def estimate(
         rows: lengths of the examples, in tokens.
         dtype: of weights and activations.
         keeps_moments: whether a second moment [in, in] of each group is held.
+        learned_bytes: held for each weight of the block that is worked on, where it learns with gradients; its dense
+            outputs lie beside its inputs then, and what it computes is kept for the way back.
     """
     blocks, size = arch.blocks(model), dtype.itemsize
     of_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -119,16 +122,20 @@ def estimate(
         widest = max(widest, *inputs, *(sum(matrix(model, name).shape[0] for name in group.names) for group in here))
         if keeps_moments:
             statistics = max(statistics, 4 * (sum(width**2 for width in inputs) + 5 * max(inputs) ** 2))
+    learned = learned_bytes * max(
+        sum(math.prod(matrix(model, name).shape) for group in here for name in group.names) for here in groups.values()
+    )
     edited = (
         3 * 4 * max((math.prod(matrix(model, n).shape) for n in names_of(groups)), default=0)
     )  # a matrix and its scores
     kept = one_batch if calibration.activations == "disk" else sum(lengths)
     scores = int(getattr(model.config, "num_attention_heads", 1)) * max(lengths, default=0)
+    times = 2 if learned_bytes else 1
     return Estimate(
         block=2 * max(of_blocks) * size,  # once more while the journal writes it
         around=(body - sum(of_blocks)) * size,
-        statistics=statistics + edited,
-        activations=size * (kept * hidden + one_batch * (8 * hidden + 4 * widest + scores)),
+        statistics=statistics + edited + learned,
+        activations=times * size * (kept * hidden + one_batch * (8 * hidden + 4 * widest + scores)),
     )
 
 
