@@ -151,6 +151,8 @@ VARIANTS: Mapping[str, Stages] = {
     "wanda": [{"wanda": {"sparsity": 0.5, **SWEPT}}],
     "sparsegpt": [{"sparsegpt": {"pattern": "2:4", **SWEPT}}],
     "owl": [{"owl": {"sparsity": 0.6, **SWEPT}}],
+    "besa": [{"besa": {"sparsity": 0.5, **SWEPT}}],
+    "besa of rows": [{"besa": {"per": "row", "bits": 4, "reference": "model", **SWEPT}}],
     "e_sparse": [{"e_sparse": {"block": 8, **SWEPT}}],
     "rtn": [{"rtn": {"bits": 4, "group": 16}}],
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],

@@ -33,6 +33,7 @@ RECIPES = {
     "wanda/50": [],
     "sparsegpt/50": [],
     "owl/70": [],
+    "besa/50-4bit": [],
     "gptq/3": [],
     "awq/4-g128": [GROUPS],
     "smoothquant/w8a8": [],

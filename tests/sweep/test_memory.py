@@ -8,17 +8,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compresso.arch.base import arch_for
+from compresso.methods.besa import Besa
 from compresso.methods.sparsegpt import SparseGpt
 from compresso.methods.wanda import Wanda
+from compresso.stage import learned_bytes
 from compresso.sweep import memory
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.memory import Estimate, available, estimate
+from compresso.sweep.targets import Where
 
 CPU = torch.device("cpu")
 
 
 def of(
-    stage: Wanda | SparseGpt, layers: int = 2, dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (100,) * 16
+    stage: Wanda | SparseGpt | Besa,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    rows: tuple[int, ...] = (100,) * 16,
 ) -> Estimate:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=4, vocab_size=1000
@@ -26,7 +32,8 @@ def of(
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     arch = arch_for(config)
-    return estimate(model, arch, stage.check(model, arch), stage.calibration, rows, dtype, stage.keeps_moments)
+    held = (stage.keeps_moments, learned_bytes(stage))
+    return estimate(model, arch, stage.check(model, arch), stage.calibration, rows, dtype, *held)
 
 
 def test_it_does_not_grow_with_depth_and_counts_what_is_there() -> None:
@@ -46,6 +53,15 @@ def test_second_moments_tokens_and_disk_count() -> None:
         wanda.activations - on_disk.activations == 4 * 64 * 100 * 8
     )  # 16 rows are kept, of which one batch of 8 is at hand
     assert of(Wanda(calibration=Calibration(examples=8))).activations == on_disk.activations
+
+
+def test_what_learns_is_counted_beside_the_largest_block() -> None:
+    how = Calibration(examples=16, batch=8)
+    plain, learned = of(Wanda(calibration=how)), of(Besa(calibration=how))
+    linears = 4 * 64 * 64 + 3 * 64 * 176
+    assert learned.statistics - plain.statistics == Besa.learned_bytes * linears
+    assert learned.activations == 2 * plain.activations  # dense outputs, and what the way back needs
+    assert of(Besa(calibration=how, where=Where(modules=("*.q_proj",)))).statistics < learned.statistics
 
 
 def test_a_limit_of_the_process_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

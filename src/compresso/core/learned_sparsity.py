@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from compresso.core.quantisers import straight_through
-from compresso.core.sparsity import count_of
 
 _STEEPEST = 1e5
 """Slope of logits over rates up to which one is looked for."""
@@ -60,7 +59,7 @@ def prune_probability(mixed: Tensor, rates: Tensor, columns: int) -> Tensor:
     >>> prune_probability(torch.tensor([[0.25, 0.5, 0.25]]), candidate_rates(0.5), 4)
     tensor([[0.7500, 0.7500, 0.2500, 0.2500]])
     """
-    taken = torch.tensor([count_of(rate, columns) for rate in rates.tolist()])
+    taken = counts_of(rates, columns).cpu()
     reach = (taken.unsqueeze(1) > torch.arange(columns)).sum(dim=0)  # rates that take more than k entries: the first
     sums = torch.cat([mixed.new_zeros(len(mixed), 1), mixed.cumsum(dim=1)], dim=1)
     return sums[:, reach.to(mixed.device)]
@@ -158,7 +157,7 @@ class Landed:
         shift: what was added to every learned share, the same for all.
     """
 
-    counts: list[Tensor]
+    counts: Sequence[Tensor]
     shift: float
 
 
@@ -192,7 +191,7 @@ def landed(learned: Sequence[Tensor], columns: Sequence[int], zeros: int) -> Lan
         most = open_.argsort(descending=True, stable=True)[: min(left, int((counts < width).sum()))]
         counts[most] += 1
         missing[most] -= 1
-    return Landed(list(counts.split([len(one) for one in learned])), shift)
+    return Landed(torch.split(counts, [len(one) for one in learned]), shift)
 
 
 def _largest_within(total: Callable[[float], int], wanted: int) -> float:
