@@ -133,6 +133,24 @@ def test_learned_ends_lose_less_than_the_same_masks_with_whole_ranges(make_job: 
     assert error_of_first_block(learned, dense) < 0.97 * error_of_first_block(whole, dense)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_stays_can_make_up_for_what_leaves(make_job: MakeJob, bits: int | None) -> None:
+    knobs: dict[str, Any] = {"per": "row", "bits": bits, "optimizer": "adam", "where": Where(layers=(0, 1))}
+    moved = Besa(**knobs, compensate=True)(make_job())
+    plain = Besa(**knobs)(make_job(folder="other"))
+    for name, weight in plain.model.named_parameters():  # the same masks
+        kept = moved.model.get_parameter(name)
+        if bits is None:
+            assert torch.equal(weight == 0, kept == 0)
+    facts = moved.records["besa"]
+    assert facts["sparsity"] >= 0.5
+    if bits is not None:
+        assert all(recovered(matrix(moved.model, name), bits, symmetric=False) for name in facts["of"])
+    dense = make_job(folder="third")
+    most = 0.9 if bits is None else 0.96  # rounding to grids that were learned without it is left
+    assert error_of_first_block(moved, dense) < most * error_of_first_block(plain, dense)
+
+
 def test_weights_that_are_stored_the_other_way_round(make_job: MakeJob) -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=48, vocab_size=64, n_positions=32)
     job = make_job()

@@ -57,7 +57,7 @@ def test_second_moments_tokens_and_disk_count() -> None:
 
 def test_what_learns_is_counted_beside_the_largest_block() -> None:
     how = Calibration(examples=16, batch=8)
-    plain, learned = of(Wanda(calibration=how)), of(Besa(calibration=how))
+    plain, learned = of(SparseGpt(calibration=how)), of(Besa(calibration=how))
     linears = 4 * 64 * 64 + 3 * 64 * 176
     assert learned.statistics - plain.statistics == Besa.learned_bytes * linears
     assert learned.activations == 2 * plain.activations  # dense outputs, and what the way back needs

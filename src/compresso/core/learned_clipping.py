@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.quantisers import straight_through
+from compresso.core.rounding import Grid
 
 LEAST_SHARE = 0.1
 """Below it a row's range would be nothing; shares are held between it and 1."""
@@ -25,12 +26,17 @@ def clipped_rounding(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> Te
         low, high: shares of a row's least and greatest weight [rows, 1].
         bits: of a code.
     """
+    grid = learned_grid(weight, low, high, bits)
+    codes = (_rounded(weight / grid.scale) + grid.zero).clamp(0, 2**bits - 1)
+    return (codes - grid.zero) * grid.scale
+
+
+def learned_grid(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> Grid:
+    """The grids that `clipped_rounding` rounds to; arguments as there."""
     least, greatest = weight.amin(dim=1, keepdim=True).clamp(max=0), weight.amax(dim=1, keepdim=True).clamp(min=0)
-    top = 2**bits - 1
-    step = (high * greatest - low * least) / top
+    step = (high * greatest - low * least) / (2**bits - 1)
     step = torch.where(step > 0, step, torch.ones_like(step))
-    zero = -_rounded(low * least / step)
-    return ((_rounded(weight / step) + zero).clamp(0, top) - zero) * step
+    return Grid(step, -_rounded(low * least / step), bits)
 
 
 def _rounded(values: Tensor) -> Tensor:

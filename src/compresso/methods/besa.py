@@ -18,6 +18,10 @@ in each epoch. Calibration rows are the run's, not C4 by itself. The adapters of
 never learn, and its masks by column, are not here. The paper never drops the last entry of a row; `rates: [0, 0.99]`
 does that, and the default is the code's.
 
+Ours, and off unless asked for: `compensate`. Once a block's zeros are fixed, the weights that stay in a row make up for
+them as in SparseGPT (`compresso.core.obs`); BESA itself updates no weight. Inputs that are always 0 lose their weights
+beyond the number asked for.
+
 Guesses, where neither says: ends of grids learn by Adam at `clip_lr` 0.01 and are held between .1 and 1; Adam's rate
 for logits, 0.05, where Prodigy is not wanted; with `bits` the order is that of the unrounded weights. `d_coef` is 1:
 the authors tuned it for each LLaMA (layer by layer .05 to 50, row by row 5 to 50) behind their sigmoid, and without it
@@ -34,18 +38,19 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.learned_sparsity import candidate_rates, channel_error, landed, logits_for, reachable
+from compresso.core.obs import Factor, NotPositiveDefiniteError, inverse_factor
 from compresso.core.prodigy import Prodigy
 from compresso.core.sparsity import count_of, wanda_score
 from compresso.errors import NumericError
 from compresso.job import Job
-from compresso.observe.folds import squares
+from compresso.observe.folds import Stats, second_moment, squares
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.block import BlockEdit, BlockVisit, Reference
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.compressed import Compressed, zeroed_weights
 from compresso.sweep.learned_masks import LearnedLinear, Mixing
 from compresso.sweep.swept import swept
-from compresso.sweep.targets import Groups, Where, chosen, matrix
+from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
 
 FARTHEST = 0.05
 """How far shares of a block may be moved to land on its number of zeros."""
@@ -83,11 +88,13 @@ class Besa:
         d_coef: factor on the rate that Prodigy finds.
         clip_lr: rate of the ends of grids.
         epochs: passes over the examples for each block; a batch of the calibration is a step.
+        compensate: weights that stay make up for those that left, by optimal brain surgeon as in `sparsegpt`; ours.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
 
-    keeps_moments: ClassVar[bool] = False
+    keeps_moments: ClassVar[bool] = True
+    """With `compensate` its statistic is a second moment, [in, in]."""
     learned_bytes: ClassVar[int] = 40
     """Of memory for each weight of a block: ranks, masks, masked weights and gradients, in float32."""
 
@@ -105,6 +112,7 @@ class Besa:
     d_coef: Annotated[float, Gt(0)] = 1.0
     clip_lr: Annotated[float, Ge(0)] = 0.01
     epochs: Annotated[int, Ge(1)] = 1
+    compensate: bool = False
     where: Where = Where()
     calibration: Calibration = Calibration(batch=1)
 
@@ -140,8 +148,9 @@ class Besa:
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
         groups = self.check(job.model, job.arch)
+        fold = second_moment if self.compensate else squares
         edit = BlockEdit(lambda visit: self._learned(job.model, visit), self.reference)
-        found, notes = swept(job.sweeping("besa", self), groups, self.calibration, squares, edit)
+        found, notes = swept(job.sweeping("besa", self), groups, self.calibration, fold, edit)
         blocks = {str(layer): notes.pop(str(layer)) for layer in groups}
         return job.note("besa", **found).note("besa", optimizer=self.optimizer, bits=self.bits, blocks=blocks, of=notes)
 
@@ -162,11 +171,25 @@ class Besa:
                 f" most {FARTHEST} is made up for; raise penalty, epochs or calibration.examples"
             )
         facts: dict[str, Any] = {}
-        for one, counts in zip(linears.values(), end.counts, strict=True):
-            facts[one.name] = dict(one.bake_(counts))
+        counts = dict(zip((one.name for one in linears.values()), end.counts, strict=True))
+        by_name = {one.name: one for one in linears.values()}
+        for group in visit.groups:
+            factor = self._factor(group, visit.seen[group.names[0]]) if self.compensate else None
+            for name in group.names:
+                facts[name] = dict(by_name[name].bake_(counts[name], factor))
         quarter = max(1, len(errors) // 4)
         first, last = (sum(part) / quarter for part in (errors[:quarter], errors[-quarter:]))
         return {**facts, str(visit.layer): {"shift": end.shift, "steps": len(errors), "error": [first, last]}}
+
+    def _factor(self, group: Group, seen: Stats) -> Factor:
+        """What lets the weights that stay make up for the others. Raises NumericError where there is none."""
+        try:
+            return inverse_factor(seen.total * (2 / seen.n))
+        except NotPositiveDefiniteError as error:
+            raise NumericError(
+                f"{', '.join(group.names)}: {error}; give more calibration examples, set compensate to false, or add it"
+                " to ignore"
+            ) from error
 
     def _linears(self, model: PreTrainedModel, visit: BlockVisit) -> dict[str, LearnedLinear]:
         """The block's linears, entries ranked, by the name of their weight within the block."""
@@ -177,7 +200,8 @@ class Besa:
         for group in visit.groups:
             for name in group.names:
                 weight, seen = matrix(model, name), visit.seen[group.names[0]].total
-                scores = wanda_score(weight, seen) if self.importance == "wanda" else weight.float().abs()
+                squared = seen.diagonal() if self.compensate else seen
+                scores = wanda_score(weight, squared) if self.importance == "wanda" else weight.float().abs()
                 place = f"{inside[id(model.get_submodule(name))]}.weight"
                 found[place] = LearnedLinear(model, name, scores, mixing, self.bits)
         return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compresso.core.learned_clipping import LEAST_SHARE, clipped_rounding
+from compresso.core.learned_clipping import LEAST_SHARE, clipped_rounding, learned_grid
 from compresso.core.learned_sparsity import (
     counts_of,
     first_ranks,
@@ -19,6 +19,7 @@ from compresso.core.learned_sparsity import (
     ranks_of,
     shares,
 )
+from compresso.core.obs import Factor, column_sweep
 from compresso.sweep.targets import matrix
 
 
@@ -86,9 +87,21 @@ class LearnedLinear:
             clip.clamp_(LEAST_SHARE, 1)
 
     @torch.no_grad()
-    def bake_(self, counts: Tensor) -> Mapping[str, float]:
-        """Zero the first entries of each row, round what is left; counts [out]. Returns facts about its zeros."""
-        self.weight.copy_(self._rounded().masked_fill(first_ranks(self._ranks, counts), 0))
+    def bake_(self, counts: Tensor, factor: Factor | None = None) -> Mapping[str, float]:
+        """Zero the first entries of each row, round what is left.
+
+        Args:
+            counts: of each row [out].
+            factor: of the linear's inputs, where what stays is to make up for what leaves (`core.obs`).
+
+        Returns:
+            Facts about its zeros.
+        """
+        gone = first_ranks(self._ranks, counts)
+        if factor is None:
+            self.weight.copy_(self._rounded().masked_fill(gone, 0))
+        else:
+            self.weight.copy_(self._compensated(gone, factor))
         facts = {
             "learned": float(self.row_shares().mean()),
             "share": int(counts.sum()) / self.weight.numel(),
@@ -98,6 +111,20 @@ class LearnedLinear:
         if self.clips:
             facts |= dict(zip(("low", "high"), (float(clip.mean()) for clip in self.clips), strict=True))
         return facts
+
+    def _compensated(self, gone: Tensor, factor: Factor) -> Tensor:
+        """The weight without some entries, the others moved to make up for them [out, in], float32."""
+        weight, quantize = self.weight.float(), None
+        if self._bits is not None:
+            low, high = self.clips
+            grid = learned_grid(weight, low, high, self._bits)
+
+            def quantize(left: Tensor, j: int) -> Tensor:
+                return grid.round(left[:, :1], j).squeeze(1)
+
+        return column_sweep(
+            weight, factor, choose=lambda scores, j: gone[:, j : j + scores.shape[1]], quantize=quantize
+        ).weight
 
     def _rounded(self) -> Tensor:
         """The whole weight on its grids [out, in], float32; as it is where nothing rounds."""

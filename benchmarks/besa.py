@@ -1,0 +1,178 @@
+"""BESA beside Wanda and SparseGPT at half of the weights, on the same examples: perplexity, and by how much each window
+differs.
+
+    COMPRESSO_DATA=folder python benchmarks/besa.py [--models babyllama SmolLM2_FOLDER] [--methods ...] [--windows 40]
+        [--tokens 65536] [--seed 0] [--threads 1] [--report]
+
+A finished cell is a line of results/besa.jsonl and is not repeated, so that a run may be stopped at any time. All
+methods get the same calibration, examples of 512 tokens (or the model's context), one at a time: of babyllama stories,
+of other models a mixture (papers, encyclopaedia, instructions, stories). Scored are windows that no method saw:
+stories; of other models WikiText-2's test text and the C4 sample. `--report` writes results/besa.md of the lines.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RESULTS, machine
+from compresso.job import Job
+from compresso.stage import card
+from repair import Subject
+
+LINES = RESULTS / "besa.jsonl"
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("", {}),
+    "wanda": ("wanda", {"sparsity": 0.5}),
+    "sparsegpt": ("sparsegpt", {"sparsity": 0.5}),
+    "besa": ("besa", {"reference": "model"}),
+    "besa/row": ("besa", {"per": "row"}),
+    "besa, Adam": ("besa", {"reference": "model", "optimizer": "adam"}),
+    "besa/row, Adam": ("besa", {"per": "row", "optimizer": "adam"}),
+    "besa/row, Adam, dense model": ("besa", {"per": "row", "optimizer": "adam", "reference": "model"}),
+    "besa/row, 4 epochs": ("besa", {"per": "row", "epochs": 4}),
+    "besa/row, Adam, 4 epochs": ("besa", {"per": "row", "optimizer": "adam", "epochs": 4}),
+    "besa/row, compensated": ("besa", {"per": "row", "compensate": True}),
+    "besa/row, 4 epochs, compensated": ("besa", {"per": "row", "epochs": 4, "compensate": True}),
+    "sparsegpt, 4 bits": ("sparsegpt", {"sparsity": 0.5, "bits": 4}),
+    "besa/row, 4 bits": ("besa", {"per": "row", "bits": 4}),
+    "besa/row, 4 bits, compensated": ("besa", {"per": "row", "bits": 4, "compensate": True}),
+}
+KEYS = ("model", "method", "tokens", "windows", "seed")
+
+
+def losses(job: Job, windows: Sequence[Sequence[int]]) -> list[float]:
+    """Mean next-token loss of each window."""
+    found: list[float] = []
+    with torch.no_grad():
+        for ids in windows:
+            given = torch.tensor([ids])
+            logits = job.model(input_ids=given).logits[0, :-1].float()
+            found.append(float(torch.nn.functional.cross_entropy(logits, given[0, 1:])))
+    return found
+
+
+def measured(subject: Subject, method: str, seed: int) -> dict[str, Any]:
+    """One cell: what the method did, how long it took, the losses by text."""
+    stage, knobs = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        job, begun = subject.job(Path(folder), seed), time.monotonic()
+        busy = time.process_time()
+        facts: dict[str, Any] = {}
+        if stage:
+            job = card(stage).type(**knobs, calibration={"examples": len(subject.rows), "batch": 1})(job)
+            told = job.records[stage]
+            facts = {"sparsity": told["sparsity"]}
+            if stage == "besa":
+                facts |= {"blocks": told["blocks"], "shares": _by_place(told["of"])}
+        spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - busy, 1)}
+        scored = {text: losses(job, windows) for text, windows in subject.scored.items()}
+    return {**facts, **spent, "losses": scored}
+
+
+def _by_place(of: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Share of zeros of each kind of linear, by layer."""
+    found: dict[str, list[float]] = {}
+    for name, one in of.items():
+        found.setdefault(name.rpartition(".")[2], []).append(round(one["share"], 4))
+    return found
+
+
+def rows() -> list[dict[str, Any]]:
+    """Finished cells."""
+    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
+
+
+def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean difference over windows, and its standard error."""
+    apart = torch.tensor(mine, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
+    return float(apart.mean()), float(apart.std() / math.sqrt(len(apart)))
+
+
+def report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of results/besa.md."""
+    where = cells[0]["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    yield "# BESA beside Wanda and SparseGPT at half of the weights"
+    yield ""
+    yield (
+        f"`benchmarks/besa.py`, {where['processor']}, {where['threads']} thread(s) of {where['cores']} cores;"
+        f" {versions}. No recovery. Perplexity ± standard error over windows; differences are of the mean loss, in nats a"
+        " token, paired by window, ± one standard error: below 0 is better than that method."
+    )
+    for model, tokens, windows, seed in dict.fromkeys(
+        (c["model"], c["tokens"], c["windows"], c["seed"]) for c in cells
+    ):
+        here = {
+            c["method"]: c
+            for c in cells
+            if (c["model"], c["tokens"], c["windows"], c["seed"]) == (model, tokens, windows, seed)
+        }
+        yield ""
+        yield f"## {model}: {tokens:,} tokens of calibration, {windows} windows of each text scored, seed {seed}"
+        yield ""
+        texts = list(next(iter(here.values()))["losses"])
+        head = [f"{text} | against wanda | against sparsegpt" for text in texts]
+        yield f"| method | zeros | {' | '.join(head)} | CPU s |"
+        yield f"|---|---:|{'---:|' * 3 * len(texts)}---:|"
+        for method in (name for name in METHODS if name in here):
+            cell, shown = here[method], list[str]()
+            for text in texts:
+                own = cell["losses"][text]
+                mean, error = paired(own, [0.0] * len(own))
+                shown.append(f"{math.exp(mean):.3g} ± {math.exp(mean) * error:.2g}")
+                for other in ("wanda", "sparsegpt"):
+                    if other == method or other not in here:
+                        shown.append("-")
+                        continue
+                    mean, error = paired(own, here[other]["losses"][text])
+                    shown.append(f"{mean:+.4f} ± {error:.4f}")
+            zeros = f"{100 * cell['sparsity']:.2f} %" if "sparsity" in cell else "-"
+            yield f"| {method} | {zeros} | {' | '.join(shown)} | {cell['cpu_seconds']:,.0f} |"
+    yield ""
+
+
+def main() -> None:
+    """Run what is missing, or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["babyllama"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args()
+    if given.report:
+        (RESULTS / "besa.md").write_text("\n".join(report(rows())), "utf-8")
+        return
+    torch.set_num_threads(given.threads)
+    for name in given.models:
+        subject: Subject | None = None
+        shown = name if name == "babyllama" else Path(name).name
+        for method in given.methods:
+            cell = {
+                "model": shown,
+                "method": method,
+                "tokens": given.tokens,
+                "windows": given.windows,
+                "seed": given.seed,
+            }
+            if tuple(cell.values()) in {tuple(row[key] for key in KEYS) for row in rows()}:
+                continue
+            subject = subject or Subject(name, given.tokens, given.windows, "mixed")
+            row = {**cell, **measured(subject, method, given.seed), "machine": machine()}
+            with LINES.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            means = {text: round(math.exp(sum(of) / len(of)), 3) for text, of in row["losses"].items()}
+            print(shown, method, means, row["cpu_seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
