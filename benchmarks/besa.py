@@ -103,7 +103,7 @@ def report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         f"`benchmarks/besa.py`, {where['processor']}, {where['threads']} thread(s) of {where['cores']} cores;"
-        f" {versions}. No recovery. Perplexity ± standard error over windows; differences are of the mean loss, in nats a"
+        f" {versions}. No recovery. Perplexity ± standard error over windows; differences are of mean losses in nats a"
         " token, paired by window, ± one standard error: below 0 is better than that method."
     )
     for model, tokens, windows, seed in dict.fromkeys(
