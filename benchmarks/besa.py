@@ -2,12 +2,13 @@
 differs.
 
     COMPRESSO_DATA=folder python benchmarks/besa.py [--models babyllama SmolLM2_FOLDER] [--methods ...] [--windows 40]
-        [--tokens 65536] [--seed 0] [--threads 1] [--report]
+        [--tokens 65536] [--length 512] [--layers 30] [--seed 0] [--threads 1] [--report]
 
 A finished cell is a line of results/besa.jsonl and is not repeated, so that a run may be stopped at any time. All
-methods get the same calibration, examples of 512 tokens (or the model's context), one at a time: of babyllama stories,
-of other models a mixture (papers, encyclopaedia, instructions, stories). Scored are windows that no method saw:
-stories; of other models WikiText-2's test text and the C4 sample. `--report` writes results/besa.md of the lines.
+methods get the same calibration, examples of `--length` tokens (or the model's context), one at a time: of babyllama
+stories, of other models a mixture (papers, encyclopaedia, instructions, stories). Scored are windows as long that no
+method saw: stories; of other models WikiText-2's test text and the C4 sample. `--layers` has the first few pruned and
+leaves the others whole, where a machine has no hours. `--report` writes results/besa.md of the lines.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+import repair
 from common import RESULTS, machine
 from compresso.job import Job
 from compresso.stage import card
@@ -44,7 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "besa/row, 4 bits": ("besa", {"per": "row", "bits": 4}),
     "besa/row, 4 bits, compensated": ("besa", {"per": "row", "bits": 4, "compensate": True}),
 }
-KEYS = ("model", "method", "tokens", "windows", "seed")
+KEYS = ("model", "method", "tokens", "windows", "seed", "length", "layers")
 
 
 def losses(job: Job, windows: Sequence[Sequence[int]]) -> list[float]:
@@ -58,15 +60,16 @@ def losses(job: Job, windows: Sequence[Sequence[int]]) -> list[float]:
     return found
 
 
-def measured(subject: Subject, method: str, seed: int) -> dict[str, Any]:
-    """One cell: what the method did, how long it took, the losses by text."""
+def measured(subject: Subject, method: str, seed: int, layers: int | None) -> dict[str, Any]:
+    """One cell: what the method did, how long it took, the losses by text. layers: worked on, from the first."""
     stage, knobs = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         job, begun = subject.job(Path(folder), seed), time.monotonic()
         busy = time.process_time()
         facts: dict[str, Any] = {}
         if stage:
-            job = card(stage).type(**knobs, calibration={"examples": len(subject.rows), "batch": 1})(job)
+            where = {} if layers is None else {"where": {"layers": (0, layers)}}
+            job = card(stage).type(**knobs, **where, calibration={"examples": len(subject.rows), "batch": 1})(job)
             told = job.records[stage]
             facts = {"sparsity": told["sparsity"]}
             if stage == "besa":
@@ -106,16 +109,18 @@ def report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f" {versions}. No recovery. Perplexity ± standard error over windows; differences are of mean losses in nats a"
         " token, paired by window, ± one standard error: below 0 is better than that method."
     )
-    for model, tokens, windows, seed in dict.fromkeys(
-        (c["model"], c["tokens"], c["windows"], c["seed"]) for c in cells
-    ):
-        here = {
-            c["method"]: c
-            for c in cells
-            if (c["model"], c["tokens"], c["windows"], c["seed"]) == (model, tokens, windows, seed)
-        }
+    shared = [key for key in KEYS if key != "method"]
+    for which in dict.fromkeys(tuple(c[key] for key in shared) for c in cells):
+        here = {c["method"]: c for c in cells if tuple(c[key] for key in shared) == which}
+        of = dict(zip(shared, which, strict=True))
+        pruned = "all layers" if of["layers"] is None else f"the first {of['layers']} layers alone"
         yield ""
-        yield f"## {model}: {tokens:,} tokens of calibration, {windows} windows of each text scored, seed {seed}"
+        yield f"## {of['model']}, {pruned}"
+        yield ""
+        yield (
+            f"{of['tokens']:,} tokens of calibration in examples of {of['length']}; {of['windows']} windows as long of"
+            f" each text scored; seed {of['seed']}."
+        )
         yield ""
         texts = list(next(iter(here.values()))["losses"])
         head = [f"{text} | against wanda | against sparsegpt" for text in texts]
@@ -145,6 +150,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")
@@ -153,21 +160,17 @@ def main() -> None:
         (RESULTS / "besa.md").write_text("\n".join(report(rows())), "utf-8")
         return
     torch.set_num_threads(given.threads)
+    repair.WIDTH = given.length
     for name in given.models:
         subject: Subject | None = None
         shown = name if name == "babyllama" else Path(name).name
         for method in given.methods:
-            cell = {
-                "model": shown,
-                "method": method,
-                "tokens": given.tokens,
-                "windows": given.windows,
-                "seed": given.seed,
-            }
-            if tuple(cell.values()) in {tuple(row[key] for key in KEYS) for row in rows()}:
+            asked = {key: vars(given)[key] for key in KEYS if key not in ("model", "method")}
+            cell = {"model": shown, "method": method, **asked}
+            if tuple(cell[key] for key in KEYS) in {tuple(row[key] for key in KEYS) for row in rows()}:
                 continue
             subject = subject or Subject(name, given.tokens, given.windows, "mixed")
-            row = {**cell, **measured(subject, method, given.seed), "machine": machine()}
+            row = {**cell, **measured(subject, method, given.seed, given.layers), "machine": machine()}
             with LINES.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             means = {text: round(math.exp(sum(of) / len(of)), 3) for text, of in row["losses"].items()}
