@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "besa/row": ("besa", {"per": "row"}),
     "besa, Adam": ("besa", {"reference": "model", "optimizer": "adam"}),
     "besa/row, Adam": ("besa", {"per": "row", "optimizer": "adam"}),
+    "besa/row, Adam, compensated": ("besa", {"per": "row", "optimizer": "adam", "compensate": True}),
     "besa/row, Adam, dense model": ("besa", {"per": "row", "optimizer": "adam", "reference": "model"}),
     "besa/row, 4 epochs": ("besa", {"per": "row", "epochs": 4}),
     "besa/row, Adam, 4 epochs": ("besa", {"per": "row", "optimizer": "adam", "epochs": 4}),
