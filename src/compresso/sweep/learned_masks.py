@@ -19,7 +19,7 @@ from compresso.core.learned_sparsity import (
     ranks_of,
     shares,
 )
-from compresso.core.obs import Factor, column_sweep
+from compresso.core.obs import Factor, Quantize, column_sweep
 from compresso.sweep.targets import matrix
 
 
@@ -114,17 +114,18 @@ class LearnedLinear:
 
     def _compensated(self, gone: Tensor, factor: Factor) -> Tensor:
         """The weight without some entries, the others moved to make up for them [out, in], float32."""
-        weight, quantize = self.weight.float(), None
-        if self._bits is not None:
-            low, high = self.clips
-            grid = learned_grid(weight, low, high, self._bits)
-
-            def quantize(left: Tensor, j: int) -> Tensor:
-                return grid.round(left[:, :1], j).squeeze(1)
-
         return column_sweep(
-            weight, factor, choose=lambda scores, j: gone[:, j : j + scores.shape[1]], quantize=quantize
+            self.weight.float(),
+            factor,
+            choose=lambda scores, j: gone[:, j : j + scores.shape[1]],
+            quantize=None if self._bits is None else self._rounding(self._bits),
         ).weight
+
+    def _rounding(self, bits: int) -> Quantize:
+        """How a column of moved weights is rounded: to the learned grids."""
+        low, high = self.clips
+        grid = learned_grid(self.weight.float(), low, high, bits)
+        return lambda left, j: grid.round(left[:, :1], j).squeeze(1)
 
     def _rounded(self) -> Tensor:
         """The whole weight on its grids [out, in], float32; as it is where nothing rounds."""
