@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, high_water_mib, machine
-from compresso.checkpoint.source import load_model
+from compresso.checkpoint.load import load_model
 from compresso.edit.stock import as_stock
 from compresso.edit.zeros import Zeros
 from compresso.errors import NumericError

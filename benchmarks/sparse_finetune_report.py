@@ -88,7 +88,8 @@ def differences(done: Rows, corpora: Sequence[str]) -> list[str]:
             mean, half, n = found
             said = "below" if mean + half < 0 else "above" if mean - half > 0 else "not told apart"
             lines.append(
-                f"| {one} against {other} | {name} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] | {n} | {said} |"
+                f"| {one} against {other} | {name} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+                f" | {n} | {said} |"
             )
     return lines
 

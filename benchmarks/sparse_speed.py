@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 
 from common import RESULTS, machine, write
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.core.sparsity import lowest_share
 from compresso.edit.stock import as_stock
 from compresso.engines.onnx_runtime import OnnxModel
