@@ -1,0 +1,222 @@
+"""HomoDistil on a real encoder, beside pruning once and beside a smaller start, after as many updates.
+
+    python benchmarks/encoder_distil.py ENCODER --scratch FOLDER [--seeds 0 1 2] [--only GLOB]
+    python benchmarks/encoder_distil.py --report
+
+The encoder gets a head for masked tokens and is tuned for them once (`finetune`): that model is the teacher. Students
+keep half of all parameters, as many heads, channels and hidden dimensions each, and learn by the same loss, rate,
+batches and number of updates:
+
+    homodistil   the recipe's schedule: units leave from the first update to 70 % of them
+    once         all units leave after update 8, by the same sensitivities, averaged over these 8
+    first        begins with the first units of the teacher, whatever they do
+
+Then each is fine-tuned on SST-2 and MRPC in the same way, and scored on their test files, which choose nothing.
+Training computes in bfloat16 (autocast), scores in float32. A finished cell is a line of results/encoder_distil.jsonl.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from common import high_water_mib, machine
+from compresso.arch.base import arch_for
+from compresso.formats.hf import save_checkpoint
+from compresso.job import Job
+from compresso.methods.homodistil import HomoDistil
+from encoder_distil_report import LAST, LINES, METHODS, lines, report
+from encoders import BENCH, Ready, packed, ready, run
+
+TEXT = "datasets/text/wikitext2_raw_train_part.jsonl.gz"
+LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 16, 0.5, 150, 8
+SHARED: dict[str, Any] = {"precision": "bf16", "save_every": 10_000}
+TEACHER = {"steps": 500, "batch": BATCH, "micro_batch": BATCH, "lr": 3e-4, "warmup": 25, **SHARED}
+STUDENT: dict[str, Any] = {
+    "keep": KEEP,
+    "cuts": 20,
+    "steps": UPDATES,
+    "batch": BATCH,
+    "micro_batch": BATCH,
+    "lr": 5e-4,
+    **SHARED,
+}
+KNOBS: dict[str, dict[str, Any]] = {
+    "homodistil": {},
+    "once": {"start": (OBSERVED - 1) / UPDATES, "done": OBSERVED / UPDATES},
+    "first": {"done": 1e-6, "kinds": ["channel"]},
+}
+TUNED: dict[str, dict[str, Any]] = {
+    "sst2": {"steps": 200, "lr": 1e-4, **SHARED},
+    "mrpc": {"steps": 115, "lr": 1e-4, **SHARED},
+}
+"""Of each task the fine-tuning."""
+PARTS = ("loss", "hard", "divergence", "embedding", "hidden", "attention")
+
+
+@dataclass(frozen=True)
+class Given:
+    """The encoder, where models are kept, and where the data is."""
+
+    encoder: str
+    scratch: Path
+    root: Path
+
+
+def teacher(given: Given) -> Path:
+    """The folder of the encoder tuned for masked tokens, made if it is not there."""
+    folder = given.scratch / "teacher"
+    if not folder.exists():
+        raw = {"name": "tuning", "data": {"max_length": LENGTH}, "stages": [{"finetune": TEACHER}]}
+        made = ready(raw, given.encoder, given.root / TEXT, "masked-lm", (), given.scratch)
+        begun, job = time.process_time(), run(made.stages["finetune"], made.job(0))
+        save_checkpoint(job.model, arch_for(job.model.config).shapes(job.model), folder, tokenizer=job.tokenizer)
+        score = job.task.score(job.model, job.held)
+        curve = job.records["finetune"]["curve"]["loss"]
+        how = {"length": LENGTH, **{name: TEACHER[name] for name in ("steps", "batch", "lr")}}
+        facts = {
+            "how": how,
+            "parameters": job.cost()().parameters(),
+            "held_nats": score.mean,
+            "held_accuracy": score.accuracy,  # pyright: ignore[reportAttributeAccessIssue]  # of masked tokens
+            "first_loss": curve[0],
+            "last_loss": statistics.fmean(curve[-LAST:]),
+            "cpu_s": round(time.process_time() - begun, 1),
+        }
+        _add({"seed": 0, "method": "teacher", **facts})
+    return folder
+
+
+def distilled(made: Ready, method: str, seed: int) -> Job:
+    """A student."""
+    job, stage = made.job(seed), made.stages["homodistil"]
+    assert isinstance(stage, HomoDistil)
+    if method == "first":
+        axes, wanted = job.arch.axes(job.model), stage.final(job.arch.axes(job.model), job.cost())
+        shares = {
+            axis.name: torch.full((axis.size,), wanted[axis.name] / axis.size) for axis in axes if axis.name in wanted
+        }
+        target = float(job.cost()(shares).count("total"))
+        # one more channel a layer, which leaves at once: a stage that keeps everything trains nothing
+        more = {name: n + name.endswith("channels") for name, n in wanted.items()}
+        masks = {axis.name: (torch.arange(axis.size) < more[axis.name]).float() for axis in axes if axis.name in more}
+        job = job.without(masks, "first")
+        keep = (target + 1) / job.cost()().parameters()["total"]
+        stage = replace(stage, removes=replace(stage.removes, keep=keep, kinds=("channel",)))
+    return run(stage, job)
+
+
+def cell(given: Given, method: str, seed: int) -> dict[str, Any]:
+    """A student, what it lost on the way, and what it can do."""
+    begun = time.process_time()
+    made = _texts(given, method)
+    job = distilled(made, method, seed)
+    distilling = time.process_time() - begun
+    record = job.records["homodistil"]
+    curve = record["curve"]
+    first = max(curve["update"]) - LAST
+    last = {
+        name: statistics.fmean(value for at, value in zip(curve["update"], curve[name], strict=True) if at > first)
+        for name in PARTS
+    }
+    facts = {
+        "how": {"length": LENGTH, "observed": OBSERVED, **{name: STUDENT[name] for name in ("keep", "batch", "lr")}},
+        "updates": record["updates"],
+        "parameters": job.cost()().parameters(),
+        "config": {
+            name: getattr(job.model.config, name)
+            for name in ("hidden_size", "num_attention_heads", "intermediate_size")
+        },
+        "peak_divergence": max(curve["divergence"]),
+        "divergence": [round(one, 4) for one in curve["divergence"]],
+        "last": last,
+        "held": apart(job, made.job(0).model),
+        "distil_cpu_s": round(distilling, 1),
+    }
+    return {**facts, "tasks": tasks(given, job.model, seed), "cpu_s": round(time.process_time() - begun, 1)}
+
+
+@torch.inference_mode()
+def apart(job: Job, dense: PreTrainedModel) -> dict[str, float]:
+    """On held-out texts, of masked tokens: nats of a student, and KL(teacher || student)."""
+    ours, theirs = (job.task.halves(model.eval(), ()) for model in (job.model, dense))
+    nats = divergence = tokens = 0.0
+    for start in range(0, len(job.held), 32):
+        batch = job.collated(job.held[start : start + 32])
+        at = job.task.compare(batch, "labelled")
+        q, p = (half.logits(half.read(batch)[0][at.places]).float().log_softmax(-1) for half in (ours, theirs))
+        nats += float(functional.nll_loss(q, at.targets[at.places], reduction="sum"))
+        divergence += float((p.exp() * (p - q)).sum())
+        tokens += len(q)
+    return {"nats": nats / tokens, "divergence": divergence / tokens, "tokens": tokens}
+
+
+def tasks(given: Given, model: PreTrainedModel, seed: int) -> dict[str, Any]:
+    """A model fine-tuned on each task, and scored."""
+    found: dict[str, Any] = {}
+    for task, knobs in TUNED.items():
+        made = _labelled(given, task)
+        job = run(made.stages["finetune"], made.job(seed, model))
+        rows = made.rows(given.root / BENCH / f"{task}_test.jsonl.gz", job.model.config)
+        score: Any = job.task.score(job.model.eval(), rows)
+        right = score.right
+        found[task] = {"accuracy": sum(right) / len(right), "f1": score.f1[0], "n": len(right), "right": packed(right)}
+        found[task]["knobs"] = {name: knobs[name] for name in ("steps", "lr")}
+    return found
+
+
+@cache
+def _texts(given: Given, method: str) -> Ready:
+    knobs = {**STUDENT, **{name: value for name, value in KNOBS[method].items() if name != "kinds"}}
+    sets = [f"data.max_length={LENGTH}", *(f"stages.homodistil.{name}={value}" for name, value in knobs.items())]
+    return ready("homodistil", str(teacher(given)), given.root / TEXT, "masked-lm", sets, given.scratch)
+
+
+@cache
+def _labelled(given: Given, task: str) -> Ready:
+    raw = {"name": "fine-tuning", "data": {"max_length": 128}, "stages": [{"finetune": TUNED[task]}]}
+    return ready(raw, given.encoder, given.root / BENCH / f"{task}_train.jsonl.gz", "classification", (), given.scratch)
+
+
+def _add(line: dict[str, Any]) -> None:
+    where = {key: value for key, value in machine().items() if key != "load_before"}
+    with LINES.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
+    print(json.dumps({key: value for key, value in line.items() if key not in ("divergence", "tasks")}), flush=True)
+
+
+def main() -> None:
+    """Do what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoder", nargs="?")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="*", help="cells whose METHOD-SEED fits, such as 'once-*'")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if not asked.report:
+        asked.scratch.mkdir(parents=True, exist_ok=True)
+        given = Given(asked.encoder, asked.scratch, Path(os.environ["COMPRESSO_DATA"]))
+        for seed in asked.seeds:
+            for method in METHODS:
+                if (method, seed) in {(line["method"], line["seed"]) for line in lines()}:
+                    continue
+                if fnmatch(f"{method}-{seed}", asked.only):
+                    _add({"seed": seed, "method": method, **cell(given, method, seed)})
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The table of `encoder_distil.py`: results/encoder_distil.jsonl -> results/encoder_distil.md."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from common import RESULTS
+from encoders import Difference, difference, unpacked
+
+LINES = RESULTS / "encoder_distil.jsonl"
+TASKS = {"sst2": "SST-2", "mrpc": "MRPC"}
+METHODS = {"homodistil": "HomoDistil", "once": "pruned once, then distilled", "first": "first units, distilled"}
+LAST = 20
+"""Updates at the end of a training whose losses are averaged."""
+
+
+def lines() -> list[dict[str, Any]]:
+    """What is done."""
+    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
+
+
+def report() -> None:
+    """Write results/encoder_distil.md."""
+    done = lines()
+    found = [line for line in done if line["method"] in METHODS]
+    dense = next(line for line in done if line["method"] == "teacher")
+    text = [*_said(found, dense), "", *_losses(found), "", *_accuracies(found), "", *_goals(found), ""]
+    (RESULTS / "encoder_distil.md").write_text("\n".join(text), "utf-8")
+
+
+def _of(found: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """The seeds of a method."""
+    return sorted((line for line in found if line["method"] == method), key=lambda line: line["seed"])
+
+
+def _said(found: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+    where, one, sizes = found[0]["machine"], found[0], dense["parameters"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers"))
+    config, tuned, how, made = one["config"], one["tasks"], one["how"], dense["how"]
+    return [
+        "# HomoDistil on a real encoder, beside pruning once and a smaller start",
+        "",
+        "all-MiniLM-L6-v2 under a new head for masked tokens, tuned once on the WikiText-2 part"
+        f" ({made['steps']} updates of {made['batch']} texts of {made['length']} tokens at {made['lr']}): loss"
+        f" {dense['first_loss']:.2f} at first, {dense['last_loss']:.2f} over the last {LAST} updates,"
+        f" {dense['held_nats']:.2f} nats a masked token on held-out texts, of which it guesses"
+        f" {100 * dense['held_accuracy']:.0f} %. It is the teacher: {sizes['total'] / 1e6:.1f} million parameters, of"
+        f" which {sizes['embeddings'] / 1e6:.1f} are embeddings. Students keep {how['keep']:.0%} of all of them:"
+        f" {one['parameters']['total'] / 1e6:.1f} million. The embedding gets as narrow as the hidden size"
+        f" ({config['hidden_size']} of 384, with {config['num_attention_heads']} of 12 heads and"
+        f" {config['intermediate_size']} of 1,536 channels in all six layers), and no token leaves.",
+        "",
+        f"{one['updates']} updates of {how['batch']} x {how['length']} tokens each, at {how['lr']}: shortened, the"
+        f" recipe has 28,000 of 4,096 x 128. `Pruned once` lets all units leave after update {how['observed']}, by the"
+        f" moving average of its first {how['observed']}; `first units` starts as the teacher's first heads, channels and"
+        f" dimensions. Then the same fine-tuning of each: SST-2 {tuned['sst2']['knobs']['steps']} updates, MRPC"
+        f" {tuned['mrpc']['knobs']['steps']}, of 32 examples at {tuned['sst2']['knobs']['lr']}; scored on the test"
+        f" files. Training under bfloat16 autocast; {where['processor']}, {where['threads']} thread(s), {versions}. See"
+        " `benchmarks/encoder_distil.py`.",
+    ]
+
+
+def _losses(found: Sequence[dict[str, Any]]) -> list[str]:
+    text = [
+        f"Loss: the whole of what is minimised, mean of the last {LAST} updates; KL: of the student from the teacher, a"
+        " masked token, peak over the training batches and at the end on held-out texts; mean of the seeds, ± their"
+        " standard deviation.",
+        "",
+        "| student | seeds | peak KL | final loss | of it KL | held-out KL | held-out nats |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, title in METHODS.items():
+        if not (cells := _of(found, method)):
+            continue
+        columns = [
+            [one["peak_divergence"] for one in cells],
+            [one["last"]["loss"] for one in cells],
+            [one["last"]["divergence"] for one in cells],
+            [one["held"]["divergence"] for one in cells],
+            [one["held"]["nats"] for one in cells],
+        ]
+        text.append(f"| {title} | {len(cells)} | {' | '.join(_spread(column) for column in columns)} |")
+    return text
+
+
+def _accuracies(found: Sequence[dict[str, Any]]) -> list[str]:
+    text = [
+        "Accuracy on the test files in %, of each seed and their mean; HomoDistil's minus the other's of the same seed"
+        " in points: mean ± 95 % over seeds (Student's t), and over examples.",
+        "",
+        "| task | student | seeds | mean | F1 | HomoDistil above it | ± over seeds | ± over examples |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for task, name in TASKS.items():
+        for method, title in METHODS.items():
+            if not (cells := _of(found, method)):
+                continue
+            each = [100 * one["tasks"][task]["accuracy"] for one in cells]
+            f1 = 100 * statistics.fmean(one["tasks"][task]["f1"] for one in cells)
+            apart = None if method == "homodistil" else above(found, method, task)
+            shown = (
+                "| | |" if apart is None else f"{apart.mean:+.2f} | {_half(apart.of_seeds)} | {apart.of_examples:.2f} |"
+            )
+            text.append(
+                f"| {name} | {title} | {', '.join(f'{one:.1f}' for one in each)} | {statistics.fmean(each):.2f} |"
+                f" {f1:.1f} | {shown}"
+            )
+    return text
+
+
+def above(found: Sequence[dict[str, Any]], method: str, task: str) -> Difference | None:
+    """Points of accuracy by which HomoDistil is above another, of the seeds that have both."""
+    ours, theirs = (
+        {one["seed"]: unpacked(one["tasks"][task]["right"], one["tasks"][task]["n"]) for one in _of(found, name)}
+        for name in ("homodistil", method)
+    )
+    seeds = sorted(ours.keys() & theirs.keys())
+    return difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
+
+
+def _goals(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What was asked of HomoDistil, and whether it is there."""
+    text = ["Goals:", ""]
+    ours = {one["seed"]: one for one in _of(found, "homodistil")}
+    for method, title in METHODS.items():
+        pairs = [(ours[one["seed"]], one) for one in _of(found, method) if one["seed"] in ours]
+        if method == "homodistil" or not pairs:
+            continue
+        if method == "once":
+            shares = [one["peak_divergence"] / other["peak_divergence"] for one, other in pairs]
+            met = sum(share < 0.5 for share in shares)
+            text.append(
+                f"- peak KL under half of that of `{title}`: in {met} of {len(pairs)} seeds"
+                f" ({', '.join(f'{share:.2f}' for share in shares)} of it)"
+            )
+        apart = [one["last"]["loss"] - other["last"]["loss"] for one, other in pairs]
+        held = [one["held"]["divergence"] - other["held"]["divergence"] for one, other in pairs]
+        text.append(
+            f"- final loss below `{title}`: in {sum(one < 0 for one in apart)} of {len(pairs)} seeds, by"
+            f" {-statistics.fmean(apart):+.3f} on average; held-out KL below it in {sum(one < 0 for one in held)}, by"
+            f" {-statistics.fmean(held):+.3f}"
+        )
+        for task, name in TASKS.items():
+            if (difference_ := above(found, method, task)) is not None:
+                n = sum(one > 0 for one in difference_.each)
+                text.append(
+                    f"- {name} above `{title}`: in {n} of {len(pairs)} seeds, {difference_.mean:+.2f} points on average"
+                )
+    return text
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _half(width: float | None) -> str:
+    return "" if width is None else f"{width:.2f}"
