@@ -53,8 +53,8 @@ def _said(found: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
         "",
         f"{one['updates']} updates of {how['batch']} x {how['length']} tokens each, at {how['lr']}: shortened, the"
         f" recipe has 28,000 of 4,096 x 128. `Pruned once` lets all units leave after update {how['observed']}, by the"
-        f" moving average of its first {how['observed']}; `first units` starts as the teacher's first heads, channels and"
-        f" dimensions. Then the same fine-tuning of each: SST-2 {tuned['sst2']['knobs']['steps']} updates, MRPC"
+        f" moving average of its first {how['observed']}; `first units` starts as the teacher's first heads, channels"
+        f" and dimensions. Then the same fine-tuning of each: SST-2 {tuned['sst2']['knobs']['steps']} updates, MRPC"
         f" {tuned['mrpc']['knobs']['steps']}, of 32 examples at {tuned['sst2']['knobs']['lr']}; scored on the test"
         f" files. Training under bfloat16 autocast; {where['processor']}, {where['threads']} thread(s), {versions}. See"
         " `benchmarks/encoder_distil.py`.",
