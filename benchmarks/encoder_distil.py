@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from transformers import PreTrainedModel
 
 from common import high_water_mib, machine
 from compresso.arch.base import arch_for
+from compresso.checkpoint.source import load_model, open_source
+from compresso.edit.stock import as_stock
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.homodistil import HomoDistil
@@ -39,12 +42,12 @@ from encoder_distil_report import LAST, LINES, METHODS, lines, report
 from encoders import BENCH, Ready, packed, ready, run
 
 TEXT = "datasets/text/wikitext2_raw_train_part.jsonl.gz"
-LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 16, 0.5, 150, 8
+LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 16, 0.5, 100, 8
 SHARED: dict[str, Any] = {"precision": "bf16", "save_every": 10_000}
-TEACHER = {"steps": 500, "batch": BATCH, "micro_batch": BATCH, "lr": 3e-4, "warmup": 25, **SHARED}
+TEACHER = {"steps": 250, "batch": BATCH, "micro_batch": BATCH, "lr": 3e-4, "warmup": 25, **SHARED}
 STUDENT: dict[str, Any] = {
     "keep": KEEP,
-    "cuts": 20,
+    "cuts": 14,
     "steps": UPDATES,
     "batch": BATCH,
     "micro_batch": BATCH,
@@ -57,8 +60,8 @@ KNOBS: dict[str, dict[str, Any]] = {
     "first": {"done": 1e-6, "kinds": ["channel"]},
 }
 TUNED: dict[str, dict[str, Any]] = {
-    "sst2": {"steps": 200, "lr": 1e-4, **SHARED},
-    "mrpc": {"steps": 115, "lr": 1e-4, **SHARED},
+    "sst2": {"steps": 120, "lr": 2e-4, **SHARED},
+    "mrpc": {"steps": 80, "lr": 2e-4, **SHARED},
 }
 """Of each task the fine-tuning."""
 PARTS = ("loss", "hard", "divergence", "embedding", "hidden", "attention")
@@ -93,7 +96,7 @@ def teacher(given: Given) -> Path:
             "last_loss": statistics.fmean(curve[-LAST:]),
             "cpu_s": round(time.process_time() - begun, 1),
         }
-        _add({"seed": 0, "method": "teacher", **facts})
+        _add({"part": "texts", "method": "teacher", "seed": 0, **facts})
     return folder
 
 
@@ -116,12 +119,11 @@ def distilled(made: Ready, method: str, seed: int) -> Job:
     return run(stage, job)
 
 
-def cell(given: Given, method: str, seed: int) -> dict[str, Any]:
-    """A student, what it lost on the way, and what it can do."""
+def student(given: Given, method: str, seed: int) -> dict[str, Any]:
+    """What a student lost on the way and at the end; it is kept."""
     begun = time.process_time()
     made = _texts(given, method)
     job = distilled(made, method, seed)
-    distilling = time.process_time() - begun
     record = job.records["homodistil"]
     curve = record["curve"]
     first = max(curve["update"]) - LAST
@@ -141,9 +143,10 @@ def cell(given: Given, method: str, seed: int) -> dict[str, Any]:
         "divergence": [round(one, 4) for one in curve["divergence"]],
         "last": last,
         "held": apart(job, made.job(0).model),
-        "distil_cpu_s": round(distilling, 1),
     }
-    return {**facts, "tasks": tasks(given, job.model, seed), "cpu_s": round(time.process_time() - begun, 1)}
+    folder = given.scratch / f"{method}-{seed}"
+    save_checkpoint(job.model, job.arch.shapes(job.model), folder, tokenizer=job.tokenizer, force=True)
+    return {**facts, "cpu_s": round(time.process_time() - begun, 1)}
 
 
 @torch.inference_mode()
@@ -161,18 +164,18 @@ def apart(job: Job, dense: PreTrainedModel) -> dict[str, float]:
     return {"nats": nats / tokens, "divergence": divergence / tokens, "tokens": tokens}
 
 
-def tasks(given: Given, model: PreTrainedModel, seed: int) -> dict[str, Any]:
-    """A model fine-tuned on each task, and scored."""
-    found: dict[str, Any] = {}
-    for task, knobs in TUNED.items():
-        made = _labelled(given, task)
-        job = run(made.stages["finetune"], made.job(seed, model))
-        rows = made.rows(given.root / BENCH / f"{task}_test.jsonl.gz", job.model.config)
-        score: Any = job.task.score(job.model.eval(), rows)
-        right = score.right
-        found[task] = {"accuracy": sum(right) / len(right), "f1": score.f1[0], "n": len(right), "right": packed(right)}
-        found[task]["knobs"] = {name: knobs[name] for name in ("steps", "lr")}
-    return found
+def tuned(given: Given, method: str, seed: int, task: str) -> dict[str, Any]:
+    """A student fine-tuned on a task, and scored."""
+    begun, made = time.process_time(), _labelled(given, task)
+    source = open_source(given.scratch / f"{method}-{seed}")
+    model = as_stock(load_model(source, dtype=torch.float32, device=torch.device("cpu")))
+    job = run(made.stages["finetune"], made.job(seed, model))
+    rows = made.rows(given.root / BENCH / f"{task}_test.jsonl.gz", job.model.config)
+    score: Any = job.task.score(job.model.eval(), rows)  # a classification's
+    right = score.right
+    facts = {"accuracy": sum(right) / len(right), "f1": score.f1[0], "guess": score.guess, "n": len(right)}
+    knobs = {name: TUNED[task][name] for name in ("steps", "lr")}
+    return {**facts, "right": packed(right), "knobs": knobs, "cpu_s": round(time.process_time() - begun, 1)}
 
 
 @cache
@@ -192,7 +195,7 @@ def _add(line: dict[str, Any]) -> None:
     where = {key: value for key, value in machine().items() if key != "load_before"}
     with LINES.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
-    print(json.dumps({key: value for key, value in line.items() if key not in ("divergence", "tasks")}), flush=True)
+    print(json.dumps({key: value for key, value in line.items() if key not in ("divergence", "right")}), flush=True)
 
 
 def main() -> None:
@@ -201,7 +204,7 @@ def main() -> None:
     parser.add_argument("encoder", nargs="?")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="*", help="cells whose METHOD-SEED fits, such as 'once-*'")
+    parser.add_argument("--only", default="*", help="cells whose PART-METHOD-SEED fits, such as 'texts-once-*'")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     asked = parser.parse_args()
@@ -209,12 +212,12 @@ def main() -> None:
     if not asked.report:
         asked.scratch.mkdir(parents=True, exist_ok=True)
         given = Given(asked.encoder, asked.scratch, Path(os.environ["COMPRESSO_DATA"]))
-        for seed in asked.seeds:
-            for method in METHODS:
-                if (method, seed) in {(line["method"], line["seed"]) for line in lines()}:
-                    continue
-                if fnmatch(f"{method}-{seed}", asked.only):
-                    _add({"seed": seed, "method": method, **cell(given, method, seed)})
+        for part, seed, method in product(("texts", *TUNED), asked.seeds, METHODS):
+            known = {(line["part"], line["method"], line["seed"]) for line in lines()}
+            if (part, method, seed) in known or not fnmatch(f"{part}-{method}-{seed}", asked.only):
+                continue
+            facts = student(given, method, seed) if part == "texts" else tuned(given, method, seed, part)
+            _add({"part": part, "method": method, "seed": seed, **facts})
     report()
 
 

@@ -23,9 +23,10 @@ def lines() -> list[dict[str, Any]]:
 def report() -> None:
     """Write results/encoder_distil.md."""
     done = lines()
-    found = [line for line in done if line["method"] in METHODS]
+    found = [line for line in done if line["part"] == "texts" and line["method"] in METHODS]
+    tasks = [line for line in done if line["part"] in TASKS]
     dense = next(line for line in done if line["method"] == "teacher")
-    text = [*_said(found, dense), "", *_losses(found), "", *_accuracies(found), "", *_goals(found), ""]
+    text = [*_said(found, tasks, dense), "", *_losses(found), "", *_accuracies(tasks), "", *_goals(found, tasks), ""]
     (RESULTS / "encoder_distil.md").write_text("\n".join(text), "utf-8")
 
 
@@ -34,10 +35,16 @@ def _of(found: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
     return sorted((line for line in found if line["method"] == method), key=lambda line: line["seed"])
 
 
-def _said(found: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
     where, one, sizes = found[0]["machine"], found[0], dense["parameters"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers"))
-    config, tuned, how, made = one["config"], one["tasks"], one["how"], dense["how"]
+    config, how, made = one["config"], one["how"], dense["how"]
+    tuned = {line["part"]: line["knobs"] for line in tasks}
+    told = [
+        f"{name} {tuned[task]['steps']} updates at {tuned[task]['lr']}" for task, name in TASKS.items() if task in tuned
+    ]
+        f"{name} {tuned[task]['steps']} updates at {tuned[task]['lr']}" for task, name in TASKS.items() if task in tuned
+    ]
     return [
         "# HomoDistil on a real encoder, beside pruning once and a smaller start",
         "",
@@ -54,9 +61,8 @@ def _said(found: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
         f"{one['updates']} updates of {how['batch']} x {how['length']} tokens each, at {how['lr']}: shortened, the"
         f" recipe has 28,000 of 4,096 x 128. `Pruned once` lets all units leave after update {how['observed']}, by the"
         f" moving average of its first {how['observed']}; `first units` starts as the teacher's first heads, channels"
-        f" and dimensions. Then the same fine-tuning of each: SST-2 {tuned['sst2']['knobs']['steps']} updates, MRPC"
-        f" {tuned['mrpc']['knobs']['steps']}, of 32 examples at {tuned['sst2']['knobs']['lr']}; scored on the test"
-        f" files. Training under bfloat16 autocast; {where['processor']}, {where['threads']} thread(s), {versions}. See"
+        f" and dimensions. Then the same fine-tuning of each, of 32 examples an update ({'; '.join(told)}), scored on"
+        f" the test files. Training under bfloat16 autocast; {where['processor']}, {where['threads']} thread(s), {versions}. See"
         " `benchmarks/encoder_distil.py`.",
     ]
 
@@ -84,7 +90,7 @@ def _losses(found: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def _accuracies(found: Sequence[dict[str, Any]]) -> list[str]:
+def _accuracies(tasks: Sequence[dict[str, Any]]) -> list[str]:
     text = [
         "Accuracy on the test files in %, of each seed and their mean; HomoDistil's minus the other's of the same seed"
         " in points: mean ± 95 % over seeds (Student's t), and over examples.",
@@ -94,11 +100,11 @@ def _accuracies(found: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for task, name in TASKS.items():
         for method, title in METHODS.items():
-            if not (cells := _of(found, method)):
+            if not (cells := [line for line in _of(tasks, method) if line["part"] == task]):
                 continue
-            each = [100 * one["tasks"][task]["accuracy"] for one in cells]
-            f1 = 100 * statistics.fmean(one["tasks"][task]["f1"] for one in cells)
-            apart = None if method == "homodistil" else above(found, method, task)
+            each = [100 * one["accuracy"] for one in cells]
+            f1 = 100 * statistics.fmean(one["f1"] for one in cells)
+            apart = None if method == "homodistil" else above(tasks, method, task)
             shown = (
                 "| | |" if apart is None else f"{apart.mean:+.2f} | {_half(apart.of_seeds)} | {apart.of_examples:.2f} |"
             )
@@ -109,17 +115,17 @@ def _accuracies(found: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def above(found: Sequence[dict[str, Any]], method: str, task: str) -> Difference | None:
+def above(tasks: Sequence[dict[str, Any]], method: str, task: str) -> Difference | None:
     """Points of accuracy by which HomoDistil is above another, of the seeds that have both."""
     ours, theirs = (
-        {one["seed"]: unpacked(one["tasks"][task]["right"], one["tasks"][task]["n"]) for one in _of(found, name)}
+        {one["seed"]: unpacked(one["right"], one["n"]) for one in _of(tasks, name) if one["part"] == task}
         for name in ("homodistil", method)
     )
     seeds = sorted(ours.keys() & theirs.keys())
     return difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
 
 
-def _goals(found: Sequence[dict[str, Any]]) -> list[str]:
+def _goals(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]]) -> list[str]:
     """What was asked of HomoDistil, and whether it is there."""
     text = ["Goals:", ""]
     ours = {one["seed"]: one for one in _of(found, "homodistil")}
@@ -142,10 +148,11 @@ def _goals(found: Sequence[dict[str, Any]]) -> list[str]:
             f" {-statistics.fmean(held):+.3f}"
         )
         for task, name in TASKS.items():
-            if (difference_ := above(found, method, task)) is not None:
+            if (difference_ := above(tasks, method, task)) is not None:
                 n = sum(one > 0 for one in difference_.each)
                 text.append(
-                    f"- {name} above `{title}`: in {n} of {len(pairs)} seeds, {difference_.mean:+.2f} points on average"
+                    f"- {name} above `{title}`: in {n} of {len(difference_.each)} seeds, {difference_.mean:+.2f} points"
+                    " on average"
                 )
     return text
 
