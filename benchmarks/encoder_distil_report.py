@@ -43,8 +43,6 @@ def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dens
     told = [
         f"{name} {tuned[task]['steps']} updates at {tuned[task]['lr']}" for task, name in TASKS.items() if task in tuned
     ]
-        f"{name} {tuned[task]['steps']} updates at {tuned[task]['lr']}" for task, name in TASKS.items() if task in tuned
-    ]
     return [
         "# HomoDistil on a real encoder, beside pruning once and a smaller start",
         "",
@@ -62,7 +60,8 @@ def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dens
         f" recipe has 28,000 of 4,096 x 128. `Pruned once` lets all units leave after update {how['observed']}, by the"
         f" moving average of its first {how['observed']}; `first units` starts as the teacher's first heads, channels"
         f" and dimensions. Then the same fine-tuning of each, of 32 examples an update ({'; '.join(told)}), scored on"
-        f" the test files. Training under bfloat16 autocast; {where['processor']}, {where['threads']} thread(s), {versions}. See"
+        f" the test files. Training under bfloat16 autocast;"
+        f" {where['processor']}, {where['threads']} thread(s), {versions}. See"
         " `benchmarks/encoder_distil.py`.",
     ]
 
