@@ -42,12 +42,12 @@ from encoder_distil_report import LAST, LINES, METHODS, lines, report
 from encoders import BENCH, Ready, packed, ready, run
 
 TEXT = "datasets/text/wikitext2_raw_train_part.jsonl.gz"
-LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 16, 0.5, 100, 8
+LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 8, 0.5, 80, 8
 SHARED: dict[str, Any] = {"precision": "bf16", "save_every": 10_000}
-TEACHER = {"steps": 250, "batch": BATCH, "micro_batch": BATCH, "lr": 3e-4, "warmup": 25, **SHARED}
+TEACHER = {"steps": 200, "batch": BATCH, "micro_batch": BATCH, "lr": 5e-4, "warmup": 20, **SHARED}
 STUDENT: dict[str, Any] = {
     "keep": KEEP,
-    "cuts": 14,
+    "cuts": 8,
     "steps": UPDATES,
     "batch": BATCH,
     "micro_batch": BATCH,
@@ -60,10 +60,12 @@ KNOBS: dict[str, dict[str, Any]] = {
     "first": {"done": 1e-6, "kinds": ["channel"]},
 }
 TUNED: dict[str, dict[str, Any]] = {
-    "sst2": {"steps": 120, "lr": 2e-4, **SHARED},
-    "mrpc": {"steps": 80, "lr": 2e-4, **SHARED},
+    "sst2": {"steps": 80, "lr": 2e-4, **SHARED},
+    "mrpc": {"steps": 60, "lr": 2e-4, **SHARED},
 }
 """Of each task the fine-tuning."""
+CUT, SCORED = {"sst2": 40, "mrpc": 80}, 128
+"""Tokens that are read of a training row, and of a scored one."""
 PARTS = ("loss", "hard", "divergence", "embedding", "hidden", "attention")
 
 
@@ -170,11 +172,11 @@ def tuned(given: Given, method: str, seed: int, task: str) -> dict[str, Any]:
     source = open_source(given.scratch / f"{method}-{seed}")
     model = as_stock(load_model(source, dtype=torch.float32, device=torch.device("cpu")))
     job = run(made.stages["finetune"], made.job(seed, model))
-    rows = made.rows(given.root / BENCH / f"{task}_test.jsonl.gz", job.model.config)
+    rows = made.rows(given.root / BENCH / f"{task}_test.jsonl.gz", job.model.config, SCORED)
     score: Any = job.task.score(job.model.eval(), rows)  # a classification's
     right = score.right
     facts = {"accuracy": sum(right) / len(right), "f1": score.f1[0], "guess": score.guess, "n": len(right)}
-    knobs = {name: TUNED[task][name] for name in ("steps", "lr")}
+    knobs = {"max_length": CUT[task], **{name: TUNED[task][name] for name in ("steps", "lr")}}
     return {**facts, "right": packed(right), "knobs": knobs, "cpu_s": round(time.process_time() - begun, 1)}
 
 
@@ -187,7 +189,7 @@ def _texts(given: Given, method: str) -> Ready:
 
 @cache
 def _labelled(given: Given, task: str) -> Ready:
-    raw = {"name": "fine-tuning", "data": {"max_length": 128}, "stages": [{"finetune": TUNED[task]}]}
+    raw = {"name": "fine-tuning", "data": {"max_length": CUT[task]}, "stages": [{"finetune": TUNED[task]}]}
     return ready(raw, given.encoder, given.root / BENCH / f"{task}_train.jsonl.gz", "classification", (), given.scratch)
 
 

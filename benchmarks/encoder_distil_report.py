@@ -41,7 +41,9 @@ def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dens
     config, how, made = one["config"], one["how"], dense["how"]
     tuned = {line["part"]: line["knobs"] for line in tasks}
     told = [
-        f"{name} {tuned[task]['steps']} updates at {tuned[task]['lr']}" for task, name in TASKS.items() if task in tuned
+        f"{name} {knobs['steps']} updates at {knobs['lr']} on rows cut at {knobs['max_length']} tokens"
+        for task, name in TASKS.items()
+        if (knobs := tuned.get(task))
     ]
     return [
         "# HomoDistil on a real encoder, beside pruning once and a smaller start",

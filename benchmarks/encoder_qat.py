@@ -72,7 +72,7 @@ def scored(made: Ready, model: PreTrainedModel, root: Path, task: str) -> dict[s
     """Accuracy and F1 on the test file, and which examples were right."""
     begun = time.process_time()
     score = made.prepared.recipe.task.score(
-        model.eval(), made.rows(root / BENCH / f"{task}_test.jsonl.gz", model.config)
+        model.eval(), made.rows(root / BENCH / f"{task}_test.jsonl.gz", model.config, LENGTH)
     )
     f1, right = score.f1[0], score.right  # pyright: ignore[reportAttributeAccessIssue]  # a classification's
     seconds = round(time.process_time() - begun, 1)

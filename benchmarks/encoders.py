@@ -54,11 +54,11 @@ class Ready:
             model = as_stock(load_model(self.prepared.source, dtype=torch.float32, device=torch.device("cpu")))
         return taught_by(replace(job, model=copy.deepcopy(model), seed=seed), model)
 
-    def rows(self, file: Path, config: Any) -> Sequence[Row]:
+    def rows(self, file: Path, config: Any, max_length: int) -> Sequence[Row]:
         """Examples of another file, for a model that has its head."""
-        task, limit = self.prepared.recipe.task, self.prepared.recipe.data.max_length
+        task = self.prepared.recipe.task
         records = load_records(file, form=task.form)
-        return task.encode(records, self.prepared.tokenizer, Reading(limit), config).rows
+        return task.encode(records, self.prepared.tokenizer, Reading(max_length), config).rows
 
 
 def ready(
