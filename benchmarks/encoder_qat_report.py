@@ -17,6 +17,7 @@ CELLS = {
     "w8a8 rounded": "W8A8, rounded",
     "w4a16 rounded": "W4A16, rounded",
     "w4a4 rounded": "W4A4, rounded",
+    "w4a4 slow": "W4A4, trained at a lower rate",
     "w4a4 trained": "**W4A4, trained**",
 }
 
