@@ -214,7 +214,7 @@ def main() -> None:
     if not asked.report:
         asked.scratch.mkdir(parents=True, exist_ok=True)
         given = Given(asked.encoder, asked.scratch, Path(os.environ["COMPRESSO_DATA"]))
-        for part, seed, method in product(("texts", *TUNED), asked.seeds, METHODS):
+        for seed, part, method in product(asked.seeds, ("texts", *TUNED), METHODS):
             known = {(line["part"], line["method"], line["seed"]) for line in lines()}
             if (part, method, seed) in known or not fnmatch(f"{part}-{method}-{seed}", asked.only):
                 continue
