@@ -17,7 +17,8 @@ CELLS = {
     "w8a8 rounded": "W8A8, rounded",
     "w4a16 rounded": "W4A16, rounded",
     "w4a4 rounded": "W4A4, rounded",
-    "w4a4 slow": "W4A4, trained at a lower rate",
+    "w4a4 dropout": "W4A4, trained with dropout",
+    "w4a4 dropout, faster": "the same at 3 times the rate",
     "w4a4 trained": "**W4A4, trained**",
 }
 
