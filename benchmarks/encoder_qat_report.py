@@ -9,7 +9,7 @@ from encoders import Difference, difference, unpacked
 
 LINES = RESULTS / "encoder_qat.jsonl"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC"}
-WINDOWS, WINDOW = 12, 512
+WINDOWS, WINDOW = 8, 512
 GOAL = -0.5
 """Points of accuracy that W4A4 may lie below FP32 on SST-2."""
 CELLS = {
