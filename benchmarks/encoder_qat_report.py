@@ -74,11 +74,11 @@ def _said(found: Sequence[dict[str, Any]]) -> list[str]:
         f" {where['threads']} thread(s), {versions}. See `benchmarks/encoder_qat.py`.",
         "",
         "Weights have a scale a row, activations a scale a token, taken at each call; 4-bit activations are simulated."
-        " Embeddings, pooler and classifier stay whole. `rounded` trains nothing. `trained` has no dropout, but where it"
-        " says so: that was tried first, then three times the rate, on one seed whose test score was seen; of the rates"
-        " the one with the lower training loss was kept. Otherwise the test files (SST-2 1,821 sentences, MRPC 1,725"
-        " pairs) choose nothing. Accuracy in %, of each seed and their mean; beside it the difference to the same seed's"
-        " FP32 in points: mean ± 95 % over seeds (Student's t), and over examples.",
+        " Embeddings, pooler and classifier stay whole. `rounded` trains nothing. `trained` has no dropout, but where"
+        " it says so: that was tried first, then three times the rate, on one seed whose test score was seen; of the"
+        " rates the one with the lower training loss was kept. Otherwise the test files (SST-2 1,821 sentences, MRPC"
+        " 1,725 pairs) choose nothing. Accuracy in %, of each seed and their mean; beside it the difference to the same"
+        " seed's FP32 in points: mean ± 95 % over seeds (Student's t), and over examples.",
     ]
 
 
@@ -111,13 +111,12 @@ def _goal(found: Sequence[dict[str, Any]]) -> list[str]:
     if apart is None:
         return []
     reached = "reached" if apart.mean >= GOAL else "not reached"
-    low = apart.mean - (apart.of_seeds or 0.0)
-    interval = (
-        ""
-        if apart.of_seeds is None
-        else f"; the interval over seeds is [{low:+.2f}, {apart.mean + apart.of_seeds:+.2f}]"
-        + ("" if low >= GOAL else f", which does not exclude less than {GOAL:+.1f}")
-    )
+    interval = ""
+    if apart.of_seeds is not None:
+        low, high = apart.mean - apart.of_seeds, apart.mean + apart.of_seeds
+        interval = f"; the interval over seeds is [{low:+.2f}, {high:+.2f}]"
+        if low < GOAL <= high:
+            interval += f", and {GOAL:+.1f} lies in it"
     return [
         f"**Goal** (SST-2: W4A4 trained at {GOAL:+.1f} points to FP32 or better, mean over {len(apart.each)} seeds):"
         f" {reached}, {apart.mean:+.2f} points{interval}. Of each seed:"
@@ -143,7 +142,7 @@ def _decoder(found: Sequence[dict[str, Any]]) -> list[str]:
         apart = f"{one['perplexity'] / cells['dense']['perplexity']:.2f}x" if "dense" in cells else ""
         both = f"{one['perplexity'] / cells['w4a16']['perplexity']:.2f}x" if name == "w4a4" and "w4a16" in cells else ""
         error = one["perplexity"] * one["stderr"]
-        text.append(f"| {name.upper()} | {one['perplexity']:.1f} ± {error:.1f} | {apart} | {both} |")
+        text.append(f"| {name.upper()} | {one['perplexity']:,.1f} ± {error:,.1f} | {apart} | {both} |")
     return text
 
 
