@@ -33,7 +33,8 @@ from transformers import PreTrainedModel
 
 from common import high_water_mib, machine
 from compresso.arch.base import arch_for
-from compresso.checkpoint.source import load_model, open_source
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
 from compresso.edit.stock import as_stock
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job

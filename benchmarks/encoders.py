@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compresso.checkpoint.source import load_model
+from compresso.checkpoint.load import load_model
 from compresso.core.row import Row
 from compresso.data.registry import load_records
 from compresso.edit.stock import as_stock
