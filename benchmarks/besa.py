@@ -141,7 +141,25 @@ def report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                     shown.append(f"{mean:+.4f} ± {error:.4f}")
             zeros = f"{100 * cell['sparsity']:.2f} %" if "sparsity" in cell else "-"
             yield f"| {method} | {zeros} | {' | '.join(shown)} | {cell['cpu_seconds']:,.0f} |"
+        yield ""
+        yield from verdict(here, texts)
     yield ""
+
+
+def verdict(here: Mapping[str, Mapping[str, Any]], texts: Sequence[str]) -> Iterator[str]:
+    """Whether BESA is below Wanda and SparseGPT, the goal, as published and with its weights compensated."""
+    if not {"wanda", "sparsegpt"} <= here.keys():
+        yield "The goal, perplexity below Wanda's and SparseGPT's, is open: one of them is not measured."
+        return
+    for words, wanted in (("as published", False), ("compensated, which is ours", True)):
+        names = [name for name in here if name.startswith("besa") and "bits" not in name]
+        for name in (name for name in names if ("compensated" in name) == wanted):
+            said: list[str] = []
+            for other in ("wanda", "sparsegpt"):
+                apart = [paired(here[name]["losses"][text], here[other]["losses"][text]) for text in texts]
+                sure = all(mean < -2 * error for mean, error in apart)
+                said.append(f"{'below' if sure else 'not surely below'} {other}")
+            yield f"- {name} ({words}): {', '.join(said)} (two standard errors, every text)."
 
 
 def main() -> None:
