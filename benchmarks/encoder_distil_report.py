@@ -25,6 +25,8 @@ def report() -> None:
     done = lines()
     found = [line for line in done if line["part"] == "texts" and line["method"] in METHODS]
     tasks = [line for line in done if line["part"] in TASKS]
+    if not found:
+        return
     dense = next(line for line in done if line["method"] == "teacher")
     text = [*_said(found, tasks, dense), "", *_losses(found), "", *_accuracies(tasks), "", *_goals(found, tasks), ""]
     (RESULTS / "encoder_distil.md").write_text("\n".join(text), "utf-8")

@@ -155,7 +155,7 @@ def _speed() -> list[str]:
     text = [
         "## 8 bits in ONNX Runtime",
         "",
-        f"The W8A8 model of seed 0, exported as float32 ({facts['bytes'][0] / 2**20:.1f} MiB) and as int8"
+        f"The W8A8 model of SST-2, rounded, seed 0, exported as float32 ({facts['bytes'][0] / 2**20:.1f} MiB) and as int8"
         f" ({facts['bytes'][1] / 2**20:.1f} MiB), ONNX Runtime {facts['onnxruntime']}, {facts['threads']} thread(s), in"
         f" turn, median of {facts['rounds']} rounds of {facts['clock']}; see `benchmarks/encoder_onnx.py`.",
         "",
