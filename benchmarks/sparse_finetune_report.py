@@ -87,10 +87,8 @@ def differences(done: Rows, corpora: Sequence[str]) -> list[str]:
                 continue
             mean, half, n = found
             said = "below" if mean + half < 0 else "above" if mean - half > 0 else "not told apart"
-            lines.append(
-                f"| {one} against {other} | {name} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
-                f" | {n} | {said} |"
-            )
+            interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+            lines.append(f"| {one} against {other} | {name} | {interval} | {n} | {said} |")
     return lines
 
 
