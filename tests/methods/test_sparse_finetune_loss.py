@@ -24,6 +24,7 @@ from compresso.metrics.held import held_loss
 
 SIGNS, LENGTH = 16, 32
 KNOBS: dict[str, Any] = {"steps": 60, "batch": 8, "micro_batch": 8, "lr": 3e-3, "warmup": 0, "precision": "no"}
+SPARSE: dict[str, Any] = {"sparsity": 0.7, "calibration": {"examples": 64, "batch": 16}}
 STUDENT_T = 2.776
 """Two-sided 95 % with four degrees of freedom."""
 
@@ -67,7 +68,8 @@ def taught() -> LlamaForCausalLM:
 @pytest.mark.slow
 def test_with_squarehead_the_loss_ends_lower_than_with_labels_alone(tmp_path: Path) -> None:
     """The spec's test e, in pairs of one pruned model and one order of examples: the interval lies below 0."""
-    dense, rows, held = taught(), sentences(48, 3), sentences(128, 5)
+    dense: Any = taught()
+    rows, held = sentences(48, 3), sentences(128, 5)
     base = Job(
         model=dense,
         arch=arch_for(dense.config),
@@ -85,10 +87,10 @@ def test_with_squarehead_the_loss_ends_lower_than_with_labels_alone(tmp_path: Pa
     gaps: list[float] = []
     for seed in range(5):
         job = replace(base, model=copy.deepcopy(dense), seed=seed, out=tmp_path / f"{seed}")
-        job = SparseGpt(sparsity=0.7, calibration={"examples": 64, "batch": 16})(job)  # pyright: ignore[reportArgumentType]
+        job = SparseGpt(**SPARSE)(job)
         ends = [
             held_loss(
-                SparseFinetune(**KNOBS, feature_weight=weight)(
+                SparseFinetune(**{**KNOBS, "feature_weight": weight})(
                     replace(job, model=copy.deepcopy(job.model), out=tmp_path / f"{seed} {weight}")
                 ).model,
                 held,
