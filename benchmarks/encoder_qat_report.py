@@ -156,8 +156,9 @@ def _speed() -> list[str]:
         "## 8 bits in ONNX Runtime",
         "",
         f"The W8A8 model of SST-2, rounded, seed 0, exported as float32 ({facts['bytes'][0] / 2**20:.1f} MiB) and as"
-        f" int8 ({facts['bytes'][1] / 2**20:.1f} MiB), ONNX Runtime {facts['onnxruntime']}, {facts['threads']} thread(s), in"
-        f" turn, median of {facts['rounds']} rounds of {facts['clock']}; see `benchmarks/encoder_onnx.py`.",
+        f" int8 ({facts['bytes'][1] / 2**20:.1f} MiB), ONNX Runtime {facts['onnxruntime']},"
+        f" {facts['threads']} thread(s), in turn, median of {facts['rounds']} rounds of {facts['clock']}; see"
+        " `benchmarks/encoder_onnx.py`.",
         "",
         "| texts x tokens | float32, ms | int8, ms | times as fast (10 % to 90 %) | largest logit difference |",
         "|---|---:|---:|---:|---:|",
