@@ -1,4 +1,4 @@
-"""Our per-layer model classes, and their registration with transformers.
+"""Our model classes, per layer and of low rank, and their registration with transformers.
 
 Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
 so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
@@ -9,8 +9,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from compresso.native import modeling_compresso as modeling
+from compresso.native import modeling_compresso_lowrank as low_rank
 
 MODELING_FILE = Path(modeling.__file__)
+LOW_RANK_FILE = Path(low_rank.__file__)
 CLASSES = {
     "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
     "mistral": (modeling.CompressoMistralConfig, modeling.CompressoMistralModel, modeling.CompressoMistralForCausalLM),
@@ -18,16 +20,31 @@ CLASSES = {
     "qwen3": (modeling.CompressoQwen3Config, modeling.CompressoQwen3Model, modeling.CompressoQwen3ForCausalLM),
 }
 """Config, decoder and language model of each family that has a per-layer form."""
+LOW_RANK_CLASSES = {
+    "llama": (low_rank.CompressoLowRankLlamaConfig, low_rank.CompressoLowRankLlamaForCausalLM),
+    "mistral": (low_rank.CompressoLowRankMistralConfig, low_rank.CompressoLowRankMistralForCausalLM),
+    "qwen2": (low_rank.CompressoLowRankQwen2Config, low_rank.CompressoLowRankQwen2ForCausalLM),
+    "qwen3": (low_rank.CompressoLowRankQwen3Config, low_rank.CompressoLowRankQwen3ForCausalLM),
+}
+"""Config and language model of each family whose linears may be products of two."""
 
 
 def register() -> None:
-    """Register with transformers `compresso_llama`, `compresso_mistral`, `compresso_qwen2` and `compresso_qwen3`;
-    idempotent.
+    """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, and those of `mistral`, `qwen2` and
+    `qwen3`; idempotent.
     """
     for config, decoder, language_model in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+    for config, language_model in LOW_RANK_CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+
+
+def is_low_rank(model_type: object) -> bool:
+    """Whether a model type is one of those whose linears are products of two."""
+    return any(config.model_type == model_type for config, _ in LOW_RANK_CLASSES.values())
 
 
 def family_of(model_type: str) -> str | None:
