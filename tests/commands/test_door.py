@@ -3,6 +3,7 @@ run.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_run_passes_the_gate_each_time_it_reads_a_model(
     seen: list[str] = []
     passed = code.refuse_code
 
-    def noted(folder: Path, *more: code.Shipped) -> None:
+    def noted(folder: Path, *more: Sequence[code.Shipped]) -> None:
         seen.append(folder.resolve().name)
         passed(folder, *more)
 

@@ -31,11 +31,11 @@ has a class of its own for the model_type, that one is opened, and refused other
 
 Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
 `generate` is never allowed to trust, so decoding modes that moved to the hub are not loaded; pickles are refused beside
-this (`folder.py`), chat templates run in a sandbox. The one file that may run is the modelling file that compresso
-writes, byte for byte, with no link that leads elsewhere.
+this (`folder.py`), chat templates run in a sandbox. The files that may run are the two modelling files that
+compresso writes, byte for byte, with no link that leads elsewhere.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.links import is_own
 from compresso.errors import CheckpointError, quoted
-from compresso.native import CLASSES, MODELING_FILE
+from compresso.native import CLASSES, LOW_RANK_CLASSES, LOW_RANK_FILE, MODELING_FILE
 
 _CONFIGS = (
     "config.json",
@@ -80,18 +80,21 @@ class Shipped:
         return isinstance(auto_map, dict) and all(isinstance(one, str) and one in known for one in auto_map.values())
 
 
-NATIVE = Shipped(MODELING_FILE, frozenset(cls.__name__ for classes in CLASSES.values() for cls in classes))
-"""The per-layer classes. `import compresso` registers them, so that a folder's copy of the file is not read unless it
-is trusted.
+NATIVE = tuple(
+    Shipped(file, frozenset(cls.__name__ for classes in families.values() for cls in classes))
+    for file, families in ((MODELING_FILE, CLASSES), (LOW_RANK_FILE, LOW_RANK_CLASSES))
+)
+"""The classes per layer, and those of low rank. `import compresso` registers them, so that a folder's copy of a file is
+not read unless it is trusted.
 """
 
 
-def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
+def refuse_code(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> None:
     """Let a folder pass if opening it without trust_remote_code runs none of its code and none that it names.
 
     Args:
         folder: a model folder; links in it were resolved by `check_folder`.
-        shipped: what an auto_map may name.
+        shipped: what an auto_map may name, one of them.
 
     Raises:
         CheckpointError: naming file and field, with the cure.
@@ -99,7 +102,7 @@ def refuse_code(folder: Path, shipped: Shipped = NATIVE) -> None:
     _refuse_code(folder, shipped, trust=False)
 
 
-def _refuse_code(folder: Path, shipped: Shipped, trust: bool) -> None:
+def _refuse_code(folder: Path, shipped: Sequence[Shipped], trust: bool) -> None:
     """`refuse_code`, for an opening with or without trust_remote_code."""
     custom = folder / "custom_generate"
     if custom.exists() or custom.is_symlink():
@@ -111,7 +114,9 @@ def _refuse_code(folder: Path, shipped: Shipped, trust: bool) -> None:
             refuse_fields(folder / name, read_json(folder / name), shipped, trust)
 
 
-def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE, trust: bool = False) -> None:
+def refuse_fields(
+    path: Path, data: dict[str, object], shipped: Sequence[Shipped] = NATIVE, trust: bool = False
+) -> None:
     """Raise CheckpointError if a field of a config, however deep, makes transformers import or run something.
 
     Args:
@@ -121,7 +126,7 @@ def refuse_fields(path: Path, data: dict[str, object], shipped: Shipped = NATIVE
         trust: whether the folder is opened with trust_remote_code=True, so that any other auto_map would be followed.
     """
     for where, key, value in _fields(data):
-        if where == "auto_map" and path.name == "config.json" and shipped.named_by(value):
+        if where == "auto_map" and path.name == "config.json" and any(one.named_by(value) for one in shipped):
             continue
         if where == "auto_map" and not trust and _not_followed(path, data):
             continue
@@ -139,7 +144,7 @@ def _not_followed(path: Path, data: dict[str, object]) -> bool:
     return usual and isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
-def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
+def trusted(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> bool:
     """Whether a folder names code of ours that may run: True if it does, False if it names none.
 
     Raises:
@@ -148,10 +153,12 @@ def trusted(folder: Path, shipped: Shipped = NATIVE) -> bool:
     """
     _refuse_code(folder, shipped, trust=True)
     config = folder / "config.json"
-    if not config.is_file() or not read_json(config).get("auto_map"):
+    auto_map = read_json(config).get("auto_map") if config.is_file() else None
+    if not auto_map:
         return False
-    beside = folder / shipped.file.name
-    if not beside.is_file() or not is_own(beside.resolve(), folder) or beside.read_bytes() != shipped.file.read_bytes():
+    named = next(one for one in shipped if one.named_by(auto_map))
+    beside = folder / named.file.name
+    if not beside.is_file() or not is_own(beside.resolve(), folder) or beside.read_bytes() != named.file.read_bytes():
         raise CheckpointError(
             f"{beside} is not the file that this version of compresso writes, and is not run. Open the folder after"
             " `import compresso`, which does not read the file, or write it again with this version."

@@ -13,6 +13,7 @@ from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
+from compresso.native import is_low_rank
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -58,7 +59,7 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
 
     Args:
         path: the file.
-        packed: whether weights may be stored in few bits.
+        packed: whether weights may be stored in few bits, or factored.
 
     Raises:
         CheckpointError: it is malformed, needs code from the folder, is quantised, or points elsewhere for its weights.
@@ -76,6 +77,11 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     if data.get("quantization_config") and not packed:
         raise CheckpointError(
             f"{path}: the weights are quantised, which cannot be pruned. Give the model before quantisation."
+        )
+    if is_low_rank(model_type) and not packed:
+        raise CheckpointError(
+            f"{path}: its linears are products of low rank, which only transformers opens. Give the folder that it was"
+            " exported from, where they are multiplied out."
         )
     if "transformers_weights" in data:
         raise CheckpointError(f"{path}: transformers_weights names another weight file. Give a folder with {SINGLE}.")

@@ -98,7 +98,7 @@ def open_source(model: str | Path, weights: bool = True, packed: bool = False) -
 
     A folder without config.json that holds one GGUF file stands for that file, `owner/name/file.gguf` for one on the
     hub. With `weights=False` a folder's or hub model's config is enough, and weights are neither fetched nor looked at.
-    With `packed=True` they may be stored in few bits, for those who run a model and change nothing in it.
+    With `packed=True` they may be stored in few bits or factored, for those who run a model and change nothing in it.
 
     Raises:
         CheckpointError: with the cure, naming files and tensors.

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Vllm:
     reads: Format
     command: str
     dtype: str = "float32"
-    shipped: Shipped | None = None
+    shipped: Sequence[Shipped] | None = None
     listed: Listed = ALWAYS
     program: str = "vLLM"
 
@@ -131,7 +131,7 @@ def _python() -> str | None:
 
 
 def continue_ids(
-    folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", shipped: Shipped | None = None
+    folder: Path, ids: Tensor, new_tokens: int, *, dtype: str = "float32", shipped: Sequence[Shipped] | None = None
 ) -> Continued:
     """Open a folder in a process of its own and continue token ids [seq].
 

@@ -26,7 +26,7 @@ from compresso.formats.pad import pad_tensors
 from compresso.formats.shrunk import Shrunk, describe
 
 CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
-DECI_CLASS = Shipped(CONFIGURATION, frozenset({"DeciLMConfig"}))
+DECI_CLASS = (Shipped(CONFIGURATION, frozenset({"DeciLMConfig"})),)
 _KEPT = (
     "vocab_size",
     "max_position_embeddings",
