@@ -39,7 +39,7 @@ VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
 """Options with a value, and the arguments that take it: of several, the one that the called function has."""
 _PLAIN = (
     "auto cpu cuda on off both decode prefill torch onnxruntime llama.cpp"
-    " uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci"
+    " uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci low-rank"
     " quick full none"
 )
 CHOICES = frozenset(_PLAIN.split())

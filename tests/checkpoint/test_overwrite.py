@@ -77,7 +77,13 @@ def test_folders_of_others_are_refused(call: Call, tiny_folder: Path, tmp_path: 
     other.mkdir()
     for name in ("config.json", "model.safetensors"):
         (other / name).write_bytes((tiny_folder / name).read_bytes())
-    for written in (RUN, EXPORTS["onnx"], EXPORTS["vllm-deci"], EXPORTS["compressed-tensors"], demo(("a",))):
+    for written in (
+        RUN,
+        EXPORTS["onnx"],
+        EXPORTS["vllm-deci"],
+        *map(EXPORTS.__getitem__, ("compressed-tensors", "low-rank")),
+        demo(("a",)),
+    ):
         with pytest.raises(CheckpointError, match=rf"was not written by compresso {written.by} .* Choose another"):
             refuse_foreign(other, written)
     (other / "records.json").write_text(json.dumps({"mine": 1}))

@@ -154,6 +154,8 @@ VARIANTS: Mapping[str, Stages] = {
     "besa": [{"besa": {"sparsity": 0.5, **SWEPT}}],
     "besa of rows": [{"besa": {"per": "row", "bits": 4, "reference": "model", **SWEPT}}],
     "e_sparse": [{"e_sparse": {"block": 8, **SWEPT}}],
+    "svd": [{"svd": SWEPT}],
+    "svd plain": [{"svd": {"whiten": "none", "keep": 0.5, **SWEPT}}],
     "rtn": [{"rtn": {"bits": 4, "group": 16}}],
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],
     "awq": [{"awq": {"bits": 4, "group": 16, **SWEPT}}],

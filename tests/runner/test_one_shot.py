@@ -28,7 +28,9 @@ def done(recipe: str, folder: Path, data: Path, output: Path) -> Result:
 
 
 @pytest.mark.usefixtures("quick_reopening")
-@pytest.mark.parametrize("recipe", ["magnitude/50", "wanda/2-4", "sparsegpt/50", "owl/70", "besa/50", "e-sparse/2-4"])
+@pytest.mark.parametrize(
+    "recipe", ["magnitude/50", "wanda/2-4", "sparsegpt/50", "owl/70", "besa/50", "e-sparse/2-4", "svd/whitened"]
+)
 def test_every_recipe_ends_in_a_checkpoint_that_opens_with_its_zeros(
     recipe: str, tiny_folder: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +143,7 @@ def weights_hash(output: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sparsegpt/50", "awq/4-g128", "e-sparse/2-4", "besa/50-4bit"])
+@pytest.mark.parametrize("recipe", ["sparsegpt/50", "awq/4-g128", "e-sparse/2-4", "besa/50-4bit", "svd/whitened"])
 def test_killed_after_every_block_a_run_ends_in_the_same_bytes(recipe: str, command: Command, tmp_path: Path) -> None:
     """awq also changes norms, and e-sparse the order of channels, which blocks that are read from the journal must get
     back.

@@ -239,5 +239,10 @@ EXPORTS = {
         lambda folder: (folder / "configuration_decilm.py").is_file(),
     ),
     "compressed-tensors": Written("export", ("README.md", *_CHECKPOINT), _is_packed),
+    "low-rank": Written(
+        "export",
+        ("README.md", "modeling_compresso_lowrank.py", *_CHECKPOINT),
+        lambda folder: (folder / "modeling_compresso_lowrank.py").is_file(),
+    ),
 }
 """What `compresso export` writes, by format; a GGUF is a single file."""

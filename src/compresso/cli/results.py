@@ -178,7 +178,10 @@ def export(
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     file_format: Annotated[
         str,
-        typer.Option("--format", help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci."),
+        typer.Option(
+            "--format",
+            help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci; low-rank, of svd.",
+        ),
     ],
     dtype: Annotated[
         str | None,

@@ -28,7 +28,7 @@ from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.metrics.size import weight_bytes
 
 log = logging.getLogger(__name__)
-FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci")
+FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci", "low-rank")
 _ENCODERS = ("onnx", "compressed-tensors")
 """Formats that encoders with a head have, too."""
 
@@ -49,7 +49,8 @@ def export(
     Args:
         model: folder of safetensors, GGUF file or hub id.
         output: the file or folder to write.
-        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded) or vllm-deci.
+        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded), vllm-deci or low-rank
+            (of what svd left with a low rank).
         dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama.cpp; of
             onnx: f32 (if None) or int8.
         overwrite: replace an earlier export of the same format; a folder with anything else in it is refused.
@@ -88,10 +89,10 @@ def export(
                 f"--dtype {dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
             )
         return _packed(source, output, overwrite)
-    if format == "vllm-deci":
+    if format in ("vllm-deci", "low-rank"):
         if dtype is not None:
-            raise ExportError(f"--dtype {dtype}: vllm-deci keeps the stored one; leave --dtype out")
-        return _deci(source, output, overwrite)
+            raise ExportError(f"--dtype {dtype}: {format} keeps the stored one; leave --dtype out")
+        return _stored(source, Format(format), output, overwrite)
     if format == "onnx":
         return _onnx(source, output, dtype or "f32", overwrite)
     return _gguf(source, output, dtype or "f16", overwrite)
@@ -154,9 +155,9 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
     return facts | {"arch": source.config.model_type, "bytes": size}
 
 
-def _deci(source: Source, output: Path, force: bool) -> dict[str, Any]:
-    """A folder for vLLM's DeciLM class."""
-    return _exported(source, Format.DECI, output, None, force) | {"bytes": weight_bytes(output)}
+def _stored(source: Source, written: Format, output: Path, force: bool) -> dict[str, Any]:
+    """A folder for vLLM's DeciLM class, or with products of low rank."""
+    return _exported(source, written, output, None, force) | {"bytes": weight_bytes(output)}
 
 
 def _packed(source: Source, output: Path, force: bool) -> dict[str, Any]:

@@ -92,7 +92,12 @@ def _compressed(one: Mapping[str, Any], device: str) -> str:
     """What a stage does to how many weights, and in which memory."""
     done = [f"{one['sparsity']:.0%} become zero".replace("%", " %")] if one["sparsity"] else []
     done += [] if one["bits"] is None else [f"{one['bits']:.3g} bits each once packed"]
-    stored = "" if one["bits"] is not None else "; zeros are stored dense, so that no byte is saved"
+    if one["factored"] is not None:
+        done.append(
+            f"factors of {one['factored']:,} numbers, and as many multiplications a token, once exported as low-rank"
+        )
+    dense = one["bits"] is None and one["factored"] is None
+    stored = "; zeros are stored dense, so that no byte is saved" if dense else ""
     return (
         f"{one['stage']}: works on {one['weights']:,} weights, {', '.join(done) or 'unchanged'}{stored}; about"
         f" {_bytes(one['memory_bytes_estimated'])} on {device} (estimated)"

@@ -25,6 +25,7 @@ class Format(StrEnum):
     ONNX = "onnx"
     PACKED = "compressed-tensors"
     DECI = "vllm-deci"
+    LOW_RANK = "low-rank"
 
 
 @dataclass(frozen=True)

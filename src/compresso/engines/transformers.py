@@ -99,7 +99,14 @@ PACKED = Transformers(
     reads=Format.PACKED,
     command="compresso export {folder} --format compressed-tensors --output {folder}-packed",
 )
-ENGINES = (PLAIN, OWN, REMOTE, PACKED)
+LOW_RANK = Transformers(
+    "transformers, low rank",
+    ("remote",),
+    reads=Format.LOW_RANK,
+    command="compresso export {folder} --format low-rank --output {folder}-low-rank",
+    listed=Listed(if_absent=False),
+)
+ENGINES = (PLAIN, OWN, REMOTE, PACKED, LOW_RANK)
 
 
 def why(stderr: str, code: int) -> str:

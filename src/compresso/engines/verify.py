@@ -102,7 +102,7 @@ def _compared(
             write(written, model, path)
     except CompressoError as error:
         return [Parity(engine.name, "no", str(error)) for engine in engines]
-    if model.packing is not None:
+    if model.own_reference:
         reference = model.reference()
     del model  # an engine needs memory for its own
     try:

@@ -18,9 +18,11 @@ from compresso.engines.parity import Format, Reference, ids_of, reference_of
 from compresso.errors import ExportError
 from compresso.formats import packed
 from compresso.formats.gguf import save_gguf
+from compresso.formats.low_rank import factored_linears, save_low_rank
 from compresso.formats.onnx import save_onnx
 from compresso.formats.packed import Packing, packing_of, save_packed
 from compresso.formats.vllm_deci import save_vllm_deci
+from compresso.native import is_low_rank
 
 _NEEDS = {
     Format.GGUF: ("gguf", "gguf"),
@@ -40,20 +42,29 @@ class Live:
         tokenizer: of its folder; None if that holds none.
         packing: what was rounded, and how; of compressed-tensors only.
         folder: that it was read from.
+        factored: the linears that svd worked on; of low-rank only.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     packing: Packing | None = None
     folder: Path | None = None
+    factored: tuple[str, ...] = ()
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether what is written rounds other numbers than the model's folder holds."""
+        return self.packing is not None or bool(self.factored)
 
     def reference(self, dtype: str = "f32") -> Reference:
         """What engines are compared with; the model becomes float32.
 
         Args:
-            dtype: that the written weights have; of packed weights, the stored one counts.
+            dtype: that the written weights have; of packed and factored weights, the stored one counts.
         """
         ids = ids_of(self.tokenizer, self.model.config.vocab_size)
+        if self.factored:
+            dtype = _DTYPES[self.model.dtype]
         if self.packing is None:
             return reference_of(self.model.float(), ids, dtype)
         stored = _DTYPES[self.model.dtype]
@@ -78,15 +89,22 @@ def load_for(written: Format, source: Source) -> Live:
     """Read a model as a format wants it.
 
     Raises:
-        ExportError: nothing in it was rounded, which compressed-tensors needs.
+        ExportError: nothing in it was rounded, which compressed-tensors needs, or left with a low rank, which low-rank
+            needs; or its linears are products, which only transformers opens.
         CheckpointError: it cannot be read.
     """
+    if written is not Format.CHECKPOINT and is_low_rank(source.config.model_type):
+        raise ExportError(
+            f"its linears are products of low rank, which {written} does not hold; export the folder that it was"
+            " exported from, where they are multiplied out"
+        )
+    factored = factored_linears(source.folder) if written is Format.LOW_RANK else ()
     packing = packing_of(source.folder) if written is Format.PACKED else None
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    stored = written in (Format.PACKED, Format.DECI)
+    stored = written in (Format.PACKED, Format.DECI, Format.LOW_RANK)
     model = load_model(source, dtype=None if stored else torch.float32)
-    kept = written in (Format.CHECKPOINT, Format.PACKED)  # of the class that the folder says
-    return Live(model if kept else as_stock(model), tokenizer, packing, source.folder)
+    kept = written in (Format.CHECKPOINT, Format.PACKED, Format.LOW_RANK)  # of the class that the folder says
+    return Live(model if kept else as_stock(model), tokenizer, packing, source.folder, factored)
 
 
 def write(
@@ -123,6 +141,16 @@ def write(
             source=model.folder,
         )
         return model.model.config.model_type
+    if written is Format.LOW_RANK:
+        return save_low_rank(
+            model.model,
+            model.factored,
+            output,
+            tokenizer=model.tokenizer,
+            force=force,
+            check=check,
+            source=model.folder,
+        )
     stock = model.model
     shapes = arch_for(stock.config).shapes(stock)
     if written is Format.GGUF:

@@ -31,10 +31,12 @@ def removed_kinds(records: RunRecords) -> list[str]:
 
 
 def participle(records: RunRecords) -> str:
-    """One of "pruned", "quantised", "pruned and quantised"; "trained" where nothing of it was done."""
+    """Those of "pruned", "quantised" and "truncated" that were done, with "and" between; "trained" where none was."""
     pruned = bool(removed_kinds(records)) or any(facts.sparsity for facts in records.stages.values())
     quantised = any(facts.bits for facts in records.stages.values())
-    return " and ".join(word for word, done in (("pruned", pruned), ("quantised", quantised)) if done) or "trained"
+    truncated = any((facts.model_extra or {}).get("ranks") for facts in records.stages.values())
+    told = (("pruned", pruned), ("quantised", quantised), ("truncated", truncated))
+    return " and ".join(word for word, done in told if done) or "trained"
 
 
 def deeds(records: RunRecords) -> list[str]:
@@ -52,6 +54,12 @@ def deeds(records: RunRecords) -> list[str]:
             group = (facts.model_extra or {}).get("group")
             groups = f", in groups of {group} inputs" if group else ""
             told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
+        if ranks := (facts.model_extra or {}).get("ranks"):
+            whole, own = ((facts.model_extra or {})[key] for key in ("weights", "factored"))
+            told.append(
+                f"{len(ranks)} linears got a low rank by {name} and are stored multiplied out; compresso export"
+                f" --format low-rank writes their factors, {own:,} numbers in place of {whole:,}."
+            )
         if (bits := (facts.model_extra or {}).get("activation_bits")) and bits < _SERVED:
             told.append(
                 f"Activations of {bits} bits by {name} are simulated: compresso.load computes them with full numbers,"

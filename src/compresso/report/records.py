@@ -184,16 +184,16 @@ class RunRecords(Strict):
         return self.dense or self.model
 
     def stored_dense(self) -> str:
-        """A sentence on weights that were zeroed or rounded in place, so that nothing became smaller; "" if there are
-        none.
+        """A sentence on weights that were zeroed, rounded or given a low rank in place, so that nothing became smaller;
+        "" if there are none.
         """
         zeros = [f"{facts.sparsity:.1%} zeros by {name}" for name, facts in self.stages.items() if facts.sparsity]
         rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in self.stages.items() if facts.bits]
-        if not zeros and not rounded:
+        ranks = [f"low rank by {name}" for name, facts in self.stages.items() if (facts.model_extra or {}).get("ranks")]
+        if not zeros and not rounded and not ranks:
             return ""
-        said = (
-            f"{', '.join(zeros + rounded)}, of the weights it worked on, stored dense: no smaller and no faster for it."
-        )
+        done = ", ".join(zeros + rounded + ranks)
+        said = f"{done}, of the weights it worked on, stored dense: no smaller and no faster for it."
         return (said[0].upper() + said[1:]).replace("%", " %")
 
     @classmethod

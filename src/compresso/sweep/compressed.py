@@ -1,4 +1,6 @@
-"""What zeroing or rounding leaves of the weights it works on, before anything is read; groups that fit widths."""
+"""What zeroing, rounding or a low rank leaves of the weights it works on, before anything is read; groups that fit
+widths.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,11 +26,13 @@ class Compressed:
         weights: how many.
         sparsity: share of them that becomes zero, 0..1.
         bits: of each, scales included, once it is packed; None where nothing is rounded.
+        factored: how many numbers the factors of matrices of low rank have; None where none got one.
     """
 
     weights: int
     sparsity: float = 0.0
     bits: float | None = None
+    factored: int | None = None
 
 
 def zeroed_weights(model: PreTrainedModel, groups: Groups, share: float | None, pattern: str | None) -> Compressed:

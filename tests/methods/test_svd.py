@@ -1,0 +1,101 @@
+"""Low rank on whole models. Its mathematics is tested in tests/core/test_low_rank.py."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compresso.core.low_rank import most_rank, rank_within
+from compresso.errors import NumericError, RecipeError
+from compresso.job import Job
+from compresso.methods.svd import Svd, Whiten
+from compresso.observe.folds import Stats
+from compresso.sweep.calibration import Calibration
+from compresso.sweep.low_rank import of_low_rank, ranks_of
+from compresso.sweep.targets import Group, Where
+from tests.methods.conftest import MakeJob
+
+
+def linears(job: Job) -> dict[str, Tensor]:
+    return {
+        name: one.weight.detach()
+        for name, one in job.model.named_modules()
+        if isinstance(one, nn.Linear) and "layers" in name
+    }
+
+
+@pytest.mark.parametrize("whiten", Whiten)
+def test_every_linear_gets_the_rank_that_the_records_say_and_no_more_numbers_than_asked(
+    make_job: MakeJob, whiten: Whiten
+) -> None:
+    job = Svd(keep=0.6, whiten=whiten)(make_job())
+    facts = job.records["svd"]
+    found = linears(job)
+    assert facts["ranks"].keys() == found.keys() == facts["error"].keys()
+    numbers = 0
+    for name, weight in found.items():
+        rank = facts["ranks"][name]
+        assert rank == rank_within(torch.linalg.svdvals(weight.double()), torch.finfo(torch.float32).eps)
+        assert rank < most_rank(*weight.shape)
+        numbers += rank * sum(weight.shape)
+    assert facts["weights"] == sum(weight.numel() for weight in found.values())
+    assert facts["factored"] == numbers <= 0.6 * facts["weights"]
+    assert facts["meant_but_unchanged"] == [] and facts["changed"] == len(found)
+
+
+def test_the_recorded_error_is_the_share_of_the_outputs_and_whitening_loses_less() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(50, 16, generator=generator) * torch.randn(16, generator=generator).exp()
+    dense = nn.ModuleDict({name: nn.Linear(16, out, bias=False) for name, out in (("one", 12), ("other", 20))})
+    dense.requires_grad_(False)
+    errors: dict[bool, dict[str, float]] = {}
+    for whiten in (False, True):
+        model = copy.deepcopy(dense)
+        edit = of_low_rank(model, {"one": 3, "other": 4}, whiten, 1e-6)
+        notes = edit(Group(0, ("one", "other")), Stats(inputs.T @ inputs, len(inputs)))
+        errors[whiten] = {name: facts["error"] for name, facts in notes.items()}
+        for name in ("one", "other"):
+            before, after = (one.get_submodule(name)(inputs) for one in (dense, model))
+            share = float((after - before).square().sum() / before.square().sum())
+            assert errors[whiten][name] == pytest.approx(share, rel=1e-4)
+    assert all(errors[True][name] < 0.9 * errors[False][name] for name in ("one", "other"))
+
+
+def test_a_second_moment_without_a_root_stops_the_run_by_name() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 6, bias=False)}).requires_grad_(False)
+    edit = of_low_rank(model, {"one": 2}, True, 1e-6)
+    with pytest.raises(NumericError, match=r"one: .* set whiten to none"):
+        edit(Group(0, ("one",)), Stats(torch.zeros(4, 4), 5))
+
+
+def test_plain_truncation_looks_at_nothing_but_the_matrix(make_job: MakeJob) -> None:
+    many, few = (
+        Svd(whiten=Whiten.NONE, calibration=Calibration(examples=examples))(make_job(folder=str(examples)))
+        for examples in (30, 2)
+    )
+    assert all(
+        torch.equal(one, other) for one, other in zip(linears(many).values(), linears(few).values(), strict=True)
+    )
+    assert many.records["svd"]["damped_more"] == {}
+
+
+def test_whitening_follows_the_blocks_already_truncated_and_reaches_what_it_is_told_to(make_job: MakeJob) -> None:
+    dense, job = make_job(), Svd(keep=0.5, where=Where(modules=("*.mlp.*",), layers=(1, 3)))(make_job(folder="part"))
+    before, after = linears(dense), linears(job)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert (
+        changed
+        == job.records["svd"]["ranks"].keys()
+        == {name for name in before if ".mlp." in name} - {name for name in before if "layers.0." in name}
+    )
+
+
+def test_a_matrix_that_no_rank_makes_smaller_is_refused_before_weights_are_read(make_job: MakeJob) -> None:
+    job = make_job()
+    with pytest.raises(RecipeError, match=r"q_proj is 64 by 32: not even rank 1 has keep=0.01 of its numbers"):
+        Svd(keep=0.01).check(job.model, job.arch)
+    groups = Svd(keep=0.9).check(job.model, job.arch)
+    for name, rank in ranks_of(job.model, groups, 0.9).items():
+        rows, columns = linears(job)[name].shape
+        assert rank * (rows + columns) <= 0.9 * rows * columns < (rank + 1) * (rows + columns)
