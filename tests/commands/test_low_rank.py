@@ -5,6 +5,7 @@ with compresso or with the file beside the weights, and by nothing else.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from compresso.checkpoint.source import open_source
 from compresso.commands.export import export
 from compresso.core.low_rank import factored_size, most_rank
 from compresso.engines.parity import Format, ids_of, reference_of
-from compresso.engines.transformers import LOW_RANK, OWN, PLAIN, REMOTE
+from compresso.engines.transformers import LOW_RANK, OWN, PLAIN, REMOTE, Transformers
 from compresso.engines.transformers_process import NEW_TOKENS
 from compresso.engines.verify import parities
 from compresso.errors import CheckpointError, ExportError
@@ -37,22 +38,28 @@ def truncated(tiny_folder: Path, instructions: Path, tmp_path_factory: pytest.Te
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
         output = tmp_path_factory.mktemp("truncated") / "out"
-        return run(raw, tiny_folder, instructions, output=output, quiet=True, allow_collapsed=True)
+        return run(raw, tiny_folder, instructions, output=output, quiet=True, allow_collapsed=True, measure="none")
+
+
+def unasked(truncated: Path, output: Path) -> dict[str, Any]:
+    """The export, without the process that opens it: `test_verify_...` has that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformers, "missing", lambda _: "not asked here")
+        return export(truncated, output, format="low-rank")
 
 
 @pytest.fixture(scope="module")
 def factored(truncated: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That, exported; its `facts` lie beside it."""
     folder = tmp_path_factory.mktemp("factored") / "out"
-    facts = export(truncated.folder, folder, format="low-rank")
+    facts = unasked(truncated.folder, folder)
     (folder.parent / "facts.json").write_text(json.dumps(facts))
     return folder
 
 
 def test_it_computes_the_same_with_as_many_numbers_as_the_run_said(truncated: Result, factored: Path) -> None:
     facts, noted = json.loads((factored.parent / "facts.json").read_text()), truncated.records["stages"]["svd"]
-    assert facts["checked"] == "opened in transformers" and facts["arch"] == "compresso_lowrank_llama"
-    assert facts["same_tokens"] == NEW_TOKENS
+    assert facts["arch"] == "compresso_lowrank_llama" and facts["dtype"] == "float32"
     opened = AutoModelForCausalLM.from_pretrained(factored, dtype=torch.float32).eval()
     with torch.no_grad():
         live = truncated.model.eval()(input_ids=IDS).logits
@@ -90,6 +97,9 @@ def test_three_ways_into_it_and_what_each_says(truncated: Result, factored: Path
 def test_verify_tries_it_where_svd_has_been_and_only_there(
     truncated: Result, tiny_folder: Path, tmp_path: Path
 ) -> None:
+    facts = export(truncated.folder, tmp_path / "exported", format="low-rank")
+    assert facts["checked"] == "opened in transformers" and facts["same_tokens"] == NEW_TOKENS
+    shutil.rmtree(tmp_path / "exported")
     reference = reference_of(truncated.model.eval(), ids_of(None, truncated.model.config.vocab_size))
     (found,) = parities(Format.LOW_RANK, [LOW_RANK], open_source(truncated.folder), reference, tmp_path)
     assert (found.engine, found.opens, found.same_tokens) == ("transformers, low rank", "yes", NEW_TOKENS)
@@ -144,7 +154,7 @@ def test_a_later_stage_is_seen_in_the_weights(truncated: Result, tmp_path: Path)
         model.get_submodule(whole).weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
         kept = {name: one.clone() for name, one in model.state_dict().items()}
     model.save_pretrained(changed)
-    export(changed, tmp_path / "out", format="low-rank")
+    unasked(changed, tmp_path / "out")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert ranks[grown] < most_rank(*weight.shape)
     assert opened.config.ranks == {name: rank + (name == grown) for name, rank in ranks.items() if name != whole}
