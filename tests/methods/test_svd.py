@@ -1,6 +1,7 @@
 """Low rank on whole models. Its mathematics is tested in tests/core/test_low_rank.py."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,20 @@ def test_whitening_follows_the_blocks_already_truncated_and_reaches_what_it_is_t
         == job.records["svd"]["ranks"].keys()
         == {name for name in before if ".mlp." in name} - {name for name in before if "layers.0." in name}
     )
+
+
+def test_stopped_after_any_block_it_goes_on_to_the_same_weights(make_job: MakeJob) -> None:
+    whole = Svd(keep=0.6)(make_job(folder="whole"))
+    steps = sorted(path.name for path in whole.out.iterdir())
+    assert steps == [f"step-{layer:06d}" for layer in range(3)]
+    for done in (1, 2):
+        stopped = make_job(folder=f"stopped after {done}")
+        shutil.copytree(whole.out, stopped.out)
+        for name in steps[done:]:
+            shutil.rmtree(stopped.out / name)
+        resumed = Svd(keep=0.6)(stopped)
+        assert resumed.records == whole.records
+        assert all(torch.equal(one, linears(whole)[name]) for name, one in linears(resumed).items())
 
 
 def test_a_matrix_that_no_rank_makes_smaller_is_refused_before_weights_are_read(make_job: MakeJob) -> None:

@@ -6,6 +6,7 @@ names are others: W x + b is computed as left (right x) + b, with `right` [rank,
 """
 # The classes below are four times the same two, named; the mixin takes its attributes from the family's class.
 # ruff: noqa: D101
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
