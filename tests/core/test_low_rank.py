@@ -126,6 +126,11 @@ def test_a_rounded_matrix_is_never_given_a_higher_rank_than_it_had(dtype: torch.
     assert rank_within(torch.zeros(4, dtype=torch.float64), 2**-9) == 1
 
 
+def test_no_damping_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="damping=0 never grows; give a share above 0"):
+        root_of(torch.zeros(2, 2), 0.0)
+
+
 def test_a_rank_that_a_matrix_cannot_have_is_refused() -> None:
     for rank in (0, 5):
         with pytest.raises(ValueError, match=rf"rank={rank} is none of a matrix \[4, 6\]; give 1 to 4"):

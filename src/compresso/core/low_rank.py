@@ -7,6 +7,7 @@ singular values of W S that were dropped (Wang et al., arXiv 2403.07378, theorem
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,11 +94,15 @@ def root_of(moment: Tensor, damping: float) -> Root:
 
     Args:
         moment: sum of x x^T over tokens [width, width], of any floating dtype.
-        damping: share of its mean diagonal that is added to it; tenfold until it can be factored, at most 1e-2.
+        damping: share of its mean diagonal that is added to it, above 0; tenfold until it can be factored, at most
+            1e-2.
 
     Raises:
+        ValueError: the damping is not above 0.
         NotPositiveDefiniteError: it is not finite, or no damping within reach helps.
     """
+    if damping <= 0:
+        raise ValueError(f"damping={damping:g} never grows; give a share above 0")
     wide = moment.double()
     mean = float(wide.diagonal().mean())
     if not bool(torch.isfinite(wide).all()) or mean <= 0:
@@ -105,7 +110,7 @@ def root_of(moment: Tensor, damping: float) -> Root:
     while damping <= _MOST_DAMPING * (1 + 1e-9):
         damped = wide.clone()
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(damped))  # pyright: ignore[reportUnknownMemberType]
         if not int(failed):
             return Root(lower, damping)
         damping *= 10
@@ -131,11 +136,11 @@ def truncated(weight: Tensor, rank: int, lower: Tensor | None = None) -> Truncat
         raise ValueError(f"rank={rank} is none of a matrix {list(weight.shape)}; give 1 to {min(weight.shape)}")
     wide = weight.double()
     met = wide if lower is None else wide @ lower.double()
-    u, values, vh = torch.linalg.svd(met, full_matrices=False)
+    u, values, vh = cast(tuple[Tensor, ...], torch.linalg.svd(met, full_matrices=False))  # pyright: ignore[reportUnknownMemberType]
     roots = values[:rank].sqrt()
     right = roots.unsqueeze(1) * vh[:rank]
     if lower is not None:  # right S^-1
-        right = torch.linalg.solve_triangular(lower.double(), right, upper=False, left=False)
+        right = cast(Tensor, torch.linalg.solve_triangular(lower.double(), right, upper=False, left=False))  # pyright: ignore
     squares = values.square()
     return Truncated(u[:, :rank] * roots, right, float(squares[rank:].sum()), float(squares.sum()))
 

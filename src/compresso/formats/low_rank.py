@@ -87,8 +87,9 @@ def products_of(model: PreTrainedModel, names: tuple[str, ...]) -> Products:
         if not isinstance(linear, nn.Linear):
             raise ExportError(f"{name} is no linear of this model; export the folder that svd's run wrote")
         weight = linear.weight.detach()
+        rows, columns = weight.shape
         rank = rank_within(torch.linalg.svdvals(weight.double()), torch.finfo(weight.dtype).eps / 2)
-        if rank > most_rank(*weight.shape):
+        if rank > most_rank(rows, columns):
             continue
         found = truncated(weight, rank)
         del tensors[f"{name}.weight"]
@@ -97,7 +98,7 @@ def products_of(model: PreTrainedModel, names: tuple[str, ...]) -> Products:
         )
         if linear.bias is not None:
             tensors[f"{name}.left.bias"] = tensors.pop(f"{name}.bias")
-        assert factored_size(*weight.shape, rank) < weight.numel()
+        assert factored_size(rows, columns, rank) < weight.numel()
         ranks[name] = rank
         whole += weight.numel()
     if not ranks:

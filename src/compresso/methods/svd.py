@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Gt, Le, Lt
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
@@ -79,7 +79,7 @@ class Svd:
 
     keep: Annotated[float, Gt(0), Lt(1)] = 0.8
     whiten: Whiten = Whiten.ACTIVATIONS
-    damping: Annotated[float, Ge(0), Le(0.01)] = 1e-6
+    damping: Annotated[float, Gt(0), Le(0.01)] = 1e-6
     where: Where = Where()
     calibration: Calibration = Calibration()
 

@@ -2,7 +2,6 @@
 the weight's place.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +36,12 @@ def ranks_of(model: nn.Module, groups: Groups, keep: float) -> dict[str, int]:
 
 def factored_weights(model: PreTrainedModel, ranks: Mapping[str, int]) -> Compressed:
     """The weights that get these ranks, and how many numbers their factors have."""
-    shapes = [tuple(matrix(model, name).shape) for name in ranks]
-    factored = sum(factored_size(*shape, rank) for shape, rank in zip(shapes, ranks.values(), strict=True))
-    return Compressed(sum(map(math.prod, shapes)), factored=factored)
+    weights = factored = 0
+    for name, rank in ranks.items():
+        rows, columns = matrix(model, name).shape
+        weights += rows * columns
+        factored += factored_size(rows, columns, rank)
+    return Compressed(weights, factored=factored)
 
 
 def of_low_rank(model: nn.Module, ranks: Mapping[str, int], whiten: bool, damping: float) -> Edit:
