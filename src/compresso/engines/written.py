@@ -18,11 +18,10 @@ from compresso.engines.parity import Format, Reference, ids_of, reference_of
 from compresso.errors import ExportError
 from compresso.formats import packed
 from compresso.formats.gguf import save_gguf
-from compresso.formats.low_rank import factored_linears, save_low_rank
+from compresso.formats.low_rank import factored_linears, refuse_products, save_low_rank
 from compresso.formats.onnx import save_onnx
 from compresso.formats.packed import Packing, packing_of, save_packed
 from compresso.formats.vllm_deci import save_vllm_deci
-from compresso.native import is_low_rank
 
 _NEEDS = {
     Format.GGUF: ("gguf", "gguf"),
@@ -93,11 +92,8 @@ def load_for(written: Format, source: Source) -> Live:
             needs; or its linears are products, which only transformers opens.
         CheckpointError: it cannot be read.
     """
-    if written is not Format.CHECKPOINT and is_low_rank(source.config.model_type):
-        raise ExportError(
-            f"its linears are products of low rank, which {written} does not hold; export the folder that it was"
-            " exported from, where they are multiplied out"
-        )
+    if written is not Format.CHECKPOINT:
+        refuse_products(source.config.model_type, written)
     factored = factored_linears(source.folder) if written is Format.LOW_RANK else ()
     packing = packing_of(source.folder) if written is Format.PACKED else None
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None

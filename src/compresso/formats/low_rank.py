@@ -25,7 +25,7 @@ from compresso.checkpoint.folder import read_json
 from compresso.core.low_rank import factored_size, most_rank, rank_within, truncated
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
-from compresso.native import LOW_RANK_CLASSES, LOW_RANK_FILE
+from compresso.native import LOW_RANK_CLASSES, LOW_RANK_FILE, is_low_rank
 
 
 def factored_linears(folder: Path | None) -> tuple[str, ...]:
@@ -39,6 +39,15 @@ def factored_linears(folder: Path | None) -> tuple[str, ...]:
     if not names:
         raise ExportError("svd left nothing in it with a low rank, so there is nothing to factor; run svd on it first")
     return names
+
+
+def refuse_products(model_type: str, form: str) -> None:
+    """Raise ExportError if a model of this type has linears that are products, which the form does not hold."""
+    if is_low_rank(model_type):
+        raise ExportError(
+            f"its linears are products of low rank, which {form} does not hold; export the folder that it was exported"
+            " from, where they are multiplied out"
+        )
 
 
 @dataclass(frozen=True)
