@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from common import RESULTS, machine
 from compresso.arch.base import arch_for
+from compresso.core.budget import InfeasibleBudget
 from compresso.core.plan import Plan
 from compresso.data import nano, world
 from compresso.edit.stock import as_stock
@@ -311,8 +312,11 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as scratch:
                     note({**cell, "repair": "none", **subject.scores(subject.job(Path(scratch), 0)), "machine": where})
                 continue
-            for row in cells(subject, selector, ratio, left, given.seed):
-                note({**cell, **row, "machine": where})
+            try:
+                for row in cells(subject, selector, ratio, left, given.seed):
+                    note({**cell, **row, "machine": where})
+            except InfeasibleBudget as error:  # as of attentions alone at half of the blocks
+                print(f"{shown}, {selector}, {ratio:.0%} removed: {error}", flush=True)
     return report()
 
 
