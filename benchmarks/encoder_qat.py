@@ -49,6 +49,7 @@ ROUNDED: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a16 rounded": ("qat/w4a4", {"steps": 0, "input_bits": 16}),
     "w4a4 rounded": ("qat/w4a4", {"steps": 0}),
     "w4a4 trained": ("qat/w4a4", {}),
+    "w4a4 longer": ("qat/w4a4", {"steps": 832, "warmup": 50}),
     "w4a4 dropout": ("qat/w4a4", {}),
     "w4a4 dropout, faster": ("qat/w4a4", {"lr": 3e-4}),
 }
@@ -105,11 +106,12 @@ def cell(given: argparse.Namespace, root: Path, task: str, seed: int, name: str)
         facts = scored(made, made.job(seed).model, root, task)
         return {**facts, "knobs": TUNED[task], "cpu_s": round(time.process_time() - begun, 1)}
     recipe, knobs = ROUNDED[name]
-    if "steps" not in knobs:
+    trained = knobs.get("steps") != 0
+    if trained:
         knobs = {"precision": "bf16", "save_every": 10_000, "evaluations": 0, **TRAINED[task], **knobs}
     made = _ready(recipe, str(dense), root, task, sets_of("qat", knobs), given.scratch)
     job = made.job(seed)
-    if name == "w4a4 trained":
+    if trained and "dropout" not in name:
         without_dropout_(job.model)
     job = run(made.stages["qat"], job)
     record, curve = job.records["qat"], job.records["qat"].get("curve", {})
