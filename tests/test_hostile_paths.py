@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compresso.checkpoint import source
+from compresso.checkpoint import load, source, tokenizer
 from compresso.data import nano
 from tests.conftest import Call
 
@@ -113,7 +113,8 @@ def test_a_model_that_vanishes_while_it_is_read(
         looks[0] += 1
         look(folder)
 
-    monkeypatch.setattr(source, "refuse_code", vanishing)
+    for reader in (source, tokenizer, load):
+        monkeypatch.setattr(reader, "refuse_code", vanishing)
     code, out, error = call(*command)
     assert "Traceback" not in error + out
     if looks[0] > when:
