@@ -155,6 +155,7 @@ def test_gated_equals_shrunk(tiny: Tiny, name: str, kind: str) -> None:
     assert (smaller - states_left(expected[..., kept], smaller, masks)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_gated_equals_shrunk_in_double_precision(tiny: Tiny, double_norms: None, name: str, soft: bool) -> None:
@@ -367,6 +368,7 @@ def test_masks_a_row_an_example(tiny: Tiny, name: str) -> None:
             assert (logits(model, IDS[row : row + 1]) - both[row]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mask_gets_the_same_gradient_with_checkpointing(tiny: Tiny, name: str) -> None:
     model = tiny(name).train()

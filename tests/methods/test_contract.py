@@ -107,6 +107,7 @@ def test_the_plan_is_what_was_removed(card: Card, make_job: MakeJob) -> None:
     assert after.plan.is_noop(before.arch.axes(before.model)) == (Effects.SHAPES not in card.effects)
 
 
+@pytest.mark.slow
 @every_stage
 def test_the_seed_decides_everything(card: Card, make_job: MakeJob) -> None:
     torch.manual_seed(1)

@@ -38,6 +38,7 @@ def planned(name: str, model: Path | None = None, **knobs: Any) -> dict[str, Any
     return plan(raw, str(model or nano.path()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_every_stage_of_every_recipe_has_a_cost(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
@@ -160,6 +161,7 @@ def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
     assert plan(read("lorashear"), str(config))["stages"] == planned("lorashear")["stages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["magnitude-structured/nano", "gate-taylor", "compresso"])
 def test_a_budget_that_leaves_a_later_stage_nothing_names_the_smallest_that_leaves_some(name: str) -> None:
     """Not the linear that is missed, as if the model had never had it."""
