@@ -2,7 +2,7 @@
 # make demo    the main job on the embedded model, offline, a few minutes on two cores
 # make demo-real   the same on a small chat model that people know, SmolLM2-135M; a quarter of an hour on two cores
 # make test    the tests, offline, and their coverage
-# make test-fast   those that are not marked slow, in some three minutes on two cores
+# make test-fast   those that are not marked slow, in under three minutes on two cores
 # make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
 # make transformers-4   transformers 4.57 in .venv/transformers-4 (160 MB), for the tests that open checkpoints in it; without it they
 #                are skipped

@@ -67,6 +67,7 @@ def test_the_chat_template_of_the_checkpoint_gives_the_same_ids(
     assert chat == asked(compresso.load(prompted.folder), monkeypatch, "generate", "Count to 3.")
 
 
+@pytest.mark.slow
 def test_without_prompt_ids_are_the_bare_body(ran: Ran, prompted: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = compresso.load(ran("gate-taylor").folder)
     assert plain.prompt is None

@@ -155,6 +155,7 @@ def test_packed_weights_of_others_are_not_replaced(tmp_path: Path) -> None:
     refuse_foreign(tmp_path, EXPORTS["compressed-tensors"])
 
 
+@pytest.mark.slow
 def test_a_gguf_of_others_is_not_replaced(call: Call, tmp_path: Path) -> None:
     gguf, path = pytest.importorskip("gguf", reason="gguf: not installed"), tmp_path / "friend.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_a_packed_model_is_read_as_the_dense_one_it_was_packed_from(how: str, tmp_path: Path) -> None:
     model, packing = rounded(how)

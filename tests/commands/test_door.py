@@ -71,6 +71,7 @@ def test_compare_opens_no_model(strange: Path, tmp_path: Path, call: Call, monke
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_run_passes_the_gate_each_time_it_reads_a_model(
     tiny_folder: Path,
     instructions: Path,

@@ -33,7 +33,7 @@ OPT-350m's narrower embedding, BERT's pooler, and the first linear of RoBERTa's 
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_discovered_axes_are_the_described_ones(name: str, attention: str) -> None:
     with torch.device("meta"):
         model = build(name, attention)

@@ -88,6 +88,7 @@ def assert_same(path: Path, model: PreTrainedModel, atol: float = 1e-5) -> PreTr
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_float32_computes_the_same_to_the_bit_of_rounding(family: str, name: str, tmp_path: Path) -> None:

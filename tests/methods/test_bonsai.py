@@ -90,6 +90,7 @@ def test_channels_leave_in_the_order_of_what_the_loss_minds(make_job: MakeJob, m
     assert float(gone.max()) <= float(left.min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shapes",
     [

@@ -45,6 +45,7 @@ def without(job: Job, kind: Kind, gone: Sequence[int]) -> Job:
     return job.without(masks, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -74,6 +74,7 @@ def planted() -> tuple[PreTrainedModel, list[list[int]]]:
     return model, written.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [{"score": "influence"}, {"score": "angular"}, {"score": "perplexity"}, {"score": "perplexity", "iterative": True}],
@@ -167,6 +168,7 @@ def test_iterative_scoring_sees_what_has_left(make_job: MakeJob) -> None:
     assert [turns[unit] for _, unit in [*chosen, *left]] == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize(("kind", "drop"), [("layer", 1), ("layer", 3), ("attention", 2), ("mlp", 2)])
 @pytest.mark.parametrize("score", ["reverse", "influence", "random"])

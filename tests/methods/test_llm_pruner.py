@@ -107,6 +107,7 @@ def folder_of(tmp_path: Path, sizes: dict[str, int]) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "recipe", "layers", "total"),
     [

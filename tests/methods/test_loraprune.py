@@ -40,6 +40,7 @@ def blocks(job: Job) -> int:
     return job.cost()().parameters()["blocks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs", [{}, {"scope": "global"}, {"kinds": ("channel",), "keep": 0.75}, {"spared": 0.34, "keep": 0.8}]
 )

@@ -217,6 +217,7 @@ def test_what_weighs_nothing_asks_no_teacher(make_job: MakeJob) -> None:
         trained(replace(make_job(folder="other"), original=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gone"),
     [(Kind.HIDDEN, range(24, 32)), (Kind.LAYER, [1]), (Kind.MLP, [0]), (Kind.HEAD, [1]), (Kind.ATTENTION, [2])],
@@ -260,6 +261,7 @@ def test_attention_is_eager_while_it_trains_and_that_is_said(
     assert seen[1:] == ["sdpa"] and Qat(**UNATTENDED).remarks(job.model, job.arch) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [{"weights_kept": 0.3}, {"channels_kept": 0.5}, {"heads_kept": 0.25}, {"weights_kept": 0.5, "heads_kept": 0.5}],

@@ -49,6 +49,7 @@ def test_accumulation_gives_the_same_adapter(make_job: MakeJob) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Recover, Distill])
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_the_best_state_is_kept_and_overfitting_stops(

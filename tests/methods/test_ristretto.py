@@ -51,6 +51,7 @@ def test_a_whole_model_stays_bit_for_bit(make_job: MakeJob) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_layers_that_do_nothing_leave_whole(planted: tuple[PreTrainedModel, list[list[int]]], tmp_path: Path) -> None:
     model, rows = planted
     ids = torch.tensor(rows)

@@ -201,6 +201,7 @@ def test_layers_are_compared_with_the_last_before_the_next() -> None:
     assert paired((1, 3), 6) == [2, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies_at", [1, 17])
 def test_a_killed_training_goes_on_to_the_same_weights(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, dies_at: int

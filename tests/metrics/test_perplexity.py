@@ -246,6 +246,7 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         _ = huge.value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LOCAL, reason="COMPRESSO_DATA: no folder with small trained models")
 @pytest.mark.parametrize(
     ("name", "context", "file", "n_stories", "loss", "n_tokens"),

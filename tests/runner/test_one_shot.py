@@ -27,6 +27,7 @@ def done(recipe: str, folder: Path, data: Path, output: Path) -> Result:
     return run(raw, folder, data if needs_data else None, output=output, quiet=True, allow_collapsed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_reopening")
 @pytest.mark.parametrize(
     "recipe", ["magnitude/50", "wanda/2-4", "sparsegpt/50", "owl/70", "besa/50", "e-sparse/2-4", "svd/whitened"]

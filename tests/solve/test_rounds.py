@@ -126,6 +126,7 @@ def test_units_that_nothing_is_known_of_leave_last_and_in_the_order_of_their_pri
     assert lowest[priors["layers.1.channels"][:10].argmin()] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [{}, {"uniform_over": WITH_QUERIES}, {"multiple_of": {Kind.QUERY: 2}}])
 @pytest.mark.parametrize("seed", range(4))
 def test_key_value_heads_of_a_layer_keep_as_many_query_heads_in_every_round(

@@ -223,6 +223,7 @@ def test_where_activations_lie_changes_nothing(tmp_path: Path, reference: Refere
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", Reference)
 @pytest.mark.parametrize("name", MAKE)
 def test_weights_on_disk_give_the_same_bytes_also_resumed(tmp_path: Path, reference: Reference, name: str) -> None:

@@ -82,6 +82,7 @@ def expected(model: PreTrainedModel, levels: Levels, given: list[dict[str, Tenso
     return total / n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_divergence_is_that_of_the_smaller_model_and_the_model_stays(name: str) -> None:
     model, given = made(name), batches()

@@ -68,6 +68,7 @@ def trained(most: int, error: BaseException, noise: str = "batch") -> tuple[Mapp
     return state, history, objective.sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["batch", "example"])
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_halved_micro_batch_makes_the_same_updates(kind: str, noise: str, caplog: pytest.LogCaptureFixture) -> None:
