@@ -44,6 +44,8 @@ RTN, PRUNE = {"rtn": {"bits": 4}}, {"gate_taylor": {"keep": 0.7}}
         ("awq", "distill"),
         ("sparsegpt", None),
         ({"sparsegpt": {"bits": 4}}, {"sparse_finetune": {}}),
+        ({"besa": {"bits": 4}}, "recover"),
+        ({"besa": {"bits": 4}}, {"svd": {}}),
         (RTN, {"wanda": {}}),
         (RTN, {"qat": {"weight_bits": 16, "input_bits": 8}}),
     ],

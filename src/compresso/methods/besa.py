@@ -29,6 +29,7 @@ the authors tuned it for each LLaMA (layer by layer .05 to 50, row by row 5 to 5
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -47,7 +48,7 @@ from compresso.observe.folds import Stats, second_moment, squares
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.block import BlockEdit, BlockVisit, Reference
 from compresso.sweep.calibration import Calibration
-from compresso.sweep.compressed import Compressed, zeroed_weights
+from compresso.sweep.compressed import Compressed, rounded_weights, zeroed_weights
 from compresso.sweep.learned_masks import LearnedLinear, Mixing
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
@@ -133,8 +134,12 @@ class Besa:
         return chosen(model, arch, self.where)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
-        """The weights it works on, and the share that becomes zero."""
-        return zeroed_weights(model, self.check(model, arch), self.sparsity, None)
+        """The weights it works on, the share that becomes zero, and the bits of the others if it rounds them."""
+        groups = self.check(model, arch)
+        found = zeroed_weights(model, groups, self.sparsity, None)
+        if self.bits is None:
+            return found
+        return replace(found, bits=rounded_weights(model, groups, self.bits, 0, symmetric=False).bits)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep, one more where the dense model runs beside it, and those that learn."""
