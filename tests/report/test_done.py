@@ -52,3 +52,13 @@ def test_the_words_fit_what_was_done(stages: dict[str, Any], word: str, told: li
 def test_what_stayed_whole_is_not_named() -> None:
     kept = {"layers.0.heads": "4/4", "layers.1.queries": "1/2"}
     assert removed_kinds(with_stages({"bonsai": {"units_kept": kept}})) == ["query heads"]
+
+
+@pytest.mark.parametrize(("rounded", "lost"), [(("a.q", "a.k"), True), (("a.q",), False)])
+def test_a_low_rank_that_a_later_stage_rounded_away_is_not_offered(rounded: tuple[str, ...], lost: bool) -> None:
+    svd = {"ranks": {"a.q": 2, "a.k": 2}, "weights": 200, "factored": 120}
+    gptq = {"bits": 4.5, "zeros": {f"{name}.weight": "0/100" for name in rounded}}
+    first = deeds(with_stages({"svd": svd, "gptq": gptq}))[0]
+    assert ("writes their factors" in first) == (not lost)
+    assert ("their full rank back by gptq" in first) == lost
+    assert "writes their factors" in deeds(with_stages({"gptq": gptq, "svd": svd}))[1]

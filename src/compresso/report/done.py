@@ -56,8 +56,12 @@ def deeds(records: RunRecords) -> list[str]:
             told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
         if ranks := (facts.model_extra or {}).get("ranks"):
             whole, own = ((facts.model_extra or {})[key] for key in ("weights", "factored"))
+            after = _full_again(records, name)
             told.append(
-                f"{len(ranks)} linears got a low rank by {name} and are stored multiplied out; compresso export"
+                f"{len(ranks)} linears got a low rank by {name}, and their full rank back by {after}: nothing is left"
+                " that low-rank would factor."
+                if after
+                else f"{len(ranks)} linears got a low rank by {name} and are stored multiplied out; compresso export"
                 f" --format low-rank writes their factors, {own:,} numbers in place of {whole:,}."
             )
         if (bits := (facts.model_extra or {}).get("activation_bits")) and bits < _SERVED:
@@ -66,3 +70,17 @@ def deeds(records: RunRecords) -> list[str]:
                 " and other engines do not round them."
             )
     return told
+
+
+def _full_again(records: RunRecords, truncating: str) -> str:
+    """The first stage that rounded or zeroed every linear that an earlier one gave a low rank; "" for none."""
+    stages = list(records.stages.items())
+    at = next(i for i, (name, _) in enumerate(stages) if name == truncating)
+    ranks = (stages[at][1].model_extra or {})["ranks"]
+    for name, facts in stages[at + 1 :]:
+        worked_on = (facts.model_extra or {}).get("zeros")
+        if not (facts.bits or facts.sparsity) or not isinstance(worked_on, dict):
+            continue
+        if all(f"{linear}.weight" in worked_on for linear in ranks):
+            return name
+    return ""
