@@ -58,7 +58,9 @@ def test_what_stayed_whole_is_not_named() -> None:
 def test_a_low_rank_that_a_later_stage_rounded_away_is_not_offered(rounded: tuple[str, ...], lost: bool) -> None:
     svd = {"ranks": {"a.q": 2, "a.k": 2}, "weights": 200, "factored": 120}
     gptq = {"bits": 4.5, "zeros": {f"{name}.weight": "0/100" for name in rounded}}
-    first = deeds(with_stages({"svd": svd, "gptq": gptq}))[0]
+    first = deeds(with_stages({"svd": svd, "gptq": gptq}, layout="uniform"))[0]
     assert ("writes their factors" in first) == (not lost)
     assert ("their full rank back by gptq" in first) == lost
-    assert "writes their factors" in deeds(with_stages({"gptq": gptq, "svd": svd}))[1]
+    assert "writes their factors" in deeds(with_stages({"gptq": gptq, "svd": svd}, layout="uniform"))[1]
+    assert "writes no factors" in deeds(with_stages({"svd": svd}, layout="native"))[0]
+    assert ("low rank by svd" in with_stages({"svd": svd, "gptq": gptq}).stored_dense()) == (not lost)

@@ -3,8 +3,8 @@
 import pytest
 
 from compresso.core.plan import Plan
-from compresso.report.records import StageFacts
 from compresso.report.removed import CHANNELS, HEADS, HIDDEN, UnitsKept, dense_sizes, units_kept
+from compresso.report.stage_facts import StageFacts
 from tests.conftest import Ran
 from tests.report.made import PLAN, UNITS
 

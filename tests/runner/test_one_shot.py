@@ -193,3 +193,31 @@ def test_sigterm_ends_after_the_block_and_says_how_to_go_on(
     assert log.splitlines()[-1] == "stopped by SIGTERM; repeat the command with --resume to go on"
     assert (work_of(output) / "training" / "wanda" / "step-000000").is_dir()
     assert command("wanda/50", output, "--resume", "--allow-collapsed")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_reopening")
+@pytest.mark.parametrize(
+    ("behind", "knobs", "kept"),
+    [("recover", {}, False), ("sparse_finetune", {}, True), ("gate_taylor", {"keep": 0.9}, True)],
+)
+def test_zeros_that_a_later_stage_fills_are_claimed_by_nobody(
+    behind: str, knobs: dict[str, float], kept: bool, tiny_folder: Path, instructions: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    trains = {} if behind == "gate_taylor" else {"steps": 2, "batch": 2, "micro_batch": 2, "lr": 1e-2}
+    raw = {
+        "name": "mine",
+        "data": {"held": 4, "pack": False, "limit": 12},
+        "stages": [{"magnitude": {"sparsity": 0.5}}, {behind: knobs | trains}],
+    }
+    result = run(raw, tiny_folder, instructions, output=tmp_path / "out", allow_collapsed=True)
+    matrices = [one for name, one in result.model.named_parameters() if "_proj.weight" in name]
+    zeros = sum(int((one == 0).sum()) for one in matrices) / sum(one.numel() for one in matrices)
+    assert result.records["stages"][behind]["left"]["zeros"] == pytest.approx(zeros)
+    assert (zeros > 0.4) == kept
+    card = " ".join((result.folder / "README.md").read_text().split())
+    told = f"of the weights that magnitude worked on {'are zeros' if kept else f'became zeros, which {behind} filled'}"
+    assert told in card and ("zeros by magnitude" in card) == kept
+    said = f"{behind} changed weights behind magnitude and filled its zeros"
+    assert (said in caplog.text) == (not kept)

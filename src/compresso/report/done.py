@@ -3,6 +3,7 @@
 import re
 
 from compresso.report.records import RunRecords
+from compresso.report.stage_facts import filled, full_again, ranks_of
 
 _PARTS = (
     (re.compile(r"\.queries$"), "query heads"),
@@ -32,7 +33,9 @@ def removed_kinds(records: RunRecords) -> list[str]:
 
 def participle(records: RunRecords) -> str:
     """Those of "pruned", "quantised" and "truncated" that were done, with "and" between; "trained" where none was."""
-    pruned = bool(removed_kinds(records)) or any(facts.sparsity for facts in records.stages.values())
+    stages = records.stages
+    zeros = any(stages[name].sparsity and not filled(stages, name) for name in stages)
+    pruned = bool(removed_kinds(records)) or zeros
     quantised = any(facts.bits for facts in records.stages.values())
     truncated = any((facts.model_extra or {}).get("ranks") for facts in records.stages.values())
     told = (("pruned", pruned), ("quantised", quantised), ("truncated", truncated))
@@ -45,25 +48,17 @@ def deeds(records: RunRecords) -> list[str]:
     if kinds := removed_kinds(records):
         *first, last = kinds
         names = f"{', '.join(first)} and {last}" if first else last
-        filled = " and filled up with zeros to one width" if records.layout == "padded" else ""
-        told.append(f"{names[0].upper()}{names[1:]} were removed{filled}.")
+        padded = " and filled up with zeros to one width" if records.layout == "padded" else ""
+        told.append(f"{names[0].upper()}{names[1:]} were removed{padded}.")
     for name, facts in records.stages.items():
         if facts.sparsity:
-            told.append(f"{facts.sparsity:.1%} of the weights that {name} worked on are zeros.".replace("%", " %"))
+            told.append(_zeros(records, name).replace("%", " %"))
         if facts.bits:
             group = (facts.model_extra or {}).get("group")
             groups = f", in groups of {group} inputs" if group else ""
             told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
-        if ranks := (facts.model_extra or {}).get("ranks"):
-            whole, own = ((facts.model_extra or {})[key] for key in ("weights", "factored"))
-            after = _full_again(records, name)
-            told.append(
-                f"{len(ranks)} linears got a low rank by {name}, and their full rank back by {after}: nothing is left"
-                " that low-rank would factor."
-                if after
-                else f"{len(ranks)} linears got a low rank by {name} and are stored multiplied out; compresso export"
-                f" --format low-rank writes their factors, {own:,} numbers in place of {whole:,}."
-            )
+        if ranks_of(facts):
+            told.append(_low_rank(records, name))
         if (bits := (facts.model_extra or {}).get("activation_bits")) and bits < _SERVED:
             told.append(
                 f"Activations of {bits} bits by {name} are simulated: compresso.load computes them with full numbers,"
@@ -72,15 +67,27 @@ def deeds(records: RunRecords) -> list[str]:
     return told
 
 
-def _full_again(records: RunRecords, truncating: str) -> str:
-    """The first stage that rounded or zeroed every linear that an earlier one gave a low rank; "" for none."""
-    stages = list(records.stages.items())
-    at = next(i for i, (name, _) in enumerate(stages) if name == truncating)
-    ranks = (stages[at][1].model_extra or {})["ranks"]
-    for name, facts in stages[at + 1 :]:
-        worked_on = (facts.model_extra or {}).get("zeros")
-        if not (facts.bits or facts.sparsity) or not isinstance(worked_on, dict):
-            continue
-        if all(f"{linear}.weight" in worked_on for linear in ranks):
-            return name
-    return ""
+def _zeros(records: RunRecords, name: str) -> str:
+    """A sentence on the zeros that a stage made."""
+    share = f"{records.stages[name].sparsity or 0:.1%} of the weights that {name} worked on"
+    after = filled(records.stages, name)
+    if not after:
+        return f"{share} are zeros."
+    left = list(records.stages.values())[-1].left
+    now = "" if left is None or left.zeros is None else f": {left.zeros:.1%} of the matrices are zeros in the end"
+    return f"{share} became zeros, which {after} filled again{now}."
+
+
+def _low_rank(records: RunRecords, name: str) -> str:
+    """A sentence on the linears that a stage gave a low rank."""
+    facts = records.stages[name]
+    ranks, extra = ranks_of(facts), facts.model_extra or {}
+    done = f"{len(ranks)} linears got a low rank by {name}"
+    if after := full_again(records.stages, name):
+        return f"{done}, and their full rank back by {after}: nothing is left that low-rank would factor."
+    if records.layout == "native":
+        return f"{done} and are stored multiplied out; low-rank writes no factors of layers of their own widths."
+    return (
+        f"{done} and are stored multiplied out; compresso export --format low-rank writes their factors,"
+        f" {extra['factored']:,} numbers in place of {extra['weights']:,}."
+    )

@@ -12,8 +12,8 @@ from compresso.report import charts
 from compresso.report.columns import Column, columns, group, lower_is_better
 from compresso.report.marks import Point
 from compresso.report.read import Comparison, Run
-from compresso.report.records import StageFacts
 from compresso.report.removed import units_kept
+from compresso.report.stage_facts import StageFacts
 from compresso.report.table import find
 
 MOST_QUALITIES = 4

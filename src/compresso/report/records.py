@@ -6,18 +6,17 @@ typed.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from compresso.core.faults import said
 from compresso.errors import CheckpointError
 from compresso.metrics.guard import Guard
-from compresso.metrics.record import Measurement, Report, Strict, upgraded
+from compresso.metrics.record import Report, Strict, upgraded
+from compresso.report.stage_facts import StageFacts, filled, full_again, ranks_of
 
 FORMAT = 3
-Fraction = Annotated[str, Field(pattern=r"^\d+/\d+$")]
-"""Units kept of those that were there, "3/4"."""
 
 
 class Named(Strict):
@@ -67,49 +66,6 @@ class Counted(Strict):
     macs_per_token: int
     kv_bytes_per_token: int
     held_loss: FiniteFloat | None
-
-
-class HeldCurve(Strict):
-    """Losses on held-out examples while a stage trained, after how many updates the state is that was kept, after how
-    many training ended, and why.
-    """
-
-    update: list[int]
-    loss: list[FiniteFloat]
-    best: int
-    ended: int
-    why: str
-
-
-class Left(Strict):
-    """What a stage left: all parameters and multiply-accumulates a token, and on held-out examples the loss, in nats a
-    label, and the task's metric; None without data.
-    """
-
-    parameters: int
-    macs_per_token: int
-    held_loss: FiniteFloat | None
-    score: Measurement | None
-
-
-class StageFacts(Strict):
-    """What a stage noted, facts of its own among it.
-
-    `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it
-    worked on, `bits` what one of these would take if they were packed. `seconds` is what the stage took, and if it was
-    resumed, since then; `left` is absent where an older version ran it.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-    units_kept: dict[str, Fraction] = Field(default_factory=dict[str, Fraction])
-    kept_share_of_blocks: FiniteFloat | None = None
-    curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
-    seconds: FiniteFloat | None = None
-    sparsity: FiniteFloat | None = None
-    bits: FiniteFloat | None = None
-    held: HeldCurve | None = None
-    left: Left | None = None
 
 
 class Engine(Strict):
@@ -187,9 +143,11 @@ class RunRecords(Strict):
         """A sentence on weights that were zeroed, rounded or given a low rank in place, so that nothing became smaller;
         "" if there are none.
         """
-        zeros = [f"{facts.sparsity:.1%} zeros by {name}" for name, facts in self.stages.items() if facts.sparsity]
-        rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in self.stages.items() if facts.bits]
-        ranks = [f"low rank by {name}" for name, facts in self.stages.items() if (facts.model_extra or {}).get("ranks")]
+        stages = self.stages
+        there = [name for name in stages if stages[name].sparsity and not filled(stages, name)]
+        zeros = [f"{stages[name].sparsity:.1%} zeros by {name}" for name in there]
+        rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in stages.items() if facts.bits]
+        ranks = [f"low rank by {name}" for name in stages if ranks_of(stages[name]) and not full_again(stages, name)]
         if not zeros and not rounded and not ranks:
             return ""
         done = ", ".join(zeros + rounded + ranks)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compresso.core.plan import Plan
-from compresso.report.records import StageFacts
+from compresso.report.stage_facts import StageFacts
 
 HEADS, CHANNELS, HIDDEN = "heads", "FFN units", "hidden"
 _PARTS = {"heads": HEADS, "channels": CHANNELS}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from compresso.metrics.record import Measurement
 from compresso.report.columns import title, written
 from compresso.report.facts import written_time
-from compresso.report.records import Left, RunRecords, StageFacts
+from compresso.report.records import RunRecords
+from compresso.report.stage_facts import Left, StageFacts
 
 DENSE = "dense"
 ABSENT = ""
@@ -80,8 +81,10 @@ def _score(score: Measurement | None) -> str:
     return ABSENT if score is None else written(score.value, score.unit, score.name, score.stderr)
 
 
-def _sparsity(facts: StageFacts, _: Left) -> str:
-    return f"{100 * facts.sparsity:.1f} %" if facts.sparsity else ""
+def _sparsity(facts: StageFacts, left: Left) -> str:
+    """Of the weights that the stage worked on; behind it, of all matrices of blocks."""
+    zeros = facts.sparsity or left.zeros
+    return "" if zeros is None else f"{100 * zeros:.1f} %"
 
 
 def _bits(facts: StageFacts, _: Left) -> str:

@@ -98,8 +98,17 @@ def left(job: Job, score: Score | None, corpus: str) -> dict[str, Any]:
     here = Environment.here(job.model.device, job.model.dtype)
     found = () if score is None else score.measurements(here, corpus)
     metric = next((one.model_dump(mode="json") for one in found if one.name == job.task.metric), None)
-    total = now["parameters"]["total"]
-    return {"parameters": total, **{key: now[key] for key in ("macs_per_token", "held_loss")}, "score": metric}
+    found = {key: now[key] for key in ("macs_per_token", "held_loss")}
+    zeros = {"zeros": _zeros(job)} if any(facts.get("sparsity") for facts in job.records.values()) else {}
+    return {"parameters": now["parameters"]["total"], **found, "score": metric, **zeros}
+
+
+def _zeros(job: Job) -> float:
+    """Share of zeros in the matrices of a model's blocks."""
+    matrices = {id(one): one for block in job.arch.blocks(job.model) for one in block.parameters() if one.ndim > 1}
+    with job.weights.whole():
+        zeros = sum(int((one == 0).sum()) for one in matrices.values())
+    return zeros / max(sum(one.numel() for one in matrices.values()), 1)
 
 
 def scored(job: Job, whose: str) -> Score | None:

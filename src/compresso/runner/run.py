@@ -35,6 +35,7 @@ from compresso.errors import CheckpointError, CollapseError, ResourceError, Resu
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
+from compresso.report.stage_facts import filled_now
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
@@ -247,6 +248,12 @@ def run(
                 makes_dense = card(stage_name).makes_dense
                 after = scored(job, DENSE if makes_dense else PRUNED)
                 job = job.note(stage_name, left=left(job, after, prepared.corpus()))
+                if is_main and not quiet and (emptied := filled_now(job.records, stage_name)):
+                    log.warning(
+                        "%s changed weights behind %s and filled its zeros: sparse_finetune trains and keeps them",
+                        stage_name,
+                        emptied,
+                    )
                 if makes_dense:
                     score = after
                     before = state(job, score)
