@@ -224,8 +224,8 @@ class Besa:
             loss = error + self.penalty * ((share - self.sparsity) / self.sparsity).square().to(error.dtype)
             if not bool(loss.isfinite()):
                 raise NumericError(
-                    f"block {visit.layer} under masks has the loss {float(loss)}: the model overflows on this data; use"
-                    " float32 or bfloat16, or lower lr"
+                    f"block {visit.layer} under masks has the loss {float(loss.detach())}: the model overflows on this"
+                    " data; use float32 or bfloat16, or lower lr"
                 )
             for stepper in steppers:
                 stepper.zero_grad()
