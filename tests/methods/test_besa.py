@@ -189,6 +189,7 @@ def test_shares_that_no_shift_should_hide_are_an_error(make_job: MakeJob) -> Non
         ({"sparsity": 0.7, "smooth": True}, r"sparsity=0.7 is out of reach .* 0\.376 .* 0\.624; set smooth to false"),
         ({"sparsity": 0.7, "rates": (0.0, 0.6)}, r"less than 0\.600; widen rates"),
         ({"rates": (0.5, 0.51), "step": 0.1}, "fewer than two"),
+        ({"step": 9e-4, "smooth": True}, r"greater than or equal to 0\.001"),
         ({"calibration": Calibration(true_sequential=True)}, "set true_sequential to false"),
     ],
 )

@@ -75,7 +75,7 @@ class Besa:
     Args:
         sparsity: share of each block's weights that become zero.
         per: what has a learned share: each "matrix", or each "row".
-        step: distance of the candidate rates.
+        step: distance of the candidate rates; at least a tenth of the paper's, since memory grows with their number.
         rates: the least and the greatest candidate; no matrix or row loses less, or more.
         smooth: logits go through a sigmoid before the softmax, as in the authors' code.
         importance: the order in which entries of a row leave: "wanda", or "magnitude".
@@ -101,7 +101,7 @@ class Besa:
 
     sparsity: Annotated[float, Gt(0), Lt(1)] = 0.5
     per: Literal["matrix", "row"] = "matrix"
-    step: Annotated[float, Gt(0), Le(0.5)] = 0.01
+    step: Annotated[float, Ge(1e-3), Le(0.5)] = 0.01
     rates: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Gt(0), Le(1)]] = (0.0, 1.0)
     smooth: bool = False
     importance: Literal["wanda", "magnitude"] = "wanda"
