@@ -164,6 +164,25 @@ def test_landing_is_exact_and_keeps_the_order_of_shares(zeros: int) -> None:
         assert bool((counts[share.argsort()].diff() >= -1).all())
 
 
+@pytest.mark.parametrize(
+    ("share", "zeros", "rates", "counts"),
+    [
+        ([0.9, 0.9, 0.9, 0.6], 34, (0.0, 0.9), [9, 9, 9, 7]),  # what is full cannot take what is missing
+        ([0.9, 0.2, 0.2, 0.2], 14, (0.2, 1.0), [8, 2, 2, 2]),
+        ([0.5, 0.5, 0.5, 0.5], 22, (0.45, 0.55), [6, 6, 5, 5]),  # 5 of 10 each is all that lies within, and 20
+        ([0.5, 0.5, 0.5, 0.5], 18, (0.45, 0.55), [5, 5, 4, 4]),
+        ([0.42, 0.42, 0.42, 0.42], 17, (0.41, 0.44), [5, 4, 4, 4]),  # nothing lies within
+    ],
+)
+def test_landing_leaves_no_row_beyond_the_rates_where_the_total_allows_it(
+    share: list[float], zeros: int, rates: tuple[float, float], counts: list[int]
+) -> None:
+    (found,) = landed([torch.tensor(share, dtype=torch.float64)], [10], zeros, rates).counts
+    assert found.tolist() == counts
+    with pytest.raises(ValueError, match=r"zeros=39: wanted 0 to 36, what may leave"):
+        landed([torch.tensor(share)], [10], 39, (0.0, 0.9))
+
+
 def test_shares_that_are_right_already_are_not_moved() -> None:
     found = landed([torch.full((8,), 0.5), torch.full((4,), 0.25)], [10, 8], 48)
     assert found.shift == 0.0

@@ -177,6 +177,14 @@ def test_the_bound_on_what_a_row_may_lose_holds(make_job: MakeJob) -> None:
         assert one["least_of_a_row"] >= 0.4 - 0.06 and one["most_of_a_row"] <= 0.6 + 0.06  # but for what landing moves
 
 
+def test_a_row_at_the_bound_loses_no_more_where_the_block_is_to_lose_more(make_job: MakeJob) -> None:
+    few, first = Calibration(examples=16, batch=1), Where(layers=(0, 1))
+    knobs: dict[str, Any] = {"optimizer": "adam", "lr": 0.3, "calibration": few, "where": first}
+    job = Besa(sparsity=0.85, per="row", rates=(0.0, 0.9), **knobs)(make_job())
+    assert job.records["besa"]["sparsity"] == pytest.approx(0.85, abs=1e-3)
+    assert max(one["most_of_a_row"] for one in job.records["besa"]["of"].values()) <= 0.9
+
+
 def test_shares_that_no_shift_should_hide_are_an_error(make_job: MakeJob) -> None:
     job = make_job()
     with pytest.raises(NumericError, match=r"block \d learned a share of zeros .*; raise penalty"):

@@ -161,37 +161,58 @@ class Landed:
     shift: float
 
 
-def landed(learned: Sequence[Tensor], columns: Sequence[int], zeros: int) -> Landed:
-    """Shift all shares alike until the rows lose exactly so many entries together.
+def landed(
+    learned: Sequence[Tensor], columns: Sequence[int], zeros: int, rates: tuple[float, float] = (0.0, 1.0)
+) -> Landed:
+    """Shift all shares alike, within the rates, until the rows lose exactly so many entries together.
 
     Rows lose floor(columns * (share + shift)); what is then missing goes to the rows whose rounding down took most, one
-    entry each, the first among equals.
+    entry each, the first among equals. Where no whole numbers within the rates make up the total, rows may pass them
+    by less than one entry.
 
     Args:
         learned: shares of each matrix' rows [rows].
         columns: entries of a row, by matrix.
         zeros: entries that leave in all.
+        rates: the least and the greatest share that a row may lose.
 
     Raises:
-        ValueError: there are not so many entries.
+        ValueError: no counts within the rates are so many.
+
+    >>> landed([torch.tensor([0.9, 0.9, 0.9, 0.6])], [10], 34, (0.0, 0.9)).counts[0].tolist()
+    [9, 9, 9, 7]
     """
     share = torch.cat([one.double() for one in learned])
     width = torch.cat([torch.full((len(one),), n, device=one.device) for one, n in zip(learned, columns, strict=True)])
-    if not 0 <= zeros <= int(width.sum()):
-        raise ValueError(f"zeros={zeros}: wanted 0 to {int(width.sum())}, the entries there are")
+    least, most = _within(width, rates, zeros)
 
     def counted(shift: float) -> Tensor:
-        return ((share + shift) * width + 1e-9).floor().clamp(min=0).minimum(width.double()).long()
+        return ((share + shift) * width + 1e-9).floor().long().maximum(least).minimum(most)
 
     shift = _largest_within(lambda moved: int(counted(moved).sum()), zeros)
     counts = counted(shift)
     missing = (share + shift) * width - counts
     while (left := zeros - int(counts.sum())) > 0:
-        open_ = missing.masked_fill(counts >= width, -torch.inf)
-        most = open_.argsort(descending=True, stable=True)[: min(left, int((counts < width).sum()))]
-        counts[most] += 1
-        missing[most] -= 1
+        open_ = missing.masked_fill(counts >= most, -torch.inf)
+        chosen = open_.argsort(descending=True, stable=True)[: min(left, int((counts < most).sum()))]
+        counts[chosen] += 1
+        missing[chosen] -= 1
     return Landed(torch.split(counts, [len(one) for one in learned]), shift)
+
+
+def _within(width: Tensor, rates: tuple[float, float], zeros: int) -> tuple[Tensor, Tensor]:
+    """The fewest and the most entries that each row may lose [rows]: whole numbers within the rates, or around them on
+    the side where those do not make up the total. Raises ValueError where these do not, either.
+    """
+    low, high = (rate * width.double() for rate in rates)
+    least, most = (low - 1e-9).ceil().long(), (high + 1e-9).floor().long()
+    if zeros < int(least.sum()) or bool((least > most).any()):
+        least = (low + 1e-9).floor().long()
+    if zeros > int(most.sum()):
+        most = (high - 1e-9).ceil().long()
+    if not int(least.sum()) <= zeros <= int(most.sum()):
+        raise ValueError(f"zeros={zeros}: wanted {int(least.sum())} to {int(most.sum())}, what may leave")
+    return least, most
 
 
 def _largest_within(total: Callable[[float], int], wanted: int) -> float:

@@ -10,13 +10,13 @@ Section 3.3, joint with quantization (`bits`): shares of the ends of each row's 
 Section 4.1 and the authors' code: Prodigy (`compresso.core.prodigy`), one epoch, one example a step, penalty weight 5,
     error by channel relative to the dense channel's size (the paper writes a plain norm).
 
-Departures: a block ends at its number of zeros exactly: all its shares move by one amount, which is recorded, and more
-than 5 % is an error; there, the penalty leaves about 1 % either way. Logits go into the softmax as they are; the code's
-sigmoid before it (`smooth`) reaches no share outside of .376 to .624. Where half is not what is asked for, logits start
-at the flattest mixture with that share; there, at half. The last block is not run again. Rows are taken in their order
-in each epoch. Calibration rows are the run's, not C4 by itself. The adapters of the code, which begin at zero twice and
-never learn, and its masks by column, are not here. The paper never drops the last entry of a row; `rates: [0, 0.99]`
-does that, and the default is the code's.
+Departures: a block ends at its number of zeros exactly: all its shares move by one amount, which is recorded, and none
+out of `rates`; there, the penalty leaves about 1 % either way, and more than 5 % is an error here. Logits go into the
+softmax as they are; the code's sigmoid before it (`smooth`) reaches no share outside of .376 to .624. Where half is not
+what is asked for, logits start at the flattest mixture with that share; there, at half. The last block is not run
+again. Rows are taken in their order in each epoch. Calibration rows are the run's, not C4 by itself. The adapters of
+the code, which begin at zero twice and never learn, and its masks by column, are not here. The paper never drops the
+last entry of a row; `rates: [0, 0.99]` does that, and the default is the code's.
 
 Ours, and off unless asked for: `compensate`. Once a block's zeros are fixed, the weights that stay in a row make up for
 them as in SparseGPT (`compresso.core.obs`); BESA itself updates no weight. Inputs that are always 0 lose their weights
@@ -54,7 +54,7 @@ from compresso.sweep.swept import swept
 from compresso.sweep.targets import Group, Groups, Where, chosen, matrix
 
 FARTHEST = 0.05
-"""How far shares of a block may be moved to land on its number of zeros."""
+"""How far the share that a block learned may be from the one asked for."""
 
 
 @stage(
@@ -76,7 +76,8 @@ class Besa:
         sparsity: share of each block's weights that become zero.
         per: what has a learned share: each "matrix", or each "row".
         step: distance of the candidate rates; at least a tenth of the paper's, since memory grows with their number.
-        rates: the least and the greatest candidate; no matrix or row loses less, or more.
+        rates: the least and the greatest candidate; no row loses less, or more, but for a part of an entry where whole
+            ones do not make up the block's number of zeros.
         smooth: logits go through a sigmoid before the softmax, as in the authors' code.
         importance: the order in which entries of a row leave: "wanda", or "magnitude".
         reference: what a block is to output: of the dense "block" on the inputs that it reads, or of the dense
@@ -163,18 +164,20 @@ class Besa:
         """Learn one block's zeros and make them; what came of it by linear, and of the block by its number."""
         linears = self._linears(model, visit)
         errors = self._train(visit, linears)
-        # the penalty leaves about 1 %: one shift for all ends it
         total = sum(one.rows * one.columns for one in linears.values())
+        learned = sum(float(one.row_shares().sum()) * one.columns for one in linears.values())
+        if abs(apart := learned / total - self.sparsity) > FARTHEST:
+            raise NumericError(
+                f"block {visit.layer} learned a share of zeros {apart:+.3f} from sparsity={self.sparsity}, and at"
+                f" most {FARTHEST} is made up for; raise penalty, epochs or calibration.examples"
+            )
+        # the penalty leaves about 1 %: one shift for all ends it
         end = landed(
             [one.row_shares() for one in linears.values()],
             [one.columns for one in linears.values()],
             count_of(self.sparsity, total),
+            self.rates,
         )
-        if abs(end.shift) > FARTHEST:
-            raise NumericError(
-                f"block {visit.layer} learned a share of zeros {end.shift:+.3f} from sparsity={self.sparsity}, and at"
-                f" most {FARTHEST} is made up for; raise penalty, epochs or calibration.examples"
-            )
         facts: dict[str, Any] = {}
         counts = dict(zip((one.name for one in linears.values()), end.counts, strict=True))
         by_name = {one.name: one for one in linears.values()}
