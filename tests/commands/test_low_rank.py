@@ -23,6 +23,7 @@ from compresso.engines.transformers import LOW_RANK, OWN, PLAIN, REMOTE, Transfo
 from compresso.engines.transformers_process import NEW_TOKENS
 from compresso.engines.verify import parities
 from compresso.errors import CheckpointError, ExportError
+from compresso.formats.low_rank import factored_linears
 from compresso.native import LOW_RANK_FILE
 from compresso.runner.options import with_options
 from compresso.runner.run import Result, run
@@ -171,6 +172,43 @@ def test_a_later_stage_is_seen_in_the_weights(truncated: Result, tmp_path: Path)
     with pytest.raises(ExportError, match="has a low rank now: a later stage rounded, zeroed or tuned them"):
         export(changed, tmp_path / "none", format="low-rank")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_layers_that_left_since_and_the_new_numbers_of_the_others(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """svd works on the layers 1 and 2; what a linear's name says is another layer once one of them is gone."""
+    monkeypatch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
+    svd = {"keep": 0.6, "where": {"layers": [1, 3]}}
+    raw = {
+        "name": "mine",
+        "data": {"held": 4, "pack": False, "limit": 12},
+        "stages": [{"svd": svd}, {"drop_layers": {"keep": 0.7, "batches": 2, "batch": 4}}],
+    }
+    found = run(raw, tiny_folder, instructions, output=tmp_path / "cut", quiet=True, measure="none")
+    kept = json.loads((tmp_path / "cut" / "plan.json").read_text())["kept"]["layers"]
+    assert len(kept) == 2
+    unasked(tmp_path / "cut", tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ranks, now = found.records["stages"]["svd"]["ranks"], {str(old): str(new) for new, old in enumerate(kept)}
+    parts = [(name.split("."), rank) for name, rank in ranks.items()]
+    assert opened.config.ranks == {
+        ".".join([*name[:2], now[name[2]], *name[3:]]): rank for name, rank in parts if name[2] in now
+    }
+    with torch.no_grad():
+        live = found.model.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(opened(input_ids=IDS).logits, live, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("first", "gone"), [(True, 0), (False, 0), (False, 1), (False, 2)])
+def test_every_linear_that_may_have_a_low_rank_is_looked_at(first: bool, gone: int, tmp_path: Path) -> None:
+    """Under its number now, whichever layers left, and before svd names are as they were."""
+    svd = {"svd": {"ranks": {"model.layers.1.mlp.up_proj": 3, "model.layers.2.mlp.up_proj": 3}}}
+    cut = {"drop_layers": {"units_kept": {"layers": f"{3 - gone}/3"}}}
+    (tmp_path / "records.json").write_text(json.dumps({"stages": {**cut, **svd} if first else {**svd, **cut}}))
+    layers = (1, 2) if not gone else range(3 - gone)
+    assert factored_linears(tmp_path) == tuple(f"model.layers.{i}.mlp.up_proj" for i in layers)
 
 
 def test_what_cannot_be_factored_is_refused(truncated: Result, tiny_folder: Path, tmp_path: Path, call: Call) -> None:

@@ -41,7 +41,7 @@ class Live:
         tokenizer: of its folder; None if that holds none.
         packing: what was rounded, and how; of compressed-tensors only.
         folder: that it was read from.
-        factored: the linears that svd worked on; of low-rank only.
+        factored: the linears that svd may have left with a low rank; of low-rank only.
     """
 
     model: PreTrainedModel

@@ -9,6 +9,7 @@ A stage after `svd` may have changed weights: each is given the least rank that 
 dtype, and stays whole where a product would be no smaller.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,18 +28,31 @@ from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.native import LOW_RANK_CLASSES, LOW_RANK_FILE, is_low_rank
 
+_IN_LAYER = re.compile(r"(\D*\.)(\d+)(\..+)")
+
 
 def factored_linears(folder: Path | None) -> tuple[str, ...]:
-    """Full names of the linears that stage `svd` left with a low rank, by the records of a folder that compresso wrote.
+    """Full names of the linears that stage `svd` may have left with a low rank, by the records of a folder that
+    compresso wrote.
+
+    Records name them as they were then. Where layers have left since and the others have new numbers, it is those of
+    these kinds in every layer there is: their weights say which of them have a low rank.
 
     Raises ExportError, with the cure, if there are none.
     """
     path = None if folder is None else folder / "records.json"
     records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
-    names = tuple(records.get("stages", {}).get("svd", {}).get("ranks", ()))
+    stages: dict[str, Any] = records.get("stages", {})
+    names = tuple(stages.get("svd", {}).get("ranks", ()))
     if not names:
         raise ExportError("svd left nothing in it with a low rank, so there is nothing to factor; run svd on it first")
-    return names
+    since = list(stages.values())[list(stages).index("svd") + 1 :]
+    layers = [kept["layers"].split("/") for facts in since if "layers" in (kept := facts.get("units_kept", {}))]
+    if all(left == all_ for left, all_ in layers):
+        return names
+    placed = [match.groups() for match in map(_IN_LAYER.fullmatch, names) if match]
+    kinds = dict.fromkeys((before, after) for before, _, after in placed)
+    return tuple(f"{before}{i}{after}" for i in range(int(layers[-1][0])) for before, after in kinds)
 
 
 def refuse_products(model_type: str, form: str) -> None:
@@ -112,8 +126,8 @@ def products_of(model: PreTrainedModel, names: tuple[str, ...]) -> Products:
         whole += weight.numel()
     if not ranks:
         raise ExportError(
-            f"none of the {len(names)} linears that svd worked on has a low rank now: a later stage rounded, zeroed or"
-            " tuned them. Export the folder that svd alone left."
+            "none of the linears that svd worked on has a low rank now: a later stage rounded, zeroed or tuned them."
+            " Export the folder that svd alone left."
         )
     return Products(ranks, tensors, whole)
 
@@ -132,7 +146,7 @@ def save_low_rank(
 
     Args:
         model: live, of a stock class, in the dtype that is written.
-        names: of the linears that svd worked on.
+        names: of the linears that svd may have left with one.
         tokenizer: written beside it.
         force: replace a folder that is not empty.
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
