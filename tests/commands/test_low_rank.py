@@ -211,6 +211,15 @@ def test_every_linear_that_may_have_a_low_rank_is_looked_at(first: bool, gone: i
     assert factored_linears(tmp_path) == tuple(f"model.layers.{i}.mlp.up_proj" for i in layers)
 
 
+def test_what_an_earlier_run_did_is_said_not_to_be_known(truncated: Result, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(truncated.folder, changed)
+    records = json.loads((changed / "records.json").read_text())
+    (changed / "records.json").write_text(json.dumps({**records, "stages": {"recover": {}}}))
+    with pytest.raises(ExportError, match=r"no stage of the run that wrote it \(recover\), .* into one recipe"):
+        export(changed, tmp_path / "out", format="low-rank")
+
+
 def test_what_cannot_be_factored_is_refused(truncated: Result, tiny_folder: Path, tmp_path: Path, call: Call) -> None:
     with pytest.raises(ExportError, match=r"nothing in it with a low rank, so .*; run svd on it first"):
         export(tiny_folder, tmp_path / "out", format="low-rank")

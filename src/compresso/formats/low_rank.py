@@ -45,7 +45,12 @@ def factored_linears(folder: Path | None) -> tuple[str, ...]:
     stages: dict[str, Any] = records.get("stages", {})
     names = tuple(stages.get("svd", {}).get("ranks", ()))
     if not names:
-        raise ExportError("svd left nothing in it with a low rank, so there is nothing to factor; run svd on it first")
+        raise ExportError(
+            f"svd is no stage of the run that wrote it ({', '.join(stages)}), and its records know nothing of what an"
+            " earlier run did to its model; put svd and what follows it into one recipe"
+            if stages
+            else "svd left nothing in it with a low rank, so there is nothing to factor; run svd on it first"
+        )
     since = list(stages.values())[list(stages).index("svd") + 1 :]
     layers = [kept["layers"].split("/") for facts in since if "layers" in (kept := facts.get("units_kept", {}))]
     if all(left == all_ for left, all_ in layers):

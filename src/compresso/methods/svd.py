@@ -11,8 +11,8 @@ their own), and neither has GGUF, ONNX aside from graphs of its own, or vLLM for
 would be read, but it is larger than the model. So a run puts the products in the weights' place: a stock folder that
 every engine opens, no smaller, as the records and the card say. `compresso export --format low-rank` writes the
 factors: fewer numbers and multiplications, opened by transformers alone, through a modelling file of ours. It finds the
-ranks in the weights, so that a stage in between that keeps them low (recovery by LoRA, whose rank adds to theirs) is
-exported, and one that does not (rounding, zeros, full training) is refused.
+ranks in the weights, so that a later stage of the run that keeps them low (recovery by LoRA, whose rank adds to theirs)
+is exported, and one that does not (rounding, zeros, full training) is refused. A run knows nothing of those before it.
 
 Departures: the second moment is that of the outputs of the blocks already truncated, where the authors' whitening takes
 those of the dense model (their sequential update, left out, takes these). It is damped by 1e-6 of its mean diagonal at
