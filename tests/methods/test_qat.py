@@ -237,6 +237,8 @@ def test_a_reduced_student_learns_from_the_layers_it_began_as(make_job: MakeJob)
     assert objective._taught.pairs == layer_map(2, 3, (0, 2))  # pyright: ignore[reportPrivateUsage]
     other = objective_of(job, teacher_layers=(1, 2))
     assert other._taught.pairs == layer_map(2, 3, (1, 2))  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(ValidationError, match=r"teacher_layers=\[\] names none"):
+        Qat(teacher_layers=())
     with pytest.raises(RecipeError, match=r"teacher_layers: layers \[1, 3\]: wanted 2 of the teacher's 0 to 2"):
         objective_of(job, teacher_layers=(1, 3))
 

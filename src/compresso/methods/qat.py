@@ -130,11 +130,13 @@ class Qat:
     where: Where = Where()
 
     def __post_init__(self) -> None:
-        """Refuse grids that there are not, and a training without a loss. Raises ValueError."""
+        """Refuse grids that there are not, and a training without a loss or a teacher's layers. Raises ValueError."""
         self._weights()
         Quantiser(self.input_bits)
         if not (self._taught or self.hard_weight):
             raise ValueError("logit_weight, attention_weight, hidden_weight, hard_weight are all 0; give one of them")
+        if self.teacher_layers == ():
+            raise ValueError("teacher_layers=[] names none; give one for each of the student's layers, or leave it out")
         if self.inputs == "learned" and self.input_bits != FULL:
             if self.trains.checkpointing:
                 raise ValueError("inputs=learned would see each batch twice under checkpointing=true; leave one out")
