@@ -78,7 +78,7 @@ class HomoDistil:
     Args:
         removes: see `Removes`; heads, channels and hidden dimensions may leave, as many in every layer.
         start, done: shares of the updates before the first and after the last removal.
-        cuts: how many times tensors are cut on the way.
+        cuts: how many times tensors are cut on the way, at most once an update; records say how many it was.
         momentum: of the moving average of sensitivities.
         hard_weight: of the task's loss.
         kl_weight: of the divergence from the teacher.
