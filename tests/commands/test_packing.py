@@ -120,7 +120,8 @@ def test_verify_says_what_becomes_of_a_rounded_model_and_of_another(
 def test_what_cannot_be_packed_is_refused(rounded: Rounded, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ExportError,
-        match="nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant",
+        match=r"nothing in it was rounded by compresso, so there is nothing to pack; run one of awq, gptq, qat, rtn,"
+        r" smoothquant, besa with bits, sparsegpt with bits on it first",
     ):
         exporting.export(tiny_folder, tmp_path / "packed", format="compressed-tensors")
     result = rounded("awq/4-g128")

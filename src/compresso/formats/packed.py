@@ -1,8 +1,8 @@
 """Writing rounded weights as codes of few bits, in the formats of compressed-tensors, for engines that read them.
 
-`rtn`, `gptq`, `awq`, `smoothquant` and `qat` leave values on a grid, stored as full numbers. The grid can be told from
-the values, so any such checkpoint can be packed later, without the run that made it. The library packs, unpacks and
-words the config.
+`rtn`, `gptq`, `awq`, `smoothquant` and `qat`, and `besa` and `sparsegpt` with `bits`, leave values on a grid, stored as
+full numbers. The grid can be told from the values, so any such checkpoint can be packed later, without the run that
+made it. The library packs, unpacks and words the config.
 
 Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so
 (`dequantize`); it says so for asymmetric grids, since their packed zero points are not read the first way. The file is
@@ -32,6 +32,7 @@ from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
+from compresso.stage import cards
 
 TESTED = "0.20.0"
 _MOST = 8
@@ -84,8 +85,7 @@ def packing_of(folder: Path | None) -> Packing:
     ]
     if not rounding:
         raise ExportError(
-            "nothing in it was rounded by compresso, so there is nothing to pack; run rtn, gptq, awq or smoothquant,"
-            " or qat, on it first"
+            f"nothing in it was rounded by compresso, so there is nothing to pack; run one of {_rounding()} on it first"
         )
     name, knobs = rounding[-1]
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
@@ -93,6 +93,14 @@ def packing_of(folder: Path | None) -> Packing:
         return _OWN_WORDS[name](linears, knobs, records["stages"][name])
     group = records["stages"][name].get("group", knobs.get("group"))  # what fitted, where that was another
     return Packing(linears, int(knobs["bits"]), int(group or 0), bool(knobs.get("symmetric")))
+
+
+def _rounding() -> str:
+    """The stages that round, with what some of them want for it."""
+    bits = {name: one.knobs.get("bits") for name, one in cards().items()}
+    always = [name for name, knob in bits.items() if name in _OWN_WORDS or (knob and knob.default is not None)]
+    asked = [f"{name} with bits" for name, knob in bits.items() if knob and knob.default is None]
+    return ", ".join([*always, *asked])
 
 
 def _smoothquant(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:
