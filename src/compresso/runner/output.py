@@ -87,7 +87,7 @@ def state(job: Job, score: Score | None = None) -> dict[str, Any]:
 
 
 def left(job: Job, score: Score | None, corpus: str) -> dict[str, Any]:
-    """What a stage left, as `compresso.report.records.Left` reads it.
+    """What a stage left, as `compresso.report.stage_facts.Left` reads it.
 
     Args:
         job: with the model as it is.
