@@ -5,8 +5,10 @@
     python benchmarks/equal_updates.py --report
 
 An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend
-`--gates` of the updates on them; `compresso-by-loss` starts those of layers from the loss without each, `compresso` in
-the order of block influence, and in `compresso-one-rate` adapters learn at the recovery's rate beside the gates, too.
+`--gates` of the updates on them. `compresso` starts them from scores of as many examples as its recipe does, 256, and
+those of layers in the order of block influence; the others from a batch of 4 in place of 16, so 64 examples: there
+`compresso-by-loss` starts layers from the loss without each, and in `compresso-one-rate` adapters learn at the
+recovery's rate beside the gates.
 Adapters of all recoveries have rank 32 and the rate 5e-4 at a hidden size of 4,096.
 `repair` is the least-squares fit to the dense model before recovery: no update, and up to 128 windows of the same data.
 Measured on WikiText-2 and the C4 sample, which nobody was trained on, in float32. A finished row is a line of
@@ -38,7 +40,8 @@ BATCH, LENGTH = 4, 512
 GATES = {"batch": BATCH, "micro_batch": BATCH, "precision": "bf16"}
 SELECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", "drop_layers", {"batches": 8, "batch": BATCH}),
-    "compresso": ("compresso", "learn_gates", {**GATES, "depth_order": "influence"}),
+    "compresso": ("compresso", "learn_gates", {**GATES, "score_batches": 64, "depth_batches": 4}),
+    "compresso-64-examples": ("compresso", "learn_gates", {**GATES, "depth_order": "influence"}),
     "compresso-one-rate": ("compresso", "learn_gates", {**GATES, "depth_order": "influence", "lr": 5e-4}),
     "compresso-by-loss": ("compresso", "learn_gates", {**GATES, "depth_order": "loss"}),
     "llm-pruner": ("llm-pruner", "llm_pruner", {"batch": 32, "micro_batch": BATCH}),
@@ -177,8 +180,10 @@ def _order(keep: float) -> list[tuple[str, str]]:
         return [("dense", "none")]
     return [
         ("shortgpt", "none"),
-        ("compresso", "none"),
         ("compresso", "residual"),
+        ("compresso", "none"),
+        ("compresso-64-examples", "residual"),
+        ("compresso-64-examples", "none"),
         ("compresso-one-rate", "residual"),
         ("compresso-by-loss", "residual"),
         ("compresso-by-loss", "none"),
