@@ -317,3 +317,15 @@ def test_a_recipe_may_learn_what_is_asked(
     assert encoded is not None
     assert all((row["labels"] == row["input_ids"]) is on for row in encoded.rows)
     assert build(read("loraprune/paper")).data.train_on_inputs and not build(read("loraprune")).data.train_on_inputs
+
+
+@pytest.mark.parametrize(("rows", "few"), [(12, True), (63, True), (64, False)])
+def test_more_held_out_than_learned_from_is_said(rows: int, few: bool, tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"instruction": f"Count to {n}.", "output": f"{n}"}) + "\n" for n in range(rows))
+    )
+    held = 8 if rows < 32 else 32
+    found = compresso.plan("gate-taylor", tiny_folder, data=path, sets=[f"data.held={held}"])["data"]
+    told = [note for note in found["notes"] if "are held out, more than stay to learn from; lower data.held" in note]
+    assert len(told) == few and found["held"] == held

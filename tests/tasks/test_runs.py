@@ -291,3 +291,11 @@ def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call
     ):
         code, _, error = call("evaluate", *more)
         assert code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def test_a_plan_names_the_classes_with_their_rows(bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "the cat is good", "label": 7 if n % 3 else 0} for n in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compresso.plan("gate-taylor", bert, task="classification", data=path)["data"]
+    assert found["notes"][0] == "2 classes: 0 (30), 7 (60)"

@@ -76,7 +76,8 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
         )
     if data.get("quantization_config") and not packed:
         raise CheckpointError(
-            f"{path}: the weights are quantised, which cannot be pruned. Give the model before quantisation."
+            f"{path}: the weights are quantised, which cannot be pruned or exported again. Give the model before"
+            " quantisation, such as the folder that it was exported from."
         )
     if is_low_rank(model_type) and not packed:
         raise CheckpointError(

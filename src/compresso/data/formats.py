@@ -149,7 +149,8 @@ def _collect(
         except BadRecord as error:
             if not skip_bad:
                 raise DataError(
-                    f"{each.place}: {error}. Repair it, or add --skip-bad to skip and count bad lines."
+                    f"{each.place}: {error}. Repair it, or add --skip-bad to skip and count bad lines"
+                    " (run and plan take it)."
                 ) from error
             n_bad += 1
             if len(bad) < NAMED_BAD:

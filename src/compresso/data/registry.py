@@ -252,7 +252,8 @@ def _from_hub(
         return replace(records, passed_over={**left, **records.passed_over})
     except BadRecord as error:
         raise DataError(
-            f"{error}. Give --skip-bad to skip and count such rows, or download the data as a file and repair them."
+            f"{error}. Give --skip-bad to skip and count such rows (run and plan take it), or"
+            " download the data as a file and repair them."
         ) from error
 
 

@@ -127,7 +127,8 @@ def _conversation_ids(
             except DataError as error:
                 if not tally.skip_bad:
                     raise DataError(
-                        f"{place}: {error}. Repair it, or give --skip-bad to skip and count such records."
+                        f"{place}: {error}. Repair it, or give --skip-bad to skip and count such records"
+                        " (run and plan take it)."
                     ) from error
                 tally.bad.append(f"{place}: {error}")
                 written.append(None)

@@ -1,18 +1,21 @@
 """What a plan says of data: how many examples survive, how many tokens they hold, and what an epoch is in updates."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from compresso.checkpoint.source import Source
 from compresso.core.counted import survivors
-from compresso.data.survival import check_dropped
+from compresso.data.survival import Encoded, check_dropped
 from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
 from compresso.wording import worded
+
+_NAMED_CLASSES = 8
 
 
 def data_facts(
@@ -63,7 +66,7 @@ def data_facts(
         "train": train,
         "held": read.recipe.data.held,
         "max_length": read.recipe.data.max_length,
-        "notes": [*read.said, *fewer_than_asked(stages, train)],
+        "notes": [*_classes(read.encoded), *read.said, *fewer_than_asked(stages, train)],
         "stops": stops,
         "epochs": [
             {
@@ -76,3 +79,13 @@ def data_facts(
             if one.learning is not None
         ],
     }
+
+
+def _classes(encoded: Encoded) -> list[str]:
+    """A sentence on the classes of labelled examples, in the order of the head's outputs; none for other examples."""
+    if not encoded.labels:
+        return []
+    counts = Counter(row["labels"][0] for row in encoded.rows)
+    named = [f"{name} ({counts[i]:,})" for i, name in enumerate(encoded.labels[:_NAMED_CLASSES])]
+    more = len(encoded.labels) - len(named)
+    return [f"{len(encoded.labels)} classes: {', '.join(named)}{f', and {more} more' if more else ''}"]

@@ -31,6 +31,7 @@ from compresso.formats.plain import check_plain
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
 from compresso.native import family_of
+from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
@@ -112,6 +113,7 @@ class DryRun:
         stages: each as it finds its model.
         layouts: layout -> why it could not hold these shapes, or None if it can.
         lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
+        lost: what is lost of what an earlier run did to the model; "" for nothing.
     """
 
     before: dict[str, Any]
@@ -122,6 +124,7 @@ class DryRun:
     stages: list[Acted] = field(default_factory=list[Acted])
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
     lacking: dict[str, str] = field(default_factory=dict[str, str])
+    lost: str = ""
 
 
 def dry_run(recipe: Recipe, source: Source) -> DryRun:
@@ -144,7 +147,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     sizes = {axis.name: axis.size for axis in axes}
     shown, removed = DryRun(counts(cost), counts(cost)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
-    rounded = ""  # the last stage that rounded weights
+    rounded, earlier = "", rounded_by(source)  # the last stage that rounded weights, and that of an earlier run
     without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
     for name, given in recipe.stages:
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
@@ -155,6 +158,9 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             stage.check(model, arch)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
         rounded = _last_to_round(rounded, name, compressed)
+        if earlier and not rounded and not shown.lost and card(name).effects & (Effects.SHAPES | Effects.WEIGHTS):
+            shown.lost = lost(source, name, earlier)
+            shown.notes.append(shown.lost)
         learning = stage.learning() if isinstance(stage, Learns) else None
         try:
             trainable = {} if learning is None else _trainable(learning, model, axes, cost)

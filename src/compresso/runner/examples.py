@@ -91,7 +91,10 @@ def read_examples(
     said = told(records, encoded, knobs.max_length)
     if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
         said.append(note)
-    return Examples(_held_out(recipe, raw, encoded.rows, data), tokenizer, records, encoded, reading, tuple(said))
+    recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)
+    if 2 * (held := recipe.data.held) > rows:
+        said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; lower data.held")
+    return Examples(recipe, tokenizer, records, encoded, reading, tuple(said))
 
 
 def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:

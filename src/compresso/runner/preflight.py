@@ -139,7 +139,7 @@ def prepare(
         WorkFolder.check(output, known, resume=resume, force=overwrite, unknown=(*_READ, *own))
     read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped, quiet=quiet)
     recipe, tokenizer, records, encoded = read.recipe, read.tokenizer, read.records, read.encoded
-    said = read.said
+    said = (*((acted.lost,) if acted.lost else ()), *read.said)
     if encoded is not None:
         said = (*said, *fewer_than_asked(acted.stages, len(encoded.rows) - recipe.data.held))
     for name, stage in recipe.stages:
