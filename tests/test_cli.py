@@ -165,7 +165,7 @@ def test_an_option_of_another_name_is_told_ours(call: Call, tmp_path: Path) -> N
         ("stages: [{recover: {}}]\nstagse: []", "unknown key 'stagse'; did you mean 'stages'?"),
         ("stages: {recover: {}}", "'stages' must be a list"),
         ("stages: [3]", "a stage is one name with its knobs"),
-        ("stages: []", "'stages' must be a list"),
+        ("stages: []", "{keep: 0.7}}], got an empty list; name at least one stage"),
         ("stages: [{recover: 5}]", "knobs must be a mapping such as {rank: 8}, got 5"),
         ("stages: [{recover: {}}]\ndata: 3", "data: knobs must be a mapping"),
         ("stages: [{recover: {rank: 1, rank: 2}}]", "the key 'rank' twice in one mapping (line 1)"),

@@ -124,10 +124,8 @@ def stages_of(raw: Mapping[str, Any], name: str = "") -> list[tuple[str, Any]]:
             raise RecipeError(f"recipe {name}: unknown key '{key}'; {nearest(str(key), _TOP_LEVEL)}")
     listed = raw.get("stages")
     if not isinstance(listed, list) or not listed:
-        raise RecipeError(
-            f"recipe {name}: 'stages' must be a list such as [{{learn_gates: {{keep: 0.7}}}}], got"
-            f" {type(listed).__name__}"
-        )
+        got = "an empty list; name at least one stage" if listed == [] else type(listed).__name__
+        raise RecipeError(f"recipe {name}: 'stages' must be a list such as [{{learn_gates: {{keep: 0.7}}}}], got {got}")
     stages: list[tuple[str, Any]] = []
     for entry in listed:
         if isinstance(entry, str):
