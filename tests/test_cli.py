@@ -186,11 +186,19 @@ def test_a_bad_recipe_file_is_refused(refused: Callable[..., str], tmp_path: Pat
     assert not Path("canary").exists()
 
 
+def test_a_folder_in_a_recipes_place_is_called_one(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    said = f"recipe '{folder}' is a folder; wanted a recipe file (YAML)"
+    assert f"{said} or a shipped name; see `compresso recipes`\n" in refused(folder)
+    held = written(folder, "stages: [{recover: {}}]")
+    assert f"{said} such as {held} or a shipped name" in refused(folder)
+
+
 def test_recipes_that_are_no_text(refused: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"stages: [\xff\xfe]")
     assert "is not UTF-8 text (byte 9)" in refused(path)
-    assert "unknown recipe" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def read(recipe: str | Path) -> dict[str, Any]:
             (resources.files("compresso") / "recipes" / folder / f"{stem or 'default'}.yaml").read_text("utf-8"), name
         )
     path = _path(recipe)
+    if path is not None and path.is_dir():
+        raise RecipeError(
+            f"recipe '{name}' is a folder; wanted a recipe file (YAML){_held(path)} or a shipped name; see `compresso"
+            " recipes`"
+        )
     if path is None or not path.is_file():
         raise RecipeError(f"unknown recipe '{name}': neither a shipped recipe nor a file; {_alike(name)}")
     try:
@@ -64,6 +69,12 @@ def read(recipe: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"recipe {name} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def _held(folder: Path) -> str:
+    """Of a result's folder, the recipe that its run wrote, as a message shows it."""
+    held = folder / "recipe.yaml"
+    return f" such as {held}" if held.is_file() else ""
 
 
 def _alike(name: str) -> str:
