@@ -252,6 +252,11 @@ def test_pickles_are_not_opened(name: str, folder: Path, opened: list[str]) -> N
     refused(folder, r"neither model\.safetensors nor")
 
 
+def test_an_onnx_export_is_called_one(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.onnx")
+    refused(folder, r"model is an ONNX export\. Give the folder that it was made from\.$")
+
+
 def test_code_in_the_folder_is_not_run(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     canary = folder.parent / "ran"
     (folder / "modeling_x.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")

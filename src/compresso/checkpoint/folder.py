@@ -174,6 +174,8 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
             )
         if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(".gguf")):
             raise CheckpointError(f"{folder} has GGUF files and no safetensors. Give one of them: {folder / packed[0]}")
+        if (folder / "model.onnx").is_file():
+            raise CheckpointError(f"{folder} is an ONNX export. Give the folder that it was made from.")
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}. Give a folder with safetensors weights.")
     index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
