@@ -161,7 +161,8 @@ def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--suite", "comonsense"), "DataError: no task or suite 'comonsense'; did you mean 'commonsense'?"),
+        (("--suite", "comonsense"), "DataError: --suite 'comonsense' is unknown; did you mean 'commonsense'?"),
+        (("--suite", "foo"), "DataError: --suite 'foo' is unknown; known: bbh, commonsense, mmlu, reading, world"),
         (("--tasks", "world_fact,pica"), "no task or suite 'pica'; did you mean 'piqa'?"),
         (("--tasks", ","), "--tasks names nothing"),
         (("--suite", "world", "--tasks", "piqa"), "--suite and --tasks are both given"),

@@ -101,7 +101,10 @@ def evaluate(
     ready = None
     if names:
         from compresso.metrics.tasks import prepare
+        from compresso.metrics.tasks.suites import check_suite
 
+        if suite is not None:
+            check_suite(suite)
         ready = prepare(names, data_root=data_root, seed=seed)
     shown = Progress()
     with shown.working("reading the weights"):

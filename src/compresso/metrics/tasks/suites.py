@@ -178,7 +178,7 @@ def suites_of(names: str | Sequence[str], data_root: Path | None = None) -> tupl
     if not asked:
         raise DataError(f"no task was named; known suites: {', '.join(SUITES)}")
     suites = _suites(data_root)
-    tasks = {bench.name: bench for suite in (*suites.values(), Suite(None, ALONE)) for bench in suite.benches}
+    tasks = _benches(suites)
     chosen: list[Suite] = []
     seen: set[str] = set()
     for name in asked:
@@ -190,6 +190,18 @@ def suites_of(names: str | Sequence[str], data_root: Path | None = None) -> tupl
         seen.update(bench.name for bench in suite.benches)
         chosen.append(suite)
     return tuple(chosen)
+
+
+def check_suite(name: str) -> None:
+    """Raise DataError, with the nearest suite, where nothing goes by the name given for one; a single task may."""
+    suites = _suites(None)
+    if name not in suites and name not in _benches(suites):
+        raise DataError(f"--suite {name!r} is unknown; {nearest(name, suites)}")
+
+
+def _benches(suites: Mapping[str, Suite]) -> dict[str, Bench]:
+    """Every task by its name."""
+    return {bench.name: bench for suite in (*suites.values(), Suite(None, ALONE)) for bench in suite.benches}
 
 
 def _suites(data_root: Path | None) -> dict[str, Suite]:
