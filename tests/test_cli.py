@@ -344,6 +344,11 @@ def test_help_of_every_verb_shows_an_example(call: Call) -> None:
     assert "Missing option '--model'" in call("run", "compresso")[2]
 
 
+def test_help_of_evaluate_speaks_of_no_recipe(call: Call) -> None:
+    _, text, _ = call("evaluate", "--help")
+    assert "What the model was trained for" in text and "recipe" not in text
+
+
 def test_help_imports_nothing_heavy() -> None:
     """A typo or a look at an option costs no import of torch."""
     program = (

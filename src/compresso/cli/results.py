@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compresso.cli.app import app
-from compresso.cli.options import Device, Force, Json, Overwrite, Task, Weights, warn_of
+from compresso.cli.options import Device, Force, Json, Overwrite, Weights, warn_of
 
 
 @app.command()
@@ -122,8 +122,10 @@ def evaluate(
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
     output: Annotated[Path | None, typer.Option(help="File for the report of all numbers, as JSON.")] = None,
-    task: Task = None,
-    data: Annotated[str | None, typer.Option(help="Examples to score a task on.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the model was trained for, such as classification; scored on --data.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Examples to score --task on.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
