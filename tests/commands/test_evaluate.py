@@ -165,6 +165,7 @@ def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
         (("--suite", "foo"), "DataError: --suite 'foo' is unknown; known: bbh, commonsense, mmlu, reading, world"),
         (("--tasks", "world_fact,pica"), "no task or suite 'pica'; did you mean 'piqa'?"),
         (("--tasks", ","), "--tasks names nothing"),
+        (("--tasks", "piqa", "--data", "rows.jsonl"), ". --tasks 'piqa' is something else: benchmarks, which bring"),
         (("--suite", "world", "--tasks", "piqa"), "--suite and --tasks are both given"),
         (("--suite", "world", "--prompt", "onn"), "prompt 'onn' is unknown; did you mean 'on'?"),
         (("--suite", "world", "--limit", "0"), "usage: Invalid value for '--limit'"),

@@ -72,7 +72,7 @@ def evaluate(
     Raises:
         CompressoError: with the cure; nothing was written.
     """
-    check_words(task, data, suite, tasks, corpus, protocol)
+    check_words(task, data, tasks, suite, corpus, protocol)
     if suite is not None and tasks is not None:
         raise DataError("--suite and --tasks are both given; give one")
     if prompt not in PROMPTING:

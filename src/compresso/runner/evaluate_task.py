@@ -1,5 +1,6 @@
 """The metric of a task on a file of examples, such as the accuracy of a classifier."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,11 +55,17 @@ def task_metric(
     )
 
 
-def check_words(task: str | None, data: str | None, *others: object) -> None:
+def check_words(task: str | None, data: str | None, tasks: Sequence[str] | None, *others: object) -> None:
     """Raise DataError unless task and data come together, and without what asks for something else."""
     if (task is None) != (data is None):
-        raise DataError("--task and --data belong together: --task classification --data rows.jsonl")
-    if task is not None and any(other is not None for other in others):
+        both = "--task and --data belong together: --task classification --data rows.jsonl"
+        if task is None and tasks:
+            both += (
+                f". --tasks '{','.join(tasks)}' is something else: benchmarks, which bring their own rows; leave out"
+                " --data, or give --task in place of --tasks"
+            )
+        raise DataError(both)
+    if task is not None and any(other is not None for other in (tasks, *others)):
         raise DataError(
             "--suite, --tasks, --corpus and --protocol are for models that write text; leave them out with a task"
         )
