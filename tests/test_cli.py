@@ -112,6 +112,16 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("compresso", "--bytes-at-context", "64", "--macs", "2"),
          "--macs and --bytes-at-context are two budgets; --bytes-at-context goes with --keep"),
         (("compresso", "--macs", "1000"), "--macs 1000 is above the most of 1.386 ("),
+        (("wanda/50", "--keep", "0.7"), "--keep 0.7: no stage of recipe 'wanda/50' (wanda) takes a share of the units"
+         " away; leave it out, or set the share of zeros: --set stages.wanda.sparsity=0.3\n"),
+        (("wanda/50", "--macs", "2"), "--macs 2: no stage of recipe 'wanda/50' (wanda) takes a share of the units away;"
+         " leave it out, or set stages.wanda.sparsity, now 0.5, with --set\n"),
+        (("wanda/2-4", "--keep", "0.5"), "leave it out, or set stages.wanda.pattern, now 2:4, with --set\n"),
+        (("smoothquant/w8a8", "--keep", "0.5"), "(smoothquant) takes a share of the units away; leave it out\n"),
+        (("svd/plain", "--macs", "2"), "(svd) counts anything but parameters of what it factors; give --keep in its"),
+        (("wanda/50", "--max-steps", "3"),
+         "--max-steps 3: no stage of recipe 'wanda/50' (wanda) trains in steps that it could cap; leave it out\n"),
+        (("besa/50", "--max-steps", "3"), "could cap; leave it out, or set stages.besa.epochs"),
         (("compresso", "--layout", "unifrom"), "--layout 'unifrom' is unknown; did you mean 'uniform'?"),
         (("compresso", "--max-steps", "0"), "usage: Invalid value for '--max-steps'"),
         (("compresso", "--set", "stages.learn_gates.mask_lr"),

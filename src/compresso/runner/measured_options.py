@@ -51,7 +51,7 @@ def with_time(
     refuse_other_table(measures, shape_facts(arch, shaped))
     dense = float(cost_of(arch, shaped, measures)().count("milliseconds"))
     wanted = target_of(measures.latency, dense, milliseconds, speedup)
-    raw = with_knob(with_knob(raw, "keep", wanted / dense), "of", "milliseconds")
+    raw = with_knob(with_knob(raw, "keep", wanted / dense, asked=asked), "of", "milliseconds", asked=asked)
     return {**raw, "cost": cost_knobs(measures)}
 
 
@@ -70,7 +70,8 @@ def with_bytes_at_context(raw: Mapping[str, Any], model: str, context: int) -> d
         raise BudgetError(f"--bytes-at-context {context}: tokens in the cache; wanted at least 1, such as 4096")
     source = open_source(model, weights=False)
     measures = Measures(context=context, weight_bytes=_stored_bytes(source), cache_bytes=KV_BYTES)
-    return {**with_knob(raw, "of", "bytes_at_context"), "cost": cost_knobs(measures)}
+    asked = f"--bytes-at-context {context}"
+    return {**with_knob(raw, "of", "bytes_at_context", asked=asked), "cost": cost_knobs(measures)}
 
 
 def _stored_bytes(source: Source) -> float:

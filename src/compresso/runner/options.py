@@ -121,7 +121,7 @@ def with_options(
     if max_steps is not None:
         if max_steps < 1:
             raise RecipeError(f"--max-steps {max_steps}: wanted at least 1")
-        raw = with_knob(raw, "max_steps", max_steps)
+        raw = with_knob(raw, "max_steps", max_steps, asked=f"--max-steps {max_steps}")
     if target is not None:
         want = parse_engine(target)
         raw = for_engine(raw, want, multiples(want, model, removes_queries(raw)))
@@ -141,12 +141,13 @@ def _with_budget(
     if keep is not None:
         if not 0 < keep <= 1:  # also refuses NaN
             raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
-        return with_knob(raw, "keep", keep)
+        return with_knob(raw, "keep", keep, asked=f"--keep {keep:g}")
     if parameters is not None:
         wanted, total = count(str(parameters)), _total(model)
         if wanted > total:
             raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
-        return with_knob(with_knob(raw, "keep", wanted / total), "of", "total")
+        asked = f"--parameters {parameters}"
+        return with_knob(with_knob(raw, "keep", wanted / total, asked=asked), "of", "total", asked=asked)
     if macs is not None:
         if not (math.isfinite(macs) and macs >= 1):
             share = f"; to keep {macs:g} of them, give {1 / macs:.4g}" if 0 < macs < 1 else ""
@@ -154,7 +155,8 @@ def _with_budget(
                 f"--macs {macs}: the dense model's multiply-accumulates a token over those of the smaller one; wanted"
                 f" at least 1, such as 1.5{share}"
             )
-        return with_knob(with_knob(raw, "keep", 1 / macs), "of", "macs")
+        asked = f"--macs {macs:g}"
+        return with_knob(with_knob(raw, "keep", 1 / macs, asked=asked), "of", "macs", asked=asked)
     return raw
 
 

@@ -25,6 +25,7 @@ from compresso.core.faults import said
 from compresso.core.measures import NONE, Measures
 from compresso.errors import RecipeError, nearest
 from compresso.runner.measured_budget import cost_knobs, measures_of
+from compresso.runner.nearest_knob import without_knob
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
 from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
@@ -168,13 +169,22 @@ def override(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     )
 
 
-def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = True) -> dict[str, Any]:
-    """A copy with a knob set in every stage that has it. Raises RecipeError if none has and it is required."""
+def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = True, asked: str = "") -> dict[str, Any]:
+    """A copy with a knob set in every stage that has it.
+
+    Args:
+        raw: a recipe's mapping.
+        knob: its name.
+        value: of it.
+        required: whether some stage has to have it.
+        asked: the option that sets it, as it was given; empty if the knob itself was.
+
+    Raises RecipeError if no stage has it and it is required.
+    """
     stages = stages_of(raw)
     having = [knob in card(name).knobs for name, _ in stages]
     if required and not any(having):
-        name = raw.get("name", "recipe")
-        raise RecipeError(f"no stage of recipe '{name}' has the knob '{knob}'; see `compresso recipes {name}`")
+        raise RecipeError(without_knob(str(raw.get("name", "recipe")), stages, knob, asked))
     changed = [
         {name: _set(knobs, [knob], value, knob) if has else knobs}
         for (name, knobs), has in zip(stages, having, strict=True)
