@@ -332,7 +332,17 @@ def test_a_file_as_it_is_published_holds_the_same_questions(how: str, tmp_path: 
         ('{"data": [{"title": "t", "paragraphs": []}]}', "the file holds no record"),
         ('{"data": [{"paragraphs": [{"context": "a"', "dev.json:1: bad JSON at character 42"),
         ('{\n"data": [\n}', "dev.json:3: bad JSON at character 1"),
-        ('{"data": 5}', "fields are: data; wanted question"),
+        ('{"data": 5}', "dev.json: field 'data' is a number; wanted a list"),
+        ('{"data": "nope"}', "dev.json: field 'data' is a string; wanted a list"),
+        ('{"data": "nope", "question": "a"}', "dev.json:1: fields are: data, question; wanted question"),
+        (
+            '{"data": [{"paragraphs": {"context": "a", "qas": []}}]}',
+            "dev.json: article 1: field 'paragraphs' is an object; wanted a list",
+        ),
+        (
+            '{"data": [{"paragraphs": [{"qas": "a"}]}]}',
+            "article 1, paragraph 1: field 'qas' is a string; wanted a list",
+        ),
         ("{" * 20 + "\n" + "{", "bad JSON"),
     ],
 )

@@ -13,6 +13,7 @@ answers are none (SQuAD 2, arXiv 1806.03822) has no window with one, and is trai
 import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -61,22 +62,40 @@ def take_answered(value: object) -> Taken:
     return Taken(record, unused_of(value, _USED), tuple(name for name in _USED if name in value))
 
 
-def nested(value: Mapping[object, object]) -> Iterator[tuple[str, object]]:
-    """Each question of a file as SQuAD's authors publish it, with its place in words; what is no question is given as
-    it is, for `take_answered` to refuse.
+def nested(value: Mapping[object, object]) -> Iterator[tuple[str, object, str]]:
+    """Each question of a file as SQuAD's authors publish it: its place in words, the question, and what is wrong where
+    no list of them is; what is no question is given as it is, for `take_answered` to refuse.
     """
     for i, article in enumerate(_listed(value, "data"), 1):
+        if isinstance(article, _Unlisted):
+            yield "", None, article.wrong
+            continue
         for j, paragraph in enumerate(_listed(article, "paragraphs"), 1):
+            if isinstance(paragraph, _Unlisted):
+                yield f"article {i}", None, paragraph.wrong
+                continue
             for k, asked in enumerate(_listed(paragraph, "qas"), 1):
+                if isinstance(asked, _Unlisted):
+                    yield f"article {i}, paragraph {j}", None, asked.wrong
+                    continue
                 place = f"article {i}, paragraph {j}, question {k}"
                 around = {"title": _of(article, "title"), "context": _of(paragraph, "context")}
-                yield place, {**around, **asked} if isinstance(asked, Mapping) else asked
+                yield place, {**around, **asked} if isinstance(asked, Mapping) else asked, ""
+
+
+@dataclass(frozen=True)
+class _Unlisted:
+    """What stands where a list is wanted, in the words of the message."""
+
+    wrong: str
 
 
 def _listed(value: object, name: str) -> Sequence[object]:
-    """What an object lists under a name; else the value itself, so that it is seen and refused."""
-    found = _of(value, name)
-    return found if isinstance(found, list) else [value]
+    """What an object lists under a name; without the name the value itself, so that it is seen and refused."""
+    if not isinstance(value, Mapping) or name not in value:
+        return [value]
+    found = value[name]
+    return found if isinstance(found, list) else [_Unlisted(f"field '{name}' is {type_name(found)}; wanted a list")]
 
 
 def _of(value: object, name: str) -> object:

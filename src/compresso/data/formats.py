@@ -17,7 +17,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,9 +184,12 @@ def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
         case ".json":
             if _begins(path, "["):
                 return _json_list(path)
-            whole = _one_object(path) if form.nested is not None and _begins(path, "{") else None
+            whole = _one_object(path, form.columns) if form.nested is not None and _begins(path, "{") else None
             if form.nested is not None and whole is not None:
-                return (_Found(f"{path}: {place}", value) for place, value in form.nested(whole))
+                return (
+                    _Found(f"{path}: {place}" if place else str(path), value, wrong)
+                    for place, value, wrong in form.nested(whole)
+                )
             return _json_lines(path)
         case ".txt":
             return _paragraphs(path)
@@ -221,9 +224,9 @@ def _begins(path: Path, sign: str) -> bool:
         return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(sign.encode())
 
 
-def _one_object(path: Path) -> Mapping[object, object] | None:
-    """The object that a whole file is, if it lists something under "data"; None if it is something else, such as an
-    object a line. Raises DataError if it is too large or no JSON.
+def _one_object(path: Path, columns: Collection[str]) -> Mapping[object, object] | None:
+    """The object that a whole file is, if it lists something under "data", or should, as it has none of a row's
+    columns; None if it is something else, such as an object a line. Raises DataError if it is too large or no JSON.
     """
     text = whole_text(path)
     try:
@@ -238,7 +241,9 @@ def _one_object(path: Path) -> Mapping[object, object] | None:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: bad JSON ({first_line(error)}); repair the file") from error
     alone = _skip_space(text, end) == len(text)
-    return value if alone and isinstance(value, dict) and isinstance(value.get("data"), list) else None
+    if not alone or not isinstance(value, dict) or "data" not in value:
+        return None
+    return value if isinstance(value["data"], list) or not value.keys() & set(columns) else None
 
 
 def _json_list(path: Path) -> Iterator[_Found]:

@@ -183,14 +183,14 @@ class RecordForm:
         columns: names that mean something, for files whose other columns need not be read.
         take: an object -> the record that it describes, and what of it was not read; raises BadRecord.
         wanted: the sets of columns that make a record, in words.
-        nested: of a .json file that is one object with "data", the place of each row in words, and the row; None where
-            no such file has a meaning.
+        nested: of a .json file that is one object with "data", the place of each row in words, the row, and what is
+            wrong if there is none; None where no such file has a meaning.
     """
 
     columns: tuple[str, ...]
     take: Callable[[object], Taken]
     wanted: str
-    nested: Callable[[Mapping[object, object]], Iterator[tuple[str, object]]] | None = None
+    nested: Callable[[Mapping[object, object]], Iterator[tuple[str, object, str]]] | None = None
 
 
 def holds(cell: object) -> bool:
@@ -301,5 +301,6 @@ def type_name(value: object) -> str:
         "int": "a number",
         "float": "a number",
         "list": "a list",
+        "dict": "an object",
     }
     return "empty" if value in ([], ()) else names.get(type(value).__name__, f"a {type(value).__name__}")
