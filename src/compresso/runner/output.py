@@ -105,10 +105,13 @@ def left(job: Job, score: Score | None, corpus: str) -> dict[str, Any]:
 
 def _zeros(job: Job) -> float:
     """Share of zeros in the matrices of a model's blocks."""
-    matrices = {id(one): one for block in job.arch.blocks(job.model) for one in block.parameters() if one.ndim > 1}
-    with job.weights.whole():
-        zeros = sum(int((one == 0).sum()) for one in matrices.values())
-    return zeros / max(sum(one.numel() for one in matrices.values()), 1)
+    inside = {id(one) for block in job.arch.blocks(job.model) for one in block.parameters() if one.ndim > 1}
+    names = [name for name, one in job.model.named_parameters() if id(one) in inside]
+    tensors, zeros, entries = job.weights.tensors(), 0, 0
+    for name in names:  # one after the other: they may lie on disk
+        matrix = tensors[name]
+        zeros, entries = zeros + int((matrix == 0).sum()), entries + matrix.numel()
+    return zeros / max(entries, 1)
 
 
 def scored(job: Job, whose: str) -> Score | None:
