@@ -55,18 +55,29 @@ def divergences(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} divides the logits; give a number above 0")
     q, p = (wide(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
+    return between(q, p, kind, beta) * temperature**2
+
+
+def between(q: Tensor, p: Tensor, kind: Divergence, beta: float = 0.5) -> Tensor:
+    """The divergence of each row's distributions in nats [n], from log-probabilities of the student and of the teacher.
+
+    Args:
+        q, p: [n, outcomes], finite; of the student, of the teacher.
+        kind, beta: as in `divergences`.
+
+    Raises:
+        ValueError: a beta outside (0, 1).
+    """
     if kind == "forward":
-        found = _kl(p, q)
-    elif kind == "reverse":
-        found = _kl(q, p)
-    else:
-        if not 0 < beta < 1:
-            raise ValueError(
-                f"beta={beta} is the teacher's share of a mixture; give a number between 0 and 1, both excluded"
-            )
-        mixture = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-        found = beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
-    return found * temperature**2
+        return _kl(p, q)
+    if kind == "reverse":
+        return _kl(q, p)
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta={beta} is the teacher's share of a mixture; give a number between 0 and 1, both excluded"
+        )
+    mixture = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
 
 
 def chunked(loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk: int) -> tuple[Tensor, Tensor]:
