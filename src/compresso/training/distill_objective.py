@@ -233,6 +233,22 @@ def check_pair(student: Halves, teacher: Halves | None) -> None:
             network.check()
 
 
+def refuse_other_outcomes(outcomes: int, teacher: Halves) -> None:
+    """Raise RecipeError if a student that decides among so many outcomes cannot be compared with its teacher."""
+    if outcomes == teacher.outcomes:
+        return
+    if teacher.words != "tokens":
+        same = "labels" if teacher.words == "classes" else teacher.words
+        raise RecipeError(
+            f"the smaller model has {outcomes} {teacher.words}, its teacher {teacher.outcomes}; distil from a teacher"
+            f" of the same {same}"
+        )
+    raise RecipeError(
+        f"the smaller model has a vocabulary of {outcomes}, its teacher one of {teacher.outcomes}: no token is"
+        " comparable. Distil before tokens are removed"
+    )
+
+
 class DistillObjective(nn.Module):
     """The divergence from a teacher, averaged over tokens, plus weighted other losses.
 
@@ -275,17 +291,7 @@ class DistillObjective(nn.Module):
             ArchError: a model that cannot be cut in halves.
         """
         super().__init__()
-        if student.outcomes != teacher.outcomes:
-            if student.words != "tokens":
-                same = "labels" if student.words == "classes" else student.words
-                raise RecipeError(
-                    f"the smaller model has {student.outcomes} {student.words}, its teacher {teacher.outcomes}; distil"
-                    f" from a teacher of the same {same}"
-                )
-            raise RecipeError(
-                f"the smaller model has a vocabulary of {student.outcomes}, its teacher one of {teacher.outcomes}: "
-                "no token is comparable. Distil before tokens are removed"
-            )
+        refuse_other_outcomes(student.outcomes, teacher)
         for network in (student, teacher):
             network.check()
         self.model = model
