@@ -1,5 +1,6 @@
 """What a teacher said is read back as it was written, whole or not at all, and by the same training alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_another_training_s_chunks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "same.json").unlink()
     with pytest.raises(ResumeError):
         store(tmp_path).missing()
+
+
+def test_what_was_killed_before_its_first_chunk_leaves_nothing_behind(tmp_path: Path) -> None:
+    fill(store(tmp_path, top=32))
+    for path in tmp_path.glob("batch-*"):
+        shutil.rmtree(path)
+    fill(store(tmp_path))
+    assert store(tmp_path).missing() == []
+    with pytest.raises(ResumeError):
+        store(tmp_path, top=32).missing()
 
 
 @pytest.mark.parametrize("top", [3, 50])

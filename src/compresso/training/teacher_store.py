@@ -86,7 +86,7 @@ class TeacherStore:
         """Keep a chunk: what the teacher says of each of its examples, in their order. Raises ResourceError if the disk
         refuses.
         """
-        if not (self._folder / "same.json").is_file():
+        if self._read_same() != self._same:  # nobody's, or of another training that was killed before its first chunk
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / "same.json", self._same)
         with new_folder(self._folder / self._name(number), force=True) as folder:
