@@ -8,6 +8,12 @@ Departures. The loss is multiplied by the squared temperature (Hinton et al.; no
 temperature 1). By default LoRA adapters learn, as in `recover`; Minitron trains all weights (`train: all`). Hidden
 states are compared on the layers and hidden dimensions that are left, which the plan knows, instead of through a
 learned projection; and after the layers, before the final norm.
+
+`teacher: cached` is ours, too: the dense model is asked once, before training, and released. Of what it says of each
+place that will be seen, the `teacher_top` largest log-probabilities and one bucket of all others are kept on disk. The
+loss is the divergence over these buckets, a lower bound of the one over the whole vocabulary (`core/buckets.py`). How
+far below it is, at up to 128 held-out places, is in the records as `teacher_gap`. 64 outcomes are a guess. Hidden
+states are not kept. The cached teacher computes in its own dtype, also where training does so under autocast.
 """
 
 from collections.abc import Sequence
@@ -19,9 +25,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.checkpoint.kinds import is_causal
+from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
+from compresso.stage.cached_teaching import CachedTeacher, Question, rows_seen
 from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
+from compresso.training.cached_objective import CachedObjective, TaughtBatches
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
 
@@ -33,8 +43,8 @@ from compresso.training.history import curve
     effects=Effects.WEIGHTS,
     needs=("data", "gradients", "training"),
     when=(
-        "Instead of `recover`, or after it, where the dense model fits beside the smaller one; a step costs one more"
-        " forward pass."
+        "Instead of `recover`, or after it, where the dense model fits beside the smaller one, and with"
+        " `teacher: cached` where it does not; a step costs one more forward pass."
     ),
     failures=(
         "Without data like the dense model's own it teaches what the dense model thinks of foreign text. A temperature"
@@ -59,6 +69,11 @@ class Distill:
         chunk: tokens whose logits exist at a time.
         teacher_dtype: "same" as the smaller model, "bf16" or "fp32".
         teacher_device: "same", or "cpu" where the device holds only the smaller model.
+        teacher: "live" beside the smaller model, or "cached": asked once before, kept on disk, and never in memory
+            together with the smaller one; for next tokens.
+        teacher_top: of "cached": outcomes of each place that are kept by themselves; all others together are one.
+
+    Raises ValueError for hidden states of a cached teacher.
     """
 
     trains: Trains = Trains()
@@ -76,30 +91,85 @@ class Distill:
     chunk: Annotated[int, Ge(1)] = 512
     teacher_dtype: Literal["same", "bf16", "fp32"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
+    teacher: Literal["live", "cached"] = "live"
+    teacher_top: Annotated[int, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what is not kept of a teacher."""
+        if self.teacher == "cached" and self.intermediate_weight:
+            raise ValueError(
+                f"intermediate_weight={self.intermediate_weight} compares hidden states, which are not kept of a cached"
+                " teacher; give teacher: live, or intermediate_weight: 0"
+            )
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Refuse to keep anything but next tokens of a teacher. Raises RecipeError."""
+        if self.teacher == "cached" and not is_causal(model.config):
+            raise RecipeError(
+                f"teacher=cached keeps next-token distributions, and a {model.config.model_type} model writes no text;"
+                " give teacher: live"
+            )
 
     def learning(self) -> Learning:
         """Adapters, or all weights, under a teacher."""
         lora = self.lora if self.train == "lora" else None
-        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk)
+        cached = self.teacher_top if self.teacher == "cached" else None
+        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk, cached=cached)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, and the teacher's."""
         return self.learning().passes()
 
     def __call__(self, job: Job) -> Job:
-        """Reopen the dense model, train adapters or weights towards it, merge adapters."""
+        """Reopen the dense model, train adapters or weights towards it or what it said, merge adapters."""
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
-        teacher = frozen_teacher(job, self.teacher_dtype, self.teacher_device)
+        cached = self._asked(job, total) if self.teacher == "cached" else None
+        before = cached and cached.gap(job.model, self.divergence, self.beta)
+        teacher = None if cached else frozen_teacher(job, self.teacher_dtype, self.teacher_device)
         model = learner(job, self.lora if self.train == "lora" else None)
         learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
         watch = watching(job, self.watches, total)
-        history = tune(
-            job, "distill", self.trains, self._objective(job, model, teacher), [learning], total, watch=watch
-        )
+        objective = self._from_kept(job, model) if teacher is None else self._objective(job, model, teacher)
+        batches = cached and TaughtBatches(job.batches(self.trains.batch, "distill"), cached.store)
+        history = tune(job, "distill", self.trains, objective, [learning], total, batches=batches, watch=watch)
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
+        if cached:
+            after = cached.gap(job.model, self.divergence, self.beta)
+            facts["teacher"] = cached.facts()
+            facts["teacher_gap"] = {**cached.held_facts(), "before": before, "after": after}
         return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
+
+    def _asked(self, job: Job, total: int) -> CachedTeacher:
+        """What the dense model says of the rows that will be seen, on disk."""
+        question = Question(
+            self.teacher_top,
+            self.temperature,
+            self.tokens,
+            self.trains.micro_batch,
+            self.chunk,
+            self.teacher_dtype,
+            self.teacher_device,
+        )
+        rows = rows_seen(job.batches(self.trains.batch, "distill"), total, len(job.rows))
+        cached = CachedTeacher(job, job.same("distill", self), question, rows)
+        cached.ask()
+        return cached
+
+    def _from_kept(self, job: Job, model: nn.Module) -> CachedObjective:
+        """The loss of the model that learns, from what is kept of the teacher."""
+        return CachedObjective(
+            model,
+            job.task.halves(job.model, ()),
+            compare=job.task.compare,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            beta=self.beta,
+            hard_weight=self.hard_weight,
+            tokens=self.tokens,
+            chunk=self.chunk,
+        )
 
     def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
         """The loss of the model that learns, with the layers and hidden dimensions that it has left."""

@@ -73,6 +73,8 @@ class Learning:
         by_adapters: units are scored by their adapters, which targets must allow.
         teacher: the dense model runs beside it.
         chunk: tokens whose logits exist at a time; None for all.
+        cached: the teacher runs before it instead, and this many outcomes of each place are kept on disk; None where it
+            does not.
     """
 
     trains: Trains
@@ -82,6 +84,7 @@ class Learning:
     by_adapters: bool = False
     teacher: bool = False
     chunk: int | None = None
+    cached: int | None = None
 
     @property
     def updates(self) -> int | None:
