@@ -1,5 +1,6 @@
 """What `compresso plan` says of each shipped recipe: a cost for every stage, readable on a narrow screen."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def planned(name: str, model: Path | None = None, **knobs: Any) -> dict[str, Any
     for knob, value in knobs.items():
         raw = with_knob(raw, knob, value)
     return plan(raw, str(model or nano.path()))
+
+
+def nano_tokens() -> int:
+    """Of the embedded model's vocabulary."""
+    return int(json.loads((nano.path() / "config.json").read_text())["vocab_size"])
 
 
 @pytest.mark.slow
@@ -104,6 +110,28 @@ def test_the_dense_model_beside_a_stage_that_does_not_train_is_counted() -> None
         rows = {one["stage"]: one["memory_bytes_estimated"] for one in facts["stages"]}
         assert {stage for stage, bytes_ in rows.items() if bytes_ is not None} == beside
         assert all(dense < rows[stage] <= 2 * dense for stage in beside)
+
+
+def test_a_cached_teacher_is_not_in_memory_with_its_student_and_takes_the_disk(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """8 bytes of each of 64 outcomes and 4 of the rest, for each token that may be seen."""
+    live, cached, narrow = (
+        planned("gate-taylor/distill", steps=10, batch=4, micro_batch=4, **more)
+        for more in ({}, {"teacher": "cached"}, {"teacher": "cached", "teacher_top": 1})
+    )
+    (beside,), (alone,), (least,) = (facts["training"] for facts in (live, cached, narrow))
+    dense, left = (live[when]["parameters"]["total"] for when in ("before", "after"))
+    assert beside["memory_bytes_estimated"]["weights"] == 4 * (dense + left)
+    assert alone["memory_bytes_estimated"]["weights"] == 4 * dense
+    assert alone["flops_at_most"] == beside["flops_at_most"]
+    assert beside["disk_bytes_at_most"] is None
+    tokens = beside["tokens_at_most"]
+    assert alone["disk_bytes_at_most"] - least["disk_bytes_at_most"] == tokens * 8 * 63
+    assert least["disk_bytes_at_most"] == tokens * 12 + 128 * 8 * nano_tokens() + 4 * left
+    assert "distill: the dense model is asked before, and not in memory with the smaller one; at most" in said(
+        cached, capsys
+    )
 
 
 def test_epochs_of_unknown_data_are_null() -> None:

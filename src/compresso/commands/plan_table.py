@@ -63,6 +63,12 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {_bytes(memory['activations'])})",
             soft_wrap=True,
         )
+        if one["disk_bytes_at_most"] is not None:
+            console.print(
+                f"{one['stage']}: the dense model is asked before, and not in memory with the smaller one; at most"
+                f" {_bytes(one['disk_bytes_at_most'])} on disk while the stage runs",
+                soft_wrap=True,
+            )
 
 
 def _after(facts: Mapping[str, Any]) -> str:

@@ -28,7 +28,9 @@ from compresso.runner.options import recipe_for
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
 from compresso.stage import Learning, Passes
+from compresso.stage.cached_teaching import GAP_PLACES
 from compresso.tasks.base import DEFAULT
+from compresso.training.teacher_store import bytes_of
 
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
@@ -100,6 +102,8 @@ def plan(
     training = [
         _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
     ]
+    for row, one in zip(training, (one for one in shown.stages if one.learning is not None), strict=True):
+        row["disk_bytes_at_most"] = _kept_bytes(one, length, width, None if found is None else found["train"])
     if any(one["flops_at_most"] for one in stages):
         rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
         for one in (*stages, *training):
@@ -219,8 +223,9 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
     tokens = _times(updates, trains.batch * length)
     at_once = min(trains.micro_batch, trains.batch) * length
     teacher = dense["parameters"]["total"] if learning.teacher else 0
+    at_a_time = one.parameters + teacher if learning.cached is None else max(one.parameters, teacher)
     memory = {
-        "weights": (one.parameters + teacher) * width,
+        "weights": at_a_time * width,
         "trained": sum(one.trainable.values()) * TRAINED_BYTES,
         "activations": activation_bytes(one.config, at_once, width, trains.checkpointing, learning.chunk),
     }
@@ -235,6 +240,23 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
         "seconds_estimated": None,
         "memory_bytes_estimated": {**memory, "total": sum(memory.values())},
     }
+
+
+def _kept_bytes(one: Acted, length: int, width: int, rows: int | None) -> int | None:
+    """What a cached teacher takes on disk: what it says of each token of the rows that will be seen, its distributions
+    at the few held-out places, and meanwhile the student; None without one, and where the data decides.
+
+    rows: of training, where the data is known.
+    """
+    learning = one.learning
+    if learning is None or learning.cached is None:
+        return None
+    known = [n for n in (rows, _times(learning.updates, learning.trains.batch)) if n is not None]
+    if not known:
+        return None
+    outcomes = int(one.config.vocab_size)
+    held = bytes_of(GAP_PLACES, outcomes, outcomes)
+    return bytes_of(min(known) * length, learning.cached, outcomes) + held + one.parameters * width
 
 
 def activation_bytes(
