@@ -167,6 +167,10 @@ VARIANTS: Mapping[str, Stages] = {
     "skip_in_prefill": [{"skip_in_prefill": {"skip": 0.3, **LOOKS}}],
     "recover": [{"recover": {"steps": 1, **LORA}}],
     "distill": [*score(["channel"], layout="uniform"), {"distill": {"steps": 1, **LORA}}],
+    "distill cached": [
+        *score(["channel"], layout="uniform"),
+        {"distill": {"steps": 1, **LORA, "teacher": "cached", "teacher_top": 16}},
+    ],
     "finetune": [{"finetune": {"steps": 1, **STEPS}}],
 }
 
