@@ -127,6 +127,22 @@ def test_teacher_and_student_are_never_in_memory_together(make_job: MakeJob, mon
     assert len(teachers) == 1
 
 
+def test_the_teacher_s_logits_exist_for_a_piece_of_the_tokens_at_a_time(make_job: MakeJob) -> None:
+    job, seen = damaged(make_job), list[int]()
+    dense = job.original
+    assert dense is not None
+
+    def original(dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        teacher = dense(dtype, device)
+        head = teacher.get_output_embeddings()
+        assert head is not None
+        head.register_forward_hook(lambda head, given, logits: seen.append(logits.shape[:-1].numel()))
+        return teacher
+
+    Distill(steps=2, **CACHED, chunk=13)(reads(job, original))
+    assert max(seen) == 13 and sum(seen[2:]) == 16 * 11 + 4 * 8  # two of the check of its halves
+
+
 def test_only_rows_that_will_be_seen_are_asked_for(make_job: MakeJob) -> None:
     records = Distill(steps=2, **CACHED)(damaged(make_job)).records["distill"]
     assert records["teacher"]["examples"] == 16

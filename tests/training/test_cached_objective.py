@@ -60,6 +60,14 @@ def test_padding_and_pieces_change_nothing_and_less_is_a_lower_bound(tokens: Any
     assert 0 < float(one[0]["loss"]) < float(live["loss"])
 
 
+def test_logits_exist_for_a_piece_of_the_tokens_at_a_time() -> None:
+    student, seen = llama(0), list[int]()
+    one = CachedObjective(student, Network(student), tokens="all", chunk=4)
+    student.lm_head.register_forward_hook(lambda head, given, logits: seen.append(logits.shape[:-1].numel()))
+    one(kept(batch(), 4, "all"), MICRO)["loss"].backward()
+    assert seen == [4, 4, 4, 4, 4, 1]
+
+
 def test_answers_to_another_question_are_refused() -> None:
     student = llama(0)
     one = CachedObjective(student, Network(student), tokens="all")
