@@ -30,20 +30,20 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, InfeasibleBudget, removable
+from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
-from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
 from compresso.core.row import Row
-from compresso.errors import BudgetError, DataError, ResourceError
+from compresso.errors import BudgetError
 from compresso.job import Job
+from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.methods.repair import Repair
-from compresso.methods.ristretto_judge import Judge, cut
+from compresso.methods.ristretto_judge import Judge
 from compresso.observe.influence import block_influence
-from compresso.solve.allocate import allocate
+from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
 from compresso.solve.bank_choice import STEPS, Menu, beginnings, evenly, items, menu
-from compresso.solve.evolve import Evolution, Fitness
+from compresso.solve.evolve import Evolution
 from compresso.solve.level_choice import Item, Levels
 from compresso.solve.search import Search, recorded, search_levels
 from compresso.stage import Calibrates, Effects, Passes, stage
@@ -52,11 +52,8 @@ from compresso.sweep.bank_levels import BankLevels
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.candidates import candidate_divergence
 from compresso.training.fitness_journal import journalled
-from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches
-
-WIDTHS, DEPTHS = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL), (Kind.ATTENTION, Kind.MLP)
 
 
 @stage(
@@ -114,12 +111,7 @@ class Ristretto:
 
     def __post_init__(self) -> None:
         """Refuse what no bank holds. Raises ValueError."""
-        known = (*DEPTHS, *WIDTHS)
-        if not self.kinds or not set(self.kinds) <= set(known):
-            raise ValueError(
-                f"kinds={[*map(str, self.kinds)]}: a bank holds {', '.join(known)}; give some of them. A layer leaves"
-                " where its attention and its mlp do"
-            )
+        refuse_other_kinds(self.kinds)
         if self.layout == "uniform" and self.search == "evolve":
             raise ValueError(
                 "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
@@ -129,11 +121,10 @@ class Ristretto:
 
     def budget(self) -> Budget:
         """The share that these knobs describe."""
-        return self._budget(self.kinds)
-
-    def _budget(self, kinds: Sequence[Kind]) -> Budget:
-        even = tuple(kind for kind in kinds if kind in (Kind.HEAD, Kind.CHANNEL)) if self.layout == "uniform" else ()
-        return Budget(self.keep, self.of, kinds, uniform_over=even)
+        even = self.kinds if self.layout == "uniform" else ()
+        return Budget(
+            self.keep, self.of, self.kinds, uniform_over=[kind for kind in even if kind in (Kind.HEAD, Kind.CHANNEL)]
+        )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
         """Raise BudgetError for a model that has none of the units."""
@@ -146,18 +137,7 @@ class Ristretto:
         """A plan within the budget for units that are all alike: widths, or whole parts where widths cannot meet it.
         Raises ValueError without one, or such units.
         """
-        removable(axes, self.budget())
-        whole = [kind for kind in self.kinds if kind in DEPTHS]
-        for kinds in ([kind for kind in self.kinds if kind in (Kind.HEAD, Kind.CHANNEL)], whole):
-            there = [axis for axis in axes if axis.kind in kinds and axis.size]
-            if there:
-                try:
-                    zeros = {axis.name: torch.zeros(axis.size) for axis in there}
-                    return allocate(there, zeros, cost, self._budget(kinds))
-                except InfeasibleBudget:
-                    if kinds is whole or not whole:
-                        raise
-        raise ValueError("kinds names query alone; name head, too")
+        return plan_of_alike(axes, cost, self.budget())
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The bank's look, block influence, repairs and losses of what is judged, and candidates of the search."""
@@ -179,11 +159,7 @@ class Ristretto:
 
     def __call__(self, job: Job) -> Job:
         """Make the bank, search, judge, and leave the best."""
-        if job.offloaded is not None or processes() > 1:
-            raise ResourceError(
-                "stage 'ristretto' puts candidates together in memory, in one process; start it without --offload and"
-                " torchrun"
-            )
+        refuse_apart(job, "ristretto")
         seen, judges = self.split_rows(job)
         axes, cost, of_run = axes_of(job.arch, job.model, (Kind.QUERY,)), job.cost(), job.same("ristretto", self)
         self.dry_run_plan(axes, cost)
@@ -195,7 +171,7 @@ class Ristretto:
         limit = self.budget().limit(cost) - float(cost().count(self.of))
         fitted = partial(self._fitted, choice, run.folder / "bank")
         repair = self._repair if self.judged == "repaired" else None
-        build = partial(cut, choice=choice, axes=axes, fitted=fitted)
+        build = partial(cut, choice=choice, axes=axes, fitted=fitted, by="ristretto")
         judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
         for levels in self._beginnings(looking, axes, choice, priced, limit, of_run):
             judge(levels)
@@ -216,15 +192,7 @@ class Ristretto:
 
     def split_rows(self, job: Job) -> tuple[list[Row], list[Row]]:
         """Rows for the bank and repairs, and rows to judge by, drawn without repetition. Raises DataError."""
-        if len(job.rows) < 3:
-            raise DataError(
-                f"{counted(len(job.rows), 'calibration example')}: candidates are fitted to some and judged by others;"
-                " give at least 3"
-            )
-        n = min(self.judge_rows, len(job.rows) // 3)
-        generator = torch.Generator().manual_seed(mixed_seed("ristretto rows", job.seed))
-        order = torch.randperm(len(job.rows), generator=generator).tolist()
-        return [job.rows[i] for i in sorted(order[n:])], [job.rows[i] for i in sorted(order[:n])]
+        return rows_apart(job.rows, self.judge_rows, mixed_seed("ristretto rows", job.seed))
 
     def _beginnings(
         self,
@@ -269,7 +237,7 @@ class Ristretto:
                 job.model, blocks, at, install, choice.dense, batches, self.evolution.sizes(len(batches))
             ) as divergence,
             journalled(
-                _keeping_fewest(divergence, choice, axes), journal, most, job.progress(), "candidates"
+                keeping_fewest(divergence, choice, axes), journal, most, job.progress(), "candidates"
             ) as fitness,
         ):
             found = search_levels(
@@ -308,16 +276,3 @@ class Ristretto:
 
     def _batches(self, job: Job) -> Batches:
         return job.batches(self.calibrates.batch, "ristretto")
-
-
-def _keeping_fewest(fitness: Fitness, choice: Menu, axes: Sequence[Axis]) -> Fitness:
-    """The fitness, infinite for candidates that keep too few parts; the model is not asked about these."""
-
-    def held(levels: Levels, stage: int, /) -> float:
-        try:
-            choice.plan(levels, layers=False).check(axes)
-        except ValueError:
-            return math.inf
-        return fitness(levels, stage) if len(choice.empty_blocks(levels)) < choice.bank.layers else math.inf
-
-    return held

@@ -2,23 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from compresso.core.axis import Axis, Kind
-from compresso.core.plan import Plan
 from compresso.core.row import Row
 from compresso.errors import NumericError
 from compresso.job import Job
 from compresso.methods.repair import Repair
 from compresso.metrics.divergence import DenseReference, divergence, reference
 from compresso.metrics.repeats import first_that_writes, repetition_of
-from compresso.solve.bank_choice import Menu
 from compresso.solve.level_choice import Levels
-from compresso.sweep.bank_levels import BankLevels
 from compresso.training.rounds import RoundJournal
 
 NEW_TOKENS = 48
@@ -124,17 +120,3 @@ class Judge:
         if self._job.tokenizer is None or not texts:
             return 0.0
         return repetition_of(model, self._job.tokenizer, texts, NEW_TOKENS)
-
-
-def cut(job: Job, levels: Levels, *, choice: Menu, axes: Sequence[Axis], fitted: Callable[[Job], BankLevels]) -> Job:
-    """The job at these levels: weights fitted, units removed, and then the layers that lost all."""
-    gone = choice.empty_blocks(levels)
-    fitted(job).fit_(levels)
-    left = choice.plan(levels).kept
-    plan = Plan({name: units for name, units in left.items() if name != "layers"})
-    job = job.without(plan.masks(axes), "ristretto")
-    layers = [axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER]
-    if gone:
-        stays = tuple(i for i in range(choice.bank.layers) if i not in gone)
-        job = job.without(Plan({layers[0].name: stays}).masks(layers), "ristretto")
-    return job
