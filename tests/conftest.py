@@ -44,7 +44,7 @@ _STAGES = {name: dict(build(read(name)).stages) for name in names()}
 ONE_SHOT = [
     name
     for name, made in _STAGES.items()
-    if all(isinstance(one, ChecksModel) and not isinstance(one, Learns) for one in made.values())
+    if all(isinstance(one, ChecksModel) and not isinstance(one, Learns | Shrinks) for one in made.values())
 ]
 """Shipped recipes that change weights in one pass and no shapes."""
 

@@ -146,6 +146,7 @@ VARIANTS: Mapping[str, Stages] = {
     "ristretto": [
         {"ristretto": {"keep": 0.8, "search": "dp", "beginnings": 2, "judge_rows": 2, "texts": 2, "steps": 3, **LOOKS}}
     ],
+    "ziplm": [{"ziplm": {"keep": 0.8, "search": {"evaluations": 4}, "examples": 8, "judge_rows": 2, "steps": 3}}],
     "repair": [*score(["channel"], layout="uniform"), {"repair": {"examples": 8, "batch": 4}}],
     "magnitude": [{"magnitude": {"sparsity": 0.5}}],
     "wanda": [{"wanda": {"sparsity": 0.5, **SWEPT}}],
@@ -202,6 +203,7 @@ REFUSED: Mapping[str, Cells] = {
             "bonsai",
             "homodistil of all",
             "ristretto",
+            "ziplm",
         ),
         NO_HEAD_DIM,
     )
