@@ -193,13 +193,16 @@ def _by_table(items: Sequence[Item], weights: Sequence[Sequence[int]], capacity:
 
 def _spend(items: Sequence[Item], levels: Levels, limit: float) -> Levels:
     """What rounding left over is spent: the change of one item that saves most error and fits, again and again."""
+    costs, most = whole_costs(items, limit)
+    chosen = list(levels)
     while True:
-        best, gain = levels, 0.0
+        left = most - sum(of_item[level] for of_item, level in zip(costs, chosen, strict=True))
+        best, gain = None, 0.0
         for place, item in enumerate(items):
+            now = chosen[place]
             for level, error in enumerate(item.errors):
-                tried = (*levels[:place], level, *levels[place + 1 :])
-                if item.errors[levels[place]] - error > gain and fits(items, tried, limit):
-                    best, gain = tried, item.errors[levels[place]] - error
-        if best == levels:
-            return levels
-        levels = best
+                if item.errors[now] - error > gain and costs[place][level] - costs[place][now] <= left:
+                    best, gain = (place, level), item.errors[now] - error
+        if best is None:
+            return tuple(chosen)
+        chosen[best[0]] = best[1]
