@@ -58,7 +58,7 @@ from compresso.job import Job
 from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.solve import bank as banks
 from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
-from compresso.solve.bank_choice import Menu, evenly, items, menu
+from compresso.solve.bank_choice import Menu, evenly, grid_of, items, menu
 from compresso.solve.coefficients import Choose, CoefficientSearch, Weighed, search_coefficients
 from compresso.solve.level_choice import Item, Levels
 from compresso.solve.level_costs import choose_priced, stitched
@@ -147,9 +147,12 @@ class ZipLM:
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan within the budget for units that are all alike: widths, or whole parts where widths cannot meet it.
-        Raises ValueError without one, or such units.
+        Raises ValueError without one, or such units, naming the floor.
         """
-        return plan_of_alike(axes, cost, self.budget())
+        widest = max((axis.size for axis in axes if axis.kind == Kind.CHANNEL), default=0)
+        least = {Kind.ATTENTION: (Kind.HEAD, 1), Kind.MLP: (Kind.CHANNEL, grid_of(widest, self.steps))}
+        floor = dict(held for whole, held in least.items() if whole not in self._leaving)
+        return plan_of_alike(axes, cost, replace(self.budget(), floor=floor))
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The bank's look, the dense model, and as many candidates as may be asked for."""
@@ -181,9 +184,12 @@ class ZipLM:
         limit = self.budget().limit(cost)
 
         def choose(weighed: Sequence[Item]) -> Levels:
-            if self.layout == "uniform":
-                return evenly(choice, weighed, limit - float(cost().count(self.of)))
-            return choose_priced(weighed, masks, cost, self.of, limit).levels
+            try:
+                if self.layout == "uniform":
+                    return evenly(choice, weighed, limit - float(cost().count(self.of)))
+                return choose_priced(weighed, masks, cost, self.of, limit).levels
+            except ValueError as error:  # coarse levels miss what single units would meet
+                raise BudgetError(f"ziplm: {error}, or steps") from error
 
         install = BankLevels(job.model, job.arch, choice, run.folder / "bank", self.damping)
         found, dense = self._searched(job, axes, choice, priced, choose, install, judges)

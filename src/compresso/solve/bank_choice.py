@@ -79,10 +79,15 @@ def menu(bank: Bank, kinds: Collection[Kind], steps: int = STEPS) -> Menu:
     return Menu(bank, tuple(one for one, _ in found), tuple(of for _, of in found))
 
 
+def grid_of(size: int, steps: int) -> int:
+    """Channels between two levels of an FFN with so many, and those of its smallest level."""
+    return -(-size // steps // banks.GRID) * banks.GRID
+
+
 def _levels(sub_layer: SubLayer, kinds: Collection[Kind], steps: int) -> tuple[Level, ...]:
     channels = sub_layer.kind == Kind.MLP
     size = len(sub_layer.ladders[0].order) if sub_layer.ladders else 0
-    grid = -(-size // steps // banks.GRID) * banks.GRID if channels else 1
+    grid = grid_of(size, steps) if channels else 1
     inner = (Kind.CHANNEL if channels else Kind.HEAD) in kinds
 
     def may(level: Level) -> bool:
