@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from compresso.edit.patches import unpatch_
 from compresso.errors import ExportError
-from compresso.formats.packed import packing_of, save_packed
+from compresso.formats.packed import ROUNDING, packing_of, save_packed
 from compresso.job import Job
 from compresso.methods.qat import Qat
-from compresso.stage import dumped
+from compresso.stage import cards, dumped
 from tests.methods.conftest import MakeJob
 from tests.methods.conftest import make_job as make_job  # a fixture
 
@@ -74,3 +74,11 @@ def test_full_weights_are_not_packed(make_job: MakeJob, tmp_path: Path) -> None:
     rounded(make_job, tmp_path, weight_bits=16)
     with pytest.raises(ExportError, match="qat rounded no weights"):
         packing_of(tmp_path)
+
+
+def test_the_stages_that_are_named_are_those_that_round() -> None:
+    bits = {name: one.knobs.get("bits") for name, one in cards().items()}
+    own = {"qat", "smoothquant"}
+    always = [name for name, knob in bits.items() if name in own or (knob and knob.default is not None)]
+    asked = [f"{name} with bits" for name, knob in bits.items() if knob and knob.default is None]
+    assert ", ".join([*always, *asked]) == ROUNDING

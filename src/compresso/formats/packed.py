@@ -32,10 +32,11 @@ from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
-from compresso.stage import cards
 
 TESTED = "0.20.0"
 _MOST = 8
+ROUNDING = "awq, gptq, qat, rtn, smoothquant, besa with bits, sparsegpt with bits"
+"""The stages that round, with what some of them want for it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def packing_of(folder: Path | None) -> Packing:
     ]
     if not rounding:
         raise ExportError(
-            f"nothing in it was rounded by compresso, so there is nothing to pack; run one of {_rounding()} on it first"
+            f"nothing in it was rounded by compresso, so there is nothing to pack; run one of {ROUNDING} on it first"
         )
     name, knobs = rounding[-1]
     linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
@@ -93,14 +94,6 @@ def packing_of(folder: Path | None) -> Packing:
         return _OWN_WORDS[name](linears, knobs, records["stages"][name])
     group = records["stages"][name].get("group", knobs.get("group"))  # what fitted, where that was another
     return Packing(linears, int(knobs["bits"]), int(group or 0), bool(knobs.get("symmetric")))
-
-
-def _rounding() -> str:
-    """The stages that round, with what some of them want for it."""
-    bits = {name: one.knobs.get("bits") for name, one in cards().items()}
-    always = [name for name, knob in bits.items() if name in _OWN_WORDS or (knob and knob.default is not None)]
-    asked = [f"{name} with bits" for name, knob in bits.items() if knob and knob.default is None]
-    return ", ".join([*always, *asked])
 
 
 def _smoothquant(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:

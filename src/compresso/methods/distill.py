@@ -25,7 +25,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.checkpoint.kinds import is_causal
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
@@ -104,7 +103,7 @@ class Distill:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
         """Refuse to keep anything but next tokens of a teacher. Raises RecipeError."""
-        if self.teacher == "cached" and not is_causal(model.config):
+        if self.teacher == "cached" and not model.can_generate():
             raise RecipeError(
                 f"teacher=cached keeps next-token distributions, and a {model.config.model_type} model writes no text;"
                 " give teacher: live"

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresso.checkpoint.parked import parked_
 from compresso.core.buckets import bucket_divergences, merged, strongest
 from compresso.core.distillation import Divergence
 from compresso.core.row import Row
 from compresso.errors import NumericError, RecipeError, ResourceError
 from compresso.job import Job
 from compresso.stage.tuning import frozen_teacher
-from compresso.tasks.base import DEFAULT
 from compresso.training.distill_objective import Compared, Halves, Tokens, refuse_other_outcomes
 from compresso.training.halving import free
 from compresso.training.launch import processes
 from compresso.training.order import ShuffledBatches
+from compresso.training.parked import parked_
 from compresso.training.teacher_store import Taught, TeacherStore, bytes_of
 
 HELD_EXAMPLES, HELD_PLACES = 16, 8
@@ -74,7 +73,7 @@ class CachedTeacher:
         Raises:
             RecipeError: a task, or a launch, that no teacher is kept for.
         """
-        if job.task.name != DEFAULT:
+        if not job.task.writes_text:
             raise RecipeError(
                 f"teacher=cached keeps next-token distributions, and this run's task is {job.task.name}; give"
                 " teacher: live"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compresso.checkpoint.parked import parked_
+from compresso.training.parked import parked_
 
 
 def tied() -> LlamaForCausalLM:
