@@ -1,7 +1,7 @@
 """Compresso beside dropping layers on a real model: as many updates of as many tokens for each, at the same rate.
 
     python benchmarks/equal_updates.py MODEL --scratch FOLDER [--only GLOB] [--updates 120] [--gates 12]
-        [--windows 40] [--threads 1]
+        [--windows 40] [--threads 1] [--precision auto]
     python benchmarks/equal_updates.py --report
 
 An update has 2,048 tokens: 4 windows of 512, of Alpaca and the RedPajama sample. Methods that learn gates spend
@@ -37,7 +37,7 @@ from real_model import ROWS, SCORED, TEXT
 
 LINES = RESULTS / "equal_updates.jsonl"
 BATCH, LENGTH = 4, 512
-GATES = {"batch": BATCH, "micro_batch": BATCH, "precision": "bf16"}
+GATES = {"batch": BATCH, "micro_batch": BATCH}
 SELECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", "drop_layers", {"batches": 8, "batch": BATCH}),
     "compresso": ("compresso", "learn_gates", {**GATES, "score_batches": 64, "depth_batches": 4}),
@@ -55,11 +55,11 @@ def gates_of(method: str, given: argparse.Namespace) -> int:
     return given.gates if method in SELECTS and SELECTS[method][1] == "learn_gates" else 0
 
 
-def sets_of(method: str, repair: str, updates: int, gates: int) -> list[str]:
+def sets_of(method: str, repair: str, updates: int, gates: int, precision: str) -> list[str]:
     """Overrides of a method's recipe."""
     recipe, stage, knobs = SELECTS[method]
-    knobs = {**knobs, **({"hold": gates} if gates else {}), "repair": repair}
-    trains = {"steps": updates - gates, "batch": BATCH, "micro_batch": BATCH, "precision": "bf16", "lr": 5e-4}
+    knobs = {**knobs, **({"hold": gates, "precision": precision} if gates else {}), "repair": repair}
+    trains = {"steps": updates - gates, "batch": BATCH, "micro_batch": BATCH, "precision": precision, "lr": 5e-4}
     found = [f"data.max_length={LENGTH}", "data.prompt=false", "data.pack=true", "data.limit=1500"]
     found += [f"stages.{stage}.{name}={value}" for name, value in knobs.items()]
     found += [f"stages.recover.{name}={value}" for name, value in trains.items()]
@@ -74,7 +74,7 @@ def row(
     gates = gates_of(method, given)
     name = f"{method}-{repair}-{keep}-{given.updates}" + (f"-{gates}" if gates else "")
     folder, facts = scratch / name, scratch / f"{name}.json"
-    sets = sets_of(method, repair, given.updates, gates)
+    sets = sets_of(method, repair, given.updates, gates, given.precision)
     if not facts.exists():
         data = ",".join(str(root / one) for one in (ROWS, TEXT))
         begun_before = folder.with_name(f"{name}.partial").exists()
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--gates", type=int, default=12, help="of the updates, those in which gates learn")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", default="auto", help="of training; rows say theirs in `sets`")
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

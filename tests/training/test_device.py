@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compresso.errors import ResourceError
-from compresso.training.device import choose_device, choose_precision
+from compresso.training.device import choose_device, choose_precision, slow_precision
 
 
 def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
@@ -39,3 +39,14 @@ def test_precision(monkeypatch: pytest.MonkeyPatch):
         choose_precision("bf16", cuda)
     with pytest.raises(ResourceError, match="precision='fp16' is unknown; wanted auto, no or bf16"):
         choose_precision("fp16", cpu)
+
+
+def test_bf16_without_instructions_is_said(monkeypatch: pytest.MonkeyPatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    old = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: old)
+    assert "precision=no is faster here" in (slow_precision("bf16", cpu) or "")
+    assert slow_precision("no", cpu) is None and slow_precision("bf16", cuda) is None
+    for new in ({**old, "avx512_bf16": True}, {**old, "amx_bf16": True}, {"architecture": "aarch64"}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda new=new: new)
+        assert slow_precision("bf16", cpu) is None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compresso.errors import CompressoError, Interrupted, NumericError
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.checkpoint_manager import CheckpointManager
-from compresso.training.device import choose_device, choose_precision
+from compresso.training.device import choose_device, choose_precision, slow_precision
 from compresso.training.groups import Group, adamw, all_finite, check_groups, clip_, gradient_norms, set_rates_
 from compresso.training.halving import Halving, free
 from compresso.training.history import History
@@ -120,6 +120,8 @@ def fit(
     with noted_signals() as requests, _training(objective, accelerator.device), shown.running(steps, done):
         for note in checkpoints.notes if checkpoints else ():
             shown.say(note)
+        if slow := slow_precision(compute, device):
+            shown.say(slow)
         _look(watch, accelerator, objective, done, shown)
         for update in range(done, steps):
             if watch is not None and watch.over:
