@@ -81,10 +81,12 @@ def _after(facts: Mapping[str, Any]) -> str:
 
 def _length(one: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
     """How long a stage trains, as it was asked for and in updates."""
-    asked, most = one["duration"], one["updates"]
+    asked, most, rounds = one["duration"], one["updates"], one["rounds"]
     if "epoch" not in asked:
         whole = sum(int(phase) for phase in asked.split(" + "))
         words = f"{asked} updates" if whole != 1 else "1 update"
+        if rounds > 1:
+            return f"{counted(most, 'update')} of {asked}, in {rounds} rounds"
         return words if most == whole else f"{counted(most, 'update')}, by max_steps, of {asked}"
     if data is not None:
         taken = next(row["updates"] for row in data["epochs"] if row["stage"] == one["stage"])

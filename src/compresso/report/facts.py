@@ -41,7 +41,8 @@ def asked(run: Run) -> Rows:
             of = str(knobs.get("of", "blocks"))
             kinds = [_KINDS.get(str(kind), str(kind)) for kind in knobs.get("kinds") or ()]
             removable = f"; what may leave: {', '.join(kinds)}" if kinds else ""
-            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{removable}"))
+            rounds = f" in {knobs['rounds']} rounds" if knobs.get("rounds") else ""
+            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{rounds}{removable}"))
     before, after = records.before.parameters, records.after.parameters
     shares = [
         f"{after[part] / before[part]:.1%} of {words}"

@@ -13,6 +13,7 @@ from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
+from compresso.training.duration import part
 from compresso.wording import worded
 
 _NAMED_CLASSES = 8
@@ -73,10 +74,10 @@ def data_facts(
                 "stage": one.name,
                 "batch": one.learning.trains.batch,
                 "updates_an_epoch": math.ceil(train / one.learning.trains.batch),
-                "updates": sum(one.learning.trains.updates(train, one.learning.phases)),
+                "updates": part(sum(one.whole.trains.updates(train, one.whole.phases)), one.turn, one.turns),
             }
             for one in stages
-            if one.learning is not None
+            if one.learning is not None and one.whole is not None
         ],
     }
 

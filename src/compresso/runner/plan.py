@@ -233,6 +233,7 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
     return {
         "stage": one.name,
         "duration": " + ".join(str(phase) for phase in learning.phases),
+        "rounds": one.turns,
         "updates": updates,
         "trainable": dict(one.trainable),
         "tokens_at_most": tokens,

@@ -24,6 +24,7 @@ from compresso.runner.examples import fewer_than_asked, read_examples, within_co
 from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
+from compresso.runner.rounds import check_rounds
 from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
 from compresso.training.launch import is_main_process
@@ -142,6 +143,8 @@ def prepare(
     said = (*((acted.lost,) if acted.lost else ()), *read.said)
     if encoded is not None:
         said = (*said, *fewer_than_asked(acted.stages, len(encoded.rows) - recipe.data.held))
+    if encoded is not None:
+        check_rounds(recipe.acts, recipe.name, len(encoded.rows) - recipe.data.held)
     for name, stage in recipe.stages:
         if encoded is not None and isinstance(stage, ChecksData):
             packed = records is not None and records.kind == "text" and recipe.data.pack

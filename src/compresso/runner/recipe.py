@@ -14,7 +14,7 @@ Reading YAML is `recipe_file`'s part. An unknown recipe, stage or knob names the
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -27,6 +27,8 @@ from compresso.errors import RecipeError, nearest
 from compresso.runner.measured_budget import cost_knobs, measures_of
 from compresso.runner.nearest_knob import without_knob
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
+from compresso.runner.rounds import KNOB, Act, acts, check_rounds
+from compresso.runner.rounds import without_knob as without_rounds
 from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
 from compresso.tasks.base import DEFAULT, Task, task_named
@@ -69,6 +71,7 @@ class Recipe:
         task: what the run trains and judges by.
         title, paper, description: for people.
         measures: what a budget may be a share of beside counts of shapes.
+        rounds: stage -> how many times it cuts, of those that cut more than once.
     """
 
     name: str
@@ -79,6 +82,12 @@ class Recipe:
     paper: str = ""
     description: str = ""
     measures: Measures = NONE
+    rounds: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def acts(self) -> tuple[Act, ...]:
+        """The stages in the order in which a run takes them, round by round."""
+        return acts(self.stages, self.rounds)
 
     def needs(self, what: str) -> bool:
         """Whether any stage needs "data", "gradients" or "training"."""
@@ -97,7 +106,10 @@ class Recipe:
             "task": self.task.name,
             "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
             **({} if self.measures == NONE else {"cost": cost_knobs(self.measures)}),
-            "stages": [{name: dumped(one)} for name, one in self.stages],
+            "stages": [
+                {name: dumped(one) | ({KNOB: self.rounds[name]} if name in self.rounds else {})}
+                for name, one in self.stages
+            ],
         }
 
 
@@ -106,16 +118,18 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
 
     Raises:
         RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal
-            order.
+            order, rounds of what cannot be repeated.
     """
     stages: list[tuple[str, Stage]] = []
     effects: list[tuple[str, Effects]] = []
+    rounds: dict[str, int] = {}
     task = task_of(raw)
     check_task(task, [stage for stage, _ in stages_of(raw, name)], name)
     for key, knobs in stages_of(raw, name):
         if any(key == other for other, _ in stages):
             raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
         row = card(key)
+        knobs, rounds[key] = without_rounds(key, knobs, name)
         made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
         stages.append((key, made))
         effects.append((key, row.effects))
@@ -123,7 +137,9 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
     measures = measures_of(raw.get("cost"), f"recipe {name}: cost")
-    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts, measures=measures)
+    rounds = {key: n for key, n in rounds.items() if n > 1}
+    check_rounds(acts(stages, rounds), name)
+    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts, measures=measures, rounds=rounds)
 
 
 def task_of(raw: Mapping[str, Any]) -> Task:

@@ -43,6 +43,9 @@ from compresso.runner.offload import computed_in, offloaded_job, opened_offloade
 from compresso.runner.options import with_options
 from compresso.runner.output import finish, left, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, check_shapes, prepare
+from compresso.runner.rounds import entered
+from compresso.runner.rounds import left as left_round
+from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import load_stage, save_stage
 from compresso.stage import card
 from compresso.tasks.base import Score
@@ -208,13 +211,16 @@ def run(
         is_main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
+            acts = prepared.recipe.acts
             accelerator.wait_for_everyone()
             if is_main and not quiet:  # nothing refuses the run any more
                 for sentence in prepared.said:
                     log.warning(sentence)
+                for sentence in rounds_told(acts):
+                    log.info(sentence)
                 for stage_name, sentence in prepared.lacking.items():
                     log.warning("%s: %s", stage_name, sentence)
-            done = work.finished([stage for stage, _ in prepared.recipe.stages])
+            done = work.finished([act.folder for act in acts])
             new_head = not done and prepared.recipe.task.lacks_head(prepared.source.config)
             if is_main and not quiet and new_head:
                 made_by, task_name = prepared.recipe.stages[0][0], prepared.recipe.task.name
@@ -235,17 +241,19 @@ def run(
                 score = scored(job, DENSE)
                 before = state(job, score)
             after = None
-            for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
+            for index, act in enumerate(acts):
                 if index < len(done):
                     continue
                 begun = time.time()
-                job = stage(replace(job, out=work.training(stage_name)))
+                stage_name, received = act.label, job
+                job, stage, told = entered(job, act)
+                job = left_round(stage(replace(job, out=work.training(act.folder))), received, act, told)
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
                 if (sentence := prepared.lacking.get(stage_name)) is not None:
                     job = job.note(stage_name, lacking_kinds=sentence)
-                makes_dense = card(stage_name).makes_dense
+                makes_dense = card(act.name).makes_dense
                 after = scored(job, DENSE if makes_dense else PRUNED)
                 job = job.note(stage_name, left=left(job, after, prepared.corpus()))
                 if is_main and not quiet and (emptied := filled_now(job.records, stage_name)):
@@ -258,10 +266,10 @@ def run(
                     score = after
                     before = state(job, score)
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
-                    work.save_stage(index, stage_name, partial(save_stage, job, before, whole=makes_dense))
+                    work.save_stage(index, act.folder, partial(save_stage, job, before, whole=makes_dense))
                 accelerator.wait_for_everyone()
                 if makes_dense:
-                    dense = _saved(prepared, work.stage(index, stage_name))
+                    dense = _saved(prepared, work.stage(index, act.folder))
                     job = replace(job, original=_reader(dense))
             if prepared.prompt is not None and job.tokenizer is not None:
                 apply_to_tokenizer_(job.tokenizer, prompt_on=True)
@@ -355,7 +363,7 @@ def _saved(prepared: Prepared, folder: Path) -> Source:
 
 def _dense(prepared: Prepared, done: Sequence[Path]) -> Source:
     """The model that others are compared with: what the run started from, or what a finished stage made of it."""
-    makers = [folder for folder, (name, _) in zip(done, prepared.recipe.stages, strict=False) if card(name).makes_dense]
+    makers = [folder for folder, act in zip(done, prepared.recipe.acts, strict=False) if card(act.name).makes_dense]
     return _saved(prepared, makers[-1]) if makers else prepared.source
 
 
