@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.core.axis import Axis, Gate
+from compresso.edit.expert_gates import routed, run_with
 from compresso.errors import nearest
 
 
@@ -68,25 +69,37 @@ class GateSites:
     def scale_output(self, site: tuple[str, str]) -> Any:
         """A forward hook that multiplies the output by the mask at a site, if there is one."""
 
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            mask = self._masks.get(site)
-            return None if mask is None else _times(output, mask)
-
-        return hook
-
-    def skip(self, site: tuple[str, str]) -> Any:
-        """A forward hook that mixes the output with the input by the mask at a site, if there is one."""
-
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             mask = self._masks.get(site)
             if mask is None:
                 return None
-            given: Tensor = inputs[0] if inputs else named["hidden_states"]
-            made: Tensor = output[0] if isinstance(output, tuple) else output
-            mixed = _times(made, mask) + _times(given, 1 - mask)
-            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+            if isinstance(output, tuple):
+                return (_times(output[0], mask), *output[1:])
+            return _times(output, mask)
 
         return hook
+
+    def route(self, site: tuple[str, str]) -> Any:
+        """A forward hook that has a router choose under the mask at a site, if there is one."""
+
+        def hook(router: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+            mask = self._masks.get(site)
+            return None if mask is None else routed(router, output, mask)
+
+        return hook
+
+    def weighted(self, module: nn.Module, gate: Gate) -> Any:
+        """A forward of a module whose parameters take in the mask of a gate, if there is one."""
+        forward, site = module.forward, (gate.module, gate.side)
+        folds = [(name.removeprefix(f"{gate.module}."), dim) for name, dim in gate.folds]
+
+        def masked(*arguments: Any, **named: Any) -> Any:
+            mask = self._masks.get(site)
+            if mask is None:
+                return forward(*arguments, **named)
+            return run_with(module, forward, folds, mask, arguments, named)
+
+        return masked
 
 
 @contextmanager
@@ -115,23 +128,33 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
         model, "get_base_model", None
     )  # of a PeftModel; its linears then are adapter layers, which take the same hooks
     base: nn.Module = unwrap() if unwrap is not None else model
-    places = {(gate.module, gate.side): None for axis in axes for gate in axis.gates}
+    places = {(gate.module, gate.side): gate for axis in axes for gate in axis.gates}
     handles: list[torch.utils.hooks.RemovableHandle] = []
+    patched: list[tuple[nn.Module, Any]] = []
     try:
         for name in {norm: None for axis in axes for norm in axis.layer_norms}:
             handles.append(base.get_submodule(name).register_forward_hook(sites.over_kept(name)))
-        for place in places:
+        for place, gate in places.items():
             module = base.get_submodule(place[0])
             if place[1] == "input":
                 handles.append(module.register_forward_pre_hook(sites.scale_input(place)))
             elif place[1] == "skip":
                 handles.append(module.register_forward_hook(sites.skip(place), with_kwargs=True))
+            elif place[1] == "route":
+                handles.append(module.register_forward_hook(sites.route(place)))
+            elif place[1] == "weights":
+                patched.append((module, vars(module).get("forward")))
+                module.forward = sites.weighted(module, gate)
             else:
                 handles.append(module.register_forward_hook(sites.scale_output(place)))
         yield sites
     finally:
         for handle in handles:
             handle.remove()
+        for module, before in patched:
+            del module.forward
+            if before is not None:  # of a context around this one
+                module.forward = before
 
 
 def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:

@@ -78,6 +78,13 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
             for module, key in owners[parameter]:
                 setattr(module, key, new)
                 set_features_(module)
+    buffers = dict(model.named_buffers())
+    for axis in axes:
+        for name in axis.buffers if axis.name in kept else ():
+            if name in buffers:  # and not of a sub-layer that left
+                owner, _, own = name.rpartition(".")
+                left = buffers[name].index_select(0, torch.tensor(kept[axis.name], device=buffers[name].device))
+                model.get_submodule(owner)._buffers[own] = left
     for axis in axes:
         if axis.name in kept:
             for norm in (model.get_submodule(norm) for norm in axis.norms if f"{norm}.weight" not in leaving):
@@ -208,6 +215,8 @@ def _factors(
 
 def _read_or_written(model: nn.Module, gate: Gate) -> list[tuple[str, int]]:
     """(parameter, dim) of the entries that a gate's activation is multiplied with, or made of."""
+    if gate.folds:
+        return list(gate.folds)
     module = model.get_submodule(gate.module)
     transposed = isinstance(module, Conv1D)  # its weight is [in, out]
     if isinstance(module, nn.Embedding) or gate.side == "input":
