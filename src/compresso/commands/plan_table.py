@@ -23,7 +23,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = [
         (f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]
     ]
-    rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]
+    rows += [(name.replace("_", " "), before[name], after[name]) for name in before if name.endswith("_per_token")]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
     if "packed" in facts["weight_bytes"]:
         rows.append(("bytes once packed", facts["weight_bytes"]["before"], facts["weight_bytes"]["packed"]))

@@ -203,7 +203,7 @@ class CostModel:
         self._chosen = _padded(
             [[one for one in factors[weight.name] if one != chosen.get(weight.name)] for weight in self.weights]
         )
-        self._routes = any(weight.routed for weight in self.weights)
+        self.routes = any(weight.routed for weight in self.weights)
         self._rows = _padded([rows[weight.name] for weight in self.weights])
         entries = torch.tensor([constants[weight.name] for weight in self.weights], dtype=torch.float64)
         groups = [
@@ -320,7 +320,7 @@ class CostModel:
         products = atoms[factors].prod(dim=1)
         entries = entry_coefficients @ products
         macs, active = (
-            active_coefficients @ (atoms[chosen].prod(dim=1) if self._routes else products)
+            active_coefficients @ (atoms[chosen].prod(dim=1) if self.routes else products)
         ).unbind()  # a token meets top-k experts, however many there are
         stored = None
         if self._byte_coefficients is not None:
