@@ -172,6 +172,7 @@ VARIANTS: Mapping[str, Stages] = {
         *score(["channel"], layout="uniform"),
         {"distill": {"steps": 1, **LORA, "teacher": "cached", "teacher_top": 16}},
     ],
+    "token_distill": [*score(["channel"], layout="uniform"), {"token_distill": {"steps": 1, **STEPS, "lr": 1e-3}}],
     "finetune": [{"finetune": {"steps": 1, **STEPS}}],
 }
 
