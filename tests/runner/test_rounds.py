@@ -14,19 +14,26 @@ from tests.conftest import SHORT, Call, Forked, work_of
 from tests.runner.test_matrix import LORA, VARIANTS
 from tests.runner.test_pipelines import outcome
 
+import compresso
+from compresso.arch.base import arch_for
+from compresso.arch.costs import shape_facts
+from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import open_source
+from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.core.plan import Plan
 from compresso.data import nano
-from compresso.errors import BudgetError, RecipeError
+from compresso.errors import BudgetError, CompressoError, RecipeError
 from compresso.job import Job
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.runner import run as runner
 from compresso.runner.data_facts import data_facts
 from compresso.runner.dry_run import dry_run
+from compresso.runner.measured_budget import machine_here
 from compresso.runner.options import with_options
 from compresso.runner.plan import plan
 from compresso.runner.recipe import build
+from compresso.runner.round_knobs import Steps
 from compresso.runner.rounds import Act, Begun, told
 from compresso.runner.run import Result, run
 from compresso.solve.gradual import geometric_share
@@ -98,7 +105,7 @@ def test_it_is_set_on_the_command_line() -> None:
     made = build(
         with_options("gate-taylor/nano", model=str(nano.path()), keep=0.5, sets=["stages.gate_taylor.rounds=4"])
     )
-    assert made.rounds == {"gate_taylor": 4} and len(made.acts) == 8
+    assert [len(one.shares) for one in made.rounds.values()] == [4] and len(made.acts) == 8
     assert told(made.acts) == [
         "gate_taylor: 4 rounds, by equal factors: 0.8409, 0.7071, 0.5946, 0.5 of blocks stay",
         "recover: 75, 75, 75, 75 of its 300 updates, round by round",
@@ -158,7 +165,8 @@ def test_a_floor_that_is_a_share_is_one_of_what_the_first_round_received(tiny_fo
             assert of == "blocks"
             return 80.0
 
-    turns = [Act("gate_taylor", stage, turn, 4) for turn in (1, 2, 3, 4)]
+    steps = Steps(tuple(0.5 ** (turn / 4) for turn in (1, 2, 3, 4)))
+    turns = [Act("gate_taylor", stage, turn, steps) for turn in (1, 2, 3, 4)]
     taken = [act.taken(Begun(100.0, {"head": 3}), Costs(), None) for act in turns]  # type: ignore[arg-type]
     floors = [one.budget().floor for one in taken]  # type: ignore[attr-defined]
     assert [one["head"] for one in floors] == [3, 2, 2, 2] and all(one["channel"] == 2 for one in floors)
@@ -317,4 +325,154 @@ def test_an_act_of_a_single_round_is_the_stage_itself() -> None:
     (act,) = build(raw(gate_taylor())).acts
     assert act == Act("gate_taylor", act.stage) and act.label == act.folder == "gate_taylor" and not act.cuts
     assert act.taken(None, None, 10) is act.stage
-    assert replace(act, turns=2).label == "gate_taylor 1/2"
+    assert replace(act, steps=Steps((0.7, 0.5))).label == "gate_taylor 1/2"
+
+
+TARGETS = {"wide": 0.75, "narrow": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (0.5, r"family=0\.5: wanted falling shares that stay.*for one result give keep"),
+        ([0.5], r"wanted falling shares"),
+        ([0.5, 0.8], r"family: 0\.8=0\.8: wanted falling shares that stay, .*, each below the one before"),
+        ([0.5, 0.5], r"wanted falling shares"),
+        ([1.0, 0.5], r"family: 1=1\.0: wanted"),
+        ({"a": 0.5, "b": "half"}, r"family: b='half': wanted"),
+        ({"a/b": 0.8, "c": 0.5}, r"'a/b' is to name a folder"),
+        ({"..": 0.8, "c": 0.5}, r"'\.\.' is to name a folder"),
+    ],
+)
+def test_what_is_no_family_is_refused(targets: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        build(raw(gate_taylor(family=targets)))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_family_is_read_told_and_written_as_it_was_given(tiny_folder: Path) -> None:
+    made = build(raw(gate_taylor(family=[0.8, 0.5]), recover(4)))
+    assert [act.label for act in made.acts] == [f"{n} {t}" for t in ("0.8", "0.5") for n in ("gate_taylor", "recover")]
+    assert [act.target for act in made.acts] == ["", "0.8", "", "0.5"]
+    assert build(made.to_dict()) == made
+    assert told(made.acts) == [
+        "gate_taylor: 2 targets (0.8, 0.5): 0.8, 0.5 of blocks stay",
+        "recover: all of its updates for each of 2 targets",
+    ]
+    assert [one["updates"] for one in plan(made.to_dict(), str(tiny_folder))["training"]] == [4, 4]
+    with pytest.raises(RecipeError, match="rounds and family both say"):
+        build(raw(gate_taylor(family=[0.8, 0.5], rounds=2)))
+    with pytest.raises(RecipeError, match="'gptq' stands behind 'gate_taylor', whose targets are written before it"):
+        build(raw(gate_taylor(family=[0.8, 0.5]), recover(4), "gptq"))
+    with pytest.raises(BudgetError, match=r"--keep 0\.4 is one budget, and stage 'gate_taylor' has several targets"):
+        with_options(made.to_dict(), model=str(tiny_folder), keep=0.4)
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_each_target_is_a_checkpoint_on_its_budget_within_the_one_before(
+    tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    stages = [gate_taylor(family=TARGETS), recover(2)]
+    result = ran(output, tiny_folder, instructions, *stages)
+    assert sorted(one.name for one in output.iterdir()) == sorted(TARGETS)
+    assert not work_of(output).exists()
+    assert result.folder == output / "narrow" and [*result.family] == [*TARGETS]
+    plans: list[Plan] = []
+    for turn, (name, share) in enumerate(TARGETS.items()):
+        folder = result.family[name]
+        records = RunRecords.checked(json.loads((folder / "records.json").read_text()), name)
+        assert 0.97 * share < records.after.parameters["blocks"] / records.before.parameters["blocks"] <= share
+        opened = compresso.load(folder).model
+        assert sum(one.numel() for one in opened.parameters()) == records.after.parameters["total"]
+        assert [*records.stages] == [f"{n} {t}" for t in [*TARGETS][: turn + 1] for n in ("gate_taylor", "recover")]
+        assert all((records.stages[f"recover {t}"].model_extra or {})["updates"] == 2 for t in [*TARGETS][: turn + 1])
+        plans.append(Plan.from_json((folder / "plan.json").read_text()))
+    assert all(set(plans[1].kept[name]) <= set(kept) for name, kept in plans[0].kept.items())
+    again = ran(output, tiny_folder, instructions, *stages, overwrite=True)
+    assert again.records["after"] == result.records["after"]
+    (output / "mine.txt").write_text("a note")
+    with pytest.raises(CompressoError, match=r"holds mine\.txt"):
+        ran(output, tiny_folder, instructions, *stages, overwrite=True)
+
+
+@pytest.mark.slow
+def test_a_family_killed_around_each_target_ends_in_the_same_bytes(
+    forked: Forked, tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(json.dumps(raw(gate_taylor(family=TARGETS), recover(3, save_every=1))))
+
+    def arguments(output: Path, *more: str) -> list[str]:
+        given = ["--model", str(tiny_folder), "--data", str(instructions), "--output", str(output)]
+        return ["run", str(recipe), *given, "--measure", "none", "--allow-collapsed", *more]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, log = forked(arguments(whole))
+    assert code == 0, log
+    resume: list[str] = []
+    for phase, at in (("recover", 2), ("saved", 2), ("scores", 1), ("recover", 2), ("saved", 4)):
+        code, log = forked(arguments(killed, *resume), event="kill", phase=phase, at=at)
+        assert code == -9, log
+        assert not killed.exists()
+        resume = ["--resume"]
+    code, log = forked(arguments(killed, *resume))
+    assert code == 0, log
+    for name in TARGETS:
+        assert outcome(killed / name) == outcome(whole / name)
+
+
+@pytest.fixture(scope="module")
+def table(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny model, by hand: 1 + 3 x (4 + 6) = 31 ms."""
+    model = meta_model(open_source(tiny_folder))
+    facts, conditions = shape_facts(arch_for(model.config), model), Conditions("torch", "decode", 1, 24, "float32")
+    curves = {0: 0.0, 1: 1.5, 2: 2.0, 4: 4.0}, {0: 0.0, 12: 2.5, 24: 3.0, 48: 6.0}
+    path = tmp_path_factory.mktemp("tables") / "latency.json"
+    path.write_text(LatencyTable(facts, machine_here(), conditions, 1.0, *curves).to_json())
+    return path
+
+
+ZIPLM = {"ziplm": {"rounds": 3, "search": {"evaluations": 4}, "examples": 8, "judge_rows": 2, "steps": 3}}
+TAUGHT = {"token_distill": {"steps": 2, "batch": 4, "micro_batch": 4, "lr": 1e-3}}
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_several_speedups_are_a_family_each_within_its_time(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, table: Path
+) -> None:
+    output = tmp_path / "out"
+    times = {"speedup": "1.2x,1.5,2x", "latency_table": table}
+    result = ran(output, tiny_folder, instructions, ZIPLM, TAUGHT, **times)
+    assert [*result.family] == ["1.2x", "1.5x", "2x"]
+    before: Plan | None = None
+    for name, folder in result.family.items():
+        records = RunRecords.checked(json.loads((folder / "records.json").read_text()), name)
+        numbers = records.report.models[1].measurements
+        (found,) = [one for one in numbers if one.name.startswith("decode_ms/") and one.how == "estimated"]
+        assert found.value <= 31 / float(name.rstrip("x")) + 1e-9
+        kept = Plan.from_json((folder / "plan.json").read_text())
+        assert before is None or all(set(kept.kept[axis]) <= set(units) for axis, units in before.kept.items())
+        before = kept
+        assert (records.stages[f"token_distill {name}"].model_extra or {})["updates"] == 2
+
+
+@pytest.mark.parametrize(
+    ("speedup", "message"),
+    [
+        ("1.5x,1.2x", r"speedup='?1\.5x,1\.2x'?: several targets are met one after the other; wanted them rising"),
+        ("1.5x,1.5x", r"wanted them rising"),
+        ("1.5x,fast", r"wanted at least 1, such as 1\.5x"),
+        ("1.5x,40x", r"below its floor of 1 ms: 1 ms of embeddings and head.*; give targets of at most 30\.85x"),
+    ],
+)
+def test_speedups_that_make_no_family_are_refused(speedup: str, message: str, tiny_folder: Path, table: Path) -> None:
+    with pytest.raises(BudgetError, match=message) as refused:
+        compresso.plan(raw(ZIPLM, TAUGHT), tiny_folder, speedup=speedup, latency_table=table)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_family_is_one_of_a_single_stage(tiny_folder: Path, table: Path) -> None:
+    two = raw("gate_taylor", {"magnitude_structured": {}})
+    with pytest.raises(RecipeError, match=r"several targets are those of one stage, .* has 2 with a budget"):
+        compresso.plan(two, tiny_folder, speedup="1.2x,1.5x", latency_table=table)

@@ -227,6 +227,11 @@ RUN = Written(
     ),
     _is_run,
 )
+FAMILY = Written(
+    "run with several targets",
+    tuple(f"*/{pattern}" for pattern in RUN.files),
+    lambda folder: any(_is_run(one) for one in folder.iterdir() if one.is_dir()),
+)
 EXPORTS = {
     "onnx": Written(
         "export",

@@ -3,6 +3,7 @@
 import json
 import os
 
+from compresso.checkpoint.folder import read_json
 from compresso.commands import verify
 from compresso.engines.parity import Parity
 from compresso.report.records import RunRecords
@@ -25,6 +26,8 @@ def show(result: Result, as_json: bool) -> None:
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:
         verify.show([Parity(**engine.model_dump()) for engine in records.engines], as_json=False)
+    for folder in [*result.family.values()][:-1]:
+        print(*summary(RunRecords.checked(read_json(folder / "records.json"), str(folder)), folder), "", sep="\n")
     for line in summary(records, result.folder):
         print(line)
     if (stages := stage_table(records)) is not None:

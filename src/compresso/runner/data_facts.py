@@ -13,7 +13,7 @@ from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
-from compresso.training.duration import part
+from compresso.runner.rounds import learning_of
 from compresso.wording import worded
 
 _NAMED_CLASSES = 8
@@ -74,12 +74,20 @@ def data_facts(
                 "stage": one.name,
                 "batch": one.learning.trains.batch,
                 "updates_an_epoch": math.ceil(train / one.learning.trains.batch),
-                "updates": part(sum(one.whole.trains.updates(train, one.whole.phases)), one.turn, one.turns),
+                "updates": _updates(one, train),
             }
             for one in stages
-            if one.learning is not None and one.whole is not None
+            if one.learning is not None
         ],
     }
+
+
+def _updates(one: Acted, train: int) -> int:
+    """Updates that a stage takes in its round, on so many training examples."""
+    whole = one.learning if one.act is None else learning_of(one.act.stage)
+    assert whole is not None  # asked of stages that train
+    total = sum(whole.trains.updates(train, whole.phases))
+    return total if one.act is None else one.act.updates(total)
 
 
 def _classes(encoded: Encoded) -> list[str]:

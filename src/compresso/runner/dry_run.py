@@ -35,7 +35,7 @@ from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
-from compresso.runner.rounds import Begun, told
+from compresso.runner.rounds import Act, Begun, told
 from compresso.solve.allocate import allocate
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import (
@@ -79,8 +79,7 @@ class Acted:
             any.
         compressed: what it zeroes or rounds; None where it does neither.
         held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
-        turn, turns: which round it stands in, from 1, of how many.
-        whole: what it trains in all of them.
+        act: the stage in its round.
     """
 
     name: str
@@ -92,9 +91,7 @@ class Acted:
     trainable: Mapping[str, int] = field(default_factory=dict[str, int])
     compressed: Compressed | None = None
     held: int | None = None
-    turn: int = 1
-    turns: int = 1
-    whole: Learning | None = None
+    act: Act | None = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +197,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 trainable,
                 compressed,
                 _held(stage, model, arch, recipe.data.max_length) if isinstance(stage, Sweeps) else None,
-                act.turn,
-                act.turns,
-                act.stage.learning() if isinstance(act.stage, Learns) else None,
+                act,
             )
         )
         if planned is not None:

@@ -15,7 +15,7 @@ import yaml
 
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.overwrite import FAMILY, RUN, refuse_foreign
 from compresso.checkpoint.places import without_places_in
 from compresso.checkpoint.source import Source, open_source
 from compresso.core.counted import counted
@@ -213,6 +213,24 @@ def finish(
         if overwrite:
             refuse_foreign(output, RUN)  # somebody may have put a file there while the run went on
     return written
+
+
+def gather(made: Mapping[str, Path], output: Path, overwrite: bool) -> dict[str, Any]:
+    """Put several finished results side by side into `output`, each under its name.
+
+    Args:
+        made: name -> folder of each, the last one last.
+        output, overwrite: as the run was asked.
+
+    Returns:
+        The records of the last.
+    """
+    with new_folder(output, overwrite) as folder:
+        for name, one in made.items():
+            shutil.copytree(one, folder / name)
+        if overwrite:
+            refuse_foreign(output, FAMILY)
+    return read_json(output / [*made][-1] / "records.json")
 
 
 def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
     return {
         "stage": one.name,
         "duration": " + ".join(str(phase) for phase in learning.phases),
-        "rounds": one.turns,
+        "rounds": 1 if one.act is None or (one.act.steps and one.act.steps.names) else one.act.turns,
         "updates": updates,
         "trainable": dict(one.trainable),
         "tokens_at_most": tokens,

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.overwrite import FAMILY, RUN, refuse_foreign
 from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.workfolder import WorkFolder
@@ -24,7 +24,7 @@ from compresso.runner.examples import fewer_than_asked, read_examples, within_co
 from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
-from compresso.runner.rounds import check_rounds
+from compresso.runner.rounds import check_rounds, targets_of
 from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
 from compresso.training.launch import is_main_process
@@ -123,7 +123,8 @@ def prepare(
     if offload:
         check_offloaded(recipe, layout)
     output = output.resolve()
-    check_output(output, source.folder, overwrite, RUN)
+    replaced = FAMILY if targets_of(recipe.acts) else RUN
+    check_output(output, source.folder, overwrite, replaced)
     check_output(WorkFolder.beside(output), source.folder, force=True)
     check_scratch()
     acted = dry_run(recipe, source)
@@ -133,7 +134,7 @@ def prepare(
     chosen = data or recipe.data.source
     _spare_data(chosen, output)
     if overwrite:
-        refuse_foreign(output, RUN)
+        refuse_foreign(output, replaced)
     if is_main_process():
         known = _known(within_context(recipe, source.config), source, layout, seed)
         own = () if "held" in (raw.get("data") or {}) else ("recipe.data.held",)
