@@ -275,14 +275,15 @@ def test_every_selector_that_is_repeated_ends_on_its_budget(
     name: str, tiny_folder: Path, instructions: Path, tmp_path: Path
 ) -> None:
     (knobs,) = VARIANTS[name][0].values()
-    knobs = {key: value for key, value in knobs.items() if key != "drop"} | {"keep": 0.4, "rounds": 2}
+    keep = {"contextual": 0.7, "drop_layers": 0.6}.get(name, 0.4)  # channels alone; three layers
+    knobs = {key: value for key, value in knobs.items() if key != "drop"} | {"keep": keep, "rounds": 2}
     knobs |= {"hold": 2, "ramp": 2} if name == "learn_gates" else {}
     result = ran(tmp_path / "out", tiny_folder, instructions, {name: knobs}, recover(2))
     before, after = (result.records[when]["parameters"]["blocks"] for when in ("before", "after"))
-    assert after <= 0.4 * before * 1.02
-    kept = [result.records["stages"][f"{name} {turn}/2"]["parameters_after"]["blocks"] / before for turn in (1, 2)]
-    assert kept[0] > 0.45, "the first round leaves something to the second"
-    assert kept[1] * before == after
+    assert after <= keep * before * 1.02
+    first, last = (result.records["stages"][f"{name} {turn}/2"]["parameters_after"]["blocks"] for turn in (1, 2))
+    assert first > 1.1 * keep * before, "the first round leaves something to the second"
+    assert last == after
     assert all(torch.isfinite(one).all() for one in result.model.parameters())
     if name == "learn_gates":
         updates = [result.records["stages"][f"{name} {turn}/2"]["updates"] for turn in (1, 2)]
@@ -310,7 +311,7 @@ def test_killed_in_every_round_it_ends_in_the_same_bytes(
     for phase, at, done in (
         *(("scores", 1, 0), ("recover", 2, 2), ("saved", 3, 3)),
         *(("scores", 1, 3), ("repair", 1, 4), ("recover", 1, 5)),
-        *(("recover", 2, 8), ("saved", 9, 9)),
+        *(("recover", 2, 5), ("repair", 1, 7), ("saved", 9, 9)),
     ):
         code, log = forked(arguments(killed, *resume), event="kill", phase=phase, at=at)
         assert code == -9, log
