@@ -166,6 +166,11 @@ VARIANTS: Mapping[str, Stages] = {
         {"qat": {"steps": 2, **STEPS, "weight_bits": 8, "channels_kept": 0.5, "heads_kept": 0.5, "inputs": "learned"}}
     ],
     "skip_in_prefill": [{"skip_in_prefill": {"skip": 0.3, **LOOKS}}],
+    "slicegpt": [{"slicegpt": {"only_if_smaller": False, "examples": 8, "batch": 4}}],
+    "slicegpt then recover": [
+        {"slicegpt": {"only_if_smaller": False, "examples": 8, "batch": 4}},
+        {"recover": {"steps": 1, **LORA}},
+    ],
     "recover": [{"recover": {"steps": 1, **LORA}}],
     "distill": [*score(["channel"], layout="uniform"), {"distill": {"steps": 1, **LORA}}],
     "distill cached": [
@@ -178,7 +183,7 @@ VARIANTS: Mapping[str, Stages] = {
 
 LEFT_OUT = {"recover_knowledge"}
 """Needs two named sources of data, and is tested with them in tests/methods."""
-PATCHES = ("skip_in_prefill",)
+PATCHES = ("skip_in_prefill", "slicegpt")
 """Change how a model runs and none of its weights."""
 
 NO_HEAD_DIM = ("gpt2", "gpt_neox", "opt")
@@ -219,6 +224,9 @@ REFUSED: Mapping[str, Cells] = {
         "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA)
     },
     r"hidden, and the model has none that can leave; give scope: block": {"llm_pruner channel": (*LAYER_NORM, *GEMMA)},
+    r"cannot be sliced: wanted norms that lie before one sub-layer each, of llama": dict.fromkeys(
+        ("slicegpt", "slicegpt then recover"), ("phi3", "gpt_neox", *GEMMA)
+    ),
     r"keep some in every layer, or drop whole layers": dict.fromkeys(
         ("drop_layers of attention", "drop_layers of mlp", "drop_layers of parts", "evopress"),
         (*NO_HEAD_DIM, *GEMMA, "phi3"),

@@ -249,5 +249,10 @@ EXPORTS = {
         ("README.md", "modeling_compresso_lowrank.py", *_CHECKPOINT),
         lambda folder: (folder / "modeling_compresso_lowrank.py").is_file(),
     ),
+    "sliced": Written(
+        "export",
+        ("README.md", "modeling_compresso_sliced.py", *_CHECKPOINT),
+        lambda folder: (folder / "modeling_compresso_sliced.py").is_file(),
+    ),
 }
 """What `compresso export` writes, by format; a GGUF is a single file."""

@@ -26,6 +26,7 @@ class Format(StrEnum):
     PACKED = "compressed-tensors"
     DECI = "vllm-deci"
     LOW_RANK = "low-rank"
+    SLICED = "sliced"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
+from compresso.formats.sliced import is_cut
 from compresso.sweep.memory import available
 from compresso.training.progress import Progress
 
@@ -90,6 +91,9 @@ def _compared(
 ) -> list[Parity]:
     """As `parities`, of engines that can be run here."""
     assert source.folder is not None
+    if written is Format.CHECKPOINT and is_cut(source.folder):
+        reason = "it would compute the dense model: compresso.load cuts the stream, and an export as sliced is narrower"
+        return [Parity(engine.name, "no", reason) for engine in engines]
     if written is Format.CHECKPOINT:
         return [_asked(engine, source.folder, reference) for engine in engines]
     path = scratch / written

@@ -19,6 +19,7 @@ from compresso.data.records import Chat, Instruction, Records
 from compresso.data.shards import is_pattern
 from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
+from compresso.formats.sliced import is_cut
 from compresso.runner.dry_run import dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for, with_options
@@ -119,6 +120,11 @@ def prepare(
         raise CheckpointError(
             f"{model} has no weights; a run needs a folder of safetensors or a GGUF file (a config.json is enough for"
             " `compresso plan`)"
+        )
+    if is_cut(source.folder):
+        raise CheckpointError(
+            f"{model}: its stream is cut by a forward patch of slicegpt, which a run would lose. Put slicegpt and what"
+            " follows it into one recipe, and give the model that it was run on"
         )
     if offload:
         check_offloaded(recipe, layout)
