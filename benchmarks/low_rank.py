@@ -105,9 +105,9 @@ def report() -> None:
         on = short[-1]["taken_on"]
         text += [
             f"**Shortened**: {on['examples']} windows of {on['length']} tokens to calibrate on, {on['windows']} of each"
-            f" text to score by, {on['rounds']} timed rounds of {on['new_tokens']} new tokens, on a machine that"
-            " did other work meanwhile. So few tokens are fewer than the widest linears have inputs: whitening fits them alone."
-            " Orders are worth more than values.",
+            f" text to score by, {on['rounds']} timed rounds of {on['new_tokens']} new tokens, on a machine that did"
+            " other work meanwhile. So few tokens are fewer than the widest linears have inputs: whitening fits them"
+            " alone. Orders are worth more than values.",
             "",
         ]
     text += [
