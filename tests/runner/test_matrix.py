@@ -156,6 +156,7 @@ VARIANTS: Mapping[str, Stages] = {
     "besa of rows": [{"besa": {"per": "row", "bits": 4, "reference": "model", **SWEPT}}],
     "e_sparse": [{"e_sparse": {"block": 8, **SWEPT}}],
     "svd": [{"svd": SWEPT}],
+    "svd updated": [{"svd": {"moments": "updated", "keep": 0.5, **SWEPT}}],
     "svd plain": [{"svd": {"whiten": "none", "keep": 0.5, **SWEPT}}],
     "rtn": [{"rtn": {"bits": 4, "group": 16}}],
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],
