@@ -1,5 +1,5 @@
-"""Gates of a context. Oracles: the closed forms of alpha-entmax at 1, 1.5 and 2, its defining equation elsewhere, finite
-differences, and products of gates written out in a loop.
+"""Gates of a context. Oracles: the closed forms of alpha-entmax at 1, 1.5 and 2, its defining equation elsewhere,
+finite differences, and products of gates written out in a loop.
 """
 
 import math

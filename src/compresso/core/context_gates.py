@@ -7,6 +7,7 @@ exact zero is carried beside them: log(0 + 1e-40), as in the public code, is -in
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def sigma(z: Tensor, alpha: float) -> Tensor:
     """
     if not alpha >= 1:
         raise ValueError(f"alpha={alpha} of a gate; wanted 1 or more")
-    gate: Any = _Sigma.apply(z, alpha)
+    apply: Any = _Sigma.apply  # pyright: ignore[reportUnknownMemberType]
+    gate: Tensor = apply(z, alpha)
     return gate
 
 
@@ -59,7 +61,8 @@ def keep_log_mask(z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Ten
     Returns:
         Log mask [..., queries, keys] and the sum over seen pairs other than (n, n) of what is left [].
     """
-    log_mask, left = _Kept.apply(z, visible, alpha)
+    apply: Any = _Kept.apply  # pyright: ignore[reportUnknownMemberType]
+    log_mask, left = apply(z, visible, alpha)
     return log_mask, left
 
 
@@ -102,6 +105,21 @@ def raised(gamma: float, live: float, target: float, rate: float) -> float:
     return max(0.0, gamma + rate * (live - target))
 
 
+def landed(live: Callable[[float], float], target: float, halvings: int, reach: float = 8.0) -> float:
+    """The shift of all offsets, from -reach to reach, at which `live` is nearest above `target`, found by halving.
+
+    live: of a shift, rising with it.
+
+    >>> round(landed(lambda shift: 0.5 + shift / 16, 0.75, 12), 2)
+    4.0
+    """
+    low, high = -reach, reach
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if live(middle) >= target else (middle, high)
+    return high
+
+
 def _lesser(z: Tensor, beta: float) -> Tensor:
     """log of the lesser coordinate p <= 1/2, where |z| < 1/beta: z = (p^beta - (1-p)^beta)/beta solved by halving, then
     Newton's steps. beta = alpha - 1 > 0.
@@ -133,7 +151,7 @@ def _solved(z: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         log_gate = torch.nn.functional.logsigmoid(z)
         return log_gate, log_gate.exp() * torch.sigmoid(-z)
     t = _lesser(z, beta)
-    p, rest = t.exp(), torch.log1p(-t.exp())
+    rest = torch.log1p(-t.exp())
     slope = 1 / (((beta - 1) * t).exp() + ((beta - 1) * rest).exp())
     return torch.where(z < 0, t, rest), slope
 
@@ -160,7 +178,7 @@ class _Sigma(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (slope,) = ctx.saved_tensors
         return gradients[0] * slope, None
 
@@ -172,11 +190,10 @@ class _Kept(Function):
     def forward(ctx: Any, z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         gated = others(visible)
         closed = gated & (z <= 0)
+        log_gate, slope = torch.zeros_like(z), torch.zeros_like(z)
         if math.isfinite(alpha):
             inside = gated & _inside(z, alpha)
             closed = closed & ~inside
-        log_gate, slope = torch.zeros_like(z), torch.zeros_like(z)
-        if math.isfinite(alpha):
             solved, steep = _solved(z[inside], alpha)
             log_gate[inside] = solved
             slope[inside] = steep * (-solved).exp()
@@ -190,7 +207,7 @@ class _Kept(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         slope, log_mask, there, counted = ctx.saved_tensors
         of_mask, of_left = gradients
         total = torch.where(there, of_mask, 0.0) + of_left * log_mask.exp() * counted
