@@ -37,7 +37,7 @@ SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_hea
 ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48}
 FAMILIES: dict[str, Callable[[], object]] = {
     "llama": lambda: LlamaConfig(**ROTARY, head_dim=8),
-    "mistral": lambda: MistralConfig(**ROTARY, head_dim=8, sliding_window=None),
+    "mistral": lambda: MistralConfig(**ROTARY, head_dim=8),
     "qwen2": lambda: Qwen2Config(**ROTARY),
     "qwen3": lambda: Qwen3Config(**ROTARY, head_dim=8),
     "gpt2": lambda: GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=48),

@@ -172,6 +172,8 @@ VARIANTS: Mapping[str, Stages] = {
         {"slicegpt": {"only_if_smaller": False, "examples": 8, "batch": 4}},
         {"recover": {"steps": 1, **LORA}},
     ],
+    "context_gates": [{"context_gates": {"keep_context": 0.5, "steps": 1, **STEPS}}],
+    "context_gates alone": [{"context_gates": {"keep_context": 0.5, "steps": 1, "train": "gates", **STEPS}}],
     "recover": [{"recover": {"steps": 1, **LORA}}],
     "distill": [*score(["channel"], layout="uniform"), {"distill": {"steps": 1, **LORA}}],
     "distill cached": [
@@ -184,7 +186,7 @@ VARIANTS: Mapping[str, Stages] = {
 
 LEFT_OUT = {"recover_knowledge"}
 """Needs two named sources of data, and is tested with them in tests/methods."""
-PATCHES = ("skip_in_prefill", "slicegpt")
+PATCHES = ("skip_in_prefill", "slicegpt", "context_gates alone")
 """Change how a model runs and none of its weights."""
 
 NO_HEAD_DIM = ("gpt2", "gpt_neox", "opt")
@@ -198,6 +200,9 @@ LACKING = {
 """Kinds of units that a family does not have."""
 Cells = Mapping[str, tuple[str, ...]]
 REFUSED: Mapping[str, Cells] = {
+    r"the context of a .* cannot be pruned; wanted one of llama": dict.fromkeys(
+        ("context_gates", "context_gates alone"), ("phi3", "gemma2", "gemma3", "opt")
+    ),
     r"kinds: \[channel\]": dict.fromkeys(
         (
             "magnitude_structured",

@@ -7,7 +7,7 @@ while it is on.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -76,9 +76,6 @@ class _Held:
     keeper: Keeper
     hook: Any
     layer: ContextLayer | None = None
-    before: dict[int, tuple[PreTrainedConfig, str | None]] = field(
-        default_factory=dict[int, tuple[PreTrainedConfig, str | None]]
-    )
 
 
 def hold_(model: PreTrainedModel, keepers: Mapping[int, Keeper] | Callable[[int], Keeper]) -> None:
@@ -125,11 +122,12 @@ def refuse_foreign(model: PreTrainedModel) -> None:
             " one of these)"
         )
     types = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if types - {"full_attention"} or (window is not None and getattr(config, "use_sliding_window", True)):
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if types - {"full_attention", "sliding_attention"} or (window is not None and window < longest):
         raise ArchError(
-            f"the config has a sliding window ({window}), whose cache forgets by itself; set sliding_window to null in"
-            " config.json, or take a model without one"
+            f"the config has a sliding window ({window} of {longest} positions), whose cache forgets by itself; set"
+            " sliding_window to null in config.json, or take a model without one"
         )
 
 

@@ -19,7 +19,7 @@ from compresso.core.plan import Plan
 from compresso.metrics.record import Measurement, ModelResults
 from compresso.report import facts
 from compresso.report.columns import group
-from compresso.report.done import deeds, participle
+from compresso.report.done import deeds, forgets, participle
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
@@ -64,6 +64,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         auto_class=task_named(records.recipe.task).auto_class,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
         participle=participle(records),
+        unserved=_plain(forgets(records)),
         deeds=[_plain(deed) for deed in deeds(records)],
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
         dense=_plain(records.stored_dense()),

@@ -72,6 +72,19 @@ def deeds(records: RunRecords) -> list[str]:
     return told
 
 
+def forgets(records: RunRecords) -> str:
+    """A sentence on a cache that forgets, and on who serves it; empty where it holds everything."""
+    facts = records.stages.get("context_gates")
+    if facts is None:
+        return ""
+    live = (facts.model_extra or {}).get("live_fraction")
+    share = f" to {100 * live:.0f} % of the context" if isinstance(live, float) else ""
+    return (
+        f"No engine serves its pruned context: its cache forgets{share} by learned gates that compresso.load alone"
+        " applies, and others open the model with its whole cache."
+    )
+
+
 def _zeros(records: RunRecords, name: str) -> str:
     """A sentence on the zeros that a stage made."""
     share = f"{records.stages[name].sparsity or 0:.1%} of the weights that {name} worked on"

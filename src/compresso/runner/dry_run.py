@@ -279,7 +279,9 @@ def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int
 
 def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:
     """Parameters that learn, by group. Raises RecipeError for targets that no layer has or that cannot be scored."""
-    if learning.lora is None:
+    if learning.frozen:
+        found: dict[str, int] = {}
+    elif learning.lora is None:
         found = {"all": int(cost().total)}
     else:
         adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets, strict=True)
@@ -288,7 +290,7 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
         found = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
         adapted.unload()
     gates = sum(axis.size for axis in axes if axis.kind in learning.gates)
-    return found | ({"gates": gates} if learning.gates else {})
+    return found | ({"gates": gates} if learning.gates else {}) | (learning.own(model) if learning.own else {})
 
 
 def _gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:

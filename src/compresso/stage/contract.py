@@ -17,7 +17,7 @@
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -75,6 +75,8 @@ class Learning:
         chunk: tokens whose logits exist at a time; None for all.
         cached: the teacher runs before it instead, and this many outcomes of each place are kept on disk; None where it
             does not.
+        frozen: no weights of the model learn, and no adapters do.
+        own: of a model, the numbers that learn beside its weights, by name; None for none.
     """
 
     trains: Trains
@@ -85,6 +87,8 @@ class Learning:
     teacher: bool = False
     chunk: int | None = None
     cached: int | None = None
+    frozen: bool = False
+    own: Callable[[PreTrainedModel], dict[str, int]] | None = None
 
     @property
     def updates(self) -> int | None:
@@ -96,7 +100,7 @@ class Learning:
     def passes(self) -> list[Passes]:
         """The passes of the training, and the teacher's."""
         examples = None if self.updates is None else self.updates * self.trains.batch
-        own = Passes("training", examples, backwards=1, weights=self.lora is None)
+        own = Passes("training", examples, backwards=1, weights=self.lora is None and not self.frozen)
         return [own, Passes("teacher", examples, dense=True)] if self.teacher else [own]
 
 
