@@ -217,10 +217,11 @@ def test_every_way_of_generating_gives_tokens_of_the_masked_forward(how: dict[st
     assert torch.equal(with_cache, without)
 
 
-def test_a_chat_of_several_turns_keeps_its_cache_and_its_answers() -> None:
+@pytest.mark.slow
+def test_a_chat_of_twenty_turns_keeps_its_cache_small_and_its_answers() -> None:
     model, held = gated(), ContextCache(3)
     said = ids(batch=1, n=6)
-    for turn in range(5):
+    for turn in range(20):
         out = model.generate(
             said,
             attention_mask=torch.ones_like(said),
@@ -231,8 +232,11 @@ def test_a_chat_of_several_turns_keeps_its_cache_and_its_answers() -> None:
         )
         start = said.shape[1]
         assert torch.equal(masked(model, out)[:, start - 1 : -1].argmax(-1), out[:, start:])
+        for layer in held.layers:
+            assert layer.capacity - int(layer.live_tokens().max()) < 2 * BLOCK
         said = torch.cat([out, ids(batch=1, n=20 + turn)[:, -5:]], dim=1)
-    assert held.get_seq_length() == said.shape[1] - 6
+    assert held.get_seq_length() == said.shape[1] - 6 == 180 - 1
+    assert all(layer.capacity < 180 for layer in held.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -59,6 +59,24 @@ def test_a_larger_weight_leaves_less_live(make_job: MakeJob) -> None:
     assert shares[0] > 0.9 and shares[0] > shares[1] > shares[2]
 
 
+def test_scores_spread_as_asked_whatever_the_norms_are(make_job: MakeJob) -> None:
+    found = []
+    for scale in (1.0, 5.0):
+        job = make_job(folder=str(scale))
+        with torch.no_grad():
+            for block in job.arch.blocks(job.model):
+                block.input_layernorm.weight.mul_(scale)
+        done(job, train="gates", steps=1, lr=0.0, spread=0.5, keep_context=None)
+        (first, *_) = keepers_of(job.model)
+        assert isinstance(first, LayerGates)
+        ids = torch.tensor([job.rows[0]["input_ids"]])
+        read = job.arch.blocks(job.model)[0].input_layernorm(job.model.get_input_embeddings()(ids))
+        pairs = torch.ones(12, 12, dtype=torch.bool).tril(-1)
+        found.append(first.raw(read)[0, 0][pairs])
+        assert found[-1].std().item() == pytest.approx(0.5, rel=1e-4)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 def test_gamma_rises_while_too_much_is_live(make_job: MakeJob) -> None:
     job = done(make_job(), train="gates", keep_context=0.2, gamma=0.0, dual_rate=0.1, offset=3.0)
     assert job.records["context_gates"]["gamma"] > 0.05

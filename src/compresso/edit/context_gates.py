@@ -13,6 +13,7 @@ no trace; chunks that follow a cache see its live tokens alone; one code serves 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,14 @@ class LayerGates(nn.Module):
             dtype = given.dtype
             self._query = (given @ self.queries.to(dtype)).unsqueeze(1)
             self._key = (given @ self.keys.to(dtype)).unsqueeze(1)
+
+    def raw(self, given: Tensor) -> Tensor:
+        """z of all pairs of what attention reads [batch, tokens, hidden], without the offset."""
+        self.read(given)
+        query, key = self._query, self._key
+        assert query is not None and key is not None
+        self._query = self._key = None
+        return self.scores(query, key) - self.offset
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """z [batch, 1, queries, keys], float32."""
@@ -159,6 +168,37 @@ class ContextGates(nn.Module):
     def hold_(self, model: PreTrainedModel) -> None:
         """Put them on a model."""
         hold_(model, dict(enumerate(self.gates)))
+
+    @torch.no_grad()
+    def spread_(self, model: PreTrainedModel, batch: Mapping[str, Tensor], spread: float) -> None:
+        """Scale the projections of each layer so that scores of pairs of a batch have this standard deviation.
+
+        How large they are otherwise depends on the norms before attention; gates must not be held yet.
+        """
+        visible = batch["attention_mask"].bool().to(model.device)
+        n = visible.shape[1]
+        pairs = visible.unsqueeze(1) & visible.unsqueeze(2) & visible.new_ones(n, n).tril(-1)
+
+        def scaling(gate: LayerGates) -> Any:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                z = gate.raw(arguments[0] if arguments else named["hidden_states"]).squeeze(1)
+                by = (spread / z[pairs].std().clamp(min=1e-6)).sqrt()
+                gate.queries.mul_(by)
+                gate.keys.mul_(by)
+
+            return hook
+
+        attentions = attentions_of(model)
+        hooks = [
+            module.register_forward_pre_hook(scaling(gate), with_kwargs=True)
+            for module, gate in zip(attentions, self.gates, strict=True)
+        ]
+        try:
+            given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            model.base_model(**given, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def gates(self) -> list[LayerGates]:

@@ -14,7 +14,9 @@ Departures:
 - rotary positions and groups of key/value heads, which the paper has not: keys keep the position they were rotated at,
   and all groups of a layer drop a token together; rank 32 where a layer has at most four key/value heads;
 - `train: gates` leaves the body frozen and trains the gates alone. That is ours, not the paper's;
-- alpha may begin above 1 (`alpha_start`): below 2 no gate is exactly open, and a frozen body cannot make up for that;
+- alpha may begin above 1 (`alpha_start`), where scores above 1/(alpha - 1) open a gate exactly: a frozen body cannot
+  make up for products of gates that are never open. How far scores spread depends on the norms before attention, so
+  projections may be scaled to a `spread`;
 - logarithms carry exact zeros beside them, where the public code adds 1e-40, which is 0 in half precision.
 
 No engine serves it: files hold the weights, and other engines open the model without gates.
@@ -69,6 +71,8 @@ class ContextGatesStage:
         dual_rate: how fast gamma follows the gap, an update; .05 in 50 updates.
         gate_rank: of interaction queries and keys; None for 64, or 32 with at most four key/value heads.
         offset: start of the learned offsets.
+        spread: standard deviation of scores at the start, to which projections are scaled on one example; None as
+            drawn.
         alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for half of
             them.
         train: "all" weights with the gates (published), "lora" adapters with them, or "gates" alone, the body frozen.
@@ -82,6 +86,7 @@ class ContextGatesStage:
     dual_rate: Annotated[float, Ge(0)] = 1e-3
     gate_rank: Annotated[int, Ge(1)] | None = None
     offset: float = 2.0
+    spread: Annotated[float, Gt(0)] | None = None
     alpha_start: Annotated[float, Ge(1)] = 1.0
     alpha_end: Annotated[float, Ge(1)] = 8.0
     alpha_over: Annotated[int, Ge(0)] | None = None
@@ -125,6 +130,7 @@ class ContextGatesStage:
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, and of the shift of offsets."""
         passes = self.learning().passes()
+        passes += [Passes("spread", 1)] if self.spread is not None else []
         return [*passes, Passes("landing", self.landing, forwards=HALVINGS + 1)] if self._lands else passes
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
@@ -148,6 +154,8 @@ class ContextGatesStage:
         gates = ContextGates(job.model, self.gate_rank or rank_for(job.model), self.offset, seed).to(job.device)
         if self.train == "gates":
             job.model.requires_grad_(False)
+        if self.spread is not None:
+            gates.spread_(job.model, job.collated(list(job.rows[:1])), self.spread)
         learned: nn.Module = job.model if self.train == "gates" else learner(job, self._adapters())
         gates.hold_(job.model)
         try:
