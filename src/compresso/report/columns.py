@@ -25,6 +25,7 @@ GROUPS = (
     "Tasks: F1",
     "Distance from the dense model",
     "Generated text",
+    "Trust",
     "Speed",
     "Memory",
     "Other",
@@ -53,6 +54,7 @@ _GROUP_OF_START = {
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
     **dict.fromkeys(("prefill_ms", "decode_ms"), "Speed"),
     "memory": "Memory",
+    **dict.fromkeys(("trust", "refusal", "benign", "judge"), "Trust"),
 }
 _WORDS = {
     "parameters/total": "parameters, all",
@@ -149,6 +151,8 @@ def lower_is_better(name: str) -> bool | None:
     table = group(name)
     if name.partition("/")[0] in ("prefill_ms", "decode_ms"):
         return True
+    if table == "Trust":
+        return False if name.startswith("trust/") and name.count("/") == 1 else None
     if table == "Perplexity" or name in ("kl", "removed_mass", "repetition", "degenerate"):
         return True
     if table.startswith("Tasks") or table == "Speed" or name == "top1_agreement":
