@@ -97,7 +97,9 @@ def latency(
 
 def _limit(text: str | None) -> str | None:
     """A number of items or a share of them; anything else is a usage error."""
-    from compresso.metrics.trust.strata import limit_of
+    if text is None:
+        return None
+    from compresso.commands.evaluate import limit_of
 
     try:
         limit_of(text)
