@@ -34,13 +34,15 @@ class Kind(StrEnum):
     QUERY = "query"
     """One of the query heads that share a key/value head; all key/value heads of a layer keep as many."""
     CHANNEL = "channel"
-    """One unit of an FFN's intermediate width."""
+    """One unit of an FFN's intermediate width, or one channel inside an inverted residual."""
     EXPERT = "expert"
     """One routed expert of a layer: its part of the fused tensors, and what the router knows of it."""
     EXPERT_CHANNEL = "expert_channel"
     """One unit of the intermediate width of every expert of a layer, which all keep as many."""
     HIDDEN = "hidden"
-    """One dimension of the residual stream; a model has one such axis."""
+    """One dimension of the residual stream; a model has one such axis. In a network of stages, one channel of a stage's
+    feature maps; each stage has one.
+    """
     LAYER = "layer"
     """A whole decoder layer."""
     ATTENTION = "attention"
@@ -81,8 +83,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Where a mask multiplies activations: the last dimension of a module's input or output; or a module that a mask
-    of 0 skips; or the choice among experts.
+    """Where a mask multiplies activations: the last dimension of a module's input or output, of a convolution's input
+    the channels; or a module that a mask of 0 skips; or the choice among experts.
 
     Args:
         module: qualified module name; a Linear, or an Embedding with side "output".

@@ -60,9 +60,10 @@ class GateSites:
     def scale_input(self, site: tuple[str, str]) -> Any:
         """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             mask = self._masks.get(site)
-            return None if mask is None else (_times(inputs[0], mask), *inputs[1:])
+            times = _times_channels if isinstance(module, nn.Conv2d) else _times
+            return None if mask is None else (times(inputs[0], mask), *inputs[1:])
 
         return hook
 
@@ -212,8 +213,15 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
 
 def _times(activation: Tensor, mask: Tensor) -> Tensor:
     """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets
-    [batch, 1, width].
+    [batch, 1, width]; MobileViT's sees each example as several: [batch * parts, seq, width].
     """
     if mask.dim() == activation.dim() + 1:
         return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
+    if mask.dim() == activation.dim() and 1 < mask.shape[0] < len(activation):
+        mask = mask.repeat_interleave(len(activation) // mask.shape[0], 0)
     return activation * mask.to(activation)
+
+
+def _times_channels(activation: Tensor, mask: Tensor) -> Tensor:
+    """Feature maps [batch, channels, height, width] times a mask [channels] or [batch, 1, channels]."""
+    return activation * mask.to(activation).reshape(*mask.shape[:-2], mask.shape[-1], 1, 1)
