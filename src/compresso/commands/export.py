@@ -8,7 +8,7 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.kinds import is_text_encoder
+from compresso.checkpoint.kinds import is_text_encoder, sees
 from compresso.checkpoint.overwrite import EXPORTS, first_bytes, refuse_foreign, refuse_foreign_gguf
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, open_source
@@ -108,6 +108,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
 
 def _refuse_textless(source: Source, format: str) -> None:
     """Raise ArchError for a model that the engines of a format cannot be asked about."""
+    if sees(source.config) and format == "onnx":
+        return
     if not is_text_encoder(source.config):
         also = " and encoders of texts with a head, as a run with --task classification writes them"
         refuse_textless(source, f"--format {format} takes causal language models{also if format in _ENCODERS else ''}")
@@ -147,7 +149,7 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
     """A folder with an ONNX graph."""
-    if is_text_encoder(source.config):
+    if is_text_encoder(source.config) or sees(source.config):
         facts = _encoder(source, output, dtype, force)
     else:
         facts = _exported(source, Format.ONNX, output, dtype, force)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compresso.checkpoint.kinds import is_causal, is_text_encoder
+from compresso.checkpoint.kinds import is_causal, is_text_encoder, sees
 from compresso.checkpoint.load import numbers_of
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
@@ -39,12 +39,13 @@ def verify(model: str | Path) -> list[Parity]:
     """
     source = open_source(model, packed=True)
     check_scratch()
-    if source.folder is None or not (is_causal(source.config) or is_text_encoder(source.config)):
+    with_head = is_causal(source.config) or is_text_encoder(source.config) or sees(source.config)
+    if source.folder is None or not with_head:
         raise CheckpointError(
-            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, and"
-            " verify compares their logits."
+            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, or a"
+            " model of pictures with a head, and verify compares their logits."
         )
-    if is_text_encoder(source.config):
+    if not is_causal(source.config):
         with scratch_folder() as scratch:
             return verify_encoder(source, scratch)
     with Progress().working("reading the model"):

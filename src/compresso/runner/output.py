@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from compresso.arch.outputs import any_input
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.overwrite import FAMILY, RUN, refuse_foreign
@@ -171,7 +172,7 @@ def finish(
     """
     model = job.model
     shapes = job.arch.shapes(model)
-    ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
+    ids = any_input(model.config)
     with new_folder(output, overwrite) as folder:
         unpatch_(model)  # the files hold no patch: what they compute is compared without it
         if job.offloaded:
