@@ -53,7 +53,8 @@ def test_described(config: PreTrainedConfig) -> None:
 @pytest.mark.parametrize("config", [FalconConfig(), GraniteMoeConfig()])
 def test_unknown_architectures_are_named_with_the_known_ones(config: PreTrainedConfig) -> None:
     with pytest.raises(
-        ArchError, match=rf"'{config.model_type}'; described are .*llama, mistral, mixtral, .*qwen2, .*qwen3.*\. Use one of these"
+        ArchError,
+        match=rf"'{config.model_type}'; described are .*llama, mistral, mixtral, .*qwen2, .*qwen3.*\. Use one of these",
     ):
         arch_for(config)
 
