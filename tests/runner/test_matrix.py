@@ -93,6 +93,7 @@ VARIANTS: Mapping[str, Stages] = {
     "drop_layers of attention": drop(["attention"]),
     "drop_layers of mlp": drop(["mlp"], score="random"),
     "drop_layers of parts": drop(["attention", "mlp"], drop=2, score="reverse"),
+    "drop_experts": [{"drop_experts": {"keep": 0.75, "score": "reap", **LOOKS}}],
     "keep_layers": [{"keep_layers": {"layers": [0, 2]}}],
     "llm_pruner": [{"llm_pruner": {"keep": 0.7, "batch": 4, "micro_batch": 4}}],
     "llm_pruner uniform": [{"llm_pruner": {"keep": 0.7, "layout": "uniform", "batch": 4, "micro_batch": 4}}],
@@ -237,6 +238,9 @@ REFUSED: Mapping[str, Cells] = {
         ("drop_layers of attention", "drop_layers of mlp", "drop_layers of parts", "evopress"),
         (*NO_HEAD_DIM, *GEMMA, "phi3"),
     ),
+    r"has no experts that could leave; use a stage that removes heads, channels or layers": {
+        "drop_experts": tuple(FAMILIES)
+    },
 }
 """What refuses, by what its message has to say. Llama, Mistral, Qwen2 and Qwen3 run whatever there is."""
 

@@ -217,6 +217,7 @@ RUN = Written(
     (
         "recipe.yaml",
         "plan.json",
+        "kept_experts.json",
         "records.json",
         "README.md",
         "report.html",

@@ -155,6 +155,10 @@ def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
     ]
     rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
     rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
+    if before.active_parameters_per_token is not None and after.active_parameters_per_token is not None:
+        rows += [
+            ("parameters that a token meets", before.active_parameters_per_token, after.active_parameters_per_token)
+        ]
     return [(name, old, new) for name, old, new in rows if old]
 
 

@@ -9,6 +9,8 @@ _PARTS = (
     (re.compile(r"\.queries$"), "query heads"),
     (re.compile(r"\.heads$"), "heads"),
     (re.compile(r"\.channels$"), "FFN channels"),
+    (re.compile(r"\.experts$"), "experts"),
+    (re.compile(r"\.expert_channels$"), "channels of experts"),
     (re.compile(r"^hidden$"), "hidden dimensions"),
     (re.compile(r"^layers$"), "layers"),
     (re.compile(r"attention"), "attention sub-layers"),

@@ -34,6 +34,7 @@ from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
 from compresso.runner.final_evaluation import FinalEvaluation
+from compresso.runner.kept_experts import kept_experts
 from compresso.runner.recipe import Recipe
 from compresso.tasks.base import Score
 
@@ -203,6 +204,7 @@ def finish(
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
+            **kept_experts(job),
             "records.json": _json(written),
             "README.md": model_card(records, commands(), readers(read_json(folder / "config.json"))),
             "report.html": report_of_run(records, job.plan, commands()),
