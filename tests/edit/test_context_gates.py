@@ -235,7 +235,7 @@ def test_a_chat_of_twenty_turns_keeps_its_cache_small_and_its_answers() -> None:
         for layer in held.layers:
             assert layer.capacity - int(layer.live_tokens().max()) < 2 * BLOCK
         said = torch.cat([out, ids(batch=1, n=20 + turn)[:, -5:]], dim=1)
-    assert held.get_seq_length() == said.shape[1] - 6 == 180 - 1
+    assert held.get_seq_length() == said.shape[1] - 6 == 180
     assert all(layer.capacity < 180 for layer in held.layers)
 
 

@@ -41,8 +41,8 @@ def sigma(z: Tensor, alpha: float) -> Tensor:
     """
     if not alpha >= 1:
         raise ValueError(f"alpha={alpha} of a gate; wanted 1 or more")
-    apply: Any = _Sigma.apply  # pyright: ignore[reportUnknownMemberType]
-    gate: Tensor = apply(z, alpha)
+    kind: Any = _Sigma
+    gate: Tensor = kind.apply(z, alpha)
     return gate
 
 
@@ -61,8 +61,8 @@ def keep_log_mask(z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Ten
     Returns:
         Log mask [..., queries, keys] and the sum over seen pairs other than (n, n) of what is left [].
     """
-    apply: Any = _Kept.apply  # pyright: ignore[reportUnknownMemberType]
-    log_mask, left = apply(z, visible, alpha)
+    kind: Any = _Kept
+    log_mask, left = kind.apply(z, visible, alpha)
     return log_mask, left
 
 
