@@ -92,6 +92,10 @@ AllowDropped = Annotated[
     bool,
     typer.Option("--allow-dropped", help="Go on where more than a fifth of the data gives no example to learn from."),
 ]
+Trust = Annotated[
+    Literal["none", "quick", "full"],
+    typer.Option(help="Ask both models what tells of trust: quick (a few questions of each dimension), full (all)."),
+]
 AllowCollapsed = Annotated[
     bool, typer.Option("--allow-collapsed", help="Write the result even if the collapse guard refuses it.")
 ]

@@ -250,6 +250,7 @@ def _scores(results: ModelResults) -> Table:
             one.name,
             f"{one.value:.3f}",
             "" if one.stderr is None else f"{one.stderr:.3f}",
+            f"{one.low:.3f} to {one.high:.3f}" if "interval" in one.protocol and one.low is not None else "",
             "" if one.n is None else f"{one.n:,}",
             "" if (shots := one.protocol.get("shots")) is None else str(shots),
             "" if "prompt" not in one.protocol else "on" if one.protocol["prompt"] else "off",
@@ -257,8 +258,8 @@ def _scores(results: ModelResults) -> Table:
         for one in results.measurements
     ]
     table = Table(title=f"{results.name} {results.fingerprint[:19]}", title_justify="left")
-    said = [place < 2 or any(row[place] for row in rows) for place in range(6)]
-    for name, shown in zip(("", "value", "± stderr", "n", "shots", "prompt"), said, strict=True):
+    said = [place < 2 or any(row[place] for row in rows) for place in range(7)]
+    for name, shown in zip(("", "value", "± stderr", "95 %", "n", "shots", "prompt"), said, strict=True):
         if shown:
             table.add_column(name, justify="left" if name in ("", "prompt") else "right", no_wrap=not name)
     for row in rows:

@@ -24,6 +24,7 @@ from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.report.table import Cell, missing, tables
+from compresso.report.trust_rows import TITLES, advice, trust_rows
 from compresso.tasks.base import task_named
 
 _DATASETS = {
@@ -74,6 +75,8 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         counted=_counted(records),
         stages=_stages(records),
         results=_results(comparison),
+        trust=[[_plain(cell) for cell in row] for row in (TITLES, *trust_rows(pruned.changes))],
+        advice=[_plain(line) for line in advice(records, pruned)],
         places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
         engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
         elsewhere=[
@@ -82,7 +85,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
             if commands and name in commands
         ],
         readers=readers,
-        missing=[*map(_plain, missing(comparison)), *_NEVER],
+        missing=[*map(_plain, missing(comparison)), *(_NEVER[bool(pruned.changes) :])],
     )
 
 
@@ -177,7 +180,7 @@ def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str
             (row for row in table.rows if row.kind == "pruned"), dense
         )  # the same weights, if the run kept everything
         for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
-            if column.how != "counted":
+            if column.how != "counted" and table.title != "Trust":
                 name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")
                 rows.setdefault(column.how.capitalize(), []).append((_plain(name), _words(old), _words(new)))
     return list(rows.items())

@@ -48,6 +48,7 @@ from compresso.runner.rounds import entered, targets_of
 from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
 from compresso.stage import card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast, new_accelerator
@@ -110,6 +111,7 @@ def run(
     over_memory: bool = False,
     verify: bool = False,
     measure: Extent = "full",
+    trust: Trust = "none",
     force: bool | None = None,
     stream: bool | None = None,
 ) -> Result:
@@ -151,6 +153,8 @@ def run(
         over_memory: offload even where the estimate is above what is there.
         measure: what is measured of both models at the end: "full"; "quick", without speed and divergence and with
             shorter texts; "none", the loss on held-out examples alone.
+        trust: whether both models are asked, at the end, what tells of trust: "none"; "quick", a few questions of each
+            dimension; "full", all. What needs published files finds them below COMPRESSO_DATA.
         verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
         force: deprecated: `overwrite` and `allow_collapsed`.
         stream: deprecated: `offload`.
@@ -206,6 +210,7 @@ def run(
             quiet=quiet,
             resume=resume,
         )
+        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ResourceError(
@@ -413,6 +418,7 @@ def _evaluated(
     facts: Mapping[str, Any],
     extent: Extent,
     scores: Mapping[str, Score | None],
+    trust: TrustCheck,
 ) -> FinalEvaluation:
     """Results of the dense model and the smaller one, and the verdict."""
     return take(
@@ -425,6 +431,7 @@ def _evaluated(
         after=facts["after"]["held_loss"],
         extent=extent,
         scores=scores,
+        trust=trust,
     )
 
 

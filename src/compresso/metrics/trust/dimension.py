@@ -175,6 +175,11 @@ class Dimension(Protocol):
         """As in the names of its numbers."""
         ...
 
+    @property
+    def least(self) -> int:
+        """Questions below which a part of them says nothing; a smaller limit is raised to it."""
+        ...
+
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Everything that can be asked. Raises Missing where data are not at hand.
 

@@ -19,7 +19,7 @@ MOST_RISE = 0.05
 """Rise of the share of broken answers from which a model is not compared."""
 SOUND_TEXTS = (*OPENINGS, *REQUESTS)
 """Plain sentences of our own, on which a loss is taken where no other text is at hand."""
-TEXTS = 48
+TEXTS = 32
 """Requests whose loss is taken."""
 
 
@@ -42,11 +42,11 @@ def broken_by_loss(dense: HeldLoss, smaller: HeldLoss) -> str:
 
 
 def broken_by_guard(guard: Guard) -> str:
-    """Why a run's result is broken, or not known to be sound, by the checks its guard made; "" if it is sound."""
+    """Why a run's result is broken by the checks its guard made; "" if none warned."""
     for check in guard.checks:
         if check.verdict in ("warn", "refuse"):
             return check.words
-    return guard.checks[0].words if guard.verdict == "unchecked" and guard.checks else ""
+    return ""
 
 
 def broken_by_answers(dense: Mapping[str, bool], smaller: Mapping[str, bool]) -> str:

@@ -5,7 +5,7 @@ so that the last two are known, an even part of the questions is also answered i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compresso.core.counted import counted
 from compresso.errors import DataError
@@ -139,6 +139,8 @@ def _toxicity(respondent: Respondent, data: TrustData, extent: Extent, scorer: S
 def _outcome(respondent: Respondent, dimension: Dimension, data: TrustData, extent: Extent) -> Outcome:
     try:
         every = dimension.questions(data, extent.scoring, extent.draws)
+        if isinstance(extent.limit, int):
+            extent = replace(extent, limit=max(extent.limit, dimension.least))
     except Missing as missing:
         return Outcome(dimension.name, missing=str(missing))
     questions = _chosen(every, extent)

@@ -23,6 +23,7 @@ class Demonstrations:
     """The dimension."""
 
     name: str = "adversarial_demonstrations"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Questions behind examples."""

@@ -31,6 +31,7 @@ class Ethics:
     """The dimension."""
 
     name: str = "ethics"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Actions plain, with demonstrations and under pressure; claims plain."""

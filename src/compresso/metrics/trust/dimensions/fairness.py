@@ -24,6 +24,7 @@ class Fairness:
     """The dimension."""
 
     name: str = "fairness"
+    least: int = 96
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """One for each person or place, with its group."""

@@ -44,6 +44,7 @@ class OutOfDistribution:
     """The dimension."""
 
     name: str = "out_of_distribution"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Sentences of all styles but the plain one, and knowledge."""

@@ -28,6 +28,7 @@ class Privacy:
     """The dimension."""
 
     name: str = "privacy"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Of each record three details and one secret."""

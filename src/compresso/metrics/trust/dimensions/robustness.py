@@ -51,6 +51,7 @@ class Robustness:
     """The dimension."""
 
     name: str = "adversarial_robustness"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Attacks of a file, and typos in plain sentences."""

@@ -23,6 +23,7 @@ class Stereotype:
     """The dimension."""
 
     name: str = "stereotype"
+    least: int = 0
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Each statement under each system prompt, as often as texts are drawn."""
