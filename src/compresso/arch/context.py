@@ -8,6 +8,12 @@ _BEHIND_PADDING = ("roberta",)
 """Families that count positions from behind the padding token's id, so that those before it are of no use."""
 
 
+def width_of(config: PreTrainedConfig) -> int:
+    """How wide a model is: its hidden size, or the largest one of stages that differ."""
+    width = getattr(config, "hidden_size", None)
+    return int(width) if width else max(int(one) for one in config.hidden_sizes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def tokens_of_picture(config: PreTrainedConfig) -> int:
     """Tokens that a picture is to a model that cuts it into patches: theirs, and the class token (DeiT's two); 1 for
     other models of pictures, whose multiply-accumulates are counted by picture.

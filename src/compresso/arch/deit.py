@@ -9,4 +9,5 @@ from dataclasses import replace
 from compresso.arch.base import register
 from compresso.arch.vit import VIT
 
-DEIT = register(replace(VIT, name="deit", layers=("deit.layers", "layers")))
+DEIT = replace(VIT, name="deit", layers=("deit.layers", "layers"))
+register(DEIT)

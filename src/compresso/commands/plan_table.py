@@ -114,12 +114,14 @@ def _compressed(one: Mapping[str, Any], device: str) -> str:
 
 def _data(data: Mapping[str, Any]) -> list[str]:
     """What became of the data, a sentence each."""
-    examples = data["examples"]
+    examples, at, tokens = data["examples"], "", ""
+    if examples["tokens"]:  # pictures have none
+        at = f" at {data['max_length']} tokens"
+        tokens = f"; tokens {examples['tokens']:,}, of which {examples['response_tokens']:,} are learned"
     lines = [
         f"data: {data['source']} ({data['kind']})",
-        f"data: {data['survive']:,} of {examples['n']:,} records survive at {data['max_length']} tokens; rows of"
-        f" training {data['train']:,}, held out {data['held']:,}; tokens {examples['tokens']:,}, of which"
-        f" {examples['response_tokens']:,} are learned",
+        f"data: {data['survive']:,} of {examples['n']:,} records survive{at}; rows of training {data['train']:,}, held"
+        f" out {data['held']:,}{tokens}",
     ]
     if data["columns"]:
         lines.append(f"data: columns read: {', '.join(data['columns'])}")

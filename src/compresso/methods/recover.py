@@ -12,6 +12,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.context import width_of
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
 from compresso.stage.tuning import group_of, learner, settled, tune, watching
@@ -59,7 +60,7 @@ class Recover:
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.dtype
         model = learner(job, self.lora if self.train == "lora" else None)
-        learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
+        learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         watch = watching(job, self.watches, total)
         history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
         return settled(job, model, stored, "recover", self.trains).note(

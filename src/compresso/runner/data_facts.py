@@ -94,6 +94,8 @@ def _classes(encoded: Encoded) -> list[str]:
     """A sentence on the classes of labelled examples, in the order of the head's outputs; none for other examples."""
     if not encoded.labels:
         return []
+    if not all(row["labels"] for row in encoded.rows):  # each pixel has one
+        return [f"{len(encoded.labels)} classes"]
     counts = Counter(row["labels"][0] for row in encoded.rows)
     named = [f"{name} ({counts[i]:,})" for i, name in enumerate(encoded.labels[:_NAMED_CLASSES])]
     more = len(encoded.labels) - len(named)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from compresso.core.picture import PixelInput
+from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
 from compresso.data.augmentations import Augmentation, augmented
 from compresso.data.records import Records
@@ -41,16 +41,24 @@ def inputs_of(reading: Reading, records: Records) -> PixelInput:
     return reading.pixels
 
 
+def picture_of(row: Row) -> Picture:
+    """The picture of an example of pictures. Raises DataError for another one."""
+    picture = row.get("picture")
+    if picture is None:
+        raise DataError("an example holds no picture; read data of the task's own kind")
+    return picture
+
+
 def pixel_values(rows: Sequence[Row]) -> Tensor:
     """Pictures side by side as the model sees them, float32 [n, 3, height, width]. Raises DataError for none."""
     if not rows:
         raise DataError("a batch of 0 pictures; wanted at least one")
-    return torch.stack([row["picture"].inputs(row["picture"].pixels) for row in rows])
+    return torch.stack([one.inputs(one.pixels) for one in map(picture_of, rows)])
 
 
 def drawn_anew(row: Row, how: Augmentation, seed: int) -> Row:
     """The example with its picture as one pass sees it."""
-    return {**row, "picture": augmented(row["picture"], how, seed)}
+    return {**row, "picture": augmented(picture_of(row), how, seed)}
 
 
 def whole_pictures(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
