@@ -69,6 +69,7 @@ def gates(kinds: list[str], **knobs: Any) -> Stages:
 
 VARIANTS: Mapping[str, Stages] = {
     "magnitude_structured": [{"magnitude_structured": {"keep": 0.7}}],
+    "filter_pruning": [{"filter_pruning": {"keep": 0.7}}],
     "magnitude_structured of hidden": [{"magnitude_structured": {"keep": 0.7, "kinds": ["hidden"]}}],
     "gate_taylor": score(BOTH),
     "gate_taylor uniform": score(BOTH, layout="uniform"),
@@ -228,7 +229,8 @@ REFUSED: Mapping[str, Cells] = {
         ("loraprune", "loraprune of channels", "lorashear"), ("gpt2",)
     ),
     r"no units of the kinds hidden; it has .*: name some of those": {
-        "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA)
+        "filter_pruning": [{"filter_pruning": {"keep": 0.7}}],
+        "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA),
     },
     r"hidden, and the model has none that can leave; give scope: block": {"llm_pruner channel": (*LAYER_NORM, *GEMMA)},
     r"cannot be sliced: wanted norms that lie before one sub-layer each, of llama": dict.fromkeys(

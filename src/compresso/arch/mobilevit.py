@@ -23,7 +23,7 @@ config's size, every convolution and linear; scores of attention are not counted
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.mobilevit.modeling_mobilevit import make_divisible
 
@@ -111,29 +111,25 @@ class MobileViT:
     def sync_config_(self, model: PreTrainedModel) -> None:
         """Set the config to what the modules are, as far as it has fields for it."""
         body, config = self._body(model), model.config
-        sizes = [model.get_submodule(f"{body}conv_stem.convolution").weight.shape[0]]
+        sizes = [_weight(model, f"{body}conv_stem.convolution").shape[0]]
         for stage in self.blocks(model):
             last = [module for name, module in stage.named_modules() if name.endswith(("reduce_1x1", "fusion"))][-1]
-            sizes.append(last.get_submodule("convolution").weight.shape[0])
+            sizes.append(last.get_submodule("convolution").get_parameter("weight").shape[0])
         exp = dict(model.named_modules()).get(f"{body}conv_1x1_exp.convolution")
         sizes.append(config.neck_hidden_sizes[-1] if exp is None else exp.get_parameter("weight").shape[0])
         config.neck_hidden_sizes = [int(size) for size in sizes]
         wide = [_io(model, block, _EXPANDED) for _, block in self._residuals(model)]
-        ratios = {config.expand_ratio, *(out / given for given, out in wide)}
-        for ratio in sorted(ratios, key=lambda one: one != config.expand_ratio):
-            if all(make_divisible(round(given * ratio), 8) == out for given, out in wide):
-                config.expand_ratio = ratio
-                break
+        ratio = _common([_divisible(given, out) for given, out in wide], config.expand_ratio)
+        if all(make_divisible(round(given * ratio), 8) == out for given, out in wide):
+            config.expand_ratio = ratio
         ffns = [
-            tuple(reversed(layer.get_submodule("intermediate.dense").weight.shape))
+            tuple(layer.get_submodule("intermediate.dense").get_parameter("weight").shape[::-1])
             for _, transformer in self._transformers(model)
             for layer in model.get_submodule(transformer).children()
         ]
-        shares = {config.mlp_ratio, *((out + 0.5) / given for given, out in ffns)}
-        for share in sorted(shares, key=lambda one: one != config.mlp_ratio):
-            if all(int(given * share) == out for given, out in ffns):
-                config.mlp_ratio = share
-                break
+        share = _common([(out / given, (out + 1) / given) for given, out in ffns], config.mlp_ratio)
+        if all(int(given * share) == out for given, out in ffns):
+            config.mlp_ratio = share
 
     def _body(self, model: PreTrainedModel) -> str:
         """Where the model without its head lies: "" or a prefix with its dot."""
@@ -169,15 +165,15 @@ class MobileViT:
     def _ffn(self, model: PreTrainedModel, name: str, layer: str) -> Axis:
         up, down = f"{layer}.intermediate.dense", f"{layer}.output.dense"
         slices = (*(Slice(f"{up}.{part}", 0) for part in ("weight", "bias")), Slice(f"{down}.weight", 1))
-        size = model.get_submodule(up).weight.shape[0]
+        size = _weight(model, up).shape[0]
         return Axis(name, Kind.CHANNEL, int(size), slices, (Gate(down, "input"),), layer, min_units=1)
 
     def _features_axis(self, model: PreTrainedModel, features: _Features) -> Axis:
-        size = int(model.get_submodule(f"{features.writers[0]}.convolution").weight.shape[0])
+        size = int(_weight(model, f"{features.writers[0]}.convolution").shape[0])
         slices = [piece for layer in features.writers for piece in _rows(model, layer)]
         gates: list[Gate] = []
         for reader, start in features.readers:
-            width = int(model.get_submodule(reader).weight.shape[1])
+            width = int(_weight(model, reader).shape[1])
             slices.append(Slice(f"{reader}.weight", 1, start=start))
             gates.append(Gate(reader, "input", start=start, of=None if width == size else width))
         container = self._body(model) + "encoder"
@@ -206,7 +202,7 @@ class MobileViT:
                 continue
             if stage.downsampling_layer is not None:
                 now = through(f"{where}.downsampling_layer", name, now)
-            size = int(model.get_submodule(f"{where}.conv_kxk.convolution").weight.shape[0])
+            size = int(_weight(model, f"{where}.conv_kxk.convolution").shape[0])
             now.writers += [f"{where}.{layer}" for layer in ("conv_kxk", "conv_projection", "fusion")]
             now.readers += [(f"{where}.{layer}.convolution", 0) for layer in ("conv_kxk", "conv_1x1")]
             now.readers += [(f"{where}.fusion.convolution", start) for start in (0, size)]
@@ -244,6 +240,20 @@ class MobileViT:
         return found
 
 
+def _common(ranges: list[tuple[float, float]], now: float) -> float:
+    """A ratio in all half-open ranges: the present one if it is, else the middle of what they share."""
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return now if low <= now < high else (low + high) / 2
+
+
+def _divisible(given: int, out: int) -> tuple[float, float]:
+    """Ratios whose product with what a convolution reads is rounded to what it writes: to a multiple of 8, the next one
+    where that takes off more than a tenth.
+    """
+    lowest = 0.0 if out == 8 else min(out - 4, (out - 8) / 0.9)
+    return lowest / given, min(out + 3.5, out / 0.9 - 0.5) / given  # the product is made whole before
+
+
 def _behind(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width that a convolution writes."""
     sides: list[int] = []
@@ -256,8 +266,12 @@ def _behind(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
 
 def _io(model: PreTrainedModel, block: str, part: str) -> tuple[int, int]:
     """Channels that a 1 x 1 convolution of a block reads and writes."""
-    weight = model.get_submodule(f"{block}.{part}.convolution").get_parameter("weight")
+    weight = _weight(model, f"{block}.{part}.convolution")
     return int(weight.shape[1]), int(weight.shape[0])
+
+
+def _weight(model: PreTrainedModel, module: str) -> Tensor:
+    return model.get_submodule(module).get_parameter("weight")
 
 
 def _rows(model: PreTrainedModel, layer: str) -> list[Slice]:
