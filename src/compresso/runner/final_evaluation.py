@@ -30,6 +30,7 @@ from compresso.errors import DataError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
+from compresso.metrics.frames import frame_measurements
 from compresso.metrics.generation import generation_measurements, samples, world_prompts
 from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
@@ -212,6 +213,12 @@ def take(
             results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         for name, speeds in _speeds(models, shown).items():
             results[name].measurements += speeds
+    if DENSE in models and not job.task.reads_text and extent == "full":
+        with shown.working("timing frames of both models"):
+            for name, frames in frame_measurements(models).items():
+                results[name].measurements += frames
+    elif not job.task.reads_text:
+        results[PRUNED].not_measured["frames"] = lacking or ASKED
     if job.measures.latency is not None:
         _add_times(results, job, source, models, extent)
     if DENSE in models and kept is not None and before is not None:  # examples may have been dropped since
