@@ -216,6 +216,16 @@ def _table(mine: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[str]
     return lines
 
 
+def farther(first: Mapping[int, Mapping[str, Any]], second: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    """By how much the second is farther from dense in KL, in nats a token, window by window of the seeds of both."""
+    return [
+        theirs - ours
+        for seed in sorted(first.keys() & second.keys())
+        for text in first[seed]["kl_windows"]
+        for ours, theirs in zip(first[seed]["kl_windows"][text], second[seed]["kl_windows"][text], strict=True)
+    ]
+
+
 def _verdict(mine: Sequence[Mapping[str, Any]]) -> str:
     """Which method is nearest, and whether it has won: window by window and seed by seed."""
     by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -230,12 +240,7 @@ def _verdict(mine: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return f"{ranked[0]} is nearest, {ranked[1]} next; they share no seed."
-    gaps = [
-        ours - theirs
-        for seed in seeds
-        for text in first[seed]["kl_windows"]
-        for theirs, ours in zip(first[seed]["kl_windows"][text], second[seed]["kl_windows"][text], strict=True)
-    ]
+    gaps = farther(first, second)
     mean, half = statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
     ratio = statistics.fmean(second[seed]["kl"] / first[seed]["kl"] for seed in seeds)
     won = mean - half > 0 and ratio > MARGIN and len(seeds) > 1

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, high_water_mib, machine
-from flagship import Judged
+from flagship import Judged, farther
 from repair import SELECTORS, cells
 
 LINES = RESULTS / "ristretto_ablations.jsonl"
@@ -120,12 +120,7 @@ def _mean(of: Mapping[int, Mapping[str, Any]]) -> float:
 
 def _farther(whole: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> str:
     """Mean difference in pairs of windows, with its 95 % interval."""
-    gaps = [
-        theirs - ours
-        for seed in whole.keys() & other.keys()
-        for text in whole[seed]["kl_windows"]
-        for ours, theirs in zip(whole[seed]["kl_windows"][text], other[seed]["kl_windows"][text], strict=True)
-    ]
+    gaps = farther(whole, other)
     if len(gaps) < 2:
         return "no pair"
     return f"{statistics.fmean(gaps):+.3f} ± {1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}"
