@@ -19,6 +19,7 @@ from compresso.arch.base import arch_for
 from compresso.arch.costs import shape_facts
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import open_source
+from compresso.commands.run import show
 from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.core.plan import Plan
 from compresso.data import nano
@@ -440,7 +441,7 @@ TAUGHT = {"token_distill": {"steps": 2, "batch": 4, "micro_batch": 4, "lr": 1e-3
 
 @pytest.mark.usefixtures("quick_reopening")
 def test_several_speedups_are_a_family_each_within_its_time(
-    tiny_folder: Path, instructions: Path, tmp_path: Path, table: Path
+    tiny_folder: Path, instructions: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     times = {"speedup": "1.2x,1.5,2x", "latency_table": table}
@@ -456,6 +457,10 @@ def test_several_speedups_are_a_family_each_within_its_time(
         assert before is None or all(set(kept.kept[axis]) <= set(units) for axis, units in before.kept.items())
         before = kept
         assert (records.stages[f"token_distill {name}"].model_extra or {})["updates"] == 2
+    capsys.readouterr()
+    show(result, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told == {name: json.loads((folder / "records.json").read_text()) for name, folder in result.family.items()}
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ __all__ = ["run", "show"]
 
 
 def show(result: Result, as_json: bool) -> None:
-    """Print a result's records as JSON, or which engines opened it and the five lines of its summary, and what each of
-    several stages cost and left.
+    """Print a result's records as JSON (of several targets, those of each by its name), or which engines opened it and
+    the five lines of its summary, and what each of several stages cost and left.
     """
     if int(os.environ.get("RANK", "0")):
         return  # launched in several processes, of which one speaks
     if as_json:
-        print(json.dumps(result.records, indent=2, allow_nan=False))
+        family = {name: read_json(folder / "records.json") for name, folder in result.family.items()}
+        print(json.dumps(family or result.records, indent=2, allow_nan=False))
         return
     records = RunRecords.checked(result.records, "the run's records")
     if records.engines:

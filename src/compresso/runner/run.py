@@ -269,7 +269,8 @@ def run(
                 }
                 if not is_main:
                     return facts
-                evaluation = _evaluated(job, prepared, dense, facts, measure, {DENSE: score, PRUNED: after})
+                asked = TrustCheck(trust, work.path / "trust" / at.name if targets else work.path / "trust")
+                evaluation = _evaluated(job, prepared, dense, facts, measure, {DENSE: score, PRUNED: after}, asked)
                 _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
                 facts["seconds"] = round(time.time() - started, 1)
                 dtype = stored_dtype(prepared.source)
