@@ -159,6 +159,7 @@ VARIANTS: Mapping[str, Stages] = {
     "e_sparse": [{"e_sparse": {"block": 8, **SWEPT}}],
     "svd": [{"svd": SWEPT}],
     "svd updated": [{"svd": {"moments": "updated", "keep": 0.5, **SWEPT}}],
+    "svd then its factors": [{"svd": SWEPT}, {"recover": {"train": "factors", "steps": 2, **LORA}}],
     "svd plain": [{"svd": {"whiten": "none", "keep": 0.5, **SWEPT}}],
     "rtn": [{"rtn": {"bits": 4, "group": 16}}],
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],

@@ -21,9 +21,9 @@ Departures: by default the second moment is that of the outputs of the blocks al
 whitening takes those of the dense model (`moments: dense`); with it the sequential update changes nothing, since the
 truncation is the fit already. It is damped by 1e-6 of its mean diagonal at once, tenfold until it can be factored,
 where the authors add what makes the least eigenvalue 1e-6 only if it cannot be (guessed: the size, and that it is a
-share). q, k, v, and gate, up, share one factor of it. LoRA on first one factor, then the other, is left out: `recover`
-tunes the product. Calibration rows are the run's, not WikiText-2 by itself. With few tokens a column the whitened
-truncation fits them alone.
+share). q, k, v, and gate, up, share one factor of it. LoRA on first one factor, then the other, is `train: factors` of
+the stage `recover`, whose default tunes the product. Calibration rows are the run's, not WikiText-2 by itself. With few
+tokens a column the whitened truncation fits them alone.
 """
 
 from collections.abc import Sequence
