@@ -22,7 +22,7 @@ from compresso.formats.gguf import save_gguf
 from compresso.formats.low_rank import factored_linears, refuse_products, save_low_rank
 from compresso.formats.onnx import save_onnx
 from compresso.formats.packed import Packing, packing_of, save_packed
-from compresso.formats.sliced import refuse_cut, save_sliced, slicing_of
+from compresso.formats.sliced import refuse_cut, save_sliced, sliced_model, slicing_of
 from compresso.formats.vllm_deci import save_vllm_deci
 
 _NEEDS = {
@@ -68,6 +68,10 @@ class Live:
         ids = ids_of(self.tokenizer, self.model.config.vocab_size)
         if self.factored or self.cut is not None:
             dtype = _DTYPES[self.model.dtype]
+        if self.cut is not None:
+            rounded = reference_of(sliced_model(self.model, self.cut), ids, dtype)  # weights were on no grid before
+            exact = reference_of(self.model.float(), ids, dtype)
+            return replace(exact, rounding=float((rounded.logits - exact.logits).abs().max()))
         if self.packing is None:
             return reference_of(self.model.float(), ids, dtype)
         stored = _DTYPES[self.model.dtype]

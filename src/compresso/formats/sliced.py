@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import arch_for
@@ -126,18 +127,8 @@ def save_sliced(
         ArchError: its stream cannot be sliced.
         CheckpointError: `folder` may not be written.
     """
-    tensors = sliced_tensors(model, patch)
-    config_class, language_model = SLICED_CLASSES[model.config.model_type]
-    width, head = patch.tensors["bases"].shape[2], patch.tensors["head"].shape[1]
-    config = own_config(
-        model,
-        config_class,
-        language_model,
-        SLICED_FILE,
-        stream_width=width,
-        head_width=head,
-        tie_word_embeddings=False,
-    )
+    tensors, config = sliced_tensors(model, patch), _config(model, patch)
+    width = patch.tensors["bases"].shape[2]
     card = _card(model, tensors, width, source)
     save_own(
         folder,
@@ -151,7 +142,38 @@ def save_sliced(
         check=check,
         source=source,
     )
-    return config_class.model_type
+    return str(config.model_type)
+
+
+def sliced_model(model: PreTrainedModel, patch: Patch) -> PreTrainedModel:
+    """The narrower model, live, with weights rounded to the model's dtype and computing in float32; arguments as in
+    `save_sliced`.
+    """
+    config = _config(model, patch)
+    _, language_model = SLICED_CLASSES[model.config.model_type]
+    with torch.device("meta"):
+        made = language_model(config)
+    tensors = {name: tensor.float() for name, tensor in sliced_tensors(model, patch).items()}
+    made.load_state_dict(tensors, assign=True)
+    for name in [name for name, _ in made.named_modules()]:
+        if name.endswith("rotary_emb"):  # its tables are no weights, so that they are still on the meta device
+            made.set_submodule(name, model.get_submodule(name))
+    return made.eval()
+
+
+def _config(model: PreTrainedModel, patch: Patch) -> PreTrainedConfig:
+    """The config of the narrower model."""
+    config_class, language_model = SLICED_CLASSES[model.config.model_type]
+    width, head = patch.tensors["bases"].shape[2], patch.tensors["head"].shape[1]
+    return own_config(
+        model,
+        config_class,
+        language_model,
+        SLICED_FILE,
+        stream_width=width,
+        head_width=head,
+        tie_word_embeddings=False,
+    )
 
 
 def _half(
