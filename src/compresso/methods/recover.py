@@ -101,7 +101,7 @@ class Recover:
             )
         factor_(job.model, chosen)
         model = learner(job, replace(self.lora, targets=("left", "right")))
-        first, hidden = (total + 1) // 2, job.model.config.hidden_size
+        first, hidden = (total + 1) // 2, width_of(job.model.config)
         sides = {
             side: [one for name, one in model.named_parameters() if one.requires_grad and f".{side}." in name]
             for side in ("left", "right")
