@@ -65,7 +65,7 @@ def chosen(
     if allowed is not None:
         ranks = ranks.masked_fill(~allowed, float("-inf"))
     if routing.groups > 1:
-        by_group = ranks.unflatten(-1, (routing.groups, -1))
+        by_group = ranks.reshape(*ranks.shape[:-1], routing.groups, -1)
         best = by_group.topk(2, dim=-1)[0].sum(-1).topk(routing.of_groups, dim=-1)[1]
         open_ = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
         ranks = by_group.masked_fill(~open_.unsqueeze(-1), float("-inf")).flatten(-2)

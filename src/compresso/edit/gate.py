@@ -80,6 +80,20 @@ class GateSites:
 
         return hook
 
+    def skip(self, site: tuple[str, str]) -> Any:
+        """A forward hook that mixes the output with the input by the mask at a site, if there is one."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            mask = self._masks.get(site)
+            if mask is None:
+                return None
+            given: Tensor = inputs[0] if inputs else named["hidden_states"]
+            made: Tensor = output[0] if isinstance(output, tuple) else output
+            mixed = _times(made, mask) + _times(given, 1 - mask)
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return hook
+
     def route(self, site: tuple[str, str]) -> Any:
         """A forward hook that has a router choose under the mask at a site, if there is one."""
 
