@@ -186,7 +186,7 @@ class MoeDecoder:
         config.hidden_size, config.rms_norm_eps = len(norm.get_parameter("weight")), norm.variance_epsilon
         config.num_hidden_layers = len(layers)
         if not self.heads_stay and (present := [i for i, shape in enumerate(shapes) if shape.kv_heads]):
-            config.head_dim = int(layers[present[0]].self_attn.head_dim)
+            config.head_dim = int(layers[present[0]].get_submodule("self_attn").head_dim)  # pyright: ignore[reportArgumentType]
             config.num_attention_heads = max(shape.query_heads for shape in shapes)
             config.num_key_value_heads = max(shape.kv_heads for shape in shapes)
         dense = [i for i, shape in enumerate(shapes) if shape.channels and not shape.experts]
@@ -215,20 +215,20 @@ class MoeDecoder:
             config.layer_types = [label or "full_attention" for label in labels]
         for i, (layer, shape, slot) in enumerate(zip(layers, shapes, slots, strict=True)):
             if slot is not None:
-                layer.self_attn.layer_idx = slot
-                if not self.heads_stay:
-                    layer.self_attn.num_key_value_groups = shape.query_heads // shape.kv_heads
+                groups = {} if self.heads_stay else {"num_key_value_groups": shape.query_heads // shape.kv_heads}
+                _set_fields_(layer.get_submodule("self_attn"), {"layer_idx": slot} | groups)
             fields = {"hidden_size": config.hidden_size, "hidden_dim": config.hidden_size}
             _set_fields_(layer, fields)
             if i in mixtures:
                 mixture = mixtures[i]
                 fields |= {"num_experts": mixture.experts, "intermediate_dim": mixture.width}
-                for part in (layer.mlp, layer.mlp.get_submodule(mixture.router), layer.mlp.experts):
-                    _set_fields_(part, fields | {"intermediate_size": mixture.width})
+                for part in ("mlp", f"mlp.{mixture.router}", f"mlp.{EXPERTS}"):
+                    _set_fields_(layer.get_submodule(part), fields | {"intermediate_size": mixture.width})
                 if mixture.shared:
-                    _set_fields_(layer.mlp.get_submodule(mixture.shared), {"hidden_size": config.hidden_size})
+                    shared = layer.get_submodule(f"mlp.{mixture.shared}")
+                    _set_fields_(shared, {"hidden_size": config.hidden_size})
             elif shape.channels:
-                _set_fields_(layer.mlp, fields | {"intermediate_size": shape.channels})
+                _set_fields_(layer.get_submodule("mlp"), fields | {"intermediate_size": shape.channels})
 
     def _hidden(
         self, model: PreTrainedModel, mixtures: dict[int, Mixture], attentions: Collection[int], ffns: dict[int, Gate]
@@ -268,16 +268,16 @@ class MoeDecoder:
         known = {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
         for i, layer in enumerate(self.blocks(model)):
             where, heads, kv_heads, channels = f"{_LAYERS}.{i}", 0, 0, 0
-            if not is_absent(layer.self_attn):
-                heads, kv_heads = self._heads(layer.self_attn)
+            if not is_absent(layer.get_submodule("self_attn")):
+                heads, kv_heads = self._heads(layer.get_submodule("self_attn"))
                 known |= {f"{where}.{name}" for name, _ in _attention_parameters(layer, self)}
-            if not is_absent(layer.mlp):
+            if not is_absent(layer.get_submodule("mlp")):
                 known.add(f"{where}.post_attention_layernorm.weight")
                 if (mixture := mixture_of(model, f"{where}.mlp", hidden)) is not None:
                     mixtures[i], channels = mixture, mixture.width
                     known |= {f"{where}.mlp.{name}" for name in mixture.tensors}
                 else:
-                    channels = int(layer.mlp.gate_proj.weight.shape[0])
+                    channels = layer.get_parameter("mlp.gate_proj.weight").shape[0]
                     known |= {f"{where}.mlp.{name}.{tensor}" for name in _FFN for tensor in ("weight", "bias")}
             shapes.append(LayerShape(heads, kv_heads, channels, mixtures[i].experts if i in mixtures else 0))
         for name, _ in model.named_parameters():
