@@ -148,7 +148,7 @@ def save_packed(
     }
     if apart := [name for name in packing.linears if f"{name}.weight" not in state]:
         raise ExportError(
-            f"cannot pack {apart[0]}: stacked experts are not written as codes; keep the checkpoint as the run wrote it."
+            f"cannot pack {apart[0]}: stacked experts are not written as codes; keep the checkpoint that the run wrote."
         )
     for name in packing.linears:
         state |= {
