@@ -159,7 +159,7 @@ def sliced_counts(model: PreTrainedModel, family: Sliceable, width: int, head_wi
     """
     dense, layers = stream_width(model, family), model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.get_parameter("lm_head.weight").shape[0]
     parameters = sum(len(model.get_parameter(f"{name}.weight")) * width for name in family.embeddings)
     macs = shortcuts = 0
     for i, block in enumerate(layers):

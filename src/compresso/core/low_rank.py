@@ -159,8 +159,8 @@ def refitted(weight: Tensor, right: Tensor, lower: Tensor) -> Tensor:
     """
     wide = lower.double()
     met, kept = weight.double() @ wide, right.double() @ wide
-    found = torch.linalg.lstsq(kept.T, met.T)  # pyright: ignore[reportUnknownMemberType]
-    return cast(Tensor, found.solution).T
+    solved = cast(tuple[Tensor, ...], torch.linalg.lstsq(kept.T, met.T))  # pyright: ignore[reportUnknownMemberType]
+    return solved[0].T
 
 
 def rank_within(values: Tensor, rounding: float) -> int:

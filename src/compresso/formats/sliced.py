@@ -95,7 +95,7 @@ def sliced_tensors(model: PreTrainedModel, patch: Patch) -> dict[str, Tensor]:
             for name, parameter in block.named_parameters()
             if name.rpartition(".")[0] not in touched
         }
-    head = model.get_output_embeddings().weight.detach().double()
+    head = model.get_parameter("lm_head.weight").detach().double()
     gain, shift = _norm(model.get_submodule(family.final_norm))
     found["lm_head.weight"] = ((head * gain) @ bases[-1]).to(dtype)
     if shift is not None:

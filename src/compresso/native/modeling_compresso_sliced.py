@@ -9,7 +9,7 @@ head is never tied and reads `config.head_width` dimensions; of OPT and GPT-2 it
 # The classes below are six times the same two, named; the mixin takes its attributes from the family's class.
 # ruff: noqa: D101
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportIncompatibleMethodOverride=false
+# pyright: reportIncompatibleMethodOverride=false, reportOptionalMemberAccess=false
 
 from typing import Any
 
