@@ -73,8 +73,7 @@ class ContextGatesStage:
         offset: start of the learned offsets.
         spread: standard deviation of scores at the start, to which projections are scaled on one example; None as
             drawn.
-        alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for half of
-            them.
+        alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for all.
         train: "all" weights with the gates (published), "lora" adapters with them, or "gates" alone, the body frozen.
         gate_lr: rate of the gates; None for `lr`.
         landing: training examples on which the offsets are shifted to `keep_context` at the end; 0 leaves them.
@@ -195,7 +194,7 @@ class ContextGatesStage:
         self, job: Job, learned: nn.Module, gates: ContextGates, total: int
     ) -> tuple[ContextObjective, list[Group]]:
         """What is minimised, and by which rules."""
-        over = total // 2 if self.alpha_over is None else self.alpha_over
+        over = total if self.alpha_over is None else self.alpha_over
         alpha = alpha_schedule(self.alpha_start, self.alpha_end, over)
         objective = ContextObjective(
             learned,
