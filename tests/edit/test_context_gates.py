@@ -141,6 +141,8 @@ def test_chunked_prefill_and_padding_in_the_middle(chunks: tuple[int, ...]) -> N
     model, mask = gated(), padding("left")
     mask[0, 10:13] = 0  # as a shorter prompt of a batch has it, once decoding goes on
     table = masked(model, ids(), mask)
+    alone = masked(model, ids()[:1][:, mask[0].bool()])
+    torch.testing.assert_close(table[0, mask[0].bool()], alone[0], rtol=0, atol=1e-5)
     logits, held = decoded(model, ids(), mask, chunks)
     torch.testing.assert_close(logits[mask.bool()], table[mask.bool()], rtol=0, atol=1e-5)
     _, single = decoded(model, ids(), mask)
