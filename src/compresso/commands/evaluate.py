@@ -177,7 +177,7 @@ def evaluate(
             seed=seed,
             progress=shown,
         )
-        for one in prompts(loaded, prompt):
+        for one in _collaborative(loaded, prompt):
             measurements += score(prompt=one)
     return _reported(source, measurements, target)
 
@@ -219,6 +219,10 @@ def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
             return (on, None) if loaded.prompt else (None, on)
         case _:
             raise DataError(_unknown_prompt(prompt))
+
+
+_collaborative = prompts
+"""The same where an argument has that name."""
 
 
 def show(report: Report, as_json: bool = False) -> None:
