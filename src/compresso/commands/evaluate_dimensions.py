@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from compresso.checkpoint.source import Source
-from compresso.commands.evaluate_trust import TrustOptions, journal_of, opened
+from compresso.commands.evaluate_trust import TrustOptions, journal_of, opened, place_of
 from compresso.loading import load
 from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Environment, ModelResults
@@ -83,7 +83,7 @@ def _measured(
     """What one model does, which is gone afterwards."""
     shown = Progress()
     with shown.working(f"reading the weights of {source.name}"):
-        loaded = load(source.folder if source.file is None else source.file, device=device)
+        loaded = load(place_of(source), device=device)
     assert loaded.tokenizer is not None  # a model without one was refused
     prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
     environment = Environment.here(device, loaded.model.dtype)

@@ -132,7 +132,7 @@ def _asked(
 ) -> Refusals:  # fmt: skip
     """The answers of one model, which is gone afterwards."""
     with shown.working(f"reading the weights of {source.name}"):
-        loaded = load(source.folder if source.file is None else source.file, device=device)
+        loaded = load(place_of(source), device=device)
     assert loaded.tokenizer is not None  # it was looked at
     prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
     environment = Environment.here(device, loaded.model.dtype)
@@ -157,7 +157,7 @@ def _judge(
 ) -> Agreement:  # fmt: skip
     """Let a model read all answers, and say how far it agrees with people."""
     with shown.working(f"reading the weights of {source.name}"):
-        loaded = load(source.folder if source.file is None else source.file, device=device)
+        loaded = load(place_of(source), device=device)
     if loaded.tokenizer is None:
         raise CheckpointError(f"--judge {source.name} has no tokenizer; give a chat model")
     journal = journal_of(options.answers, source, {"judge": source.identity.fingerprint})
@@ -222,6 +222,13 @@ def opened(path: str | Path, option: str) -> Source:
         raise CheckpointError(f"{option} {path} has no weights; give a folder of safetensors or a GGUF file")
     refuse_textless(source, f"{option} takes models that write text")
     return source
+
+
+def place_of(source: Source) -> Path:
+    """The file or folder that a model's weights are read from."""
+    place = source.file or source.folder
+    assert place is not None  # what has weights lies somewhere
+    return place
 
 
 def journal_of(folder: str | Path | None, source: Source, same: Mapping[str, Setting]) -> Journal | None:
