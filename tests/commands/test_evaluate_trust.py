@@ -59,6 +59,7 @@ def test_refusals_want_a_chat_template_and_labels_a_judge(bad: Callable[..., str
     assert "--judge and --judge-labels belong together" in alone
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(call: Call, tmp_path: Path) -> None:
     """Every dimension whose files are there is measured or says why not, nothing changed, and a second call asks
     nothing again.

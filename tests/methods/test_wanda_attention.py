@@ -4,6 +4,7 @@ share of nothing leaves every answer as it was.
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ def pruned(share: float, output: Path) -> Result:
     return run(recipe, nano.path(), "world", output=output, measure="none", quiet=True)
 
 
+@pytest.mark.slow
 def test_the_attention_loses_its_share_row_by_row_and_the_mlp_nothing(tmp_path: Path) -> None:
     dense = dict(AutoModelForCausalLM.from_pretrained(nano.path(), dtype=torch.float32).named_parameters())
     rows = 0
@@ -31,6 +33,7 @@ def test_the_attention_loses_its_share_row_by_row_and_the_mlp_nothing(tmp_path: 
     assert rows > 0
 
 
+@pytest.mark.slow
 def test_a_share_of_nothing_leaves_the_answers(tmp_path: Path) -> None:
     """0.1 % of a row of a few hundred weights is none."""
     tokenizer = AutoTokenizer.from_pretrained(nano.path())
