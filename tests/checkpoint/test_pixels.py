@@ -58,6 +58,12 @@ def test_what_nobody_does_here_is_refused(vit: Path, fields: dict[str, Any], sai
         pixel_input(saying(vit, fields))
 
 
+def test_a_size_that_patches_do_not_divide_is_refused(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**SIZES, image_size=18, patch_size=8)).save_pretrained(tmp_path / "odd")
+    with pytest.raises(CheckpointError, match=r"odd: image_size 18 x 18 is no multiple of patch_size 8"):
+        pixel_input(open_source(tmp_path / "odd"))
+
+
 def test_a_folder_that_does_not_say_is_refused_with_the_cure(vit: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vit has no preprocessor_config.json.*add that of the model"):
         pixel_input(open_source(vit))

@@ -33,7 +33,7 @@ from compresso.core.segments import ohem_loss
 from compresso.data.label_maps import MAPPED, encode_mapped
 from compresso.data.pictures import png
 from compresso.data.registry import load_records
-from compresso.errors import DataError
+from compresso.errors import DataError, RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
 from compresso.runner.evaluate_task import task_metric
@@ -206,6 +206,13 @@ def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
 def test_a_model_without_such_a_head_class_is_refused() -> None:
     said = SEGMENTATION.obstacle(ViTConfig())
     assert said == "(vit) sees no pictures; --task segmentation takes a model of pictures, such as MobileViT"
+
+
+def test_one_picture_at_a_time_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    MobileViTModel(MobileViTConfig(**SIZES)).save_pretrained(tmp_path / "start")
+    raw = {"task": "segmentation", "stages": [{"finetune": {"steps": 4, "batch": 4, "micro_batch": 1}}]}
+    with pytest.raises(RecipeError, match="stage 'finetune': micro_batch=1 shows batch norms one example at a time"):
+        run(raw, tmp_path / "start", tmp_path / "none.parquet", output=tmp_path / "out", quiet=True)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from compresso.errors import CheckpointError
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 _SCALE = 1 / 255
+_IN_PATCHES = ("vit", "deit")
+"""Families that cut pictures into patches; MobileViT stretches its feature maps until they divide."""
 _MOST = 4096
 """Of a side, in pixels."""
 
@@ -35,6 +37,12 @@ def image_size(config: PreTrainedConfig) -> tuple[int, int]:
 def pixel_input(source: Source) -> PixelInput:
     """How a model sees pictures. Raises CheckpointError if its folder does not say, or says what nobody does here."""
     height, width = image_size(source.config)
+    patch = getattr(source.config, "patch_size", None)
+    if source.config.model_type in _IN_PATCHES and isinstance(patch, int) and (height % patch or width % patch):
+        raise CheckpointError(
+            f"{source.name}: image_size {height} x {width} is no multiple of patch_size {patch}, so that the model"
+            " would pass over an edge; correct its config"
+        )
     named = [] if source.folder is None else [source.folder / name for name in _FILES]
     path = next((path for path in named if path.is_file()), None)
     if path is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
@@ -164,6 +165,11 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
                 accumulation(group.batch, group.micro_batch)
+            if isinstance(group, Trains) and min(group.batch, group.micro_batch) < 2 and _has_batch_norms(model):
+                raise RecipeError(
+                    f"stage '{name}': micro_batch={group.micro_batch} shows batch norms one example at a time, whose"
+                    " deviation is 0; give batch and micro_batch of 2 or more"
+                )
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
@@ -251,6 +257,10 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         "native": None,
     }
     return shown
+
+
+def _has_batch_norms(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def _last_to_round(before: str, name: str, compressed: Compressed | None) -> str:
