@@ -19,6 +19,7 @@ from transformers import (
     BertConfig,
     DeiTConfig,
     DeiTForImageClassification,
+    DeiTModel,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -144,6 +145,16 @@ def test_each_pass_sees_a_picture_anew_and_the_held_out_ones_as_they_are(job: Jo
 def test_models_of_texts_are_refused() -> None:
     said = IMAGE_CLASSIFICATION.obstacle(BertConfig())
     assert said == "(bert) sees no pictures; --task image-classification takes a model of pictures, such as ViT"
+
+
+def test_a_deit_without_a_head_is_given_one() -> None:
+    """transformers has two classifiers of DeiT; the one without a teacher's token is made."""
+    base = DeiTModel(DeiTConfig(**SIZES, **SEEN, architectures=["DeiTModel"])).eval()
+    assert IMAGE_CLASSIFICATION.lacks_head(base.config)
+    headed = IMAGE_CLASSIFICATION.with_head(base, THINGS, 0)
+    assert type(headed) is DeiTForImageClassification and headed.config.num_labels == 3
+    assert not IMAGE_CLASSIFICATION.lacks_head(headed.config)
+    assert headed(**IMAGE_CLASSIFICATION.probe(rows(2), 0)).logits.shape == (2, 3)
 
 
 @pytest.fixture(scope="module")

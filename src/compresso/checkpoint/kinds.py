@@ -35,7 +35,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
         mapping: Any = auto._model_mapping
-        if type(config) in mapping and mapping[type(config)].__name__ == named:
+        classes = mapping.get(type(config), ())
+        several = classes if isinstance(classes, tuple) else (classes,)  # DeiT has two classifiers
+        if named in [one.__name__ for one in several]:
             return auto
     if (
         type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _BOTH_WAYS
