@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.outputs import any_input, outputs
-from compresso.checkpoint.kinds import sees
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
@@ -53,7 +52,7 @@ def encoder_reference(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str = "f32"
 ) -> EncoderReference:
     """What a live float32 encoder says of a few texts with padding, or of ids that it has; or of noise as a picture."""
-    if sees(model.config):
+    if model.main_input_name == "pixel_values":
         seen = {"pixel_values": torch.cat([any_input(model.config), any_input(model.config).flip(-1)])}
         return EncoderReference(seen, outputs(model.eval(), seen), dtype)
     if tokenizer is None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from compresso.arch.outputs import any_input
 from compresso.checkpoint.atomic import new_folder
-from compresso.checkpoint.kinds import auto_class, sees
+from compresso.checkpoint.kinds import auto_class
 from compresso.formats.beside import write_beside
 from compresso.formats.onnx import quiet, untraced, without_sources, write_graph
 
@@ -42,7 +42,7 @@ class _Logits(nn.Module):
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     """What the graph of an encoder reads."""
-    if sees(model.config):
+    if model.main_input_name == "pixel_values":
         return ("pixel_values",)
     types = ("token_type_ids",) if getattr(model.config, "type_vocab_size", 1) > 1 else ()
     return ("input_ids", "attention_mask", *types)
@@ -94,7 +94,7 @@ def _traced(model: PreTrainedModel) -> Any:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     given = (ids, mask, torch.zeros_like(ids))[: len(names)]
     shape = {0: Dim("batch_size"), 1: Dim("sequence_length")}
-    if sees(model.config):
+    if model.main_input_name == "pixel_values":
         given, shape = (any_input(model.config).expand(2, -1, -1, -1).contiguous(),), {0: Dim("batch_size")}
     try:
         with quiet():
