@@ -15,6 +15,7 @@ from compresso.job import Job
 from compresso.methods.recover import Recover
 from compresso.methods.svd import Svd
 from compresso.metrics.held import held_loss
+from compresso.runner.recipe import build
 from tests.methods.conftest import MakeJob
 
 KNOBS = {"train": "factors", "batch": 8, "micro_batch": 8, "lr": 1e-2, "rank": 4}
@@ -100,3 +101,11 @@ def test_what_has_no_factors_is_refused(make_job: MakeJob) -> None:
         Recover(steps=1, **KNOBS)(job)
     with pytest.raises(ValueError, match="adapters of factors fit no linear of the result; leave save_adapter out"):
         Recover(steps=1, save_adapter=True, **KNOBS)
+
+
+def test_factors_without_svd_before_them_are_refused_before_weights_are_read() -> None:
+    recover = {"recover": {"steps": 1, **KNOBS}}
+    for stages in ([recover], [recover, {"svd": {}}]):
+        with pytest.raises(RecipeError, match=r"stage 'recover': train: factors .*; put svd before it, or give train"):
+            build({"stages": stages})
+    assert build({"stages": [{"svd": {}}, recover]}).stages[1][0] == "recover"

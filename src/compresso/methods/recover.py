@@ -63,6 +63,12 @@ class Recover:
         if self.train == "factors" and self.trains.save_adapter:
             raise ValueError("save_adapter: adapters of factors fit no linear of the result; leave save_adapter out")
 
+    def follows(self) -> tuple[str, str]:
+        """`svd`, for factors."""
+        if self.train != "factors":
+            return "", ""
+        return "svd", "train: factors tunes what svd left with a low rank; put svd before it, or give train: lora"
+
     def learning(self) -> Learning:
         """Adapters, or all weights."""
         return Learning(self.trains, [self.trains.steps], None if self.train == "all" else self.lora)

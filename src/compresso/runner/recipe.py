@@ -29,7 +29,7 @@ from compresso.runner.nearest_knob import without_knob
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
 from compresso.runner.round_knobs import ROUNDS, TARGETS, Steps, stepped, without_knobs
 from compresso.runner.rounds import Act, acts, check_rounds
-from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
+from compresso.stage import Effects, Follows, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
 from compresso.tasks.base import DEFAULT, Task, task_named
 from compresso.tasks.causal_lm import CAUSAL_LM
@@ -135,6 +135,10 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
         stages.append((key, made))
         effects.append((key, row.effects))
     check_order(effects)
+    for place, (key, made) in enumerate(stages):
+        wanted, why = made.follows() if isinstance(made, Follows) else ("", "")
+        if wanted and wanted not in (other for other, _ in stages[:place]):
+            raise RecipeError(f"recipe {name}: stage '{key}': {why}")
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
     measures = measures_of(raw.get("cost"), f"recipe {name}: cost")

@@ -10,6 +10,7 @@
     Compresses   how many weights it zeroes, or rounds to how many bits
     Remarks      what it does otherwise than it was asked to, in sentences
     NeedsMore    needs data, though its card does not say so, by its knobs
+    Follows      another stage has to stand before it, by its knobs
     FitsModel    knobs that depend on the model it meets
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
     LearnsBlocks with Sweeps: trains each block on the way, which takes memory beside it
@@ -201,6 +202,15 @@ class NeedsMore(Protocol):
 
     def needs_more(self) -> tuple[str, ...]:
         """What it needs beside that: "data"."""
+        ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A stage that, as its knobs are set, works on what another left in the same run."""
+
+    def follows(self) -> tuple[str, str]:
+        """The stage that has to stand before it, and why, with the cure; two empty words if any may."""
         ...
 
 
