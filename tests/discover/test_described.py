@@ -56,9 +56,7 @@ def test_discovered_axes_are_the_described_ones(name: str, attention: str) -> No
 def test_mixtures_are_not_traced_and_say_so(name: str) -> None:
     with torch.device("meta"):
         model = build(name, "sdpa")
-    with pytest.raises(
-        ArchError, match=r"layers\.\d\.(mlp\.experts cannot be traced|self_attn .* describe this)"
-    ):
+    with pytest.raises(ArchError, match=r"layers\.\d\.(mlp\.experts cannot be traced|self_attn .* describe this)"):
         discover(model)
 
 

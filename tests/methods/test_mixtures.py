@@ -16,6 +16,7 @@ from compresso.core.rounding import fit
 from compresso.errors import RecipeError
 from compresso.methods.drop_layers import DropLayers
 from compresso.methods.gptq import Gptq
+from compresso.methods.repair import Repair
 from compresso.methods.rtn import Rtn
 from compresso.sweep.targets import Where
 from tests.methods.conftest import MakeJob
@@ -81,3 +82,9 @@ def test_what_needs_inputs_says_that_experts_show_none(make_job: MakeJob) -> Non
         for n in here
     ]
     assert len(names) == 4  # q, k and v, and o, of two layers
+
+
+def test_a_repair_is_refused_before_weights_are_read(make_job: MakeJob) -> None:
+    job = prepared(make_job())
+    with pytest.raises(RecipeError, match=r"repair fits single linears .* experts of this model are stacked; leave it"):
+        Repair().check(job.model, job.arch)

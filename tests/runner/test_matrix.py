@@ -230,7 +230,6 @@ REFUSED: Mapping[str, Cells] = {
         ("loraprune", "loraprune of channels", "lorashear"), ("gpt2",)
     ),
     r"no units of the kinds hidden; it has .*: name some of those": {
-        "filter_pruning": [{"filter_pruning": {"keep": 0.7}}],
         "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA),
     },
     r"hidden, and the model has none that can leave; give scope: block": {"llm_pruner channel": (*LAYER_NORM, *GEMMA)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.arch.conftest import CONFIGS, POST_NORM, WITH_HIDDEN
+from tests.arch.conftest import CONFIGS, MIXTURES, POST_NORM, WITH_HIDDEN
 from tests.arch.conftest import tiny as tiny
 from tests.arch.test_laws import Tiny, described, random_masks
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ def test_every_weight_is_the_least_squares_fit_to_the_dense_stream(tiny: Tiny, n
     assert all(torch.equal(p, unchanged[n]) for n, p in repaired.named_parameters() if n not in meant)
 
 
-@pytest.mark.parametrize("name", [name for name in TEXT if name not in POST_NORM])
+@pytest.mark.parametrize("name", [name for name in TEXT if name not in (*POST_NORM, *MIXTURES)])
 def test_channels_that_others_stand_in_for_are_missed_by_nobody(tiny: Tiny, name: str) -> None:
     """Half of the channels compute what the other half computes: their columns are added, whichever target is taken."""
     dense = tiny(name)
