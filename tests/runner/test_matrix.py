@@ -229,6 +229,7 @@ REFUSED: Mapping[str, Cells] = {
     r"is a Conv1D, .* prune this model by its weights or gradients": dict.fromkeys(
         ("loraprune", "loraprune of channels", "lorashear"), ("gpt2",)
     ),
+    r"linears of a gpt2 are Conv1D, .* give train: lora": {"svd then its factors": ("gpt2",)},
     r"no units of the kinds hidden; it has .*: name some of those": {
         "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA),
     },

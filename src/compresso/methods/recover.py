@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch
 from compresso.arch.context import width_of
@@ -69,6 +70,14 @@ class Recover:
             return "", ""
         return "svd", "train: factors tunes what svd left with a low rank; put svd before it, or give train: lora"
 
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Raise RecipeError for factors of a family whose linears are no `nn.Linear`."""
+        if self.train == "factors" and any(isinstance(module, Conv1D) for module in model.modules()):
+            raise RecipeError(
+                f"the linears of a {model.config.model_type} are Conv1D, and train: factors takes them apart as Linear"
+                " alone; give train: lora"
+            )
+
     def learning(self) -> Learning:
         """Adapters, or all weights."""
         return Learning(self.trains, [self.trains.steps], None if self.train == "all" else self.lora)
@@ -99,7 +108,10 @@ class Recover:
     def _factors(self, job: Job, total: int, watch: Watch | None) -> Job:
         """Train adapters on left factors, then on right ones; the products keep their rank."""
         ranks: dict[str, int] = job.records.get("svd", {}).get("ranks", {})
-        chosen = {name: rank for name, rank in ranks.items() if name.rpartition(".")[2] in self.lora.targets}
+        parts = getattr(job.arch, "parts", None)
+        stands = [] if parts is None else [parts.standing_for(target) for target in self.lora.targets]
+        ends = tuple(f".{one}" for one in (*self.lora.targets, *stands) if one)
+        chosen = {name: rank for name, rank in ranks.items() if f".{name}".endswith(ends)}
         if not chosen:
             raise RecipeError(
                 f"train: factors tunes what svd left with a low rank, and of {', '.join(self.lora.targets)} it left"
