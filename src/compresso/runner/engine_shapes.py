@@ -84,7 +84,8 @@ def multiples(want: ShapeConstraints, model: str, queries: bool = False) -> dict
     """
     live = meta_model(open_source(model, weights=False))
     found = {Kind.CHANNEL: math.lcm(want.inputs, want.channels), Kind.HIDDEN: want.inputs}
-    found[Kind.EXPERT_CHANNEL] = found[Kind.CHANNEL]
+    if any(axis.kind == Kind.EXPERT_CHANNEL for axis in _axes(live)):
+        found[Kind.EXPERT_CHANNEL] = found[Kind.CHANNEL]
     widths = {gate.width for axis in _axes(live) if axis.kind == Kind.HEAD for gate in axis.gates}
     found[Kind.HEAD] = math.lcm(want.heads, *(want.inputs // math.gcd(want.inputs, width) for width in widths))
     if queries:
