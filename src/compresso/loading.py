@@ -16,9 +16,11 @@ from compresso.data.instructions import encode_prompt
 from compresso.data.prompt import Prompt, collaborative_prompt, prompt_identity
 from compresso.data.tokens import refuse_ids
 from compresso.door import public
+from compresso.edit.context_gates import PATCH as GATES
+from compresso.edit.evict import evict_, parse
 from compresso.edit.gather import gather_inputs_
 from compresso.edit.patches import patch_, read_patches
-from compresso.errors import CheckpointError, DataError
+from compresso.errors import ArchError, CheckpointError, DataError
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class Loaded:
 
 @public
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", gather: bool = False
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    gather: bool = False,
+    cache: str | None = None,
 ) -> Loaded:
     """Open a checkpoint folder or a GGUF file.
 
@@ -92,17 +99,28 @@ def load(
         device: where the weights go.
         gather: weights that E-Sparse pruned lie in n:m groups, and their inputs are gathered to meet them; see
             `compresso.edit.gather`.
+        cache: a rule by which the cache forgets, and how much of it stays: a share, such as "keydiff:0.5", or a number
+            of tokens, such as "window:256". Others are knorm, h2o and snapkv; see `compresso.edit.evict`. None for the
+            whole cache, or what learned gates leave of it.
 
     Raises:
+        ArgumentError: the rule is unknown.
+        ArchError: the model's attention is not one whose cache can forget, or learned gates decide already.
         CheckpointError: if it is not a safe, complete checkpoint, was pruned with a prompt that this version does not
             know, or has no orders to gather by.
     """
+    eviction = None if cache is None else parse(cache)
     source = open_source(path, packed=True)
     prompt = _prompt(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype, device=device)
     records = _records(source)
-    patch_(model, read_patches(records.get("patches", ()), source.folder))
+    patches = read_patches(records.get("patches", ()), source.folder)
+    patch_(model, patches)
+    if eviction is not None:
+        if any(patch.name == GATES for patch in patches):
+            raise ArchError(f"cache={cache!r}: learned gates decide what this model's cache holds; leave cache out")
+        evict_(model, eviction)
     if gather:
         gather_inputs_(model, _orders(source, records))
     return Loaded(model, tokenizer, prompt)

@@ -29,6 +29,7 @@ _AS_SPELT = (
     " target task layout seed device dtype format corpus suite"
     " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
     " engine phase context levels"
+    " prompts benign judge judge-labels against answers scoring generations trust"
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "set": ("sets",),
@@ -40,7 +41,7 @@ VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
 _PLAIN = (
     "auto cpu cuda on off both decode prefill torch onnxruntime llama.cpp"
     " uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci low-rank"
-    " quick full none"
+    " quick full none likelihood sampled refusal"
 )
 CHOICES = frozenset(_PLAIN.split())
 """Plain words that are an option's value where they follow it."""

@@ -15,24 +15,31 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BloomConfig,
+    DeepseekV3Config,
     DistilBertConfig,
     DistilBertForMaskedLM,
     DistilBertForQuestionAnswering,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
@@ -100,6 +107,10 @@ GEMMA = {
 BLOOM = {key: SIZES[key] for key in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 BLOOM |= {"n_layer": 4, "n_head": 4}
 GLM = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12}
+MOE = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+SMALL_EXPERTS = {**MOE, "moe_intermediate_size": 40}
+GROUPED_ROUTER = {**SMALL_EXPERTS, "n_routed_experts": 12, "first_k_dense_replace": 2, "routed_scaling_factor": 1.3}
+MLA = {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
@@ -160,6 +171,19 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "vit_bare": lambda: ViTConfig(**VIT, qkv_bias=False),
     "gemma2": lambda: Gemma2Config(**GEMMA, layer_types=MIXED, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma3": lambda: Gemma3TextConfig(**GEMMA, layer_types=MIXED),
+    "moe_mixtral": lambda: MixtralConfig(**MOE, num_local_experts=6, sliding_window=5),
+    "moe_olmoe": lambda: OlmoeConfig(**{**MOE, "num_key_value_heads": 8}, num_experts=8),
+    "moe_qwen3_tied": lambda: Qwen3MoeConfig(
+        **SMALL_EXPERTS, num_experts=8, head_dim=12, mlp_only_layers=[2], norm_topk_prob=True, tie_word_embeddings=True
+    ),
+    "moe_qwen2": lambda: Qwen2MoeConfig(
+        **SMALL_EXPERTS, num_experts=8, shared_expert_intermediate_size=56, mlp_only_layers=[1, 2]
+    ),
+    "moe_deepseek": lambda: DeepseekV3Config(
+        **{**GROUPED_ROUTER, "num_key_value_heads": 8}, **MLA, n_group=3, topk_group=2, norm_topk_prob=False
+    ),
+    "moe_glm4": lambda: Glm4MoeConfig(**GROUPED_ROUTER, use_qk_norm=True, head_dim=12, attention_bias=True),
+    "moe_gpt_oss": lambda: GptOssConfig(**MOE, num_local_experts=6, head_dim=12, sliding_window=5),
 }
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,
@@ -173,6 +197,8 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "vit_bare": ViTModel,
 }
 """Models that are not causal language models."""
+MIXTURES = [name for name in CONFIGS if name.startswith("moe_")]
+"""Models with experts."""
 WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("llama", "mistral", "qwen", "phi3", "glm"))]
 ENCODERS_WITH_HIDDEN = [name for name in CONFIGS if name.startswith(("bert", "roberta", "distilbert"))]
 GROUPED = [
@@ -189,23 +215,28 @@ GROUPED = [
     "glm",
     "glm4_tied",
     "phi_gqa_normed",
+    "moe_mixtral",
+    "moe_qwen3_tied",
+    "moe_qwen2",
+    "moe_glm4",
 ]
 """Models whose query heads share key/value heads."""
 POST_NORM = [
     name for name in CONFIGS if name.startswith(("bert", "roberta", "distilbert")) or name.endswith("_post_norm")
 ]
 """Models whose norms feed the residual sums or lie behind them, so that they cannot be dropped whole by masks."""
-ALL_HEADS = [name for name in CONFIGS if name.startswith("bloom")]
+ALL_HEADS = [name for name in CONFIGS if name.startswith(("bloom", "moe_olmoe", "moe_deepseek", "moe_gpt_oss"))]
 """Models whose heads all stay."""
 
 
 def build(name: str, attention: str = "sdpa") -> PreTrainedModel:
     """A model from its config, with its class's own random weights."""
-    if name == "gemma2" or name.startswith("bloom"):
-        attention = "eager"  # soft-capped scores and ALiBi have no other
+    if name in ("gemma2", "moe_gpt_oss") or name.startswith("bloom"):
+        attention = "eager"  # soft-capped scores, sinks and ALiBi have no other
     if name in CLASSES:
         return CLASSES[name]._from_config(CONFIGS[name](), attn_implementation=attention)
-    return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
+    experts = {"experts_implementation": "eager"} if name in MIXTURES else {}  # whose products torch counts
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention, **experts)
 
 
 @functools.cache
@@ -224,9 +255,12 @@ def _original(name: str) -> PreTrainedModel:
                 scale = (
                     (0.1 if tied else 0.7)
                     if "embed" in parameter_name or ".wte" in parameter_name or ".wpe" in parameter_name
-                    else 1 / math.sqrt(parameter[0].numel())
+                    else 1 / math.sqrt(parameter.shape[1] if parameter.dim() == 3 else parameter[0].numel())
                 )
                 parameter.normal_(0, scale, generator=generator)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):
+                buffer.uniform_(-0.2, 0.2, generator=generator)
     return model
 
 
@@ -256,4 +290,9 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)
     )  # eager attention asks for float32
+    for method in ("float", "type"):  # so do routers
+        narrow = getattr(torch.Tensor, method)
+        monkeypatch.setattr(
+            torch.Tensor, method, lambda x, *of, narrow=narrow: x if x.dtype == torch.float64 else narrow(x, *of)
+        )
     yield

@@ -11,10 +11,10 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
-    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -50,10 +50,11 @@ def test_described(config: PreTrainedConfig) -> None:
     assert arch_for(config).name == config.model_type
 
 
-@pytest.mark.parametrize("config", [FalconConfig(), MixtralConfig()])
+@pytest.mark.parametrize("config", [FalconConfig(), GraniteMoeConfig()])
 def test_unknown_architectures_are_named_with_the_known_ones(config: PreTrainedConfig) -> None:
     with pytest.raises(
-        ArchError, match=rf"'{config.model_type}'; described are .*llama, mistral, .*qwen2, qwen3.*\. Use one of these"
+        ArchError,
+        match=rf"'{config.model_type}'; described are .*llama, mistral, mixtral, .*qwen2, .*qwen3.*\. Use one of these",
     ):
         arch_for(config)
 

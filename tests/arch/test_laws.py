@@ -10,7 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.arch.conftest import ALL_HEADS, CLASSES, CONFIGS, ENCODERS_WITH_HIDDEN, GROUPED, POST_NORM, WITH_HIDDEN
+from tests.arch.conftest import (
+    ALL_HEADS,
+    CLASSES,
+    CONFIGS,
+    ENCODERS_WITH_HIDDEN,
+    GROUPED,
+    MIXTURES,
+    POST_NORM,
+    WITH_HIDDEN,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -26,9 +35,13 @@ from compresso.edit.shrink import shrink_
 NAMES = list(CONFIGS)
 GENERATING = [name for name in NAMES if name not in CLASSES]
 TOGETHER = "together"
+DENSE_TOO = ("moe_qwen3_tied", "moe_qwen2", "moe_deepseek", "moe_glm4")
+"""Models of experts some of whose layers have one FFN."""
 WITHOUT: dict[str, set[Kind]] = {
-    name: ({Kind.HIDDEN} if name not in (*WITH_HIDDEN, *ENCODERS_WITH_HIDDEN) else set())
+    name: ({Kind.HIDDEN} if name not in (*WITH_HIDDEN, *ENCODERS_WITH_HIDDEN, *MIXTURES) else set())
     | ({Kind.VOCAB} if name in CLASSES else set())
+    | (set() if name in MIXTURES else {Kind.EXPERT, Kind.EXPERT_CHANNEL})
+    | ({Kind.CHANNEL} if name in MIXTURES and name not in DENSE_TOO else set())
     for name in NAMES
 }
 for name in POST_NORM:
@@ -70,7 +83,12 @@ def random_masks(axes: tuple[Axis, ...], kind: str, seed: int = 0, soft: bool = 
             continue
         stays = torch.rand(axis.size, generator=generator) < 0.7
         stays[torch.randint(axis.size, (), generator=generator)] = True
-        if axis.name == "layers.2.channels":
+        if axis.kind == Kind.EXPERT:  # as many in each group, and no fewer than the router wants
+            scores = torch.rand(axis.groups, axis.size // axis.groups, generator=generator)
+            most = -(-axis.min_units // axis.groups)
+            best = scores.topk(most + int(most + 1 < scores.shape[1]), dim=1)[1]
+            stays = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True).flatten()
+        elif axis.name == "layers.2.channels":
             stays[:] = False
             stays[min(7, axis.size - 1)] = True
         elif axis.name in ("layers.0.heads", "layers.1.channels") and axis.min_units == 0:

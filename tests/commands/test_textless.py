@@ -123,7 +123,7 @@ def test_few_formats_take_encoders_and_only_with_a_head(
     folders: dict[str, Path], tmp_path: Path, name: str, format: str, overwrite: bool
 ) -> None:
     taken = format in ("onnx", "compressed-tensors")
-    if name in EXPORTED and taken:
+    if (name in EXPORTED and taken) or (name == "images" and format == "onnx"):
         with pytest.raises(AssertionError, match="weights were read"):
             compresso.export(folders[name], tmp_path / "out", format=format, overwrite=overwrite)
         return

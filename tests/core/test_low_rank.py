@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresso.core.low_rank import factored_size, most_rank, rank_for, rank_within, root_of, truncated
+from compresso.core.low_rank import factored_size, most_rank, rank_for, rank_within, refitted, root_of, truncated
 from compresso.core.obs import NotPositiveDefiniteError
 
 SHAPES = [(24, 16), (16, 24), (8, 32), (20, 20)]
@@ -135,3 +135,18 @@ def test_a_rank_that_a_matrix_cannot_have_is_refused() -> None:
     for rank in (0, 5):
         with pytest.raises(ValueError, match=rf"rank={rank} is none of a matrix \[4, 6\]; give 1 to 4"):
             truncated(torch.ones(4, 6), rank)
+
+
+def test_a_refitted_left_factor_is_least_squares_on_the_inputs_themselves() -> None:
+    """The oracle sees tokens and outputs, not moments."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, others = (torch.randn(60, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(7, 10, generator=generator, dtype=torch.float64)
+    lower, other = (root_of(one.T @ one, 1e-12).lower for one in (inputs, others))
+    found = truncated(weight, 4, lower)
+    left = refitted(weight, found.right, other)
+    wanted = torch.linalg.lstsq(others @ found.right.T, others @ weight.T).solution.T
+    torch.testing.assert_close(left, wanted, atol=1e-8, rtol=1e-8)
+    before, after = (((weight - one @ found.right) @ others.T).square().sum() for one in (found.left, left))
+    assert after < 0.99 * before
+    torch.testing.assert_close(refitted(weight, found.right, lower), found.left, atol=1e-8, rtol=1e-8)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.arch.conftest import ALL_HEADS, CONFIGS, GROUPED
+from tests.arch.conftest import ALL_HEADS, CONFIGS, GROUPED, MIXTURES
 from tests.arch.conftest import tiny as tiny  # the fixture
 from tests.arch.test_laws import Tiny, described, logits
 
@@ -21,7 +21,21 @@ def test_another_order_changes_nothing(tiny: Tiny, name: str, kind: Kind) -> Non
             weight = model.get_parameter(axis.slices[0].param).clone()
             reorder_(model, axis, torch.arange(axis.size).flip(0))
             changed += not torch.equal(weight, model.get_parameter(axis.slices[0].param))
-    assert changed == (0 if kind == Kind.HEAD and name in ALL_HEADS else 4)
+    dense = 4 if name not in MIXTURES else len([axis for axis in axes if axis.kind == Kind.CHANNEL])
+    assert changed == (0 if kind == Kind.HEAD and name in ALL_HEADS else 4 if kind == Kind.HEAD else dense)
+    torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_may_have_their_channels_in_any_order(tiny: Tiny, name: str) -> None:
+    model = tiny(name)
+    before = logits(model)
+    mixed = [axis for axis in described(model)[1] if axis.kind == Kind.EXPERT_CHANNEL]
+    for axis in mixed:
+        weight = model.get_parameter(axis.slices[-1].param).clone()
+        reorder_(model, axis, torch.arange(axis.size).flip(0))
+        assert not torch.equal(weight, model.get_parameter(axis.slices[-1].param))
+    assert mixed
     torch.testing.assert_close(logits(model), before, atol=2e-5, rtol=1e-5)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compresso.core.low_rank import most_rank, rank_within
+from compresso.core.low_rank import most_rank, rank_within, root_of, truncated
 from compresso.errors import NumericError, RecipeError
 from compresso.job import Job
-from compresso.methods.svd import Svd, Whiten
+from compresso.methods.svd import Moments, Svd, Whiten
 from compresso.observe.folds import Stats
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.low_rank import of_low_rank, ranks_of
@@ -114,3 +114,56 @@ def test_a_matrix_that_no_rank_makes_smaller_is_refused_before_weights_are_read(
     for name, rank in ranks_of(job.model, groups, 0.9).items():
         rows, columns = linears(job)[name].shape
         assert rank * (rows + columns) <= 0.9 * rows * columns < (rank + 1) * (rows + columns)
+
+
+def read_by(model: nn.Module, name: str, rows: Tensor) -> Tensor:
+    """What a linear reads [tokens, in], float64."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(input_ids=rows)
+    handle.remove()
+    return seen[0].flatten(0, -2).double()
+
+
+@pytest.mark.parametrize("moments", [Moments.DENSE, Moments.UPDATED])
+def test_whitened_by_the_dense_model_and_fitted_behind_the_truncated_blocks(
+    make_job: MakeJob, moments: Moments
+) -> None:
+    """The oracle runs whole models, dense and truncated up to the last layer, and fits to tokens and outputs."""
+    dense = make_job(folder="dense").model
+    job = Svd(keep=0.6, moments=moments, damping=1e-8)(make_job())
+    rows = torch.tensor([row["input_ids"] for row in job.rows])
+    before = copy.deepcopy(job.model)
+    before.model.layers[2] = copy.deepcopy(dense.model.layers[2])
+    for name in ("model.layers.2.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
+        weight = dense.get_submodule(name).weight.detach().double()
+        inputs, given = read_by(dense, name, rows), read_by(before, name, rows)
+        found = truncated(weight, job.records["svd"]["ranks"][name], root_of(inputs.T @ inputs, 1e-8).lower)
+        left = found.left
+        if moments == Moments.UPDATED:
+            left = torch.linalg.lstsq(given @ found.right.T, given @ weight.T).solution.T
+        made = job.model.get_submodule(name).weight.detach().double()
+        torch.testing.assert_close(given @ made.T, given @ (left @ found.right).T, atol=2e-3, rtol=0)
+        share = (given @ (made - weight).T).square().sum() / (given @ weight.T).square().sum()
+        assert job.records["svd"]["error"][name] == pytest.approx(float(share), rel=1e-3)
+
+
+def test_the_update_loses_less_than_the_dense_whitening_and_only_behind_truncated_blocks(make_job: MakeJob) -> None:
+    errors = {
+        moments: Svd(keep=0.5, moments=moments)(make_job(folder=str(moments))).records["svd"]["error"]
+        for moments in Moments
+    }
+    for name, updated in errors[Moments.UPDATED].items():
+        if ".layers.0." in name:
+            assert updated == pytest.approx(errors[Moments.DENSE][name], rel=1e-3)
+            assert updated == pytest.approx(errors[Moments.COMPRESSED][name], rel=1e-3)
+        else:
+            assert updated <= errors[Moments.DENSE][name] * (1 + 1e-6)
+    last = [sum(found[name] for name in found if ".layers.2." in name) for found in errors.values()]
+    assert last[2] < 0.999 * last[1]
+
+
+def test_moments_without_whitening_are_refused() -> None:
+    with pytest.raises(ValueError, match="moments: dense are for whitening, and whiten is none"):
+        Svd(whiten=Whiten.NONE, moments=Moments.DENSE)

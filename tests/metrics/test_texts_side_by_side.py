@@ -15,8 +15,8 @@ PROMPTS = ([5], [7, 8, 9, 10, 11, 12], [3, 4], [20, 21, 22, 23])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in CLASSES])
 def test_padding_changes_no_text(name: str, tiny: Callable[[str], PreTrainedModel]) -> None:
     model = tiny(name)
-    together = generation._greedy(model, PROMPTS, 12, {64, 65, 66, 67, 68})
-    alone = [generation._greedy(model, [ids], 12, {64, 65, 66, 67, 68})[0] for ids in PROMPTS]
+    together = generation.greedy(model, PROMPTS, 12, {64, 65, 66, 67, 68})
+    alone = [generation.greedy(model, [ids], 12, {64, 65, 66, 67, 68})[0] for ids in PROMPTS]
     assert together == alone
     assert len({tuple(tokens) for tokens, _ in together}) > 1
 
@@ -24,9 +24,9 @@ def test_padding_changes_no_text(name: str, tiny: Callable[[str], PreTrainedMode
 def test_who_has_ended_is_not_asked_again(tiny: Callable[[str], PreTrainedModel]) -> None:
     """NaN in the row of a finished text is nobody's concern, and forwards end with the last text."""
     model, calls = tiny("llama_gqa"), []
-    first = [generation._greedy(model, [ids], 1, set())[0][0][0] for ids in PROMPTS]
+    first = [generation.greedy(model, [ids], 1, set())[0][0][0] for ids in PROMPTS]
     model.register_forward_hook(lambda *_: calls.append(1))
-    assert generation._greedy(model, PROMPTS, 12, set(first)) == [([], True)] * len(PROMPTS)
+    assert generation.greedy(model, PROMPTS, 12, set(first)) == [([], True)] * len(PROMPTS)
     assert len(calls) == 1
 
 
@@ -34,4 +34,4 @@ def test_who_has_ended_is_not_asked_again(tiny: Callable[[str], PreTrainedModel]
 def test_every_decoder_takes_positions_but_those_that_have_none(
     name: str, tiny: Callable[[str], PreTrainedModel]
 ) -> None:
-    assert generation._takes_positions(tiny(name)) is not name.startswith("bloom")
+    assert generation.takes_positions(tiny(name)) is not name.startswith("bloom")

@@ -136,3 +136,11 @@ def test_how_to_load_follows_the_layout(layout: str, says: str, silent: str) -> 
     assert ("custom_code" in front(text)["tags"]) == (layout == "native")
     assert "collaborative prompt, version v1" in text
     assert "## Prompt" not in card({**records(), "prompt": None})
+
+
+def test_a_cache_that_forgets_is_said_before_anything_else() -> None:
+    facts = records()
+    assert "No engine serves" not in card(facts)
+    facts["stages"]["context_gates"] = {"live_fraction": 0.24}
+    lines = card(facts).split("---\n", 2)[2].strip().splitlines()
+    assert lines[2].startswith("**No engine serves its pruned context: its cache forgets to 24 % of the context")

@@ -68,6 +68,11 @@ def test_noise_floors_get_no_column() -> None:
         ("decode/batch8", "Speed", False, False),
         ("decode_bound/batch8", "Speed", False, True),
         ("memory/peak", "Memory", True, False),
+        ("held/miou", "Tasks: intersection over union", False, False),
+        ("held/iou/car/miou", "Tasks: intersection over union", False, False),
+        ("held/pixel-acc", "Tasks: accuracy", False, False),
+        ("frames", "Speed", False, False),
+        ("frames_speedup", "Speed", False, True),
         ("something/new", "Other", None, False),
     ],
 )

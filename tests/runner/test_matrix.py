@@ -69,6 +69,7 @@ def gates(kinds: list[str], **knobs: Any) -> Stages:
 
 VARIANTS: Mapping[str, Stages] = {
     "magnitude_structured": [{"magnitude_structured": {"keep": 0.7}}],
+    "filter_pruning": [{"filter_pruning": {"keep": 0.7}}],
     "magnitude_structured of hidden": [{"magnitude_structured": {"keep": 0.7, "kinds": ["hidden"]}}],
     "gate_taylor": score(BOTH),
     "gate_taylor uniform": score(BOTH, layout="uniform"),
@@ -93,6 +94,7 @@ VARIANTS: Mapping[str, Stages] = {
     "drop_layers of attention": drop(["attention"]),
     "drop_layers of mlp": drop(["mlp"], score="random"),
     "drop_layers of parts": drop(["attention", "mlp"], drop=2, score="reverse"),
+    "drop_experts": [{"drop_experts": {"keep": 0.75, "score": "reap", **LOOKS}}],
     "keep_layers": [{"keep_layers": {"layers": [0, 2]}}],
     "llm_pruner": [{"llm_pruner": {"keep": 0.7, "batch": 4, "micro_batch": 4}}],
     "llm_pruner uniform": [{"llm_pruner": {"keep": 0.7, "layout": "uniform", "batch": 4, "micro_batch": 4}}],
@@ -156,6 +158,8 @@ VARIANTS: Mapping[str, Stages] = {
     "besa of rows": [{"besa": {"per": "row", "bits": 4, "reference": "model", **SWEPT}}],
     "e_sparse": [{"e_sparse": {"block": 8, **SWEPT}}],
     "svd": [{"svd": SWEPT}],
+    "svd updated": [{"svd": {"moments": "updated", "keep": 0.5, **SWEPT}}],
+    "svd then its factors": [{"svd": SWEPT}, {"recover": {"train": "factors", "steps": 2, **LORA}}],
     "svd plain": [{"svd": {"whiten": "none", "keep": 0.5, **SWEPT}}],
     "rtn": [{"rtn": {"bits": 4, "group": 16}}],
     "gptq": [{"gptq": {"bits": 4, "group": 16, **SWEPT}}],
@@ -166,18 +170,26 @@ VARIANTS: Mapping[str, Stages] = {
         {"qat": {"steps": 2, **STEPS, "weight_bits": 8, "channels_kept": 0.5, "heads_kept": 0.5, "inputs": "learned"}}
     ],
     "skip_in_prefill": [{"skip_in_prefill": {"skip": 0.3, **LOOKS}}],
+    "slicegpt": [{"slicegpt": {"only_if_smaller": False, "examples": 8, "batch": 4}}],
+    "slicegpt then recover": [
+        {"slicegpt": {"only_if_smaller": False, "examples": 8, "batch": 4}},
+        {"recover": {"steps": 1, **LORA}},
+    ],
+    "context_gates": [{"context_gates": {"keep_context": 0.5, "steps": 1, **STEPS}}],
+    "context_gates alone": [{"context_gates": {"keep_context": 0.5, "steps": 1, "train": "gates", **STEPS}}],
     "recover": [{"recover": {"steps": 1, **LORA}}],
     "distill": [*score(["channel"], layout="uniform"), {"distill": {"steps": 1, **LORA}}],
     "distill cached": [
         *score(["channel"], layout="uniform"),
         {"distill": {"steps": 1, **LORA, "teacher": "cached", "teacher_top": 16}},
     ],
+    "token_distill": [*score(["channel"], layout="uniform"), {"token_distill": {"steps": 1, **STEPS, "lr": 1e-3}}],
     "finetune": [{"finetune": {"steps": 1, **STEPS}}],
 }
 
 LEFT_OUT = {"recover_knowledge"}
 """Needs two named sources of data, and is tested with them in tests/methods."""
-PATCHES = ("skip_in_prefill",)
+PATCHES = ("skip_in_prefill", "slicegpt", "context_gates alone")
 """Change how a model runs and none of its weights."""
 
 NO_HEAD_DIM = ("gpt2", "gpt_neox", "opt")
@@ -191,6 +203,9 @@ LACKING = {
 """Kinds of units that a family does not have."""
 Cells = Mapping[str, tuple[str, ...]]
 REFUSED: Mapping[str, Cells] = {
+    r"the context of a .* cannot be pruned; wanted one of llama": dict.fromkeys(
+        ("context_gates", "context_gates alone"), ("phi3", "gemma2", "gemma3", "opt")
+    ),
     r"kinds: \[channel\]": dict.fromkeys(
         (
             "magnitude_structured",
@@ -214,14 +229,21 @@ REFUSED: Mapping[str, Cells] = {
     r"is a Conv1D, .* prune this model by its weights or gradients": dict.fromkeys(
         ("loraprune", "loraprune of channels", "lorashear"), ("gpt2",)
     ),
+    r"linears of a gpt2 are Conv1D, .* give train: lora": {"svd then its factors": ("gpt2",)},
     r"no units of the kinds hidden; it has .*: name some of those": {
-        "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA)
+        "magnitude_structured of hidden": (*LAYER_NORM, *GEMMA),
     },
     r"hidden, and the model has none that can leave; give scope: block": {"llm_pruner channel": (*LAYER_NORM, *GEMMA)},
+    r"cannot be sliced: wanted norms that lie before one sub-layer each, of llama": dict.fromkeys(
+        ("slicegpt", "slicegpt then recover"), ("phi3", "gpt_neox", *GEMMA)
+    ),
     r"keep some in every layer, or drop whole layers": dict.fromkeys(
         ("drop_layers of attention", "drop_layers of mlp", "drop_layers of parts", "evopress"),
         (*NO_HEAD_DIM, *GEMMA, "phi3"),
     ),
+    r"has no experts that could leave; use a stage that removes heads, channels or layers": {
+        "drop_experts": tuple(FAMILIES)
+    },
 }
 """What refuses, by what its message has to say. Llama, Mistral, Qwen2 and Qwen3 run whatever there is."""
 

@@ -24,6 +24,14 @@ class NoMlp(nn.Module):
         return hidden_states.new_zeros(()).expand_as(hidden_states)
 
 
+class NoExperts(nn.Module):
+    """A mixture without experts, in a family whose FFN also gives the router's scores: zeros, and no scores."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Zeros of the input's shape without their memory."""
+        return hidden_states.new_zeros(()).expand_as(hidden_states), None
+
+
 class NoAttentionSum(nn.Module):
     """An attention without heads, in a family whose attention adds the stream itself: the stream as it came."""
 

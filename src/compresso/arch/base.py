@@ -26,12 +26,14 @@ class LayerShape:
     Args:
         query_heads: attention heads.
         kv_heads: key/value heads, a divisor of `query_heads`.
-        channels: FFN intermediate units.
+        channels: FFN intermediate units; of one expert, in a layer that has experts.
+        experts: routed experts; 0 in a layer with one FFN.
     """
 
     query_heads: int
     kv_heads: int
     channels: int
+    experts: int = 0
 
 
 class Arch(Protocol):

@@ -1,9 +1,27 @@
-"""How many tokens a model reads at most, as its config says."""
+"""How many tokens a model reads at most, and how many a picture is to it, as its config says."""
 
 from transformers import PreTrainedConfig
 
+_PATCHES = {"vit": 1, "deit": 2}
+"""Families that cut pictures into patches, and how many tokens they add."""
 _BEHIND_PADDING = ("roberta",)
 """Families that count positions from behind the padding token's id, so that those before it are of no use."""
+
+
+def width_of(config: PreTrainedConfig) -> int:
+    """How wide a model is: its hidden size, or the largest one of stages that differ."""
+    width = getattr(config, "hidden_size", None)
+    return int(width) if width else max(int(one) for one in config.hidden_sizes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tokens_of_picture(config: PreTrainedConfig) -> int:
+    """Tokens that a picture is to a model that cuts it into patches: theirs, and the class token (DeiT's two); 1 for
+    other models of pictures, whose multiply-accumulates are counted by picture.
+    """
+    patch, size = getattr(config, "patch_size", None), getattr(config, "image_size", None)
+    if config.model_type not in _PATCHES or not isinstance(patch, int) or not isinstance(size, int):
+        return 1
+    return (size // patch) ** 2 + _PATCHES[config.model_type]
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

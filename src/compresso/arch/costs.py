@@ -42,10 +42,10 @@ def shape_facts(arch: Arch, model: PreTrainedModel) -> dict[str, Field]:
     width = getattr(config, "head_dim", None)
     return {
         "model_type": str(config.model_type),
-        "hidden_size": int(config.hidden_size),
+        **({"hidden_size": int(config.hidden_size)} if hasattr(config, "hidden_size") else {}),
         **({"head_dim": int(width)} if width else {}),
         **({"queries_per_kv_head": _told(groups)} if groups else {}),
-        "vocab_size": int(config.vocab_size),
+        **({"vocab_size": int(config.vocab_size)} if hasattr(config, "vocab_size") else {}),
         "layers": len(shapes),
         "kv_heads": _told([shape.kv_heads for shape in shapes]),
         "channels": _told([shape.channels for shape in shapes]),

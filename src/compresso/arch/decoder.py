@@ -108,9 +108,9 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
     axes: list[Axis] = []
     for i, shape in enumerate(shapes):
         if shape.kv_heads:
-            axes.append(_heads(model, i, shape, head_norms))
+            axes.append(heads_axis(model, i, shape, head_norms))
         if shape.channels:
-            axes.append(_channels(model, i, shape))
+            axes.append(channels_axis(model, i, shape))
     attentions = {i: f"model.layers.{i}.self_attn.o_proj" for i, shape in enumerate(shapes) if shape.kv_heads}
     mlps = {i: f"model.layers.{i}.mlp.down_proj" for i, shape in enumerate(shapes) if shape.channels}
     owned_by_attention = {i: (f"model.layers.{i}.self_attn.", f"model.layers.{i}.input_layernorm.") for i in attentions}
@@ -136,7 +136,7 @@ def decoder_axes(model: PreTrainedModel, head_norms: tuple[str, ...]) -> tuple[A
     return (*axes, vocabulary_axis(model))
 
 
-def _heads(model: PreTrainedModel, i: int, shape: LayerShape, head_norms: tuple[str, ...]) -> Axis:
+def heads_axis(model: PreTrainedModel, i: int, shape: LayerShape, head_norms: tuple[str, ...]) -> Axis:
     """One key/value head with its query heads: rows of q, k, v and columns of o."""
     attention = f"model.layers.{i}.self_attn"
     head_dim = _linear(model, f"{attention}.k_proj").out_features // shape.kv_heads
@@ -158,7 +158,7 @@ def _heads(model: PreTrainedModel, i: int, shape: LayerShape, head_norms: tuple[
     )
 
 
-def _channels(model: PreTrainedModel, i: int, shape: LayerShape) -> Axis:
+def channels_axis(model: PreTrainedModel, i: int, shape: LayerShape) -> Axis:
     """One FFN unit: a row of gate and up and a column of down."""
     mlp = f"model.layers.{i}.mlp"
     read = (f"{mlp}.gate_proj", f"{mlp}.up_proj")

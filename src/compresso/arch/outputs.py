@@ -4,7 +4,23 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+IDS = 32
+"""Tokens that `any_input` has at most."""
+
+
+def any_input(config: PreTrainedConfig) -> Tensor:
+    """What a model with this config can be asked where nobody gave an example: its first tokens [1, seq], int64, or one
+    image of noise [1, channels, height, width].
+    """
+    size = getattr(config, "vocab_size", None)
+    if size is not None:
+        return torch.arange(min(IDS, size)).unsqueeze(0)
+    sides = config.image_size  # pyright: ignore[reportAttributeAccessIssue]  # of a model of pictures
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    shape = (1, int(config.num_channels), height, width)  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ has a class of its own for the model_type, that one is opened, and refused other
 
 Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
 `generate` is never allowed to trust, so decoding modes that moved to the hub are not loaded; pickles are refused beside
-this (`folder.py`), chat templates run in a sandbox. The files that may run are the two modelling files that
+this (`folder.py`), chat templates run in a sandbox. The files that may run are the three modelling files that
 compresso writes, byte for byte, with no link that leads elsewhere.
 """
 
@@ -45,7 +45,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.links import is_own
 from compresso.errors import CheckpointError, quoted
-from compresso.native import CLASSES, LOW_RANK_CLASSES, LOW_RANK_FILE, MODELING_FILE
+from compresso.native import CLASSES, LOW_RANK_CLASSES, LOW_RANK_FILE, MODELING_FILE, SLICED_CLASSES, SLICED_FILE
 
 _CONFIGS = (
     "config.json",
@@ -82,10 +82,14 @@ class Shipped:
 
 NATIVE = tuple(
     Shipped(file, frozenset(cls.__name__ for classes in families.values() for cls in classes))
-    for file, families in ((MODELING_FILE, CLASSES), (LOW_RANK_FILE, LOW_RANK_CLASSES))
+    for file, families in (
+        (MODELING_FILE, CLASSES),
+        (LOW_RANK_FILE, LOW_RANK_CLASSES),
+        (SLICED_FILE, SLICED_CLASSES),
+    )
 )
-"""The classes per layer, and those of low rank. `import compresso` registers them, so that a folder's copy of a file is
-not read unless it is trusted.
+"""The classes per layer, those of low rank and those of a sliced stream. `import compresso` registers them, so that
+a folder's copy of a file is not read unless it is trusted.
 """
 
 

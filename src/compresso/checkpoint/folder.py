@@ -13,7 +13,7 @@ from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
-from compresso.native import is_low_rank
+from compresso.native import is_low_rank, is_sliced
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -59,7 +59,7 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
 
     Args:
         path: the file.
-        packed: whether weights may be stored in few bits, or factored.
+        packed: whether weights may be stored in few bits, factored, or of a sliced stream.
 
     Raises:
         CheckpointError: it is malformed, needs code from the folder, is quantised, or points elsewhere for its weights.
@@ -83,6 +83,11 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
         raise CheckpointError(
             f"{path}: its linears are products of low rank, which only transformers opens. Give the folder that it was"
             " exported from, where they are multiplied out."
+        )
+    if is_sliced(model_type) and not packed:
+        raise CheckpointError(
+            f"{path}: its stream is sliced, which only transformers opens. Give the folder that it was exported from,"
+            " where a forward patch cuts it."
         )
     if "transformers_weights" in data:
         raise CheckpointError(f"{path}: transformers_weights names another weight file. Give a folder with {SINGLE}.")

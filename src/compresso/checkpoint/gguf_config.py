@@ -52,7 +52,8 @@ def config_of(fields: Fields, factors: Tensor | None, dtype: str) -> tuple[dict[
     if not 0 < layers <= len(tensors):
         raise fields.refuse(f"says that it has {layers} layers, and holds {len(tensors)} tensors.")
     shapes = _shapes(fields, layers)
-    top = LayerShape(*(max(1, *(getattr(one, part) for one in shapes)) for part in LayerShape.__dataclass_fields__))
+    widths = ("query_heads", "kv_heads", "channels")
+    top = LayerShape(*(max(1, *(getattr(one, part) for one in shapes)) for part in widths))
     hidden = fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", hidden // top.query_heads)
     if not head_dim or fields.integer("attention.value_length", head_dim) != head_dim:

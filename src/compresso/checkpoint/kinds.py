@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
@@ -17,7 +18,10 @@ from compresso.errors import ArchError
 _READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
 _BOTH_WAYS = ("bert", "roberta", "distilbert")
 """Encoders of texts that are described here; a config that names no class means the bare model."""
-_ENCODERS = (*_READERS, AutoModelForImageClassification, AutoModel)
+_OF_PICTURES = ("vit", "deit", "mobilevit")
+"""Models of pictures that are described here; likewise."""
+_SEE = (AutoModelForImageClassification, AutoModelForSemanticSegmentation)
+_ENCODERS = (*_READERS, *_SEE, AutoModel)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -31,13 +35,15 @@ def auto_class(config: PreTrainedConfig) -> Any:
     named = (getattr(config, "architectures", None) or [""])[0]
     for auto in (AutoModelForCausalLM, *_ENCODERS):
         mapping: Any = auto._model_mapping
-        if type(config) in mapping and mapping[type(config)].__name__ == named:
+        classes = mapping.get(type(config), ())
+        several = classes if isinstance(classes, tuple) else (classes,)  # DeiT has two classifiers
+        if named in [one.__name__ for one in several]:
             return auto
     if (
         type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _BOTH_WAYS
     ):  # transformers has a causal BERT too
         return AutoModelForCausalLM
-    if not named and config.model_type in (*_BOTH_WAYS, "vit"):
+    if not named and config.model_type in (*_BOTH_WAYS, *_OF_PICTURES):
         return AutoModel
     said = f"the architecture {named}" if named else "no architecture"
     raise ArchError(
@@ -48,6 +54,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def is_causal(config: PreTrainedConfig) -> bool:
     """Whether a model is opened as a causal language model: what data, training and reports need."""
     return auto_class(config) is AutoModelForCausalLM and config.model_type not in _BOTH_WAYS
+
+
+def sees(config: PreTrainedConfig) -> bool:
+    """Whether a model is opened as one of pictures with a head: a classifier, or one that classifies each pixel."""
+    return auto_class(config) in _SEE
 
 
 def is_text_encoder(config: PreTrainedConfig) -> bool:

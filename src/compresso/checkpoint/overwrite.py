@@ -217,6 +217,7 @@ RUN = Written(
     (
         "recipe.yaml",
         "plan.json",
+        "kept_experts.json",
         "records.json",
         "README.md",
         "report.html",
@@ -226,6 +227,11 @@ RUN = Written(
         *_CHECKPOINT,
     ),
     _is_run,
+)
+FAMILY = Written(
+    "run with several targets",
+    tuple(f"*/{pattern}" for pattern in RUN.files),
+    lambda folder: any(_is_run(one) for one in folder.iterdir() if one.is_dir()),
 )
 EXPORTS = {
     "onnx": Written(
@@ -243,6 +249,11 @@ EXPORTS = {
         "export",
         ("README.md", "modeling_compresso_lowrank.py", *_CHECKPOINT),
         lambda folder: (folder / "modeling_compresso_lowrank.py").is_file(),
+    ),
+    "sliced": Written(
+        "export",
+        ("README.md", "modeling_compresso_sliced.py", *_CHECKPOINT),
+        lambda folder: (folder / "modeling_compresso_sliced.py").is_file(),
     ),
 }
 """What `compresso export` writes, by format; a GGUF is a single file."""

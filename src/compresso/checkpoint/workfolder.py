@@ -4,6 +4,7 @@
       identity.json        what a resume must agree on
       stages/01-NAME/      a finished stage: checkpoint, plan.json, records.json and a manifest written last
       training/NAME/       training checkpoints of the running stage
+      targets/NAME/        a finished result of a run that has several
 
 One process at a time owns it (a lock beside it). It is removed after the result stands, and when a run fails before it
 has anything worth resuming. Only a folder that a run made is ever removed: whatever else has that name is left alone.
@@ -125,6 +126,14 @@ class WorkFolder:
     def training(self, name: str) -> Path:
         """Where a stage keeps its training checkpoints."""
         return self.path / "training" / name
+
+    def target(self, name: str) -> Path:
+        """Where one of several results lies until all are there."""
+        return self.path / "targets" / name
+
+    def has_target(self, name: str) -> bool:
+        """Whether it lies there whole: it was renamed to its name."""
+        return (self.target(name) / "records.json").is_file()
 
     def discard(self) -> None:
         """Remove everything: the result stands elsewhere."""

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
@@ -23,6 +24,7 @@ _CALLED = {
     AutoModelForQuestionAnswering: "a model that finds answers in texts",
     AutoModelForSequenceClassification: "a classifier of texts",
     AutoModelForImageClassification: "a classifier of images",
+    AutoModelForSemanticSegmentation: "a segmenter of images",
 }
 """What is opened beside causal language models, by transformers' class that opens it."""
 

@@ -34,6 +34,7 @@ from compresso.cli.options import (
     Stream,
     Target,
     Task,
+    Trust,
     warn_of,
 )
 
@@ -215,6 +216,7 @@ def run(
         bool, typer.Option("--over-memory", help="Offload even if the estimate is above what is there.")
     ] = False,
     measure: Measure = "full",
+    trust: Trust = "none",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not open the result in the engines of this machine.")
     ] = False,
@@ -261,6 +263,7 @@ def run(
         over_memory=over_memory,
         verify=not no_verify,
         measure=measure,
+        trust=trust,
     )
     run.show(result, as_json)
 

@@ -35,7 +35,10 @@ Milliseconds = Annotated[
 ]
 Speedup = Annotated[
     str | None,
-    typer.Option(help="Measured time of the dense model over the smaller one's, by --latency-table: 1.5x."),
+    typer.Option(
+        help="Measured time of the dense model over the smaller one's, by --latency-table: 1.5x; of 1.2x,1.5x,2x each"
+        " gives a checkpoint."
+    ),
 ]
 LatencyTable = Annotated[
     Path | None,
@@ -88,6 +91,10 @@ SkipBad = Annotated[
 AllowDropped = Annotated[
     bool,
     typer.Option("--allow-dropped", help="Go on where more than a fifth of the data gives no example to learn from."),
+]
+Trust = Annotated[
+    Literal["none", "quick", "full"],
+    typer.Option(help="Ask both models what tells of trust: quick (a few questions of each dimension), full (all)."),
 ]
 AllowCollapsed = Annotated[
     bool, typer.Option("--allow-collapsed", help="Write the result even if the collapse guard refuses it.")

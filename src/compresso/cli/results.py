@@ -10,6 +10,7 @@ import typer
 
 from compresso.cli.app import app
 from compresso.cli.options import Device, Force, Json, Overwrite, Weights, warn_of
+from compresso.errors import DataError
 
 
 @app.command()
@@ -94,15 +95,33 @@ def latency(
     latency.show(table, as_json)
 
 
+def _limit(text: str | None) -> str | None:
+    """A number of items or a share of them; anything else is a usage error."""
+    if text is None:
+        return None
+    from compresso.commands.evaluate import limit_of
+
+    try:
+        limit_of(text)
+    except DataError as error:
+        raise typer.BadParameter(str(error).partition(": ")[2]) from error
+    return text
+
+
 @app.command()
 def evaluate(
     model: Weights,
-    suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world.")] = None,
+    suite: Annotated[str | None, typer.Option(help="commonsense, reading, mmlu, bbh or world; refusal; trust.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Single tasks, several with commas, such as piqa,boolq.")] = None,
     prompt: Annotated[
         str, typer.Option(help="Collaborative prompt: on, off or both; auto: on if pruned with it.")
     ] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most items of each task, the first ones.")] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            callback=_limit, help="Most items of each task, the first ones; of refusal and trust also a share, as 5%."
+        ),
+    ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="Perplexity on wikitext2, c4 or a local file; without tasks, wikitext2.")
     ] = None,
@@ -126,6 +145,33 @@ def evaluate(
         str | None, typer.Option(help="What the model was trained for, such as classification; scored on --data.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Examples to score --task on.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Of --suite refusal: harmful tasks in templates (arXiv 2401.10862), not shipped."),
+    ] = None,
+    benign: Annotated[
+        Path | None, typer.Option(help="Of --suite refusal: everyday tasks in the same templates.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Of --suite refusal: a chat model that tells which answers are harmful.")
+    ] = None,
+    judge_labels: Annotated[
+        Path | None, typer.Option(help="Labelled answers (.jsonl) that --judge is held against.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Of --suite refusal and trust: the dense model, asked the same.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Of --suite refusal and trust: a folder that keeps each answer; a stopped call goes on."),
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of --suite refusal: most tokens of an answer.")] = None,
+    scoring: Annotated[
+        str, typer.Option(help="Of --suite trust: likelihood of the choices, or texts sampled as published.")
+    ] = "likelihood",
+    generations: Annotated[
+        int, typer.Option(min=1, help="Of --suite trust, sampled: texts drawn for each request.")
+    ] = 25,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
@@ -149,6 +195,15 @@ def evaluate(
         output=output,
         task=task,
         data=data,
+        prompts=prompts,
+        benign=benign,
+        judge=judge,
+        judge_labels=judge_labels,
+        against=against,
+        answers=answers,
+        new_tokens=new_tokens,
+        scoring=scoring,
+        generations=generations,
     )
     evaluate.show(report, as_json)
 

@@ -15,6 +15,15 @@ from rich.table import Table
 
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.tokenizer import load_tokenizer
+from compresso.commands.changes import changes_table
+from compresso.commands.evaluate_dimensions import trust_results
+from compresso.commands.evaluate_trust import (
+    SUITES,
+    TrustOptions,
+    check_suite_words,
+    refusal_results,
+    refuse_options_of,
+)
 from compresso.core.counted import counted
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
@@ -22,6 +31,7 @@ from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
+from compresso.metrics.trust.strata import limit_of
 from compresso.runner.evaluate_task import TASK, check_words, refuse_other_than_text, task_metric
 from compresso.training.device import choose_device
 from compresso.training.progress import Progress
@@ -42,7 +52,7 @@ def evaluate(
     corpus: str | None = None,
     protocol: str | None = None,
     prompt: str = "auto",
-    limit: int | None = None,
+    limit: int | str | None = None,
     data_root: str | Path | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -50,38 +60,69 @@ def evaluate(
     output: str | Path | None = None,
     task: str | None = None,
     data: str | None = None,
+    prompts: str | Path | None = None,
+    benign: str | Path | None = None,
+    judge: str | Path | None = None,
+    judge_labels: str | Path | None = None,
+    against: str | Path | None = None,
+    answers: str | Path | None = None,
+    new_tokens: int | None = None,
+    scoring: str = "likelihood",
+    generations: int = 25,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
     Args:
         model: folder of safetensors, GGUF file or hub id.
-        suite: commonsense, reading, mmlu, bbh or world.
+        suite: commonsense, reading, mmlu, bbh or world; refusal, how often a chat model refuses; trust, eight
+            dimensions of trust.
         tasks: single tasks, in place of a suite.
         corpus: wikitext2, c4 or a local file.
         protocol: sparsegpt, llm-pruner or compresso; None: sparsegpt, or llm-pruner if the model's context is shorter
             than its windows.
         prompt: the collaborative prompt before the requests of tasks; "auto": on if the model was pruned with it.
-        limit: most items of each task, the first ones.
+        limit: most items of each task, the first ones; of refusal and trust a number of items or a share such as "5%",
+            with its part of every kind.
         data_root: folder with local files; None: that of COMPRESSO_DATA, if set, else the hub.
         batch_size: rows a forward.
         device: auto, cpu, cuda or cuda:N.
         seed: of shots that are drawn.
         output: file to which the report is written as JSON.
         task, data: in place of all that is for text, a task such as "classification", and examples to score on.
+        prompts: of suite refusal, the file of harmful tasks in templates.
+        benign: of suite refusal, the file of everyday tasks in the same templates.
+        judge, judge_labels: of suite refusal, a chat model that tells harmful answers, and labelled answers to hold it
+            against.
+        against: of suites refusal and trust, the dense model, asked the same; the report then says what changed.
+        answers: of suites refusal and trust, a folder that keeps each answer, from which a stopped call goes on.
+        new_tokens: of suite refusal, most tokens of an answer; None: as many as 1000 with the request leave.
+        scoring: of suite trust, "likelihood" of the choices, or texts "sampled" as published.
+        generations: of suite trust, texts drawn for each request where scoring is sampled.
 
     Raises:
         CompressoError: with the cure; nothing was written.
     """
     check_words(task, data, tasks, suite, corpus, protocol)
+    trust = TrustOptions(prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations)
+    if suite in SUITES:
+        check_suite_words(suite, trust, corpus, protocol)
+    else:
+        refuse_options_of(suite, trust)
+        limit = _whole(limit)
     if suite is not None and tasks is not None:
         raise DataError("--suite and --tasks are both given; give one")
     if prompt not in PROMPTING:
         raise DataError(_unknown_prompt(prompt))
+    if suite in SUITES and prompt == "both":
+        raise DataError(f"--prompt both does not go with --suite {suite}; give on or off")
     names = [suite] if suite else list(tasks or ())
     if tasks is not None and not names:
         raise DataError("--tasks names nothing; give at least one")
-    if names:
-        _check_numbers(limit, batch_size)
+    if suite in SUITES:
+        _check_numbers(None, batch_size)
+        limit_of(limit)
+    elif names:
+        _check_numbers(_whole(limit), batch_size)
     elif prompt != "auto" or (limit is not None and task is None):
         raise DataError("--prompt and --limit belong to tasks, and none was asked for; give --suite or --tasks")
     where = choose_device(device)
@@ -90,9 +131,15 @@ def evaluate(
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors or a GGUF file")
     if task is not None and data is not None:
-        return _reported(source, task_metric(source, task, data, where, limit), target)
+        return _reported(source, task_metric(source, task, data, where, _whole(limit)), target)
     refuse_other_than_text(source)
     load_tokenizer(source)
+    if suite in SUITES:
+        asked = {"limit": limit, "prompt": prompt, "device": where, "seed": seed, "batch_size": batch_size}
+        if suite == "trust":
+            return _written(trust_results(source, trust, data_root=data_root, **asked), target)
+        return _written(refusal_results(source, trust, **asked), target)
+    limit = _whole(limit)
     language = _language(source, corpus or "wikitext2", protocol, data_root) if corpus or not names else None
     if language is None and protocol is not None:
         raise DataError(
@@ -130,7 +177,7 @@ def evaluate(
             seed=seed,
             progress=shown,
         )
-        for one in prompts(loaded, prompt):
+        for one in _collaborative(loaded, prompt):
             measurements += score(prompt=one)
     return _reported(source, measurements, target)
 
@@ -143,7 +190,12 @@ def _reported(source: Source, measurements: Sequence[Measurement], target: Path 
         fingerprint=source.identity.fingerprint,
         measurements=tuple(measurements),
     )
-    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=(results,))
+    return _written([results], target)
+
+
+def _written(models: Sequence[ModelResults], target: Path | None) -> Report:
+    """The report of models, the dense one first; also written if a file is named."""
+    report = Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=tuple(models))
     if target:
         write_report_file(target, report)
     return report
@@ -169,6 +221,10 @@ def prompts(loaded: Loaded, prompt: str) -> tuple[Prompt | None, ...]:
             raise DataError(_unknown_prompt(prompt))
 
 
+_collaborative = prompts
+"""The same where an argument has that name."""
+
+
 def show(report: Report, as_json: bool = False) -> None:
     """Print a report as JSON, or as a table with what it does not hold."""
     if as_json:
@@ -183,6 +239,10 @@ def show(report: Report, as_json: bool = False) -> None:
             console.print(
                 f"Only the first {counted(limits[-1], 'item')} of each task: not comparable with published scores."
             )
+        if results.changes:
+            console.print(changes_table(results))
+        for what, why in results.not_measured.items():
+            console.print(f"{what} not measured: {why}.", highlight=False)
         if absent := _absent(results):
             console.print(f"Not measured: {', '.join(absent)}.")
 
@@ -194,6 +254,7 @@ def _scores(results: ModelResults) -> Table:
             one.name,
             f"{one.value:.3f}",
             "" if one.stderr is None else f"{one.stderr:.3f}",
+            f"{one.low:.3f} to {one.high:.3f}" if "interval" in one.protocol and one.low is not None else "",
             "" if one.n is None else f"{one.n:,}",
             "" if (shots := one.protocol.get("shots")) is None else str(shots),
             "" if "prompt" not in one.protocol else "on" if one.protocol["prompt"] else "off",
@@ -201,8 +262,8 @@ def _scores(results: ModelResults) -> Table:
         for one in results.measurements
     ]
     table = Table(title=f"{results.name} {results.fingerprint[:19]}", title_justify="left")
-    said = [place < 2 or any(row[place] for row in rows) for place in range(6)]
-    for name, shown in zip(("", "value", "± stderr", "n", "shots", "prompt"), said, strict=True):
+    said = [place < 2 or any(row[place] for row in rows) for place in range(7)]
+    for name, shown in zip(("", "value", "± stderr", "95 %", "n", "shots", "prompt"), said, strict=True):
         if shown:
             table.add_column(name, justify="left" if name in ("", "prompt") else "right", no_wrap=not name)
     for row in rows:
@@ -224,7 +285,7 @@ def _notes(results: ModelResults) -> list[str]:
 def _absent(results: ModelResults) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
     units = {one.unit for one in results.measurements}
-    if any(TASK in one.protocol for one in results.measurements):
+    if any(TASK in one.protocol or one.name.partition("/")[0] in ("refusal", "trust") for one in results.measurements):
         return []
     return [
         what
@@ -253,6 +314,14 @@ def _language(
 
 def _unknown_prompt(prompt: str) -> str:
     return f"--prompt '{prompt}' is unknown; {nearest(prompt, PROMPTING)}"
+
+
+def _whole(limit: int | str | None) -> int | None:
+    """A number of items. Raises DataError for a share, which the first items of a task are not."""
+    found = limit_of(limit)
+    if isinstance(found, float):
+        raise DataError(f"--limit {limit}: a share is for --suite refusal and trust; give a number of items")
+    return found
 
 
 def _check_numbers(limit: int | None, batch_size: int) -> None:

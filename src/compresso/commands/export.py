@@ -8,7 +8,7 @@ from typing import Any
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.kinds import is_text_encoder
+from compresso.checkpoint.kinds import is_text_encoder, sees
 from compresso.checkpoint.overwrite import EXPORTS, first_bytes, refuse_foreign, refuse_foreign_gguf
 from compresso.checkpoint.scratch import scratch_beside
 from compresso.checkpoint.source import Source, open_source
@@ -28,7 +28,7 @@ from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.metrics.size import weight_bytes
 
 log = logging.getLogger(__name__)
-FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci", "low-rank")
+FORMATS = ("gguf", "onnx", "compressed-tensors", "vllm-deci", "low-rank", "sliced")
 _ENCODERS = ("onnx", "compressed-tensors")
 """Formats that encoders with a head have, too."""
 
@@ -49,8 +49,8 @@ def export(
     Args:
         model: folder of safetensors, GGUF file or hub id.
         output: the file or folder to write.
-        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded), vllm-deci or low-rank
-            (of what svd left with a low rank).
+        format: gguf (a file), or a folder of onnx, compressed-tensors (of what a stage rounded), vllm-deci, low-rank
+            (of what svd left with a low rank) or sliced (of what slicegpt cut).
         dtype: of gguf: f32, f16 (if None), bf16, q8_0, q4_0, or a K-quant such as q4_k_m, made by llama.cpp; of
             onnx: f32 (if None) or int8.
         overwrite: replace an earlier export of the same format; a folder with anything else in it is refused.
@@ -89,7 +89,7 @@ def export(
                 f"--dtype {dtype}: compressed-tensors files have the bits that the run rounded to; leave --dtype out"
             )
         return _packed(source, output, overwrite)
-    if format in ("vllm-deci", "low-rank"):
+    if format in ("vllm-deci", "low-rank", "sliced"):
         if dtype is not None:
             raise ExportError(f"--dtype {dtype}: {format} keeps the stored one; leave --dtype out")
         return _stored(source, Format(format), output, overwrite)
@@ -108,6 +108,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
 
 def _refuse_textless(source: Source, format: str) -> None:
     """Raise ArchError for a model that the engines of a format cannot be asked about."""
+    if sees(source.config) and format == "onnx":
+        return
     if not is_text_encoder(source.config):
         also = " and encoders of texts with a head, as a run with --task classification writes them"
         refuse_textless(source, f"--format {format} takes causal language models{also if format in _ENCODERS else ''}")
@@ -147,7 +149,7 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, Any]:
     """A folder with an ONNX graph."""
-    if is_text_encoder(source.config):
+    if is_text_encoder(source.config) or sees(source.config):
         facts = _encoder(source, output, dtype, force)
     else:
         facts = _exported(source, Format.ONNX, output, dtype, force)
@@ -156,7 +158,7 @@ def _onnx(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
 
 
 def _stored(source: Source, written: Format, output: Path, force: bool) -> dict[str, Any]:
-    """A folder for vLLM's DeciLM class, or with products of low rank."""
+    """A folder for vLLM's DeciLM class, with products of low rank, or of a sliced stream."""
     return _exported(source, written, output, None, force) | {"bytes": weight_bytes(output)}
 
 

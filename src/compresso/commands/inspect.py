@@ -22,7 +22,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     console.print(f"[bold]{facts['architecture']}[/bold]  {parameters['total']:,} parameters")
     if "experts" in facts:
         _show_experts(console, facts)
-        return
+        if not facts["axes"]:
+            return
     if "stays" in facts:
         console.print("  nobody described this architecture: the axes were found from a trace of its operations")
     else:
@@ -51,7 +52,7 @@ def _show_experts(console: Console, facts: Mapping[str, Any]) -> None:
     chosen = f", {experts['per_token']} chosen a token" if experts["per_token"] else ""
     console.print(f"  experts {parameters['experts']:,} · embeddings {parameters['embeddings']:,}{active}")
     console.print(f"  {experts['each']} experts in each of {experts['layers']} layers{chosen}")
-    for sentence in facts["stays"]:
+    for sentence in facts.get("stays", ()):
         console.print(f"  stays: {sentence}", markup=False, soft_wrap=True)
 
 

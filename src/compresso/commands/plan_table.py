@@ -23,7 +23,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = [
         (f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]
     ]
-    rows += [(name.replace("_", " "), before[name], after[name]) for name in ("macs_per_token", "kv_bytes_per_token")]
+    rows += [(name.replace("_", " "), before[name], after[name]) for name in before if name.endswith("_per_token")]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
     if "packed" in facts["weight_bytes"]:
         rows.append(("bytes once packed", facts["weight_bytes"]["before"], facts["weight_bytes"]["packed"]))
@@ -81,10 +81,12 @@ def _after(facts: Mapping[str, Any]) -> str:
 
 def _length(one: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
     """How long a stage trains, as it was asked for and in updates."""
-    asked, most = one["duration"], one["updates"]
+    asked, most, rounds = one["duration"], one["updates"], one["rounds"]
     if "epoch" not in asked:
         whole = sum(int(phase) for phase in asked.split(" + "))
         words = f"{asked} updates" if whole != 1 else "1 update"
+        if rounds > 1:
+            return f"{counted(most, 'update')} of {asked}, in {rounds} rounds"
         return words if most == whole else f"{counted(most, 'update')}, by max_steps, of {asked}"
     if data is not None:
         taken = next(row["updates"] for row in data["epochs"] if row["stage"] == one["stage"])
@@ -112,12 +114,14 @@ def _compressed(one: Mapping[str, Any], device: str) -> str:
 
 def _data(data: Mapping[str, Any]) -> list[str]:
     """What became of the data, a sentence each."""
-    examples = data["examples"]
+    examples, at, tokens = data["examples"], "", ""
+    if examples["tokens"]:  # pictures have none
+        at = f" at {data['max_length']} tokens"
+        tokens = f"; tokens {examples['tokens']:,}, of which {examples['response_tokens']:,} are learned"
     lines = [
         f"data: {data['source']} ({data['kind']})",
-        f"data: {data['survive']:,} of {examples['n']:,} records survive at {data['max_length']} tokens; rows of"
-        f" training {data['train']:,}, held out {data['held']:,}; tokens {examples['tokens']:,}, of which"
-        f" {examples['response_tokens']:,} are learned",
+        f"data: {data['survive']:,} of {examples['n']:,} records survive{at}; rows of training {data['train']:,}, held"
+        f" out {data['held']:,}{tokens}",
     ]
     if data["columns"]:
         lines.append(f"data: columns read: {', '.join(data['columns'])}")

@@ -34,9 +34,15 @@ class Kind(StrEnum):
     QUERY = "query"
     """One of the query heads that share a key/value head; all key/value heads of a layer keep as many."""
     CHANNEL = "channel"
-    """One unit of an FFN's intermediate width."""
+    """One unit of an FFN's intermediate width, or one channel inside an inverted residual."""
+    EXPERT = "expert"
+    """One routed expert of a layer: its part of the fused tensors, and what the router knows of it."""
+    EXPERT_CHANNEL = "expert_channel"
+    """One unit of the intermediate width of every expert of a layer, which all keep as many."""
     HIDDEN = "hidden"
-    """One dimension of the residual stream; a model has one such axis."""
+    """One dimension of the residual stream; a model has one such axis. In a network of stages, one channel of a stage's
+    feature maps; each stage has one.
+    """
     LAYER = "layer"
     """A whole decoder layer."""
     ATTENTION = "attention"
@@ -77,24 +83,30 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Where a mask multiplies activations: the last dimension of a module's input or output; or a module that a mask
-    of 0 skips.
+    """Where a mask multiplies activations: the last dimension of a module's input or output, of a convolution's input
+    the channels; or a module that a mask of 0 skips; or the choice among experts.
 
     Args:
         module: qualified module name; a Linear, or an Embedding with side "output".
-        side: "input" or "output" of that module; "skip" where its output becomes mask x output + (1 - mask) x input.
+        side: "input" or "output" of that module; "skip" where its output becomes mask x output + (1 - mask) x input;
+            "route" of a router, where 0 is minus infinity before the choice of the top k and other values multiply
+            what is chosen; "weights" where no module shows the activation, so that the mask multiplies the entries of
+            `folds` while the module runs.
         width: consecutive activation entries that share one unit's mask value.
         unit: None if the units tile the activation; k if the whole activation belongs to unit k.
         start: where the first unit's entries begin.
         of: entries of the activation, where the units tile only a part of it; None where they tile all of it.
+        folds: (parameter, dim) of the entries that take a soft mask in when it is made permanent, where these are not
+            the module's own parameters.
     """
 
     module: str
-    side: Literal["input", "output", "skip"]
+    side: Literal["input", "output", "skip", "route", "weights"]
     width: int = 1
     unit: int | None = None
     start: int = 0
     of: int | None = None
+    folds: tuple[tuple[str, int], ...] = ()
 
     def spread(self, mask: Tensor) -> Tensor:
         """A mask [..., size] as it multiplies the activation: [..., entries], or [..., 1] where one unit owns all."""
@@ -138,6 +150,8 @@ class Axis:
             as removal does, so that nothing has to be corrected; gates lie on their outputs.
         within: the axis, and the unit of it, that these units lie in; None for most. They leave with that unit, and all
             units of that axis that stay keep the same number of theirs.
+        groups: runs of units, equally long, that keep as many each (experts under a router that chooses groups first).
+        buffers: persistent buffers with one entry a unit along their first dimension, which are cut with them.
     """
 
     name: str
@@ -153,6 +167,8 @@ class Axis:
     head_norm: str | None = None
     within: tuple[str, int] | None = None
     layer_norms: tuple[str, ...] = ()
+    groups: int = 1
+    buffers: tuple[str, ...] = ()
 
     def tilings(self) -> dict[tuple[str, int], list[Slice]]:
         """(parameter, dimension) -> the slices that tile it, in order of their start."""

@@ -45,6 +45,8 @@ class Weight:
             norms and biases).
         cached: how many of its outputs are values of the key/value cache per token, in the dense model.
         output: the dimension of its outputs, if some are cached.
+        routed: how many units along its first dimension a token uses, however many there are (top-k of the experts
+            whose weights it stacks); 0 for all.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Weight:
     macs: int = 0
     cached: int = 0
     output: int = 0
+    routed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Counts:
 
     `total` counts parameters with tied ones once; `macs` is multiply-accumulates per token in matrices with a full
     head, attention scores excluded (they depend on the context length); `cached` is key/value cache entries per token;
+    `active` is the parameters that a token meets: of experts those that are chosen for it, of all else everything;
     `bytes` is what the weights take, None where their bits are not known; `measured` has what else is asked for.
     """
 
@@ -70,6 +74,7 @@ class Counts:
     norms: Tensor
     macs: Tensor
     cached: Tensor
+    active: Tensor
     bytes: Tensor | None = None
     measured: Mapping[CostName, Callable[[], Amounts]] = field(default_factory=dict[CostName, Callable[[], Amounts]])
 
@@ -147,6 +152,7 @@ class CostModel:
         rows: dict[str, list[int]] = {
             weight.name: [] for weight in self.weights
         }  # factors of outputs and of presence: cached entries
+        chosen: dict[str, int] = {}  # of a stack of experts, the factor that counts them
         tiled: dict[tuple[str, int], int] = {}  # entries of one unit
         sizes: dict[tuple[str, int], int] = {}  # units
         divided = grids(self.axes)
@@ -177,6 +183,8 @@ class CostModel:
                 grid = divided.get((param, dim))
                 tiled[param, dim], sizes[param, dim] = width if grid is None else 1, axis.size
                 factors[param].append(atom(axis.name, "sum" if grid is None else grid))
+                if by_name[param].routed and dim == 0:
+                    chosen[param] = factors[param][-1]
                 if dim == by_name[param].output:
                     rows[param].append(atom(axis.name, "sum"))
             for name in axis.with_last_unit:
@@ -192,6 +200,10 @@ class CostModel:
             row_constants.append(weight.cached // sizes.get((weight.name, weight.output), 1))
 
         self._factors = _padded([factors[weight.name] for weight in self.weights])
+        self._chosen = _padded(
+            [[one for one in factors[weight.name] if one != chosen.get(weight.name)] for weight in self.weights]
+        )
+        self.routes = any(weight.routed for weight in self.weights)
         self._rows = _padded([rows[weight.name] for weight in self.weights])
         entries = torch.tensor([constants[weight.name] for weight in self.weights], dtype=torch.float64)
         groups = [
@@ -199,7 +211,13 @@ class CostModel:
             for group in Group
         ]
         macs = torch.tensor([float(weight.macs) for weight in self.weights], dtype=torch.float64)
-        self._entry_coefficients = torch.stack([entries * column for column in (*groups, macs)])  # [4, weights]
+        self._entry_coefficients = torch.stack([entries * column for column in groups])  # [3, weights]
+        used = [
+            weight.routed / (1 if weight.name in chosen else weight.shape[0]) if weight.routed else 1.0
+            for weight in self.weights
+        ]
+        met = entries * torch.tensor(used, dtype=torch.float64)
+        self._active_coefficients = torch.stack([met * macs, met])  # [2, weights]
         self._row_coefficients = torch.tensor(row_constants, dtype=torch.float64)
         self._byte_coefficients: Tensor | None = None
         if bits is not None:
@@ -298,15 +316,18 @@ class CostModel:
 
     def _count(self, atoms: Tensor) -> Counts:
         """The products, summed by group."""
-        _, entry_coefficients, row_coefficients, factors, rows = self._on(atoms.device)
+        _, entry_coefficients, active_coefficients, row_coefficients, factors, chosen, rows = self._on(atoms.device)
         products = atoms[factors].prod(dim=1)
         entries = entry_coefficients @ products
+        macs, active = (
+            active_coefficients @ (atoms[chosen].prod(dim=1) if self.routes else products)
+        ).unbind()  # a token meets top-k experts, however many there are
         stored = None
         if self._byte_coefficients is not None:
             stored = self._byte_coefficients.to(atoms.device) @ products
         cached = row_coefficients @ atoms[rows].prod(dim=1)
-        blocks, embeddings, norms, macs = entries.unbind()
-        return Counts(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached, stored)
+        blocks, embeddings, norms = entries.unbind()
+        return Counts(blocks + embeddings + norms, blocks, embeddings, norms, macs, cached, active, stored)
 
     def _units(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """The single units of these axes that own whole tensors: axis name and index."""
@@ -337,7 +358,10 @@ class CostModel:
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The constants of the products, on a device; moved there once."""
         if device not in self._there:
-            constants = (self._dense, self._entry_coefficients, self._row_coefficients, self._factors, self._rows)
+            constants = (
+                *(self._dense, self._entry_coefficients, self._active_coefficients, self._row_coefficients),
+                *(self._factors, self._chosen, self._rows),
+            )
             self._there[device] = tuple(constant.to(device) for constant in constants)
         return self._there[device]
 

@@ -7,9 +7,12 @@ hidden states.
     js        b KL(teacher || M) + (1 - b) KL(student || M),          generalised Jensen-Shannon; GKD, arXiv 2306.13649,
               equation 1
               M = b teacher + (1 - b) student
+    mse       mean over outcomes of (logits - teacher's logits)^2     Ba and Caruana, arXiv 1312.6184; segmenters of
+              arXiv 2309.02617
 
-All are multiplied by the squared temperature (Hinton et al., section 2), so that a temperature does not change the size
-of gradients; Minitron's training code leaves this factor out, and trains at temperature 1.
+
+The first three are multiplied by the squared temperature (Hinton et al., section 2), so that a temperature does not
+change the size of gradients; Minitron's training code leaves this factor out, and trains at temperature 1.
 
 Unusual: `chunked` takes the gradients of a piece of the tokens as soon as the loss of that piece is known, and keeps
 only those of the hidden states and of the head. Logits, as wide as the vocabulary, exist for one piece at a time, and
@@ -27,6 +30,8 @@ from torch.nn import functional
 from compresso.core.squarehead import squared_error, wide
 
 Divergence = Literal["forward", "reverse", "js"]
+Comparison = Literal["forward", "reverse", "js", "mse"]
+"""A divergence of distributions, or the distance of logits."""
 Distance = Literal["cosine", "mse"]
 ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """Rows [start, stop) and their hidden states -> the loss to differentiate [], and numbers to log [k]; both are summed
@@ -56,6 +61,15 @@ def divergences(
         raise ValueError(f"temperature={temperature} divides the logits; give a number above 0")
     q, p = (wide(logits).div(temperature).log_softmax(-1) for logits in (student, teacher))
     return between(q, p, kind, beta) * temperature**2
+
+
+def compared(student: Tensor, teacher: Tensor, kind: Comparison, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """The divergence of each row as `divergences`, or with "mse" the mean squared difference of its logits [n], float32
+    or wider, for which temperature and beta mean nothing.
+    """
+    if kind == "mse":
+        return (wide(student) - wide(teacher)).square().mean(-1)
+    return divergences(student, teacher, kind, temperature, beta)
 
 
 def between(q: Tensor, p: Tensor, kind: Divergence, beta: float = 0.5) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from compresso.core.asked import asked_logits
 from compresso.core.losses import IGNORED, label_loss, masked_token_loss, next_token_loss, span_loss
+from compresso.core.segments import ohem_loss
 
 _NOWHERE = -1e4
 """A logit of no weight that every float dtype has."""
@@ -89,3 +90,5 @@ MASKED_TOKEN = Loss(masked_token_loss, _labels, read=partial(asked_logits, logit
 """Of a masked language model: labels [batch, seq], each predicted where it stands."""
 SPAN = Loss(span_loss, _labels)
 """Of a model that finds answers: labels [batch, 2], the first and the last token of each."""
+PIXEL = Loss(ohem_loss, _labels)
+"""Of a segmenter: labels [batch, height, width]; the hard ones among the pixels' losses."""

@@ -145,6 +145,24 @@ def truncated(weight: Tensor, rank: int, lower: Tensor | None = None) -> Truncat
     return Truncated(u[:, :rank] * roots, right, float(squares[rank:].sum()), float(squares.sum()))
 
 
+def refitted(weight: Tensor, right: Tensor, lower: Tensor) -> Tensor:
+    """The left factor that, with a given right one, is nearest to a matrix on what it meets (arXiv 2403.07378, first
+    version, section 3.2).
+
+    Args:
+        weight: [rows, columns], of any floating dtype.
+        right: [rank, columns], of full rank.
+        lower: a root of the inputs' second moment [columns, columns] (`root_of`).
+
+    Returns:
+        left [rows, rank], float64, of the least |(weight - left right) lower|: least squares, by QR.
+    """
+    wide = lower.double()
+    met, kept = weight.double() @ wide, right.double() @ wide
+    solved = cast(tuple[Tensor, ...], torch.linalg.lstsq(kept.T, met.T))  # pyright: ignore[reportUnknownMemberType]
+    return solved[0].T
+
+
 def rank_within(values: Tensor, rounding: float) -> int:
     """The least rank that a matrix may have had before it was rounded.
 

@@ -54,7 +54,7 @@ class Plan:
 
     def check(self, axes: Iterable[Axis]) -> None:
         """Raise ValueError if an index is out of range, repeated or unordered, an axis unknown, `min_units` is
-        undercut, or units that stay would keep unequal numbers of those within them.
+        undercut, the groups of an axis would keep unequal numbers, or units that stay would of those within them.
         """
         by_name = {axis.name: axis for axis in axes}
         for name, kept in self.kept.items():
@@ -71,6 +71,13 @@ class Plan:
             if len(kept) < axis.fewest:
                 raise ValueError(
                     f"plan leaves {name} with {len(kept)} of {axis.size} units; at least {axis.fewest} must be kept"
+                )
+            each = axis.size // axis.groups
+            left = [sum(unit // each == group for unit in kept) for group in range(axis.groups)]
+            if len(set(left)) > 1:
+                raise ValueError(
+                    f"plan keeps {left} units in the {axis.groups} groups of {name}, which its router compares; keep as"
+                    " many in each"
                 )
         counts: dict[str, dict[int, str]] = {}
         for axis in by_name.values():

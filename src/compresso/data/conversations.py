@@ -20,6 +20,17 @@ def templated_prompt(tokenizer: PreTrainedTokenizerBase, template: str, user: st
     return _render(tokenizer, chat_template(template, prompt_on), [Message("user", user)], generation=True)
 
 
+def templated_opening(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], prompt_on: bool
+) -> str:
+    """The text before the answer to the last turn; where the template keeps no system text, it stands in the first user
+    turn.
+    """
+    if not keeps_system(template):
+        messages = with_system_in_user_turn(messages)
+    return _render(tokenizer, chat_template(template, prompt_on), messages, generation=True)
+
+
 def templated_transcript(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], prompt_on: bool
 ) -> tuple[str, Spans]:

@@ -17,7 +17,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +124,11 @@ def read_file(
         raise DataError(
             f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file and its permissions"
         ) from error
+
+
+def collect(path: Path, rows: Sequence[tuple[str, object]], skip_bad: bool, form: RecordForm) -> FileRecords:
+    """Records of objects that lie in a folder, each with its place in words. Raises DataError as `read_file`."""
+    return _collect(path, (_Found(place, value) for place, value in rows), skip_bad, None, form, None)
 
 
 def _collect(

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.data.batches import IGNORED
-from compresso.data.conversations import templated_prompt
-from compresso.data.prompt import body, full_prompt, opening, user_turn
-from compresso.data.records import NAMED_BAD, Chat, Instruction, Records, Window
+from compresso.data.conversations import templated_opening, templated_prompt
+from compresso.data.prompt import RESPONSE_HEADER, body, full_prompt, opening, user_turn
+from compresso.data.records import NAMED_BAD, Chat, Instruction, Message, Records, Window
 from compresso.data.rows import Tally, rows_of
 from compresso.data.survival import Encoded, Reach, Stats, nothing_left
-from compresso.data.template import keeps_system, original_template, single_template
-from compresso.data.tokens import bare_ids, bos_text, ids_and_ends
+from compresso.data.template import keeps_system, original_template, single_template, transcript
+from compresso.data.tokens import bare_ids, bos_text, eos_text, ids_and_ends
 from compresso.errors import DataError
 
 
@@ -111,6 +111,22 @@ def encode_prompt(
         text = templated_prompt(tokenizer, template, user_turn(instruction, input), prompt_on)
     else:
         text = bos_text(tokenizer) + full_prompt(instruction, input, prompt_on)
+    return bare_ids(tokenizer, [text])[0]
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt_on: bool = False
+) -> list[int]:
+    """The ids that stand before the answer to a conversation's last user turn: by the chat template, or in the format
+    of training where there is none.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    if (template := original_template(single_template(tokenizer))) is not None:
+        text = templated_opening(tokenizer, template, messages, prompt_on)
+    else:
+        text = transcript(messages, prompt_on, bos_text(tokenizer), eos_text(tokenizer))[0] + RESPONSE_HEADER
     return bare_ids(tokenizer, [text])[0]
 
 

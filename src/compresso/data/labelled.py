@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.core.row import Row
-from compresso.data.records import BadRecord, Labelled, RecordForm, Records, Taken, text_of, type_name, unused_of
+from compresso.data.records import (
+    BadRecord,
+    Labelled,
+    Pictured,
+    RecordForm,
+    Records,
+    Taken,
+    text_of,
+    type_name,
+    unused_of,
+)
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 
@@ -48,6 +58,11 @@ def parse_labelled(value: object) -> Labelled:
     for name, text in zip(names, texts, strict=False):
         if not text.strip():
             raise BadRecord(f"field '{name}' is empty")
+    return Labelled(texts[0], texts[1] if len(texts) > 1 else None, label_of(value, named))
+
+
+def label_of(value: Mapping[object, object], named: str) -> int | str:
+    """The label in a field: a whole number, or a name. Raises BadRecord for anything else, and for -1."""
     label = value[named]
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
@@ -56,7 +71,7 @@ def parse_labelled(value: object) -> Labelled:
         label = int(label) if label.removeprefix("-").isdecimal() else label
     if label == "" or label == _HIDDEN:
         raise BadRecord(f"field '{named}' is {label!r}, which is none: the rows of a test set cannot be learned from")
-    return Labelled(texts[0], texts[1] if len(texts) > 1 else None, label)
+    return label
 
 
 def take_labelled(value: object) -> Taken:
@@ -98,7 +113,7 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
         DataError: numbers and names in one set of data, fewer than two labels, more than half as many as rows, or one
             that the model does not have.
     """
-    counted = Counter(row.label for row in records.rows if isinstance(row, Labelled))
+    counted = Counter(row.label for row in records.rows if isinstance(row, Labelled | Pictured))
     ints = sorted(label for label in counted if isinstance(label, int))
     words = sorted(label for label in counted if isinstance(label, str))
     if ints and words:

@@ -17,6 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -93,7 +94,23 @@ class Answered:
     title: str = ""
 
 
-Record = Instruction | Chat | Text | Window | Labelled | Answered
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """A picture's file, and its label as the data writes it."""
+
+    image: bytes
+    label: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A picture's file, and that of a map with the class of each of its pixels."""
+
+    image: bytes
+    classes: bytes
+
+
+Record = Instruction | Chat | Text | Window | Labelled | Answered | Pictured | Mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +202,15 @@ class RecordForm:
         wanted: the sets of columns that make a record, in words.
         nested: of a .json file that is one object with "data", the place of each row in words, the row, and what is
             wrong if there is none; None where no such file has a meaning.
+        folder: of a folder of pictures, the place of each row in words, and the row; nothing where it holds none. None
+            where no such folder has a meaning.
     """
 
     columns: tuple[str, ...]
     take: Callable[[object], Taken]
     wanted: str
     nested: Callable[[Mapping[object, object]], Iterator[tuple[str, object, str]]] | None = None
+    folder: Callable[[Path], Iterator[tuple[str, object]]] | None = None
 
 
 def holds(cell: object) -> bool:
@@ -290,6 +310,10 @@ def _fields(row: Record) -> Iterator[object]:
             yield from (text, second, label)
         case Answered(question, context, answers, title):
             yield from (question, context, answers, title)
+        case Pictured(image, label):
+            yield from (hashlib.sha256(image).hexdigest(), label)
+        case Mapped(image, classes):
+            yield from (hashlib.sha256(one).hexdigest() for one in (image, classes))
 
 
 def type_name(value: object) -> str:

@@ -15,14 +15,15 @@ those stand in, and the description says which file did and how it differs. The 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
+from compresso.core.counted import counted
 from compresso.data import hub
 from compresso.data.columns import TEXTS
-from compresso.data.formats import SUFFIXES, read_file, suffix_of
+from compresso.data.formats import SUFFIXES, collect, read_file, suffix_of
 from compresso.data.hub import HubSet
 from compresso.data.records import (
     NAMED_BAD,
@@ -161,6 +162,8 @@ def _one(
     if name in REGISTERED:
         return _registered(name, split, limit, skip_bad, local, form)
     path = Path(name).expanduser()
+    if path.is_dir() and form.folder is not None and (rows := list(form.folder(path))):
+        return _folder(path, rows, limit, skip_bad, form)
     if path.is_dir() or is_pattern(name):
         return _shards(name, split, limit, skip_bad, form)
     if path.exists() or suffix_of(path):
@@ -176,6 +179,23 @@ def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Re
         joint_kind(read.rows),
         read.rows,
         path.name,
+        read.n_bad,
+        read.bad,
+        columns=read.columns,
+        passed_over=read.passed_over,
+        places=read.places,
+    )
+
+
+def _folder(
+    path: Path, rows: Sequence[tuple[str, object]], limit: int | None, skip_bad: bool, form: RecordForm
+) -> Records:
+    """The rows of a folder of files that are rows themselves. Raises DataError for one that is none."""
+    read = collect(path, rows[:limit], skip_bad, form)
+    return Records(
+        joint_kind(read.rows),
+        read.rows,
+        f"{path.name} ({counted(len(rows), 'picture')})",
         read.n_bad,
         read.bad,
         columns=read.columns,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.core.axis import Axis, Gate
+from compresso.edit.expert_gates import routed, run_with
 from compresso.errors import nearest
 
 
@@ -59,18 +60,23 @@ class GateSites:
     def scale_input(self, site: tuple[str, str]) -> Any:
         """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             mask = self._masks.get(site)
-            return None if mask is None else (_times(inputs[0], mask), *inputs[1:])
+            times = _times_channels if isinstance(module, nn.Conv2d) else _times
+            return None if mask is None else (times(inputs[0], mask), *inputs[1:])
 
         return hook
 
     def scale_output(self, site: tuple[str, str]) -> Any:
         """A forward hook that multiplies the output by the mask at a site, if there is one."""
 
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             mask = self._masks.get(site)
-            return None if mask is None else _times(output, mask)
+            if mask is None:
+                return None
+            if isinstance(output, tuple):
+                return (_times(output[0], mask), *output[1:])
+            return _times(output, mask)
 
         return hook
 
@@ -87,6 +93,28 @@ class GateSites:
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
         return hook
+
+    def route(self, site: tuple[str, str]) -> Any:
+        """A forward hook that has a router choose under the mask at a site, if there is one."""
+
+        def hook(router: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+            mask = self._masks.get(site)
+            return None if mask is None else routed(router, output, mask)
+
+        return hook
+
+    def weighted(self, module: nn.Module, gate: Gate) -> Any:
+        """A forward of a module whose parameters take in the mask of a gate, if there is one."""
+        forward, site = module.forward, (gate.module, gate.side)
+        folds = [(name.removeprefix(f"{gate.module}."), dim) for name, dim in gate.folds]
+
+        def masked(*arguments: Any, **named: Any) -> Any:
+            mask = self._masks.get(site)
+            if mask is None:
+                return forward(*arguments, **named)
+            return run_with(module, forward, folds, mask, arguments, named)
+
+        return masked
 
 
 @contextmanager
@@ -115,23 +143,33 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
         model, "get_base_model", None
     )  # of a PeftModel; its linears then are adapter layers, which take the same hooks
     base: nn.Module = unwrap() if unwrap is not None else model
-    places = {(gate.module, gate.side): None for axis in axes for gate in axis.gates}
+    places = {(gate.module, gate.side): gate for axis in axes for gate in axis.gates}
     handles: list[torch.utils.hooks.RemovableHandle] = []
+    patched: list[tuple[nn.Module, Any]] = []
     try:
         for name in {norm: None for axis in axes for norm in axis.layer_norms}:
             handles.append(base.get_submodule(name).register_forward_hook(sites.over_kept(name)))
-        for place in places:
+        for place, gate in places.items():
             module = base.get_submodule(place[0])
             if place[1] == "input":
                 handles.append(module.register_forward_pre_hook(sites.scale_input(place)))
             elif place[1] == "skip":
                 handles.append(module.register_forward_hook(sites.skip(place), with_kwargs=True))
+            elif place[1] == "route":
+                handles.append(module.register_forward_hook(sites.route(place)))
+            elif place[1] == "weights":
+                patched.append((module, vars(module).get("forward")))
+                module.forward = sites.weighted(module, gate)
             else:
                 handles.append(module.register_forward_hook(sites.scale_output(place)))
         yield sites
     finally:
         for handle in handles:
             handle.remove()
+        for module, before in patched:
+            del module.forward
+            if before is not None:  # of a context around this one
+                module.forward = before
 
 
 def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
@@ -189,8 +227,15 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
 
 def _times(activation: Tensor, mask: Tensor) -> Tensor:
     """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets
-    [batch, 1, width].
+    [batch, 1, width]; MobileViT's sees each example as several: [batch * parts, seq, width].
     """
     if mask.dim() == activation.dim() + 1:
         return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
+    if mask.dim() == activation.dim() and 1 < mask.shape[0] < len(activation):
+        mask = mask.repeat_interleave(len(activation) // mask.shape[0], 0)
     return activation * mask.to(activation)
+
+
+def _times_channels(activation: Tensor, mask: Tensor) -> Tensor:
+    """Feature maps [batch, channels, height, width] times a mask [channels] or [batch, 1, channels]."""
+    return activation * mask.to(activation).reshape(*mask.shape[:-2], mask.shape[-1], 1, 1)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import arch_for
+from compresso.arch.mixture import EXPERTS
 from compresso.errors import NumericError, RecipeError, nearest
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ def attach_(
             raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
         here = any(f".{one}".endswith(f".{name}") for one in modules)
         (names if here else left).append(name)
+    if left and any(name.rpartition(".")[2] == EXPERTS for name, _ in model.named_modules()):
+        kept = ", ".join(names) or "q_proj, k_proj, v_proj, o_proj"
+        raise RecipeError(
+            f"adapters lie on single linears, and the experts of this model, which have {', '.join(left)}, are stacked;"
+            f" give targets: [{kept}], or train all weights"
+        )
     if targets and not names:
         raise RecipeError(
             "no linear is left in this model's layers to put adapters on: the budget removed them all; keep more"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.arch.outputs import outputs
+from compresso.arch.outputs import any_input, outputs
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
@@ -134,8 +134,6 @@ def _probed(model: PreTrainedModel, ids: Sequence[int], given: Mapping[str, Tens
 def _outputs(model: PreTrainedModel, ids: Sequence[int], given: Mapping[str, Tensor] | None) -> Tensor:
     if given is not None:
         return outputs(model, {name: value.to(model.device) for name, value in given.items()})
-    config = model.config
     if model.main_input_name == "pixel_values":
-        shape = (1, config.num_channels, config.image_size, config.image_size)
-        return outputs(model, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device))
+        return outputs(model, any_input(model.config).to(model.device))
     return outputs(model, torch.tensor([list(ids)], device=model.device))

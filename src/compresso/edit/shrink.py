@@ -7,6 +7,7 @@ Everything follows from the axes, so there is nothing here about any one archite
             on q and v is left alone), channels into gate and up before the activation, hidden dimensions into
             everything that writes to the residual stream.
     slice   the entries of kept units.
+            A batch norm's statistics are sliced with its weight; a convolution of each channel by itself stays one.
     norms   masked training divides by the original width d, a stock RMSNorm by the kept width d':
             x / sqrt(S/d + eps) = sqrt(d/d') x / sqrt(S/d' + eps d/d'), hence weight *= sqrt(d/d'), eps *= d/d'.
             A LayerNorm computes over kept entries under a mask, too, and stays as it is.
@@ -78,6 +79,15 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
             for module, key in owners[parameter]:
                 setattr(module, key, new)
                 set_features_(module)
+                if isinstance(module, nn.BatchNorm2d) and (staying := selections.get((name, 0))) is not None:
+                    _keep_statistics_(module, staying)
+    buffers = dict(model.named_buffers())
+    for axis in axes:
+        for name in axis.buffers if axis.name in kept else ():
+            if name in buffers:  # and not of a sub-layer that left
+                owner, _, own = name.rpartition(".")
+                left = buffers[name].index_select(0, torch.tensor(kept[axis.name], device=buffers[name].device))
+                model.get_submodule(owner)._buffers[own] = left
     for axis in axes:
         if axis.name in kept:
             for norm in (model.get_submodule(norm) for norm in axis.norms if f"{norm}.weight" not in leaving):
@@ -104,6 +114,20 @@ def set_features_(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        by_channel = module.groups == module.in_channels > 1
+        module.groups = module.weight.shape[0] if by_channel else module.groups
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+
+
+def _keep_statistics_(norm: nn.BatchNorm2d, staying: Tensor) -> None:
+    """Slice what a batch norm knows of its channels, which are buffers and no parameters."""
+    for name in ("running_mean", "running_var"):
+        known = getattr(norm, name)
+        if isinstance(known, Tensor) and len(known) != len(staying):
+            setattr(norm, name, known.index_select(0, staying.to(known.device)))
 
 
 def _losing(axes: Sequence[Axis], plan: Plan) -> dict[str, list[int]]:
@@ -208,6 +232,8 @@ def _factors(
 
 def _read_or_written(model: nn.Module, gate: Gate) -> list[tuple[str, int]]:
     """(parameter, dim) of the entries that a gate's activation is multiplied with, or made of."""
+    if gate.folds:
+        return list(gate.folds)
     module = model.get_submodule(gate.module)
     transposed = isinstance(module, Conv1D)  # its weight is [in, out]
     if isinstance(module, nn.Embedding) or gate.side == "input":

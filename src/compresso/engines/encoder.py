@@ -1,5 +1,5 @@
-"""The parity check of an encoder of texts with a head: its folder in a fresh process, also with packed weights, and its
-ONNX graph in ONNX Runtime and OpenVINO, on texts of different lengths side by side.
+"""The parity check of an encoder of texts, or a model of pictures, with a head: its folder in a fresh process, also
+with packed weights, and its ONNX graph in ONNX Runtime and OpenVINO, on texts of different lengths side by side.
 """
 
 import shutil
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.arch.outputs import outputs
+from compresso.arch.outputs import any_input, outputs
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
@@ -37,7 +37,7 @@ class EncoderReference:
     """What an encoder with a head computes, in float32.
 
     Args:
-        given: what it reads, by name, each [batch, seq], int64.
+        given: what it reads, by name, each [batch, seq], int64, or pixel values of noise.
         logits: [batch, classes], [batch, seq, vocabulary], or [batch, seq, 2] of starts and ends.
         dtype: that the written weights have: f32 or int8.
     """
@@ -51,7 +51,10 @@ class EncoderReference:
 def encoder_reference(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: str = "f32"
 ) -> EncoderReference:
-    """What a live float32 encoder says of a few texts with padding, or of ids that it has."""
+    """What a live float32 encoder says of a few texts with padding, or of ids that it has; or of noise as a picture."""
+    if model.main_input_name == "pixel_values":
+        seen = {"pixel_values": torch.cat([any_input(model.config), any_input(model.config).flip(-1)])}
+        return EncoderReference(seen, outputs(model.eval(), seen), dtype)
     if tokenizer is None:
         ids = torch.arange(24).reshape(2, 12) * 7919 % int(model.config.vocab_size)
         mask = torch.ones_like(ids)
@@ -108,7 +111,7 @@ def verify_encoder(source: Source, scratch: Path) -> list[Parity]:
     live = load_model(source, dtype=torch.float32)
     reference = encoder_reference(live, load_tokenizer(source) if has_tokenizer(source) else None)
     try:
-        ids = reference.given["input_ids"][:1]
+        ids = next(iter(reference.given.values()))[:1]
         found = [Parity(OWN.name, "yes", "", reopen_and_compare(source.folder, live, ids, REOPENED_WITHIN))]
     except CompressoError as error:
         found = [Parity(OWN.name, "no", str(error))]

@@ -26,6 +26,7 @@ class Format(StrEnum):
     PACKED = "compressed-tensors"
     DECI = "vllm-deci"
     LOW_RANK = "low-rank"
+    SLICED = "sliced"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Reference:
         logits: after each of them [seq, vocabulary].
         greedy: the likeliest next ids, one after the other [new_tokens].
         dtype: that the written weights have: f32, f16, bf16 or a quantised one.
-        rounding: largest difference that rounding its activations, as an engine does, makes to a logit.
+        rounding: largest difference that rounding makes to a logit: of its activations, as an engine does, or of
+            weights that were turned into another basis.
     """
 
     ids: Tensor

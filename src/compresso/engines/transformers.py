@@ -106,7 +106,14 @@ LOW_RANK = Transformers(
     command="compresso export {folder} --format low-rank --output {folder}-low-rank",
     listed=Listed(if_absent=False),
 )
-ENGINES = (PLAIN, OWN, REMOTE, PACKED, LOW_RANK)
+SLICED = Transformers(
+    "transformers, sliced",
+    ("remote",),
+    reads=Format.SLICED,
+    command="compresso export {folder} --format sliced --output {folder}-sliced",
+    listed=Listed(if_absent=False),
+)
+ENGINES = (PLAIN, OWN, REMOTE, PACKED, LOW_RANK, SLICED)
 
 
 def why(stderr: str, code: int) -> str:

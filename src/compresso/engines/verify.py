@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from compresso.checkpoint.kinds import is_causal, is_text_encoder
+from compresso.checkpoint.kinds import is_causal, is_text_encoder, sees
 from compresso.checkpoint.load import numbers_of
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
@@ -25,6 +25,7 @@ from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
+from compresso.formats.sliced import is_cut
 from compresso.sweep.memory import available
 from compresso.training.progress import Progress
 
@@ -38,12 +39,13 @@ def verify(model: str | Path) -> list[Parity]:
     """
     source = open_source(model, packed=True)
     check_scratch()
-    if source.folder is None or not (is_causal(source.config) or is_text_encoder(source.config)):
+    with_head = is_causal(source.config) or is_text_encoder(source.config) or sees(source.config)
+    if source.folder is None or not with_head:
         raise CheckpointError(
-            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, and"
-            " verify compares their logits."
+            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, or a"
+            " model of pictures with a head, and verify compares their logits."
         )
-    if is_text_encoder(source.config):
+    if not is_causal(source.config):
         with scratch_folder() as scratch:
             return verify_encoder(source, scratch)
     with Progress().working("reading the model"):
@@ -90,6 +92,9 @@ def _compared(
 ) -> list[Parity]:
     """As `parities`, of engines that can be run here."""
     assert source.folder is not None
+    if written is Format.CHECKPOINT and is_cut(source.folder):
+        reason = "it would compute the dense model: compresso.load cuts the stream, and an export as sliced is narrower"
+        return [Parity(engine.name, "no", reason) for engine in engines]
     if written is Format.CHECKPOINT:
         return [_asked(engine, source.folder, reference) for engine in engines]
     path = scratch / written

@@ -12,6 +12,7 @@ from compresso.arch.base import arch_for
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
+from compresso.edit.patch import Patch
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.edit.stock import as_stock
 from compresso.engines.parity import Format, Reference, ids_of, reference_of
@@ -21,6 +22,7 @@ from compresso.formats.gguf import save_gguf
 from compresso.formats.low_rank import factored_linears, refuse_products, save_low_rank
 from compresso.formats.onnx import save_onnx
 from compresso.formats.packed import Packing, packing_of, save_packed
+from compresso.formats.sliced import refuse_cut, save_sliced, sliced_model, slicing_of
 from compresso.formats.vllm_deci import save_vllm_deci
 
 _NEEDS = {
@@ -42,6 +44,7 @@ class Live:
         packing: what was rounded, and how; of compressed-tensors only.
         folder: that it was read from.
         factored: the linears that svd may have left with a low rank; of low-rank only.
+        cut: how its stream is cut, which its forward pass does; of sliced only.
     """
 
     model: PreTrainedModel
@@ -49,21 +52,26 @@ class Live:
     packing: Packing | None = None
     folder: Path | None = None
     factored: tuple[str, ...] = ()
+    cut: Patch | None = None
 
     @property
     def own_reference(self) -> bool:
         """Whether what is written rounds other numbers than the model's folder holds."""
-        return self.packing is not None or bool(self.factored)
+        return self.packing is not None or bool(self.factored) or self.cut is not None
 
     def reference(self, dtype: str = "f32") -> Reference:
         """What engines are compared with; the model becomes float32.
 
         Args:
-            dtype: that the written weights have; of packed and factored weights, the stored one counts.
+            dtype: that the written weights have; of packed, factored and sliced weights, the stored one counts.
         """
         ids = ids_of(self.tokenizer, self.model.config.vocab_size)
-        if self.factored:
+        if self.factored or self.cut is not None:
             dtype = _DTYPES[self.model.dtype]
+        if self.cut is not None:
+            rounded = reference_of(sliced_model(self.model, self.cut), ids, dtype)  # weights were on no grid before
+            exact = reference_of(self.model.float(), ids, dtype)
+            return replace(exact, rounding=float((rounded.logits - exact.logits).abs().max()))
         if self.packing is None:
             return reference_of(self.model.float(), ids, dtype)
         stored = _DTYPES[self.model.dtype]
@@ -88,19 +96,26 @@ def load_for(written: Format, source: Source) -> Live:
     """Read a model as a format wants it.
 
     Raises:
-        ExportError: nothing in it was rounded, which compressed-tensors needs, or left with a low rank, which low-rank
-            needs; or its linears are products, which only transformers opens.
+        ExportError: nothing in it was rounded, which compressed-tensors needs, left with a low rank, which low-rank
+            needs, or cut, which sliced needs; or its linears are products, or its stream is cut, which the format does
+            not hold.
         CheckpointError: it cannot be read.
     """
     if written is not Format.CHECKPOINT:
         refuse_products(source.config.model_type, written)
+    if written not in (Format.CHECKPOINT, Format.SLICED):
+        refuse_cut(source.folder, written)
+    cut = slicing_of(source.folder) if written is Format.SLICED else None
     factored = factored_linears(source.folder) if written is Format.LOW_RANK else ()
     packing = packing_of(source.folder) if written is Format.PACKED else None
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    stored = written in (Format.PACKED, Format.DECI, Format.LOW_RANK)
+    stored = written in (Format.PACKED, Format.DECI, Format.LOW_RANK, Format.SLICED)
     model = load_model(source, dtype=None if stored else torch.float32)
     kept = written in (Format.CHECKPOINT, Format.PACKED, Format.LOW_RANK)  # of the class that the folder says
-    return Live(model if kept else as_stock(model), tokenizer, packing, source.folder, factored)
+    live = model if kept else as_stock(model)
+    if cut is not None:
+        cut.apply_(live)
+    return Live(live, tokenizer, packing, source.folder, factored, cut)
 
 
 def write(
@@ -141,6 +156,17 @@ def write(
         return save_low_rank(
             model.model,
             model.factored,
+            output,
+            tokenizer=model.tokenizer,
+            force=force,
+            check=check,
+            source=model.folder,
+        )
+    if written is Format.SLICED:
+        assert model.cut is not None
+        return save_sliced(
+            model.model,
+            model.cut,
             output,
             tokenizer=model.tokenizer,
             force=force,

@@ -124,9 +124,9 @@ def library() -> Any:
 def held_shapes(shapes: Sequence[LayerShape], block: int = 1) -> list[LayerShape]:
     """The widths that llama.cpp is told, for layers of which none is empty.
 
-    >>> held_shapes([LayerShape(0, 0, 40), LayerShape(4, 2, 0), LayerShape(0, 0, 24)], block=32)
-    [LayerShape(query_heads=1, kv_heads=1, channels=64), LayerShape(query_heads=4, kv_heads=2, channels=32), \
-LayerShape(query_heads=0, kv_heads=0, channels=32)]
+    >>> held = held_shapes([LayerShape(0, 0, 40), LayerShape(4, 2, 0), LayerShape(0, 0, 24)], block=32)
+    >>> [(shape.query_heads, shape.kv_heads, shape.channels) for shape in held]
+    [(1, 1, 64), (4, 2, 32), (0, 0, 32)]
     """
     held = [replace(shape, channels=-(-shape.channels // block) * block or BLOCK) for shape in shapes]
     if held and not held[0].query_heads:

@@ -10,23 +10,20 @@ dtype, and stays whole where a product would be no smaller.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
 from compresso.core.low_rank import factored_size, most_rank, rank_within, truncated
 from compresso.errors import ExportError
-from compresso.formats.beside import write_beside
-from compresso.native import LOW_RANK_CLASSES, LOW_RANK_FILE, is_low_rank
+from compresso.formats.own_class import how_to_load, name_of, own_config, save_own
+from compresso.native import LOW_RANK_CLASSES, LOW_RANK_FILE, is_low_rank, is_sliced
 
 _IN_LAYER = re.compile(r"(\D*\.)(\d+)(\..+)")
 
@@ -61,7 +58,13 @@ def factored_linears(folder: Path | None) -> tuple[str, ...]:
 
 
 def refuse_products(model_type: str, form: str) -> None:
-    """Raise ExportError if a model of this type has linears that are products, which the form does not hold."""
+    """Raise ExportError if a model of this type has linears that are products, or a sliced stream, which the form does
+    not hold.
+    """
+    if is_sliced(model_type):
+        raise ExportError(
+            f"its stream is sliced, which {form} does not hold; export the folder that it was exported from"
+        )
     if is_low_rank(model_type):
         raise ExportError(
             f"its linears are products of low rank, which {form} does not hold; export the folder that it was exported"
@@ -166,33 +169,25 @@ def save_low_rank(
     """
     found = products_of(model, names)
     config_class, language_model = LOW_RANK_CLASSES[model.config.model_type]
-    given = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-    }
-    config = config_class(**given, ranks=dict(found.ranks))
-    config.architectures, config.dtype = [language_model.__name__], model.dtype
-    classes = {"AutoConfig": config_class, "AutoModelForCausalLM": language_model}
-    config.auto_map = {auto: f"{LOW_RANK_FILE.stem}.{cls.__name__}" for auto, cls in classes.items()}
+    config = own_config(model, config_class, language_model, LOW_RANK_FILE, ranks=dict(found.ranks))
     dense = sum(parameter.numel() for parameter in model.parameters())
-    with new_folder(folder, force) as temporary:
-        save_torch_state_dict(
-            {name: tensor.contiguous().clone() for name, tensor in found.tensors.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
-        shutil.copyfile(LOW_RANK_FILE, temporary / LOW_RANK_FILE.name)
-        write_beside(temporary, config, model, tokenizer, source)
-        write_text(temporary / "README.md", _card(found, dense, source))
-        if check is not None:
-            check(temporary)
+    save_own(
+        folder,
+        config,
+        found.tensors,
+        LOW_RANK_FILE,
+        _card(found, dense, source),
+        model,
+        tokenizer=tokenizer,
+        force=force,
+        check=check,
+        source=source,
+    )
     return config_class.model_type
 
 
 def _card(found: Products, dense: int, source: Path | None) -> str:
     """README.md: what the folder holds, what opens it, and where the rest is told."""
-    name = "" if source is None else " of `" + " ".join(source.resolve().name.replace("`", "'").split()) + "`"
     own = sum(found.tensors[f"{one}.{part}.weight"].numel() for one in found.ranks for part in ("left", "right"))
     return f"""---
 library_name: transformers
@@ -200,29 +195,15 @@ tags:
 - compresso
 ---
 
-# Low-rank weights{name}
+# Low-rank weights{name_of(source)}
 
 {len(found.ranks)} linears that compresso (`pip install compresso-llm`) left with a low rank, as products of two:
 {own:,} numbers, and as many multiplications a token, in place of {found.whole:,}. All parameters: {found.numbers:,} in
 place of {dense:,}. What it computes is what the folder that it was exported from computes, but for rounding. How that
 was made and what it can do stands in its README.md, recipe.yaml and records.json.
 
-## How to load it
-
-```bash
-pip install compresso-llm
-```
-
-```python
-import compresso
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-Without compresso, transformers 5 opens it with `trust_remote_code=True`, which runs {LOW_RANK_FILE.name}, beside the
-weights. llama.cpp, ONNX Runtime and vLLM have no linears of this form: give them the folder that it was exported from.
+{how_to_load(LOW_RANK_FILE)} llama.cpp, ONNX Runtime and vLLM have no linears of this form: give them the folder
+that it was exported from.
 
 ## Limits
 

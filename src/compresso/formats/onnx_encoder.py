@@ -1,7 +1,10 @@
-"""Writing an encoder of texts with a head as one ONNX graph, through torch's exporter.
+"""Writing an encoder of texts, or a model of pictures, with a head as one ONNX graph, through torch's exporter.
 
     input_ids, attention_mask, and token_type_ids where the model has some      [batch, seq], int64
-    logits                          [batch, classes], or of a masked language model [batch, seq, vocabulary]
+    pixel_values                    of a model of pictures [batch, channels, height, width], float32; only the batch is
+                                    dynamic
+    logits                          [batch, classes]; of a masked language model [batch, seq, vocabulary]; of a
+                                    segmenter [batch, classes, height, width]
     start_logits, end_logits        of a model that finds answers, each [batch, seq]
 
 Sizes are dynamic; a row of another length is padded on its right and masked.
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
+from compresso.arch.outputs import any_input
 from compresso.checkpoint.atomic import new_folder
 from compresso.checkpoint.kinds import auto_class
 from compresso.formats.beside import write_beside
@@ -38,6 +42,8 @@ class _Logits(nn.Module):
 
 def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     """What the graph of an encoder reads."""
+    if model.main_input_name == "pixel_values":
+        return ("pixel_values",)
     types = ("token_type_ids",) if getattr(model.config, "type_vocab_size", 1) > 1 else ()
     return ("input_ids", "attention_mask", *types)
 
@@ -88,6 +94,8 @@ def _traced(model: PreTrainedModel) -> Any:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     given = (ids, mask, torch.zeros_like(ids))[: len(names)]
     shape = {0: Dim("batch_size"), 1: Dim("sequence_length")}
+    if model.main_input_name == "pixel_values":
+        given, shape = (any_input(model.config).expand(2, -1, -1, -1).contiguous(),), {0: Dim("batch_size")}
     try:
         with quiet():
             program = torch.onnx.export(

@@ -137,8 +137,8 @@ def save_packed(
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
         source: the folder that the model came from; what it holds beside weights and config is carried over.
 
-    Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid; CheckpointError if
-    `folder` may not be written.
+    Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid, or is one of a stack of
+    experts; CheckpointError if `folder` may not be written.
     """
     tied: dict[str, Any] = getattr(model, "_tied_weights_keys", None) or {}
     state = {
@@ -146,6 +146,10 @@ def save_packed(
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_word_embeddings and name in tied)
     }
+    if apart := [name for name in packing.linears if f"{name}.weight" not in state]:
+        raise ExportError(
+            f"cannot pack {apart[0]}: stacked experts are not written as codes; keep the checkpoint that the run wrote."
+        )
     for name in packing.linears:
         state |= {
             f"{name}.{part}": tensor for part, tensor in _packed(name, state.pop(f"{name}.weight"), packing).items()

@@ -16,6 +16,8 @@ from compresso.errors import ExportError
 _FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 """What families call the width of an FFN in their configs."""
 _WIDTHS = {"query_heads": "query heads", "kv_heads": "key/value heads", "channels": "channels"}
+_GROUPED = 8
+"""Multiple of a 16-bit row's entries that transformers multiplies stacked experts by."""
 
 
 def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: str) -> None:
@@ -39,13 +41,17 @@ def check_written(model_type: str, layout: str) -> None:
 
 def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
     """Why the model's own class, built from its config, is not this model, and what to keep; None if it is."""
+    first: dict[bool, int] = {}
     for index, shape in enumerate(shapes):
-        for field, words in _WIDTHS.items():
-            if getattr(shape, field) == 0:
+        alike = first.setdefault(shape.experts > 0, index)  # a layer of experts has other widths than one without
+        for field, words in (*_WIDTHS.items(), ("experts", "experts")):
+            mine, wanted = getattr(shape, field), getattr(shapes[alike], field)
+            if mine == 0 and field in _WIDTHS:
                 return f"layers.{index} has no {words}; keep some in every layer, or drop whole layers"
-            if getattr(shape, field) != getattr(shapes[0], field):
-                told = f"layers.{index} has {getattr(shape, field)} {words}, layers.0 has {getattr(shapes[0], field)}"
-                return f"{told}; keep as many in every layer"
+            if mine != wanted:
+                return f"layers.{index} has {mine} {words}, layers.{alike} has {wanted}; keep as many in every layer"
+    if (odd := _ungrouped(model, shapes)) is not None:
+        return odd
     cure = _cure(model.config)
     try:
         model.config.validate()
@@ -60,6 +66,19 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
     odd = sorted(name for name in expected.keys() | have.keys() if expected.get(name) != have.get(name))
     if odd:
         return f"{odd[0]} is {have.get(odd[0], 'absent')}, its class wants {expected.get(odd[0], 'none')}{cure}"
+    return None
+
+
+def _ungrouped(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
+    """Why transformers would not multiply a model's stacked experts; None if it would, or it has none."""
+    hidden = model.config.hidden_size
+    for index, shape in enumerate(shapes):
+        for width, words in ((shape.channels, "channels"), (hidden, "hidden dimensions")):
+            if shape.experts and width % _GROUPED:
+                return (
+                    f"the experts of layers.{index} have {width} {words}, and transformers multiplies stacked experts"
+                    f" whose widths are multiples of {_GROUPED}; keep such a number, as by multiple_of"
+                )
     return None
 
 

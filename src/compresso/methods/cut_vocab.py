@@ -50,6 +50,7 @@ from compresso.stage import Effects, Passes, stage
         "Other text costs more tokens and loses quality: look at removed_mass and at how many held-out examples were"
         " re-tokenised."
     ),
+    once="tokens that the data does not use are the same before training and after it",
 )
 class CutVocab:
     """Knobs of the cut.

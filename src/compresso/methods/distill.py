@@ -25,6 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.context import width_of
+from compresso.core.distillation import Divergence
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
@@ -57,7 +59,8 @@ class Distill:
     Args:
         trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
         train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
-        divergence: "forward" KL(dense || smaller), "reverse", or "js" (generalised Jensen-Shannon).
+        divergence: "forward" KL(dense || smaller), "reverse", "js" (generalised Jensen-Shannon),
+            or "mse": the mean squared difference of logits, of all outcomes and places.
         temperature: divides both models' logits.
         beta: the dense model's share of the mixture of "js".
         hard_weight: of the next-token loss on labels, beside the divergence.
@@ -72,7 +75,7 @@ class Distill:
             together with the smaller one; for next tokens.
         teacher_top: of "cached": outcomes of each place that are kept by themselves; all others together are one.
 
-    Raises ValueError for hidden states of a cached teacher.
+    Raises ValueError for hidden states, or all logits, of a cached teacher.
     """
 
     trains: Trains = Trains()
@@ -80,7 +83,7 @@ class Distill:
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
     watches: Watches = Watches()
-    divergence: Literal["forward", "reverse", "js"] = "forward"
+    divergence: Literal["forward", "reverse", "js", "mse"] = "forward"
     temperature: Annotated[float, Gt(0)] = 1.0
     beta: Annotated[float, Gt(0), Lt(1)] = 0.5
     hard_weight: Annotated[float, Ge(0)] = 0.0
@@ -95,6 +98,8 @@ class Distill:
 
     def __post_init__(self) -> None:
         """Refuse what is not kept of a teacher."""
+        if self.teacher == "cached" and self.divergence == "mse":
+            raise ValueError("divergence=mse compares all logits, and a cached teacher keeps a few; give teacher: live")
         if self.teacher == "cached" and self.intermediate_weight:
             raise ValueError(
                 f"intermediate_weight={self.intermediate_weight} compares hidden states, which are not kept of a cached"
@@ -124,10 +129,10 @@ class Distill:
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         cached = self._asked(job, total) if self.teacher == "cached" else None
-        before = cached and cached.gap(job.model, self.divergence, self.beta)
+        before = cached and cached.gap(job.model, self._of_kept(), self.beta)
         teacher = None if cached else frozen_teacher(job, self.teacher_dtype, self.teacher_device)
         model = learner(job, self.lora if self.train == "lora" else None)
-        learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
+        learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         watch = watching(job, self.watches, total)
         objective = self._from_kept(job, model) if teacher is None else self._objective(job, model, teacher)
         batches = cached and TaughtBatches(job.batches(self.trains.batch, "distill"), cached.store)
@@ -135,7 +140,7 @@ class Distill:
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
         if cached:
-            after = cached.gap(job.model, self.divergence, self.beta)
+            after = cached.gap(job.model, self._of_kept(), self.beta)
             facts["teacher"] = cached.facts()
             facts["teacher_gap"] = {**cached.held_facts(), "before": before, "after": after}
         return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
@@ -156,13 +161,18 @@ class Distill:
         cached.ask()
         return cached
 
+    def _of_kept(self) -> Divergence:
+        """The divergence from what is kept of a teacher."""
+        assert self.divergence != "mse"  # refused
+        return self.divergence
+
     def _from_kept(self, job: Job, model: nn.Module) -> CachedObjective:
         """The loss of the model that learns, from what is kept of the teacher."""
         return CachedObjective(
             model,
             job.task.halves(job.model, ()),
             compare=job.task.compare,
-            divergence=self.divergence,
+            divergence=self._of_kept(),
             temperature=self.temperature,
             beta=self.beta,
             hard_weight=self.hard_weight,

@@ -71,6 +71,7 @@ Weight = Annotated[float, Ge(0)]
         " not close mean that `done` or the rate is too high."
     ),
     any_task=True,
+    once="it removes a little after every update already, at as many `cuts` as it is given",
 )
 class HomoDistil:
     """Knobs of HomoDistil.

@@ -30,6 +30,7 @@ from compresso.stage import Effects, Passes, stage
     when="Encoders, before `qat` or `distill`: half of the layers at the dense width, by no score.",
     failures="What is left knows little until it is trained; `drop_layers` chooses by what the model loses.",
     any_task=True,
+    once="it keeps the layers that it is told to, by no share of the model",
 )
 class KeepLayers:
     """Knobs of a student's beginning.

@@ -59,6 +59,7 @@ Count = Annotated[int, Ge(1)]
         " moving average."
     ),
     any_task=True,
+    once="it removes as it trains already, once in `every` updates",
 )
 class LoraPrune:
     """Knobs of LoRAPrune.

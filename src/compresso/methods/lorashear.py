@@ -73,6 +73,7 @@ _CRITERIA: Mapping[Criterion, float] = {"magnitude": 0.2, "average": 0.2, "cosin
         "Scores read mostly magnitudes while adapters are small: tune first. Short periods jump instead of fading."
     ),
     any_task=True,
+    once="its units fade as it trains already, in as many `periods` as it is given",
 )
 class LoraShear:
     """Knobs of LoRAShear's shrinking.

@@ -4,19 +4,31 @@ third stage, arXiv 2305.11627, section 3.3; Compresso's optional fine-tuning wit
 After Compresso the masks are folded into the weights, so they are frozen by construction. Departure from Compresso's
 script: adapters start fresh on merged weights instead of going on with those of mask training, so recovery can follow
 any pruning.
+
+Behind `svd`, `train: factors` is SVD-LLM's order (arXiv 2403.07378, section 3.3 and the authors' code): adapters learn
+on the left factors while the right ones wait, in the first half of the updates; then on the right ones, the left being
+frozen as they are. The rank stays what svd left, where `train: lora` adds its own. Departures: half of the updates
+each, as many as asked for in all (the authors take two epochs each); the second half goes on in the order of examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch
+from compresso.arch.context import width_of
+from compresso.edit.factors import factor_, multiply_out_
+from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
 from compresso.stage.tuning import group_of, learner, settled, tune, watching
+from compresso.training.groups import Group
 from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
+from compresso.training.watch import Watch
 
 
 @stage(
@@ -37,18 +49,38 @@ class Recover:
 
     Args:
         trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
-        train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
+        train: "lora" adapters, merged at the end, "all" weights (in float32 while they learn; wants a lower lr), or
+            "factors": adapters on those of the targets that svd left with a low rank, left factors first, then right.
     """
 
     trains: Trains = Trains()
-    train: Literal["lora", "all"] = "lora"
+    train: Literal["lora", "all", "factors"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
     watches: Watches = Watches()
 
+    def __post_init__(self) -> None:
+        """Refuse to keep adapters that fit no linear of the result."""
+        if self.train == "factors" and self.trains.save_adapter:
+            raise ValueError("save_adapter: adapters of factors fit no linear of the result; leave save_adapter out")
+
+    def follows(self) -> tuple[str, str]:
+        """`svd`, for factors."""
+        if self.train != "factors":
+            return "", ""
+        return "svd", "train: factors tunes what svd left with a low rank; put svd before it, or give train: lora"
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Raise RecipeError for factors of a family whose linears are no `nn.Linear`."""
+        if self.train == "factors" and any(isinstance(module, Conv1D) for module in model.modules()):
+            raise RecipeError(
+                f"the linears of a {model.config.model_type} are Conv1D, and train: factors takes them apart as Linear"
+                " alone; give train: lora"
+            )
+
     def learning(self) -> Learning:
         """Adapters, or all weights."""
-        return Learning(self.trains, [self.trains.steps], self.lora if self.train == "lora" else None)
+        return Learning(self.trains, [self.trains.steps], None if self.train == "all" else self.lora)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training."""
@@ -57,10 +89,12 @@ class Recover:
     def __call__(self, job: Job) -> Job:
         """Train adapters and merge them, or train weights."""
         (total,) = self.trains.updates(len(job.rows))
+        watch = watching(job, self.watches, total)
+        if self.train == "factors":
+            return self._factors(job, total, watch)
         stored = job.model.dtype
         model = learner(job, self.lora if self.train == "lora" else None)
-        learning = group_of(self.train, model, self.adamw, job.model.config.hidden_size, total)
-        watch = watching(job, self.watches, total)
+        learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
         return settled(job, model, stored, "recover", self.trains).note(
             "recover",
@@ -70,3 +104,59 @@ class Recover:
             curve=curve(history),
             **(watch.facts() if watch else {}),
         )
+
+    def _factors(self, job: Job, total: int, watch: Watch | None) -> Job:
+        """Train adapters on left factors, then on right ones; the products keep their rank."""
+        ranks: dict[str, int] = job.records.get("svd", {}).get("ranks", {})
+        parts = getattr(job.arch, "parts", None)
+        stands = [] if parts is None else [parts.standing_for(target) for target in self.lora.targets]
+        ends = tuple(f".{one}" for one in (*self.lora.targets, *stands) if one)
+        chosen = {name: rank for name, rank in ranks.items() if f".{name}".endswith(ends)}
+        if not chosen:
+            raise RecipeError(
+                f"train: factors tunes what svd left with a low rank, and of {', '.join(self.lora.targets)} it left"
+                " none; put svd before it, or train lora"
+            )
+        factor_(job.model, chosen)
+        model = learner(job, replace(self.lora, targets=("left", "right")))
+        first, hidden = (total + 1) // 2, width_of(job.model.config)
+        sides = {
+            side: [one for name, one in model.named_parameters() if one.requires_grad and f".{side}." in name]
+            for side in ("left", "right")
+        }
+        groups: list[Group] = []
+        for side, begun, updates in (("left", 0, first), ("right", first, total - first)):
+            own = group_of(side, model, self.adamw, hidden, max(updates, 1))
+            groups.append(replace(own, params=sides[side], schedule=_from(begun, updates, own.schedule)))
+
+        def before_step(update: int) -> None:
+            for one in sides["right" if update < first else "left"]:
+                one.grad = None  # its AdamW state waits, too
+
+        history = tune(
+            job,
+            "recover",
+            self.trains,
+            LossObjective(model, job.task.loss),
+            groups,
+            total,
+            before_step=before_step,
+            phase=lambda update: "left factors" if update < first else "right factors",
+            watch=watch,
+        )
+        done = settled(job, model, job.model.dtype, "recover", self.trains)
+        multiply_out_(done.model, chosen)
+        return done.note(
+            "recover",
+            updates=total,
+            trainable=sum(one.numbers for one in groups),
+            lr=groups[0].lr,
+            factors=len(chosen),
+            curve=curve(history),
+            **(watch.facts() if watch else {}),
+        )
+
+
+def _from(begun: int, updates: int, schedule: Callable[[int], float]) -> Callable[[int], float]:
+    """A schedule that begins at an update, and is 0 before and after its own."""
+    return lambda update: schedule(update - begun) if begun <= update < begun + updates else 0.0

@@ -22,10 +22,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.core.axis import Kind
 from compresso.core.counted import counted
 from compresso.core.repair import tokens_wanted
 from compresso.core.row import Row
-from compresso.errors import CheckpointError, DataError, ResourceError
+from compresso.errors import CheckpointError, DataError, RecipeError, ResourceError
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage
 from compresso.sweep.activation_store import Place
@@ -90,6 +91,14 @@ class Repair:
         """Refuse a choice among nothing."""
         if not self.alphas or not self.ridges:
             raise ValueError(f"alphas={list(self.alphas)}, ridges={list(self.ridges)}: give at least one of each")
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Raise RecipeError for mixtures of experts, whose stacks show no inputs to fit by."""
+        if any(axis.kind == Kind.EXPERT for axis in arch.axes(model)):
+            raise RecipeError(
+                "repair fits single linears by what they read, and the experts of this model are stacked; leave it out"
+                " (repair: none)"
+            )
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """Two looks at every block and one step behind it, if all of them lost something; beside them the dense model's

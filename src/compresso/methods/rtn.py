@@ -3,6 +3,8 @@
 One grid a row, or one for each group of inputs of a row (ZeroQuant, arXiv 2206.01861, section 4.1, group-wise weights);
 grids are those of `compresso.core.rounding`.
 
+Stacked experts are rounded as the linears that they are; routers are left as they are.
+
 Departure: values are rounded and stored as full numbers, so this shows what rounding costs, not what packing saves.
 """
 
@@ -57,16 +59,16 @@ class Rtn:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch, experts=True) or 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it rounds, and the bits they take once packed."""
-        group = fitting_group(self, model, arch)
+        group = fitting_group(self, model, arch, experts=True)
         return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another group than was asked for."""
-        return other_group(self, model, arch)
+        return other_group(self, model, arch, experts=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """None: it reads weights alone."""
@@ -75,7 +77,7 @@ class Rtn:
     @torch.no_grad()
     def __call__(self, job: Job) -> Job:
         """Round every linear."""
-        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch, experts=True))
         if fitted != self:
             log.warning("rtn: %s", "; ".join(self.remarks(job.model, job.arch)))
             return fitted(job)

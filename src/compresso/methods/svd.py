@@ -14,13 +14,16 @@ factors: fewer numbers and multiplications, opened by transformers alone, throug
 ranks in the weights, so that a later stage of the run that keeps them low (recovery by LoRA, whose rank adds to theirs)
 is exported, and one that does not (rounding, zeros, full training) is refused. A run knows nothing of those before it.
 
-Departures: the second moment is that of the outputs of the blocks already truncated, where the authors' whitening takes
-those of the dense model (their sequential update, left out, takes these). It is damped by 1e-6 of its mean diagonal at
-once, tenfold until it can be factored, where the authors add what makes the least eigenvalue 1e-6 only if it cannot be
-(guessed: the size, and that it is a share). q, k, v, and gate, up, share one factor of it. The closed-form update
-(section 3.2 of the first version) and LoRA on first one factor, then the other, are left out: `recover` tunes the
-product. Calibration rows are the run's, not WikiText-2 by itself. With few tokens a column the whitened truncation fits
-them alone.
+First version, section 3.2, sequential update (`moments: updated`): with the right factor kept, the left one is the
+    least squares fit of the dense linear's outputs on the inputs that the blocks already truncated give.
+
+Departures: by default the second moment is that of the outputs of the blocks already truncated, where the authors'
+whitening takes those of the dense model (`moments: dense`); with it the sequential update changes nothing, since the
+truncation is the fit already. It is damped by 1e-6 of its mean diagonal at once, tenfold until it can be factored,
+where the authors add what makes the least eigenvalue 1e-6 only if it cannot be (guessed: the size, and that it is a
+share). q, k, v, and gate, up, share one factor of it. LoRA on first one factor, then the other, is `train: factors` of
+the stage `recover`, whose default tunes the product. Calibration rows are the run's, not WikiText-2 by itself. With few
+tokens a column the whitened truncation fits them alone.
 """
 
 from collections.abc import Sequence
@@ -36,10 +39,21 @@ from compresso.observe.folds import second_moment
 from compresso.stage import Effects, Passes, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.compressed import Compressed
-from compresso.sweep.low_rank import factored_weights, of_low_rank, ranks_of
+from compresso.sweep.low_rank import factored_weights, of_dense_low_rank, of_low_rank, ranks_of
 from compresso.sweep.one_shot import more_damped
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen
+
+
+class Moments(StrEnum):
+    """Whose inputs a truncation is whitened by."""
+
+    COMPRESSED = "compressed"
+    """What the blocks already truncated give."""
+    DENSE = "dense"
+    """What the dense model gives, as published."""
+    UPDATED = "updated"
+    """What the dense model gives; then the left factors are fitted to what the blocks already truncated give."""
 
 
 class Whiten(StrEnum):
@@ -70,6 +84,8 @@ class Svd:
         keep: share of the numbers of each linear that its two factors have together.
         whiten: "activations", or "none" for the plain truncation, which looks at data to say what it loses.
         damping: share of the second moment's mean diagonal that is added to it; more where it cannot be factored.
+        moments: whose inputs count: "compressed" (of the blocks already truncated), "dense" (of the dense model), or
+            "updated": of the dense model, and then the left factors are fitted to what the truncated blocks give.
         where: layers, modules and exceptions; see `compresso.sweep.targets.Where`.
         calibration: examples, batch, activations, true_sequential; see `compresso.sweep.calibration.Calibration`.
     """
@@ -80,8 +96,14 @@ class Svd:
     keep: Annotated[float, Gt(0), Lt(1)] = 0.8
     whiten: Whiten = Whiten.ACTIVATIONS
     damping: Annotated[float, Gt(0), Le(0.01)] = 1e-6
+    moments: Moments = Moments.COMPRESSED
     where: Where = Where()
     calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        """Refuse moments that nothing is whitened by."""
+        if self.whiten == Whiten.NONE and self.moments != Moments.COMPRESSED:
+            raise ValueError(f"moments: {self.moments} are for whitening, and whiten is none; leave moments out")
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are truncated; needs shapes only. Raises RecipeError or ArchError."""
@@ -95,19 +117,23 @@ class Svd:
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""
-        return [sweep_passes(self, model, arch)]
+        return [sweep_passes(self, model, arch, looks=int(self.moments != Moments.COMPRESSED))]
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
         groups, run = self.check(job.model, job.arch), job.sweeping("svd", self)
         ranks, numbers = ranks_of(job.model, groups, self.keep), self.compressed(job.model, job.arch)
-        edit = of_low_rank(job.model, ranks, self.whiten == Whiten.ACTIVATIONS, self.damping)
+        if self.moments == Moments.COMPRESSED:
+            edit = of_low_rank(job.model, ranks, self.whiten == Whiten.ACTIVATIONS, self.damping)
+        else:
+            edit = of_dense_low_rank(job.model, ranks, self.moments == Moments.UPDATED, self.damping)
         found, notes = swept(run, groups, self.calibration, second_moment, edit)
         damped = {} if self.whiten == Whiten.NONE else more_damped(notes, self.damping)
         return job.note("svd", **found).note(
             "svd",
             sparsity=None,
             whiten=str(self.whiten),
+            moments=str(self.moments),
             ranks=ranks,
             weights=numbers.weights,
             factored=numbers.factored,

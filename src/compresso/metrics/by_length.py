@@ -47,5 +47,9 @@ def losses_by_length(
 
 
 def examples_sha256(rows: Sequence[Row]) -> str:
-    """Of the ids and labels of examples: the same ones have the same."""
-    return hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode()).hexdigest()
+    """Of the ids or pixels and labels of examples: the same ones have the same."""
+    total = hashlib.sha256(repr([(list(row["input_ids"]), list(row["labels"])) for row in rows]).encode())
+    for picture in (row["picture"] for row in rows if "picture" in row):
+        for tensor in (picture.pixels, *(() if picture.classes is None else (picture.classes,))):
+            total.update(f"{list(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()

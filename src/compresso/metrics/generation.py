@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.data import world
@@ -94,7 +95,7 @@ def samples(
     if not prompts or max_new_tokens < 1:
         raise DataError(f"{len(prompts)} prompts and max_new_tokens={max_new_tokens}; wanted at least one of each")
     context = context_of(model)
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     encoded = [(encode or (lambda text: _with_bos(tokenizer, text)))(prompt) for prompt in prompts]
     check_ids(model, encoded)
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -108,11 +109,11 @@ def samples(
     was_training = model.training
     model.eval()
     written: list[Sample] = []
-    together = TOGETHER if _takes_positions(model) else 1
+    together = TOGETHER if takes_positions(model) else 1
     try:
         for begin in range(0, len(encoded), together):
             chosen = encoded[begin : begin + together]
-            for place, (tokens, ended) in enumerate(_greedy(model, chosen, max_new_tokens, ends), begin):
+            for place, (tokens, ended) in enumerate(greedy(model, chosen, max_new_tokens, ends), begin):
                 text = str(tokenizer.decode(tokens, skip_special_tokens=True))
                 facts = {"tokens": len(tokens), "repetition": repetition(tokens)}
                 marked = broken(text, tokens, ended)
@@ -167,23 +168,30 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return bos + bare_ids(tokenizer, [text])[0]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every token that ends a text, by the tokenizer or by the model's generation config."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return {one for one in found if isinstance(one, int)}
 
 
-def _takes_positions(model: PreTrainedModel) -> bool:
+def takes_positions(model: PreTrainedModel) -> bool:
     """Whether a model can be told where each token stands, so that texts of different lengths share a batch."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.inference_mode()
-def _greedy(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: set[int]
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: set[int],
+    choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
 ) -> list[tuple[list[int], bool]]:
     """New tokens of each prompt without the end token, and whether there was one.
+
+    Args:
+        choose: the next token of each prompt [n], from its logits [n, vocab]; the most likely one.
 
     Prompts stand at the right, after padding that no token looks at, where their lengths differ.
     """
@@ -199,7 +207,7 @@ def _greedy(
         last = output.logits[:, -1]
         if last[sorted(open_)].isnan().any():
             raise NumericError(f"the model gives NaN after {step} new tokens; use float32 or bfloat16")
-        chosen = last.argmax(-1)
+        chosen = choose(last)
         for row in sorted(open_):
             if (token := int(chosen[row])) in ends:
                 ended[row] = True

@@ -202,8 +202,8 @@ def rise_interval(before: float, after: float, n: int) -> tuple[float, float]:
     >>> [round(bound, 3) for bound in rise_interval(56 / 70, 48 / 70, 70)]
     [-0.253, 0.031]
     """
-    low_b, high_b = _wilson(before, n)
-    low_a, high_a = _wilson(after, n)
+    low_b, high_b = wilson(before, n)
+    low_a, high_a = wilson(after, n)
     rise = after - before
     return (
         rise - math.hypot(after - low_a, high_b - before),
@@ -211,8 +211,8 @@ def rise_interval(before: float, after: float, n: int) -> tuple[float, float]:
     )
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share of n trials."""
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n trials."""
     found = binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 

@@ -73,7 +73,8 @@ class Measurement(Strict):
         unit: "tokens/s", "bytes", "nats/token", "share", "1" for a ratio or count without unit.
         how: measured, counted or estimated.
         stderr: standard error of `value` over items, in its unit.
-        low, high: smallest and largest value over rounds, in its unit.
+        low, high: smallest and largest value over rounds, in its unit; or the limits of the interval that the protocol
+            names under "interval".
         n: items, tokens or rounds behind the value.
         protocol: everything that was decided to get the number.
         seed: of random draws; None where nothing was drawn.
@@ -117,6 +118,35 @@ class Sample(Strict):
     degenerate: bool
 
 
+class Change(Strict):
+    """What became of a share between the dense model and a smaller one, on the same items.
+
+    Args:
+        name: of the measurement, such as "trust/ethics"; shares are 0..1, and more is better where it is a score.
+        dense, smaller: both models' shares; None where that was not measured.
+        difference: the smaller one's less the dense one's.
+        low, high: its 95 % interval.
+        n: items that both answered.
+        test: how it was tested, or how the interval was made.
+        p, p_adjusted: of the test, and corrected for the number of tests; None where there are none.
+        verdict: "not comparable" for a model that is broken, whatever its numbers say.
+        words: what to read beside it.
+    """
+
+    name: str
+    dense: FiniteFloat | None = None
+    smaller: FiniteFloat | None = None
+    difference: FiniteFloat | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    n: int | None = None
+    test: str = ""
+    p: FiniteFloat | None = None
+    p_adjusted: FiniteFloat | None = None
+    verdict: Literal["within noise", "rose", "fell", "at chance", "not comparable", "not measured"]
+    words: str = ""
+
+
 class ModelResults(Strict):
     """What was measured of one model.
 
@@ -127,6 +157,7 @@ class ModelResults(Strict):
         measurements: all numbers.
         samples: texts it wrote.
         not_measured: what could not be measured -> why.
+        changes: how its answers differ from the dense model's, item by item, where both were asked the same.
     """
 
     name: str
@@ -135,6 +166,7 @@ class ModelResults(Strict):
     measurements: tuple[Measurement, ...] = ()
     samples: tuple[Sample, ...] = ()
     not_measured: dict[str, str] = {}
+    changes: tuple[Change, ...] = ()
 
     def value(self, name: str) -> float | None:
         """The first number of that name, or None."""

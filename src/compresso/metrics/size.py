@@ -29,13 +29,15 @@ _CACHE: Protocol = {"element_bytes": KV_BYTES}
 
 def counts(cost: CostModel, masks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Parameters, multiply-accumulates and cache bytes a token of the dense model or under 0/1 masks, as `compresso
-    inspect` gives them.
+    inspect` gives them; of a mixture of experts the parameters that a token meets, too.
     """
     counted = cost(masks)
+    active = {"active_parameters_per_token": round(float(counted.active))} if cost.routes else {}
     return {
         "parameters": counted.parameters(),
         "macs_per_token": round(float(counted.macs)),
         "kv_bytes_per_token": round(float(counted.cached)) * KV_BYTES,
+        **active,
     }
 
 

@@ -1,4 +1,4 @@
-"""Our model classes, per layer and of low rank, and their registration with transformers.
+"""Our model classes, per layer, of low rank and with a sliced stream, and their registration with transformers.
 
 Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
 so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from compresso.native import modeling_compresso as modeling
 from compresso.native import modeling_compresso_lowrank as low_rank
+from compresso.native import modeling_compresso_sliced as sliced
 
 MODELING_FILE = Path(modeling.__file__)
 LOW_RANK_FILE = Path(low_rank.__file__)
+SLICED_FILE = Path(sliced.__file__)
 CLASSES = {
     "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
     "mistral": (modeling.CompressoMistralConfig, modeling.CompressoMistralModel, modeling.CompressoMistralForCausalLM),
@@ -27,17 +29,26 @@ LOW_RANK_CLASSES = {
     "qwen3": (low_rank.CompressoLowRankQwen3Config, low_rank.CompressoLowRankQwen3ForCausalLM),
 }
 """Config and language model of each family whose linears may be products of two."""
+SLICED_CLASSES = {
+    "llama": (sliced.CompressoSlicedLlamaConfig, sliced.CompressoSlicedLlamaForCausalLM),
+    "mistral": (sliced.CompressoSlicedMistralConfig, sliced.CompressoSlicedMistralForCausalLM),
+    "qwen2": (sliced.CompressoSlicedQwen2Config, sliced.CompressoSlicedQwen2ForCausalLM),
+    "qwen3": (sliced.CompressoSlicedQwen3Config, sliced.CompressoSlicedQwen3ForCausalLM),
+    "opt": (sliced.CompressoSlicedOPTConfig, sliced.CompressoSlicedOPTForCausalLM),
+    "gpt2": (sliced.CompressoSlicedGPT2Config, sliced.CompressoSlicedGPT2LMHeadModel),
+}
+"""Config and language model of each family whose stream may be sliced."""
 
 
 def register() -> None:
-    """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, and those of `mistral`, `qwen2` and
-    `qwen3`; idempotent.
+    """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, `compresso_sliced_llama`, and those of
+    the other families; idempotent.
     """
     for config, decoder, language_model in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, language_model, exist_ok=True)
-    for config, language_model in LOW_RANK_CLASSES.values():
+    for config, language_model in (*LOW_RANK_CLASSES.values(), *SLICED_CLASSES.values()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, language_model, exist_ok=True)
 
@@ -45,6 +56,11 @@ def register() -> None:
 def is_low_rank(model_type: object) -> bool:
     """Whether a model type is one of those whose linears are products of two."""
     return any(config.model_type == model_type for config, _ in LOW_RANK_CLASSES.values())
+
+
+def is_sliced(model_type: object) -> bool:
+    """Whether a model type is one of those whose stream is sliced."""
+    return any(config.model_type == model_type for config, _ in SLICED_CLASSES.values())
 
 
 def family_of(model_type: str) -> str | None:

@@ -24,7 +24,9 @@ from compresso.training.progress import Progress
 from compresso.training.signals import noted_signals
 
 Batch = Mapping[str, Tensor]
-"""input_ids and attention_mask, each int64 [batch, seq], and whatever else the run of a pass needs."""
+"""input_ids and attention_mask, each int64 [batch, seq], or pixel_values [batch, channels, height, width], and whatever
+else the run of a pass needs.
+"""
 
 Run = Callable[[PreTrainedModel, Batch, See], None]
 """Runs a model on a batch, which is on its device; what no hook can show it may give to `See` itself."""
@@ -46,12 +48,17 @@ class Pass:
 
 def body(model: PreTrainedModel, batch: Batch, see: See) -> None:
     """Run: one forward pass without the head."""
-    model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    model.base_model(**_inputs(batch), use_cache=False)
 
 
 def whole(model: PreTrainedModel, batch: Batch, see: See) -> None:
     """Run: one forward pass."""
-    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    model(**_inputs(batch), use_cache=False)
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a model reads of a batch: tokens with their mask, or pictures."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
 
 
 @torch.no_grad()

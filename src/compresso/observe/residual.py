@@ -80,8 +80,8 @@ def residual(
             written.clear()
 
         def writes(kind: Kind) -> Callable[..., None]:
-            def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-                chosen = pick(output, positions)
+            def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                chosen = pick(first_output(output), positions)
                 written[kind] = written[kind] + chosen if kind in written else chosen
 
             return hook

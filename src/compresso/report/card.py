@@ -19,11 +19,12 @@ from compresso.core.plan import Plan
 from compresso.metrics.record import Measurement, ModelResults
 from compresso.report import facts
 from compresso.report.columns import group
-from compresso.report.done import deeds, participle
+from compresso.report.done import deeds, forgets, participle
 from compresso.report.read import Comparison, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.report.table import Cell, missing, tables
+from compresso.report.trust_rows import TITLES, advice, trust_rows
 from compresso.tasks.base import task_named
 
 _DATASETS = {
@@ -64,6 +65,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         auto_class=task_named(records.recipe.task).auto_class,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
         participle=participle(records),
+        unserved=_plain(forgets(records)),
         deeds=[_plain(deed) for deed in deeds(records)],
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
         dense=_plain(records.stored_dense()),
@@ -73,6 +75,8 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         counted=_counted(records),
         stages=_stages(records),
         results=_results(comparison),
+        trust=[[_plain(cell) for cell in row] for row in (TITLES, *trust_rows(pruned.changes))],
+        advice=[_plain(line) for line in advice(records, pruned)],
         places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
         engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
         elsewhere=[
@@ -81,7 +85,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
             if commands and name in commands
         ],
         readers=readers,
-        missing=[*map(_plain, missing(comparison)), *_NEVER],
+        missing=[*map(_plain, missing(comparison)), *(_NEVER[bool(pruned.changes) :])],
     )
 
 
@@ -154,6 +158,10 @@ def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
     ]
     rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
     rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
+    if before.active_parameters_per_token is not None and after.active_parameters_per_token is not None:
+        rows += [
+            ("parameters that a token meets", before.active_parameters_per_token, after.active_parameters_per_token)
+        ]
     return [(name, old, new) for name, old, new in rows if old]
 
 
@@ -172,7 +180,7 @@ def _results(comparison: Comparison) -> list[tuple[str, list[tuple[str, str, str
             (row for row in table.rows if row.kind == "pruned"), dense
         )  # the same weights, if the run kept everything
         for column, old, new in zip(table.columns, dense.cells, mine.cells, strict=True):
-            if column.how != "counted":
+            if column.how != "counted" and table.title != "Trust":
                 name = f"{table.title}: {column.title}" + (f" ({column.detail})" if column.detail else "")
                 rows.setdefault(column.how.capitalize(), []).append((_plain(name), _words(old), _words(new)))
     return list(rows.items())

@@ -23,13 +23,15 @@ GROUPS = (
     "Tasks: accuracy by length-normalised likelihood",
     "Tasks: exact match",
     "Tasks: F1",
+    "Tasks: intersection over union",
     "Distance from the dense model",
     "Generated text",
+    "Trust",
     "Speed",
     "Memory",
     "Other",
 )
-QUALITY = GROUPS[1:8]
+QUALITY = GROUPS[1 : GROUPS.index("Trust")]
 """Groups in which a difference is damage or luck, and noise matters."""
 NOISE = "noise/"
 """A number of the dense model whose name is this and another number's name: how far dense lies from itself, in the same
@@ -37,7 +39,15 @@ unit.
 
 Its protocol is that of the number, and under the key "noise" how it was found: "other seed", "half-split", "repeated".
 """
-_AGAINST_DENSE = ("kl", "top1_agreement", "removed_mass", "decode_speedup", "prefill_speedup", "decode_bound")
+_AGAINST_DENSE = (
+    "kl",
+    "top1_agreement",
+    "removed_mass",
+    "decode_speedup",
+    "prefill_speedup",
+    "decode_bound",
+    "frames_speedup",
+)
 _GROUP_OF_END = {
     "perplexity": "Perplexity",
     "byte_perplexity": "Perplexity",
@@ -45,14 +55,19 @@ _GROUP_OF_END = {
     "acc_norm": "Tasks: accuracy by length-normalised likelihood",
     "exact_match": "Tasks: exact match",
     "f1": "Tasks: F1",
+    "miou": "Tasks: intersection over union",
+    "pixel-acc": "Tasks: accuracy",
 }
+_OF_A_CLASS = "/iou/"
+"""Between a data set's name and that of a class of pixels."""
 _GROUP_OF_START = {
     **dict.fromkeys(("parameters", "bytes", "macs", "kv_bytes"), "Size"),
     **dict.fromkeys(("kl", "top1_agreement", "removed_mass"), "Distance from the dense model"),
     **dict.fromkeys(("repetition", "degenerate"), "Generated text"),
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
-    **dict.fromkeys(("prefill_ms", "decode_ms"), "Speed"),
+    **dict.fromkeys(("prefill_ms", "decode_ms", "frames", "frames_speedup"), "Speed"),
     "memory": "Memory",
+    **dict.fromkeys(("trust", "refusal", "benign", "judge"), "Trust"),
 }
 _WORDS = {
     "parameters/total": "parameters, all",
@@ -68,6 +83,8 @@ _WORDS = {
     "repetition": "repeated 4-grams",
     "degenerate": "broken texts",
     "memory/peak": "peak memory",
+    "frames": "frames a second",
+    "frames_speedup": "speed-up of frames",
 }
 _PREFIXES = {
     "prefill": "prefill",
@@ -125,20 +142,24 @@ def columns(numbers: Iterable[Measurement]) -> list[Column]:
 def group(name: str) -> str:
     """The table that a number belongs to."""
     head, _, tail = name.rpartition("/")
+    if _OF_A_CLASS in name:
+        return _GROUP_OF_END["miou"]
     return (_GROUP_OF_END.get(tail) if head else None) or _GROUP_OF_START.get(name.partition("/")[0], "Other")
 
 
 def title(name: str) -> str:
     """A number's name for people.
 
-    >>> title("decode_speedup/batch8"), title("wikitext2/byte_perplexity"), title("piqa/acc")
-    ('decode speed-up, batch 8', 'wikitext2, per byte', 'piqa')
+    >>> title("decode_speedup/batch8"), title("wikitext2/byte_perplexity"), title("piqa/acc"), title("held/iou/road")
+    ('decode speed-up, batch 8', 'wikitext2, per byte', 'piqa', 'held, road')
     """
     if name in _WORDS:
         return _WORDS[name]
     head, _, tail = name.rpartition("/")
     if head in _PREFIXES:
         return f"{_PREFIXES[head]}, {tail.replace('batch', 'batch ')}"
+    if _OF_A_CLASS in name:
+        return name.replace(_OF_A_CLASS, ", ")
     if tail == "byte_perplexity":
         return f"{head}, per byte"
     return head if head and tail in _GROUP_OF_END else name
@@ -149,6 +170,8 @@ def lower_is_better(name: str) -> bool | None:
     table = group(name)
     if name.partition("/")[0] in ("prefill_ms", "decode_ms"):
         return True
+    if table == "Trust":
+        return False if name.startswith("trust/") and name.count("/") == 1 else None
     if table == "Perplexity" or name in ("kl", "removed_mass", "repetition", "degenerate"):
         return True
     if table.startswith("Tasks") or table == "Speed" or name == "top1_agreement":

@@ -9,6 +9,8 @@ _PARTS = (
     (re.compile(r"\.queries$"), "query heads"),
     (re.compile(r"\.heads$"), "heads"),
     (re.compile(r"\.channels$"), "FFN channels"),
+    (re.compile(r"\.experts$"), "experts"),
+    (re.compile(r"\.expert_channels$"), "channels of experts"),
     (re.compile(r"^hidden$"), "hidden dimensions"),
     (re.compile(r"^layers$"), "layers"),
     (re.compile(r"attention"), "attention sub-layers"),
@@ -32,13 +34,16 @@ def removed_kinds(records: RunRecords) -> list[str]:
 
 
 def participle(records: RunRecords) -> str:
-    """Those of "pruned", "quantised" and "truncated" that were done, with "and" between; "trained" where none was."""
+    """Those of "pruned", "quantised", "truncated" and "sliced" that were done, with "and" between; "trained" where none
+    was.
+    """
     stages = records.stages
     zeros = any(stages[name].sparsity and not filled(stages, name) for name in stages)
     pruned = bool(removed_kinds(records)) or zeros
     quantised = any(facts.bits for facts in records.stages.values())
     truncated = any((facts.model_extra or {}).get("ranks") for facts in records.stages.values())
-    told = (("pruned", pruned), ("quantised", quantised), ("truncated", truncated))
+    sliced = any((facts.model_extra or {}).get("stream_width") for facts in records.stages.values())
+    told = (("pruned", pruned), ("quantised", quantised), ("truncated", truncated), ("sliced", sliced))
     return " and ".join(word for word, done in told if done) or "trained"
 
 
@@ -59,12 +64,27 @@ def deeds(records: RunRecords) -> list[str]:
             told.append(f"Weights were rounded by {name} to what takes {facts.bits:.3g} bits each once packed{groups}.")
         if ranks_of(facts):
             told.append(_low_rank(records, name))
+        if (facts.model_extra or {}).get("stream_width"):
+            told.append(_sliced(records, name))
         if (bits := (facts.model_extra or {}).get("activation_bits")) and bits < _SERVED:
             told.append(
                 f"Activations of {bits} bits by {name} are simulated: compresso.load computes them with full numbers,"
                 " and other engines do not round them."
             )
     return told
+
+
+def forgets(records: RunRecords) -> str:
+    """A sentence on a cache that forgets, and on who serves it; empty where it holds everything."""
+    facts = records.stages.get("context_gates")
+    if facts is None:
+        return ""
+    live = (facts.model_extra or {}).get("live_fraction")
+    share = f" to {100 * live:.0f} % of the context" if isinstance(live, float) else ""
+    return (
+        f"No engine serves its pruned context: its cache forgets{share} by learned gates that compresso.load alone"
+        " applies, and others open the model with its whole cache."
+    )
 
 
 def _zeros(records: RunRecords, name: str) -> str:
@@ -76,6 +96,19 @@ def _zeros(records: RunRecords, name: str) -> str:
     left = list(records.stages.values())[-1].left
     now = "" if left is None or left.zeros is None else f": {left.zeros:.1%} of the matrices are zeros in the end"
     return f"{share} became zeros, which {after} filled again{now}."
+
+
+def _sliced(records: RunRecords, name: str) -> str:
+    """A sentence on the stream that a stage cut."""
+    extra = records.stages[name].model_extra or {}
+    untied = ", its head untied" if extra["untied"] else ""
+    grown = ", which is MORE" if extra["sliced_parameters"] >= extra["dense_parameters"] else ""
+    return (
+        f"The stream was cut from {extra['dense_width']:,} dimensions to {extra['stream_width']:,} by {name}. The files"
+        " hold the dense weights: compresso.load cuts the stream, and engines compute the dense model. compresso export"
+        f" --format sliced writes the narrower one, {extra['sliced_parameters']:,} parameters in place of"
+        f" {extra['dense_parameters']:,}{untied}{grown}, which transformers alone opens."
+    )
 
 
 def _low_rank(records: RunRecords, name: str) -> str:

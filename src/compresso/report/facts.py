@@ -41,7 +41,10 @@ def asked(run: Run) -> Rows:
             of = str(knobs.get("of", "blocks"))
             kinds = [_KINDS.get(str(kind), str(kind)) for kind in knobs.get("kinds") or ()]
             removable = f"; what may leave: {', '.join(kinds)}" if kinds else ""
-            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{removable}"))
+            rounds = f" in {knobs['rounds']} rounds" if knobs.get("rounds") else ""
+            if isinstance(targets := knobs.get("family"), dict):
+                rounds = f" at the last of its targets {', '.join(map(str, targets))}"
+            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{rounds}{removable}"))
     before, after = records.before.parameters, records.after.parameters
     shares = [
         f"{after[part] / before[part]:.1%} of {words}"

@@ -44,7 +44,11 @@ def removed(run: Run) -> Figure | None:
 def training(run: Run) -> list[Figure]:
     """The curves of every stage that trained."""
     knobs = run.records.recipe.knobs()
-    return [figure for name, stage in run.records.stages.items() for figure in _stage(name, stage, knobs.get(name, {}))]
+    return [
+        figure
+        for name, stage in run.records.stages.items()
+        for figure in _stage(name, stage, knobs.get(name.partition(" ")[0], {}))
+    ]
 
 
 def trade_offs(comparison: Comparison) -> list[Figure]:

@@ -25,6 +25,7 @@ from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
+from compresso.report.trust_rows import TITLES, trust_rows
 
 GENERATOR = '<meta name="generator" content="compresso">'
 """What tells a report from another file that lies at its place."""
@@ -92,6 +93,7 @@ def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> s
         quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
+        trust=[(one.name, TITLES, trust_rows(one.changes)) for one in comparison.models if one.changes],
         trade_offs=figures.trade_offs(comparison),
         charts=charts.can_draw(),
         prompts=_prompts(comparison.models),

@@ -16,7 +16,7 @@ from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.places import without_places_in
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
-from compresso.metrics.record import Measurement, ModelResults, Report, Sample
+from compresso.metrics.record import Change, Measurement, ModelResults, Report, Sample
 from compresso.report.columns import Key, column_key
 from compresso.report.records import RunRecords, first_fault
 
@@ -141,12 +141,14 @@ def merged(inputs: Sequence[Input]) -> Comparison:
         numbers: dict[Key, Measurement] = {}
         samples: dict[str, Sample] = {}
         lacking: dict[str, str] = {}
+        changes: dict[str, Change] = {}
         model = ""
         of_model = (results for one in by_age for results in one.report.models if results.fingerprint == fingerprint)
         for results in of_model:
             numbers |= {column_key(number): number for number in results.measurements}
             samples |= {sample.prompt: sample for sample in results.samples}
             lacking |= results.not_measured
+            changes |= {one.name: one for one in results.changes}
             model = model or results.model
         models.append(
             ModelResults(
@@ -156,6 +158,7 @@ def merged(inputs: Sequence[Input]) -> Comparison:
                 measurements=tuple(numbers.values()),
                 samples=tuple(samples.values()),
                 not_measured=lacking,
+                changes=tuple(changes.values()),
             )
         )
     return Comparison(tuple(models), runs, dense, tuple(one.label for one in inputs), by_age[-1].report.created)

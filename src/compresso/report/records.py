@@ -60,12 +60,15 @@ class DataUsed(Strict):
 
 
 class Counted(Strict):
-    """What was counted of a model, and its mean loss on held-out examples in nats a labelled token."""
+    """What was counted of a model, and its mean loss on held-out examples in nats a labelled token; of a mixture of
+    experts the parameters that a token meets, too.
+    """
 
     parameters: dict[str, int]
     macs_per_token: int
     kv_bytes_per_token: int
     held_loss: FiniteFloat | None
+    active_parameters_per_token: int | None = None
 
 
 class Engine(Strict):

@@ -1,10 +1,12 @@
 """What a person reads when a run has ended: five lines, each with the dense model's number and the result's."""
 
+from collections import Counter
 from pathlib import Path
 
 from compresso.metrics.record import Measurement, ModelResults
 from compresso.report.columns import title, written
 from compresso.report.records import RunRecords
+from compresso.report.trust_rows import fallen
 from compresso.tasks.base import task_named
 
 _HOW = {"estimated": "predicted", "measured": "measured", "counted": "counted"}
@@ -25,6 +27,7 @@ def summary(records: RunRecords, folder: Path) -> list[str]:
         _quality(records, dense, pruned),
         ("decoding", _speed(dense, pruned)),
         *([("time", words)] if (words := _time(dense, pruned)) else []),
+        *([("trust", words)] if (words := _trust(pruned)) else []),
         (
             "written",
             f"{folder}, layout {records.layout}: report.html, README.md (card); compresso.load({str(folder)!r})",
@@ -82,6 +85,16 @@ def _time(dense: ModelResults, pruned: ModelResults) -> str:
         told.append(", ".join(f"{written(one.value, one.unit)} {_HOW[one.how]}" for one in numbers))
     lacking = pruned.not_measured.get("time")
     return " -> ".join(told) + (f"; not measured: {lacking}" if lacking else "")
+
+
+def _trust(pruned: ModelResults) -> str:
+    """What fell, and how many dimensions were compared; "" of a run that did not ask."""
+    if not pruned.changes:
+        return f"not measured: {pruned.not_measured['trust']}" if "trust" in pruned.not_measured else ""
+    counts = Counter(one.verdict for one in pruned.changes)
+    told = ", ".join(f"{verdict}: {n}" for verdict, n in counts.items())
+    names = fallen(pruned)
+    return f"{told}" + (f"; fell beyond noise: {', '.join(names)}" if names else "")
 
 
 def _found(model: ModelResults, name: str) -> Measurement | None:

@@ -29,7 +29,7 @@ NOT_MEASURED = "not measured"
 REFERENCE = "reference"
 NOISE_ROW = "noise floor"
 
-_OF_SOME = ("Tasks: F1", "Other")
+_OF_SOME = ("Tasks: F1", "Tasks: intersection over union", "Trust", "Other")
 """Groups that most models have no number of, and lack nothing."""
 
 

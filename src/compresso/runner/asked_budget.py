@@ -93,6 +93,8 @@ def asked_for(given: Mapping[str, Any]) -> Asked | None:
     if len(there) != 1 or there[0] == "keep":
         return None
     value = given[there[0]]
+    if "," in str(value):  # several targets, of which the last is refused in words of its own
+        return None
     return Asked(there[0], f"{value:.10g}" if isinstance(value, int | float) else str(value))
 
 

@@ -13,6 +13,7 @@ from compresso.errors import DataError, RecipeError
 from compresso.runner.dry_run import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
+from compresso.runner.rounds import learning_of
 from compresso.wording import worded
 
 _NAMED_CLASSES = 8
@@ -73,7 +74,7 @@ def data_facts(
                 "stage": one.name,
                 "batch": one.learning.trains.batch,
                 "updates_an_epoch": math.ceil(train / one.learning.trains.batch),
-                "updates": sum(one.learning.trains.updates(train, one.learning.phases)),
+                "updates": _updates(one, train),
             }
             for one in stages
             if one.learning is not None
@@ -81,10 +82,20 @@ def data_facts(
     }
 
 
+def _updates(one: Acted, train: int) -> int:
+    """Updates that a stage takes in its round, on so many training examples."""
+    whole = one.learning if one.act is None else learning_of(one.act.stage)
+    assert whole is not None  # asked of stages that train
+    total = sum(whole.trains.updates(train, whole.phases))
+    return total if one.act is None else one.act.updates(total)
+
+
 def _classes(encoded: Encoded) -> list[str]:
     """A sentence on the classes of labelled examples, in the order of the head's outputs; none for other examples."""
     if not encoded.labels:
         return []
+    if not all(row["labels"] for row in encoded.rows):  # each pixel has one
+        return [f"{len(encoded.labels)} classes"]
     counts = Counter(row["labels"][0] for row in encoded.rows)
     named = [f"{name} ({counts[i]:,})" for i, name in enumerate(encoded.labels[:_NAMED_CLASSES])]
     more = len(encoded.labels) - len(named)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
@@ -35,6 +36,7 @@ from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
+from compresso.runner.rounds import Act, Begun, told
 from compresso.solve.allocate import allocate
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import (
@@ -78,6 +80,7 @@ class Acted:
             any.
         compressed: what it zeroes or rounds; None where it does neither.
         held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
+        act: the stage in its round.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Acted:
     trainable: Mapping[str, int] = field(default_factory=dict[str, int])
     compressed: Compressed | None = None
     held: int | None = None
+    act: Act | None = None
 
 
 @dataclass(frozen=True)
@@ -145,20 +149,32 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
     refuse_other_table(recipe.measures, shape_facts(arch, model))
     cost = cost_of(arch, model, recipe.measures)
     sizes = {axis.name: axis.size for axis in axes}
-    shown, removed = DryRun(counts(cost), counts(cost)), Plan()
+    shown, removed = DryRun(counts(cost), counts(cost), notes=told(recipe.acts)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     rounded, earlier = "", rounded_by(source)  # the last stage that rounded weights, and that of an earlier run
     without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
-    for name, given in recipe.stages:
+    begun: Begun | None = None  # what the first of several rounds received
+    for act in recipe.acts:
+        name = act.label
+        if act.cuts and act.turn == 1:
+            assert isinstance(act.stage, Shrinks)
+            dry_run_plan(act.name, axes, cost, act.stage)  # all at once, so that a floor is told of all rounds
+            begun = Begun.of(act.stage, axes, cost)
+        given = act.taken(begun if act.cuts else None, cost, None)
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
                 accumulation(group.batch, group.micro_batch)
+            if isinstance(group, Trains) and min(group.batch, group.micro_batch) < 2 and _has_batch_norms(model):
+                raise RecipeError(
+                    f"stage '{name}': micro_batch={group.micro_batch} shows batch norms one example at a time, whose"
+                    " deviation is 0; give batch and micro_batch of 2 or more"
+                )
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
-        rounded = _last_to_round(rounded, name, compressed)
-        if earlier and not rounded and not shown.lost and card(name).effects & (Effects.SHAPES | Effects.WEIGHTS):
+        rounded = _last_to_round(rounded, act.name, compressed)
+        if earlier and not rounded and not shown.lost and card(act.name).effects & (Effects.SHAPES | Effects.WEIGHTS):
             shown.lost = lost(source, name, earlier)
             shown.notes.append(shown.lost)
         learning = stage.learning() if isinstance(stage, Learns) else None
@@ -174,7 +190,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
         planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
         total, macs = int(cost().total), int(cost().macs)
-        if isinstance(stage, Remarks):
+        if isinstance(stage, Remarks) and act.turn == 1:
             shown.notes += [f"{name}: {remark}" for remark in stage.remarks(model, arch)]
         shown.stages.append(
             Acted(
@@ -187,15 +203,20 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 trainable,
                 compressed,
                 _held(stage, model, arch, recipe.data.max_length) if isinstance(stage, Sweeps) else None,
+                act,
             )
         )
         if planned is not None:
             budget, plan = planned
-            if budget is not None and (told := said_of_kinds(model.config.model_type, axes, cost, budget)):
-                shown.lacking[name] = told
-                shown.notes.append(f"{name}: {told}")
+            if (
+                act.turn == 1
+                and budget is not None
+                and (lacks := said_of_kinds(model.config.model_type, axes, cost, budget))
+            ):
+                shown.lacking[name] = lacks
+                shown.notes.append(f"{name}: {lacks}")
             removed = removed.then(plan)
-            if "kinds" not in card(name).knobs and any(
+            if "kinds" not in card(act.name).knobs and any(
                 len(plan.kept.get(axis.name, range(axis.size))) < axis.size
                 for axis in axes
                 if axis.kind in (Kind.HEAD, Kind.HIDDEN)
@@ -205,10 +226,13 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 without.append(_emptied(name, axes, cost, budget, kinds))
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
-            wanted = f"; wanted {budget.keep:g}" if budget and budget.keep < 1 else ""
+            keep = budget.keep if budget else 1.0
+            if act.cuts and begun is not None:  # rounds are told as shares of what the first of them received
+                share, keep = float(cost.of(plan).count(of)) / begun.whole, act.keep
+            wanted = f"; wanted {keep:{'.4g' if act.cuts else 'g'}}" if keep < 1 else ""
             shown.notes.append(f"{name}: about {share:.4f} of {of} stay{wanted}")
-            if budget:
-                shown.budgets.append(Met(name, of, share, budget.keep))
+            if budget and act.turn == act.turns:
+                shown.budgets.append(Met(name, of, share, keep))
             shrink_(model, axes, plan)
             axes = axes_of(arch, model, (Kind.QUERY,))
             cost = cost_of(arch, model, recipe.measures)
@@ -233,6 +257,10 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         "native": None,
     }
     return shown
+
+
+def _has_batch_norms(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def _last_to_round(before: str, name: str, compressed: Compressed | None) -> str:
@@ -261,7 +289,9 @@ def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int
 
 def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:
     """Parameters that learn, by group. Raises RecipeError for targets that no layer has or that cannot be scored."""
-    if learning.lora is None:
+    if learning.frozen:
+        found: dict[str, int] = {}
+    elif learning.lora is None:
         found = {"all": int(cost().total)}
     else:
         adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets, strict=True)
@@ -270,7 +300,7 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
         found = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
         adapted.unload()
     gates = sum(axis.size for axis in axes if axis.kind in learning.gates)
-    return found | ({"gates": gates} if learning.gates else {})
+    return found | ({"gates": gates} if learning.gates else {}) | (learning.own(model) if learning.own else {})
 
 
 def _gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:

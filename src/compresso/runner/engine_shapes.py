@@ -36,6 +36,7 @@ _PLURALS = {
     Kind.HEAD: "heads",
     Kind.QUERY: "query heads of a key/value head",
     Kind.CHANNEL: "channels",
+    Kind.EXPERT_CHANNEL: "channels of experts",
     Kind.HIDDEN: "hidden dimensions",
 }
 
@@ -83,6 +84,8 @@ def multiples(want: ShapeConstraints, model: str, queries: bool = False) -> dict
     """
     live = meta_model(open_source(model, weights=False))
     found = {Kind.CHANNEL: math.lcm(want.inputs, want.channels), Kind.HIDDEN: want.inputs}
+    if any(axis.kind == Kind.EXPERT_CHANNEL for axis in _axes(live)):
+        found[Kind.EXPERT_CHANNEL] = found[Kind.CHANNEL]
     widths = {gate.width for axis in _axes(live) if axis.kind == Kind.HEAD for gate in axis.gates}
     found[Kind.HEAD] = math.lcm(want.heads, *(want.inputs // math.gcd(want.inputs, width) for width in widths))
     if queries:

@@ -7,6 +7,7 @@ import torch
 
 from compresso.arch.context import positions_of
 from compresso.checkpoint.load import load_model
+from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
@@ -40,10 +41,11 @@ def task_metric(
             f"{source.name} has no head for {task}, so it says nothing that could be scored; give a model that a run"
             f" with --task {task} wrote"
         )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if known.reads_text else None
+    pixels = None if known.reads_text else pixel_input(source)
     length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
     records = load_records(data, form=known.form)
-    encoded = known.encode(records, tokenizer, Reading(length, limit=limit), source.config)
+    encoded = known.encode(records, tokenizer, Reading(length, limit=limit, pixels=pixels), source.config)
     model = as_stock(load_model(source, device=device)).eval()
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from compresso.arch.context import positions_of
+from compresso.arch.context import positions_of, tokens_of_picture
+from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
@@ -71,8 +72,9 @@ def read_examples(
     """
     recipe, context = within_context(recipe, source.config), positions_of(source.config)
     size = vocabulary(source.config)
+    reads_text = recipe.task.reads_text
     if not recipe.needs("data"):
-        tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+        tokenizer = load_tokenizer(source) if reads_text and has_tokenizer(source) else None
         _check_own_ids(recipe, tokenizer, size)
         return Examples(recipe, tokenizer)
     if data is None:
@@ -82,13 +84,17 @@ def read_examples(
         )
     records = load_records(with_generated(data, source, quiet), skip_bad=skip_bad, form=recipe.task.form)
     bare = records.kind == "window" and not has_tokenizer(source)
-    tokenizer = None if bare else load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if reads_text and not bare else None
+    pixels = None if reads_text else pixel_input(source)
     _check_own_ids(recipe, tokenizer, size)
     knobs = recipe.data
-    reading = Reading(knobs.max_length, knobs.prompt, knobs.pack, knobs.limit, skip_bad, context, knobs.train_on_inputs)
+    asked = (knobs.max_length, knobs.prompt, knobs.pack, knobs.limit, skip_bad, context, knobs.train_on_inputs)
+    reading = Reading(*asked, pixels)
     encoded = recipe.task.encode(records, tokenizer, reading, source.config)
     check_dropped(records, encoded, reading.reach(), allow_dropped)
     said = told(records, encoded, knobs.max_length)
+    if not reads_text and tokens_of_picture(source.config) == 1:
+        said.append("multiply-accumulates are those of one picture, also where they are called those of a token")
     if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
         said.append(note)
     recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)

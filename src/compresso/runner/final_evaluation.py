@@ -30,13 +30,15 @@ from compresso.errors import DataError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
+from compresso.metrics.frames import frame_measurements
 from compresso.metrics.generation import generation_measurements, samples, world_prompts
 from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.prompts import OPENINGS, REQUESTS
-from compresso.metrics.record import Environment, Measurement, ModelResults, Report, Sample
+from compresso.metrics.record import Change, Environment, Measurement, ModelResults, Report, Sample
 from compresso.metrics.size import size_measurements
 from compresso.runner.budgeted_time import obstacle, predicted, timed
+from compresso.runner.trust_check import TrustCheck, trust_found
 from compresso.sweep.memory import available
 from compresso.tasks.base import Score
 from compresso.training.progress import PATIENCE, Progress
@@ -61,6 +63,7 @@ class Evaluated:
     measurements: list[Measurement] = field(default_factory=list[Measurement])
     samples: tuple[Sample, ...] = ()
     not_measured: dict[str, str] = field(default_factory=dict[str, str])
+    changes: list[Change] = field(default_factory=list[Change])
 
     def numbers(self, loss: float | None, examples: int) -> dict[str, float]:
         """What was measured, by name, the first of each; with the loss on so many held-out examples, if any."""
@@ -105,6 +108,7 @@ class FinalEvaluation:
                 measurements=(*size, *results.measurements),
                 samples=results.samples,
                 not_measured=results.not_measured,
+                changes=tuple(results.changes),
             )
             for name, identity, results, size in sizes
         )
@@ -147,6 +151,7 @@ def take(
     after: float | None,
     extent: Extent = "full",
     scores: Mapping[str, Score | None] | None = None,
+    trust: TrustCheck | None = None,
 ) -> FinalEvaluation:
     """Evaluate both models and judge.
 
@@ -158,6 +163,7 @@ def take(
         before, after: losses on the held-out examples, nats a token; None without data.
         extent: how much is measured.
         scores: of both models on the held-out examples, as far as they are known.
+        trust: how much of trust is measured; None for nothing.
 
     Raises:
         NumericError: a model gives NaN.
@@ -207,6 +213,12 @@ def take(
             results[PRUNED].not_measured["kl"] = "no held-out example begins with two tokens that both models have"
         for name, speeds in _speeds(models, shown).items():
             results[name].measurements += speeds
+    if DENSE in models and not job.task.reads_text and extent == "full":
+        with shown.working("timing frames of both models"):
+            for name, frames in frame_measurements(models).items():
+                results[name].measurements += frames
+    elif not job.task.reads_text:
+        results[PRUNED].not_measured["frames"] = lacking or ASKED
     if job.measures.latency is not None:
         _add_times(results, job, source, models, extent)
     if DENSE in models and kept is not None and before is not None:  # examples may have been dropped since
@@ -214,7 +226,30 @@ def take(
     guard = job.task.judge(
         pruned.config, results[DENSE].numbers(before, len(job.held)), results[PRUNED].numbers(after, len(job.held))
     )
+    if trust is not None and trust.extent != "none":
+        _add_trust(results, job, trust, models, {DENSE: theirs, PRUNED: job.tokenizer}, guard, prompt_on)
     return FinalEvaluation(results[DENSE], results[PRUNED], guard)
+
+
+def _add_trust(
+    results: Mapping[str, Evaluated],
+    job: Job,
+    check: TrustCheck,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+    guard: Guard,
+    prompt_on: bool,
+) -> None:
+    """What became of trust, with its numbers; the reason where the dense model is not at hand."""
+    known = {name: (model, tokenizer) for name, model in models.items() if (tokenizer := tokenizers[name]) is not None}
+    if len(known) < len(results):
+        results[PRUNED].not_measured["trust"] = str(results[DENSE].not_measured.get("texts", "no tokenizer"))
+        return
+    found = trust_found(job, check, known, guard, prompt_on)
+    for name, mine in results.items():
+        mine.measurements += found.measurements[name]
+        mine.not_measured |= found.not_measured[name]
+    results[PRUNED].changes += found.changes
 
 
 def _add_times(

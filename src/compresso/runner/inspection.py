@@ -36,9 +36,9 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         "parameters_per_unit"}], "macs_per_token", "kv_bytes_per_token"}`. `size` and `parameters_per_unit` are lists
         where layers differ. `parameters_per_unit` is what leaves the model with one unit of the dense model, embeddings
         and norms included. For an architecture nobody described the axes are found from a trace, of the parameters only
-        the total is counted, and "stays" says which dimensions cannot leave. A mixture of experts is not traced: its
-    parameters are counted, "active" ones being those that a token meets, and "experts" has {"layers", "each",
-    "per_token"}. `explained` adds "explained"; see
+        the total is counted, and "stays" says which dimensions cannot leave. Of a mixture of experts "parameters" has
+        those of "experts", too, and "active" ones, which a token meets, and "experts" has {"layers", "each",
+        "per_token"}; one that nobody described is not traced but counted. `explained` adds "explained"; see
         `compresso.discover.explain`.
 
     Raises:
@@ -62,8 +62,14 @@ def warn_of_damage(source: Source) -> None:
 def facts_of(live: PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
     """The dictionary of `inspect` for a live model of a stock class (the meta device will do)."""
     arch = _described(live)
-    if arch is None and explained is None and (mixture := count_experts(live)) is not None:
-        return mixture
+    mixture = count_experts(live)
+    if mixture is not None:
+        if explained is not None:
+            raise ArchError(
+                f"{live.config.model_type} is a mixture of experts, whose choice of experts no trace follows, so that"
+                f" nothing explains '{explained}'; leave --explain out"
+            )
+        return mixture if arch is None else with_experts(describe(live, arch), mixture)
     traced = discover(live) if arch is None or explained else None
     facts = describe(live, arch) if arch else describe_traced(live, traced) if traced else {}
     return {**facts, "explained": explain(traced, explained)} if traced and explained else facts
@@ -106,6 +112,12 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
         "axes": [],
         "stays": ["all of it: nothing is removed from a mixture of experts here"],
     }
+
+
+def with_experts(facts: dict[str, Any], mixture: dict[str, Any]) -> dict[str, Any]:
+    """What a described mixture of experts is, with what was counted of its experts."""
+    counted = {name: mixture["parameters"][name] for name in ("experts", "active") if name in mixture["parameters"]}
+    return {**facts, "parameters": facts["parameters"] | counted, "experts": mixture["experts"]}
 
 
 def _head(model: PreTrainedModel) -> Any:

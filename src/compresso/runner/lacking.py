@@ -17,6 +17,8 @@ _WORDS = {
     Kind.HEAD: "heads",
     Kind.QUERY: "query heads that share a key/value head",
     Kind.CHANNEL: "channels",
+    Kind.EXPERT: "experts",
+    Kind.EXPERT_CHANNEL: "channels of experts",
     Kind.HIDDEN: "hidden dimensions",
     Kind.LAYER: "whole layers",
     Kind.ATTENTION: "attentions",

@@ -1,6 +1,7 @@
 """From `--milliseconds`, `--speedup` and `--bytes-at-context` to a recipe that holds what they are measured by."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from compresso.core.measures import Measures
 from compresso.core.plan import Plan
 from compresso.errors import BudgetError
 from compresso.metrics.size import KV_BYTES
-from compresso.runner.measured_budget import cost_knobs, read_table, refuse_other_table, target_of
+from compresso.runner.measured_budget import cost_knobs, read_table, refuse_other_table, target_of, times
 from compresso.runner.output import stored_dtype
-from compresso.runner.recipe import Recipe, with_knob
+from compresso.runner.recipe import Recipe, with_knob, with_targets
 from compresso.stage import Shrinks
 
 
@@ -39,6 +40,11 @@ def with_time(
         BudgetError: no table, or one of another model, machine or number of threads; a target outside its range.
     """
     asked = f"--milliseconds {milliseconds:g}" if milliseconds is not None else f"--speedup {speedup}"
+    several = [] if speedup is None else [times(one) for one in str(speedup).split(",")]
+    if any(after <= before for before, after in pairwise(several)):
+        raise BudgetError(
+            f"{asked}: several targets are met one after the other; wanted them rising, such as 1.2x,1.5x,2x"
+        )
     if latency_table is None:
         raise BudgetError(
             f"{asked} is measured time and needs --latency-table, the file that `compresso latency --output` writes;"
@@ -50,8 +56,10 @@ def with_time(
     arch = arch_for(shaped.config)
     refuse_other_table(measures, shape_facts(arch, shaped))
     dense = float(cost_of(arch, shaped, measures)().count("milliseconds"))
-    wanted = target_of(measures.latency, dense, milliseconds, speedup)
+    wanted = target_of(measures.latency, dense, milliseconds, several[-1] if several else None)
     raw = with_knob(with_knob(raw, "keep", wanted / dense, asked=asked), "of", "milliseconds", asked=asked)
+    if len(several) > 1:
+        raw = with_targets(raw, {f"{one:g}x": 1 / one for one in several}, asked)
     return {**raw, "cost": cost_knobs(measures)}
 
 
@@ -116,8 +124,10 @@ def check_floor(recipe: Recipe, source: Source, asked: Mapping[str, object]) -> 
                 f" {table.fixed:.4g} ms of embeddings and head, which stay, and {least - table.fixed:.4g} ms that kinds"
                 f" {kinds} may not remove"
             )
+            most = dense / (least * 1.005)
+            several = f"give targets of at most {most:.4g}x" if "," in told else ""
             raise BudgetError(
-                f"{told}: {cause}; give --milliseconds {least * 1.005:.4g} or more",
+                f"{told}: {cause}; {several or f'give --milliseconds {least * 1.005:.4g} or more'}",
                 Shortfall(budget.keep, least * 1.005 / dense, cause),
             )
 

@@ -32,7 +32,8 @@ from compresso.runner.inspection import facts_of
 from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
-from compresso.runner.recipe_file import plain
+from compresso.runner.recipe_file import plain, stages_of
+from compresso.runner.round_knobs import TARGETS
 from compresso.runner.said_twice import refuse_said_twice
 from compresso.runner.target_budget import check_target
 from compresso.runner.task_options import for_model, with_task
@@ -69,7 +70,8 @@ def with_options(
         parameters: all parameters wanted, such as "5.4B".
         macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.
         milliseconds: of one forward, as the table tells them.
-        speedup: the dense model's milliseconds over the smaller one's, as the table tells them: "1.5x".
+        speedup: the dense model's milliseconds over the smaller one's, as the table tells them: "1.5x"; several, as in
+            "1.2x,1.5x,2x", are targets of one run.
         latency_table: what `compresso latency` wrote for this model on this machine.
         bytes_at_context: tokens of the cache that is counted with the weights; `keep` is a share of both.
         max_steps: cap on the updates of each training stage.
@@ -105,6 +107,12 @@ def with_options(
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise BudgetError(f"{' and '.join(given)} are two budgets; give one")
+    own = [name for name, knobs in stages_of(raw) if isinstance(knobs, dict) and TARGETS in knobs]
+    if own and given and "," not in str(speedup):
+        raise BudgetError(
+            f"{given[0]} {budgets[given[0]]} is one budget, and stage '{own[0]}' has several targets; leave it out, or"
+            f" give --set stages.{own[0]}.{TARGETS}"
+        )
     if bytes_at_context is not None and given not in ([], ["--keep"]):
         raise BudgetError(f"{given[0]} and --bytes-at-context are two budgets; --bytes-at-context goes with --keep")
     others = {"bytes-at-context": bytes_at_context, "max-steps": max_steps, "target": target, "layout": layout}

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from compresso.arch.outputs import any_input
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.overwrite import FAMILY, RUN, refuse_foreign
 from compresso.checkpoint.places import without_places_in
 from compresso.checkpoint.source import Source, open_source
 from compresso.core.counted import counted
@@ -33,6 +34,7 @@ from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
 from compresso.runner.final_evaluation import FinalEvaluation
+from compresso.runner.kept_experts import kept_experts
 from compresso.runner.recipe import Recipe
 from compresso.tasks.base import Score
 
@@ -171,7 +173,7 @@ def finish(
     """
     model = job.model
     shapes = job.arch.shapes(model)
-    ids = torch.arange(min(32, model.config.vocab_size)).unsqueeze(0)
+    ids = any_input(model.config)
     with new_folder(output, overwrite) as folder:
         unpatch_(model)  # the files hold no patch: what they compute is compared without it
         if job.offloaded:
@@ -202,6 +204,7 @@ def finish(
         texts = {
             "recipe.yaml": yaml.safe_dump(_recipe(written), sort_keys=False, width=120),
             "plan.json": job.plan.to_json(),
+            **kept_experts(job),
             "records.json": _json(written),
             "README.md": model_card(records, commands(), readers(read_json(folder / "config.json"))),
             "report.html": report_of_run(records, job.plan, commands()),
@@ -213,6 +216,24 @@ def finish(
         if overwrite:
             refuse_foreign(output, RUN)  # somebody may have put a file there while the run went on
     return written
+
+
+def gather(made: Mapping[str, Path], output: Path, overwrite: bool) -> dict[str, Any]:
+    """Put several finished results side by side into `output`, each under its name.
+
+    Args:
+        made: name -> folder of each, the last one last.
+        output, overwrite: as the run was asked.
+
+    Returns:
+        The records of the last.
+    """
+    with new_folder(output, overwrite) as folder:
+        for name, one in made.items():
+            shutil.copytree(one, folder / name)
+        if overwrite:
+            refuse_foreign(output, FAMILY)
+    return read_json(output / [*made][-1] / "records.json")
 
 
 def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:

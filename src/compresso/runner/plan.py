@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from compresso.arch.context import tokens_of_picture
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.data_facts import data_facts
 from compresso.runner.devices import REACHED, Planned, planned
@@ -97,7 +98,8 @@ def plan(
         shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
     where = planned(device)
     stored = _width(source.config)
-    length, width = recipe.data.max_length, stored if where.computes_in != torch.float32 else 4
+    length = recipe.data.max_length if recipe.task.reads_text else tokens_of_picture(source.config)
+    width = stored if where.computes_in != torch.float32 else 4
     stages = [_cost(one, shown.before, length, width) for one in shown.stages]
     training = [
         _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
@@ -233,6 +235,7 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
     return {
         "stage": one.name,
         "duration": " + ".join(str(phase) for phase in learning.phases),
+        "rounds": 1 if one.act is None or (one.act.steps and one.act.steps.names) else one.act.turns,
         "updates": updates,
         "trainable": dict(one.trainable),
         "tokens_at_most": tokens,
@@ -278,7 +281,7 @@ def activation_bytes(
         layer if checkpointing else 0
     )
     logits = 3 * tokens if chunk is None else 6 * min(chunk, tokens)
-    return tokens * layers * width + logits * 4 * config.vocab_size
+    return tokens * layers * width + logits * 4 * getattr(config, "vocab_size", 0)  # a classifier's are few
 
 
 def _width(config: PreTrainedConfig) -> int:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import check_output
-from compresso.checkpoint.overwrite import RUN, refuse_foreign
+from compresso.checkpoint.overwrite import FAMILY, RUN, refuse_foreign
 from compresso.checkpoint.scratch import check_scratch
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.workfolder import WorkFolder
@@ -19,11 +19,13 @@ from compresso.data.records import Chat, Instruction, Records
 from compresso.data.shards import is_pattern
 from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
+from compresso.formats.sliced import is_cut
 from compresso.runner.dry_run import dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
+from compresso.runner.rounds import check_rounds, targets_of
 from compresso.stage import ChecksData, Sweeps
 from compresso.training.device import choose_device
 from compresso.training.launch import is_main_process
@@ -119,10 +121,16 @@ def prepare(
             f"{model} has no weights; a run needs a folder of safetensors or a GGUF file (a config.json is enough for"
             " `compresso plan`)"
         )
+    if is_cut(source.folder):
+        raise CheckpointError(
+            f"{model}: its stream is cut by a forward patch of slicegpt, which a run would lose. Put slicegpt and what"
+            " follows it into one recipe, and give the model that it was run on"
+        )
     if offload:
         check_offloaded(recipe, layout)
     output = output.resolve()
-    check_output(output, source.folder, overwrite, RUN)
+    replaced = FAMILY if targets_of(recipe.acts) else RUN
+    check_output(output, source.folder, overwrite, replaced)
     check_output(WorkFolder.beside(output), source.folder, force=True)
     check_scratch()
     acted = dry_run(recipe, source)
@@ -132,7 +140,7 @@ def prepare(
     chosen = data or recipe.data.source
     _spare_data(chosen, output)
     if overwrite:
-        refuse_foreign(output, RUN)
+        refuse_foreign(output, replaced)
     if is_main_process():
         known = _known(within_context(recipe, source.config), source, layout, seed)
         own = () if "held" in (raw.get("data") or {}) else ("recipe.data.held",)
@@ -142,6 +150,8 @@ def prepare(
     said = (*((acted.lost,) if acted.lost else ()), *read.said)
     if encoded is not None:
         said = (*said, *fewer_than_asked(acted.stages, len(encoded.rows) - recipe.data.held))
+    if encoded is not None:
+        check_rounds(recipe.acts, recipe.name, len(encoded.rows) - recipe.data.held)
     for name, stage in recipe.stages:
         if encoded is not None and isinstance(stage, ChecksData):
             packed = records is not None and records.kind == "text" and recipe.data.pack

@@ -14,7 +14,7 @@ Reading YAML is `recipe_file`'s part. An unknown recipe, stage or knob names the
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -27,7 +27,9 @@ from compresso.errors import RecipeError, nearest
 from compresso.runner.measured_budget import cost_knobs, measures_of
 from compresso.runner.nearest_knob import without_knob
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
-from compresso.stage import Effects, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
+from compresso.runner.round_knobs import ROUNDS, TARGETS, Steps, stepped, without_knobs
+from compresso.runner.rounds import Act, acts, check_rounds
+from compresso.stage import Effects, Follows, NeedsMore, Stage, card, cards, check_order, dumped, knobs_of
 from compresso.stage.flat import without_field
 from compresso.tasks.base import DEFAULT, Task, task_named
 from compresso.tasks.causal_lm import CAUSAL_LM
@@ -69,6 +71,7 @@ class Recipe:
         task: what the run trains and judges by.
         title, paper, description: for people.
         measures: what a budget may be a share of beside counts of shapes.
+        rounds: stage -> where its budgets step, of those that cut more than once.
     """
 
     name: str
@@ -79,6 +82,12 @@ class Recipe:
     paper: str = ""
     description: str = ""
     measures: Measures = NONE
+    rounds: Mapping[str, Steps] = field(default_factory=dict[str, Steps])
+
+    @property
+    def acts(self) -> tuple[Act, ...]:
+        """The stages in the order in which a run takes them, round by round."""
+        return acts(self.stages, self.rounds)
 
     def needs(self, what: str) -> bool:
         """Whether any stage needs "data", "gradients" or "training"."""
@@ -97,7 +106,10 @@ class Recipe:
             "task": self.task.name,
             "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
             **({} if self.measures == NONE else {"cost": cost_knobs(self.measures)}),
-            "stages": [{name: dumped(one)} for name, one in self.stages],
+            "stages": [
+                {name: dumped(one) | (self.rounds[name].to_dict() if name in self.rounds else {})}
+                for name, one in self.stages
+            ],
         }
 
 
@@ -106,24 +118,32 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
 
     Raises:
         RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal
-            order.
+            order, rounds of what cannot be repeated.
     """
     stages: list[tuple[str, Stage]] = []
     effects: list[tuple[str, Effects]] = []
+    rounds: dict[str, Steps] = {}
     task = task_of(raw)
     check_task(task, [stage for stage, _ in stages_of(raw, name)], name)
     for key, knobs in stages_of(raw, name):
         if any(key == other for other, _ in stages):
             raise RecipeError(f"recipe {name}: stage '{key}' stands twice; give it once")
         row = card(key)
-        made = _validated(row.type, knobs, f"recipe {name}: stage '{key}'")
+        knobs, asked = without_knobs(key, knobs, name)
+        made, steps = stepped(key, _validated(row.type, knobs, f"recipe {name}: stage '{key}'"), asked, name)
+        rounds |= {} if steps is None else {key: steps}
         stages.append((key, made))
         effects.append((key, row.effects))
     check_order(effects)
+    for place, (key, made) in enumerate(stages):
+        wanted, why = made.follows() if isinstance(made, Follows) else ("", "")
+        if wanted and wanted not in (other for other, _ in stages[:place]):
+            raise RecipeError(f"recipe {name}: stage '{key}': {why}")
     data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
     measures = measures_of(raw.get("cost"), f"recipe {name}: cost")
-    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts, measures=measures)
+    check_rounds(acts(stages, rounds), name)
+    return Recipe(str(raw.get("name") or name), tuple(stages), data, task, **texts, measures=measures, rounds=rounds)
 
 
 def task_of(raw: Mapping[str, Any]) -> Task:
@@ -188,6 +208,27 @@ def with_knob(raw: Mapping[str, Any], knob: str, value: Any, required: bool = Tr
     changed = [
         {name: _set(knobs, [knob], value, knob) if has else knobs}
         for (name, knobs), has in zip(stages, having, strict=True)
+    ]
+    return {**raw, "stages": changed}
+
+
+def with_targets(raw: Mapping[str, Any], targets: Mapping[str, float], asked: str) -> dict[str, Any]:
+    """A copy with several targets, name -> share that stays, in the stage that has the budget.
+
+    asked: the option that names them. Raises RecipeError if no stage, or more than one, has a budget.
+    """
+    stages = stages_of(raw)
+    having = [name for name, _ in stages if {"keep", "of"} <= card(name).knobs.keys()]
+    if len(having) != 1:
+        raise RecipeError(
+            f"{asked}: several targets are those of one stage, and recipe '{raw.get('name', 'recipe')}' has"
+            f" {len(having)} with a budget ({', '.join(having) or 'none'}); give one target"
+        )
+    changed = [
+        {name: {**{key: one for key, one in knobs.items() if key != ROUNDS}, TARGETS: dict(targets)}}
+        if name in having
+        else {name: knobs}
+        for name, knobs in stages
     ]
     return {**raw, "stages": changed}
 

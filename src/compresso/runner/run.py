@@ -5,14 +5,15 @@ work folder beside the output; the result is renamed into place at the end, afte
 Launched in several processes (torchrun, accelerate), all of them run the stages, and the main one owns the folders.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
@@ -41,9 +42,13 @@ from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
 from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
-from compresso.runner.output import finish, left, scored, state, stored_dtype
+from compresso.runner.output import finish, gather, left, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, check_shapes, prepare
+from compresso.runner.rounds import entered, targets_of
+from compresso.runner.rounds import left as left_round
+from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
 from compresso.stage import card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast, new_accelerator
@@ -62,7 +67,8 @@ class Result:
             tokenizer.
         plan: everything removed, in terms of the original model.
         records: what records.json holds.
-        folder: the checkpoint.
+        folder: the checkpoint; of a family of targets, that of the last.
+        family: name -> checkpoint of each target; empty without targets.
     """
 
     model: PreTrainedModel
@@ -70,6 +76,7 @@ class Result:
     plan: Plan
     records: Mapping[str, Any]
     folder: Path
+    family: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 @public
@@ -104,6 +111,7 @@ def run(
     over_memory: bool = False,
     verify: bool = False,
     measure: Extent = "full",
+    trust: Trust = "none",
     force: bool | None = None,
     stream: bool | None = None,
 ) -> Result:
@@ -119,7 +127,8 @@ def run(
         macs: in place of `keep`, the dense model's multiply-accumulates a token over those of the smaller one, at least
             1: 1.5 keeps 1/1.5 of them. It measures no time.
         milliseconds: in place of `keep`, those that one forward may take, as `latency_table` tells them.
-        speedup: in place of `keep`, the dense model's milliseconds over the smaller one's, such as "1.5x".
+        speedup: in place of `keep`, the dense model's milliseconds over the smaller one's, such as "1.5x"; several,
+            such as "1.2x,1.5x,2x", are met one after the other, and each gives a checkpoint `output/1.2x`.
         latency_table: the file that `compresso latency` wrote for this model on this machine.
         bytes_at_context: tokens of one sequence whose key/value cache is counted with the weights, in bytes; `keep` is
             then the share of both that stays.
@@ -144,6 +153,8 @@ def run(
         over_memory: offload even where the estimate is above what is there.
         measure: what is measured of both models at the end: "full"; "quick", without speed and divergence and with
             shorter texts; "none", the loss on held-out examples alone.
+        trust: whether both models are asked, at the end, what tells of trust: "none"; "quick", a few questions of each
+            dimension; "full", all. What needs published files finds them below COMPRESSO_DATA.
         verify: open the result in every engine that is there, each in a process of its own, and record what came of it.
         force: deprecated: `overwrite` and `allow_collapsed`.
         stream: deprecated: `offload`.
@@ -199,6 +210,7 @@ def run(
             quiet=quiet,
             resume=resume,
         )
+        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ResourceError(
@@ -208,13 +220,19 @@ def run(
         is_main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:
+            acts = prepared.recipe.acts
             accelerator.wait_for_everyone()
             if is_main and not quiet:  # nothing refuses the run any more
                 for sentence in prepared.said:
                     log.warning(sentence)
+                for sentence in rounds_told(acts):
+                    log.info(sentence)
                 for stage_name, sentence in prepared.lacking.items():
                     log.warning("%s: %s", stage_name, sentence)
-            done = work.finished([stage for stage, _ in prepared.recipe.stages])
+            targets = targets_of(acts)
+            done = work.finished([act.folder for act in acts])
+            wanting = (i for i, act in enumerate(acts) if act.target and not work.has_target(act.target))
+            done = done[: next(wanting, len(done))]
             new_head = not done and prepared.recipe.task.lacks_head(prepared.source.config)
             if is_main and not quiet and new_head:
                 made_by, task_name = prepared.recipe.stages[0][0], prepared.recipe.task.name
@@ -235,17 +253,50 @@ def run(
                 score = scored(job, DENSE)
                 before = state(job, score)
             after = None
-            for index, (stage_name, stage) in enumerate(prepared.recipe.stages):
+
+            def write(job: Job, after: Score | None, at: Path, replaces: bool) -> dict[str, Any]:
+                """Judge the model as it is and write it as a checkpoint; what its records say."""
+                if prepared.prompt is not None and job.tokenizer is not None:
+                    job = replace(job, tokenizer=copy.deepcopy(job.tokenizer)) if targets else job
+                    apply_to_tokenizer_(cast(Any, job.tokenizer), prompt_on=True)
+                facts = {
+                    **prepared.origin(),
+                    "before": before,
+                    "after": state(job, after),
+                    "stages": dict(job.records),
+                    "patches": written(job.patches),
+                    "dense": None if dense is prepared.source else asdict(dense.identity),
+                }
+                if not is_main:
+                    return facts
+                asked = TrustCheck(trust, work.path / "trust" / at.name if targets else work.path / "trust")
+                evaluation = _evaluated(job, prepared, dense, facts, measure, {DENSE: score, PRUNED: after}, asked)
+                _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
+                facts["seconds"] = round(time.time() - started, 1)
+                dtype = stored_dtype(prepared.source)
+                ask, carried = partial(_asked, job) if verify else None, prepared.source.folder
+                with job.progress().working("writing the checkpoint and opening it again"):
+                    return finish(job, facts, evaluation, dense, prepared.layout, at, replaces, dtype, ask, carried)
+
+            def gathered() -> dict[str, Any]:
+                """All targets side by side in the output; what the records of the last say."""
+                return (
+                    gather({name: work.target(name) for name in targets}, prepared.output, overwrite) if is_main else {}
+                )
+
+            for index, act in enumerate(acts):
                 if index < len(done):
                     continue
                 begun = time.time()
-                job = stage(replace(job, out=work.training(stage_name)))
+                stage_name, received = act.label, job
+                job, stage, told = entered(job, act)
+                job = left_round(stage(replace(job, out=work.training(act.folder))), received, act, told)
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
                 if (sentence := prepared.lacking.get(stage_name)) is not None:
                     job = job.note(stage_name, lacking_kinds=sentence)
-                makes_dense = card(stage_name).makes_dense
+                makes_dense = card(act.name).makes_dense
                 after = scored(job, DENSE if makes_dense else PRUNED)
                 job = job.note(stage_name, left=left(job, after, prepared.corpus()))
                 if is_main and not quiet and (emptied := filled_now(job.records, stage_name)):
@@ -257,39 +308,23 @@ def run(
                 if makes_dense:
                     score = after
                     before = state(job, score)
+                if act.target:  # whole before its stage counts as finished
+                    write(job, after, work.target(act.target), replaces=True)
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
-                    work.save_stage(index, stage_name, partial(save_stage, job, before, whole=makes_dense))
+                    work.save_stage(index, act.folder, partial(save_stage, job, before, whole=makes_dense))
                 accelerator.wait_for_everyone()
                 if makes_dense:
-                    dense = _saved(prepared, work.stage(index, stage_name))
+                    dense = _saved(prepared, work.stage(index, act.folder))
                     job = replace(job, original=_reader(dense))
-            if prepared.prompt is not None and job.tokenizer is not None:
-                apply_to_tokenizer_(job.tokenizer, prompt_on=True)
             if after is None:  # no data, or a resumed run found all stages done
                 after = scored(job, PRUNED)
-            facts = {
-                **prepared.origin(),
-                "before": before,
-                "after": state(job, after),
-                "stages": dict(job.records),
-                "patches": written(job.patches),
-                "dense": None if dense is prepared.source else asdict(dense.identity),
-            }
+            facts = broadcast(accelerator, gathered() if targets else write(job, after, prepared.output, overwrite))
             if is_main:
-                evaluation = _evaluated(job, prepared, dense, facts, measure, {DENSE: score, PRUNED: after})
-                _refuse_collapse(evaluation, prepared.recipe.name, allowed=allow_collapsed, quiet=quiet)
-                facts["seconds"] = round(time.time() - started, 1)
-                dtype = stored_dtype(prepared.source)
-                ask, carried = partial(_asked, job) if verify else None, prepared.source.folder
-                with job.progress().working("writing the checkpoint and opening it again"):
-                    facts = finish(
-                        job, facts, evaluation, dense, prepared.layout, prepared.output, overwrite, dtype, ask, carried
-                    )
                 work.discard()
-            facts = broadcast(accelerator, facts)
             if offload:
                 job = replace(job, model=opened_offloaded(Path(output), prepared))
-    return Result(job.model, job.tokenizer, job.plan, facts, Path(output))
+    family = {name: Path(output) / name for name in targets}
+    return Result(job.model, job.tokenizer, job.plan, facts, family[targets[-1]] if targets else Path(output), family)
 
 
 def _asked(job: Job, folder: Path) -> Sequence[Mapping[str, Any]]:
@@ -355,7 +390,7 @@ def _saved(prepared: Prepared, folder: Path) -> Source:
 
 def _dense(prepared: Prepared, done: Sequence[Path]) -> Source:
     """The model that others are compared with: what the run started from, or what a finished stage made of it."""
-    makers = [folder for folder, (name, _) in zip(done, prepared.recipe.stages, strict=False) if card(name).makes_dense]
+    makers = [folder for folder, act in zip(done, prepared.recipe.acts, strict=False) if card(act.name).makes_dense]
     return _saved(prepared, makers[-1]) if makers else prepared.source
 
 
@@ -384,6 +419,7 @@ def _evaluated(
     facts: Mapping[str, Any],
     extent: Extent,
     scores: Mapping[str, Score | None],
+    trust: TrustCheck,
 ) -> FinalEvaluation:
     """Results of the dense model and the smaller one, and the verdict."""
     return take(
@@ -396,6 +432,7 @@ def _evaluated(
         after=facts["after"]["held_loss"],
         extent=extent,
         scores=scores,
+        trust=trust,
     )
 
 

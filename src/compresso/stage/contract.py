@@ -10,6 +10,7 @@
     Compresses   how many weights it zeroes, or rounds to how many bits
     Remarks      what it does otherwise than it was asked to, in sentences
     NeedsMore    needs data, though its card does not say so, by its knobs
+    Follows      another stage has to stand before it, by its knobs
     FitsModel    knobs that depend on the model it meets
     Sweeps       goes through the blocks one by one, so that weights may stay on disk
     LearnsBlocks with Sweeps: trains each block on the way, which takes memory beside it
@@ -17,7 +18,7 @@
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -75,6 +76,8 @@ class Learning:
         chunk: tokens whose logits exist at a time; None for all.
         cached: the teacher runs before it instead, and this many outcomes of each place are kept on disk; None where it
             does not.
+        frozen: no weights of the model learn, and no adapters do.
+        own: of a model, the numbers that learn beside its weights, by name; None for none.
     """
 
     trains: Trains
@@ -85,6 +88,8 @@ class Learning:
     teacher: bool = False
     chunk: int | None = None
     cached: int | None = None
+    frozen: bool = False
+    own: Callable[[PreTrainedModel], dict[str, int]] | None = None
 
     @property
     def updates(self) -> int | None:
@@ -96,7 +101,7 @@ class Learning:
     def passes(self) -> list[Passes]:
         """The passes of the training, and the teacher's."""
         examples = None if self.updates is None else self.updates * self.trains.batch
-        own = Passes("training", examples, backwards=1, weights=self.lora is None)
+        own = Passes("training", examples, backwards=1, weights=self.lora is None and not self.frozen)
         return [own, Passes("teacher", examples, dense=True)] if self.teacher else [own]
 
 
@@ -197,6 +202,15 @@ class NeedsMore(Protocol):
 
     def needs_more(self) -> tuple[str, ...]:
         """What it needs beside that: "data"."""
+        ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A stage that, as its knobs are set, works on what another left in the same run."""
+
+    def follows(self) -> tuple[str, str]:
+        """The stage that has to stand before it, and why, with the cure; two empty words if any may."""
         ...
 
 

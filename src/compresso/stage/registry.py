@@ -43,6 +43,7 @@ class Card:
         failures: how it fails, and what shows it.
         any_task: whether it takes loss and examples from the job's task; others work on next tokens.
         makes_dense: whether what it leaves is the dense model of the run: teacher, baseline and `original`.
+        once: why it is not repeated in rounds; "" where it may be.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Card:
     failures: str = ""
     any_task: bool = False
     makes_dense: bool = False
+    once: str = ""
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
@@ -77,6 +79,7 @@ def stage(
     failures: str = "",
     any_task: bool = False,
     makes_dense: bool = False,
+    once: str = "",
 ) -> Callable[[type[_T]], type[_T]]:
     """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
 
@@ -92,7 +95,9 @@ def stage(
                 " rename one"
             )
         made = with_flat_knobs(cls)
-        _CARDS[name] = Card(name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense)
+        _CARDS[name] = Card(
+            name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense, once
+        )
         return made
 
     return register

@@ -37,7 +37,7 @@ def audit(
     Args:
         tensors: the model's, as they are now.
         before: of the same tensors.
-        meant: names of the linears that were to change.
+        meant: names of the linears that were to change, or of matrices of a stack, which count as the stack.
         rescaled: names of further parameters that may.
 
     Returns:
@@ -47,7 +47,7 @@ def audit(
     Raises:
         NumericError: another tensor changed.
     """
-    weights = {f"{name}.weight" for name in meant}
+    weights = {full if (full := f"{name}.weight") in before else name.rpartition(".")[0] for name in meant}
     changed, zeros, entries = list[str](), dict[str, int](), dict[str, int]()
     for name in tensors:
         tensor = tensors[name]

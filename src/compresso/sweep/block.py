@@ -101,6 +101,7 @@ class BlockVisit:
             edit asked for none.
         dense: the dense outputs, by batch.
         runner: holds what the block reads.
+        seen_dense: as `seen`, of the block in the dense model, where the edit asked for it.
     """
 
     layer: int
@@ -109,6 +110,7 @@ class BlockVisit:
     seen: Mapping[str, Stats]
     dense: ActivationStore = field(repr=False)
     runner: BlockRunner = field(repr=False)
+    seen_dense: Mapping[str, Stats] = field(default_factory=dict[str, Stats])
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -151,10 +153,12 @@ class BlockEdit:
     Args:
         edit: changes weights of the visited block's linears in place; returns what is to be noted, JSON values by name.
         reference: whose outputs are the dense ones.
+        looks_dense: whether the statistic is taken of the dense model, too; its outputs must be the reference.
     """
 
     edit: Callable[[BlockVisit], Mapping[str, Any]]
     reference: Reference = Reference.BLOCK
+    looks_dense: bool = False
 
 
 def output_of(block: nn.Module, batch: BlockBatch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -59,7 +59,7 @@ class Grouped(Protocol):
     def where(self) -> Where: ...
 
 
-def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch) -> int:
+def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts: bool = False) -> int:
     """The largest group up to `stage.group` that divides it and the inputs of every linear; 0 stays.
 
     A group below 16 that was not asked for is none: then `stage.group` is returned, which `chosen` refuses by name.
@@ -67,17 +67,17 @@ def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch) -> int:
     if not stage.group:
         return 0
     found = stage.group
-    for name in names_of(chosen(model, arch, stage.where)):
+    for name in names_of(chosen(model, arch, stage.where, experts=experts)):
         found = math.gcd(found, matrix(model, name).shape[1])
     return found if found >= min(LEAST_GROUP, stage.group) else stage.group
 
 
-def other_group(stage: Grouped, model: PreTrainedModel, arch: Arch) -> list[str]:
+def other_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts: bool = False) -> list[str]:
     """A sentence where another group takes the place of the one that was asked for."""
-    fits = fitting_group(stage, model, arch)
+    fits = fitting_group(stage, model, arch, experts=experts)
     if fits == stage.group:
         return []
-    widths = {matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where))}
+    widths = {matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where, experts=experts))}
     odd = ", ".join(f"{width:,}" for width in sorted(widths) if width % stage.group)
     return [f"groups of {fits} inputs, the largest that fit, since {stage.group} does not divide {odd}"]
 

@@ -91,7 +91,7 @@ def sweep(
     visitor: Visitor
     if isinstance(edit, BlockEdit):
         dense = ActivationStore(place, states.device, scratch / "dense")
-        visitor = BlockVisitor(model, fold, edit, min(groups), dense)
+        visitor = BlockVisitor(model, fold, edit, min(groups), dense, groups=groups)
     else:
         assert fold is not None, "an edit of groups needs a statistic"
         visitor = GroupVisitor(model, fold, edit, true_sequential, collect_only)

@@ -2,6 +2,10 @@
 
 The head, the embeddings and the norms lie outside of the blocks' linears and are never among them. Patterns are those
 of a shell, matched against full module names such as `model.layers.3.self_attn.q_proj`.
+
+Experts are stacked in tensors of three dimensions, one matrix each, named by their number: `experts.down_proj.5`. They
+have no module that shows their inputs, so that only a stage that reads weights alone can work on them; routers are no
+linears and are never among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,12 +64,14 @@ Groups = Mapping[int, Sequence[Group]]
 """By layer, in the order of computation; layers without any are absent."""
 
 
-def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 1) -> Groups:
+def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 1, *, experts: bool = False) -> Groups:
     """The linears that a stage works on; their inputs must be a multiple of some number. Needs shapes only.
 
+    experts: whether it can work on stacked experts, each a group of its own behind the layer's linears.
+
     Raises:
-        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, or inputs are no such
-            multiple.
+        RecipeError: a pattern matches no linear, no layer has that number, nothing is left, inputs are no such
+            multiple, or stacked experts are asked for that the stage cannot work on.
         ArchError: one of them is no linear, or its weight is shared with another module.
     """
     blocks = arch.blocks(model)
@@ -79,6 +85,9 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
         layer: [tuple(f"{root}.{layer}.{name}" for name in names) for names in arch.linear_groups(block)]
         for layer, block in enumerate(blocks)
     }
+    stacks = {layer: stacked_experts(block, f"{root}.{layer}") for layer, block in enumerate(blocks)}
+    for layer, names in stacks.items() if experts else ():
+        everything[layer] += [(name,) for name in names]
     producers = {
         tuple(f"{root}.{layer}.{name}" for name in names): replace(producer, module=f"{root}.{layer}.{producer.module}")
         for layer, block in enumerate(blocks)
@@ -86,6 +95,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     }
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    anywhere += [name for names in stacks.values() for name in names]
     _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned")
     _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "")
     owners: dict[int, list[str]] = {}
@@ -94,6 +104,12 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     wanted = range(*(where.layers or (0, len(blocks))))
     found: dict[int, list[Group]] = {}
     for layer in wanted:
+        for name in () if experts else stacks[layer]:
+            if matches(name, where.modules) and not matches(name, where.ignore):
+                raise RecipeError(
+                    f"{name} is one of a stack of experts, and this stage needs linears whose inputs it can see. Round"
+                    " experts by the stage rtn, or work on the rest with ignore: ['*.experts.*']"
+                )
         for names in everything[layer]:
             mine = tuple(name for name in names if matches(name, where.modules) and not matches(name, where.ignore))
             if mine:
@@ -105,7 +121,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                     )
                 found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine)))
             for name in mine:
-                sharing = owners[id(weight_of(model, name))]
+                sharing = owners.get(id(weight_of(model, name)), ())  # a matrix of a stack is no parameter
                 if len(sharing) > 1:
                     raise ArchError(
                         f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to ignore"
@@ -136,8 +152,32 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def stacked_experts(block: nn.Module, where: str) -> list[str]:
+    """Full names of the matrices that a layer's tensors of three dimensions hold. where: full name of the layer."""
+    return [
+        f"{where}.{name}.{i}" for name, stack in block.named_parameters() if stack.dim() == 3 for i in range(len(stack))
+    ]
+
+
+def stacked(model: nn.Module, name: str) -> Tensor | None:
+    """An expert's matrix as [out, in], a view of its stack; None for a name that is not of one."""
+    parts = name.rsplit(".", 2)
+    if len(parts) < 3 or not parts[2].isdigit():
+        return None
+    owner = model.get_submodule(parts[0])
+    stack = owner._parameters.get(parts[1])
+    if stack is None or stack.dim() != 3:
+        return None
+    one = stack.detach()[int(parts[2])]
+    return one.T if getattr(owner, "is_transposed", False) else one
+
+
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """A linear's weight parameter. Raises ArchError if the module is neither `nn.Linear` nor transformers' `Conv1D`."""
+    """A linear's weight parameter, or an expert's matrix. Raises ArchError if the module is neither `nn.Linear` nor
+    transformers' `Conv1D`.
+    """
+    if (one := stacked(model, name)) is not None:
+        return one
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | Conv1D):
         raise ArchError(f"{name} is a {type(module).__name__}, and only linears can be worked on; add it to ignore")
@@ -151,6 +191,8 @@ def is_linear(model: nn.Module, name: str) -> bool:
 
 def matrix(model: nn.Module, name: str) -> Tensor:
     """A linear's weight as [out, in], a view; `Conv1D` stores it the other way round."""
+    if (one := stacked(model, name)) is not None:
+        return one
     weight = weight_of(model, name).detach()
     return weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
 

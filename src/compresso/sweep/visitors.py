@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from compresso.observe.overflow import finite
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
 from compresso.sweep.finite import check_edited
-from compresso.sweep.targets import Group
+from compresso.sweep.targets import Group, Groups
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
 """Changes the weights of a group's linears in place; returns what is to be noted of them, JSON values by full name."""
@@ -81,6 +81,8 @@ class BlockVisitor:
     first: int
     dense: ActivationStore
     keeps_states: bool = False
+    groups: Groups = field(default_factory=dict[int, Sequence[Group]])
+    seen_dense: dict[str, Stats] = field(default_factory=dict[str, Stats])
 
     def pass_dense(self, runner: BlockRunner) -> None:
         """Go on with the dense model, if its outputs are wanted."""
@@ -89,7 +91,11 @@ class BlockVisitor:
         if runner.layer == self.first:  # up to here its states are those of the edited model
             for i in range(len(runner)):
                 self.dense.put(i, runner.batch(i).hidden)
-        runner.on(self.dense).run(keep=True)
+        here = self.groups.get(runner.layer, ()) if self.edit.looks_dense else ()
+        with _looking(self.model, here, self.fold) if self.fold and here else nullcontext({}) as seen:
+            runner.on(self.dense).run(keep=True)
+        self.seen_dense.clear()
+        self.seen_dense.update(seen)
 
     def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
         """See `Visitor`. Raises NumericError as `sweep` does."""
@@ -101,7 +107,8 @@ class BlockVisitor:
         for group in groups if self.fold else ():
             check_seen(group, seen)
         with learning(runner.block):
-            notes = dict(self.edit.edit(BlockVisit(runner.layer, runner.block, groups, seen, self.dense, runner)))
+            visit = BlockVisit(runner.layer, runner.block, groups, seen, self.dense, runner, dict(self.seen_dense))
+            notes = dict(self.edit.edit(visit))
         check_edited(self.model, groups)
         return notes
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.core.loss import Loss
+from compresso.core.picture import PixelInput
 from compresso.core.row import Row
 from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded, Reach
@@ -40,6 +41,7 @@ class Reading:
         skip_bad: whether records that a chat template refuses are left out, counted.
         context: tokens that the model reads at most, where that is known.
         on_inputs: whether what was asked is learned, too.
+        pixels: how the model sees pictures; None where it reads text.
     """
 
     max_length: int
@@ -49,6 +51,7 @@ class Reading:
     skip_bad: bool = False
     context: int | None = None
     on_inputs: bool = False
+    pixels: PixelInput | None = None
 
     def reach(self) -> Reach:
         """How long an example may be."""
@@ -104,6 +107,11 @@ class Task(Protocol):
     @property
     def usage(self) -> str:
         """Python that opens a model and asks it something, with {folder} for the model."""
+        ...
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its examples are texts; else they are pictures, and no tokenizer is wanted."""
         ...
 
     @property

@@ -34,6 +34,7 @@ class CausalLM:
     metric: str = "held/perplexity"
     head: str = "none"
     usage: str = "import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))"
+    reads_text: bool = True
     writes_text: bool = True
     loss: Loss = NEXT_TOKEN
     compare: Compare = next_tokens

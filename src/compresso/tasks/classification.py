@@ -46,6 +46,7 @@ class Classification:
     usage: str = (
         "from transformers import pipeline\n\nprint(pipeline('text-classification', {folder})('A fine piece of work.'))"
     )
+    reads_text: bool = True
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = examples

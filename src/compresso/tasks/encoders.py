@@ -83,6 +83,9 @@ def under_new_head(model: PreTrainedModel, auto: Any, fields: Mapping[str, objec
         setattr(encoder, name, None)
     for name in [name for name in fresh if name not in there]:
         setattr(encoder, name, fresh[name])
+    for name, value in vars(made.base_model).items():  # such as whether MobileViT's last convolution runs
+        if isinstance(value, bool) and name != "training":
+            setattr(encoder, name, value)
     for module in encoder.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = made.config  # pyright: ignore[reportArgumentType]  # no tensor and no module

@@ -46,6 +46,7 @@ class MaskedLM:
         "from transformers import pipeline\n\nfill = pipeline('fill-mask', {folder})\n"
         "print(fill(f'A fine {fill.tokenizer.mask_token} of work.'))"
     )
+    reads_text: bool = True
     writes_text: bool = False
     loss: Loss = MASKED_TOKEN
     compare: Compare = masked_tokens

@@ -48,6 +48,7 @@ class QuestionAnswering:
         "first, last = said.start_logits.argmax(), said.end_logits.argmax()\n"
         "print(tokenizer.decode(given['input_ids'][0, first : last + 1]))"
     )
+    reads_text: bool = True
     writes_text: bool = False
     loss: Loss = SPAN
     compare: Compare = examples

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from compresso.core.distillation import Distance, Divergence, chunked, divergences, dynamic_scale, hidden_distance
+from compresso.core.distillation import Comparison, Distance, chunked, compared, dynamic_scale, hidden_distance
 from compresso.core.loss import logits_of
 from compresso.core.losses import IGNORED
 from compresso.edit.rounding import ROUNDINGS, full_precision, rounding_of
@@ -257,7 +257,7 @@ class DistillObjective(nn.Module):
         student, teacher: both models in halves; as many blocks each, in pairs, if hidden states are compared.
         dimensions: which of the teacher's hidden dimensions the student has left [student's hidden], int64; None for
             all.
-        divergence, temperature, beta: as in `core.distillation.divergences`.
+        divergence, temperature, beta: as in `core.distillation.compared`.
         compare: where both are compared on a batch.
         hard_weight: of the cross-entropy of labels.
         intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves
@@ -275,7 +275,7 @@ class DistillObjective(nn.Module):
         *,
         compare: Compare = next_tokens,
         dimensions: Tensor | None = None,
-        divergence: Divergence = "forward",
+        divergence: Comparison = "forward",
         temperature: float = 1.0,
         beta: float = 0.5,
         hard_weight: float = 0.0,
@@ -297,7 +297,7 @@ class DistillObjective(nn.Module):
         self.model = model
         self._student, self._teacher, self._dimensions = student, teacher, dimensions
         self._compare = compare
-        self._divergence: Divergence = divergence
+        self._divergence: Comparison = divergence
         self._intermediate: Distance = intermediate
         self._temperature, self._beta = temperature, beta
         self._hard_weight, self._intermediate_weight = hard_weight, intermediate_weight
@@ -340,9 +340,7 @@ class DistillObjective(nn.Module):
             logits = self._student.logits(part)
             with torch.no_grad():
                 wanted = self._teacher.logits(taught[rows]).to(logits.device)
-            divergence = divergences(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(
-                targets
-            )
+            divergence = compared(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(targets)
             if not self._hard_weight:
                 return divergence, divergence.reshape(1)
             hard = (

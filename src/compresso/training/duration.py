@@ -30,6 +30,15 @@ def updates(duration: int | str, examples: int, batch: int) -> int:
     return math.ceil(float(match[1]) * math.ceil(examples / batch))
 
 
+def part(total: int, turn: int, turns: int) -> int:
+    """What falls to one of several turns, from 1, if a total is shared out evenly; the parts add up to it.
+
+    >>> [part(10, turn, 4) for turn in (1, 2, 3, 4)]
+    [2, 3, 2, 3]
+    """
+    return total * turn // turns - total * (turn - 1) // turns
+
+
 def _understood(duration: int | str) -> int | str:
     try:
         updates(duration, 1, 1)

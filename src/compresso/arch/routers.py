@@ -1,0 +1,26 @@
+"""What transformers' routers compute, read off their fields; see `compresso.core.routing`."""
+
+from torch import Tensor, nn
+
+from compresso.core.routing import Routing
+
+CORRECTION = "e_score_correction_bias"
+"""The buffer of a router whose choice is not by its scores alone."""
+
+
+def routing_of(router: nn.Module) -> Routing:
+    """How a router chooses; one without the field `norm_topk_prob` divides by the sum (Mixtral, gpt-oss)."""
+    sigmoid = CORRECTION in dict(router.named_buffers(recurse=False))
+    return Routing(
+        top_k=int(router.top_k),  # pyright: ignore[reportArgumentType]
+        sigmoid=sigmoid,
+        normalised=bool(getattr(router, "norm_topk_prob", True)),
+        scale=float(getattr(router, "routed_scaling_factor", 1.0)),
+        groups=int(getattr(router, "num_group", 1) or 1),
+        of_groups=int(getattr(router, "topk_group", 1) or 1),
+    )
+
+
+def correction_of(router: nn.Module) -> Tensor | None:
+    """What is added to scores for the choice [experts]; None where nothing is."""
+    return dict(router.named_buffers(recurse=False)).get(CORRECTION)

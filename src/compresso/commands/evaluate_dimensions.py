@@ -1,0 +1,97 @@
+"""`compresso evaluate --suite trust`: eight dimensions of one model, alone or against the dense one."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from compresso.checkpoint.source import Source
+from compresso.commands.evaluate_trust import TrustOptions, journal_of, opened, place_of
+from compresso.loading import load
+from compresso.metrics.held import HeldLoss
+from compresso.metrics.record import Environment, ModelResults
+from compresso.metrics.tasks.ready import data_folder
+from compresso.metrics.trust.asking import ModelRespondent
+from compresso.metrics.trust.data import TrustData
+from compresso.metrics.trust.dimension import Scoring
+from compresso.metrics.trust.journal import Journalled
+from compresso.metrics.trust.soundness import SOUND_TEXTS, broken_by_answers, broken_by_loss, requests_loss
+from compresso.metrics.trust.strata import limit_of
+from compresso.metrics.trust.suite import (
+    Extent,
+    Outcome,
+    broken_answers,
+    trust_changes,
+    trust_measurements,
+    trust_of,
+)
+from compresso.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model was found to do, and its loss on plain sentences."""
+
+    source: Source
+    environment: Environment
+    outcomes: list[Outcome]
+    loss: HeldLoss
+
+
+def trust_results(
+    source: Source, options: TrustOptions, *, data_root: str | Path | None, limit: str | int | None, prompt: str,
+    device: torch.device, seed: int, batch_size: int,
+) -> list[ModelResults]:  # fmt: skip
+    """The dimensions of a model; with `against` first the dense one, then the model with what changed.
+
+    Raises:
+        CompressoError: with the cure.
+    """
+    extent = Extent(cast(Scoring, options.scoring), limit_of(limit), draws=options.generations, seed=seed)
+    data = TrustData(data_folder(data_root))
+    sources = [source] if options.against is None else [opened(options.against, "--against"), source]
+    found = [_measured(one, options, extent, data, prompt, device, batch_size) for one in sources]
+    results: list[ModelResults] = []
+    for place, one in enumerate(found):
+        changes = ()
+        if place:
+            dense = found[0]
+            broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
+                broken_answers(dense.outcomes), broken_answers(one.outcomes)
+            )
+            changes = tuple(trust_changes(dense.outcomes, one.outcomes, broken))
+        measurements, lacking = trust_measurements(one.outcomes, one.environment, extent)
+        results.append(
+            ModelResults(
+                name="dense" if len(found) > 1 and not place else one.source.identity.name,
+                model=one.source.identity.name,
+                fingerprint=one.source.identity.fingerprint,
+                measurements=tuple(measurements),
+                not_measured=lacking,
+                changes=changes,
+            )
+        )
+    return results
+
+
+def _measured(
+    source: Source, options: TrustOptions, extent: Extent, data: TrustData, prompt: str, device: torch.device,
+    batch_size: int,
+) -> Measured:  # fmt: skip
+    """What one model does, which is gone afterwards."""
+    shown = Progress()
+    with shown.working(f"reading the weights of {source.name}"):
+        loaded = load(place_of(source), device=device)
+    assert loaded.tokenizer is not None  # a model without one was refused
+    prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
+    environment = Environment.here(device, loaded.model.dtype)
+    same = {"model": source.identity.fingerprint, "prompt": prompt_on, "dtype": environment.dtype, "suite": "trust"}
+    model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
+    asked = Journalled(model, journal_of(options.answers, source, same), shown, f"answers of {source.name}")
+    outcomes = trust_of(asked, data, extent)
+    loss = requests_loss(loaded.model, loaded.tokenizer, SOUND_TEXTS)
+    del model, asked, loaded
+    gc.collect()
+    return Measured(source, environment, outcomes, loss)

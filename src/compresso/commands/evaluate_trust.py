@@ -1,0 +1,263 @@
+"""`compresso evaluate --suite refusal` and `--suite trust`: a model asked what it should not answer, alone or against
+the dense one.
+
+Models are asked one after the other, each in memory alone; a judge reads the answers when they are gone.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
+from compresso.checkpoint.writes_text import refuse_textless
+from compresso.errors import CheckpointError, DataError, nearest
+from compresso.loading import load
+from compresso.metrics.held import HeldLoss
+from compresso.metrics.record import Environment, Measurement, ModelResults, Setting
+from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template
+from compresso.metrics.trust.journal import Journal, Journalled
+from compresso.metrics.trust.judge import Agreement, Labelled, ModelJudge, agreement, labelled_answers
+from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, benign_prompts, harmful_prompts
+from compresso.metrics.trust.refusal_suite import (
+    WHOLE,
+    Asked,
+    ask,
+    broken_marks,
+    chosen,
+    judged_by,
+    refusal_changes,
+    refusal_measurements,
+)
+from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss, requests_loss
+from compresso.metrics.trust.strata import Limit, limit_of
+from compresso.training.progress import Progress
+
+SUITES = ("refusal", "trust")
+
+
+@dataclass(frozen=True)
+class TrustOptions:
+    """What these suites alone take, as `evaluate` says."""
+
+    prompts: str | Path | None = None
+    benign: str | Path | None = None
+    judge: str | Path | None = None
+    judge_labels: str | Path | None = None
+    against: str | Path | None = None
+    answers: str | Path | None = None
+    new_tokens: int | None = None
+    scoring: str = "likelihood"
+    generations: int = 25
+
+    def given(self) -> list[str]:
+        """The options that are not as they stand here, as they are typed."""
+        return [
+            f"--{name.replace('_', '-')}"
+            for name, value in vars(self).items()
+            if value != type(self).__dataclass_fields__[name].default
+        ]
+
+
+@dataclass
+class Refusals:
+    """What one model answered to the prompts of the refusal suite."""
+
+    source: Source
+    environment: Environment
+    asked: list[Asked]
+    loss: HeldLoss
+    measurements: list[Measurement] = field(default_factory=list[Measurement])
+
+
+def refuse_options_of(suite: str | None, options: TrustOptions) -> None:
+    """Raise DataError for options that a suite does not take."""
+    takes = {
+        "refusal": {"--prompts", "--benign", "--judge", "--judge-labels", "--against", "--answers", "--new-tokens"},
+        "trust": {"--against", "--answers", "--scoring", "--generations"},
+    }.get(suite or "", set[str]())
+    for option in options.given():
+        if option not in takes:
+            owners = "--suite trust" if option in ("--scoring", "--generations") else "--suite refusal"
+            owners = "--suite refusal or trust" if option in ("--against", "--answers") else owners
+            raise DataError(f"{option} belongs to {owners}; leave it out, or give that suite")
+
+
+def refusal_results(
+    source: Source, options: TrustOptions, *, limit: str | int | None, prompt: str, device: torch.device, seed: int,
+    batch_size: int,
+) -> list[ModelResults]:  # fmt: skip
+    """How often a model refuses; with `against` first the dense one, then the model with what changed.
+
+    Raises:
+        CompressoError: with the cure, before weights are read.
+    """
+    if options.prompts is None:
+        raise DataError("--suite refusal needs --prompts FILE: the prompts of arXiv 2401.10862, which are not shipped")
+    if (options.judge is None) != (options.judge_labels is None):
+        raise DataError(
+            "--judge and --judge-labels belong together: a judge's labels are held against answers that people labelled"
+        )
+    if options.new_tokens is not None and options.new_tokens < 1:
+        raise DataError(f"--new-tokens {options.new_tokens}: wanted at least 1")
+    part = limit_of(limit)
+    files = [harmful_prompts(options.prompts)]
+    files += [] if options.benign is None else [benign_prompts(options.benign)]
+    labelled = None if options.judge_labels is None else labelled_answers(options.judge_labels)
+    judging = None if options.judge is None else opened(options.judge, "--judge")
+    sources = [source] if options.against is None else [opened(options.against, "--against"), source]
+    for one in sources:
+        if not has_chat_template(load_tokenizer(one)):
+            raise DataError(
+                f"model {one.name} has no chat template, and refusals are measured of chat models; give one that has"
+            )
+    asked = [one for file in files for one in chosen(file, part, seed)]
+    limits, shown = Limits(options.new_tokens, WHOLE), Progress()
+    found = [_asked(one, asked, limits, options, prompt, device, batch_size, shown) for one in sources]
+    agreed = None
+    if judging is not None and labelled is not None:
+        agreed = _judge(found, judging, labelled, options, device, batch_size, shown)
+    settings = _settings(files, limits, part, prompt, seed, len(asked), judging)
+    return _results(found, settings, agreed)
+
+
+def _asked(
+    source: Source, prompts: Sequence[Prompt], limits: Limits, options: TrustOptions, prompt: str,
+    device: torch.device, batch_size: int, shown: Progress,
+) -> Refusals:  # fmt: skip
+    """The answers of one model, which is gone afterwards."""
+    with shown.working(f"reading the weights of {source.name}"):
+        loaded = load(place_of(source), device=device)
+    assert loaded.tokenizer is not None  # it was looked at
+    prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
+    environment = Environment.here(device, loaded.model.dtype)
+    same: dict[str, Setting] = {
+        "model": source.identity.fingerprint,
+        "prompt": prompt_on,
+        "dtype": environment.dtype,
+        "suite": "refusal",
+    }
+    journal = journal_of(options.answers, source, same)
+    model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
+    answered = ask(Journalled(model, journal, shown, f"answers of {source.name}"), prompts, limits)
+    loss = requests_loss(loaded.model, loaded.tokenizer, [one.text for one in prompts])
+    del model, loaded
+    gc.collect()
+    return Refusals(source, environment, answered, loss)
+
+
+def _judge(
+    found: Sequence[Refusals], source: Source, labelled: Labelled, options: TrustOptions, device: torch.device,
+    batch_size: int, shown: Progress,
+) -> Agreement:  # fmt: skip
+    """Let a model read all answers, and say how far it agrees with people."""
+    with shown.working(f"reading the weights of {source.name}"):
+        loaded = load(place_of(source), device=device)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"--judge {source.name} has no tokenizer; give a chat model")
+    journal = journal_of(options.answers, source, {"judge": source.identity.fingerprint})
+    asked = Journalled(ModelRespondent(loaded.model, loaded.tokenizer, False, batch_size), journal, shown, "judging")
+    judge = ModelJudge(asked, source.name)
+    for one in found:
+        one.asked = judged_by(judge, one.asked)
+    return agreement(judge, labelled)
+
+
+def _results(
+    found: Sequence[Refusals], settings: Mapping[str, Setting], agreed: Agreement | None
+) -> list[ModelResults]:
+    """The results of the models; with two, the last one's hold the changes."""
+    results: list[ModelResults] = []
+    for place, one in enumerate(found):
+        changes = ()
+        if place:
+            dense = found[0]
+            broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
+                broken_marks(dense.asked), broken_marks(one.asked)
+            )
+            changes = tuple(refusal_changes(dense.asked, one.asked, broken))
+        results.append(
+            ModelResults(
+                name="dense" if len(found) > 1 and not place else one.source.identity.name,
+                model=one.source.identity.name,
+                fingerprint=one.source.identity.fingerprint,
+                measurements=tuple(refusal_measurements(one.asked, one.environment, settings, agreed)),
+                not_measured={} if agreed else {"refusal/harmful": "no judge was named (--judge, --judge-labels)"},
+                changes=changes,
+            )
+        )
+    return results
+
+
+def _settings(
+    files: Sequence[PromptSet], limits: Limits, part: Limit | None, prompt: str, seed: int, n: int, judge: Source | None
+) -> dict[str, Setting]:
+    digest = hashlib.sha256(json.dumps([one.sha256 for one in files]).encode()).hexdigest()[:16]
+    return {
+        "prompts": " ".join(one.name for one in files),
+        "prompts_sha256": digest,
+        "asked": n,
+        "subset": None if part is None else f"{part:.3g} stratified, seed {seed}",
+        "decoding": "greedy",
+        "max_tokens": limits.whole,
+        "max_new_tokens": limits.new_tokens,
+        "rule": "opening of the answer",
+        "judge": None if judge is None else judge.name,
+        "collaborative_prompt": prompt,
+    }
+
+
+def opened(path: str | Path, option: str) -> Source:
+    """A model that an option names. Raises CheckpointError, naming the option."""
+    try:
+        source = open_source(path, packed=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{option}: {error}") from error
+    if not source.tensors:
+        raise CheckpointError(f"{option} {path} has no weights; give a folder of safetensors or a GGUF file")
+    refuse_textless(source, f"{option} takes models that write text")
+    return source
+
+
+def place_of(source: Source) -> Path:
+    """The file or folder that a model's weights are read from."""
+    place = source.file or source.folder
+    assert place is not None  # what has weights lies somewhere
+    return place
+
+
+def journal_of(folder: str | Path | None, source: Source, same: Mapping[str, Setting]) -> Journal | None:
+    """The journal of a model's answers in a folder that was named; None where none was.
+
+    Raises:
+        DataError: a file goes by that name.
+        ResumeError: its answers were asked otherwise.
+    """
+    if folder is None:
+        return None
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--answers {folder} is a file; name a folder, which keeps each model's answers")
+    digest = hashlib.sha256(json.dumps(dict(same), sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.name)[:60]
+    return Journal(folder / f"{name}-{digest}.jsonl", same)
+
+
+def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, protocol: str | None) -> None:
+    """Raise DataError for words that do not go with one of these suites."""
+    if corpus is not None or protocol is not None:
+        raise DataError(
+            f"--corpus and --protocol do not go with --suite {suite}; evaluate perplexity in a call of its own"
+        )
+    refuse_options_of(suite, options)
+    if options.scoring not in ("likelihood", "sampled"):
+        raise DataError(
+            f"--scoring '{options.scoring}' is unknown; {nearest(options.scoring, ('likelihood', 'sampled'))}"
+        )
+    if options.generations < 1:
+        raise DataError(f"--generations {options.generations}: wanted at least 1")

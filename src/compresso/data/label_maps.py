@@ -1,0 +1,128 @@
+"""Pictures with a class for each pixel: how a row is read, or a folder, and pixels and classes in the size of a model.
+
+    image or img, and label, annotation or mask: both files' bytes, rows of parquet or arrow files
+    FOLDER/images/NAME.png (or .jpg), FOLDER/labels/NAME.png: files of the same name
+
+A label map is a PNG with one channel, whose numbers are the classes. One number, 255 where the model's config does not
+say another (`semantic_loss_ignore_index`), marks pixels that are passed over.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compresso.core.picture import Picture, PixelInput
+from compresso.core.row import Row
+from compresso.data.augmentations import IGNORED
+from compresso.data.labelled_pictures import IMAGES, chosen, files_in, sized
+from compresso.data.pictures import bytes_of, colours, numbers
+from compresso.data.records import BadRecord, Mapped, RecordForm, Records, Taken, type_name, unused_of
+from compresso.data.survival import Encoded, Stats
+from compresso.errors import DataError
+
+_MAPS = ("label", "annotation", "mask")
+_WANTED = "image (or img) and label (or annotation, mask), or a folder with images/ and labels/"
+
+
+def take_mapped(value: object) -> Taken:
+    """The picture and the label map that `value` describes, and the columns that were not read. Raises BadRecord."""
+    if not isinstance(value, Mapping):
+        raise BadRecord(f"holds {type_name(value)}; wanted an object with {_WANTED}")
+    image = next((name for name in IMAGES if name in value), None)
+    classes = next((name for name in _MAPS if name in value), None)
+    if image is None or classes is None:
+        found = ", ".join(str(name) for name in list(value)[:8]) or "none"
+        raise BadRecord(f"fields are: {found}; wanted {_WANTED}")
+    record = Mapped(bytes_of(value[image], image), bytes_of(value[classes], classes))
+    return Taken(record, unused_of(value, (image, classes)), (image, classes))
+
+
+def _side_by_side(folder: Path) -> Iterator[tuple[str, object]]:
+    """A row for each picture in images/ with the map of its name in labels/. Raises DataError for one without."""
+    images, labels = folder / "images", folder / "labels"
+    if not images.is_dir() or not labels.is_dir():
+        return
+    maps = {path.stem: path for path in files_in(labels)}
+    for path in files_in(images):
+        if path.stem not in maps:
+            raise DataError(f"{path}: no label map of this name lies in {labels}; add it, or take the picture away")
+        yield str(path), {"image": path, "label": maps[path.stem]}
+
+
+MAPPED = RecordForm((*IMAGES, *_MAPS), take_mapped, _WANTED, folder=_side_by_side)
+"""Rows of a segmentation."""
+
+
+def encode_mapped(
+    records: Records, inputs: PixelInput, passed_over: int, names: tuple[str, ...] | None, limit: int | None = None
+) -> Encoded:
+    """Pictures and classes in a model's size.
+
+    Args:
+        records: pictures with label maps.
+        inputs: how the model sees them.
+        passed_over: the number in a map that is no class.
+        names: of the classes of a model that has its head already; None for those of the data: all numbers up to the
+            largest.
+        limit: most records, evenly spaced ones.
+
+    Raises DataError, naming the place: a file cannot be read, a map has another size than its picture, or a number that
+    is no class.
+    """
+    places, rows, largest = chosen(records, limit), list[Row](), 0
+    for source, i in places:
+        record = records.rows[i]
+        assert isinstance(record, Mapped)  # the form of the task
+        pixels, classes = _read(records, i, record)
+        known = classes != passed_over
+        top = int(classes[known].max()) if bool(known.any()) else 0
+        if names is not None and top >= len(names):
+            raise DataError(
+                f"{records.place(i)}: the label map has the class {top}; the model has {len(names)} (0 to"
+                f" {len(names) - 1}), and {passed_over} is passed over. Relabel the map, or start from a model without"
+                " a head"
+            )
+        if top == IGNORED:
+            raise DataError(
+                f"{records.place(i)}: the label map has the class {IGNORED}, which is none beside {passed_over};"
+                " relabel the map"
+            )
+        largest = max(largest, top)
+        classes = torch.where(known, classes, torch.tensor(IGNORED, dtype=torch.uint8))
+        size = (inputs.height, inputs.width)
+        picture = Picture(sized(pixels, *size), inputs, _nearest(classes, *size))
+        rows.append(Row(input_ids=[], labels=[], source=source, picture=picture))
+    if names is None:
+        if largest < 1:
+            raise DataError(f"{records.source}: all pixels are of one class; wanted at least two")
+        names = tuple(str(i) for i in range(largest + 1))
+    stats = Stats(len(places), 0, 0, 0, len(rows), 0, len(rows), read=len(records.rows))
+    return Encoded(rows, stats, names)
+
+
+def _read(records: Records, i: int, record: Mapped) -> tuple[Tensor, Tensor]:
+    """Pixels and classes of one record, of one size. Raises DataError."""
+    what = "picture"
+    try:
+        pixels = colours(record.image)
+        what = "label map"
+        classes = numbers(record.classes)
+    except BadRecord as error:
+        raise DataError(f"{records.place(i)}: the {what} {error}") from error
+    if pixels.shape[-2:] != classes.shape:
+        high, wide = pixels.shape[-2:]
+        raise DataError(
+            f"{records.place(i)}: the picture has {wide} x {high} pixels, its label map {classes.shape[1]} x"
+            f" {classes.shape[0]}; give a map of the picture's size"
+        )
+    return pixels, classes
+
+
+def _nearest(classes: Tensor, height: int, width: int) -> Tensor:
+    """Classes uint8 [height, width] in another size: those of the nearest pixels."""
+    if classes.shape == (height, width):
+        return classes
+    return functional.interpolate(classes[None, None], (height, width), mode="nearest-exact")[0, 0]

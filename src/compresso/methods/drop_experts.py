@@ -1,0 +1,198 @@
+"""Experts of a mixture leave; the router chooses among those that stay (Lu and others' Expert Drop as in arXiv
+2406.02500, section 3; REAP, arXiv 2510.13999).
+
+Section 3, Expert Drop. Scores, one pass over the dense model:
+    probability     the router's probability of each expert, summed over tokens, chosen or not; of routers that score
+                    each expert alone (DeepSeek-V3, GLM-4-MoE) the weights of the chosen
+    frequency       how often each was chosen
+    reap            mean of weight x norm of the output, over the tokens that chose it
+    reconstruction  error of the layer's output without it, another one chosen in its place
+Layer-wise: each layer keeps its best, the same number (`pool: layer`), which a stock config holds. Global: the lowest
+of all layers leave (`pool: global`); layers then keep unequal numbers, for which there is no config, so that a run
+refuses it, and it is for studies from Python.
+Removal: rows of the router leave with their experts, its correction, too; probabilities are over those that stay; as
+many are chosen for a token as before.
+
+Departures: of the published code's `preserve_gate`, which keeps rows of experts that are gone, nothing is here. top-k
+never falls: fewer experts than that are refused before calibration. REAP's weights are made to add up to 1 before they
+are used, whatever the model does, as its authors' code does since 2026. Groups of experts keep as many each. An expert
+that no token chose has a frequency and a REAP score of 0 and leaves first. The published calibration is C4, 128 x
+2,048; here it is a part of the run's data, since experts are scored for what they will be asked.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Gt, Le
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresso.arch.base import Arch
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.errors import ArchError
+from compresso.job import Job
+from compresso.observe.experts import FOLDS, Looked, Router, routed
+from compresso.observe.observe import Stats, observe
+from compresso.solve.experts import best_of_all, best_of_layers, even_counts
+from compresso.stage import Calibrates, Effects, Passes, stage
+
+log = logging.getLogger(__name__)
+
+_MOST_EXACT = 16
+"""Experts up to which reconstruction runs all of them on every token."""
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@stage(
+    "drop_experts",
+    title="drops the experts of each layer that are routed to, or write, least",
+    paper="2406.02500",
+    effects=Effects.SHAPES,
+    needs=("data",),
+    when=(
+        "To fit a mixture of experts into less memory. Calibrate on what it will be asked: experts of other subjects"
+        " score low on any one kind of text."
+    ),
+    failures=(
+        "No faster: a token takes as many experts as before. How much may leave differs between models: look at the"
+        " share of tokens that lose an expert, and at generated text."
+    ),
+)
+class DropExperts:
+    """Knobs of dropping experts.
+
+    Args:
+        score: "probability", "frequency", "reap" or "reconstruction" (of at most 16 experts a layer).
+        keep: share of each layer's experts that stay (of all of them with pool: global); rounded up to whole experts,
+            and to as many in each group.
+        pool: "layer", or "global", whose unequal numbers no layout holds.
+        calibrates: see `Calibrates`.
+    """
+
+    score: Looked = "probability"
+    keep: Annotated[float, Gt(0), Le(1)] = 0.75
+    pool: Literal["layer", "global"] = "layer"
+    calibrates: Calibrates = Calibrates()
+
+    def budget(self) -> Budget | None:
+        """None: a share of experts is no share of a model; see `dry_run_plan`."""
+        return None
+
+    def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
+        """A plan of as many experts. Raises ValueError where routers choose among more than stay."""
+        experts = _experts(axes)
+        alike = {axis.name: -torch.arange(axis.size, dtype=torch.float64) for axis in experts}
+        return self._chosen(experts, alike)
+
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Refuse what cannot be scored, or written. Raises ArchError."""
+        axes = [axis for axis in arch.axes(model) if axis.kind == Kind.EXPERT]
+        if not axes:
+            raise ArchError(
+                f"drop_experts: {arch.name} has no experts that could leave; use a stage that removes heads, channels"
+                " or layers"
+            )
+        if self.pool == "global":
+            raise ArchError(
+                "drop_experts: pool=global leaves layers with unequal numbers of experts, and no layout holds them;"
+                " give pool: layer"
+            )
+        if self.score == "reconstruction" and (wide := [axis for axis in axes if axis.size > _MOST_EXACT]):
+            raise ArchError(
+                f"drop_experts: score=reconstruction runs every expert on every token, and {wide[0].name} has"
+                f" {wide[0].size}, more than {_MOST_EXACT}; give score: reap"
+            )
+
+    def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
+        """One pass over the calibration data."""
+        return [Passes("calibration", self.calibrates.examples)]
+
+    def __call__(self, job: Job) -> Job:
+        """Score, choose, shrink."""
+        axes = _experts(job.arch.axes(job.model))
+        mixtures = {axis.name: _router(job.model, axis) for axis in axes}
+        self._chosen(axes, {axis.name: torch.zeros(axis.size) for axis in axes})  # feasible, before anything runs
+        same = job.same("drop_experts", self)
+        fold = {f"{axis.name} {what}": one for axis in axes for what, one in FOLDS.items()}
+        batches = self.calibrates.read(job.batches(self.calibrates.batch, "drop_experts"))
+        stats = observe(job.model, [routed(mixtures, self.score)], fold, batches, how=job.observing("scores", same))
+        side_by_side = {axis.name: self._scores(axis, stats) for axis in axes}
+        plan = self._chosen(axes, {name: scores[self.score] for name, scores in side_by_side.items()})
+        facts = self._facts(axes, plan, stats, side_by_side)
+        if not job.quiet and facts["damage_rate"]:
+            log.warning(
+                "drop_experts: %.0f %% of tokens lose one of the experts that they chose, the mean over layers",
+                100 * facts["damage_rate"],
+            )
+        return job.without(plan.masks(axes), "drop_experts", **facts)
+
+    def _chosen(self, axes: Sequence[Axis], scores: Mapping[str, Tensor]) -> Plan:
+        """The plan without the lowest scores."""
+        if self.pool == "global":
+            return best_of_all(axes, scores, self.keep)
+        return best_of_layers(axes, scores, even_counts(axes, self.keep))
+
+    def _scores(self, axis: Axis, stats: Mapping[str, Stats]) -> dict[str, Tensor]:
+        """The scores of a layer's experts that this pass gives, each [size], float64."""
+        often = torch.bincount(stats[f"{axis.name} numbers"].total.long().flatten(), minlength=axis.size).double()
+        found = {"probability": stats[f"{axis.name} probability"].total.cpu() / self.calibrates.examples}
+        found["frequency"] = often
+        if self.score == "reap":
+            found["reap"] = stats[f"{axis.name} score"].total.cpu() / often.clamp(min=1)
+        elif self.score == "reconstruction":
+            seen = stats[f"{axis.name} score"]
+            found["reconstruction"] = seen.total.cpu() / seen.n
+        return found
+
+    def _facts(
+        self,
+        axes: Sequence[Axis],
+        plan: Plan,
+        stats: Mapping[str, Stats],
+        scores: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, Any]:
+        """For the records: what was scored, what stays, and how many tokens lose one of their experts."""
+        layers: dict[str, Any] = {}
+        touched, tokens = 0, 0
+        for axis in axes:
+            numbers = stats[f"{axis.name} numbers"].total.long()
+            stays = torch.zeros(axis.size, dtype=torch.bool)
+            stays[list(plan.kept[axis.name])] = True
+            lose = ~stays[numbers].all(-1)
+            touched, tokens = touched + int(lose.sum()), tokens + len(numbers)
+            mine = scores[axis.name][self.score]
+            layers[axis.name] = {
+                "scores": {name: found.tolist() for name, found in scores[axis.name].items()},
+                "quantiles": torch.quantile(mine, torch.tensor(_QUANTILES, dtype=mine.dtype)).tolist(),
+                "starved": int((scores[axis.name]["frequency"] == 0).sum()),
+                "tokens_that_lose_one": float(lose.double().mean()),
+            }
+        asked = {axis.name: axis.size - int(axis.size * (1 - self.keep) + 1e-9) for axis in axes}
+        rounded = {n: {"asked": k, "kept": len(plan.kept[n])} for n, k in asked.items() if k != len(plan.kept[n])}
+        return {
+            "score": self.score,
+            "calibration_tokens": tokens // len(axes),
+            "damage_rate": touched / tokens,
+            "experts": layers,
+            **({"experts_a_layer_for_equal_groups": rounded} if rounded and self.pool == "layer" else {}),
+        }
+
+
+def _experts(axes: Sequence[Axis]) -> list[Axis]:
+    """The axes of experts. Raises ValueError without any."""
+    found = [axis for axis in axes if axis.kind == Kind.EXPERT]
+    if not found:
+        raise ValueError(
+            "the model has no experts that could leave; use a stage that removes heads, channels or layers"
+        )
+    return found
+
+
+def _router(model: PreTrainedModel, axis: Axis) -> Router:
+    """The modules of a layer's mixture."""
+    return Router(model.get_submodule(axis.gates[0].module), model.get_submodule(f"{axis.container}.experts"))

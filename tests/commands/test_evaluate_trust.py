@@ -1,0 +1,79 @@
+"""`compresso evaluate --suite refusal` and `--suite trust`: one line for what can be wrong, and a whole report."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import Call
+from tests.metrics.trust.made_up import data
+from tests.metrics.trust.scripted import tree
+
+from compresso.data import nano
+from compresso.metrics.record import Report
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(tree()))
+    return path
+
+
+@pytest.fixture
+def bad(call: Call) -> Callable[..., str]:
+    """bad(*options): the one line on stderr; exit code 2 and nothing printed."""
+
+    def _bad(*options: object) -> str:
+        code, out, error = call("evaluate", nano.path(), *options)
+        assert (code, out) == (2, ""), error
+        assert len(error.splitlines()) == 1, error
+        return error
+
+    return _bad
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--suite", "refusal"), "--suite refusal needs --prompts FILE"),
+        (("--suite", "refusal", "--prompts", "absent.yaml"), "--prompts absent.yaml is no file"),
+        (("--suite", "refusal", "--scoring", "sampled"), "--scoring belongs to --suite trust"),
+        (("--suite", "trust", "--new-tokens", "4"), "--new-tokens belongs to --suite refusal"),
+        (("--suite", "world", "--against", "x"), "--against belongs to --suite refusal or trust"),
+        (("--suite", "trust", "--scoring", "guess"), "--scoring 'guess' is unknown"),
+        (("--suite", "trust", "--corpus", "c4"), "--corpus and --protocol do not go with --suite trust"),
+        (("--suite", "trust", "--limit", "many"), "wanted a number of items, at least 1, or a share such as 5%"),
+        (("--suite", "world", "--limit", "5%"), "a share is for --suite refusal and trust"),
+        (("--suite", "trust", "--prompt", "both"), "--prompt both does not go with --suite trust"),
+        (("--suite", "trust", "--against", "absent"), "--against: "),
+    ],
+)
+def test_bad_words_are_one_line(options: tuple[str, ...], said: str, bad: Callable[..., str]) -> None:
+    assert said in bad(*options)
+
+
+def test_refusals_want_a_chat_template_and_labels_a_judge(bad: Callable[..., str], prompts: Path) -> None:
+    assert "model nano has no chat template" in bad("--suite", "refusal", "--prompts", prompts)
+    alone = bad("--suite", "refusal", "--prompts", prompts, "--judge", nano.path())
+    assert "--judge and --judge-labels belong together" in alone
+
+
+@pytest.mark.slow
+def test_a_model_against_itself(call: Call, tmp_path: Path) -> None:
+    """Every dimension whose files are there is measured or says why not, nothing changed, and a second call asks
+    nothing again.
+    """
+    data(tmp_path / "data")
+    options = ("--suite", "trust", "--data-root", tmp_path / "data", "--limit", "8", "--answers", tmp_path / "kept")
+    output = tmp_path / "report.json"
+    code, out, said = call("evaluate", nano.path(), *options, "--against", nano.path(), "--output", output)
+    assert code == 0, said
+    dense, same = Report.model_validate_json(output.read_text()).models
+    assert dense.name == "dense" and "trust/toxicity" in same.not_measured
+    assert {one.verdict for one in same.changes} <= {"within noise", "at chance", "not measured"}
+    assert len(same.changes) == 8 and "trust/privacy" in out and "against dense" in out
+    (journal,) = (tmp_path / "kept").iterdir()
+    before = journal.read_bytes()
+    assert call("evaluate", nano.path(), *options)[0] == 0
+    assert journal.read_bytes() == before

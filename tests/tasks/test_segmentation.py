@@ -1,0 +1,238 @@
+"""A segmenter under the laws: batches and losses are those of its pixels, distillation is nothing between equals,
+masked is smaller; bad maps in one line; and a run from a model without a head to a stock checkpoint with its mIoU.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tests.conftest import Call
+from tests.tasks.conftest import untrained
+from tests.tasks.scenes import CLASSES, scene
+from torch.nn import functional
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    MobileViTConfig,
+    MobileViTForSemanticSegmentation,
+    MobileViTModel,
+    ViTConfig,
+)
+
+from compresso.checkpoint.source import open_source
+from compresso.core.loss import PIXEL
+from compresso.core.losses import IGNORED
+from compresso.core.picture import Picture, PixelInput
+from compresso.core.row import Row
+from compresso.core.segments import ohem_loss
+from compresso.data.label_maps import MAPPED, encode_mapped
+from compresso.data.pictures import png
+from compresso.data.registry import load_records
+from compresso.errors import DataError, RecipeError
+from compresso.job import Job
+from compresso.methods.distill import Distill
+from compresso.runner.evaluate_task import task_metric
+from compresso.runner.run import run
+from compresso.tasks.segmentation import SEGMENTATION
+from compresso.training.distill_objective import DistillObjective
+from compresso.training.order import Micro
+
+SIDE = 32
+SIZES: dict[str, Any] = {
+    "image_size": SIDE,
+    "hidden_sizes": [16, 24, 32],
+    "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 40],
+    "num_attention_heads": 2,
+    "aspp_out_channels": 16,
+    "output_stride": 8,
+    "hidden_dropout_prob": 0.0,
+    "aspp_dropout_prob": 0.0,
+    "classifier_dropout_prob": 0.0,
+}
+NAMES = tuple(str(i) for i in range(len(CLASSES)))
+
+
+def rows(n: int) -> list[Row]:
+    made = [scene(seed, SIDE) for seed in range(n)]
+    inputs = PixelInput(SIDE, SIDE)
+    return [Row(input_ids=[], labels=[], picture=Picture(pixels, inputs, classes)) for pixels, classes, _ in made]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MobileViTForSemanticSegmentation(MobileViTConfig(**SIZES, num_labels=len(CLASSES))).eval()
+    return untrained(model, rows(14), SEGMENTATION, tmp_path / "work", NAMES)
+
+
+def test_a_batch_has_a_label_for_each_pixel_and_none_where_it_is_passed_over() -> None:
+    given = rows(3)
+    assert given[1]["picture"].classes is not None
+    given[1]["picture"].classes[0, :2] = 255
+    batch = SEGMENTATION.collate(given, 0)
+    assert batch["pixel_values"].shape == (3, 3, SIDE, SIDE) and batch["labels"].shape == (3, SIDE, SIDE)
+    assert batch["labels"][1, 0, :2].tolist() == [IGNORED, IGNORED]
+    assert torch.equal(batch["labels"][2], scene(2, SIDE)[1].long())
+
+
+def test_the_loss_is_ohem_of_the_models_own_logits(job: Job) -> None:
+    batch = job.collated(job.rows[:2])
+    with torch.no_grad():
+        logits = job.model(pixel_values=batch["pixel_values"]).logits
+        assert logits.shape == (2, len(CLASSES), SIDE // 8, SIDE // 8)
+        torch.testing.assert_close(PIXEL(job.model, batch), ohem_loss(logits, batch["labels"]))
+
+
+def test_the_score_is_one_matrix_over_all_pictures(job: Job) -> None:
+    score = SEGMENTATION.score(job.model, job.held)
+    batch = job.collated(job.held)
+    with torch.no_grad():
+        logits = job.model(pixel_values=batch["pixel_values"]).logits
+    given = functional.interpolate(logits, (SIDE, SIDE), mode="bilinear").argmax(1)
+    shares = []
+    for k in range(len(CLASSES)):
+        own, said = batch["labels"] == k, given == k
+        union = int((own | said).sum())
+        shares += [int((own & said).sum()) / union] if union else []
+    assert score.miou == pytest.approx(sum(shares) / len(shares))
+    frequent = max(int((batch["labels"] == k).sum()) for k in range(len(CLASSES)))
+    assert score.guess == pytest.approx(frequent / batch["labels"].numel() / len(CLASSES))
+    names = {one.name for one in score.measurements(_here(), "scenes")}
+    assert {"held/miou", "held/pixel-acc", "held-majority/miou", "held/iou/LABEL_0"} <= names
+
+
+def _here() -> Any:
+    from compresso.metrics.record import Environment
+
+    return Environment.here(torch.device("cpu"), torch.float32)
+
+
+def test_distillation_is_nothing_between_equals_and_passes_over_what_has_no_class(job: Job) -> None:
+    batch = job.collated(job.rows[:2])
+    halves = SEGMENTATION.halves(job.model, ())
+    objective = DistillObjective(job.model, halves, halves, compare=SEGMENTATION.compare, divergence="mse")
+    micro = Micro(0, 0, range(2))
+    assert float(objective(batch, micro)["loss"].detach()) == 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        other = MobileViTForSemanticSegmentation(job.model.config).eval()
+    taught = DistillObjective(
+        other, SEGMENTATION.halves(other, ()), halves, compare=SEGMENTATION.compare, divergence="mse"
+    )
+    with torch.no_grad():
+        ours, theirs = (
+            functional.interpolate(one(pixel_values=batch["pixel_values"]).logits, (SIDE, SIDE), mode="bilinear")
+            for one in (other, job.model)
+        )
+    batch["labels"][0] = IGNORED
+    wanted = float((ours[1] - theirs[1]).square().mean())  # over classes, height and width
+    assert float(taught(batch, micro)["loss"].detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_masked_is_smaller_on_examples(job: Job) -> None:
+    axes = job.arch.axes(job.model)
+    masks = {axis.name: (torch.arange(axis.size) % 3 != 0).float() for axis in axes}
+    smaller = job.without(masks, "by hand")
+    facts = smaller.records["by hand"]
+    assert facts["masked_minus_smaller_max_abs"] < 1e-4
+    assert facts["parameters_after"]["total"] == smaller.model.num_parameters()
+
+
+def test_all_weights_learn_from_the_teacher(job: Job, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    job.model.save_pretrained(dense)
+    kind = type(job.model)
+    job = replace(job, original=lambda dtype, device: kind.from_pretrained(dense, dtype=dtype).to(device))
+    done = Distill(train="all", steps=2, batch=4, micro_batch=4, divergence="mse", hard_weight=1.0)(job)
+    assert done.records["distill"]["updates"] == 2
+
+
+def cells(n: int, side: int = SIDE) -> list[dict[str, Any]]:
+    made = [scene(seed, side) for seed in range(n)]
+    return [{"image": {"bytes": png(p), "path": "a"}, "label": {"bytes": png(c), "path": "b"}} for p, c, _ in made]
+
+
+def written(path: Path, given: list[dict[str, Any]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), path)
+    return path
+
+
+def encoded(path: Path, names: tuple[str, ...] | None = None, passed_over: int = 255) -> Any:
+    return encode_mapped(load_records(path, form=MAPPED), PixelInput(SIDE, SIDE), passed_over, names)
+
+
+def test_rows_of_a_table_and_of_a_folder_are_the_same(tmp_path: Path) -> None:
+    table = encoded(written(tmp_path / "train.parquet", cells(4)))
+    for name in ("images", "labels"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    for i, cell in enumerate(cells(4)):
+        (tmp_path / "set" / "images" / f"{i}.png").write_bytes(cell["image"]["bytes"])
+        (tmp_path / "set" / "labels" / f"{i}.png").write_bytes(cell["label"]["bytes"])
+    folder = encoded(tmp_path / "set")
+    assert table.labels == folder.labels == NAMES
+    for one, other in zip(table.rows, folder.rows, strict=True):
+        assert torch.equal(one["picture"].pixels, other["picture"].pixels)
+        assert torch.equal(one["picture"].classes, other["picture"].classes)
+    (tmp_path / "set" / "labels" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"2.png: no label map of this name lies in"):
+        load_records(tmp_path / "set", form=MAPPED)
+
+
+def test_a_number_that_is_passed_over_is_no_class(tmp_path: Path) -> None:
+    found = encoded(written(tmp_path / "train.parquet", cells(6)), passed_over=4)
+    assert found.labels == NAMES[:4]
+    assert 255 in found.rows[2]["picture"].classes.unique().tolist()
+
+
+def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
+    path = written(tmp_path / "train.parquet", cells(6))
+    with pytest.raises(DataError, match=r"row 2: the label map has the class 3; the model has 3 \(0 to 2\), and 255"):
+        encoded(path, NAMES[:3])
+    given = cells(3)
+    given[1]["label"] = cells(2, 16)[1]["label"]
+    with pytest.raises(DataError, match=r"row 2: the picture has 32 x 32 pixels, its label map 16 x 16"):
+        encoded(written(tmp_path / "odd.parquet", given))
+    given[1]["label"] = given[1]["image"]
+    with pytest.raises(DataError, match=r"row 2: the label map is a PNG with colours"):
+        encoded(written(tmp_path / "colours.parquet", given))
+
+
+def test_a_model_without_such_a_head_class_is_refused() -> None:
+    said = SEGMENTATION.obstacle(ViTConfig())
+    assert said == "(vit) sees no pictures; --task segmentation takes a model of pictures, such as MobileViT"
+
+
+def test_one_picture_at_a_time_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    MobileViTModel(MobileViTConfig(**SIZES)).save_pretrained(tmp_path / "start")
+    raw = {"task": "segmentation", "stages": [{"finetune": {"steps": 4, "batch": 4, "micro_batch": 1}}]}
+    with pytest.raises(RecipeError, match="stage 'finetune': micro_batch=1 shows batch norms one example at a time"):
+        run(raw, tmp_path / "start", tmp_path / "none.parquet", output=tmp_path / "out", quiet=True)
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_a_stock_segmenter(tmp_path: Path, call: Call) -> None:
+    start = tmp_path / "start"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MobileViTModel(MobileViTConfig(**SIZES)).save_pretrained(start)
+    (start / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "do_flip_channel_order": True}))
+    data = written(tmp_path / "scenes.parquet", cells(96))
+    train = {"batch": 8, "micro_batch": 8, "lr": 3.0e-3, "warmup": 5}
+    raw = {"task": "segmentation", "stages": [{"finetune": {"steps": 100, **train}}]}
+    output = tmp_path / "out"
+    result = run(raw, start, data, output=output, quiet=True)
+    model = AutoModelForSemanticSegmentation.from_pretrained(output)
+    assert type(model) is MobileViTForSemanticSegmentation and model.config.num_labels == len(CLASSES)
+    (dense, *_) = [one for one in result.records["report"]["models"][1]["measurements"] if one["name"] == "held/miou"]
+    assert dense["value"] > 0.25 and not math.isnan(dense["value"])
+    (found, *_) = task_metric(open_source(output), "segmentation", data, torch.device("cpu"))
+    assert found.value > 0.25  # the most frequent class alone gives .12
+    code, out, error = call("export", output, "--format", "onnx", "--output", tmp_path / "graph", "--json")
+    assert code == 0, error
+    assert json.loads(out)["checked"] == "opened in ONNX Runtime" and json.loads(out)["difference"] < 1e-3
