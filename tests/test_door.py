@@ -15,10 +15,13 @@ from typer.main import get_command
 
 import compresso
 from compresso.cli import app
+from compresso.commands.export import FORMATS
 from compresso.door import public
 from compresso.errors import ArgumentError, BudgetError, CompressoError
 from compresso.runner.recipe import DataKnobs
+from compresso.runner.round_knobs import ROUNDS, TARGETS
 from compresso.stage import cards, knobs_of
+from compresso.tasks.base import tasks
 from compresso.wording import CHOICES, FLAGS, VALUED, command_line, in_python
 from tests.conftest import Call
 
@@ -193,6 +196,12 @@ _AND_ON = (
 SENTENCE_GOES_ON = set(_AND_ON.split())
 
 
+def test_tasks_and_formats_are_values_of_their_options_in_python_too() -> None:
+    for option, values in {"task": tasks(), "format": FORMATS}.items():
+        for value in values:
+            assert in_python(f"give --{option} {value}") == f"give {option}='{value}'"
+
+
 def test_messages_name_options_that_exist_and_can_be_said_in_python() -> None:
     known = set().union(*options().values())
     seen = 0
@@ -210,6 +219,7 @@ def test_messages_name_options_that_exist_and_can_be_said_in_python() -> None:
 
 def test_messages_name_no_argument_that_the_command_line_calls_otherwise() -> None:
     knobs = {knob for card in cards().values() for knob in card.knobs} | {one.name for one in knobs_of(DataKnobs)}
+    knobs |= {ROUNDS, TARGETS}  # of every stage that removes units
     names = {text.partition("=")[0] for text in FLAGS.values()} | {name for names in VALUED.values() for name in names}
     called = re.compile(rf"(?<![\w.`])({'|'.join(sorted(names - knobs))})=")
     for path, text in sentences():

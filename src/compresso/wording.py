@@ -40,8 +40,9 @@ VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
 """Options with a value, and the arguments that take it: of several, the one that the called function has."""
 _PLAIN = (
     "auto cpu cuda on off both decode prefill torch onnxruntime llama.cpp"
-    " uniform padded native classification causal-lm gguf onnx compressed-tensors vllm-deci low-rank"
-    " quick full none likelihood sampled refusal"
+    " uniform padded native causal-lm classification masked-lm question-answering image-classification segmentation"
+    " gguf onnx compressed-tensors vllm-deci low-rank sliced"
+    " quick full none likelihood sampled refusal trust"
 )
 CHOICES = frozenset(_PLAIN.split())
 """Plain words that are an option's value where they follow it."""

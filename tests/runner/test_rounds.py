@@ -42,7 +42,7 @@ from compresso.stage import Effects, cards
 from compresso.training.duration import part
 
 SELECTORS = [one for one in cards().values() if Effects.SHAPES in one.effects]
-ONCE = ["cut_vocab", "homodistil", "keep_layers", "loraprune", "lorashear"]
+ONCE = ["cut_vocab", "drop_experts", "filter_pruning", "homodistil", "keep_layers", "loraprune", "lorashear"]
 REPEATED = [one.name for one in SELECTORS if one.name not in ONCE]
 LOOKS = {"batches": 1, "batch": 4, "micro_batch": 4}
 DATA = {"max_length": 128, "prompt": False, "pack": False, "held": 4, "limit": 40}

@@ -10,7 +10,7 @@ import typer
 
 from compresso.cli.app import app
 from compresso.cli.options import Device, Force, Json, Overwrite, Weights, warn_of
-from compresso.errors import DataError
+from compresso.errors import DataError, quoted
 
 
 @app.command()
@@ -104,7 +104,7 @@ def _limit(text: str | None) -> str | None:
     try:
         limit_of(text)
     except DataError as error:
-        raise typer.BadParameter(str(error).partition(": ")[2]) from error
+        raise typer.BadParameter(quoted(str(error).partition(": ")[2])) from error
     return text
 
 

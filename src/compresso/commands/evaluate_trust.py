@@ -252,7 +252,7 @@ def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, pro
     """Raise DataError for words that do not go with one of these suites."""
     if corpus is not None or protocol is not None:
         raise DataError(
-            f"--corpus and --protocol do not go with --suite {suite}; evaluate perplexity in a call of its own"
+            f"--suite {suite} goes without --corpus and --protocol; evaluate perplexity in a call of its own"
         )
     refuse_options_of(suite, options)
     if options.scoring not in ("likelihood", "sampled"):

@@ -23,7 +23,12 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = [
         (f"parameters, {name}", before["parameters"][name], after["parameters"][name]) for name in before["parameters"]
     ]
-    rows += [(name.replace("_", " "), before[name], after[name]) for name in before if name.endswith("_per_token")]
+    unit = facts["counted_by"]
+    rows += [
+        (f"{name.removesuffix('_per_token').replace('_', ' ')} per {unit}", before[name], after[name])
+        for name in before
+        if name.endswith("_per_token")
+    ]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
     if "packed" in facts["weight_bytes"]:
         rows.append(("bytes once packed", facts["weight_bytes"]["before"], facts["weight_bytes"]["packed"]))
@@ -39,8 +44,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         cure = "an epoch of it is below" if facts.get("data") else "give --data"
         console.print(f"?: the length of the data decides; {cure}.", soft_wrap=True)
     console.print(
-        f"Tokens are at most these. Time is estimated from the passes over the model at the matrix-product rate of"
-        f" {facts['device']}; real steps take longer.",
+        f"{unit.capitalize()}s are at most these. Time is estimated from the passes over the model at the"
+        f" matrix-product rate of {facts['device']}; real steps take longer.",
         soft_wrap=True,
     )
     if facts.get("data"):
@@ -136,7 +141,7 @@ def _data(data: Mapping[str, Any]) -> list[str]:
 
 def _costs(facts: Mapping[str, Any]) -> Table:
     """A row for each kind of passes of each stage."""
-    table = Table(title="What the stages take, in tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"What the stages take, in {facts['counted_by']}s", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("stage", no_wrap=True)
     table.add_column("passes")
     for name in ("forward", "backward", "FLOPs", "time"):

@@ -71,6 +71,8 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
 
 def _ungrouped(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
     """Why transformers would not multiply a model's stacked experts; None if it would, or it has none."""
+    if not any(shape.experts for shape in shapes):
+        return None
     hidden = model.config.hidden_size
     for index, shape in enumerate(shapes):
         for width, words in ((shape.channels, "channels"), (hidden, "hidden dimensions")):

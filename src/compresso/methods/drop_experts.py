@@ -54,6 +54,7 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
     paper="2406.02500",
     effects=Effects.SHAPES,
     needs=("data",),
+    once="its share is one of experts, and budgets count none",
     when=(
         "To fit a mixture of experts into less memory. Calibrate on what it will be asked: experts of other subjects"
         " score low on any one kind of text."

@@ -38,6 +38,7 @@ from compresso.stage import Effects, Passes, stage
     when="For networks of stages whose config has one ratio for all of them, such as MobileViT.",
     failures="Small weights are not unimportant weights; MobileViT loses accuracy early. Distil behind it.",
     any_task=True,
+    once="its share is one of each layer's channels, and budgets count none",
 )
 class FilterPruning:
     """Knobs of filter pruning.

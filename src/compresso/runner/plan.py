@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from compresso.arch.context import tokens_of_picture
 from compresso.checkpoint.source import Source, open_source
+from compresso.runner.activations import activation_bytes
 from compresso.runner.data_facts import data_facts
 from compresso.runner.devices import REACHED, Planned, planned
 from compresso.runner.dry_run import Acted, DryRun, dry_run
@@ -76,8 +77,9 @@ def plan(
         device: of this machine, or one of `compresso.runner.devices.DEVICES`.
 
     Returns:
-        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "device", "stages",
-        "training", "compressed", "data"}. "data" is None where none was given, else as `data_facts` gives it. `after`,
+        {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "counted_by", "device",
+        "stages", "training", "compressed", "data"}. "counted_by" is "token", or "picture" of models that make no tokens
+        of it. "data" is None where none was given, else as `data_facts` gives it. `after`,
         `shapes` and `layouts` are those of equal widths in every layer, where equal ones meet the budget: methods that
         learn or score choose others of the same total.
         "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
@@ -133,6 +135,7 @@ def plan(
             "after": shown.after["parameters"]["total"] * stored,
             **({} if packed is None else {"packed": packed}),
         },
+        "counted_by": "picture" if not recipe.task.reads_text and length == 1 else "token",
         "device": where.name,
         "stages": stages,
         "training": training,
@@ -260,28 +263,6 @@ def _kept_bytes(one: Acted, length: int, width: int, rows: int | None) -> int | 
     outcomes = int(one.config.vocab_size)
     held = bytes_of(GAP_PLACES, outcomes, outcomes)
     return bytes_of(min(known) * length, learning.cached, outcomes) + held + one.parameters * width
-
-
-def activation_bytes(
-    config: PreTrainedConfig, tokens: int, width: int, checkpointing: bool, chunk: int | None = None
-) -> int:
-    """What a backward pass finds stored, roughly: per token and layer 8 hidden vectors, q, k, v and 4 FFN vectors;
-    thrice the logits.
-
-    chunk: tokens whose logits (then those of two models) exist at a time; None for all.
-    """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = head * (
-        2 * config.num_attention_heads + 2 * getattr(config, "num_key_value_heads", config.num_attention_heads)
-    )
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
-    ffn = next(filter(None, widths), 4 * config.hidden_size)
-    layer = 8 * config.hidden_size + attention + 4 * ffn
-    layers = config.num_hidden_layers * (config.hidden_size if checkpointing else layer) + (
-        layer if checkpointing else 0
-    )
-    logits = 3 * tokens if chunk is None else 6 * min(chunk, tokens)
-    return tokens * layers * width + logits * 4 * getattr(config, "vocab_size", 0)  # a classifier's are few
 
 
 def _width(config: PreTrainedConfig) -> int:
