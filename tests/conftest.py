@@ -86,6 +86,7 @@ RUN_WITHOUT_BUDGET = _first_of_each_list(_STAGES, without=[*FOR_ANY_MODEL, *ONE_
 """Recipes that are run beside those and beside the one-shot recipes, so that every list of stages is."""
 
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
+os.fsync = lambda *_: None  # a tenth of the time, and no test cuts the power; those of atomic writes count the calls
 transformers_logging.disable_progress_bar()
 
 

@@ -27,6 +27,8 @@ def without_places(text: str) -> str:
     >>> without_places("/home/somebody/models/small/config.json is damaged")
     'config.json is damaged'
     """
+    if "/" not in text and "\\" not in text:  # most texts of a record, and no path
+        return _BEING_WRITTEN.sub(r"\1", text)
     for folder, name in _known():
         inside = re.compile(rf"(?<![\w:/.~]){re.escape(folder)}(?:((?:[/\\]{_PART})+)|(?![\w-]))")
         text = inside.sub(lambda found, name=name: name if name == _TEMPORARY else _last(found[1] or "", name), text)

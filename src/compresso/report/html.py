@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compresso.checkpoint.atomic import write_text
@@ -25,6 +24,7 @@ from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
+from compresso.report.templating import environment
 from compresso.report.trust_rows import TITLES, trust_rows
 
 GENERATOR = '<meta name="generator" content="compresso">'
@@ -73,17 +73,10 @@ def report_of_run(records: RunRecords, plan: Plan, commands: Mapping[str, str] |
 
 def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> str:
     """The HTML text; `commands` as in `write_report`."""
-    environment = Environment(
-        loader=PackageLoader("compresso.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    templates = environment(escaped=True)
     drawn, runs = tables(comparison), [_run(run, commands or {}) for run in comparison.runs]
-    style = environment.loader.get_source(environment, "report.css")[0] if environment.loader else ""
-    text = environment.get_template("report.html.jinja").render(
+    style = templates.loader.get_source(templates, "report.css")[0] if templates.loader else ""
+    text = templates.get_template("report.html.jinja").render(
         comparison=comparison,
         style=Markup(style),
         generator=Markup(GENERATOR),
