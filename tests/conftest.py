@@ -172,6 +172,12 @@ def quick_reopening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compresso.runner.output.reopen_and_compare", reopen_here)
 
 
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have tables in the place of charts, as where altair is not installed; a third of a short run's time."""
+    monkeypatch.setattr("compresso.report.charts.can_draw", lambda: False)
+
+
 Ran = Callable[..., Result]
 
 

@@ -13,7 +13,7 @@ import compresso
 from compresso.arch.base import arch_for
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Kind
-from compresso.core.budget import Budget
+from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
@@ -127,7 +127,7 @@ def test_a_config_that_says_no_width_of_heads_is_refused(tiny: Tiny, tmp_path: P
 def test_a_budget_is_met_with_them_and_not_exceeded(tiny: Tiny, name: str) -> None:
     model = tiny(name)
     arch, axes = described(model)
-    kinds = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL)
+    kinds = (Kind.HEAD, Kind.QUERY, Kind.CHANNEL, Kind.EXPERT_CHANNEL)
     cost, generator = CostModel(axes, arch.weights(model)), torch.Generator().manual_seed(3)
     scores = {axis.name: torch.rand(axis.size, generator=generator) for axis in axes}
     budget = Budget(0.6, kinds=kinds)
@@ -135,5 +135,16 @@ def test_a_budget_is_met_with_them_and_not_exceeded(tiny: Tiny, name: str) -> No
     predicted = int(cost.of(plan).blocks)
     shrink_(model, axes, plan)
     assert predicted == int(CostModel(arch.axes(model), arch.weights(model))().blocks) <= budget.limit(cost)
-    assert predicted > 0.6 * float(cost().blocks) - 3 * 64 - 3
+    largest = (3 * 64 + 3) * max(1, *(shape.experts for shape in arch.shapes(model)))  # a channel is one of all experts
+    assert predicted > 0.6 * float(cost().blocks) - largest
     assert any(len(units) < len(scores[key]) for key, units in plan.kept.items() if key.endswith("queries"))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_budget_that_no_number_of_them_meets_is_refused(tiny: Tiny, name: str) -> None:
+    """Those of heads that left are gone with them."""
+    model = tiny(name)
+    arch, axes = described(model)
+    scores = {axis.name: torch.ones(axis.size) for axis in axes}
+    with pytest.raises(InfeasibleBudget, match=r"keep=0\.1 allows .* in what the kinds head, query do not reach"):
+        allocate(axes, scores, CostModel(axes, arch.weights(model)), Budget(0.1, kinds=(Kind.HEAD, Kind.QUERY)))

@@ -162,7 +162,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
     held = {  # by a floor or a multiple; the last unit, which a bias holds, is nobody's to lower
         axis.name: len(smallest.kept[axis.name]) / axis.size
         for axis in pool
-        if len(smallest.kept[axis.name]) > axis.fewest
+        if len(smallest.kept.get(axis.name, ())) > axis.fewest  # query heads go with the last head
     }
     name = max(held, key=lambda axis_name: held[axis_name], default="")
     needed = math.ceil(least / dense * 1e4) / 1e4
