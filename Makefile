@@ -1,7 +1,8 @@
 # make setup   a virtual environment in .venv with the tested versions (requirements/pins.txt)
 # make demo    the main job on the embedded model, offline, a few minutes on two cores
 # make demo-real   the same on a small chat model that people know, SmolLM2-135M; a quarter of an hour on two cores
-# make test    the tests, offline, and their coverage
+# make test    the tests, offline
+# make coverage    the same, and the files that they cover least; four tenths slower
 # make test-fast   those that are not marked slow, in under three minutes on two cores
 # make vllm    vLLM for CPUs in .venv/vllm (3.4 GB), for the tests that open checkpoints in it; without it they are skipped
 # make transformers-4   transformers 4.57 in .venv/transformers-4 (160 MB), for the tests that open checkpoints in it; without it they
@@ -16,7 +17,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo demo-real test test-fast vllm transformers-4 check clean
+.PHONY: setup demo demo-real test coverage test-fast vllm transformers-4 check clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +42,9 @@ $(VENV)/smollm2/.ready: setup
 	touch $@
 
 test: setup
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD)
+
+coverage: setup
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --cov=compresso --cov-report=
 
 test-fast: setup
