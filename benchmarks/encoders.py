@@ -19,9 +19,9 @@ from compresso.core.row import Row
 from compresso.data.registry import load_records
 from compresso.edit.stock import as_stock
 from compresso.job import Job
+from compresso.runner.first_job import new_job
 from compresso.runner.options import with_options
 from compresso.runner.preflight import Prepared, prepare
-from compresso.runner.run import new_job
 from compresso.stage import Stage
 from compresso.tasks.base import Reading
 

@@ -40,8 +40,8 @@ from compresso.metrics.corpora import corpus
 from compresso.metrics.held import held_loss
 from compresso.metrics.perplexity import perplexity
 from compresso.metrics.protocol import PerplexityProtocol
+from compresso.runner.first_job import new_job
 from compresso.runner.preflight import Prepared, prepare
-from compresso.runner.run import new_job
 from compresso.sweep.targets import Where, chosen, names_of
 from real_model import SCORED, TEXT
 from sparse_cases import GRID_SEED, LOSSES, SCORED_STORIES, Case, babyllama, larger

@@ -40,9 +40,9 @@ from compresso.job import Job
 from compresso.metrics.choices import choice_accuracy
 from compresso.metrics.held import held_loss
 from compresso.metrics.perplexity import every_token, perplexity
+from compresso.runner.first_job import new_job
 from compresso.runner.preflight import Prepared, prepare
 from compresso.runner.recipe import build
-from compresso.runner.run import new_job
 from compresso.training.device import choose_device
 from structured_cases import DENSE, KEEPS, METHODS, STORIES, UNSEEN, Case, cases, recipe_of
 

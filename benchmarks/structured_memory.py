@@ -20,8 +20,8 @@ import torch
 from common import high_water_mib, machine, write
 from compresso.checkpoint.load import load_model
 from compresso.edit.stock import as_stock
+from compresso.runner.first_job import new_job
 from compresso.runner.recipe import build
-from compresso.runner.run import new_job
 from structured import prepared
 from structured_cases import METHODS, cases, recipe_of
 

@@ -50,4 +50,4 @@ def _of_a_picture(config: PreTrainedConfig, width: int) -> int:
     side = int(config.image_size)  # pyright: ignore[reportAttributeAccessIssue]
     with torch.no_grad():
         model.eval()(pixel_values=torch.zeros(1, int(config.num_channels), side, side, device="meta"))
-    return sum(written) * width + 3 * 4 * int(config.num_labels) * side * side
+    return sum(written) * width + 3 * 4 * int(config.num_labels or 0) * side * side

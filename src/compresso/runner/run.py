@@ -8,46 +8,38 @@ Launched in several processes (torchrun, accelerate), all of them run the stages
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from compresso.arch.base import arch_for
-from compresso.checkpoint.load import load_model, meta_model
-from compresso.checkpoint.scratch import scratch_folder
-from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.source import Source
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
-from compresso.data.batches import pad_id
 from compresso.data.template import apply_to_tokenizer_
 from compresso.door import public
-from compresso.edit.patches import patch_, read_patches, written
-from compresso.edit.stock import as_stock
+from compresso.edit.patches import written
 from compresso.engines.verify import parity_records
-from compresso.errors import CheckpointError, CollapseError, ResourceError, ResumeError, deprecated
-from compresso.formats.hf import save_checkpoint
+from compresso.errors import CollapseError, ResourceError, ResumeError, deprecated
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
 from compresso.runner.asked_budget import said_as_asked
-from compresso.runner.examples import vocabulary
 from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
-from compresso.runner.offload import computed_in, offloaded_job, opened_offloaded
+from compresso.runner.first_job import dense_of, named, new_job, progress_bars, reader, saved_dense, with_weights
+from compresso.runner.offload import offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
 from compresso.runner.output import finish, gather, left, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, check_shapes, prepare
 from compresso.runner.rounds import entered, targets_of
 from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
-from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.runner.saved_stages import save_stage
 from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
 from compresso.stage import card
 from compresso.tasks.base import Score
@@ -190,8 +182,8 @@ def run(
         "layout": layout,
     }
     with (
-        _named(model, tokenizer) as name,
-        _progress_bars(shown=not quiet),
+        named(model, tokenizer) as name,
+        progress_bars(shown=not quiet),
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
     ):
         raw = with_options(recipe, model=name, **options)
@@ -245,9 +237,9 @@ def run(
                 )
             if offload:
                 job = offloaded_job(job, prepared, over_memory=over_memory)
-            dense = _dense(prepared, done)
+            dense = dense_of(prepared, done)
             with job.progress().working("reading the weights"):
-                job, before = _with_weights(job, prepared, dense, done)
+                job, before = with_weights(job, prepared, dense, done)
             score = None
             if not before and not card(prepared.recipe.stages[0][0]).makes_dense:
                 score = scored(job, DENSE)
@@ -314,8 +306,8 @@ def run(
                     work.save_stage(index, act.folder, partial(save_stage, job, before, whole=makes_dense))
                 accelerator.wait_for_everyone()
                 if makes_dense:
-                    dense = _saved(prepared, work.stage(index, act.folder))
-                    job = replace(job, original=_reader(dense))
+                    dense = saved_dense(prepared, work.stage(index, act.folder))
+                    job = replace(job, original=reader(dense))
             if after is None:  # no data, or a resumed run found all stages done
                 after = scored(job, PRUNED)
             facts = broadcast(accelerator, gathered() if targets else write(job, after, prepared.output, overwrite))
@@ -332,84 +324,6 @@ def _asked(job: Job, folder: Path) -> Sequence[Mapping[str, Any]]:
     asking = worded("asking the engines of this machine (--no-verify leaves it out)", ("verify",))
     with job.progress().working(asking):
         return parity_records(folder)
-
-
-@contextmanager
-def _named(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    """What to open a model by; a live one is written to a temporary folder, so that it is checked and hashed as any
-    other.
-    """
-    if isinstance(model, PreTrainedModel):
-        with scratch_folder() as scratch:
-            folder = scratch / type(model).__name__  # so that it has a name in the records
-            model = as_stock(model)
-            save_checkpoint(model, arch_for(model.config).shapes(model), folder, tokenizer=tokenizer)
-            yield str(folder)
-        return
-    if tokenizer is not None:
-        raise CheckpointError(f"tokenizer= goes with a live model; {model} brings its own, so leave it out")
-    yield str(model)
-
-
-def new_job(prepared: Prepared, out: Path, quiet: bool) -> Job:
-    """The job before its weights are read; `out` is where stages keep what they need for a resume."""
-    rows = prepared.encoded.rows if prepared.encoded else []
-    held = prepared.recipe.task.held_places(rows, prepared.recipe.data.held)
-    model = meta_model(prepared.source)
-    return Job(
-        model=model,
-        arch=arch_for(model.config),
-        tokenizer=prepared.tokenizer,
-        rows=[row for i, row in enumerate(rows) if i not in held],
-        held=[row for i, row in enumerate(rows) if i in held],
-        plan=Plan(),
-        records={},
-        identity=prepared.identity(),
-        seed=prepared.seed,
-        out=out,
-        adapters=out / "adapters",
-        pad_id=0 if prepared.tokenizer is None else pad_id(prepared.tokenizer, vocabulary(prepared.source.config)),
-        quiet=quiet,
-        original=_reader(prepared.source),
-        task=prepared.recipe.task,
-        labels=prepared.encoded.labels if prepared.encoded else (),
-        allow_dropped=prepared.allow_dropped,
-        measures=prepared.recipe.measures,
-    )
-
-
-def _reader(source: Source) -> Callable[[torch.dtype, torch.device], PreTrainedModel]:
-    """What reads a model once more."""
-    return lambda dtype, device: as_stock(load_model(source, dtype=dtype, device=device))
-
-
-def _saved(prepared: Prepared, folder: Path) -> Source:
-    """The dense model that a stage left."""
-    return replace(open_source(folder), name=f"{prepared.source.name}, fine-tuned")
-
-
-def _dense(prepared: Prepared, done: Sequence[Path]) -> Source:
-    """The model that others are compared with: what the run started from, or what a finished stage made of it."""
-    makers = [folder for folder, act in zip(done, prepared.recipe.acts, strict=False) if card(act.name).makes_dense]
-    return _saved(prepared, makers[-1]) if makers else prepared.source
-
-
-def _with_weights(job: Job, prepared: Prepared, dense: Source, done: Sequence[Path]) -> tuple[Job, dict[str, Any]]:
-    """The job with the original's weights or those of the last finished stage, and what the dense model measured then;
-    nothing, where that is to be done.
-    """
-    dtype = computed_in(prepared)
-    if job.offloaded:
-        return job, {}
-    if not done:
-        return replace(job, model=as_stock(load_model(prepared.source, dtype=dtype, device=prepared.device))), {}
-    job = replace(job, original=_reader(dense))
-    model, plan, facts = load_stage(done[-1], dense, dtype, prepared.device)
-    patches = read_patches(facts.get("patches", ()), done[-1])  # a stage saved before there were any names none
-    patch_(model, patches)
-    if "vocab" in plan.kept:
-        job, _ = job.with_tokens(plan.kept["vocab"])
-    return replace(job, model=model, plan=plan, records=facts["stages"], patches=patches), facts["before"]
 
 
 def _evaluated(
@@ -448,16 +362,3 @@ def _refuse_collapse(evaluation: FinalEvaluation, tried: str, *, allowed: bool, 
         )
     if guard.verdict in ("warn", "refuse") and not quiet:
         log.warning(guard.message())
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Silence the bars of transformers while a quiet run reads and writes."""
-    were_on = transformers_logging.is_progress_bar_enabled()
-    if not shown:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            transformers_logging.enable_progress_bar()
