@@ -36,7 +36,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", refuse)
+    monkeypatch.setattr(sys.modules["compresso.runner.first_job"], "load_model", refuse)
 
 
 @pytest.fixture

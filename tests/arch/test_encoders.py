@@ -58,7 +58,7 @@ def test_a_run_is_refused_before_weights_are_read(
     model = build(name)
     save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / "model")
     monkeypatch.setattr(
-        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+        sys.modules["compresso.runner.first_job"], "load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     with pytest.raises(ArchError, match=said) as caught:
         compresso.run(

@@ -88,7 +88,7 @@ def value(results: ModelResults, name: str) -> float:
 
 
 def test_the_demo_refuses_before_it_trains(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "load_model", pytest.fail)
+    monkeypatch.setattr(sys.modules["compresso.runner.first_job"], "load_model", pytest.fail)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "not empty" in call("demo", "--output", tmp_path / "full")[2]

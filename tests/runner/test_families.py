@@ -141,7 +141,7 @@ def test_a_shape_that_no_checkpoint_holds_is_refused_before_weights_are_read(
     family: Callable[[str], Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+        sys.modules["compresso.runner.first_job"], "load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     with pytest.raises(ExportError, match=r"cannot hold this gpt2: .*keep all heads and prune FFN channels"):
         compresso.run(pruned_then_tuned(["head"]), family("gpt2"), instructions, output=tmp_path / "out")
@@ -169,7 +169,7 @@ def test_bloom_loses_layers_and_nothing_else(
         expected = result.model.eval()(input_ids=ids).logits
         torch.testing.assert_close(opened(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     monkeypatch.setattr(
-        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+        sys.modules["compresso.runner.first_job"], "load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     with pytest.raises(ExportError, match=r"cannot hold this bloom: .*drop whole layers"):
         compresso.run(pruned_then_tuned(["channel"]), family("bloom"), instructions, output=tmp_path / "new")
@@ -186,7 +186,7 @@ def test_adapters_of_a_conv1d_are_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+        sys.modules["compresso.runner.first_job"], "load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     knobs = {"keep": 0.7, "kinds": ["channel"], "rank": 2, "batch": 8, "micro_batch": 8}
     stages = [{name: knobs | more} for name, more in stage.items()]

@@ -23,7 +23,7 @@ from compresso.commands.run import show
 from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.core.plan import Plan
 from compresso.data import nano
-from compresso.errors import BudgetError, CompressoError, RecipeError
+from compresso.errors import BudgetError, CollapseError, CompressoError, RecipeError
 from compresso.job import Job
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
@@ -396,6 +396,39 @@ def test_each_target_is_a_checkpoint_on_its_budget_within_the_one_before(
     (output / "mine.txt").write_text("a note")
     with pytest.raises(CompressoError, match=r"holds mine\.txt"):
         ran(output, tiny_folder, instructions, *stages, overwrite=True)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_target_that_the_guard_refused_is_written_on_resume_without_training_again(
+    tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stages = [gate_taylor(family=TARGETS), recover(2)]
+    whole = ran(tmp_path / "whole", tiny_folder, instructions, *stages)
+    refuse, n, done = runner._refuse_collapse, [*TARGETS].index(name), list[str]()
+    verdicts = iter([*[None] * n, CollapseError("refused")])
+
+    def refuses(*given: Any, **how: Any) -> None:
+        if (verdict := next(verdicts, None)) is not None:
+            raise verdict
+        refuse(*given, **how)
+
+    entered = runner.entered
+
+    def watched(job: Job, act: Act) -> Any:
+        done.append(act.label)
+        return entered(job, act)
+
+    monkeypatch.setattr(runner, "_refuse_collapse", refuses)
+    monkeypatch.setattr(runner, "entered", watched)
+    with pytest.raises(CollapseError, match="refused"):
+        ran(tmp_path / "out", tiny_folder, instructions, *stages)
+    assert done == [f"{stage} {t}" for t in [*TARGETS][: n + 1] for stage in ("gate_taylor", "recover")]
+    done.clear()
+    ran(tmp_path / "out", tiny_folder, instructions, *stages, resume=True)
+    assert done == [f"{stage} {t}" for t in [*TARGETS][n + 1 :] for stage in ("gate_taylor", "recover")]
+    for target in TARGETS:
+        assert outcome(tmp_path / "out" / target) == outcome(whole.folder.parent / target)
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        sys.modules["compresso.runner.run"], "load_model", lambda *_, **__: pytest.fail("weights were read")
+        sys.modules["compresso.runner.first_job"], "load_model", lambda *_, **__: pytest.fail("weights were read")
     )
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "w1"}\n' * 40)

@@ -224,7 +224,7 @@ def run(
             targets = targets_of(acts)
             done = work.finished([act.folder for act in acts])
             wanting = (i for i, act in enumerate(acts) if act.target and not work.has_target(act.target))
-            done = done[: next(wanting, len(done))]
+            done = done[: next(wanting, len(done)) + 1]
             new_head = not done and prepared.recipe.task.lacks_head(prepared.source.config)
             if is_main and not quiet and new_head:
                 made_by, task_name = prepared.recipe.stages[0][0], prepared.recipe.task.name
@@ -276,6 +276,10 @@ def run(
                     gather({name: work.target(name) for name in targets}, prepared.output, overwrite) if is_main else {}
                 )
 
+            owed = acts[len(done) - 1].target if done else ""
+            if owed and not work.has_target(owed):  # its stage had finished, and the guard refused it
+                after = scored(job, PRUNED)
+                write(job, after, work.target(owed), replaces=True)
             for index, act in enumerate(acts):
                 if index < len(done):
                     continue
@@ -300,10 +304,10 @@ def run(
                 if makes_dense:
                     score = after
                     before = state(job, score)
-                if act.target:  # whole before its stage counts as finished
-                    write(job, after, work.target(act.target), replaces=True)
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, act.folder, partial(save_stage, job, before, whole=makes_dense))
+                if act.target:
+                    write(job, after, work.target(act.target), replaces=True)
                 accelerator.wait_for_everyone()
                 if makes_dense:
                     dense = saved_dense(prepared, work.stage(index, act.folder))
