@@ -5,9 +5,8 @@ The stages are acted out in order on the meta device: adapters are attached and 
 are removed to the budget.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,24 +20,23 @@ from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
+from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, BudgetError, ExportError, RecipeError
+from compresso.errors import ArchError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.formats.plain import check_plain
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
 from compresso.native import family_of
+from compresso.runner.dry_budget import dry_run_plan, emptied, gone, untrainable
 from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import Act, Begun, told
-from compresso.solve.allocate import allocate
-from compresso.solve.uniform import uniform_targets
 from compresso.stage import (
     Calibrates,
     ChecksModel,
@@ -48,7 +46,6 @@ from compresso.stage import (
     Learning,
     Learns,
     Passes,
-    PlansShapes,
     ReachesLayers,
     Remarks,
     Shrinks,
@@ -184,7 +181,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
             if not without or learning is None:
                 raise
             _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
-            raise _without(without[-1], name) from error
+            raise untrainable(without[-1], name) from error
         if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
@@ -222,8 +219,8 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 if axis.kind in (Kind.HEAD, Kind.HIDDEN)
             ):
                 fixed.append(name)
-            if budget is not None and (kinds := _gone(axes, plan)):
-                without.append(_emptied(name, axes, cost, budget, kinds))
+            if budget is not None and (kinds := gone(axes, plan)):
+                without.append(emptied(name, axes, cost, budget, kinds))
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
             keep = budget.keep if budget else 1.0
@@ -301,74 +298,3 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
         adapted.unload()
     gates = sum(axis.size for axis in axes if axis.kind in learning.gates)
     return found | ({"gates": gates} if learning.gates else {}) | (learning.own(model) if learning.own else {})
-
-
-def _gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:
-    """The kinds of which a plan keeps no unit on any axis."""
-    kinds = {axis.kind for axis in axes if axis.size}
-    return sorted(kind for kind in kinds if not any(plan.kept.get(a.name, (0,)) for a in axes if a.kind == kind))
-
-
-def _emptied(
-    name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, kinds: Sequence[Kind]
-) -> InfeasibleBudget:
-    """What is said where `{stage}` trains what a budget leaves nothing of, with what would leave some."""
-
-    def leaves_some(one: Budget) -> bool:
-        try:
-            counted = uniform_targets(axes, cost, one)
-        except ValueError:  # below what its floors and multiples allow
-            return False
-        return all(counted.get(kind, 1) for kind in kinds)
-
-    low, high = budget.keep, 1.0
-    while high - low > 5e-4:
-        middle = (low + high) / 2
-        low, high = (low, middle) if leaves_some(replace(budget, keep=middle)) else (middle, high)
-    held = leaves_some(replace(budget, floor={**budget.floor, **dict.fromkeys(kinds, 1)}))
-    floor = f", or set floor to {{{{{', '.join(f'{kind}: 1' for kind in kinds)}}}}}" if held else ""
-    share, gone = math.ceil(high * 1e3) / 1e3, f"no {' and no '.join(kinds)}"
-    return InfeasibleBudget(
-        f"stage '{name}': keep={budget.keep:g} leaves {gone} in any layer, but stage '{{stage}}' trains what goes with"
-        f" it; raise keep to {share:g}{floor}",
-        Shortfall(
-            budget.keep, share, f"less leaves {gone} in any layer, and stage '{{stage}}' trains what goes with it"
-        ),
-    )
-
-
-def _without(said: InfeasibleBudget, stage: str) -> BudgetError:
-    """The error for a stage that trains what a budget leaves nothing of."""
-    found = said.shortfall
-    assert found is not None  # that is what `_emptied` tells
-    return BudgetError(str(said).format(stage=stage), replace(found, cause=found.cause.format(stage=stage)))
-
-
-def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:
-    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
-    shapes.
-
-    The plan is the stage's own where a budget does not describe its choice (`PlansShapes`). Its budget may be None.
-
-    Raises:
-        BudgetError: if it cannot, with the floor or multiple that stands in the way.
-    """
-    try:
-        budget = stage.budget()
-        if isinstance(stage, PlansShapes):
-            return budget, stage.dry_run_plan(axes, cost)
-    except ValueError as error:
-        raise BudgetError(f"stage '{name}': {error}") from error
-    assert budget is not None  # only stages that dry_run_plan go without
-    try:
-        counted = uniform_targets(axes, cost, budget)
-        return budget, Plan(
-            {axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size}
-        )
-    except ValueError as first:
-        if budget.uniform_over:
-            raise BudgetError(f"stage '{name}': {first}") from first
-        try:
-            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
-        except ValueError as error:
-            raise BudgetError(f"stage '{name}': {error}") from error

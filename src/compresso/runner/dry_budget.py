@@ -1,0 +1,87 @@
+"""What a stage's budget leaves, of shapes alone: that it can be met is proved before weights are read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
+from compresso.core.cost import CostModel
+from compresso.core.plan import Plan
+from compresso.errors import BudgetError
+from compresso.solve.allocate import allocate
+from compresso.solve.uniform import uniform_targets
+from compresso.stage import PlansShapes, Shrinks
+
+
+def gone(axes: Sequence[Axis], plan: Plan) -> list[Kind]:
+    """The kinds of which a plan keeps no unit on any axis."""
+    kinds = {axis.kind for axis in axes if axis.size}
+    return sorted(kind for kind in kinds if not any(plan.kept.get(a.name, (0,)) for a in axes if a.kind == kind))
+
+
+def emptied(
+    name: str, axes: Sequence[Axis], cost: CostModel, budget: Budget, kinds: Sequence[Kind]
+) -> InfeasibleBudget:
+    """What is said where `{stage}` trains what a budget leaves nothing of, with what would leave some."""
+
+    def leaves_some(one: Budget) -> bool:
+        try:
+            counted = uniform_targets(axes, cost, one)
+        except ValueError:  # below what its floors and multiples allow
+            return False
+        return all(counted.get(kind, 1) for kind in kinds)
+
+    low, high = budget.keep, 1.0
+    while high - low > 5e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if leaves_some(replace(budget, keep=middle)) else (middle, high)
+    held = leaves_some(replace(budget, floor={**budget.floor, **dict.fromkeys(kinds, 1)}))
+    floor = f", or set floor to {{{{{', '.join(f'{kind}: 1' for kind in kinds)}}}}}" if held else ""
+    share, gone = math.ceil(high * 1e3) / 1e3, f"no {' and no '.join(kinds)}"
+    return InfeasibleBudget(
+        f"stage '{name}': keep={budget.keep:g} leaves {gone} in any layer, but stage '{{stage}}' trains what goes with"
+        f" it; raise keep to {share:g}{floor}",
+        Shortfall(
+            budget.keep, share, f"less leaves {gone} in any layer, and stage '{{stage}}' trains what goes with it"
+        ),
+    )
+
+
+def untrainable(said: InfeasibleBudget, stage: str) -> BudgetError:
+    """The error for a stage that trains what a budget leaves nothing of."""
+    found = said.shortfall
+    assert found is not None  # that is what `emptied` tells
+    return BudgetError(str(said).format(stage=stage), replace(found, cause=found.cause.format(stage=stage)))
+
+
+def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:
+    """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
+    shapes.
+
+    The plan is the stage's own where a budget does not describe its choice (`PlansShapes`). Its budget may be None.
+
+    Raises:
+        BudgetError: if it cannot, with the floor or multiple that stands in the way.
+    """
+    try:
+        budget = stage.budget()
+        if isinstance(stage, PlansShapes):
+            return budget, stage.dry_run_plan(axes, cost)
+    except ValueError as error:
+        raise BudgetError(f"stage '{name}': {error}") from error
+    assert budget is not None  # only stages that dry_run_plan go without
+    try:
+        counted = uniform_targets(axes, cost, budget)
+        return budget, Plan(
+            {axis.name: tuple(range(counted[axis.kind])) for axis in axes if axis.kind in counted and axis.size}
+        )
+    except ValueError as first:
+        if budget.uniform_over:
+            raise BudgetError(f"stage '{name}': {first}") from first
+        try:
+            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
+        except ValueError as error:
+            raise BudgetError(f"stage '{name}': {error}") from error
