@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -85,6 +86,8 @@ them.
 RUN_WITHOUT_BUDGET = _first_of_each_list(_STAGES, without=[*FOR_ANY_MODEL, *ONE_SHOT, *OF_OTHER_MODELS])
 """Recipes that are run beside those and beside the one-shot recipes, so that every list of stages is."""
 
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine is no fault of the code
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 os.fsync = lambda *_: None  # a tenth of the time, and no test cuts the power; those of atomic writes count the calls
 transformers_logging.disable_progress_bar()
