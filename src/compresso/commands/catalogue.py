@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compresso.commands.published_results import measured
+from compresso.commands.published_results import measured, trust_costs
 from compresso.runner.recipe import build, names, read
 from compresso.stage import Card, card, cards
 
@@ -57,6 +57,26 @@ def show_methods(name: str | None, as_json: bool) -> None:
             )
         console.print(table)
         console.print(rows[0]["how"])
+    _show_trust(console, one.name)
+
+
+def _show_trust(console: Console, stage: str) -> None:
+    """What a stage was found to cost in trust, and by whom."""
+    rows = trust_costs(stage)
+    if not rows:
+        console.print(
+            "Trust: nobody has measured what it costs; compresso run ... --trust full, or compresso evaluate --suite"
+            " trust --against DENSE, says it of your model."
+        )
+        return
+    table = Table("what", "on", "found", "by", title="Trust, beside the dense model", title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*(Text(row[key]) for key in ("what", "on", "found", "by")))
+    console.print(table)
+    for by in dict.fromkeys(row["by"] for row in rows):
+        console.print(f"{by}: {next(row['how'] for row in rows if row['by'] == by)}")
 
 
 def effects(one: Card) -> str:
@@ -75,6 +95,7 @@ def as_dict(one: Card) -> dict[str, object]:
         "when": one.when,
         "failures": one.failures,
         "measured": measured(one.name),
+        "trust": trust_costs(one.name),
         "knobs": {knob.name: _plain(_default(knob.default)) for knob in one.knobs.values()},
     }
 

@@ -17,6 +17,7 @@ from compresso.checkpoint.hub import is_hub_name
 from compresso.core.plan import Plan
 from compresso.metrics.record import Measurement, ModelResults
 from compresso.report import facts
+from compresso.report.advice import advice
 from compresso.report.columns import group
 from compresso.report.done import deeds, forgets, participle
 from compresso.report.read import Comparison, comparison_of_run
@@ -24,7 +25,7 @@ from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
 from compresso.report.table import Cell, missing, tables
 from compresso.report.templating import environment
-from compresso.report.trust_rows import TITLES, advice, trust_rows
+from compresso.report.trust_rows import TITLES, trust_rows
 from compresso.tasks.base import task_named
 
 _DATASETS = {
