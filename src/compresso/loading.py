@@ -119,7 +119,7 @@ def load(
     patch_(model, patches)
     if eviction is not None:
         if any(patch.name == GATES for patch in patches):
-            raise ArchError(f"cache={cache!r}: learned gates decide what this model's cache holds; leave cache out")
+            raise ArchError(f"--cache {cache!r}: learned gates decide what this model's cache holds; leave --cache out")
         evict_(model, eviction)
     if gather:
         gather_inputs_(model, _orders(source, records))

@@ -28,7 +28,7 @@ _AS_SPELT = (
     "model data output keep parameters macs milliseconds speedup latency-table bytes-at-context max-steps"
     " target task layout seed device dtype format corpus suite"
     " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
-    " engine phase context levels"
+    " engine phase context levels cache"
     " prompts benign judge judge-labels against answers scoring generations trust"
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {

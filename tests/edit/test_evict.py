@@ -82,7 +82,7 @@ def test_generate_uses_the_cache_and_keeps_it_under_its_bound() -> None:
 
 @pytest.mark.parametrize("text", ["nearest:0.5", "keydiff", "keydiff:0", "keydiff:1.5", "keydiff:-3", "h2o:all"])
 def test_bad_input(text: str) -> None:
-    with pytest.raises(ArgumentError, match=f"cache='{text}': wanted"):
+    with pytest.raises(ArgumentError, match=f"--cache '{text}': wanted"):
         parse(text)
 
 

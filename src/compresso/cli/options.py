@@ -14,6 +14,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
 Weights = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder of safetensors, or GGUF file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE:HOW-MUCH",
+        help=(
+            "A cache that forgets without training: window, knorm, keydiff, h2o or snapkv, and the share or number of"
+            " tokens that stay, as keydiff:0.5."
+        ),
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 
 Keep = Annotated[

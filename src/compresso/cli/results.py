@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compresso.cli.app import app
-from compresso.cli.options import Device, Force, Json, Overwrite, Weights, warn_of
+from compresso.cli.options import Cache, Device, Force, Json, Overwrite, Weights, warn_of
 from compresso.errors import DataError, quoted
 
 
@@ -35,6 +35,7 @@ def measure(
         bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")
     ] = True,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the report.")] = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Size, cost, memory, prefill and decode speed of models, side by side.
@@ -54,6 +55,7 @@ def measure(
         dtype=dtype,
         seed=seed,
         output=output,
+        cache=cache,
     )
     measure.show(report, as_json)
 
@@ -172,6 +174,7 @@ def evaluate(
     generations: Annotated[
         int, typer.Option(min=1, help="Of --suite trust, sampled: texts drawn for each request.")
     ] = 25,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
@@ -204,6 +207,7 @@ def evaluate(
         new_tokens=new_tokens,
         scoring=scoring,
         generations=generations,
+        cache=cache,
     )
     evaluate.show(report, as_json)
 

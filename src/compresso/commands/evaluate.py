@@ -29,6 +29,7 @@ from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import Loaded, load
+from compresso.metrics.pruned_context import check_cache, check_rule, reading
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
 from compresso.metrics.trust.strata import limit_of
@@ -69,6 +70,7 @@ def evaluate(
     new_tokens: int | None = None,
     scoring: str = "likelihood",
     generations: int = 25,
+    cache: str | None = None,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
@@ -98,6 +100,8 @@ def evaluate(
         new_tokens: of suite refusal, most tokens of an answer; None: as many as 1000 with the request leave.
         scoring: of suite trust, "likelihood" of the choices, or texts "sampled" as published.
         generations: of suite trust, texts drawn for each request where scoring is sampled.
+        cache: of a perplexity, a rule by which the cache forgets, as `compresso.load` takes it, such as "keydiff:0.5";
+            texts are then read through it. A model with learned gates is read through its own.
 
     Raises:
         CompressoError: with the cure; nothing was written.
@@ -125,8 +129,11 @@ def evaluate(
         _check_numbers(_whole(limit), batch_size)
     elif prompt != "auto" or (limit is not None and task is None):
         raise DataError("--prompt and --limit belong to tasks, and none was asked for; give --suite or --tasks")
+    if cache is not None:
+        _check_cached(cache, names, task)
     where = choose_device(device)
     source = open_source(model, packed=True)
+    check_cache(source, cache)
     target = None if output is None else report_path(output, [source.folder])
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors or a GGUF file")
@@ -155,15 +162,23 @@ def evaluate(
         ready = prepare(names, data_root=data_root, seed=seed)
     shown = Progress()
     with shown.working("reading the weights"):
-        loaded = load(model, device=where)
+        loaded = load(model, device=where, cache=cache)
     assert loaded.tokenizer is not None
     measurements: list[Measurement] = []
     if language:
         from compresso.metrics.perplexity import perplexity
 
         texts, how = language
-        result = perplexity(loaded.model, loaded.tokenizer, texts.texts, how, batch_size=batch_size, progress=shown)
-        measurements += result.measurements(Environment.here(where, loaded.model.dtype), texts.remark)
+        environment, held = Environment.here(where, loaded.model.dtype), reading(loaded.model, cache)
+        through = {} if held is None else {"logits_of": held}
+        result = perplexity(
+            loaded.model, loaded.tokenizer, texts.texts, how, batch_size=batch_size, progress=shown, **through
+        )
+        found = result.measurements(environment, texts.remark)
+        if held is not None:
+            found = [one.model_copy(update={"protocol": one.protocol | held.settings}) for one in found]
+            found += held.measurements(how.corpus, found[0].protocol, environment)
+        measurements += found
     if ready:
         from compresso.metrics.tasks import task_measurements
 
@@ -284,7 +299,7 @@ def _notes(results: ModelResults) -> list[str]:
 
 def _absent(results: ModelResults) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
-    units = {one.unit for one in results.measurements}
+    units = {one.unit for one in results.measurements if not one.name.startswith("cache_")}
     if any(TASK in one.protocol or one.name.partition("/")[0] in ("refusal", "trust") for one in results.measurements):
         return []
     return [
@@ -310,6 +325,16 @@ def _language(
     how = preset(chosen, texts.name, texts.split)
     check_context(how, context)
     return texts, how
+
+
+def _check_cached(cache: str, names: Sequence[str], task: str | None) -> None:
+    """Raise ArgumentError or DataError for a rule that is none, or beside what is scored without a cache."""
+    check_rule(cache)
+    if names or task is not None:
+        raise DataError(
+            f"--cache {cache!r}: tasks and suites are scored in forwards without a cache, where a rule drops nothing;"
+            " leave --cache out, or ask for a perplexity alone (--corpus)"
+        )
 
 
 def _unknown_prompt(prompt: str) -> str:

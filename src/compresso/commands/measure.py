@@ -4,6 +4,7 @@ All models are found, checked and fitted into memory before the first is read. P
 their own, while this one holds no weights; then all models are loaded together, so that they can be timed in turn.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from compresso.checkpoint.load import load_model, numbers_of
 from compresso.checkpoint.scratch import check_scratch
@@ -23,6 +25,7 @@ from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.metrics.forward import context_of
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.memory import peak_memory
+from compresso.metrics.pruned_context import check_cache, check_rule, has_gates, hold_context_
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
 from compresso.metrics.size import size_measurements
@@ -46,6 +49,8 @@ class Plan:
         sources: name in tables -> checked model, the dense one first.
         device, dtype: of all models.
         batches, prompt_tokens, new_tokens, rounds: what is timed.
+        caches: name -> the rule by which that one's cache forgets.
+        whole: name of one with such a cache -> name of the same model without, whose weights it shares.
     """
 
     sources: Mapping[str, Source]
@@ -55,6 +60,8 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     rounds: int
+    caches: Mapping[str, str]
+    whole: Mapping[str, str]
 
 
 @public
@@ -71,6 +78,7 @@ def measure(
     seed: int = 0,
     output: Path | str | None = None,
     quiet: bool = False,
+    cache: str | None = None,
 ) -> Report:
     """Size, multiply-accumulates, peak memory, prefill and decode speed of models, the first being the dense reference.
 
@@ -86,15 +94,17 @@ def measure(
         seed: of the random prompts.
         output: a file to write the report to, as JSON.
         quiet: show no progress.
+        cache: a rule by which the cache forgets, as `compresso.load` takes it, such as "keydiff:0.5": each model is
+            measured once more with it. One with learned gates is measured with its own cache, once.
 
     Returns:
-        The results of each model, in the order given.
+        The results of each model, in the order given, each followed by itself with the cache that was asked for.
 
     Raises:
         CompressoError: a model that is missing or unsafe, or settings that cannot be, before anything is timed or
             written; ResourceError if the models do not fit into memory together.
     """
-    plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype)
+    plan = _planned(models, batches, prompt_tokens, new_tokens, rounds, device, dtype, cache)
     target = None if output is None else report_path(output, [source.folder for source in plan.sources.values()])
     if memory:
         check_scratch()
@@ -105,12 +115,16 @@ def measure(
         for name, source in plan.sources.items() if memory else ():
             advance(f"{name}, peak memory")
             assert source.folder is not None  # checked: it has weights
-            found[name].append(peak_memory(source.folder, **sizes, device=plan.device, dtype=plan.dtype, seed=seed))
-        live = {}
+            where = {"device": plan.device, "dtype": plan.dtype, "cache": plan.caches.get(name)}
+            found[name].append(peak_memory(source.folder, **sizes, **where, seed=seed))
+        live: dict[str, PreTrainedModel] = {}
         for name, source in plan.sources.items():
             advance(f"{name}, loading")
-            live[name] = load_model(source, plan.dtype, plan.device)
+            whole = plan.whole.get(name)
+            live[name] = load_model(source, plan.dtype, plan.device) if whole is None else _sharing(live[whole])
             found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device))
+        for name, source in plan.sources.items():  # now that all are copied
+            hold_context_(live[name], source, plan.caches.get(name))
         speeds = speed_measurements(
             live,
             plan.batches,
@@ -120,6 +134,7 @@ def measure(
             warmup=WARMUP,
             seed=seed,
             advance=advance,
+            caches=plan.caches,
         )
     results = tuple(
         ModelResults(
@@ -152,6 +167,7 @@ def _planned(
     rounds: int,
     device: str | torch.device,
     dtype: str | torch.dtype | None,
+    cache: str | None,
 ) -> Plan:
     """Check everything that can be checked without reading weights."""
     if not models:
@@ -159,10 +175,14 @@ def _planned(
     if rounds < 1 or (batches is not None and (not batches or min(batches) < 1)):
         listed = ",".join(map(str, batches or ())) or "of the defaults"
         raise DataError(f"--rounds {rounds}, --batch {listed}: all must be at least 1, such as 5 rounds of 1,8")
+    if cache is not None:
+        check_rule(cache)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise DataError(f"--dtype '{dtype}' is unknown; {nearest(dtype, DTYPES)}")
     where = choose_device(device)
     sources: dict[str, Source] = {}
+    caches: dict[str, str] = {}
+    whole: dict[str, str] = {}
     for model in models:
         source = open_source(model, packed=True)
         if not source.tensors:
@@ -171,19 +191,30 @@ def _planned(
             )
         refuse_textless(source, "prefill and decoding are timed of causal language models")
         same = sum(1 for name in sources if name == source.name or name.startswith(f"{source.name} ("))
-        sources[f"{source.name} ({same + 1})" if same else source.name] = source
+        name = f"{source.name} ({same + 1})" if same else source.name
+        sources[name] = source
+        if cache is not None and (len(models) == 1 or not has_gates(source)):
+            check_cache(source, cache)
+            beside = f"{name}, {cache}"
+            sources[beside], caches[beside], whole[beside] = source, cache, name
+    if cache is not None and not caches:
+        raise DataError(f"--cache {cache!r}: learned gates decide what every model's cache holds; leave --cache out")
     contexts = {name: context_of(source.config) for name, source in sources.items()}
     prompt, new = lengths(contexts, prompt_tokens, new_tokens)
     chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype or stored_dtype(next(iter(sources.values())))
     sizes = tuple(dict.fromkeys(batches or (BATCHES_ON_GPU if where.type == "cuda" else BATCHES)))
-    plan = Plan(sources, where, chosen, sizes, prompt, new, rounds)
+    plan = Plan(sources, where, chosen, sizes, prompt, new, rounds, caches, whole)
     _check_fit(plan)
     return plan
 
 
 def _check_fit(plan: Plan) -> None:
     """Raise ResourceError if the weights of all models do not fit into the device's free memory together."""
-    each = {name: numbers_of(source) * plan.dtype.itemsize for name, source in plan.sources.items()}
+    each = {
+        name: numbers_of(source) * plan.dtype.itemsize
+        for name, source in plan.sources.items()
+        if name not in plan.whole
+    }
     host = psutil.virtual_memory().available
     cure = "measure fewer models at a time, give --dtype bfloat16, or free memory"
     for needed, free, what in (
@@ -199,6 +230,12 @@ def _check_fit(plan: Plan) -> None:
                 f"the weights of {', '.join(each)} in {_short(plan.dtype)} need {needed / 1e9:.1f} GB {what}, of which"
                 f" {free / 1e9:.1f} GB are free; {cure}"
             )
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """The model once more, of the same tensors, so that another cache can be put on it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _short(dtype: torch.dtype) -> str:

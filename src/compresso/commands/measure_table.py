@@ -25,6 +25,8 @@ _LABELS = {
     "prefill_speedup": "prefill speed-up",
     "decode_speedup": "decode speed-up",
     "decode_bound": "decode bound (bytes)",
+    "cache_live": "tokens held in the cache",
+    "cache_bytes": "cache, allocated",
 }
 """What a row is called, in the order of the rows; of names that end in /batchB the part before."""
 
@@ -109,6 +111,8 @@ def _cell(one: Measurement | None) -> str:
 
 
 def _number(value: float, unit: str) -> str:
+    if unit == "share":
+        return f"{100 * value:.1f} %"
     if unit == "1":
         return f"{value:.2f}"
     if unit == "tokens/s":

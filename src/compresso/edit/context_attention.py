@@ -113,9 +113,9 @@ def release_(model: PreTrainedModel) -> None:
                 config._attn_implementation = implementation
 
 
-def refuse_foreign(model: PreTrainedModel) -> None:
-    """Raise ArchError for a model whose attention is not patched."""
-    config = model.config
+def refuse_foreign(model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Raise ArchError for a model, or the config of one, whose attention is not patched."""
+    config = model.config if isinstance(model, PreTrainedModel) else model
     if config.model_type not in FAMILIES:
         raise ArchError(
             f"the context of a {config.model_type} cannot be pruned; wanted one of {', '.join(FAMILIES)} (or a shrunk"
@@ -229,7 +229,8 @@ def _attention(
     def attend(mask: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         if mask.shape[1] > 1:  # groups of key/value heads
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        low = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        least = max(torch.finfo(query.dtype).min, torch.finfo(mask.dtype).min)
+        low = mask.clamp(min=least).to(query.dtype)
         return sdpa_attention_forward(module, query, keys, values, low, dropout=dropout, scaling=scale, is_causal=False)
 
     seen = Seen(

@@ -88,10 +88,10 @@ class LayerGates(nn.Module):
         return self.scores(query, key) - self.offset
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """z [batch, 1, queries, keys], float32."""
+        """z [batch, 1, queries, keys], float32; of double precision, that."""
         with torch.autocast(query.device.type, enabled=False):
-            rank = query.shape[-1]
-            return query.float() @ key.float().transpose(-1, -2) / math.sqrt(rank) + self.offset
+            rank, dtype = query.shape[-1], torch.promote_types(query.dtype, torch.float32)
+            return query.to(dtype) @ key.to(dtype).transpose(-1, -2) / math.sqrt(rank) + self.offset
 
     def attend(self, seen: Seen) -> tuple[Tensor, Tensor | None]:
         """Attention under the gates: over the whole table without a cache, over live slots with one."""

@@ -64,7 +64,7 @@ def parse(text: str) -> Eviction:
     rule = next((one for one in RULES if one == name), None)
     if rule is None:
         raise ArgumentError(
-            f"cache={text!r}: wanted one of {', '.join(RULES)}, a colon and how much stays, as keydiff:0.5"
+            f"--cache {text!r}: wanted one of {', '.join(RULES)}, a colon and how much stays, as keydiff:0.5"
         )
     try:
         keep = float(amount)
@@ -72,7 +72,7 @@ def parse(text: str) -> Eviction:
         keep = math.nan
     if not (0 < keep < 1 or (keep >= 1 and keep == int(keep))):
         raise ArgumentError(
-            f"cache={text!r}: wanted a share between 0 and 1 or a whole number of tokens behind the colon, as"
+            f"--cache {text!r}: wanted a share between 0 and 1 or a whole number of tokens behind the colon, as"
             f" {rule}:0.5 or {rule}:256"
         )
     return Eviction(rule, keep)

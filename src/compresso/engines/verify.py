@@ -6,7 +6,7 @@ there but could not be run is called "not checked", not "yes".
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,22 @@ from compresso.checkpoint.scratch import check_scratch, scratch_folder
 from compresso.checkpoint.source import Source, open_source
 from compresso.door import public
 from compresso.engines import registry
+from compresso.engines.context import UNGATED, context_parity
 from compresso.engines.encoder import verify_encoder
 from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
 from compresso.formats.sliced import is_cut
+from compresso.metrics.pruned_context import has_gates
 from compresso.sweep.memory import available
 from compresso.training.progress import Progress
 
 
 @public
 def verify(model: str | Path) -> list[Parity]:
-    """The parity of every engine with a hub id, a folder of safetensors or a GGUF file.
+    """The parity of every engine with a hub id, a folder of safetensors or a GGUF file; of a model whose context is
+    pruned first whether token by token it says what its masked forward says.
 
     Raises CheckpointError if it is neither a causal language model nor an encoder of texts with a head, or cannot be
     read; ResourceError if memory is short.
@@ -55,7 +58,11 @@ def verify(model: str | Path) -> list[Parity]:
         for written, engines in groupby(registry.engines(), lambda engine: engine.reads):
             due = [engine for engine in engines if _due(engine, found)]
             found |= {one.engine: one for one in parities(written, due, source, reference, scratch)}
-    return list(found.values())
+    if not has_gates(source):
+        return list(found.values())
+    with Progress().working("decoding through the cache that frees"):
+        own = context_parity(source)
+    return [own, *(replace(one, reason=UNGATED) if one.opens == "yes" else one for one in found.values())]
 
 
 def _due(engine: Engine, found: Mapping[str, Parity]) -> bool:

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from compresso.edit.context_attention import keepers_of
 from compresso.errors import DataError
 from compresso.metrics.forward import context_of
+from compresso.metrics.pruned_context import held_share
 from compresso.metrics.record import Environment, Measurement, Setting
 from compresso.metrics.timed_generation import (
     NEW_TOKENS,
@@ -26,18 +29,26 @@ from compresso.metrics.timed_generation import (
     prompts,
     stopwatch,
 )
-from compresso.metrics.traffic import Weights, bytes_bound, paired, verdict
+from compresso.metrics.traffic import Weights, bytes_bound, cache_bytes, paired, verdict
+
+GATED = "learned gates read random tokens here, and may hold another share of texts; compresso evaluate tells it"
 
 
 @dataclass
 class Rounds:
-    """One model at one batch size: seconds of prefill and decode, one a round, and mean bytes of cache that a decoding
-    step reads.
+    """One model at one batch size: seconds of prefill and decode, one a round, mean bytes of cache that a decoding
+    step reads, bytes of the cache after the last step, and the share of tokens that it holds.
     """
 
     prefill: list[float] = field(default_factory=list[float])
     decode: list[float] = field(default_factory=list[float])
     cache_read: float = 0.0
+    cache_bytes: int = 0
+    live: float = 1.0
+
+    def look(self, cache: Any) -> None:
+        """Note what a cache holds in the end."""
+        self.cache_bytes, self.live = cache_bytes(cache), held_share(cache)
 
 
 def speed_measurements(
@@ -51,6 +62,7 @@ def speed_measurements(
     seed: int = 0,
     clock: Stopwatch | None = None,
     advance: Callable[[str], None] = lambda _: None,
+    caches: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[Measurement, ...]]:
     """Speed of each model, and its speed-up against the first, the dense one: medians over rounds, `low` and `high` the
     extremes.
@@ -63,12 +75,14 @@ def speed_measurements(
         seed: of the random prompts, which are the same for all models.
         clock: None for that of the device.
         advance: called with a description before each turn.
+        caches: name -> the rule by which that model's cache forgets; its numbers' protocols hold it.
 
     Returns:
         By name, for each batch B "prefill/batchB" and "decode/batchB" (tokens/s, of the whole batch); of all but the
         first also "prefill_speedup/batchB" and "decode_speedup/batchB" (measured, 1) and "decode_bound/batchB"
         (estimated, 1: what reading fewer bytes allows). A speed-up that is none, or that bytes do not explain, says so
-        in `remark`.
+        in `remark`. Where the context of one of them is pruned, of all of them "cache_live/batchB" (share of tokens
+        held after the last one) and "cache_bytes/batchB" (bytes allocated for the batch).
 
     Raises:
         DataError: a number that is not positive, or more tokens than a context holds.
@@ -91,25 +105,36 @@ def speed_measurements(
                 for name, model in models.items():
                     advance(f"{name}, batch {batch}, " + ("warm-up" if number < 1 else f"round {number} of {rounds}"))
                     ids = prompts(batch, prompt_tokens, model.config.vocab_size, seed).to(device)
-                    reading, decoding, timed[name].cache_read = prefill_and_decode(model, ids, new_tokens, clock)
+                    mine = timed[name]
+                    reading, decoding, mine.cache_read = prefill_and_decode(model, ids, new_tokens, clock, mine.look)
                     if number >= 1:
                         timed[name].prefill.append(reading)
                         timed[name].decode.append(decoding)
             sizes: dict[str, Setting] = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
             for name, model in models.items():
                 environment = Environment.here(device, model.dtype)
-                protocol = sizes | {
-                    "rounds": rounds,
-                    "warmup": warmup,
-                    "interleaved": len(models) > 1,
-                    "prefill_logits": "last position" if keeps_last(model) else "all positions",
-                    "decoding": "greedy, one token a forward, key/value cache",
-                }
+                protocol = (
+                    sizes
+                    | {
+                        "rounds": rounds,
+                        "warmup": warmup,
+                        "interleaved": len(models) > 1,
+                        "prefill_logits": "last position" if keeps_last(model) else "all positions",
+                        "decoding": "greedy, one token a forward, key/value cache",
+                    }
+                    | ({"cache": caches[name]} if caches and name in caches else {})
+                )
                 measured = partial(_over_rounds, protocol=protocol, seed=seed, environment=environment)
                 mine, dense = timed[name], timed[first]
                 for what, tokens in (("prefill", prompt_tokens), ("decode", new_tokens)):
                     rates = [batch * tokens / seconds for seconds in getattr(mine, what)]
                     found[name].append(measured(f"{what}/batch{batch}", rates, "tokens/s"))
+                if any(keepers_of(one) for one in models.values()):
+                    remark = GATED if keepers_of(model) and "cache" not in protocol else None
+                    found[name] += [
+                        measured(f"cache_live/batch{batch}", [mine.live], "share", remark),
+                        measured(f"cache_bytes/batch{batch}", [mine.cache_bytes], "bytes"),
+                    ]
                 if name == first:
                     continue
                 bound = bytes_bound(
@@ -117,7 +142,8 @@ def speed_measurements(
                 )
                 for what, limit in (("prefill", None), ("decode", bound)):
                     ratios, noise = paired(getattr(dense, what), getattr(mine, what))
-                    remark = verdict(ratios, noise, weights[name], weights[first], limit)
+                    forgets = bool(keepers_of(model) or keepers_of(models[first]))
+                    remark = verdict(ratios, noise, weights[name], weights[first], limit, forgets)
                     found[name].append(measured(f"{what}_speedup/batch{batch}", ratios, "1", remark))
                 reads = sizes | {"bytes": "weights once a step, and the cache of every sequence"}
                 estimate = {

@@ -26,6 +26,7 @@ from compresso.checkpoint.load import load_model
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError, CompressoError, ResourceError, quoted
+from compresso.metrics.pruned_context import hold_context_
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.timed_generation import NEW_TOKENS, PROMPT_TOKENS, prefill_and_decode, prompts
 
@@ -41,6 +42,7 @@ def peak_memory(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    cache: str | None = None,
 ) -> Measurement:
     """The most memory that loading a checkpoint, one prefill and one greedy decode take.
 
@@ -50,6 +52,7 @@ def peak_memory(
         device: where the model runs.
         dtype: of the weights; None for the stored one.
         seed: of the random prompts.
+        cache: a rule by which the cache forgets, as `compresso.load` takes it.
 
     Returns:
         "memory/peak" (bytes, measured).
@@ -64,6 +67,7 @@ def peak_memory(
         "new_tokens": new_tokens,
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "cache": cache,
     }
     with scratch_folder() as scratch:
         result = scratch / "peak.json"
@@ -96,6 +100,7 @@ def peak_memory(
             "new_tokens": new_tokens,
             "counted": counted,
             "includes": "loading",
+            **({} if cache is None else {"cache": cache}),
         },
         seed=seed,
         environment=Environment.here(device, getattr(torch, found["dtype"])),
@@ -120,7 +125,14 @@ def _failure(name: str, code: int, last: str) -> CompressoError:
 
 
 def _measured(
-    folder: str, device: str, dtype: str | None, batch: int, prompt_tokens: int, new_tokens: int, seed: int
+    folder: str,
+    device: str,
+    dtype: str | None,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    seed: int,
+    cache: str | None = None,
 ) -> dict[str, int | str]:
     """What the process of its own does: `peak` in bytes and the `dtype` that the weights had."""
     where = torch.device(device)
@@ -136,6 +148,7 @@ def _measured(
             Path("/proc/self/clear_refs").write_text("5")
         before = peak_resident()
     model = load_model(source, getattr(torch, dtype) if dtype else None, where)
+    hold_context_(model, source, cache)
     ids = prompts(batch, prompt_tokens, model.config.vocab_size, seed).to(where)
     prefill_and_decode(model, ids, new_tokens, _untimed)
     peak = torch.cuda.max_memory_allocated(where) if on_gpu else peak_resident() - before

@@ -7,7 +7,7 @@ float32, sums in float64.
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -113,10 +113,12 @@ def perplexity(
     *,
     batch_size: int = 1,
     progress: Progress | None = None,
+    logits_of: Callable[[PreTrainedModel, Sequence[Sequence[int]], int], Iterator[tuple[int, Tensor]]] = window_logits,
 ) -> PerplexityResult:
     """Perplexity of `texts`; `batch_size` windows are read together, which changes the time and nothing else.
 
     progress: display of the windows; None shows nothing.
+    logits_of: how windows are read; through a cache that forgets, `metrics/pruned_context.py`.
 
     Raises:
         DataError: windows longer than the model's context, or texts too short for one window.
@@ -135,7 +137,7 @@ def perplexity(
     nats, shown = [0.0] * len(windows), progress or Progress("silent")
     read, phase = 0, f"perplexity of {protocol.corpus}"
     with shown.running(len(windows), 0, phase, PATIENCE):
-        for i, logits in window_logits(model, [window.ids for window in windows], batch_size):
+        for i, logits in logits_of(model, [window.ids for window in windows], batch_size):
             first = windows[i].first
             nats[i] = _nats(logits[first - 1 : -1], torch.tensor(windows[i].ids[first:], device=logits.device))
             read += 1

@@ -71,9 +71,11 @@ def keeps_last(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def prefill_and_decode(
-    model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: Stopwatch, look: Callable[[Any], None] = lambda _: None
 ) -> tuple[float, float, float]:
     """Read the prompts ids [batch, prompt_tokens] and continue each by `new_tokens`.
+
+    look: is shown the cache in the end.
 
     Returns:
         Seconds of prefill, seconds of decode, and mean bytes of the batch's cache that a decoding step reads.
@@ -101,6 +103,7 @@ def prefill_and_decode(
         )
     before = cache_bytes(output.past_key_values)
     decoding = clock(decode)
+    look(output.past_key_values)
     return reading, decoding, mean_cache_read(before, cache_bytes(output.past_key_values), new_tokens)
 
 

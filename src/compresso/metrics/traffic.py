@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from compresso.edit.context_cache import ContextCache
+
 MANY_ZEROS = 0.1
 """Share of a model's matrix entries that are exactly zero, above which words about speed mention it."""
 LEAST_NOISE = 0.02
@@ -56,8 +58,10 @@ def weight_bytes_read(model: PreTrainedModel) -> int:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values in a transformers cache, over all its layers; layers that hold none, or other states,
-    count nothing.
+    count nothing. Of a cache that frees, bytes of all that is allocated.
     """
+    if isinstance(cache, ContextCache):
+        return cache.allocated_bytes()
     tensors = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
@@ -89,7 +93,12 @@ def paired(dense_seconds: Sequence[float], seconds: Sequence[float]) -> tuple[li
 
 
 def verdict(
-    ratios: Sequence[float], noise: float, weights: Weights, dense: Weights, bound: float | None = None
+    ratios: Sequence[float],
+    noise: float,
+    weights: Weights,
+    dense: Weights,
+    bound: float | None = None,
+    forgets: bool = False,
 ) -> str | None:
     """The words that belong beside a speed-up: why there is none, or that bytes do not explain it; None if it speaks
     for itself.
@@ -101,9 +110,10 @@ def verdict(
         ratios, noise: as `paired` returns them; 1 is as fast as dense.
         weights, dense: of the two models.
         bound: what reading bytes allows, where that is known.
+        forgets: whether the cache of one of them does not hold everything, so that equal weights do not settle it.
     """
     speedup = median(ratios)
-    same = weights.tensors == dense.tensors
+    same = weights.tensors == dense.tensors and not forgets
     zeros = weights.zeros - dense.zeros >= MANY_ZEROS
     if speedup > 1 + noise or min(ratios) > 1 + LEAST_NOISE:
         if same:

@@ -66,7 +66,7 @@ _GROUP_OF_START = {
     **dict.fromkeys(("repetition", "degenerate"), "Generated text"),
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
     **dict.fromkeys(("prefill_ms", "decode_ms", "frames", "frames_speedup"), "Speed"),
-    "memory": "Memory",
+    **dict.fromkeys(("memory", "cache_live", "cache_seen", "cache_bytes"), "Memory"),
     **dict.fromkeys(("trust", "refusal", "benign", "judge"), "Trust"),
 }
 _WORDS = {
@@ -94,6 +94,9 @@ _PREFIXES = {
     "decode_bound": "decode speed-up, at most",
     "prefill_ms": "time of a prefill",
     "decode_ms": "time of a decoded token",
+    "cache_live": "tokens held in the cache",
+    "cache_seen": "earlier tokens that a query could see",
+    "cache_bytes": "cache, allocated",
 }
 
 

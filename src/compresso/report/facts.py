@@ -168,7 +168,7 @@ def filled(command: str, folder: str, code: str) -> str:
 def engine_remark(engine: Engine) -> str:
     """What is to be said of an engine's answer, in a line."""
     parts = [engine.reason] if engine.reason else []
-    if engine.difference is not None and not engine.reason:
+    if engine.difference is not None and (engine.opens == "yes" or not engine.reason):
         parts.append(f"largest difference {engine.difference:.1g}")
     if engine.same_tokens is not None:
         parts.append(f"{engine.same_tokens} greedy tokens the same")
