@@ -79,7 +79,7 @@ RUN = _first_of_each_list(FOR_ANY_MODEL)
 """Recipes with a budget that are run, one of each list of stages: the others differ from it in knobs, which tests of
 their methods turn. All are built and acted out in tests/recipes/test_recipes.py.
 """
-OF_OTHER_MODELS = {"moe/expert-drop": "MixtralConfig", "segmenter": "MobileViTConfig"}
+OF_OTHER_MODELS = {"moe/expert-drop": "MixtralConfig", "moe/slim-2-4": "MixtralConfig", "segmenter": "MobileViTConfig"}
 """Recipes that no model of layers of text alone takes, and the config of one that does; the tests of their stages run
 them.
 """

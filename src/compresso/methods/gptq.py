@@ -9,8 +9,9 @@ Grids: per row, or per group of inputs, fitted to the compensated weights when t
 Departures: with `act_order` the grids of groups are fitted to the weights before anything is done, in their own order,
 so that groups stay contiguous (the authors' `static_groups`); other grids would need an index for each input. q, k, v,
 and gate, up, share one second moment. Where it cannot be factored, damping grows tenfold up to three times, then in
-float64, then the run stops. Values are stored as full numbers, so this shows what rounding costs, not what packing
-saves.
+float64, then the run stops. An expert's second moment is that of its own tokens; one that no calibration token chose is
+rounded to the nearest, which is said. Routers stay as they are. Values are stored as full numbers, so this shows what
+rounding costs, not what packing saves.
 """
 
 import logging
@@ -82,16 +83,16 @@ class Gptq:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch, experts=True) or 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it rounds, and the bits they take once packed."""
-        group = fitting_group(self, model, arch)
+        group = fitting_group(self, model, arch, experts=True)
         return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another group than was asked for."""
-        return other_group(self, model, arch)
+        return other_group(self, model, arch, experts=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""
@@ -99,7 +100,7 @@ class Gptq:
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch, experts=True))
         if fitted != self:
             log.warning("gptq: %s", "; ".join(self.remarks(job.model, job.arch)))
             return fitted(job)

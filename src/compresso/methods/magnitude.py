@@ -6,6 +6,7 @@ output row, or over all matrices of the model at once. Needs no data.
 
 Departures: exactly floor(share * entries) leave, the first ones among equals; Wanda's public code takes one more and
 every tie (`compat: reference`). n:m means n kept, while that code's `prune_n` counts those removed.
+An expert's gate and up are one matrix here, as they are stored; routers stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,7 @@ class Magnitude:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it works on, and the share that becomes zero."""

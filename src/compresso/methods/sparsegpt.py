@@ -13,8 +13,10 @@ Section 4, procedure: block after block, each calibrated on the outputs of the p
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. Exactly floor(share * entries) of a
 block of columns leave; there, one more and every tie (`compat: reference`). q, k, v, and gate, up, share one second
 moment and one factorisation: they read the same inputs. The last block is not run again. Where H cannot be factored,
-damping grows tenfold up to three times, then in float64, then the run stops: never an identity in its place.
-Calibration rows are the run's, not C4 by itself.
+damping grows tenfold up to three times, then in float64, then the run stops: never an identity in its place, but for an
+expert that no calibration token chose, whose smallest weights go, which is said. An expert's second moment is that of
+its own tokens; its gate and up are one matrix here, as they are stored. Routers stay as they are. Calibration rows are
+the run's, not C4 by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,7 +110,7 @@ class SparseGpt:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it works on, the share that becomes zero, and the bits of the others if it rounds them."""

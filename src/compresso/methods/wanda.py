@@ -9,8 +9,10 @@ Section 4, procedure: block after block, each calibrated on the outputs of the p
 
 Departures: n:m means n kept, while the authors' `prune_n` counts those removed. q, k, v, and gate, up, share one
 statistic: they read the same inputs. The last block is not run again. Ties leave by index, as in a stable sort.
-Calibration rows are the run's, not C4 by itself. Attention alone (`where: {modules: ["*.self_attn.*"]}`) is the pruning
-of arXiv 2401.10862.
+Calibration rows are the run's, not C4 by itself. Experts are pruned by what their own tokens bring them, whatever
+weight the router gives to what they write; one that no calibration token chose loses its smallest weights, which is
+said. Routers stay as they are. Attention alone (`where: {modules: ["*.self_attn.*"]}`) is the pruning of arXiv
+2401.10862.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,7 +86,7 @@ class Wanda:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are pruned; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1)
+        return chosen(model, arch, self.where, parse_pattern(self.pattern)[1] if self.pattern else 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it works on, and the share that becomes zero."""

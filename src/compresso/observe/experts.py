@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compresso.arch.routers import correction_of, routing_of
 from compresso.core.expert_scores import lost_rows, probability_rows, reap_rows
+from compresso.errors import ArchError
 from compresso.observe.folds import Fold, sums
 from compresso.observe.sites import Positions, See, Site
 
@@ -87,6 +88,25 @@ def alone(experts: nn.Module, states: Tensor, expert: int) -> Tensor:
     numbers = torch.full((len(states), 1), expert, dtype=torch.long, device=states.device)
     written: Tensor = experts.forward(states, numbers, torch.ones_like(numbers, dtype=states.dtype))
     return written
+
+
+def read_by(experts: nn.Module, stack: str, expert: int, states: Tensor) -> Tensor:
+    """What one expert's matrix in a stack reads of states [tokens, hidden] that it is given: these, or behind the first
+    product and the activation [tokens, width].
+
+    Raises ArchError for a stack that is neither.
+    """
+    if stack == "gate_up_proj":
+        return states
+    if stack != "down_proj":
+        raise ArchError(f"nobody described what the experts' {stack} reads; add '*.{stack}.*' to ignore")
+    first: Tensor = experts.gate_up_proj[expert]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
+    inside = states @ first if getattr(experts, "is_transposed", False) else nn.functional.linear(states, first)
+    bias: Any = getattr(experts, "gate_up_proj_bias", None)
+    if bias is not None:
+        inside = inside + bias[expert]
+    read: Tensor = experts._apply_gate(inside)  # pyright: ignore[reportCallIssue]
+    return read
 
 
 def norms_of(experts: nn.Module, states: Tensor, numbers: Tensor, n: int) -> Tensor:

@@ -278,7 +278,11 @@ def sweep_passes(stage: Sweeps, model: PreTrainedModel, arch: Arch, looks: int =
     looks: passes over the dense blocks before it.
     """
     groups, n_blocks = stage.check(model, arch), len(arch.blocks(model))
-    of_blocks = [len(here) if stage.calibration.true_sequential else 1 for here in groups.values() if here]
+    of_blocks = [
+        len({group.turn for group in here}) if stage.calibration.true_sequential else 1
+        for here in groups.values()
+        if here
+    ]
     again = max(groups, default=0)  # the last edited block's output is not asked for
     return Passes("calibration", stage.calibration.examples, (sum(of_blocks) + again + looks * n_blocks) / n_blocks)
 

@@ -20,7 +20,8 @@ Compat = str
 
 
 def zeroed(model: nn.Module, gone: Callable[[Group, Tensor], tuple[Tensor, Mapping[str, Any]]]) -> Edit:
-    """An edit that zeros entries of each matrix by its Wanda score; the statistic is the sum of squares.
+    """An edit that zeros entries of each matrix by its Wanda score; the statistic is the sum of squares. Where it is of
+    no token at all, as of an expert that none chose, inputs count alike: the score is the weight's magnitude.
 
     gone: a group and the score [out, in] of one of its matrices -> which entries become zero [out, in], and facts to
     note.
@@ -30,7 +31,7 @@ def zeroed(model: nn.Module, gone: Callable[[Group, Tensor], tuple[Tensor, Mappi
         notes: dict[str, Any] = {}
         for name in group.names:
             weight = matrix(model, name)
-            mask, facts = gone(group, wanda_score(weight, seen.total))
+            mask, facts = gone(group, wanda_score(weight, seen.total if seen.n else torch.ones_like(seen.total)))
             weight.masked_fill_(mask, 0)
             notes[name] = dict(facts)
         return notes
@@ -51,6 +52,9 @@ def compensated(
 ) -> Edit:
     """An edit that prunes and rounds with optimal brain surgeon updates; the statistic is the second moment.
 
+    Where that is of no token at all, as of an expert that none chose, inputs count alike: the identity in its place
+    lets the smallest weights go and rounds the others to the nearest, and nothing makes up for anything.
+
     Args:
         model: whose linears are edited.
         choose: a group and w^2 / U_jj^2 of `every` columns of one matrix [out, every] -> which entries go; None prunes
@@ -66,7 +70,7 @@ def compensated(
     """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
-        moment = seen.total * (2 / seen.n)
+        moment = seen.total * (2 / seen.n) if seen.n else torch.eye(*seen.total.shape).to(seen.total)
         order = (
             moment.diagonal().argsort(descending=True, stable=True)
             if in_order

@@ -1,5 +1,6 @@
 """A sweep as a stage of a run does it: on the run's examples, journalled, so that a killed run goes on, and audited."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from compresso.sweep.targets import Groups, edited_names, names_of
 from compresso.sweep.visitors import Edit
 from compresso.training.launch import processes
 from compresso.training.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def swept(
         fold, edit, rescales: see `compresso.sweep.sweep`.
 
     Returns:
-        Facts for the records (what changed, and what did not although it was meant to; examples and tokens), and what
-        the edits noted, by linear.
+        Facts for the records (what changed, and what did not although it was meant to; examples and tokens; of experts
+        how many tokens they read, and which read none, which is said aloud), and what the edits noted, by linear.
 
     Raises:
         ResumeError: the journal is another run's.
@@ -98,9 +101,41 @@ def swept(
         progress=run.progress,
         name=run.stage,
     )
+    read_by_experts = _of_experts(notes)
+    if starved := read_by_experts.get("starved"):
+        where, which = next(iter(starved.items()))
+        log.warning(
+            "%s: no calibration token chose %d experts, the first is %d of %s. All their inputs count alike, which"
+            " prunes by size and rounds to the nearest; give more examples, or let drop_experts take them out",
+            run.stage,
+            sum(map(len, starved.values())),
+            which[0],
+            where,
+        )
     feeding = edited_names(run.model, [group for here in groups.values() for group in here], rescales)
-    read = {
+    read: dict[str, Any] = {
         "calibration_examples": sum(map(len, batches)),
         "calibration_tokens": sum(batch.numel() for batch in batches),
     }
+    if read_by_experts:
+        read["expert_tokens"] = read_by_experts
     return audit(weights.tensors(), before, names_of(groups), feeding) | read, notes
+
+
+def _of_experts(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens experts read, and which read none, by their module; empty without experts."""
+    tokens: dict[str, dict[int, int]] = {}
+    for name, facts in notes.items():
+        if "tokens" in facts:
+            stack, _, number = name.rpartition(".")
+            tokens.setdefault(stack.rpartition(".")[0], {})[int(number)] = facts["tokens"]
+    counts = sorted(n for of in tokens.values() for n in of.values())
+    if not counts:
+        return {}
+    starved = {where: sorted(number for number, n in of.items() if not n) for where, of in tokens.items()}
+    return {
+        "least": counts[0],
+        "median": counts[len(counts) // 2],
+        "most": counts[-1],
+        "starved": {where: numbers for where, numbers in starved.items() if numbers},
+    }

@@ -4,8 +4,8 @@ The head, the embeddings and the norms lie outside of the blocks' linears and ar
 of a shell, matched against full module names such as `model.layers.3.self_attn.q_proj`.
 
 Experts are stacked in tensors of three dimensions, one matrix each, named by their number: `experts.down_proj.5`. They
-have no module that shows their inputs, so that only a stage that reads weights alone can work on them; routers are no
-linears and are never among them.
+have no module of their own; a sweep sees what each reads through its mixture (`compresso.sweep.looking`), and a stage
+says whether that is enough for it. Gate and up are one matrix there. Routers are no linears and are never among them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,11 +53,23 @@ class Group:
         layer: of the block.
         names: the linears.
         producer: what writes their inputs, by full name, if they are all that reads them.
+        stack: full name of the tensor that holds it, if it is the matrix of an expert, which reads its own tokens.
     """
 
     layer: int
     names: tuple[str, ...]
     producer: Feeder | None = None
+    stack: str | None = None
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Full names of the parameters that hold its linears."""
+        return tuple(f"{name}.weight" for name in self.names) if self.stack is None else (self.stack,)
+
+    @property
+    def turn(self) -> str:
+        """What groups that are looked at together have in common where they take turns: the matrices of a stack."""
+        return self.stack or self.names[0]
 
 
 Groups = Mapping[int, Sequence[Group]]
@@ -86,6 +98,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
         for layer, block in enumerate(blocks)
     }
     stacks = {layer: stacked_experts(block, f"{root}.{layer}") for layer, block in enumerate(blocks)}
+    in_stacks = {name for names in stacks.values() for name in names}
     for layer, names in stacks.items() if experts else ():
         everything[layer] += [(name,) for name in names]
     producers = {
@@ -95,7 +108,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     }
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    anywhere += [name for names in stacks.values() for name in names]
+    anywhere += in_stacks
     _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned")
     _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "")
     owners: dict[int, list[str]] = {}
@@ -107,8 +120,9 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
         for name in () if experts else stacks[layer]:
             if matches(name, where.modules) and not matches(name, where.ignore):
                 raise RecipeError(
-                    f"{name} is one of a stack of experts, and this stage needs linears whose inputs it can see. Round"
-                    " experts by the stage rtn, or work on the rest with ignore: ['*.experts.*']"
+                    f"{name} is one of a stack of experts, and this stage works on single linears. Take magnitude,"
+                    " wanda or sparsegpt for zeros, rtn or gptq for few bits, or work on the rest with ignore:"
+                    " ['*.experts.*']"
                 )
         for names in everything[layer]:
             mine = tuple(name for name in names if matches(name, where.modules) and not matches(name, where.ignore))
@@ -119,7 +133,8 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                         f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group,"
                         " or add it to ignore"
                     )
-                found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine)))
+                stack = mine[0].rpartition(".")[0] if mine[0] in in_stacks else None
+                found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine), stack))
             for name in mine:
                 sharing = owners.get(id(weight_of(model, name)), ())  # a matrix of a stack is no parameter
                 if len(sharing) > 1:
@@ -144,7 +159,7 @@ def edited_names(model: nn.Module, groups: Sequence[Group], rescales: bool = Fal
     """
     fed = [group.producer.module for group in groups if group.producer and rescales]
     feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
-    return list(dict.fromkeys([*(f"{name}.weight" for group in groups for name in group.names), *feeding]))
+    return list(dict.fromkeys([*(name for group in groups for name in group.weights), *feeding]))
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

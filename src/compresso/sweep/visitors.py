@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresso.errors import ArchError, NumericError
+from compresso.errors import NumericError
 from compresso.observe.folds import Fold, Stats
 from compresso.observe.overflow import finite
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
 from compresso.sweep.finite import check_edited
+from compresso.sweep.looking import looking
 from compresso.sweep.targets import Group, Groups
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
@@ -44,7 +44,10 @@ class Visitor(Protocol):
 
 @dataclass(frozen=True)
 class GroupVisitor:
-    """Looks at a block's groups, together or one after another, and edits them."""
+    """Looks at a block's groups, together or one after another (the experts of a stack together), and edits them.
+
+    How many tokens an expert read is noted with it.
+    """
 
     model: PreTrainedModel
     fold: Fold
@@ -58,12 +61,16 @@ class GroupVisitor:
     def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
         """See `Visitor`. Raises NumericError as `sweep` does."""
         notes: dict[str, Any] = {}
-        for together in [[group] for group in groups] if self.true_sequential else [groups]:
-            with _looking(self.model, together, self.fold) as seen, _nearest(together, seen):
+        turns = [list(of) for _, of in groupby(groups, lambda group: group.turn)] if self.true_sequential else [groups]
+        for together in turns:
+            with looking(self.model, together, self.fold) as seen, _nearest(together, seen):
                 runner.run(keep=self.keeps_states)
             for group in together:
                 check_seen(group, seen)
+                tokens = seen[group.names[0]].n
                 notes |= self.edit(group, seen.pop(group.names[0]))
+                if group.stack is not None:
+                    notes |= {name: {**notes.get(name, {}), "tokens": tokens} for name in group.names}
                 check_edited(self.model, [group])
         return notes
 
@@ -92,14 +99,14 @@ class BlockVisitor:
             for i in range(len(runner)):
                 self.dense.put(i, runner.batch(i).hidden)
         here = self.groups.get(runner.layer, ()) if self.edit.looks_dense else ()
-        with _looking(self.model, here, self.fold) if self.fold and here else nullcontext({}) as seen:
+        with looking(self.model, here, self.fold) if self.fold and here else nullcontext({}) as seen:
             runner.on(self.dense).run(keep=True)
         self.seen_dense.clear()
         self.seen_dense.update(seen)
 
     def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
         """See `Visitor`. Raises NumericError as `sweep` does."""
-        with _looking(self.model, groups, self.fold) if self.fold else nullcontext({}) as seen:
+        with looking(self.model, groups, self.fold) if self.fold else nullcontext({}) as seen:
             if self.edit.reference is Reference.BLOCK:
                 runner.run(keep=True, into=self.dense)
             elif self.fold:
@@ -136,45 +143,3 @@ def check_seen(group: Group, seen: Mapping[str, Stats]) -> None:
         raise NumericError(f"no calibration token reached {name}; give more examples, or add it to ignore")
     if not finite(seen[name].total):
         raise NumericError(f"{name} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
-
-
-@contextmanager
-def _looking(model: PreTrainedModel, groups: Sequence[Group], fold: Fold) -> Iterator[dict[str, Stats]]:
-    """Within the context, what each group reads is folded: name of its first linear -> what was seen."""
-    seen: dict[str, Stats] = {}
-    read: dict[str, Tensor] = {}
-
-    def first(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            inputs: Tensor = arguments[0] if arguments else named["input"]
-            read[name] = inputs
-            flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-            if name in seen:
-                seen[name].total = fold(seen[name].total, flat)
-                seen[name].n += len(flat)
-            elif len(flat):
-                seen[name] = Stats(fold(None, flat), len(flat))
-
-        return hook
-
-    def other(name: str, like: str) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            inputs: Tensor = arguments[0] if arguments else named["input"]
-            if inputs is not read[like] and not torch.equal(inputs, read[like]):
-                raise ArchError(
-                    f"{name} does not read what {like} reads, so they cannot share a statistic; correct `linear_groups`"
-                )
-
-        return hook
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    try:
-        for group in groups:
-            for place, name in enumerate(group.names):
-                hook = first(name) if place == 0 else other(name, group.names[0])
-                handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-        yield seen
-    finally:
-        read.clear()
-        for handle in handles:
-            handle.remove()
