@@ -42,7 +42,7 @@ def bad(call: Call) -> Callable[..., str]:
         (("--suite", "trust", "--new-tokens", "4"), "--new-tokens belongs to --suite refusal"),
         (("--suite", "world", "--against", "x"), "--against belongs to --suite refusal or trust"),
         (("--suite", "trust", "--scoring", "guess"), "--scoring 'guess' is unknown"),
-        (("--suite", "trust", "--corpus", "c4"), "--corpus and --protocol do not go with --suite trust"),
+        (("--suite", "trust", "--corpus", "c4"), "--suite trust goes without --corpus and --protocol"),
         (("--suite", "trust", "--limit", "many"), "wanted a number of items, at least 1, or a share such as 5%"),
         (("--suite", "world", "--limit", "5%"), "a share is for --suite refusal and trust"),
         (("--suite", "trust", "--prompt", "both"), "--prompt both does not go with --suite trust"),
