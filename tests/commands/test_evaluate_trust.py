@@ -72,6 +72,11 @@ def test_a_model_against_itself(call: Call, tmp_path: Path) -> None:
     dense, same = Report.model_validate_json(output.read_text()).models
     assert dense.name == "dense" and "trust/toxicity" in same.not_measured
     assert {one.verdict for one in same.changes} <= {"within noise", "at chance", "not measured"}
+    assert {one.environment.dtype for one in same.measurements} == {"float32"}
+    in_words = {one.name: one.n for one in same.measurements if one.name.endswith("/degenerate")}
+    assert in_words.pop("trust/fairness/degenerate") == 8 and set(in_words.values()) <= set(range(1, 9)), (
+        "of 80 that are asked"
+    )
     assert len(same.changes) == 8 and "trust/privacy" in out and "against dense" in out
     (journal,) = (tmp_path / "kept").iterdir()
     before = journal.read_bytes()

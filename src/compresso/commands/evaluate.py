@@ -69,6 +69,8 @@ def evaluate(
     new_tokens: int | None = None,
     scoring: str = "likelihood",
     generations: int = 25,
+    scorer: str | Path | None = None,
+    scorer_label: str | None = None,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
@@ -98,12 +100,17 @@ def evaluate(
         new_tokens: of suite refusal, most tokens of an answer; None: as many as 1000 with the request leave.
         scoring: of suite trust, "likelihood" of the choices, or texts "sampled" as published.
         generations: of suite trust, texts drawn for each request where scoring is sampled.
+        scorer: of suite trust, sampled, a text classifier that says how toxic texts are; None: toxicity is not
+            measured.
+        scorer_label: its label that means toxic; None: the one called toxic or toxicity.
 
     Raises:
         CompressoError: with the cure; nothing was written.
     """
     check_words(task, data, tasks, suite, corpus, protocol)
-    trust = TrustOptions(prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations)
+    trust = TrustOptions(
+        prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations, scorer, scorer_label
+    )
     if suite in SUITES:
         check_suite_words(suite, trust, corpus, protocol)
     else:
