@@ -61,7 +61,8 @@ class ClassifierScorer:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, label: int, batch: int = 16
     ) -> None:
         self._model, self._tokenizer, self._label, self._batch = model, tokenizer, label, batch
-        self.name = f"{name}, label {model.config.id2label[label]}"
+        labels = {int(place): str(one) for place, one in (model.config.id2label or {}).items()}
+        self.name = f"{name}, label {labels[label]}"
 
     @torch.no_grad()
     def toxicity(self, texts: Sequence[str]) -> list[float]:
