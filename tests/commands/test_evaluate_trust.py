@@ -9,8 +9,9 @@ from tests.conftest import Call
 from tests.metrics.trust.made_up import data
 from tests.metrics.trust.scripted import tree
 
+from compresso.commands.evaluate import show
 from compresso.data import nano
-from compresso.metrics.record import Report
+from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 
 
 @pytest.fixture
@@ -72,8 +73,26 @@ def test_a_model_against_itself(call: Call, tmp_path: Path) -> None:
     dense, same = Report.model_validate_json(output.read_text()).models
     assert dense.name == "dense" and "trust/toxicity" in same.not_measured
     assert {one.verdict for one in same.changes} <= {"within noise", "at chance", "not measured"}
+    assert {one.environment.dtype for one in same.measurements} == {"float32"}
+    in_words = {one.name: one.n for one in same.measurements if one.name.endswith("/degenerate")}
+    assert in_words.pop("trust/fairness/degenerate") == 8 and set(in_words.values()) <= set(range(1, 9)), (
+        "of 80 that are asked"
+    )
     assert len(same.changes) == 8 and "trust/privacy" in out and "against dense" in out
     (journal,) = (tmp_path / "kept").iterdir()
     before = journal.read_bytes()
     assert call("evaluate", nano.path(), *options)[0] == 0
     assert journal.read_bytes() == before
+    assert "Only 8 questions of a dimension, every kind with its share (fairness at least 96)" in " ".join(out.split())
+    assert "Only the first" not in out
+
+
+def test_a_share_of_the_questions_is_said_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    protocol = {"suite": "trust", "limit": "5 % of a dimension"}
+    number = Measurement(
+        name="trust/ethics", value=0.5, unit="share", how="measured", protocol=protocol, environment=Environment.here()
+    )
+    results = ModelResults(name="m", model="m", fingerprint="sha256:" + "a" * 64, measurements=(number,))
+    show(Report(created="2026-01-01T00:00:00+00:00", models=(results,)))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Only 5 % of a dimension, every kind with its share: not comparable with published scores" in out

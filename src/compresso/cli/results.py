@@ -175,6 +175,10 @@ def evaluate(
         int, typer.Option(min=1, help="Of --suite trust, sampled: texts drawn for each request.")
     ] = 25,
     cache: Cache = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Of --suite trust, sampled: a text classifier that says how toxic texts are.")
+    ] = None,
+    scorer_label: Annotated[str | None, typer.Option(help="The label of --scorer that means toxic.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
@@ -208,6 +212,8 @@ def evaluate(
         scoring=scoring,
         generations=generations,
         cache=cache,
+        scorer=scorer,
+        scorer_label=scorer_label,
     )
     evaluate.show(report, as_json)
 

@@ -32,6 +32,7 @@ from compresso.loading import Loaded, load
 from compresso.metrics.pruned_context import check_cache, check_rule, reading
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
+from compresso.metrics.trust.dimensions.fairness import FAIRNESS
 from compresso.metrics.trust.strata import limit_of
 from compresso.runner.evaluate_task import TASK, check_words, refuse_other_than_text, task_metric
 from compresso.training.device import choose_device
@@ -71,6 +72,8 @@ def evaluate(
     scoring: str = "likelihood",
     generations: int = 25,
     cache: str | None = None,
+    scorer: str | Path | None = None,
+    scorer_label: str | None = None,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
@@ -102,12 +105,17 @@ def evaluate(
         generations: of suite trust, texts drawn for each request where scoring is sampled.
         cache: of a perplexity, a rule by which the cache forgets, as `compresso.load` takes it, such as "keydiff:0.5";
             texts are then read through it. A model with learned gates is read through its own.
+        scorer: of suite trust, sampled, a text classifier that says how toxic texts are; None: toxicity is not
+            measured.
+        scorer_label: its label that means toxic; None: the one called toxic or toxicity.
 
     Raises:
         CompressoError: with the cure; nothing was written.
     """
     check_words(task, data, tasks, suite, corpus, protocol)
-    trust = TrustOptions(prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations)
+    trust = TrustOptions(
+        prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations, scorer, scorer_label
+    )
     if suite in SUITES:
         check_suite_words(suite, trust, corpus, protocol)
     else:
@@ -240,6 +248,18 @@ _collaborative = prompts
 """The same where an argument has that name."""
 
 
+def _shortened(results: ModelResults) -> list[str]:
+    """That a part of the items was asked, and which; nothing where all were."""
+    limits = {limit: one.protocol for one in results.measurements if (limit := one.protocol.get("limit"))}
+    firsts = [int(limit) for limit, how in limits.items() if how.get("suite") != "trust"]
+    told = [f"Only the first {counted(most, 'item')} of each task" for most in sorted(firsts)[-1:]]
+    for limit in (limit for limit, how in limits.items() if how.get("suite") == "trust"):
+        least = "" if isinstance(limit, str) else f" (fairness at least {FAIRNESS.least})"
+        part = limit if isinstance(limit, str) else f"{counted(int(limit), 'question')} of a dimension"
+        told.append(f"Only {part}, every kind with its share{least}")
+    return [f"{line}: not comparable with published scores." for line in told]
+
+
 def show(report: Report, as_json: bool = False) -> None:
     """Print a report as JSON, or as a table with what it does not hold."""
     if as_json:
@@ -250,10 +270,8 @@ def show(report: Report, as_json: bool = False) -> None:
         console.print(_scores(results))
         for line in _notes(results):
             console.print(line, highlight=False)
-        if limits := sorted({int(limit) for one in results.measurements if (limit := one.protocol.get("limit"))}):
-            console.print(
-                f"Only the first {counted(limits[-1], 'item')} of each task: not comparable with published scores."
-            )
+        for line in _shortened(results):
+            console.print(line, highlight=False)
         if results.changes:
             console.print(changes_table(results))
         for what, why in results.not_measured.items():

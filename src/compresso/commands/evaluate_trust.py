@@ -39,6 +39,7 @@ from compresso.metrics.trust.strata import Limit, limit_of
 from compresso.training.progress import Progress
 
 SUITES = ("refusal", "trust")
+_TRUST_ALONE = ("--scoring", "--generations", "--scorer", "--scorer-label")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class TrustOptions:
     new_tokens: int | None = None
     scoring: str = "likelihood"
     generations: int = 25
+    scorer: str | Path | None = None
+    scorer_label: str | None = None
 
     def given(self) -> list[str]:
         """The options that are not as they stand here, as they are typed."""
@@ -79,11 +82,11 @@ def refuse_options_of(suite: str | None, options: TrustOptions) -> None:
     """Raise DataError for options that a suite does not take."""
     takes = {
         "refusal": {"--prompts", "--benign", "--judge", "--judge-labels", "--against", "--answers", "--new-tokens"},
-        "trust": {"--against", "--answers", "--scoring", "--generations"},
+        "trust": {"--against", "--answers", *_TRUST_ALONE},
     }.get(suite or "", set[str]())
     for option in options.given():
         if option not in takes:
-            owners = "--suite trust" if option in ("--scoring", "--generations") else "--suite refusal"
+            owners = "--suite trust" if option in _TRUST_ALONE else "--suite refusal"
             owners = "--suite refusal or trust" if option in ("--against", "--answers") else owners
             raise DataError(f"{option} belongs to {owners}; leave it out, or give that suite")
 
@@ -259,5 +262,9 @@ def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, pro
         raise DataError(
             f"--scoring '{options.scoring}' is unknown; {nearest(options.scoring, ('likelihood', 'sampled'))}"
         )
+    if options.scorer is not None and options.scoring == "likelihood":
+        raise DataError("--scorer reads texts, and --scoring likelihood writes none to read; give --scoring sampled")
+    if options.scorer_label is not None and options.scorer is None:
+        raise DataError("--scorer-label belongs to --scorer, and none was named; give both")
     if options.generations < 1:
         raise DataError(f"--generations {options.generations}: wanted at least 1")
