@@ -51,8 +51,10 @@ def told(part: str, found: Rows) -> str:
             f" of tokens in the cache before the answer. One seed. {where}."
         )
     loads = [row["machine"]["load_before"] for row in found]
+    rounds = min(len(row["rates"]) for row in found)
+    taken = f"medians of {rounds} rounds in turn" if rounds > 1 else "a single round, so that speeds compare nothing"
     return (
-        f"Random tokens, {one['new_tokens']} decoded after the context; medians of {len(one['rates'])} rounds in turn."
+        f"Random tokens, {one['new_tokens']} decoded after the context; {taken}."
         f" Other work ran on the machine (load {min(loads):.1f} to {max(loads):.1f} on {last['cores']} cores): times"
         f" tell orders of magnitude, bytes are exact. {where}."
     )

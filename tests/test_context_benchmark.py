@@ -32,13 +32,13 @@ def test_what_is_asked_was_told_and_nothing_else_tells_it(embedded: bool, module
     assert asked.ids.shape == (12, 300) and asked.choices.shape == (12, 3)
     assert len(set(asked.answers.tolist())) == 3
     for ids, choices, answer in zip(asked.ids, asked.choices, asked.answers, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
         begun = text[text.rindex(kind.begins.partition("{name}")[0] or ". ") :].removeprefix(". ").strip()
         if embedded:
             begun = " ".join(text.split()[-4:])
         assert text.count(begun) == 2, "told once and asked once"
         told = text[text.index(begun) + len(begun) :]
-        right = tokenizer.decode([choices[answer]])
+        right = str(tokenizer.decode([choices[answer]]))
         assert told.startswith(right)
         assert len(set(choices.tolist())) == 3
     again = modules.recall.items(tokenizer, modules.recall.kind_of(embedded, 3), 12, 300, 3, 7)
