@@ -1,20 +1,26 @@
-"""Live share of the context against perplexity: learned gates beside caches that forget by a rule, at equal shares.
+"""What a cache that forgets costs and saves: learned gates beside rules, at equal shares of the context, by perplexity,
+by facts that are asked late, by bytes and by decode speed.
 
     python benchmarks/context.py train --model MODEL --data TEXTS --updates 200 --folder FOLDER
-    python benchmarks/context.py score --model MODEL --gates FOLDER --text TEXTS --results results/context.jsonl
-    python benchmarks/context.py table --results results/context.jsonl
+    python benchmarks/context.py score --model MODEL --gates FOLDER --data TEXTS --text TEXTS
+    python benchmarks/context.py recall --model MODEL [--embedded] [--gates FOLDER --data TEXTS]
+    python benchmarks/context.py speed --model MODEL --contexts 1024 4096
+    python benchmarks/context.py --report
 
 Gates are trained once, on a frozen body, and all their offsets are shifted to each share on training texts. Rules read
 a window in chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
-is what queries could attend to of what came before them, counted alike for all. A line of the results is one method at
-one share; those that are there are not taken again.
+is what queries could attend to of what came before them, counted alike for all. A line of the results
+(results/context.jsonl) is one method at one share; those that are there are not taken again.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 import compresso
-from common import machine
+from common import RESULTS, machine
 from compresso.core.context_gates import landed
 from compresso.edit.context_attention import release_
 from compresso.edit.context_cache import ContextCache
@@ -31,6 +37,11 @@ from compresso.edit.context_gates import ContextGates, gates_of, live_by_layer
 from compresso.edit.evict import evict_, parse
 from compresso.edit.patches import read_patches
 from compresso.loading import Loaded
+from compresso.metrics.pruned_context import held_share
+from compresso.metrics.timed_generation import prefill_and_decode, prompts, stopwatch
+from compresso.metrics.traffic import cache_bytes
+from context_recall import answered, items, kind_of
+from context_report import report
 
 SHARES = (0.75, 0.5, 0.25)
 RULES = ("window", "keydiff", "knorm", "h2o")
@@ -123,43 +134,130 @@ def shifted(model: PreTrainedModel, gates: ContextGates, rows: Tensor, share: fl
     release_(model)
 
 
-def score(options: argparse.Namespace) -> None:
-    """Take what the results lack."""
-    results = Path(options.results)
-    known = {(one["method"], one["share"]) for one in read(results)}
-    loaded = compresso.load(options.model, dtype=torch.float32)
-    model, rows = loaded.model, windows(loaded, Path(options.text), options.length, options.windows)
-    facts = {"length": options.length, "windows": options.windows, "machine": machine()}
+@dataclass(frozen=True)
+class Held:
+    """A model with one way to keep its cache.
 
-    def keep(method: str, share: float, perplexity: float, seen: float | None, **more: Any) -> None:
-        line = {"method": method, "share": share, "perplexity": perplexity, "seen": seen, **more, **facts}
-        results.parent.mkdir(exist_ok=True)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{method} {share}: perplexity {perplexity:.2f}, seen {seen}", flush=True)
+    Args:
+        method: "dense", a rule, or "gates".
+        share: of the context that was asked for.
+        gates: of "gates".
+        facts: about the method, for its lines.
+    """
 
+    method: str
+    share: float
+    gates: ContextGates | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[Held]:
+    """Each method at each share that the results lack, put on the model; dense first."""
+    known = {(one["method"], one["share"]) for one in read(Path(options.results)) if of(one, options, part)}
+    model = loaded.model
     if ("dense", 1.0) not in known:
-        keep("dense", 1.0, scored(model, rows, None)[0], 1.0)
+        yield Held("dense", 1.0)
     for share in options.shares:
         for rule in options.rules:
             if (rule, share) not in known:
                 evict_(model, parse(f"{rule}:{share}"))
-                keep(rule, share, *scored(model, rows, options.chunk), chunk=options.chunk)
+                yield Held(rule, share)
                 release_(model)
         if options.gates and ("gates", share) not in known:
             records = json.loads((Path(options.gates) / "records.json").read_text("utf-8"))
             (patch,) = read_patches(records["patches"], Path(options.gates))
-            trained = records["stages"]["context_gates"]
             gates = gates_of(patch, model)
             shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
             gates.hold_(model)
-            perplexity, _ = scored(model, rows, None)
-            batches = [
-                {"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows
-            ]
-            live = live_by_layer(model, gates, batches)
+            yield Held("gates", share, gates, {"updates": records["stages"]["context_gates"]["updates"]})
             release_(model)
-            keep("gates", share, perplexity, sum(live) / len(live), updates=trained["updates"], by_layer=live)
+
+
+def of(line: Mapping[str, Any], options: argparse.Namespace, part: str) -> bool:
+    """Whether a line of the results is of a part and model."""
+    return (line["part"], line["model"]) == (part, Path(options.model).name)
+
+
+def noted(options: argparse.Namespace, part: str, held: Held, **numbers: Any) -> None:
+    """Append a line to the results."""
+    results = Path(options.results)
+    line = {"part": part, "model": Path(options.model).name, "method": held.method, "share": held.share}
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, **numbers, **held.facts, "machine": machine()}) + "\n")
+    print(held.method, held.share, {name: value for name, value in numbers.items() if name != "by_layer"}, flush=True)
+
+
+def score(options: argparse.Namespace) -> None:
+    """Perplexity of texts."""
+    loaded = compresso.load(options.model, dtype=torch.float32)
+    model, rows = loaded.model, windows(loaded, Path(options.text), options.length, options.windows)
+    facts = {"length": options.length, "windows": options.windows}
+    for held in methods(loaded, options, "text"):
+        if held.gates is None:
+            chunk = None if held.method == "dense" else options.chunk
+            perplexity, seen = scored(model, rows, chunk)
+            noted(options, "text", held, perplexity=perplexity, seen=seen or 1.0, chunk=chunk, **facts)
+            continue
+        perplexity, _ = scored(model, rows, None)
+        batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
+        live = live_by_layer(model, held.gates, batches)
+        found = {"perplexity": perplexity, "seen": sum(live) / len(live), "by_layer": live}
+        noted(options, "text", held, **found, **facts)
+
+
+def recall(options: argparse.Namespace) -> None:
+    """Facts early in the context, asked late."""
+    loaded = compresso.load(options.model, dtype=torch.float32)
+    assert loaded.tokenizer is not None
+    kind = kind_of(options.embedded, options.seed)
+    asked = items(loaded.tokenizer, kind, options.items, options.length, options.facts, options.seed)
+    for held in methods(loaded, options, "recall"):
+        right, live, size = answered(loaded.model, asked, options.chunk, options.batch)
+        numbers = {"right": int(right.sum()), "items": len(right), "facts": options.facts, "live": live, "bytes": size}
+        noted(options, "recall", held, **numbers, length=options.length, chunk=options.chunk, seed=options.seed)
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Bytes of the cache and decode tokens/s; the methods take turns at each size, the median of rounds counts."""
+    loaded = compresso.load(options.model, dtype=torch.float32)
+    lines = [one for one in read(Path(options.results)) if of(one, options, "speed")]
+    known = {(one["method"], one["context"], one["batch"]) for one in lines}
+    for context, batch in product(options.contexts, options.batches):
+        ids = prompts(batch, context, loaded.model.config.vocab_size, 0)
+        due = [name for name in ("dense", *options.rules) if (name, context, batch) not in known]
+        timed: dict[str, list[Turn]] = {name: [] for name in due}
+        for _, name in product(range(options.rounds), due):
+            rule = None if name == "dense" else f"{name}:{options.share}"
+            timed[name].append(turn(loaded.model, ids, rule, options.new_tokens))
+        for name, turns in timed.items():
+            rates = [batch * options.new_tokens / one.seconds for one in turns]
+            numbers = {"context": context, "batch": batch, "tokens_per_s": median(rates), "rates": rates}
+            numbers |= {"bytes": turns[0].size, "live": turns[0].live, "new_tokens": options.new_tokens}
+            noted(options, "speed", Held(name, 1.0 if name == "dense" else options.share), **numbers)
+
+
+@dataclass
+class Turn:
+    """Seconds of decoding, and bytes and share of tokens of the cache in the end."""
+
+    seconds: float = 0.0
+    size: int = 0
+    live: float = 1.0
+
+    def look(self, cache: Any) -> None:
+        """Note what a cache holds."""
+        self.size, self.live = cache_bytes(cache), held_share(cache)
+
+
+def turn(model: PreTrainedModel, ids: Tensor, rule: str | None, new_tokens: int) -> Turn:
+    """Read ids [batch, tokens] and decode, once."""
+    found = Turn()
+    if rule is not None:
+        evict_(model, parse(rule))
+    _, found.seconds, _ = prefill_and_decode(model, ids, new_tokens, stopwatch(model.device), found.look)
+    release_(model)
+    return found
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -167,18 +265,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
-def table(options: argparse.Namespace) -> None:
-    """Print the results as Markdown."""
-    found: Sequence[dict[str, Any]] = read(Path(options.results))
-    print("| share asked | method | seen | perplexity |\n|---:|---|---:|---:|")
-    for one in sorted(found, key=lambda line: (-line["share"], line["perplexity"])):
-        print(f"| {one['share']} | {one['method']} | {one['seen']:.3f} | {one['perplexity']:.2f} |")
-
-
 def main() -> None:
     """Read options and go."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write context.md and context.html of the results, after a command or alone",
+    )
+    commands = parser.add_subparsers()
     one = commands.add_parser("train")
     one.set_defaults(go=train)
     one.add_argument("--updates", type=int, default=200)
@@ -188,22 +283,43 @@ def main() -> None:
     one.add_argument("--folder", required=True)
     two = commands.add_parser("score")
     two.set_defaults(go=score)
-    two.add_argument("--gates", default=None)
     two.add_argument("--text", required=True)
     two.add_argument("--windows", type=int, default=8)
-    two.add_argument("--chunk", type=int, default=16)
-    two.add_argument("--rules", nargs="*", default=RULES)
-    two.add_argument("--shares", nargs="*", type=float, default=SHARES)
-    for command in (one, two):
-        command.add_argument("--model", required=True)
-        command.add_argument("--data", required=True)
+    three = commands.add_parser("recall")
+    three.set_defaults(go=recall)
+    three.add_argument("--embedded", action="store_true", help="facts in the words of the embedded model's world")
+    three.add_argument("--items", type=int, default=32)
+    three.add_argument("--facts", type=int, default=4)
+    three.add_argument("--batch", type=int, default=8)
+    three.add_argument("--seed", type=int, default=0)
+    four = commands.add_parser("speed")
+    four.set_defaults(go=speed)
+    four.add_argument("--contexts", nargs="*", type=int, default=(1024, 2048, 4096))
+    four.add_argument("--batches", nargs="*", type=int, default=(1, 8))
+    four.add_argument("--new-tokens", type=int, default=16)
+    four.add_argument("--rounds", type=int, default=3)
+    four.add_argument("--share", type=float, default=0.5)
+    for command in (one, two, three):
+        command.add_argument("--data", default=None, help="training texts, JSON lines; of gates")
         command.add_argument("--length", type=int, default=512)
-    three = commands.add_parser("table")
-    three.set_defaults(go=table)
     for command in (two, three):
-        command.add_argument("--results", default="benchmarks/results/context.jsonl")
+        command.add_argument("--gates", default=None)
+        command.add_argument("--chunk", type=int, default=16)
+        command.add_argument("--shares", nargs="*", type=float, default=SHARES)
+    for command in (two, three, four):
+        command.add_argument("--rules", nargs="*", default=RULES)
+    for command in (one, two, three, four):
+        command.add_argument("--model", required=True)
+    for command in (parser, two, three, four):
+        command.add_argument("--results", default=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.go(options)
+    options.results = getattr(options, "results", str(RESULTS / "context.jsonl"))
+    if not hasattr(options, "go") and not options.report:
+        parser.error("give a command, --report, or both")
+    if hasattr(options, "go"):
+        options.go(options)
+    if options.report:
+        report(read(Path(options.results)))
 
 
 if __name__ == "__main__":

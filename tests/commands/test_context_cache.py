@@ -101,7 +101,7 @@ def test_peak_memory_is_taken_with_the_cache(
 
     def peak(folder: Path, **given: Any) -> Measurement:
         asked.append((folder.name, given["cache"]))
-        protocol = {"batch": 2}
+        protocol: dict[str, Any] = {"batch": 2}
         return Measurement(
             name="memory/peak", value=5, unit="bytes", how="measured", protocol=protocol, environment=Environment.here()
         )

@@ -2,6 +2,7 @@
 masked forward; shares and bytes are counted by hand.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,7 @@ WINDOWS = [
 ]
 
 
-def logits(model: PreTrainedModel, how: object) -> dict[int, torch.Tensor]:
-    assert callable(how)
+def logits(model: PreTrainedModel, how: Callable[..., Iterator[tuple[int, torch.Tensor]]]) -> dict[int, torch.Tensor]:
     return dict(how(model, WINDOWS, 3))
 
 

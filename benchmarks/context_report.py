@@ -1,0 +1,173 @@
+"""The pages of results/context.jsonl, context.md and context.html beside it: tables and plots of all that is there."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from common import RESULTS
+from compresso.report.charts import curves
+
+Rows = Sequence[Mapping[str, Any]]
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ccc}"
+    "td:nth-child(2),th:nth-child(2){text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}"
+)
+TITLES = {
+    "text": "Perplexity",
+    "recall": "Facts early in the context, asked late",
+    "speed": "Bytes of the cache, and decoding",
+}
+
+
+def report(rows: Rows) -> None:
+    """Write both pages."""
+    (RESULTS / "context.md").write_text(markdown(rows), "utf-8")
+    (RESULTS / "context.html").write_text(str(page(rows)) + "\n", "utf-8")
+
+
+def of(rows: Rows, part: str, model: str) -> list[Mapping[str, Any]]:
+    """Lines of a part and model, dense first, then by share."""
+    found = [row for row in rows if (row["part"], row["model"]) == (part, model)]
+    return sorted(found, key=lambda row: (-row["share"], row["method"]))
+
+
+def told(part: str, found: Rows) -> str:
+    """What a table shows, in a paragraph."""
+    one, last = found[0], found[-1]["machine"]
+    where = f"{last['processor']}, {last['threads']} thread(s), float32"
+    if part == "text":
+        return (
+            f"{one['windows']} windows of {one['length']} tokens. Seen: the share of earlier tokens that a query could"
+            f" attend to; rules read chunks and see up to a chunk more than they keep. {where}."
+        )
+    if part == "recall":
+        return (
+            f"{one['items']} items of {one['length']} tokens: {one['facts']} facts drawn anew, then other text, then"
+            f" the beginning of one fact; right is the likeliest of the {one['facts']} values (a guess:"
+            f" {1 / one['facts']:.0%}), ± one standard error. Read in chunks of {one['chunk']} tokens; held: the share"
+            f" of tokens in the cache before the answer. One seed. {where}."
+        )
+    loads = [row["machine"]["load_before"] for row in found]
+    rounds = min(len(row["rates"]) for row in found)
+    taken = f"medians of {rounds} rounds in turn" if rounds > 1 else "a single round, so that speeds compare nothing"
+    return (
+        f"Random tokens, {one['new_tokens']} decoded after the context; {taken}."
+        f" Other work ran on the machine (load {min(loads):.1f} to {max(loads):.1f} on {last['cores']} cores): times"
+        f" tell orders of magnitude, bytes are exact. {where}."
+    )
+
+
+def table(part: str, found: Rows) -> list[list[str]]:
+    """Header and rows."""
+    if part == "text":
+        lines = [[_share(row), row["method"], f"{row['seen']:.3f}", f"{row['perplexity']:.2f}"] for row in found]
+        return [["share", "method", "seen", "perplexity"], *lines]
+    if part == "recall":
+        lines = [
+            [_share(row), row["method"], f"{row['live']:.3f}", f"{row['bytes'] / 1e6:.3f}", _right(row)]
+            for row in found
+        ]
+        return [["share", "method", "held", "cache of one item, MB", "right, %"], *lines]
+    lines = [
+        [
+            str(row["context"]),
+            row["method"],
+            str(row["batch"]),
+            f"{row['live']:.3f}",
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{min(row['rates']):.1f} to {max(row['rates']):.1f}",
+        ]
+        for row in sorted(found, key=lambda row: (row["context"], row["batch"]))
+    ]
+    return [["context", "method", "batch", "held", "cache, MB", "decode tokens/s", "rounds"], *lines]
+
+
+def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
+    """Labels and drawings."""
+    if part == "speed":
+        drawn: list[tuple[str, Markup]] = []
+        for batch in sorted({row["batch"] for row in found}):
+            for what, name in (("bytes", "MB of cache"), ("tokens_per_s", "decode tokens/s")):
+                scale = 1e6 if what == "bytes" else 1.0
+                lines = _lines([row for row in found if row["batch"] == batch], "context", what, scale)
+                label = f"{name} against tokens of context, batch {batch}"
+                drawn.append((label, curves(lines, label, axis="tokens of context")))
+        return drawn
+    value, name = ("perplexity", "perplexity") if part == "text" else ("right", "share of right answers")
+    dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
+    others = [row for row in found if row["method"] != "dense"]
+    lines = _lines([*dense, *others], "share", value, 1.0)
+    if part == "recall":
+        lines = {method: [(x, y / found[0]["items"]) for x, y in line] for method, line in lines.items()}
+    label = f"{name} against the share of the context that stays"
+    return [(label, curves(lines, label, percent=part == "recall", axis="share that stays"))]
+
+
+def markdown(rows: Rows) -> str:
+    """context.md."""
+    text = ["# A cache that forgets", "", INTRO, ""]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        text += [f"## {model}", ""]
+        for part, title in TITLES.items():
+            if found := of(rows, part, model):
+                header, *lines = table(part, found)
+                marks = ["---" if name == "method" else "---:" for name in header]
+                text += [f"### {title}", "", told(part, found), ""]
+                text += [f"| {' | '.join(line)} |" for line in (header, marks, *lines)]
+                text.append("")
+    return "\n".join(text)
+
+
+def page(rows: Rows) -> Markup:
+    """context.html, which needs nothing else."""
+    body = [Markup("<h1>A cache that forgets</h1><p>{}</p>").format(INTRO.replace("`", ""))]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        body.append(Markup("<h2>{}</h2>").format(model))
+        for part, title in TITLES.items():
+            if not (found := of(rows, part, model)):
+                continue
+            body.append(Markup("<h3>{}</h3><p>{}</p>").format(title, told(part, found)))
+            for label, drawn in plots(part, found):
+                body.append(Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, label))
+            header, *lines = table(part, found)
+            cells = [_row("th", header), *(_row("td", line) for line in lines)]
+            body.append(Markup("<table>{}</table>").format(Markup("").join(cells)))
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>A cache that forgets</title><style>{STYLE}'
+    return Markup(head + "</style><body>") + Markup("\n").join(body) + Markup("</body></html>")
+
+
+INTRO = (
+    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O) at equal shares of"
+    " the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows and"
+    " items, one seed. Made by `benchmarks/context.py`."
+)
+
+
+def _methods(found: Rows) -> list[str]:
+    return sorted({row["method"] for row in found if row["method"] != "dense"})
+
+
+def _lines(found: Rows, x: str, y: str, scale: float) -> dict[str, list[tuple[float, float]]]:
+    """Points of each method, from left to right."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(found, key=lambda row: (row["method"], row[x])):
+        lines.setdefault(row["method"], []).append((float(row[x]), row[y] / scale))
+    return lines
+
+
+def _right(row: Mapping[str, Any]) -> str:
+    share = row["right"] / row["items"]
+    return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / row['items']):.0f}"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{row['share']:g}"
+
+
+def _row(tag: str, cells: Sequence[str]) -> Markup:
+    inner = Markup("").join(Markup(f"<{tag}>{{}}</{tag}>").format(one) for one in cells)
+    return Markup("<tr>{}</tr>").format(inner)
