@@ -105,8 +105,8 @@ def swept(
     if starved := read_by_experts.get("starved"):
         where, which = next(iter(starved.items()))
         log.warning(
-            "%s: no calibration token chose %d experts, the first is %d of %s. All their inputs count alike, which"
-            " prunes by size and rounds to the nearest; give more examples, or let drop_experts take them out",
+            "%s: no calibration token chose some experts (%d), the first is %d of %s. All their inputs count alike,"
+            " which prunes by size and rounds to the nearest; give more examples, or let drop_experts take them out",
             run.stage,
             sum(map(len, starved.values())),
             which[0],
