@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
@@ -10,8 +11,11 @@ from common import RESULTS
 from compresso.report.charts import curves
 
 Rows = Sequence[Mapping[str, Any]]
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+COLOURS = (files("compresso.report") / "templates" / "report.css").read_text("utf-8").partition("* {")[0]
+"""What the charts' lines and letters are named by, for light and dark screens."""
+STYLE = COLOURS + (
+    "body{background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}"
+    "body{max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ccc}"
     "td:nth-child(2),th:nth-child(2){text-align:left}figure{margin:1rem 0}svg{max-width:100%;height:auto}"
 )
@@ -101,10 +105,10 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
     dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
     others = [row for row in found if row["method"] != "dense"]
     lines = _lines([*dense, *others], "share", value, 1.0)
-    if part == "recall":
-        lines = {method: [(x, y / found[0]["items"]) for x, y in line] for method, line in lines.items()}
+    of_items = found[0]["items"] if part == "recall" else 1
+    lines = {method: [(100 * x, y / of_items) for x, y in line] for method, line in lines.items()}
     label = f"{name} against the share of the context that stays"
-    return [(label, curves(lines, label, percent=part == "recall", axis="share that stays"))]
+    return [(label, curves(lines, label, percent=part == "recall", axis="share that stays, %"))]
 
 
 def markdown(rows: Rows) -> str:

@@ -1,6 +1,7 @@
 """The recall task of `benchmarks/context.py` and its page: what is asked was told, and what is stored is drawn."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,8 +68,8 @@ def row(part: str, method: str, share: float, **more: Any) -> dict[str, Any]:
     return {"part": part, "model": "m<b>", "method": method, "share": share, "machine": machine, **more}
 
 
-def test_the_page_holds_every_line(
-    modules: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_charts: None
+def test_the_page_holds_every_line_and_every_colour_that_its_charts_name(
+    modules: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules.report, "RESULTS", tmp_path)
     rows: list[dict[str, Any]] = []
@@ -88,4 +89,6 @@ def test_the_page_holds_every_line(
     ):
         assert line in text
     assert "m&lt;b&gt;" in page and "m<b>" not in page
+    named = set(re.findall(r"var\((--[\w-]+)\)", page))
+    assert {"--s0", "--muted", "--line"} <= named <= set(re.findall(r"(--[\w-]+):", page))
     assert page.count("<figure>") == 4 and "decode tokens/s against tokens of context, batch 8" in page
