@@ -29,7 +29,7 @@ _AS_SPELT = (
     " target task layout seed device dtype format corpus suite"
     " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
     " engine phase context levels cache"
-    " prompts benign judge judge-labels against answers scoring generations trust"
+    " prompts benign judge judge-labels against answers scoring generations trust scorer scorer-label"
 )
 VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "set": ("sets",),

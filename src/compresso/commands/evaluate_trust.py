@@ -263,8 +263,8 @@ def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, pro
             f"--scoring '{options.scoring}' is unknown; {nearest(options.scoring, ('likelihood', 'sampled'))}"
         )
     if options.scorer is not None and options.scoring == "likelihood":
-        raise DataError("--scorer reads texts, and --scoring likelihood writes none to read; give --scoring sampled")
+        raise DataError("--scorer is for texts, and --scoring likelihood writes none to read; give --scoring sampled")
     if options.scorer_label is not None and options.scorer is None:
-        raise DataError("--scorer-label belongs to --scorer, and none was named; give both")
+        raise DataError("--scorer-label is a label of --scorer, and none was named; give both")
     if options.generations < 1:
         raise DataError(f"--generations {options.generations}: wanted at least 1")

@@ -101,7 +101,7 @@ def bad(call: Call) -> Callable[..., str]:
 def test_bad_words_are_one_line(bad: Callable[..., str], call: Call, tmp_path: Path) -> None:
     sampled = ("--scoring", "sampled", "--scorer")
     assert "--scoring likelihood writes none to read" in bad("--scorer", "somewhere")
-    assert "--scorer-label belongs to --scorer" in bad("--scorer-label", "toxic")
+    assert "--scorer-label is a label of --scorer" in bad("--scorer-label", "toxic")
     assert "--scorer: " in bad(*sampled, tmp_path / "absent")
     assert "is no text classifier" in bad(*sampled, nano.path())
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
