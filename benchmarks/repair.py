@@ -53,6 +53,17 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
         "ristretto",
         {"evolution": {"generations": 6, "offspring": 8}, "batches": 8, "beginnings": 3, "judge_rows": 6},
     ),
+    "ristretto/repaired": (
+        "ristretto",
+        {
+            "evolution": {"generations": 6, "offspring": 8},
+            "batches": 8,
+            "beginnings": 3,
+            "judge_rows": 6,
+            "finalists": 1,
+            "judged": "repaired",
+        },
+    ),
 }
 SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 4, "batch": 4})
 """ShortGPT with a number of layers in the place of a share; asked for as the selector `shortgpt/drop-6`."""
