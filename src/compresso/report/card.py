@@ -50,40 +50,37 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
     opened = [one.engine for one in records.engines if one.opens == "yes"]
     code = facts.own_code(records)
     numbers = [number for number in pruned.measurements if number.how != "counted"]
-    return (
-        environment(escaped=False)
-        .get_template("card.md.jinja")
-        .render(
-            front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
-            title=_plain(records.model.name),
-            model=_one_line(records.model.name),
-            recipe=_one_line(records.recipe.name),
-            layout=records.layout,
-            auto_class=task_named(records.recipe.task).auto_class,
-            fine_tuned=_one_line(records.dense.name) if records.dense else "",
-            participle=participle(records),
-            unserved=_plain(forgets(records)),
-            deeds=[_plain(deed) for deed in deeds(records)],
-            smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
-            dense=_plain(records.stored_dense()),
-            prompt=records.prompt.get("version") if records.prompt else None,
-            guard=_plain(records.guard.message()) if records.guard.verdict != "ok" else "",
-            data=[_plain(line) for line in _data(records)],
-            counted=_counted(records),
-            stages=_stages(records),
-            results=_results(comparison),
-            trust=[[_plain(cell) for cell in row] for row in (TITLES, *trust_rows(pruned.changes))],
-            advice=[_plain(line) for line in advice(records, pruned)],
-            places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
-            engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
-            elsewhere=[
-                (_plain(name), facts.filled(commands[name], "path/to/this/folder", code))
-                for name in opened
-                if commands and name in commands
-            ],
-            readers=readers,
-            missing=[*map(_plain, missing(comparison)), *(_NEVER[bool(pruned.changes) :])],
-        )
+    template = environment(escaped=False).get_template("card.md.jinja")
+    return template.render(
+        front=yaml.safe_dump(_front_matter(records, pruned), sort_keys=False, allow_unicode=True, width=120),
+        title=_plain(records.model.name),
+        model=_one_line(records.model.name),
+        recipe=_one_line(records.recipe.name),
+        layout=records.layout,
+        auto_class=task_named(records.recipe.task).auto_class,
+        fine_tuned=_one_line(records.dense.name) if records.dense else "",
+        participle=participle(records),
+        unserved=_plain(forgets(records)),
+        deeds=[_plain(deed) for deed in deeds(records)],
+        smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),
+        dense=_plain(records.stored_dense()),
+        prompt=records.prompt.get("version") if records.prompt else None,
+        guard=_plain(records.guard.message()) if records.guard.verdict != "ok" else "",
+        data=[_plain(line) for line in _data(records)],
+        counted=_counted(records),
+        stages=_stages(records),
+        results=_results(comparison),
+        trust=[[_plain(cell) for cell in row] for row in (TITLES, *trust_rows(pruned.changes))],
+        advice=[_plain(line) for line in advice(records, pruned)],
+        places=list(dict.fromkeys(_plain(facts.place(number.environment)) for number in numbers)),
+        engines=[(_plain(one.engine), one.opens, _plain(facts.engine_remark(one))) for one in records.engines],
+        elsewhere=[
+            (_plain(name), facts.filled(commands[name], "path/to/this/folder", code))
+            for name in opened
+            if commands and name in commands
+        ],
+        readers=readers,
+        missing=[*map(_plain, missing(comparison)), *(_NEVER[bool(pruned.changes) :])],
     )
 
 
