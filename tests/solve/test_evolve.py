@@ -66,6 +66,29 @@ def test_items_that_only_pay_off_together_are_switched_together() -> None:
     assert evolve(items, 6.0, (1, 1, *(0,) * 6), error, one, seed=0, together=pairs).levels == (*(0,) * 6, 1, 1)
 
 
+def test_levels_of_equal_items_are_exchanged_and_of_others_not() -> None:
+    """Half of the offspring of a start that spends the whole budget have its levels in another order, two of them
+    exchanged; those of items of other costs stay.
+    """
+    items = [*(Item(f"small {i}", (2.0, 1.0, 0.0)) for i in range(6)), Item("large", (7.0, 6.5))]
+    start: Levels = (0, 0, 0, 1, 2, 2, 0)
+    children: list[Levels] = []
+
+    def noted(levels: Levels, _: int) -> float:
+        children.append(levels)
+        return 0.0 if levels == start else 1.0
+
+    evolve(items, cost_of(items, start), start, noted, Evolution(1, 40, (), switches=1), seed=0)
+    changed = [[i for i in range(7) if child[i] != start[i]] for child in children[1:]]
+    exchanged = [
+        places
+        for places, child in zip(changed, children[1:], strict=True)
+        if len(places) == 2 and sorted(child) == sorted(start)
+    ]
+    assert len({tuple(places) for places in exchanged}) == 11  # all pairs of small ones at different levels
+    assert not any(6 in places for places in exchanged)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_tried_above_the_budget_and_the_best_never_gets_worse(seed: int) -> None:
     items, limit, start, error = problem(seed, 0.7)

@@ -5,10 +5,11 @@ What each level does alone does not tell what levels do together, so candidates 
 some offspring; each differs by a few level switches and costs no more than the budget. Offspring are compared on few
 tokens, the best of them on more, the last on most, and the best of these takes the parent's place if it is better.
 
-Departures: costs are free, and any item trades with any other (there, items of one kind and size trade, a level up for
-a level down); items may be switched together, such as the two halves of a block. Evaluation sets stay the same from
-generation to generation (there, they are drawn anew), so that the best fitness never rises and a candidate met twice is
-not tried twice.
+Departures: costs are free, and any item trades with any other; half of the offspring exchange the levels of two items
+of equal costs, which keeps the budget to the unit (there, all trade within one kind and size, a level up for a level
+down). Items may be switched or exchanged together, such as the two halves of a block. Evaluation sets stay the same
+from generation to generation (there, they are drawn anew), so that the best fitness never rises and a candidate met
+twice is not tried twice.
 
 The model is a function of candidate and stage; who keeps a journal of it can go on after any candidate, since all else
 follows from the seed.
@@ -29,6 +30,8 @@ from compresso.solve.level_choice import Item, Levels, cost_floor, fits, whole_c
 
 TRIES = 64
 """Draws of an offspring that differs from the parent and its siblings before a generation goes on with fewer."""
+EXCHANGED = 0.5
+"""How often an offspring exchanges levels of equal items, where there are some that differ."""
 FILLED = 0.75
 """How often an offspring spends what its switches left of the budget: mostly, since dearer levels seldom harm."""
 
@@ -208,10 +211,12 @@ class _Market:
     together: Sequence[Sequence[int]]
 
     def mutated(self, parent: Levels, switches: int, draw: random.Random) -> Levels | None:
-        """A parent with a few items switched to other levels, and others after them so that the budget holds; None
-        where it does not.
+        """A parent with a few items switched to other levels, and others after them so that the budget holds, or with
+        the levels of equal items exchanged; None where the budget does not hold.
         """
         child, moved = list(parent), set[int]()
+        if draw.random() < EXCHANGED and self._exchange(child, draw):
+            return tuple(child)
         for _ in range(min(draw.randint(1, switches), draw.randint(1, switches))):
             self._switch(child, moved, draw)
         left = self.limit - sum(costs[n] for costs, n in zip(self.costs, child, strict=True))
@@ -231,6 +236,21 @@ class _Market:
         if draw.random() < FILLED:
             self._fill(child, left, moved, draw)
         return tuple(child)
+
+    def _exchange(self, child: list[int], draw: random.Random) -> bool:
+        """Exchange the levels of two items of equal costs, or of two groups of these; whether any differ."""
+        units: list[Sequence[int]] = [(place,) for place in range(len(child))]
+        if self.together and draw.random() < 0.5:
+            units = list(self.together)
+        draw.shuffle(units)
+        for i, first in enumerate(units):
+            for second in units[i + 1 :]:
+                alike = [self.costs[place] for place in first] == [self.costs[place] for place in second]
+                if alike and [child[place] for place in first] != [child[place] for place in second]:
+                    for a, b in zip(first, second, strict=True):
+                        child[a], child[b] = child[b], child[a]
+                    return True
+        return False
 
     def _switch(self, child: list[int], moved: set[int], draw: random.Random) -> None:
         """Switch one item, or some that go together, to dearer levels or to cheaper ones, and note which moved."""
