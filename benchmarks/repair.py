@@ -51,20 +51,23 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt/mlp": ("drop_layers", {"kinds": ["mlp"], "batches": 8, "batch": 4}),
     "ristretto": (
         "ristretto",
-        {"evolution": {"generations": 6, "offspring": 8}, "batches": 8, "beginnings": 3, "judge_rows": 6},
-    ),
-    "ristretto/repaired": (
-        "ristretto",
         {
-            "evolution": {"generations": 6, "offspring": 8},
-            "batches": 8,
+            "evolution": {"generations": 6, "offspring": 8, "survivors": []},
+            "batches": 6,
             "beginnings": 3,
             "judge_rows": 6,
-            "finalists": 1,
+            "finalists": 2,
             "judged": "repaired",
+            "repaired_rows": 16,
         },
     ),
+    "ristretto/found": (
+        "ristretto",
+        {"evolution": {"generations": 6, "offspring": 8}, "batches": 8, "beginnings": 3, "judge_rows": 6},
+    ),
 }
+REFITS = {"ristretto": "before"}
+"""What a repair fits behind a selector, where it is not "gaps"."""
 SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 4, "batch": 4})
 """ShortGPT with a number of layers in the place of a share; asked for as the selector `shortgpt/drop-6`."""
 TEXTS = Path(os.environ.get("COMPRESSO_DATA", "")) / "datasets"
@@ -196,7 +199,9 @@ def cells(
             begun, job = time.monotonic(), replace(chosen, model=copy.deepcopy(chosen.model))
             told: dict[str, Any] = {}
             if repair != "none":
-                job = card("repair").type(target=repair)(replace(job, out=Path(scratch) / repair))
+                job = card("repair").type(target=repair, refit=REFITS.get(selector, "gaps"))(
+                    replace(job, out=Path(scratch) / repair)
+                )
                 facts = job.records["repair"]
                 linears = [one for one in facts["linears"].values() if one["applied"]]
                 told = {

@@ -18,6 +18,7 @@ from compresso.errors import DataError, ResourceError
 from compresso.job import Job
 from compresso.methods.ristretto import Ristretto
 from compresso.methods.ristretto_judge import Judge
+from compresso.methods.ristretto_repaired import RepairedDivergence
 from compresso.solve.evolve import Evolution
 from compresso.sweep.candidates import CandidateDivergence
 from tests.methods.conftest import MakeJob
@@ -128,11 +129,15 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_goes_on_to_the_same_weights(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    knobs = {"keep": 0.6, "judged": "repaired", "examples": 12}
+@pytest.mark.parametrize(("repaired_rows", "places"), [(0, (1, 3, 6, 10)), (4, (5, 9))])
+def test_a_run_killed_anywhere_goes_on_to_the_same_weights(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, repaired_rows: int, places: tuple[int, ...]
+) -> None:
+    knobs = {"keep": 0.6, "judged": "repaired", "examples": 12, "repaired_rows": repaired_rows}
     expected = ristretto(**knobs)(make_job(folder="whole"))
-    real, judged = CandidateDivergence.__call__, Judge.__call__
-    for place in (1, 3, 6, 10):
+    kind = RepairedDivergence if repaired_rows else CandidateDivergence
+    real, judged = kind.__call__, Judge.__call__
+    for place in places:
         job, asked = make_job(folder=f"killed {place}"), 0
 
         def counted(place: int = place) -> None:
@@ -141,7 +146,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_weights(make_job: MakeJob, mo
             if asked > place:
                 raise Killed
 
-        def tried(self: CandidateDivergence, levels: Any, stage: int, /) -> float:
+        def tried(self: Any, levels: Any, stage: int, /) -> float:
             counted()
             return real(self, levels, stage)
 
@@ -150,7 +155,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_weights(make_job: MakeJob, mo
             judged(self, levels)
 
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(CandidateDivergence, "__call__", tried)
+            patched.setattr(kind, "__call__", tried)
             patched.setattr(Judge, "__call__", judging)
             ristretto(**knobs)(job)
         again = ristretto(**knobs)(make_job(folder=f"killed {place}"))
@@ -173,9 +178,9 @@ def test_candidates_that_repeat_themselves_are_passed_over(make_job: MakeJob, mo
 
 def test_rows_that_judge_are_not_fitted_to(make_job: MakeJob) -> None:
     stage, job = ristretto(), make_job()
-    seen, judges = stage.split_rows(job)
-    assert len(judges) == 4 and len(seen) + len(judges) == len(job.rows)
-    assert not [row for row in judges if any(row is one for one in seen)]
+    seen, judges, compared = stage.split_rows(job)
+    assert len(judges) == len(compared) == 4 and len(seen) + len(judges) + len(compared) == len(job.rows)
+    assert len({id(row) for row in (*seen, *judges, *compared)}) == len(job.rows)
 
 
 def test_nothing_is_searched_by_the_rows_that_judge(make_job: MakeJob) -> None:

@@ -22,12 +22,14 @@ from compresso.core.plan import Plan
 from compresso.core.repair import token_weights
 from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError
+from compresso.sweep import two_streams
 from compresso.sweep.activation_store import Place as Where
 from compresso.sweep.journal import Journal
 from compresso.sweep.least_squares import Fit
-from compresso.sweep.lost import Lost, Place, lost, writers
+from compresso.sweep.lost import Lost, Place, Refit, lost, writers
 from compresso.sweep.repair import Calibrated, repair_
 from compresso.sweep.targets import matrix
+from compresso.sweep.two_streams import Known
 
 TEXT = [name for name in CONFIGS if not name.startswith("vit") and name not in MIXTURES]
 """Families that a repair takes: mixtures of experts it refuses."""
@@ -93,9 +95,9 @@ class Pair:
     layers: Sequence[int]
     dimensions: Sequence[int] | None
 
-    def gone(self, behind: bool = False) -> Lost:
+    def gone(self, refit: Refit = Refit.GAPS) -> Lost:
         arch, _ = described(self.dense)
-        return lost(self.dense, self.smaller, arch, self.layers, self.dimensions is not None, behind)
+        return lost(self.dense, self.smaller, arch, self.layers, self.dimensions is not None, refit)
 
     def repaired(
         self,
@@ -104,7 +106,7 @@ class Pair:
         *,
         seen: Sequence[Tensor] = (IDS,),
         held: Sequence[Tensor] = (IDS,),
-        behind: bool = False,
+        refit: Refit = Refit.GAPS,
         place: Where = "device",
         journal: Journal | None = None,
         loss: Callable[[], float] | None = None,
@@ -116,7 +118,7 @@ class Pair:
             self.dense,
             model,
             arch,
-            self.gone(behind),
+            self.gone(refit),
             self.layers,
             self.dimensions,
             data,
@@ -256,7 +258,7 @@ def test_only_what_feeds_a_gap_is_fitted_and_all_behind_it_where_asked(tiny: Tin
     _, axes = described(dense)
     both = pair(dense, without(axes, {"layers": [2]}))
     assert [(one.place, one.until) for one in both.gone().consumers] == [(Place(1, 1), Place(2, 1))]
-    assert [one.place for one in both.gone(behind=True).consumers] == [Place(1, 1), Place(3, 0), Place(3, 1)]
+    assert [one.place for one in both.gone(Refit.BEHIND).consumers] == [Place(1, 1), Place(3, 0), Place(3, 1)]
     mlp = pair(dense, without(axes, {"mlp": [1]}))
     assert [(one.place, one.until) for one in mlp.gone().consumers] == [(Place(1, 0), Place(1, 1))]
     attention = pair(dense, without(axes, {"attention": [2], "mlp": [1]}))
@@ -265,6 +267,9 @@ def test_only_what_feeds_a_gap_is_fitted_and_all_behind_it_where_asked(tiny: Tin
     assert (first.consumers, first.unabsorbed) == ((), (Place(0, 0), Place(0, 1)))
     hidden = pair(dense, without(axes, {"hidden": range(8)})).gone()
     assert len(hidden.consumers) == 8
+    mixed = pair(dense, without(axes, {"layers": [2], "layers.0.channels": [3]}))
+    assert [one.place for one in mixed.gone().consumers] == [Place(0, 1), Place(1, 1)]
+    assert [one.place for one in mixed.gone(Refit.BEFORE).consumers] == [Place(1, 1)]
 
 
 def test_a_whole_model_is_left_alone(tiny: Tiny) -> None:
@@ -305,6 +310,49 @@ def test_before_a_gap_the_loss_of_the_model_decides(tiny: Tiny, best: int) -> No
         assert torch.equal(matrix(repaired, module), matrix(alone, module))
     else:
         assert torch.equal(matrix(repaired, module), matrix(both.smaller, module))
+
+
+def test_without_a_loss_the_fit_that_misses_least_closes_a_gap(tiny: Tiny) -> None:
+    dense = tiny("llama_gqa")
+    both = pair(dense, without(described(dense)[1], {"layers": [2]}))
+    model, (arch, _) = copy.deepcopy(both.smaller), described(dense)
+    gone, data = both.gone(), Calibrated([IDS], [IDS])
+    notes = repair_(dense, model, arch, gone, both.layers, None, data, Fit(alphas=(1.0,)), None)
+    ((_, facts),) = notes.items()
+    assert facts["applied"] and facts["ridge"] == 0.03  # judged on what it is fitted to
+    assert facts["held_out_error"][1] < facts["held_out_error"][0] and "held_out_loss" not in facts
+    few = Calibrated([IDS[:1, :6]], [OTHERS])
+    taken_back = repair_(dense, model, arch, gone, both.layers, None, few, Fit(alphas=(1.0,), ridges=(1e-5,)), None)
+    assert not next(iter(taken_back.values()))["applied"]
+
+
+def test_what_is_known_of_the_dense_model_is_not_computed_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two repairs that share it give the weights of repairs that do not, and the second runs no dense block, unless a
+    gap ends amid one.
+    """
+    dense = tiny("llama_gqa")
+    arch, axes = described(dense)
+    known, data, ran = Known(), Calibrated([IDS[:4], IDS[4:]], [OTHERS]), list[nn.Module]()
+    real = two_streams.output_of
+
+    def noted(block: nn.Module, batch: two_streams.BlockBatch) -> Tensor:
+        ran.append(block)
+        return real(block, batch)
+
+    monkeypatch.setattr(two_streams, "output_of", noted)
+    for place, masks in enumerate(({"layers": [2]}, {"layers": [1]}, {"attention": [2], "mlp": [1]})):
+        both, found = pair(dense, without(axes, masks)), list[PreTrainedModel]()
+        for one in (None, known):
+            model, before = copy.deepcopy(both.smaller), len(ran)
+            repair_(dense, model, arch, both.gone(), both.layers, None, data, Fit(alphas=(1.0,)), None, known=one)
+            found.append(model)
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in found), strict=True))
+        own = set(map(id, arch.blocks(dense)))
+        assert any(id(block) in own for block in ran[before:]) == (place != 1)
+    small = Known(room=100)
+    small.keep(0, 0, torch.zeros(20), two_streams.Written())
+    small.keep(1, 0, torch.zeros(6), two_streams.Written())
+    assert small.get(0, 0) is not None and small.get(1, 0) is None
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -25,8 +25,9 @@ def refuse_apart(job: Job, stage: str) -> None:
         )
 
 
-def rows_apart(rows: Sequence[Row], most: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows that candidates are fitted to, and `most` or a third of all to judge them by, drawn without repetition.
+def rows_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[list[Row]]:
+    """Rows that candidates are fitted to, and, for each number of `most`, as many others or a third of all; drawn
+    without repetition.
 
     Raises:
         DataError: there are fewer than 3.
@@ -36,9 +37,12 @@ def rows_apart(rows: Sequence[Row], most: int, seed: int) -> tuple[list[Row], li
             f"{counted(len(rows), 'calibration example')}: candidates are fitted to some and judged by others;"
             " give at least 3"
         )
-    n = min(most, len(rows) // 3)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[i] for i in sorted(order[n:])], [rows[i] for i in sorted(order[:n])]
+    found: list[list[Row]] = []
+    for n in (min(one, len(rows) // 3) for one in most):
+        found.append([rows[i] for i in sorted(order[:n])])
+        order = order[n:]
+    return [[rows[i] for i in sorted(order)], *found]
 
 
 def cut(

@@ -34,7 +34,7 @@ from compresso.sweep.audit import audit, digest, fingerprints
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
 from compresso.sweep.least_squares import Fit
-from compresso.sweep.lost import Lost, lost
+from compresso.sweep.lost import Lost, Refit, lost
 from compresso.sweep.repair import Calibrated, repair_
 from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
@@ -70,8 +70,8 @@ class Repair:
         held: share of them that is held out, to choose by.
         batch: rows a forward pass.
         activations: where the states between two blocks are kept: "device", "cpu" or "disk".
-        refit: "gaps", what lost inputs or stands before something that left, or "behind", everything from the first of
-            these on.
+        refit: "before", what stands before something that left whole, "gaps", these and what lost inputs, or "behind",
+            everything from the first of these on.
         tokens: "weighted" by one over the squared norm of the stream that they are led to, or "alike".
         pull: what the ridge pulls to, the "old" weight or "zero".
     """
@@ -83,7 +83,7 @@ class Repair:
     held: Annotated[float, Gt(0), Lt(1)] = 0.2
     batch: Annotated[int, Ge(1)] = 8
     activations: Place = "device"
-    refit: Literal["gaps", "behind"] = "gaps"
+    refit: Refit = Refit.GAPS
     tokens: Literal["weighted", "alike"] = "weighted"
     pull: Literal["old", "zero"] = "old"
 
@@ -121,7 +121,7 @@ class Repair:
         kept = job.plan.kept
         layers = kept.get("layers", tuple(range(len(job.arch.blocks(dense)))))
         dimensions = kept.get("hidden")
-        gone = lost(dense, job.model, job.arch, layers, dimensions is not None, self.refit == "behind")
+        gone = lost(dense, job.model, job.arch, layers, dimensions is not None, self.refit)
         seen, held = self._rows(job)
         told = self._said(job, gone, sum(len(row["input_ids"]) for row in seen))
         if not gone.consumers:

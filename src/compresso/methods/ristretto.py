@@ -9,7 +9,7 @@
    after the stage `repair` has repaired it (`judged: repaired`), since layers gain most by that and widths were
    fitted before.
 4. Evolution from the best of them, every candidate compared with the dense model by the KL divergence (EvoPress,
-   Sieberling et al., arXiv 2410.14649).
+   Sieberling et al., arXiv 2410.14649), as it is or after a repair on few rows (`repaired_rows`).
 5. The best that evolution found are judged like the beginnings; of all that were judged, the nearest is taken that
    repeats itself little more than the dense model when it writes.
 
@@ -17,9 +17,11 @@ The stage leaves weights as the bank fitted them; put `repair` behind it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,18 +41,20 @@ from compresso.errors import BudgetError
 from compresso.job import Job
 from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.methods.repair import Repair
-from compresso.methods.ristretto_judge import Judge
+from compresso.methods.ristretto_judge import Build, Judge
+from compresso.methods.ristretto_repaired import RepairedDivergence
 from compresso.observe.influence import block_influence
 from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
 from compresso.solve.bank_choice import STEPS, Menu, beginnings, evenly, items, menu
-from compresso.solve.evolve import Evolution
+from compresso.solve.evolve import Evolution, Fitness
 from compresso.solve.level_choice import Item, Levels
 from compresso.solve.search import Search, recorded, search_levels
 from compresso.stage import Calibrates, Effects, Passes, stage
 from compresso.sweep.bank import BankKnobs, make_bank
 from compresso.sweep.bank_levels import BankLevels
 from compresso.sweep.calibration import Calibration
-from compresso.sweep.candidates import candidate_divergence
+from compresso.sweep.candidates import CandidateDivergence, candidate_divergence
+from compresso.sweep.lost import Refit
 from compresso.training.fitness_journal import journalled
 from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches
@@ -78,7 +82,8 @@ class Ristretto:
         layout: "free", or "uniform": equal widths in all layers, and whole layers leave; not with "evolve".
         search: "none" keeps one share in every layer, "dp" takes the best beginning, "evolve" goes on from it.
         evolution: length and breadth of the search; see `compresso.solve.evolve.Evolution`.
-        calibrates: what candidates are compared on; the last stage of selection takes all.
+        calibrates: what block influence is measured on, and, of rows that nothing else sees, what candidates of the
+            evolution are compared on; the last stage of selection takes all.
         examples: calibration rows of the bank, and of repairs, at most.
         batch_of_bank: rows a forward pass of these.
         steps: widths of an FFN that are tried, at most.
@@ -86,7 +91,9 @@ class Ristretto:
         beginnings: judged, at most, from no layer gone to layers alone.
         finalists: best candidates of the evolution that are judged.
         judged: by their divergence as "found", or "repaired" as `repair` behind this stage will make them; slow.
-        judge_rows: rows that the bank does not see.
+        repaired_rows: rows that a candidate of the evolution is repaired on before it is compared; 0 compares
+            candidates as they are.
+        judge_rows: rows that neither the bank, nor repairs, nor the evolution see.
         texts: of these rows, continued to look for repetition; 0 looks at none.
         repeats: by how much more than the dense model's a candidate's share of repeated 4-grams may be.
     """
@@ -105,6 +112,7 @@ class Ristretto:
     beginnings: Annotated[int, Ge(1)] = 4
     finalists: Annotated[int, Ge(0)] = 2
     judged: Literal["repaired", "found"] = "found"
+    repaired_rows: Annotated[int, Ge(0)] = 0
     judge_rows: Annotated[int, Ge(1)] = 16
     texts: Annotated[int, Ge(0)] = 8
     repeats: Annotated[float, Ge(0), Le(1)] = 0.1
@@ -144,23 +152,28 @@ class Ristretto:
         evolves = self.search == "evolve"
         n_judged = {"none": 1, "dp": self.beginnings, "evolve": self.beginnings + 1 + self.finalists}[self.search]
         repaired = n_judged if self.judged == "repaired" else 0
-        sizes = self.evolution.sizes(self._pieces)
         passes = [Passes("calibration", self.examples), Passes("search", self.judge_rows, 1 + 2 * n_judged)]
         passes.append(Passes("comparison", 2 * n_judged))  # of each as masked and as smaller
         if self.search != "none":
             passes.append(Passes("calibration", self.calibrates.examples))
         for one in self._repair.work(model, arch) if repaired else ():
             passes.append(replace(one, forwards=one.forwards * repaired))
-        if evolves:
+        if evolves and self.repaired_rows:
+            n = 2 + sum(self.evolution.most)
+            passes += [Passes("search", self.repaired_rows, 2 * n), Passes("comparison", 2 * n)]
+            sizes = self.evolution.sizes(self.calibrates.examples)
+            passes += [Passes("search", size, n) for size, n in zip(sizes, self.evolution.most, strict=True)]
+        elif evolves:
             each = self.calibrates.examples // self._pieces
             passes.append(Passes("search", self.calibrates.examples, 3))
+            sizes = self.evolution.sizes(self._pieces)
             passes += [Passes("search", size * each, n) for size, n in zip(sizes, self.evolution.most, strict=True)]
         return passes
 
     def __call__(self, job: Job) -> Job:
         """Make the bank, search, judge, and leave the best."""
         refuse_apart(job, "ristretto")
-        seen, judges = self.split_rows(job)
+        seen, judges, compared = self.split_rows(job)
         axes, cost, of_run = axes_of(job.arch, job.model, (Kind.QUERY,)), job.cost(), job.same("ristretto", self)
         self.dry_run_plan(axes, cost)
         looking = replace(job, rows=seen)
@@ -177,7 +190,11 @@ class Ristretto:
             judge(levels)
         facts: dict[str, Any] = {}
         if self.search == "evolve":
-            found, facts = self._evolved(looking, axes, choice, priced, limit, judge.best, fitted(job), of_run)
+            apart = replace(job, rows=compared)
+            with self._divergence(looking, apart, choice, build, fitted(job)) as (divergence, adopted):
+                fitness = keeping_fewest(divergence, choice, axes)
+                found, facts = self._evolved(job, choice, priced, limit, judge.best, fitness, adopted, of_run)
+                facts |= {"calibration": divergence.facts}
             for levels in found:
                 judge(levels)
         levels, place = judge.taken(self.repeats)
@@ -190,9 +207,13 @@ class Ristretto:
         }
         return build(job, levels).note("ristretto", **told)
 
-    def split_rows(self, job: Job) -> tuple[list[Row], list[Row]]:
-        """Rows for the bank and repairs, and rows to judge by, drawn without repetition. Raises DataError."""
-        return rows_apart(job.rows, self.judge_rows, mixed_seed("ristretto rows", job.seed))
+    def split_rows(self, job: Job) -> tuple[list[Row], list[Row], list[Row]]:
+        """Rows for the bank and repairs, rows to judge by, and rows to compare candidates of an evolution on, drawn
+        without repetition. Raises DataError.
+        """
+        most = [self.judge_rows, self.calibrates.examples if self.search == "evolve" else 0]
+        seen, judges, compared = rows_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
+        return seen, judges, compared
 
     def _beginnings(
         self,
@@ -216,47 +237,59 @@ class Ristretto:
         even = self.layout == "uniform"
         return beginnings(choice, priced, limit, order[: len(order) - 1], self.beginnings, even=even)
 
+    @contextmanager
+    def _divergence(
+        self, job: Job, apart: Job, choice: Menu, build: Build, install: BankLevels
+    ) -> Iterator[tuple[CandidateDivergence | RepairedDivergence, Callable[[Levels], None]]]:
+        """How far candidates are from dense, and what is called with each parent.
+
+        Args:
+            job: with the rows that repairs may see.
+            apart: with those to compare on.
+            choice: of levels.
+            build, install: make a candidate of a model, apart or in place.
+        """
+        n = min(self._pieces, -(-len(apart.rows) // min(self.calibrates.batch, self.calibrates.micro_batch)))
+        sizes = self.evolution.sizes(n)
+        if self.repaired_rows:
+            few = replace(job, rows=job.rows[: max(self.repaired_rows, 2)])
+            yield (
+                RepairedDivergence(build, few, self.batch_of_bank, apart.rows, self.evolution.sizes(len(apart.rows))),
+                lambda _: None,
+            )
+            return
+        batches = list(islice(self.calibrates.read(self._batches(apart)), n))
+        blocks, at = job.arch.blocks(job.model), [one.layer for one in choice.sub_layers]
+        with candidate_divergence(job.model, blocks, at, install, choice.dense, batches, sizes) as divergence:
+            yield divergence, divergence.adopt
+
     def _evolved(
         self,
         job: Job,
-        axes: Sequence[Axis],
         choice: Menu,
         priced: Sequence[Item],
         limit: float,
         start: Levels,
-        install: BankLevels,
+        fitness: Fitness,
+        adopted: Callable[[Levels], None],
         same: Mapping[str, Any],
     ) -> tuple[list[Levels], dict[str, Any]]:
         """The best candidates of the evolution from a beginning, and facts for the records."""
-        blocks, batches = job.arch.blocks(job.model), list(self.calibrates.read(self._batches(job)))
-        at = [one.layer for one in choice.sub_layers]
-        most = 2 + sum(self.evolution.most)
-        journal = job.rounds("candidates", same)
-        with (
-            candidate_divergence(
-                job.model, blocks, at, install, choice.dense, batches, self.evolution.sizes(len(batches))
-            ) as divergence,
-            journalled(
-                keeping_fewest(divergence, choice, axes), journal, most, job.progress(), "candidates"
-            ) as fitness,
-        ):
+        journal, most = job.rounds("candidates", same), 2 + sum(self.evolution.most)
+        with journalled(fitness, journal, most, job.progress(), "candidates") as written:
             found = search_levels(
                 Search.EVOLVE,
                 priced,
                 limit,
                 start,
-                fitness,
+                written,
                 self.evolution,
                 seed=mixed_seed("ristretto", job.seed),
                 together=choice.pairs,
-                adopted=divergence.adopt,
+                adopted=adopted,
             )
-            facts = {
-                "calibration": divergence.facts,
-                "history": recorded(found.history),
-                "candidates": list(found.tried),
-            }
         best = [found.levels, *(levels for levels, value in found.finalists if math.isfinite(value))]
+        facts = {"history": recorded(found.history), "candidates": list(found.tried)}
         return list(dict.fromkeys(best))[: 1 + self.finalists], facts
 
     def _fitted(self, choice: Menu, bank: Path, job: Job) -> BankLevels:
@@ -266,7 +299,7 @@ class Ristretto:
     @property
     def _repair(self) -> Repair:
         """What is done to candidates before they are judged."""
-        knobs: dict[str, Any] = {"examples": self.examples, "batch": self.batch_of_bank}
+        knobs: dict[str, Any] = {"examples": self.examples, "batch": self.batch_of_bank, "refit": Refit.BEFORE}
         return Repair(**knobs)
 
     @property

@@ -213,7 +213,8 @@ class ZipLM:
 
     def split_rows(self, job: Job) -> tuple[list[Row], list[Row]]:
         """Rows for the bank, and rows to judge by. Raises DataError for fewer than 3."""
-        return rows_apart(job.rows, self.judge_rows, mixed_seed("ziplm rows", job.seed))
+        seen, judges = rows_apart(job.rows, [self.judge_rows], mixed_seed("ziplm rows", job.seed))
+        return seen, judges
 
     def _searched(
         self,

@@ -8,6 +8,7 @@ them wrote together.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from transformers import PreTrainedModel
 
@@ -17,6 +18,17 @@ from compresso.sweep.targets import matrix
 
 WRITERS = (Kind.ATTENTION, Kind.MLP)
 """The sub-layers of a block that write to the stream, in order."""
+
+
+class Refit(StrEnum):
+    """Which linears are fitted."""
+
+    BEFORE = "before"
+    """Those before something that left whole."""
+    GAPS = "gaps"
+    """Those, and all that lost inputs."""
+    BEHIND = "behind"
+    """Those, and all behind the first of them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +101,7 @@ def lost(
     arch: Arch,
     layers: Sequence[int],
     fewer_dimensions: bool = False,
-    behind: bool = False,
+    refit: Refit = Refit.GAPS,
 ) -> Lost:
     """What left of a model; needs shapes only.
 
@@ -98,7 +110,7 @@ def lost(
         arch: describes both.
         layers: the dense model's number of each of the smaller one's blocks.
         fewer_dimensions: whether the stream lost dimensions: every sub-layer lost inputs then.
-        behind: also fit every linear behind the first that has a reason of its own.
+        refit: which linears are to be fitted.
     """
     were, are = writers(dense, arch), writers(smaller, arch)
     left = {Place(layers[place.layer], place.sub_layer): (place.layer, name) for place, name in are.items()}
@@ -115,7 +127,7 @@ def lost(
             consumers[-1] = Consumer(last.layer, last.module, last.place, place, last.narrower, last.columns)
         else:
             unabsorbed.append(place)
-    needed = [one.narrower or one.until > one.place for one in consumers]
+    needed = [one.until > one.place or (one.narrower and refit is not Refit.BEFORE) for one in consumers]
     first = needed.index(True) if True in needed else len(needed)
-    chosen = [one for i, one in enumerate(consumers) if needed[i] or (behind and i > first)]
+    chosen = [one for i, one in enumerate(consumers) if needed[i] or (refit is Refit.BEHIND and i > first)]
     return Lost(tuple(chosen), tuple(unabsorbed))

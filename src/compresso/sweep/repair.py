@@ -38,7 +38,7 @@ from compresso.sweep.least_squares import Candidate, Fit
 from compresso.sweep.lost import Consumer, Lost, Place
 from compresso.sweep.repair_targets import Targets
 from compresso.sweep.targets import matrix
-from compresso.sweep.two_streams import Stream
+from compresso.sweep.two_streams import Known, Stream
 from compresso.training.progress import Progress
 from compresso.training.signals import noted_signals
 
@@ -73,8 +73,9 @@ def repair_(
     dimensions: Sequence[int] | None,
     data: Calibrated,
     fit: Fit,
-    loss: Callable[[], float],
+    loss: Callable[[], float] | None,
     *,
+    known: Known | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
     name: str = "repair",
@@ -90,7 +91,9 @@ def repair_(
         dimensions: of the dense stream, those that are left; None for all.
         data: the tokens.
         fit: how.
-        loss: of the smaller model as it is, on what is held out.
+        loss: of the smaller model as it is, on what is held out; None takes the fit that misses its own held-out
+            targets least before a gap, too, which saves two passes or more a gap.
+        known: of the dense model on these tokens, for repairs of several models; None keeps nothing.
         journal: of finished blocks, which are read instead of done; None keeps none.
         progress, name: display.
 
@@ -112,7 +115,10 @@ def repair_(
     done = set(journal.finished(list(by_layer))) if journal else set[int]()
     tokens, notes = float(sum(batch.numel() for batch in batches)), dict[str, dict[str, Any]]()
     try:
-        streams = [Stream(of, arch, batches, store) for of, store in ((dense, stores[0]), (smaller, stores[1]))]
+        streams = [
+            Stream(of, arch, batches, store, one)
+            for of, store, one in ((dense, stores[0], known), (smaller, stores[1], None))
+        ]
         goals = {Kind.ATTENTION: stores[2], Kind.MLP: stores[3]}
         width = int(stores[0][0].shape[-1])
         both = Targets(streams[0], streams[1], layers, dimensions, width, len(data.seen), fit, goals)
@@ -141,7 +147,9 @@ def repair_(
     return notes
 
 
-def _fitted_(smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Callable[[], float]) -> dict[str, Any]:
+def _fitted_(
+    smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Callable[[], float] | None
+) -> dict[str, Any]:
     """Fit one linear in place; its facts."""
     gap = _absorbed(one)
     told = {"columns": one.columns, "narrower": one.narrower, "absorbs": gap}
@@ -161,7 +169,7 @@ def _fitted_(smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Calla
         ) from problem
     told |= {"tokens": sums[False].tokens}
     missed = error(old, sums[True])
-    if gap and both.adds[one.place.layer]:
+    if loss is not None and gap and both.adds[one.place.layer]:
         judged: list[tuple[float, float, Candidate | None]] = [(loss(), missed, None)]
         for candidate in candidates:
             weight.copy_(candidate.weight)

@@ -43,7 +43,7 @@ class Targets:
             hidden = self.dense.states[index]
             beyond = [one for one in wanted.values() if self.adds[own] and one.until.layer >= following]
             for at in range(own, following):
-                output, written = self.dense.run(at, index, hidden)
+                output, written = self.dense.own(at, index, hidden)
                 for kind, one in wanted.items():
                     if not self.adds[own]:
                         if at == own:

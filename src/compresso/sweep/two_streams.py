@@ -46,6 +46,29 @@ class Written:
         return sum((self.outputs[kind].float() for kind in kinds if kind in self.outputs), 0.0)
 
 
+class Known:
+    """What a model's own stream was, for repairs of several smaller models on the same tokens.
+
+    Args:
+        room: most bytes kept; what does not fit is computed again.
+    """
+
+    def __init__(self, room: int = 2**31) -> None:
+        self._room = room
+        self._kept: dict[tuple[int, int], tuple[Tensor, Written]] = {}
+
+    def get(self, layer: int, index: int) -> tuple[Tensor, Written] | None:
+        """A block's output on a batch, and what its linears wrote, if it is kept."""
+        return self._kept.get((layer, index))
+
+    def keep(self, layer: int, index: int, output: Tensor, written: Written) -> None:
+        """Keep it where there is room."""
+        size = output.nbytes + sum(one.nbytes for one in written.outputs.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[layer, index] = output, Written(outputs=dict(written.outputs))
+
+
 class Stream:
     """A model's blocks on all batches, and the states before the block that is next.
 
@@ -54,9 +77,18 @@ class Stream:
         arch: knows its blocks.
         batches: ids [rows, seq] each.
         states: filled with the states before the first block.
+        known: of this model on these batches, read and filled; None keeps nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: Arch, batches: Sequence[Tensor], states: ActivationStore) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: Arch,
+        batches: Sequence[Tensor],
+        states: ActivationStore,
+        known: Known | None = None,
+    ) -> None:
+        self._known = known
         self.blocks, self.states = list(arch.blocks(model)), states
         self._calls: list[list[BlockCall]] = recorded_calls(model, arch.blocks(model), batches, states)
         self._writers: list[dict[Kind, nn.Module]] = [{} for _ in self.blocks]
@@ -93,9 +125,22 @@ class Stream:
             written.outputs[kind] = states.reshape(*hidden.shape[:-1], -1)
         return output, written
 
+    def own(self, layer: int, index: int, hidden: Tensor) -> tuple[Tensor, Written]:
+        """As `run`, of the state that the model itself has there, which is not computed twice where it is known; what
+        the linears read is not told then.
+        """
+        found = None if self._known is None else self._known.get(layer, index)
+        if found is None:
+            found = self.run(layer, index, hidden)
+            if self._known is not None:
+                self._known.keep(layer, index, *found)
+        return found
+
     def is_sum(self, layer: int, index: int, hidden: Tensor) -> bool:
-        """Whether a block outputs what it read plus what its linears write: no norm stands between."""
-        output, written = self.run(layer, index, hidden)
+        """Whether a block, given the model's own state, outputs what it read plus what its linears write: no norm
+        stands between.
+        """
+        output, written = self.own(layer, index, hidden)
         added = output.float() - hidden.float()
         missed = added - written.total(tuple(written.outputs))
         return float((missed.norm(dim=-1) - _ROUNDING * added.norm(dim=-1)).median()) <= 0
@@ -103,7 +148,7 @@ class Stream:
     def step(self, layer: int) -> None:
         """Run a block on every batch and keep what it outputs."""
         for index in range(len(self)):
-            self.states.put(index, self.run(layer, index, self.states[index])[0])
+            self.states.put(index, self.own(layer, index, self.states[index])[0])
 
 
 @contextmanager
