@@ -21,7 +21,7 @@ from compresso.checkpoint.source import open_source
 from compresso.commands import measure as measuring
 from compresso.commands import verify as verifying
 from compresso.commands.evaluate import evaluate
-from compresso.commands.evaluate import show as show_scores
+from compresso.commands.evaluate_table import show as show_scores
 from compresso.commands.measure import measure
 from compresso.edit.context_attention import keepers_of
 from compresso.edit.context_cache import ContextLayer

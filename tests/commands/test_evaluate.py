@@ -19,6 +19,7 @@ import compresso
 from compresso.checkpoint.source import open_source
 from compresso.commands import evaluate as evaluation
 from compresso.commands.evaluate import evaluate, prompts
+from compresso.commands.evaluate_table import show
 from compresso.data import nano
 from compresso.data.prompt import collaborative_prompt
 from compresso.errors import DataError
@@ -242,7 +243,7 @@ def test_remarks_and_the_origin_of_rows_are_printed_once(capsys: pytest.CaptureF
         for metric in ("acc", "acc_norm")
     ]
     results = ModelResults(name="m", model="m", fingerprint="sha256:0", measurements=tuple(measured))
-    evaluation.show(Report(created="2026-01-01", models=(results,)))
+    show(Report(created="2026-01-01", models=(results,)))
     out = capsys.readouterr().out
     assert out.count("local rows.jsonl.gz 0123: a part") == 1
     assert "boolq/acc: 2 items lost tokens" in out

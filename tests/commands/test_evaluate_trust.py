@@ -9,7 +9,7 @@ from tests.conftest import Call
 from tests.metrics.trust.made_up import data
 from tests.metrics.trust.scripted import tree
 
-from compresso.commands.evaluate import show
+from compresso.commands.evaluate_table import show
 from compresso.data import nano
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 

@@ -185,7 +185,7 @@ def evaluate(
 
     Example: compresso evaluate ./llama-5b --suite commonsense --prompt both --output llama-5b.json
     """
-    from compresso.commands import evaluate
+    from compresso.commands import evaluate, evaluate_table
 
     report = evaluate.evaluate(
         model,
@@ -215,7 +215,7 @@ def evaluate(
         scorer=scorer,
         scorer_label=scorer_label,
     )
-    evaluate.show(report, as_json)
+    evaluate_table.show(report, as_json)
 
 
 @app.command()
