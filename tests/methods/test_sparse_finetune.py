@@ -22,8 +22,8 @@ from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparse_finetune import SparseFinetune, paired
 from compresso.training import squarehead_objective
-from compresso.training.distill_objective import Network
 from compresso.training.fit import fit
+from compresso.training.halves import Network
 from compresso.training.order import Micro
 from tests.methods.conftest import MakeJob
 from tests.methods.test_distill import from_dense, without
@@ -175,7 +175,7 @@ def test_what_weighs_nothing_is_not_computed(make_job: MakeJob, monkeypatch: pyt
         model.lm_head = head  # pyright: ignore[reportAttributeAccessIssue]
         return model
 
-    monkeypatch.setattr("compresso.training.distill_objective.Network.check", lambda _: None)
+    monkeypatch.setattr("compresso.training.halves.Network.check", lambda _: None)
     batch = job.collated(job.rows[:2])
     assert objective_of(replace(job, original=broken))(batch)["loss"].isfinite()
     assert not objective_of(replace(job, original=broken), kl_weight=1.0)(batch)["loss"].isfinite()

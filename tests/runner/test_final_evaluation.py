@@ -13,7 +13,7 @@ from compresso.errors import CollapseError
 from compresso.metrics.guard import Guard
 from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import ModelResults, Report
-from compresso.runner.final_evaluation import evaluation_settings
+from compresso.runner.evaluation_settings import evaluation_settings
 from compresso.runner.run import run
 from compresso.tasks.causal_lm import CausalLM
 

@@ -29,7 +29,8 @@ from compresso.observe.gate_taylor import gate_taylor
 from compresso.observe.gradients import weight_gradients
 from compresso.observe.losses import losses_without
 from compresso.tasks.classification import CLASSIFICATION
-from compresso.training.distill_objective import DistillObjective, Whole
+from compresso.training.distill_objective import DistillObjective
+from compresso.training.halves import Whole
 from compresso.training.order import Micro
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compresso.core.buckets import strongest
 from compresso.training.cached_objective import LOG_PROBS, OUTCOMES, CachedObjective
-from compresso.training.distill_objective import Network, next_tokens
+from compresso.training.halves import Network, next_tokens
 
 
 def kept(given: dict[str, Tensor], n: int, tokens: Any = "labelled", temperature: float = 1.0) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from compresso.errors import ArchError, RecipeError
-from compresso.training.distill_objective import DistillObjective, Network
+from compresso.training.distill_objective import DistillObjective
+from compresso.training.halves import Network
 from compresso.training.order import Micro
 
 MICRO = Micro(0, 0, range(3))

@@ -10,52 +10,19 @@ a sum over these units (`compresso.core.grid`). Sums run in float64: LLaMA-7B's 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis
-from compresso.core.grid import Grid, grids
+from compresso.core.grid import Grid
 from compresso.core.plan import Plan
+from compresso.core.products import padded, products_of
 from compresso.core.quantities import Amounts, Cost, CostName
 from compresso.core.quantities import Counted as Counted
-
-
-class Group(StrEnum):
-    """What a parameter counts as."""
-
-    BLOCKS = "blocks"
-    """Linear layers inside decoder layers: q, k, v, o, gate, up, down and their like, with their biases."""
-    EMBEDDINGS = "embeddings"
-    """Token and position embeddings and the language-model head; tied ones once."""
-    NORMS = "norms"
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One parameter as the counter sees it.
-
-    Args:
-        name: qualified parameter name.
-        shape: its dense shape.
-        group: what it counts as.
-        macs: multiply-accumulates each entry costs per token (1 for a Linear weight or a tied head, 0 for lookups,
-            norms and biases).
-        cached: how many of its outputs are values of the key/value cache per token, in the dense model.
-        output: the dimension of its outputs, if some are cached.
-        routed: how many units along its first dimension a token uses, however many there are (top-k of the experts
-            whose weights it stacks); 0 for all.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    group: Group
-    macs: int = 0
-    cached: int = 0
-    output: int = 0
-    routed: int = 0
+from compresso.core.weight import Group as Group
+from compresso.core.weight import Weight as Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,78 +100,16 @@ class CostModel:
         self.axes = tuple(axes)
         self.weights = tuple(weights)
         self.measured = dict(measured or {})
-        self._atoms: list[tuple[str, int | str | Grid]] = []
-        columns: dict[tuple[str, int | str | Grid], int] = {}
+        products = products_of(self.axes, self.weights)
+        self._atoms, factors, rows, chosen = products.atoms, products.factors, products.rows, products.chosen
+        constants, row_constants = products.constants, products.row_constants
 
-        def atom(axis: str, what: int | str | Grid) -> int:
-            """Index of a scalar read off masks: the sum over an axis' units, the value of one unit, whether any unit is
-            left, or the entries of a grid.
-            """
-            key = (axis, what)
-            if key not in columns:
-                columns[key] = len(self._atoms) + 1  # 0 is the constant one
-                self._atoms.append(key)
-            return columns[key]
-
-        by_name = {weight.name: weight for weight in self.weights}
-        constants = {weight.name: 1 for weight in self.weights}
-        factors: dict[str, list[int]] = {weight.name: [] for weight in self.weights}
-        rows: dict[str, list[int]] = {
-            weight.name: [] for weight in self.weights
-        }  # factors of outputs and of presence: cached entries
-        chosen: dict[str, int] = {}  # of a stack of experts, the factor that counts them
-        tiled: dict[tuple[str, int], int] = {}  # entries of one unit
-        sizes: dict[tuple[str, int], int] = {}  # units
-        divided = grids(self.axes)
-        for axis in self.axes:
-            for piece in axis.slices:
-                if piece.param not in by_name:
-                    raise ValueError(f"axis {axis.name} slices '{piece.param}', which is not a parameter of the model")
-                if piece.unit is not None:
-                    if not 0 <= piece.unit < axis.size:
-                        raise ValueError(
-                            f"axis {axis.name} has {axis.size} units; {piece.param} cannot belong to unit {piece.unit}"
-                        )
-                    index = atom(axis.name, piece.unit)
-                    factors[piece.param].append(index)
-                    rows[piece.param].append(index)
-            for (param, dim), pieces in axis.tilings().items():
-                shape = by_name[param].shape
-                if not 0 <= dim < len(shape):
-                    raise ValueError(f"axis {axis.name} lies along dim {dim} of {param}, whose shape is {list(shape)}")
-                width = sum(piece.width for piece in pieces)
-                if axis.within is not None and axis.tiles(pieces, shape[dim]):
-                    continue  # the axis around it counts both
-                if not axis.tiles(pieces, shape[dim]) or (param, dim) in tiled:
-                    raise ValueError(
-                        f"axis {axis.name}: {axis.size} units of {width} cannot tile dim {dim} ({shape[dim]}) of"
-                        f" {param}"
-                    )
-                grid = divided.get((param, dim))
-                tiled[param, dim], sizes[param, dim] = width if grid is None else 1, axis.size
-                factors[param].append(atom(axis.name, "sum" if grid is None else grid))
-                if by_name[param].routed and dim == 0:
-                    chosen[param] = factors[param][-1]
-                if dim == by_name[param].output:
-                    rows[param].append(atom(axis.name, "sum"))
-            for name in axis.with_last_unit:
-                if name not in by_name:
-                    raise ValueError(
-                        f"axis {axis.name} takes '{name}' with its last unit, which is not a parameter of the model"
-                    )
-                factors[name].append(atom(axis.name, "any"))
-        row_constants: list[int] = []
-        for weight in self.weights:
-            for dim, length in enumerate(weight.shape):
-                constants[weight.name] *= tiled.get((weight.name, dim), length)
-            row_constants.append(weight.cached // sizes.get((weight.name, weight.output), 1))
-
-        self._factors = _padded([factors[weight.name] for weight in self.weights])
-        self._chosen = _padded(
+        self._factors = padded([factors[weight.name] for weight in self.weights])
+        self._chosen = padded(
             [[one for one in factors[weight.name] if one != chosen.get(weight.name)] for weight in self.weights]
         )
         self.routes = any(weight.routed for weight in self.weights)
-        self._rows = _padded([rows[weight.name] for weight in self.weights])
+        self._rows = padded([rows[weight.name] for weight in self.weights])
         entries = torch.tensor([constants[weight.name] for weight in self.weights], dtype=torch.float64)
         groups = [
             torch.tensor([float(weight.group == group) for weight in self.weights], dtype=torch.float64)
@@ -370,9 +275,3 @@ class CostModel:
         if unknown := sorted(set(plan.kept) - set(self._ones)):
             raise ValueError(f"the plan names {unknown[0]}, which is not counted; count with its kind of axes, too")
         return self(plan.masks(self.axes))
-
-
-def _padded(lists: Sequence[Sequence[int]]) -> Tensor:
-    """Index lists as one matrix [len(lists), longest], filled with 0: the constant one."""
-    longest = max((len(one) for one in lists), default=0) or 1
-    return torch.tensor([[*one, *([0] * (longest - len(one)))] for one in lists], dtype=torch.long)

@@ -7,46 +7,39 @@ written (`FinalEvaluation.guard`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.load import load_model
-from compresso.checkpoint.source import Identity, Source
+from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.counted import counted
 from compresso.core.row import Row
-from compresso.data.instructions import encode_prompt
-from compresso.data.template import original_template, single_template
 from compresso.edit.stock import as_stock
-from compresso.errors import DataError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
 from compresso.metrics.frames import frame_measurements
-from compresso.metrics.generation import generation_measurements, samples, world_prompts
+from compresso.metrics.generation import generation_measurements, samples
 from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
-from compresso.metrics.prompts import OPENINGS, REQUESTS
-from compresso.metrics.record import Change, Environment, Measurement, ModelResults, Report, Sample
-from compresso.metrics.size import size_measurements
+from compresso.metrics.record import Environment, Measurement
 from compresso.runner.budgeted_time import obstacle, predicted, timed
+from compresso.runner.evaluated import DENSE, PRUNED, Evaluated, FinalEvaluation
+from compresso.runner.evaluation_settings import EvaluationSettings, evaluation_settings
 from compresso.runner.trust_check import TrustCheck, trust_found
 from compresso.sweep.memory import available
 from compresso.tasks.base import Score
 from compresso.training.progress import PATIENCE, Progress
 
-DENSE, PRUNED = "dense", "pruned"
-_SHOWN = 80
-"""Characters of a text in a message."""
-NEW_TOKENS, QUICK_NEW_TOKENS, LEAST_NEW_TOKENS = 48, 24, 8
+QUICK_NEW_TOKENS = 24
+"""Of each text that a quick evaluation writes, at most."""
 SPEED_PROMPT, SPEED_NEW, SPEED_ROUNDS = 64, 32, 5
 ASKED = "the run was asked not to measure it"
 OFFLOADED = "weights were read from disk block by block, which takes a pass over the files for each token"
@@ -54,84 +47,6 @@ LARGE = 1_000_000_000
 """Parameters from which speed is measured over fewer tokens and rounds: on a CPU each token of such a model takes
 seconds.
 """
-
-
-@dataclass
-class Evaluated:
-    """What one model was found to be: numbers, texts, and what was not measured, with the reason."""
-
-    measurements: list[Measurement] = field(default_factory=list[Measurement])
-    samples: tuple[Sample, ...] = ()
-    not_measured: dict[str, str] = field(default_factory=dict[str, str])
-    changes: list[Change] = field(default_factory=list[Change])
-
-    def numbers(self, loss: float | None, examples: int) -> dict[str, float]:
-        """What was measured, by name, the first of each; with the loss on so many held-out examples, if any."""
-        found = {one.name: one.value for one in reversed(self.measurements)} | {"texts": float(len(self.samples))}
-        return found | ({} if loss is None else {"loss": loss, "examples": float(examples)})
-
-
-@dataclass(frozen=True)
-class FinalEvaluation:
-    """Both models' results, and the verdict on the smaller one."""
-
-    dense: Evaluated
-    pruned: Evaluated
-    guard: Guard
-
-    def example(self) -> str:
-        """One text of each model on the first prompt whose texts differ, in a sentence; "" where there are none."""
-        pairs = list(zip(self.dense.samples, self.pruned.samples, strict=False))
-        for dense, pruned in sorted(pairs, key=lambda pair: pair[0].text == pair[1].text):
-            shown = [" ".join(text.split())[:_SHOWN] for text in (dense.prompt, dense.text, pruned.text)]
-            return f" Asked {shown[0]!r}, the dense model writes {shown[1]!r}, the pruned one {shown[2]!r}."
-        return ""
-
-    def report(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Report:
-        """The report, once the smaller model is written.
-
-        Args:
-            dense: the model the run started from.
-            result, folder: the checkpoint that was written.
-            counts: "before" and "after", as `measure.size.counts` gives them.
-        """
-        here = Environment.here()
-        sizes = (
-            (DENSE, dense.identity, self.dense, size_measurements(counts["before"], dense.folder, here)),
-            (PRUNED, result, self.pruned, size_measurements(counts["after"], folder, here)),
-        )
-        models = tuple(
-            ModelResults(
-                name=name,
-                model=identity.name,
-                fingerprint=identity.fingerprint,
-                measurements=(*size, *results.measurements),
-                samples=results.samples,
-                not_measured=results.not_measured,
-                changes=tuple(results.changes),
-            )
-            for name, identity, results, size in sizes
-        )
-        return Report(created=datetime.now(UTC).isoformat(timespec="seconds"), models=models)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How both models are evaluated.
-
-    Args:
-        corpus: of the held-out examples, in a word.
-        prompts, encode, new_tokens: of the texts; no prompts where none can be encoded.
-        prompt_format: how a prompt reaches the model.
-        refused: why there are no texts; "" if there are.
-    """
-
-    corpus: str
-    prompts: Sequence[str]
-    encode: Callable[[PreTrainedTokenizerBase, str], list[int]] | None
-    new_tokens: int
-    prompt_format: str
-    refused: str = ""
 
 
 Extent = Literal["none", "quick", "full"]
@@ -276,43 +191,6 @@ def shared_windows(rows: Sequence[Row], kept: Sequence[int] | None) -> list[list
     staying = set(kept)
     windows = [list(takewhile(staying.__contains__, row["input_ids"])) for row in rows]
     return [window for window in windows if len(window) > 1]
-
-
-def evaluation_settings(
-    model: PreTrainedModel,
-    tokenizers: Sequence[PreTrainedTokenizerBase | None],
-    *,
-    corpus: str,
-    instructions: bool,
-    prompt_on: bool,
-) -> EvaluationSettings:
-    """The texts to ask for: requests through the chat template or in the format of training, openings of the embedded
-    world, or plain openings.
-
-    tokenizers: of all models that are evaluated; there must be room for the longest encoding.
-    """
-    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    if not known:
-        return EvaluationSettings(corpus, (), None, 0, "", "the model has no tokenizer")
-    of_world = corpus.startswith("world")
-    chats = all(original_template(single_template(tokenizer)) is not None for tokenizer in known)
-    prompts = world_prompts(len(OPENINGS)) if of_world else OPENINGS
-    encode, words = None, "beginning token, then the bare text"
-    if (instructions or chats) and not of_world:
-        prompts, encode = REQUESTS, lambda tokenizer, text: encode_prompt(tokenizer, text, prompt_on=prompt_on)
-        words = "by the chat template" if chats else "as an instruction"
-        words += ", with the collaborative prompt" if prompt_on else ""
-    try:
-        longest = max(len(encode(one, text) if encode else one.encode(text)) for one in known for text in prompts) + 1
-    except DataError as error:
-        return EvaluationSettings(corpus, (), None, 0, words, f"the prompts cannot be written: {error}")
-    context = context_of(model)
-    room = NEW_TOKENS if context is None else min(NEW_TOKENS, context - longest)
-    if room < LEAST_NEW_TOKENS:
-        return EvaluationSettings(
-            corpus, (), None, 0, words, f"the context of {context} tokens leaves no room after prompts of {longest}"
-        )
-    return EvaluationSettings(corpus, prompts, encode, room, words)
 
 
 def _evaluate(

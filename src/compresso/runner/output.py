@@ -33,7 +33,7 @@ from compresso.metrics.size import counts, weight_bytes
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
-from compresso.runner.final_evaluation import FinalEvaluation
+from compresso.runner.evaluated import FinalEvaluation
 from compresso.runner.kept_experts import kept_experts
 from compresso.runner.recipe import Recipe
 from compresso.tasks.base import Score

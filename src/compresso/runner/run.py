@@ -30,7 +30,8 @@ from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
 from compresso.runner.asked_budget import said_as_asked
-from compresso.runner.final_evaluation import DENSE, PRUNED, Extent, FinalEvaluation, take
+from compresso.runner.evaluated import DENSE, PRUNED, FinalEvaluation
+from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, named, new_job, progress_bars, reader, saved_dense, with_weights
 from compresso.runner.offload import offloaded_job, opened_offloaded
 from compresso.runner.options import with_options

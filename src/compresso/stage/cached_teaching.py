@@ -23,7 +23,7 @@ from compresso.core.row import Row
 from compresso.errors import NumericError, RecipeError, ResourceError
 from compresso.job import Job
 from compresso.stage.tuning import frozen_teacher
-from compresso.training.distill_objective import Compared, Halves, Tokens, refuse_other_outcomes
+from compresso.training.halves import Compared, Halves, Tokens, refuse_other_outcomes
 from compresso.training.halving import free
 from compresso.training.launch import processes
 from compresso.training.order import ShuffledBatches

@@ -23,7 +23,7 @@ from compresso.data.survival import Encoded, Reach
 from compresso.errors import RecipeError, nearest
 from compresso.metrics.guard import Guard
 from compresso.metrics.record import Environment, Measurement
-from compresso.training.distill_objective import Compare, Halves
+from compresso.training.halves import Compare, Halves
 
 DEFAULT = "causal-lm"
 """The task of a recipe that names none."""

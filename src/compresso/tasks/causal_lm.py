@@ -18,7 +18,7 @@ from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
 from compresso.tasks.base import DEFAULT, Reading, register, spread
-from compresso.training.distill_objective import Compare, Network, next_tokens
+from compresso.training.halves import Compare, Network, next_tokens
 
 _PROBED = 128
 

@@ -29,7 +29,7 @@ from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
 from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register, spread
-from compresso.training.distill_objective import Compare, Whole, examples
+from compresso.training.halves import Compare, Whole, examples
 from compresso.training.noise import mixed_seed
 
 

@@ -25,7 +25,7 @@ from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
 from compresso.tasks import encoders, pictures
 from compresso.tasks.base import Reading, register, spread
-from compresso.training.distill_objective import Compare, Whole
+from compresso.training.halves import Compare, Whole
 from compresso.training.noise import mixed_seed
 
 DRAWN = Augmentation(flip=0.5, shift=0.25)

@@ -27,7 +27,7 @@ from compresso.metrics.guard import Guard
 from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score
 from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register, spread
-from compresso.training.distill_objective import Compare
+from compresso.training.halves import Compare
 from compresso.training.masked_halves import MaskedNetwork, masked_tokens
 from compresso.training.noise import mixed_seed
 

@@ -15,7 +15,7 @@ from compresso.data.augmentations import Augmentation, augmented
 from compresso.data.records import Records
 from compresso.errors import DataError
 from compresso.tasks.base import Reading
-from compresso.training.distill_objective import Compared, Tokens
+from compresso.training.halves import Compared, Tokens
 
 
 def obstacle(config: PreTrainedConfig, head: Any, task: str, such: str) -> str:

@@ -26,7 +26,7 @@ from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
 from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register
-from compresso.training.distill_objective import Compare, Whole, examples
+from compresso.training.halves import Compare, Whole, examples
 from compresso.training.noise import mixed_seed
 
 

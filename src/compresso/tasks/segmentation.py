@@ -29,7 +29,7 @@ from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.segments import GUESS, MIOU, SegmentScore, segment_score
 from compresso.tasks import encoders, pictures
 from compresso.tasks.base import Reading, register, spread
-from compresso.training.distill_objective import Compare
+from compresso.training.halves import Compare
 from compresso.training.noise import mixed_seed
 from compresso.training.pixel_halves import Pixels, pixels
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from compresso.core.buckets import bucket_divergences
 from compresso.core.distillation import Divergence, chunked
 from compresso.core.losses import IGNORED
-from compresso.training.distill_objective import Compare, Halves, Tokens, next_tokens
+from compresso.training.halves import Compare, Halves, Tokens, next_tokens
 from compresso.training.order import Micro, ShuffledBatches
 from compresso.training.teacher_store import TeacherStore
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from compresso.core.squarehead import Norm, squared_error
 from compresso.errors import ArchError
-from compresso.training.distill_objective import Compare, Halves, Tokens, block_outputs, check_pair
 from compresso.training.gradual_pruning import Left
+from compresso.training.halves import Compare, Halves, Tokens, block_outputs, check_pair
 from compresso.training.logit_losses import logit_losses
 from compresso.training.order import Micro
 

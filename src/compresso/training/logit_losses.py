@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from compresso.core.distillation import chunked, divergences
 from compresso.core.losses import IGNORED
-from compresso.training.distill_objective import Halves
+from compresso.training.halves import Halves
 
 
 def logit_losses(

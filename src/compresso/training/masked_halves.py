@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.losses import IGNORED
 from compresso.errors import ArchError
-from compresso.training.distill_objective import Compared, Tokens, block_outputs, check_halves
+from compresso.training.halves import Compared, Tokens, block_outputs, check_halves
 
 _HEADS = (("cls",), ("lm_head",), ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"))
 """What lies behind the encoder, in order: BERT's, RoBERTa's, DistilBERT's."""

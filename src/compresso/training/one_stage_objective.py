@@ -23,7 +23,7 @@ from compresso.core.one_stage import LayerMap, attention_distance, soft_cross_en
 from compresso.core.squarehead import Norm, squared_error
 from compresso.edit.quantise_inputs import InputRounding
 from compresso.errors import ArchError
-from compresso.training.distill_objective import Compare, Halves, Tokens, check_pair, next_tokens
+from compresso.training.halves import Compare, Halves, Tokens, check_pair, next_tokens
 from compresso.training.order import Micro
 
 Over = Literal["examples", "classes"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from compresso.core.loss import logits_of
 from compresso.core.losses import IGNORED
 from compresso.core.segments import at_labels
-from compresso.training.distill_objective import Compared, Tokens, block_outputs
+from compresso.training.halves import Compared, Tokens, block_outputs
 
 
 @dataclass(frozen=True)

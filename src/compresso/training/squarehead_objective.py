@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.core.squarehead import Norm, squared_error
-from compresso.training.distill_objective import Compare, Halves, Tokens, check_pair, next_tokens
+from compresso.training.halves import Compare, Halves, Tokens, check_pair, next_tokens
 from compresso.training.logit_losses import logit_losses
 from compresso.training.order import Micro
 
