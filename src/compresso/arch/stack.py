@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from compresso.arch.absent import NoAttention, NoAttentionSum, NoMlp, NoMlpSum, is_absent
+from compresso.arch.absent import NoAttention, NoAttentionSum, NoMlp, NoMlpSum
 from compresso.arch.base import LayerShape
-from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES, cache_slots
+from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES
 from compresso.arch.encoder_stream import EncoderStream
-from compresso.arch.layer_config import config_of_layer, tell_head_dim_
-from compresso.arch.parts import Parts, output_dim, tensors, written
+from compresso.arch.parts import Parts, output_dim
 from compresso.arch.producers import Producers, producers
+from compresso.arch.stack_axes import channels_axis, heads_axis
+from compresso.arch.stack_config import sync_config_
+from compresso.arch.stack_shapes import lacks, shapes_of
 from compresso.arch.stream import hidden_axis, is_norm
 from compresso.arch.vocabulary import vocabulary_axis
 from compresso.core.axis import Axis, Gate, Kind, Slice
@@ -111,19 +113,19 @@ class Stack:
         first), `attention`, `mlp`, `vocab` (of models that generate).
         """
         where, shapes, head = self._where(model), self.shapes(model), model.get_output_embeddings()
-        axes: list[Axis] = []
+        axes, norms_first = list[Axis](), self.norm_first(model.config)
         for i, shape in enumerate(shapes):
             if shape.kv_heads and not self.parts.heads_stay:
-                axes.append(self._heads(model, f"{where}.{i}", i, shape))
+                axes.append(heads_axis(model, where, i, shape, self.parts, norms_first=norms_first))
             if shape.channels:
-                axes.append(self._channels(model, f"{where}.{i}", i, shape))
+                axes.append(channels_axis(model, where, i, shape, self.parts, norms_first=norms_first))
         attentions = {i: self._owned(model.config, Kind.ATTENTION) for i, shape in enumerate(shapes) if shape.kv_heads}
         mlps = {i: self._owned(model.config, Kind.MLP) for i, shape in enumerate(shapes) if shape.channels}
         every = dict.fromkeys(range(len(shapes)), ("",))
         o, down = self.parts.write, self.parts.down
         if (hidden := self._hidden(model, where, tuple(attentions), tuple(mlps))) is not None:
             axes.append(hidden)
-        rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if self.norm_first(model.config) else []
+        rows = [("layers", Kind.LAYER, every, ((attentions, o), (mlps, down)))] if norms_first else []
         rows += [
             ("attention", Kind.ATTENTION, attentions, ((attentions, o),)),
             ("mlp", Kind.MLP, mlps, ((mlps, down),)),
@@ -172,8 +174,8 @@ class Stack:
         where attention and FFN read one norm.
         """
         parts = self.parts
-        read, write = ((), ()) if self._is_empty(block, Kind.ATTENTION) else (parts.read, (parts.write,))
-        up, down = ((), ()) if self._is_empty(block, Kind.MLP) else (parts.up, (parts.down,))
+        read, write = ((), ()) if lacks(block, parts, Kind.ATTENTION) else (parts.read, (parts.write,))
+        up, down = ((), ()) if lacks(block, parts, Kind.MLP) else (parts.up, (parts.down,))
         groups = ((*read, *up), write, down) if parts.shared_norms else (read, write, up, down)
         return tuple(group for group in groups if group)
 
@@ -211,55 +213,17 @@ class Stack:
             block.set_submodule(norm, nn.Identity())
 
     def sync_config_(self, model: PreTrainedModel) -> None:
-        """Set config and shape fields to what the parameters are, and give each attention its cache slot.
-
-        `num_attention_heads` becomes the largest count of a layer. Where the config has no head_dim, a stock class
-        built from it would give heads another width; the exporter refuses such a model. Phi and Phi-3 have no such
-        field but obey it, so they are given one.
-        """
-        config, blocks, shapes, parts = model.config, self.blocks(model), self._shapes(model), self.parts
-        config.num_hidden_layers = len(blocks)
-        if self.final_norm:
-            norm = model.get_submodule(self._final(model))
-            config.hidden_size, config.rms_norm_eps = len(norm.get_parameter("weight")), norm.variance_epsilon
-        elif self.stream is not None:
-            config.hidden_size = model.get_input_embeddings().get_parameter("weight").shape[1]
-        if any(shape.kv_heads for shape in shapes):
-            config.num_attention_heads = max(shape.query_heads for shape in shapes)
-            if hasattr(config, "num_key_value_heads"):
-                config.num_key_value_heads = max(shape.kv_heads for shape in shapes)
-            if self.obeys_head_dim(config):
-                core = next(b.get_submodule(parts.core) for b, s in zip(blocks, shapes, strict=True) if s.kv_heads)
-                tell_head_dim_(config, int(getattr(core, parts.head_dim)))
-        if parts.channels and any(shape.channels for shape in shapes):
-            setattr(config, parts.channels, max(shape.channels for shape in shapes))
-        cores = [block.get_submodule(parts.core) for block in blocks]
-        kinds = [
-            getattr(core, "layer_type", None) or "" if s.kv_heads else None
-            for core, s in zip(cores, shapes, strict=True)
-        ]
-        labels, slots = cache_slots(kinds)
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [label or "full_attention" for label in labels]
-        for block, core, shape, slot in zip(blocks, cores, shapes, slots, strict=True):
-            if slot is not None and hasattr(core, "layer_idx"):
-                core.layer_idx = slot  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-            if shape.kv_heads:
-                width = int(getattr(core, parts.head_dim))
-                fields: dict[str, object] = dict.fromkeys(parts.heads, shape.query_heads)
-                fields |= dict.fromkeys(parts.kv_heads, shape.kv_heads) | dict.fromkeys(
-                    parts.widths, shape.query_heads * width
-                )
-                if hasattr(core, "num_key_value_groups"):
-                    fields["num_key_value_groups"] = shape.query_heads // shape.kv_heads
-                if parts.heads_in_config:
-                    fields["config"] = config_of_layer(config, shape.query_heads, width)
-                for field, value in fields.items():
-                    setattr(core, field, value)
-            if parts.ffn and parts.channels and shape.channels:
-                mlp = block.get_submodule(parts.ffn)
-                if hasattr(mlp, parts.channels):
-                    setattr(mlp, parts.channels, shape.channels)
+        """Set config and shape fields to what the parameters are, and give each attention its cache slot."""
+        final = self._final(model) if self.final_norm else None
+        sync_config_(
+            model,
+            self.blocks(model),
+            self.parts,
+            self._shapes(model),
+            final,
+            reads_hidden=self.stream is not None,
+            obeys_head_dim=self.obeys_head_dim(model.config),
+        )
 
     def _final(self, model: PreTrainedModel) -> str:
         """Qualified name of the norm that only the head reads."""
@@ -289,75 +253,11 @@ class Stack:
         linears = (*parts.read, parts.write, *parts.head_norms) if kind == Kind.ATTENTION else (*parts.up, parts.down)
         return linears + (self._norms(kind) if self.norm_first(config) else ())
 
-    def _is_empty(self, block: nn.Module, kind: Kind) -> bool:
-        return is_absent(
-            block.get_submodule(self.parts.core if kind == Kind.ATTENTION else self.parts.ffn or self.parts.down)
-        )
-
     def _shapes(self, model: PreTrainedModel) -> list[LayerShape]:
         """The widths of each layer, read off its linears. Raises ArchError if a module or a width is not the stock
         layer's.
         """
-        where, parts = self._where(model), self.parts
-        norms = (*parts.head_norms, *parts.attention_norms, *parts.ffn_norms, *parts.shared_norms, *parts.sum_norms)
-        known = (*parts.read, parts.write, *parts.up, parts.down, *norms)
-        shapes: list[LayerShape] = []
-        for i, block in enumerate(self.blocks(model)):
-            for name, _ in block.named_parameters():
-                if name.rpartition(".")[0] not in known:
-                    raise ArchError(
-                        f"parameter '{where}.{i}.{name}' is not part of a plain {self.name}; merge adapters, pass the"
-                        " stock model"
-                    )
-            query_heads = kv_heads = channels = 0
-            if not self._is_empty(block, Kind.ATTENTION):
-                head_dim = int(getattr(block.get_submodule(parts.core), parts.head_dim, 0))
-                widths = parts.head_widths(block, f"{where}.{i}")
-                heads = [0 if not head_dim or width % head_dim else width // head_dim for width in widths]
-                query_heads, kv_heads = heads[0], heads[1]
-                if not kv_heads or heads != [query_heads, kv_heads, kv_heads, query_heads] or query_heads % kv_heads:
-                    raise ArchError(
-                        f"{where}.{i}.{parts.attention} has {heads} heads in q, k, v and o; wanted as many in q and o,"
-                        " and in k and v"
-                    )
-            if not self._is_empty(block, Kind.MLP):
-                *ups, channels = parts.ffn_widths(block, f"{where}.{i}")
-                if any(up != channels for up in ups):
-                    raise ArchError(f"{where}.{i}.{parts.down} reads {channels} channels, {ups} are written")
-            shapes.append(LayerShape(query_heads, kv_heads, channels))
-        return shapes
-
-    def _heads(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
-        """One key/value head with its query heads: rows of q, k, v and columns of o."""
-        parts = self.parts
-        head_dim = int(getattr(model.get_submodule(f"{block}.{parts.core}"), parts.head_dim))
-        group = head_dim * (shape.query_heads // shape.kv_heads)
-        slices = written(model, block, parts.head_runs(shape.kv_heads, group, head_dim))
-        writer = f"{block}.{parts.write}"
-        return self._axis(
-            model,
-            f"layers.{i}.heads",
-            Kind.HEAD,
-            shape.kv_heads,
-            i,
-            (slices, writer, group),
-            f"{block}.{parts.attention}",
-        )
-
-    def _channels(self, model: PreTrainedModel, block: str, i: int, shape: LayerShape) -> Axis:
-        """One FFN unit: a row of what reads the stream and a column of down."""
-        parts = self.parts
-        slices = written(model, block, parts.channel_runs(shape.channels))
-        container = f"{block}.{parts.ffn}" if parts.ffn else block
-        return self._axis(
-            model,
-            f"layers.{i}.channels",
-            Kind.CHANNEL,
-            shape.channels,
-            i,
-            (slices, f"{block}.{parts.down}", 1),
-            container,
-        )
+        return shapes_of(self.blocks(model), self._where(model), self.parts, self.name)
 
     def _hidden(
         self, model: PreTrainedModel, where: str, attentions: Sequence[int], mlps: Sequence[int]
@@ -381,41 +281,6 @@ class Stack:
             f"{where}.{i}.{norm}" for i in (*attentions, *mlps) for norm in (*parts.attention_norms, *parts.ffn_norms)
         }
         return hidden_axis(model, written, read, norms, self._final(model))
-
-    def _axis(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        kind: Kind,
-        size: int,
-        layer: int,
-        ends: tuple[tuple[Slice, ...], str, int],
-        container: str,
-    ) -> Axis:
-        """An axis of one layer. ends: the slices that write the units, the linear that reads them, and the width it
-        reads of each.
-        """
-        slices, reader, width = ends
-        biased = f"{reader}.bias" in dict(model.get_submodule(reader).named_parameters(prefix=reader))
-        block = f"{self._where(model)}.{layer}"
-        norms = (*self._norms(Kind.ATTENTION), *self.parts.head_norms) if kind == Kind.HEAD else self._norms(Kind.MLP)
-        there = dict(model.get_submodule(block).named_modules())
-        leaving = (
-            tuple(p for norm in norms if norm in there for p in tensors(model, f"{block}.{norm}"))
-            if self.norm_first(model.config)
-            else ()
-        )
-        return Axis(
-            name=name,
-            kind=kind,
-            size=size,
-            slices=(*slices, Slice(f"{reader}.weight", 1 - output_dim(model.get_submodule(reader)), width)),
-            gates=(Gate(reader, "input", width),),
-            container=container,
-            layer=layer,
-            with_last_unit=() if biased else leaving,
-            min_units=int(biased),
-        )
 
 
 def _norms_first(block: nn.Module) -> bool:
