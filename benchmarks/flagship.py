@@ -48,6 +48,7 @@ OPPONENTS = {"torch-pruning": True, "torch-pruning/ffn": False}
 """Selectors of another package, and whether hidden dimensions leave, too."""
 ORDER = (
     "ristretto",
+    "ristretto/dp",
     "ristretto/found",
     "shortgpt",
     "gate-taylor",

@@ -61,13 +61,15 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
             "repaired_rows": 16,
         },
     ),
+    "ristretto/dp": (
+        "ristretto",
+        {"search": "dp", "batches": 6, "beginnings": 4, "judge_rows": 6, "judged": "repaired"},
+    ),
     "ristretto/found": (
         "ristretto",
         {"evolution": {"generations": 6, "offspring": 8}, "batches": 8, "beginnings": 3, "judge_rows": 6},
     ),
 }
-REFITS = {"ristretto": "before"}
-"""What a repair fits behind a selector, where it is not "gaps"."""
 SIX_LAYERS = ("drop_layers", {"drop": 6, "batches": 4, "batch": 4})
 """ShortGPT with a number of layers in the place of a share; asked for as the selector `shortgpt/drop-6`."""
 TEXTS = Path(os.environ.get("COMPRESSO_DATA", "")) / "datasets"
@@ -199,9 +201,7 @@ def cells(
             begun, job = time.monotonic(), replace(chosen, model=copy.deepcopy(chosen.model))
             told: dict[str, Any] = {}
             if repair != "none":
-                job = card("repair").type(target=repair, refit=REFITS.get(selector, "gaps"))(
-                    replace(job, out=Path(scratch) / repair)
-                )
+                job = card("repair").type(target=repair)(replace(job, out=Path(scratch) / repair))
                 facts = job.records["repair"]
                 linears = [one for one in facts["linears"].values() if one["applied"]]
                 told = {

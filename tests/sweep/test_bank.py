@@ -151,13 +151,28 @@ def test_for_every_family_what_is_chosen_leaves_without_a_trace(name: str, tmp_p
         assert sum(p.numel() for p in edited.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def counted_of_rows(behind: Tensor) -> Tensor:
+    """How often each token of `rows()` counts [tokens]: first ones a fifth of all others of the batch, which holds rows
+    of one length.
+    """
+    lengths = [len(row["input_ids"]) for row in rows()]
+    found = list[float]()
+    for length in lengths:
+        found += [max(1.0, 0.2 * (length - 1)), *[1.0] * (length - 1)]
+    assert len(found) == len(behind)
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("weighting", Weighting)
 def test_errors_are_those_of_the_outputs_of_the_dense_model(weighting: Weighting, tmp_path: Path) -> None:
     model = llama()
     bank = bank_of(model, tmp_path, weighting=weighting, damping=1e-9, moments=True)
     for one in bank.sub_layers.values():
         read_, before, behind = inputs_and_stream(model, one.consumer, one.layer)
-        share = behind.square().sum(dim=1).reciprocal() if weighting is Weighting.STREAM else torch.ones(len(behind))
+        alike = weighting is Weighting.NONE
+        share = torch.ones(len(behind)) if alike else behind.square().sum(dim=1).reciprocal()
+        if weighting is Weighting.SINKS:
+            share *= counted_of_rows(behind)
         weight = matrix(model, one.consumer)
         moment = read_moment(tmp_path / "bank", one)
         torch.testing.assert_close(moment.double(), (read_.T * share) @ read_ / len(read_), atol=1e-5, rtol=1e-4)

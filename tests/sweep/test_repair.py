@@ -151,8 +151,10 @@ def without(axes: Sequence[Axis], gone: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def least_squares(old: Tensor, inputs: Tensor, targets: Tensor, led_to: Tensor, ridge: float) -> Tensor:
-    """The minimiser [out, in] by a solver of stacked equations; tokens weigh by the stream that they are led to."""
-    weights = token_weights(led_to).double()
+    """The minimiser [out, in] by a solver of stacked equations; tokens weigh by the stream that they are led to, and
+    first ones a hundred times that.
+    """
+    weights = token_weights(led_to, IDS.shape[1]).double()
     root = weights.sqrt().unsqueeze(1)
     pull = ridge * (weights.unsqueeze(1) * inputs.square()).sum(dim=0).mean().sqrt() ** 2
     left = torch.cat([root * inputs, pull.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)])

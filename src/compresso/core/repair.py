@@ -6,11 +6,12 @@ Tokens x~ [in] are inputs of the already edited model, y* [out] what the layer i
     sum_t w_t |y*_t - W x~_t|^2 + ridge * mean(diag H) * |W - W_old|^2,    H = sum_t w_t x~_t x~_t^T
     W = (T + ridge * mean(diag H) * W_old) (H + ridge * mean(diag H))^-1,  T = sum_t w_t y*_t x~_t^T
 
-Three choices keep it from doing harm. A token counts by one over the squared norm of the stream that it is led to
+Four choices keep it from doing harm. A token counts by one over the squared norm of the stream that it is led to
 (which is what the norm in front of the next sub-layer divides it by): the few tokens that draw all attention (massive
-activations; Sun et al., arXiv 2402.17762) are a thousand times larger than others and would decide everything, and
-without them the fit is free to break them, and with them every later layer. The ridge pulls to the old weight, never to
-zero. And no token is left out.
+activations; Sun et al., arXiv 2402.17762) are a thousand times larger than others and would decide everything. No token
+is left out: without them the fit is free to break them, and with them every later layer. And since they are one of
+hundreds, too small a share of the sum to be kept, they count a fifth of what all others do: the first token of each
+text, and whatever is ten times larger than the median. The ridge pulls to the old weight, never to zero.
 
 Two targets can be mixed, by a share alpha: what the dense layer outputs for the edited model's stream (alpha = 0, the
 target of ZipLM, arXiv 2302.04089, and of most layer-wise pruning), and what brings the edited stream back onto the
@@ -28,21 +29,41 @@ from compresso.core.obs import NotPositiveDefiniteError
 
 TOKENS_PER_COLUMN = 8
 """Calibration tokens that each fitted input should have; with fewer the fit learns their noise."""
+SINKS = 0.2
+"""What tokens that draw attention count together at least, in shares of what all others do."""
+_MASSIVE = 100.0
+"""Squared norm of such a token, in medians."""
 _SMALLEST = 1e-4
 """Of the median squared target norm: targets smaller than this count as much as one of this size."""
 
 
-def token_weights(targets: Tensor) -> Tensor:
-    """One over each target's squared norm [tokens], float32.
+def token_weights(targets: Tensor, row: int = 0) -> Tensor:
+    """One over each target's squared norm [tokens], float32, and more for tokens that draw attention; see `sinks`.
 
     Targets near zero would count without bound, so that norms are taken for at least a hundredth of the median norm.
 
     Args:
         targets: [tokens, out], whole: what a layer adds to, and what it adds.
+        row: tokens of each text, one text behind the other; 0 where the targets do not begin with a first token.
     """
     squared = targets.float().square().sum(dim=1)
     least = (squared.median() * _SMALLEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return 1 / squared.clamp(min=least)
+    return sinks(squared, row) / squared.clamp(min=least)
+
+
+def sinks(squared: Tensor, row: int) -> Tensor:
+    """How often tokens count [tokens]: 1, and more for those that draw attention where they are few, so that these
+    count `SINKS` of what all others do. These are the first of each text, and those of massive norm.
+
+    Args:
+        squared: norms of the stream [tokens].
+        row: as `token_weights` takes it.
+    """
+    drawing = squared > squared.median() * _MASSIVE
+    if row:
+        drawing |= torch.arange(len(squared), device=squared.device) % row == 0
+    n = int(drawing.sum())
+    return torch.where(drawing, max(1.0, SINKS * (len(squared) - n) / max(n, 1)), 1.0)
 
 
 @dataclass(frozen=True)

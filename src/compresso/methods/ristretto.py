@@ -54,7 +54,6 @@ from compresso.sweep.bank import BankKnobs, make_bank
 from compresso.sweep.bank_levels import BankLevels
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.candidates import CandidateDivergence, candidate_divergence
-from compresso.sweep.lost import Refit
 from compresso.training.fitness_journal import journalled
 from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches
@@ -299,7 +298,7 @@ class Ristretto:
     @property
     def _repair(self) -> Repair:
         """What is done to candidates before they are judged."""
-        knobs: dict[str, Any] = {"examples": self.examples, "batch": self.batch_of_bank, "refit": Refit.BEFORE}
+        knobs: dict[str, Any] = {"examples": self.examples, "batch": self.batch_of_bank}
         return Repair(**knobs)
 
     @property

@@ -24,7 +24,7 @@ from compresso.metrics.divergence import MAX_BYTES, divergence, reference
 from compresso.solve.level_choice import Levels
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.least_squares import Fit
-from compresso.sweep.lost import Refit, lost
+from compresso.sweep.lost import lost
 from compresso.sweep.repair import Calibrated, repair_
 from compresso.sweep.two_streams import Known
 
@@ -82,6 +82,6 @@ class RepairedDivergence:
         with tempfile.TemporaryDirectory() as folder:
             smaller = self._build(replace(self._job, model=copy.deepcopy(dense), out=Path(folder), quiet=True), levels)
         layers = smaller.plan.kept.get("layers", tuple(range(len(arch.blocks(dense)))))
-        gone = lost(dense, smaller.model, arch, layers, refit=Refit.BEFORE)
+        gone = lost(dense, smaller.model, arch, layers)
         repair_(dense, smaller.model, arch, gone, layers, None, self._data, FIT, None, known=self._known)
         return smaller.model

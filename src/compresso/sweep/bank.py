@@ -47,7 +47,7 @@ class BankKnobs:
     """
 
     damping: Annotated[float, Gt(0), Le(1)] = 0.01
-    weighting: Weighting = Weighting.STREAM
+    weighting: Weighting = Weighting.SINKS
     moments: bool = False
 
 

@@ -156,8 +156,8 @@ def _fitted_(
     if not both.adds[one.place.layer] and not one.narrower:
         return {"applied": False, **told, "why": "a norm behind it keeps it from absorbing a gap"}
     sums: dict[bool, Moments] = {}
-    for held, inputs, targets, led_to in both.tokens(one):
-        weights = token_weights(led_to) if both.fit.weighted else torch.ones(len(inputs), device=inputs.device)
+    for held, inputs, targets, led_to, row in both.tokens(one):
+        weights = token_weights(led_to, row) if both.fit.weighted else torch.ones(len(inputs), device=inputs.device)
         sums[held] = gathered(sums.get(held), inputs, targets, weights)
     weight = matrix(smaller, one.module)
     old = weight.clone()

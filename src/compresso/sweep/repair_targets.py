@@ -57,9 +57,9 @@ class Targets:
                 self.goals[one.place.kind].put(index, self._followed(index, hidden, following, one.until))
         self.at = following
 
-    def tokens(self, one: Consumer) -> Iterator[tuple[bool, Tensor, list[Tensor], Tensor]]:
-        """Batch by batch: whether it is held out, x~ [tokens, in], y* [tokens, out] of each target, and the stream that
-        the last of them leads to [tokens, out].
+    def tokens(self, one: Consumer) -> Iterator[tuple[bool, Tensor, list[Tensor], Tensor, int]]:
+        """Batch by batch: whether it is held out, x~ [tokens, in], y* [tokens, out] of each target, the stream that the
+        last of them leads to [tokens, out], and how many tokens a row has.
         """
         kind, own = one.place.kind, one.place.layer
         bias = getattr(self.smaller.linear(one.layer, kind), "bias", None)
@@ -85,7 +85,8 @@ class Targets:
             if self.fit.residual:
                 goals.append(cut(self.goals[kind][index], self.kept))
             wanted = [(goal.float() - already - constant).flatten(0, -2) for goal in goals]
-            yield index >= self.n_seen, written.inputs[kind].flatten(0, -2), wanted, goals[-1].flatten(0, -2)
+            inputs, led_to = written.inputs[kind].flatten(0, -2), goals[-1].flatten(0, -2)
+            yield index >= self.n_seen, inputs, wanted, led_to, hidden.shape[-2]
 
     def _made_of(self, one: Consumer, index: int, hidden: Tensor, forced: Tensor | None) -> Tensor:
         """The stream at a consumer's last place, made by the dense blocks of the smaller model's stream."""

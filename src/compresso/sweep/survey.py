@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.core.repair import sinks
 from compresso.errors import NumericError
 from compresso.observe.folds import second_moment
 from compresso.observe.overflow import finite
@@ -38,6 +39,8 @@ class Weighting(StrEnum):
     """One."""
     STREAM = "stream"
     """One over the squared norm of the stream behind the block."""
+    SINKS = "sinks"
+    """The same, and more where it draws attention; see `compresso.core.repair.sinks`."""
 
 
 @dataclass
@@ -77,7 +80,7 @@ def look_at(model: nn.Module, names: Sequence[str], runner: BlockRunner, weighti
     def ran(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         before = _rows(first_input(arguments, named))
         after = _rows(first_output(output))
-        size = _sizes(after, weighting)
+        size = _sizes(after, weighting, first_output(output).shape[-2])
         seen.moved += float(((after - before).square().sum(dim=1) * size.square()).double().sum())
         seen.tokens += len(after)
         for name in list(read):
@@ -99,14 +102,16 @@ def look_at(model: nn.Module, names: Sequence[str], runner: BlockRunner, weighti
     return seen
 
 
-def _sizes(stream: Tensor, weighting: Weighting) -> Tensor:
-    """Roots of what tokens count [tokens], by the stream [tokens, hidden] behind the block; hardly any stream at all
-    counts as a thousandth of the median.
+def _sizes(stream: Tensor, weighting: Weighting, row: int) -> Tensor:
+    """Roots of what tokens count [tokens], by the stream [tokens, hidden] behind the block, in rows of `row` tokens;
+    hardly any stream at all counts as a thousandth of the median.
     """
     if weighting is Weighting.NONE:
         return stream.new_ones(len(stream))
     energy = stream.square().sum(dim=1)
     found = energy.clamp(min=float(energy.median()) / 1000).rsqrt()
+    if weighting is Weighting.SINKS:
+        found = found * sinks(energy, row).sqrt()
     return found.masked_fill(~found.isfinite(), 0)
 
 
