@@ -152,7 +152,7 @@ def without(axes: Sequence[Axis], gone: Mapping[str, Sequence[int]]) -> dict[str
 
 def least_squares(old: Tensor, inputs: Tensor, targets: Tensor, led_to: Tensor, ridge: float) -> Tensor:
     """The minimiser [out, in] by a solver of stacked equations; tokens weigh by the stream that they are led to, and
-    first ones a hundred times that.
+    those that draw attention more.
     """
     weights = token_weights(led_to, IDS.shape[1]).double()
     root = weights.sqrt().unsqueeze(1)
