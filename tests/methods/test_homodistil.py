@@ -287,12 +287,12 @@ def test_labels_score_first_where_a_student_has_no_distance_from_its_teacher(mak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 5, 9])
+@pytest.mark.parametrize(("step", "hard"), [(1, 1.0), (4, 1.0), (5, 1.0), (9, 1.0), (5, 0.0)])
 def test_a_killed_run_goes_on_to_the_same_weights(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int, hard: float
 ) -> None:
     """With a checkpoint of two updates before, so that cuts between it and the kill are made again."""
-    knobs = {"save_every": 2, "cuts": 4}
+    knobs = {"save_every": 2, "cuts": 4, "hard_weight": hard}
     whole = distilled(make_job(folder="whole"), **knobs)
     stopped, prune = make_job(folder="stopped"), GradualPruning.prune_
 
