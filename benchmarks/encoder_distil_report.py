@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import RESULTS
@@ -10,7 +10,9 @@ from encoders import Difference, difference, unpacked
 
 LINES = RESULTS / "encoder_distil.jsonl"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC"}
-METHODS = {"homodistil": "HomoDistil", "once": "pruned once, then distilled", "first": "first units, distilled"}
+OURS = {"homodistil": "HomoDistil", "sooner": "HomoDistil, removal ends at 35 %"}
+RIVALS = {"once": "pruned once, then distilled", "first": "first units, distilled"}
+METHODS = OURS | RIVALS
 LAST = 20
 """Updates at the end of a training whose losses are averaged."""
 
@@ -107,7 +109,7 @@ def _accuracies(tasks: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             each = [100 * one["accuracy"] for one in cells]
             f1 = 100 * statistics.fmean(one["f1"] for one in cells)
-            apart = None if method == "homodistil" else above(tasks, method, task)
+            apart = None if method in OURS else above(tasks, "homodistil", method, task)
             shown = (
                 "| | |" if apart is None else f"{apart.mean:+.2f} | {_half(apart.of_seeds)} | {apart.of_examples:.2f} |"
             )
@@ -118,11 +120,11 @@ def _accuracies(tasks: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def above(tasks: Sequence[dict[str, Any]], method: str, task: str) -> Difference | None:
-    """Points of accuracy by which HomoDistil is above another, of the seeds that have both."""
+def above(tasks: Sequence[dict[str, Any]], method: str, other: str, task: str) -> Difference | None:
+    """Points of accuracy by which a method is above another, of the seeds that have both."""
     ours, theirs = (
         {one["seed"]: unpacked(one["right"], one["n"]) for one in _of(tasks, name) if one["part"] == task}
-        for name in ("homodistil", method)
+        for name in (method, other)
     )
     seeds = sorted(ours.keys() & theirs.keys())
     return difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
@@ -130,34 +132,42 @@ def above(tasks: Sequence[dict[str, Any]], method: str, task: str) -> Difference
 
 def _goals(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]]) -> list[str]:
     """What was asked of HomoDistil, and whether it is there."""
-    text = ["Goals:", ""]
-    ours = {one["seed"]: one for one in _of(found, "homodistil")}
-    for method, title in METHODS.items():
-        pairs = [(ours[one["seed"]], one) for one in _of(found, method) if one["seed"] in ours]
-        if method == "homodistil" or not pairs:
-            continue
-        if method == "once":
-            shares = [one["peak_divergence"] / other["peak_divergence"] for one, other in pairs]
-            met = sum(share < 0.5 for share in shares)
-            text.append(
-                f"- peak KL under half of that of `{title}`: in {met} of {len(pairs)} seeds"
-                f" ({', '.join(f'{share:.2f}' for share in shares)} of it)"
-            )
-        apart = [one["last"]["loss"] - other["last"]["loss"] for one, other in pairs]
-        held = [one["held"]["divergence"] - other["held"]["divergence"] for one, other in pairs]
-        text.append(
-            f"- final loss below `{title}`: in {sum(one < 0 for one in apart)} of {len(pairs)} seeds, by"
-            f" {-statistics.fmean(apart):+.3f} on average; held-out KL below it in {sum(one < 0 for one in held)}, by"
-            f" {-statistics.fmean(held):+.3f}"
+    text: list[str] = []
+    for method, said in OURS.items():
+        lines_ = [one for rival in RIVALS for one in _against(found, tasks, method, rival)]
+        text += [f"Goals, {said}:", "", *lines_, ""] if lines_ else []
+    return text[:-1]
+
+
+def _against(
+    found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], method: str, rival: str
+) -> Iterator[str]:
+    """What a method has over a rival, of the seeds that have both."""
+    ours, title = {one["seed"]: one for one in _of(found, method)}, RIVALS[rival]
+    pairs = [(ours[one["seed"]], one) for one in _of(found, rival) if one["seed"] in ours]
+    if not pairs:
+        return
+    if rival == "once":
+        shares = [one["peak_divergence"] / other["peak_divergence"] for one, other in pairs]
+        met = sum(share < 0.5 for share in shares)
+        yield (
+            f"- peak KL under half of that of `{title}`: in {met} of {len(pairs)} seeds"
+            f" ({', '.join(f'{share:.2f}' for share in shares)} of it)"
         )
-        for task, name in TASKS.items():
-            if (difference_ := above(tasks, method, task)) is not None:
-                n = sum(one > 0 for one in difference_.each)
-                text.append(
-                    f"- {name} above `{title}`: in {n} of {len(difference_.each)} seeds, {difference_.mean:+.2f} points"
-                    " on average"
-                )
-    return text
+    apart = [one["last"]["loss"] - other["last"]["loss"] for one, other in pairs]
+    held = [one["held"]["divergence"] - other["held"]["divergence"] for one, other in pairs]
+    yield (
+        f"- final loss below `{title}`: in {sum(one < 0 for one in apart)} of {len(pairs)} seeds, by"
+        f" {-statistics.fmean(apart):+.3f} on average; held-out KL below it in {sum(one < 0 for one in held)}, by"
+        f" {-statistics.fmean(held):+.3f}"
+    )
+    for task, name in TASKS.items():
+        if (difference_ := above(tasks, method, rival, task)) is not None:
+            n = sum(one > 0 for one in difference_.each)
+            yield (
+                f"- {name} above `{title}`: in {n} of {len(difference_.each)} seeds, {difference_.mean:+.2f} points on"
+                " average"
+            )
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -255,13 +255,44 @@ def test_scores_are_of_the_whole_loss(make_job: MakeJob) -> None:
         assert not torch.allclose(score(**knobs), plain, rtol=1e-3), knobs
 
 
+def test_labels_score_first_where_a_student_has_no_distance_from_its_teacher(make_job: MakeJob) -> None:
+    """Without the task's loss all gradients are 0 but for rounding; by hand, of eight batches' labels."""
+    knobs = {**SHORT, "micro_batch": 4, "hard_weight": 0.0, "attention_weight": 0.0}
+    job = make_job()
+    blind = training(job, **knobs)
+    batch = job.batches(8, "homodistil").at(0, range(8))
+    blind(batch, Micro(0, 0, range(8)))["loss"].backward()
+    blind.observe_(0)
+    rounding = float(blind.score.max())
+
+    job = make_job(folder="labels")
+    expected, batches = torch.zeros(48, dtype=torch.float64), job.batches(4, "homodistil")
+    model = copy.deepcopy(job.model).requires_grad_(True)
+    gate, up, down = (model.get_parameter(f"model.layers.0.mlp.{one}_proj.weight") for one in ("gate", "up", "down"))
+    for update in range(8):
+        model(**batches.at(update, range(4))).loss.backward()
+        rows = [(one.detach() * one.grad).abs() for one in (gate, up, down) if one.grad is not None]
+        expected = 0.85 * expected + 0.15 * (rows[0].sum(1) + rows[1].sum(1) + rows[2].sum(0))
+        model.zero_grad()
+    stage = HomoDistil(**knobs)
+    objective = training(job, **knobs)
+    assert stage._score_by_labels_(job, objective) == 8  # pyright: ignore[reportPrivateUsage]
+    found_units = objective._flat.split(objective.score)["layers.0.channels"]  # pyright: ignore[reportPrivateUsage]
+    torch.testing.assert_close(found_units, expected, rtol=1e-4, atol=0)
+    assert float(found_units.min()) > 100 * rounding
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in job.model.parameters())
+    after = distilled(make_job(folder="run"), hard_weight=0.0).records["homodistil"]
+    assert after["batches_scored_by_labels"] == 8
+    assert distilled(make_job(folder="both")).records["homodistil"]["batches_scored_by_labels"] == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 5, 9])
+@pytest.mark.parametrize(("step", "hard"), [(1, 1.0), (4, 1.0), (5, 1.0), (9, 1.0), (5, 0.0)])
 def test_a_killed_run_goes_on_to_the_same_weights(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, step: int, hard: float
 ) -> None:
     """With a checkpoint of two updates before, so that cuts between it and the kill are made again."""
-    knobs = {"save_every": 2, "cuts": 4}
+    knobs = {"save_every": 2, "cuts": 4, "hard_weight": hard}
     whole = distilled(make_job(folder="whole"), **knobs)
     stopped, prune = make_job(folder="stopped"), GradualPruning.prune_
 

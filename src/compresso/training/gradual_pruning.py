@@ -137,9 +137,12 @@ class GradualPruning(nn.Module):
     @torch.no_grad()
     def observe_(self, update: int) -> None:
         """Score units by the gradients of an update, before they are clipped; not if one of them is not finite."""
-        parameters = dict(self.model.named_parameters())
-        gradients = {name: one.grad for name, one in parameters.items() if one.grad is not None}
-        found = sensitivities(self._axes_now(), parameters, gradients)
+        self.score_({name: one.grad for name, one in self.model.named_parameters() if one.grad is not None})
+
+    @torch.no_grad()
+    def score_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Score units by gradients of the student's parameters; not if one of them is not finite."""
+        found = sensitivities(self._axes_now(), dict(self.model.named_parameters()), gradients)
         if not all(bool(one.isfinite().all()) for one in found.values()):
             return
         scores, there = self._flat.split(self.score), self._flat.split(self._there())
