@@ -57,8 +57,15 @@ def told(part: str, found: Rows) -> str:
     loads = [row["machine"]["load_before"] for row in found]
     rounds = min(len(row["rates"]) for row in found)
     taken = f"medians of {rounds} rounds in turn" if rounds > 1 else "a single round, so that speeds compare nothing"
+    filled = {bool(row.get("filled")) for row in found}
+    how = {
+        False: "Random tokens were read",
+        True: "Caches were filled with random keys and values instead of reading a prompt; gates are held open, so that"
+        " the share stays",
+    }
+    read = "; ".join(how[one] for one in sorted(filled)) + (" (marked *)" if len(filled) > 1 else "")
     return (
-        f"Random tokens, {one['new_tokens']} decoded after the context; {taken}."
+        f"{read}. {one['new_tokens']} tokens decoded after the context; {taken}."
         f" Other work ran on the machine (load {min(loads):.1f} to {max(loads):.1f} on {last['cores']} cores): times"
         f" tell orders of magnitude, bytes are exact. {where}."
     )
@@ -75,9 +82,10 @@ def table(part: str, found: Rows) -> list[list[str]]:
             for row in found
         ]
         return [["share", "method", "held", "cache of one item, MB", "right, %"], *lines]
+    mixed = len({bool(row.get("filled")) for row in found}) > 1
     lines = [
         [
-            str(row["context"]),
+            str(row["context"]) + ("*" if mixed and row.get("filled") else ""),
             row["method"],
             str(row["batch"]),
             f"{row['live']:.3f}",

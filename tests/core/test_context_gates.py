@@ -3,6 +3,7 @@ finite differences, and products of gates written out in a loop.
 """
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def causal(n: int, padded: tuple[int, ...] = ()) -> Tensor:
     return visible
 
 
-def product(z: Tensor, visible: Tensor, alpha: float) -> Tensor:
+def of_products(z: Tensor, visible: Tensor, alpha: float) -> Tensor:
     """What is left [queries, keys], by the definition."""
     n = len(z)
     left = torch.zeros_like(z)
@@ -62,6 +63,22 @@ def test_between_the_thresholds_the_two_coordinates_are_entmax_and_beyond_them_e
     assert ((p > 0) & (p < 1))[inside & (Z.abs() < 0.99 / beta)].all()
 
 
+@pytest.mark.parametrize(
+    ("alpha", "dtype"),
+    [*product([1.001, 1.05, 1.25, 3.0, 8.4, 8.6], [torch.float32, torch.float64]), (30.0, torch.float64)],
+)
+def test_the_lesser_coordinate_is_that_of_plain_bisection(alpha: float, dtype: torch.dtype) -> None:
+    beta = alpha - 1
+    z = torch.linspace(-min(1 / beta, 12), min(1 / beta, 12), 1001, dtype=dtype)[1:-1]
+    low, high = torch.full_like(z, -200, dtype=torch.float64), torch.full_like(z, math.log(0.5), dtype=torch.float64)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (torch.expm1(beta * middle) - torch.expm1(beta * torch.log1p(-middle.exp()))) / beta > -z.double().abs()
+        high, low = torch.where(above, middle, high), torch.where(above, low, middle)
+    lesser = torch.minimum(sigma(z, alpha), 1 - sigma(z, alpha)).double()
+    torch.testing.assert_close(lesser, low.exp(), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-8)
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_gradients_are_those_of_finite_differences(alpha: float) -> None:
     z = scores(6, 6, seed=3, scale=0.2, shift=0.05).requires_grad_()
@@ -78,7 +95,7 @@ def test_gradients_are_those_of_finite_differences(alpha: float) -> None:
 def test_what_is_left_is_the_product_of_gates_along_queries(alpha: float) -> None:
     z, visible = scores(9, 9), causal(9, padded=(0, 4))
     log_mask, left = keep_log_mask(z, visible, alpha)
-    wanted = product(z, visible, alpha)
+    wanted = of_products(z, visible, alpha)
     torch.testing.assert_close(log_mask.exp(), wanted, rtol=1e-6, atol=1e-9)
     assert left.item() == pytest.approx(float((wanted * others(visible)).sum()), rel=1e-6)
 

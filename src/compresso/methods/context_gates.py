@@ -17,12 +17,16 @@ Departures:
 - alpha may begin above 1 (`alpha_start`), where scores above 1/(alpha - 1) open a gate exactly: a frozen body cannot
   make up for products of gates that are never open. How far scores spread depends on the norms before attention, so
   projections may be scaled to a `spread`;
+- offsets have a rate of their own (`offset_lr`), being one number a layer where projections are sums over the width;
+- alpha may rise by equal factors of alpha - 1 (`alpha_even`), and gates on a frozen body may be judged by what they
+  change in each layer instead of by the task's loss (`judged_by: layers`): no pass back through the body;
 - logarithms carry exact zeros beside them, where the public code adds 1e-40, which is 0 in half precision.
 
 No engine serves it: files hold the weights, and other engines open the model without gates.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -74,8 +78,13 @@ class ContextGatesStage:
         spread: standard deviation of scores at the start, to which projections are scaled on one example; None as
             drawn.
         alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for all.
+        alpha_even: whether it rises by equal factors of alpha - 1; the paper's rise is even in alpha, which shuts most
+            of the interval in which gates learn within the first tenth.
+        judged_by: the loss that gates keep low, of the "task" (published), or what they change in each of the "layers"
+            alone, for a frozen body.
         train: "all" weights with the gates (published), "lora" adapters with them, or "gates" alone, the body frozen.
         gate_lr: rate of the gates; None for `lr`.
+        offset_lr: rate of the offsets; None for that of the gates.
         landing: training examples on which the offsets are shifted to `keep_context` at the end; 0 leaves them.
         trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
@@ -89,15 +98,28 @@ class ContextGatesStage:
     alpha_start: Annotated[float, Ge(1)] = 1.0
     alpha_end: Annotated[float, Ge(1)] = 8.0
     alpha_over: Annotated[int, Ge(0)] | None = None
+    alpha_even: bool = False
+    judged_by: Literal["task", "layers"] = "task"
     train: Literal["all", "lora", "gates"] = "all"
     gate_lr: Annotated[float, Ge(0)] | None = None
+    offset_lr: Annotated[float, Ge(0)] | None = None
     landing: Annotated[int, Ge(0)] = 8
     trains: Trains = Trains(steps=25_000, batch=6, micro_batch=6)
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW(lr=1e-4, lr_schedule="constant", clip=None)
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Raises ArchError for attention that is not patched."""
+        """Raises ArchError for attention that is not patched, RecipeError for knobs that do not go together."""
+        if self.judged_by == "layers" and self.train != "gates":
+            raise RecipeError(
+                f"judged_by=layers, train={self.train}: layers are compared with a body that stays as it is; set"
+                " train=gates, or judged_by=task"
+            )
+        if self.alpha_even and min(self.alpha_start, self.alpha_end) <= 1:
+            raise RecipeError(
+                f"alpha_start={self.alpha_start:g}, alpha_end={self.alpha_end:g}: equal factors of alpha - 1 want both"
+                " above 1; raise them, or set alpha_even=false"
+            )
         refuse_foreign(model)
         attentions_of(model)
 
@@ -157,11 +179,19 @@ class ContextGatesStage:
             gates.spread_(job.model, job.collated(list(job.rows[:1])), self.spread)
         learned: nn.Module = job.model if self.train == "gates" else learner(job, self._adapters())
         gates.hold_(job.model)
+        beside = gates.apart(job.model) if self.judged_by == "layers" else nullcontext()
         try:
             objective, groups = self._objective(job, learned, gates, total)
-            history = tune(
-                job, "context_gates", self.trains, objective, groups, total, before_step=lambda _: objective.ascend_()
-            )
+            with beside:
+                history = tune(
+                    job,
+                    "context_gates",
+                    self.trains,
+                    objective,
+                    groups,
+                    total,
+                    before_step=lambda _: objective.ascend_(),
+                )
         finally:
             release_(job.model)
         if self.train != "gates":
@@ -195,11 +225,11 @@ class ContextGatesStage:
     ) -> tuple[ContextObjective, list[Group]]:
         """What is minimised, and by which rules."""
         over = total if self.alpha_over is None else self.alpha_over
-        alpha = alpha_schedule(self.alpha_start, self.alpha_end, over)
+        alpha = alpha_schedule(self.alpha_start, self.alpha_end, over, self.alpha_even)
         objective = ContextObjective(
             learned,
             gates,
-            job.task.loss,
+            job.task.loss if self.judged_by == "task" else None,
             alpha,
             gamma=self.gamma,
             target=self.keep_context,
@@ -207,7 +237,13 @@ class ContextGatesStage:
         )
         hidden = int(job.model.config.hidden_size)
         rates = self.adamw if self.gate_lr is None else replace(self.adamw, lr=self.gate_lr)
-        groups = [group_of("gates", gates, rates, hidden, total)]
+        offsets = nn.ParameterList(gate.offset for gate in gates.gates)
+        projections = nn.ParameterList(one for gate in gates.gates for one in (gate.queries, gate.keys))
+        own = rates if self.offset_lr is None else replace(self.adamw, lr=self.offset_lr)
+        groups = [
+            group_of("gates", projections, rates, hidden, total),
+            group_of("offsets", offsets, own, hidden, total),
+        ]
         if self.train != "gates":
             groups.insert(0, group_of(self.train, learned, self.adamw, hidden, total))
         if objective.gamma is not None:
