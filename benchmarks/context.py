@@ -30,10 +30,9 @@ from transformers import PreTrainedModel
 
 import compresso
 from common import RESULTS, machine
-from compresso.core.context_gates import landed
 from compresso.edit.context_attention import release_
 from compresso.edit.context_cache import ContextCache
-from compresso.edit.context_gates import ContextGates, gates_of, live_by_layer
+from compresso.edit.context_gates import ContextGates, gates_of, land_, live_by_layer
 from compresso.edit.evict import evict_, parse
 from compresso.edit.patches import read_patches
 from compresso.loading import Loaded
@@ -70,10 +69,12 @@ def train(options: argparse.Namespace) -> None:
         "keep_context": 0.5,
         "train": "gates",
         "judged_by": "layers",
-        "alpha_start": 1.25,
+        "gating": "least",
+        "alpha_start": 2.0,
+        "alpha_end": 16.0,
         "alpha_even": True,
         "offset": 3.5,
-        "spread": 0.3,
+        "spread": 0.5,
         "gamma": options.gamma,
         "dual_rate": options.dual_rate,
         "steps": options.updates,
@@ -82,12 +83,12 @@ def train(options: argparse.Namespace) -> None:
         "lr": options.lr,
         "offset_lr": options.offset_lr,
         "lr_schedule": "cosine",
-        "warmup": 8,
+        "warmup": 3,
         "clip": 1.0,
         "save_every": 5,
         "landing": LANDING,
     }
-    data = {"max_length": options.length, "prompt": False, "pack": True, "held": 8}
+    data = {"max_length": options.length, "prompt": False, "pack": True, "held": 2}
     raw = {"name": "context-benchmark", "data": data, "stages": [{"context_gates": stage}]}
     folder = Path(options.folder)
     resume = folder.with_name(folder.name + ".partial").exists()
@@ -122,17 +123,9 @@ def scored(model: PreTrainedModel, rows: Tensor, chunk: int | None) -> tuple[flo
 
 def shifted(model: PreTrainedModel, gates: ContextGates, rows: Tensor, share: float) -> None:
     """Put all offsets where `share` of the context of rows is live."""
-    starts = [gate.offset.clone() for gate in gates.gates]
     batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
-
-    def live(shift: float) -> float:
-        for gate, start in zip(gates.gates, starts, strict=True):
-            gate.offset.copy_(start + shift)
-        found = live_by_layer(model, gates, batches)
-        return sum(found) / len(found)
-
     gates.hold_(model)
-    live(landed(live, share, 9, reach=4.0))
+    land_(model, gates, batches, share)
     release_(model)
 
 
@@ -261,10 +254,10 @@ def main() -> None:
     one.add_argument("--updates", type=int, default=200)
     one.add_argument("--batch", type=int, default=1)
     one.add_argument("--micro-batch", type=int, default=1)
-    one.add_argument("--lr", type=float, default=3e-4)
+    one.add_argument("--lr", type=float, default=5e-4)
     one.add_argument("--offset-lr", type=float, default=3e-2)
-    one.add_argument("--gamma", type=float, default=3e-3)
-    one.add_argument("--dual-rate", type=float, default=5e-4)
+    one.add_argument("--gamma", type=float, default=2e-2)
+    one.add_argument("--dual-rate", type=float, default=2e-3)
     one.add_argument("--folder", required=True)
     two = commands.add_parser("score")
     two.set_defaults(go=score)

@@ -61,7 +61,7 @@ def told(part: str, found: Rows) -> str:
     how = {
         False: "Random tokens were read",
         True: "Caches were filled with random keys and values instead of reading a prompt; gates are held open, so that"
-        " the share stays",
+        " the share stays; tokens/s are of processor time of the process itself",
     }
     read = "; ".join(how[one] for one in sorted(filled)) + (" (marked *)" if len(filled) > 1 else "")
     return (
@@ -153,8 +153,8 @@ def page(rows: Rows) -> Markup:
 
 
 INTRO = (
-    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O) at equal shares of"
-    " the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows and"
+    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O; SnapKV) at equal shares"
+    " of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows and"
     " items, one seed. Made by `benchmarks/context.py`."
 )
 

@@ -14,6 +14,8 @@ from compresso.core.context_gates import (
     alpha_schedule,
     keep_log_mask,
     kept_by_steps,
+    least_log_mask,
+    least_scores,
     others,
     raised,
     sigma,
@@ -166,3 +168,38 @@ def test_dual_ascent_finds_the_weight_at_which_the_target_is_met() -> None:
 def test_bad_alpha() -> None:
     with pytest.raises(ValueError, match=r"alpha=0\.5 of a gate"):
         sigma(Z, 0.5)
+
+
+def test_the_least_score_is_a_gate_of_the_worst_query_so_far() -> None:
+    z, visible, n = scores(9, 9, seed=4), causal(9, padded=(0, 4)), 9
+    log_mask, left = least_log_mask(z, visible, 3.0)
+    wanted = torch.zeros(n, n, dtype=torch.float64)
+    total = 0.0
+    for q in range(n):
+        for k in range(q + 1):
+            if visible[q, k]:
+                so_far = [float(z[j, k]) for j in range(k + 1, q + 1) if visible[j, k]]
+                wanted[q, k] = 1 / (1 + math.exp(-3.0 * min(so_far))) if so_far else 1.0
+                total += float(wanted[q, k]) if k < q else 0.0
+    torch.testing.assert_close(log_mask.exp(), wanted, rtol=0, atol=1e-12)
+    assert left.item() == pytest.approx(total)
+
+
+def test_a_least_score_and_a_product_are_one_once_gates_are_steps() -> None:
+    z, visible = scores(40, 40, seed=2), causal(40, padded=(3,))
+    product_mask, product_left = keep_log_mask(z, visible, STEP)
+    least_mask, least_left = least_log_mask(z, visible, 1e9)
+    torch.testing.assert_close(least_mask.exp(), product_mask.exp(), rtol=0, atol=1e-12)
+    assert least_left.item() == pytest.approx(product_left.item())
+    pairs = others(visible)
+    assert torch.equal((least_scores(z, visible) > 0)[pairs], (product_mask.exp() > 0)[pairs])
+
+
+def test_least_scores_have_the_gradients_of_finite_differences() -> None:
+    z = scores(6, 6, seed=3).requires_grad_()
+
+    def used(given: Tensor) -> Tensor:
+        log_mask, left = least_log_mask(given, causal(6, padded=(2,)), 2.0)
+        return (log_mask.clamp(min=-50).exp() * torch.arange(36.0).view(6, 6)).sum() + 3 * left
+
+    assert torch.autograd.gradcheck(used, (z,))

@@ -7,7 +7,6 @@ exact zero is carried beside them: log(0 + 1e-40), as in the public code, is -in
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +65,29 @@ def keep_log_mask(z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Ten
     return log_mask, left
 
 
+def least_scores(z: Tensor, visible: Tensor) -> Tensor:
+    """The least score that each key had at a query so far [..., queries, keys]: under steps a key is there as long as
+    this is above 0. Where no gate acted yet, infinity.
+
+    Args as of `keep_log_mask`.
+    """
+    return z.masked_fill(~others(visible), torch.inf).cummin(-2).values
+
+
+def least_log_mask(z: Tensor, visible: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """As `keep_log_mask`, with a token's least score under one logistic gate in place of a product of gates.
+
+    Under steps both are the same. In between, a product of hundreds of gates is next to nothing unless each is all but
+    open, and gates that are exactly open or shut have no gradient; a least score has neither fault.
+
+    sharpness: which scores are multiplied by; gates are steps at infinity.
+    """
+    least = z.masked_fill(~others(visible), 1e4).cummin(-2).values
+    gated = others(visible)
+    log_mask = torch.nn.functional.logsigmoid(sharpness * least).masked_fill(~visible, torch.finfo(z.dtype).min)
+    return log_mask, (log_mask.exp() * gated).sum()
+
+
 def others(visible: Tensor) -> Tensor:
     """Pairs of a query and a key it sees that is not its own [..., queries, keys]."""
     own = torch.eye(visible.shape[-2], visible.shape[-1], dtype=torch.bool, device=visible.device)
@@ -113,21 +135,6 @@ def raised(gamma: float, live: float, target: float, rate: float) -> float:
     (0.37, 0.0)
     """
     return max(0.0, gamma + rate * (live - target))
-
-
-def landed(live: Callable[[float], float], target: float, halvings: int, reach: float = 8.0) -> float:
-    """The shift of all offsets, from -reach to reach, at which `live` is nearest above `target`, found by halving.
-
-    live: of a shift, rising with it.
-
-    >>> round(landed(lambda shift: 0.5 + shift / 16, 0.75, 12), 2)
-    4.0
-    """
-    low, high = -reach, reach
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if live(middle) >= target else (middle, high)
-    return high
 
 
 def _lesser(z: Tensor, beta: float) -> Tensor:

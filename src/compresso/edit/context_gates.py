@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.core.context_gates import STEP, keep_log_mask, kept_by_steps, others
+from compresso.core.context_gates import STEP, keep_log_mask, kept_by_steps, least_log_mask, least_scores, others
 from compresso.edit.context_attention import (
     Seen,
     additive,
@@ -49,6 +49,8 @@ class Tally:
 
     left: Tensor
     pairs: Tensor
+    least: Tensor | None = None
+    """The least score of each of them so far, where it is noted."""
 
 
 class Apart:
@@ -100,6 +102,8 @@ class LayerGates(nn.Module):
         self.offset = nn.Parameter(torch.full((1,), float(offset)))
         self.scale = 1.0
         self.alpha = STEP
+        self.by_least = False
+        self.noting = False
         self.apart: Apart | None = None
         self.tally: Tally | None = None
         self._query: Tensor | None = None
@@ -157,8 +161,11 @@ class LayerGates(nn.Module):
         n = z.shape[-1]
         if seen.visible.shape[-1] != n:
             raise ArchError("the model was given tokens that follow a cache without interaction keys; start anew")
-        log_mask, left = keep_log_mask(z, seen.visible, self.alpha)
-        self.tally = Tally(left, others(seen.visible).sum())
+        gates = least_log_mask if self.by_least and math.isfinite(self.alpha) else keep_log_mask
+        log_mask, left = gates(z, seen.visible, self.alpha)
+        pairs = others(seen.visible)
+        least = least_scores(z.detach(), seen.visible)[pairs] if self.noting else None
+        self.tally = Tally(left, pairs.sum(), least)
         own = torch.eye(n, dtype=torch.bool, device=z.device)
         keys, values = seen.chunk["keys"], seen.chunk["values"]
         found = seen.attend(log_mask.masked_fill(own, 0.0), keys, values)
@@ -246,10 +253,10 @@ class ContextGates(nn.Module):
         """In the order of layers."""
         return [one for one in self.layers if isinstance(one, LayerGates)]
 
-    def at(self, alpha: float) -> None:
-        """Set alpha of all gates."""
+    def at(self, alpha: float, by_least: bool = False) -> None:
+        """Set alpha of all gates; under `by_least` the sharpness of one logistic gate on a token's least score."""
         for one in self.gates:
-            one.alpha = alpha
+            one.alpha, one.by_least = alpha, by_least
 
     @contextmanager
     def apart(self, model: PreTrainedModel) -> Iterator[None]:
@@ -291,9 +298,60 @@ class ContextGates(nn.Module):
         )
 
 
-def live_by_layer(model: PreTrainedModel, gates: ContextGates, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """The share of real entries that each layer keeps on batches, the gates being held on the model."""
+LANDINGS, SPARE = 6, 0.002
+"""Passes after which offsets stay, and how much above a target is near enough."""
+
+
+@torch.no_grad()
+def land_(
+    model: PreTrainedModel, gates: ContextGates, batches: Sequence[Mapping[str, Tensor]], target: float
+) -> tuple[float, list[float]]:
+    """Shift all offsets of step gates, which are held on the model, until just over `target` of the context of batches
+    is live.
+
+    A key is live while its least score is above 0, so that the shift is a quantile of least scores. What is dropped
+    changes what later layers read, which a few passes settle.
+
+    Returns:
+        The shift, and what is live in each layer.
+    """
+    starts = [gate.offset.clone() for gate in gates.gates]
+    found: list[tuple[float, float, list[float]]] = []
+    shift, step, least = 0.0, 0.01, list[Tensor]()
+    while len(found) < LANDINGS or not any(share >= target for share, _, _ in found):
+        for gate, start in zip(gates.gates, starts, strict=True):
+            gate.offset.copy_(start + shift)
+        least.clear()
+        live = live_by_layer(model, gates, batches, least)
+        share = sum(live) / len(live)
+        found.append((share, shift, live))
+        if 0 <= share - target <= 2 * SPARE:
+            break
+        if len(found) < LANDINGS:
+            known = torch.cat(least)
+            place = min(len(known), max(1, int((1 - min(1.0, target + SPARE)) * len(known))))
+            shift -= float(known.kthvalue(place).values)
+        else:
+            shift, step = max(one for _, one, _ in found) + step, 2 * step
+    _, shift, live = min(one for one in found if one[0] >= target)
+    for gate, start in zip(gates.gates, starts, strict=True):
+        gate.offset.copy_(start + shift)
+    return shift, live
+
+
+def live_by_layer(
+    model: PreTrainedModel,
+    gates: ContextGates,
+    batches: Sequence[Mapping[str, Tensor]],
+    least: list[Tensor] | None = None,
+) -> list[float]:
+    """The share of real entries that each layer keeps on batches, the gates being held on the model.
+
+    least: takes the least score so far of each of those entries, if given.
+    """
     left, pairs = [0.0] * len(gates.gates), [0.0] * len(gates.gates)
+    for one in gates.gates:
+        one.noting = least is not None
     with torch.no_grad():
         for batch in batches:
             given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -302,6 +360,11 @@ def live_by_layer(model: PreTrainedModel, gates: ContextGates, batches: Sequence
                 assert one.tally is not None
                 left[i] += float(one.tally.left)
                 pairs[i] += float(one.tally.pairs)
+                if least is not None and one.tally.least is not None:
+                    least.append(one.tally.least.float())
+                    one.tally.least = None
+    for one in gates.gates:
+        one.noting = False
     return [kept / max(of, 1) for kept, of in zip(left, pairs, strict=True)]
 
 

@@ -18,6 +18,8 @@ Departures:
   make up for products of gates that are never open. How far scores spread depends on the norms before attention, so
   projections may be scaled to a `spread`;
 - offsets have a rate of their own (`offset_lr`), being one number a layer where projections are sums over the width;
+- what is left of a token may be one logistic gate of its least score (`gating: least`), the same once gates are steps;
+  a product over hundreds of queries is next to nothing, or of gates that are exactly open and have no gradient;
 - alpha may rise by equal factors of alpha - 1 (`alpha_even`), and gates on a frozen body may be judged by what they
   change in each layer instead of by the task's loss (`judged_by: layers`): no pass back through the body;
 - logarithms carry exact zeros beside them, where the public code adds 1e-40, which is 0 in half precision.
@@ -36,10 +38,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
-from compresso.core.context_gates import STEP, alpha_schedule, landed
+from compresso.core.context_gates import STEP, alpha_schedule
 from compresso.core.row import Row
 from compresso.edit.context_attention import NAME, attentions_of, refuse_foreign, release_
-from compresso.edit.context_gates import ContextGates, live_by_layer, rank_for
+from compresso.edit.context_gates import LANDINGS, ContextGates, land_, rank_for
 from compresso.edit.eager import attention_of
 from compresso.errors import RecipeError
 from compresso.job import Job
@@ -49,9 +51,6 @@ from compresso.training.context_objective import ContextObjective
 from compresso.training.groups import Group
 from compresso.training.history import curve
 from compresso.training.noise import mixed_seed
-
-HALVINGS = 10
-"""Of the interval in which the shift of offsets lies."""
 
 
 @stage(
@@ -78,6 +77,8 @@ class ContextGatesStage:
         spread: standard deviation of scores at the start, to which projections are scaled on one example; None as
             drawn.
         alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for all.
+        gating: what is left of a token: the "product" of its gates (published), or one logistic gate, alpha times as
+            steep, of its "least" score so far. Both are the same once gates are steps.
         alpha_even: whether it rises by equal factors of alpha - 1; the paper's rise is even in alpha, which shuts most
             of the interval in which gates learn within the first tenth.
         judged_by: the loss that gates keep low, of the "task" (published), or what they change in each of the "layers"
@@ -98,6 +99,7 @@ class ContextGatesStage:
     alpha_start: Annotated[float, Ge(1)] = 1.0
     alpha_end: Annotated[float, Ge(1)] = 8.0
     alpha_over: Annotated[int, Ge(0)] | None = None
+    gating: Literal["product", "least"] = "product"
     alpha_even: bool = False
     judged_by: Literal["task", "layers"] = "task"
     train: Literal["all", "lora", "gates"] = "all"
@@ -152,7 +154,7 @@ class ContextGatesStage:
         """The passes of the training, and of the shift of offsets."""
         passes = self.learning().passes()
         passes += [Passes("spread", 1)] if self.spread is not None else []
-        return [*passes, Passes("landing", self.landing, forwards=HALVINGS + 1)] if self._lands else passes
+        return [*passes, Passes("landing", self.landing, forwards=LANDINGS)] if self._lands else passes
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another attention than the model's own."""
@@ -234,6 +236,7 @@ class ContextGatesStage:
             gamma=self.gamma,
             target=self.keep_context,
             rate=self.dual_rate,
+            by_least=self.gating == "least",
         )
         hidden = int(job.model.config.hidden_size)
         rates = self.adamw if self.gate_lr is None else replace(self.adamw, lr=self.gate_lr)
@@ -255,18 +258,9 @@ class ContextGatesStage:
         """Shift all offsets so that the target is live, and say by how much and what is live in each layer."""
         if not self._lands or self.keep_context is None:
             return 0.0, None
-        rows = list(job.rows[: self.landing])
-        batches = [job.collated([row]) for row in rows]
-        starts = [gate.offset.clone() for gate in gates.gates]
-
-        def live(shift: float) -> list[float]:
-            for gate, start in zip(gates.gates, starts, strict=True):
-                gate.offset.copy_(start + shift)
-            return live_by_layer(job.model, gates, batches)
-
+        batches = [job.collated([row]) for row in list(job.rows[: self.landing])]
         gates.hold_(job.model)
         try:
-            shift = landed(lambda by: sum(found := live(by)) / len(found), self.keep_context, HALVINGS)
-            return shift, live(shift)
+            return land_(job.model, gates, batches, self.keep_context)
         finally:
             release_(job.model)

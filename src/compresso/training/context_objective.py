@@ -30,6 +30,7 @@ class ContextObjective(nn.Module):
         gamma: weight of the live share, its start where there is a target.
         target: live share that dual ascent leads to; None for a fixed weight.
         rate: of dual ascent, an update.
+        by_least: see `ContextGates.at`.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class ContextObjective(nn.Module):
         gamma: float,
         target: float | None,
         rate: float,
+        by_least: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.gates, self.loss, self.alpha = model, gates, loss, alpha
-        self.target, self.rate, self.fixed = target, rate, gamma
+        self.target, self.rate, self.fixed, self.by_least = target, rate, gamma, by_least
         # a parameter, so that the gap, its gradient, is averaged over micro-batches and processes
         self.gamma = nn.Parameter(torch.full((1,), gamma)) if target is not None else None
 
@@ -56,7 +58,7 @@ class ContextObjective(nn.Module):
             "loss" [] to differentiate, and to log: "language" (without the live share), "live", "gamma" and "alpha".
         """
         alpha = self.alpha(micro.update)
-        self.gates.at(alpha)
+        self.gates.at(alpha, self.by_least)
         language = self._changed(batch) if self.loss is None else self.loss(self.model, batch)
         live = self.gates.live()
         weight = torch.tensor(self.fixed) if self.gamma is None else self.gamma.detach()[0]
