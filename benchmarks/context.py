@@ -7,7 +7,8 @@ by facts that are asked late, by bytes and by decode speed.
     python benchmarks/context.py speed --model MODEL --contexts 1024 4096 --filled --rules window keydiff gates
     python benchmarks/context.py --report
 
-Gates are trained once, on a frozen body, and all their offsets are shifted to each share on training texts. Rules read
+Gates are trained once, on a frozen body, for half of the context, and for other shares all their offsets are shifted on
+training texts. Rules read
 a window in chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
 is what queries could attend to of what came before them, counted alike for all. A line of the results
 (results/context.jsonl) is one method at one share; those that are there are not taken again.
@@ -162,9 +163,11 @@ def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[
             records = json.loads((Path(options.gates) / "records.json").read_text("utf-8"))
             (patch,) = read_patches(records["patches"], Path(options.gates))
             gates = gates_of(patch, model)
-            shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
+            run = records["stages"]["context_gates"]
+            if share != run["keep_context"]:  # the run's own gates are there already
+                shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
             gates.hold_(model)
-            yield Held("gates", share, gates, {"updates": records["stages"]["context_gates"]["updates"]})
+            yield Held("gates", share, gates, {"updates": run["updates"]})
             release_(model)
 
 

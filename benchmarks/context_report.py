@@ -153,9 +153,9 @@ def page(rows: Rows) -> Markup:
 
 
 INTRO = (
-    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O; SnapKV) at equal shares"
-    " of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows and"
-    " items, one seed. Made by `benchmarks/context.py`."
+    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O; SnapKV) at equal"
+    " shares of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows"
+    " and items, one seed. Made by `benchmarks/context.py`."
 )
 
 
