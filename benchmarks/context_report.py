@@ -59,13 +59,13 @@ def told(part: str, found: Rows) -> str:
     taken = f"medians of {rounds} rounds in turn" if rounds > 1 else "a single round, so that speeds compare nothing"
     filled = {bool(row.get("filled")) for row in found}
     how = {
-        False: "Random tokens were read",
-        True: "Caches were filled with random keys and values instead of reading a prompt; gates are held open, so that"
+        False: "random tokens were read",
+        True: "caches were filled with random keys and values instead of reading a prompt; gates are held open, so that"
         " the share stays; tokens/s are of processor time of the process itself",
     }
     read = "; ".join(how[one] for one in sorted(filled)) + (" (marked *)" if len(filled) > 1 else "")
     return (
-        f"{read}. {one['new_tokens']} tokens decoded after the context; {taken}."
+        f"{read[0].upper()}{read[1:]}. {one['new_tokens']} tokens decoded after the context; {taken}."
         f" Other work ran on the machine (load {min(loads):.1f} to {max(loads):.1f} on {last['cores']} cores): times"
         f" tell orders of magnitude, bytes are exact. {where}."
     )
