@@ -112,11 +112,12 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
     value, name = ("perplexity", "perplexity") if part == "text" else ("right", "share of right answers")
     dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
     others = [row for row in found if row["method"] != "dense"]
-    lines = _lines([*dense, *others], "share", value, 1.0)
+    held = "seen" if part == "text" else "live"  # what was asked for is the landing's, not that of these texts
+    lines = _lines([*dense, *others], held, value, 1.0)
     of_items = found[0]["items"] if part == "recall" else 1
     lines = {method: [(100 * x, y / of_items) for x, y in line] for method, line in lines.items()}
-    label = f"{name} against the share of the context that stays"
-    return [(label, curves(lines, label, percent=part == "recall", axis="share that stays, %"))]
+    label = f"{name} against the share of the context that was {'seen' if part == 'text' else 'held'}"
+    return [(label, curves(lines, label, percent=part == "recall", axis="share of the context, %"))]
 
 
 def markdown(rows: Rows) -> str:
