@@ -4,10 +4,11 @@ by facts that are asked late, by bytes and by decode speed.
     python benchmarks/context.py train --model MODEL --data TEXTS --updates 200 --folder FOLDER
     python benchmarks/context.py score --model MODEL --gates FOLDER --data TEXTS --text TEXTS
     python benchmarks/context.py recall --model MODEL [--embedded] [--gates FOLDER --data TEXTS]
-    python benchmarks/context.py speed --model MODEL --contexts 1024 4096
+    python benchmarks/context.py speed --model MODEL --contexts 1024 4096 --filled --rules window keydiff gates
     python benchmarks/context.py --report
 
-Gates are trained once, on a frozen body, and all their offsets are shifted to each share on training texts. Rules read
+Gates are trained once, on a frozen body, for half of the context, and for other shares all their offsets are shifted on
+training texts. Rules read
 a window in chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
 is what queries could attend to of what came before them, counted alike for all. A line of the results
 (results/context.jsonl) is one method at one share; those that are there are not taken again.
@@ -30,18 +31,15 @@ from transformers import PreTrainedModel
 
 import compresso
 from common import RESULTS, machine
-from compresso.core.context_gates import landed
 from compresso.edit.context_attention import release_
 from compresso.edit.context_cache import ContextCache
-from compresso.edit.context_gates import ContextGates, gates_of, live_by_layer
+from compresso.edit.context_gates import ContextGates, gates_of, land_, live_by_layer
 from compresso.edit.evict import evict_, parse
 from compresso.edit.patches import read_patches
 from compresso.loading import Loaded
-from compresso.metrics.pruned_context import held_share
-from compresso.metrics.timed_generation import prefill_and_decode, prompts, stopwatch
-from compresso.metrics.traffic import cache_bytes
 from context_recall import answered, items, kind_of
 from context_report import report
+from context_speed import Turn, turn, whole_bytes
 
 SHARES = (0.75, 0.5, 0.25)
 RULES = ("window", "keydiff", "knorm", "h2o")
@@ -71,21 +69,27 @@ def train(options: argparse.Namespace) -> None:
     stage = {
         "keep_context": 0.5,
         "train": "gates",
+        "judged_by": "layers",
+        "gating": "least",
         "alpha_start": 2.0,
-        "offset": 1.75,
+        "alpha_end": 16.0,
+        "alpha_even": True,
+        "offset": 3.5,
         "spread": 0.5,
-        "gamma": 0.15,
-        "dual_rate": 5e-3,
+        "gamma": options.gamma,
+        "dual_rate": options.dual_rate,
         "steps": options.updates,
         "batch": options.batch,
         "micro_batch": options.micro_batch,
         "lr": options.lr,
+        "offset_lr": options.offset_lr,
         "lr_schedule": "cosine",
-        "warmup": 10,
+        "warmup": 3,
         "clip": 1.0,
-        "save_every": 10,
+        "save_every": 5,
+        "landing": LANDING,
     }
-    data = {"max_length": options.length, "prompt": False, "pack": True, "held": 8}
+    data = {"max_length": options.length, "prompt": False, "pack": True, "held": 2}
     raw = {"name": "context-benchmark", "data": data, "stages": [{"context_gates": stage}]}
     folder = Path(options.folder)
     resume = folder.with_name(folder.name + ".partial").exists()
@@ -120,17 +124,9 @@ def scored(model: PreTrainedModel, rows: Tensor, chunk: int | None) -> tuple[flo
 
 def shifted(model: PreTrainedModel, gates: ContextGates, rows: Tensor, share: float) -> None:
     """Put all offsets where `share` of the context of rows is live."""
-    starts = [gate.offset.clone() for gate in gates.gates]
     batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
-
-    def live(shift: float) -> float:
-        for gate, start in zip(gates.gates, starts, strict=True):
-            gate.offset.copy_(start + shift)
-        found = live_by_layer(model, gates, batches)
-        return sum(found) / len(found)
-
     gates.hold_(model)
-    live(landed(live, share, 9, reach=4.0))
+    land_(model, gates, batches, share)
     release_(model)
 
 
@@ -167,9 +163,11 @@ def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[
             records = json.loads((Path(options.gates) / "records.json").read_text("utf-8"))
             (patch,) = read_patches(records["patches"], Path(options.gates))
             gates = gates_of(patch, model)
-            shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
+            run = records["stages"]["context_gates"]
+            if share != run["keep_context"]:  # the run's own gates are there already
+                shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
             gates.hold_(model)
-            yield Held("gates", share, gates, {"updates": records["stages"]["context_gates"]["updates"]})
+            yield Held("gates", share, gates, {"updates": run["updates"]})
             release_(model)
 
 
@@ -224,40 +222,20 @@ def speed(options: argparse.Namespace) -> None:
     lines = [one for one in read(Path(options.results)) if of(one, options, "speed")]
     known = {(one["method"], one["context"], one["batch"]) for one in lines}
     for context, batch in product(options.contexts, options.batches):
-        ids = prompts(batch, context, loaded.model.config.vocab_size, 0)
         due = [name for name in ("dense", *options.rules) if (name, context, batch) not in known]
+        size = whole_bytes(loaded.model, batch, context)
+        if size > options.most * 1e9:
+            print(f"{context} tokens, batch {batch}: the whole cache takes {size / 1e9:.1f} GB; left out", flush=True)
+            continue
         timed: dict[str, list[Turn]] = {name: [] for name in due}
         for _, name in product(range(options.rounds), due):
-            rule = None if name == "dense" else f"{name}:{options.share}"
-            timed[name].append(turn(loaded.model, ids, rule, options.new_tokens))
+            timed[name].append(turn(loaded.model, name, options, batch, context))
         for name, turns in timed.items():
             rates = [batch * options.new_tokens / one.seconds for one in turns]
             numbers = {"context": context, "batch": batch, "tokens_per_s": median(rates), "rates": rates}
             numbers |= {"bytes": turns[0].size, "live": turns[0].live, "new_tokens": options.new_tokens}
-            noted(options, "speed", Held(name, 1.0 if name == "dense" else options.share), **numbers)
-
-
-@dataclass
-class Turn:
-    """Seconds of decoding, and bytes and share of tokens of the cache in the end."""
-
-    seconds: float = 0.0
-    size: int = 0
-    live: float = 1.0
-
-    def look(self, cache: Any) -> None:
-        """Note what a cache holds."""
-        self.size, self.live = cache_bytes(cache), held_share(cache)
-
-
-def turn(model: PreTrainedModel, ids: Tensor, rule: str | None, new_tokens: int) -> Turn:
-    """Read ids [batch, tokens] and decode, once."""
-    found = Turn()
-    if rule is not None:
-        evict_(model, parse(rule))
-    _, found.seconds, _ = prefill_and_decode(model, ids, new_tokens, stopwatch(model.device), found.look)
-    release_(model)
-    return found
+            held = Held(name, 1.0 if name == "dense" else options.share)
+            noted(options, "speed", held, **numbers, filled=options.filled)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -277,9 +255,12 @@ def main() -> None:
     one = commands.add_parser("train")
     one.set_defaults(go=train)
     one.add_argument("--updates", type=int, default=200)
-    one.add_argument("--batch", type=int, default=4)
-    one.add_argument("--micro-batch", type=int, default=2)
-    one.add_argument("--lr", type=float, default=3e-3)
+    one.add_argument("--batch", type=int, default=1)
+    one.add_argument("--micro-batch", type=int, default=1)
+    one.add_argument("--lr", type=float, default=5e-4)
+    one.add_argument("--offset-lr", type=float, default=3e-2)
+    one.add_argument("--gamma", type=float, default=2e-2)
+    one.add_argument("--dual-rate", type=float, default=2e-3)
     one.add_argument("--folder", required=True)
     two = commands.add_parser("score")
     two.set_defaults(go=score)
@@ -299,6 +280,8 @@ def main() -> None:
     four.add_argument("--new-tokens", type=int, default=16)
     four.add_argument("--rounds", type=int, default=3)
     four.add_argument("--share", type=float, default=0.5)
+    four.add_argument("--filled", action="store_true", help="fill caches with random keys instead of reading prompts")
+    four.add_argument("--most", type=float, default=4.0, help="GB of the whole cache, above which a size is left out")
     for command in (one, two, three):
         command.add_argument("--data", default=None, help="training texts, JSON lines; of gates")
         command.add_argument("--length", type=int, default=512)

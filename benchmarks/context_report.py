@@ -57,8 +57,15 @@ def told(part: str, found: Rows) -> str:
     loads = [row["machine"]["load_before"] for row in found]
     rounds = min(len(row["rates"]) for row in found)
     taken = f"medians of {rounds} rounds in turn" if rounds > 1 else "a single round, so that speeds compare nothing"
+    filled = {bool(row.get("filled")) for row in found}
+    how = {
+        False: "random tokens were read",
+        True: "caches were filled with random keys and values instead of reading a prompt; gates are held open, so that"
+        " the share stays; tokens/s are of processor time of the process itself",
+    }
+    read = "; ".join(how[one] for one in sorted(filled)) + (" (marked *)" if len(filled) > 1 else "")
     return (
-        f"Random tokens, {one['new_tokens']} decoded after the context; {taken}."
+        f"{read[0].upper()}{read[1:]}. {one['new_tokens']} tokens decoded after the context; {taken}."
         f" Other work ran on the machine (load {min(loads):.1f} to {max(loads):.1f} on {last['cores']} cores): times"
         f" tell orders of magnitude, bytes are exact. {where}."
     )
@@ -75,9 +82,10 @@ def table(part: str, found: Rows) -> list[list[str]]:
             for row in found
         ]
         return [["share", "method", "held", "cache of one item, MB", "right, %"], *lines]
+    mixed = len({bool(row.get("filled")) for row in found}) > 1
     lines = [
         [
-            str(row["context"]),
+            str(row["context"]) + ("*" if mixed and row.get("filled") else ""),
             row["method"],
             str(row["batch"]),
             f"{row['live']:.3f}",
@@ -104,11 +112,12 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
     value, name = ("perplexity", "perplexity") if part == "text" else ("right", "share of right answers")
     dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
     others = [row for row in found if row["method"] != "dense"]
-    lines = _lines([*dense, *others], "share", value, 1.0)
+    held = "seen" if part == "text" else "live"  # what was asked for is the landing's, not that of these texts
+    lines = _lines([*dense, *others], held, value, 1.0)
     of_items = found[0]["items"] if part == "recall" else 1
     lines = {method: [(100 * x, y / of_items) for x, y in line] for method, line in lines.items()}
-    label = f"{name} against the share of the context that stays"
-    return [(label, curves(lines, label, percent=part == "recall", axis="share that stays, %"))]
+    label = f"{name} against the share of the context that was {'seen' if part == 'text' else 'held'}"
+    return [(label, curves(lines, label, percent=part == "recall", axis="share of the context, %"))]
 
 
 def markdown(rows: Rows) -> str:
@@ -145,9 +154,9 @@ def page(rows: Rows) -> Markup:
 
 
 INTRO = (
-    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O) at equal shares of"
-    " the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows and"
-    " items, one seed. Made by `benchmarks/context.py`."
+    "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O; SnapKV) at equal"
+    " shares of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows"
+    " and items, one seed. Made by `benchmarks/context.py`."
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from compresso.edit.context_attention import keepers_of
 from tests.edit.test_context_gates import dense
 from tests.edit.test_evict import forgetful
 from tests.formats.nano_variants import nano_tokenizer
@@ -21,8 +22,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import context_recall  # pyright: ignore[reportMissingImports]
     import context_report  # pyright: ignore[reportMissingImports]
+    import context_speed  # pyright: ignore[reportMissingImports]
 
-    yield SimpleNamespace(recall=context_recall, report=context_report)
+    yield SimpleNamespace(recall=context_recall, report=context_report, speed=context_speed)
 
 
 @pytest.mark.parametrize("embedded", [True, False])
@@ -61,6 +63,26 @@ def test_answers_are_the_likeliest_choices_whatever_the_chunks_are(modules: Simp
     assert not modules.recall.answered(model, wrong, 30, 5)[0].any()
     cut, live, _ = modules.recall.answered(forgetful("window:6"), asked, 5, 2)
     assert live == pytest.approx(6 / 30) and len(cut) == 5
+
+
+@pytest.mark.parametrize("method", ["dense", "gates", "window", "keydiff", "h2o", "snapkv"])
+def test_filled_caches_hold_the_share_and_are_decoded_behind(method: str, modules: SimpleNamespace) -> None:
+    speed, model = modules.speed, dense("llama")
+    options = SimpleNamespace(share=0.5, filled=True, new_tokens=3)
+    found = speed.turn(model, method, options, 2, 100)
+    each = 3 * 2 * 2 * 8 * 4  # bytes of a token: layers, keys and values, heads, width, float32
+    assert speed.whole_bytes(model, 2, 100) == 2 * 100 * each
+    assert found.seconds > 0 and not keepers_of(model)
+    if method == "dense":
+        assert (found.size, found.live) == (2 * 104 * each, 1)
+        return
+    step = {"gates": 4, "snapkv": 4}.get(method, 2)  # of 104 tokens, 52 by rules that cut at each; what came stays else
+    assert found.live == pytest.approx((50 + step) / 104)
+    groups = 1 if method in ("gates", "window") else 2
+    more = {"gates": 32 * 4, "h2o": 2 * 4}.get(method, 0)
+    assert found.size == 2 * 64 * (each + 3 * (9 * groups + more))
+    read = speed.turn(model, method, SimpleNamespace(share=0.5, filled=False, new_tokens=3), 2, 40)
+    assert read.seconds > 0 and (read.live < 0.6 or method in ("gates", "snapkv"))
 
 
 def row(part: str, method: str, share: float, **more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@ finite differences, and products of gates written out in a loop.
 """
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from compresso.core.context_gates import (
     alpha_schedule,
     keep_log_mask,
     kept_by_steps,
+    least_log_mask,
+    least_scores,
     others,
     raised,
     sigma,
@@ -34,7 +37,7 @@ def causal(n: int, padded: tuple[int, ...] = ()) -> Tensor:
     return visible
 
 
-def product(z: Tensor, visible: Tensor, alpha: float) -> Tensor:
+def of_products(z: Tensor, visible: Tensor, alpha: float) -> Tensor:
     """What is left [queries, keys], by the definition."""
     n = len(z)
     left = torch.zeros_like(z)
@@ -62,6 +65,22 @@ def test_between_the_thresholds_the_two_coordinates_are_entmax_and_beyond_them_e
     assert ((p > 0) & (p < 1))[inside & (Z.abs() < 0.99 / beta)].all()
 
 
+@pytest.mark.parametrize(
+    ("alpha", "dtype"),
+    [*product([1.001, 1.05, 1.25, 3.0, 8.4, 8.6], [torch.float32, torch.float64]), (30.0, torch.float64)],
+)
+def test_the_lesser_coordinate_is_that_of_plain_bisection(alpha: float, dtype: torch.dtype) -> None:
+    beta = alpha - 1
+    z = torch.linspace(-min(1 / beta, 12), min(1 / beta, 12), 1001, dtype=dtype)[1:-1]
+    low, high = torch.full_like(z, -200, dtype=torch.float64), torch.full_like(z, math.log(0.5), dtype=torch.float64)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (torch.expm1(beta * middle) - torch.expm1(beta * torch.log1p(-middle.exp()))) / beta > -z.double().abs()
+        high, low = torch.where(above, middle, high), torch.where(above, low, middle)
+    lesser = torch.minimum(sigma(z, alpha), 1 - sigma(z, alpha)).double()
+    torch.testing.assert_close(lesser, low.exp(), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-8)
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_gradients_are_those_of_finite_differences(alpha: float) -> None:
     z = scores(6, 6, seed=3, scale=0.2, shift=0.05).requires_grad_()
@@ -78,7 +97,7 @@ def test_gradients_are_those_of_finite_differences(alpha: float) -> None:
 def test_what_is_left_is_the_product_of_gates_along_queries(alpha: float) -> None:
     z, visible = scores(9, 9), causal(9, padded=(0, 4))
     log_mask, left = keep_log_mask(z, visible, alpha)
-    wanted = product(z, visible, alpha)
+    wanted = of_products(z, visible, alpha)
     torch.testing.assert_close(log_mask.exp(), wanted, rtol=1e-6, atol=1e-9)
     assert left.item() == pytest.approx(float((wanted * others(visible)).sum()), rel=1e-6)
 
@@ -149,3 +168,38 @@ def test_dual_ascent_finds_the_weight_at_which_the_target_is_met() -> None:
 def test_bad_alpha() -> None:
     with pytest.raises(ValueError, match=r"alpha=0\.5 of a gate"):
         sigma(Z, 0.5)
+
+
+def test_the_least_score_is_a_gate_of_the_worst_query_so_far() -> None:
+    z, visible, n = scores(9, 9, seed=4), causal(9, padded=(0, 4)), 9
+    log_mask, left = least_log_mask(z, visible, 3.0)
+    wanted = torch.zeros(n, n, dtype=torch.float64)
+    total = 0.0
+    for q in range(n):
+        for k in range(q + 1):
+            if visible[q, k]:
+                so_far = [float(z[j, k]) for j in range(k + 1, q + 1) if visible[j, k]]
+                wanted[q, k] = 1 / (1 + math.exp(-3.0 * min(so_far))) if so_far else 1.0
+                total += float(wanted[q, k]) if k < q else 0.0
+    torch.testing.assert_close(log_mask.exp(), wanted, rtol=0, atol=1e-12)
+    assert left.item() == pytest.approx(total)
+
+
+def test_a_least_score_and_a_product_are_one_once_gates_are_steps() -> None:
+    z, visible = scores(40, 40, seed=2), causal(40, padded=(3,))
+    product_mask, product_left = keep_log_mask(z, visible, STEP)
+    least_mask, least_left = least_log_mask(z, visible, 1e9)
+    torch.testing.assert_close(least_mask.exp(), product_mask.exp(), rtol=0, atol=1e-12)
+    assert least_left.item() == pytest.approx(product_left.item())
+    pairs = others(visible)
+    assert torch.equal((least_scores(z, visible) > 0)[pairs], (product_mask.exp() > 0)[pairs])
+
+
+def test_least_scores_have_the_gradients_of_finite_differences() -> None:
+    z = scores(6, 6, seed=3).requires_grad_()
+
+    def used(given: Tensor) -> Tensor:
+        log_mask, left = least_log_mask(given, causal(6, padded=(2,)), 2.0)
+        return (log_mask.clamp(min=-50).exp() * torch.arange(36.0).view(6, 6)).sum() + 3 * left
+
+    assert torch.autograd.gradcheck(used, (z,))

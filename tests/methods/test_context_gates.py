@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compresso.edit.context_attention import keepers_of
-from compresso.edit.context_gates import LayerGates, live_fraction
+from compresso.edit.context_gates import LayerGates, gates_of, live_fraction
 from compresso.edit.patches import unpatch_
 from compresso.errors import ArchError, Interrupted, RecipeError
 from compresso.job import Job
@@ -77,6 +77,29 @@ def test_scores_spread_as_asked_whatever_the_norms_are(make_job: MakeJob) -> Non
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_gates_that_layers_judge_change_less_at_the_same_live_share(make_job: MakeJob) -> None:
+    errors = []
+    knobs = {"judged_by": "layers", "train": "gates", "alpha_even": True, "spread": 0.3, "landing": 8, "gamma": 0.0}
+    for steps, lr in ((1, 0.0), (60, 1e-2)):
+        job = done(make_job(folder=str(steps)), **{**knobs, "steps": steps, "lr": lr, "dual_rate": 1e-2})
+        facts = job.records["context_gates"]
+        assert 0.5 <= facts["live_fraction"] < 0.6
+        ids = torch.tensor([row["input_ids"] for row in job.held])
+        gates = gates_of(job.patches[-1], job.model)
+        gates.hold_(job.model)
+        with torch.no_grad(), gates.apart(job.model):
+            job.model(ids, use_cache=False)
+            errors.append(float(gates.error()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_offsets_have_a_rate_of_their_own(make_job: MakeJob) -> None:
+    job = done(make_job(), train="gates", steps=1, lr=0.0, offset_lr=0.25, offset=1.0, keep_context=None, gamma=9.0)
+    moved = (gates(job)["offsets"] - 1.0).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.25))
+
+
 def test_gamma_rises_while_too_much_is_live(make_job: MakeJob) -> None:
     job = done(make_job(), train="gates", keep_context=0.2, gamma=0.0, dual_rate=0.1, offset=3.0)
     assert job.records["context_gates"]["gamma"] > 0.05
@@ -135,6 +158,10 @@ def test_bad_input_is_refused_before_training(make_job: MakeJob) -> None:
     job = make_job()
     with pytest.raises(RecipeError, match=r"keep_context=0\.05 of 12 tokens is less than one token; wanted at least"):
         ContextGatesStage(keep_context=0.05).check_data(job.rows, None, job.model.config, None)
+    with pytest.raises(RecipeError, match=r"judged_by=layers, train=lora: layers are compared .* set train=gates"):
+        ContextGatesStage(judged_by="layers", train="lora").check(job.model, job.arch)
+    with pytest.raises(RecipeError, match=r"alpha_start=1, alpha_end=8: equal factors .* set alpha_even=false"):
+        ContextGatesStage(alpha_even=True).check(job.model, job.arch)
     job.model.config.sliding_window = 4
     with pytest.raises(ArchError, match="sliding window"):
         ContextGatesStage().check(job.model, job.arch)

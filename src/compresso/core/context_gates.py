@@ -7,7 +7,6 @@ exact zero is carried beside them: log(0 + 1e-40), as in the public code, is -in
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ STEP = math.inf
 _LEAST = -69.0
 """Logarithm of the smallest gate that is not 0, 1e-30."""
 _LOGISTIC = 1e-6
-_HALVINGS, _NEWTON = 16, 4
+_HALVINGS, _NEWTON, _GRID, _STEEP = 24, 3, 1025, 7.5
 
 
 def sigma(z: Tensor, alpha: float) -> Tensor:
@@ -66,6 +65,29 @@ def keep_log_mask(z: Tensor, visible: Tensor, alpha: float) -> tuple[Tensor, Ten
     return log_mask, left
 
 
+def least_scores(z: Tensor, visible: Tensor) -> Tensor:
+    """The least score that each key had at a query so far [..., queries, keys]: under steps a key is there as long as
+    this is above 0. Where no gate acted yet, infinity.
+
+    Args as of `keep_log_mask`.
+    """
+    return z.masked_fill(~others(visible), torch.inf).cummin(-2).values
+
+
+def least_log_mask(z: Tensor, visible: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """As `keep_log_mask`, with a token's least score under one logistic gate in place of a product of gates.
+
+    Under steps both are the same. In between, a product of hundreds of gates is next to nothing unless each is all but
+    open, and gates that are exactly open or shut have no gradient; a least score has neither fault.
+
+    sharpness: which scores are multiplied by; gates are steps at infinity.
+    """
+    least = z.masked_fill(~others(visible), 1e4).cummin(-2).values
+    gated = others(visible)
+    log_mask = torch.nn.functional.logsigmoid(sharpness * least).masked_fill(~visible, torch.finfo(z.dtype).min)
+    return log_mask, (log_mask.exp() * gated).sum()
+
+
 def others(visible: Tensor) -> Tensor:
     """Pairs of a query and a key it sees that is not its own [..., queries, keys]."""
     own = torch.eye(visible.shape[-2], visible.shape[-1], dtype=torch.bool, device=visible.device)
@@ -81,16 +103,26 @@ def kept_by_steps(z: Tensor, gated: Tensor) -> Tensor:
     return dropped.cumsum(-2, dtype=torch.int32) == 0
 
 
-def alpha_schedule(start: float, end: float, over: int) -> Schedule:
+def alpha_schedule(start: float, end: float, over: int, even: bool = False) -> Schedule:
     """Alpha at an update: half a cosine from `start` to `end` over so many updates, then `end`.
+
+    Args:
+        start, end: at least 1; above it if `even`.
+        over: updates.
+        even: the same half cosine of log(alpha - 1), so that the scores between which a gate is neither open nor shut,
+            1/(alpha - 1) either way, narrow by equal factors instead of nearly all at once.
 
     >>> [round(alpha_schedule(1, 8, 4)(update), 2) for update in (0, 2, 4, 9)]
     [1.0, 4.5, 8.0, 8.0]
+    >>> [round(alpha_schedule(1.25, 5, 4, even=True)(update), 2) for update in (0, 2, 4, 9)]
+    [1.25, 2.0, 5.0, 5.0]
     """
 
     def alpha(update: int) -> float:
-        done = min(1.0, update / over) if over else 1.0
-        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
+        left = 0.5 * (1 + math.cos(math.pi * (min(1.0, update / over) if over else 1.0)))
+        if even:
+            return 1 + (start - 1) ** left * (end - 1) ** (1 - left)
+        return end + (start - end) * left
 
     return alpha
 
@@ -105,37 +137,42 @@ def raised(gamma: float, live: float, target: float, rate: float) -> float:
     return max(0.0, gamma + rate * (live - target))
 
 
-def landed(live: Callable[[float], float], target: float, halvings: int, reach: float = 8.0) -> float:
-    """The shift of all offsets, from -reach to reach, at which `live` is nearest above `target`, found by halving.
-
-    live: of a shift, rising with it.
-
-    >>> round(landed(lambda shift: 0.5 + shift / 16, 0.75, 12), 2)
-    4.0
-    """
-    low, high = -reach, reach
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if live(middle) >= target else (middle, high)
-    return high
-
-
 def _lesser(z: Tensor, beta: float) -> Tensor:
-    """log of the lesser coordinate p <= 1/2, where |z| < 1/beta: z = (p^beta - (1-p)^beta)/beta solved by halving, then
-    Newton's steps. beta = alpha - 1 > 0.
+    """log of the lesser coordinate p <= 1/2, where |z| < 1/beta: z = (p^beta - (1-p)^beta)/beta, solved by Newton's
+    steps from between two points of a grid. beta = alpha - 1 > 0.
     """
     target = -z.abs()
-    low, high = torch.full_like(z, _LEAST), torch.full_like(z, -math.log(2.0))
+    if beta > _STEEP:
+        return _halved(target, beta)
+    near = torch.log1p(beta * target)  # p^beta is near 1 - beta |z| where p is small, so that t bends little over this
+    least = math.log(torch.finfo(z.dtype).eps) - 1
+    grid = torch.linspace(least, 0.0, _GRID, dtype=z.dtype, device=z.device)
+    solved = _halved(torch.expm1(grid) / beta, beta)
+    at = (near.clamp(min=least) - least) * ((_GRID - 1) / -least)
+    place = at.long().clamp(max=_GRID - 2)
+    t = solved[place] + (at - place) * (solved[place + 1] - solved[place])
+    return _newton(t, target, beta, t.new_tensor(_LEAST), t.new_tensor(-math.log(2.0)))
+
+
+def _halved(target: Tensor, beta: float) -> Tensor:
+    """The same of targets -|z| by halving first, which is slow, and safe where all but the ends is flat."""
+    low, high = torch.full_like(target, _LEAST), torch.full_like(target, -math.log(2.0))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         above = _difference(middle, beta) > target
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
-    t = (low + high) / 2
+    return _newton((low + high) / 2, target, beta, low, high)
+
+
+def _newton(t: Tensor, target: Tensor, beta: float, low: Tensor, high: Tensor) -> Tensor:
+    """Newton's steps for log p from t, between bounds."""
     for _ in range(_NEWTON):
         p = t.exp()
         rest = torch.log1p(-p)
-        slope = (beta * t).exp() + p * ((beta - 1) * rest).exp()
-        t = torch.maximum(torch.minimum(t - (_difference(t, beta) - target) / slope, high), low)
+        power, other = beta * t, beta * rest
+        slope = power.exp() + p * (other - rest).exp()
+        miss = (torch.expm1(power) - torch.expm1(other)) / beta - target
+        t = torch.maximum(torch.minimum(t - miss / slope, high), low)
     return t
 
 

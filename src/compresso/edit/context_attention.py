@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -227,6 +228,8 @@ def _attention(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
 
     def attend(mask: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        if n == 1 and not dropout:
+            return _single(query, keys, values, mask, scale), None
         if mask.shape[1] > 1:  # groups of key/value heads
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         least = max(torch.finfo(query.dtype).min, torch.finfo(mask.dtype).min)
@@ -243,6 +246,20 @@ def _attention(
         scale,
     )
     return held.keeper.attend(seen)
+
+
+def _single(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one token [batch, 1, query heads, width], the query heads of a group being so many queries of its
+    key/value head: keys and values, of which there are many, are not written out once for each of them.
+
+    mask: additive [batch, 1 or key/value heads, 1, slots].
+    """
+    batch, n_heads, _, width = query.shape
+    folded = query.view(batch, keys.shape[1], -1, width)
+    low = mask.clamp(min=max(torch.finfo(query.dtype).min, torch.finfo(mask.dtype).min)).to(query.dtype)
+    low = low.expand(batch, keys.shape[1], folded.shape[2], -1)
+    found = scaled_dot_product_attention(folded, keys, values, attn_mask=low, scale=scale)
+    return found.reshape(batch, n_heads, 1, -1).transpose(1, 2).contiguous()
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:

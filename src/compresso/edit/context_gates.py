@@ -11,7 +11,8 @@ no trace; chunks that follow a cache see its live tokens alone; one code serves 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.core.context_gates import STEP, keep_log_mask, kept_by_steps, others
+from compresso.core.context_gates import STEP, keep_log_mask, kept_by_steps, least_log_mask, least_scores, others
 from compresso.edit.context_attention import (
     Seen,
     additive,
@@ -37,6 +38,7 @@ from compresso.errors import ArchError
 
 PATCH = "context_gates"
 QUERIES, INTERACTION_KEYS, OFFSETS = "queries", "interaction_keys", "offsets"
+_OUTPUTS = ("o_proj", "c_proj", "dense")
 FEW_HEADS = 4
 """With no more key/value heads than this, interaction keys would be a large part of the cache."""
 
@@ -47,6 +49,39 @@ class Tally:
 
     left: Tensor
     pairs: Tensor
+    least: Tensor | None = None
+    """The least score of each of them so far, where it is noted."""
+
+
+class Apart:
+    """What the gates of one layer change there, the layers before it being as they are without gates.
+
+    Attributes:
+        error: mean over real tokens of |gated - whole|^2 / |stream|^2 [], of what attention adds to the stream that
+            it is added to; of the last pass.
+    """
+
+    def __init__(self, attention: nn.Module, block: nn.Module) -> None:
+        self._output = next(getattr(attention, part) for part in _OUTPUTS if hasattr(attention, part))
+        self._squares: Tensor | None = None
+        self._hook = block.register_forward_pre_hook(self._look, with_kwargs=True)
+        self.error: Tensor | None = None
+
+    def _look(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        stream = arguments[0] if arguments else named["hidden_states"]
+        self._squares = stream.detach().float().square().sum(-1)
+
+    def compare(self, gated: Tensor, whole: Tensor, real: Tensor) -> None:
+        """Note the error of outputs [batch, tokens, heads, width], at tokens that are real [batch, tokens]."""
+        assert self._squares is not None
+        change = (gated - whole).flatten(2)
+        added = self._output(change) - self._output(torch.zeros_like(change[:1, :1]))  # without its bias
+        share = added.float().square().sum(-1) / self._squares.clamp(min=1e-12)
+        self.error = (share * real).sum() / real.sum().clamp(min=1)
+
+    def end(self) -> None:
+        """Look no longer."""
+        self._hook.remove()
 
 
 class LayerGates(nn.Module):
@@ -65,7 +100,11 @@ class LayerGates(nn.Module):
         self.queries = nn.Parameter(torch.randn(size, generator=generator) / math.sqrt(hidden))
         self.keys = nn.Parameter(torch.randn(size, generator=generator) / math.sqrt(hidden))
         self.offset = nn.Parameter(torch.full((1,), float(offset)))
+        self.scale = 1.0
         self.alpha = STEP
+        self.by_least = False
+        self.noting = False
+        self.apart: Apart | None = None
         self.tally: Tally | None = None
         self._query: Tensor | None = None
         self._key: Tensor | None = None
@@ -76,8 +115,8 @@ class LayerGates(nn.Module):
             self.to(given.device)
         with torch.autocast(given.device.type, enabled=False):
             dtype = given.dtype
-            self._query = (given @ self.queries.to(dtype)).unsqueeze(1)
-            self._key = (given @ self.keys.to(dtype)).unsqueeze(1)
+            self._query = (given @ (self.queries * self.scale).to(dtype)).unsqueeze(1)
+            self._key = (given @ (self.keys * self.scale).to(dtype)).unsqueeze(1)
 
     def raw(self, given: Tensor) -> Tensor:
         """z of all pairs of what attention reads [batch, tokens, hidden], without the offset."""
@@ -122,10 +161,20 @@ class LayerGates(nn.Module):
         n = z.shape[-1]
         if seen.visible.shape[-1] != n:
             raise ArchError("the model was given tokens that follow a cache without interaction keys; start anew")
-        log_mask, left = keep_log_mask(z, seen.visible, self.alpha)
-        self.tally = Tally(left, others(seen.visible).sum())
+        gates = least_log_mask if self.by_least and math.isfinite(self.alpha) else keep_log_mask
+        log_mask, left = gates(z, seen.visible, self.alpha)
+        pairs = others(seen.visible)
+        least = least_scores(z.detach(), seen.visible)[pairs] if self.noting else None
+        self.tally = Tally(left, pairs.sum(), least)
         own = torch.eye(n, dtype=torch.bool, device=z.device)
-        return seen.attend(log_mask.masked_fill(own, 0.0), seen.chunk["keys"], seen.chunk["values"])
+        keys, values = seen.chunk["keys"], seen.chunk["values"]
+        found = seen.attend(log_mask.masked_fill(own, 0.0), keys, values)
+        if self.apart is None:
+            return found
+        with torch.no_grad():
+            whole = seen.attend(additive(seen.visible, own), keys, values)
+        self.apart.compare(found[0], whole[0], seen.real)
+        return whole
 
     def _one(self, seen: Seen, query: Tensor, chunk: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """A single token: drop, then write it into a slot that is free."""
@@ -171,9 +220,10 @@ class ContextGates(nn.Module):
 
     @torch.no_grad()
     def spread_(self, model: PreTrainedModel, batch: Mapping[str, Tensor], spread: float) -> None:
-        """Scale the projections of each layer so that scores of pairs of a batch have this standard deviation.
+        """Scale what each layer's projections give so that scores of pairs of a batch have this standard deviation.
 
-        How large they are otherwise depends on the norms before attention; gates must not be held yet.
+        How large they are otherwise depends on the norms before attention. The projections stay as they are drawn, so
+        that one rate suits all layers. Gates must not be held yet.
         """
         visible = batch["attention_mask"].bool().to(model.device)
         n = visible.shape[1]
@@ -182,9 +232,7 @@ class ContextGates(nn.Module):
         def scaling(gate: LayerGates) -> Any:
             def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
                 z = gate.raw(arguments[0] if arguments else named["hidden_states"]).squeeze(1)
-                by = (spread / z[pairs].std().clamp(min=1e-6)).sqrt()
-                gate.queries.mul_(by)
-                gate.keys.mul_(by)
+                gate.scale *= float((spread / z[pairs].std().clamp(min=1e-6)).sqrt())
 
             return hook
 
@@ -205,10 +253,29 @@ class ContextGates(nn.Module):
         """In the order of layers."""
         return [one for one in self.layers if isinstance(one, LayerGates)]
 
-    def at(self, alpha: float) -> None:
-        """Set alpha of all gates."""
+    def at(self, alpha: float, by_least: bool = False) -> None:
+        """Set alpha of all gates; under `by_least` the sharpness of one logistic gate on a token's least score."""
         for one in self.gates:
-            one.alpha = alpha
+            one.alpha, one.by_least = alpha, by_least
+
+    @contextmanager
+    def apart(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the context each layer runs with its whole context, and notes what its gates would change there."""
+        blocks = arch_for(model.config).blocks(model)
+        for one, attention, block in zip(self.gates, attentions_of(model), blocks, strict=True):
+            one.apart = Apart(attention, block)
+        try:
+            yield
+        finally:
+            for one in self.gates:
+                if one.apart is not None:
+                    one.apart.end()
+                one.apart = None
+
+    def error(self) -> Tensor:
+        """What gates changed in the last pass within `apart`, the sum over layers [], float32."""
+        found = [one.apart.error for one in self.gates if one.apart is not None and one.apart.error is not None]
+        return torch.stack(found).sum()
 
     def live(self) -> Tensor:
         """The share of real entries (seen pairs, a token's own left out) that was kept in the last pass without a
@@ -224,16 +291,67 @@ class ContextGates(nn.Module):
             PATCH,
             {"rank": gates[0].queries.shape[1], "layers": len(gates)},
             {
-                QUERIES: torch.stack([one.queries.detach() for one in gates]),
-                INTERACTION_KEYS: torch.stack([one.keys.detach() for one in gates]),
+                QUERIES: torch.stack([one.queries.detach() * one.scale for one in gates]),
+                INTERACTION_KEYS: torch.stack([one.keys.detach() * one.scale for one in gates]),
                 OFFSETS: torch.cat([one.offset.detach() for one in gates]),
             },
         )
 
 
-def live_by_layer(model: PreTrainedModel, gates: ContextGates, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
-    """The share of real entries that each layer keeps on batches, the gates being held on the model."""
+LANDINGS, SPARE = 6, 0.002
+"""Passes after which offsets stay, and how much above a target is near enough."""
+
+
+@torch.no_grad()
+def land_(
+    model: PreTrainedModel, gates: ContextGates, batches: Sequence[Mapping[str, Tensor]], target: float
+) -> tuple[float, list[float]]:
+    """Shift all offsets of step gates, which are held on the model, until just over `target` of the context of batches
+    is live.
+
+    A key is live while its least score is above 0, so that the shift is a quantile of least scores. What is dropped
+    changes what later layers read, which a few passes settle.
+
+    Returns:
+        The shift, and what is live in each layer.
+    """
+    starts = [gate.offset.clone() for gate in gates.gates]
+    found: list[tuple[float, float, list[float]]] = []
+    shift, step, least = 0.0, 0.01, list[Tensor]()
+    while len(found) < LANDINGS or not any(share >= target for share, _, _ in found):
+        for gate, start in zip(gates.gates, starts, strict=True):
+            gate.offset.copy_(start + shift)
+        least.clear()
+        live = live_by_layer(model, gates, batches, least)
+        share = sum(live) / len(live)
+        found.append((share, shift, live))
+        if 0 <= share - target <= 2 * SPARE:
+            break
+        if len(found) < LANDINGS:
+            known = torch.cat(least)
+            place = min(len(known), max(1, int((1 - min(1.0, target + SPARE)) * len(known))))
+            shift -= float(known.kthvalue(place).values)
+        else:
+            shift, step = max(one for _, one, _ in found) + step, 2 * step
+    _, shift, live = min(one for one in found if one[0] >= target)
+    for gate, start in zip(gates.gates, starts, strict=True):
+        gate.offset.copy_(start + shift)
+    return shift, live
+
+
+def live_by_layer(
+    model: PreTrainedModel,
+    gates: ContextGates,
+    batches: Sequence[Mapping[str, Tensor]],
+    least: list[Tensor] | None = None,
+) -> list[float]:
+    """The share of real entries that each layer keeps on batches, the gates being held on the model.
+
+    least: takes the least score so far of each of those entries, if given.
+    """
     left, pairs = [0.0] * len(gates.gates), [0.0] * len(gates.gates)
+    for one in gates.gates:
+        one.noting = least is not None
     with torch.no_grad():
         for batch in batches:
             given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -242,6 +360,11 @@ def live_by_layer(model: PreTrainedModel, gates: ContextGates, batches: Sequence
                 assert one.tally is not None
                 left[i] += float(one.tally.left)
                 pairs[i] += float(one.tally.pairs)
+                if least is not None and one.tally.least is not None:
+                    least.append(one.tally.least.float())
+                    one.tally.least = None
+    for one in gates.gates:
+        one.noting = False
     return [kept / max(of, 1) for kept, of in zip(left, pairs, strict=True)]
 
 

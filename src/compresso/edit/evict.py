@@ -28,7 +28,7 @@ from compresso.errors import ArgumentError
 Rule = Literal["window", "knorm", "keydiff", "h2o", "snapkv"]
 RULES = get_args(Rule)
 SINKS, RECENT, POOL = 4, 32, 7
-_DRAWN = "drawn"
+DRAWN = "drawn"
 """Attention that a token drew so far, in the slots of `h2o`."""
 
 
@@ -107,7 +107,7 @@ class _Rule:
         groups = 1 if rule == "window" else keys.shape[1]
         chunk = dict(seen.chunk)
         if rule == "h2o":
-            chunk[_DRAWN] = torch.zeros(*keys.shape[:3], device=keys.device)
+            chunk[DRAWN] = torch.zeros(*keys.shape[:3], device=keys.device)
         single = n == 1 and bool(layer.slots)
         if single:
             place = torch.tensor([layer.seen], device=keys.device)
@@ -122,7 +122,7 @@ class _Rule:
         output = seen.attend(mask, slots["keys"], slots["values"])
         weights = _weights(seen, slots["keys"], mask) if rule in ("h2o", "snapkv") else None
         if rule == "h2o" and weights is not None:
-            slots[_DRAWN] = slots[_DRAWN] + weights.sum(2)
+            slots[DRAWN] = slots[DRAWN] + weights.sum(2)
         latest = layer.seen + n - 1
         layer.count(seen.real)
         assert layer.real is not None
@@ -157,7 +157,7 @@ class _Rule:
                 scores = difference_scores(keys, live)
             case "h2o":
                 late = best(recent, live, budget.div(2, rounding_mode="floor"))
-                scores = slots[_DRAWN].masked_fill(late, torch.inf)
+                scores = slots[DRAWN].masked_fill(late, torch.inf)
             case "snapkv":
                 if single or weights is None:
                     return live

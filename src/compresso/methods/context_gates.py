@@ -17,12 +17,18 @@ Departures:
 - alpha may begin above 1 (`alpha_start`), where scores above 1/(alpha - 1) open a gate exactly: a frozen body cannot
   make up for products of gates that are never open. How far scores spread depends on the norms before attention, so
   projections may be scaled to a `spread`;
+- offsets have a rate of their own (`offset_lr`), being one number a layer where projections are sums over the width;
+- what is left of a token may be one logistic gate of its least score (`gating: least`), the same once gates are steps;
+  a product over hundreds of queries is next to nothing, or of gates that are exactly open and have no gradient;
+- alpha may rise by equal factors of alpha - 1 (`alpha_even`), and gates on a frozen body may be judged by what they
+  change in each layer instead of by the task's loss (`judged_by: layers`): no pass back through the body;
 - logarithms carry exact zeros beside them, where the public code adds 1e-40, which is 0 in half precision.
 
 No engine serves it: files hold the weights, and other engines open the model without gates.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -32,10 +38,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
-from compresso.core.context_gates import STEP, alpha_schedule, landed
+from compresso.core.context_gates import STEP, alpha_schedule
 from compresso.core.row import Row
 from compresso.edit.context_attention import NAME, attentions_of, refuse_foreign, release_
-from compresso.edit.context_gates import ContextGates, live_by_layer, rank_for
+from compresso.edit.context_gates import LANDINGS, ContextGates, land_, rank_for
 from compresso.edit.eager import attention_of
 from compresso.errors import RecipeError
 from compresso.job import Job
@@ -45,9 +51,6 @@ from compresso.training.context_objective import ContextObjective
 from compresso.training.groups import Group
 from compresso.training.history import curve
 from compresso.training.noise import mixed_seed
-
-HALVINGS = 10
-"""Of the interval in which the shift of offsets lies."""
 
 
 @stage(
@@ -74,8 +77,15 @@ class ContextGatesStage:
         spread: standard deviation of scores at the start, to which projections are scaled on one example; None as
             drawn.
         alpha_start, alpha_end, alpha_over: alpha rises from one to the other over so many updates, None for all.
+        gating: what is left of a token: the "product" of its gates (published), or one logistic gate, alpha times as
+            steep, of its "least" score so far. Both are the same once gates are steps.
+        alpha_even: whether it rises by equal factors of alpha - 1; the paper's rise is even in alpha, which shuts most
+            of the interval in which gates learn within the first tenth.
+        judged_by: the loss that gates keep low, of the "task" (published), or what they change in each of the "layers"
+            alone, for a frozen body.
         train: "all" weights with the gates (published), "lora" adapters with them, or "gates" alone, the body frozen.
         gate_lr: rate of the gates; None for `lr`.
+        offset_lr: rate of the offsets; None for that of the gates.
         landing: training examples on which the offsets are shifted to `keep_context` at the end; 0 leaves them.
         trains, lora, adamw: see `Trains`, `TunesLora` and `AdamW`.
     """
@@ -89,15 +99,29 @@ class ContextGatesStage:
     alpha_start: Annotated[float, Ge(1)] = 1.0
     alpha_end: Annotated[float, Ge(1)] = 8.0
     alpha_over: Annotated[int, Ge(0)] | None = None
+    gating: Literal["product", "least"] = "product"
+    alpha_even: bool = False
+    judged_by: Literal["task", "layers"] = "task"
     train: Literal["all", "lora", "gates"] = "all"
     gate_lr: Annotated[float, Ge(0)] | None = None
+    offset_lr: Annotated[float, Ge(0)] | None = None
     landing: Annotated[int, Ge(0)] = 8
     trains: Trains = Trains(steps=25_000, batch=6, micro_batch=6)
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW(lr=1e-4, lr_schedule="constant", clip=None)
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Raises ArchError for attention that is not patched."""
+        """Raises ArchError for attention that is not patched, RecipeError for knobs that do not go together."""
+        if self.judged_by == "layers" and self.train != "gates":
+            raise RecipeError(
+                f"judged_by=layers, train={self.train}: layers are compared with a body that stays as it is; set"
+                " train=gates, or judged_by=task"
+            )
+        if self.alpha_even and min(self.alpha_start, self.alpha_end) <= 1:
+            raise RecipeError(
+                f"alpha_start={self.alpha_start:g}, alpha_end={self.alpha_end:g}: equal factors of alpha - 1 want both"
+                " above 1; raise them, or set alpha_even=false"
+            )
         refuse_foreign(model)
         attentions_of(model)
 
@@ -130,7 +154,7 @@ class ContextGatesStage:
         """The passes of the training, and of the shift of offsets."""
         passes = self.learning().passes()
         passes += [Passes("spread", 1)] if self.spread is not None else []
-        return [*passes, Passes("landing", self.landing, forwards=HALVINGS + 1)] if self._lands else passes
+        return [*passes, Passes("landing", self.landing, forwards=LANDINGS)] if self._lands else passes
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another attention than the model's own."""
@@ -157,11 +181,19 @@ class ContextGatesStage:
             gates.spread_(job.model, job.collated(list(job.rows[:1])), self.spread)
         learned: nn.Module = job.model if self.train == "gates" else learner(job, self._adapters())
         gates.hold_(job.model)
+        beside = gates.apart(job.model) if self.judged_by == "layers" else nullcontext()
         try:
             objective, groups = self._objective(job, learned, gates, total)
-            history = tune(
-                job, "context_gates", self.trains, objective, groups, total, before_step=lambda _: objective.ascend_()
-            )
+            with beside:
+                history = tune(
+                    job,
+                    "context_gates",
+                    self.trains,
+                    objective,
+                    groups,
+                    total,
+                    before_step=lambda _: objective.ascend_(),
+                )
         finally:
             release_(job.model)
         if self.train != "gates":
@@ -195,19 +227,26 @@ class ContextGatesStage:
     ) -> tuple[ContextObjective, list[Group]]:
         """What is minimised, and by which rules."""
         over = total if self.alpha_over is None else self.alpha_over
-        alpha = alpha_schedule(self.alpha_start, self.alpha_end, over)
+        alpha = alpha_schedule(self.alpha_start, self.alpha_end, over, self.alpha_even)
         objective = ContextObjective(
             learned,
             gates,
-            job.task.loss,
+            job.task.loss if self.judged_by == "task" else None,
             alpha,
             gamma=self.gamma,
             target=self.keep_context,
             rate=self.dual_rate,
+            by_least=self.gating == "least",
         )
         hidden = int(job.model.config.hidden_size)
         rates = self.adamw if self.gate_lr is None else replace(self.adamw, lr=self.gate_lr)
-        groups = [group_of("gates", gates, rates, hidden, total)]
+        offsets = nn.ParameterList(gate.offset for gate in gates.gates)
+        projections = nn.ParameterList(one for gate in gates.gates for one in (gate.queries, gate.keys))
+        own = rates if self.offset_lr is None else replace(self.adamw, lr=self.offset_lr)
+        groups = [
+            group_of("gates", projections, rates, hidden, total),
+            group_of("offsets", offsets, own, hidden, total),
+        ]
         if self.train != "gates":
             groups.insert(0, group_of(self.train, learned, self.adamw, hidden, total))
         if objective.gamma is not None:
@@ -219,18 +258,9 @@ class ContextGatesStage:
         """Shift all offsets so that the target is live, and say by how much and what is live in each layer."""
         if not self._lands or self.keep_context is None:
             return 0.0, None
-        rows = list(job.rows[: self.landing])
-        batches = [job.collated([row]) for row in rows]
-        starts = [gate.offset.clone() for gate in gates.gates]
-
-        def live(shift: float) -> list[float]:
-            for gate, start in zip(gates.gates, starts, strict=True):
-                gate.offset.copy_(start + shift)
-            return live_by_layer(job.model, gates, batches)
-
+        batches = [job.collated([row]) for row in list(job.rows[: self.landing])]
         gates.hold_(job.model)
         try:
-            shift = landed(lambda by: sum(found := live(by)) / len(found), self.keep_context, HALVINGS)
-            return shift, live(shift)
+            return land_(job.model, gates, batches, self.keep_context)
         finally:
             release_(job.model)

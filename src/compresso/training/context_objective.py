@@ -6,6 +6,7 @@ counts the upper triangle, which is constant, so that its weight of .3 is about 
 """
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +24,30 @@ class ContextObjective(nn.Module):
     Args:
         model: with adapters, trainable or frozen weights.
         gates: held on it.
-        loss: what it minimises on a batch.
+        loss: what it minimises on a batch; None for what the gates of each layer change there (`ContextGates.apart`,
+            which must be on).
         alpha: of the gates, by update.
         gamma: weight of the live share, its start where there is a target.
         target: live share that dual ascent leads to; None for a fixed weight.
         rate: of dual ascent, an update.
+        by_least: see `ContextGates.at`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         gates: ContextGates,
-        loss: TrainingLoss,
+        loss: TrainingLoss | None,
         alpha: Schedule,
         *,
         gamma: float,
         target: float | None,
         rate: float,
+        by_least: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.gates, self.loss, self.alpha = model, gates, loss, alpha
-        self.target, self.rate, self.fixed = target, rate, gamma
+        self.target, self.rate, self.fixed, self.by_least = target, rate, gamma, by_least
         # a parameter, so that the gap, its gradient, is averaged over micro-batches and processes
         self.gamma = nn.Parameter(torch.full((1,), gamma)) if target is not None else None
 
@@ -54,8 +58,8 @@ class ContextObjective(nn.Module):
             "loss" [] to differentiate, and to log: "language" (without the live share), "live", "gamma" and "alpha".
         """
         alpha = self.alpha(micro.update)
-        self.gates.at(alpha)
-        language = self.loss(self.model, batch)
+        self.gates.at(alpha, self.by_least)
+        language = self._changed(batch) if self.loss is None else self.loss(self.model, batch)
         live = self.gates.live()
         weight = torch.tensor(self.fixed) if self.gamma is None else self.gamma.detach()[0]
         total = language + weight.to(live.device) * live
@@ -69,6 +73,12 @@ class ContextObjective(nn.Module):
             "gamma": weight.detach().clone(),
             "alpha": torch.tensor(alpha),
         }
+
+    def _changed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The sum over layers of what their gates change there."""
+        body = cast(Any, self.model).base_model
+        body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return self.gates.error()
 
     @torch.no_grad()
     def ascend_(self) -> None:
