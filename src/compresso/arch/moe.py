@@ -19,6 +19,7 @@ from compresso.arch.absent import NoAttention, NoExperts, NoMlp, is_absent
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder import channels_axis, heads_axis
 from compresso.arch.decoder_shape import cache_slots
+from compresso.arch.expert_feeders import expert_feeders
 from compresso.arch.mixture import EXPERTS, SHARED, Mixture, mixture_of
 from compresso.arch.producers import Producers, producers
 from compresso.arch.stream import hidden_axis, is_norm
@@ -158,16 +159,15 @@ class MoeDecoder:
         return tuple(groups)
 
     def producers(self, block: nn.Module) -> Producers:
-        """Norms in front of attention and dense FFN, which nothing else reads; v for o if heads share no values; up for
-        down.
-        """
+        """Norms in front of attention and FFN; v for o if heads share no values; up for down, in each expert, too."""
         here = self.linear_groups(block)
         norms = {names: "input_layernorm" for names in here if len(names) > 1 and names[0].startswith("self_attn.")}
         norms |= {names: "post_attention_layernorm" for names in here if names[0] == "mlp.gate_proj"}
         writers = {names: names[0].replace("down_proj", "up_proj") for names in here if names[0].endswith("down_proj")}
         if "v_proj" in self.read:
             writers |= {names: "self_attn.v_proj" for names in here if names == ("self_attn.o_proj",)}
-        return producers(block, norms, writers)
+        of_experts = expert_feeders(block.get_submodule("mlp"), "mlp", "post_attention_layernorm")
+        return {**producers(block, norms, writers), **of_experts}
 
     def empty_(self, block: nn.Module, kind: Kind) -> None:
         """Put a module that adds nothing in the sub-layer's place and an identity in its norm's."""
