@@ -7,8 +7,9 @@ it and nothing else happens: not in gpt-oss, whose up is clamped and shifted.
 
 from torch import nn
 
-from compresso.arch.mixture import EXPERTS, ROUTERS, SHARED
+from compresso.arch.mixture import EXPERTS, SHARED
 from compresso.arch.producers import Feeder
+from compresso.arch.routers import ROUTERS
 
 _SHARED_GATE = "shared_expert_gate"
 
