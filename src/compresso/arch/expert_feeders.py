@@ -33,7 +33,7 @@ def expert_feeders(mixture: nn.Module, where: str, norm: str) -> dict[tuple[str,
     pair = tuple(f"{where}.{shared}.{name}" for name in ("gate_proj", "up_proj")) if shared else ()
     beside = tuple(f"{where}.{n}.weight" for n in (*ROUTERS, _SHARED_GATE) if hasattr(mixture, n))
     in_front = Feeder(norm, readers=(*matrices["gate_up_proj"], *pair), beside=beside)
-    found = {(name,): in_front for name in matrices["gate_up_proj"]}
+    found: dict[tuple[str, ...], Feeder] = {(name,): in_front for name in matrices["gate_up_proj"]}
     if pair:
         found[pair] = in_front
     if not getattr(experts, "is_transposed", False):

@@ -76,7 +76,8 @@ class GroupVisitor:
                 runner.run(keep=self.keeps_states)
             for group in together:
                 check_seen(group, seen)
-            told = self.edit.prepare(together, seen) if isinstance(self.edit, Prepares) else {}
+            whole: object = self.edit
+            told = whole.prepare(together, seen) if isinstance(whole, Prepares) else {}
             for group in together:
                 tokens = seen[group.names[0]].n
                 found = self.edit(group, seen.pop(group.names[0]))
