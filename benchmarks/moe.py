@@ -1,12 +1,19 @@
 """Expert drop, layer drop, block drop and expert slimming at equal bytes, each as it is and rounded to 4 bits, on a
 small mixture whose routing comes from training (`scripts/train_moe.py`).
 
-    python benchmarks/moe.py --model moe-nano [--items 5] [--documents 40] [--seed 0] [--threads 1] [--report]
+    python benchmarks/moe.py --model moe-nano [--items 5] [--documents 40] [--seed 0] [--recovery 0] [--threads 1]
+        [--report]
 
 A finished cell is a line of results/moe.jsonl and is not repeated. A method works once; roundings start from copies of
 what it left: to the nearest, and by GPTQ at three of them (it would fill a pattern of zeros). Calibration is 64 rows of
 128 tokens, documents and instructions of the embedded world alike; scored are fresh documents (loss) and held-out
-items of every task (accuracy). No recovery. `--report` writes results/moe.md.
+items of every task (accuracy). `--report` writes results/moe.md.
+
+With `--recovery 200` all weights train for so many updates of 8 rows, other text than is scored, behind what left and
+before what is rounded, dense likewise; lines and report are moe_recovered.*. Not for slimming, whose zeros that would
+fill. Seeds are those of the text; give each a mixture of its own seed, and rows of one method are put together.
+Tokens a second are those of greedy decoding with a cache in transformers, in float32, of the CPU's seconds; memory is
+that of the weights there, which codes do not make smaller.
 
 Bytes are counted, not those of a file: 16 bits a weight as it stands, of n:m kept weights and two bits for the place of
 each, of rounded ones the code and its share of scale and offset.
@@ -61,21 +68,33 @@ ROUNDINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "4 bits, gptq": ("gptq", {"bits": 4, "group": 64, "clip": True, "calibration": CALIBRATION}),
 }
 BY_GPTQ = ("dense", "block drop, 2 of 6", "expert drop, 5 of 8")
-KEYS = ("method", "rounding", "items", "documents", "seed")
+KEYS = ("method", "rounding", "items", "documents", "seed", "recovery")
+RECOVERED = RESULTS / "moe_recovered.jsonl"
+RECOVERS: dict[str, Any] = {"train": "all", "batch": 8, "micro_batch": 8, "lr": 5e-4, "warmup": 10}
 
 
 def begun(folder: Path, out: Path, seed: int) -> Job:
     """A job on the mixture, with its calibration."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = as_stock(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    asked = (body(r["instruction"], r["input"]) + r["output"] for r in world.instructions(500, seed + 1))
-    both = (text for pair in zip(world.documents(500, seed + 1), asked, strict=False) for text in pair)
-    stream = [one for text in both for one in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
-    cut = [stream[i : i + LENGTH] for i in range(0, 68 * LENGTH, LENGTH)]
-    rows = [{"input_ids": ids, "labels": ids} for ids in cut]
+    rows = begun_rows(tokenizer, seed + 1, 68)
     plan, arch = Plan(), arch_for(model.config)
     held, rows = rows[:4], rows[4:]
     return Job(model, arch, tokenizer, rows, held, plan, {}, {}, seed=seed, out=out, quiet=True)
+
+
+def begun_rows(tokenizer: Any, seed: int, count: int) -> list[dict[str, Any]]:
+    """Rows of documents and instructions by turns; as many as there are, if the world's texts are too few."""
+    texts = max(500, 4 * count)
+    asked = (body(r["instruction"], r["input"]) + r["output"] for r in world.instructions(texts, seed))
+    both = (text for pair in zip(world.documents(texts, seed), asked, strict=False) for text in pair)
+    stream: list[int] = []
+    for text in both:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if len(stream) >= count * LENGTH:
+            break
+    cut = [stream[i : i + LENGTH] for i in range(0, min(count * LENGTH, len(stream) - LENGTH + 1), LENGTH)]
+    return [{"input_ids": ids, "labels": ids} for ids in cut]
 
 
 def applied(job: Job, stage: str, knobs: Mapping[str, Any]) -> Job:
@@ -104,6 +123,23 @@ def size(job: Job, pattern: str | None) -> int:
     )
 
 
+def recovered(job: Job, updates: int, seed: int) -> Job:
+    """The job with all weights trained on rows of their own."""
+    more = begun_rows(job.tokenizer, seed + 2, 8 * updates)
+    return replace(applied(replace(job, rows=more), "recover", {**RECOVERS, "steps": updates}), rows=job.rows)
+
+
+def decoded(job: Job, tokens: int = 48) -> float:
+    """Tokens a CPU second of greedy decoding, the best of three."""
+    ids, best = torch.arange(3, 35).unsqueeze(0), math.inf
+    for _ in range(3):
+        busy = time.process_time()
+        with torch.no_grad():
+            job.model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        best = min(best, time.process_time() - busy)
+    return tokens / best
+
+
 def scored(job: Job, items: int, n_documents: int) -> dict[str, Any]:
     """Loss of each of some fresh documents, and accuracy on held-out items of every task."""
     losses: list[float] = []
@@ -119,7 +155,40 @@ def scored(job: Job, items: int, n_documents: int) -> dict[str, Any]:
 
 def rows() -> list[dict[str, Any]]:
     """Finished cells."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
+    files = [file for file in (LINES, RECOVERED) if file.exists()]
+    return [{"recovery": 0, **json.loads(line)} for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def recovery_report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of results/moe_recovered.md: means over seeds, with their range."""
+    first, where = cells[0], cells[0]["machine"]
+    yield f"# Mixtures with {first['recovery']} updates of recovery"
+    yield ""
+    yield (
+        f"`benchmarks/moe.py --recovery {first['recovery']}`, {where['processor']}, {where['threads']} thread of"
+        f" {where['cores']} cores. Mixtures of {first['model']['updates']} updates; loss on fresh documents, paired"
+        " with dense of the same seed and the same recovery; all weights trained, before any rounding."
+    )
+    yield ""
+    yield "| method | rounding | seeds | bytes | loss | against dense | accuracy | tokens a CPU s | weights in memory |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    for method, rounding in dict.fromkeys((c["method"], c["rounding"]) for c in cells):
+        mine = [c for c in cells if (c["method"], c["rounding"]) == (method, rounding)]
+        whole = {c["seed"]: c for c in cells if c["method"] == "dense" and c["rounding"] == "16 bits"}
+        mean = [sum(c["losses"]) / len(c["losses"]) for c in mine]
+        apart = [
+            one - sum(whole[c["seed"]]["losses"]) / len(whole[c["seed"]]["losses"])
+            for one, c in zip(mean, mine, strict=True)
+            if c["seed"] in whole
+        ]
+        told = (
+            f"{sum(apart) / len(apart):+.3f} ({min(apart):+.3f} to {max(apart):+.3f})" if apart else "dense is missing"
+        )
+        yield (
+            f"| {method} | {rounding} | {len(mine)} | {mine[0]['bytes']:,} | {sum(mean) / len(mean):.3f} | {told} |"
+            f" {sum(c['accuracy'] for c in mine) / len(mine):.3f} |"
+            f" {sum(c['tokens_a_cpu_second'] for c in mine) / len(mine):.0f} | {mine[0]['memory'] / 1e6:.1f} MB |"
+        )
 
 
 def report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -163,16 +232,23 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=5)
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recovery", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.report:
-        (RESULTS / "moe.md").write_text("\n".join(report(rows())) + "\n", "utf-8")
+        plain, more = [c for c in rows() if not c["recovery"]], [c for c in rows() if c["recovery"]]
+        (RESULTS / "moe.md").write_text("\n".join(report(plain)) + "\n", "utf-8")
+        if more:
+            (RESULTS / "moe_recovered.md").write_text("\n".join(recovery_report(more)) + "\n", "utf-8")
         return
     made = json.loads((given.model / "records.json").read_text("utf-8"))["stages"]["finetune"]
     for method in given.methods:
         keys = {"method": method, "items": given.items, "documents": given.documents, "seed": given.seed}
+        keys["recovery"] = given.recovery
+        if given.recovery and "slimming" in method:
+            continue
         missing = [
             rounding
             for rounding in given.roundings
@@ -184,6 +260,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             busy = time.process_time()
             left = applied(begun(given.model, Path(scratch), given.seed), *METHODS[method])
+            if given.recovery:
+                left = recovered(left, given.recovery, given.seed)
             spent = time.process_time() - busy
             for rounding in missing:
                 busy = time.process_time()
@@ -197,10 +275,12 @@ def main() -> None:
                     "active": int(job.cost()().active),
                     "cpu_seconds": round(seconds, 1),
                     **scored(job, given.items, given.documents),
+                    "tokens_a_cpu_second": round(decoded(job), 1),
+                    "memory": sum(p.numel() * p.element_size() for p in job.model.parameters()),
                     "model": {"parameters": made["trainable"], "updates": made["updates"]},
                     "machine": machine(),
                 }
-                with LINES.open("a", encoding="utf-8") as file:
+                with (RECOVERED if given.recovery else LINES).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(
                     method, rounding, row["bytes"], sum(row["losses"]) / len(row["losses"]), row["accuracy"], flush=True

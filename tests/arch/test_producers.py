@@ -10,11 +10,13 @@ from torch import nn
 
 from compresso.core.plan import Plan
 from compresso.edit.shrink import shrink_
+from compresso.observe.folds import Stats
 from compresso.sweep.scaling import divide_
+from compresso.sweep.shared_scale import ScaledTogether
 from compresso.sweep.targets import Where, chosen, matrix
 
 EXPERTS = ("*.experts.*",)
-"""Stacked, so that nothing shows what each reads: stages that scale refuse them (tests/methods/test_mixtures.py)."""
+"""Stacked, and scaled together with the router; see below."""
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -52,3 +54,31 @@ def test_a_part_of_a_group_has_no_feeder(tiny: Tiny) -> None:
     ]  # k, v; o, of grouped queries
     assert groups[2].producer is not None and groups[2].producer.module == "model.layers.0.post_attention_layernorm"
     assert groups[3].producer is not None and isinstance(model.get_submodule(groups[3].producer.module), nn.Linear)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_scale_moves_into_experts_from_what_feeds_them(tiny: Tiny, name: str) -> None:
+    """The norm's through all that reads it together, the router and a shared expert with them; up's in each expert."""
+    model = tiny(name)
+    arch, _ = described(model)
+    before = logits(model)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(weight: torch.Tensor) -> torch.Tensor:
+        return torch.rand(weight.shape[1], generator=generator) * 3 + 0.2
+
+    together = ScaledTogether(model, lambda *_: {}, lambda pieces: (drawn(pieces[0][0]), {}))
+    fed: set[bool] = set()
+    for here in chosen(model, arch, Where(), experts=True).values():
+        seen = {g.names[0]: Stats(torch.ones(1 + (n := matrix(model, g.names[0]).shape[1]), n), 1) for g in here}
+        told = together.prepare(here, seen)
+        assert bool(told) == any(group.stack for group in here)
+        for group in here:
+            if group.producer is not None and group.producer.expert is not None:
+                weight = matrix(model, group.names[0])
+                scale = drawn(weight)
+                divide_(model, group.producer, scale)
+                weight.mul_(scale)
+                fed.add(True)
+    assert fed == (set() if name == "moe_gpt_oss" else {True})
+    torch.testing.assert_close(logits(model), before, atol=5e-4, rtol=1e-3)

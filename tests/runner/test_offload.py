@@ -249,9 +249,14 @@ def large_checkpoint(folder: Path, layers: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def limit(size: int) -> None:
+    """Of a child process: so many bytes of data, whatever it is, enforced by the system."""
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
 def limited() -> None:
-    """Of a child process: 2 GB of data, whatever it is, enforced by the system."""
-    resource.setrlimit(resource.RLIMIT_DATA, (2_000_000_000, 2_000_000_000))
+    """Of a child process: 2 GB."""
+    limit(2_000_000_000)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from compresso.arch.routers import CORRECTION, routing_of
+from compresso.arch.routers import CORRECTION, ROUTERS, routing_of
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
 from compresso.core.routing import Routing
@@ -19,8 +19,6 @@ from compresso.errors import ArchError
 
 EXPERTS = "experts"
 """The module of a mixture that holds its experts."""
-ROUTERS = ("gate", "router")
-"""What families call the router."""
 SHARED = ("shared_expert", "shared_experts")
 """What families call the expert of all tokens."""
 _SHARED_GATE = "shared_expert_gate"

@@ -4,10 +4,13 @@ that read them.
 A norm in front of linears is one: its weight (and bias) times 1 / s makes their inputs x / s. So is a linear whose
 outputs reach them through nothing but products and weighted means: v for o, if every head has a value head of its own,
 and up for down where a gate multiplies. An activation function in between forbids it.
+
+The norm in front of a mixture of experts feeds more than one group: the first matrix of every expert, a shared expert,
+and the router. Its scale has to be one for all of them; see `compresso.sweep.shared_scale`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -19,10 +22,22 @@ class Feeder:
     Args:
         module: its name, relative to the block.
         one_plus: whether its weight w multiplies by 1 + w, as Gemma's norms do.
+        readers: all linears, and matrices of experts, that read what it writes, if these are several groups.
+        beside: parameters [out, in] of routers that read it, too, and that no stage rounds.
+        expert: the number of the expert whose rows of the up half of the module's first stack are meant; None for all
+            parameters of the module.
     """
 
     module: str
     one_plus: bool = False
+    readers: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    expert: int | None = None
+
+    def within(self, where: str) -> "Feeder":
+        """The same with names that begin with that of the block."""
+        readers, beside = (tuple(f"{where}.{name}" for name in names) for names in (self.readers, self.beside))
+        return replace(self, module=f"{where}.{self.module}", readers=readers, beside=beside)
 
 
 Producers = Mapping[tuple[str, ...], Feeder]

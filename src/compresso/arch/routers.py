@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from compresso.core.routing import Routing
 
+ROUTERS = ("gate", "router")
+"""What families call the router."""
 CORRECTION = "e_score_correction_bias"
 """The buffer of a router whose choice is not by its scores alone."""
 
@@ -19,6 +21,16 @@ def routing_of(router: nn.Module) -> Routing:
         groups=int(getattr(router, "num_group", 1) or 1),
         of_groups=int(getattr(router, "topk_group", 1) or 1),
     )
+
+
+def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of a model's routers by full name; empty without any."""
+    return {
+        f"{where}.{name}": parameter
+        for where, module in model.named_modules()
+        if where.rpartition(".")[2] in ROUTERS and hasattr(module, "top_k")
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def correction_of(router: nn.Module) -> Tensor | None:

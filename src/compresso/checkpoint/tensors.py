@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from compresso.checkpoint.header import TensorInfo
@@ -177,7 +178,10 @@ def _coded(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> list[str
 
 def _packed_problems(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     """As for plain weights, where a weight may be stored as what compressed-tensors makes of it."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    if any(name.endswith(".weight_packed") and ".experts." in name for name in stored):
+        state = revert_weight_conversion(model, state)  # experts are stacked in memory, and linears in a folder
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set[str]()
     packed = {
         name: f"{name.rpartition('.')[0]}.weight"

@@ -6,7 +6,7 @@ calibration tokens, tr(D M D^T) with D the change of the weights and M = E[x x^T
 squared error, without the tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -117,11 +117,20 @@ def best_scale(
     Returns:
         The exponent (None: 1 is best), the scale, its error, and the error without scaling.
     """
-    scale = torch.ones_like(moment[0])
-    plain = least = output_error(rounded(weight) - weight, moment)
+    return best_common_scale([(weight, moment)], candidates, rounded)
+
+
+def best_common_scale(
+    pieces: Sequence[tuple[Tensor, Tensor]], candidates: Iterator[tuple[float, Tensor]], rounded: Round
+) -> tuple[float | None, Tensor, float, float]:
+    """As `best_scale`, one scale for several weights, each with the second moment of its own inputs: of experts, sums
+    over the tokens of each, so that one counts by how many it is given.
+    """
+    scale = torch.ones_like(pieces[0][1][0])
+    plain = least = sum(output_error(rounded(weight) - weight, moment) for weight, moment in pieces)
     exponent: float | None = None
     for r, tried in candidates:
-        error = output_error(rounded(weight * tried) / tried - weight, moment)
+        error = sum(output_error(rounded(weight * tried) / tried - weight, moment) for weight, moment in pieces)
         if error < least:
             exponent, scale, least = r, tried, error
     return exponent, scale, least, plain

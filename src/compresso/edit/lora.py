@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import arch_for
-from compresso.arch.mixture import EXPERTS
+from compresso.edit.expert_lora import ROUTER, adapted_parameter, parameter_targets, update_of
 from compresso.errors import NumericError, RecipeError, nearest
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,16 @@ def attach_(
     skipped, and so is a target that the architecture knows and that left every layer, which is said.
 
     Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's
-    `attn.c_attn` for `q_proj`), the adapter is put there. On a `Conv1D`, whose weight is [in, out], it is transposed.
-    The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out,
-    rank] zero, both float32 whatever the base's dtype.
+    `attn.c_attn` for `q_proj`), the adapter is put there. Stacked experts get one each, gate and up one between them;
+    "router" means the routers of a mixture (`edit/expert_lora.py`). On a `Conv1D`, whose weight is [in, out], it is
+    transposed. The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear
+    and B [out, rank] zero, both float32 whatever the base's dtype.
 
     strict: refuse a target that left every layer, too, as a dry run does while the budget can still be changed.
 
     Raises:
-        RecipeError: a target that the architecture does not know, none that is left, and a rank below 1.
+        RecipeError: a target that the architecture does not know, none that is left, a rank below 1, and dropout in
+            front of what is no linear.
     """
     head = model.get_output_embeddings()  # may be the embedding, so it is no target
     modules = {
@@ -59,20 +62,26 @@ def attach_(
     parts = getattr(arch_for(model.config), "parts", None)
     names: list[str] = []
     left: list[str] = []
+    apart = parameter_targets(model, targets)
     for target in targets:
         known = target if target in _LINEARS else None
+        if target == ROUTER:
+            if target not in apart:
+                raise RecipeError("no layer of this model has a router; give targets of linears")
+            continue
         name = target if target in linears else known if parts is None else parts.standing_for(target)
         if name is None:
             raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
         here = any(f".{one}".endswith(f".{name}") for one in modules)
-        (names if here else left).append(name)
-    if left and any(name.rpartition(".")[2] == EXPERTS for name, _ in model.named_modules()):
-        kept = ", ".join(names) or "q_proj, k_proj, v_proj, o_proj"
+        if here or target not in apart:
+            (names if here else left).append(name)
+    stacked = sorted({one for of_target in apart.values() for one in of_target})
+    if stacked and dropout:
         raise RecipeError(
-            f"adapters lie on single linears, and the experts of this model, which have {', '.join(left)}, are stacked;"
-            f" give targets: [{kept}], or train all weights"
+            f"dropout={dropout:g} lies in front of linears, and {stacked[0]} is none; give dropout: 0, or targets"
+            " without those of experts and routers"
         )
-    if targets and not names:
+    if targets and not names and not stacked:
         raise RecipeError(
             "no linear is left in this model's layers to put adapters on: the budget removed them all; keep more"
         )
@@ -91,6 +100,7 @@ def attach_(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # declared int, used as a factor
         target_modules=list(dict.fromkeys(names)),
+        target_parameters=stacked or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted_ones),
         lora_dropout=dropout,
         bias="none",
@@ -126,7 +136,7 @@ def merge_(adapted: PeftModel) -> PreTrainedModel:
                     " state"
                 )
         for _, layer in _adapters(adapted):
-            layer.get_base_layer().get_parameter("weight").copy_(_merged(layer))
+            _base(layer).copy_(_merged(layer))
     base = adapted.unload()
     assert isinstance(base, PreTrainedModel)
     return base
@@ -140,6 +150,11 @@ def adapter_parameters(adapted: PeftModel) -> dict[str, tuple[nn.Parameter, nn.P
         RecipeError: an adapter on a `Conv1D`, whose weight is [in, out].
     """
     for name, layer in _adapters(adapted):
+        if isinstance(layer, ParamWrapper):
+            raise RecipeError(
+                f"{name}.{layer.parameter_name} is no linear, whose units could be scored by adapters; give targets:"
+                " [q_proj, k_proj, v_proj, o_proj], or prune this model by its weights or gradients"
+            )
         if isinstance(layer.get_base_layer(), Conv1D):
             raise RecipeError(
                 f"{name} is a Conv1D, whose units cannot be scored by adapters; prune this model by its weights or"
@@ -178,17 +193,21 @@ def _adapters(adapted: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
+def _base(layer: LoraLayer) -> nn.Parameter:
+    """The parameter that an adapter lies on."""
+    if isinstance(layer, ParamWrapper):
+        return adapted_parameter(layer)
+    return layer.get_base_layer().get_parameter("weight")
+
+
 def _merged(layer: LoraLayer) -> Tensor:
     """A base weight plus its adapter's update, summed in float32 or wider and cast to the base's dtype."""
-    weight, a, b = (
-        module.get_parameter("weight")
-        for module in (
-            layer.get_base_layer(),
-            layer.lora_A.get_submodule("default"),
-            layer.lora_B.get_submodule("default"),
-        )
-    )
+    weight = _base(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    update = b.to(wide) @ a.to(wide)
-    update = update.T if isinstance(layer.get_base_layer(), Conv1D) else update
+    if isinstance(layer, ParamWrapper):
+        update = update_of(layer)
+    else:
+        a, b = (part.get_submodule("default").get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
+        update = b.to(wide) @ a.to(wide)
+        update = update.T if isinstance(layer.get_base_layer(), Conv1D) else update
     return (weight.to(wide) + layer.scaling["default"] * update).to(weight.dtype)

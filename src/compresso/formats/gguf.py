@@ -1,4 +1,5 @@
-"""Writing a shrunk LLaMA, Mistral, Qwen2, Qwen3 or Gemma as one GGUF file, the format of llama.cpp.
+"""Writing a shrunk LLaMA, Mistral, Qwen2, Qwen3 or Gemma, or a mixture of experts (`formats/gguf_experts.py`), as one
+GGUF file, the format of llama.cpp.
 
 Equal widths in all layers are written as arch `llama`, others as `deci`, whose loader reads heads and FFN widths layer
 by layer. What that engine does not compute is written as something equal that it does (each of these was run in
@@ -31,6 +32,7 @@ from compresso.checkpoint.atomic import new_file
 from compresso.checkpoint.overwrite import GGUF_MARK
 from compresso.checkpoint.storage import storage_errors
 from compresso.errors import CheckpointError, ExportError, NumericError
+from compresso.formats.gguf_experts import MIXTURES, ROUTER, add_expert_fields, describe_mixture, expert_tensors
 from compresso.formats.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
 from compresso.formats.gguf_tokenizer import add_tokenizer
 from compresso.formats.layout import with_one_epsilon
@@ -45,8 +47,9 @@ _FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 _FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
 _BIASED = ("q_proj", "k_proj", "v_proj")
 _GEMMA = tuple(ARCHS.values())
-_ONE_WIDTH = ("qwen2", "qwen3", *_GEMMA)
+_ONE_WIDTH = ("qwen2", "qwen3", "qwen3moe", "olmoe", *_GEMMA)
 """Families whose arch holds the same widths in every layer."""
+_HEAD_NORMS = ("qwen3", "qwen3moe", "olmoe", "gemma3")
 _FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -85,7 +88,8 @@ def save_gguf(
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path} exists. Choose another output, or replace a GGUF file with --overwrite.")
     gemma = model.config.model_type in ARCHS
-    described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describe(model, shapes))
+    describes = describe_mixture if model.config.model_type in MIXTURES else describe
+    described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describes(model, shapes))
     block = BLOCK if dtype.startswith("q") else 1
     kept = [index for index, shape in enumerate(described.shapes) if gemma or shape.query_heads or shape.channels]
     written = held_shapes([described.shapes[index] for index in kept], block)
@@ -145,7 +149,8 @@ def _widest(shapes: Sequence[LayerShape]) -> LayerShape:
             " --format onnx."
         )
     kv_heads = max(shape.kv_heads for shape in shapes)
-    return LayerShape(kv_heads * shared[0] if shared else 0, kv_heads, max(shape.channels for shape in shapes))
+    channels, experts = (max(getattr(shape, field) for shape in shapes) for field in ("channels", "experts"))
+    return LayerShape(kv_heads * shared[0] if shared else 0, kv_heads, channels, experts)
 
 
 def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], block: int) -> None:
@@ -217,6 +222,8 @@ def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerSh
         writer.add_rope_scaling_factor(rope["factor"])
     if model.family in _GEMMA:
         add_gemma_fields(writer, model)
+    if written[0].experts:
+        add_expert_fields(writer, model, written[0])
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
@@ -255,13 +262,18 @@ def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) 
                         size[:1],
                         _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1]),
                     )
-            for part in ("q", "k") if model.family in ("qwen3", "gemma3") else ():
+            for part in ("q", "k") if model.family in _HEAD_NORMS else ():
+                width = dim * (shape.query_heads if model.family == "olmoe" else 1)
                 yield _norm(
-                    f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), dim
+                    f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), width
                 )
         for name, norm in (NORMS if model.family in _GEMMA else _FFN_NORM).items():
             if name != "attn_norm":
                 yield _norm(f"blk.{new}.{name}.weight", tensors.get(f"{source}.{norm}.weight"), hidden)
+        if true.experts:
+            for name, size, tensor in expert_tensors(tensors, f"{source}.mlp", shape, hidden):
+                yield f"blk.{new}.{name}.weight", size, _maker(tensor, size)
+            continue
         for part, name in _FFN.items():
             size = (hidden, shape.channels) if part == "down_proj" else (shape.channels, hidden)
             tensor = tensors[f"{source}.mlp.{part}.weight"] if true.channels else None
@@ -306,7 +318,11 @@ def _write_tensors(writer: Any, gguf: Any, tensors: Sequence[Named], dtype: str)
     types = gguf.GGMLQuantizationType
     head = "output.weight" if any(name == "output.weight" for name, _, _ in tensors) else "token_embd.weight"
     kinds = [
-        types.F32 if len(size) == 1 else types.Q8_0 if dtype == "q4_0" and name == head else types[dtype.upper()]
+        types.F32
+        if len(size) == 1 or f".{ROUTER}." in name
+        else types.Q8_0
+        if dtype == "q4_0" and name == head
+        else types[dtype.upper()]
         for name, size, _ in tensors
     ]
     for (name, size, _), kind in zip(tensors, kinds, strict=True):

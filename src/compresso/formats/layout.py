@@ -137,7 +137,7 @@ def with_one_epsilon(model: Shrunk) -> Shrunk:
         return model
     tensors = dict(model.tensors)
     for name, tensor in model.tensors.items():
-        if name.startswith("model.embed_tokens.") or ".o_proj." in name or ".down_proj." in name:
+        if name.startswith("model.embed_tokens.") or ".o_proj." in name or ".down_proj" in name:
             tensors[name] = (tensor.double() * scale).to(tensor.dtype)
         elif name == "model.norm.weight" and model.tied:
             tensors[name] = (tensor.double() / scale).to(tensor.dtype)

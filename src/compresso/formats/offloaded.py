@@ -4,6 +4,7 @@ came with.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -52,20 +53,17 @@ def save_offloaded(
     """
     assert source.folder is not None  # the store was opened with it
     blocks = arch_for(offloaded.model.config).blocks(offloaded.model)
-    files = [[name for name in offloaded.of_block(block) if name in source.tensors] for block in blocks]
+    own = {name for name in offloaded.store if name in source.tensors or name in offloaded.store.pieces}
+    files = [[name for name in offloaded.of_block(block) if name in own] for block in blocks]
     inside = {name for names in files for name in names}
-    files += [
-        [name] for name in offloaded.store if name in source.tensors and name not in inside
-    ]  # each alone: they may be the largest
+    files += [[name] for name in offloaded.store if name in own and name not in inside]  # each may be the largest
+    files += [[name] for name in offloaded.buffers]
     where: dict[str, str] = {}
     for index, names in enumerate(files):
         file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        save_file(
-            {name: _stored(name, offloaded.store[name], source) for name in names},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        where |= dict.fromkeys(names, file)
+        tensors = dict(one for name in names for one in _pieces(name, offloaded, source))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
     total = sum(source.tensors[name].end - source.tensors[name].begin for name in where)
     write_text(
         folder / "model.safetensors.index.json",
@@ -77,6 +75,15 @@ def save_offloaded(
     write_beside(folder, read_json(source.config_file), offloaded.model, tokenizer, source.folder)
     layout: Literal["uniform", "native"] = "native" if (folder / MODELING_FILE.name).is_file() else "uniform"
     return layout, _compared(offloaded, folder, ids, atol)
+
+
+def _pieces(name: str, offloaded: Offloaded, source: Source) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of a parameter or buffer, by the names that the source has."""
+    whole = offloaded.buffers[name] if name in offloaded.buffers else offloaded.store[name]
+    pieces = offloaded.store.pieces.get(name)
+    for own, piece in [(name, whole)] if pieces is None else pieces.split(whole):
+        stored = _stored(own, piece, source)
+        yield own, stored.clone() if pieces is not None and stored.data_ptr() == piece.data_ptr() else stored
 
 
 def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:

@@ -5,15 +5,16 @@ full numbers. The grid can be told from the values, so any such checkpoint can b
 made it. The library packs, unpacks and words the config.
 
 Weights alone: pack-quantized. transformers 5.23 unpacks at the first forward pass, or at once where the config says so
-(`dequantize`); it says so for asymmetric grids, since their packed zero points are not read the first way. The file is
-smaller, the model in memory and its speed are not. Weights of 8 bits under rounded activations (`smoothquant`, `qat`):
+(`dequantize`); it says so for asymmetric grids, since their packed zero points are not read the first way, and for
+experts, which are stacked in memory (`formats/packed_experts.py`). The file is smaller, the model in memory and its
+speed are not. Weights of 8 bits under rounded activations (`smoothquant`, `qat`):
 int-quantized, for engines that multiply integers; transformers computes it with full numbers. The library's steps of
 activations are 1/127.5 of the largest entry, those of `compresso.load` 1/127.
 """
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
+from compresso.formats.packed_experts import as_written, check_experts, unstacked, written_linears
 
 TESTED = "0.20.0"
 _MOST = 8
@@ -137,8 +139,8 @@ def save_packed(
         check: looks at the written folder before it takes its name; what it raises leaves nothing behind.
         source: the folder that the model came from; what it holds beside weights and config is carried over.
 
-    Raises ExportError if compressed-tensors is not installed, or a weight lies on no such grid, or is one of a stack of
-    experts; CheckpointError if `folder` may not be written.
+    Raises ExportError if compressed-tensors is not installed, a weight lies on no such grid, or experts are not packed
+    so (`check_experts`); CheckpointError if `folder` may not be written.
     """
     tied: dict[str, Any] = getattr(model, "_tied_weights_keys", None) or {}
     state = {
@@ -146,15 +148,17 @@ def save_packed(
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_word_embeddings and name in tied)
     }
-    if apart := [name for name in packing.linears if f"{name}.weight" not in state]:
-        raise ExportError(
-            f"cannot pack {apart[0]}: stacked experts are not written as codes; keep the checkpoint that the run wrote."
-        )
-    for name in packing.linears:
-        state |= {
-            f"{name}.{part}": tensor for part, tensor in _packed(name, state.pop(f"{name}.weight"), packing).items()
-        }
-    config = {**json.loads(model.config.to_json_string()), "quantization_config": _config(model, packing)}
+    stacks = {name: state.pop(name) for name in packing.linears if name in state}
+    linears = {name: state.pop(f"{name}.weight") for name in packing.linears if name not in stacks}
+    if stacks:
+        check_experts(model, stacks, packing.symmetric, bool(packing.inputs))
+        of_experts = {own: one for name, stack in stacks.items() for own, one in unstacked(model, name, stack).items()}
+        linears = {**written_linears(model, linears), **of_experts}
+        state = as_written(model, state)
+    quantized = _config(packing, _whole(model, linears, state, stacks), at_once=bool(stacks))
+    for name, weight in linears.items():
+        state |= {f"{name}.{part}": tensor for part, tensor in _packed(name, weight, packing).items()}
+    config = {**json.loads(model.config.to_json_string()), "quantization_config": quantized}
     with new_folder(folder, force) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items()},
@@ -162,12 +166,12 @@ def save_packed(
             metadata={"format": "pt"},
         )
         write_beside(temporary, config, model, tokenizer, source)
-        write_text(temporary / "README.md", _card(packing, source, model))
+        write_text(temporary / "README.md", _card(packing, source, model, len(linears)))
         if check is not None:
             check(temporary)
 
 
-def _card(packing: Packing, source: Path | None, model: PreTrainedModel) -> str:
+def _card(packing: Packing, source: Path | None, model: PreTrainedModel, count: int) -> str:
     """README.md: what the folder holds, what opens it, and where the rest is told."""
     name = "" if source is None else " of `" + " ".join(source.resolve().name.replace("`", "'").split()) + "`"
     told = (
@@ -190,7 +194,7 @@ tags:
 
 # Packed weights{name}
 
-{len(packing.linears)} linears that compresso {PACKED_MARK} compressed-tensors
+{count} linears that compresso {PACKED_MARK} compressed-tensors
 ({packing.format}): {packing.kind}. The values are those of the model that it was exported from. {told}
 {left_out}
 
@@ -253,8 +257,25 @@ def _packed(name: str, weight: Tensor, packing: Packing) -> dict[str, Tensor]:
     return found
 
 
-def _config(model: nn.Module, packing: Packing) -> dict[str, Any]:
-    """The entry `quantization_config` of config.json; linears that are not packed are listed as ignored."""
+def _whole(
+    model: nn.Module, linears: Mapping[str, Tensor], state: Mapping[str, Tensor], stacks: Mapping[str, Tensor]
+) -> list[str]:
+    """The linears that are not packed, under their written names; of a mixture its routers are among them."""
+    if not stacks:
+        return [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in linears]
+    embeddings = {name for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
+    matrices = (name.removesuffix(".weight") for name, one in state.items() if one.dim() == 2)
+    return [name for name in matrices if name not in embeddings]
+
+
+def _config(packing: Packing, whole: list[str], at_once: bool) -> dict[str, Any]:
+    """The entry `quantization_config` of config.json.
+
+    Args:
+        packing: what is packed, and how.
+        whole: linears that are not packed, which are listed as ignored.
+        at_once: whether transformers has to unpack while it reads.
+    """
     quantization = _library("quantization")
     group = packing.group
     weights = quantization.QuantizationArgs(
@@ -267,9 +288,6 @@ def _config(model: nn.Module, packing: Packing) -> dict[str, Any]:
     inputs = packing.inputs and quantization.QuantizationArgs(
         num_bits=8, type="int", symmetric=True, strategy=packing.inputs, dynamic=True
     )
-    whole = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packing.linears
-    ]
     made = quantization.QuantizationConfig(
         config_groups={
             "group_0": quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
@@ -279,12 +297,12 @@ def _config(model: nn.Module, packing: Packing) -> dict[str, Any]:
         ignore=whole,
     )
     version = _library("version").__version__
-    at_once = {} if packing.symmetric else {"dequantize": True}
+    dequantize = {"dequantize": True} if at_once or not packing.symmetric else {}
     return {
         "quant_method": "compressed-tensors",
         "version": version,
         **made.model_dump(mode="json", exclude={"quant_method"}),
-        **at_once,
+        **dequantize,
     }
 
 

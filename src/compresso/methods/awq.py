@@ -11,8 +11,12 @@ Departures: the error is that of the linears' own outputs over all calibration t
 authors' code runs the attention or the MLP around them on the tokens. Not to scale is a candidate, too. Each block is
 calibrated on the outputs of the rounded blocks before it, where the authors' code takes those of the dense ones. A
 group whose inputs nothing feeds linearly (o under grouped queries, an FFN without a gate, fused projections), or of
-which `where` leaves a part out, is rounded without a scale, and the records say so. Values are stored as full numbers,
-so this shows what rounding costs, not what packing saves.
+which `where` leaves a part out, is rounded without a scale, and the records say so. Of a mixture of experts the norm in
+front gets one scale for the first matrices of all experts and a shared expert, each judged on its own tokens; the
+router's weights take it up, too, and choose as before, so that they change and are not rounded (with
+`true_sequential` a shared expert keeps the norm of its mixture as it is). An expert that no calibration token chose is
+rounded to the nearest, which is said. Values are stored as full numbers, so this shows what rounding costs, not what
+packing saves.
 """
 
 import logging
@@ -20,19 +24,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, cast
 
+import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.rounding import fit
-from compresso.core.scales import activation_scales, best_scale, round_clipped
+from compresso.core.scales import activation_scales, best_common_scale, best_scale, round_clipped
 from compresso.job import Job
 from compresso.observe.folds import Stats
 from compresso.stage import Effects, Passes, Stage, stage, sweep_passes
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.compressed import Compressed, fitting_group, other_group, rounded_weights
 from compresso.sweep.scaling import Found, moment_and_size, rescaled
+from compresso.sweep.shared_scale import ScaledTogether
 from compresso.sweep.swept import swept
 from compresso.sweep.targets import Groups, Where, chosen, matches
 
@@ -82,16 +88,16 @@ class Awq:
 
     def check(self, model: PreTrainedModel, arch: Arch) -> Groups:
         """The linears that are rounded; needs shapes only. Raises RecipeError or ArchError."""
-        return chosen(model, arch, self.where, fitting_group(self, model, arch) or 1)
+        return chosen(model, arch, self.where, fitting_group(self, model, arch, experts=True) or 1, experts=True)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it rounds, and the bits they take once packed."""
-        group = fitting_group(self, model, arch)
+        group = fitting_group(self, model, arch, experts=True)
         return rounded_weights(model, self.check(model, arch), self.bits, group, self.symmetric)
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another group than was asked for."""
-        return other_group(self, model, arch)
+        return other_group(self, model, arch, experts=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the sweep."""
@@ -99,12 +105,12 @@ class Awq:
 
     def __call__(self, job: Job) -> Job:
         """Sweep over the blocks."""
-        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch))
+        fitted: Stage = replace(cast(Any, self), group=fitting_group(self, job.model, job.arch, experts=True))
         if fitted != self:
             log.warning("awq: %s", "; ".join(self.remarks(job.model, job.arch)))
             return fitted(job)
         groups, bits = self.check(job.model, job.arch), self.compressed(job.model, job.arch).bits
-        edit = rescaled(job.model, self._search, self._round)
+        edit = ScaledTogether(job.model, rescaled(job.model, self._search, self._round), self._search_common)
         found, notes = swept(job.sweeping("awq", self), groups, self.calibration, moment_and_size, edit, rescales=True)
         return job.note("awq", **found).note(
             "awq",
@@ -126,9 +132,19 @@ class Awq:
         exponent, scale, least, plain = best_scale(weight, moment, candidates, self._nearest)
         return scale, {"exponent": exponent, "error_of_unscaled": least / plain if plain else 1.0}
 
+    def _search_common(self, pieces: Sequence[tuple[Tensor, Stats]]) -> Found:
+        """The scale of a mixture's norm whose rounded experts change their outputs least, each for its own tokens."""
+        tokens = sum(seen.n for _, seen in pieces)
+        size = sum(seen.total[-1] for _, seen in pieces) / tokens
+        whole = torch.cat([weight for weight, _ in pieces]) if self.by_weight else pieces[0][0]
+        moments = [(weight, seen.total[:-1] / tokens) for weight, seen in pieces]
+        candidates = activation_scales(cast(Tensor, size), whole, self.group, self.steps, self.by_weight)
+        exponent, scale, least, plain = best_common_scale(moments, candidates, self._nearest)
+        return scale, {"exponent": exponent, "error_of_unscaled": least / plain if plain else 1.0}
+
     def _round(self, name: str, weight: Tensor, seen: Stats, scale: Tensor) -> Tensor:
         """A linear's scaled weights, clamped and rounded."""
-        if not self.clip or matches(name, self.unclipped):
+        if not self.clip or not seen.n or matches(name, self.unclipped):
             return self._nearest(weight)
         moment = seen.total[:-1] / (seen.n * scale[:, None] * scale)
         return round_clipped(weight, moment, self.bits, group=self.group, symmetric=self.symmetric)

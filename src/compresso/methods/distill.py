@@ -17,7 +17,7 @@ states are not kept. The cached teacher computes in its own dtype, also where tr
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -31,7 +31,16 @@ from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
 from compresso.stage.cached_teaching import CachedTeacher, Question, rows_seen
-from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
+from compresso.stage.tuning import (
+    check_routers,
+    frozen_teacher,
+    group_of,
+    learner,
+    router_numbers,
+    settled,
+    tune,
+    watching,
+)
 from compresso.training.cached_objective import CachedObjective, TaughtBatches
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
@@ -58,7 +67,8 @@ class Distill:
 
     Args:
         trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
-        train: "lora" adapters, merged at the end, or "all" weights (in float32 while they learn; wants a lower lr).
+        train: "lora" adapters, merged at the end, "all" weights (in float32 while they learn; wants a lower lr), or
+            those of the "router" of each mixture alone; as in `recover`.
         divergence: "forward" KL(dense || smaller), "reverse", "js" (generalised Jensen-Shannon),
             or "mse": the mean squared difference of logits, of all outcomes and places.
         temperature: divides both models' logits.
@@ -79,7 +89,7 @@ class Distill:
     """
 
     trains: Trains = Trains()
-    train: Literal["lora", "all"] = "lora"
+    train: Literal["lora", "all", "router"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
     watches: Watches = Watches()
@@ -107,7 +117,9 @@ class Distill:
             )
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Refuse to keep anything but next tokens of a teacher. Raises RecipeError."""
+        """Refuse to keep anything but next tokens of a teacher, and routers where none are. Raises RecipeError."""
+        if self.train == "router":
+            check_routers(model)
         if self.teacher == "cached" and not model.can_generate():
             raise RecipeError(
                 f"teacher=cached keeps next-token distributions, and a {model.config.model_type} model writes no text;"
@@ -118,7 +130,8 @@ class Distill:
         """Adapters, or all weights, under a teacher."""
         lora = self.lora if self.train == "lora" else None
         cached = self.teacher_top if self.teacher == "cached" else None
-        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk, cached=cached)
+        own: dict[str, Any] = {"frozen": True, "own": router_numbers} if self.train == "router" else {}
+        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk, cached=cached, **own)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, and the teacher's."""
@@ -131,7 +144,7 @@ class Distill:
         cached = self._asked(job, total) if self.teacher == "cached" else None
         before = cached and cached.gap(job.model, self._of_kept(), self.beta)
         teacher = None if cached else frozen_teacher(job, self.teacher_dtype, self.teacher_device)
-        model = learner(job, self.lora if self.train == "lora" else None)
+        model = learner(job, self.lora if self.train == "lora" else None, routers=self.train == "router")
         learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         watch = watching(job, self.watches, total)
         objective = self._from_kept(job, model) if teacher is None else self._objective(job, model, teacher)

@@ -12,12 +12,17 @@ of all layers leave (`pool: global`); layers then keep unequal numbers, for whic
 refuses it, and it is for studies from Python.
 Removal: rows of the router leave with their experts, its correction, too; probabilities are over those that stay; as
 many are chosen for a token as before.
+Merging, instead of dropping (`merge`, after M-SMoE, arXiv 2310.01334, section 3.1): an expert that leaves is averaged
+into the one of those that stay that is most like it, by how often each was chosen, its channels aligned first. Alike is
+the mean of two cosines: of their routed probabilities over tokens, and of what they write on average.
 
 Departures: of the published code's `preserve_gate`, which keeps rows of experts that are gone, nothing is here. top-k
 never falls: fewer experts than that are refused before calibration. REAP's weights are made to add up to 1 before they
 are used, whatever the model does, as its authors' code does since 2026. Groups of experts keep as many each. An expert
 that no token chose has a frequency and a REAP score of 0 and leaves first. The published calibration is C4, 128 x
-2,048; here it is a part of the run's data, since experts are scored for what they will be asked.
+2,048; here it is a part of the run's data, since experts are scored for what they will be asked. M-SMoE groups by
+routing alone, keeps every row of the router and sends a group's tokens to the merged expert; here the rows of those
+that leave leave, too, so that any engine reads the result.
 """
 
 import logging
@@ -33,9 +38,12 @@ from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
+from compresso.core.expert_merging import joined, likeness, shares
 from compresso.core.plan import Plan
+from compresso.edit.merge_experts import merge_
 from compresso.errors import ArchError
 from compresso.job import Job
+from compresso.observe.expert_likeness import LIKENESS_FOLDS, liked_together
 from compresso.observe.experts import FOLDS, Looked, Router, routed
 from compresso.observe.observe import Stats, observe
 from compresso.solve.experts import best_of_all, best_of_layers, even_counts
@@ -72,12 +80,15 @@ class DropExperts:
         keep: share of each layer's experts that stay (of all of them with pool: global); rounded up to whole experts,
             and to as many in each group.
         pool: "layer", or "global", whose unequal numbers no layout holds.
+        merge: average those that leave into those that stay, instead of dropping them; every expert then runs on every
+            token of the calibration, and channels are aligned by an assignment that grows with the cube of the width.
         calibrates: see `Calibrates`.
     """
 
     score: Looked = "probability"
     keep: Annotated[float, Gt(0), Le(1)] = 0.75
     pool: Literal["layer", "global"] = "layer"
+    merge: bool = False
     calibrates: Calibrates = Calibrates()
 
     def budget(self) -> Budget | None:
@@ -119,18 +130,43 @@ class DropExperts:
         mixtures = {axis.name: _router(job.model, axis) for axis in axes}
         self._chosen(axes, {axis.name: torch.zeros(axis.size) for axis in axes})  # feasible, before anything runs
         same = job.same("drop_experts", self)
-        fold = {f"{axis.name} {what}": one for axis in axes for what, one in FOLDS.items()}
+        folds, sites = FOLDS, [routed(mixtures, self.score)]
+        if self.merge:
+            folds, sites = {**FOLDS, **LIKENESS_FOLDS}, [*sites, liked_together(mixtures)]
+        fold = {f"{axis.name} {what}": one for axis in axes for what, one in folds.items()}
         batches = self.calibrates.read(job.batches(self.calibrates.batch, "drop_experts"))
-        stats = observe(job.model, [routed(mixtures, self.score)], fold, batches, how=job.observing("scores", same))
+        stats = observe(job.model, sites, fold, batches, how=job.observing("scores", same))
         side_by_side = {axis.name: self._scores(axis, stats) for axis in axes}
         plan = self._chosen(axes, {name: scores[self.score] for name, scores in side_by_side.items()})
         facts = self._facts(axes, plan, stats, side_by_side)
+        if self.merge:
+            facts["merged"] = self._merge(axes, plan, mixtures, stats, side_by_side)
         if not job.quiet and facts["damage_rate"]:
             log.warning(
                 "drop_experts: %.0f %% of tokens lose one of the experts that they chose, the mean over layers",
                 100 * facts["damage_rate"],
             )
         return job.without(plan.masks(axes), "drop_experts", **facts)
+
+    def _merge(
+        self,
+        axes: Sequence[Axis],
+        plan: Plan,
+        mixtures: Mapping[str, Router],
+        stats: Mapping[str, Stats],
+        scores: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, dict[int, list[int]]]:
+        """Average what leaves into what stays; who joined whom, by layer and number."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for axis in axes:
+            outputs = stats[f"{axis.name} outputs"].total.reshape(axis.size, -1)
+            like = likeness(stats[f"{axis.name} routing"].total, outputs)
+            groups = joined(like.cpu(), plan.kept[axis.name])
+            found[axis.name] = {one: members for one, members in groups.items() if members}
+            for one, members in found[axis.name].items():
+                together = [one, *members]
+                merge_(mixtures[axis.name].experts, together, shares(scores[axis.name]["frequency"], together))
+        return found
 
     def _chosen(self, axes: Sequence[Axis], scores: Mapping[str, Tensor]) -> Plan:
         """The plan without the lowest scores."""

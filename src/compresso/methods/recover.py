@@ -24,7 +24,7 @@ from compresso.edit.factors import factor_, multiply_out_
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
-from compresso.stage.tuning import group_of, learner, settled, tune, watching
+from compresso.stage.tuning import check_routers, group_of, learner, router_numbers, settled, tune, watching
 from compresso.training.groups import Group
 from compresso.training.history import curve
 from compresso.training.objectives import LossObjective
@@ -49,12 +49,14 @@ class Recover:
 
     Args:
         trains, lora, adamw, watches: see `Trains`, `TunesLora`, `AdamW` and `Watches`.
-        train: "lora" adapters, merged at the end, "all" weights (in float32 while they learn; wants a lower lr), or
-            "factors": adapters on those of the targets that svd left with a low rank, left factors first, then right.
+        train: "lora" adapters, merged at the end, "all" weights (in float32 while they learn; wants a lower lr),
+            those of the "router" of each mixture alone, or "factors": adapters on those of the targets that svd left
+            with a low rank, left factors first, then right. Adapters lie on stacked experts, too, where targets name
+            gate_proj, up_proj or down_proj, and on routers where they name "router".
     """
 
     trains: Trains = Trains()
-    train: Literal["lora", "all", "factors"] = "lora"
+    train: Literal["lora", "all", "router", "factors"] = "lora"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
     watches: Watches = Watches()
@@ -71,7 +73,9 @@ class Recover:
         return "svd", "train: factors tunes what svd left with a low rank; put svd before it, or give train: lora"
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Raise RecipeError for factors of a family whose linears are no `nn.Linear`."""
+        """Raise RecipeError for factors of a family whose linears are no `nn.Linear`, and routers of one without."""
+        if self.train == "router":
+            check_routers(model)
         if self.train == "factors" and any(isinstance(module, Conv1D) for module in model.modules()):
             raise RecipeError(
                 f"the linears of a {model.config.model_type} are Conv1D, and train: factors takes them apart as Linear"
@@ -79,7 +83,9 @@ class Recover:
             )
 
     def learning(self) -> Learning:
-        """Adapters, or all weights."""
+        """Adapters, or all weights, or those of routers."""
+        if self.train == "router":
+            return Learning(self.trains, [self.trains.steps], None, frozen=True, own=router_numbers)
         return Learning(self.trains, [self.trains.steps], None if self.train == "all" else self.lora)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
@@ -93,7 +99,7 @@ class Recover:
         if self.train == "factors":
             return self._factors(job, total, watch)
         stored = job.model.dtype
-        model = learner(job, self.lora if self.train == "lora" else None)
+        model = learner(job, self.lora if self.train == "lora" else None, routers=self.train == "router")
         learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
         return settled(job, model, stored, "recover", self.trains).note(

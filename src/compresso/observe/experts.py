@@ -105,8 +105,20 @@ def read_by(experts: nn.Module, stack: str, expert: int, states: Tensor) -> Tens
     bias: Any = getattr(experts, "gate_up_proj_bias", None)
     if bias is not None:
         inside = inside + bias[expert]
-    read: Tensor = experts._apply_gate(inside)  # pyright: ignore[reportCallIssue]
-    return read
+    return gated(experts, inside)
+
+
+def gated(experts: nn.Module, inside: Tensor) -> Tensor:
+    """What an expert makes of its first product [tokens, 2 x width]: act(gate) up [tokens, width]; gpt-oss has gate and
+    up by turns, clamps both, and adds 1 to up (arXiv 2508.10925).
+    """
+    live: Any = experts
+    if not getattr(experts, "is_transposed", False):
+        gate, up = inside.chunk(2, dim=-1)
+        found: Tensor = live.act_fn(gate) * up
+        return found
+    gate, up = inside[..., ::2].clamp(max=live.limit), inside[..., 1::2].clamp(-live.limit, live.limit)
+    return (up + 1) * gate * torch.sigmoid(gate * live.alpha)
 
 
 def norms_of(experts: nn.Module, states: Tensor, numbers: Tensor, n: int) -> Tensor:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from compresso.arch.routers import router_parameters
 from compresso.core import schedule
 from compresso.edit.lora import attach_, merge_, save_adapter
 from compresso.edit.recompute import recompute_
@@ -32,12 +33,30 @@ def attached(job: Job, lora: TunesLora) -> PeftModel:
     return attach_(job.model, lora.rank, lora.alpha, lora.targets, lora.dropout, job.seed)
 
 
-def learner(job: Job, lora: TunesLora | None) -> nn.Module:
-    """What learns: new adapters on the frozen model, or all of its weights where `lora` is None."""
-    if lora is not None:
+def learner(job: Job, lora: TunesLora | None, routers: bool = False) -> nn.Module:
+    """What learns: new adapters on the frozen model, or all of its weights where `lora` is None, or those of its
+    routers alone.
+    """
+    if lora is not None and not routers:
         return attached(job, lora)
     # small updates of all weights would be rounded away in half precision
-    return cast(nn.Module, job.model).float().requires_grad_(True)
+    model = cast(nn.Module, job.model).float().requires_grad_(not routers)
+    for parameter in router_parameters(model).values() if routers else ():
+        parameter.requires_grad_(True)
+    return model
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raise RecipeError if there are no routers to train."""
+    if not router_parameters(model):
+        raise RecipeError(
+            "train: router trains the routers of a mixture of experts, and this model has none; give train: lora"
+        )
+
+
+def router_numbers(model: nn.Module) -> dict[str, int]:
+    """How many numbers routers have, for `Learning.own`."""
+    return {"router": sum(parameter.numel() for parameter in router_parameters(model).values())}
 
 
 def frozen_teacher(

@@ -13,6 +13,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from torch import nn
 from transformers import PreTrainedModel
 
+from compresso.checkpoint.expert_pieces import pieces_of
 from compresso.checkpoint.kinds import auto_class
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.store import Store
@@ -45,14 +46,19 @@ class Offloaded:
         names = [name for name, _ in self.model.named_parameters()]
         owners = {id(self._empty[name]): name for name in names}
         tied = {name: owners[id(p)] for name, p in self._empty.items() if owners[id(p)] != name}
-        self.store = Store(source, names, dtype, tied)
-        if lacking := [name for name in names if name not in self.store]:
+        self.store = Store(source, names, dtype, tied, pieces_of(self.model, source.tensors))
+        persistent = [name for name, _ in self.model.named_buffers() if name in self.model.state_dict()]
+        self.buffers = Store(source, persistent, torch.float32, {})
+        lacking = [name for name in names if name not in self.store]
+        if lacking := lacking + [name for name in persistent if name not in self.buffers]:
             raise CheckpointError(
                 f"{source.name} has no tensor '{lacking[0]}'; its names are not those of {type(self.model).__name__}. "
                 "Open and save it once with transformers, or run without --offload"
             )
-        for module in self.model.modules():  # rotary tables and the like are computed, not read
+        for where, module in self.model.named_modules():  # rotary tables and the like are computed, not read
             for name, buffer in list(module.named_buffers(recurse=False)):
+                if (full := f"{where}.{name}") in self.buffers:
+                    buffer = self.buffers[full].to(buffer.dtype)
                 module.register_buffer(
                     name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
                 )

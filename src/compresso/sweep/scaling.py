@@ -38,19 +38,21 @@ def largest(total: Tensor | None, inputs: Tensor) -> Tensor:
 
 def rescaled(model: nn.Module, search: Search, rounded: RoundOne) -> Edit:
     """An edit that scales a group's weights, divides what feeds them, and rounds; a group that nothing feeds is rounded
-    alone.
+    alone, and so is one whose feeder has other readers (`compresso.sweep.shared_scale` has scaled it before), or that
+    no token reached.
     """
 
     def edit(group: Group, seen: Stats) -> Mapping[str, Any]:
         pieces = [matrix(model, name).float() for name in group.names]
         scale, facts = torch.ones_like(pieces[0][0]), dict[str, Any]()
-        if group.producer is not None:
+        alone = group.producer is not None and not group.producer.readers and seen.n > 0
+        if alone and group.producer is not None:
             scale, found = search(torch.cat(pieces), seen)
             divide_(model, group.producer, scale)
             facts |= found
         for name, piece in zip(group.names, pieces, strict=True):
             matrix(model, name).copy_(rounded(name, piece * scale, seen, scale))
-        return {name: {**facts, "scaled": group.producer is not None} for name in group.names}
+        return {name: {**facts, "scaled": alone} for name in group.names}
 
     return edit
 
@@ -59,6 +61,10 @@ def rescaled(model: nn.Module, search: Search, rounded: RoundOne) -> Edit:
 def divide_(model: nn.Module, producer: Feeder, scale: Tensor) -> None:
     """Divide a producer's outputs by a scale [outputs], in its parameters."""
     module = model.get_submodule(producer.module)
+    if producer.expert is not None:  # gate above up, [2 x width, in]
+        up = module.get_parameter("gate_up_proj").data[producer.expert][len(scale) :]
+        up.copy_(up.float() / scale[:, None])
+        return
     for name, parameter in module.named_parameters():
         wide, offset = parameter.float(), float(producer.one_plus and name == "weight")
         parameter.copy_((wide + offset) / (scale[:, None] if parameter.dim() == 2 else scale) - offset)

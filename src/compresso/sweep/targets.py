@@ -9,7 +9,7 @@ says whether that is enough for it. Gate and up are one matrix there. Routers ar
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -102,9 +102,10 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     for layer, names in stacks.items() if experts else ():
         everything[layer] += [(name,) for name in names]
     producers = {
-        tuple(f"{root}.{layer}.{name}" for name in names): replace(producer, module=f"{root}.{layer}.{producer.module}")
+        tuple(f"{root}.{layer}.{name}" for name in names): producer.within(f"{root}.{layer}")
         for layer, block in enumerate(blocks)
         for names, producer in arch.producers(block).items()
+        if experts or not producer.readers
     }
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -121,7 +122,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
             if matches(name, where.modules) and not matches(name, where.ignore):
                 raise RecipeError(
                     f"{name} is one of a stack of experts, and this stage works on single linears. Take magnitude,"
-                    " wanda or sparsegpt for zeros, rtn or gptq for few bits, or work on the rest with ignore:"
+                    " wanda or sparsegpt for zeros, rtn, gptq or awq for few bits, or work on the rest with ignore:"
                     " ['*.experts.*']"
                 )
         for names in everything[layer]:
@@ -154,11 +155,12 @@ def names_of(groups: Groups) -> list[str]:
 
 
 def edited_names(model: nn.Module, groups: Sequence[Group], rescales: bool = False) -> list[str]:
-    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them if it
-    rescales.
+    """Names of the parameters that an edit of some groups may change: their weights, and those of what feeds them, with
+    the routers that read it, too, if it rescales.
     """
-    fed = [group.producer.module for group in groups if group.producer and rescales]
-    feeding = [f"{module}.{name}" for module in fed for name, _ in model.get_submodule(module).named_parameters()]
+    feeders = dict.fromkeys(group.producer for group in groups if group.producer and rescales)
+    feeding = [f"{of.module}.{name}" for of in feeders for name, _ in model.get_submodule(of.module).named_parameters()]
+    feeding += [name for of in feeders for name in of.beside]
     return list(dict.fromkeys([*(name for group in groups for name in group.weights), *feeding]))
 
 

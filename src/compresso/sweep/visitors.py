@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -19,6 +19,15 @@ from compresso.sweep.targets import Group, Groups
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
 """Changes the weights of a group's linears in place; returns what is to be noted of them, JSON values by full name."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An edit that wants to see all groups that were looked at together before it edits the first."""
+
+    def prepare(self, groups: Sequence[Group], seen: Mapping[str, Stats]) -> Mapping[str, Any]:
+        """Change weights and statistics in place; what is to be noted, by full name."""
+        ...
 
 
 class Visitor(Protocol):
@@ -67,8 +76,12 @@ class GroupVisitor:
                 runner.run(keep=self.keeps_states)
             for group in together:
                 check_seen(group, seen)
+            whole: object = self.edit
+            told = whole.prepare(together, seen) if isinstance(whole, Prepares) else {}
+            for group in together:
                 tokens = seen[group.names[0]].n
-                notes |= self.edit(group, seen.pop(group.names[0]))
+                found = self.edit(group, seen.pop(group.names[0]))
+                notes |= {name: {**facts, **told.get(name, {})} for name, facts in found.items()}
                 if group.stack is not None:
                     notes |= {name: {**notes.get(name, {}), "tokens": tokens} for name in group.names}
                 check_edited(self.model, [group])
