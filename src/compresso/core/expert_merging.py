@@ -27,6 +27,7 @@ def likeness(routing: Tensor, outputs: Tensor) -> Tensor:
 def joined(like: Tensor, stay: Sequence[int]) -> dict[int, list[int]]:
     """Which of those that leave join each of those that stay, in ascending order; of equals the first is joined.
 
+    >>> import torch
     >>> joined(torch.tensor([[1.0, 0.2, 0.9], [0.2, 1.0, 0.3], [0.9, 0.3, 1.0]]), stay=[0, 1])
     {0: [2], 1: []}
     """
