@@ -52,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
     """Do what is missing."""
     torch.set_num_threads(given.threads)
     where = {key: value for key, value in machine().items() if key != "load_before"}
-    stage, knobs = SELECTORS["ristretto"]
+    stage, knobs = SELECTORS["ristretto/found"]
     for name in given.models:
         subject: Judged | None = None
         shown = name if name in ("nano", "babyllama") else Path(name).name

@@ -16,8 +16,8 @@ from compresso.job import Job
 from compresso.methods.context_gates import ContextGatesStage
 from tests.methods.conftest import MakeJob
 
-CONTRACT = {"gate_rank": 4, "alpha_start": 1.5, "landing": 1, "keep_context": 0.5}
-QUICK: dict[str, Any] = {**CONTRACT, "landing": 4, "steps": 6, "batch": 4, "micro_batch": 4, "lr": 1e-2}
+CONTRACT = {"gate_rank": 4, "alpha_start": 1.5, "landing": 4, "keep_context": 0.5}
+QUICK: dict[str, Any] = {**CONTRACT, "steps": 6, "batch": 4, "micro_batch": 4, "lr": 1e-2}
 
 
 def done(job: Job, **knobs: Any) -> Job:

@@ -300,6 +300,8 @@ class ContextGates(nn.Module):
 
 LANDINGS, SPARE = 6, 0.002
 """Passes after which offsets stay, and how much above a target is near enough."""
+USUAL_LANDINGS = 3
+"""Passes that it takes mostly."""
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from compresso.arch.base import Arch
 from compresso.core.context_gates import STEP, alpha_schedule
 from compresso.core.row import Row
 from compresso.edit.context_attention import NAME, attentions_of, refuse_foreign, release_
-from compresso.edit.context_gates import LANDINGS, ContextGates, land_, rank_for
+from compresso.edit.context_gates import USUAL_LANDINGS, ContextGates, land_, rank_for
 from compresso.edit.eager import attention_of
 from compresso.errors import RecipeError
 from compresso.job import Job
@@ -154,7 +154,7 @@ class ContextGatesStage:
         """The passes of the training, and of the shift of offsets."""
         passes = self.learning().passes()
         passes += [Passes("spread", 1)] if self.spread is not None else []
-        return [*passes, Passes("landing", self.landing, forwards=LANDINGS)] if self._lands else passes
+        return [*passes, Passes("landing", self.landing, forwards=USUAL_LANDINGS)] if self._lands else passes
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
         """Another attention than the model's own."""

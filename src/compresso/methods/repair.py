@@ -72,7 +72,8 @@ class Repair:
         activations: where the states between two blocks are kept: "device", "cpu" or "disk".
         refit: "before", what stands before something that left whole, "gaps", these and what lost inputs, or "behind",
             everything from the first of these on.
-        tokens: "weighted" by one over the squared norm of the stream that they are led to, or "alike".
+        tokens: "weighted" by one over the squared norm of the stream that they are led to, those that draw attention
+            more, or "alike".
         pull: what the ridge pulls to, the "old" weight or "zero".
     """
 

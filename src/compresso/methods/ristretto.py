@@ -34,10 +34,11 @@ from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
+from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
 from compresso.core.row import Row
-from compresso.errors import BudgetError
+from compresso.errors import BudgetError, DataError
 from compresso.job import Job
 from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.methods.repair import Repair
@@ -122,6 +123,10 @@ class Ristretto:
         if self.layout == "uniform" and self.search == "evolve":
             raise ValueError(
                 "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
+            )
+        if self.repaired_rows == 1:
+            raise ValueError(
+                "repaired_rows=1: a repair is fitted to some rows and chosen by others; give at least 2, or 0"
             )
         if self.search == "none" and not set(self.kinds) & {Kind.HEAD, Kind.CHANNEL}:
             raise ValueError("search=none keeps one share in every layer; let kinds name head or channel")
@@ -248,15 +253,12 @@ class Ristretto:
             choice: of levels.
             build, install: make a candidate of a model, apart or in place.
         """
+        if self.repaired_rows:
+            few, sizes = self._few(job), self.evolution.sizes(len(apart.rows))
+            yield RepairedDivergence(build, few, self.batch_of_bank, apart.rows, sizes), lambda _: None
+            return
         n = min(self._pieces, -(-len(apart.rows) // min(self.calibrates.batch, self.calibrates.micro_batch)))
         sizes = self.evolution.sizes(n)
-        if self.repaired_rows:
-            few = replace(job, rows=job.rows[: max(self.repaired_rows, 2)])
-            yield (
-                RepairedDivergence(build, few, self.batch_of_bank, apart.rows, self.evolution.sizes(len(apart.rows))),
-                lambda _: None,
-            )
-            return
         batches = list(islice(self.calibrates.read(self._batches(apart)), n))
         blocks, at = job.arch.blocks(job.model), [one.layer for one in choice.sub_layers]
         with candidate_divergence(job.model, blocks, at, install, choice.dense, batches, sizes) as divergence:
@@ -290,6 +292,19 @@ class Ristretto:
         best = [found.levels, *(levels for levels, value in found.finalists if math.isfinite(value))]
         facts = {"history": recorded(found.history), "candidates": list(found.tried)}
         return list(dict.fromkeys(best))[: 1 + self.finalists], facts
+
+    def _few(self, job: Job) -> Job:
+        """The job with rows to repair candidates on, drawn without repetition: the first ones may be of one source.
+        Raises DataError for fewer than 2.
+        """
+        n = min(self.repaired_rows, len(job.rows))
+        if n < 2:
+            raise DataError(
+                f"{counted(n, 'row')} to repair candidates on: they are fitted to some and chosen by others; give more"
+                " data, or repaired_rows: 0"
+            )
+        generator = torch.Generator().manual_seed(mixed_seed("repaired rows", job.seed))
+        return replace(job, rows=[job.rows[i] for i in torch.randperm(len(job.rows), generator=generator)[:n].tolist()])
 
     def _fitted(self, choice: Menu, bank: Path, job: Job) -> BankLevels:
         """What puts a job's model at levels."""

@@ -1,7 +1,7 @@
 """How far candidates of the evolution are from dense once they are repaired; no method.
 
 A repair turns the order of candidates round: where whole layers left it brings back most of what was lost, where widths
-left, whose weights the bank has fitted already, nothing. So an evolution whose result is repaired has to be led by
+left, whose weights the bank has fitted already, little. So an evolution whose result is repaired has to be led by
 repaired candidates. Each is built as a smaller model and repaired on some rows, with one ridge and the residual target
 alone, and compared on others, which neither the bank nor repairs have seen: on the bank's own rows widths look nearer
 than they are.
