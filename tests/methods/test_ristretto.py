@@ -205,10 +205,6 @@ def test_bad_input_is_named(make_job: MakeJob) -> None:
         Ristretto(kinds=("mlp",), search="none")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match=r"repaired_rows=1: .* give at least 2"):
         ristretto(repaired_rows=1)
-    with pytest.raises(DataError, match=r"1 row to repair candidates on.*repaired_rows: 0"):
-        ristretto(search="evolve", repaired_rows=4)._few(
-            replace(make_job(folder="few"), rows=make_job(folder="f").rows[:1])
-        )
     with pytest.raises(ValidationError, match="give search: dp"):
         ristretto(layout="uniform", search="evolve")
     job: Job = make_job()

@@ -8,11 +8,11 @@ import torch
 
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
-from compresso.errors import NumericError
+from compresso.errors import DataError, NumericError
 from compresso.job import Job
 from compresso.methods import ristretto_repaired
 from compresso.methods.repair import Repair
-from compresso.methods.ristretto_repaired import RepairedDivergence
+from compresso.methods.ristretto_repaired import RepairedDivergence, few_rows
 from compresso.solve.level_choice import Levels
 from tests.methods.conftest import MakeJob
 
@@ -69,3 +69,13 @@ def test_what_overflows_is_worst(make_job: MakeJob, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ristretto_repaired, "repair_", overflowing)
     value = fitness((1, *(0,) * (len(job.arch.blocks(job.model)) - 1)), 0)
     assert value != value
+
+
+def test_rows_to_repair_on_are_drawn_from_all(make_job: MakeJob) -> None:
+    job = make_job()
+    found = few_rows(job, 6).rows
+    assert len({id(row) for row in found}) == 6 and all(any(row is one for one in job.rows) for row in found)
+    assert found != job.rows[:6] and found == few_rows(job, 6).rows
+    assert len(few_rows(job, 10_000).rows) == len(job.rows)
+    with pytest.raises(DataError, match=r"1 row to repair candidates on.*repaired_rows: 0"):
+        few_rows(replace(job, rows=job.rows[:1]), 4)

@@ -34,16 +34,15 @@ from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
-from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
 from compresso.core.row import Row
-from compresso.errors import BudgetError, DataError
+from compresso.errors import BudgetError
 from compresso.job import Job
 from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.methods.repair import Repair
 from compresso.methods.ristretto_judge import Build, Judge
-from compresso.methods.ristretto_repaired import RepairedDivergence
+from compresso.methods.ristretto_repaired import RepairedDivergence, few_rows
 from compresso.observe.influence import block_influence
 from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
 from compresso.solve.bank_choice import STEPS, Menu, beginnings, evenly, items, menu
@@ -254,7 +253,7 @@ class Ristretto:
             build, install: make a candidate of a model, apart or in place.
         """
         if self.repaired_rows:
-            few, sizes = self._few(job), self.evolution.sizes(len(apart.rows))
+            few, sizes = few_rows(job, self.repaired_rows), self.evolution.sizes(len(apart.rows))
             yield RepairedDivergence(build, few, self.batch_of_bank, apart.rows, sizes), lambda _: None
             return
         n = min(self._pieces, -(-len(apart.rows) // min(self.calibrates.batch, self.calibrates.micro_batch)))
@@ -292,19 +291,6 @@ class Ristretto:
         best = [found.levels, *(levels for levels, value in found.finalists if math.isfinite(value))]
         facts = {"history": recorded(found.history), "candidates": list(found.tried)}
         return list(dict.fromkeys(best))[: 1 + self.finalists], facts
-
-    def _few(self, job: Job) -> Job:
-        """The job with rows to repair candidates on, drawn without repetition: the first ones may be of one source.
-        Raises DataError for fewer than 2.
-        """
-        n = min(self.repaired_rows, len(job.rows))
-        if n < 2:
-            raise DataError(
-                f"{counted(n, 'row')} to repair candidates on: they are fitted to some and chosen by others; give more"
-                " data, or repaired_rows: 0"
-            )
-        generator = torch.Generator().manual_seed(mixed_seed("repaired rows", job.seed))
-        return replace(job, rows=[job.rows[i] for i in torch.randperm(len(job.rows), generator=generator)[:n].tolist()])
 
     def _fitted(self, choice: Menu, bank: Path, job: Job) -> BankLevels:
         """What puts a job's model at levels."""

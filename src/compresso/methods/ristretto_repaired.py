@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
+from compresso.core.counted import counted
 from compresso.core.row import Row
-from compresso.errors import NumericError
+from compresso.errors import DataError, NumericError
 from compresso.job import Job
 from compresso.methods.ristretto_judge import Build
 from compresso.metrics.divergence import MAX_BYTES, divergence, reference
@@ -27,11 +29,28 @@ from compresso.sweep.least_squares import Fit
 from compresso.sweep.lost import lost
 from compresso.sweep.repair import Calibrated, repair_
 from compresso.sweep.two_streams import Known
+from compresso.training.noise import mixed_seed
 
 FIT = Fit(alphas=(1.0,), ridges=(0.3,))
 """Of repairs in the search."""
 HELD = 0.2
 """Share of the rows to repair on that says whether a fit helps."""
+
+
+def few_rows(job: Job, most: int) -> Job:
+    """The job with at most so many of its rows, drawn without repetition: the first ones may be of one source.
+
+    Raises:
+        DataError: fewer than 2.
+    """
+    n = min(most, len(job.rows))
+    if n < 2:
+        raise DataError(
+            f"{counted(n, 'row')} to repair candidates on: they are fitted to some and chosen by others; give more"
+            " data, or repaired_rows: 0"
+        )
+    generator = torch.Generator().manual_seed(mixed_seed("repaired rows", job.seed))
+    return replace(job, rows=[job.rows[i] for i in torch.randperm(len(job.rows), generator=generator)[:n].tolist()])
 
 
 class RepairedDivergence:
