@@ -33,7 +33,8 @@ import compresso
 from common import RESULTS, machine
 from compresso.edit.context_attention import release_
 from compresso.edit.context_cache import ContextCache
-from compresso.edit.context_gates import ContextGates, gates_of, land_, live_by_layer
+from compresso.edit.context_gates import ContextGates, gates_of
+from compresso.edit.context_landing import land_, live_by_layer
 from compresso.edit.evict import evict_, parse
 from compresso.edit.patches import read_patches
 from compresso.loading import Loaded

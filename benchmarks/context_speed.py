@@ -19,7 +19,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from compresso.edit.context_attention import keepers_of, release_
 from compresso.edit.context_cache import ContextCache, ContextLayer, tokens
-from compresso.edit.context_gates import INTERACTION_KEYS, ContextGates, rank_for
+from compresso.edit.context_gates import ContextGates, rank_for
+from compresso.edit.context_layer_gates import INTERACTION_KEYS
 from compresso.edit.evict import DRAWN, evict_, parse
 from compresso.metrics.pruned_context import held_share
 from compresso.metrics.timed_generation import prefill_and_decode, prompts, stopwatch

@@ -25,7 +25,7 @@ from compresso.commands.evaluate_table import show as show_scores
 from compresso.commands.measure import measure
 from compresso.edit.context_attention import keepers_of
 from compresso.edit.context_cache import ContextLayer
-from compresso.edit.context_gates import LayerGates
+from compresso.edit.context_layer_gates import LayerGates
 from compresso.engines import context, registry
 from compresso.engines.parity import Parity
 from compresso.engines.transformers import OWN, PLAIN, Transformers

@@ -27,7 +27,8 @@ from transformers import (
 
 from compresso.edit.context_attention import NAME, keepers_of
 from compresso.edit.context_cache import BLOCK, LIVE, ContextCache
-from compresso.edit.context_gates import ContextGates, LayerGates, live_fraction, rank_for
+from compresso.edit.context_gates import ContextGates, live_fraction, rank_for
+from compresso.edit.context_layer_gates import LayerGates
 from compresso.edit.patches import patch_, read_patches, save_tensors, unpatch_, written
 from compresso.edit.recompute import recompute_
 from compresso.errors import ArchError

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compresso.edit.context_attention import keepers_of
-from compresso.edit.context_gates import LayerGates, gates_of, live_fraction
+from compresso.edit.context_gates import gates_of, live_fraction
+from compresso.edit.context_layer_gates import LayerGates
 from compresso.edit.patches import unpatch_
 from compresso.errors import ArchError, Interrupted, RecipeError
 from compresso.job import Job

@@ -41,7 +41,8 @@ from compresso.arch.base import Arch
 from compresso.core.context_gates import STEP, alpha_schedule
 from compresso.core.row import Row
 from compresso.edit.context_attention import NAME, attentions_of, refuse_foreign, release_
-from compresso.edit.context_gates import USUAL_LANDINGS, ContextGates, land_, rank_for
+from compresso.edit.context_gates import ContextGates, rank_for
+from compresso.edit.context_landing import USUAL_LANDINGS, land_
 from compresso.edit.eager import attention_of
 from compresso.errors import RecipeError
 from compresso.job import Job
