@@ -45,7 +45,16 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.links import is_own
 from compresso.errors import CheckpointError, quoted
-from compresso.native import CLASSES, LOW_RANK_CLASSES, LOW_RANK_FILE, MODELING_FILE, SLICED_CLASSES, SLICED_FILE
+from compresso.native import (
+    CLASSES,
+    LOW_RANK_CLASSES,
+    LOW_RANK_FILE,
+    MODELING_FILE,
+    PATCHED_CLASS,
+    PATCHED_FILE,
+    SLICED_CLASSES,
+    SLICED_FILE,
+)
 
 _CONFIGS = (
     "config.json",
@@ -69,10 +78,12 @@ class Shipped:
     Args:
         file: the original.
         classes: names in it that an auto_map may point to.
+        needed: whether the weights beside it open with it alone; else engines open them without it.
     """
 
     file: Path
     classes: frozenset[str]
+    needed: bool = True
 
     def named_by(self, auto_map: object) -> bool:
         """Whether an auto_map points to these classes and nothing else."""
@@ -80,16 +91,19 @@ class Shipped:
         return isinstance(auto_map, dict) and all(isinstance(one, str) and one in known for one in auto_map.values())
 
 
-NATIVE = tuple(
-    Shipped(file, frozenset(cls.__name__ for classes in families.values() for cls in classes))
-    for file, families in (
-        (MODELING_FILE, CLASSES),
-        (LOW_RANK_FILE, LOW_RANK_CLASSES),
-        (SLICED_FILE, SLICED_CLASSES),
-    )
+NATIVE = (
+    *(
+        Shipped(file, frozenset(cls.__name__ for classes in families.values() for cls in classes))
+        for file, families in (
+            (MODELING_FILE, CLASSES),
+            (LOW_RANK_FILE, LOW_RANK_CLASSES),
+            (SLICED_FILE, SLICED_CLASSES),
+        )
+    ),
+    Shipped(PATCHED_FILE, frozenset({PATCHED_CLASS.__name__}), needed=False),
 )
-"""The classes per layer, those of low rank and those of a sliced stream. `import compresso` registers them, so that
-a folder's copy of a file is not read unless it is trusted.
+"""The classes per layer, those of low rank and those of a sliced stream, which `import compresso` registers, so that
+a folder's copy of a file is not read unless it is trusted; and what puts forward patches on a stock class.
 """
 
 
@@ -149,7 +163,7 @@ def _not_followed(path: Path, data: dict[str, object]) -> bool:
 
 
 def trusted(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> bool:
-    """Whether a folder names code of ours that may run: True if it does, False if it names none.
+    """Whether a folder names code of ours that may and must run: False too if its weights open without it.
 
     Raises:
         CheckpointError: it names other code, in an auto_map too, or if the file beside it is not, byte for byte, the
@@ -167,7 +181,7 @@ def trusted(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> bool:
             f"{beside} is not the file that this version of compresso writes, and is not run. Open the folder after"
             " `import compresso`, which does not read the file, or write it again with this version."
         )
-    return True
+    return named.needed
 
 
 def _fields(data: dict[str, object]) -> Iterator[tuple[str, str, object]]:

@@ -38,6 +38,7 @@ _CHECKPOINT = (
     "*.safetensors",
     "*.safetensors.index.json",
     "modeling_compresso.py",
+    "modeling_compresso_patched.py",
     *_TOKENIZER,
     *_CARRIED,
 )

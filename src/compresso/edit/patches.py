@@ -5,6 +5,7 @@ them. Others are written as a name, params and names of tensors. Tensors lie in 
 weights: engines read every safetensors file that they find there.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def save_tensors(patches: Sequence[Patch], folder: Path) -> None:
     if tensors:
         (folder / TENSORS).parent.mkdir(exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+
+
+def records_of(folder: Path) -> list[Written]:
+    """The patches that the records of a checkpoint name, for `read_patches`."""
+    found: list[Written] = json.loads((folder / "records.json").read_text("utf-8")).get("patches", [])
+    return found
 
 
 def read_patches(records: Sequence[Written], folder: Path | None = None) -> tuple[Patch, ...]:

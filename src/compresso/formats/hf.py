@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.edit.patch import Patch
-from compresso.edit.patches import save_tensors, written
+from compresso.edit.patches import written
 from compresso.errors import ExportError, NumericError
 from compresso.formats.beside import write_beside
 from compresso.formats.layout import (
@@ -34,6 +34,7 @@ from compresso.formats.layout import (
     with_one_epsilon,
 )
 from compresso.formats.pad import pad_tensors
+from compresso.formats.patched import save_patches
 from compresso.formats.plain import check_plain
 from compresso.formats.reopen import reopen_and_compare
 from compresso.formats.shrunk import Shrunk, describe
@@ -89,7 +90,7 @@ def save_checkpoint(
             shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, texts)
-        save_tensors(patches, temporary)
+        save_patches(patches, temporary)
     return layout
 
 
@@ -112,7 +113,7 @@ def _write_plain(
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, files)
-        save_tensors(patches, temporary)
+        save_patches(patches, temporary)
 
 
 def _records(patches: Sequence[Patch]) -> str:

@@ -10,11 +10,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from compresso.native import modeling_compresso as modeling
 from compresso.native import modeling_compresso_lowrank as low_rank
+from compresso.native import modeling_compresso_patched as patched
 from compresso.native import modeling_compresso_sliced as sliced
 
 MODELING_FILE = Path(modeling.__file__)
 LOW_RANK_FILE = Path(low_rank.__file__)
 SLICED_FILE = Path(sliced.__file__)
+PATCHED_FILE = Path(patched.__file__)
+PATCHED_CLASS = patched.PatchedForCausalLM
 CLASSES = {
     "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
     "mistral": (modeling.CompressoMistralConfig, modeling.CompressoMistralModel, modeling.CompressoMistralForCausalLM),

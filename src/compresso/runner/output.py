@@ -22,11 +22,12 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.core.counted import counted
 from compresso.data.records import Records
 from compresso.data.survival import Encoded
-from compresso.edit.patches import patch_, save_tensors, unpatch_
+from compresso.edit.patches import patch_, unpatch_
 from compresso.engines.registry import commands
 from compresso.formats.config_text import readers
 from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
+from compresso.formats.patched import save_patches
 from compresso.job import Job
 from compresso.metrics.record import Environment
 from compresso.metrics.size import counts, weight_bytes
@@ -184,7 +185,7 @@ def finish(
             )
             difference = reopen_and_compare(folder, model, ids, atol=REOPENED_WITHIN)
         patch_(model, job.patches)
-        save_tensors(job.patches, folder)
+        save_patches(job.patches, folder)
         written: dict[str, Any] = {
             **facts,
             "layout": used,
