@@ -52,13 +52,13 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "ristretto": (
         "ristretto",
         {
-            "evolution": {"generations": 6, "offspring": 8, "survivors": []},
+            "evolution": {"generations": 8, "offspring": 6, "survivors": []},
             "batches": 6,
-            "beginnings": 3,
+            "beginnings": 2,
             "judge_rows": 6,
             "finalists": 2,
             "judged": "repaired",
-            "repaired_rows": 16,
+            "repaired_rows": 8,
         },
     ),
     "ristretto/dp": (

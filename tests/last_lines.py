@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-WANTED = ("vLLM", "transformers 4.57", "CUDA", "llama.cpp", "chromium", "COMPRESSO_DATA", "COMPRESSO_LARGE")
+WANTED = (
+    "vLLM",
+    "transformers 4.57",
+    "bitsandbytes",
+    "CUDA",
+    "llama.cpp",
+    "chromium",
+    "COMPRESSO_DATA",
+    "COMPRESSO_LARGE",
+)
 """What a clean clone may lack, and tests want."""
 LEAST = 10
 """Files listed of those that coverage found least of."""

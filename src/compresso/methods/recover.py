@@ -9,24 +9,31 @@ Behind `svd`, `train: factors` is SVD-LLM's order (arXiv 2403.07378, section 3.3
 on the left factors while the right ones wait, in the first half of the updates; then on the right ones, the left being
 frozen as they are. The rank stays what svd left, where `train: lora` adds its own. Departures: half of the updates
 each, as many as asked for in all (the authors take two epochs each); the second half goes on in the order of examples.
+
+`base: nf4` is QLoRA (arXiv 2305.14314), `base: int8` adapters on LLM.int8 (arXiv 2208.07339): the base is rounded while
+adapters learn, for cards with little memory. The adapters learned what the rounded base lacks, too, and are merged
+into the stored weights, so that the merged model is not quite the one that was trained; its scores are measured.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch
 from compresso.arch.context import width_of
 from compresso.edit.factors import factor_, multiply_out_
+from compresso.edit.few_bit_base import library, restore_base_, round_base_
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
 from compresso.stage.tuning import check_routers, group_of, learner, router_numbers, settled, tune, watching
 from compresso.training.groups import Group
 from compresso.training.history import curve
+from compresso.training.launch import processes
 from compresso.training.objectives import LossObjective
 from compresso.training.watch import Watch
 
@@ -53,10 +60,13 @@ class Recover:
             those of the "router" of each mixture alone, or "factors": adapters on those of the targets that svd left
             with a low rank, left factors first, then right. Adapters lie on stacked experts, too, where targets name
             gate_proj, up_proj or down_proj, and on routers where they name "router".
+        base: what adapters learn on: the weights as "stored", or the linears of the blocks rounded to "int8" or "nf4"
+            while they learn, which takes a half or a quarter of the memory of 16 bits; merged is into the stored ones.
     """
 
     trains: Trains = Trains()
     train: Literal["lora", "all", "router", "factors"] = "lora"
+    base: Literal["stored", "int8", "nf4"] = "stored"
     lora: TunesLora = TunesLora()
     adamw: AdamW = AdamW()
     watches: Watches = Watches()
@@ -65,6 +75,11 @@ class Recover:
         """Refuse to keep adapters that fit no linear of the result."""
         if self.train == "factors" and self.trains.save_adapter:
             raise ValueError("save_adapter: adapters of factors fit no linear of the result; leave save_adapter out")
+        if self.base != "stored" and self.train != "lora":
+            raise ValueError(
+                f"base={self.base} holds weights that do not learn, and train={self.train} is not adapters alone; give"
+                " train: lora, or leave base out"
+            )
 
     def follows(self) -> tuple[str, str]:
         """`svd`, for factors."""
@@ -76,6 +91,13 @@ class Recover:
         """Raise RecipeError for factors of a family whose linears are no `nn.Linear`, and routers of one without."""
         if self.train == "router":
             check_routers(model)
+        if self.base != "stored":
+            library()
+            if processes() > 1:
+                raise RecipeError(
+                    f"base={self.base} is trained in one process, and {processes()} were launched; leave base out, or"
+                    " start it without torchrun"
+                )
         if self.train == "factors" and any(isinstance(module, Conv1D) for module in model.modules()):
             raise RecipeError(
                 f"the linears of a {model.config.model_type} are Conv1D, and train: factors takes them apart as Linear"
@@ -99,11 +121,18 @@ class Recover:
         if self.train == "factors":
             return self._factors(job, total, watch)
         stored = job.model.dtype
+        held = {} if self.base == "stored" else round_base_(job.model, self.base)
         model = learner(job, self.lora if self.train == "lora" else None, routers=self.train == "router")
         learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
+        told: dict[str, object] = {}
+        if held:
+            assert isinstance(model, PeftModel)
+            restore_base_(model, held)
+            told = {"base": {"learned_on": self.base, "linears": len(held), "merged_into": str(stored).split(".")[-1]}}
         return settled(job, model, stored, "recover", self.trains).note(
             "recover",
+            **told,
             updates=total,
             trainable=learning.numbers,
             lr=learning.lr,
