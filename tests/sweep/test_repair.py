@@ -5,7 +5,7 @@ architecture; and what it must leave alone.
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from compresso.core.plan import Plan
 from compresso.core.repair import token_weights
 from compresso.edit.shrink import shrink_
 from compresso.errors import NumericError
-from compresso.sweep import two_streams
+from compresso.sweep import repair_targets, two_streams
 from compresso.sweep.activation_store import Place as Where
 from compresso.sweep.journal import Journal
 from compresso.sweep.least_squares import Fit
@@ -417,3 +417,44 @@ def test_every_family_with_a_hidden_axis_is_repaired_in_fewer_dimensions(tiny: T
         with torch.no_grad():
             wanted, was, found = (one(input_ids=IDS)[0] for one in (dense, both.smaller, repaired))
         assert (found - wanted).norm() < (was - wanted).norm(), name
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize("change", ["nothing", "patched", "first block"])
+def test_blocks_before_the_first_change_run_once_for_both_models(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str, change: str
+) -> None:
+    """Oracle: the repair that runs every block of both models."""
+    dense = tiny(name)
+    _, axes = described(dense)
+    masks = {axis.name: torch.ones(axis.size) for axis in axes}
+    layers = next(axis for axis in axes if axis.kind == Kind.LAYER)
+    masks[layers.name][layers.size - 1] = 0
+    of = replace(pair(dense, masks), dimensions=None)
+    arch, _ = described(dense)
+    first = arch.blocks(of.smaller)[0]
+    if change == "patched":
+        first.register_forward_hook(lambda *_: None)
+    if change == "first block":
+        with torch.no_grad():
+            next(first.parameters()).mul_(1.01)
+    ran: list[tuple[nn.Module, int]] = []
+    run = two_streams.Stream.run
+
+    def counted(self: Any, layer: int, *given: Any, **named: Any) -> Any:
+        ran.append((self.blocks[layer], layer))
+        return run(self, layer, *given, **named)
+
+    monkeypatch.setattr(two_streams.Stream, "run", counted)
+    model, notes = of.repaired()
+    of_smaller = [layer for block, layer in ran if any(block is one for one in arch.blocks(model))]
+    monkeypatch.setattr(repair_targets.Targets, "same_until", lambda _: 0)
+    ran.clear()
+    whole, wanted = of.repaired()
+    assert notes == wanted
+    for name_, parameter in model.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name_)), name_
+    every = [layer for block, layer in ran if any(block is one for one in arch.blocks(whole))]
+    last = max(every)
+    spared = [layer for layer in range(last) if of_smaller.count(layer) < every.count(layer)]
+    assert spared == ([] if change != "nothing" else list(range(last)))

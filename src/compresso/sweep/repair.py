@@ -14,7 +14,7 @@ Some windows are held out. For each ridge, the mixture is taken whose fit misses
 that lost inputs takes the one that misses it least, and keeps its old weight if that misses it less. A linear before a
 gap, of which there are few and whose target is far away, takes the one with the lowest loss of the whole model, or
 keeps its weight if that has a lower one. `compresso.core.repair` has the mathematics. Only what feeds a gap is fitted,
-and blocks behind the last such linear are not run.
+and blocks behind the last such linear are not run. Blocks before the first change are run once, for both models.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,6 +123,7 @@ def repair_(
         width = int(stores[0][0].shape[-1])
         both = Targets(streams[0], streams[1], layers, dimensions, width, len(data.seen), fit, goals)
         with noted_signals() as requests, shown.running(last + 1, 0, name):
+            same = both.same_until()
             both.leading()
             for layer in range(last + 1):
                 wanted = by_layer.get(layer, {})
@@ -137,8 +138,10 @@ def repair_(
                         named = {f"{one.module}.weight" for one in wanted.values()}
                         journal.write(layer, {one: smaller.get_parameter(one) for one in sorted(named)}, facts)
                 notes |= facts
+                if any(one["applied"] for one in facts.values()):
+                    same = min(same, layer)
                 if layer < last:
-                    both.smaller.step(layer)
+                    both.step(layer, as_dense=layer < same)
                 shown.step(layer + 1, name, {}, tokens)
                 requests.obey(str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compresso.core.axis import Kind
 from compresso.sweep.activation_store import ActivationStore
@@ -57,6 +57,25 @@ class Targets:
                 self.goals[one.place.kind].put(index, self._followed(index, hidden, following, one.until))
         self.at = following
 
+    def same_until(self) -> int:
+        """How many of the smaller model's first blocks give what the dense ones give: they are those, unchanged, and
+        nothing left before the next one.
+        """
+        if self.kept is not None or not _equal_states(self.dense.states, self.smaller.states):
+            return 0
+        for layer, own in enumerate(self.layers):
+            if own != layer or not _equal(self.dense.blocks[own], self.smaller.blocks[layer]):
+                return max(0, layer - (own != layer))
+        return len(self.layers)
+
+    def step(self, layer: int, as_dense: bool) -> None:
+        """Run a block of the smaller model on every batch; where it does as the dense one did, its states are taken."""
+        if as_dense:
+            for index in range(len(self.dense)):
+                self.smaller.states.put(index, self.dense.states[index])
+        else:
+            self.smaller.step(layer)
+
     def tokens(self, one: Consumer) -> Iterator[tuple[bool, Tensor, list[Tensor], Tensor, int]]:
         """Batch by batch: whether it is held out, x~ [tokens, in], y* [tokens, out] of each target, the stream that the
         last of them leads to [tokens, out], and how many tokens a row has.
@@ -108,3 +127,25 @@ class Targets:
             output, written = self.dense.run(at, index, hidden, last, forced if at == first else None)
             hidden = hidden + written.outputs[last] if last else output
         return hidden
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two blocks hold the same numbers under the same names, and none is patched beside them."""
+    of_a, of_b = a.state_dict(), b.state_dict()
+    if any(_patched(module) for block in (a, b) for module in block.modules()):
+        return False
+    return of_a.keys() == of_b.keys() and all(_same(of_a[name], of_b[name]) for name in of_a)
+
+
+def _equal_states(a: ActivationStore, b: ActivationStore) -> bool:
+    return len(a) == len(b) and all(_same(a[i], b[i]) for i in range(len(a)))
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether calls of a module do more than its class; transformers' own hooks only look."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
