@@ -107,7 +107,7 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
                 scale = 1e6 if what == "bytes" else 1.0
                 lines = _lines([row for row in found if row["batch"] == batch], "context", what, scale)
                 label = f"{name} against tokens of context, batch {batch}"
-                drawn.append((label, curves(lines, label, axis="tokens of context")))
+                drawn.append((label, curves(lines, label, axis="tokens of context", order=METHODS)))
         return drawn
     value, name = ("perplexity", "perplexity") if part == "text" else ("right", "share of right answers")
     dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
@@ -117,7 +117,7 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
     of_items = found[0]["items"] if part == "recall" else 1
     lines = {method: [(100 * x, y / of_items) for x, y in line] for method, line in lines.items()}
     label = f"{name} against the share of the context that was {'seen' if part == 'text' else 'held'}"
-    return [(label, curves(lines, label, percent=part == "recall", axis="share of the context, %"))]
+    return [(label, curves(lines, label, percent=part == "recall", axis="share of the context, %", order=METHODS))]
 
 
 def markdown(rows: Rows) -> str:
@@ -158,6 +158,10 @@ INTRO = (
     " shares of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows"
     " and items, one seed. Made by `benchmarks/context.py`."
 )
+
+
+METHODS = ("dense", "gates", "window", "keydiff", "knorm", "h2o", "snapkv")
+"""Whose colours are the same in all drawings."""
 
 
 def _methods(found: Rows) -> list[str]:

@@ -97,3 +97,13 @@ def test_the_frontier_is_what_no_other_beats(places: list[tuple[int, int]], x_lo
         better = any(at_least(other, point) and (other.x, other.y) != (point.x, point.y) for other in points)
         assert (point in front) != better
     assert [point.x for point in front] == sorted(point.x for point in front)
+
+
+def test_a_name_has_one_colour_in_all_charts_of_an_order() -> None:
+    line = [(0.0, 1.0), (1.0, 2.0)]
+    order = ("dense", "gates", "window")
+    whole = str(charts.curves(dict.fromkeys(order, line), "all", order=order))
+    part = str(charts.curves({"window": line, "gates": line, "more": line}, "some", order=order))
+    assert all(f"var(--s{i})" in whole for i in range(3))
+    assert "var(--s0)" not in part  # dense's
+    assert all(f"var(--s{i})" in part for i in (1, 2, 3))

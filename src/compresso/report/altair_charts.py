@@ -71,24 +71,35 @@ def curves(
     percent: bool = False,
     dashed: Sequence[str] = (),
     axis: str = "update",
+    order: Sequence[str] = (),
 ) -> Markup:
-    """Lines over updates (or what `axis` says), one for each name; those in `dashed` are drawn so."""
+    """Lines over updates (or what `axis` says), one for each name; those in `dashed` are drawn so.
+
+    order: names that several drawings have in common, so that each has its colour in all of them.
+    """
     lines = {drawable(name): points for name, points in lines.items()}
     names = list(lines)
+    known = [drawable(name) for name in order]
     values = [{"update": x, "value": y, "line": name} for name, points in lines.items() for x, y in points]
     legend = (
         None
         if len(names) == 1
         else alt.Legend(title=None, orient="top", symbolType="stroke", columns=2, columnPadding=14, labelLimit=130)
     )
-    solid = [name for name in names if name not in dashed]
+    solid = [*known, *(name for name in names if name not in dashed and name not in known)]
     colours = ["var(--muted)" if name in dashed else SERIES[solid.index(name) % len(SERIES)] for name in names]
     single = [name for name, points in lines.items() if len(points) == 1]
     chart = (
         alt.Chart(alt.Data(values=values))
         .mark_line(strokeWidth=1.75, interpolate="linear")
         .encode(
-            x=alt.X("update:Q", title=axis, axis=alt.Axis(tickCount=5, tickMinStep=1, format="d", grid=False)),
+            x=alt.X(
+                "update:Q",
+                title=axis,
+                axis=alt.Axis(
+                    tickCount=5, tickMinStep=1, format="d", grid=False, labelOverlap="greedy", labelSeparation=8
+                ),
+            ),
             y=alt.Y(
                 "value:Q",
                 title=None,

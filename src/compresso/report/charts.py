@@ -38,6 +38,7 @@ def curves(
     percent: bool = False,
     dashed: Sequence[str] = (),
     axis: str = "update",
+    order: Sequence[str] = (),
 ) -> Markup:
     """Lines over updates.
 
@@ -47,12 +48,13 @@ def curves(
         percent: whether values are shares.
         dashed: names of lines that are drawn so.
         axis: what the lines run over.
+        order: names that several charts have in common, so that each has its colour in all of them.
 
     Returns:
         As `heat_map`.
     """
     if can_draw():
-        return _altair().curves(lines, label, percent=percent, dashed=dashed, axis=axis)
+        return _altair().curves(lines, label, percent=percent, dashed=dashed, axis=axis, order=order)
     return chart_tables.curves(lines, label, percent=percent, axis=axis)
 
 
