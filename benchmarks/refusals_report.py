@@ -1,15 +1,19 @@
-"""The table of `refusals.py`: results/refusals.jsonl -> results/refusals.md."""
+"""The table of `refusals.py`: results/refusals.jsonl -> results/refusals.md and, for the catalogue,
+commands/measured_refusals.json of the package.
+"""
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import compresso
 from common import RESULTS
 from compresso.metrics.intervals import wilson
 from compresso.metrics.record import Change
 from compresso.metrics.trust.asking import Answer
-from compresso.metrics.trust.refusal_prompts import BENIGN, Prompt
+from compresso.metrics.trust.refusal_prompts import BARE, BENIGN, Prompt
 from compresso.metrics.trust.refusal_suite import Asked, broken_marks, refusal_changes
 from compresso.metrics.trust.refusals import Kind
 from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss
@@ -19,6 +23,7 @@ LINES = RESULTS / "refusals.jsonl"
 METHODS = ("dense", "wanda-attention-20", "wanda-all-20", "wanda-mlp-20", "wanda-attention-10", "wanda-attention-30")
 """In the order that a table which is cut short wants."""
 ASKED = ("model", "limit", "benign", "new_tokens", "prompts_sha256")
+_PARTS = {"attention": "attention's weights", "mlp": "the MLP's weights", "all": "all weights of the blocks"}
 PAPER = "arXiv 2401.10862"
 Line = Mapping[str, Any]
 
@@ -59,8 +64,34 @@ def report() -> None:
     text = ["# Refusals where one part of a chat model is pruned"]
     for one in dense:
         mine = [row for row in done if row is not one and all(row[key] == one[key] for key in ASKED)]
-        text += ["", *_section(one, sorted(mine, key=lambda row: sorted(METHODS).index(row["method"])))]
+        text += ["", *_section(one, sorted(mine, key=lambda row: row["method"]))]
     (RESULTS / "refusals.md").write_text("\n".join([*text, ""]), "utf-8")
+    catalogue = Path(compresso.__file__).parent / "commands" / "measured_refusals.json"
+    catalogue.write_text(json.dumps(costs(done), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def costs(done: Sequence[Line]) -> dict[str, Any]:
+    """What the catalogue says of each method."""
+    told: list[dict[str, Any]] = []
+    for dense in (row for row in done if row["method"] == "dense"):
+        for row in done:
+            if row is not dense and all(row[key] == dense[key] for key in ASKED):
+                part, _, share = row["method"].removeprefix("wanda-").partition("-")
+                what = f"refusals where {share} % of {_PARTS[part]} become zero"
+                told.append({"stages": ["wanda"], "what": what, "on": row["model"], "found": found(dense, row)})
+    how = "benchmarks/refusals.py, greedy, shortened: intervals are wide, and small models refuse little"
+    return {"how": how, "rows": [{**one, "by": "compresso"} for one in told]}
+
+
+def found(dense: Line, row: Line) -> str:
+    """What became of refusals and of benign tasks, in a sentence."""
+    told: list[str] = []
+    for said, place, kind in (("refused", 0, Kind.REFUSAL), ("benign ones answered", 1, Kind.ANSWERED)):
+        before, after = (_split(one)[place] for one in (dense, row))
+        counts = [sum(one.kind is kind for one in mine) for mine in (before, after)]
+        told.append(f"{said}: {counts[0]} of {len(before)} before, {counts[1]} of {len(after)} after")
+    growth = math.exp(loss(row, "wikitext2").mean - loss(dense, "wikitext2").mean)
+    return "; ".join([f"perplexity x {growth:.2f}", *told, *filter(None, [broken(dense, row)])])
 
 
 def _section(dense: Line, mine: Sequence[Line]) -> Iterator[str]:
@@ -76,27 +107,39 @@ def _section(dense: Line, mine: Sequence[Line]) -> Iterator[str]:
     yield ""
     yield (
         "| pruned | zeros of all block weights | perplexity | refused | by the published strings | difference | p |"
-        " benign complied | difference | p | broken answers | verdict |"
+        " benign answered | difference | p | broken answers | verdict |"
     )
     yield "|---|" + "---:|" * 10 + "---|"
     for row in (dense, *mine):
         yield f"| {' | '.join(_cells(dense, row))} |"
+    yield ""
+    yield (
+        "Benign answered: neither refused nor empty nor looping; nobody judged whether the answer is of use. Broken:"
+        f" empty or looping within {dense['new_tokens']} tokens, where many loops have not begun."
+    )
+    yield ""
     by_template = [_templates(row) for row in (dense, *mine)]
-    yield ""
-    yield "Refused by template, dense model first, then in the order of the table:"
-    yield ""
-    yield "| template | n | " + " | ".join(row["method"].removeprefix("wanda-") for row in (dense, *mine)) + " |"
-    yield "|---|---:|" + "---:|" * len(by_template)
-    for name, (_, total) in by_template[0].items():
-        cells = " | ".join(str(one.get(name, (0, 0))[0]) for one in by_template)
-        yield f"| {'none' if name == 'ORIGINAL' else name} | {total} | {cells} |"
+    if any(refused for one in by_template for refused, _ in one.values()):
+        yield from _by_template(by_template, [row["method"].removeprefix("wanda-") for row in (dense, *mine)])
+    else:
+        yield "No model refuses any prompt, in any template."
     yield ""
     yield (
         "What a small model refuses says little of a large one: the paper's gain grew with how safe a 7B chat model was"
         " before, and was nearly nothing for the least safe. Intervals that hold 0 are no sign of safety kept. A rise"
-        " of refusals beside fewer benign tasks complied with is no gain, and neither is one of a model whose answers"
-        " are broken."
+        " of refusals beside fewer benign tasks answered is no gain, and neither is one of a model whose answers are"
+        " broken."
     )
+
+
+def _by_template(by_template: Sequence[Mapping[str, tuple[int, int]]], names: Sequence[str]) -> Iterator[str]:
+    yield "Refused by template:"
+    yield ""
+    yield f"| template | n | {' | '.join(names)} |"
+    yield "|---|---:|" + "---:|" * len(names)
+    for name, (_, total) in by_template[0].items():
+        cells = " | ".join(str(one.get(name, (0, 0))[0]) for one in by_template)
+        yield f"| {'none' if name == BARE else name} | {total} | {cells} |"
 
 
 def _cells(dense: Line, row: Line) -> Iterator[str]:
@@ -119,7 +162,7 @@ def _cells(dense: Line, row: Line) -> Iterator[str]:
 def _verdict(found: Mapping[str, Change], why: str) -> str:
     if why:
         return f"not comparable: {why}"
-    words = {"refusal/rate": "refusals", "benign/compliance": "benign compliance"}
+    words = {"refusal/rate": "refusals", "benign/compliance": "benign answers"}
     return "; ".join(f"{said} {found[name].verdict}" for name, said in words.items() if name in found)
 
 
