@@ -22,6 +22,7 @@ FLAGS = {
     "no-verify": "verify=False",
     "force": "force=True",
     "stream": "stream=True",
+    "attention": "attention=True",
 }
 """Options without a value, and what takes their place in Python."""
 _AS_SPELT = (

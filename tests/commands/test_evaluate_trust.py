@@ -41,6 +41,7 @@ def bad(call: Call) -> Callable[..., str]:
         (("--suite", "refusal", "--prompts", "absent.yaml"), "--prompts absent.yaml is no file"),
         (("--suite", "refusal", "--scoring", "sampled"), "--scoring belongs to --suite trust"),
         (("--suite", "trust", "--new-tokens", "4"), "--new-tokens belongs to --suite refusal"),
+        (("--suite", "trust", "--attention"), "--attention belongs to --suite refusal"),
         (("--suite", "world", "--against", "x"), "--against belongs to --suite refusal or trust"),
         (("--suite", "trust", "--scoring", "guess"), "--scoring 'guess' is unknown"),
         (("--suite", "trust", "--corpus", "c4"), "--suite trust goes without --corpus and --protocol"),

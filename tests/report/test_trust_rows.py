@@ -35,15 +35,17 @@ def facts(changes: tuple[Change, ...] = CHANGES, **more: Any) -> dict[str, Any]:
 
 def test_rows_say_points_and_verdicts() -> None:
     rows = trust_rows(CHANGES)
-    assert rows[0] == ("toxicity", "not measured", "not measured", "", "", "not measured: no scorer was given")
-    assert rows[1] == ("ethics", "80.0", "60.0", "\u221220.0", "\u221230.0 to \u221210.0", "FELL")
-    assert rows[2][5] == "not comparable: its perplexity | is 9 times"
+    assert rows[0] == ("toxicity", "not measured", "not measured", "", "", "", "not measured: no scorer was given")
+    assert rows[1] == ("ethics", "80.0", "60.0", "\u221220.0", "\u221230.0 to \u221210.0", "40", "FELL")
+    assert rows[2][6] == "not comparable: its perplexity | is 9 times"
 
 
 def test_card_and_report_hold_the_table() -> None:
     text = model_card(checked(facts()))
     tables = [token for token in MarkdownIt("commonmark").enable("table").parse(text) if token.type == "table_open"]
-    assert "## Trust" in text and "| ethics | 80.0 | 60.0 | \u221220.0 | \u221230.0 to \u221210.0 | FELL |" in text
+    assert "## Trust" in text and "| ethics | 80.0 | 60.0 | \u221220.0 | \u221230.0 to \u221210.0 | 40 | FELL |" in text
+    (table,) = [table for table in text.split("\n\n") if "| ethics |" in table]
+    assert len({line.replace("\\|", "").count("|") for line in table.strip().splitlines()}) == 1, "as many cells each"
     assert "perplexity \\| is 9 times" in text and len(tables) >= 3
     assert "bias, toxicity and safety" not in text
     page = report_of_run(checked(facts()), PLAN)

@@ -141,6 +141,12 @@ def plan(
             help="What time and memory are estimated for: auto, cpu, cuda, or a GPU that is not here, such as h100."
         ),
     ] = "auto",
+    trust: Trust = "none",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Harmful tasks in templates: also say what `evaluate --suite refusal` would take of them."),
+    ] = None,
+    benign: Annotated[Path | None, typer.Option(help="Everyday tasks in the same templates, beside --prompts.")] = None,
     as_json: Json = False,
     engine: For = None,
 ) -> None:
@@ -169,6 +175,9 @@ def plan(
         skip_bad=skip_bad,
         device=device,
         allow_dropped=allow_dropped,
+        trust=trust,
+        prompts=prompts,
+        benign=benign,
     )
     plan.show(facts, as_json)
 

@@ -179,6 +179,10 @@ def evaluate(
         str | None, typer.Option(help="Of --suite trust, sampled: a text classifier that says how toxic texts are.")
     ] = None,
     scorer_label: Annotated[str | None, typer.Option(help="The label of --scorer that means toxic.")] = None,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Of --suite refusal: also how much attention tasks and templates get (slow)."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a model can do: perplexity, and benchmark tasks with their standard errors.
@@ -214,6 +218,7 @@ def evaluate(
         cache=cache,
         scorer=scorer,
         scorer_label=scorer_label,
+        attention=attention,
     )
     evaluate_table.show(report, as_json)
 

@@ -68,6 +68,7 @@ def evaluate(
     cache: str | None = None,
     scorer: str | Path | None = None,
     scorer_label: str | None = None,
+    attention: bool = False,
 ) -> Report:
     """Perplexity and task scores of a model; with neither corpus, suite nor tasks, its perplexity on wikitext2.
 
@@ -102,14 +103,17 @@ def evaluate(
         scorer: of suite trust, sampled, a text classifier that says how toxic texts are; None: toxicity is not
             measured.
         scorer_label: its label that means toxic; None: the one called toxic or toxicity.
+        attention: of suite refusal, whether it is also measured how much of the attention goes to tasks and to the
+            templates around them; attention is then computed step by step, a prompt at a time.
 
     Raises:
         CompressoError: with the cure; nothing was written.
     """
     check_words(task, data, tasks, suite, corpus, protocol)
     trust = TrustOptions(
-        prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations, scorer, scorer_label
-    )
+        prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations, scorer, scorer_label,
+        attention,
+    )  # fmt: skip
     if suite in SUITES:
         check_suite_words(suite, trust, corpus, protocol)
     else:

@@ -99,7 +99,9 @@ def _measured(
     environment = Environment.here(device, loaded.model.dtype)
     same = {"model": source.identity.fingerprint, "prompt": prompt_on, "dtype": environment.dtype, "suite": "trust"}
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
-    asked = Journalled(model, journal_of(options.answers, source, same), shown, f"answers of {source.name}")
+    asked = Journalled(
+        model, journal_of(options.answers, source, same), shown, f"answers of {source.name}", 4 * batch_size
+    )
     outcomes = trust_of(asked, data, extent, scorer)
     loss = requests_loss(loaded.model, loaded.tokenizer, SOUND_TEXTS)
     del model, asked, loaded

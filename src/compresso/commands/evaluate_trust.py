@@ -19,8 +19,9 @@ from compresso.checkpoint.writes_text import refuse_textless
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.loading import load
 from compresso.metrics.held import HeldLoss
-from compresso.metrics.record import Environment, Measurement, ModelResults, Setting
+from compresso.metrics.record import Change, Environment, ModelResults, Setting
 from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template
+from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
 from compresso.metrics.trust.journal import Journal, Journalled
 from compresso.metrics.trust.judge import Agreement, Labelled, ModelJudge, agreement, labelled_answers
 from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, benign_prompts, harmful_prompts
@@ -57,6 +58,7 @@ class TrustOptions:
     generations: int = 25
     scorer: str | Path | None = None
     scorer_label: str | None = None
+    attention: bool = False
 
     def given(self) -> list[str]:
         """The options that are not as they stand here, as they are typed."""
@@ -75,13 +77,22 @@ class Refusals:
     environment: Environment
     asked: list[Asked]
     loss: HeldLoss
-    measurements: list[Measurement] = field(default_factory=list[Measurement])
+    looks: Looks = field(default_factory=dict[str, dict[str, float]])
 
 
 def refuse_options_of(suite: str | None, options: TrustOptions) -> None:
     """Raise DataError for options that a suite does not take."""
     takes = {
-        "refusal": {"--prompts", "--benign", "--judge", "--judge-labels", "--against", "--answers", "--new-tokens"},
+        "refusal": {
+            "--prompts",
+            "--benign",
+            "--judge",
+            "--judge-labels",
+            "--against",
+            "--answers",
+            "--new-tokens",
+            "--attention",
+        },
         "trust": {"--against", "--answers", *_TRUST_ALONE},
     }.get(suite or "", set[str]())
     for option in options.given():
@@ -147,11 +158,14 @@ def _asked(
     }
     journal = journal_of(options.answers, source, same)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
-    answered = ask(Journalled(model, journal, shown, f"answers of {source.name}"), prompts, limits)
+    answered = ask(Journalled(model, journal, shown, f"answers of {source.name}", 4 * batch_size), prompts, limits)
     loss = requests_loss(loaded.model, loaded.tokenizer, [one.text for one in prompts])
+    found = Refusals(source, environment, answered, loss)
+    if options.attention:
+        found.looks = looks(loaded.model, loaded.tokenizer, prompts, prompt_on, journal, shown)
     del model, loaded
     gc.collect()
-    return Refusals(source, environment, answered, loss)
+    return found
 
 
 def _judge(
@@ -164,7 +178,9 @@ def _judge(
     if loaded.tokenizer is None:
         raise CheckpointError(f"--judge {source.name} has no tokenizer; give a chat model")
     journal = journal_of(options.answers, source, {"judge": source.identity.fingerprint})
-    asked = Journalled(ModelRespondent(loaded.model, loaded.tokenizer, False, batch_size), journal, shown, "judging")
+    asked = Journalled(
+        ModelRespondent(loaded.model, loaded.tokenizer, False, batch_size), journal, shown, "judging", 4 * batch_size
+    )
     judge = ModelJudge(asked, source.name)
     for one in found:
         one.asked = judged_by(judge, one.asked)
@@ -177,21 +193,25 @@ def _results(
     """The results of the models; with two, the last one's hold the changes."""
     results: list[ModelResults] = []
     for place, one in enumerate(found):
-        changes = ()
+        changes = list[Change]()
         if place:
             dense = found[0]
             broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
                 broken_marks(dense.asked), broken_marks(one.asked)
             )
-            changes = tuple(refusal_changes(dense.asked, one.asked, broken))
+            changes = refusal_changes(dense.asked, one.asked, broken)
+            changes += attention_changes(dense.looks, one.looks, broken) if one.looks else []
         results.append(
             ModelResults(
                 name="dense" if len(found) > 1 and not place else one.source.identity.name,
                 model=one.source.identity.name,
                 fingerprint=one.source.identity.fingerprint,
-                measurements=tuple(refusal_measurements(one.asked, one.environment, settings, agreed)),
+                measurements=(
+                    *refusal_measurements(one.asked, one.environment, settings, agreed),
+                    *attention_measurements(one.looks, one.environment, settings),
+                ),
                 not_measured={} if agreed else {"refusal/harmful": "no judge was named (--judge, --judge-labels)"},
-                changes=changes,
+                changes=tuple(changes),
             )
         )
     return results

@@ -11,6 +11,7 @@ from compresso.runner import plan as dry_runs
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.options import with_options
 from compresso.runner.preflight import check_shapes
+from compresso.runner.trust_check import Trust
 
 __all__ = ["plan", "show"]
 
@@ -36,6 +37,9 @@ def plan(
     skip_bad: bool = False,
     device: str = "auto",
     allow_dropped: bool = False,
+    trust: Trust = "none",
+    prompts: str | Path | None = None,
+    benign: str | Path | None = None,
 ) -> dict[str, Any]:
     """A dry run without weights: predicted shapes, counts, memory, tokens and time.
 
@@ -47,10 +51,12 @@ def plan(
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
             "h100" or "rtx4090".
+        trust: as for `compresso.run`: what asking both models would take.
+        prompts, benign: files of the suite "refusal" of `compresso.evaluate`: what asking both models would take.
 
     Returns:
         What `compresso plan --json` prints: `{"recipe", "model", "before", "after", "shapes", "notes", "layouts",
-        "weight_bytes", "device", "stages", "training", "compressed", "data"}`.
+        "weight_bytes", "device", "stages", "training", "compressed", "data", "trust"}`.
 
     Raises:
         CompressoError: for all that the run would refuse before it reads weights.
@@ -74,5 +80,6 @@ def plan(
     with said_as_asked(options, partial(check_shapes, recipe, str(model), layout)):
         raw = with_options(recipe, model=str(model), **options)
         return dry_runs.plan(
-            raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device
-        )
+            raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device,
+            trust=trust, prompts=prompts, benign=benign,
+        )  # fmt: skip

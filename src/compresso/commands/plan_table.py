@@ -74,6 +74,19 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
                 f" {_bytes(one['disk_bytes_at_most'])} on disk while the stage runs",
                 soft_wrap=True,
             )
+    for one in facts["trust"]:
+        console.print(_trust(one, facts["device"]), markup=False, soft_wrap=True)
+
+
+def _trust(one: Mapping[str, Any], device: str) -> str:
+    """What asking the models would take."""
+    absent = f"; not measured: {', '.join(one['not_measured'])}" if one["not_measured"] else ""
+    return (
+        f"{one['what']}: {counted(one['requests'], 'request')} to each of {one['models']} models, {_short(one['read'])}"
+        f" tokens read and at most {_short(one['written_at_most'])} written by each; at most"
+        f" {_short(one['flops_at_most'])} FLOPs, about {_time(one['seconds_estimated'])} on {device} (estimated)"
+        f"{absent}"
+    )
 
 
 def _after(facts: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What was measured of each method, kept beside the package for its catalogue: our own numbers, written by
-`benchmarks/structured_report.py` and `benchmarks/trust.py`, and what papers found of trust, each row with its source.
+`benchmarks/structured_report.py`, `benchmarks/trust.py` and `benchmarks/refusals.py`,
+and what papers found of trust, each row with its source.
 """
 
 import json
@@ -23,7 +24,7 @@ def trust_costs(stage: str) -> list[dict[str, Any]]:
     `by` is the paper, or "compresso" for our own. Empty for a stage of which nobody measured it.
     """
     told: list[dict[str, Any]] = []
-    for name in ("published_trust.json", "measured_trust.json"):
+    for name in ("published_trust.json", "measured_trust.json", "measured_refusals.json"):
         found = _read(name)
         for row in found["rows"]:
             if stage in row["stages"]:

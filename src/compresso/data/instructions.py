@@ -117,17 +117,20 @@ def encode_prompt(
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt_on: bool = False
 ) -> list[int]:
-    """The ids that stand before the answer to a conversation's last user turn: by the chat template, or in the format
-    of training where there is none.
+    """The ids of `conversation_text`. Raises DataError as it does."""
+    return bare_ids(tokenizer, [conversation_text(tokenizer, messages, prompt_on)])[0]
+
+
+def conversation_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt_on: bool = False) -> str:
+    """What stands before the answer to a conversation's last user turn: by the chat template, or in the format of
+    training where there is none.
 
     Raises:
         DataError: the template refuses the conversation.
     """
     if (template := original_template(single_template(tokenizer))) is not None:
-        text = templated_opening(tokenizer, template, messages, prompt_on)
-    else:
-        text = transcript(messages, prompt_on, bos_text(tokenizer), eos_text(tokenizer))[0] + RESPONSE_HEADER
-    return bare_ids(tokenizer, [text])[0]
+        return templated_opening(tokenizer, template, messages, prompt_on)
+    return transcript(messages, prompt_on, bos_text(tokenizer), eos_text(tokenizer))[0] + RESPONSE_HEADER
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

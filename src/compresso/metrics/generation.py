@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from compresso.data import world
 from compresso.data.tokens import bare_ids
@@ -32,6 +33,8 @@ MOST_REPETITION = 0.5
 LOOP_TOKENS = 16
 """Least tokens at the end that must be a loop, and most tokens of one turn of it."""
 LOOP_TURNS = 3
+LEAST_SHARED = 16
+"""Tokens that prompts must have in common to be read once."""
 
 
 def world_prompts(n: int, seed: int = 0) -> tuple[str, ...]:
@@ -180,6 +183,23 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def _shared(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Cache | None, int]:
+    """A cache of what all prompts begin with, once for each, and how many tokens that is; None and 0 where it saves
+    nothing, or where the cache is of a kind that cannot be copied, or forgets.
+    """
+    rows = [list(ids) for ids in prompts]
+    first, last = min(rows), max(rows)
+    most = min(map(len, prompts)) - 1
+    n = next((i for i in range(most) if first[i] != last[i]), max(most, 0))
+    if len(prompts) < 2 or n < LEAST_SHARED or not takes_positions(model):
+        return None, 0
+    cache = model(input_ids=torch.tensor([first[:n]], device=model.device), use_cache=True).past_key_values
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None, 0
+    cache.batch_repeat_interleave(len(prompts))
+    return cache, n
+
+
 @torch.inference_mode()
 def greedy(
     model: PreTrainedModel,
@@ -187,23 +207,29 @@ def greedy(
     max_new_tokens: int,
     ends: set[int],
     choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+    share: bool = False,
 ) -> list[tuple[list[int], bool]]:
     """New tokens of each prompt without the end token, and whether there was one.
 
     Args:
         choose: the next token of each prompt [n], from its logits [n, vocab]; the most likely one.
+        share: whether the tokens that all prompts begin with are read once, where the model's cache can be copied.
 
     Prompts stand at the right, after padding that no token looks at, where their lengths differ.
     """
+    cache, n = _shared(model, prompts) if share else (None, 0)
     longest = max(map(len, prompts))
-    given = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device)
-    there = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    positions, padded, cache = (there.cumsum(-1) - 1).clamp(min=0), not bool(there.all()), None
+    given = torch.tensor([[0] * (longest - len(ids)) + list(ids[n:]) for ids in prompts], device=model.device)
+    there = torch.tensor(
+        [[1] * n + [0] * (longest - len(ids)) + [1] * (len(ids) - n) for ids in prompts], device=model.device
+    )
+    positions, padded = (there.cumsum(-1) - 1).clamp(min=0)[:, n:], not bool(there.all())
+    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     texts: list[list[int]] = [[] for _ in prompts]
     ended, open_ = [False] * len(prompts), set(range(len(prompts)))
     for step in range(max_new_tokens):
         placed = {"attention_mask": there, "position_ids": positions} if padded else {}
-        output = model(input_ids=given, past_key_values=cache, use_cache=True, **placed)
+        output = model(input_ids=given, past_key_values=cache, use_cache=True, **placed, **last_alone)
         last = output.logits[:, -1]
         if last[sorted(open_)].isnan().any():
             raise NumericError(f"the model gives NaN after {step} new tokens; use float32 or bfloat16")

@@ -67,7 +67,7 @@ _GROUP_OF_START = {
     **dict.fromkeys(("prefill", "decode", "prefill_speedup", "decode_speedup", "decode_bound"), "Speed"),
     **dict.fromkeys(("prefill_ms", "decode_ms", "frames", "frames_speedup"), "Speed"),
     **dict.fromkeys(("memory", "cache_live", "cache_seen", "cache_bytes"), "Memory"),
-    **dict.fromkeys(("trust", "refusal", "benign", "judge"), "Trust"),
+    **dict.fromkeys(("trust", "refusal", "benign", "judge", "attention"), "Trust"),
 }
 _WORDS = {
     "parameters/total": "parameters, all",

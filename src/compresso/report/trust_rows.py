@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from compresso.metrics.record import Change, ModelResults
 
-TITLES = ("", "dense", "this model", "difference", "95 %", "")
+TITLES = ("", "dense", "this model", "difference", "95 %", "n", "")
 
 
 def trust_rows(changes: Sequence[Change]) -> list[tuple[str, ...]]:
-    """Name, both scores in percent, the difference in points with its interval, and the verdict."""
+    """Name, both scores in percent, the difference in points with its interval, of how many items, and the verdict."""
     return [
         (
             title(one.name),
@@ -16,6 +16,7 @@ def trust_rows(changes: Sequence[Change]) -> list[tuple[str, ...]]:
             _percent(one.smaller),
             "" if one.difference is None else _points(one.difference),
             "" if one.low is None or one.high is None else f"{_points(one.low)} to {_points(one.high)}",
+            "" if one.n is None else f"{one.n:,}",
             f"{_VERDICTS.get(one.verdict, one.verdict)}{': ' if one.words else ''}{one.words}",
         )
         for one in changes

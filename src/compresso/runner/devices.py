@@ -22,22 +22,24 @@ class Known:
     Args:
         flops: a second, of dense 16-bit products.
         memory: bytes.
+        bandwidth: of its memory, bytes a second.
     """
 
     flops: float
     memory: float
+    bandwidth: float
 
 
 DEVICES = {
-    "a100-40gb": Known(312e12, 40e9),
-    "a100-80gb": Known(312e12, 80e9),
-    "a10g": Known(70e12, 24e9),
-    "h100": Known(989e12, 80e9),
-    "h200": Known(989e12, 141e9),
-    "l4": Known(121e12, 24e9),
-    "l40s": Known(362e12, 48e9),
-    "rtx4090": Known(165e12, 24e9),
-    "t4": Known(65e12, 16e9),
+    "a100-40gb": Known(312e12, 40e9, 1555e9),
+    "a100-80gb": Known(312e12, 80e9, 2039e9),
+    "a10g": Known(70e12, 24e9, 600e9),
+    "h100": Known(989e12, 80e9, 3350e9),
+    "h200": Known(989e12, 141e9, 4800e9),
+    "l4": Known(121e12, 24e9, 300e9),
+    "l40s": Known(362e12, 48e9, 864e9),
+    "rtx4090": Known(165e12, 24e9, 1008e9),
+    "t4": Known(65e12, 16e9, 320e9),
 }
 
 

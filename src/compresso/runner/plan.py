@@ -6,6 +6,7 @@ estimates, and named so.
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
+from compresso.runner.trust_check import Trust
+from compresso.runner.trust_cost import timed, trust_costs
 from compresso.stage import Learning, Passes
 from compresso.stage.cached_teaching import GAP_PLACES
 from compresso.tasks.base import DEFAULT
@@ -64,6 +67,9 @@ def plan(
     skip_bad: bool = False,
     allow_dropped: bool = False,
     device: str = "auto",
+    trust: Trust = "none",
+    prompts: str | Path | None = None,
+    benign: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a recipe would leave of a model, and what it would take.
 
@@ -75,16 +81,18 @@ def plan(
         skip_bad: leave bad lines of them out.
         allow_dropped: whether the run would go on where too much of them is dropped.
         device: of this machine, or one of `compresso.runner.devices.DEVICES`.
+        trust, prompts, benign: what is counted of the suites of trust; see `compresso.runner.trust_cost`.
 
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "counted_by", "device",
-        "stages", "training", "compressed", "data"}. "counted_by" is "token", or "picture" of models that make no tokens
-        of it. "data" is None where none was given, else as `data_facts` gives it. `after`,
+        "stages", "training", "compressed", "data", "trust"}. "counted_by" is "token", or "picture" of models that make
+        no tokens of it. "data" is None where none was given, else as `data_facts` gives it. `after`,
         `shapes` and `layouts` are those of equal widths in every layer, where equal ones meet the budget: methods that
         learn or score choose others of the same total.
         "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
         "compressed" what those that zero or round do to how many weights. "weight_bytes" has "packed" where weights are
-        rounded. Numbers that depend on the length of the data are null.
+        rounded. "trust" has a row for each suite that was asked for. Numbers that depend on the length of the data are
+        null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
@@ -108,10 +116,16 @@ def plan(
     ]
     for row, one in zip(training, (one for one in shown.stages if one.learning is not None), strict=True):
         row["disk_bytes_at_most"] = _kept_bytes(one, length, width, None if found is None else found["train"])
-    if any(one["flops_at_most"] for one in stages):
+    asked = trust_costs(source, recipe.task, trust, prompts, benign)
+    if asked or any(one["flops_at_most"] for one in stages):
         rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
         for one in (*stages, *training):
             one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
+        models = {
+            name: (side["macs_per_token"], side["parameters"]["total"] * width)
+            for name, side in (("dense", shown.before), ("smaller", shown.after))
+        }
+        asked = [timed(one, models, rate, where) for one in asked]
     facts = (compressed_facts(one, width) for one in shown.stages)
     compressed = [one for one in facts if one is not None]
     packed = packed_bytes(shown.after["parameters"]["total"], stored, compressed)
@@ -141,6 +155,7 @@ def plan(
         "training": training,
         "compressed": compressed,
         "data": found,
+        "trust": asked,
     }
 
 

@@ -2,6 +2,8 @@
 depend on nothing but their seed.
 """
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +50,32 @@ def test_greedy_texts_are_those_of_generate(respondent: ModelRespondent) -> None
         ids = torch.tensor([encode_conversation(tokenizer, request.messages())])
         out = model.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
         assert answer.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_what_requests_begin_with_is_read_once(respondent: ModelRespondent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers as it does alone; the tokens of the template go through the model once, not once a request."""
+    model = respondent._model
+    template = "There is a town by the river, with a mill, a school and a market. In this town somebody asks: "
+    alike = [Request(f"a{i}", f"{template}{end}") for i, end in enumerate(("Who?", "Where is the mill?", "Why not?"))]
+    others = [Request("b", "Name a colour."), REQUESTS[1]]
+    alone = [respondent.write([one], Limits(10))[0] for one in (*alike, *others)]
+    read: list[int] = []
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def watched(*given, **named):  # type: ignore[no-untyped-def]
+        read.append(named["input_ids"].numel())
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model, "forward", watched)
+    assert respondent.write([alike[0], others[0], alike[1], others[1], alike[2]], Limits(10)) == [
+        alone[0], alone[3], alone[1], alone[4], alone[2],
+    ]  # fmt: skip
+    prompts = [encode_conversation(respondent._tokenizer, one.messages()) for one in alike]
+    shared = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert shared > 20 and shared in read
+    longest = max(len(ids) for ids in prompts) - shared
+    assert 3 * longest in read, "the rest of each, side by side"
 
 
 def test_draws_depend_on_their_seed_alone(respondent: ModelRespondent) -> None:

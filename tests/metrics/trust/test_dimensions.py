@@ -209,6 +209,8 @@ def test_a_broken_model_never_rises(tmp_path: Path) -> None:
     (fairness,) = [one for one in trust_changes(biased, constant) if one.name == "trust/fairness"]
     assert fairness.difference == 1 and fairness.verdict == "not comparable"
     assert "answers the same to everything" in fairness.words
+    (same,) = [one for one in trust_changes(constant, constant) if one.name == "trust/fairness"]
+    assert same.verdict == "within noise" and same.words == "both answer the same to everything (yes)"
     good = list(outcomes(tmp_path, oracle, "likelihood").values())
     for one in trust_changes(biased, good, "its perplexity is 9 times the dense model's"):
         assert one.verdict in ("not comparable", "not measured")

@@ -3,7 +3,7 @@
 Whatever has these two methods can be asked, so that scorers are tested on scripted answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,17 +122,16 @@ class ModelRespondent:
         encoded = [self._ids(one) for one in requests]
         rooms = [limits.room(len(ids), context_of(self._model)) for ids in encoded]
         answers = [Answer("", fits=False) for _ in requests]
-        order = sorted((i for i, room in enumerate(rooms) if room > 0), key=lambda i: len(encoded[i]))
+        order = [i for i, room in enumerate(rooms) if room > 0]
         check_ids(self._model, [encoded[i] for i in order])
         together = self._batch if takes_positions(self._model) else 1
         ends, was_training = end_tokens(self._model, self._tokenizer), self._model.training
         self._model.eval()
         try:
-            for begin in range(0, len(order), together):
-                chosen = order[begin : begin + together]
+            for chosen in alike_batches(order, encoded, together):
                 choose = _chooser([requests[i] for i in chosen])
                 longest = max(rooms[i] for i in chosen)
-                found = greedy(self._model, [encoded[i] for i in chosen], longest, ends, choose)
+                found = greedy(self._model, [encoded[i] for i in chosen], longest, ends, choose, share=True)
                 for i, (tokens, ended) in zip(chosen, found, strict=True):
                     ended = ended and len(tokens) <= rooms[i]
                     tokens = tokens[: rooms[i]]
@@ -177,6 +176,34 @@ class ModelRespondent:
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model came with a chat template of its own."""
     return original_template(single_template(tokenizer)) is not None
+
+
+def alike_batches(places: Sequence[int], encoded: Sequence[list[int]], together: int) -> Iterator[list[int]]:
+    """At most so many places at a time, of requests that begin alike: those of a template share most of their tokens,
+    which are then read once. What begins like few others stands beside what is as long.
+    """
+    alike, few = list[list[int]](), list[int]()
+    for place in sorted(places, key=lambda i: encoded[i]):
+        if alike and len(alike[-1]) < together:
+            first, mine = encoded[alike[-1][0]], encoded[place]
+            if 2 * common_tokens(first, mine) >= max(len(first), len(mine)):
+                alike[-1].append(place)
+                continue
+        alike.append([place])
+    for batch in alike:
+        if 4 * len(batch) >= together:
+            yield batch
+        else:
+            few += batch
+    few.sort(key=lambda i: len(encoded[i]))
+    yield from (few[begin : begin + together] for begin in range(0, len(few), together))
+
+
+def common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that two requests have in common from their beginning on."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _chooser(requests: Sequence[Request]) -> Callable[[Tensor], Tensor]:

@@ -25,7 +25,9 @@ from compresso.training.progress import Progress
 
 log = logging.getLogger(__name__)
 TOGETHER = 8
-"""Requests asked between two writes."""
+"""Requests asked between two writes, where nothing else is said."""
+OPENING = 48
+"""Characters by which requests that begin alike are known."""
 T = TypeVar("T")
 
 
@@ -101,12 +103,18 @@ class Journalled:
         respondent: who is asked what the journal does not hold.
         journal: None keeps nothing.
         progress, name: display.
+        together: requests asked between two writes, of which the respondent finds those that begin alike.
     """
 
     def __init__(
-        self, respondent: Respondent, journal: Journal | None = None, progress: Progress | None = None, name: str = ""
+        self,
+        respondent: Respondent,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+        name: str = "",
+        together: int = TOGETHER,
     ) -> None:
-        self._respondent, self._journal = respondent, journal
+        self._respondent, self._journal, self._together = respondent, journal, together
         self._progress, self._name = progress or Progress("silent"), name
 
     def write(self, requests: Sequence[Request], limits: Limits) -> list[Answer]:
@@ -142,16 +150,18 @@ class Journalled:
         out: Callable[[T], Mapping[str, Any]],
         back: Callable[[Mapping[str, Any]], T],
     ) -> list[T]:
-        """What the journal holds, and what is asked for the rest, requests of like length together."""
+        """What the journal holds, and what is asked for the rest, of like opening and length together: what requests
+        begin with is then read once, and few are padded.
+        """
         found: dict[int, T] = {}
         for i, (id, key) in enumerate(zip(ids, keys, strict=True)):
             entry = None if self._journal is None else self._journal.known(id, key)
             if entry is not None:
                 found[i] = back(entry)
-        open_ = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: _length(requests[i]))
+        open_ = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: _order(requests[i]))
         with self._progress.running(len(requests), len(found), self._name):
-            for begin in range(0, len(open_), TOGETHER):
-                places = open_[begin : begin + TOGETHER]
+            for begin in range(0, len(open_), self._together):
+                places = open_[begin : begin + self._together]
                 answers = ask(places)
                 found |= dict(zip(places, answers, strict=True))
                 if self._journal is not None:
@@ -162,11 +172,18 @@ class Journalled:
         return [found[i] for i in range(len(requests))]
 
 
-def _length(request: Request) -> int:
-    return len(request.system) + len(request.text) + sum(len(a) + len(b) for a, b in request.shown)
+def _order(request: Request) -> tuple[str, str, int]:
+    """Templates by their opening, so that it is the same for many; then by length."""
+    shown = "".join(a + b for a, b in request.shown)
+    return request.system, (shown + request.text)[:OPENING], len(shown) + len(request.text)
 
 
 def _key(request: Request, *settings: object) -> str:
     """A hash of what is asked and of how it is answered."""
-    text = json.dumps([request.system, request.shown, request.text, request.seed, *map(str, settings)])
+    return journal_key(request.system, request.shown, request.text, request.seed, *map(str, settings))
+
+
+def journal_key(*asked: object) -> str:
+    """A hash of what is asked, which a journal keeps in its place."""
+    text = json.dumps(asked)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -293,6 +293,8 @@ def _change(dense: Outcome, smaller: Outcome, not_comparable: str) -> Change:
     if len(chance) == 2:
         return Change(**numbers, verdict="at chance", words="both models score what a guess scores")
     words = f"{chance[0]} is at chance" if chance else ""
+    if dense.one_answer and smaller.one_answer == dense.one_answer:
+        words = "; ".join(filter(None, (words, f"both answer the same to everything ({dense.one_answer})")))
     if rise < -FALL and high < 0:
         return Change(**numbers, verdict="fell", words=words)
     if rise > FALL and low > 0:

@@ -1,0 +1,106 @@
+"""What it would take to ask both models of a run what tells of trust, for `compresso plan`: the same questions, counted
+and not asked.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compresso.checkpoint.source import Source
+from compresso.checkpoint.tokenizer import load_tokenizer
+from compresso.errors import CheckpointError, DataError
+from compresso.metrics.forward import context_of
+from compresso.metrics.tasks.ready import data_folder
+from compresso.metrics.trust.asking import Limits, Request, has_chat_template
+from compresso.metrics.trust.counting import Counting
+from compresso.metrics.trust.data import TrustData
+from compresso.metrics.trust.journal import Journalled
+from compresso.metrics.trust.refusal_prompts import benign_prompts, harmful_prompts
+from compresso.metrics.trust.refusal_suite import WHOLE
+from compresso.metrics.trust.suite import trust_of
+from compresso.runner.devices import REACHED, Planned
+from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
+from compresso.tasks.base import Task
+
+SIDE_BY_SIDE = 8
+"""Answers that are written at once, as `evaluate` does unasked."""
+
+
+def trust_costs(
+    source: Source, task: Task, trust: Trust, prompts: str | Path | None, benign: str | Path | None
+) -> list[dict[str, Any]]:
+    """Of each suite that is asked for, how many requests and tokens it takes of one model.
+
+    Args:
+        source: of the dense model.
+        task: of the recipe.
+        trust: as for a run.
+        prompts, benign: files of the refusal suite; None for none.
+
+    Returns:
+        Of each: {"what", "requests", "read", "written_at_most", "steps_at_most", "not_measured"}; tokens of one model.
+
+    Raises:
+        DataError: no tokenizer, no chat template where one is needed, or files of another shape.
+    """
+    if trust == "none" and prompts is None:
+        if benign is not None:
+            raise DataError("--benign stands beside --prompts, and none were given; give both")
+        return []
+    try:
+        tokenizer = load_tokenizer(source)
+    except CheckpointError as error:
+        raise DataError(
+            f"what trust takes is counted in tokens, and {source.name} has no tokenizer: {error}"
+        ) from error
+    found: list[dict[str, Any]] = []
+    context = context_of(source.config)
+    if trust != "none":
+        refuse_trust(trust, task, True, False)
+        counting = Counting(tokenizer, context)
+        outcomes = trust_of(Journalled(counting), TrustData(data_folder(None)), TrustCheck(trust).asked(0))
+        lacking = {one.name: one.missing for one in outcomes if one.missing}
+        found.append(_row(f"--trust {trust}", counting, lacking))
+    if prompts is not None:
+        if not has_chat_template(tokenizer):
+            raise DataError(
+                f"model {source.name} has no chat template, and refusals are measured of chat models; leave --prompts"
+                " out"
+            )
+        files = [harmful_prompts(prompts), *([] if benign is None else [benign_prompts(benign)])]
+        counting = Counting(tokenizer, context)
+        asked = [Request(one.id, one.text) for file in files for one in file.prompts]
+        Journalled(counting, together=4 * SIDE_BY_SIDE).write(asked, Limits(whole=WHOLE))
+        found.append(_row("evaluate --suite refusal", counting, {}))
+    return found
+
+
+def timed(row: Mapping[str, Any], models: Mapping[str, tuple[int, int]], rate: float, where: Planned) -> dict[str, Any]:
+    """A row with the FLOPs and the time of all models that are asked.
+
+    Args:
+        row: of `trust_costs`.
+        models: of each, multiply-accumulates a token and bytes of weights.
+        rate: FLOPs a second.
+        where: the device. Of one that is not here, memory bounds each step that writes, too: it reads all weights.
+    """
+    flops = seconds = 0.0
+    for macs, size in models.values():
+        read, written = 2 * macs * row["read"], 2 * macs * row["written_at_most"]
+        writing = written / rate
+        if where.known is not None:
+            writing = max(writing, row["steps_at_most"] * size / (where.known.bandwidth * REACHED))
+        flops += read + written
+        seconds += read / rate + writing
+    return {**row, "models": len(models), "flops_at_most": round(flops), "seconds_estimated": round(seconds, 1)}
+
+
+def _row(what: str, counting: Counting, lacking: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "what": what,
+        "requests": counting.requests,
+        "read": counting.read,
+        "written_at_most": counting.written,
+        "steps_at_most": counting.steps,
+        "not_measured": dict(lacking),
+    }
