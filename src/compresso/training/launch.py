@@ -100,17 +100,19 @@ def broadcast(accelerator: Accelerator, value: Value) -> Value:
     return box[0]
 
 
-def accumulation(batch: int, micro_batch: int) -> int:
+def accumulation(batch: int, micro_batch: int, n: int | None = None) -> int:
     """Micro-batches per process that make up an update of `batch` examples.
+
+    n: processes; None for those that were launched.
 
     Raises:
         RecipeError: if `batch` cannot be shared out equally.
     """
-    share, rest = divmod(batch, processes())
+    n = processes() if n is None else n
+    share, rest = divmod(batch, n)
     size = min(micro_batch, share)
     if rest or not share or share % size:
         raise RecipeError(
-            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose"
-            " multiples"
+            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose multiples"
         )
     return share // size
