@@ -109,6 +109,10 @@ class Interrupted(SystemExit):
         self.signal = number
         self.saved = saved
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is sent to another process."""
+        return type(self), (self.signal, self.saved)
+
     def __str__(self) -> str:
         return f"stopped by {self.signal.name}; " + (
             f"continue from {self.saved}" if self.saved else "nothing was saved"

@@ -35,10 +35,11 @@ from compresso.sweep.swept import SweepRun
 from compresso.tasks.base import Task
 from compresso.tasks.causal_lm import CAUSAL_LM
 from compresso.training.checkpoint import TrainingCheckpoints
-from compresso.training.launch import processes
+from compresso.training.launch import is_main_process
 from compresso.training.noise import mixed_seed
 from compresso.training.order import ShuffledBatches
 from compresso.training.progress import Progress
+from compresso.training.ranks import Ranks, ranks
 from compresso.training.rounds import RoundJournal
 
 log = logging.getLogger(__name__)
@@ -146,25 +147,34 @@ class Job:
             "weights": digest(weights or fingerprints(self.weights.tensors())),
         }
 
-    def rounds(self, name: str, same: Mapping[str, Any]) -> RoundJournal | None:
-        """The journal of one of the running stage's searches, by a name of its own; several processes keep none.
+    def rounds(self, name: str, same: Mapping[str, Any]) -> RoundJournal:
+        """The journal of one of the running stage's searches, by a name of its own; all processes search alike.
 
         same: from the method `same`, taken before the stage changes the model.
         """
-        return RoundJournal(self.out / name, same) if processes() == 1 else None
+        return RoundJournal(self.out / name, same, self.ranks)
 
     def observing(self, name: str, same: Mapping[str, Any]) -> Pass:
-        """How one of the running stage's passes over data is shown and journalled; arguments as in `rounds`."""
-        return Pass(FoldJournal(self.out / name, same) if processes() == 1 else None, self.progress(), name)
+        """How one of the running stage's passes over data is shown, journalled and shared out; arguments as in
+        `rounds`.
+        """
+        return Pass(FoldJournal(self.ranks.own(self.out / name), same), self.progress(), name, self.ranks)
 
     def sweeping(self, stage: str, knobs: object) -> SweepRun:
         """What a sweep of the running stage works on, for `compresso.sweep.swept`; knobs: the stage itself."""
         seed, same = mixed_seed(stage, self.seed), partial(self.same, stage, knobs)
-        return SweepRun(stage, self.model, self.arch, self.rows, seed, self.out, same, self.offloaded, self.progress())
+        return SweepRun(
+            stage, self.model, self.arch, self.rows, seed, self.out, same, self.offloaded, self.progress(), self.ranks
+        )
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that were launched."""
+        return ranks()
 
     def progress(self) -> Progress:
-        """The display of a training loop."""
-        return Progress("silent" if self.quiet else "auto")
+        """The display of a training loop; one process of several has it."""
+        return Progress("silent" if self.quiet or not is_main_process() else "auto")
 
     def without(self, masks: Mapping[str, Tensor], stage: str, **facts: Any) -> "Job":
         """The job after removing the units whose mask is 0, with other mask values folded into the weights.

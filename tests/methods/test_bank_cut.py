@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from compresso.core.row import Row
 from compresso.errors import DataError, ResourceError
-from compresso.methods import bank_cut
 from compresso.methods.bank_cut import refuse_apart, rows_apart
 from tests.methods.conftest import MakeJob
 
@@ -32,11 +31,8 @@ def test_two_rows_are_too_few() -> None:
         rows_apart([{"input_ids": [1], "labels": [1]}] * 2, [1], 0)
 
 
-def test_one_process_with_the_model_in_memory(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_in_memory(make_job: MakeJob) -> None:
     job = make_job()
     refuse_apart(job, "ristretto")
     with pytest.raises(ResourceError, match=r"'ristretto'.*without --offload"):
         refuse_apart(replace(job, offloaded=object()), "ristretto")  # type: ignore[arg-type]
-    monkeypatch.setattr(bank_cut, "processes", lambda: 2)
-    with pytest.raises(ResourceError, match="and torchrun"):
-        refuse_apart(job, "ziplm")

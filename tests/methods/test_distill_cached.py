@@ -236,10 +236,6 @@ def test_what_is_not_kept_is_refused(make_job: MakeJob, monkeypatch: pytest.Monk
     assert job.model.get_input_embeddings().weight.numel() == 64 * 32  # the student is back
     with pytest.raises(CheckpointError, match=r"set Job\.original"):
         Distill(**CACHED)(replace(job, original=None))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="2 were launched"):
-        Distill(**CACHED)(job)
-    monkeypatch.delenv("WORLD_SIZE")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10))
     with pytest.raises(ResourceError, match="smaller teacher_top"):

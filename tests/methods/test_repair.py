@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import compresso.methods.repair as module
 from compresso.core.losses import next_token_loss
 from compresso.core.plan import Plan
-from compresso.errors import CheckpointError, DataError, ResourceError, ResumeError
+from compresso.errors import CheckpointError, DataError, ResumeError
 from compresso.job import Job
 from compresso.methods.cut_vocab import CutVocab
 from compresso.methods.drop_experts import DropExperts
@@ -193,15 +193,12 @@ def test_a_killed_repair_goes_on_to_the_same_bytes(make_job: MakeJob, monkeypatc
     shutil.rmtree(folder)
 
 
-def test_what_it_cannot_work_on_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_work_on_is_refused(make_job: MakeJob) -> None:
     chosen = MagnitudeStructured(keep=0.6)(learned(make_job()))
     with pytest.raises(CheckpointError, match=r"needs the dense model.*set Job\.original"):
         Repair()(replace(chosen, original=None))
     with pytest.raises(DataError, match="1 calibration example:"):
         Repair()(replace(chosen, rows=chosen.rows[:1]))
-    monkeypatch.setattr(module, "processes", lambda: 2)
-    with pytest.raises(ResourceError, match="without torchrun"):
-        Repair()(chosen)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 import compresso
 from compresso.errors import BudgetError, ResourceError
 from compresso.runner.devices import DEVICES, planned
+from compresso.runner.dry_run import Acted
+from compresso.runner.plan_devices import flops_of_each
+from compresso.stage import Passes
 
 
 def test_a_device_that_is_not_here_has_its_data_sheet() -> None:
@@ -28,6 +32,75 @@ def test_a_plan_for_another_device_says_what_it_assumes(tiny_folder: Path) -> No
     assert one["stage"] == "wanda" and one["sparsity"] == 0.5 and one["bits"] is None
     assert one["memory_bytes_estimated"] > 0 and facts["stages"][0]["seconds_estimated"] >= 0
     assert "packed" not in facts["weight_bytes"]
+
+
+def test_several_devices_are_counted() -> None:
+    found = planned("8xH100")
+    assert (found.name, found.known, found.count) == ("8xh100", DEVICES["h100"], 8)
+    for name, said in (("8xh10", "'h10' has no data sheet here; did you mean 'h100'"), ("0xh100", "is unknown")):
+        with pytest.raises(ResourceError, match=said):
+            planned(name)
+
+
+def test_calibration_and_training_are_shared_out_and_searches_are_not(tiny_folder: Path) -> None:
+    looks = {"batches": 2, "batch": 8, "micro_batch": 4}
+    recipe = {
+        "name": "some",
+        "stages": [
+            {"gate_taylor": {"keep": 0.9, **looks}},
+            {"drop_layers": {"drop": 1, "kinds": ["layer"], "score": "perplexity", **looks}},
+            {"distill": {"steps": 8, "batch": 8, "micro_batch": 8, "rank": 2, "alpha": 4}},
+        ],
+    }
+    one, four = (compresso.plan(recipe, tiny_folder, device=f"{n}xh100") for n in (1, 4))
+    assert [row["flops_at_most"] for row in one["stages"]] == [row["flops_at_most"] for row in four["stages"]]
+    big = {**recipe, "stages": [*recipe["stages"][:2], {"distill": {**recipe["stages"][2]["distill"], "steps": 10**9}}]}
+    one, four = (compresso.plan(big, tiny_folder, device=f"{n}xh100")["training"][0] for n in (1, 4))
+    assert one["seconds_estimated"] == pytest.approx(4 * four["seconds_estimated"], rel=1e-3)
+    memory, of_one = four["memory_bytes_estimated"], one["memory_bytes_estimated"]
+    assert memory["weights"] == of_one["weights"], "each holds the whole model"
+    assert memory["activations"] < of_one["activations"], "an update's examples are shared out"
+    assert memory["exchanged"] == 4 * sum(four["trainable"].values()) and "exchanged" not in of_one
+    assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
+
+
+def test_what_each_of_several_devices_computes() -> None:
+    passes = [
+        Passes("calibration", 8),
+        Passes("search", 8),
+        Passes("training", 8, 1, 1),
+        Passes("calibration", 8, 1, 1),
+    ]
+    acted = Acted("some", LlamaConfig(), 1, 1, passes)
+    rows = [{"flops_at_most": 8.0}, {"flops_at_most": 80.0}, {"flops_at_most": 800.0}, {"flops_at_most": 8000.0}]
+    assert flops_of_each(acted, rows, 1) == 8888
+    weights = passes[3].weights
+    assert flops_of_each(acted, rows, 8) == 1 + 80 + 100 + (8000 if weights else 1000)
+    assert flops_of_each(acted, [*rows[:3], {"flops_at_most": None}], 8) is None
+
+
+def test_a_plan_for_70b_says_what_does_not_fit_and_what_would(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        num_hidden_layers=80,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    notes = " ".join(compresso.plan("wanda/50", tmp_path / "config.json", device="8xh100")["notes"])
+    assert "8 processes, a device each: every one holds the whole model" in notes
+    assert re.search(r"wanda: about 148\.\d GB each of 8 DOES NOT FIT 80 GB", notes)
+    assert re.search(r"wanda: with --offload about \d\.\d GB, which fits", notes)
+    facts = compresso.plan("compresso", tmp_path / "config.json", device="8xh100")
+    assert all(row["seconds_estimated"] > 0 for row in facts["stages"])
+    assert re.search(r"sharded over 8 \(FSDP 2\) .* which would fit; .* a run refuses it", " ".join(facts["notes"]))
+    with pytest.raises(ResourceError, match=r"'besa' runs in one process, since it learns block by block .*8 were"):
+        compresso.plan("besa/50", tmp_path / "config.json", device="8xh100")
 
 
 def test_a_plan_of_rounding_has_the_packed_bytes(tiny_folder: Path) -> None:

@@ -138,7 +138,12 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            help="What time and memory are estimated for: auto, cpu, cuda, or a GPU that is not here, such as h100."
+            "--device",
+            "--devices",
+            help=(
+                "What time and memory are estimated for: auto, cpu, cuda, a GPU that is not here, such as h100, or"
+                " several of these, such as 8xh100."
+            ),
         ),
     ] = "auto",
     trust: Trust = "none",

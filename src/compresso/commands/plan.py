@@ -50,7 +50,7 @@ def plan(
             layout, skip_bad, allow_dropped: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
-            "h100" or "rtx4090".
+            "h100" or "rtx4090", or several with a process each, such as "8xh100".
         trust: as for `compresso.run`: what asking both models would take.
         prompts, benign: files of the suite "refusal" of `compresso.evaluate`: what asking both models would take.
 

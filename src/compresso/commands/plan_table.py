@@ -62,10 +62,11 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             )
     for one in facts["training"]:
         memory = one["memory_bytes_estimated"]
+        exchanged = f", gradients once more to send {_bytes(memory['exchanged'])}" if "exchanged" in memory else ""
         console.print(
             f"{one['stage']}: {_length(one, facts.get('data'))}; about {_bytes(memory['total'])} on {facts['device']}"
             f" (estimated: weights {_bytes(memory['weights'])}, trained {_bytes(memory['trained'])}, activations"
-            f" {_bytes(memory['activations'])})",
+            f" {_bytes(memory['activations'])}{exchanged})",
             soft_wrap=True,
         )
         if one["disk_bytes_at_most"] is not None:

@@ -13,16 +13,12 @@ from compresso.job import Job
 from compresso.solve.bank_choice import Menu
 from compresso.solve.level_choice import Levels
 from compresso.sweep.bank_levels import BankLevels
-from compresso.training.launch import processes
 
 
 def refuse_apart(job: Job, stage: str) -> None:
-    """Refuse jobs whose model is not in the memory of this one process. Raises ResourceError."""
-    if job.offloaded is not None or processes() > 1:
-        raise ResourceError(
-            f"stage '{stage}' puts candidates together in memory, in one process; start it without --offload and"
-            " torchrun"
-        )
+    """Refuse jobs whose model is not in memory. Raises ResourceError."""
+    if job.offloaded is not None:
+        raise ResourceError(f"stage '{stage}' puts candidates together in memory; start it without --offload")
 
 
 def rows_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[list[Row]]:

@@ -68,6 +68,7 @@ FARTHEST = 0.05
         "Zeros stored dense save no bytes and no time without a kernel for them. Few examples are few steps: shares"
         " stay near where they began."
     ),
+    alone="learns block by block from all calibration rows",
 )
 class Besa:
     """Knobs of BESA.

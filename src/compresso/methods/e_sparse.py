@@ -52,6 +52,7 @@ from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_
         "Zeros stored dense save no bytes and no time. An order that is not folded holds where inputs are gathered"
         " (gather=True)."
     ),
+    alone="bins what a channel reads by the first tokens that it sees",
 )
 class ESparse:
     """Knobs of E-Sparse.

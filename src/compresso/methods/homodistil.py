@@ -51,7 +51,7 @@ from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.observe.gradients import weight_gradients
 from compresso.solve.gradual import final_counts, slicing_updates
-from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Removes, Trains, stage
+from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Removes, Trains, refuse_together, stage
 from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune
 from compresso.training.gradual_pruning import GradualPruning
 from compresso.training.history import curve
@@ -79,6 +79,7 @@ Weight = Annotated[float, Ge(0)]
     ),
     any_task=True,
     once="it removes a little after every update already, at as many `cuts` as it is given",
+    alone="cuts tensors while it trains",
 )
 class HomoDistil:
     """Knobs of HomoDistil.
@@ -160,8 +161,7 @@ class HomoDistil:
 
     def __call__(self, job: Job) -> Job:
         """Train all weights towards the teacher while units leave."""
-        if processes() > 1:
-            raise RecipeError("homodistil cuts tensors while it trains, which one process does; launch one")
+        refuse_together(("homodistil",), processes())
         axes, before = job.arch.axes(job.model), job.cost()().parameters()
         if self.removes.keep == 1:
             pool = removable(axes, self.budget())

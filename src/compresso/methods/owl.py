@@ -137,5 +137,6 @@ class Owl:
             scratch=job.out / "look",
             collect_only=True,
             offloaded=job.offloaded,
+            ranks=job.ranks,
         )
         return [found[layer] for layer in groups]

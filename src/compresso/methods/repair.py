@@ -26,7 +26,7 @@ from compresso.core.axis import Kind
 from compresso.core.counted import counted
 from compresso.core.repair import tokens_wanted
 from compresso.core.row import Row
-from compresso.errors import CheckpointError, DataError, RecipeError, ResourceError
+from compresso.errors import CheckpointError, DataError, RecipeError
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage
 from compresso.sweep.activation_store import Place
@@ -36,7 +36,6 @@ from compresso.sweep.journal import Journal
 from compresso.sweep.least_squares import Fit
 from compresso.sweep.lost import Lost, Refit, lost
 from compresso.sweep.repair import Calibrated, repair_
-from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 
 log = logging.getLogger(__name__)
@@ -112,10 +111,6 @@ class Repair:
 
     def __call__(self, job: Job) -> Job:
         """Find what left, fit, and take it back if the held-out loss did not fall."""
-        if processes() > 1:
-            raise ResourceError(
-                f"stage 'repair' works in one process, and {processes()} were launched; start it without torchrun"
-            )
         if job.original is None:
             raise CheckpointError("a repair needs the dense model, and this job names none; set Job.original")
         dense = job.original(job.model.dtype, job.device).requires_grad_(False).eval()
@@ -131,6 +126,7 @@ class Repair:
         data = Calibrated(
             calibration.batches(seen, 0), calibration.batches(held, 0), self.activations, job.out / "activations"
         )
+        job.ranks.warn_of_idle("repair", len(data.seen))
         before = fingerprints(job.weights.tensors())
         ids = digest([[batch.tolist() for batch in batches] for batches in (data.seen, data.held)])
         journal = Journal(job.out, {**job.same("repair", self, before), "calibration": ids})
@@ -155,9 +151,10 @@ class Repair:
             held_loss,
             journal=journal,
             progress=job.progress(),
+            ranks=job.ranks,
         )
         after = held_loss()
-        if helped := after < before_loss:
+        if helped := job.ranks.agreed(after < before_loss):
             changed = audit(job.weights.tensors(), before, [one.module for one in gone.consumers])["changed"]
         else:
             changed = 0
@@ -182,9 +179,10 @@ class Repair:
 
     def _said(self, job: Job, gone: Lost, tokens: int) -> dict[str, Any]:
         """Facts of the data and of what nothing can make up for; logged where they are a reason to worry."""
+        loud = not job.quiet and job.ranks.is_main
         columns = max((one.columns for one in gone.consumers), default=0)
         wanted = tokens_wanted(columns)
-        if tokens < wanted and not job.quiet:
+        if tokens < wanted and loud:
             log.warning(
                 "repair: %d calibration tokens for the %d inputs of one linear; %d of them would do, eight for each",
                 tokens,
@@ -192,15 +190,15 @@ class Repair:
                 wanted,
             )
         alone = [f"{place.layer}.{place.kind}" for place in gone.unabsorbed]
-        if alone and not job.quiet:
+        if alone and loud:
             log.warning("repair: %s left with nothing before it; nothing makes up for it", ", ".join(alone))
-        if not gone.consumers and not job.quiet:
+        if not gone.consumers and loud:
             log.warning("repair: nothing that is left lost inputs or stands before a gap; nothing is fitted")
         return {"target": self.target, "calibration_tokens": tokens, "tokens_wanted": wanted, "unabsorbed": alone}
 
     def _tell(self, job: Job, linears: dict[str, dict[str, Any]], loss: float, after: float, helped: bool) -> None:
         """Log what came of it."""
-        if job.quiet:
+        if job.quiet or not job.ranks.is_main:
             return
         fitted = sum(bool(facts["applied"]) for facts in linears.values())
         if helped:

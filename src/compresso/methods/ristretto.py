@@ -276,7 +276,7 @@ class Ristretto:
     ) -> tuple[list[Levels], dict[str, Any]]:
         """The best candidates of the evolution from a beginning, and facts for the records."""
         journal, most = job.rounds("candidates", same), 2 + sum(self.evolution.most)
-        with journalled(fitness, journal, most, job.progress(), "candidates") as written:
+        with journalled(fitness, journal, most, job.progress(), "candidates", job.ranks) as written:
             found = search_levels(
                 Search.EVOLVE,
                 priced,

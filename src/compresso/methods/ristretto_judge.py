@@ -86,11 +86,12 @@ class Judge:
             smaller = self._repair(smaller)
         divergence = self._divergence(smaller.model)
         sound = divergence is not None  # of one that overflows there is neither a loss nor a text
-        self.seen[levels] = {
+        found = {
             "divergence": divergence,
             "loss": float(self._job.task.score(smaller.model, self._rows).mean) if sound else None,
             "repetition": self._repetition(smaller.model) if sound else 1.0,
         }
+        self.seen[levels] = self._job.ranks.agreed(found)
         if self._journal is not None:
             self._journal.append(self.seen[levels])
 
@@ -100,7 +101,7 @@ class Judge:
         """
         _ = self.best
         ranked = sorted(self.seen, key=self._distance)
-        most = self._repetition(self._job.model) + repeats
+        most = self._job.ranks.agreed(self._repetition(self._job.model)) + repeats
         place, _ = first_that_writes((self.seen[levels]["repetition"] for levels in ranked), most)
         return ranked[place], list(self.seen).index(ranked[place])
 

@@ -39,7 +39,7 @@ from compresso.arch.base import Arch
 from compresso.arch.sliceable import Counts, dense_macs, sliceable, sliced_counts, stream_width
 from compresso.core.slicing import sliced_width
 from compresso.edit.slice_stream import slice_stream_patch
-from compresso.errors import RecipeError, ResourceError
+from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage
 from compresso.sweep.activation_store import Place
@@ -47,7 +47,6 @@ from compresso.sweep.audit import digest
 from compresso.sweep.calibration import Calibration
 from compresso.sweep.journal import Journal
 from compresso.sweep.slicing import bases_of
-from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 
 log = logging.getLogger(__name__)
@@ -123,15 +122,12 @@ class SliceGPT:
 
     def __call__(self, job: Job) -> Job:
         """Find the bases and patch."""
-        if processes() > 1:
-            raise ResourceError(
-                f"stage 'slicegpt' works in one process, and {processes()} were launched; start it without torchrun"
-            )
         counts = self.check(job.model, job.arch)
-        if not job.quiet:
+        if not job.quiet and job.ranks.is_main:
             for sentence in self.remarks(job.model, job.arch):
                 log.warning("slicegpt: %s", sentence)
         batches = Calibration(self.examples, self.batch).batches(job.rows, mixed_seed("slicegpt", job.seed))
+        job.ranks.warn_of_idle("slicegpt", len(batches))
         same = {**job.same("slicegpt", self), "calibration": digest([batch.tolist() for batch in batches])}
         width, head_width = self._widths(job.model, job.arch, self.keep)
         found = bases_of(
@@ -146,6 +142,7 @@ class SliceGPT:
             journal=Journal(job.out, same),
             progress=job.progress(),
             name="slicegpt",
+            ranks=job.ranks,
         )
         patch = slice_stream_patch(found.bases, found.head)
         patch.apply_(job.model)

@@ -234,7 +234,9 @@ class ZipLM:
                 job.model, at, install, choice.dense, lambda model: job.task.score(model, judges).mean
             ) as loss,
             torch.no_grad(),
-            journalled(keeping_fewest(loss, choice, axes), journal, most, job.progress(), "candidates") as fitness,
+            journalled(
+                keeping_fewest(loss, choice, axes), journal, most, job.progress(), "candidates", job.ranks
+            ) as fitness,
         ):
             dense = fitness(choice.dense, 0)
             seed = mixed_seed("ziplm", job.seed)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis, Kind
 from compresso.errors import ArchError, NumericError
-from compresso.observe.folds import Fold, Stats, moments, squares, sums
+from compresso.observe.folds import Fold, Stats, across, moments, squares, sums
 from compresso.observe.observe import Batch, Pass, observe
 from compresso.observe.sites import Look, Positions, Site, calls, inputs
 
@@ -110,6 +110,7 @@ def mean_squares(
         how: display and journal of the pass.
     """
 
+    @across("sum")
     def wide_squares(total: Tensor | None, rows: Tensor) -> Tensor:
         return squares(total, rows.double())
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from compresso.core.axis import Axis, Kind
 from compresso.core.influence import angle, cosine_distance
 from compresso.errors import ArchError, NumericError
-from compresso.observe.folds import known_sums
+from compresso.observe.folds import across, known_sums
 from compresso.observe.observe import Batch, Pass, observe
 from compresso.observe.residual import Block, last_tokens, residual, tokens
 from compresso.observe.sites import See
@@ -137,6 +137,7 @@ def angular_distances(
     return total / max(found.n if found else 0, 1)
 
 
+@across("sum")
 def _angles(total: Tensor | None, states: Tensor) -> Tensor:
     """Fold: sum of the angles between the states of any two depths, of states [n, depths, hidden]."""
     stacked = states.transpose(0, 1).contiguous()

@@ -2,7 +2,8 @@
 
 The loop behind every score and every mean of this program, but for those of a sweep, whose blocks are edited while it
 looks (it shares the folds). It knows padding, moves batches to the device, shows how far it is, and can be stopped and
-continued with the same numbers: the same batches are folded in the same order.
+continued with the same numbers: the same batches are folded in the same order. Several processes read a share of the
+batches each, and have the statistics of all.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from compresso.errors import ResumeError
-from compresso.observe.folds import Fold, Stats
+from compresso.observe.folds import Fold, Stats, across_of, merge_
 from compresso.observe.journal import FoldJournal, State
 from compresso.observe.overflow import watched
 from compresso.observe.sites import Positions, See, Site
 from compresso.training.progress import Progress
+from compresso.training.ranks import ALONE, Ranks
 from compresso.training.signals import noted_signals
 
 Batch = Mapping[str, Tensor]
@@ -34,16 +36,19 @@ Run = Callable[[PreTrainedModel, Batch, See], None]
 
 @dataclass(frozen=True)
 class Pass:
-    """How a pass is shown and kept.
+    """How a pass is shown, kept and shared out.
 
     Args:
-        journal: of its state; None keeps none.
+        journal: of its state in this process; None keeps none.
         progress, name: display.
+        ranks: the processes that make this pass together. Where a fold does not say how shares of it are put together
+            (`compresso.observe.folds.across`), each of them reads all batches.
     """
 
     journal: FoldJournal | None = None
     progress: Progress | None = None
     name: str = "observe"
+    ranks: Ranks = ALONE
 
 
 def body(model: PreTrainedModel, batch: Batch, see: See) -> None:
@@ -80,7 +85,7 @@ def observe(
         fold: the statistic, or one by name.
         batches: on any device. Where progress is shown they are read into a list first.
         run: what is done with a batch; a backward pass, too, for sites that show gradients.
-        how: display and journal; None for neither.
+        how: display, journal and processes; None for none of them.
 
     Raises:
         NumericError: a layer outputs NaN or Inf, which is named.
@@ -93,9 +98,12 @@ def observe(
     """
     how = how or Pass()
     journal, shown = how.journal, how.progress or Progress("silent")
+    folds = list(fold.values()) if isinstance(fold, Mapping) else [fold]
+    ranks = how.ranks if all(across_of(one) for one in folds) else ALONE
     if how.progress is not None and not isinstance(batches, Sized):
         batches = list(batches)
-    saved = None if journal is None else journal.latest()
+    with ranks.failing_alike():
+        saved = None if journal is None else journal.latest()
     done, found = (0, {}) if saved is None else (saved.n_batches, dict(saved.stats))
     data, positions, n = hashlib.sha256(), Positions(), 0
 
@@ -116,7 +124,11 @@ def observe(
             handles += site(see, positions)
         handles += watched(model, positions)
         steps = len(batches) if isinstance(batches, Sized) else 0
-        with noted_signals() if journal else nullcontext() as requests, shown.running(steps, done, how.name):
+        with (
+            ranks.failing_alike(),
+            noted_signals() if journal else nullcontext() as requests,
+            shown.running(steps, done, how.name),
+        ):
             for n, batch in enumerate(batches, start=1):
                 if journal is not None:
                     _add_to(data, batch)
@@ -125,18 +137,20 @@ def observe(
                 if saved is not None and n == done:
                     _check_same(saved, data.hexdigest(), journal)
                     continue
-                here = {name: value.to(model.device) for name, value in batch.items()}
-                positions.set(here)
-                run(model, here, see)
-                shown.step(n, how.name, {}, float(next(iter(here.values())).numel()))
+                if (n - 1) % ranks.n == ranks.rank:
+                    here = {name: value.to(model.device) for name, value in batch.items()}
+                    positions.set(here)
+                    run(model, here, see)
+                    shown.step(n, how.name, {}, float(next(iter(here.values())).numel()))
                 if journal is not None and requests is not None:
                     if n % journal.every == 0 or requests.arrived:
                         keep(n)
                     requests.obey(str(journal.folder))
-        if saved is not None and n < done:
-            _check_same(saved, "", journal)
-        if journal is not None and n > done and n % journal.every:
-            keep(n)
+            if saved is not None and n < done:
+                _check_same(saved, "", journal)
+            if journal is not None and n > done and n % journal.every:
+                keep(n)
+        merge_(found, fold, ranks)
     finally:
         for handle in handles:
             handle.remove()

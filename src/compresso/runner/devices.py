@@ -4,6 +4,7 @@ Rates are those of dense products in bfloat16 (float16 where there is none), as 
 plans assume that passes reach a part of them.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +52,13 @@ class Planned:
         name: as a person gave it.
         here: the device, if it is in this machine.
         known: its data sheet, if it is not.
+        count: how many of them, with a process each.
     """
 
     name: str
     here: torch.device | None = None
     known: Known | None = None
+    count: int = 1
 
     @property
     def computes_in(self) -> torch.dtype:
@@ -64,10 +67,15 @@ class Planned:
 
 
 def planned(name: str) -> Planned:
-    """A device of this machine ("auto", "cpu", "cuda", "cuda:1") or one of `DEVICES`.
+    """A device of this machine ("auto", "cpu", "cuda", "cuda:1"), one of `DEVICES`, or several of these ("8xh100").
 
     Raises ResourceError for any other, with the nearest.
     """
+    if several := re.fullmatch(r"([1-9]\d{0,3})x(\w.*)", name.lower()):
+        count, one = int(several[1]), several[2]
+        if one not in DEVICES:
+            raise ResourceError(f"--device {name}: '{one}' has no data sheet here; {nearest(one, DEVICES)}")
+        return Planned(name.lower(), known=DEVICES[one], count=count)
     if name.lower() in DEVICES:
         return Planned(name.lower(), known=DEVICES[name.lower()])
     if name == "auto" or name.split(":")[0] in ("cpu", "cuda", "mps"):

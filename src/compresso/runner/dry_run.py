@@ -58,6 +58,7 @@ from compresso.stage import (
 from compresso.sweep.compressed import Compressed
 from compresso.sweep.memory import estimate
 from compresso.training.launch import accumulation
+from compresso.training.launch import processes as launched
 
 SOME_LABELS = ("0", "1")
 """What a head is counted for while no data says how many labels there are."""
@@ -77,6 +78,7 @@ class Acted:
             any.
         compressed: what it zeroes or rounds; None where it does neither.
         held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
+        offloaded: bytes that it takes in all where weights stay on disk; None for what is no sweep.
         act: the stage in its round.
     """
 
@@ -89,6 +91,7 @@ class Acted:
     trainable: Mapping[str, int] = field(default_factory=dict[str, int])
     compressed: Compressed | None = None
     held: int | None = None
+    offloaded: int | None = None
     act: Act | None = None
 
 
@@ -128,8 +131,12 @@ class DryRun:
     lost: str = ""
 
 
-def dry_run(recipe: Recipe, source: Source) -> DryRun:
+def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> DryRun:
     """Go through a recipe without weights and data.
+
+    Args:
+        recipe, source: which.
+        processes: that would run it; None for those that were launched.
 
     Raises:
         CompressoError: for what the run would refuse on its way: an architecture that nobody described, a budget that
@@ -161,7 +168,7 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
-                accumulation(group.batch, group.micro_batch)
+                accumulation(group.batch, group.micro_batch, processes)
             if isinstance(group, Trains) and min(group.batch, group.micro_batch) < 2 and _has_batch_norms(model):
                 raise RecipeError(
                     f"stage '{name}': micro_batch={group.micro_batch} shows batch norms one example at a time, whose"
@@ -199,7 +206,11 @@ def dry_run(recipe: Recipe, source: Source) -> DryRun:
                 learning,
                 trainable,
                 compressed,
-                _held(stage, model, arch, recipe.data.max_length) if isinstance(stage, Sweeps) else None,
+                *(
+                    _held(stage, model, arch, recipe.data.max_length, processes)
+                    if isinstance(stage, Sweeps)
+                    else (None, None)
+                ),
                 act,
             )
         )
@@ -276,12 +287,17 @@ def _last_to_round(before: str, name: str, compressed: Compressed | None) -> str
     return before
 
 
-def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int) -> int:
-    """Bytes that a sweep takes beside the weights, in float32, if every example has `length` tokens."""
-    rows = [length] * stage.calibration.examples
+def _held(stage: Sweeps, model: PreTrainedModel, arch: Arch, length: int, processes: int | None) -> tuple[int, int]:
+    """Bytes that a process of a sweep takes beside the weights, in float32, and in all where these stay on disk, in
+    their own dtype, if every example has `length` tokens.
+    """
+    how, n = stage.calibration, launched() if processes is None else processes
+    share = min(how.examples, how.batch * -(-how.examples // (how.batch * n)))  # whole batches
     groups, held = stage.check(model, arch), (stage.keeps_moments, learned_bytes(stage))
-    needed = estimate(model, arch, groups, stage.calibration, rows, torch.float32, *held)
-    return needed.statistics + needed.activations
+    found = [
+        estimate(model, arch, groups, how, [length] * share, dtype, *held) for dtype in (torch.float32, model.dtype)
+    ]
+    return found[0].statistics + found[0].activations, found[1].total
 
 
 def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis], cost: CostModel) -> dict[str, int]:

@@ -10,14 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.source import open_source
-from compresso.errors import ResourceError
 from compresso.job import Job
 from compresso.runner.output import stored_dtype
 from compresso.runner.preflight import Prepared
 from compresso.stage import Sweeps, learned_bytes
 from compresso.sweep.memory import estimate, give_back_large_blocks_, refuse_above
 from compresso.sweep.offload import Offloaded
-from compresso.training.launch import processes
+from compresso.training.launch import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +31,15 @@ def computed_in(prepared: Prepared) -> torch.dtype:
 def offloaded_job(job: Job, prepared: Prepared, *, over_memory: bool) -> Job:
     """The job with its weights on disk, once the estimate of its memory was said.
 
-    Raises ResourceError if it takes more memory than there is and nobody insists, or in several processes.
+    Raises ResourceError if it takes more memory than there is and nobody insists. Several processes take as much each.
     """
-    if processes() > 1:
-        raise ResourceError(
-            f"an offloaded run is one process, and {processes()} were launched; start it without torchrun"
-        )
     dtype = computed_in(prepared)
     (_, stage) = prepared.recipe.stages[0]
     assert isinstance(stage, Sweeps)  # the preflight lets no other pass
     groups, lengths = stage.check(job.model, job.arch), [len(row["input_ids"]) for row in job.rows]
     held = (stage.keeps_moments, learned_bytes(stage))
     needed = estimate(job.model, job.arch, groups, stage.calibration, lengths, dtype, *held)
-    if not job.quiet:
+    if not job.quiet and is_main_process():
         log.warning("memory: %s", needed.words())
     if not over_memory:
         refuse_above(needed, prepared.device)

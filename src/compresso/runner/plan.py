@@ -16,7 +16,7 @@ from compresso.arch.context import tokens_of_picture
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.activations import activation_bytes
 from compresso.runner.data_facts import data_facts
-from compresso.runner.devices import REACHED, Planned, planned
+from compresso.runner.devices import REACHED, planned
 from compresso.runner.dry_run import Acted, DryRun, dry_run
 from compresso.runner.engine_shapes import (
     misfits,
@@ -28,17 +28,20 @@ from compresso.runner.engine_shapes import (
 )
 from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
+from compresso.runner.plan_devices import flops_of_each, room
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
 from compresso.runner.trust_check import Trust
 from compresso.runner.trust_cost import timed, trust_costs
-from compresso.stage import Learning, Passes
+from compresso.stage import Learning, Passes, refuse_together
 from compresso.stage.cached_teaching import GAP_PLACES
 from compresso.tasks.base import DEFAULT
 from compresso.training.teacher_store import bytes_of
 
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""
+GRADIENT_BYTES = 4
+"""Of a trained parameter's gradient once more, where DDP sends it to other processes."""
 
 
 def _engine_costs(
@@ -80,7 +83,8 @@ def plan(
         data: names and files, as for a run; None reads none.
         skip_bad: leave bad lines of them out.
         allow_dropped: whether the run would go on where too much of them is dropped.
-        device: of this machine, or one of `compresso.runner.devices.DEVICES`.
+        device: of this machine, one of `compresso.runner.devices.DEVICES`, or several of these, such as "8xh100", with
+            a process each.
         trust, prompts, benign: what is counted of the suites of trust; see `compresso.runner.trust_cost`.
 
     Returns:
@@ -100,27 +104,34 @@ def plan(
     source = open_source(model, weights=False)
     warn_of_damage(source)
     recipe = recipe_for(raw, layout, source.config)
-    shown = dry_run(recipe, source)
+    where = planned(device)
+    refuse_together([act.name for act in recipe.acts], where.count)
+    shown = dry_run(recipe, source, where.count if where.known else None)
     found = None
     if data is not None:
         found = data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad, allow_dropped=allow_dropped)
     if engine is not None:
         shown.notes += _engine_costs(raw, model, source, layout, engine, shown)
-    where = planned(device)
     stored = _width(source.config)
     length = recipe.data.max_length if recipe.task.reads_text else tokens_of_picture(source.config)
     width = stored if where.computes_in != torch.float32 else 4
     stages = [_cost(one, shown.before, length, width) for one in shown.stages]
     training = [
-        _training(one, one.learning, shown.before, length, width) for one in shown.stages if one.learning is not None
+        _training(one, one.learning, shown.before, length, width, where.count)
+        for one in shown.stages
+        if one.learning is not None
     ]
     for row, one in zip(training, (one for one in shown.stages if one.learning is not None), strict=True):
         row["disk_bytes_at_most"] = _kept_bytes(one, length, width, None if found is None else found["train"])
     asked = trust_costs(source, recipe.task, trust, prompts, benign)
     if asked or any(one["flops_at_most"] for one in stages):
         rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
-        for one in (*stages, *training):
-            one["seconds_estimated"] = None if one["flops_at_most"] is None else round(one["flops_at_most"] / rate, 1)
+        for one, acted in zip(stages, shown.stages, strict=True):
+            flops = flops_of_each(acted, one["passes"], where.count)
+            one["seconds_estimated"] = None if flops is None else round(flops / rate, 1)
+        for one in training:
+            flops = one["flops_at_most"]
+            one["seconds_estimated"] = None if flops is None else round(flops / where.count / rate, 1)
         models = {
             name: (side["macs_per_token"], side["parameters"]["total"] * width)
             for name, side in (("dense", shown.before), ("smaller", shown.after))
@@ -131,7 +142,7 @@ def plan(
     packed = packed_bytes(shown.after["parameters"]["total"], stored, compressed)
     if where.known is not None:
         beside = [one for one in stages if one["memory_bytes_estimated"] is not None]
-        shown.notes += _room(where, [*training, *compressed, *beside])
+        shown.notes += room(where, [*training, *compressed, *beside], shown.stages)
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with {recipe.task.head}")
     if recipe.task.name != DEFAULT and keeps_heads(source.config):
@@ -157,20 +168,6 @@ def plan(
         "data": found,
         "trust": asked,
     }
-
-
-def _room(where: Planned, stages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Whether each stage fits a device that is not here, and how its time was estimated."""
-    assert where.known is not None
-    told = [
-        f"time on {where.name}: {REACHED:.0%} of {where.known.flops / 1e12:.0f} dense 16-bit TFLOP/s, by its data sheet"
-    ]
-    for one in stages:
-        memory = one["memory_bytes_estimated"]
-        needed = memory["total"] if isinstance(memory, dict) else memory
-        verdict = "fits" if needed < where.known.memory else "DOES NOT FIT"
-        told.append(f"{one['stage']}: about {needed / 1e9:.1f} GB {verdict} {where.known.memory / 1e9:.0f} GB")
-    return told
 
 
 def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float:
@@ -237,11 +234,13 @@ def _sum(counts: Iterable[int | None]) -> int | None:
     return None if None in known else sum(count for count in known if count is not None)
 
 
-def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: int, width: int) -> dict[str, Any]:
-    """A training stage's length, tokens, FLOPs and memory."""
+def _training(
+    one: Acted, learning: Learning, dense: Mapping[str, Any], length: int, width: int, count: int
+) -> dict[str, Any]:
+    """A training stage's length, tokens and FLOPs, and the memory of each of `count` devices."""
     trains, updates = learning.trains, learning.updates
     tokens = _times(updates, trains.batch * length)
-    at_once = min(trains.micro_batch, trains.batch) * length
+    at_once = min(trains.micro_batch, trains.batch // count) * length
     teacher = dense["parameters"]["total"] if learning.teacher else 0
     at_a_time = one.parameters + teacher if learning.cached is None else max(one.parameters, teacher)
     memory = {
@@ -249,6 +248,8 @@ def _training(one: Acted, learning: Learning, dense: Mapping[str, Any], length: 
         "trained": sum(one.trainable.values()) * TRAINED_BYTES,
         "activations": activation_bytes(one.config, at_once, width, trains.checkpointing, learning.chunk),
     }
+    if count > 1:
+        memory["exchanged"] = sum(one.trainable.values()) * GRADIENT_BYTES
     per_token = sum(flops_per_token(passed, one.macs, dense["macs_per_token"]) for passed in learning.passes())
     return {
         "stage": one.name,

@@ -42,9 +42,9 @@ from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import save_stage
 from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
-from compresso.stage import card
+from compresso.stage import card, refuse_together
 from compresso.tasks.base import Score
-from compresso.training.launch import broadcast, new_accelerator
+from compresso.training.launch import broadcast, new_accelerator, processes
 from compresso.wording import worded
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ def run(
             resume=resume,
         )
         refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
+        refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ResourceError(

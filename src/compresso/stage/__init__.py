@@ -30,7 +30,7 @@ from compresso.stage.contract import (
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
 from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora, Watches
-from compresso.stage.registry import Card, Effects, card, cards, check_order, stage
+from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage
 
 __all__ = [
     "AdamW",
@@ -66,6 +66,7 @@ __all__ = [
     "groups_of",
     "knobs_of",
     "learned_bytes",
+    "refuse_together",
     "search_passes",
     "stage",
     "sweep_passes",

@@ -25,7 +25,6 @@ from compresso.job import Job
 from compresso.stage.tuning import frozen_teacher
 from compresso.training.halves import Compared, Halves, Tokens, refuse_other_outcomes
 from compresso.training.halving import free
-from compresso.training.launch import processes
 from compresso.training.order import ShuffledBatches
 from compresso.training.parked import parked_
 from compresso.training.teacher_store import Taught, TeacherStore, bytes_of
@@ -71,17 +70,12 @@ class CachedTeacher:
         """Nothing is asked yet.
 
         Raises:
-            RecipeError: a task, or a launch, that no teacher is kept for.
+            RecipeError: a task that no teacher is kept for.
         """
         if not job.task.writes_text:
             raise RecipeError(
                 f"teacher=cached keeps next-token distributions, and this run's task is {job.task.name}; give"
                 " teacher: live"
-            )
-        if processes() > 1:
-            raise RecipeError(
-                f"teacher=cached is written by one process, and {processes()} were launched; give teacher: live, or"
-                " launch one"
             )
         self._job, self._question = job, question
         self._outcomes = job.task.halves(job.model, ()).outcomes
@@ -92,7 +86,7 @@ class CachedTeacher:
         folder = job.out / "teacher"
         self.store = TeacherStore(folder / "training", named, rows, counts)
         self._whole = TeacherStore(folder / "held", named, held, [len(chosen) for chosen in self._few(self._held)])
-        self._parked = folder / "student.safetensors"
+        self._parked = job.ranks.own(folder) / "student.safetensors"
         self._rows = {**{(0, row): job.rows[row] for row in rows}, **{(1, i): job.held[i] for i in held}}
         self._n_places = sum(counts)
 
@@ -106,7 +100,8 @@ class CachedTeacher:
         }
 
     def ask(self) -> None:
-        """Have everything on disk: the teacher is read if anything is missing, answers, and is released.
+        """Have everything on disk: the teacher is read if anything is missing, answers, and is released. Several
+        processes ask a teacher each, for a share of the chunks, and read all of them.
 
         Raises:
             ResumeError: another training's answers are there.
@@ -116,12 +111,19 @@ class CachedTeacher:
             NumericError: its logits are not finite.
             CheckpointError: the job does not know where from to read it.
         """
-        missing, whole = self.store.missing(), self._whole.missing()
+        ranks, missing, whole = self._job.ranks, list[int](), list[int]()
+        with ranks.failing_alike():
+            if ranks.is_main:
+                missing, whole = self.store.missing(), self._whole.missing()
+                if missing or whole:
+                    self._check_room(ranks.n)
+                    self.store.begin()
+                    self._whole.begin()
+        missing, whole = ranks.agreed((missing, whole))
         if not missing and not whole:
             return
-        self._check_room()
-        with parked_(self._job.model, self._parked):
-            self._answer(missing, whole)
+        with ranks.failing_alike(), parked_(self._job.model, self._parked):
+            self._answer(ranks.mine(missing), ranks.mine(whole))
             gc.collect()  # modules may refer to each other
             free()
 
@@ -173,11 +175,11 @@ class CachedTeacher:
         for number in whole:
             rows = [self._rows[1, i] for i in self._whole.chunks[number]]
             self._whole.write(number, self._answers(teacher, rows, self._few(rows), self._outcomes))
-        n = len(self.store.chunks)
+        n = len(missing)
         shown = self._job.progress()
         shown.say(f"teacher: {self._n_places:,} places, {self.facts()['bytes'] / 1e6:,.1f} MB on disk")
-        with shown.running(n, n - len(missing), "teacher"):
-            for done, number in enumerate(missing, n - len(missing) + 1):
+        with shown.running(n, 0, "teacher"):
+            for done, number in enumerate(missing, 1):
                 rows = [self._rows[0, row] for row in self.store.chunks[number]]
                 answers = self._answers(teacher, rows, self._places(rows), question.top)
                 self.store.write(number, answers)
@@ -221,10 +223,10 @@ class CachedTeacher:
             for here in self._places(rows)
         ]
 
-    def _check_room(self) -> None:
+    def _check_room(self, students: int) -> None:
         """Raise ResourceError if the disk has no room for what will be written."""
         student = sum(one.numel() * one.element_size() for one in self._job.model.state_dict().values())
-        needed = self.facts()["bytes"] + student + bytes_of(GAP_PLACES, self._outcomes, self._outcomes)
+        needed = self.facts()["bytes"] + students * student + bytes_of(GAP_PLACES, self._outcomes, self._outcomes)
         there = next(folder for folder in self._parked.absolute().parents if folder.exists())
         if (room := shutil.disk_usage(there).free) < needed:
             raise ResourceError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import TypeVar
 
-from compresso.errors import RecipeError, nearest
+from compresso.errors import RecipeError, ResourceError, nearest
 from compresso.stage.flat import Knob, knobs_of, with_flat_knobs
 
 
@@ -44,6 +44,7 @@ class Card:
         any_task: whether it takes loss and examples from the job's task; others work on next tokens.
         makes_dense: whether what it leaves is the dense model of the run: teacher, baseline and `original`.
         once: why it is not repeated in rounds; "" where it may be.
+        alone: why it runs in one process; "" where several may share its work.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Card:
     any_task: bool = False
     makes_dense: bool = False
     once: str = ""
+    alone: str = ""
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
@@ -80,6 +82,7 @@ def stage(
     any_task: bool = False,
     makes_dense: bool = False,
     once: str = "",
+    alone: str = "",
 ) -> Callable[[type[_T]], type[_T]]:
     """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
 
@@ -96,7 +99,7 @@ def stage(
             )
         made = with_flat_knobs(cls)
         _CARDS[name] = Card(
-            name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense, once
+            name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense, once, alone
         )
         return made
 
@@ -117,6 +120,20 @@ def card(name: str) -> Card:
     if name not in known:
         raise RecipeError(f"unknown stage '{name}'; {nearest(name, known)}")
     return known[name]
+
+
+def refuse_together(stages: Sequence[str], processes: int) -> None:
+    """Refuse stages that one process runs to several.
+
+    Raises:
+        ResourceError: naming the stage.
+    """
+    for name in stages if processes > 1 else ():
+        if why := card(name).alone:
+            raise ResourceError(
+                f"stage '{name}' runs in one process, since it {why}, and {processes} were asked for; start it without"
+                " torchrun"
+            )
 
 
 def check_order(effects: Sequence[tuple[str, Effects]]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Kind
 from compresso.core.obs import NotPositiveDefiniteError
-from compresso.errors import NumericError, ResourceError
+from compresso.errors import NumericError
 from compresso.solve.bank import Bank, SubLayer
 from compresso.solve.nested import Site, nested_sub_layer, sites
 from compresso.sweep import bank_file
@@ -28,7 +28,6 @@ from compresso.sweep.residence import InMemory
 from compresso.sweep.survey import Weighting, look_at, survey
 from compresso.sweep.swept import SweepRun
 from compresso.sweep.targets import matrix
-from compresso.training.launch import processes
 
 log = logging.getLogger(__name__)
 TOKENS_A_COLUMN = 8
@@ -56,20 +55,14 @@ def make_bank(run: SweepRun, calibration: Calibration, knobs: BankKnobs) -> Bank
 
     Args:
         run: the run's part; its model is not changed.
-        calibration: which rows, and how they run.
+        calibration: which rows, and how they run; several processes take a share each.
         knobs: how.
 
     Raises:
         CheckpointError: there is the bank of another model, calibration, knobs or dtype.
-        ResourceError: in several processes.
         NumericError: NaN or Inf, or a second moment that cannot be inverted.
         Interrupted: SIGINT or SIGTERM came, and what is done is kept.
     """
-    if processes() > 1:
-        raise ResourceError(
-            f"stage '{run.stage}' looks at the model in one process, and {processes()} were launched; start it without"
-            " torchrun"
-        )
     model, batches = run.model, calibration.batches(run.rows, run.seed)
     identity = {
         "model": digest(fingerprints((run.offloaded or InMemory(model)).tensors())),
@@ -81,12 +74,14 @@ def make_bank(run: SweepRun, calibration: Calibration, knobs: BankKnobs) -> Bank
     here: dict[int, list[Site]] = {}
     for site in sites(axes):
         here.setdefault(site.layer, []).append(site)
-    _warn_of_few(model, [site.consumer for of_layer in here.values() for site in of_layer], batches)
+    run.ranks.warn_of_idle(run.stage, len(batches))
+    if run.ranks.is_main:
+        _warn_of_few(model, [site.consumer for of_layer in here.values() for site in of_layer], batches)
     drops_blocks = any(axis.kind == Kind.LAYER for axis in axes)
 
     def look(layer: int, runner: BlockRunner) -> tuple[dict[str, Tensor], dict[str, Any]]:
         mine = here.get(layer, [])
-        seen = look_at(model, [site.consumer for site in mine], runner, knobs.weighting)
+        seen = look_at(model, [site.consumer for site in mine], runner, knobs.weighting, run.ranks)
         tensors, facts = dict[str, Tensor](), dict[str, Any]()
         for site in mine:
             moment = seen.moments.pop(site.consumer) / seen.tokens
@@ -94,17 +89,19 @@ def make_bank(run: SweepRun, calibration: Calibration, knobs: BankKnobs) -> Bank
             tensors |= more | ({f"{site.kind}.moment": moment[:-1, :-1]} if knobs.moments else {})
         return tensors, {"block": seen.moved / seen.tokens if drops_blocks else None, "sub_layers": facts}
 
+    journal = bank_file.begin(folder, identity, len(run.arch.blocks(model)), run.ranks)
     survey(
         model,
         run.arch,
         batches,
         look,
-        bank_file.begin(folder, identity, len(run.arch.blocks(model))),
+        journal,
         place=calibration.activations,
         scratch=run.folder / "activations",
         offloaded=run.offloaded,
         progress=run.progress,
         name=f"{run.stage} bank",
+        ranks=run.ranks,
     )
     return bank_file.read(folder, identity)
 

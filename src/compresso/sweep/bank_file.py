@@ -22,22 +22,30 @@ from compresso.core.axis import Kind
 from compresso.errors import CheckpointError
 from compresso.solve.bank import Bank, Ladder, SubLayer
 from compresso.sweep.journal import Journal
+from compresso.training.ranks import ALONE, Ranks
 
 FORMAT = 1
 _NAME = "bank.json"
 
 
-def begin(folder: Path, identity: Mapping[str, Any], layers: int) -> Journal:
+def begin(folder: Path, identity: Mapping[str, Any], layers: int, ranks: Ranks = ALONE) -> Journal:
     """The journal of a bank's layers, in a folder that is new or holds a part of the same bank.
+
+    Args:
+        folder: of the bank.
+        identity: what it is made of.
+        layers: of the model.
+        ranks: processes, of which the main one writes.
 
     Raises:
         CheckpointError: it holds another bank, or something else by that name.
     """
-    if (folder / _NAME).exists():
-        _refuse_other(folder, _told(folder)["identity"], identity)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _NAME, {"format": FORMAT, "layers": layers, "identity": dict(identity)})
+    with ranks.failing_alike():
+        if ranks.is_main and (folder / _NAME).exists():
+            _refuse_other(folder, _told(folder)["identity"], identity)
+        elif ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / _NAME, {"format": FORMAT, "layers": layers, "identity": dict(identity)})
     return Journal(folder, identity)
 
 

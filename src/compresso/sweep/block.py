@@ -154,11 +154,13 @@ class BlockEdit:
         edit: changes weights of the visited block's linears in place; returns what is to be noted, JSON values by name.
         reference: whose outputs are the dense ones.
         looks_dense: whether the statistic is taken of the dense model, too; its outputs must be the reference.
+        reads_batches: whether it looks at batches, too, and not at statistics alone; then one process has to have all.
     """
 
     edit: Callable[[BlockVisit], Mapping[str, Any]]
     reference: Reference = Reference.BLOCK
     looks_dense: bool = False
+    reads_batches: bool = True
 
 
 def output_of(block: nn.Module, batch: BlockBatch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:

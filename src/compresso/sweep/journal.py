@@ -19,6 +19,7 @@ from compresso.checkpoint.atomic import new_folder, verify_manifest, write_json,
 from compresso.checkpoint.identity import refuse_other_run
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
+from compresso.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 _WEIGHTS = "weights.safetensors"
@@ -56,6 +57,14 @@ class Journal:
             if path.name not in {self._entry(layer).name for layer in done}:
                 shutil.rmtree(path)
         return done
+
+    def agreed(self, layers: Sequence[int], ranks: Ranks) -> set[int]:
+        """`finished`, as the main one of several processes finds it."""
+        done = list[int]()
+        with ranks.failing_alike():
+            if ranks.is_main:
+                done = self.finished(layers)
+        return set(ranks.agreed(done))
 
     def read(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished block's weights by name, on the CPU, and what was noted of them."""

@@ -86,7 +86,7 @@ def of_dense_low_rank(model: nn.Module, ranks: Mapping[str, int], refit: bool, d
                 notes |= _truncate_(model, group, ranks, _root(group, dense, damping), met, again)
         return notes
 
-    return BlockEdit(edit, Reference.MODEL, looks_dense=True)
+    return BlockEdit(edit, Reference.MODEL, looks_dense=True, reads_batches=False)
 
 
 def _root(group: Group, moment: Tensor, damping: float) -> Root:

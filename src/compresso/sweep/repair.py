@@ -40,6 +40,7 @@ from compresso.sweep.repair_targets import Targets
 from compresso.sweep.targets import matrix
 from compresso.sweep.two_streams import Known, Stream
 from compresso.training.progress import Progress
+from compresso.training.ranks import ALONE, Ranks
 from compresso.training.signals import noted_signals
 
 
@@ -58,9 +59,9 @@ class Calibrated:
     place: Where = "device"
     scratch: Path = Path("activations")
 
-    def store(self, name: str, device: torch.device) -> ActivationStore:
-        """A store of its own."""
-        return ActivationStore(self.place, device, self.scratch / name)
+    def store(self, name: str, device: torch.device, ranks: Ranks = ALONE) -> ActivationStore:
+        """A store of its own, of this process."""
+        return ActivationStore(self.place, device, ranks.own(self.scratch) / name)
 
 
 @torch.no_grad()
@@ -79,6 +80,7 @@ def repair_(
     journal: Journal | None = None,
     progress: Progress | None = None,
     name: str = "repair",
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Fit the linears that lost inputs or stand before a gap.
 
@@ -96,6 +98,8 @@ def repair_(
         known: of the dense model on these tokens, for repairs of several models; None keeps nothing.
         journal: of finished blocks, which are read instead of done; None keeps none.
         progress, name: display.
+        ranks: the processes that repair together, each with its copy of both models; each is given all batches, runs
+            its share, and fits to the sums over all.
 
     Returns:
         Facts of each linear by its name.
@@ -110,40 +114,49 @@ def repair_(
     if not by_layer:
         return {}
     shown, last, device = progress or Progress("silent"), max(by_layer), smaller.device
-    batches = [*data.seen, *data.held]
-    stores = [data.store(one, device) for one in ("dense", "smaller", "attention", "mlp")]
-    done = set(journal.finished(list(by_layer))) if journal else set[int]()
-    tokens, notes = float(sum(batch.numel() for batch in batches)), dict[str, dict[str, Any]]()
+    seen, held = ranks.mine(data.seen), ranks.mine(data.held)
+    batches = [*seen, *held]
+    stores = [data.store(one, device, ranks) for one in ("dense", "smaller", "attention", "mlp")]
+    done = journal.agreed(list(by_layer), ranks) if journal else set[int]()
+    tokens = float(sum(batch.numel() for batch in (*data.seen, *data.held)))
+    notes = dict[str, dict[str, Any]]()
     try:
-        streams = [
-            Stream(of, arch, batches, store, one)
-            for of, store, one in ((dense, stores[0], known), (smaller, stores[1], None))
-        ]
+        with ranks.failing_alike():
+            streams = [
+                Stream(of, arch, batches, store, one)
+                for of, store, one in ((dense, stores[0], known), (smaller, stores[1], None))
+            ]
         goals = {Kind.ATTENTION: stores[2], Kind.MLP: stores[3]}
-        width = int(stores[0][0].shape[-1])
-        both = Targets(streams[0], streams[1], layers, dimensions, width, len(data.seen), fit, goals)
+        width = ranks.agreed(int(stores[0][0].shape[-1]) if batches else 0)
+        both = Targets(streams[0], streams[1], layers, dimensions, width, len(seen), fit, goals)
         with noted_signals() as requests, shown.running(last + 1, 0, name):
             same = both.same_until()
-            both.leading()
+            with ranks.failing_alike():
+                both.leading()
             for layer in range(last + 1):
                 wanted = by_layer.get(layer, {})
-                both.pass_dense(layer, {} if layer in done else wanted)
+                looked = {} if layer in done else wanted
+                both.look_for_norms(layer, looked, ranks)
+                with ranks.failing_alike():
+                    both.pass_dense(layer, looked)
                 if journal and layer in done:
                     weights, facts = journal.read(layer)
                     for parameter, weight in weights.items():
                         smaller.get_parameter(parameter).copy_(weight)
                 else:
-                    facts = {one.module: _fitted_(smaller, both, one, loss) for _, one in sorted(wanted.items())}
-                    if journal and wanted:
-                        named = {f"{one.module}.weight" for one in wanted.values()}
-                        journal.write(layer, {one: smaller.get_parameter(one) for one in sorted(named)}, facts)
+                    facts = {one.module: _fitted_(smaller, both, one, loss, ranks) for _, one in sorted(wanted.items())}
+                    with ranks.failing_alike():
+                        if journal and wanted and ranks.is_main:
+                            named = {f"{one.module}.weight" for one in wanted.values()}
+                            journal.write(layer, {one: smaller.get_parameter(one) for one in sorted(named)}, facts)
                 notes |= facts
                 if any(one["applied"] for one in facts.values()):
                     same = min(same, layer)
                 if layer < last:
-                    both.step(layer, as_dense=layer < same)
+                    with ranks.failing_alike():
+                        both.step(layer, as_dense=layer < same)
                 shown.step(layer + 1, name, {}, tokens)
-                requests.obey(str(journal.folder) if journal and journal.folder.is_dir() else None)
+                ranks.obey(requests, str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:
         for store in stores:
             store.discard()
@@ -151,41 +164,54 @@ def repair_(
 
 
 def _fitted_(
-    smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Callable[[], float] | None
+    smaller: PreTrainedModel, both: Targets, one: Consumer, loss: Callable[[], float] | None, ranks: Ranks
 ) -> dict[str, Any]:
-    """Fit one linear in place; its facts."""
+    """Fit one linear in place, to what all processes see; its facts."""
     gap = _absorbed(one)
     told = {"columns": one.columns, "narrower": one.narrower, "absorbs": gap}
     if not both.adds[one.place.layer] and not one.narrower:
         return {"applied": False, **told, "why": "a norm behind it keeps it from absorbing a gap"}
-    sums: dict[bool, Moments] = {}
-    for held, inputs, targets, led_to, row in both.tokens(one):
-        weights = token_weights(led_to, row) if both.fit.weighted else torch.ones(len(inputs), device=inputs.device)
-        sums[held] = gathered(sums.get(held), inputs, targets, weights)
-    weight = matrix(smaller, one.module)
+    weight, sums = matrix(smaller, one.module), dict[bool, Moments]()
+    with ranks.failing_alike():
+        for held, inputs, targets, led_to, row in both.tokens(one):
+            weights = token_weights(led_to, row) if both.fit.weighted else torch.ones(len(inputs), device=inputs.device)
+            sums[held] = gathered(sums.get(held), inputs, targets, weights)
+    of_seen, of_held = (_of_all(sums.get(held), weight, both.fit, ranks) for held in (False, True))
     old = weight.clone()
     try:
-        candidates = both.fit.candidates(old, sums[False], sums[True])
+        candidates = both.fit.candidates(old, of_seen, of_held)
     except NotPositiveDefiniteError as problem:
         raise NumericError(
             f"{one.module} cannot be repaired: {problem}; give more calibration examples, or use float32"
         ) from problem
-    told |= {"tokens": sums[False].tokens}
-    missed = error(old, sums[True])
+    told |= {"tokens": of_seen.tokens}
+    missed = error(old, of_held)
     if loss is not None and gap and both.adds[one.place.layer]:
         judged: list[tuple[float, float, Candidate | None]] = [(loss(), missed, None)]
         for candidate in candidates:
             weight.copy_(candidate.weight)
             judged.append((loss(), candidate.missed, candidate))
-        best = min(judged, key=lambda one: one[0])
+        best = judged[ranks.agreed(min(range(len(judged)), key=lambda i: judged[i][0]))]
         told |= {"held_out_loss": [judged[0][0], best[0]]}
     else:
         least = min(candidates, key=lambda one: one.missed)
         best = (0.0, missed, None) if missed <= least.missed else (0.0, least.missed, least)
     after, taken = best[1:]
     weight.copy_(old if taken is None else taken.weight)
+    ranks.copied_([weight])
     told |= {"applied": taken is not None, "held_out_error": [missed, after]}
     return told if taken is None else {**told, "alpha": taken.alpha, "ridge": taken.ridge}
+
+
+def _of_all(sums: Moments | None, weight: Tensor, fit: Fit, ranks: Ranks) -> Moments:
+    """The sums over all processes, of which some may have had no tokens, for a weight [out, in]."""
+    if sums is None:
+        out, size = weight.shape
+        n = fit.mixes + fit.residual
+        cross, energy = weight.new_zeros(n, out, size, dtype=torch.float64), weight.new_zeros(n, dtype=torch.float64)
+        sums = Moments(weight.new_zeros(size, size, dtype=torch.float64), cross, energy, 0)
+    inputs, cross, energy = (ranks.added_(one) for one in (sums.inputs, sums.cross, sums.energy))
+    return Moments(inputs, cross, energy, sum(ranks.told(sums.tokens)))
 
 
 def _absorbed(one: Consumer) -> str:

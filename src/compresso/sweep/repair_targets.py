@@ -11,6 +11,7 @@ from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.least_squares import Fit
 from compresso.sweep.lost import Consumer, Place
 from compresso.sweep.two_streams import Stream, cut, lifted
+from compresso.training.ranks import Ranks
 
 
 @dataclass
@@ -34,11 +35,20 @@ class Targets:
             self.dense.step(self.at)
             self.at += 1
 
+    def look_for_norms(self, layer: int, wanted: Mapping[Kind, Consumer], ranks: Ranks) -> None:
+        """Note whether the dense block of a smaller one's, of which something is wanted, adds to the stream what its
+        linears write; the main process looks at its first batch.
+        """
+        own, adds = self.layers[layer], True
+        with ranks.failing_alike():
+            if wanted and ranks.is_main:
+                adds = self.dense.is_sum(own, 0, self.dense.states[0])
+        self.adds[own] = ranks.agreed(adds)
+
     def pass_dense(self, layer: int, wanted: Mapping[Kind, Consumer]) -> None:
         """Run the dense block and the gap behind it, noting the streams that are wanted of them."""
         own = self.layers[layer]
         following = self.layers[layer + 1] if layer + 1 < len(self.layers) else len(self.dense.blocks)
-        self.adds[own] = not wanted or self.dense.is_sum(own, 0, self.dense.states[0])
         for index in range(len(self.dense)):
             hidden = self.dense.states[index]
             beyond = [one for one in wanted.values() if self.adds[own] and one.until.layer >= following]

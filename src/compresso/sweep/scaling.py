@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compresso.arch.producers import Feeder
-from compresso.observe.folds import Stats, second_moment
+from compresso.observe.folds import Stats, across, second_moment
 from compresso.sweep.targets import Group, matrix
 from compresso.sweep.visitors import Edit
 
@@ -21,6 +21,7 @@ RoundOne = Callable[[str, Tensor, Stats, Tensor], Tensor]
 """A linear's name, its scaled weights [out, in], what it reads unscaled, and the scale [in] -> its rounded weights."""
 
 
+@across("sum")
 def moment_and_size(total: Tensor | None, inputs: Tensor) -> Tensor:
     """Fold: the sum of x x^T above the sum of |x|, [in + 1, in]."""
     size = inputs.shape[1]
@@ -30,9 +31,10 @@ def moment_and_size(total: Tensor | None, inputs: Tensor) -> Tensor:
     return found
 
 
+@across("max")
 def largest(total: Tensor | None, inputs: Tensor) -> Tensor:
     """Fold: the largest |x| of each input [in]."""
-    found = inputs.abs().amax(dim=0)
+    found = inputs.abs().amax(dim=0) if len(inputs) else inputs.new_zeros(inputs.shape[1])
     return found if total is None else torch.maximum(total, found)
 
 

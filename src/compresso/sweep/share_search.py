@@ -32,7 +32,6 @@ from compresso.sweep.swept import SweepRun
 from compresso.sweep.targets import Group, Groups, matrix, weight_of
 from compresso.sweep.visitors import Edit
 from compresso.training.fitness_journal import journalled
-from compresso.training.launch import processes
 from compresso.training.noise import mixed_seed
 from compresso.training.rounds import RoundJournal
 
@@ -77,16 +76,16 @@ def searched_shares(
         search: see `ShareSearch`.
 
     Raises:
-        ResourceError: the model lies on disk, or there are several processes.
+        ResourceError: the model lies on disk.
         RecipeError: no other share is in reach.
         CompressoError: as `sweep` and `candidate_divergence`.
     """
     if how == ShareAllocation.UNIFORM:
         return Shares(dict.fromkeys(groups, share), {})
-    if run.offloaded is not None or processes() > 1:
+    if run.offloaded is not None:
         raise ResourceError(
-            f"allocation={how} puts candidates together in memory, in one process; start stage '{run.stage}' without"
-            " --offload and torchrun, or take allocation: uniform"
+            f"allocation={how} puts candidates together in memory; start stage '{run.stage}' without --offload, or take"
+            " allocation: uniform"
         )
     shapes = {
         layer: [tuple(matrix(run.model, name).shape) for group in here for name in group.names]
@@ -113,7 +112,9 @@ def searched_shares(
     blocks = run.arch.blocks(run.model)
     with (
         candidate_divergence(run.model, blocks, list(groups), store.install, dense, batches, sizes) as divergence,
-        journalled(divergence, RoundJournal(run.folder / "shares", same), most, run.progress, "shares") as fitness,
+        journalled(
+            divergence, RoundJournal(run.folder / "shares", same, run.ranks), most, run.progress, "shares", run.ranks
+        ) as fitness,
     ):
         found = search_levels(
             Search(how),
@@ -157,7 +158,7 @@ def _fill(
     store: LevelStore,
 ) -> None:
     """Keep the levels of the layers that are not kept yet."""
-    missing = {layer for layer in groups if not store.has(layer)}
+    missing = run.ranks.agreed({layer for layer in groups if not store.has(layer)})
     made: list[dict[str, Tensor]] = [{} for _ in edits]
 
     @torch.no_grad()
@@ -171,7 +172,8 @@ def _fill(
             for name, weight in dense.items():
                 weight_of(run.model, name).copy_(weight)
         if group is groups[group.layer][-1]:
-            store.write(group.layer, made)
+            if run.ranks.is_main:
+                store.write(group.layer, made)
             for level in made:
                 level.clear()
         return {}
@@ -181,6 +183,7 @@ def _fill(
     if fold is None:
         for group in (group for here in groups.values() for group in here):
             look(group, NOTHING_SEEN)
+        run.ranks.wait()
         return
     sweep(
         run.model,
@@ -194,4 +197,6 @@ def _fill(
         collect_only=True,
         progress=run.progress,
         name="levels",
+        ranks=run.ranks,
     )
+    run.ranks.wait()

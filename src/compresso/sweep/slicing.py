@@ -20,13 +20,14 @@ from compresso.arch.sliceable import Sliceable, sliceable
 from compresso.core.slicing import principal
 from compresso.edit.slice_stream import cut_layer
 from compresso.errors import NumericError
-from compresso.observe.folds import second_moment
+from compresso.observe.folds import Stats, merge_, second_moment
 from compresso.sweep.activation_store import ActivationStore, Place
 from compresso.sweep.block import BlockRunner
 from compresso.sweep.calls import recorded_calls
 from compresso.sweep.journal import Journal
 from compresso.training.progress import Progress
-from compresso.training.signals import SIGNALS, Interrupted, noted_signals
+from compresso.training.ranks import ALONE, Ranks
+from compresso.training.signals import noted_signals
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def bases_of(
     journal: Journal | None = None,
     progress: Progress | None = None,
     name: str = "slicing",
+    ranks: Ranks = ALONE,
 ) -> Bases:
     """Find the bases of a model's stream; the model is left as it is.
 
@@ -71,16 +73,17 @@ def bases_of(
         place, scratch: where the states between two blocks are kept, and the folder for "disk".
         journal: of finished blocks; entry i holds the bases before block i, the last one that before the head.
         progress, name: display.
+        ranks: the processes that look together; each is given all batches, and runs its share.
 
     Raises:
         NumericError: the stream is not finite somewhere.
         Interrupted: SIGINT or SIGTERM came and the journal has what is done.
     """
     family, blocks = sliceable(model, arch), arch.blocks(model)
-    states = ActivationStore(place, model.device, scratch)
+    states = ActivationStore(place, model.device, ranks.own(scratch))
     model.eval()
     shown = progress or Progress("silent")
-    done = set(journal.finished(range(len(blocks) + 1))) if journal else set[int]()
+    done = journal.agreed(range(len(blocks) + 1), ranks) if journal else set[int]()
     found: list[Tensor] = []
     lost: list[float] = []
     head: Tensor | None = None
@@ -93,8 +96,9 @@ def bases_of(
         return directions.basis[:, :kept].float().contiguous(), directions.lost(kept)
 
     try:
-        calls = recorded_calls(model, blocks, batches, states)
-        tokens = float(sum(batch.numel() for batch in batches))
+        tokens, batches = float(sum(batch.numel() for batch in batches)), ranks.mine(batches)
+        with ranks.failing_alike():
+            calls = recorded_calls(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(len(blocks), 0, name):
             for layer in range(len(blocks) + 1):
                 last = layer == len(blocks)
@@ -104,52 +108,66 @@ def bases_of(
                     here = {key: one.to(model.device) for key, one in read.items()}
                 else:
                     kept, where = (head_width, "before the head") if last else (width, f"before layer {layer}")
-                    before, share = basis_of(_moment_of(states), kept, where)
+                    before, share = basis_of(_moment_of(states, ranks), kept, where)
                     here, facts = {"before": before}, {"lost": [share]}
                     if runner is not None:
-                        seen = _before_the_ffn(runner, family, before)
+                        seen = _before_the_ffn(runner, family, before, ranks)
                         here["inside"], share = basis_of(seen, width, f"inside layer {layer}")
                         facts["lost"].append(share)
-                    if journal:
-                        journal.write(layer, here, facts)
+                    ranks.copied_(here.values())
+                    with ranks.failing_alike():
+                        if journal and ranks.is_main:
+                            journal.write(layer, here, facts)
                 lost += facts["lost"]
                 if runner is None:
                     head = here["before"]
                     break
                 found += [here["before"], here["inside"]]
-                with _hooked(cut_layer(runner.block, family, (here["before"], here["inside"]))):
+                cut = cut_layer(runner.block, family, (here["before"], here["inside"]))
+                with ranks.failing_alike(), _hooked(cut):
                     runner.run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
-                if requests.arrived:
-                    stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
-                    raise Interrupted(stop, str(journal.folder) if journal and journal.folder.is_dir() else None)
+                ranks.obey(requests, str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:
         states.discard()
     assert head is not None
     return Bases(torch.stack(found), head, lost)
 
 
-def _moment_of(states: ActivationStore) -> Tensor:
-    """Second moment of all states, float64."""
-    total: Tensor | None = None
+def _moment_of(states: ActivationStore, ranks: Ranks) -> Tensor:
+    """Second moment of all states of all processes, float64."""
+    seen: dict[str, Stats] = {}
     for i in range(len(states)):
-        total = second_moment(total, states[i].flatten(0, -2).double())
-    assert total is not None
-    return total
+        _add(seen, states[i].flatten(0, -2))
+    merge_(seen, second_moment, ranks)
+    return seen[_STREAM].total
 
 
-def _before_the_ffn(runner: BlockRunner, family: Sliceable, before: Tensor) -> Tensor:
-    """Second moment, float64, of the stream that a block's FFN would read, behind its attention on the cut stream."""
-    total: list[Tensor] = []
+def _before_the_ffn(runner: BlockRunner, family: Sliceable, before: Tensor, ranks: Ranks) -> Tensor:
+    """Second moment over all processes, float64, of the stream that a block's FFN would read, behind its attention on
+    the cut stream.
+    """
+    seen: dict[str, Stats] = {}
 
     def look(_: nn.Module, given: tuple[Any, ...]) -> None:
-        rows = given[0].flatten(0, -2).double()
-        total[:] = [second_moment(total[0] if total else None, rows)]
+        _add(seen, given[0].flatten(0, -2))
 
     norm = runner.block.get_submodule(family.mlp.norm)
-    with _hooked([*cut_layer(runner.block, family, (before, None)), norm.register_forward_pre_hook(look)]):
+    hooks = [*cut_layer(runner.block, family, (before, None)), norm.register_forward_pre_hook(look)]
+    with ranks.failing_alike(), _hooked(hooks):
         runner.run(keep=False)
-    return total[0]
+    merge_(seen, second_moment, ranks)
+    return seen[_STREAM].total
+
+
+_STREAM = "stream"
+
+
+def _add(seen: dict[str, Stats], rows: Tensor) -> None:
+    """Fold rows [tokens, hidden] into what was seen."""
+    before = seen.get(_STREAM)
+    total = second_moment(None if before is None else before.total, rows.double())
+    seen[_STREAM] = Stats(total, len(rows) + (0 if before is None else before.n))
 
 
 class _hooked:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.repair import sinks
 from compresso.errors import NumericError
-from compresso.observe.folds import second_moment
+from compresso.observe.folds import Stats, merge_, second_moment
 from compresso.observe.overflow import finite
 from compresso.observe.sites import first_input, first_output
 from compresso.sweep.activation_store import ActivationStore, Place
@@ -29,7 +29,8 @@ from compresso.sweep.calls import recorded_calls
 from compresso.sweep.journal import Journal
 from compresso.sweep.offload import Offloaded
 from compresso.training.progress import Progress
-from compresso.training.signals import SIGNALS, Interrupted, noted_signals
+from compresso.training.ranks import ALONE, Ranks
+from compresso.training.signals import noted_signals
 
 
 class Weighting(StrEnum):
@@ -63,8 +64,10 @@ Look = Callable[[int, BlockRunner], tuple[Mapping[str, Tensor], Mapping[str, Any
 """Looks at a block by its number, which it runs once, keeping its states -> tensors and facts for the journal."""
 
 
-def look_at(model: nn.Module, names: Sequence[str], runner: BlockRunner, weighting: Weighting) -> Seen:
-    """Run a block, keeping its states, and fold what some of its linears, by full name, read.
+def look_at(
+    model: nn.Module, names: Sequence[str], runner: BlockRunner, weighting: Weighting, ranks: Ranks = ALONE
+) -> Seen:
+    """Run a block, keeping its states, and fold what some of its linears, by full name, read, over all processes.
 
     Raises:
         NumericError: NaN or Inf, or a linear that no token reached.
@@ -90,16 +93,27 @@ def look_at(model: nn.Module, names: Sequence[str], runner: BlockRunner, weighti
     handles = [model.get_submodule(name).register_forward_pre_hook(reads(name), with_kwargs=True) for name in names]
     handles.append(runner.block.register_forward_hook(ran, with_kwargs=True))
     try:
-        runner.run(keep=True)
+        with ranks.failing_alike():
+            runner.run(keep=True)
     finally:
         for handle in handles:
             handle.remove()
+    seen = _of_all(seen, ranks)
     for name in names:
         if name not in seen.moments:
             raise NumericError(f"no calibration token reached {name}; give more examples")
         if not finite(seen.moments[name]):
             raise NumericError(f"{name} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
     return seen
+
+
+def _of_all(seen: Seen, ranks: Ranks) -> Seen:
+    """What all processes saw."""
+    stats = {name: Stats(moment, seen.tokens) for name, moment in seen.moments.items()}
+    merge_(stats, second_moment, ranks)
+    told = ranks.told((seen.moved, seen.tokens))
+    moments = {name: one.total for name, one in stats.items()}
+    return Seen(moments, sum(moved for moved, _ in told), sum(tokens for _, tokens in told))
 
 
 def _sizes(stream: Tensor, weighting: Weighting, row: int) -> Tensor:
@@ -133,12 +147,13 @@ def survey(
     offloaded: Offloaded | None = None,
     progress: Progress | None = None,
     name: str = "survey",
+    ranks: Ranks = ALONE,
 ) -> None:
     """Look at every block; the journal then has an entry for each.
 
     Args:
-        model, arch, batches, place, scratch, offloaded, progress, name: see `compresso.sweep.sweep`.
-        look: see `Look`.
+        model, arch, batches, place, scratch, offloaded, progress, name, ranks: see `compresso.sweep.sweep`.
+        look: see `Look`; what it gives is the same in all processes.
         journal: blocks that it has are run, where others behind them need their states, and not looked at.
 
     Raises:
@@ -147,27 +162,29 @@ def survey(
         Interrupted: SIGINT or SIGTERM came, and the journal has what is done.
     """
     blocks = arch.blocks(model)
-    done = set(journal.finished(range(len(blocks))))
+    done = journal.agreed(range(len(blocks)), ranks)
     if len(done) == len(blocks):
         return
-    states = ActivationStore(place, offloaded.device if offloaded else model.device, scratch)
+    states = ActivationStore(place, offloaded.device if offloaded else model.device, ranks.own(scratch))
     model.eval()
     shown = progress or Progress("silent")
-    tokens = float(sum(batch.numel() for batch in batches))
+    tokens, batches = float(sum(batch.numel() for batch in batches)), ranks.mine(batches)
     try:
-        with offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
+        with ranks.failing_alike(), offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
             calls = recorded_calls(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(len(blocks), 0, name):
             for layer, block in enumerate(blocks):
                 runner = BlockRunner(block, layer, [of_batch[layer] for of_batch in calls], states)
                 with offloaded.loaded(offloaded.of_block(block)) if offloaded else nullcontext():
                     if layer in done:
-                        runner.run(keep=True)
+                        with ranks.failing_alike():
+                            runner.run(keep=True)
                     else:
-                        journal.write(layer, *look(layer, runner))
+                        found = look(layer, runner)
+                        with ranks.failing_alike():
+                            if ranks.is_main:
+                                journal.write(layer, *found)
                 shown.step(layer + 1, name, {}, tokens)
-                if requests.arrived:
-                    stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
-                    raise Interrupted(stop, str(journal.folder))
+                ranks.obey(requests, str(journal.folder))
     finally:
         states.discard()

@@ -9,6 +9,10 @@ An edit of a `BlockEdit` visits each block as a whole instead, with gradients on
 
 Calibration rows of equal length run together, so nothing is padded and statistics hold real tokens only. What else a
 block is called with is recorded in one pass before the first block; see `compresso.sweep.calls`.
+
+Several processes run a share of the batches each (`compresso.training.ranks`), and merge what they saw before an edit
+is given it: it changes weights by the statistics of all, in every process alike. The main one's weights are then taken
+by all, and it writes the journal, which any number of processes can go on from.
 """
 
 from collections.abc import Sequence
@@ -21,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.errors import RecipeError
-from compresso.observe.folds import Fold
+from compresso.errors import RecipeError, ResourceError
+from compresso.observe.folds import Fold, across_of
 from compresso.sweep.activation_store import ActivationStore, Place
 from compresso.sweep.block import BlockEdit, BlockRunner
 from compresso.sweep.calls import recorded_calls
@@ -32,7 +36,8 @@ from compresso.sweep.offload import Offloaded
 from compresso.sweep.targets import Groups, edited_names
 from compresso.sweep.visitors import BlockVisitor, Edit, GroupVisitor, Visitor
 from compresso.training.progress import Progress
-from compresso.training.signals import SIGNALS, Interrupted, noted_signals
+from compresso.training.ranks import ALONE, Ranks
+from compresso.training.signals import noted_signals
 
 
 @torch.no_grad()
@@ -53,6 +58,7 @@ def sweep(
     offloaded: Offloaded | None = None,
     progress: Progress | None = None,
     name: str = "sweep",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Look at each group of linears and edit it, block after block.
 
@@ -71,6 +77,7 @@ def sweep(
         offloaded: where weights of a model on the meta device come from, block by block; the journal holds the edited
             ones.
         progress, name: display.
+        ranks: the processes that sweep together; each is given all batches, and runs its share.
 
     Returns:
         What `edit` noted, by full name.
@@ -79,28 +86,31 @@ def sweep(
         NumericError: NaN or Inf in a weight or in what a linear reads, or a linear that no token reached.
         ArchError: linears of a group do not read the same input.
         RecipeError: `true_sequential` for an edit that visits whole blocks.
+        ResourceError: several processes for a statistic or an edit that one has to make alone.
         Interrupted: SIGINT or SIGTERM came and the journal has what is done.
     """
     if isinstance(edit, BlockEdit) and true_sequential:
         raise RecipeError(f"{name} edits a block as a whole, not its groups one by one; set true_sequential to false")
+    _refuse_apart(ranks, fold, edit, name)
     if offloaded is None:
         check_weights(model, groups)
     blocks, last = arch.blocks(model), max(groups)
-    done = set(journal.finished(list(groups))) if journal else set[int]()
+    done = journal.agreed(list(groups), ranks) if journal else set[int]()
+    scratch = ranks.own(scratch)
     states = ActivationStore(place, offloaded.device if offloaded else model.device, scratch)
     visitor: Visitor
     if isinstance(edit, BlockEdit):
         dense = ActivationStore(place, states.device, scratch / "dense")
-        visitor = BlockVisitor(model, fold, edit, min(groups), dense, groups=groups)
+        visitor = BlockVisitor(model, fold, edit, min(groups), dense, groups=groups, ranks=ranks)
     else:
         assert fold is not None, "an edit of groups needs a statistic"
-        visitor = GroupVisitor(model, fold, edit, true_sequential, collect_only)
+        visitor = GroupVisitor(model, fold, edit, true_sequential, collect_only, ranks)
     notes: dict[str, Any] = {}
     model.eval()
     shown = progress or Progress("silent")
-    tokens = float(sum(batch.numel() for batch in batches))
+    tokens, batches = float(sum(batch.numel() for batch in batches)), ranks.mine(batches)
     try:
-        with offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
+        with ranks.failing_alike(), offloaded.loaded(offloaded.around(blocks)) if offloaded else nullcontext():
             calls = recorded_calls(model, blocks, batches, states)
         with noted_signals() as requests, shown.running(last + 1, 0, name):
             for layer, block in enumerate(blocks[: last + 1]):
@@ -113,23 +123,37 @@ def sweep(
                         for parameter, weight in weights.items():
                             model.get_parameter(parameter).copy_(weight)
                     else:
-                        facts = visitor.visit(here, runner) if here else {}
-                        if journal and here:
-                            journal.write(
-                                layer,
-                                {one: model.get_parameter(one) for one in edited_names(model, here, rescales)},
-                                facts,
-                            )
+                        facts = ranks.agreed(visitor.visit(here, runner) if here else {})
+                        named = {one: model.get_parameter(one) for one in edited_names(model, here, rescales)}
+                        ranks.copied_(named.values())
+                        with ranks.failing_alike():
+                            if journal and here and ranks.is_main:
+                                journal.write(layer, named, facts)
                     notes |= facts
                     if offloaded and journal and here:
                         offloaded.store.replace(journal.weights(layer))
                     if layer < last and not (here and visitor.keeps_states):
-                        runner.run(keep=True)
+                        with ranks.failing_alike():
+                            runner.run(keep=True)
                 shown.step(layer + 1, name, {}, tokens)
-                if requests.arrived:
-                    stop = next(signal for signal in reversed(SIGNALS) if signal in requests.arrived)
-                    raise Interrupted(stop, str(journal.folder) if journal and journal.folder.is_dir() else None)
+                ranks.obey(requests, str(journal.folder) if journal and journal.folder.is_dir() else None)
     finally:
         states.discard()
         visitor.discard()
     return notes
+
+
+def _refuse_apart(ranks: Ranks, fold: Fold | None, edit: Edit | BlockEdit, name: str) -> None:
+    """Raise ResourceError for work of several processes that one has to do alone."""
+    if ranks.n == 1:
+        return
+    if isinstance(edit, BlockEdit) and edit.reads_batches:
+        raise ResourceError(
+            f"stage '{name}' learns block by block in one process, and {ranks.n} were launched; start it without"
+            " torchrun"
+        )
+    if fold is not None and across_of(fold) is None:
+        raise ResourceError(
+            f"stage '{name}' takes a statistic that does not add up over processes, and {ranks.n} were launched; start"
+            " it without torchrun"
+        )

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.row import Row
-from compresso.errors import ResourceError
 from compresso.observe.folds import Fold
 from compresso.sweep.audit import Fingerprints, audit, digest, fingerprints
 from compresso.sweep.block import BlockEdit
@@ -21,8 +20,8 @@ from compresso.sweep.residence import InMemory
 from compresso.sweep.sweep import sweep
 from compresso.sweep.targets import Groups, edited_names, names_of
 from compresso.sweep.visitors import Edit
-from compresso.training.launch import processes
 from compresso.training.progress import Progress
+from compresso.training.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,7 @@ class SweepRun:
         same: weights' fingerprints -> what a resume must agree on.
         offloaded: where the weights are, if not in memory.
         progress: display.
+        ranks: the processes that sweep together.
     """
 
     stage: str
@@ -51,6 +51,7 @@ class SweepRun:
     same: Callable[[Fingerprints], Mapping[str, Any]]
     offloaded: Offloaded | None = None
     progress: Progress | None = None
+    ranks: Ranks = ALONE
 
 
 def swept(
@@ -75,15 +76,11 @@ def swept(
 
     Raises:
         ResumeError: the journal is another run's.
-        ResourceError: in several processes.
         CompressoError: as `sweep` and `audit`.
     """
-    if processes() > 1:
-        raise ResourceError(
-            f"stage '{run.stage}' sweeps in one process, and {processes()} were launched; start it without torchrun"
-        )
     weights = run.offloaded or InMemory(run.model)
     before, batches = fingerprints(weights.tensors()), calibration.batches(run.rows, run.seed)
+    run.ranks.warn_of_idle(run.stage, len(batches))
     journal = Journal(run.folder, {**run.same(before), "calibration": digest([batch.tolist() for batch in batches])})
     notes = sweep(
         run.model,
@@ -100,9 +97,10 @@ def swept(
         offloaded=run.offloaded,
         progress=run.progress,
         name=run.stage,
+        ranks=run.ranks,
     )
     read_by_experts = _of_experts(notes)
-    if starved := read_by_experts.get("starved"):
+    if (starved := read_by_experts.get("starved")) and run.ranks.is_main:
         where, which = next(iter(starved.items()))
         log.warning(
             "%s: no calibration token chose some experts (%d), the first is %d of %s. All their inputs count alike,"

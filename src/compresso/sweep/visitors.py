@@ -9,13 +9,14 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 
 from compresso.errors import NumericError
-from compresso.observe.folds import Fold, Stats
+from compresso.observe.folds import Fold, Stats, merge_
 from compresso.observe.overflow import finite
 from compresso.sweep.activation_store import ActivationStore
 from compresso.sweep.block import BlockEdit, BlockRunner, BlockVisit, Reference, learning
 from compresso.sweep.finite import check_edited
 from compresso.sweep.looking import looking
 from compresso.sweep.targets import Group, Groups
+from compresso.training.ranks import ALONE, Ranks
 
 Edit = Callable[[Group, Stats], Mapping[str, Any]]
 """Changes the weights of a group's linears in place; returns what is to be noted of them, JSON values by full name."""
@@ -63,6 +64,7 @@ class GroupVisitor:
     edit: Edit
     true_sequential: bool
     keeps_states: bool
+    ranks: Ranks = ALONE
 
     def pass_dense(self, runner: BlockRunner) -> None:
         """Nothing is wanted of dense blocks."""
@@ -72,8 +74,13 @@ class GroupVisitor:
         notes: dict[str, Any] = {}
         turns = [list(of) for _, of in groupby(groups, lambda group: group.turn)] if self.true_sequential else [groups]
         for together in turns:
-            with looking(self.model, together, self.fold) as seen, _nearest(together, seen):
+            with (
+                self.ranks.failing_alike(),
+                looking(self.model, together, self.fold) as seen,
+                _nearest(together, seen),
+            ):
                 runner.run(keep=self.keeps_states)
+            merge_(seen, self.fold, self.ranks)
             for group in together:
                 check_seen(group, seen)
             whole: object = self.edit
@@ -103,6 +110,7 @@ class BlockVisitor:
     keeps_states: bool = False
     groups: Groups = field(default_factory=dict[int, Sequence[Group]])
     seen_dense: dict[str, Stats] = field(default_factory=dict[str, Stats])
+    ranks: Ranks = ALONE
 
     def pass_dense(self, runner: BlockRunner) -> None:
         """Go on with the dense model, if its outputs are wanted."""
@@ -112,18 +120,28 @@ class BlockVisitor:
             for i in range(len(runner)):
                 self.dense.put(i, runner.batch(i).hidden)
         here = self.groups.get(runner.layer, ()) if self.edit.looks_dense else ()
-        with looking(self.model, here, self.fold) if self.fold and here else nullcontext({}) as seen:
+        with (
+            self.ranks.failing_alike(),
+            looking(self.model, here, self.fold) if self.fold and here else nullcontext({}) as seen,
+        ):
             runner.on(self.dense).run(keep=True)
+        if self.fold:
+            merge_(seen, self.fold, self.ranks)
         self.seen_dense.clear()
         self.seen_dense.update(seen)
 
     def visit(self, groups: Sequence[Group], runner: BlockRunner) -> dict[str, Any]:
         """See `Visitor`. Raises NumericError as `sweep` does."""
-        with looking(self.model, groups, self.fold) if self.fold else nullcontext({}) as seen:
+        with (
+            self.ranks.failing_alike(),
+            looking(self.model, groups, self.fold) if self.fold else nullcontext({}) as seen,
+        ):
             if self.edit.reference is Reference.BLOCK:
                 runner.run(keep=True, into=self.dense)
             elif self.fold:
                 runner.run(keep=False)
+        if self.fold:
+            merge_(seen, self.fold, self.ranks)
         for group in groups if self.fold else ():
             check_seen(group, seen)
         with learning(runner.block):

@@ -12,13 +12,19 @@ from compresso.errors import ResumeError
 from compresso.solve.evolve import Fitness
 from compresso.solve.level_choice import Levels
 from compresso.training.progress import Progress
+from compresso.training.ranks import ALONE, Ranks
 from compresso.training.rounds import RoundJournal
 from compresso.training.signals import noted_signals
 
 
 @contextmanager
 def journalled(
-    fitness: Fitness, journal: RoundJournal | None, most: int, progress: Progress | None = None, name: str = "search"
+    fitness: Fitness,
+    journal: RoundJournal | None,
+    most: int,
+    progress: Progress | None = None,
+    name: str = "search",
+    ranks: Ranks = ALONE,
 ) -> Iterator[Fitness]:
     """The same fitness, shown and written down, while the context lasts.
 
@@ -27,6 +33,7 @@ def journalled(
         journal: of the search; None keeps none.
         most: candidates that will be asked for at most.
         progress, name: display.
+        ranks: processes that search alike: each computes a fitness, and the main one's is that of all.
 
     Raises, when it is asked:
         ResumeError: the journal holds another candidate at this place.
@@ -41,11 +48,11 @@ def journalled(
             assert journal is not None
             value = _read(entries[done], levels, stage, journal)
         else:
-            value = fitness(levels, stage)
+            value = ranks.agreed(fitness(levels, stage))
             if journal is not None:
                 kept = value if math.isfinite(value) else str(value)
                 journal.append({"levels": list(levels), "stage": stage, "fitness": kept})
-            requests.obey(None if journal is None else str(journal.folder))
+            ranks.obey(requests, None if journal is None else str(journal.folder))
         done += 1
         shown.step(min(done, most), name, {"loss": value}, 0.0)
         return value

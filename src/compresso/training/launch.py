@@ -8,17 +8,27 @@ accelerate ignores) is refused here. Mixed precision is not left to accelerate: 
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 
 from compresso.errors import RecipeError, ResourceError
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other: for the main one's evaluation, which takes hours for a large model. The
+launcher ends those whose partner died.
+"""
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
@@ -47,7 +57,8 @@ def new_accelerator(device: torch.device) -> Accelerator:
     if device.index is not None and processes() == 1:
         torch.cuda.set_device(device)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # gates take no part in a LoRA-only phase
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[unused])
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[unused, waiting])
     _refuse_untested(accelerator)
     return accelerator
 
@@ -100,17 +111,19 @@ def broadcast(accelerator: Accelerator, value: Value) -> Value:
     return box[0]
 
 
-def accumulation(batch: int, micro_batch: int) -> int:
+def accumulation(batch: int, micro_batch: int, n: int | None = None) -> int:
     """Micro-batches per process that make up an update of `batch` examples.
+
+    n: processes; None for those that were launched.
 
     Raises:
         RecipeError: if `batch` cannot be shared out equally.
     """
-    share, rest = divmod(batch, processes())
+    n = processes() if n is None else n
+    share, rest = divmod(batch, n)
     size = min(micro_batch, share)
     if rest or not share or share % size:
         raise RecipeError(
-            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {processes()} processes; choose"
-            " multiples"
+            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose multiples"
         )
     return share // size

@@ -17,21 +17,23 @@ from compresso.checkpoint.atomic import Json, write_json
 from compresso.checkpoint.identity import refuse_other_run
 from compresso.core import strict_json
 from compresso.errors import CheckpointError
+from compresso.training.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"round-(\d{6,})\.json")
 
 
 class RoundJournal:
-    """The finished rounds of one search; for one process at a time.
+    """The finished rounds of one search; for one process at a time, or several that make the same search.
 
     Args:
         folder: where entries lie; made with the first.
         same: what must be equal for a resume to continue the same search, as JSON: the run, the knobs, the weights.
+        ranks: these processes, of which the main one reads and writes.
     """
 
-    def __init__(self, folder: Path, same: Mapping[str, Json]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, same: Mapping[str, Json], ranks: Ranks = ALONE) -> None:
+        self.folder, self._ranks = folder, ranks
         self._same: dict[str, Json] = json.loads(json.dumps(same))
         self._n: int | None = None
 
@@ -41,11 +43,15 @@ class RoundJournal:
         Raises:
             ResumeError: they are another search's.
         """
-        found = self._whole()
-        kept = {self._entry(i).name for i in range(len(found))}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name.endswith(".tmp") or (_NAME.fullmatch(path.name) and path.name not in kept):
-                path.unlink()
+        found: list[Json] = []
+        with self._ranks.failing_alike():
+            if self._ranks.is_main:
+                found = self._whole()
+                kept = {self._entry(i).name for i in range(len(found))}
+                for path in self.folder.iterdir() if self.folder.is_dir() else ():
+                    if path.name.endswith(".tmp") or (_NAME.fullmatch(path.name) and path.name not in kept):
+                        path.unlink()
+        found = self._ranks.agreed(found)
         self._n = len(found)
         return found
 
@@ -59,15 +65,16 @@ class RoundJournal:
         if self._n is None:
             self.entries()
         assert self._n is not None
-        if self._n == 0:
+        if self._n == 0 and self._ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "same.json", self._same)
-        write_json(self._entry(self._n), {"sha256": _digest(value), "value": value})
+        if self._ranks.is_main:
+            write_json(self._entry(self._n), {"sha256": _digest(value), "value": value})
         self._n += 1
 
     def discard(self) -> None:
         """Forget all rounds."""
-        if self.folder.is_dir():
+        if self.folder.is_dir() and self._ranks.is_main:
             shutil.rmtree(self.folder)
         self._n = 0
 

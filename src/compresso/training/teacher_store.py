@@ -52,7 +52,7 @@ def bytes_of(places: int, top: int, outcomes: int) -> int:
 
 
 class TeacherStore:
-    """The chunks of one training; for one process at a time.
+    """The chunks of one training. Several processes may write different ones, once one of them has called `begin`.
 
     Args:
         folder: where they lie; made with the first.
@@ -82,13 +82,17 @@ class TeacherStore:
             refuse_other_run(self._folder, self._read_same(), self._same)
         return [number for number in range(len(self.chunks)) if not self._whole(number)]
 
+    def begin(self) -> None:
+        """Say whose chunks these will be. Raises ResourceError if the disk refuses."""
+        if self._read_same() != self._same:  # nobody's, or of another training that was killed before its first chunk
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / "same.json", self._same)
+
     def write(self, number: int, taught: Sequence[Taught]) -> None:
         """Keep a chunk: what the teacher says of each of its examples, in their order. Raises ResourceError if the disk
         refuses.
         """
-        if self._read_same() != self._same:  # nobody's, or of another training that was killed before its first chunk
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / "same.json", self._same)
+        self.begin()
         with new_folder(self._folder / self._name(number), force=True) as folder:
             tensors = {
                 "outcomes": torch.cat([one.outcomes for one in taught]).to(torch.int32).contiguous(),
