@@ -15,7 +15,7 @@ import compresso
 from common import RESULTS
 from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Change
-from compresso.metrics.trust.dimension import Part
+from compresso.metrics.trust.dimension import Part, score_of
 from compresso.metrics.trust.refusals import Kind
 from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss
 from compresso.metrics.trust.suite import Outcome, broken_answers, trust_changes
@@ -25,6 +25,9 @@ FULL = 16
 """Bits of a weight as the model was stored."""
 ASKED = ("system", "limit", "written", "dimensions")
 """What makes rows comparable."""
+BROKEN = "broken, not compared"
+APART = 0.03
+"""Of the figure's width, between rows of like size."""
 PAPER = "arXiv 2403.15447"
 Row = Mapping[str, Any]
 
@@ -112,7 +115,8 @@ def _said(done: Sequence[Row]) -> Iterator[str]:
     yield (
         f"Shortened: the questions of a dimension are those under n, and {PAPER} asks thousands, of models a hundred"
         " times the size. Small models answer most of them as a guess does, so that nothing here confirms or"
-        " contradicts the paper; a wide interval that holds 0 is no sign of trust kept. Hollow marks are broken models."
+        " contradicts the paper; a wide interval that holds 0 is no sign of trust kept. In the figure crosses"
+        " are broken models, dashed lines what a guess scores, and rows of like size stand side by side."
     )
     yield ""
     yield "![Scores of each dimension over what is left of the weights](trust.svg)"
@@ -198,7 +202,10 @@ def _points(share: float, digits: int = 1) -> str:
 
 
 def points(done: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the figure draws: a score with its interval, of each row and dimension, and whether it may be compared."""
+    """What the figure draws: a score with its interval, of each row and dimension, what a guess scores, and whether it
+    may be compared. Rows of like size stand side by side: `place` is where, `mib` the size.
+    """
+    models = {row["model"] for row in done}
     made: list[dict[str, Any]] = []
     for dense, mine in groups(done):
         for row in (dense, *mine):
@@ -206,20 +213,35 @@ def points(done: Sequence[Row]) -> list[dict[str, Any]]:
             for one in outcomes(row):
                 if not one.parts:
                     continue
-                value, (low, high) = one.score()
+                value, (low, high), chance = score_of(one.parts)
                 compared = verdicts.get(f"trust/{one.name}") != "not comparable"
+                method = row["method"].rpartition("-")[0] or row["method"]
                 made.append(
                     {
                         "dimension": _name(one.name),
-                        "method": row["method"].rpartition("-")[0] or row["method"],
+                        "method": method if len(models) == 1 else f"{method}, {row['model']}",
                         "model": row["model"],
                         "mib": round(mib(row), 2),
                         "score": 100 * value,
                         "low": 100 * low,
                         "high": 100 * high,
-                        "sound": "compared" if compared else "broken, not compared",
+                        "chance": None if chance is None else 100 * chance,
+                        "sound": "compared" if compared else BROKEN,
                     }
                 )
+    return _side_by_side(made)
+
+
+def _side_by_side(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the place of each: its size, and further to the right the more of like size were there before."""
+    step = max((one["mib"] for one in made), default=0.0) * APART
+    taken: dict[str, list[float]] = {}
+    for one in sorted(made, key=lambda one: (one["mib"], one["method"])):
+        places = taken.setdefault(one["dimension"], [])
+        one["place"] = one["mib"]
+        while any(abs(one["place"] - other) < step for other in places):
+            one["place"] = round(one["place"] + step, 2)
+        places.append(one["place"])
     return made
 
 
@@ -227,20 +249,18 @@ def figure(done: Sequence[Row]) -> alt.FacetChart:
     """Scores over the size of the blocks, a panel a dimension: the paper's figure."""
     plain = [row for row in done if row["system"] == "plain"]
     base = alt.Chart().encode(
-        x=alt.X("mib:Q", title="MiB of block weights", scale=alt.Scale(zero=False)),
-        color=alt.Color("method:N", title=None),
+        x=alt.X("place:Q", title="MiB of block weights", scale=alt.Scale(zero=True, nice=False, padding=12)),
+        color=alt.Color("method:N", title="method"),
     )
-    bars = base.mark_rule(opacity=0.5).encode(y=alt.Y("low:Q", title="score, %"), y2="high:Q")
-    marks = base.mark_point(size=50).encode(
-        y="score:Q",
-        shape=alt.Shape("model:N", title="model"),
-        fillOpacity=alt.FillOpacity(
-            "sound:N", title=None, scale=alt.Scale(domain=["compared", "broken, not compared"], range=[1, 0])
-        ),
-        fill=alt.Fill("method:N", legend=None),
+    y = alt.Y("low:Q", title="score, %", scale=alt.Scale(domain=[0, 100]))
+    bars = base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y=y, y2="high:Q")
+    sound = alt.Scale(domain=["compared", BROKEN], range=["circle", "cross"])
+    marks = base.mark_point(size=55, filled=True, opacity=1).encode(
+        y="score:Q", shape=alt.Shape("sound:N", title="model", scale=sound)
     )
-    layers = alt.layer(bars, marks, data=alt.Data(values=points(plain))).properties(width=220, height=160)
-    return layers.facet(facet=alt.Facet("dimension:N", title=None), columns=3)
+    guess = alt.Chart().mark_rule(strokeDash=[4, 3], color="gray").encode(y="mean(chance):Q")
+    layers = alt.layer(guess, bars, marks, data=alt.Data(values=points(plain))).properties(width=220, height=170)
+    return layers.facet(facet=alt.Facet("dimension:N", title=None), columns=3).resolve_axis(x="independent")
 
 
 def costs(done: Sequence[Row]) -> dict[str, Any]:

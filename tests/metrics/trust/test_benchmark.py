@@ -98,8 +98,18 @@ def test_table_figure_and_catalogue(
     assert "fell: fairness, rose: none" in rows[1]["found"] and rows[2]["found"].endswith("broken, not compared")
     drawn = told.points(lines)
     assert len(drawn) == 4 * 7 and {one["mib"] for one in drawn if one["method"] == "rtn"} == {0.53}
+    assert all(len(places) == 4 for places in _places(drawn).values()), "none hides another"
+    assert {one["chance"] for one in drawn if one["dimension"] == "ethics"} == {50.0}
     assert {one["sound"] for one in drawn if one["mib"] == 1 and one["score"] == 0} == {"broken, not compared"}
     assert "<svg" in (tmp_path / "trust.svg").read_text()
+
+
+def _places(drawn: list[dict[str, Any]]) -> dict[str, set[float]]:
+    """Of each panel where its marks stand."""
+    found: dict[str, set[float]] = {}
+    for one in drawn:
+        found.setdefault(one["dimension"], set()).add(one["place"])
+    return found
 
 
 def test_every_method_is_a_stage_with_knobs_it_has(bench: Any) -> None:
