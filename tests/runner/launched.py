@@ -1,7 +1,7 @@
 """Runs of recipes in each of the launched processes: `launched.py FOLDER MODEL DATA JOB`, a JSON of recipes by name.
 
 A name that ends in " killed" kills the main process while its second block is journalled; one that ends in " resumed"
-goes on with the output of that name.
+goes on with the output of that name; one that ends in " offloaded" leaves the weights on disk.
 """
 
 import json
@@ -25,7 +25,15 @@ def run(name: str, recipe: Mapping[str, Any], folder: Path, model: str, data: st
     stem, resume = name.removesuffix(" resumed").removesuffix(" killed"), name.endswith(" resumed")
     raw = {"name": stem, "data": {"held": 4, "prompt": False, "pack": False, "limit": 40}, "stages": recipe}
     compresso.run(
-        raw, model, data, output=folder / stem, resume=resume, quiet=True, measure="none", allow_collapsed=True
+        raw,
+        model,
+        data,
+        output=folder / stem,
+        resume=resume,
+        offload=name.endswith(" offloaded"),
+        quiet=True,
+        measure="none",
+        allow_collapsed=True,
     )
 
 
