@@ -29,7 +29,7 @@ from compresso.core.loss import PIXEL
 from compresso.core.losses import IGNORED
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
-from compresso.core.segments import ohem_loss
+from compresso.core.segments import at_labels, ohem_loss
 from compresso.data.label_maps import MAPPED, encode_mapped
 from compresso.data.pictures import png
 from compresso.data.registry import load_records
@@ -133,6 +133,23 @@ def test_distillation_is_nothing_between_equals_and_passes_over_what_has_no_clas
     batch["labels"][0] = IGNORED
     wanted = float((ours[1] - theirs[1]).square().mean())  # over classes, height and width
     assert float(taught(batch, micro)["loss"].detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_labels_beside_a_teacher_are_learned_by_the_hard_pixels(job: Job) -> None:
+    batch = job.collated(job.rows[:2])
+    batch["labels"][1, :5] = IGNORED
+    classifier = job.model.get_parameter("segmentation_head.classifier.convolution.bias")
+    with torch.no_grad():
+        classifier.copy_(torch.tensor([4.0, 0.0, 0.0, 0.0, 2.0]))  # some pixels are easy
+    halves = SEGMENTATION.halves(job.model, ())
+    how: dict[str, Any] = {"compare": SEGMENTATION.compare, "divergence": "mse", "hard_weight": 2.0, "chunk": 100}
+    found = DistillObjective(job.model, halves, halves, **how)(batch, Micro(0, 0, range(2)))
+    wanted = PIXEL(job.model, batch).detach()
+    torch.testing.assert_close(found["hard"], wanted)
+    torch.testing.assert_close(found["loss"].detach(), 2 * wanted)
+    logits = job.model(pixel_values=batch["pixel_values"]).logits
+    plain = functional.cross_entropy(at_labels(logits, batch["labels"]), batch["labels"], ignore_index=IGNORED)
+    assert float((plain.detach() - wanted).abs()) > 1e-3
 
 
 def test_masked_is_smaller_on_examples(job: Job) -> None:
