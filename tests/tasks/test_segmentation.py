@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from compresso.checkpoint.source import open_source
+from compresso.core.axis import Kind
 from compresso.core.loss import PIXEL
 from compresso.core.losses import IGNORED
 from compresso.core.picture import Picture, PixelInput
@@ -36,6 +37,7 @@ from compresso.data.registry import load_records
 from compresso.errors import DataError, RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
+from compresso.methods.learn_gates import LearnGates
 from compresso.runner.evaluate_task import task_metric
 from compresso.runner.run import run
 from compresso.tasks.segmentation import SEGMENTATION
@@ -168,6 +170,25 @@ def test_all_weights_learn_from_the_teacher(job: Job, tmp_path: Path) -> None:
     job = replace(job, original=lambda dtype, device: kind.from_pretrained(dense, dtype=dtype).to(device))
     done = Distill(train="all", steps=2, batch=4, micro_batch=4, divergence="mse", hard_weight=1.0)(job)
     assert done.records["distill"]["updates"] == 2
+
+
+def test_gates_of_channels_are_learned_by_the_hard_pixels(job: Job) -> None:
+    stage = LearnGates(
+        keep=0.8,
+        kinds=(Kind.CHANNEL,),
+        tune=0,
+        ramp=0,
+        hold=2,
+        constraint="projection",
+        start="score",
+        score_batches=1,
+        finish="hard",
+        targets=("query", "value"),
+        batch=4,
+        micro_batch=4,
+    )
+    facts = stage(job).records["learn_gates"]
+    assert 0.78 < facts["kept_share_of_blocks"] <= 0.8 and facts["masked_minus_smaller_max_abs"] < 1e-4
 
 
 def cells(n: int, side: int = SIDE) -> list[dict[str, Any]]:
