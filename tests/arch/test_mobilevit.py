@@ -21,6 +21,7 @@ from compresso.arch.mobilevit import MobileViT
 from compresso.arch.outputs import any_input, outputs
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
+from compresso.commands.inspect import inspect, show
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel
 from compresso.core.loss import LABEL
@@ -240,3 +241,12 @@ def test_a_result_that_no_config_holds_is_refused(tmp_path: Path) -> None:
     shrink_(model, arch.axes(model), Plan({axis.name: (0, 1, 2)}))
     with pytest.raises(ExportError, match="layout uniform cannot hold this mobilevit"):
         save_checkpoint(model, arch.shapes(model), tmp_path / "odd")
+
+
+def test_multiply_accumulates_are_called_those_of_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made("segmenter").save_pretrained(tmp_path)
+    facts = inspect(tmp_path)
+    assert facts["macs_of"] == "picture"
+    show(facts, False)
+    said = capsys.readouterr().out
+    assert f"{facts['macs_per_token']:,} multiply-accumulates a picture" in said and "token" not in said

@@ -25,17 +25,19 @@ from transformers import (
 )
 
 from compresso.checkpoint.source import open_source
+from compresso.core.axis import Kind
 from compresso.core.loss import PIXEL
 from compresso.core.losses import IGNORED
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
-from compresso.core.segments import ohem_loss
+from compresso.core.segments import at_labels, ohem_loss
 from compresso.data.label_maps import MAPPED, encode_mapped
 from compresso.data.pictures import png
 from compresso.data.registry import load_records
 from compresso.errors import DataError, RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
+from compresso.methods.learn_gates import LearnGates
 from compresso.runner.evaluate_task import task_metric
 from compresso.runner.run import run
 from compresso.tasks.segmentation import SEGMENTATION
@@ -135,6 +137,23 @@ def test_distillation_is_nothing_between_equals_and_passes_over_what_has_no_clas
     assert float(taught(batch, micro)["loss"].detach()) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_labels_beside_a_teacher_are_learned_by_the_hard_pixels(job: Job) -> None:
+    batch = job.collated(job.rows[:2])
+    batch["labels"][1, :5] = IGNORED
+    classifier = job.model.get_parameter("segmentation_head.classifier.convolution.bias")
+    with torch.no_grad():
+        classifier.copy_(torch.tensor([4.0, 0.0, 0.0, 0.0, 2.0]))  # some pixels are easy
+    halves = SEGMENTATION.halves(job.model, ())
+    how: dict[str, Any] = {"compare": SEGMENTATION.compare, "divergence": "mse", "hard_weight": 2.0, "chunk": 100}
+    found = DistillObjective(job.model, halves, halves, **how)(batch, Micro(0, 0, range(2)))
+    wanted = PIXEL(job.model, batch).detach()
+    torch.testing.assert_close(found["hard"], wanted)
+    torch.testing.assert_close(found["loss"].detach(), 2 * wanted)
+    logits = job.model(pixel_values=batch["pixel_values"]).logits
+    plain = functional.cross_entropy(at_labels(logits, batch["labels"]), batch["labels"], ignore_index=IGNORED)
+    assert float((plain.detach() - wanted).abs()) > 1e-3
+
+
 def test_masked_is_smaller_on_examples(job: Job) -> None:
     axes = job.arch.axes(job.model)
     masks = {axis.name: (torch.arange(axis.size) % 3 != 0).float() for axis in axes}
@@ -151,6 +170,25 @@ def test_all_weights_learn_from_the_teacher(job: Job, tmp_path: Path) -> None:
     job = replace(job, original=lambda dtype, device: kind.from_pretrained(dense, dtype=dtype).to(device))
     done = Distill(train="all", steps=2, batch=4, micro_batch=4, divergence="mse", hard_weight=1.0)(job)
     assert done.records["distill"]["updates"] == 2
+
+
+def test_gates_of_channels_are_learned_by_the_hard_pixels(job: Job) -> None:
+    stage = LearnGates(
+        keep=0.8,
+        kinds=(Kind.CHANNEL,),
+        tune=0,
+        ramp=0,
+        hold=2,
+        constraint="projection",
+        start="score",
+        score_batches=1,
+        finish="hard",
+        targets=("query", "value"),
+        batch=4,
+        micro_batch=4,
+    )
+    facts = stage(job).records["learn_gates"]
+    assert 0.78 < facts["kept_share_of_blocks"] <= 0.8 and facts["masked_minus_smaller_max_abs"] < 1e-4
 
 
 def cells(n: int, side: int = SIDE) -> list[dict[str, Any]]:

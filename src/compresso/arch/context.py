@@ -1,6 +1,6 @@
 """How many tokens a model reads at most, and how many a picture is to it, as its config says."""
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _PATCHES = {"vit": 1, "deit": 2}
 """Families that cut pictures into patches, and how many tokens they add."""
@@ -22,6 +22,12 @@ def tokens_of_picture(config: PreTrainedConfig) -> int:
     if config.model_type not in _PATCHES or not isinstance(patch, int) or not isinstance(size, int):
         return 1
     return (size // patch) ** 2 + _PATCHES[config.model_type]
+
+
+def macs_of(model: PreTrainedModel) -> dict[str, str]:
+    """`{"macs_of": "picture"}` where multiply-accumulates are counted by picture, else nothing: by token."""
+    whole = model.main_input_name == "pixel_values" and tokens_of_picture(model.config) == 1
+    return {"macs_of": "picture"} if whole else {}
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -260,9 +260,13 @@ def export(
         typer.Option(
             help=(
                 "Of gguf: f32, f16 (the default), bf16, q8_0, q4_0, q4_k_m and its like; of onnx: f32 (the default),"
-                " int8."
+                " int8, and f16 of a model of pictures."
             )
         ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Pictures of a model of pictures: they scale int8, and classes are compared on them."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -276,7 +280,7 @@ def export(
 
     if force:
         warn_of("--force", "--overwrite")
-    facts = export.export(model, output, format=file_format, dtype=dtype, overwrite=overwrite or force)
+    facts = export.export(model, output, format=file_format, dtype=dtype, data=data, overwrite=overwrite or force)
     export.show(facts, as_json)
 
 

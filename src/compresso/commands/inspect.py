@@ -31,10 +31,11 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f"  blocks {parameters['blocks']:,} · embeddings {parameters['embeddings']:,} · norms"
             f" {parameters['norms']:,}"
         )
-        console.print(
-            f"  {facts['macs_per_token']:,} multiply-accumulates and {facts['kv_bytes_per_token']:,} cache bytes a"
-            " token"
-        )
+        macs, cached = facts["macs_per_token"], facts["kv_bytes_per_token"]
+        if facts.get("macs_of") == "picture":
+            console.print(f"  {macs:,} multiply-accumulates a picture")
+        else:
+            console.print(f"  {macs:,} multiply-accumulates and {cached:,} cache bytes a token")
     table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")
     for row in facts["axes"]:
         table.add_row(row["kind"], f"{row['count']:,}", _short(row["size"]), _short(row["parameters_per_unit"]))

@@ -57,6 +57,17 @@ def ohem_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return ohem(losses[labels != IGNORED], labels.numel() // _SHARE)
 
 
+def hard_pixels(logits: Tensor, classes: Tensor, of: int) -> Tensor:
+    """OHEM of the cross-entropy of pixels that have a class [], float32.
+
+    Args:
+        logits: [n, classes], n > 0.
+        classes: [n], int64.
+        of: how many pixels the batch has, those that are passed over among them.
+    """
+    return ohem(functional.cross_entropy(logits.float(), classes, reduction="none"), of // _SHARE)
+
+
 def confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
     """How often a pixel of each class was given each [classes (its own), classes (given)], int64.
 

@@ -15,7 +15,7 @@ from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, 
 from compresso.errors import quoted
 from compresso.formats.onnx import GRAPH, cache_names, library
 
-WITHIN = {"f32": 1e-4}
+WITHIN = {"f32": 1e-4, "f16": 1e-2}
 """Allowed differences of logits, as in `within_rounding`, by the dtype of the graph; for int8 any finite one."""
 
 

@@ -18,7 +18,7 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -98,19 +98,42 @@ def save_onnx(
             check(temporary)
 
 
-def write_graph(traced: Callable[[], Any], model: PreTrainedModel, folder: Path, dtype: str) -> None:
-    """Write what torch's exporter traced as `model.onnx`, its matrices in 8 bits if asked. Raises ExportError for an
-    unknown dtype and if onnx is not installed.
+Rounding = Callable[[Path, Path], None]
+"""Writes a graph in fewer bits: the graph in float32, and where to."""
+
+
+def dynamic(whole: Path, graph: Path) -> None:
+    """Write a graph with matrices in 8 bits, activations rounded as they come. Raises ExportError if onnxruntime is not
+    installed.
     """
-    if dtype not in ("f32", "int8"):
-        raise ExportError(f"unknown dtype '{dtype}' of onnx; known: f32, int8")
+    quantization = library("onnxruntime.quantization")
+    with quiet():
+        quantization.quantize_dynamic(whole, graph, weight_type=quantization.QuantType.QInt8)
+
+
+ROUNDINGS: Mapping[str, Rounding | None] = {"f32": None, "int8": dynamic}
+"""How a traced graph is written, by dtype; None for one that is written as it was traced."""
+
+
+def write_graph(
+    traced: Callable[[], Any],
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: str,
+    roundings: Mapping[str, Rounding | None] = ROUNDINGS,
+) -> None:
+    """Write what torch's exporter traced as `model.onnx`, in fewer bits if asked. Raises ExportError for an unknown
+    dtype and if onnx is not installed.
+    """
+    if dtype not in roundings:
+        raise ExportError(f"unknown dtype '{dtype}' of onnx; known: {', '.join(roundings)}")
     library("onnxscript")
-    quantization = library("onnxruntime.quantization") if dtype == "int8" else None
-    path = folder / (GRAPH if quantization is None else "whole.onnx")
+    if (rounding := roundings[dtype]) is not None:
+        library("onnxruntime.quantization")
+    path = folder / (GRAPH if rounding is None else "whole.onnx")
     traced().save(str(path), external_data=sum(p.nbytes for p in model.parameters()) > _APART)
-    if quantization is not None:
-        with quiet():
-            quantization.quantize_dynamic(path, folder / GRAPH, weight_type=quantization.QuantType.QInt8)
+    if rounding is not None:
+        rounding(path, folder / GRAPH)
         for whole in folder.glob("whole.onnx*"):
             whole.unlink()
 

@@ -40,6 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.context import width_of
 from compresso.core import hard_concrete, schedule
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
@@ -214,7 +215,7 @@ class LearnGates:
             layer_gates=self.layer_gates,
             cost_aware=self.cost_aware,
         )
-        adapters = group_of("lora", lora, self.adamw, job.model.config.hidden_size, total)
+        adapters = group_of("lora", lora, self.adamw, width_of(job.model.config), total)
         groups = [
             adapters,
             Group("gates", objective.gate_parameters(), self.mask_lr, schedule.rate(self.mask_schedule, total)),

@@ -151,7 +151,7 @@ def _counted(records: RunRecords) -> list[tuple[str, int, int]]:
     rows = [
         (_plain(f"parameters, {name}"), before.parameters.get(name), count) for name, count in after.parameters.items()
     ]
-    rows += [("MACs a token", before.macs_per_token, after.macs_per_token)]
+    rows += [(f"MACs a {after.macs_of}", before.macs_per_token, after.macs_per_token)]
     rows += [("KV cache, bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token)]
     if before.active_parameters_per_token is not None and after.active_parameters_per_token is not None:
         rows += [

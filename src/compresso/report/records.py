@@ -61,7 +61,7 @@ class DataUsed(Strict):
 
 class Counted(Strict):
     """What was counted of a model, and its mean loss on held-out examples in nats a labelled token; of a mixture of
-    experts the parameters that a token meets, too.
+    experts the parameters that a token meets, too. Multiply-accumulates are those of a token, or of a picture.
     """
 
     parameters: dict[str, int]
@@ -69,6 +69,7 @@ class Counted(Strict):
     kv_bytes_per_token: int
     held_loss: FiniteFloat | None
     active_parameters_per_token: int | None = None
+    macs_of: Literal["token", "picture"] = "token"
 
 
 class Engine(Strict):

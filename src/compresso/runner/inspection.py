@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
+from compresso.arch.context import macs_of
 from compresso.checkpoint.folder import damaged_weights
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source, open_source
@@ -177,7 +178,7 @@ def describe(model: PreTrainedModel, arch: Arch) -> dict[str, Any]:
                     "parameters_per_unit": _one_or_all(units),
                 }
             )
-    return {"architecture": arch.name, **counts(cost), "axes": rows}
+    return {"architecture": arch.name, **counts(cost), **macs_of(model), "axes": rows}
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:

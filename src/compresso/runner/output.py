@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from compresso.arch.context import macs_of
 from compresso.arch.outputs import any_input
 from compresso.checkpoint.atomic import new_folder, write_text
 from compresso.checkpoint.folder import read_json
@@ -86,7 +87,7 @@ def state(job: Job, score: Score | None = None) -> dict[str, Any]:
 
     score: of those examples, as `scored` gives it.
     """
-    return {**counts(job.cost()), "held_loss": None if score is None else round(score.mean, 6)}
+    return {**counts(job.cost()), **macs_of(job.model), "held_loss": None if score is None else round(score.mean, 6)}
 
 
 def left(job: Job, score: Score | None, corpus: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ teacher is no submodule of the objective, so it stays in evaluation mode, frozen
 out of every checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from compresso.core.distillation import Comparison, Distance, chunked, compared,
 from compresso.core.losses import IGNORED
 from compresso.training.halves import Compare, Halves, Tokens, next_tokens, refuse_other_outcomes
 from compresso.training.order import Micro
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class DistillObjective(nn.Module):
@@ -29,7 +31,7 @@ class DistillObjective(nn.Module):
             all.
         divergence, temperature, beta: as in `core.distillation.compared`.
         compare: where both are compared on a batch.
-        hard_weight: of the cross-entropy of labels.
+        hard_weight: of the loss of labels: their mean cross-entropy, or what `compare` says in its place.
         intermediate_weight: of the distance between hidden states, scaled to the divergence's size; 0 leaves
             `intermediate` unused.
         intermediate: the distance.
@@ -89,7 +91,7 @@ class DistillObjective(nn.Module):
             taught, shown = self._teacher.read(batch)
             taught = taught[at.places.to(taught.device)]
         last, states = self._student.read(batch)
-        loss, facts = self._on_logits(last[at.places], taught, at.targets[at.places])
+        loss, facts = self._on_logits(last[at.places], taught, at.targets[at.places], at.label_loss)
         if self._intermediate_weight:
             pairs = zip(states, shown, strict=True)
             distances = [self._distance(ours[at.states], theirs[at.states.to(theirs.device)]) for ours, theirs in pairs]
@@ -98,7 +100,9 @@ class DistillObjective(nn.Module):
             facts["intermediate"] = distance.detach()
         return {"loss": loss, **facts}
 
-    def _on_logits(self, last: Tensor, taught: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _on_logits(
+        self, last: Tensor, taught: Tensor, targets: Tensor, label_loss: LabelLoss | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Divergence plus label loss over places: last, taught [n, width] of each model, targets [n]."""
         n_labels = int((targets != IGNORED).sum())
         if self._hard_weight and not n_labels:
@@ -113,13 +117,15 @@ class DistillObjective(nn.Module):
             divergence = compared(logits, wanted, self._divergence, self._temperature, self._beta).sum() / len(targets)
             if not self._hard_weight:
                 return divergence, divergence.reshape(1)
-            hard = (
-                functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum")
-                / n_labels
-            )
+            if label_loss is not None:
+                hard = label_loss(logits, targets[rows].to(logits.device))
+            else:
+                summed = functional.cross_entropy(logits.float(), targets[rows], ignore_index=IGNORED, reduction="sum")
+                hard = summed / n_labels
             return divergence + self._hard_weight * hard, torch.stack([divergence, hard])
 
-        total, facts = chunked(loss, last, self._student.parameters(), self._chunk)
+        chunk = self._chunk if label_loss is None else len(last)  # which of the labels are hard shows in all of them
+        total, facts = chunked(loss, last, self._student.parameters(), chunk)
         return total, dict(zip(("divergence", "hard"), facts, strict=False))
 
     def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:

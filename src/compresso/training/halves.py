@@ -30,11 +30,14 @@ class Compared:
         targets: the label of each of the places that `Halves.read` gives first, int64, -100 for none.
         places: which of these places count, bool, of the same shape.
         states: which positions' hidden states count [batch, seq], bool.
+        label_loss: the loss [] of labels [n] by logits [n, outcomes] of all places that count, at once; None for the
+            mean of their cross-entropies.
     """
 
     targets: Tensor
     places: Tensor
     states: Tensor
+    label_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 Compare = Callable[[Mapping[str, Tensor], Tokens], Compared]

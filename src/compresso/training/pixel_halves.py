@@ -1,9 +1,11 @@
 """Where distillation compares two segmenters: the logits of each pixel, in the size of the label maps, as the code of
-arXiv 2309.02617 has it; pixels that are passed over are left out.
+arXiv 2309.02617 has it; pixels that are passed over are left out. The loss of labels beside it is the task's own, of
+the hard pixels.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.loss import logits_of
 from compresso.core.losses import IGNORED
-from compresso.core.segments import at_labels
+from compresso.core.segments import at_labels, hard_pixels
 from compresso.training.halves import Compared, Tokens, block_outputs
 
 
@@ -58,6 +60,7 @@ class Pixels:
 
 
 def pixels(batch: Mapping[str, Tensor], tokens: Tokens) -> Compared:
-    """Every pixel with a class, and the feature maps of all pictures."""
+    """Every pixel with a class, the feature maps of all pictures, and OHEM of the labels."""
     labels = batch["labels"]
-    return Compared(labels, labels != IGNORED, torch.ones(len(labels), dtype=torch.bool))
+    every = torch.ones(len(labels), dtype=torch.bool)
+    return Compared(labels, labels != IGNORED, every, partial(hard_pixels, of=labels.numel()))

@@ -1,0 +1,120 @@
+"""A graph of a model of pictures in fewer bits: float16 stays within rounding and names the same classes, int8 follows
+its calibration pictures; a process with too little memory says so; what is asked for wrongly is refused in a line.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tests.conftest import Call
+from tests.tasks.scenes import CLASSES, scene
+from torch import nn
+from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
+
+from compresso.data.pictures import png
+from compresso.engines.encoder import encoder_logits, encoder_reference
+from compresso.engines.onnx_runtime import ONNX
+from compresso.engines.pictures import agreement, ran
+from compresso.formats.onnx_encoder import save_onnx_encoder
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
+SIDE = 32
+SIZES: dict[str, Any] = {
+    "image_size": SIDE,
+    "hidden_sizes": [16, 24, 32],
+    "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 40],
+    "num_attention_heads": 2,
+    "aspp_out_channels": 16,
+    "output_stride": 8,
+    "num_labels": len(CLASSES),
+}
+
+
+def made() -> MobileViTForSemanticSegmentation:
+    """Random weights, and statistics of pictures in the batch norms: what is computed stays near 1."""
+    draw = torch.Generator().manual_seed(3)
+    model = MobileViTForSemanticSegmentation(MobileViTConfig(**SIZES)).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.normal_(0, 1.3 / module.weight[0].numel() ** 0.5, generator=draw)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(pixel_values=seen(16, first=200))
+    return model.eval()
+
+
+def seen(n: int, first: int = 0) -> torch.Tensor:
+    return torch.stack([scene(seed, SIDE)[0] for seed in range(first, first + n)]).float() / 255
+
+
+def test_agreement_is_the_share_of_places_with_the_same_likeliest_class() -> None:
+    wanted = torch.zeros(1, 3, 2, 2)
+    wanted[0, 1] = 1
+    found = wanted.clone()
+    found[0, 2, 0, 1] = 2
+    assert agreement(found, wanted) == 0.75
+    assert agreement(torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 0], [1, 0]])) == 0.5
+
+
+@pytest.mark.slow
+def test_half_precision_and_calibrated_bits_keep_the_classes(tmp_path: Path) -> None:
+    model, held = made(), seen(8, first=100)
+    wanted = encoder_reference(model, None, pictures=held).logits
+    found: dict[str, torch.Tensor] = {}
+    for name, pictures in (("f16", None), ("int8", seen(12)), ("dark", seen(2) * 1e-3)):
+        dtype = "int8" if name == "dark" else name
+        save_onnx_encoder(model, tmp_path / name, dtype=dtype, pictures=seen(2) * 1e-3 if name == "dark" else pictures)
+        assert [path.name for path in (tmp_path / name).glob("*.onnx*")] == ["model.onnx"]
+        found[name] = encoder_logits(ONNX, tmp_path / name, {"pixel_values": held})
+    scale, apart = float(wanted.abs().max()), {name: float((one - wanted).abs().max()) for name, one in found.items()}
+    assert 0 < apart["f16"] < 1e-2 * scale and agreement(found["f16"], wanted) > 0.99
+    assert apart["f16"] < apart["int8"] < apart["dark"]  # scales of pictures that are none cut values off
+    assert agreement(found["int8"], wanted) > agreement(found["dark"], wanted)
+
+
+@pytest.mark.slow
+def test_a_graph_runs_in_a_process_with_a_limit_of_memory(tmp_path: Path) -> None:
+    save_onnx_encoder(made(), tmp_path / "graph")
+    taken = ran(ONNX, tmp_path / "graph", seen(2))
+    assert not isinstance(taken, str)
+    assert taken.low <= taken.frames <= taken.high and taken.processor_ms > 0
+    assert 1e7 < taken.peak < taken.limit == 4_000_000_000
+    refused = ran(ONNX, tmp_path / "graph", seen(2), limit=20_000_000)
+    assert isinstance(refused, str) and "under a limit of 0.02 GB" in refused
+
+
+@pytest.mark.slow
+def test_the_command_calibrates_compares_and_tells(
+    tmp_path: Path, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    made().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    pairs = [scene(seed, SIDE)[:2] for seed in range(20)]
+    cells = [{"image": {"bytes": png(p), "path": "a"}, "label": {"bytes": png(c), "path": "b"}} for p, c in pairs]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cells), tmp_path / "rows.parquet")
+    how = ["--format", "onnx", "--dtype", "int8", "--data", tmp_path / "rows.parquet", "--output", tmp_path / "out"]
+    code, out, error = call("export", tmp_path / "model", *how, "--json")
+    assert code == 0, error
+    facts = json.loads(out)
+    assert (facts["calibrated_on"], facts["compared_on"], facts["dtype"]) == (10, 10, "int8")
+    one = facts["engines"]["ONNX Runtime"]
+    assert one["opens"] == "yes" and 0.5 < one["agreement"] <= 1 and 0 < one["peak_bytes"] < one["limit_bytes"]
+    assert (one["agreement"] < 0.99) == ("in ONNX Runtime the likeliest class is the model's at" in caplog.text)
+    code, out, error = call(
+        "export", tmp_path / "model", "--format", "onnx", "--dtype", "q4", "--output", tmp_path / "x"
+    )
+    assert code != 0 and "unknown dtype 'q4' of onnx; known: f32, int8, f16" in error
+
+
+def test_data_is_for_graphs_of_pictures(tmp_path: Path, call: Call) -> None:
+    from compresso.data import nano
+
+    code, _, error = call("export", nano.path(), "--format", "onnx", "--data", "x", "--output", tmp_path / "x")
+    assert code != 0 and "--data is pictures for --format onnx of a model of pictures; leave it out" in error
