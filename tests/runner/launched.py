@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from compresso.runner import output
 from compresso.sweep.journal import Journal
 
 
-def run(name: str, recipe: Mapping[str, Any], folder: Path, model: str, data: str) -> None:
+def run(name: str, recipe: Sequence[Mapping[str, Any]], folder: Path, model: str, data: str) -> None:
     """One recipe, into a folder of its name."""
     stem, resume = name.removesuffix(" resumed").removesuffix(" killed"), name.endswith(" resumed")
     raw = {"name": stem, "data": {"held": 4, "prompt": False, "pack": False, "limit": 40}, "stages": recipe}

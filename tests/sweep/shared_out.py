@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.core.axis import Kind
 from compresso.core.entropy import histograms
+from compresso.core.row import Row
 from compresso.core.sparsity import lowest_in_rows
 from compresso.errors import CompressoError, Interrupted
 from compresso.observe.activations import activation_scores
@@ -164,7 +165,10 @@ def of_passes(folder: Path, them: Ranks) -> dict[str, Tensor]:
     return {
         "influence": influence.scores[layers[0].name],
         "angles": angular_distances(model, blocks, padded(), how("angles")),
-        **{f"activation {k}": v for k, v in activation_scores(model, widths, blocks, padded(), how=how("act")).items()},
+        **{
+            f"activation {k}": v
+            for k, v in activation_scores(model, widths, list(blocks), padded(), how=how("act")).items()
+        },
         **{f"taylor {k}": v for k, v in gate_taylor(model, widths, padded(), how("taylor")).items()},
     }
 
@@ -172,7 +176,7 @@ def of_passes(folder: Path, them: Ranks) -> dict[str, Tensor]:
 def of_bank(folder: Path, them: Ranks) -> dict[str, Tensor]:
     """Second moments of a bank, the orders that units leave in, and what that costs."""
     model, arch = made()
-    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for ids in batches() for row in ids]
+    rows: list[Row] = [{"input_ids": row.tolist(), "labels": row.tolist()} for ids in batches() for row in ids]
     run = SweepRun("bank", model, arch, rows, 0, folder, lambda _: {}, ranks=them)
     bank = make_bank(run, Calibration(examples=64, batch=3), BankKnobs(moments=True))
     found: dict[str, Tensor] = {f"block {layer}": torch.tensor(value) for layer, value in bank.blocks.items()}
