@@ -4,6 +4,7 @@ sums share an index set; a mask before a batch norm alone is no removal; a confi
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,10 @@ from compresso.core.loss import LABEL
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
-from compresso.errors import ExportError
+from compresso.errors import BudgetError, ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.observe.gate_taylor import gate_taylor
+from compresso.runner.run import run
 
 SIZES = {
     "image_size": 36,  # feature maps of odd sides, which patches of 2 do not divide
@@ -250,3 +252,10 @@ def test_multiply_accumulates_are_called_those_of_a_picture(tmp_path: Path, caps
     show(facts, False)
     said = capsys.readouterr().out
     assert f"{facts['macs_per_token']:,} multiply-accumulates a picture" in said and "token" not in said
+
+
+@pytest.mark.parametrize("asked", [{"milliseconds": 250.0}, {"speedup": "2x"}])
+def test_a_budget_of_time_is_refused_in_a_line(tmp_path: Path, asked: dict[str, Any]) -> None:
+    made("segmenter").save_pretrained(tmp_path / "model")
+    with pytest.raises(BudgetError, match="tables of times are of models that read tokens, and a mobilevit sees"):
+        run("segmenter", tmp_path / "model", tmp_path / "none.parquet", output=tmp_path / "out", quiet=True, **asked)

@@ -31,7 +31,7 @@ from compresso.formats.reopen import reopen_and_compare
 TEXTS = (TEXT, "It was all right.", "No.")
 REOPENED_WITHIN = 1e-3
 _PICTURES = 2
-"""Side by side: OpenVINO 2026.4 gives logits of no picture for 32 of a graph in float16."""
+"""Side by side, as a camera gives few."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,13 @@ def with_time(
         raise BudgetError(
             f"{asked}: several targets are met one after the other; wanted them rising, such as 1.2x,1.5x,2x"
         )
+    source = open_source(model, weights=False)
+    if getattr(source.config, "vocab_size", None) is None:
+        raise BudgetError(
+            f"{asked}: tables of times are of models that read tokens, and a {source.config.model_type} sees pictures;"
+            " leave it out, set what the recipe keeps, and read the frames a second of the result in its report and"
+            " behind compresso export --format onnx"
+        )
     if latency_table is None:
         raise BudgetError(
             f"{asked} is measured time and needs --latency-table, the file that `compresso latency --output` writes;"
@@ -52,7 +59,7 @@ def with_time(
         )
     measures = Measures(latency=read_table(latency_table))
     assert measures.latency is not None
-    shaped = meta_model(open_source(model, weights=False))
+    shaped = meta_model(source)
     arch = arch_for(shaped.config)
     refuse_other_table(measures, shape_facts(arch, shaped))
     dense = float(cost_of(arch, shaped, measures)().count("milliseconds"))
