@@ -62,6 +62,7 @@ def test_a_record_is_cleaned_where_it_speaks(home: Path) -> None:
     record = {
         "engines": [{"reason": f"{home}/x.gguf", "difference": 0.5}],
         "samples": [{"prompt": "ls", "text": "/usr/bin/env"}],
+        "segmented": [{"picture": "iVBO/usr/bin/env/9+/a=="}],
         "sha256": "/a/b",
         "none": None,
         "counts": (1, 2),

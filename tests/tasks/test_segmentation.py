@@ -271,6 +271,14 @@ def test_a_run_ends_in_a_stock_segmenter(tmp_path: Path, call: Call) -> None:
     assert dense["value"] > 0.25 and not math.isnan(dense["value"])
     (found, *_) = task_metric(open_source(output), "segmentation", data, torch.device("cpu"))
     assert found.value > 0.25  # the most frequent class alone gives .12
+    of_dense, of_smaller = (one["segmented"] for one in result.records["report"]["models"])
+    assert [one["number"] for one in of_dense] == [one["number"] for one in of_smaller] and len(of_dense) == 3
+    assert all(
+        a["picture"] == b["picture"] and a["labels"] == b["labels"] for a, b in zip(of_dense, of_smaller, strict=True)
+    )
+    page = (output / "report.html").read_text()
+    assert "What they see" in page and "What they write" not in page
+    assert all(one["given"] in page for one in (*of_dense, *of_smaller))
     code, out, error = call("export", output, "--format", "onnx", "--output", tmp_path / "graph", "--json")
     assert code == 0, error
-    assert json.loads(out)["checked"] == "opened in ONNX Runtime" and json.loads(out)["difference"] < 1e-3
+    assert json.loads(out)["checked"] == "opened in ONNX Runtime and OpenVINO" and json.loads(out)["difference"] < 1e-3

@@ -17,8 +17,8 @@ _PART = r"[^\s/\\:;,'\"`()<>|]+"
 _PATH = re.compile(rf"(?<![\w:/.~<\\])/(?:{_PART}/)+(?:{_PART})?|\b[A-Za-z]:\\(?:{_PART}\\)*(?:{_PART})?")
 _BEING_WRITTEN = re.compile(r"\.(\S+?)\.[A-Za-z0-9]{1,24}\.\d+\.(?:partial|tmp)\b")
 _TEMPORARY = "a temporary file"
-_TEXTS = frozenset({"samples", "sha256", "fingerprint"})
-"""Fields that hold no message: what a model wrote is a measurement."""
+_TEXTS = frozenset({"samples", "segmented", "sha256", "fingerprint"})
+"""Fields that hold no message: what a model wrote is a measurement, and a picture in base64 is full of slashes."""
 
 
 def without_places(text: str) -> str:

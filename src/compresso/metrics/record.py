@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
 How = Literal["measured", "counted", "estimated"]
 Setting = str | bool | int | FiniteFloat | None
@@ -118,6 +118,31 @@ class Sample(Strict):
     degenerate: bool
 
 
+Png = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
+"""A PNG file in base64."""
+Colour = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
+
+
+class Segmented(Strict):
+    """What a segmenter said of a picture.
+
+    Args:
+        number: of the picture among those held out.
+        picture: what the model was given.
+        labels: its own classes, each in its colour; black where none is counted.
+        given: the classes that the model gives.
+        right: the share of counted pixels that are given their class, 0..1.
+        classes: name -> colour of those that occur in either.
+    """
+
+    number: int
+    picture: Png
+    labels: Png
+    given: Png
+    right: FiniteFloat
+    classes: dict[str, Colour]
+
+
 class Change(Strict):
     """What became of a share between the dense model and a smaller one, on the same items.
 
@@ -156,6 +181,7 @@ class ModelResults(Strict):
         fingerprint: "sha256:..." of its weights; the same weights always have the same one.
         measurements: all numbers.
         samples: texts it wrote.
+        segmented: pictures, as a segmenter sees them.
         not_measured: what could not be measured -> why.
         changes: how its answers differ from the dense model's, item by item, where both were asked the same.
     """
@@ -165,6 +191,7 @@ class ModelResults(Strict):
     fingerprint: str
     measurements: tuple[Measurement, ...] = ()
     samples: tuple[Sample, ...] = ()
+    segmented: tuple[Segmented, ...] = ()
     not_measured: dict[str, str] = {}
     changes: tuple[Change, ...] = ()
 

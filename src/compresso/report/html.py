@@ -15,7 +15,7 @@ from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.overwrite import first_bytes
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
-from compresso.metrics.record import ModelResults, Sample
+from compresso.metrics.record import ModelResults, Sample, Segmented
 from compresso.report import charts, facts, figures
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
 from compresso.report.done import deeds
@@ -90,6 +90,7 @@ def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> s
         trade_offs=figures.trade_offs(comparison),
         charts=charts.can_draw(),
         prompts=_prompts(comparison.models),
+        pictures=_pictures(comparison.models),
         protocols=_protocols(comparison),
         remarks=_remarks(drawn),
         words=cell_words,
@@ -198,6 +199,18 @@ def _prompts(models: Sequence[ModelResults]) -> list[tuple[str, list[tuple[str, 
         )
         for prompt in prompts
     ]
+
+
+def _pictures(models: Sequence[ModelResults]) -> list[tuple[Segmented, list[tuple[str, Segmented | None]]]]:
+    """Each picture, with the classes of all models on it, and what each of those says that was asked about pictures."""
+    seers = [results for results in models if results.segmented]
+    found: list[tuple[Segmented, list[tuple[str, Segmented | None]]]] = []
+    for picture in dict.fromkeys(one.picture for results in seers for one in results.segmented):
+        said = [(one.name, next((some for some in one.segmented if some.picture == picture), None)) for one in seers]
+        first = next(one for _, one in said if one is not None)
+        classes = {name: colour for _, one in said if one is not None for name, colour in one.classes.items()}
+        found.append((first.model_copy(update={"classes": classes}), said))
+    return found
 
 
 def _protocols(comparison: Comparison) -> list[dict[str, Any]]:

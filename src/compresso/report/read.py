@@ -16,7 +16,7 @@ from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.places import without_places_in
 from compresso.core.plan import Plan
 from compresso.errors import CheckpointError
-from compresso.metrics.record import Change, Measurement, ModelResults, Report, Sample
+from compresso.metrics.record import Change, Measurement, ModelResults, Report, Sample, Segmented
 from compresso.report.columns import Key, column_key
 from compresso.report.records import RunRecords, first_fault
 
@@ -140,6 +140,7 @@ def merged(inputs: Sequence[Input]) -> Comparison:
     for fingerprint in sorted(fingerprints, key=lambda one: one not in dense):
         numbers: dict[Key, Measurement] = {}
         samples: dict[str, Sample] = {}
+        seen: dict[str, Segmented] = {}
         lacking: dict[str, str] = {}
         changes: dict[str, Change] = {}
         model = ""
@@ -147,6 +148,7 @@ def merged(inputs: Sequence[Input]) -> Comparison:
         for results in of_model:
             numbers |= {column_key(number): number for number in results.measurements}
             samples |= {sample.prompt: sample for sample in results.samples}
+            seen |= {one.picture: one for one in results.segmented}
             lacking |= results.not_measured
             changes |= {one.name: one for one in results.changes}
             model = model or results.model
@@ -157,6 +159,7 @@ def merged(inputs: Sequence[Input]) -> Comparison:
                 fingerprint=fingerprint,
                 measurements=tuple(numbers.values()),
                 samples=tuple(samples.values()),
+                segmented=tuple(seen.values()),
                 not_measured=lacking,
                 changes=tuple(changes.values()),
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from compresso.checkpoint.source import Identity, Source
 from compresso.metrics.guard import Guard
-from compresso.metrics.record import Change, Environment, Measurement, ModelResults, Report, Sample
+from compresso.metrics.record import Change, Environment, Measurement, ModelResults, Report, Sample, Segmented
 from compresso.metrics.size import size_measurements
 
 DENSE, PRUNED = "dense", "pruned"
@@ -18,10 +18,11 @@ _SHOWN = 80
 
 @dataclass
 class Evaluated:
-    """What one model was found to be: numbers, texts, and what was not measured, with the reason."""
+    """What one model was found to be: numbers, texts or pictures, and what was not measured, with the reason."""
 
     measurements: list[Measurement] = field(default_factory=list[Measurement])
     samples: tuple[Sample, ...] = ()
+    segmented: tuple[Segmented, ...] = ()
     not_measured: dict[str, str] = field(default_factory=dict[str, str])
     changes: list[Change] = field(default_factory=list[Change])
 
@@ -67,6 +68,7 @@ class FinalEvaluation:
                 fingerprint=identity.fingerprint,
                 measurements=(*size, *results.measurements),
                 samples=results.samples,
+                segmented=results.segmented,
                 not_measured=results.not_measured,
                 changes=tuple(results.changes),
             )

@@ -30,6 +30,8 @@ from compresso.metrics.generation import generation_measurements, samples
 from compresso.metrics.guard import Guard
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.record import Environment, Measurement
+from compresso.metrics.segmented import segmented
+from compresso.metrics.segments import SegmentScore
 from compresso.runner.budgeted_time import obstacle, predicted, timed
 from compresso.runner.evaluated import DENSE, PRUNED, Evaluated, FinalEvaluation
 from compresso.runner.evaluation_settings import EvaluationSettings, evaluation_settings
@@ -212,6 +214,8 @@ def _evaluate(
             with shown.working(f"scoring {counted(len(rows), 'held-out example')}, {whose} model"):
                 score = job.task.score(model, rows, job.dense_held)
         results.measurements += score.measurements(here, settings.corpus, noise=is_dense)
+        if isinstance(score, SegmentScore):
+            results.segmented = segmented(model, rows, lambda some: job.task.collate(some, 0), score.names)
     else:
         results.not_measured[job.task.metric] = "the run had no data"
     if not job.task.writes_text:
