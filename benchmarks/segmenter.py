@@ -42,7 +42,7 @@ from compresso.core.segments import at_labels, confusion, intersection_over_unio
 from compresso.data.registry import load_records
 from compresso.engines.encoder import encoder_logits, encoder_reference
 from compresso.engines.onnx_runtime import OnnxEngine
-from compresso.engines.pictures import ENGINES, looked_at
+from compresso.engines.pictures import RUNTIMES, looked_at
 from compresso.formats.onnx import GRAPH
 from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.methods.gate_taylor import GateTaylor
@@ -191,8 +191,8 @@ class Bench:
             pictures = task.collate(spread, 0)["pixel_values"] if dtype == "int8" else None
             save_onnx_encoder(model, folder, dtype=dtype, pictures=pictures)
             reference = encoder_reference(model, None, dtype, shown["pixel_values"])
-            found = {one.program: looked_at(one, folder, reference, agreed=True) for one in ENGINES}
-            able = [one for one in ENGINES if found[one.program]["opens"] == "yes"]
+            found = {one.program: looked_at(one, folder, reference, agreed=True) for one in RUNTIMES}
+            able = [one for one in RUNTIMES if found[one.program]["opens"] == "yes"]
             scores = {one.program: self._miou(one, folder, shown) for one in able}
             size = (folder / GRAPH).stat().st_size
         for program, score in scores.items():

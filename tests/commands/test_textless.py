@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import compresso
-from compresso.commands import demo_real, evaluate, export, measure
+from compresso.commands import demo_real, evaluate, export, export_pictures, measure
 from compresso.data import nano
 from compresso.errors import ArchError, CompressoError
 from compresso.runner import evaluate_task
@@ -75,6 +75,7 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (measure, "peak_memory"),
         (demo_real, "load"),
         (export, "load_for"),
+        (export_pictures, "load_for"),
     ):
         monkeypatch.setattr(module, reads, refuse)
 

@@ -14,7 +14,7 @@ from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
 from compresso.data.pictures import colours
 from compresso.metrics.record import Segmented
-from compresso.metrics.segmented import LARGEST, SHOWN, colour_of, png, segmented
+from compresso.metrics.segmented import LARGEST, SHOWN, colour_of, file_of, segmented
 
 
 def read(file: str) -> Tensor:
@@ -39,7 +39,7 @@ class Says(nn.Module):
 def test_a_written_png_holds_every_nth_pixel(size: tuple[int, int]) -> None:
     pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     step = next(n for n in range(1, 9) if -(-max(size) // n) <= LARGEST)
-    assert torch.equal(read(png(pixels)), pixels[:, ::step, ::step])
+    assert torch.equal(read(file_of(pixels)), pixels[:, ::step, ::step])
 
 
 def test_colours_of_a_data_set_are_told_apart() -> None:

@@ -11,7 +11,7 @@ from compresso.checkpoint.source import Source
 from compresso.engines.encoder import encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.engines.parity import Format
-from compresso.engines.pictures import AGREEING, ENGINES, looked_at
+from compresso.engines.pictures import AGREEING, RUNTIMES, looked_at
 from compresso.engines.written import load_for
 from compresso.errors import ExportError
 from compresso.formats.onnx_encoder import save_onnx_encoder
@@ -40,7 +40,7 @@ def export_pictures(source: Source, output: Path, dtype: str, force: bool, data:
     reference = encoder_reference(live.model, None, dtype, compared)
 
     def check(path: Path) -> None:
-        found = {one.program: looked_at(one, path, reference, agreed=compared is not None) for one in ENGINES}
+        found = {one.program: looked_at(one, path, reference, agreed=compared is not None) for one in RUNTIMES}
         if found[ONNX.program]["opens"] == "no":
             raise ExportError(
                 f"{output} would read back differently in {ONNX.program}: {found[ONNX.program]['reason']}. It was not"

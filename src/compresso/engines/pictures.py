@@ -24,7 +24,7 @@ from compresso.engines.parity import Parity
 from compresso.errors import quoted
 from compresso.formats.onnx import GRAPH
 
-ENGINES = (ONNX, OPENVINO)
+RUNTIMES = (ONNX, OPENVINO)
 LIMIT = 4_000_000_000
 """Bytes that a process may map for itself: the memory of the boards that arXiv 2309.02617 aims at."""
 WARMUP, FRAMES, ROUNDS = 10, 10, 5
@@ -65,7 +65,7 @@ def ran(
     it fails.
 
     Args:
-        engine: of `ENGINES`.
+        engine: of `RUNTIMES`.
         folder: with the graph.
         pictures: pixel values [n, channels, height, width], float32, taken in turn.
         limit: bytes of RLIMIT_DATA.

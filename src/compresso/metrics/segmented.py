@@ -2,8 +2,6 @@
 
 import base64
 import colorsys
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +12,7 @@ from compresso.core.loss import logits_of
 from compresso.core.losses import IGNORED
 from compresso.core.row import Row
 from compresso.core.segments import at_labels
+from compresso.data.pictures import png
 from compresso.metrics.record import Segmented
 
 SHOWN = 3
@@ -53,13 +52,13 @@ def segmented(
         given = at_labels(logits_of(model, batch), batch["labels"]).argmax(1)[0].cpu()
         labels = batch["labels"][0].cpu()
         counted = labels != IGNORED
-        present = sorted({*labels[counted].tolist(), *given.flatten().tolist()})
+        present: list[int] = sorted({*labels[counted].tolist(), *given.flatten().tolist()})
         shown.append(
             Segmented(
                 number=number,
-                picture=png(picture.pixels),
-                labels=png(_drawn(labels)),
-                given=png(_drawn(given)),
+                picture=file_of(picture.pixels),
+                labels=file_of(_drawn(labels)),
+                given=file_of(_drawn(given)),
                 right=float((given == labels)[counted].float().mean()) if bool(counted.any()) else 0.0,
                 classes={names[i]: "#{:02x}{:02x}{:02x}".format(*colour_of(i)) for i in present},
             )
@@ -67,21 +66,10 @@ def segmented(
     return tuple(shown)
 
 
-def png(pixels: Tensor) -> str:
+def file_of(pixels: Tensor) -> str:
     """A picture [3, height, width], uint8, as base64 of a PNG file of at most `LARGEST` pixels a side."""
     step = -(-max(pixels.shape[1:]) // LARGEST)
-    small = pixels[:, ::step, ::step].permute(1, 2, 0).contiguous()
-    height, width, _ = small.shape
-    lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in small)
-    parts = (
-        (b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(lines, 9)),
-        (b"IEND", b""),
-    )
-    file = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
-    return base64.b64encode(file).decode()
+    return base64.b64encode(png(pixels[:, ::step, ::step])).decode()
 
 
 def _drawn(classes: Tensor) -> Tensor:
