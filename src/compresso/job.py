@@ -186,6 +186,8 @@ class Job:
         Raises:
             NumericError: if they differ by more than rounding explains.
         """
+        if self.ranks.n > 1:  # near ties may fall otherwise in another process, and shapes must not
+            masks = {name: self.ranks.agreed(one.detach().cpu()).to(one.device) for name, one in masks.items()}
         axes = axes_of(self.arch, self.model, (Kind.QUERY,))
         axes = with_layers(axes, self.arch, self.model) if LAYERS in masks else axes
         plan = Plan.from_masks(axes, masks)

@@ -103,6 +103,8 @@ def test_a_model_whose_blocks_have_no_linears_is_refused(make_job: MakeJob) -> N
         setattr(job.model.get_submodule(owner), own, nn.Conv1d(linear.in_features, linear.out_features, 1))
     with pytest.raises(RecipeError, match="base: nf4 rounds the linears of blocks"):
         round_base_(job.model, "nf4")
+    with pytest.raises(RecipeError, match="base: nf4 rounds the linears of blocks"):  # before anything runs
+        Recover(base="nf4").check(job.model, job.arch)
 
 
 def test_without_the_library_the_cure_is_named_before_training(

@@ -20,14 +20,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.core.axis import Kind
 from compresso.core.entropy import histograms
+from compresso.core.plan import Plan
 from compresso.core.row import Row
 from compresso.core.sparsity import lowest_in_rows
 from compresso.errors import CompressoError, Interrupted
+from compresso.job import Job
 from compresso.observe.activations import activation_scores
 from compresso.observe.folds import Fold, Stats, absolute_sums, second_moment, squares
 from compresso.observe.gate_taylor import gate_taylor
 from compresso.observe.influence import angular_distances, block_influence
 from compresso.observe.journal import FoldJournal
+from compresso.observe.losses import losses_under
 from compresso.observe.observe import Pass
 from compresso.sweep.bank import BankKnobs, make_bank
 from compresso.sweep.bank_file import read_moment
@@ -44,6 +47,7 @@ from compresso.sweep.sweep import sweep
 from compresso.sweep.swept import SweepRun
 from compresso.sweep.targets import Group, Where, chosen
 from compresso.training.ranks import Ranks, ranks
+from compresso.training.rounds import RoundJournal
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 16,
@@ -216,6 +220,24 @@ def sliced(folder: Path, them: Ranks) -> dict[str, Tensor]:
     return {"bases": found.bases @ found.bases.mT, "lost": torch.tensor(found.lost)}
 
 
+def removed(folder: Path, them: Ranks) -> dict[str, Tensor]:
+    """Losses of a model that is a little other in each process, and units that another mask is given for in each: of
+    both what the main one has.
+    """
+    model, arch = made()
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").mul_(1 + 0.01 * them.rank)
+    axis = next(one for one in arch.axes(model) if one.kind == Kind.CHANNEL)
+    gone = [torch.arange(axis.size) != i for i in range(3)]
+    journal = RoundJournal(folder / "losses", {"of": "removed"}, them)
+    masks = [{axis.name: one.float()} for one in gone]
+    losses = losses_under(model, [axis], masks, padded(), journal=journal)
+    model, arch = made()
+    job = Job(model, arch, None, [], [], Plan(), {}, {}, seed=0, out=folder, quiet=True)
+    smaller = job.without(masks[them.rank], "removed").model
+    return {"losses": losses, **{name: one.detach().clone() for name, one in smaller.state_dict().items()}}
+
+
 PARTS: Mapping[str, Callable[[Path, Ranks], dict[str, Tensor]]] = {
     "of_folds": of_folds,
     "of_one_batch": of_one_batch,
@@ -224,6 +246,7 @@ PARTS: Mapping[str, Callable[[Path, Ranks], dict[str, Tensor]]] = {
     "of_bank": of_bank,
     "repaired": repaired,
     "sliced": sliced,
+    "removed": removed,
 }
 
 

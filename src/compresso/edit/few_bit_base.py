@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.errors import RecipeError
+from compresso.errors import RecipeError, quoted
 
 FewBits = Literal["int8", "nf4"]
 OUTLIERS = 6.0
@@ -33,6 +33,9 @@ def library() -> Any:
             "a base in 8 or 4 bits takes bitsandbytes, which is not installed; pip install 'compresso-llm[bits]', or"
             " leave base out"
         ) from error
+    except (OSError, RuntimeError) as error:
+        said = quoted(str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__, 200)
+        raise RecipeError(f"a base in 8 or 4 bits takes bitsandbytes, which does not start: {said}") from error
 
 
 def linears_of_blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -63,11 +66,16 @@ def round_base_(model: PreTrainedModel, to: FewBits) -> dict[str, nn.Linear]:
         setattr(model.get_submodule(owner), own, _rounded(bnb, linear, to))
         held[name] = linear.cpu()
     if not held:
-        raise RecipeError(
-            f"base: {to} rounds the linears of blocks, and those of a {model.config.model_type} are none that"
-            " bitsandbytes rounds; leave base out"
-        )
+        raise no_linears(model, to)
     return held
+
+
+def no_linears(model: PreTrainedModel, to: str) -> RecipeError:
+    """The refusal of a model whose blocks have no linears."""
+    return RecipeError(
+        f"base: {to} rounds the linears of blocks, and those of a {model.config.model_type} are none that bitsandbytes"
+        " rounds; leave base out"
+    )
 
 
 def restore_base_(adapted: PeftModel, held: Mapping[str, nn.Linear]) -> None:

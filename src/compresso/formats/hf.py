@@ -110,6 +110,7 @@ def _write_plain(
     with new_folder(folder, force) as temporary:
         model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
         config = copy.deepcopy(model.config)
+        vars(config).pop("auto_map", None)  # of code that is not written here
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, files)

@@ -136,7 +136,9 @@ class EvoPress:
         journal = job.rounds("candidates", job.same("evopress", self))
         with (
             candidate_divergence(job.model, blocks, at, install, dense, batches, self._sizes()) as divergence,
-            journalled(keeping_fewest(divergence, axes, parts), journal, most, job.progress(), "candidates") as fitness,
+            journalled(
+                keeping_fewest(divergence, axes, parts), journal, most, job.progress(), "candidates", job.ranks
+            ) as fitness,
         ):
             items = with_errors(items, dense, fitness)
             found = search_levels(
@@ -183,7 +185,7 @@ class EvoPress:
 
         def repetition(levels: Levels) -> float:
             with gated(job.model, axes, without(axes, gone(parts, levels)).masks(axes)):
-                return repetition_of(job.model, tokenizer, texts[: self.texts], NEW_TOKENS)
+                return job.ranks.agreed(repetition_of(job.model, tokenizer, texts[: self.texts], NEW_TOKENS))
 
         dense = repetition((0,) * len(parts))
         place, seen = first_that_writes((repetition(levels) for levels, _ in finalists), dense + self.repeats)

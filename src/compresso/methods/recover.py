@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from compresso.arch.base import Arch
 from compresso.arch.context import width_of
 from compresso.edit.factors import factor_, multiply_out_
-from compresso.edit.few_bit_base import library, restore_base_, round_base_
+from compresso.edit.few_bit_base import library, linears_of_blocks, no_linears, restore_base_, round_base_
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
@@ -88,11 +88,15 @@ class Recover:
         return "svd", "train: factors tunes what svd left with a low rank; put svd before it, or give train: lora"
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Raise RecipeError for factors of a family whose linears are no `nn.Linear`, and routers of one without."""
+        """Raise RecipeError for factors, or few bits, of a family whose linears are no `nn.Linear`, and for routers
+        of one without.
+        """
         if self.train == "router":
             check_routers(model)
         if self.base != "stored":
             library()
+            if next(linears_of_blocks(model), None) is None:
+                raise no_linears(model, self.base)
             if processes() > 1:
                 raise RecipeError(
                     f"base={self.base} is trained in one process, and {processes()} were launched; leave base out, or"

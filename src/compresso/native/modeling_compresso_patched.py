@@ -5,6 +5,7 @@ learned gates on the context, say. This file lies beside such weights, so that t
 patches on; how they compute is in the package compresso-llm, which must be installed.
 """
 
+import copy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,26 @@ class PatchedForCausalLM:
         records = cached_file(name, RECORDS, **hub)
         cached_file(name, TENSORS, **hub, _raise_exceptions_for_missing_entries=False)  # some have no tensors
         options.pop("trust_remote_code", None)
-        if config is not None and getattr(config, "auto_map", None):
-            del config.auto_map  # what is saved from this model holds no patch
-        model = AutoModelForCausalLM.from_pretrained(name, *args, config=config, trust_remote_code=False, **options)
+        config = _plain(config)
+        opened = AutoModelForCausalLM.from_pretrained(name, *args, config=config, trust_remote_code=False, **options)
+        model = opened[0] if isinstance(opened, tuple) else opened  # a pair with output_loading_info
         folder = Path(str(records)).parent
         patches.patch_(model, patches.read_patches(patches.records_of(folder), folder))
-        return model
+        return opened
+
+    @classmethod
+    def _from_config(cls, config: Any, **options: Any) -> PreTrainedModel:
+        """Nothing: a config alone has neither weights nor patches. Raises ValueError."""
+        raise ValueError(
+            "what patches this model lies beside its weights; use from_pretrained, or give trust_remote_code=False for"
+            " a model of the stock class with new weights"
+        )
+
+
+def _plain(config: Any) -> Any:
+    """A config that names no code, as what is saved from the patched model holds no patch; the caller's stays."""
+    if getattr(config, "auto_map", None) is None:
+        return config
+    config = copy.deepcopy(config)
+    del config.auto_map
+    return config

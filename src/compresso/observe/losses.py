@@ -21,6 +21,7 @@ from compresso.edit.gate import gated
 from compresso.errors import NumericError, ResumeError
 from compresso.solve.depth import Part
 from compresso.training.progress import Progress
+from compresso.training.ranks import ALONE
 from compresso.training.rounds import RoundJournal
 from compresso.training.signals import noted_signals
 
@@ -67,6 +68,7 @@ def losses_under(
     masks = masks[:most]
     given = [_Batch.of(batch, model.device, loss) for batch in batches]
     losses, digests = list[float](), list[str]()
+    ranks = ALONE if journal is None else journal.ranks
     if journal is not None:
         data = _digest(value for batch in batches for _, value in sorted(batch.items()))
         digests = [_digest((mask[axis] for axis in sorted(mask)), *sorted(mask), data, mean_over) for mask in masks]
@@ -82,11 +84,11 @@ def losses_under(
     ):
         for i, mask in enumerate(masks[len(losses) :], start=len(losses)):
             sites.set({axis: values.to(model.device) for axis, values in mask.items()})
-            losses.append(_loss(model, given, loss, mean_over))
+            losses.append(ranks.agreed(_loss(model, given, loss, mean_over)))
             if journal is not None:
                 journal.append({"of": digests[i], "loss": _written(losses[i])})
             shown.step(i + 1, name, {"loss": losses[i]}, tokens)
-            requests.obey(None if journal is None else str(journal.folder))
+            ranks.obey(requests, None if journal is None else str(journal.folder))
     return torch.tensor(losses, dtype=torch.float64)
 
 

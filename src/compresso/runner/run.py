@@ -306,6 +306,7 @@ def run(
                 if makes_dense:
                     score = after
                     before = state(job, score)
+                accelerator.wait_for_everyone()  # others may still read what the stage left in its folder
                 if is_main and not offload:  # the journal of an offloaded sweep holds what is done
                     work.save_stage(index, act.folder, partial(save_stage, job, before, whole=makes_dense))
                 if act.target:

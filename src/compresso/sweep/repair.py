@@ -194,8 +194,9 @@ def _fitted_(
         best = judged[ranks.agreed(min(range(len(judged)), key=lambda i: judged[i][0]))]
         told |= {"held_out_loss": [judged[0][0], best[0]]}
     else:
-        least = min(candidates, key=lambda one: one.missed)
-        best = (0.0, missed, None) if missed <= least.missed else (0.0, least.missed, least)
+        missing = [missed, *(one.missed for one in candidates)]
+        chosen = ranks.agreed(missing.index(min(missing)))
+        best = (0.0, missing[chosen], candidates[chosen - 1] if chosen else None)
     after, taken = best[1:]
     weight.copy_(old if taken is None else taken.weight)
     ranks.copied_([weight])

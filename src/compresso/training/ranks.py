@@ -22,7 +22,7 @@ from accelerate.state import PartialState
 from torch import Tensor
 
 from compresso.errors import CompressoError, Interrupted
-from compresso.training.launch import processes
+from compresso.training.launch import PATIENCE, processes
 from compresso.training.signals import SIGNALS, Requests
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,11 @@ def ranks() -> Ranks:
     """The processes that were launched; they are connected if they are not yet."""
     if processes() == 1:
         return ALONE
-    state = PartialState() if PartialState._shared_state else PartialState(cpu=not torch.cuda.is_available())
+    state = (
+        PartialState()
+        if PartialState._shared_state
+        else PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    )
     return Ranks(state.process_index, state.num_processes)
 
 

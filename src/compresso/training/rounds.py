@@ -33,7 +33,7 @@ class RoundJournal:
     """
 
     def __init__(self, folder: Path, same: Mapping[str, Json], ranks: Ranks = ALONE) -> None:
-        self.folder, self._ranks = folder, ranks
+        self.folder, self.ranks = folder, ranks
         self._same: dict[str, Json] = json.loads(json.dumps(same))
         self._n: int | None = None
 
@@ -44,14 +44,14 @@ class RoundJournal:
             ResumeError: they are another search's.
         """
         found: list[Json] = []
-        with self._ranks.failing_alike():
-            if self._ranks.is_main:
+        with self.ranks.failing_alike():
+            if self.ranks.is_main:
                 found = self._whole()
                 kept = {self._entry(i).name for i in range(len(found))}
                 for path in self.folder.iterdir() if self.folder.is_dir() else ():
                     if path.name.endswith(".tmp") or (_NAME.fullmatch(path.name) and path.name not in kept):
                         path.unlink()
-        found = self._ranks.agreed(found)
+        found = self.ranks.agreed(found)
         self._n = len(found)
         return found
 
@@ -65,16 +65,16 @@ class RoundJournal:
         if self._n is None:
             self.entries()
         assert self._n is not None
-        if self._n == 0 and self._ranks.is_main:
+        if self._n == 0 and self.ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "same.json", self._same)
-        if self._ranks.is_main:
+        if self.ranks.is_main:
             write_json(self._entry(self._n), {"sha256": _digest(value), "value": value})
         self._n += 1
 
     def discard(self) -> None:
         """Forget all rounds."""
-        if self.folder.is_dir() and self._ranks.is_main:
+        if self.folder.is_dir() and self.ranks.is_main:
             shutil.rmtree(self.folder)
         self._n = 0
 
