@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from compresso.data import nano
 from compresso.errors import DataError, NumericError
@@ -14,6 +14,7 @@ from compresso.metrics.generation import (
     broken,
     ends_in_loop,
     generation_measurements,
+    greedy,
     repetition,
     samples,
     world_prompts,
@@ -211,3 +212,18 @@ def test_bad_input_is_refused(model: LlamaForCausalLM) -> None:
         broken_model.model.norm.weight.fill_(math.nan)
     with pytest.raises(NumericError, match="NaN after 0 new tokens"):
         samples(broken_model, TOKENIZER)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_prompts_of_unequal_room_stay_within_the_context_of_learned_positions(share: bool) -> None:
+    """A row that has filled its room waits for the others; each text is what the row alone gives."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64)
+        model = GPT2LMHeadModel(config).eval()
+    prompts = [[5] * 20, [5] * 20 + list(range(10))]
+    rooms = [64 - len(ids) for ids in prompts]
+    found = greedy(model, prompts, max(rooms), set(), share=share, rooms=rooms)
+    assert [len(text) for text, _ in found] == rooms
+    alone = [greedy(model, [ids], room, set())[0] for ids, room in zip(prompts, rooms, strict=True)]
+    assert found == alone

@@ -19,7 +19,9 @@ def test_a_device_that_is_not_here_has_its_data_sheet() -> None:
     assert found.here is None and found.known == DEVICES["h100"]
     with pytest.raises(ResourceError, match=r"--device h10 is unknown; did you mean 'h100'"):
         planned("h10")
-    assert planned("cpu").here is not None
+    with pytest.raises(ResourceError, match=r"--device '' is unknown"):
+        planned("")
+    assert planned("cpu").here is not None and planned("CPU").here is not None
 
 
 def test_a_plan_for_another_device_says_what_it_assumes(tiny_folder: Path) -> None:

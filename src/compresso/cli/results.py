@@ -252,7 +252,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci; low-rank, of svd.",
+            help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci; low-rank, of svd; sliced, of slicegpt.",
         ),
     ],
     dtype: Annotated[

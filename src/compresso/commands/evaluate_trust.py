@@ -158,11 +158,13 @@ def _asked(
     }
     journal = journal_of(options.answers, source, same)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
+    # first, as it takes one pass a prompt, and what it cannot look at is said before answers are written
+    looked = looks(loaded.model, loaded.tokenizer, prompts, prompt_on, journal, shown) if options.attention else None
     answered = ask(Journalled(model, journal, shown, f"answers of {source.name}", 4 * batch_size), prompts, limits)
     loss = requests_loss(loaded.model, loaded.tokenizer, [one.text for one in prompts])
     found = Refusals(source, environment, answered, loss)
-    if options.attention:
-        found.looks = looks(loaded.model, loaded.tokenizer, prompts, prompt_on, journal, shown)
+    if looked is not None:
+        found.looks = looked
     del model, loaded
     gc.collect()
     return found

@@ -102,6 +102,7 @@ def export(
             raise ExportError(f"--dtype {dtype}: {format} keeps the stored one; leave --dtype out")
         return _stored(source, Format(format), output, overwrite)
     if format == "onnx":
+        _refuse_dtype(dtype, of_pictures=sees(source.config))
         return _onnx(source, output, dtype or "f32", overwrite, data)
     return _gguf(source, output, dtype or "f16", overwrite)
 
@@ -155,6 +156,14 @@ def _gguf(source: Source, output: Path, dtype: str, force: bool) -> dict[str, An
         _checking(Format.GGUF, model, output, dtype, facts)(quantized)
         quantized.replace(output)
     return facts | {"bytes": output.stat().st_size}
+
+
+def _refuse_dtype(dtype: str | None, of_pictures: bool) -> None:
+    """Raise ExportError for one that no graph of such a model is written in, before weights are read."""
+    known = ("f32", "int8", *(("f16",) if of_pictures else ()))
+    if dtype is not None and dtype not in known:
+        why = "; f16 is for models of pictures" if dtype == "f16" else ""
+        raise ExportError(f"--dtype {dtype}: a graph of this model is written in {', '.join(known)}{why}")
 
 
 def _onnx(source: Source, output: Path, dtype: str, force: bool, data: str | Path | None) -> dict[str, Any]:

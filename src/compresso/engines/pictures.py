@@ -58,9 +58,7 @@ def agreement(found: Tensor, wanted: Tensor) -> float:
     return float((found.argmax(1) == wanted.argmax(1)).double().mean())
 
 
-def ran(
-    engine: OnnxEngine, folder: Path, pictures: Tensor, limit: int = LIMIT, threads: int | None = None
-) -> Run | str:
+def ran(engine: OnnxEngine, folder: Path, pictures: Tensor, limit: int = LIMIT) -> Run | str:
     """Run a graph picture by picture, by torch's number of threads, in a process with a limit of memory; why not, where
     it fails.
 

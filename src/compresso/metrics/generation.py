@@ -208,12 +208,15 @@ def greedy(
     ends: set[int],
     choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
     share: bool = False,
+    rooms: Sequence[int] | None = None,
 ) -> list[tuple[list[int], bool]]:
     """New tokens of each prompt without the end token, and whether there was one.
 
     Args:
         choose: the next token of each prompt [n], from its logits [n, vocab]; the most likely one.
         share: whether the tokens that all prompts begin with are read once, where the model's cache can be copied.
+        rooms: most new tokens of each prompt, at most `max_new_tokens`; None for so many of all. What a prompt that is
+            done still computes stands at a position that the model has.
 
     Prompts stand at the right, after padding that no token looks at, where their lengths differ.
     """
@@ -239,9 +242,10 @@ def greedy(
                 ended[row] = True
             else:
                 texts[row].append(token)
-        open_ = {row for row in open_ if not ended[row]}
+        open_ = {row for row in open_ if not ended[row] and (rooms is None or len(texts[row]) < rooms[row])}
         if not open_:
             break
         given, cache = chosen.unsqueeze(-1), output.past_key_values
         there, positions = torch.cat((there, torch.ones_like(there[:, :1])), -1), positions[:, -1:] + 1
+        positions[[row for row in range(len(prompts)) if row not in open_]] = 0
     return list(zip(texts, ended, strict=True))

@@ -78,7 +78,8 @@ def planned(name: str) -> Planned:
         return Planned(name.lower(), known=DEVICES[one], count=count)
     if name.lower() in DEVICES:
         return Planned(name.lower(), known=DEVICES[name.lower()])
-    if name == "auto" or name.split(":")[0] in ("cpu", "cuda", "mps"):
-        device = choose_device(name)
+    if name.lower() == "auto" or name.lower().split(":")[0] in ("cpu", "cuda", "mps"):
+        device = choose_device(name.lower())
         return Planned(device.type, here=device)
-    raise ResourceError(f"--device {name} is unknown; {nearest(name.lower(), DEVICES)}")
+    shown = name or "''"
+    raise ResourceError(f"--device {shown} is unknown; {nearest(name.lower(), DEVICES)}")

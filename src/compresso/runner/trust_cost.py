@@ -62,6 +62,10 @@ def trust_costs(
         lacking = {one.name: one.missing for one in outcomes if one.missing}
         found.append(_row(f"--trust {trust}", counting, lacking))
     if prompts is not None:
+        if not task.writes_text:
+            raise DataError(
+                f"--prompts asks models that write text, and those of task '{task.name}' write none; leave it out"
+            )
         if not has_chat_template(tokenizer):
             raise DataError(
                 f"model {source.name} has no chat template, and refusals are measured of chat models; leave --prompts"

@@ -130,11 +130,9 @@ class ModelRespondent:
         try:
             for chosen in alike_batches(order, encoded, together):
                 choose = _chooser([requests[i] for i in chosen])
-                longest = max(rooms[i] for i in chosen)
-                found = greedy(self._model, [encoded[i] for i in chosen], longest, ends, choose, share=True)
+                own = [rooms[i] for i in chosen]
+                found = greedy(self._model, [encoded[i] for i in chosen], max(own), ends, choose, share=True, rooms=own)
                 for i, (tokens, ended) in zip(chosen, found, strict=True):
-                    ended = ended and len(tokens) <= rooms[i]
-                    tokens = tokens[: rooms[i]]
                     text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
                     answers[i] = Answer(text, bool(text.strip()) and broken(text, tokens, ended))
         finally:

@@ -60,7 +60,7 @@ def looks(
             where = places(tokenizer, one, prompt_on)
             if context is not None and len(where.ids) > context:
                 continue
-            id, key = f"attention {one.id}", journal_key("attention", where.ids)
+            id, key = f"attention {one.id}", journal_key("attention", where.ids, where.task, where.template)
             entry = None if journal is None else journal.known(id, key)
             found[one.id] = looked_at(model, where) if entry is None else dict(entry["looks"])
             if journal is not None and entry is None:
