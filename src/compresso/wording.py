@@ -37,6 +37,7 @@ VALUED = {name: (name.replace("-", "_"),) for name in _AS_SPELT.split()} | {
     "batch": ("batches", "batch_size", "batch"),
     "explain": ("explained",),
     "for": ("target",),
+    "devices": ("device",),
 }
 """Options with a value, and the arguments that take it: of several, the one that the called function has."""
 _PLAIN = (

@@ -252,7 +252,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci; low-rank, of svd; sliced, of slicegpt.",
+            help="gguf, for llama.cpp; onnx; compressed-tensors, of rounded models; vllm-deci; low-rank, of svd;"
+            " sliced, of slicegpt.",
         ),
     ],
     dtype: Annotated[

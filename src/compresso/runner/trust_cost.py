@@ -45,7 +45,7 @@ def trust_costs(
     """
     if trust == "none" and prompts is None:
         if benign is not None:
-            raise DataError("--benign stands beside --prompts, and none were given; give both")
+            raise DataError("--benign is read beside --prompts, and none were given; give both")
         return []
     try:
         tokenizer = load_tokenizer(source)
@@ -64,7 +64,7 @@ def trust_costs(
     if prompts is not None:
         if not task.writes_text:
             raise DataError(
-                f"--prompts asks models that write text, and those of task '{task.name}' write none; leave it out"
+                f"--prompts is for models that write text, and those of task '{task.name}' write none; leave it out"
             )
         if not has_chat_template(tokenizer):
             raise DataError(
