@@ -107,7 +107,7 @@ def test_what_cannot_be_counted_is_one_line(tmp_path: Path, chat: Path) -> None:
     for model, options, said in (
         (config, {"trust": "quick"}, "counted in tokens, and bare has no tokenizer"),
         (nano.path(), {"prompts": tmp_path / "h.json"}, "model nano has no chat template"),
-        (chat, {"benign": tmp_path / "h.json"}, "benign= stands beside prompts="),
+        (chat, {"benign": tmp_path / "h.json"}, "benign= is read beside prompts="),
         (chat, {"prompts": tmp_path / "absent.json"}, "is no file"),
     ):
         with pytest.raises(DataError) as caught:
