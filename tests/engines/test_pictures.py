@@ -34,10 +34,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+SEED = 3
+
+
 def made() -> MobileViTForSemanticSegmentation:
     """Random weights, and statistics of pictures in the batch norms: what is computed stays near 1."""
     draw = torch.Generator().manual_seed(3)
-    model = MobileViTForSemanticSegmentation(MobileViTConfig(**SIZES)).train()
+    with torch.random.fork_rng(devices=[]):  # biases and the like are drawn from the global generator
+        torch.manual_seed(SEED)
+        model = MobileViTForSemanticSegmentation(MobileViTConfig(**SIZES)).train()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -73,8 +78,9 @@ def test_half_precision_and_calibrated_bits_keep_the_classes(tmp_path: Path) -> 
         save_onnx_encoder(model, tmp_path / name, dtype=dtype, pictures=seen(2) * 1e-3 if name == "dark" else pictures)
         assert [path.name for path in (tmp_path / name).glob("*.onnx*")] == ["model.onnx"]
         found[name] = encoder_logits(ONNX, tmp_path / name, {"pixel_values": held})
-    scale, apart = float(wanted.abs().max()), {name: float((one - wanted).abs().max()) for name, one in found.items()}
-    assert 0 < apart["f16"] < 1e-2 * scale and agreement(found["f16"], wanted) > 0.99
+    apart = {name: float((one - wanted).abs().max()) for name, one in found.items()}
+    # what is near 1 inside is rounded by up to 5e-4 in each of some twenty layers, whose errors partly cancel
+    assert 0 < apart["f16"] < 5e-3 and agreement(found["f16"], wanted) > 0.99
     assert apart["f16"] < apart["int8"] < apart["dark"]  # scales of pictures that are none cut values off
     assert agreement(found["int8"], wanted) > agreement(found["dark"], wanted)
 
