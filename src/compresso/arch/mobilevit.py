@@ -151,8 +151,8 @@ class MobileViT:
 
     def _transformers(self, model: PreTrainedModel) -> Iterator[tuple[int, str]]:
         """The stage and the name of each list of transformer layers."""
-        for i, stage in enumerate(self.blocks(model)):
-            if hasattr(stage, "transformer"):
+        for i, block in enumerate(self.blocks(model)):
+            if hasattr(block, "transformer"):
                 yield i, f"{self._body(model)}encoder.layer.{i}.transformer.layer"
 
     def _wide(self, model: PreTrainedModel, name: str, block: str) -> Axis:
@@ -194,13 +194,13 @@ class MobileViT:
             now.writers.append(f"{block}.{_REDUCED}")
             return now
 
-        for i, stage in enumerate(self.blocks(model)):
+        for i, block in enumerate(self.blocks(model)):
             where, name = f"{body}encoder.layer.{i}", f"stages.{i}.features"
-            if not hasattr(stage, "transformer"):
-                for j, _ in enumerate(stage.get_submodule("layer").children()):
+            if not hasattr(block, "transformer"):
+                for j, _ in enumerate(block.get_submodule("layer").children()):
                     now = through(f"{where}.layer.{j}", name if j == 0 else f"stages.{i}.{j}.features", now)
                 continue
-            if stage.downsampling_layer is not None:
+            if block.downsampling_layer is not None:
                 now = through(f"{where}.downsampling_layer", name, now)
             size = int(_weight(model, f"{where}.conv_kxk.convolution").shape[0])
             now.writers += [f"{where}.{layer}" for layer in ("conv_kxk", "conv_projection", "fusion")]
