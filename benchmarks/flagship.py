@@ -1,16 +1,18 @@
-"""What is best at a size without training: every selector, with and without repair, and ristretto, on several seeds.
+"""What is best at a size, without training and after equal training: every selector, with and without repair, and
+ristretto, on several seeds.
 
     COMPRESSO_DATA=folder python benchmarks/flagship.py --updates 0 --scratch FOLDER [--models nano SMOLLM2_FOLDER]
         [--ratios 0.2 0.3 0.5] [--selectors ...] [--repairs none residual] [--seeds 0 1 2] [--windows 16]
-        [--tokens 24576] [--threads 1]
+        [--tokens 24576] [--device cpu] [--threads 1] [--limit-s SECONDS]
+    ... --updates 120 [--selectors, of `flagship_trained.py`]
     python benchmarks/flagship.py --report
 
 Calibration is papers, instructions, books and code (the embedded model: its own documents), and what is scored is of
 other kinds: WikiText-2, the C4 sample and stories; runs of eight tokens that both have are counted. A seed draws other
 rows for what is drawn. Scores are the perplexity of each text, and the KL divergence from the dense model in nats a
 token, window by window, so that methods are compared in pairs. A finished row is a line of results/flagship.jsonl and
-is not done again; what a search had found stays in FOLDER until its row is done. With updates, every row would be
-trained alike before it is scored; only 0 is there yet.
+is not done again; what a search had found stays in FOLDER until its row is done. With updates, every row is trained for as
+many of them before it is scored; see `flagship_trained.py`.
 
 Torch-Pruning is run from its own package where it is installed (`opponents.py`).
 
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 
+import flagship_trained
 import opponents
 from common import RESULTS, high_water_mib, machine
 from compresso.job import Job
@@ -38,7 +41,7 @@ from compresso.metrics.divergence import divergence, reference
 from repair import SELECTORS, Subject, cells
 
 LINES = RESULTS / "flagship.jsonl"
-KEYS = ("model", "selector", "ratio", "repair", "seed", "tokens", "windows")
+KEYS = ("model", "selector", "ratio", "repair", "seed", "tokens", "windows", "updates")
 MARGIN = 1.06
 COMPARED = 4
 """Windows of each text whose divergence is taken, one by one."""
@@ -69,8 +72,8 @@ ORDER = (
 class Judged(Subject):
     """A subject whose divergence is taken window by window."""
 
-    def __init__(self, name: str, tokens: int, scored: int) -> None:
-        super().__init__(name, tokens, scored, "flagship")
+    def __init__(self, name: str, tokens: int, scored: int, device: str = "cpu") -> None:
+        super().__init__(name, tokens, scored, "flagship", device)
         size = 4 * int(self.model.config.vocab_size) * PLACES
         self.references = {
             text: [reference(self.model, [ids], corpus=text, batch_size=1, max_bytes=size) for ids in of[:COMPARED]]
@@ -109,21 +112,24 @@ def rows() -> list[dict[str, Any]]:
 def run(given: argparse.Namespace) -> None:
     """Do what is missing, seeds last, so that a table that is cut short has all methods."""
     torch.set_num_threads(given.threads)
+    begun = time.monotonic()
     where = {key: value for key, value in machine().items() if key != "load_before"}
     for name in given.models:
         subject: Subject | None = None
         shown = name if name in ("nano", "babyllama") else Path(name).name
         for seed, ratio, selector in _order(given):
             cell = {"model": shown, "selector": selector, "ratio": ratio, "seed": seed}
-            cell |= {"tokens": given.tokens, "windows": given.windows}
-            known = {tuple(row[key] for key in KEYS) for row in rows()}
+            cell |= {"tokens": given.tokens, "windows": given.windows, "updates": given.updates if ratio else 0}
+            known = {tuple({"updates": 0, **row}[key] for key in KEYS) for row in rows()}
             wanted = ["none"] if selector == "dense" or selector in OPPONENTS else given.repairs
             left = [one for one in wanted if tuple({**cell, "repair": one}[key] for key in KEYS) not in known]
-            if not left:
+            if not left or time.monotonic() - begun > given.limit_s:
                 continue
-            subject = subject or Judged(name, given.tokens, given.windows)
+            subject = subject or Judged(name, given.tokens, given.windows, given.device)
             scratch = given.scratch / f"{shown}-{selector.replace('/', '-')}-{ratio}-{seed}-{given.tokens}"
-            for row in _scored(subject, selector, ratio, left, seed, scratch):
+            if given.updates:
+                scratch = scratch.with_name(f"{scratch.name}-{given.updates}")
+            for row in _scored(subject, selector, ratio, left, seed, scratch, cell["updates"]):
                 line = {**cell, **row, "peak_mib": round(high_water_mib()), "machine": where}
                 with LINES.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -139,7 +145,7 @@ def _order(given: argparse.Namespace) -> Iterator[tuple[int, float, str]]:
 
 
 def _scored(
-    subject: Judged, selector: str, ratio: float, repairs: Sequence[str], seed: int, scratch: Path
+    subject: Judged, selector: str, ratio: float, repairs: Sequence[str], seed: int, scratch: Path, updates: int
 ) -> Iterator[dict[str, Any]]:
     """A selector's rows; one that fails has its reason in the place of scores."""
     begun = time.monotonic()
@@ -150,6 +156,14 @@ def _scored(
     try:
         if selector in OPPONENTS:
             yield _opponent(subject, selector, ratio, seed)
+            return
+        if updates:
+            for repair in repairs:
+                begun = time.monotonic()
+                job, told = flagship_trained.trained(subject, selector, updates, ratio, repair, seed, scratch / repair)
+                seconds = round(time.monotonic() - begun, 1)
+                yield {"repair": repair, **told, **subject.scores(job), "seconds": seconds}
+            shutil.rmtree(scratch, ignore_errors=True)
             return
         yield from cells(subject, selector, ratio, repairs, seed, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -171,19 +185,20 @@ def report() -> None:
     """Write results/flagship.md."""
     done = rows()
     text = [
-        "# Without training",
+        "# Without training, and after equal training",
         "",
         "KL from the dense model in nats a token, and perplexities; mean over seeds, ± half the range. See"
         " `benchmarks/flagship.py`.",
         "",
     ]
-    for model in dict.fromkeys(row["model"] for row in done):
-        mine = [row for row in done if row["model"] == model]
+    for model, updates in sorted({(row["model"], row.get("updates", 0)) for row in done if row["ratio"]}):
+        mine = [row for row in done if row["model"] == model and row.get("updates", 0) in (0, updates)]
+        mine = [row for row in mine if not row["ratio"] or row.get("updates", 0) == updates]
         texts = [key for key in ("wikitext2", "c4", "stories", "world") if any(key in row for row in mine)]
         one = mine[0]
         where = one["machine"]["cuda"] or one["machine"]["processor"]
         text += [
-            f"## {model}",
+            f"## {model}, {f'{updates} updates of 2,048 tokens' if updates else 'no training'}",
             "",
             f"{one['tokens']:,} tokens of calibration, {one['windows']} windows a text; {where}.",
         ]
@@ -262,18 +277,24 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     """Run, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=0, choices=[0])
+    parser.add_argument("--updates", type=int, default=0, help="of 2,048 tokens, of every method")
     parser.add_argument("--models", nargs="+", default=["nano"])
-    parser.add_argument("--selectors", nargs="+", default=list(ORDER), choices=[*SELECTORS, *OPPONENTS])
+    parser.add_argument("--selectors", nargs="+", help="or methods of `flagship_trained.py`; all by default")
     parser.add_argument("--scratch", type=Path, default=Path("flagship"))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--repairs", nargs="+", default=["none", "residual"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24576)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which no other row is begun")
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()
+    able = flagship_trained.ORDER if given.updates else (*SELECTORS, *OPPONENTS)
+    given.selectors = given.selectors or list(flagship_trained.ORDER if given.updates else ORDER)
+    if unknown := [one for one in given.selectors if one not in able]:
+        parser.error(f"--selectors {' '.join(unknown)}: wanted some of {' '.join(able)}")
     if not given.report:
         run(given)
     report()

@@ -123,12 +123,14 @@ def windows(tokenizer: Any, texts: Iterator[str], width: int, most: int, apart: 
 class Subject:
     """A dense model with its calibration and what it is scored on."""
 
-    def __init__(self, name: str, tokens: int, scored: int, mix: str) -> None:
+    def __init__(self, name: str, tokens: int, scored: int, mix: str, device: str = "cpu") -> None:
         babyllama = Path(os.environ.get("COMPRESSO_DATA", "")) / "models" / "babyllama-tok361"
         folder = {"nano": nano.path(), "babyllama": babyllama}.get(name, Path(name))
         self.name = name if name in ("nano", "babyllama") else folder.name
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model: PreTrainedModel = as_stock(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        self.model: PreTrainedModel = as_stock(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        )
         width = min(WIDTH, int(self.model.config.max_position_embeddings))
         n = max(8, tokens // width)
         if name == "nano":
