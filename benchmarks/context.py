@@ -125,7 +125,7 @@ def scored(model: PreTrainedModel, rows: Tensor, chunk: int | None) -> tuple[flo
 
 def shifted(model: PreTrainedModel, gates: ContextGates, rows: Tensor, share: float) -> None:
     """Put all offsets where `share` of the context of rows is live."""
-    batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
+    batches = [{"input_ids": row.unsqueeze(0), "attention_mask": row.new_ones(1, len(row))} for row in rows]
     gates.hold_(model)
     land_(model, gates, batches, share)
     release_(model)
@@ -163,10 +163,11 @@ def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[
         if options.gates and ("gates", share) not in known:
             records = json.loads((Path(options.gates) / "records.json").read_text("utf-8"))
             (patch,) = read_patches(records["patches"], Path(options.gates))
-            gates = gates_of(patch, model)
+            gates = gates_of(patch, model).to(model.device)
             run = records["stages"]["context_gates"]
             if share != run["keep_context"]:  # the run's own gates are there already
-                shifted(model, gates, windows(loaded, Path(options.data), options.length, LANDING), share)
+                seen = windows(loaded, Path(options.data), options.length, LANDING)
+                shifted(model, gates, seen.to(model.device), share)
             gates.hold_(model)
             yield Held("gates", share, gates, {"updates": run["updates"]})
             release_(model)
@@ -189,8 +190,9 @@ def noted(options: argparse.Namespace, part: str, held: Held, **numbers: Any) ->
 
 def score(options: argparse.Namespace) -> None:
     """Perplexity of texts."""
-    loaded = compresso.load(options.model, dtype=torch.float32)
-    model, rows = loaded.model, windows(loaded, Path(options.text), options.length, options.windows)
+    loaded = compresso.load(options.model, dtype=torch.float32, device=options.device)
+    model = loaded.model
+    rows = windows(loaded, Path(options.text), options.length, options.windows).to(model.device)
     facts = {"length": options.length, "windows": options.windows}
     for held in methods(loaded, options, "text"):
         if held.gates is None:
@@ -199,7 +201,7 @@ def score(options: argparse.Namespace) -> None:
             noted(options, "text", held, perplexity=perplexity, seen=seen or 1.0, chunk=chunk, **facts)
             continue
         perplexity, _ = scored(model, rows, None)
-        batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, len(row)).long()} for row in rows]
+        batches = [{"input_ids": row.unsqueeze(0), "attention_mask": row.new_ones(1, len(row))} for row in rows]
         live = live_by_layer(model, held.gates, batches)
         found = {"perplexity": perplexity, "seen": sum(live) / len(live), "by_layer": live}
         noted(options, "text", held, **found, **facts)
@@ -207,7 +209,7 @@ def score(options: argparse.Namespace) -> None:
 
 def recall(options: argparse.Namespace) -> None:
     """Facts early in the context, asked late."""
-    loaded = compresso.load(options.model, dtype=torch.float32)
+    loaded = compresso.load(options.model, dtype=torch.float32, device=options.device)
     assert loaded.tokenizer is not None
     kind = kind_of(options.embedded, options.seed)
     asked = items(loaded.tokenizer, kind, options.items, options.length, options.facts, options.seed)
@@ -219,7 +221,7 @@ def recall(options: argparse.Namespace) -> None:
 
 def speed(options: argparse.Namespace) -> None:
     """Bytes of the cache and decode tokens/s; the methods take turns at each size, the median of rounds counts."""
-    loaded = compresso.load(options.model, dtype=torch.float32)
+    loaded = compresso.load(options.model, dtype=torch.float32, device=options.device)
     lines = [one for one in read(Path(options.results)) if of(one, options, "speed")]
     known = {(one["method"], one["context"], one["batch"]) for one in lines}
     for context, batch in product(options.contexts, options.batches):
@@ -292,6 +294,8 @@ def main() -> None:
         command.add_argument("--shares", nargs="*", type=float, default=SHARES)
     for command in (two, three, four):
         command.add_argument("--rules", nargs="*", default=RULES)
+    for command in (two, three, four):
+        command.add_argument("--device", default="cpu")
     for command in (one, two, three, four):
         command.add_argument("--model", required=True)
     for command in (parser, two, three, four):

@@ -127,7 +127,7 @@ def answered(model: PreTrainedModel, asked: Items, chunk: int, batch: int) -> tu
         cache: Cache = ContextCache(len(keepers)) if keepers else DynamicCache(config=model.config)
         last = torch.empty(0)
         for piece in asked.ids[rows].split(chunk, dim=1):
-            last = model(piece, past_key_values=cache, use_cache=True).logits[:, -1].float()
+            last = model(piece.to(model.device), past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         scores = last.gather(1, asked.choices[rows])
         right.append(scores.argmax(1) == asked.answers[rows])
         if isinstance(cache, ContextCache):

@@ -11,8 +11,8 @@ Calibration is papers, instructions, books and code (the embedded model: its own
 other kinds: WikiText-2, the C4 sample and stories; runs of eight tokens that both have are counted. A seed draws other
 rows for what is drawn. Scores are the perplexity of each text, and the KL divergence from the dense model in nats a
 token, window by window, so that methods are compared in pairs. A finished row is a line of results/flagship.jsonl and
-is not done again; what a search had found stays in FOLDER until its row is done. With updates, every row is trained for as
-many of them before it is scored; see `flagship_trained.py`.
+is not done again; what a search had found stays in FOLDER until its row is done. With updates, every row is trained for
+as many of them before it is scored; see `flagship_trained.py`.
 
 Torch-Pruning is run from its own package where it is installed (`opponents.py`).
 

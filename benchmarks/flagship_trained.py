@@ -22,12 +22,12 @@ LORA = {"rank": 32, "alpha": 32, **RATE}
 SHORT = {"batch": BATCH, "micro_batch": BATCH}
 Stages = list[dict[str, dict[str, Any]]]
 
-AFTER_SELECTION = {"": "recover", "/taught": "distill"}
+BOTH = ("shortgpt", "gate-taylor", "ristretto", "ristretto/dp")
 SELECTED = {
-    **{f"{name}{how}": name for name in ("shortgpt", "gate-taylor", "ristretto", "ristretto/dp") for how in AFTER_SELECTION},
+    **{f"{name}{how}": name for name in BOTH for how in ("", "/taught")},
     **{name: name for name in ("llm-pruner", "contextual", "bonsai", "magnitude")},
     **{f"{name}/taught": name for name in ("minitron", "minitron/depth")},
-}  # fmt: skip
+}
 """Methods that choose first and train then: of each the selector of the table without training."""
 LEARNED = ("compresso", "loraprune", "lorashear", "ziplm", "ristretto/rounds")
 """Methods that choose while they train, or cut again after training."""

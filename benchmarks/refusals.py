@@ -1,7 +1,8 @@
 """What pruning one part of a chat model does to its refusals: Wanda on the attention, on the MLP, on both.
 
     COMPRESSO_DATA=folder python benchmarks/refusals.py --model FOLDER [--methods dense wanda-attention-20 ...]
-        [--limit 10] [--benign 5] [--new-tokens 128] [--examples 128] [--length 512] [--scratch FOLDER] [--threads 1]
+        [--limit 10] [--benign 5] [--new-tokens 128] [--examples 128] [--length 512] [--scratch FOLDER]
+        [--device cpu] [--threads 1]
     python benchmarks/refusals.py --report
 
 The table of Pruning for Protection (arXiv 2401.10862) for one model: of a stratified part of its prompts (`--limit`,
@@ -88,7 +89,7 @@ def run(given: argparse.Namespace) -> None:
         if any(all(one[key] == row[key] for key in KEYS) for one in rows()):
             continue
         begun = time.monotonic()
-        loaded = load(given.model, dtype=torch.float32)
+        loaded = load(given.model, dtype=torch.float32, device=given.device)
         model, kept = compressed(loaded, method, given, 0)
         seconds, begun = round(time.monotonic() - begun, 1), time.monotonic()
         row |= {**kept, **answered(replace(loaded, model=model), asked, row, given), "compression_s": seconds}
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--scratch", type=Path, default=Path("refusals"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()

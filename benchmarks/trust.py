@@ -2,7 +2,8 @@
 
     COMPRESSO_DATA=folder python benchmarks/trust.py --models FOLDER ... [--methods dense wanda-50 gptq-3 ...]
         [--seeds 0 1 2] [--systems plain trust fact] [--dimensions ethics ...] [--limit 40] [--written 8]
-        [--examples 128] [--length 512] [--group 128] [--smaller FOLDER ...] [--scratch FOLDER] [--threads 1]
+        [--examples 128] [--length 512] [--group 128] [--smaller FOLDER ...] [--scratch FOLDER]
+        [--device cpu] [--threads 1]
     python benchmarks/trust.py --report
 
 The grid of Decoding Compressed Trust (arXiv 2403.15447), with our own methods and the attention-only pruning of arXiv
@@ -187,7 +188,7 @@ def run(given: argparse.Namespace) -> None:
         if not left:
             continue
         begun = time.monotonic()
-        loaded = load(folder, dtype=torch.float32)
+        loaded = load(folder, dtype=torch.float32, device=given.device)
         model, kept = compressed(loaded, method, given, seed)
         seconds, one = round(time.monotonic() - begun, 1), replace(loaded, model=model)
         for system in left:
@@ -229,6 +230,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--scratch", type=Path, default=Path("trust"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()
