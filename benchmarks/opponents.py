@@ -42,7 +42,7 @@ def torch_pruning(
             ignored.append(smaller.get_input_embeddings())
         pruner = graph.pruner.BasePruner(
             smaller,
-            torch.tensor([rows[0]["input_ids"][:16]]),
+            torch.tensor([rows[0]["input_ids"][:16]], device=model.device),
             graph.importance.GroupTaylorImportance(),
             pruning_ratio=share,
             ignored_layers=[smaller.get_output_embeddings(), *ignored],
@@ -63,7 +63,7 @@ def _gradients(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> dict[s
     own = copy.deepcopy(model).requires_grad_(True)
     used = rows[: BATCHES * BATCH]
     for row in used:
-        ids = torch.tensor([row["input_ids"]])
+        ids = torch.tensor([row["input_ids"]], device=own.device)
         (own(input_ids=ids, labels=ids).loss / len(used)).backward()
     return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in own.named_parameters()}
 
