@@ -162,7 +162,7 @@ def divergence(
             f"the model has a vocabulary of {_vocabulary(model)}, the dense reference one of {len(tokens)}; wanted the"
             " same"
         )
-    new = {int(old): i for i, old in enumerate(tokens)}
+    new = {old: i for i, old in enumerate(tokens.tolist())}
     if any(i not in new for window in reference.windows for i in window):
         raise DataError(
             f"windows of '{reference.corpus}' hold tokens that the model does not have; give windows of tokens that"
