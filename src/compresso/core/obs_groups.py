@@ -251,7 +251,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
 
 def _factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor of [..., g, g], and which of them have none."""
-    if matrix.shape[-1] == 1:  # of single columns, thousands of times: a call of the solver costs more than all the rest
+    if matrix.shape[-1] == 1:  # of single columns, thousands of times: calls of the solver would cost most
         return matrix.sqrt(), ~((matrix > 0) & matrix.isfinite()).all(dim=-1).all(dim=-1)
     lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
     return lower, (failed != 0) | ~lower.isfinite().all(dim=-1).all(dim=-1)
