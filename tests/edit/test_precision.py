@@ -8,8 +8,15 @@ from compresso.edit.precision import cast_
 
 
 def test_what_no_file_holds_keeps_its_dtype() -> None:
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).to(torch.float32)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
     before = {name: (buffer.dtype, buffer.clone()) for name, buffer in model.named_buffers()}
     assert any("inv_freq" in name for name in before)
     kept = list(model.parameters())
@@ -19,7 +26,7 @@ def test_what_no_file_holds_keeps_its_dtype() -> None:
     for name, buffer in model.named_buffers():
         assert buffer.dtype == before[name][0] and torch.equal(buffer, before[name][1])
     assert cast_(model, torch.bfloat16).dtype == torch.bfloat16
-    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
 
 
 def test_buffers_of_a_checkpoint_go_along_and_whole_numbers_stay() -> None:
