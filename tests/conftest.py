@@ -135,7 +135,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: float) -> float:
     """What `reopen_and_compare` does, in this process: seconds are saved, and one test goes the long way."""
     dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
-    live = copy.deepcopy(model).eval()
+    live = copy.deepcopy(model).eval().cpu()
     for parameter in live.parameters():
         parameter.data = parameter.data.to(dtype).float()
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -337,7 +337,7 @@ def test_a_stage_runs_on_a_family_or_says_what_would(
     lacking = [facts["lacking_kinds"] for facts in result.records["stages"].values() if "lacking_kinds" in facts]
     assert bool(lacking) == bool(kinds & LACKING.get(name, frozenset())), lacking
 
-    changed, before = result.model.state_dict(), dense(name)
+    changed, before = result.model.cpu().state_dict(), dense(name)
     assert (
         variant in PATCHES
         or any(

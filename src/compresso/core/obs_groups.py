@@ -201,6 +201,7 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
     """
     inverse, gram = layer.blocks(groups)
     of = torch.arange(len(groups)) if teams is None else torch.tensor(teams)
+    of = of.to(groups.device)
     waiting = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
     order, errors = list[int](), [layer.error]
     unit = torch.eye(groups.shape[1], dtype=inverse.dtype, device=inverse.device)
@@ -211,7 +212,7 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
         crossed = moved.mT @ other
         gram -= crossed + crossed.mT
         inverse[one], gram[one] = unit, 0  # so that it can be factored along with the others
-        waiting[of.to(waiting.device) == of[one]] = False
+        waiting[of == of[one]] = False
         order.append(one)
         errors.append(layer.error)
     return Nested(tuple(order), tuple(errors))
@@ -250,10 +251,14 @@ def _cholesky(matrix: Tensor) -> Tensor:
 
 def _factored(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor of [..., g, g], and which of them have none."""
+    if matrix.shape[-1] == 1:  # of single columns, thousands of times: calls of the solver would cost most
+        return matrix.sqrt(), ~((matrix > 0) & matrix.isfinite()).all(dim=-1).all(dim=-1)
     lower, failed = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(matrix))  # pyright: ignore[reportUnknownMemberType]
     return lower, (failed != 0) | ~lower.isfinite().all(dim=-1).all(dim=-1)
 
 
 def _solved(lower: Tensor, right: Tensor) -> Tensor:
     """lower^-1 right."""
+    if lower.shape[-1] == 1:
+        return right / lower
     return cast(Tensor, torch.linalg.solve_triangular(lower, right, upper=False))  # pyright: ignore[reportUnknownMemberType]

@@ -34,6 +34,7 @@ from compresso.arch.base import Arch
 from compresso.core.context import Uses, used
 from compresso.core.row import Row
 from compresso.data.windows import check_window
+from compresso.edit.precision import cast_
 from compresso.edit.token_ids import token_ids
 from compresso.job import Job
 from compresso.observe.linear_uses import linear_uses
@@ -115,7 +116,7 @@ class ContextualThresholds:
             masks = with_tokens_zeroed(
                 job.model, masks, (share > self.embedding).index_fill(0, torch.tensor(sorted(special)), True)
             )
-        model = cast(PreTrainedModel, cast(nn.Module, job.model).float()).requires_grad_(True)
+        model = cast(PreTrainedModel, cast_(cast(nn.Module, job.model), torch.float32)).requires_grad_(True)
         zero_(model, masks)
         named = dict(model.named_parameters())
         handles = [named[name].register_hook(_masked(stays.to(job.device))) for name, stays in masks.items()]
@@ -127,7 +128,7 @@ class ContextualThresholds:
         finally:
             for handle in handles:
                 handle.remove()
-        model = cast(PreTrainedModel, cast(nn.Module, model).to(stored)).requires_grad_(False)
+        model = cast(PreTrainedModel, cast_(cast(nn.Module, model), stored)).requires_grad_(False)
         zeroed = {name: int((~stays).sum()) for name, stays in masks.items() if not bool(stays.all())}
         n = sum(parameter.numel() for parameter in model.parameters())
         facts = {

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, cast
 
+import torch
 from annotated_types import Ge
 from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core import schedule
+from compresso.edit.precision import cast_
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, stage
 from compresso.stage.tuning import tune
@@ -64,7 +66,7 @@ class Finetune:
         stored, new_head = job.model.dtype, job.task.lacks_head(job.model.config)
         headed = job.task.with_head(job.model, job.labels, job.seed) if new_head else job.model
         # small updates of all weights would be rounded away in half precision
-        model = cast(nn.Module, headed).float().requires_grad_(True)
+        model = cast_(cast(nn.Module, headed), torch.float32).requires_grad_(True)
         lr, clip = self.adamw.lr, self.adamw.clip
         rate = schedule.rate(self.adamw.lr_schedule, total, min(self.adamw.warmup, max(total - 1, 0)))
         weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -75,7 +77,7 @@ class Finetune:
         ]
         objective = LossObjective(model, job.task.loss)
         history = tune(replace(job, model=headed), "finetune", self.trains, objective, groups, total)
-        trained = cast(Any, model).to(stored).requires_grad_(False).eval()
+        trained = cast(Any, cast_(model, stored)).requires_grad_(False).eval()
         facts: dict[str, Any] = {
             "updates": total,
             "trainable": sum(parameter.numel() for parameter in trained.parameters()),

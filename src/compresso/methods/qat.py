@@ -40,6 +40,7 @@ from compresso.core.quantisers import FULL, Quantiser, Style
 from compresso.core.squarehead import Norm
 from compresso.edit.eager import EAGER, attention_of, eager
 from compresso.edit.magnitude_masks import owned, unit_masks, weight_masks
+from compresso.edit.precision import cast_
 from compresso.edit.quantise_inputs import Asymmetric, inputs_of
 from compresso.edit.quantised import QuantisedModel
 from compresso.errors import RecipeError
@@ -202,7 +203,7 @@ class Qat:
         facts = self._train(job, model, rounded, axes, linears, total, prune_at) if total else {"updates": 0}
         gone, ranges = _gone(rounded, linears), rounded.ranges()
         rounded.fold_()
-        job = replace(job, model=job.model.to(stored).requires_grad_(False).eval())  # pyright: ignore
+        job = replace(job, model=cast_(job.model, stored).requires_grad_(False).eval())  # pyright: ignore
         if inputs.linears:
             patch = inputs.patch(ranges)
             patch.apply_(job.model)

@@ -237,11 +237,12 @@ def greedy(
         if last[sorted(open_)].isnan().any():
             raise NumericError(f"the model gives NaN after {step} new tokens; use float32 or bfloat16")
         chosen = choose(last)
+        tokens = chosen.tolist()  # one wait for the device, not one a row
         for row in sorted(open_):
-            if (token := int(chosen[row])) in ends:
+            if tokens[row] in ends:
                 ended[row] = True
             else:
-                texts[row].append(token)
+                texts[row].append(tokens[row])
         open_ = {row for row in open_ if not ended[row] and (rooms is None or len(texts[row]) < rooms[row])}
         if not open_:
             break

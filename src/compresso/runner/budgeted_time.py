@@ -19,6 +19,7 @@ from compresso.checkpoint.source import Source
 from compresso.core.latency_table import LatencyTable
 from compresso.core.measures import Measures
 from compresso.core.plan import Plan
+from compresso.edit.precision import cast_
 from compresso.engines.file_times import TIMERS, FileTimer
 from compresso.metrics.forwards import timed_forwards
 from compresso.metrics.record import Environment, Measurement, Setting
@@ -66,7 +67,8 @@ def timed(
     if conditions.engine == "torch":
         dtype = getattr(torch, conditions.dtype)
         live = {
-            name: model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for name, model in models.items()
+            name: model if model.dtype == dtype else cast_(copy.deepcopy(model), dtype)
+            for name, model in models.items()
         }
         times = timed_forwards(live, conditions, ROUNDS)
     else:

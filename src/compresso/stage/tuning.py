@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from compresso.arch.routers import router_parameters
 from compresso.core import schedule
 from compresso.edit.lora import attach_, merge_, save_adapter
+from compresso.edit.precision import cast_
 from compresso.edit.recompute import recompute_
 from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
@@ -40,7 +41,7 @@ def learner(job: Job, lora: TunesLora | None, routers: bool = False) -> nn.Modul
     if lora is not None and not routers:
         return attached(job, lora)
     # small updates of all weights would be rounded away in half precision
-    model = cast(nn.Module, job.model).float().requires_grad_(not routers)
+    model = cast_(cast(nn.Module, job.model), torch.float32).requires_grad_(not routers)
     for parameter in router_parameters(model).values() if routers else ():
         parameter.requires_grad_(True)
     return model
@@ -88,7 +89,7 @@ def settled(job: Job, learned: nn.Module, stored: torch.dtype, name: str, trains
     """
     if isinstance(learned, PeftModel):
         return merged(job, learned, name, trains)
-    return replace(job, model=cast(Any, job.model).to(stored).requires_grad_(False))
+    return replace(job, model=cast(Any, cast_(job.model, stored)).requires_grad_(False))
 
 
 def group_of(name: str, learning: nn.Module, adamw: AdamW, hidden: int, total: int, weight_decay: float = 0.0) -> Group:

@@ -88,7 +88,7 @@ class CandidateDivergence:
         apart = -(-len(blocks) * border // (max_bytes // 2)) if max_bytes > 1 else len(blocks)
         self.borders = tuple(range(max(apart, 1), len(blocks), max(apart, 1)))
         self._states: list[dict[int, Tensor]] = [{} for _ in self._batches]
-        self._log_probs = [self._run(i, 0, keep=True).cpu() for i in range(len(self._batches))]
+        self._log_probs = [self._run(i, 0, keep=True) for i in range(len(self._batches))]
         if any(bool(one.isnan().any()) for one in self._log_probs):
             raise NumericError("the dense model's predictions are NaN on the calibration data; use float32 or bfloat16")
 
@@ -116,7 +116,7 @@ class CandidateDivergence:
         total, n = 0.0, 0
         for i in range(self._stages[stage]):
             found = self._run(i, border, keep=False)
-            total += float(_divergence(self._log_probs[i].to(found.device), found))
+            total += float(_divergence(self._log_probs[i], found))
             n += len(found)
         return max(total / n, 0.0) if math.isfinite(total) else math.nan
 

@@ -10,12 +10,14 @@ Files hold rounded weights as full numbers. Activations are rounded by a forward
 and `compresso.load` applies; no engine here has it for a ViT, so it is simulated.
 """
 
+import torch
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.core.quantisers import Quantiser, Style
 from compresso.edit.patch import Patch
 from compresso.edit.patches import patch_
+from compresso.edit.precision import cast_
 from compresso.edit.quantise_inputs import Asymmetric, inputs_of
 from compresso.edit.quantised import QuantisedModel
 from compresso.sweep.targets import Where, chosen, names_of
@@ -61,8 +63,8 @@ def quantise_(
     arch, stored = arch_for(model.config), model.dtype
     linears = names_of(chosen(model, arch, where))
     inputs = inputs_of(input_bits, style, asymmetric, linears, arch.axes(model))
-    QuantisedModel(model.float(), linears, weights, inputs).fold_()
-    model.to(stored)  # pyright: ignore[reportArgumentType]
+    QuantisedModel(cast_(model, torch.float32), linears, weights, inputs).fold_()
+    cast_(model, stored)
     patches = (inputs.patch(),) if inputs.linears else ()
     patch_(model, patches)
     return patches
