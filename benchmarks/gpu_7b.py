@@ -103,7 +103,8 @@ def step_of(kind: str, per_call: int, checkpointing: bool, layers: int, hidden: 
     if kind == "LoRA":
         one = plain_step(model, rows, bf16=True, checkpointing=checkpointing)
         return lambda: [one() for _ in range(per_call)] and None
-    return masked_steps(model, rows, per_call, bf16=True, checkpointing=checkpointing)
+    many = masked_steps(model, rows, bf16=True, checkpointing=checkpointing)
+    return lambda: many(per_call)
 
 
 def training(pairs: int, per_call: int, layers: int, hidden: int) -> list[dict[str, object]]:

@@ -44,7 +44,8 @@ def plain() -> Step:
 
 def masked(per_call: int) -> Step:
     """`per_call` steps of mask training."""
-    return masked_steps(model(), batch(ROWS, LENGTH), per_call)
+    many = masked_steps(model(), batch(ROWS, LENGTH))
+    return lambda: many(per_call)
 
 
 def peak_mib(which: str) -> float:

@@ -25,9 +25,9 @@ Step = Callable[[], None]
 RANK, TARGETS = 8, ["q_proj", "v_proj"]
 
 
-def batch(rows: int, length: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def batch(rows: int, length: int, device: torch.device | str = "cpu", vocab: int = 32000) -> dict[str, Tensor]:
     """The one batch of both: input_ids, attention_mask and labels [rows, length]."""
-    ids = torch.randint(1, 32000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(1, vocab, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -65,10 +65,15 @@ class OneBatch:
 
 
 def masked_steps(
-    model: PreTrainedModel, rows: dict[str, Tensor], per_call: int, *, bf16: bool = False, checkpointing: bool = False
-) -> Step:
-    """`per_call` updates of mask training: gates on heads, channels and hidden dimensions, noise per example,
-    projection after each.
+    model: PreTrainedModel,
+    rows: dict[str, Tensor],
+    *,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    each: Callable[[int], object] = lambda update: None,
+) -> Callable[[int], None]:
+    """So many updates of mask training: gates on heads, channels and hidden dimensions, noise per example, projection
+    after each, and then `each` with its index. The batch comes from the CPU, as it does in a run.
     """
     arch = arch_for(model.config)
     axes = arch.axes(model)
@@ -94,19 +99,21 @@ def masked_steps(
         Group("gates", objective.gate_parameters(), 0.02),
     ]
     precision = "bf16" if bf16 else "no"
+    batches = OneBatch({name: value.cpu() for name, value in rows.items()})
 
     def after(update: int) -> dict[str, float]:
         objective.clamp_()
         objective.project_(update)
+        each(update)
         return {}
 
-    def step() -> None:
+    def steps(updates: int) -> None:
         with objective.attached():
             fit(
                 objective,
                 groups,
-                OneBatch(rows),
-                per_call,
+                batches,
+                updates,
                 seed=0,
                 precision=precision,
                 device=model.device,
@@ -114,4 +121,4 @@ def masked_steps(
                 progress=Progress("silent"),
             )
 
-    return step
+    return steps

@@ -147,6 +147,8 @@ class CostModel:
         self._outer = (  # what counts masks that name none of them, to the last bit as if there were none
             CostModel([axis for axis in self.axes if axis.within is None], self.weights, bits) if self._inner else None
         )
+        self._counted_dense: Counts | None = None
+        self._owning: dict[tuple[str, ...], list[tuple[str, int]]] = {}
         self._there: dict[torch.device, tuple[Tensor, ...]] = {}
         self._filled: dict[tuple[torch.device, tuple[str, ...]], tuple[tuple[Tensor, Tensor], ...]] = {}
 
@@ -170,7 +172,10 @@ class CostModel:
         if self._outer is not None and self._inner.isdisjoint(masks):
             return self._outer(masks)
         if not masks:
-            return self._count(self._dense)
+            if self._counted_dense is None:
+                with torch.inference_mode(False):  # what is kept may be asked for in any mode
+                    self._counted_dense = self._count(self._dense)
+            return self._counted_dense
         totals = torch.stack([mask.sum(dtype=torch.float64) for mask in masks.values()])
         picked = [masks[name][unit].to(torch.float64) for name, unit in self._units(masks)]
         atoms = self._atoms_of(tuple(masks), totals, torch.stack(picked) if picked else totals)
@@ -236,9 +241,15 @@ class CostModel:
 
     def _units(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """The single units of these axes that own whole tensors: axis name and index."""
-        return [
-            (name, int(what)) for name in names for _, what in self._of_axis.get(name, ()) if what not in ("sum", "any")
-        ]
+        key = tuple(names)
+        if key not in self._owning:
+            self._owning[key] = [
+                (name, int(what))
+                for name in key
+                for _, what in self._of_axis.get(name, ())
+                if what not in ("sum", "any")
+            ]
+        return self._owning[key]
 
     def _columns(self, names: tuple[str, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
         """For sums, presences and single units: the atoms to fill and the rows of the values that fill them, on the

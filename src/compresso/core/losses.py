@@ -24,8 +24,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: no position is labelled (the mean would be NaN) or the shapes disagree.
     """
-    labelled = _labelled(logits, labels)
-    if 2 * int(labelled.sum()) > labelled.numel():
+    labelled, count = _labelled(logits, labels)
+    if 2 * count > labelled.numel():
         shifted = functional.pad(
             labels[:, 1:], (0, 1), value=IGNORED
         )  # as long as the logits, so that these are not copied
@@ -108,19 +108,23 @@ def lagrangian(
     return lambda1 * gap + lambda2 * gap**2
 
 
-def _labelled(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which positions predict a label [batch, seq - 1], bool. Raises ValueError if none does or the shapes disagree."""
+def _labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Which positions predict a label [batch, seq - 1], bool, and how many do, for which a device is waited for once.
+
+    Raises ValueError if none does or the shapes disagree.
+    """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"wanted logits [batch, seq, vocab] and labels [batch, seq], got {list(logits.shape)} and"
             f" {list(labels.shape)}"
         )
     labelled = labels[:, 1:] != IGNORED
-    if not bool(labelled.any()):
+    count = int(labelled.sum())
+    if not count:
         raise ValueError(
             f"no position after the first is labelled in a batch {list(labels.shape)}; was the response cut off?"
         )
-    return labelled
+    return labelled, count
 
 
 def _token_losses(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compresso.core.axis import Axis, Gate
 from compresso.edit.expert_gates import routed, run_with
+from compresso.edit.site_mask import SiteMask
 from compresso.errors import nearest
 
 
@@ -30,7 +31,7 @@ class GateSites:
     def __init__(self, axes: Sequence[Axis]) -> None:
         """axes: those whose gates are hooked."""
         self._axes = axes
-        self._masks: dict[tuple[str, str], Tensor] = {}
+        self._masks: dict[tuple[str, str], SiteMask] = {}
         self._kept: dict[str, Tensor] = {}
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
@@ -62,8 +63,10 @@ class GateSites:
 
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             mask = self._masks.get(site)
-            times = _times_channels if isinstance(module, nn.Conv2d) else _times
-            return None if mask is None else (times(inputs[0], mask), *inputs[1:])
+            if mask is None:
+                return None
+            times = _times_channels(inputs[0], mask.values) if isinstance(module, nn.Conv2d) else mask.times(inputs[0])
+            return (times, *inputs[1:])
 
         return hook
 
@@ -75,8 +78,8 @@ class GateSites:
             if mask is None:
                 return None
             if isinstance(output, tuple):
-                return (_times(output[0], mask), *output[1:])
-            return _times(output, mask)
+                return (mask.times(output[0]), *output[1:])
+            return mask.times(output)
 
         return hook
 
@@ -89,7 +92,7 @@ class GateSites:
                 return None
             given: Tensor = inputs[0] if inputs else named["hidden_states"]
             made: Tensor = output[0] if isinstance(output, tuple) else output
-            mixed = _times(made, mask) + _times(given, 1 - mask)
+            mixed = mask.times(made) + SiteMask(1 - mask.values).times(given)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
         return hook
@@ -99,7 +102,7 @@ class GateSites:
 
         def hook(router: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
             mask = self._masks.get(site)
-            return None if mask is None else routed(router, output, mask)
+            return None if mask is None else routed(router, output, mask.values)
 
         return hook
 
@@ -112,7 +115,7 @@ class GateSites:
             mask = self._masks.get(site)
             if mask is None:
                 return forward(*arguments, **named)
-            return run_with(module, forward, folds, mask, arguments, named)
+            return run_with(module, forward, folds, mask.values, arguments, named)
 
         return masked
 
@@ -172,10 +175,12 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
                 module.forward = before
 
 
-def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """For each (module, side) the product of all masks there, shaped to broadcast against [batch, seq, width]."""
+def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], SiteMask]:
+    """For each (module, side) the product of all masks there, shaped to broadcast against [batch, seq, width]; sites at
+    which the same one acts share it.
+    """
     by_name = {axis.name: axis for axis in axes}
-    sites: dict[tuple[str, str], Tensor] = {}
+    sites: dict[tuple[str, str], SiteMask] = {}
     batches: dict[int, str] = {}
     for name, mask in masks.items():
         if name not in by_name:
@@ -196,9 +201,12 @@ def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple
         wide = mask.to(
             torch.promote_types(mask.dtype, torch.float32)
         )  # products of half-precision masks would be rounded twice
+        alike: dict[tuple[int, int | None, int, int | None], SiteMask] = {}
         for gate in axis.gates:
-            values, site = _values(gate, wide), (gate.module, gate.side)
-            sites[site] = sites[site] * values if site in sites else values
+            how, site = (gate.width, gate.unit, gate.start, gate.of), (gate.module, gate.side)
+            if how not in alike:
+                alike[how] = SiteMask(_values(gate, wide))
+            sites[site] = SiteMask(sites[site].values * alike[how].values) if site in sites else alike[how]
     return sites
 
 
@@ -223,17 +231,6 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
     """A mask as one gate multiplies it: [width of the activation], [1], or these with [batch, 1, ...] in front."""
     values = gate.spread(mask)
     return values.unsqueeze(1) if mask.dim() == 2 else values
-
-
-def _times(activation: Tensor, mask: Tensor) -> Tensor:
-    """An activation times a mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width] meets
-    [batch, 1, width]; MobileViT's sees each example as several: [batch * parts, seq, width].
-    """
-    if mask.dim() == activation.dim() + 1:
-        return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
-    if mask.dim() == activation.dim() and 1 < mask.shape[0] < len(activation):
-        mask = mask.repeat_interleave(len(activation) // mask.shape[0], 0)
-    return activation * mask.to(activation)
 
 
 def _times_channels(activation: Tensor, mask: Tensor) -> Tensor:

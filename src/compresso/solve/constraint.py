@@ -43,7 +43,15 @@ class ShareOfModel:
 
     def sparsity(self, probabilities: Mapping[str, Tensor]) -> Tensor:
         """1 - expected count / dense count, float64 []."""
-        return 1 - self.cost(probabilities).count(self.of) / float(self.cost().count(self.of))
+        names = tuple(probabilities)
+        if names and self.cost.tiled(names):  # one sum over all gates in place of one an axis
+            sizes = [len(one) for one in probabilities.values()]
+            flat = torch.cat(tuple(probabilities.values())).double()
+            totals = torch.segment_reduce(flat, "sum", lengths=torch.tensor(sizes, device=flat.device))
+            counted = self.cost.of_totals(names, totals)
+        else:
+            counted = self.cost(probabilities)
+        return 1 - counted.count(self.of) / float(self.cost().count(self.of))
 
     def target(self, progress: float) -> float:
         """The sparsity wanted now."""

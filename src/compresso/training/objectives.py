@@ -165,19 +165,17 @@ class GatedObjective(nn.Module):
             masks = self._switched(masks, hard_concrete.sample(self.layer_alpha, u[..., len(self.gates) :]))
         self._sites.set(masks)
         language = self.loss(self.model, batch)
-        probabilities = self.keep_probabilities()
+        with torch.set_grad_enabled(self.lambda1 is not None and torch.is_grad_enabled()):  # else it is only logged
+            probabilities = self.keep_probabilities()
         progress = self.progress(micro.update - self.starts)
         loss = language
         if self.lambda1 is not None and self.lambda2 is not None:
             for term, gap in enumerate(self.constraint.gaps(probabilities, progress)):
                 loss = loss + lagrangian(gap, 0.0, self.lambda1[term], self.lambda2[term]).mean().to(loss.dtype)
+        with torch.no_grad():
+            sparsity = self.constraint.sparsity(probabilities)
         target = torch.tensor(self.constraint.target(progress))
-        return {
-            "loss": loss,
-            "language": language.detach(),
-            "sparsity": self.constraint.sparsity(probabilities).detach(),
-            "target": target,
-        }
+        return {"loss": loss, "language": language.detach(), "sparsity": sparsity, "target": target}
 
     def keep_probabilities(self) -> dict[str, Tensor]:
         """P(unit stays) by axis, with layer gates worked in."""
