@@ -11,8 +11,8 @@ Calibration is papers, instructions, books and code (the embedded model: its own
 other kinds: WikiText-2, the C4 sample and stories; runs of eight tokens that both have are counted. A seed draws other
 rows for what is drawn. Scores are the perplexity of each text, and the KL divergence from the dense model in nats a
 token, window by window, so that methods are compared in pairs. A finished row is a line of results/flagship.jsonl and
-is not done again; what a search had found stays in FOLDER until its row is done. With updates, every row is trained for
-as many of them before it is scored; see `flagship_trained.py`.
+is not done again; what a search had found stays in FOLDER, for the row with training behind it. With updates, every row
+is trained for as many of them before it is scored; see `flagship_trained.py`.
 
 Torch-Pruning is run from its own package where it is installed (`opponents.py`).
 
@@ -23,6 +23,7 @@ windows and seeds: won is more than 6 %, with the 95 % interval of the differenc
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -126,14 +127,15 @@ def run(given: argparse.Namespace) -> None:
             if not left or time.monotonic() - begun > given.limit_s:
                 continue
             subject = subject or Judged(name, given.tokens, given.windows, given.device)
-            scratch = given.scratch / f"{shown}-{selector.replace('/', '-')}-{ratio}-{seed}-{given.tokens}"
-            if given.updates:
-                scratch = scratch.with_name(f"{scratch.name}-{given.updates}")
+            scratch = _scratch(given.scratch / shown, selector, ratio, seed, given.tokens)
+            shared = _scratch(given.scratch / shown, selector, 0.0, seed, given.tokens)
+            _with_bank(scratch, shared)
             for row in _scored(subject, selector, ratio, left, seed, scratch, cell["updates"]):
                 line = {**cell, **row, "peak_mib": round(high_water_mib()), "machine": where}
                 with LINES.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps({key: line[key] for key in line if key != "machine"}), flush=True)
+            _kept_bank(scratch, shared)
 
 
 def _order(given: argparse.Namespace) -> Iterator[tuple[int, float, str]]:
@@ -159,17 +161,36 @@ def _scored(
             return
         if updates:
             for repair in repairs:
-                begun = time.monotonic()
-                job, told = flagship_trained.trained(subject, selector, updates, ratio, repair, seed, scratch / repair)
+                begun, own = time.monotonic(), scratch / f"{selector.replace('/', '-')}-{repair}-{updates}"
+                chosen = scratch / "selector"
+                job, told = flagship_trained.trained(subject, selector, updates, ratio, repair, seed, own, chosen)
                 seconds = round(time.monotonic() - begun, 1)
                 yield {"repair": repair, **told, **subject.scores(job), "seconds": seconds}
-            shutil.rmtree(scratch, ignore_errors=True)
+                shutil.rmtree(own, ignore_errors=True)
             return
         yield from cells(subject, selector, ratio, repairs, seed, scratch)
-        shutil.rmtree(scratch, ignore_errors=True)
     except Exception as error:  # a table names what cannot be done and goes on
         for repair in repairs:
             yield {"repair": repair, "failed": str(error)[:200], "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _scratch(folder: Path, selector: str, ratio: float, seed: int, tokens: int) -> Path:
+    """Where journals of a selection lie, with training behind it or without."""
+    name = flagship_trained.SELECTED.get(selector, selector)
+    return folder.with_name(f"{folder.name}-{name.replace('/', '-')}-{ratio}-{seed}-{tokens}")
+
+
+def _with_bank(scratch: Path, shared: Path) -> None:
+    """Take the bank that another ratio has finished; it is of a model and its calibration alone."""
+    if shared.exists() and not (mine := scratch / "selector" / "bank").exists():
+        shutil.copytree(shared, mine)
+
+
+def _kept_bank(scratch: Path, shared: Path) -> None:
+    """Leave the finished bank to other ratios."""
+    if (mine := scratch / "selector" / "bank").exists() and not shared.exists():
+        shutil.copytree(mine, partial := shared.with_name(f"{shared.name}.{os.getpid()}"))
+        partial.rename(shared)
 
 
 def _opponent(subject: Judged, selector: str, ratio: float, seed: int) -> dict[str, Any]:

@@ -29,7 +29,14 @@ SELECTED = {
     **{f"{name}/taught": name for name in ("minitron", "minitron/depth")},
 }
 """Methods that choose first and train then: of each the selector of the table without training."""
-LEARNED = ("compresso", "loraprune", "lorashear", "ziplm", "ristretto/rounds")
+COMPRESSO: dict[str, dict[str, Any]] = {
+    "compresso": {},
+    "compresso/depth-0.3": {"depth_weight": 0.3},
+    "compresso/parts": {"kinds": ["head", "channel", "layer", "attention", "mlp"]},
+    "compresso/taught": {},
+}
+"""Compresso as its recipe is, and with other knobs of depth."""
+LEARNED = (*COMPRESSO, "loraprune", "lorashear", "ziplm", "ristretto/rounds")
 """Methods that choose while they train, or cut again after training."""
 ORDER = (
     "ristretto/taught",
@@ -51,6 +58,9 @@ ORDER = (
     "magnitude",
     "ristretto/dp/taught",
     "ristretto/dp",
+    "compresso/taught",
+    "compresso/depth-0.3",
+    "compresso/parts",
 )
 
 
@@ -85,9 +95,10 @@ def stages_of(method: str, updates: int, keep: float, repair: str) -> Stages:
         return [{"ziplm": cut}, *mend, {"token_distill": learns}]
     gates = max(updates // 10, 1)
     recover = {"recover": {"steps": updates - gates, **SHORT, **LORA}}
-    if method == "compresso":
-        knobs = {"keep": keep, "hold": gates, "score_batches": 64, "depth_batches": 4, **SHORT}
-        return [{"learn_gates": {**_own(method, "learn_gates"), **knobs}}, *mend, recover]
+    if method in COMPRESSO:
+        knobs = {"keep": keep, "hold": gates, "score_batches": 64, "depth_batches": 4, **SHORT, **COMPRESSO[method]}
+        train = {"distill": recover["recover"]} if method.endswith("/taught") else recover
+        return [{"learn_gates": {**_own("compresso", "learn_gates"), **knobs}}, *mend, train]
     half = updates // 2
     if method == "loraprune":
         knobs = {"keep": keep, "steps": half, **SHORT}
@@ -107,11 +118,13 @@ def _own(recipe: str, stage: str) -> dict[str, Any]:
 
 
 def trained(
-    subject: Subject, method: str, updates: int, ratio: float, repair: str, seed: int, folder: Path
+    subject: Subject, method: str, updates: int, ratio: float, repair: str, seed: int, folder: Path, selections: Path
 ) -> tuple[Job, dict[str, Any]]:
     """The job that a method leaves, and what its row says of it.
 
-    folder: of journals and training checkpoints, which a killed run goes on from.
+    Args:
+        folder: of journals and training checkpoints, which a killed run goes on from.
+        selections: of the journals of a method that chooses first, which the row without training may have left.
     """
     data = training_rows(subject, updates)
     recipe = build({"stages": stages_of(method, updates, 1 - ratio, repair)}, method)
@@ -119,7 +132,9 @@ def trained(
     whole = int(job.cost()().blocks)
     for act in recipe.acts:
         learns = learning_of(act.stage) is not None
-        given, stage, facts = entered(replace(job, rows=data if learns else subject.rows, out=folder / act.folder), act)
+        chooses = method in SELECTED and act is recipe.acts[0]
+        out = selections if chooses else folder / act.folder
+        given, stage, facts = entered(replace(job, rows=data if learns else subject.rows, out=out), act)
         after = stage(given)
         job = left(replace(after, rows=subject.rows), job, act, facts)
     return job, {"kept_share_of_blocks": int(job.cost()().blocks) / whole, "stages": [act.label for act in recipe.acts]}

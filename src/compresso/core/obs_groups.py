@@ -87,16 +87,18 @@ def quadratic(moment: Tensor, damping: float = 0.01) -> Quadratic:
 
 
 class Elimination:
-    """A layer while columns leave it. `error` is what has been lost so far, tr(D H D^T) of the best fit.
+    """A layer while columns leave it. Numbers stay on its device, which is waited for when they are asked for alone.
 
     Args:
         gram: A [in, in], float64, taken over.
         inverse: P [in, in], float64, taken over.
-        error: lost before.
+        lost: before [], float64.
     """
 
-    def __init__(self, gram: Tensor, inverse: Tensor, error: float = 0.0) -> None:
-        self._gram, self._inverse, self.error = gram, inverse, error
+    def __init__(self, gram: Tensor, inverse: Tensor, lost: Tensor | None = None) -> None:
+        self._gram, self._inverse = gram, inverse
+        self.lost = gram.new_zeros(()) if lost is None else lost
+        self._failed = torch.zeros((), dtype=torch.bool, device=gram.device)
         self._left, self._right = gram[:0], gram[:0]
 
     @staticmethod
@@ -108,7 +110,12 @@ class Elimination:
     def fork(self) -> "Elimination":
         """The same state, to go on in two ways."""
         self._settle()
-        return Elimination(self._gram.clone(), self._inverse.clone(), self.error)
+        return Elimination(self._gram.clone(), self._inverse.clone(), self.lost)
+
+    @property
+    def error(self) -> float:
+        """What has been lost so far, tr(D H D^T) of the best fit."""
+        return float(self.lost)
 
     @property
     def gram(self) -> Tensor:
@@ -129,34 +136,38 @@ class Elimination:
         return self._inverse[rows, columns], self._gram[rows, columns]
 
     def remove(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Let a group [g] of live columns leave; returns E and F [g, in] of this file's header.
-
-        Raises:
-            NotPositiveDefiniteError: rounding has used up the inverse; the damping is too small.
+        """Let a group [g] of live columns leave; returns E and F [g, in] of this file's header. Behind one or many
+        removals, `check`.
         """
         left, right = self._left[:, columns], self._right[:, columns]
         inverse = self._inverse[columns] - left.T @ self._left
         gram = self._gram[columns] - left.T @ self._right - right.T @ self._left
-        factor = _cholesky(inverse[:, columns])
+        factor, failed = _factored(inverse[:, columns])
+        self._failed |= failed
         half = _solved(factor, _solved(factor, gram[:, columns]).T)
         half = (half + half.T) / 2
         moved = _solved(factor, inverse)
         other = _solved(factor, gram) - half @ moved / 2
         self._left, self._right = torch.cat([self._left, moved]), torch.cat([self._right, other])
         self._clear(columns)
-        self.error += max(float(half.trace()), 0.0)
+        self.lost = self.lost + half.trace().clamp(min=0)
         if len(self._left) >= _PENDING:
             self._settle()
-        moved[:, columns], other[:, columns] = 0, 0
-        return moved, other
+        return moved.index_fill_(1, columns, 0), other.index_fill_(1, columns, 0)
+
+    def check(self) -> None:
+        """Wait for the device. Raises NotPositiveDefiniteError if rounding has used up the inverse in a removal: the
+        damping is too small.
+        """
+        if bool(self._failed):
+            raise _not_definite()
 
     def _clear(self, columns: Tensor) -> None:
         """Leave nothing of columns that left, exactly, whatever rounding would."""
         for matrix in (self._gram, self._inverse):
-            matrix[columns] = 0
-            matrix[:, columns] = 0
-        self._left[:, columns] = 0
-        self._right[:, columns] = 0
+            matrix.index_fill_(0, columns, 0).index_fill_(1, columns, 0)
+        self._left.index_fill_(1, columns, 0)
+        self._right.index_fill_(1, columns, 0)
 
     def _settle(self) -> None:
         """Apply what is pending."""
@@ -181,11 +192,20 @@ class Nested:
 
 
 def group_scores(inverse: Tensor, gram: Tensor) -> Tensor:
-    """tr((P_SS)^-1 A_SS) of each group [n], at least 0, from `Elimination.blocks`."""
+    """tr((P_SS)^-1 A_SS) of each group [n], at least 0, from `Elimination.blocks`. Raises NotPositiveDefiniteError."""
+    scores, failed = _scores(inverse, gram)
+    if bool(failed):
+        raise _not_definite()
+    return scores
+
+
+def _scores(inverse: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores, and whether one of P_SS has no factor [], bool; without waiting for the device."""
     if inverse.shape[1] == 1:
-        return (gram / inverse).flatten().clamp(min=0)
-    solved = torch.cholesky_solve(gram, _cholesky(inverse))
-    return solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+        return (gram / inverse).flatten().clamp(min=0), inverse.new_zeros((), dtype=torch.bool)
+    lower, failed = _factored(inverse)
+    solved = torch.cholesky_solve(gram, lower)
+    return solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0), failed.any()
 
 
 def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = None) -> Nested:
@@ -200,22 +220,29 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
         NotPositiveDefiniteError: as `Elimination.remove`.
     """
     inverse, gram = layer.blocks(groups)
-    of = torch.arange(len(groups)) if teams is None else torch.tensor(teams)
-    of = of.to(groups.device)
+    names = list(range(len(groups)) if teams is None else teams)
+    of = torch.tensor(names, device=groups.device)
     waiting = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
-    order, errors = list[int](), [layer.error]
+    order, errors, failed = list[Tensor](), [layer.lost], torch.zeros_like(waiting[0])
     unit = torch.eye(groups.shape[1], dtype=inverse.dtype, device=inverse.device)
-    while bool(waiting.any()):
-        one = int(group_scores(inverse, gram).masked_fill(~waiting, torch.inf).argmin())
-        moved, other = (rows[:, groups].transpose(0, 1) for rows in layer.remove(groups[one]))  # [n, g, g]
+    for _ in range(len(set(names))):  # without waiting for the device
+        scores, wrong = _scores(inverse, gram)
+        failed |= wrong
+        one = scores.masked_fill(~waiting, torch.inf).argmin().unsqueeze(0)
+        moved, other = (rows[:, groups].transpose(0, 1) for rows in layer.remove(groups[one].flatten()))  # [n, g, g]
         inverse -= moved.mT @ moved
         crossed = moved.mT @ other
         gram -= crossed + crossed.mT
         inverse[one], gram[one] = unit, 0  # so that it can be factored along with the others
-        waiting[of == of[one]] = False
+        waiting &= of != of[one]
         order.append(one)
-        errors.append(layer.error)
-    return Nested(tuple(order), tuple(errors))
+        errors.append(layer.lost)
+    layer.check()
+    if bool(failed):
+        raise _not_definite()
+    if not order:
+        return Nested((), (layer.error,))
+    return Nested(tuple(torch.cat(order).tolist()), tuple(torch.stack(errors).tolist()))
 
 
 def refit(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
@@ -245,8 +272,12 @@ def _cholesky(matrix: Tensor) -> Tensor:
     """The lower factor of [..., g, g]. Raises NotPositiveDefiniteError."""
     lower, failed = _factored(matrix)
     if bool(failed.any()):
-        raise NotPositiveDefiniteError("what stays of the second moment of its inputs is not positive definite")
+        raise _not_definite()
     return lower
+
+
+def _not_definite() -> NotPositiveDefiniteError:
+    return NotPositiveDefiniteError("what stays of the second moment of its inputs is not positive definite")
 
 
 def _factored(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -234,7 +234,10 @@ def _attention(
             mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         least = max(torch.finfo(query.dtype).min, torch.finfo(mask.dtype).min)
         low = mask.clamp(min=least).to(query.dtype)
-        return sdpa_attention_forward(module, query, keys, values, low, dropout=dropout, scaling=scale, is_causal=False)
+        asked = query
+        if query.is_cuda and low.requires_grad and not (query.requires_grad or keys.requires_grad):
+            asked = query.detach().requires_grad_()  # else the fused kernel keeps nothing for a backward of the mask
+        return sdpa_attention_forward(module, asked, keys, values, low, dropout=dropout, scaling=scale, is_causal=False)
 
     seen = Seen(
         query,
