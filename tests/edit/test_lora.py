@@ -183,3 +183,28 @@ def test_a_model_whose_linears_all_left_says_so() -> None:
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(RecipeError, match="the budget removed them all; keep more"):
         attach_(model, 2, 4.0, ("q_proj",))
+
+
+def test_under_autocast_adapters_compute_what_peft_does_without_widening_what_they_read(make: Make) -> None:
+    """The oracle is peft's own cast to float32, which autocast takes back at once."""
+    found: list[list[torch.Tensor]] = []
+    for own in (False, True):
+        adapted = trained(attach_(make().to(torch.bfloat16), rank=4, alpha=8))
+        for module in adapted.modules():
+            if not own and "_cast_input_dtype" in vars(module):
+                del module._cast_input_dtype
+        read: list[torch.dtype] = []
+        first = next(module for name, module in adapted.named_modules() if name.endswith("lora_A.default"))
+        first.register_forward_pre_hook(lambda _, inputs, read=read: read.append(inputs[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = adapted(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert read == [torch.bfloat16 if own else torch.float32]
+        found.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 1 + 3 * 2 * 2
+    assert all(torch.equal(peft, ours) for peft, ours in zip(*found, strict=True))
+
+
+def test_without_autocast_adapters_still_widen_what_they_read(make: Make) -> None:
+    adapted = trained(attach_(make().to(torch.bfloat16), rank=4, alpha=8))
+    assert adapted(input_ids=IDS).logits.dtype == torch.bfloat16

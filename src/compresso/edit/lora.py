@@ -111,6 +111,10 @@ def attach_(
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    if not dropout:
+        for _, layer in _adapters(adapted):
+            if not isinstance(layer, ParamWrapper):
+                layer._cast_input_dtype = _widened  # pyright: ignore[reportAttributeAccessIssue]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in _adapters(adapted):
@@ -120,6 +124,14 @@ def attach_(
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
                 a.copy_(values)
     return adapted
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an adapter reads, in the type of its weights; as it is where autocast would round it back at once."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == x.dtype:
+        return x
+    return x.to(dtype)
 
 
 def merge_(adapted: PeftModel) -> PreTrainedModel:
