@@ -4,7 +4,7 @@ ristretto, on several seeds.
     COMPRESSO_DATA=folder python benchmarks/flagship.py --updates 0 --scratch FOLDER [--models nano SMOLLM2_FOLDER]
         [--ratios 0.2 0.3 0.5] [--selectors ...] [--repairs none residual] [--seeds 0 1 2] [--windows 16]
         [--tokens 24576] [--device cpu] [--threads 1] [--limit-s SECONDS]
-    ... --updates 120 [--selectors, of `flagship_trained.py`]
+    ... --updates 120 [--selectors, of `flagship_trained.py`]   (or both tables at once: --updates 0 120)
     python benchmarks/flagship.py --report
 
 Calibration is papers, instructions, books and code (the embedded model: its own documents), and what is scored is of
@@ -118,9 +118,9 @@ def run(given: argparse.Namespace) -> None:
     for name in given.models:
         subject: Subject | None = None
         shown = name if name in ("nano", "babyllama") else Path(name).name
-        for seed, ratio, selector in _order(given):
+        for seed, ratio, updates, selector in _order(given):
             cell = {"model": shown, "selector": selector, "ratio": ratio, "seed": seed}
-            cell |= {"tokens": given.tokens, "windows": given.windows, "updates": given.updates if ratio else 0}
+            cell |= {"tokens": given.tokens, "windows": given.windows, "updates": updates}
             known = {tuple({"updates": 0, **row}[key] for key in KEYS) for row in rows()}
             wanted = ["none"] if selector == "dense" or selector in OPPONENTS else given.repairs
             left = [one for one in wanted if tuple({**cell, "repair": one}[key] for key in KEYS) not in known]
@@ -138,12 +138,14 @@ def run(given: argparse.Namespace) -> None:
             _kept_bank(scratch, shared)
 
 
-def _order(given: argparse.Namespace) -> Iterator[tuple[int, float, str]]:
-    yield given.seeds[0], 0.0, "dense"
+def _order(given: argparse.Namespace) -> Iterator[tuple[int, float, int, str]]:
+    yield given.seeds[0], 0.0, 0, "dense"
     for seed in given.seeds:
         for ratio in given.ratios:
-            for selector in given.selectors:
-                yield seed, ratio, selector
+            for selector in given.selectors:  # one after another where they share a selection
+                for updates in given.updates:
+                    if selector in (flagship_trained.ORDER if updates else (*SELECTORS, *OPPONENTS)):
+                        yield seed, ratio, updates, selector
 
 
 def _scored(
@@ -298,7 +300,7 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     """Run, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=0, help="of 2,048 tokens, of every method")
+    parser.add_argument("--updates", type=int, nargs="+", default=[0], help="of 2,048 tokens, of every method")
     parser.add_argument("--models", nargs="+", default=["nano"])
     parser.add_argument("--selectors", nargs="+", help="or methods of `flagship_trained.py`; all by default")
     parser.add_argument("--scratch", type=Path, default=Path("flagship"))
@@ -312,8 +314,11 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which no other row is begun")
     parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
     given = parser.parse_args()
-    able = flagship_trained.ORDER if given.updates else (*SELECTORS, *OPPONENTS)
-    given.selectors = given.selectors or list(flagship_trained.ORDER if given.updates else ORDER)
+    able = [*SELECTORS, *OPPONENTS] if 0 in given.updates else list[str]()
+    able += flagship_trained.ORDER if any(given.updates) else ()
+    given.selectors = given.selectors or [
+        *dict.fromkeys(one for one in (*ORDER, *flagship_trained.ORDER) if one in able)
+    ]
     if unknown := [one for one in given.selectors if one not in able]:
         parser.error(f"--selectors {' '.join(unknown)}: wanted some of {' '.join(able)}")
     if not given.report:

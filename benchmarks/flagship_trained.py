@@ -6,6 +6,7 @@ have rank 32 and the rate 5e-4 at a hidden size of 4,096, where a method's own f
 learns from the dense model in the place of labels.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from compresso.job import Job
 from compresso.runner.recipe import build, read
 from compresso.runner.rounds import entered, learning_of, left
-from repair import SELECTORS, Subject, lines, windows
+from repair import SELECTORS, Subject, lines, selected, windows
 
 BATCH, LENGTH = 4, 512
 RATE = {"lr": 5e-4, "lr_at_hidden": 4096}
@@ -118,23 +119,24 @@ def _own(recipe: str, stage: str) -> dict[str, Any]:
 
 
 def trained(
-    subject: Subject, method: str, updates: int, ratio: float, repair: str, seed: int, folder: Path, selections: Path
+    subject: Subject, method: str, updates: int, ratio: float, repair: str, seed: int, folder: Path, chosen: Path
 ) -> tuple[Job, dict[str, Any]]:
     """The job that a method leaves, and what its row says of it.
 
     Args:
         folder: of journals and training checkpoints, which a killed run goes on from.
-        selections: of the journals of a method that chooses first, which the row without training may have left.
+        chosen: of the journals of a method that chooses first, as the row without training does.
     """
     data = training_rows(subject, updates)
     recipe = build({"stages": stages_of(method, updates, 1 - ratio, repair)}, method)
-    job = subject.job(folder, seed)
+    job, acts = subject.job(folder, seed), recipe.acts
     whole = int(job.cost()().blocks)
-    for act in recipe.acts:
+    if method in SELECTED:
+        choice, _ = selected(subject, SELECTED[method], ratio, seed, chosen)
+        job, acts = replace(choice, model=copy.deepcopy(choice.model)), acts[1:]
+    for act in acts:
         learns = learning_of(act.stage) is not None
-        chooses = method in SELECTED and act is recipe.acts[0]
-        out = selections if chooses else folder / act.folder
-        given, stage, facts = entered(replace(job, rows=data if learns else subject.rows, out=out), act)
+        given, stage, facts = entered(replace(job, rows=data if learns else subject.rows, out=folder / act.folder), act)
         after = stage(given)
         job = left(replace(after, rows=subject.rows), job, act, facts)
     return job, {"kept_share_of_blocks": int(job.cost()().blocks) / whole, "stages": [act.label for act in recipe.acts]}

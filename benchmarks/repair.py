@@ -127,6 +127,7 @@ class Subject:
         babyllama = Path(os.environ.get("COMPRESSO_DATA", "")) / "models" / "babyllama-tok361"
         folder = {"nano": nano.path(), "babyllama": babyllama}.get(name, Path(name))
         self.name = name if name in ("nano", "babyllama") else folder.name
+        self.last: tuple[tuple[str, float, int], Job, float] | None = None
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model: PreTrainedModel = as_stock(
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
@@ -187,18 +188,33 @@ class Subject:
         return {**found, "kl": divergence(job.model, self.reference)[0].value}
 
 
+def selection_of(selector: str) -> tuple[str, dict[str, Any]]:
+    """The stage of a selector, and its knobs but for the share that stays."""
+    return SIX_LAYERS if selector == "shortgpt/drop-6" else SELECTORS[selector]
+
+
+def selected(subject: Subject, selector: str, ratio: float, seed: int, folder: Path) -> tuple[Job, float]:
+    """What a selector leaves, and its seconds. The last choice is kept, so that repairs and trainings share it; its
+    model is to be copied before it is changed.
+    """
+    asked = (selector, ratio, seed)
+    if subject.last is None or subject.last[0] != asked:
+        stage, knobs = selection_of(selector)
+        budget: Mapping[str, Any] = {} if "drop" in knobs else {"keep": 1 - ratio}
+        started = time.monotonic()
+        job = card(stage).type(**knobs, **budget)(subject.job(folder, seed))
+        subject.last = asked, job, time.monotonic() - started
+    return subject.last[1:]
+
+
 def cells(
     subject: Subject, selector: str, ratio: float, repairs: Sequence[str], seed: int, folder: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """One selector at one ratio, with each repair. folder: of journals that outlast a killed run."""
-    stage, knobs = SIX_LAYERS if selector == "shortgpt/drop-6" else SELECTORS[selector]
-    budget: Mapping[str, Any] = {} if "drop" in knobs else {"keep": 1 - ratio}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = folder or Path(temporary)
-        started = time.monotonic()
-        chosen = card(stage).type(**knobs, **budget)(subject.job(Path(scratch) / "selector", seed))
-        seconds = time.monotonic() - started
-        kept = chosen.records[stage]["kept_share_of_blocks"]
+        chosen, seconds = selected(subject, selector, ratio, seed, scratch / "selector")
+        kept = chosen.records[selection_of(selector)[0]]["kept_share_of_blocks"]
         for repair in repairs:
             begun, job = time.monotonic(), replace(chosen, model=copy.deepcopy(chosen.model))
             told: dict[str, Any] = {}
