@@ -10,7 +10,7 @@ Gradient checkpointing runs the forward again inside `backward`, and the hooks m
 inside the context. (Outside, torch notices the different graph and raises CheckpointError.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class GateSites:
             kept = self._kept.get(name)
             return None if kept is None else _normed(norm, inputs[0], kept).to(output.dtype)
 
-        return hook
+        return _known(hook, lambda: None)
 
     def scale_input(self, site: tuple[str, str]) -> Any:
         """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
@@ -68,7 +68,7 @@ class GateSites:
             times = _times_channels(inputs[0], mask.values) if isinstance(module, nn.Conv2d) else mask.times(inputs[0])
             return (times, *inputs[1:])
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def scale_output(self, site: tuple[str, str]) -> Any:
         """A forward hook that multiplies the output by the mask at a site, if there is one."""
@@ -81,7 +81,7 @@ class GateSites:
                 return (mask.times(output[0]), *output[1:])
             return mask.times(output)
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def skip(self, site: tuple[str, str]) -> Any:
         """A forward hook that mixes the output with the input by the mask at a site, if there is one."""
@@ -95,7 +95,7 @@ class GateSites:
             mixed = mask.times(made) + SiteMask(1 - mask.values).times(given)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def route(self, site: tuple[str, str]) -> Any:
         """A forward hook that has a router choose under the mask at a site, if there is one."""
@@ -104,7 +104,7 @@ class GateSites:
             mask = self._masks.get(site)
             return None if mask is None else routed(router, output, mask.values)
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def weighted(self, module: nn.Module, gate: Gate) -> Any:
         """A forward of a module whose parameters take in the mask of a gate, if there is one."""
@@ -118,6 +118,12 @@ class GateSites:
             return run_with(module, forward, folds, mask.values, arguments, named)
 
         return masked
+
+
+def _known(hook: Any, site_mask: Callable[[], SiteMask | None]) -> Any:
+    """A hook that says which mask it multiplies in, for blocks that are replayed."""
+    hook.site_mask = site_mask
+    return hook
 
 
 @contextmanager

@@ -59,7 +59,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outgoing: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outgoing: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         activation, rounded = ctx.saved_tensors
         shape, dtype, device = ctx.mask
         (gradient,) = outgoing
