@@ -287,7 +287,12 @@ def fuse_norms_(model: nn.Module, on: bool) -> None:
 
 def _fused(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     weight, eps = norm.get_parameter("weight"), float(getattr(norm, "variance_epsilon"))  # noqa: B009
-    return lambda x: functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def normed(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # which may widen what it is given
+            return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    return normed
 
 
 def compile_blocks_(model: LlamaForCausalLM, on: bool) -> None:

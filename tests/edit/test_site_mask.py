@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compresso.edit.site_mask import SiteMask
+from compresso.edit.site_mask import SiteMask, Together
 
 
 def _numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,13 +37,18 @@ def test_sums_over_many_tokens_are_not_rounded_to_the_activations_type() -> None
     assert mask.grad is not None and mask.grad.item() == 301
 
 
-def test_sites_share_one_rounded_mask() -> None:
-    mask = SiteMask(_numbers(6).float().requires_grad_())
+def test_masks_that_are_set_together_are_rounded_together() -> None:
+    together = Together()
+    masks = [SiteMask(_numbers(*shape, seed=i).float(), together) for i, shape in enumerate([(6,), (2, 1, 6), (1,)])]
     activation = torch.ones(2, 3, 6, dtype=torch.bfloat16)
-    mask.times(activation)
-    rounded = list(mask._rounded.values())
-    mask.times(activation + 1)
-    assert len(rounded) == 1 and next(iter(mask._rounded.values())) is rounded[0]
+    first = masks[1].times(activation)
+    late = SiteMask(_numbers(6, seed=9).float(), together)
+    for mask in (*masks, late):
+        assert torch.equal(mask.times(activation), activation * mask.values.bfloat16())
+    assert torch.equal(first, masks[1].times(activation))
+    assert together.rounded(0, activation).untyped_storage().data_ptr() == (
+        together.rounded(2, activation).untyped_storage().data_ptr()
+    )
 
 
 def test_what_inference_rounded_is_not_used_where_gradients_flow() -> None:

@@ -10,7 +10,7 @@ Gradient checkpointing runs the forward again inside `backward`, and the hooks m
 inside the context. (Outside, torch notices the different graph and raises CheckpointError.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from compresso.core.axis import Axis, Gate
 from compresso.edit.expert_gates import routed, run_with
-from compresso.edit.site_mask import SiteMask
-from compresso.errors import nearest
+from compresso.edit.site_mask import SiteMask, site_masks
 
 
 class GateSites:
@@ -41,7 +40,7 @@ class GateSites:
         Raises:
             ValueError: an unknown axis and for masks of the wrong shape or dtype.
         """
-        self._masks = _site_masks(self._axes, masks)
+        self._masks = site_masks(self._axes, masks)
         self._kept = {
             norm: kept
             for axis in self._axes
@@ -56,7 +55,7 @@ class GateSites:
             kept = self._kept.get(name)
             return None if kept is None else _normed(norm, inputs[0], kept).to(output.dtype)
 
-        return hook
+        return _known(hook, lambda: None)
 
     def scale_input(self, site: tuple[str, str]) -> Any:
         """A forward pre-hook that multiplies the first input by the mask at a site, if there is one."""
@@ -68,7 +67,7 @@ class GateSites:
             times = _times_channels(inputs[0], mask.values) if isinstance(module, nn.Conv2d) else mask.times(inputs[0])
             return (times, *inputs[1:])
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def scale_output(self, site: tuple[str, str]) -> Any:
         """A forward hook that multiplies the output by the mask at a site, if there is one."""
@@ -81,7 +80,7 @@ class GateSites:
                 return (mask.times(output[0]), *output[1:])
             return mask.times(output)
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def skip(self, site: tuple[str, str]) -> Any:
         """A forward hook that mixes the output with the input by the mask at a site, if there is one."""
@@ -95,7 +94,7 @@ class GateSites:
             mixed = mask.times(made) + SiteMask(1 - mask.values).times(given)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def route(self, site: tuple[str, str]) -> Any:
         """A forward hook that has a router choose under the mask at a site, if there is one."""
@@ -104,7 +103,7 @@ class GateSites:
             mask = self._masks.get(site)
             return None if mask is None else routed(router, output, mask.values)
 
-        return hook
+        return _known(hook, lambda: self._masks.get(site))
 
     def weighted(self, module: nn.Module, gate: Gate) -> Any:
         """A forward of a module whose parameters take in the mask of a gate, if there is one."""
@@ -118,6 +117,12 @@ class GateSites:
             return run_with(module, forward, folds, mask.values, arguments, named)
 
         return masked
+
+
+def _known(hook: Any, site_mask: Callable[[], SiteMask | None]) -> Any:
+    """A hook that says which mask it multiplies in, for blocks that are replayed."""
+    hook.site_mask = site_mask
+    return hook
 
 
 @contextmanager
@@ -175,41 +180,6 @@ def gated(model: nn.Module, axes: Sequence[Axis], masks: Mapping[str, Tensor]) -
                 module.forward = before
 
 
-def _site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], SiteMask]:
-    """For each (module, side) the product of all masks there, shaped to broadcast against [batch, seq, width]; sites at
-    which the same one acts share it.
-    """
-    by_name = {axis.name: axis for axis in axes}
-    sites: dict[tuple[str, str], SiteMask] = {}
-    batches: dict[int, str] = {}
-    for name, mask in masks.items():
-        if name not in by_name:
-            raise ValueError(f"no axis is named '{name}'; {nearest(name, by_name)}")
-        axis = by_name[name]
-        if not mask.is_floating_point() or mask.dim() not in (1, 2) or mask.shape[-1] != axis.size:
-            raise ValueError(
-                f"the mask of {name} is {mask.dtype} {list(mask.shape)}, wanted floating [{axis.size}] or [batch,"
-                f" {axis.size}]"
-            )
-        if mask.dim() == 2:
-            batches.setdefault(mask.shape[0], name)
-            if len(batches) > 1:
-                raise ValueError(
-                    "masks disagree on the batch:"
-                    f" {', '.join(f'{axis} has {size} rows' for size, axis in batches.items())}"
-                )
-        wide = mask.to(
-            torch.promote_types(mask.dtype, torch.float32)
-        )  # products of half-precision masks would be rounded twice
-        alike: dict[tuple[int, int | None, int, int | None], SiteMask] = {}
-        for gate in axis.gates:
-            how, site = (gate.width, gate.unit, gate.start, gate.of), (gate.module, gate.side)
-            if how not in alike:
-                alike[how] = SiteMask(_values(gate, wide))
-            sites[site] = SiteMask(sites[site].values * alike[how].values) if site in sites else alike[how]
-    return sites
-
-
 def _some_left_out(axis: Axis, masks: Mapping[str, Tensor]) -> Tensor | None:
     """Which units of an axis stay [size] or [batch, 1, size], bool; None if all do, or if it has no mask."""
     mask = masks.get(axis.name) if axis.layer_norms else None
@@ -225,12 +195,6 @@ def _normed(norm: nn.LayerNorm, x: Tensor, kept: Tensor) -> Tensor:
     centred = x - (x * share).sum(-1, keepdim=True)
     normed = centred * torch.rsqrt((centred.square() * share).sum(-1, keepdim=True) + norm.eps)
     return normed * norm.weight + norm.bias
-
-
-def _values(gate: Gate, mask: Tensor) -> Tensor:
-    """A mask as one gate multiplies it: [width of the activation], [1], or these with [batch, 1, ...] in front."""
-    values = gate.spread(mask)
-    return values.unsqueeze(1) if mask.dim() == 2 else values
 
 
 def _times_channels(activation: Tensor, mask: Tensor) -> Tensor:

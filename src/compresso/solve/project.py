@@ -61,9 +61,8 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of
         ValueError: NaN.
     """
     flat = Flat(_gated(log_alpha, cost))
-    gates = torch.cat(
-        [log_alpha[name].detach().double() for name in flat.names]
-    )  # where they are: this runs after every update
+    gates = torch.cat([log_alpha[name].detach() for name in flat.names]).double()
+    # where they are: this runs after every update
     lowest, highest = (float(end) for end in torch.aminmax(gates))
     if not math.isfinite(lowest + highest):
         raise ValueError(

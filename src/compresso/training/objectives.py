@@ -19,7 +19,7 @@ from compresso.core.loss import TrainingLoss
 from compresso.core.losses import lagrangian
 from compresso.edit.gate import GateSites, gated
 from compresso.edit.layer_gates import effective_mask
-from compresso.training.noise import gate_noise
+from compresso.training.noise import NoiseAhead
 from compresso.training.order import Micro
 
 _SURELY_OPEN = 100.0  # log-alpha whose soft value is exactly 1
@@ -112,6 +112,7 @@ class GatedObjective(nn.Module):
             nn.Parameter(torch.full((count,), -10.0).clamp(min=hard_concrete.LOG_ALPHA_LOW)) if count else None
         )
         self._sites: GateSites | None = None
+        self._noise: tuple[torch.device, NoiseAhead] | None = None
         if cost_aware:
             self.gates.log_alpha.register_post_accumulate_grad_hook(self._charge_)
 
@@ -157,9 +158,10 @@ class GatedObjective(nn.Module):
             return {"loss": self.loss(self.model, batch)}
         rows = micro.rows if self.noise == "example" else None
         n_layer_gates = 0 if self.layer_alpha is None else len(self.layer_alpha)
-        u = gate_noise(
-            self.seed, micro.update, len(self.gates) + n_layer_gates, rows, device=self.gates.log_alpha.device
-        )
+        device = self.gates.log_alpha.device
+        if self._noise is None or self._noise[0] != device:
+            self._noise = device, NoiseAhead(self.seed, len(self.gates) + n_layer_gates, device)
+        u = self._noise[1].draw(micro.update, rows)
         masks = self.gates.sample(u[..., : len(self.gates)])
         if self.layer_alpha is not None:
             masks = self._switched(masks, hard_concrete.sample(self.layer_alpha, u[..., len(self.gates) :]))
