@@ -219,7 +219,7 @@ def report() -> None:
         mine = [row for row in mine if not row["ratio"] or row.get("updates", 0) == updates]
         texts = [key for key in ("wikitext2", "c4", "stories", "world") if any(key in row for row in mine)]
         one = mine[0]
-        where = one["machine"]["cuda"] or one["machine"]["processor"]
+        where = " and ".join(sorted({row["machine"]["cuda"] or row["machine"]["processor"] for row in mine}))
         text += [
             f"## {model}, {f'{updates} updates of 2,048 tokens' if updates else 'no training'}",
             "",

@@ -97,8 +97,9 @@ def found(dense: Line, row: Line) -> str:
 def _section(dense: Line, mine: Sequence[Line]) -> Iterator[str]:
     n, n_benign = (len(one) for one in _split(dense))
     first = next(iter(mine), dense)
+    where = dense["machine"].get("cuda") or dense["machine"]["processor"]
     yield (
-        f"`benchmarks/refusals.py` on {dense['model']}, float32, {dense['machine']['processor']}: {n} prompts of"
+        f"`benchmarks/refusals.py` on {dense['model']}, float32, {where}: {n} prompts of"
         f" {PAPER}, a stratified {dense['limit']:g} % of 2475, and {n_benign} benign ones in the same templates,"
         f" greedy, at most {dense['new_tokens']} new tokens (there: all of both, and up to 1000 with the request)."
         f" Calibration: {first['examples']} examples of {first['length']} tokens. Shares in percent with 95 %"
