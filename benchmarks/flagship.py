@@ -27,7 +27,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,13 @@ import torch
 
 import flagship_trained
 import opponents
-from common import RESULTS, high_water_mib, machine
+from common import high_water_mib, machine
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
+from flagship_report import LINES, report, rows
 from repair import SELECTORS, Subject, cells
 
-LINES = RESULTS / "flagship.jsonl"
 KEYS = ("model", "selector", "ratio", "repair", "seed", "tokens", "windows", "updates")
-MARGIN = 1.06
 COMPARED = 4
 """Windows of each text whose divergence is taken, one by one."""
 PLACES = 256
@@ -103,11 +102,6 @@ def overlap(subject: Subject) -> float:
     seen = set(runs([row["input_ids"] for row in subject.rows]))
     scored = runs([ids for of in subject.scored.values() for ids in of])
     return sum(run in seen for run in scored) / max(len(scored), 1)
-
-
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
 
 
 def run(given: argparse.Namespace) -> None:
@@ -202,99 +196,6 @@ def _opponent(subject: Judged, selector: str, ratio: float, seed: int) -> dict[s
     seconds = round(time.monotonic() - begun, 1)
     job = replace(subject.job(Path("unused"), seed), model=model)
     return {"repair": "none", "kept_share_of_blocks": kept, **subject.scores(job), "seconds": {"selector": seconds}}
-
-
-def report() -> None:
-    """Write results/flagship.md."""
-    done = rows()
-    text = [
-        "# Without training, and after equal training",
-        "",
-        "KL from the dense model in nats a token, and perplexities; mean over seeds, ± half the range. See"
-        " `benchmarks/flagship.py`.",
-        "",
-    ]
-    for model, updates in sorted({(row["model"], row.get("updates", 0)) for row in done if row["ratio"]}):
-        mine = [row for row in done if row["model"] == model and row.get("updates", 0) in (0, updates)]
-        mine = [row for row in mine if not row["ratio"] or row.get("updates", 0) == updates]
-        texts = [key for key in ("wikitext2", "c4", "stories", "world") if any(key in row for row in mine)]
-        one = mine[0]
-        where = " and ".join(sorted({row["machine"]["cuda"] or row["machine"]["processor"] for row in mine}))
-        text += [
-            f"## {model}, {f'{updates} updates of 2,048 tokens' if updates else 'no training'}",
-            "",
-            f"{one['tokens']:,} tokens of calibration, {one['windows']} windows a text; {where}.",
-        ]
-        for ratio in sorted({row["ratio"] for row in mine if row["ratio"]}):
-            text += ["", f"### {ratio:.0%} of the block parameters removed".replace("%", " %"), ""]
-            text += _table([row for row in mine if row["ratio"] in (ratio, 0.0)], texts)
-            text += ["", _verdict([row for row in mine if row["ratio"] == ratio and "kl" in row])]
-        text.append("")
-    (RESULTS / "flagship.md").write_text("\n".join(text), "utf-8")
-
-
-def _table(mine: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[str]:
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in mine:
-        found.setdefault((row["selector"], row["repair"]), []).append(row)
-
-    def far(of: Sequence[Mapping[str, Any]]) -> float:
-        return statistics.fmean(row.get("kl", float("inf")) for row in of)
-
-    lines = [
-        "| method | repair | KL | " + " | ".join(texts) + " | kept | seeds |",
-        "|---|---|" + "---:|" * (len(texts) + 3),
-    ]
-    for (selector, repair), of in sorted(found.items(), key=lambda item: far(item[1])):
-        scored = [row for row in of if "kl" in row]
-        if not scored:
-            lines.append(f"| {selector} | {repair} | {of[0]['failed']} |" + " |" * (len(texts) + 2))
-            continue
-        numbers = [_spread([row[key] for row in scored]) for key in ("kl", *texts)]
-        kept = statistics.fmean(row.get("kept_share_of_blocks", 1.0) for row in scored)
-        lines.append(f"| {selector} | {repair} | {' | '.join(numbers)} | {kept:.3f} | {len(scored)} |")
-    return lines
-
-
-def farther(first: Mapping[int, Mapping[str, Any]], second: Mapping[int, Mapping[str, Any]]) -> list[float]:
-    """By how much the second is farther from dense in KL, in nats a token, window by window of the seeds of both."""
-    return [
-        theirs - ours
-        for seed in sorted(first.keys() & second.keys())
-        for text in first[seed]["kl_windows"]
-        for ours, theirs in zip(first[seed]["kl_windows"][text], second[seed]["kl_windows"][text], strict=True)
-    ]
-
-
-def _verdict(mine: Sequence[Mapping[str, Any]]) -> str:
-    """Which method is nearest, and whether it has won: window by window and seed by seed."""
-    by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in mine:  # of each method the better of its repairs
-        best = by_method.setdefault(row["selector"], {})
-        if row["seed"] not in best or row["kl"] < best[row["seed"]]["kl"]:
-            best[row["seed"]] = row
-    ranked = sorted(by_method, key=lambda method: statistics.fmean(row["kl"] for row in by_method[method].values()))
-    if len(ranked) < 2:
-        return "One method alone."
-    first, second = (by_method[method] for method in ranked[:2])
-    seeds = sorted(first.keys() & second.keys())
-    if not seeds:
-        return f"{ranked[0]} is nearest, {ranked[1]} next; they share no seed."
-    gaps = farther(first, second)
-    mean, half = statistics.fmean(gaps), 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    ratio = statistics.fmean(second[seed]["kl"] / first[seed]["kl"] for seed in seeds)
-    won = mean - half > 0 and ratio > MARGIN and len(seeds) > 1
-    return (
-        f"{ranked[0]} is nearest; {ranked[1]} is {ratio:.2f} times as far, {mean:.3f} ± {half:.3f} nats more over"
-        f" {len(gaps)} windows{' (won)' if won else ''}."
-    )
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    digits = 3 if mean < 10 else 1
-    half = (max(values) - min(values)) / 2
-    return f"{mean:,.{digits}f}" + (f" ± {half:,.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:

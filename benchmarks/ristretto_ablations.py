@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from common import RESULTS, high_water_mib, machine
-from flagship import Judged, farther
+from flagship import Judged
+from flagship_report import farther
 from repair import SELECTORS, cells
 
 LINES = RESULTS / "ristretto_ablations.jsonl"
