@@ -4,11 +4,13 @@ Oracles: torch.linalg on the normal equations, the published update written out 
 """
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from tests.core.test_obs import layer, moment_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compresso.core.obs import NotPositiveDefiniteError
 from compresso.core.obs_groups import Elimination, Quadratic, damped, group_scores, nested, quadratic, refit
@@ -230,3 +232,36 @@ def test_a_moment_that_is_not_finite_is_refused() -> None:
     moment[0, 1] = torch.nan
     with pytest.raises(NotPositiveDefiniteError, match="NaN or Inf"):
         quadratic(moment)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is asked of a tensor: on a GPU each waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_an_order_does_not_wait_for_the_device_at_every_removal(width: int) -> None:
+    counts: list[int] = []
+    for n in (6, 30):
+        weight, cost = made(n, width, 14)
+        whole, groups = Elimination.of(weight, cost), columns(n, width)
+        with Waits() as waits:
+            nested(whole, groups)
+        counts.append(waits.n)
+    assert counts[0] == counts[1] <= 4
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_an_inverse_that_rounding_has_used_up_is_said_behind_the_order(width: int) -> None:
+    weight, cost = made(6, width, 15)
+    bad = cost.inverse.clone()
+    bad[3] *= -1
+    with pytest.raises(NotPositiveDefiniteError, match="what stays of the second moment"):
+        nested(Elimination(weight.T @ weight, bad), columns(6, width))
