@@ -52,6 +52,7 @@ OPPONENTS = {"torch-pruning": True, "torch-pruning/ffn": False}
 ORDER = (
     "ristretto",
     "ristretto/dp",
+    "ristretto/gradients",
     "ristretto/found",
     "shortgpt",
     "gate-taylor",

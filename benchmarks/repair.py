@@ -61,6 +61,19 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
             "repaired_rows": 8,
         },
     ),
+    "ristretto/gradients": (
+        "ristretto",
+        {
+            "search": "dp",
+            "by_gradients": True,
+            "batches": 6,
+            "batch": 4,
+            "micro_batch": 1,
+            "beginnings": 2,
+            "judge_rows": 6,
+            "judged": "found",
+        },
+    ),
     "ristretto/dp": (
         "ristretto",
         {"search": "dp", "batches": 6, "beginnings": 4, "judge_rows": 6, "judged": "repaired"},

@@ -8,8 +8,8 @@ import pytest
 
 from compresso.core.axis import Kind
 from compresso.core.budget import InfeasibleBudget
-from compresso.solve.bank import Bank, Ladder, SubLayer
-from compresso.solve.bank_choice import Menu, beginnings, evenly, menu
+from compresso.solve.bank import Bank, Ladder, Level, SubLayer
+from compresso.solve.bank_choice import Menu, beginnings, evenly, menu, near
 from compresso.solve.level_choice import Item, Levels, cost_of, fits
 
 ALL = (Kind.ATTENTION, Kind.MLP, Kind.HEAD, Kind.QUERY, Kind.CHANNEL)
@@ -148,3 +148,33 @@ def test_beginnings_end_where_layers_alone_are_enough_and_skip_what_cannot_fit()
     assert len(beginnings(only, priced(only), -200.0, [1, 2], most=9)) == 1
     with pytest.raises(InfeasibleBudget, match="cheapest levels"):
         beginnings(only, priced(only), -500.0, [], most=9)
+
+
+def test_widths_near_others_are_the_best_of_those_a_step_away_and_take_no_whole_part() -> None:
+    choice = menu(made_up(), ALL, steps=100)
+    items, wanted = priced(choice), {"layers.0.channels": 32, "layers.1.channels": 64, "layers.2.heads": 1}
+    limit = -360.0
+    levels = near(choice, items, limit, wanted)
+    assert fits(items, levels, limit)
+    picked = {one.name: level for one, level in choice.picked(levels)}
+    assert not any(level.gone for level in picked.values())
+    assert all(level.slots == one.slots for one, level in choice.picked(levels))
+
+    def options(one: SubLayer, of: Sequence[Level]) -> list[int]:
+        there = [n for n, level in enumerate(of) if not level.gone and level.slots == one.slots]
+        units = wanted.get(one.units or "", of[0].units)
+        at = min(range(len(there)), key=lambda i: abs(of[there[i]].units - units))
+        return there[max(at - 1, 0) : at + 2]
+
+    tried = itertools.product(*(options(*both) for both in zip(choice.sub_layers, choice.levels, strict=True)))
+    errors = [sum(i.errors[n] for i, n in zip(items, one, strict=True)) for one in tried if fits(items, one, limit)]
+    assert sum(item.errors[n] for item, n in zip(items, levels, strict=True)) == pytest.approx(min(errors))
+
+
+def test_widths_go_farther_where_a_step_is_not_enough_and_say_so_where_none_fit() -> None:
+    choice = menu(made_up(), ALL, steps=100)
+    items = priced(choice)
+    levels = near(choice, items, -500.0, {})  # nothing asked to leave
+    assert fits(items, levels, -500.0) and not any(level.gone for _, level in choice.picked(levels))
+    with pytest.raises(InfeasibleBudget, match="widths of heads and channels alone"):
+        near(choice, items, -800.0, {})

@@ -229,11 +229,13 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
         scores, wrong = _scores(inverse, gram)
         failed |= wrong
         one = scores.masked_fill(~waiting, torch.inf).argmin().unsqueeze(0)
-        moved, other = (rows[:, groups].transpose(0, 1) for rows in layer.remove(groups[one].flatten()))  # [n, g, g]
+        both = layer.remove(groups[one].flatten())
+        moved, other = both[0][:, groups].transpose(0, 1), both[1][:, groups].transpose(0, 1)  # [n, g, g]
         inverse -= moved.mT @ moved
         crossed = moved.mT @ other
         gram -= crossed + crossed.mT
-        inverse[one], gram[one] = unit, 0  # so that it can be factored along with the others
+        inverse[one] = unit
+        gram[one] = 0  # so that it can be factored along with the others
         waiting &= of != of[one]
         order.append(one)
         errors.append(layer.lost)
@@ -242,7 +244,9 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
         raise _not_definite()
     if not order:
         return Nested((), (layer.error,))
-    return Nested(tuple(torch.cat(order).tolist()), tuple(torch.stack(errors).tolist()))
+    removed = cast(list[int], torch.cat(order).tolist())  # pyright: ignore[reportUnknownMemberType]
+    left = cast(list[float], torch.stack(errors).tolist())  # pyright: ignore[reportUnknownMemberType]
+    return Nested(tuple(removed), tuple(left))
 
 
 def refit(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:

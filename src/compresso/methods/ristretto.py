@@ -5,6 +5,8 @@
    et al., arXiv 2302.04089).
 2. Beginnings: no, a few, ... layers leave in the order of least block influence (ShortGPT, Men et al., arXiv
    2403.03853), and the widths of all others are the exact choice by the bank's errors.
+   By choice one more, whose widths are near those that gate-Taylor leaves (Michel et al., arXiv 1905.10650): errors of
+   single sub-layers do not see what the loss minds.
 3. Each beginning is built and judged by its KL divergence from dense on rows that the bank has not seen; by choice
    after the stage `repair` has repaired it (`judged: repaired`), since layers gain most by that and widths were
    fitted before.
@@ -25,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le
 from transformers import PreTrainedModel
 
@@ -41,11 +42,11 @@ from compresso.errors import BudgetError
 from compresso.job import Job
 from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
 from compresso.methods.repair import Repair
+from compresso.methods.ristretto_beginnings import SCORED, Beginnings
 from compresso.methods.ristretto_judge import Build, Judge
 from compresso.methods.ristretto_repaired import RepairedDivergence, few_rows
-from compresso.observe.influence import block_influence
 from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
-from compresso.solve.bank_choice import STEPS, Menu, beginnings, evenly, items, menu
+from compresso.solve.bank_choice import STEPS, Menu, evenly, items, menu
 from compresso.solve.evolve import Evolution, Fitness
 from compresso.solve.level_choice import Item, Levels
 from compresso.solve.search import Search, recorded, search_levels
@@ -88,6 +89,8 @@ class Ristretto:
         steps: widths of an FFN that are tried, at most.
         damping: share of the mean diagonal added to second moments when weights are fitted.
         beginnings: judged, at most, from no layer gone to layers alone.
+        by_gradients: whether one more is judged, with all layers and widths near those of gate-Taylor, from a backward
+            pass over what `calibrates` names.
         finalists: best candidates of the evolution that are judged.
         judged: by their divergence as "found", or "repaired" as `repair` behind this stage will make them; slow.
         repaired_rows: rows that a candidate of the evolution is repaired on before it is compared; 0 compares
@@ -109,6 +112,7 @@ class Ristretto:
     steps: Annotated[int, Ge(1)] = STEPS
     damping: Annotated[float, Gt(0), Le(1)] = 0.1
     beginnings: Annotated[int, Ge(1)] = 4
+    by_gradients: bool = False
     finalists: Annotated[int, Ge(0)] = 2
     judged: Literal["repaired", "found"] = "found"
     repaired_rows: Annotated[int, Ge(0)] = 0
@@ -123,6 +127,13 @@ class Ristretto:
             raise ValueError(
                 "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
             )
+        if self.by_gradients and (
+            self.layout == "uniform" or self.search == "none" or not set(self.kinds) & set(SCORED)
+        ):
+            raise ValueError(
+                "by_gradients=true gives heads and channels of each layer a number of their own; leave it out, or give"
+                " search: dp or evolve, layout: free, and kinds that name head or channel"
+            )
         if self.repaired_rows == 1:
             raise ValueError(
                 "repaired_rows=1: a repair is fitted to some rows and chosen by others; give at least 2, or 0"
@@ -136,6 +147,10 @@ class Ristretto:
         return Budget(
             self.keep, self.of, self.kinds, uniform_over=[kind for kind in even if kind in (Kind.HEAD, Kind.CHANNEL)]
         )
+
+    def needs_more(self) -> tuple[str, ...]:
+        """Gradients, for widths by them."""
+        return ("gradients",) if self.by_gradients else ()
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
         """Raise BudgetError for a model that has none of the units."""
@@ -154,11 +169,14 @@ class Ristretto:
         """The bank's look, block influence, repairs and losses of what is judged, and candidates of the search."""
         evolves = self.search == "evolve"
         n_judged = {"none": 1, "dp": self.beginnings, "evolve": self.beginnings + 1 + self.finalists}[self.search]
+        n_judged += self.by_gradients
         repaired = n_judged if self.judged == "repaired" else 0
         passes = [Passes("calibration", self.examples), Passes("search", self.judge_rows, 1 + 2 * n_judged)]
         passes.append(Passes("comparison", 2 * n_judged))  # of each as masked and as smaller
         if self.search != "none":
             passes.append(Passes("calibration", self.calibrates.examples))
+        if self.by_gradients:
+            passes.append(Passes("calibration", self.calibrates.examples, backwards=1))
         for one in self._repair.work(model, arch) if repaired else ():
             passes.append(replace(one, forwards=one.forwards * repaired))
         if evolves and self.repaired_rows:
@@ -189,15 +207,19 @@ class Ristretto:
         repair = self._repair if self.judged == "repaired" else None
         build = partial(cut, choice=choice, axes=axes, fitted=fitted, by="ristretto")
         judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
-        for levels in self._beginnings(looking, axes, choice, priced, limit, of_run):
+        first = Beginnings(looking, self.calibrates, choice, priced, limit, of_run)
+        for levels in self._beginnings(first, axes):
             judge(levels)
         facts: dict[str, Any] = {}
+        if self.by_gradients and (widths := first.by_gradients(self.keep, self.of, self.kinds)):
+            judge(widths)
+            facts["by_gradients"] = list(judge.seen).index(widths)
         if self.search == "evolve":
             apart = replace(job, rows=compared)
             with self._divergence(looking, apart, choice, build, fitted(job)) as (divergence, adopted):
                 fitness = keeping_fewest(divergence, choice, axes)
-                found, facts = self._evolved(job, choice, priced, limit, judge.best, fitness, adopted, of_run)
-                facts |= {"calibration": divergence.facts}
+                found, told = self._evolved(job, choice, priced, limit, judge.best, fitness, adopted, of_run)
+                facts |= {**told, "calibration": divergence.facts}
             for levels in found:
                 judge(levels)
         levels, place = judge.taken(self.repeats)
@@ -218,27 +240,13 @@ class Ristretto:
         seen, judges, compared = rows_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
         return seen, judges, compared
 
-    def _beginnings(
-        self,
-        job: Job,
-        axes: Sequence[Axis],
-        choice: Menu,
-        priced: Sequence[Item],
-        limit: float,
-        same: Mapping[str, Any],
-    ) -> list[Levels]:
-        """What is judged first."""
+    def _beginnings(self, first: Beginnings, axes: Sequence[Axis]) -> list[Levels]:
+        """What is judged first, but for widths by gradients."""
         if self.search == "none":
-            return [evenly(choice, priced, limit)]
-        order: list[int] = []
+            return [evenly(first.choice, first.priced, first.limit)]
         layers = [axis for axis in axes if axis.kind == Kind.LAYER]
-        if layers and set(DEPTHS) <= set(self.kinds):
-            blocks, batches = job.arch.blocks(job.model), self.calibrates.read(self._batches(job))
-            how = job.observing("influence", same)
-            scores = block_influence(job.model, blocks, layers, (Kind.LAYER,), batches, how).scores
-            order = torch.argsort(scores[layers[0].name], stable=True).tolist()
-        even = self.layout == "uniform"
-        return beginnings(choice, priced, limit, order[: len(order) - 1], self.beginnings, even=even)
+        order = first.order(layers[0]) if layers and set(DEPTHS) <= set(self.kinds) else []
+        return first.with_layers_gone(order, self.beginnings, even=self.layout == "uniform")
 
     @contextmanager
     def _divergence(

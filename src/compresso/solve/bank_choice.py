@@ -7,7 +7,7 @@ what several missing layers do together is nothing like the sum (EvoPress, Siebe
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compresso.core.axis import Axis, Kind
@@ -194,6 +194,37 @@ def beginnings(
         found = [choose_exactly(items, limit).levels]
     spread = {round(i * (len(found) - 1) / max(most - 1, 1)) for i in range(most)}
     return list(dict.fromkeys(found[i] for i in sorted(spread)))
+
+
+def near(menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int]) -> Levels:
+    """The choice of least error among levels a step from so many units; more steps where these fit no limit. All
+    sub-layers and query heads stay.
+
+    Args:
+        menu, items, limit: as `choose_exactly` takes them.
+        kept: units by the name of their axis; all where it is not named.
+
+    Raises:
+        InfeasibleBudget: no widths fit.
+    """
+    there = [[n for n, level in enumerate(of) if not level.gone and level.slots == of[0].slots] for of in menu.levels]
+    nearest = [
+        min(range(len(places)), key=lambda i: abs(of[places[i]].units - kept.get(one.units or "", of[0].units)))
+        for one, of, places in zip(menu.sub_layers, menu.levels, there, strict=True)
+    ]
+    for steps in range(1, max(map(len, there), default=0) + 1):
+        allowed = [set(places[max(i - steps, 0) : i + steps + 1]) for i, places in zip(nearest, there, strict=True)]
+        held = [_only(item, able) for item, able in zip(items, allowed, strict=True)]
+        try:
+            return choose_exactly(held, limit).levels
+        except InfeasibleBudget:
+            continue
+    raise InfeasibleBudget("no widths of heads and channels alone are within the budget; raise keep")
+
+
+def _only(item: Item, able: Collection[int]) -> Item:
+    """An item that has some of its levels alone."""
+    return replace(item, errors=tuple(error if n in able else math.inf for n, error in enumerate(item.errors)))
 
 
 def _held(sub_layer: SubLayer, item: Item, levels: Sequence[Level], gone: Collection[int]) -> Item:

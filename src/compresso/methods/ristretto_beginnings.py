@@ -1,0 +1,87 @@
+"""Where ristretto's search begins: layers in the order of block influence, widths by errors or by gradients; no method.
+
+Errors of a bank are those of one sub-layer at a time, and do not see what the loss minds. Gradients do: near the widths
+that gate-Taylor leaves (Michel et al., arXiv 1905.10650), and with the bank's units and weights, half of SmolLM2's
+blocks are 1.63 nats a token from dense, by the bank's errors alone 1.88 (docs/log.md).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compresso.core.axis import Axis, Kind
+from compresso.core.budget import Budget, InfeasibleBudget
+from compresso.core.quantities import Budgeted
+from compresso.job import Job
+from compresso.observe.gate_taylor import sensitivity_per_cost
+from compresso.observe.influence import block_influence
+from compresso.solve.allocate import allocate
+from compresso.solve.bank_choice import Menu, beginnings, near
+from compresso.solve.level_choice import Item, Levels
+from compresso.stage import Calibrates
+from compresso.training.order import Batches
+
+log = logging.getLogger(__name__)
+SCORED = (Kind.HEAD, Kind.CHANNEL)
+"""What gradients of gates are taken of."""
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Choices that are judged before a search goes on from the best of them.
+
+    Args:
+        job: with the rows that may be looked at; its model, dense, stays as it is.
+        calibrates: how many of them.
+        choice, priced, limit: the levels, what they cost, and what all may cost together.
+        same: what a resume must agree on.
+    """
+
+    job: Job
+    calibrates: Calibrates
+    choice: Menu
+    priced: Sequence[Item]
+    limit: float
+    same: Mapping[str, Any]
+
+    def order(self, layers: Axis) -> list[int]:
+        """Layers in the order of least block influence."""
+        job, batches = self.job, self.calibrates.read(self._batches)
+        how = job.observing("influence", self.same)
+        scores = block_influence(job.model, job.arch.blocks(job.model), [layers], (Kind.LAYER,), batches, how).scores
+        return torch.argsort(scores[layers.name], stable=True).tolist()
+
+    def with_layers_gone(self, order: Sequence[int], most: int, *, even: bool) -> list[Levels]:
+        """From no layer gone to layers alone; see `compresso.solve.bank_choice.beginnings`."""
+        return beginnings(self.choice, self.priced, self.limit, order[: len(order) - 1], most, even=even)
+
+    def by_gradients(self, keep: float, of: Budgeted, kinds: Sequence[Kind]) -> Levels | None:
+        """All layers, and widths near those of gate-Taylor with as large a share of heads in every layer; None where no
+        widths fit, which is said.
+
+        keep, of, kinds: what stays, of what, and what may leave.
+
+        Raises:
+            NumericError: a gradient is not finite.
+        """
+        job, names = self.job, {one.units for one in self.choice.sub_layers}
+        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in kinds and axis.name in names]
+        kinds = tuple(kind for kind in SCORED if any(axis.kind == kind for axis in axes))
+        budget = Budget(keep, of, kinds, floor={Kind.HEAD: "keep"} if Kind.HEAD in kinds else {})
+        batches, how = self.calibrates.read(self._batches), job.observing("gradients", self.same)
+        cost = job.cost()
+        scores = sensitivity_per_cost(job.model, axes, cost, batches, of, how, job.task.loss)
+        try:
+            plan = allocate([axis for axis in axes if axis.name in scores], scores, cost, budget)
+            kept = job.ranks.agreed({name: len(units) for name, units in plan.kept.items()})
+            return near(self.choice, self.priced, self.limit, kept)
+        except InfeasibleBudget as error:
+            log.warning("ristretto: no beginning by gradients: %s", error)
+            return None
+
+    @property
+    def _batches(self) -> Batches:
+        return self.job.batches(self.calibrates.batch, "ristretto")
