@@ -23,7 +23,7 @@ LORA = {"rank": 32, "alpha": 32, **RATE}
 SHORT = {"batch": BATCH, "micro_batch": BATCH}
 Stages = list[dict[str, dict[str, Any]]]
 
-BOTH = ("shortgpt", "gate-taylor", "ristretto", "ristretto/dp")
+BOTH = ("shortgpt", "gate-taylor", "ristretto", "ristretto/dp", "ristretto/gradients")
 SELECTED = {
     **{f"{name}{how}": name for name in BOTH for how in ("", "/taught")},
     **{name: name for name in ("llm-pruner", "contextual", "bonsai", "magnitude")},
@@ -59,6 +59,8 @@ ORDER = (
     "magnitude",
     "ristretto/dp/taught",
     "ristretto/dp",
+    "ristretto/gradients/taught",
+    "ristretto/gradients",
     "compresso/taught",
     "compresso/depth-0.3",
     "compresso/parts",
