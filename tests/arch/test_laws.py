@@ -30,6 +30,7 @@ from compresso.core.axis import Axis, Kind
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
+from compresso.edit.recompute import recompute_
 from compresso.edit.shrink import shrink_
 
 NAMES = list(CONFIGS)
@@ -410,6 +411,35 @@ def test_every_mask_gets_the_same_gradient_with_checkpointing(tiny: Tiny, name: 
             gradients.append(list(torch.autograd.grad(loss, list(masks.values()))))
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mask_gets_the_same_gradient_where_blocks_are_replayed(tiny: Tiny, name: str) -> None:
+    """The first pass proves what a block depends on; the second is replayed, where that is known."""
+    model = tiny(name).train()
+    _, axes = described(model)
+    generator = torch.Generator().manual_seed(6)
+    masks = {
+        axis.name: torch.empty(axis.size).uniform_(0.2, 1, generator=generator).requires_grad_()
+        for axis in axes
+        if axis.gates
+    }
+    gradients: list[tuple[Tensor, ...]] = []
+    with gated(model, axes, {}) as sites:
+        for number in range(3):
+            if number == 1:
+                recompute_(model, on=True)
+            sites.set(masks)
+            loss = (
+                model(input_ids=IDS, labels=IDS, use_cache=False).loss
+                if name in GENERATING
+                else (output(model) - 1).pow(3).sum()
+            )
+            gradients.append(torch.autograd.grad(loss, list(masks.values())))
+    for plain, proof, replayed in zip(*gradients, strict=True):
+        torch.testing.assert_close(proof, plain, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", WITH_HIDDEN)

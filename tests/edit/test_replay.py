@@ -55,8 +55,8 @@ def gradients(model: LlamaForCausalLM, *, again: bool, bf16: bool, dropout: floa
     with gated(adapted, axes, {}) as sites:
         for update in range(updates):
             torch.manual_seed(update)
-            sites.set({name: mask * 1.0 for name, mask in masks.items()})  # no leaves, as sampled ones are none
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                sites.set({name: mask * 1.0 for name, mask in masks.items()})  # no leaves, as sampled ones are none
                 loss = adapted(input_ids=IDS, labels=IDS, use_cache=False).loss
             loss.backward()
     found = [*(p.grad for p in adapted.parameters() if p.requires_grad), *(mask.grad for mask in masks.values())]

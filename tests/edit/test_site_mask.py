@@ -1,60 +1,61 @@
-"""The product of activations and masks of other types, against autograd's own in float64."""
+"""Masks rounded for all sites at once: the product, and gradients against autograd's own with a cast at every site."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from compresso.edit.site_mask import SiteMask, Together
+from compresso.core.axis import Axis, Gate, Kind
+from compresso.edit.site_mask import SiteMask, site_masks
 
-
-def _numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", [(6,), (1,), (2, 1, 6), (2, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_gradients_are_those_of_the_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    activation = _numbers(2, 300, 6).to(dtype).requires_grad_()
-    mask = _numbers(*shape, seed=1).float().requires_grad_()
-    outgoing = _numbers(2, 300, 6, seed=2).to(dtype)
-    product = SiteMask(mask).times(activation)
-    assert product.dtype == dtype
-    product.backward(outgoing)
-    exact = activation.detach().double().requires_grad_(), mask.detach().double().requires_grad_()
-    (exact[0] * exact[1]).backward(outgoing.double())
-    assert activation.grad is not None and mask.grad is not None
-    assert activation.grad.dtype == dtype and mask.grad.dtype == torch.float32 and mask.grad.shape == shape
-    near = 2e-2 if dtype == torch.bfloat16 else 1e-12
-    torch.testing.assert_close(activation.grad.double(), exact[0].grad, rtol=near, atol=near)
-    terms = activation.numel() // mask.numel()
-    # each of the products summed is rounded by itself, half up and half down
-    torch.testing.assert_close(mask.grad.double(), exact[1].grad, rtol=1e-6, atol=near * terms**0.5 / 4)
+AXES = [
+    Axis("heads", Kind.HEAD, 3, (), (Gate("o", "input", width=2),), "a"),
+    Axis("more", Kind.HEAD, 3, (), (Gate("p", "input", width=2),), "a"),
+    Axis("channels", Kind.CHANNEL, 6, (), (Gate("gate", "output"), Gate("up", "output")), "a"),
+    Axis("hidden", Kind.HIDDEN, 6, (), tuple(Gate(f"out.{i}", "output") for i in range(70)), "a"),
+    Axis("layers", Kind.LAYER, 2, (), (Gate("out.0", "output", unit=1),), "a"),
+]
 
 
-def test_sums_over_many_tokens_are_not_rounded_to_the_activations_type() -> None:
-    """Of so many ones: bfloat16 has 300 and 302, and nothing between."""
-    mask = torch.ones(1, requires_grad=True)
-    SiteMask(mask).times(torch.ones(1, 301, 1, dtype=torch.bfloat16)).sum().backward()
-    assert mask.grad is not None and mask.grad.item() == 301
+def _masks(batch: int | None, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        axis.name: torch.rand(*(() if batch is None else (batch,)), axis.size, generator=generator).requires_grad_()
+        for axis in AXES
+    }
 
 
-def test_masks_that_are_set_together_are_rounded_together() -> None:
-    together = Together()
-    masks = [SiteMask(_numbers(*shape, seed=i).float(), together) for i, shape in enumerate([(6,), (2, 1, 6), (1,)])]
-    activation = torch.ones(2, 3, 6, dtype=torch.bfloat16)
-    first = masks[1].times(activation)
-    late = SiteMask(_numbers(6, seed=9).float(), together)
-    for mask in (*masks, late):
-        assert torch.equal(mask.times(activation), activation * mask.values.bfloat16())
-    assert torch.equal(first, masks[1].times(activation))
-    assert together.rounded(0, activation).untyped_storage().data_ptr() == (
-        together.rounded(2, activation).untyped_storage().data_ptr()
-    )
+@pytest.mark.parametrize("batch", [None, 2])
+def test_gradients_are_those_of_a_cast_at_every_site(batch: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    found: list[list[Tensor]] = []
+    activation = torch.randn(2, 5, 6, generator=generator).bfloat16()
+    outgoing = torch.randn(2, 5, 6, generator=generator).bfloat16()
+    for together in (False, True):
+        masks = _masks(batch)
+        leaf = activation.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            sites = site_masks(AXES, masks)
+        assert all(one.rounded is not None and one.rounded.dtype == torch.bfloat16 for one in sites.values())
+        products = [(one if together else SiteMask(one.values)).times(leaf) for one in sites.values()]
+        assert len(products) == 74 and all(one.dtype == torch.bfloat16 for one in products)
+        torch.autograd.backward(products, [outgoing] * len(products))
+        gradients = [mask.grad for mask in masks.values()]
+        assert all(one is not None and one.dtype == torch.float32 for one in gradients)
+        found.append([torch.stack(products), *(one for one in gradients if one is not None)])
+    assert torch.equal(found[0][0], found[1][0])
+    for alone, together_ in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(together_, alone, rtol=1e-6, atol=1e-5)  # sums of float32 in another order
 
 
-def test_what_inference_rounded_is_not_used_where_gradients_flow() -> None:
-    values = _numbers(6).float().requires_grad_()
-    mask, activation = SiteMask(values), torch.ones(2, 3, 6, dtype=torch.bfloat16, requires_grad=True)
-    with torch.inference_mode():
-        mask.times(activation)
-    mask.times(activation).sum().backward()
-    assert values.grad is not None and (values.grad == 6).all()
+def test_nothing_is_rounded_without_autocast_nor_where_a_gradient_would_be_lost() -> None:
+    assert all(one.rounded is None for one in site_masks(AXES, _masks(2)).values())
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, torch.autocast("cpu", torch.bfloat16):
+            assert all(one.rounded is None for one in site_masks(AXES, _masks(2)).values())
+
+
+def test_activations_of_another_type_meet_the_mask_itself() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        site = site_masks(AXES, _masks(None))["gate", "output"]
+    activation = torch.ones(1, 2, 6)
+    assert torch.equal(site.times(activation), site.values.expand(1, 2, 6))

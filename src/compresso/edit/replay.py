@@ -91,8 +91,8 @@ class _Known:
 
     def learning(self) -> list[Tensor]:
         """Parameters and masks that want a gradient."""
-        values = {id(mask): mask.values for mask in self.masks() if mask is not None and mask.values.requires_grad}
-        return [*self.parameters, *values.values()]
+        masks = {id(mask.expected): mask.expected for mask in self.masks() if mask is not None}
+        return [*self.parameters, *(mask for mask in masks.values() if mask.requires_grad)]
 
 
 @dataclass(frozen=True)

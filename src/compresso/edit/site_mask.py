@@ -1,79 +1,55 @@
-"""A mask as sites multiply it into activations, of whatever type these are.
+"""Masks as sites multiply them into activations, of whatever type these are.
 
-Unusual: masks are float32 or wider, and activations may be half as wide. A mask is then rounded once for all sites that
-share it, not once at each, and its gradient is summed over tokens in its own type. On a GPU that launches kernels one
-by one for few tokens, this takes four of them a site and step where autograd's own product of the two takes six.
+Unusual: masks are float32 or wider, and activations under autocast half as wide. The masks of all sites are then
+rounded in one go when they are set, a copy for each site: their gradients are rounded as the activations' are, and
+added up in the masks' own type. For LLaMA-7B that is one cast and its gradient in place of 161, for which a GPU that is
+given few tokens waits one by one.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from compresso.core.axis import Axis, Gate
 from compresso.errors import nearest
 
 
-class Together:
-    """Masks that are set at once, and rounded at once when the first of them is wanted in another type."""
-
-    def __init__(self) -> None:
-        self._values: list[Tensor] = []
-        self._rounded: dict[tuple[int, torch.dtype, torch.device, bool], Tensor] = {}
-
-    def add(self, values: Tensor) -> int:
-        """Take a mask, and say by which number it is known."""
-        self._values.append(values.detach())
-        return len(self._values) - 1
-
-    def rounded(self, number: int, activation: Tensor) -> Tensor:
-        """A mask in an activation's type and place, without gradient."""
-        how = (activation.dtype, activation.device, torch.is_inference_mode_enabled())
-        if (number, *how) not in self._rounded:
-            here = [i for i, one in enumerate(self._values) if one.device == self._values[number].device]
-            values = [self._values[i] for i in here]
-            flat = torch.cat([one.flatten() for one in values]).to(activation)
-            for i, one, part in zip(here, values, flat.split([one.numel() for one in values]), strict=True):
-                self._rounded[i, *how] = part.view(one.shape)
-        return self._rounded[number, *how]
-
-
+@dataclass(frozen=True, eq=False)
 class SiteMask:
-    """The product of all masks at a site, or at several where the same one acts.
+    """The product of all masks at a site.
 
     Args:
         values: [width of the activation], [1], or these with [batch, 1, ...] in front; float32 or wider.
-        together: those that are set with it.
+        rounded: the same in the type that activations are expected to have, with the same gradient; None where no other
+            is expected.
     """
 
-    def __init__(self, values: Tensor, together: Together | None = None) -> None:
-        self.values = values
-        self._together = Together() if together is None else together
-        self._number = self._together.add(values)
+    values: Tensor
+    rounded: Tensor | None = None
 
     def times(self, activation: Tensor) -> Tensor:
         """An activation times the mask. OPT's FFN sees examples and positions as one dimension: [batch * seq, width]
         meets [batch, 1, width]; MobileViT's sees each example as several: [batch * parts, seq, width].
         """
-        mask = self.values
+        fits = self.rounded is not None and self.rounded.dtype == activation.dtype
+        mask = self.rounded if fits and self.rounded is not None else self.values
         if mask.dim() == activation.dim() + 1:
             return (activation.unflatten(0, (mask.shape[0], -1)) * mask.to(activation)).flatten(0, 1)
         if mask.dim() == activation.dim() and 1 < mask.shape[0] < len(activation):
             mask = mask.repeat_interleave(len(activation) // mask.shape[0], 0)
-            return activation * mask.to(activation)
-        if (mask.dtype, mask.device) == (activation.dtype, activation.device):
-            return activation * mask
-        rounded = self._together.rounded(self._number, activation)
-        if not (mask.requires_grad and torch.is_grad_enabled()):
-            return activation * rounded
-        return cast(Tensor, _Product.apply(activation, mask, rounded))  # pyright: ignore[reportUnknownMemberType]
+        return activation * mask.to(activation)
+
+    @property
+    def expected(self) -> Tensor:
+        """What a product with an activation of the expected type takes; its gradient goes on to that of `values`."""
+        return self.values if self.rounded is None else self.rounded
 
 
 def site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[str, str], SiteMask]:
-    """For each (module, side) the product of all masks there, shaped to broadcast against [batch, seq, width]; sites at
-    which the same one acts share it.
+    """For each (module, side) the product of all masks there, shaped to broadcast against [batch, seq, width].
 
     Raises:
         ValueError: an unknown axis and for masks of the wrong shape or dtype.
@@ -99,14 +75,38 @@ def site_masks(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[tuple[
                 )
         # products of half-precision masks would be rounded twice
         wide[name] = mask.to(torch.promote_types(mask.dtype, torch.float32))
-    sites: dict[tuple[str, str], SiteMask] = {}
-    together = Together()
+    sites: dict[tuple[str, str], Tensor] = {}
     for axis, spread in _spread([(by_name[name], mask) for name, mask in wide.items()]):
-        alike = {how: SiteMask(values, together) for how, values in spread.items()}
         for gate in axis.gates:
-            site, mask = (gate.module, gate.side), alike[_how(gate)]
-            sites[site] = SiteMask(sites[site].values * mask.values, together) if site in sites else mask
-    return sites
+            site, values = (gate.module, gate.side), spread[_how(gate)]
+            sites[site] = sites[site] * values if site in sites else values
+    rounded = _rounded(sites)
+    return {site: SiteMask(values, rounded.get(site)) for site, values in sites.items()}
+
+
+def _rounded(sites: Mapping[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+    """The masks of all sites in the type that autocast gives activations; none where it is off, where masks lie on
+    several devices, and where a gradient would be lost: in a mode without, for masks that want one.
+    """
+    devices = {values.device for values in sites.values()}
+    learn = any(values.requires_grad for values in sites.values())
+    if len(devices) != 1 or torch.is_inference_mode_enabled() or (learn and not torch.is_grad_enabled()):
+        return {}
+    (device,) = devices
+    if not torch.is_autocast_enabled(device.type):
+        return {}
+    alike: dict[int, list[tuple[str, str]]] = {}
+    for site, values in sites.items():
+        alike.setdefault(id(values), []).append(site)
+    order = [site for same in alike.values() for site in same]
+    pieces: list[Tensor] = []
+    for same in alike.values():
+        values, n = sites[same[0]], len(same)
+        # the gradients of many copies are added up in one sum, those of two in one sum as well
+        pieces += [values.expand(n, *values.shape).flatten()] if n > 2 else [values.flatten()] * n
+    flat = torch.cat(pieces).to(torch.get_autocast_dtype(device.type))
+    parts = flat.split([sites[site].numel() for site in order])
+    return {site: part.view(sites[site].shape) for site, part in zip(order, parts, strict=True)}
 
 
 _How = tuple[int, int | None, int, int | None]
@@ -145,32 +145,3 @@ def _values(gate: Gate, mask: Tensor) -> Tensor:
     """A mask as one gate multiplies it: [width of the activation], [1], or these with [batch, 1, ...] in front."""
     values = gate.spread(mask)
     return values.unsqueeze(1) if mask.dim() == 2 else values
-
-
-class _Product(torch.autograd.Function):
-    """activation x rounded, whose gradient of `rounded` is that of `mask`."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, mask: Tensor, rounded: Tensor) -> Tensor:
-        ctx.save_for_backward(activation, rounded)
-        ctx.mask = mask.shape, mask.dtype, mask.device
-        return activation * rounded
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *outgoing: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        activation, rounded = ctx.saved_tensors
-        shape, dtype, device = ctx.mask
-        (gradient,) = outgoing
-        to_activation = gradient * rounded if ctx.needs_input_grad[0] else None
-        to_mask = None
-        if ctx.needs_input_grad[1]:
-            product = gradient * activation
-            leading = product.dim() - len(shape)
-            summed = [*range(leading), *(leading + i for i, n in enumerate(shape) if n == 1)]
-            if summed:
-                product = product.sum(summed, dtype=torch.promote_types(product.dtype, dtype)).reshape(shape)
-            to_mask = product.to(device, dtype)
-        return to_activation, to_mask, None

@@ -71,12 +71,12 @@ def shift_to_budget(log_alpha: Mapping[str, Tensor], cost: Cost, keep: float, of
     target = Budget(keep).keep * float(cost().count(of))
     # find s with  count(P(open | clamp(log_alpha + s))) = target; the count rises with s, so bisection finds it
     sizes = torch.tensor(flat.sizes, device=gates.device)
-    by_totals = cost.tiled(flat.names)
+    by_totals = cost.tiled(flat.names)  # `unsafe` below: to look at the lengths would be to wait for the device
 
     def excess(shift: float) -> float:
         open_ = _probability(gates + shift)
         counted = (
-            cost.of_totals(flat.names, torch.segment_reduce(open_, "sum", lengths=sizes))
+            cost.of_totals(flat.names, torch.segment_reduce(open_, "sum", lengths=sizes, unsafe=True))
             if by_totals
             else cost(flat.split(open_))
         )
