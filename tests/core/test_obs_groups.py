@@ -187,6 +187,14 @@ def test_teams_lose_one_each() -> None:
     assert rest.errors[-1] == pytest.approx(float(torch.trace(weight @ cost.moment @ weight.T)), rel=1e-9)
 
 
+def test_of_no_groups_none_leaves() -> None:
+    weight, cost = made(4, 2, 3)
+    whole = Elimination.of(weight, cost)
+    whole.remove(torch.tensor([0, 1]))
+    found = nested(whole, columns(4, 2)[:0])
+    assert found.order == () and found.errors == (whole.error,) and whole.error > 0
+
+
 def test_forks_go_their_own_ways() -> None:
     weight, cost = made(6, 2, 12)
     groups, one = columns(6, 2), Elimination.of(weight, cost)

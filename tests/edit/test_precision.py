@@ -1,6 +1,7 @@
 """The dtype of a model's numbers."""
 
 import torch
+from tests.arch.conftest import build
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,3 +34,16 @@ def test_buffers_of_a_checkpoint_go_along_and_whole_numbers_stay() -> None:
     norm = cast_(nn.BatchNorm1d(3), torch.bfloat16)
     assert norm.running_mean is not None and norm.running_mean.dtype == norm.weight.dtype == torch.bfloat16
     assert norm.num_batches_tracked is not None and norm.num_batches_tracked.dtype == torch.int64
+
+
+def test_corrections_of_routers_stay_as_exact_as_checkpoints_open_them() -> None:
+    model = build("moe_deepseek")
+    found = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    assert found
+    for buffer in found.values():
+        buffer.fill_(1 / 3)
+    cast_(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name in found:
+        kept = model.get_buffer(name)
+        assert kept.dtype == torch.float32 and (kept == torch.tensor(1 / 3)).all()

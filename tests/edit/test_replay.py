@@ -145,6 +145,32 @@ def test_hooks_that_come_later_are_noticed(make: Make, replays: list[int]) -> No
     assert len(replays) == LAYERS + LAYERS - 1 + LAYERS - 1
 
 
+@pytest.mark.parametrize("how", ["parameter's hook", "mask's hook", "mask's kept gradient"])
+def test_hooks_of_tensors_see_each_gradient_once(make: Make, how: str) -> None:
+    found: list[list[Tensor | None]] = []
+    for again in (False, True):
+        model = make().train()
+        masks = {name: mask.detach()[0].requires_grad_() for name, mask in masks_of(model).items()}
+        axes = arch_for(model.config).axes(model)
+        for one in model.model.layers.parameters() if how == "parameter's hook" else masks.values():
+            if how != "mask's kept gradient":
+                one.register_hook(lambda gradient: gradient * 2)
+        recompute_(model, on=again)
+        kept: list[Tensor] = []
+        with gated(model, axes, {}) as sites:
+            for _ in range(2):
+                given = masks
+                if how == "mask's kept gradient":
+                    given = {name: mask * 1.0 for name, mask in masks.items()}
+                    kept = list(given.values())
+                    for mask in kept:
+                        mask.retain_grad()
+                sites.set(given)
+                model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found.append([one.grad for one in (*model.model.layers.parameters(), *masks.values(), *kept)])
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("how", ["left", "set anew"])
 def test_other_masks_in_the_backward_pass_are_noticed(make: Make, how: str) -> None:
     model = make().train()

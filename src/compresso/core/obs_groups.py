@@ -223,7 +223,7 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
     names = list(range(len(groups)) if teams is None else teams)
     of = torch.tensor(names, device=groups.device)
     waiting = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
-    order, errors, failed = list[Tensor](), [layer.lost], torch.zeros_like(waiting[0])
+    order, errors, failed = list[Tensor](), [layer.lost], waiting.new_zeros(())
     unit = torch.eye(groups.shape[1], dtype=inverse.dtype, device=inverse.device)
     for _ in range(len(set(names))):  # without waiting for the device
         scores, wrong = _scores(inverse, gram)

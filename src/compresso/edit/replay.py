@@ -7,7 +7,7 @@ first pass builds no graph, and the second one is differentiated as it stands, 1
 That is only right where all that a block's output depends on is known: its input, its parameters, the masks that
 `gated` multiplies in. So a block is run by torch's own recomputation first, and the graph which that leaves is walked:
 if it ends in anything else, and also where foreign hooks or a replaced `forward` could pass tensors on (hidden states
-for a loss, FSDP), torch's own is used. The proof is repeated when hooks or parameters change.
+for a loss, FSDP) or hooks change gradients, torch's own is used. The proof is repeated when hooks or parameters change.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Replay:
             and not any(tensor.requires_grad for tensor in _tensors((arguments[1:], named)))
         )
         known = _known(self._block) if plain else None
-        if known is None or known.same_as(self._refuted):
+        if known is None or known.same_as(self._refuted) or known.watched():
             return self._usual(run, *arguments)
         if not known.same_as(self._proven):
             output = self._usual(run, *arguments)
@@ -93,6 +93,10 @@ class _Known:
         """Parameters and masks that want a gradient."""
         masks = {id(mask.expected): mask.expected for mask in self.masks() if mask is not None}
         return [*self.parameters, *(mask for mask in masks.values() if mask.requires_grad)]
+
+    def watched(self) -> bool:
+        """Whether hooks see gradients of these: of a replayed block twice, alone and in the sum."""
+        return any(one._backward_hooks or one.retains_grad for one in self.learning())
 
 
 @dataclass(frozen=True)
