@@ -41,7 +41,7 @@ def of(rows: Rows, part: str, model: str) -> list[Mapping[str, Any]]:
 def told(part: str, found: Rows) -> str:
     """What a table shows, in a paragraph."""
     one, last = found[0], found[-1]["machine"]
-    where = f"{last['cuda'] or last['processor']}, {last['threads']} thread(s), float32"
+    where = f"{last.get('cuda') or last['processor']}, {last['threads']} thread(s), float32"
     if part == "text":
         return (
             f"{one['windows']} windows of {one['length']} tokens. Seen: the share of earlier tokens that a query could"
