@@ -21,8 +21,8 @@ MARGIN = 1.06
 TEXTS = {"wikitext2": "WikiText-2", "c4": "C4 sample", "stories": "stories", "world": "world"}
 DRAWN = 8
 """Methods in a plot, those nearest to dense over all sizes."""
-SHORT = 8
-"""Methods of each half of the table in README.md."""
+SHORT = 5
+"""Methods of each size in the table in README.md."""
 Row = Mapping[str, Any]
 
 
@@ -137,7 +137,12 @@ def short(model: str, updates: int, mine: Sequence[Row]) -> list[str]:
         + "".join(f" {percent(ratio)} |" for ratio in ratios),
         "|---|" + "---:|" * len(ratios),
     ]
-    for name in sorted(found, key=place)[:SHORT]:
+    shown = {
+        name
+        for n, ratio in enumerate(ratios)
+        for name in sorted((one for one in found if ratio in found[one]), key=lambda one: place(one)[n])[:SHORT]
+    }
+    for name in sorted(shown, key=place):
         cells = []
         for ratio in ratios:
             if ratio not in found[name]:
