@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from common import RESULTS
 from compresso.report.charts import curves
-from real_model_report import README, STYLE
+from real_model_report import README, html_table, page
 
 LINES = RESULTS / "flagship.jsonl"
 MARGIN = 1.06
@@ -86,14 +86,10 @@ def report() -> None:
             )
             text += ["", f"### {percent(ratio)} of the block parameters removed", "", *lines, "", verdict]
             head = Markup("<h3>{} of the block parameters removed</h3>").format(percent(ratio))
-            body += [head, _html(lines), Markup("<p>{}</p>").format(verdict)]
+            body += [head, html_table(lines), Markup("<p>{}</p>").format(verdict)]
         text.append("")
     (RESULTS / "flagship.md").write_text("\n".join(text), "utf-8")
-    page = Markup(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Without training, and after</title>'
-        '<meta name="viewport" content="width=device-width"><style>{}</style><body><h1>{}</h1>{}'
-    ).format(Markup(STYLE), text[0].removeprefix("# "), Markup("").join(body))
-    (RESULTS / "flagship.html").write_text(str(page) + "\n", "utf-8")
+    (RESULTS / "flagship.html").write_text(page(text[0].removeprefix("# "), body), "utf-8")
     before, mark, rest = README.read_text("utf-8").partition("<!-- flagship -->")
     if mark:
         after = rest.partition("<!-- /flagship -->")[2]
@@ -171,14 +167,6 @@ def _plot(mine: Sequence[Row], label: str) -> Markup:
     return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(
         curves(drawn, told, axis="block parameters removed, %"), told
     )
-
-
-def _html(lines: Sequence[str]) -> Markup:
-    cells_of = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
-    head = Markup("").join(Markup("<th>{}</th>").format(one) for one in cells_of[0])
-    made = [Markup("").join(Markup("<td>{}</td>").format(one) for one in line) for line in cells_of[2:]]
-    body = Markup("").join(Markup("<tr>{}</tr>").format(line) for line in made)
-    return Markup('<div class="wide"><table><tr>{}</tr>{}</table></div>').format(head, body)
 
 
 def _table(mine: Sequence[Row], texts: Sequence[str]) -> list[str]:

@@ -68,7 +68,7 @@ ORDER = (
 
 
 def training_rows(subject: Subject, updates: int) -> list[dict[str, Any]]:
-    """Windows to train on, kinds in turn; another length for a model of a shorter context."""
+    """Windows to train on, kinds in turn, as long as each lasts; another length for a model of a shorter context."""
     kinds = [
         (f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in lines("instruct/alpaca_subset")),
         *((row["text"] for row in lines("text/redpajama_sample") if row["domain"] == domain)

@@ -158,15 +158,21 @@ def main() -> None:
     README.write_text(f"{before}{mark}\n{part}<!-- /real model -->{after}", "utf-8")
     body = [Markup("<p>{}</p>").format(how(lines)), *plots(lines, updates)]
     for kind in ("sparse", "rounded", "structured"):
-        body.append(Markup("<h2>{}</h2>{}").format(HEADINGS[kind], _html(table(lines, kind, updates))))
-    page = Markup(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>SmolLM2-135M, compressed</title>'
-        '<meta name="viewport" content="width=device-width"><style>{}</style><body><h1>SmolLM2-135M, compressed</h1>{}'
-    ).format(Markup(STYLE), Markup("").join(body))
-    (RESULTS / "real_model.html").write_text(str(page) + "\n", "utf-8")
+        body.append(Markup("<h2>{}</h2>{}").format(HEADINGS[kind], html_table(table(lines, kind, updates))))
+    (RESULTS / "real_model.html").write_text(page("SmolLM2-135M, compressed", body), "utf-8")
 
 
-def _html(rows: Sequence[str]) -> Markup:
+def page(title: str, body: Sequence[Markup]) -> str:
+    """A page of results."""
+    whole = Markup(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>{}</title>'
+        '<meta name="viewport" content="width=device-width"><style>{}</style><body><h1>{}</h1>{}'
+    ).format(title, Markup(STYLE), title, Markup("").join(body))
+    return f"{whole}\n"
+
+
+def html_table(rows: Sequence[str]) -> Markup:
+    """A table in Markdown, and the lines behind it, for a page."""
     cells_of = [[part.strip() for part in row.strip("|").split("|")] for row in rows if row.startswith("|")]
     after = [row for row in rows if row and not row.startswith("|")]
     head = Markup("").join(Markup("<th>{}</th>").format(one) for one in cells_of[0])

@@ -12,17 +12,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Kind
-from compresso.core.budget import InfeasibleBudget
 from compresso.data import nano
 from compresso.edit.gate import gated
 from compresso.errors import DataError, ResourceError
 from compresso.job import Job
-from compresso.methods import ristretto_beginnings
 from compresso.methods.ristretto import Ristretto
 from compresso.methods.ristretto_judge import Judge
 from compresso.methods.ristretto_repaired import RepairedDivergence
 from compresso.solve.evolve import Evolution
-from compresso.solve.level_choice import Levels
 from compresso.sweep.candidates import CandidateDivergence
 from tests.methods.conftest import MakeJob
 from tests.methods.test_drop_layers import job_of
@@ -217,34 +214,3 @@ def test_bad_input_is_named(make_job: MakeJob) -> None:
         ristretto()(replace(job, offloaded=object()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"keep=0\.01 allows"):
         ristretto(keep=0.01, kinds=("channel",))(make_job(folder="small"))
-
-
-def test_widths_by_gradients_are_judged_beside_the_others(make_job: MakeJob) -> None:
-    stage = ristretto(search="dp", keep=0.6, by_gradients=True)
-    told = stage(make_job(folder="whole")).records["ristretto"]
-    alone = ristretto(search="dp", keep=0.6)(make_job(folder="alone")).records["ristretto"]
-    n = told["by_gradients"]
-    assert [one for i, one in enumerate(told["judged"]) if i != n] == alone["judged"][: len(told["judged"]) - 1]
-    assert not told["judged"][n]["gone"]
-    assert told["judged"][told["taken"]]["divergence"] == min(one["divergence"] for one in told["judged"])
-
-
-def test_widths_by_gradients_that_do_not_fit_are_said_and_left_out(
-    make_job: MakeJob, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: Any) -> Levels:
-        raise InfeasibleBudget("no widths")
-
-    monkeypatch.setattr(ristretto_beginnings, "near", none)
-    job = ristretto(search="dp", keep=0.6, by_gradients=True)(make_job())
-    assert "by_gradients" not in job.records["ristretto"]
-    assert "no beginning by gradients" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "knobs", [{"search": "none"}, {"layout": "uniform", "search": "dp"}, {"kinds": ("attention", "mlp")}]
-)
-def test_widths_by_gradients_are_refused_where_there_are_none(knobs: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="by_gradients=true"):
-        ristretto(by_gradients=True, **knobs)
-    assert ristretto(by_gradients=True).needs_more() == ("gradients",) and ristretto().needs_more() == ()

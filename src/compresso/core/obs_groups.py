@@ -191,16 +191,10 @@ class Nested:
     errors: tuple[float, ...]
 
 
-def group_scores(inverse: Tensor, gram: Tensor) -> Tensor:
-    """tr((P_SS)^-1 A_SS) of each group [n], at least 0, from `Elimination.blocks`. Raises NotPositiveDefiniteError."""
-    scores, failed = _scores(inverse, gram)
-    if bool(failed):
-        raise _not_definite()
-    return scores
-
-
-def _scores(inverse: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores, and whether one of P_SS has no factor [], bool; without waiting for the device."""
+def group_scores(inverse: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """tr((P_SS)^-1 A_SS) of each group [n], at least 0, from `Elimination.blocks`, and whether one of P_SS has no
+    factor [], bool; without waiting for the device.
+    """
     if inverse.shape[1] == 1:
         return (gram / inverse).flatten().clamp(min=0), inverse.new_zeros((), dtype=torch.bool)
     lower, failed = _factored(inverse)
@@ -226,7 +220,7 @@ def nested(layer: Elimination, groups: Tensor, teams: Sequence[int] | None = Non
     order, errors, failed = list[Tensor](), [layer.lost], waiting.new_zeros(())
     unit = torch.eye(groups.shape[1], dtype=inverse.dtype, device=inverse.device)
     for _ in range(len(set(names))):  # without waiting for the device
-        scores, wrong = _scores(inverse, gram)
+        scores, wrong = group_scores(inverse, gram)
         failed |= wrong
         one = scores.masked_fill(~waiting, torch.inf).argmin().unsqueeze(0)
         both = layer.remove(groups[one].flatten())
