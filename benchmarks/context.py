@@ -11,7 +11,7 @@ Gates are trained once, on a frozen body, for half of the context, and for other
 training texts. Rules read
 a window in chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
 is what queries could attend to of what came before them, counted alike for all. A line of the results
-(results/context.jsonl) is one method at one share; those that are there are not taken again.
+(results/context.jsonl) is one method at one share of windows of one length; those that are there are not taken again.
 """
 
 import argparse
@@ -150,7 +150,8 @@ class Held:
 
 def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[Held]:
     """Each method at each share that the results lack, put on the model; dense first."""
-    known = {(one["method"], one["share"]) for one in read(Path(options.results)) if of(one, options, part)}
+    lines = [one for one in read(Path(options.results)) if of(one, options, part)]
+    known = {(one["method"], one["share"]) for one in lines if one["length"] == options.length}
     model = loaded.model
     if ("dense", 1.0) not in known:
         yield Held("dense", 1.0)

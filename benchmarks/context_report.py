@@ -38,6 +38,13 @@ def of(rows: Rows, part: str, model: str) -> list[Mapping[str, Any]]:
     return sorted(found, key=lambda row: (-row["share"], row["method"]))
 
 
+def tables(rows: Rows, part: str, model: str) -> list[list[Mapping[str, Any]]]:
+    """Lines of a part and model, apart where windows or items are of other lengths."""
+    found = of(rows, part, model)
+    lengths = dict.fromkeys(row.get("length") for row in found)
+    return [[row for row in found if row.get("length") == length] for length in lengths]
+
+
 def told(part: str, found: Rows) -> str:
     """What a table shows, in a paragraph."""
     one, last = found[0], found[-1]["machine"]
@@ -126,10 +133,12 @@ def markdown(rows: Rows) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         text += [f"## {model}", ""]
         for part, title in TITLES.items():
-            if found := of(rows, part, model):
+            parts = tables(rows, part, model)
+            text += [f"### {title}", ""] if parts else []
+            for found in parts:
                 header, *lines = table(part, found)
                 marks = ["---" if name == "method" else "---:" for name in header]
-                text += [f"### {title}", "", told(part, found), ""]
+                text += [told(part, found), ""]
                 text += [f"| {' | '.join(line)} |" for line in (header, marks, *lines)]
                 text.append("")
     return "\n".join(text)
@@ -141,14 +150,15 @@ def page(rows: Rows) -> Markup:
     for model in dict.fromkeys(row["model"] for row in rows):
         body.append(Markup("<h2>{}</h2>").format(model))
         for part, title in TITLES.items():
-            if not (found := of(rows, part, model)):
-                continue
-            body.append(Markup("<h3>{}</h3><p>{}</p>").format(title, told(part, found)))
-            for label, drawn in plots(part, found):
-                body.append(Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, label))
-            header, *lines = table(part, found)
-            cells = [_row("th", header), *(_row("td", line) for line in lines)]
-            body.append(Markup("<table>{}</table>").format(Markup("").join(cells)))
+            parts = tables(rows, part, model)
+            body += [Markup("<h3>{}</h3>").format(title)] if parts else []
+            for found in parts:
+                body.append(Markup("<p>{}</p>").format(told(part, found)))
+                for label, drawn in plots(part, found):
+                    body.append(Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, label))
+                header, *lines = table(part, found)
+                cells = [_row("th", header), *(_row("td", line) for line in lines)]
+                body.append(Markup("<table>{}</table>").format(Markup("").join(cells)))
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>A cache that forgets</title><style>{STYLE}'
     return Markup(head + "</style><body>") + Markup("\n").join(body) + Markup("</body></html>")
 

@@ -114,3 +114,13 @@ def test_the_page_holds_every_line_and_every_colour_that_its_charts_name(
     named = set(re.findall(r"var\((--[\w-]+)\)", page))
     assert {"--s0", "--muted", "--line"} <= named <= set(re.findall(r"(--[\w-]+):", page))
     assert page.count("<figure>") == 4 and "decode tokens/s against tokens of context, batch 8" in page
+
+
+def test_windows_of_other_lengths_stand_in_tables_of_their_own(modules: SimpleNamespace) -> None:
+    rows = [
+        row("text", "dense", 1.0, perplexity=length / 8, seen=1.0, windows=2, length=length) for length in (64, 512)
+    ]
+    text = modules.report.markdown(rows)
+    assert text.count("### Perplexity") == 1
+    short, long = text.index("2 windows of 64 tokens"), text.index("2 windows of 512 tokens")
+    assert short < text.index("| 8.00 |") < long < text.index("| 64.00 |")
