@@ -178,3 +178,21 @@ def test_widths_go_farther_where_a_step_is_not_enough_and_say_so_where_none_fit(
     assert fits(items, levels, -500.0) and not any(level.gone for _, level in choice.picked(levels))
     with pytest.raises(InfeasibleBudget, match="widths of heads and channels alone"):
         near(choice, items, -800.0, {})
+
+
+def test_a_layer_stays_where_the_cheapest_levels_are_none() -> None:
+    choice = menu(made_up(), ALL, steps=3)
+    costs = priced(choice)
+    whole = sum(min(item.costs) for item in costs)
+    (found,) = beginnings(choice, costs, whole + 30, order=(), most=3)  # an attention of one head takes 25
+    assert len(choice.empty_blocks(found)) == 2
+    left = [one.name for one, level in choice.picked(found) if not level.gone]
+    assert len(left) == 1 and fits(costs, found, whole + 30)
+    able = [
+        total(costs, levels)
+        for levels in itertools.product(*(range(len(of)) for of in choice.levels))
+        if fits(costs, levels, whole + 30) and len(choice.empty_blocks(levels)) < 3
+    ]
+    assert total(costs, found) == min(able)
+    with pytest.raises(InfeasibleBudget, match="no attention and no FFN is left in any layer; raise keep"):
+        beginnings(choice, costs, whole + 10, order=(), most=3)

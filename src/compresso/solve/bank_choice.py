@@ -16,7 +16,7 @@ from compresso.core.plan import Plan
 from compresso.core.quantities import Cost, CostName
 from compresso.solve import bank as banks
 from compresso.solve.bank import Bank, Level, SubLayer
-from compresso.solve.level_choice import Item, Levels, choose_exactly, cost_floor, fits
+from compresso.solve.level_choice import Choice, Item, Levels, choose_exactly, cost_floor, fits
 from compresso.solve.level_costs import priced
 
 STEPS = 12
@@ -191,9 +191,26 @@ def beginnings(
     if not found and even:
         raise InfeasibleBudget("no number of layers and one width for all others is within the budget; raise keep")
     if not found:
-        found = [choose_exactly(items, limit).levels]
+        found = [_some_stay(menu, items, limit)]
     spread = {round(i * (len(found) - 1) / max(most - 1, 1)) for i in range(most)}
     return list(dict.fromkeys(found[i] for i in sorted(spread)))
+
+
+def _some_stay(menu: Menu, items: Sequence[Item], limit: float) -> Levels:
+    """The choice of least error in which not all layers are gone."""
+    free = choose_exactly(items, limit).levels
+    if len(menu.empty_blocks(free)) < menu.bank.layers:
+        return free
+    found: list[Choice] = []
+    for stays, of in enumerate(menu.levels):
+        able = [n for n, level in enumerate(of) if not level.gone]
+        try:
+            found.append(choose_exactly([*items[:stays], _only(items[stays], able), *items[stays + 1 :]], limit))
+        except InfeasibleBudget:
+            continue
+    if not found:
+        raise InfeasibleBudget("within the budget no attention and no FFN is left in any layer; raise keep")
+    return min(found, key=lambda choice: choice.error).levels
 
 
 def near(menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int]) -> Levels:
