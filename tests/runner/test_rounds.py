@@ -154,6 +154,19 @@ def test_a_floor_out_of_reach_is_told_of_all_rounds(tiny_folder: Path) -> None:
         dry_run(made, open_source(tiny_folder, weights=False))
 
 
+def test_a_budget_that_a_stage_alone_finds_out_of_reach_ends_in_a_line(
+    call: Call, tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
+    knobs = {"keep": 0.001, "search": "dp", "batches": 2, "judged": "found", "texts": 0, "examples": 8, "judge_rows": 2}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(raw({"ristretto": knobs})))
+    code, _, error = call("run", recipe, "--model", tiny_folder, "--data", instructions, "--output", tmp_path / "out")
+    assert code == 2 and "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert line.startswith("BudgetError: stage 'ristretto': within the budget no attention and no FFN is left"), line
+    assert "raise --keep" in line or "raise keep" in line
+
+
 def test_a_floor_that_is_a_share_is_one_of_what_the_first_round_received(tiny_folder: Path) -> None:
     """Of three units, .84 are three: rounded round by round, none would ever leave."""
     stage = dict(build(raw(gate_taylor(keep=0.5, floor={"head": "keep", "channel": 2}))).stages)["gate_taylor"]

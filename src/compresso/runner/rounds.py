@@ -24,9 +24,9 @@ from typing import Any, cast
 
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget
+from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.quantities import Cost
-from compresso.errors import RecipeError
+from compresso.errors import BudgetError, RecipeError
 from compresso.job import Job
 from compresso.runner.repairs import STAGE as REPAIR
 from compresso.runner.round_knobs import Steps
@@ -251,6 +251,14 @@ def entered(job: Job, act: Act) -> tuple[Job, Stage, dict[str, Any]]:
         facts["updates"] = sum(learning.trains.updates(len(job.rows), learning.phases))
     seed = job.seed if act.turn == 1 else mixed_seed("round", job.seed, act.turn)
     return replace(job, seed=seed, removal=None), stage, {"in_rounds": facts}
+
+
+def applied(stage: Stage, job: Job, act: Act) -> Job:
+    """What the stage leaves. Raises BudgetError where it finds its budget out of reach, which a dry run need not."""
+    try:
+        return stage(job)
+    except InfeasibleBudget as error:
+        raise BudgetError(f"stage '{act.label}': {error}") from error
 
 
 def left(after: Job, before: Job, act: Act, facts: Mapping[str, Any]) -> Job:

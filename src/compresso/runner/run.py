@@ -37,7 +37,7 @@ from compresso.runner.offload import offloaded_job, opened_offloaded
 from compresso.runner.options import with_options
 from compresso.runner.output import finish, gather, left, scored, state, stored_dtype
 from compresso.runner.preflight import Prepared, check_shapes, prepare
-from compresso.runner.rounds import entered, targets_of
+from compresso.runner.rounds import applied, entered, targets_of
 from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import save_stage
@@ -288,7 +288,8 @@ def run(
                 begun = time.time()
                 stage_name, received = act.label, job
                 job, stage, told = entered(job, act)
-                job = left_round(stage(replace(job, out=work.training(act.folder))), received, act, told)
+                given = replace(job, out=work.training(act.folder))
+                job = left_round(applied(stage, given, act), received, act, told)
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))
