@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from compresso.checkpoint.atomic import Json, new_folder, verify_manifest, write_json, write_manifest
@@ -53,7 +54,9 @@ class FoldJournal:
         self._same: dict[str, Json] = json.loads(json.dumps(same))
 
     def latest(self) -> State | None:
-        """The newest whole entry, each tensor on the device it was on. Raises ResumeError if it is another pass's."""
+        """The newest whole entry, each tensor on the device it was on, or on the CPU where this machine has no such
+        device. Raises ResumeError if it is another pass's.
+        """
         for path in reversed(self._entries()):
             try:
                 verify_manifest(path)
@@ -64,7 +67,8 @@ class FoldJournal:
             refuse_other_run(path, facts["same"], self._same)
             tensors = load_file(path / "statistics.safetensors")
             stats = {
-                name: Stats(tensors[name].to(device), n) for name, (n, device) in sorted(facts["statistics"].items())
+                name: Stats(tensors[name].to(_there(device)), n)
+                for name, (n, device) in sorted(facts["statistics"].items())
             }
             return State(facts["n_batches"], facts["data"], stats)
         return None
@@ -90,3 +94,12 @@ class FoldJournal:
     def _entries(self) -> list[Path]:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path for path in found if _NAME.fullmatch(path.name))
+
+
+def _there(device: str) -> str:
+    """The device itself, or "cpu" on a machine that does not have it."""
+    wanted, there = torch.device(device), torch.accelerator.current_accelerator(check_available=True)
+    if wanted.type == "cpu" or (there is not None and there.type == wanted.type):
+        return device
+    log.warning("statistics of a pass on %s go on on the CPU", device)
+    return "cpu"
