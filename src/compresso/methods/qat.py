@@ -23,28 +23,28 @@ Files hold the rounded weights as full numbers. Rounding of activations is a for
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.core.axis import Axis, Kind
-from compresso.core.one_stage import layer_map
+from compresso.core.axis import Kind
 from compresso.core.quantisers import FULL, Quantiser, Style
 from compresso.core.squarehead import Norm
 from compresso.edit.eager import EAGER, attention_of, eager
-from compresso.edit.magnitude_masks import owned, unit_masks, weight_masks
+from compresso.edit.leaving import Leaving
 from compresso.edit.precision import cast_
 from compresso.edit.quantise_inputs import Asymmetric, inputs_of
 from compresso.edit.quantised import QuantisedModel
 from compresso.errors import RecipeError
 from compresso.job import Job
+from compresso.methods.qat_pairs import paired
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, Watches, stage
 from compresso.stage.tuning import frozen_teacher, group_of, learner, tune, watching
 from compresso.sweep.compressed import Compressed, rounded_weights
@@ -186,7 +186,7 @@ class Qat:
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         model = learner(job, None)
-        axes = job.arch.axes(job.model)
+        axes, leaving = job.arch.axes(job.model), self._leaving(linears)
         rounded = QuantisedModel(
             job.model,
             linears,
@@ -195,13 +195,14 @@ class Qat:
             self.momentum if self.inputs == "learned" and inputs.linears else None,
             [self._embedding(job.model)] if self.embeddings else [],
             self.weight_scale == "matrix",
-            self._may_leave(axes, linears),
+            leaving.of(axes),
         )
         prune_at = min(self.prune_at, total // 2)
         if not prune_at:
-            self._prune_(rounded, axes, linears)
-        facts = self._train(job, model, rounded, axes, linears, total, prune_at) if total else {"updates": 0}
-        gone, ranges = _gone(rounded, linears), rounded.ranges()
+            leaving.prune_(rounded, axes)
+        prune = partial(leaving.prune_, rounded, axes)
+        facts = self._train(job, model, rounded, prune, total, prune_at) if total else {"updates": 0}
+        gone, ranges = leaving.gone(rounded), rounded.ranges()
         rounded.fold_()
         job = replace(job, model=cast_(job.model, stored).requires_grad_(False).eval())  # pyright: ignore
         if inputs.linears:
@@ -225,8 +226,7 @@ class Qat:
         job: Job,
         model: nn.Module,
         rounded: QuantisedModel,
-        axes: Sequence[Axis],
-        linears: Sequence[str],
+        prune_: Callable[[], None],
         total: int,
         prune_at: int,
     ) -> dict[str, object]:
@@ -239,7 +239,7 @@ class Qat:
 
         def prune(update: int) -> Mapping[str, float] | None:
             if update + 1 >= prune_at and not rounded.pruned:
-                self._prune_(rounded, axes, linears)
+                prune_()
             return None
 
         models = [job.model] if teacher is None else [job.model, teacher]
@@ -291,30 +291,15 @@ class Qat:
         student = job.task.halves(job.model, ())
         taught = Taught(student, None)
         if teacher is not None:
-            taught = self._pairs(job, Taught(student, job.task.halves(teacher, ())), teacher)
+            taught = Taught(student, job.task.halves(teacher, ()))
+        if teacher is not None and (self.attention_weight or self.hidden_weight):
+            taught = paired(job, taught, teacher, self.teacher_layers, attentions=self.attention_weight > 0)
         reading = rounded.reading if self.inputs == "learned" else ()
         return OneStageObjective(model, taught, weighs, job.task.compare, reading)
 
-    def _pairs(self, job: Job, taught: Taught, teacher: PreTrainedModel) -> Taught:
-        """With what is left of layers, heads and hidden dimensions. Raises RecipeError where nothing fits."""
-        if not (self.attention_weight or self.hidden_weight):
-            return taught
-        ours, theirs, kept = list(job.arch.blocks(job.model)), list(job.arch.blocks(teacher)), job.plan.kept
-        try:
-            pairs = layer_map(len(ours), len(theirs), self.teacher_layers or kept.get("layers"))
-        except ValueError as error:
-            raise RecipeError(f"teacher_layers: {error}") from error
-        if self.attention_weight and any(name.endswith(".queries") for name in kept):
-            raise RecipeError("single query heads have left, and attentions cannot be paired; set attention_weight: 0")
-        dimensions = kept.get("hidden")
-        return replace(
-            taught,
-            ours=ours,
-            theirs=theirs,
-            pairs=pairs,
-            heads=[_heads(kept, job.arch, teacher, layer) for layer in pairs.attentions],
-            dimensions=None if dimensions is None else torch.tensor(dimensions),
-        )
+    def _leaving(self, linears: Sequence[str]) -> Leaving:
+        """What pruning takes of the model."""
+        return Leaving(linears, self.weights_kept, self.channels_kept, self.heads_kept)
 
     def _weights(self) -> Quantiser:
         """Of rows of weights. Raises ValueError for a grid that there is not."""
@@ -327,47 +312,8 @@ class Qat:
             raise RecipeError("embeddings=true, and the head shares their weight, which stays full; set it to false")
         return next(name for name, module in model.named_modules() if module is embedding)
 
-    def _may_leave(self, axes: Sequence[Axis], linears: Sequence[str]) -> list[str]:
-        """Names of the parameters that pruning takes of."""
-        names = [f"{name}.weight" for name in linears] if self.weights_kept < 1 else []
-        for share, kind in ((self.channels_kept, Kind.CHANNEL), (self.heads_kept, Kind.HEAD)):
-            names += owned([axis for axis in axes if axis.kind == kind]) if share < 1 else []
-        return list(dict.fromkeys(names))
-
-    def _prune_(self, rounded: QuantisedModel, axes: Sequence[Axis], linears: Sequence[str]) -> None:
-        """Leave out heads, then channels, then single weights, each by what is left."""
-        for share, kind in ((self.heads_kept, Kind.HEAD), (self.channels_kept, Kind.CHANNEL)):
-            if share < 1:
-                rounded.keep_(unit_masks(_left(rounded), [axis for axis in axes if axis.kind == kind], share))
-        if self.weights_kept < 1:
-            names = [f"{name}.weight" for name in linears]
-            rounded.keep_(weight_masks(_left(rounded), names, self.weights_kept))
-
-
-def _left(rounded: QuantisedModel) -> dict[str, Tensor]:
-    """The full tensors with 0 for what has left."""
-    kept = rounded.kept()
-    return {name: full * kept[name] if name in kept else full for name, full in rounded.full.items()}
-
-
-def _gone(rounded: QuantisedModel, linears: Sequence[str]) -> float:
-    """The share of the linears' weights that pruning took."""
-    kept, names = rounded.kept(), [f"{name}.weight" for name in linears]
-    gone = sum(int((~kept[name]).sum()) for name in names if name in kept)
-    return gone / sum(rounded.full[name].numel() for name in names)
-
 
 def _zeros(model: nn.Module, linears: Sequence[str]) -> dict[str, str]:
     """Weight -> "zeros/entries", of rounding and pruning together."""
     found = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in sorted(linears)}
     return {name: f"{int((weight == 0).sum())}/{weight.numel()}" for name, weight in found.items()}
-
-
-def _heads(kept: Mapping[str, Sequence[int]], arch: Arch, teacher: PreTrainedModel, layer: int) -> Tensor | None:
-    """Which query heads of one of the teacher's layers are left; None for all."""
-    units = kept.get(f"layers.{layer}.heads")
-    if units is None:
-        return None
-    shape = arch.shapes(teacher)[layer]
-    each = shape.query_heads // shape.kv_heads
-    return torch.tensor([unit * each + i for unit in units for i in range(each)], dtype=torch.int64)
