@@ -65,7 +65,7 @@ SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
         "ristretto",
         {
             "search": "dp",
-            "by_gradients": True,
+            "by_gradients": 1,
             "batches": 6,
             "batch": 4,
             "micro_batch": 1,

@@ -196,3 +196,14 @@ def test_a_layer_stays_where_the_cheapest_levels_are_none() -> None:
     assert total(costs, found) == min(able)
     with pytest.raises(InfeasibleBudget, match="no attention and no FFN is left in any layer; raise keep"):
         beginnings(choice, costs, whole + 10, order=(), most=3)
+
+
+def test_widths_near_others_leave_the_layers_out_that_are_gone() -> None:
+    choice = menu(made_up(), ALL, steps=3)
+    costs = priced(choice)
+    wanted = {one.units or "": 1 if one.kind == Kind.ATTENTION else 64 for one in choice.sub_layers}
+    levels = near(choice, costs, -300.0, wanted, gone=(1,))
+    assert choice.empty_blocks(levels) == [1] and fits(costs, levels, -300.0)
+    with pytest.raises(InfeasibleBudget, match="a part that may not leave; name attention and mlp"):
+        inner = menu(made_up(), (Kind.HEAD, Kind.CHANNEL), steps=3)
+        near(inner, priced(inner), -300.0, wanted, gone=(1,))

@@ -89,8 +89,8 @@ class Ristretto:
         steps: widths of an FFN that are tried, at most.
         damping: share of the mean diagonal added to second moments when weights are fitted.
         beginnings: judged, at most, from no layer gone to layers alone.
-        by_gradients: whether one more is judged, with all layers and widths near those of gate-Taylor, from a backward
-            pass over what `calibrates` names.
+        by_gradients: how many more are judged, with widths near those of gate-Taylor, each from a backward pass over
+            what `calibrates` names: the first with all layers, others with some gone, evenly up to layers alone.
         finalists: best candidates of the evolution that are judged.
         judged: by their divergence as "found", or "repaired" as `repair` behind this stage will make them; slow.
         repaired_rows: rows that a candidate of the evolution is repaired on before it is compared; 0 compares
@@ -112,7 +112,7 @@ class Ristretto:
     steps: Annotated[int, Ge(1)] = STEPS
     damping: Annotated[float, Gt(0), Le(1)] = 0.1
     beginnings: Annotated[int, Ge(1)] = 4
-    by_gradients: bool = False
+    by_gradients: Annotated[int, Ge(0)] = 0
     finalists: Annotated[int, Ge(0)] = 2
     judged: Literal["repaired", "found"] = "found"
     repaired_rows: Annotated[int, Ge(0)] = 0
@@ -131,8 +131,8 @@ class Ristretto:
             self.layout == "uniform" or self.search == "none" or not set(self.kinds) & set(SCORED)
         ):
             raise ValueError(
-                "by_gradients=true gives heads and channels of each layer a number of their own; leave it out, or give"
-                " search: dp or evolve, layout: free, and kinds that name head or channel"
+                f"by_gradients={self.by_gradients} gives heads and channels of each layer a number of their own; give 0,"
+                " or search: dp or evolve, layout: free, and kinds that name head or channel"
             )
         if self.repaired_rows == 1:
             raise ValueError(
@@ -176,7 +176,7 @@ class Ristretto:
         if self.search != "none":
             passes.append(Passes("calibration", self.calibrates.examples))
         if self.by_gradients:
-            passes.append(Passes("calibration", self.calibrates.examples, backwards=1))
+            passes.append(Passes("calibration", self.by_gradients * self.calibrates.examples, backwards=1))
         for one in self._repair.work(model, arch) if repaired else ():
             passes.append(replace(one, forwards=one.forwards * repaired))
         if evolves and self.repaired_rows:
@@ -208,12 +208,16 @@ class Ristretto:
         build = partial(cut, choice=choice, axes=axes, fitted=fitted, by="ristretto")
         judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
         first = Beginnings(looking, self.calibrates, choice, priced, limit, of_run)
-        for levels in self._beginnings(first, axes):
+        order = self._order(first, axes)
+        begun = self._beginnings(first, order)
+        for levels in begun:
             judge(levels)
         facts: dict[str, Any] = {}
-        if self.by_gradients and (widths := first.by_gradients(self.keep, self.of, self.kinds)):
-            judge(widths)
-            facts["by_gradients"] = list(judge.seen).index(widths)
+        most = max(len(choice.empty_blocks(levels)) for levels in begun)
+        for n in dict.fromkeys(round(i * most / self.by_gradients) for i in range(self.by_gradients)):
+            if (widths := first.by_gradients(self.keep, self.of, self.kinds, sorted(order[:n]))) is not None:
+                judge(widths)
+                facts.setdefault("by_gradients", []).append(list(judge.seen).index(widths))
         if self.search == "evolve":
             apart = replace(job, rows=compared)
             with self._divergence(looking, apart, choice, build, fitted(job)) as (divergence, adopted):
@@ -240,12 +244,15 @@ class Ristretto:
         seen, judges, compared = rows_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
         return seen, judges, compared
 
-    def _beginnings(self, first: Beginnings, axes: Sequence[Axis]) -> list[Levels]:
+    def _order(self, first: Beginnings, axes: Sequence[Axis]) -> list[int]:
+        """Layers in the order in which they leave; none where they may not, or where no beginning asks."""
+        layers = [axis for axis in axes if axis.kind == Kind.LAYER]
+        return first.order(layers[0]) if layers and self.search != "none" and set(DEPTHS) <= set(self.kinds) else []
+
+    def _beginnings(self, first: Beginnings, order: Sequence[int]) -> list[Levels]:
         """What is judged first, but for widths by gradients."""
         if self.search == "none":
             return [evenly(first.choice, first.priced, first.limit)]
-        layers = [axis for axis in axes if axis.kind == Kind.LAYER]
-        order = first.order(layers[0]) if layers and set(DEPTHS) <= set(self.kinds) else []
         return first.with_layers_gone(order, self.beginnings, even=self.layout == "uniform")
 
     @contextmanager

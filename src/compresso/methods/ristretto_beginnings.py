@@ -5,15 +5,18 @@ that gate-Taylor leaves (Michel et al., arXiv 1905.10650), and with the bank's u
 blocks are 1.63 nats a token from dense, by the bank's errors alone 1.88 (docs/log.md).
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget
+from compresso.core.counted import counted
+from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
 from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_cost
@@ -58,29 +61,52 @@ class Beginnings:
         """From no layer gone to layers alone; see `compresso.solve.bank_choice.beginnings`."""
         return beginnings(self.choice, self.priced, self.limit, order[: len(order) - 1], most, even=even)
 
-    def by_gradients(self, keep: float, of: Budgeted, kinds: Sequence[Kind]) -> Levels | None:
-        """All layers, and widths near those of gate-Taylor with as large a share of heads in every layer; None where no
-        widths fit, which is said.
+    def by_gradients(self, keep: float, of: Budgeted, kinds: Sequence[Kind], gone: Sequence[int]) -> Levels | None:
+        """Widths near those of gate-Taylor with as large a share of heads in every layer, of the model without some
+        layers; None where none are needed or none fit, which is said.
 
-        keep, of, kinds: what stays, of what, and what may leave.
+        keep, of, kinds: what stays of the whole model, of what, and what may leave.
+        gone: the layers that are gone; all others stay.
 
         Raises:
             NumericError: a gradient is not finite.
         """
-        job, names = self.job, {one.units for one in self.choice.sub_layers}
-        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in kinds and axis.name in names]
+        whole = float(self.job.cost()().count(of))
+        job = self._without(gone)
+        stays = [layer for layer in range(self.choice.bank.layers) if layer not in gone]
+        here = {  # axes are named by the number of their layer, of those that are there
+            one.units: one.units.replace(f"layers.{one.layer}.", f"layers.{stays.index(one.layer)}.", 1)
+            for one in self.choice.sub_layers
+            if one.layer in stays and one.units is not None
+        }
+        axes = [axis for axis in job.arch.axes(job.model) if axis.kind in kinds and axis.name in here.values()]
         kinds = tuple(kind for kind in SCORED if any(axis.kind == kind for axis in axes))
-        budget = Budget(keep, of, kinds, floor={Kind.HEAD: "keep"} if Kind.HEAD in kinds else {})
-        batches, how = self.calibrates.read(self._batches), job.observing("gradients", self.same)
-        cost = job.cost()
+        cost, told = job.cost(), f"ristretto: no beginning by gradients with {counted(len(gone), 'layer')} gone"
+        share = keep * whole / float(cost().count(of))
+        if share >= 1:
+            log.warning("%s: nothing else has to leave", told)
+            return None
+        budget = Budget(share, of, kinds, floor={Kind.HEAD: "keep"} if Kind.HEAD in kinds else {})
+        name = f"gradients-{len(gone)}" if gone else "gradients"
+        batches, how = self.calibrates.read(self._batches), job.observing(name, self.same)
         scores = sensitivity_per_cost(job.model, axes, cost, batches, of, how, job.task.loss)
         try:
             plan = allocate([axis for axis in axes if axis.name in scores], scores, cost, budget)
             kept = job.ranks.agreed({name: len(units) for name, units in plan.kept.items()})
-            return near(self.choice, self.priced, self.limit, kept)
+            there = {units: kept[name] for units, name in here.items() if name in kept}
+            return near(self.choice, self.priced, self.limit, there, gone)
         except InfeasibleBudget as error:
-            log.warning("ristretto: no beginning by gradients: %s", error)
+            log.warning("%s: %s", told, error)
             return None
+
+    def _without(self, gone: Sequence[int]) -> Job:
+        """The job without these layers, on a model of its own; as it is where none are gone."""
+        if not gone:
+            return self.job
+        job = replace(self.job, model=copy.deepcopy(self.job.model))
+        (layers,) = (axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER)
+        stays = tuple(layer for layer in range(layers.size) if layer not in gone)
+        return job.without(Plan({layers.name: stays}).masks([layers]), "ristretto")
 
     @property
     def _batches(self) -> Batches:

@@ -213,18 +213,26 @@ def _some_stay(menu: Menu, items: Sequence[Item], limit: float) -> Levels:
     return min(found, key=lambda choice: choice.error).levels
 
 
-def near(menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int]) -> Levels:
-    """The choice of least error among levels a step from so many units; more steps where these fit no limit. All
+def near(
+    menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int], gone: Collection[int] = ()
+) -> Levels:
+    """The choice of least error among levels a step from so many units; more steps where these fit no limit. All other
     sub-layers and query heads stay.
 
     Args:
         menu, items, limit: as `choose_exactly` takes them.
         kept: units by the name of their axis; all where it is not named.
+        gone: layers that are gone whole.
 
     Raises:
         InfeasibleBudget: no widths fit.
     """
-    there = [[n for n, level in enumerate(of) if not level.gone and level.slots == of[0].slots] for of in menu.levels]
+    there = [
+        [n for n, level in enumerate(of) if (level.gone if one.layer in gone else _all_slots(level, of))]
+        for one, of in zip(menu.sub_layers, menu.levels, strict=True)
+    ]
+    if not all(there):
+        raise InfeasibleBudget("a layer that is to be gone has a part that may not leave; name attention and mlp")
     nearest = [
         min(range(len(places)), key=lambda i: abs(of[places[i]].units - kept.get(one.units or "", of[0].units)))
         for one, of, places in zip(menu.sub_layers, menu.levels, there, strict=True)
@@ -237,6 +245,11 @@ def near(menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int
         except InfeasibleBudget:
             continue
     raise InfeasibleBudget("no widths of heads and channels alone are within the budget; raise keep")
+
+
+def _all_slots(level: Level, of: Sequence[Level]) -> bool:
+    """Whether a sub-layer is there with all of its query heads."""
+    return not level.gone and level.slots == of[0].slots
 
 
 def _only(item: Item, able: Collection[int]) -> Item:
