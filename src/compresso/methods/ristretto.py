@@ -131,8 +131,8 @@ class Ristretto:
             self.layout == "uniform" or self.search == "none" or not set(self.kinds) & set(SCORED)
         ):
             raise ValueError(
-                f"by_gradients={self.by_gradients} gives heads and channels of each layer a number of their own; give 0,"
-                " or search: dp or evolve, layout: free, and kinds that name head or channel"
+                f"by_gradients={self.by_gradients} gives heads and channels of each layer a number of their own;"
+                " give 0, or search: dp or evolve, layout: free, and kinds that name head or channel"
             )
         if self.repaired_rows == 1:
             raise ValueError(
