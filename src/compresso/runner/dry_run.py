@@ -168,7 +168,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
-                accumulation(group.batch, group.micro_batch, processes)
+                accumulation(group.batch, group.micro_batch, processes, name)
             if isinstance(group, Trains) and min(group.batch, group.micro_batch) < 2 and _has_batch_norms(model):
                 raise RecipeError(
                     f"stage '{name}': micro_batch={group.micro_batch} shows batch norms one example at a time, whose"

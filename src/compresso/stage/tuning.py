@@ -137,7 +137,7 @@ def tune(
             job.batches(trains.batch, name) if batches is None else batches,
             total,
             seed=job.seed,
-            accumulation=accumulation(trains.batch, trains.micro_batch),
+            accumulation=accumulation(trains.batch, trains.micro_batch, stage=name),
             precision=trains.precision,
             device=job.device,
             before_step=before_step,
