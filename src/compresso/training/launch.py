@@ -35,7 +35,10 @@ launcher ends those whose partner died.
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _UNSUPPORTED_SHARDING = {
     "FSDP_OFFLOAD_PARAMS": ("weights and optimizer state on the CPU", "--fsdp_offload_params"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("recomputation, which is the knob checkpointing: true", "--fsdp_activation_checkpointing"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "recomputation, which is the knob checkpointing: true",
+        "--fsdp_activation_checkpointing",
+    ),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a mesh of several dimensions", "--use_parallelism_config"),
 }
 """What FSDP can be asked for and is not done: variable -> what, and the launcher's flag."""
@@ -88,8 +91,8 @@ def _on(variable: str) -> bool:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Within the context every process reads all weights. Told by its launcher of FSDP, transformers would read those of
-    one process alone, and leave others with empty tensors.
+    """Within the context every process reads all weights. Told of FSDP by the launcher, transformers would read them in
+    one process alone, and leave the others with empty tensors.
     """
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         yield
@@ -170,6 +173,7 @@ def accumulation(batch: int, micro_batch: int, n: int | None = None, stage: str 
     if rest or not share or share % size:
         named = f"stage '{stage}': " if stage else ""
         raise RecipeError(
-            f"{named}batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose multiples"
+            f"{named}batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose"
+            " multiples"
         )
     return share // size

@@ -27,7 +27,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
 
 from compresso.errors import Interrupted, NumericError, ResumeError
 from compresso.training.groups import Group
-from compresso.training.order import Micro
 from compresso.training.state import whole
 
 Value = TypeVar("Value")
@@ -76,7 +75,9 @@ class _Root(nn.Module):
 class Spread(nn.Module):
     """An objective whose model is spread; calling it is calling the objective."""
 
-    def __init__(self, root: FSDPModule, objective: nn.Module, places: "list[_Place]", loose: list[nn.Parameter]) -> None:
+    def __init__(
+        self, root: FSDPModule, objective: nn.Module, places: "list[_Place]", loose: list[nn.Parameter]
+    ) -> None:
         super().__init__()
         self._root, self._objective, self._places, self._loose = root, objective, places, loose
 
@@ -124,8 +125,9 @@ class _Place:
 def spread(shards: Shards, objective: nn.Module, accelerator: Accelerator) -> Iterator[Spread]:
     """Spread a model over the launched processes within the context.
 
-    At its end the weights that were learned are whole in every process, also behind NumericError, ResumeError and Interrupted,
-    which all processes raise alike. Behind any other error they are lost, since others may not be there to gather from.
+    At its end the weights that were learned are whole in every process, also behind NumericError, ResumeError and
+    Interrupted, which all processes raise alike. Behind any other error they are lost: there may be nobody to gather
+    them from.
 
     Args:
         shards: what is spread.
@@ -151,8 +153,10 @@ def spread(shards: Shards, objective: nn.Module, accelerator: Accelerator) -> It
         _spread_beside(beside, mesh)
         for place in places:
             place.kept.data = place.kept.data.new_empty(0)
+        held = Spread(spread_root, objective, places, [one for one in loose if one.requires_grad])
+        held.read(lambda: _gather_once(spread_root))
         try:
-            yield Spread(spread_root, objective, places, [one for one in loose if one.requires_grad])
+            yield held
         except (NumericError, ResumeError, Interrupted):
             gathered = True
             raise
@@ -164,6 +168,16 @@ def spread(shards: Shards, objective: nn.Module, accelerator: Accelerator) -> It
     finally:
         for one in before:
             one.restore_()
+
+
+def _gather_once(root: FSDPModule) -> None:
+    """Gather every block and drop it, so that what it is gathered into is made here: an evaluation would make it in
+    inference mode, and nothing learns through such tensors.
+    """
+    for module in cast(nn.Module, root).modules():
+        if isinstance(module, FSDPModule) and module is not root:
+            module.unshard()
+            module.reshard()
 
 
 def _on(block: nn.Module, device: torch.device) -> bool:
