@@ -137,7 +137,7 @@ def train(
 
 
 def sharded() -> AbstractContextManager[None]:
-    """The environment of `accelerate launch --use_fsdp --fsdp_version 2`, which refuses CPUs."""
+    """The environment of `accelerate launch --use_fsdp --fsdp_version 2`."""
     return patch_environment(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 

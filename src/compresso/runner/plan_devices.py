@@ -50,8 +50,8 @@ def spread_bytes(
     of both as "total"; None for one device, and where the stage does not spread.
 
     Training: shares of all weights, gradients and moments; whole are two blocks of each model, what is outside of
-    blocks, gradients of as much, and what learns beside the model. Around: the whole model, in float32 where all of its
-    weights learn, and a live teacher.
+    blocks, gradients of as much, and what learns beside the model. Around: the whole model, in float32 where its
+    weights learn, a live teacher, and the slices that the whole is gathered from.
 
     Args:
         one: the stage.
@@ -64,15 +64,14 @@ def spread_bytes(
     if learning is None or not learning.spreads or count == 1:
         return None
     of_all = "all" in one.trainable
-    of_model, beside = 4 if of_all else width, sum(one.trainable.get(name, 0) for name in ("gates", "router"))
+    of_model, beside = 4 if learning.lora is None else width, one.trainable.get("gates", 0)
     inside = sum(one.trainable.values()) - beside
     blocks = max(int(getattr(one.config, "num_hidden_layers", 1)), 1)
     at_once = one.parameters - one.in_blocks + GATHERED * one.in_blocks // blocks
     teacher = dense["total"] if learning.teacher and learning.cached is None else 0
     taught = dense["total"] - dense["blocks"] + GATHERED * dense["blocks"] // blocks if teacher else 0
-    slices = (
-        (0 if of_all else one.parameters * width) + inside * TRAINED_BYTES + dense["blocks"] * width * bool(teacher)
-    )
+    of_teacher = dense["blocks"] * width if teacher else 0
+    slices = (0 if of_all else one.parameters * of_model) + inside * TRAINED_BYTES + of_teacher
     training = (
         -(-slices // count)
         + at_once * (of_model + GRADIENT_BYTES * of_all)
@@ -80,7 +79,7 @@ def spread_bytes(
         + beside * TRAINED_BYTES
         + activations
     )
-    around = one.parameters * of_model + teacher * width
+    around = one.parameters * of_model + teacher * width + -(-(one.parameters * of_model + of_teacher) // count)
     return {"training": training, "around": around, "total": max(training, around)}
 
 

@@ -177,6 +177,8 @@ def fit(
             raise Interrupted(late, manager.saved)
         if watch is not None:
             shown.say(watch.settle_(objective))
+        if spread_over is not None:
+            optimizer.state.clear()  # so that there is room for whole weights
     return history
 
 

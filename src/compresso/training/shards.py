@@ -22,11 +22,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, share_comm_ctx
+from torch.nn.modules.batchnorm import _NormBase
 
 from compresso.errors import Interrupted, NumericError, ResumeError
 from compresso.training.groups import Group
+from compresso.training.ranks import ranks
 from compresso.training.state import whole
 
 Value = TypeVar("Value")
@@ -80,9 +82,14 @@ class Spread(nn.Module):
     ) -> None:
         super().__init__()
         self._root, self._objective, self._places, self._loose = root, objective, places, loose
+        norms = (module for module in objective.modules() if isinstance(module, _NormBase))
+        self._running = [buffer for norm in norms for buffer in norm.buffers()]
 
     def forward(self, *given: Any) -> Any:
-        """The objective's output; every process calls this, as often as the others."""
+        """The objective's output; every process calls this, as often as the others. Running statistics of batch norms
+        are the main one's, as under DDP.
+        """
+        ranks().copied_(self._running)
         return cast(Any, self._root)(self._objective, *given)
 
     def read(self, work: Callable[[], Value]) -> Value:
@@ -137,22 +144,25 @@ def spread(shards: Shards, objective: nn.Module, accelerator: Accelerator) -> It
     objective.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     beside = [block for block in shards.beside if _on(block, accelerator.device)]
-    of_model = {id(parameter) for parameter in shards.model.parameters() if parameter.dim() and parameter.numel()}
+    of_model = {id(parameter) for parameter in shards.model.parameters() if _can_be_cut(parameter)}
     loose = [parameter for parameter in objective.parameters() if id(parameter) not in of_model]
+    uncut = {one for block in beside for one in block.parameters() if not _can_be_cut(one)}.union(loose)
     root = _Root(objective)
-    places = _places(root, ignored={id(parameter) for parameter in loose}) + _places(*beside)
+    places = _places([root, *beside], uncut)
     modules = list(dict.fromkeys(module for one in (root, *beside) for module in one.modules()))
     before = [_Before.of(module) for module in modules]
     gathered = False
     try:
         for place in places:
             place.kept.data = place.kept.data.contiguous()  # as fully_shard wants it
-        for block in dict.fromkeys(shards.blocks):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=set(loose))
-        spread_root = fully_shard(root, mesh=mesh, ignored_params=set(loose))
-        _spread_beside(beside, mesh)
-        for place in places:
-            place.kept.data = place.kept.data.new_empty(0)
+        for block in dict.fromkeys([*shards.blocks, *beside]):
+            inside = _places([block], uncut)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=uncut)
+            _empty_(inside)  # at once, so that there is never more than the whole and a block's slice
+        spread_root = fully_shard(root, mesh=mesh, ignored_params=uncut)
+        _empty_(places)
+        if beside:  # each of which gathers itself
+            share_comm_ctx([cast(FSDPModule, block) for block in dict.fromkeys(beside)])
         held = Spread(spread_root, objective, places, [one for one in loose if one.requires_grad])
         held.read(lambda: _gather_once(spread_root))
         try:
@@ -184,22 +194,25 @@ def _on(block: nn.Module, device: torch.device) -> bool:
     return all(parameter.device.type == device.type for parameter in block.parameters())
 
 
-def _places(*modules: nn.Module, ignored: frozenset[int] | set[int] = frozenset()) -> list[_Place]:
-    """Every place of every parameter below some modules, in the same order in all processes."""
+def _can_be_cut(parameter: nn.Parameter) -> bool:
+    return bool(parameter.dim() and parameter.numel())
+
+
+def _places(modules: Sequence[nn.Module], uncut: set[nn.Parameter]) -> list[_Place]:
+    """Every place of every other parameter below some modules, in the same order in all processes."""
     owners = dict.fromkeys(one for module in modules for one in module.modules())
     return [
         _Place(owner, name, parameter)
         for owner in owners
         for name, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) not in ignored
+        if parameter is not None and parameter not in uncut
     ]
 
 
-def _spread_beside(blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Spread blocks of a model that nothing learns in, each of which gathers itself."""
-    found = [fully_shard(block, mesh=mesh, reshard_after_forward=True) for block in dict.fromkeys(blocks)]
-    if found:
-        share_comm_ctx(found)
+def _empty_(places: Sequence[_Place]) -> None:
+    """Give the memory of parameters back that others stand in for."""
+    for place in places:
+        place.kept.data = place.kept.data.new_empty(0)
 
 
 @torch.no_grad()
