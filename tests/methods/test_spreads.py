@@ -69,5 +69,5 @@ def test_a_stage_spreads_what_its_plan_says_and_others_say_that_they_do_not(
 
 def test_a_batch_that_processes_cannot_share_is_refused_by_the_name_of_its_stage(tiny_folder: Path) -> None:
     recipe = {"stages": [{"magnitude_structured": {"keep": 0.9}}, {"recover": {"steps": 2, **SHORT}}]}
-    with pytest.raises(RecipeError, match="stage 'recover': batch=4 cannot be split .* on 3 processes"):
+    with pytest.raises(RecipeError, match=r"stage 'recover': batch=4 cannot be split .* on 3 processes"):
         compresso.plan(copy.deepcopy(recipe), tiny_folder, device="3xh100")
