@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import compresso
 from compresso.edit.few_bit_base import FewBits, linears_of_blocks, round_base_
 from compresso.edit.lora import attach_
 from compresso.errors import RecipeError
@@ -116,12 +117,14 @@ def test_without_the_library_the_cure_is_named_before_training(
         Recover(base="int8").check(job.model, job.arch)
 
 
-def test_several_processes_are_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover, "library", lambda: None)
-    monkeypatch.setattr(recover, "processes", lambda: 2)
-    job = make_job()
     with pytest.raises(RecipeError, match="base=int8 is trained in one process, and 2 were launched"):
-        Recover(base="int8").check(job.model, job.arch)
+        Recover(base="int8").check_processes(2)
+    recipe = {"name": "some", "stages": [{"recover": {"steps": 2, "base": "int8", "batch": 8, "micro_batch": 1}}]}
+    assert compresso.plan(recipe, tiny_folder, device="h100")["training"]
+    with pytest.raises(RecipeError, match="base=int8 is trained in one process, and 8 were launched"):
+        compresso.plan(recipe, tiny_folder, device="8xh100")  # as a launch does
 
 
 def test_a_base_of_few_bits_is_for_adapters() -> None:

@@ -269,13 +269,23 @@ def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, q
     )
 
 
-def test_a_run_under_fsdp_is_refused_before_weights_are_read(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP 1 was asked for, .*; launch with --fsdp_version 2"),
+        ({}, "FSDP 1 was asked for"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "launch without --fsdp_offload_params"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the knob checkpointing: true"),
+        ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, "without --fsdp_reshard_after_forward"),
+        ({"FSDP_VERSION": "2", "WORLD_SIZE": "1"}, r"one process was launched, .*; launch several \(--num_processes\)"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused_before_weights_are_read(
+    told: dict[str, str], said: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Sharded:
-        distributed_type = "FSDP"
-
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "new_accelerator", lambda device: Sharded())
-    with pytest.raises(ResourceError, match="FSDP has sharded; launch it with DDP"):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", **told}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.modules["compresso.runner.run"], "with_weights", None)
+    with pytest.raises(ResourceError, match=said):
         run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()

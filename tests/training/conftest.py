@@ -33,6 +33,6 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
         paths = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, *launcher, str(HERE / "tiny.py"), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     return run

@@ -70,8 +70,8 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(
 
 @pytest.mark.slow
 def test_sharded_processes_learn_the_same_and_resume(tiny: ModuleType, two: tuple[Path, str]):
-    """FSDP 2: gates and adapters are sharded;
-    stopped by SIGTERM in both processes, and continued from whole tensors.
+    """FSDP 2: adapters and what they lie in are sharded; stopped by SIGTERM in both processes, and continued from whole
+    tensors.
     """
     folder, messages = two
     assert_same(load_file(folder / "two.sharded.safetensors"), alone(tiny, "batch", accumulation=2, dropout=0.2))

@@ -7,19 +7,20 @@ alone. Updates before GATES_FROM train LoRA only.
 
 import argparse
 import contextlib
+import copy
 import os
 import signal
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import patch_environment
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +33,7 @@ from compresso.training.history import History
 from compresso.training.noise import gate_noise
 from compresso.training.order import Micro, ShuffledBatches
 from compresso.training.progress import Progress
+from compresso.training.shards import Shards
 from compresso.training.state import trained
 
 LAYERS, CHANNELS, GATES_FROM, SEED = 2, 24, 2, 7
@@ -86,6 +88,9 @@ class Gated(nn.Module):
             Group("lambdas", [self.lambdas], lr=0.1, ascend=True),
         ]
 
+    def shards(self) -> Shards:
+        return Shards(self.model, list(self.model.get_base_model().model.layers))
+
     @torch.no_grad()
     def clamp_(self) -> None:
         self.log_alpha.clamp_(-4.60517, 4.60517)
@@ -115,6 +120,9 @@ def train(
 
     def after_update(update: int) -> dict[str, float]:
         objective.clamp_()
+        if "shards" in how:
+            learning, alone = objective.model.parameters(), objective.log_alpha
+            assert all(isinstance(one, DTensor) for one in learning) and not isinstance(alone, DTensor)
         if update == at and event == "raise":
             raise RuntimeError("stopped by the test")
         if update == at and event:
@@ -128,25 +136,9 @@ def train(
     )
 
 
-def shard_on_cpu() -> None:
-    """Make accelerate shard on CPUs (FSDP 2), which it refuses by itself, so that sharded training is tested without
-    two GPUs.
-    """
-    module = sys.modules["compresso.training.fit"]
-    plain = module.new_accelerator
-
-    def sharding(device: torch.device) -> Accelerator:
-        accelerator = plain(device)
-        PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            cpu_ram_efficient_loading=False,
-        )
-        return accelerator
-
-    module.new_accelerator = sharding
+def sharded() -> AbstractContextManager[None]:
+    """The environment of `accelerate launch --use_fsdp --fsdp_version 2`."""
+    return patch_environment(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
 
 
 def main() -> None:
@@ -166,15 +158,25 @@ def main() -> None:
     for run in asked.runs:
         folder = Path(str(asked.folder).format(run=run)) if asked.folder else None
         objective = Gated("example" if run == "example" else "batch", asked.dropout)
-        if run == "sharded":
-            shard_on_cpu()
-            try:
-                train(objective, 8, folder=folder, event="term", at=4)
-            except Interrupted as stop:
-                print(stop, file=sys.stderr)
-            objective = Gated("batch", asked.dropout)
-        history = train(objective, 8, folder=folder, event=asked.do, at=asked.at, progress=Progress("lines", 0.0))
-        assert isinstance(objective.log_alpha, DTensor) == (run == "sharded")
+        before = {name: id(one) for name, one in objective.named_parameters()}
+        with sharded() if run == "sharded" else contextlib.nullcontext():
+            how = {"shards": objective.shards()} if run == "sharded" else {}
+            if run == "sharded":
+                try:
+                    train(objective, 8, folder=folder, event="term", at=4, **how)
+                except Interrupted as stop:
+                    print(stop, file=sys.stderr)
+                stopped = {name: id(one) for name, one in objective.named_parameters()}
+                assert stopped == before and not any(one.numel() == 0 for one in objective.parameters())
+                train(objective, 2, **how)  # what was spread can be spread again
+                objective = Gated("batch", asked.dropout)
+                before = {name: id(one) for name, one in objective.named_parameters()}
+                how = {"shards": objective.shards()}
+            show = Progress("lines", 0.0)
+            history = train(objective, 8, folder=folder, event=asked.do, at=asked.at, progress=show, **how)
+        assert before == {name: id(one) for name, one in objective.named_parameters()}
+        assert not any(isinstance(one, DTensor | FSDPModule) for one in [*objective.parameters(), *objective.modules()])
+        copy.deepcopy(objective)  # which FSDP forbids
         tensors = trained(objective)
         if int(os.environ.get("RANK", "0")) == 0:
             save_file(tensors | history.to_tensors(), f"{asked.out}.{run}.safetensors")

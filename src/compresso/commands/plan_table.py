@@ -69,6 +69,12 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {_bytes(memory['activations'])}{exchanged})",
             soft_wrap=True,
         )
+        if (spread := one.get("memory_bytes_spread")) is not None:
+            console.print(
+                f"{one['stage']}: launched with FSDP 2, about {_bytes(spread['training'])} on each while it trains, and"
+                f" {_bytes(spread['around'])} before and after (estimated)",
+                soft_wrap=True,
+            )
         if one["disk_bytes_at_most"] is not None:
             console.print(
                 f"{one['stage']}: the dense model is asked before, and not in memory with the smaller one; at most"

@@ -38,6 +38,7 @@ from compresso.stage.tuning import (
     learner,
     router_numbers,
     settled,
+    shards_of,
     tune,
     watching,
 )
@@ -131,7 +132,8 @@ class Distill:
         lora = self.lora if self.train == "lora" else None
         cached = self.teacher_top if self.teacher == "cached" else None
         own: dict[str, Any] = {"frozen": True, "own": router_numbers} if self.train == "router" else {}
-        return Learning(self.trains, [self.trains.steps], lora, teacher=True, chunk=self.chunk, cached=cached, **own)
+        how: dict[str, Any] = {"teacher": True, "chunk": self.chunk, "cached": cached, "spreads": True, **own}
+        return Learning(self.trains, [self.trains.steps], lora, **how)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, and the teacher's."""
@@ -149,7 +151,17 @@ class Distill:
         watch = watching(job, self.watches, total)
         objective = self._from_kept(job, model) if teacher is None else self._objective(job, model, teacher)
         batches = cached and TaughtBatches(job.batches(self.trains.batch, "distill"), cached.store)
-        history = tune(job, "distill", self.trains, objective, [learning], total, batches=batches, watch=watch)
+        history = tune(
+            job,
+            "distill",
+            self.trains,
+            objective,
+            [learning],
+            total,
+            batches=batches,
+            watch=watch,
+            shards=shards_of(job, teacher),
+        )
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
         if cached:

@@ -57,7 +57,7 @@ from compresso.solve.depth import absorbed
 from compresso.solve.project import deterministic_to_budget, shift_to_budget
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import AdamW, Calibrates, Effects, Knobs, Learning, Passes, Removes, Trains, TunesLora, stage
-from compresso.stage.tuning import attached, group_of, merged, tune
+from compresso.stage.tuning import attached, group_of, merged, shards_of, tune
 from compresso.training.duration import Duration
 from compresso.training.groups import Group
 from compresso.training.history import curve
@@ -172,7 +172,8 @@ class LearnGates:
 
     def learning(self) -> Learning:
         """Adapters and gates."""
-        return Learning(self.trains, [self.tune, self.ramp, self.hold], self.lora, gates=self.removes.kinds)
+        phases = [self.tune, self.ramp, self.hold]
+        return Learning(self.trains, phases, self.lora, gates=self.removes.kinds, spreads=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes behind the starting scores, if there are any, and those of the training."""
@@ -242,6 +243,7 @@ class LearnGates:
                 total,
                 after_update=after_update,
                 phase=lambda update: "tune" if update < open_ else "ramp" if update < open_ + ramp else "hold",
+                shards=shards_of(job),
             )
         expected = 1 - constraint.sparsity(objective.keep_probabilities()).item()
         missed = self._missed(expected, 1 - constraint.target(1.0))

@@ -30,10 +30,9 @@ from compresso.edit.few_bit_base import library, linears_of_blocks, no_linears, 
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
-from compresso.stage.tuning import check_routers, group_of, learner, router_numbers, settled, tune, watching
+from compresso.stage.tuning import check_routers, group_of, learner, router_numbers, settled, shards_of, tune, watching
 from compresso.training.groups import Group
 from compresso.training.history import curve
-from compresso.training.launch import processes
 from compresso.training.objectives import LossObjective
 from compresso.training.watch import Watch
 
@@ -97,22 +96,26 @@ class Recover:
             library()
             if next(linears_of_blocks(model), None) is None:
                 raise no_linears(model, self.base)
-            if processes() > 1:
-                raise RecipeError(
-                    f"base={self.base} is trained in one process, and {processes()} were launched; leave base out, or"
-                    " start it without torchrun"
-                )
         if self.train == "factors" and any(isinstance(module, Conv1D) for module in model.modules()):
             raise RecipeError(
                 f"the linears of a {model.config.model_type} are Conv1D, and train: factors takes them apart as Linear"
                 " alone; give train: lora"
             )
 
+    def check_processes(self, n: int) -> None:
+        """Raise RecipeError for few bits in several processes."""
+        if self.base != "stored" and n > 1:
+            raise RecipeError(
+                f"base={self.base} is trained in one process, and {n} were launched; leave base out, or start it"
+                " without torchrun"
+            )
+
     def learning(self) -> Learning:
         """Adapters, or all weights, or those of routers."""
+        steps, spreads = [self.trains.steps], self.train != "factors"
         if self.train == "router":
-            return Learning(self.trains, [self.trains.steps], None, frozen=True, own=router_numbers)
-        return Learning(self.trains, [self.trains.steps], None if self.train == "all" else self.lora)
+            return Learning(self.trains, steps, None, frozen=True, own=router_numbers, spreads=spreads)
+        return Learning(self.trains, steps, None if self.train == "all" else self.lora, spreads=spreads)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training."""
@@ -128,7 +131,8 @@ class Recover:
         held = {} if self.base == "stored" else round_base_(job.model, self.base)
         model = learner(job, self.lora if self.train == "lora" else None, routers=self.train == "router")
         learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
-        history = tune(job, "recover", self.trains, LossObjective(model, job.task.loss), [learning], total, watch=watch)
+        objective, shards = LossObjective(model, job.task.loss), shards_of(job)
+        history = tune(job, "recover", self.trains, objective, [learning], total, watch=watch, shards=shards)
         told: dict[str, object] = {}
         if held:
             assert isinstance(model, PeftModel)

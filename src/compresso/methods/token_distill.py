@@ -30,7 +30,7 @@ from compresso.arch.base import Arch
 from compresso.core.squarehead import Norm
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, Watches, stage
-from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
+from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, shards_of, tune, watching
 from compresso.training.history import curve
 from compresso.training.squarehead_objective import SquareHeadObjective
 
@@ -91,7 +91,7 @@ class TokenDistill:
 
     def learning(self) -> Learning:
         """All weights, under a teacher."""
-        return Learning(self.trains, [self.trains.steps], None, teacher=True, chunk=self.chunk)
+        return Learning(self.trains, [self.trains.steps], None, teacher=True, chunk=self.chunk, spreads=True)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, and the teacher's."""
@@ -106,7 +106,8 @@ class TokenDistill:
         learning = group_of("all", model, self.adamw, job.model.config.hidden_size, total, self.weight_decay)
         watch = watching(job, self.watches, total)
         objective = self._objective(job, model, teacher)
-        history = tune(job, "token_distill", self.trains, objective, [learning], total, watch=watch)
+        shards = shards_of(job, teacher)
+        history = tune(job, "token_distill", self.trains, objective, [learning], total, watch=watch, shards=shards)
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
         return settled(job, model, stored, "token_distill", self.trains).note("token_distill", **facts)

@@ -40,6 +40,7 @@ from compresso.runner.rounds import Act, Begun, told
 from compresso.stage import (
     Calibrates,
     ChecksModel,
+    ChecksProcesses,
     Compresses,
     Effects,
     FitsModel,
@@ -80,6 +81,7 @@ class Acted:
         held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
         offloaded: bytes that it takes in all where weights stay on disk; None for what is no sweep.
         act: the stage in its round.
+        in_blocks: of the parameters, those of its blocks.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Acted:
     held: int | None = None
     offloaded: int | None = None
     act: Act | None = None
+    in_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
         for group in groups_of(stage).values():
             if isinstance(group, Calibrates | Trains):
-                accumulation(group.batch, group.micro_batch, processes)
+                accumulation(group.batch, group.micro_batch, processes, name)
             if isinstance(group, Trains) and min(group.batch, group.micro_batch) < 2 and _has_batch_norms(model):
                 raise RecipeError(
                     f"stage '{name}': micro_batch={group.micro_batch} shows batch norms one example at a time, whose"
@@ -176,6 +179,8 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
                 )
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
+        if isinstance(stage, ChecksProcesses):
+            stage.check_processes(launched() if processes is None else processes)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
         rounded = _last_to_round(rounded, act.name, compressed)
         if earlier and not rounded and not shown.lost and card(act.name).effects & (Effects.SHAPES | Effects.WEIGHTS):
@@ -193,7 +198,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
         planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
-        total, macs = int(cost().total), int(cost().macs)
+        total, macs, in_blocks = int(cost().total), int(cost().macs), int(cost().blocks)
         if isinstance(stage, Remarks) and act.turn == 1:
             shown.notes += [f"{name}: {remark}" for remark in stage.remarks(model, arch)]
         shown.stages.append(
@@ -212,6 +217,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
                     else (None, None)
                 ),
                 act,
+                in_blocks,
             )
         )
         if planned is not None:

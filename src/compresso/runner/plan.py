@@ -28,7 +28,7 @@ from compresso.runner.engine_shapes import (
 )
 from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
-from compresso.runner.plan_devices import flops_of_each, room
+from compresso.runner.plan_devices import GRADIENT_BYTES, TRAINED_BYTES, flops_of_each, room, spread_bytes
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.task_options import keeps_heads
 from compresso.runner.trust_check import Trust
@@ -37,11 +37,6 @@ from compresso.stage import Learning, Passes, refuse_together
 from compresso.stage.cached_teaching import GAP_PLACES
 from compresso.tasks.base import DEFAULT
 from compresso.training.teacher_store import bytes_of
-
-TRAINED_BYTES = 16
-"""Of a trained parameter with its gradient and AdamW's two moments, float32."""
-GRADIENT_BYTES = 4
-"""Of a trained parameter's gradient once more, where DDP sends it to other processes."""
 
 
 def _engine_costs(
@@ -95,8 +90,9 @@ def plan(
         learn or score choose others of the same total.
         "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
         "compressed" what those that zero or round do to how many weights. "weight_bytes" has "packed" where weights are
-        rounded. "trust" has a row for each suite that was asked for. Numbers that depend on the length of the data are
-        null.
+        rounded. Of several devices, rows of "training" have "memory_bytes_spread" where FSDP 2 spreads the model: what
+        each holds in "training", and "around" it. "trust" has a row for each suite that was asked for. Numbers that
+        depend on the length of the data are null.
 
     Raises:
         CompressoError: as `run` would, for everything that can be known without weights and data.
@@ -251,6 +247,7 @@ def _training(
     if count > 1:
         memory["exchanged"] = sum(one.trainable.values()) * GRADIENT_BYTES
     per_token = sum(flops_per_token(passed, one.macs, dense["macs_per_token"]) for passed in learning.passes())
+    spread = spread_bytes(one, dense["parameters"], width, memory["activations"], count)
     return {
         "stage": one.name,
         "duration": " + ".join(str(phase) for phase in learning.phases),
@@ -261,6 +258,7 @@ def _training(
         "flops_at_most": _times(tokens, per_token),
         "seconds_estimated": None,
         "memory_bytes_estimated": {**memory, "total": sum(memory.values())},
+        **({} if spread is None else {"memory_bytes_spread": spread}),
     }
 
 

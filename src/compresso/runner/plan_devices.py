@@ -2,7 +2,8 @@
 
 Several devices have a process each, as `torchrun --nproc-per-node N` starts them. Each holds the whole model (DDP), and
 calibration and training are shared out; candidates of searches, comparisons, and gradients of weights on calibration
-rows are computed by each, so that their time stays.
+rows are computed by each, so that their time stays. Launched with FSDP 2, some stages spread the model while they
+train.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,12 @@ from typing import Any
 from compresso.runner.devices import REACHED, Planned
 from compresso.runner.dry_run import Acted
 
+TRAINED_BYTES = 16
+"""Of a trained parameter with its gradient and AdamW's two moments, float32."""
+GRADIENT_BYTES = 4
+"""Of a trained parameter's gradient once more, where DDP sends it to other processes."""
+GATHERED = 2
+"""Blocks that are whole at a time under FSDP 2: the one that runs, and the next."""
 SHARED_OUT = ("calibration", "training", "teacher")
 """Kinds of passes of which each process makes its share."""
 
@@ -34,6 +41,46 @@ def _share(what: str, weights: bool, count: int) -> float:
     if what == "calibration" and weights:
         return 1.0
     return 1 / count if what in SHARED_OUT else 1.0
+
+
+def spread_bytes(
+    one: Acted, dense: Mapping[str, int], width: int, activations: int, count: int
+) -> dict[str, int] | None:
+    """What each of several devices holds under FSDP 2, at its largest, in bytes: "training", "around" it, and the more
+    of both as "total"; None for one device, and where the stage does not spread.
+
+    Training: shares of all weights, gradients and moments; whole are two blocks of each model, what is outside of
+    blocks, gradients of as much, and what learns beside the model. Around: the whole model, in float32 where its
+    weights learn, a live teacher, and the slices that the whole is gathered from.
+
+    Args:
+        one: the stage.
+        dense: parameters of the dense model, as "total" and "blocks".
+        width: bytes of a number.
+        activations: bytes.
+        count: devices.
+    """
+    learning = one.learning
+    if learning is None or not learning.spreads or count == 1:
+        return None
+    of_all = "all" in one.trainable
+    of_model, beside = 4 if learning.lora is None else width, one.trainable.get("gates", 0)
+    inside = sum(one.trainable.values()) - beside
+    blocks = max(int(getattr(one.config, "num_hidden_layers", 1)), 1)
+    at_once = one.parameters - one.in_blocks + GATHERED * one.in_blocks // blocks
+    teacher = dense["total"] if learning.teacher and learning.cached is None else 0
+    taught = dense["total"] - dense["blocks"] + GATHERED * dense["blocks"] // blocks if teacher else 0
+    of_teacher = dense["blocks"] * width if teacher else 0
+    slices = (0 if of_all else one.parameters * of_model) + inside * TRAINED_BYTES + of_teacher
+    training = (
+        -(-slices // count)
+        + at_once * (of_model + GRADIENT_BYTES * of_all)
+        + taught * width
+        + beside * TRAINED_BYTES
+        + activations
+    )
+    around = one.parameters * of_model + teacher * width + -(-(one.parameters * of_model + of_teacher) // count)
+    return {"training": training, "around": around, "total": max(training, around)}
 
 
 def room(where: Planned, stages: Iterable[Mapping[str, Any]], acted: Sequence[Acted]) -> list[str]:
@@ -76,12 +123,12 @@ def _cures(where: Planned, one: Mapping[str, Any], memory: Any, offloaded: Mappi
             f"{one['stage']}: with --offload about {needed / 1e9:.1f} GB, which {verdict}; the time of reading weights"
             " is not counted"
         ]
-    if isinstance(memory, dict) and where.count > 1:
-        whole = memory["weights"] + memory["trained"]
-        needed = whole / where.count + memory["activations"]
-        verdict = "would fit" if needed < where.known.memory else "would not fit either"
+    spread: Mapping[str, int] | None = one.get("memory_bytes_spread")
+    if spread is not None:
+        verdict = "fits" if spread["total"] < where.known.memory else "DOES NOT FIT either"
         return [
-            f"{one['stage']}: sharded over {where.count} (FSDP 2) weights and training state take about"
-            f" {needed / 1e9:.1f} GB, which {verdict}; compresso.fit trains so, and a run refuses it"
+            f"{one['stage']}: launched with FSDP 2 (accelerate launch --use_fsdp --fsdp_version 2) about"
+            f" {spread['training'] / 1e9:.1f} GB each while it trains, and {spread['around'] / 1e9:.1f} GB before and"
+            f" after, where each holds the whole model, which {verdict}"
         ]
     return []

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.source import Source
@@ -25,7 +24,7 @@ from compresso.data.template import apply_to_tokenizer_
 from compresso.door import public
 from compresso.edit.patches import written
 from compresso.engines.verify import parity_records
-from compresso.errors import CollapseError, ResourceError, ResumeError, deprecated
+from compresso.errors import CollapseError, ResumeError, deprecated
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
@@ -44,7 +43,7 @@ from compresso.runner.saved_stages import save_stage
 from compresso.runner.trust_check import Trust, TrustCheck, refuse_trust
 from compresso.stage import card, refuse_together
 from compresso.tasks.base import Score
-from compresso.training.launch import broadcast, new_accelerator, processes
+from compresso.training.launch import broadcast, new_accelerator, processes, whole_weights
 from compresso.wording import worded
 
 log = logging.getLogger(__name__)
@@ -184,6 +183,7 @@ def run(
     }
     with (
         named(model, tokenizer) as name,
+        whole_weights(),
         progress_bars(shown=not quiet),
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
     ):
@@ -206,11 +206,6 @@ def run(
         refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
         refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ResourceError(
-                "a run cannot shrink weights that FSDP has sharded; launch it with DDP or as one process (`fit` alone"
-                " takes FSDP)"
-            )
         is_main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         with owned if is_main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output))) as work:

@@ -10,6 +10,7 @@ tuning      the part that stages which train have in common
 from compresso.stage.contract import (
     ChecksData,
     ChecksModel,
+    ChecksProcesses,
     Compresses,
     FitsModel,
     Follows,
@@ -38,6 +39,7 @@ __all__ = [
     "Card",
     "ChecksData",
     "ChecksModel",
+    "ChecksProcesses",
     "Compresses",
     "Effects",
     "FitsModel",

@@ -6,6 +6,7 @@
     ReachesLayers with Shrinks: it takes whole layers, too, where axes name none
     ChecksModel  a look at the shapes before weights are read
     ChecksData   a look at the examples before weights are read
+    ChecksProcesses  a look at how many processes there are, before weights are read
     Learns       what it trains, and for how long
     Compresses   how many weights it zeroes, or rounds to how many bits
     Remarks      what it does otherwise than it was asked to, in sentences
@@ -78,6 +79,7 @@ class Learning:
             does not.
         frozen: no weights of the model learn, and no adapters do.
         own: of a model, the numbers that learn beside its weights, by name; None for none.
+        spreads: whether FSDP 2 spreads the model over processes meanwhile, and a live teacher's blocks.
     """
 
     trains: Trains
@@ -90,6 +92,7 @@ class Learning:
     cached: int | None = None
     frozen: bool = False
     own: Callable[[PreTrainedModel], dict[str, int]] | None = None
+    spreads: bool = False
 
     @property
     def updates(self) -> int | None:
@@ -166,6 +169,15 @@ class ChecksData(Protocol):
         window: int | None,
     ) -> None:
         """Raise CompressoError for data that the stage cannot work on; window: tokens that plain text was cut to."""
+        ...
+
+
+@runtime_checkable
+class ChecksProcesses(Protocol):
+    """A stage that several processes can run as some of its knobs are set alone."""
+
+    def check_processes(self, n: int) -> None:
+        """Raise RecipeError for a number of processes that cannot run the stage."""
         ...
 
 

@@ -1,5 +1,6 @@
 """What stages that train have in common: what learns, fitting with a job's seed and a stage's knobs, merge."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,9 +23,12 @@ from compresso.stage.knobs import AdamW, Trains, TunesLora, Watches
 from compresso.training.fit import fit
 from compresso.training.groups import Group
 from compresso.training.history import History
-from compresso.training.launch import accumulation
+from compresso.training.launch import accumulation, is_main_process, sharding
 from compresso.training.order import Batches
+from compresso.training.shards import Shards
 from compresso.training.watch import Watch
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -114,6 +118,7 @@ def tune(
     phase: Callable[[int], str] | None = None,
     watch: Watch | None = None,
     begin: Callable[[torch.optim.Optimizer], None] | None = None,
+    shards: Shards | None = None,
 ) -> History:
     """`fit` with what a job and a stage's knobs say of it.
 
@@ -127,9 +132,12 @@ def tune(
         phase: the name shown for an update; the stage's if None.
         watch: from `watching`.
         begin: as in `fit`.
+        shards: from `shards_of`; None where each process holds the whole model also under FSDP 2, which is said then.
 
     Raises as `fit`; RecipeError for a batch that cannot be split, DataError without training data.
     """
+    if shards is None and sharding() and is_main_process():
+        log.warning("%s does not spread weights (FSDP): each process holds the whole model, as under DDP", name)
     with _recomputed(job.model, on=trains.checkpointing):
         return fit(
             objective,
@@ -137,7 +145,7 @@ def tune(
             job.batches(trains.batch, name) if batches is None else batches,
             total,
             seed=job.seed,
-            accumulation=accumulation(trains.batch, trains.micro_batch),
+            accumulation=accumulation(trains.batch, trains.micro_batch, stage=name),
             precision=trains.precision,
             device=job.device,
             before_step=before_step,
@@ -148,7 +156,14 @@ def tune(
             phase=phase or (lambda _: name),
             watch=watch,
             begin=begin,
+            shards=shards,
         )
+
+
+def shards_of(job: Job, teacher: PreTrainedModel | None = None) -> Shards:
+    """What of a job's model is spread over processes while it learns, and of the teacher beside it."""
+    beside = () if teacher is None else job.arch.blocks(teacher)
+    return Shards(job.model, list(job.arch.blocks(job.model)), list(beside))
 
 
 def watching(job: Job, watches: Watches, total: int) -> Watch | None:

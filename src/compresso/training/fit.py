@@ -3,11 +3,12 @@
 What is unusual: the loop has no hidden state. Which examples, which gate noise and which dropout an update sees are
 functions of (seed, update, slot), so a resumed run repeats the uninterrupted one bit for bit on a CPU, and N processes
 with A micro-batches each do what one process with N * A does. Everything is counted in updates of the optimizer, never
-in micro-batches. Accelerate brings devices, DDP, FSDP and the reduction of gradients.
+in micro-batches. Accelerate brings devices, DDP and the reduction of gradients; where FSDP 2 is asked for, weights are
+spread over the processes while the loop runs (`training/shards.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +21,11 @@ from compresso.training.device import choose_device, choose_precision, slow_prec
 from compresso.training.groups import Group, adamw, all_finite, check_groups, clip_, gradient_norms, set_rates_
 from compresso.training.halving import Halving, free
 from compresso.training.history import History
-from compresso.training.launch import new_accelerator, prepare, summed
+from compresso.training.launch import new_accelerator, prepare, sharding, summed
 from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches, Micro, micros_of
 from compresso.training.progress import Progress
+from compresso.training.shards import Shards, Spread, spread
 from compresso.training.signals import asked, noted_signals
 from compresso.training.state import trainable
 from compresso.training.watch import Watch
@@ -50,6 +52,7 @@ def fit(
     phase: Callable[[int], str] = lambda update: "training",
     watch: Watch | None = None,
     begin: Callable[[torch.optim.Optimizer], None] | None = None,
+    shards: Shards | None = None,
 ) -> History:
     """Train in place, from the newest checkpoint if there is one, and return the log of all updates, those of
     interrupted runs included.
@@ -60,10 +63,8 @@ def fit(
 
     Args:
         objective: called as `objective(batch, micro)` with a `Micro`; returns a dict of scalars with "loss"; the others
-            are logged. It owns every parameter that learns, also the gates and multipliers (with at least one
-            dimension, as FSDP needs), so that their gradients are averaged over processes. Parameters that a phase does
-            not use keep `grad` None, and their AdamW state waits. Under FSDP its parameters are replaced by sharded
-            ones: read them through the module, whole ones by `state.trained`.
+            are logged. It owns every parameter that learns, also the gates and multipliers, so that their gradients are
+            averaged over processes. Parameters that a phase does not use keep `grad` None, and their AdamW state waits.
         groups: each trainable parameter in exactly one.
         batches: the data; `global_batch` must be a multiple of accumulation x processes.
         steps: updates in all.
@@ -82,6 +83,9 @@ def fit(
         watch: looks at a held-out loss on the way, ends training when that only rises, and leaves the best state in
             the objective.
         begin: given the optimizer before anything is done, for an `after_update` that edits its state, too.
+        shards: what is spread over processes under FSDP 2; None trains whole weights in each, as without FSDP. While it
+            is, others stand in the places of its parameters: read them through the module, whole ones by
+            `state.trained`.
 
     Raises:
         ResourceError: memory does not suffice for a single example; a micro-batch that does not fit is halved, and that
@@ -108,21 +112,26 @@ def fit(
         "precision": compute,
         "groups": {g.name: g.facts() for g in groups},
     } | ({"held": watch.identity} if watch else {})
-    optimizer = adamw(groups)
-    if begin is not None:
-        begin(optimizer)
-    model = prepare(accelerator, objective, optimizer)
     halving = Halving(ranks)
-    manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run, watch)
-    done, history = manager.resume()
     shown = progress if progress is not None and accelerator.is_main_process else Progress("silent")
 
-    with noted_signals() as requests, _training(objective, accelerator.device), shown.running(steps, done):
+    with ExitStack() as stack:
+        spread_over = stack.enter_context(spread(shards, objective, accelerator)) if shards and sharding() else None
+        groups = groups if spread_over is None else spread_over.groups(groups)
+        optimizer = adamw(groups)
+        if begin is not None:
+            begin(optimizer)
+        model = spread_over or prepare(accelerator, objective, optimizer)
+        manager = CheckpointManager(accelerator, objective, optimizer, checkpoints, run, watch)
+        done, history = manager.resume()
+        requests = stack.enter_context(noted_signals())
+        stack.enter_context(_training(objective, accelerator.device))
+        stack.enter_context(shown.running(steps, done))
         for note in checkpoints.notes if checkpoints else ():
             shown.say(note)
         if slow := slow_precision(compute, device):
             shown.say(slow)
-        _look(watch, accelerator, objective, done, shown)
+        _look(watch, accelerator, objective, done, shown, spread_over)
         for update in range(done, steps):
             if watch is not None and watch.over:
                 break
@@ -136,6 +145,8 @@ def fit(
                         raise
                 optimizer.zero_grad(set_to_none=True)  # of the parts that did fit: the update is done anew
                 free()
+            if spread_over is not None:
+                spread_over.average_()
             norms = gradient_norms(optimizer)
             bad = ~(means["loss"].isfinite() & all_finite(norms).to(means["loss"].device))
             sums = summed(accelerator, means | requests.flags() | {"#bad": bad, "#tokens": torch.tensor(tokens)})
@@ -154,7 +165,7 @@ def fit(
                 row |= dict((after_update(update) if after_update else None) or {})
                 history.rows.append(row)
             optimizer.zero_grad(set_to_none=True)
-            _look(watch, accelerator, objective, update + 1, shown)
+            _look(watch, accelerator, objective, update + 1, shown, spread_over)
             over = watch is not None and watch.over
             if stop or over or update + 1 == steps or (update + 1) % save_every == 0:
                 manager.save(update + 1, history)
@@ -166,12 +177,22 @@ def fit(
             raise Interrupted(late, manager.saved)
         if watch is not None:
             shown.say(watch.settle_(objective))
+        if spread_over is not None:
+            optimizer.state.clear()  # so that there is room for whole weights
     return history
 
 
-def _look(watch: Watch | None, accelerator: Accelerator, objective: nn.Module, done: int, shown: Progress) -> None:
+def _look(
+    watch: Watch | None,
+    accelerator: Accelerator,
+    objective: nn.Module,
+    done: int,
+    shown: Progress,
+    spread_over: Spread | None,
+) -> None:
     """Evaluate on held-out examples, if something does and it is time to, and say so."""
-    if watch is not None and (told := watch.look(accelerator, objective, done)) is not None:
+    through = (lambda score: score()) if spread_over is None else spread_over.read
+    if watch is not None and (told := watch.look(accelerator, objective, done, through)) is not None:
         shown.say(told)
 
 

@@ -1,13 +1,15 @@
 """How many processes there are and how they agree: a thin layer over accelerate.
 
-Accelerate decides from the environment that `accelerate launch` or `torchrun` set: one process, DDP, or FSDP 2.
-Whatever it would do differently from what the training loop was tested with (FSDP 1, DeepSpeed, sharding on CPUs, which
-accelerate ignores) is refused here. Mixed precision is not left to accelerate: it would rewrite the objective's
-`forward` for good, and under FSDP cast the gates themselves to bf16; the loop opens `torch.autocast` instead.
+Accelerate decides from the environment that `accelerate launch` or `torchrun` set: one process, or several under DDP.
+FSDP 2 is asked for in that environment, too, and is not left to accelerate, which ignores it on CPUs and has no way
+back to whole tensors: `training/shards.py` spreads the weights, for the length of a training loop. Whatever the loop
+was not tested with (FSDP 1, its offloading, DeepSpeed) is refused here. Mixed precision is not left to accelerate
+either: it would rewrite the objective's `forward` for good; the loop opens `torch.autocast` instead.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,6 +21,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    patch_environment,
 )
 from torch import Tensor, nn
 
@@ -29,7 +32,16 @@ PATIENCE = timedelta(days=1)
 """How long processes wait for each other: for the main one's evaluation, which takes hours for a large model. The
 launcher ends those whose partner died.
 """
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_UNSUPPORTED_SHARDING = {
+    "FSDP_OFFLOAD_PARAMS": ("weights and optimizer state on the CPU", "--fsdp_offload_params"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "recomputation, which is the knob checkpointing: true",
+        "--fsdp_activation_checkpointing",
+    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a mesh of several dimensions", "--use_parallelism_config"),
+}
+"""What FSDP can be asked for and is not done: variable -> what, and the launcher's flag."""
 
 
 def processes() -> int:
@@ -42,12 +54,57 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def sharding() -> bool:
+    """Whether training loops were asked to spread weights over the launched processes (FSDP 2): by `accelerate launch
+    --use_fsdp --fsdp_version 2`, or by the variables that it sets, ACCELERATE_USE_FSDP=true and FSDP_VERSION=2.
+
+    Raises:
+        ResourceError: in a way that is not supported, or with one process.
+    """
+    if not _on("ACCELERATE_USE_FSDP"):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ResourceError(
+            f"FSDP {version} was asked for, which flattens parameters of different groups together; launch with"
+            " --fsdp_version 2"
+        )
+    for variable, (what, flag) in _UNSUPPORTED_SHARDING.items():
+        if _on(variable):
+            raise ResourceError(f"FSDP was asked for {what}, which it does not do here; launch without {flag}")
+    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0", "shard_grad_op", "no_shard"):
+        raise ResourceError(
+            "FSDP was asked to keep weights gathered behind the forward pass, which it does not do here; launch without"
+            " --fsdp_reshard_after_forward"
+        )
+    if processes() == 1:
+        raise ResourceError(
+            "FSDP was asked for, and one process was launched, so there is nothing to spread weights over; launch"
+            " several (--num_processes), or drop --use_fsdp"
+        )
+    return True
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Within the context every process reads all weights. Told of FSDP by the launcher, transformers would read them in
+    one process alone, and leave the others with empty tensors.
+    """
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield
+
+
 def new_accelerator(device: torch.device) -> Accelerator:
     """An accelerator for this process: on `device` if it is alone, else on its share of the devices of that type.
 
     Raises:
         ResourceError: launched in a way that the training loop does not support.
     """
+    sharding()  # refuses what is not supported
     remembered = {"_mixed_precision": "no", **PartialState._shared_state, **AcceleratorState._shared_state}
     alone = remembered.get("num_processes") == 1
     if alone and (remembered["device"].type != device.type or remembered["_mixed_precision"] != "no"):
@@ -58,27 +115,15 @@ def new_accelerator(device: torch.device) -> Accelerator:
         torch.cuda.set_device(device)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # gates take no part in a LoRA-only phase
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[unused, waiting])
-    _refuse_untested(accelerator)
-    return accelerator
-
-
-def _refuse_untested(accelerator: Accelerator) -> None:
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[unused, waiting])
     kind = accelerator.distributed_type
     if kind not in _SUPPORTED:
         raise ResourceError(
             f"launched as {kind.value}, which is not supported; launch with DDP (--multi_gpu), or FSDP 2 (--use_fsdp"
             " --fsdp_version 2)"
         )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and kind != DistributedType.FSDP:
-        raise ResourceError(
-            "FSDP was asked for, but accelerate shards on GPUs only and would train unsharded here; drop --use_fsdp"
-        )
-    if kind == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ResourceError("FSDP 1 flattens parameters of different groups together; launch with --fsdp_version 2")
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None  # pyright: ignore[reportOptionalMemberAccess]
+    return accelerator
 
 
 def prepare(accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -111,10 +156,13 @@ def broadcast(accelerator: Accelerator, value: Value) -> Value:
     return box[0]
 
 
-def accumulation(batch: int, micro_batch: int, n: int | None = None) -> int:
+def accumulation(batch: int, micro_batch: int, n: int | None = None, stage: str = "") -> int:
     """Micro-batches per process that make up an update of `batch` examples.
 
-    n: processes; None for those that were launched.
+    Args:
+        batch, micro_batch: examples of an update, and at most at a time in a process.
+        n: processes; None for those that were launched.
+        stage: named where that cannot be.
 
     Raises:
         RecipeError: if `batch` cannot be shared out equally.
@@ -123,7 +171,9 @@ def accumulation(batch: int, micro_batch: int, n: int | None = None) -> int:
     share, rest = divmod(batch, n)
     size = min(micro_batch, share)
     if rest or not share or share % size:
+        named = f"stage '{stage}': " if stage else ""
         raise RecipeError(
-            f"batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose multiples"
+            f"{named}batch={batch} cannot be split into micro-batches of {micro_batch} on {n} processes; choose"
+            " multiples"
         )
     return share // size

@@ -15,9 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from compresso.core.counted import counted
-from compresso.errors import CompressoError
 from compresso.training.launch import broadcast
-from compresso.training.state import is_sharded, learned, put_
+from compresso.training.state import learned, put_
 
 _PREFIX = "held/"
 
@@ -54,27 +53,29 @@ class Watch:
         since = [at for at in self._losses if at > self.best]
         return len(since) >= self._patience and max(self._losses) < self._updates
 
-    def look(self, accelerator: Accelerator, objective: nn.Module, done: int) -> str | None:
+    def look(
+        self,
+        accelerator: Accelerator,
+        objective: nn.Module,
+        done: int,
+        through: Callable[[Callable[[], float]], float] = lambda score: score(),
+    ) -> str | None:
         """Evaluate if it is time after `done` updates, and keep the state if it is the best so far; every process must
         call this.
+
+        through: runs what evaluates; of weights that are spread over processes, where they are gathered.
 
         Returns:
             A line for a person, or None if nothing was done.
 
         Raises:
-            CompressoError: the weights are spread over processes.
             NumericError: the loss is not finite.
         """
         if done not in self._points or done in self._losses:
             return None
-        if is_sharded(objective):
-            raise CompressoError(
-                f"evaluations={len(self._points)} while weights are spread over processes (FSDP); set evaluations=0, or"
-                " train without FSDP"
-            )
         modes = {module: module.training for module in objective.modules()}
         try:
-            loss = broadcast(accelerator, self._score())  # so that all processes decide alike
+            loss = broadcast(accelerator, through(self._score))  # so that all processes decide alike
         finally:
             for module, mode in modes.items():
                 module.training = mode
