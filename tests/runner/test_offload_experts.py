@@ -62,6 +62,7 @@ def done(stage: str, folder: Path, data: Path, output: Path, **given: Any) -> co
         ("gptq", "mixtral", torch.float32),
         ("awq", "qwen2_moe", torch.float32),
         ("wanda", "deepseek_v3", torch.float32),
+        ("gptq", "deepseek_v2", torch.float32),
     ],
 )
 def test_the_bytes_are_those_of_a_run_in_memory(

@@ -2,8 +2,8 @@
 2406.02500, section 3; REAP, arXiv 2510.13999).
 
 Section 3, Expert Drop. Scores, one pass over the dense model:
-    probability     the router's probability of each expert, summed over tokens, chosen or not; of routers that score
-                    each expert alone (DeepSeek-V3, GLM-4-MoE) the weights of the chosen
+    probability     the router's probability of each expert, summed over tokens, chosen or not; in DeepSeek's families
+                    (V2, V3, GLM-4-MoE) the weights of the chosen
     frequency       how often each was chosen
     reap            mean of weight x norm of the output, over the tokens that chose it
     reconstruction  error of the layer's output without it, another one chosen in its place
