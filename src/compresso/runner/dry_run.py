@@ -24,6 +24,7 @@ from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
+from compresso.edit.merge_experts import Merging
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
@@ -45,6 +46,7 @@ from compresso.stage import (
     FitsModel,
     Learning,
     Learns,
+    Merges,
     Passes,
     ReachesLayers,
     Remarks,
@@ -80,6 +82,7 @@ class Acted:
         held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
         offloaded: bytes that it takes in all where weights stay on disk; None for what is no sweep.
         act: the stage in its round.
+        merging: experts that it averages; None for none.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Acted:
     held: int | None = None
     offloaded: int | None = None
     act: Act | None = None
+    merging: Merging | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
                     else (None, None)
                 ),
                 act,
+                stage.merging(model, arch) if isinstance(stage, Merges) else None,
             )
         )
         if planned is not None:
