@@ -1,13 +1,15 @@
 """Command lines that may die: a process imports compresso once and forks a child for each line it reads.
 
-Run as a script. Each line of its input is {"arguments": [...], "log": file, "event": "kill" | "term" | "nan" | "",
-"phase": str, "at": int}; for each it prints the child's exit code, negative for a signal. The event comes after `at`
-updates of the phase: the process is killed, gets SIGTERM, or every loss from then on is NaN. The phase "saved" is the
-moment after `at` stages were saved.
+Run as a script. Each line of its input is {"arguments": [...], "log": file, "event": "kill" | "term" | "nan" | "limit"
+| "", "phase": str, "at": int}; for each it prints the child's exit code, negative for a signal. The event comes after
+`at` updates of the phase: the process is killed, gets SIGTERM, or every loss from then on is NaN. The phase "saved" is
+the moment after `at` stages were saved. Under "limit" the system lets the child have `at` MB of data more than it
+begins with (Linux).
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -67,7 +69,11 @@ def child(job: dict[str, Any]) -> None:
     with open(job["log"], "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if job["event"]:
+    if job["event"] == "limit":
+        told = Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]  # kB
+        size = int(told) * 1024 + job["at"] * 1_000_000
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    elif job["event"]:
         arm(job["event"], job["phase"], job["at"])
     cli.main(job["arguments"])
 

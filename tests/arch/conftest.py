@@ -15,6 +15,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     BloomConfig,
+    DeepseekV2Config,
     DeepseekV3Config,
     DistilBertConfig,
     DistilBertForMaskedLM,
@@ -182,6 +183,20 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "moe_deepseek": lambda: DeepseekV3Config(
         **{**GROUPED_ROUTER, "num_key_value_heads": 8}, **MLA, n_group=3, topk_group=2, norm_topk_prob=False
     ),
+    "moe_deepseek_v2": lambda: DeepseekV2Config(
+        **{**GROUPED_ROUTER, "num_key_value_heads": 8},
+        **MLA,
+        n_group=3,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+    ),
+    "moe_deepseek_v2_greedy": lambda: DeepseekV2Config(  # as V2-Lite: groups are named, and do not limit
+        **{**GROUPED_ROUTER, "num_key_value_heads": 8, "routed_scaling_factor": 1.0},
+        **{**MLA, "q_lora_rank": None},
+        n_group=3,
+        topk_group=1,
+        attention_bias=True,
+    ),
     "moe_glm4": lambda: Glm4MoeConfig(**GROUPED_ROUTER, use_qk_norm=True, head_dim=12, attention_bias=True),
     "moe_gpt_oss": lambda: GptOssConfig(**MOE, num_local_experts=6, head_dim=12, sliding_window=5),
 }
@@ -290,6 +305,8 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim)
     )  # eager attention asks for float32
+    method_softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim, dtype=None: method_softmax(x, dim=dim))
     for method in ("float", "type"):  # so do routers
         narrow = getattr(torch.Tensor, method)
         monkeypatch.setattr(

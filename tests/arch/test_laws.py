@@ -36,7 +36,14 @@ from compresso.edit.shrink import shrink_
 NAMES = list(CONFIGS)
 GENERATING = [name for name in NAMES if name not in CLASSES]
 TOGETHER = "together"
-DENSE_TOO = ("moe_qwen3_tied", "moe_qwen2", "moe_deepseek", "moe_glm4")
+DENSE_TOO = (
+    "moe_qwen3_tied",
+    "moe_qwen2",
+    "moe_deepseek",
+    "moe_deepseek_v2",
+    "moe_deepseek_v2_greedy",
+    "moe_glm4",
+)
 """Models of experts some of whose layers have one FFN."""
 WITHOUT: dict[str, set[Kind]] = {
     name: ({Kind.HIDDEN} if name not in (*WITH_HIDDEN, *ENCODERS_WITH_HIDDEN, *MIXTURES) else set())

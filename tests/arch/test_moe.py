@@ -18,6 +18,7 @@ from tests.arch.conftest import MIXTURES
 from tests.arch.test_laws import IDS, logits
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
@@ -36,7 +37,7 @@ from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
-from compresso.core.routing import chosen
+from compresso.core.routing import Routing, chosen
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ExportError
@@ -149,10 +150,11 @@ def test_fewer_experts_than_a_router_chooses_among_are_refused(tiny: Tiny) -> No
     axes = arch_for(model.config).axes(model)
     with pytest.raises(ArchError, match=r"leaves layers.2.experts with 1 of 6 units; at least 2"):
         shrink_(model, axes, Plan({"layers.2.experts": (3,)}))
-    model = tiny("moe_deepseek")
-    axes = arch_for(model.config).axes(model)
-    with pytest.raises(ArchError, match=r"keeps \[4, 4, 3\] units in the 3 groups of layers.2.experts"):
-        shrink_(model, axes, Plan({"layers.2.experts": tuple(range(11))}))
+    for name in ("moe_deepseek", "moe_deepseek_v2"):
+        model = tiny(name)
+        axes = arch_for(model.config).axes(model)
+        with pytest.raises(ArchError, match=r"keeps \[4, 4, 3\] units in the 3 groups of layers.2.experts"):
+            shrink_(model, axes, Plan({"layers.2.experts": tuple(range(11))}))
 
 
 def test_a_router_that_nobody_described(tiny: Tiny) -> None:
@@ -186,6 +188,72 @@ MIXTRAL_8X7B: dict[str, Any] = {}
 """The defaults of transformers' class are the published config."""
 OLMOE_1B_7B: dict[str, Any] = {"num_key_value_heads": 16, "intermediate_size": 1024}
 QWEN3_30B_A3B: dict[str, Any] = {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True}
+DEEPSEEK_V2_LITE: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16}
+DEEPSEEK_V2_LITE |= {"q_lora_rank": None, "intermediate_size": 10944, "moe_intermediate_size": 1408}
+DEEPSEEK_V2_LITE |= {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+DEEPSEEK_V2: dict[str, Any] = {"hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128}
+DEEPSEEK_V2 |= {"intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_experts": 160}
+DEEPSEEK_V2 |= {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 3}
+DEEPSEEK_V2 |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
+
+
+def latent_sizes(config: DeepseekV2Config) -> tuple[int, int]:
+    """All parameters of such a model, and those that a token meets, added up from its config's numbers."""
+    hidden, heads, q, layers = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.q_lora_rank,
+        config.num_hidden_layers,
+    )
+    nope, rope, value, kv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
+    queries = hidden * heads * (nope + rope) if q is None else hidden * q + q + q * heads * (nope + rope)
+    keys = hidden * (kv + rope) + kv + kv * heads * (nope + value)
+    attention = queries + keys + heads * value * hidden
+    expert, sparse = 3 * hidden * config.moe_intermediate_size, layers - config.first_k_dense_replace
+    outside = 2 * config.vocab_size * hidden + hidden + layers * (attention + 2 * hidden)
+    outside += config.first_k_dense_replace * 3 * hidden * config.intermediate_size
+    mixture = hidden * config.n_routed_experts + config.n_shared_experts * expert
+    total = outside + sparse * (mixture + config.n_routed_experts * expert)
+    return total, total - sparse * (config.n_routed_experts - config.num_experts_per_tok) * expert
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [(DeepseekV2Config(**DEEPSEEK_V2_LITE), 15_706_484_224), (DeepseekV2Config(**DEEPSEEK_V2), 235_741_434_880)],
+    ids=["v2-lite", "v2"],
+)
+def test_the_sizes_of_latent_attention_add_up(config: DeepseekV2Config, total: int) -> None:
+    """The closed form is the published size (15.7e9 and 236e9, of which a token meets 2.4e9 and 21e9, the embedding not
+    counted), and that of the modules.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    arch = arch_for(config)
+    cost = CostModel(arch.axes(model), arch.weights(model))()
+    assert latent_sizes(config) == (int(cost.total), int(cost.active)) and int(cost.total) == total
+
+
+def test_groups_limit_a_softmax_choice_only_where_the_config_says_so(tiny: Tiny) -> None:
+    limited, free = (
+        next(a for a in arch_for(m.config).axes(m) if a.name == "layers.2.experts")
+        for m in (tiny("moe_deepseek_v2"), tiny("moe_deepseek_v2_greedy"))
+    )
+    assert (limited.groups, limited.min_units, limited.buffers) == (3, 3, ())
+    assert (free.groups, free.min_units) == (1, 2)
+    model = tiny("moe_deepseek_v2")
+    model.model.layers[3].mlp.gate.topk_method = "noaux_tc"
+    with pytest.raises(ArchError, match=r"topk_method='noaux_tc' of a DeepseekV2TopkRouter .* wanted greedy or group_"):
+        arch_for(model.config).axes(model)
+
+
+def test_a_group_is_worth_its_best_expert() -> None:
+    """By hand: groups of (.4, .01) and (.3, .29); the first has the best expert, the second the larger sum."""
+    scores = torch.tensor([[0.4, 0.01, 0.3, 0.29]])
+    routing = Routing(1, normalised=False, scale=3.0, groups=2, of_groups=1)
+    weights, numbers = chosen(scores.log(), routing)
+    assert numbers.tolist() == [[0]] and torch.allclose(weights, torch.tensor([[1.2]]))
+    weights, numbers = chosen(scores.log(), routing, torch.tensor([False, True, True, True]))
+    assert numbers.tolist() == [[2]] and torch.allclose(weights, torch.tensor([[1.5]]))  # .3 of the .6 that are left
 
 
 @pytest.mark.parametrize(
@@ -195,11 +263,21 @@ QWEN3_30B_A3B: dict[str, Any] = {"num_hidden_layers": 48, "head_dim": 128, "norm
         (OlmoeConfig(**OLMOE_1B_7B), 6_919_161_856, 6_919_161_856 - 16 * 56 * 3 * 1024 * 2048),
         (Qwen3MoeConfig(**QWEN3_30B_A3B), 30_532_122_624, 30_532_122_624 - 48 * 120 * 3 * 768 * 2048),
         (Qwen2MoeConfig(), None, None),
+        (DeepseekV2Config(**{**DEEPSEEK_V2, "num_hidden_layers": 5}), None, None),
         (DeepseekV3Config(num_hidden_layers=5), None, None),
         (Glm4MoeConfig(num_hidden_layers=4), None, None),
         (GptOssConfig(num_hidden_layers=4), None, None),
     ],
-    ids=["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen2-moe", "deepseek-v3", "glm-4-moe", "gpt-oss"],
+    ids=[
+        "mixtral-8x7b",
+        "olmoe-1b-7b",
+        "qwen3-30b-a3b",
+        "qwen2-moe",
+        "deepseek-v2",
+        "deepseek-v3",
+        "glm-4-moe",
+        "gpt-oss",
+    ],
 )
 def test_published_sizes_on_the_meta_device(config: PreTrainedConfig, total: int | None, active: int | None) -> None:
     """And three quarters of the experts: what is predicted is what is left; of routers a token meets less."""

@@ -48,7 +48,7 @@ def rounded(name: str, bits: int = 4, group: int = 8, symmetric: bool = True) ->
 
 @torch.no_grad()
 @pytest.mark.parametrize(("bits", "group"), [(4, 8), (3, 0)])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "deepseek_v2"])
 def test_packed_experts_open_and_compute_the_same(tmp_path: Path, name: str, bits: int, group: int) -> None:
     model, packing = rounded(name, bits, group)
     save_packed(model, packing, tmp_path / "packed")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, GptOssConfig, Qwen2MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, GptOssConfig, Qwen2MoeConfig
 
 from compresso.core.rounding import fit
 from compresso.core.scales import best_common_scale, best_scale
@@ -44,6 +44,20 @@ FAMILIES: dict[str, Any] = {
         first_k_dense_replace=1,
         kv_lora_rank=16,
         q_lora_rank=None,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    ),
+    "deepseek_v2": lambda: DeepseekV2Config(
+        **{**FINE, "num_key_value_heads": 4},
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=8,
         qk_rope_head_dim=4,
         qk_nope_head_dim=4,
         v_head_dim=8,

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, MixtralConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 
 import compresso
 from compresso.arch.base import arch_for
@@ -76,6 +83,10 @@ def test_the_published_scores_of_two_tokens() -> None:
     two = Routing(2, normalised=False)
     of_softmax = probability_rows(probabilities.log(), *chosen(probabilities.log(), two), two)
     assert torch.allclose(of_softmax.sum(0), torch.tensor([0.8, 0.8, 0.4]))
+    chosen_only = replace(two, counts_chosen=True)  # softmax routers of DeepSeek's families
+    given = chosen(probabilities.log(), chosen_only)
+    of_chosen = probability_rows(probabilities.log(), *given, chosen_only).sum(0)
+    assert torch.allclose(of_chosen, torch.tensor([0.7, 0.8, 0.3]))
     sigmoid = replace(two, sigmoid=True)
     given = chosen(probabilities.logit(), sigmoid)
     assert torch.allclose(
@@ -178,11 +189,14 @@ def test_one_pool_for_all_layers(make_job: MakeJob) -> None:
         DropExperts(pool="global").check(job.model, job.arch)
 
 
-def test_groups_keep_as_many_each(make_job: MakeJob) -> None:
+@pytest.mark.parametrize("family", [DeepseekV3Config, DeepseekV2Config])
+def test_groups_keep_as_many_each(make_job: MakeJob, family: type[PreTrainedConfig]) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
     latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}
-    config = DeepseekV3Config(
+    experts: dict[str, Any] = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}
+    if family is DeepseekV2Config:
+        experts["topk_method"] = "group_limited_greedy"
+    config = family(
         **sizes, **latent, **experts, moe_intermediate_size=16, intermediate_size=48, first_k_dense_replace=1
     )
     job = prepared(make_job(), config)
@@ -193,6 +207,10 @@ def test_groups_keep_as_many_each(make_job: MakeJob) -> None:
     assert "layers.0.experts" not in done.plan.kept and done.model.config.n_routed_experts == 12
     told = DropExperts(score="reap", keep=0.65, **LOOKS)(prepared(make_job(folder="b"), config)).records["drop_experts"]
     assert told["experts_a_layer_for_equal_groups"]["layers.1.experts"] == {"asked": 11, "kept": 12}
+    with pytest.raises(ValueError, match=r"layers.1.experts with 0 of 16 experts in 4 groups, .* at least [48]; keep"):
+        DropExperts(keep=0.1).dry_run_plan(
+            arch_for(config).axes(prepared(make_job(folder="c"), config).model), job.cost()
+        )
 
 
 @pytest.mark.parametrize(

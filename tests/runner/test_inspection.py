@@ -52,7 +52,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], int, int]] = {
     "deepseek_v3": (LATENT, 32, 2),
 }
 """Fields, the width of an expert, and the layers that have experts."""
-UNDESCRIBED = ("granitemoe", "phimoe", "deepseek_v2")
+UNDESCRIBED = ("granitemoe", "phimoe")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.conftest import Forked, work_of
 from tests.methods.test_awq_experts import FAMILIES
 from tests.runner.test_offload import limit, stored
 from tests.runner.test_one_shot import SETS
@@ -23,6 +24,8 @@ from compresso.data import nano
 from compresso.runner.options import with_options
 
 TOKENS = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LAYERS = 16
+"""Of a small mixture that has to be larger than what is beside its largest block."""
 RAW: dict[str, dict[str, Any]] = {
     "wanda": {"sparsity": 0.5},
     "gptq": {"bits": 4, "group": 8, "block": 8},
@@ -62,6 +65,7 @@ def done(stage: str, folder: Path, data: Path, output: Path, **given: Any) -> co
         ("gptq", "mixtral", torch.float32),
         ("awq", "qwen2_moe", torch.float32),
         ("wanda", "deepseek_v3", torch.float32),
+        ("gptq", "deepseek_v2", torch.float32),
     ],
 )
 def test_the_bytes_are_those_of_a_run_in_memory(
@@ -74,6 +78,51 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     assert one.keys() == other.keys() == stored(folder).keys()
     assert all(torch.equal(tensor, other[own]) for own, tensor in one.items())
     assert whole.records["after"] == offloaded.records["after"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_a_mixture_ends_in_the_same_bytes(
+    instructions: Path, tmp_path: Path, forked: Forked
+) -> None:
+    """By SIGKILL behind the first block of two."""
+    folder = checkpoint(tmp_path / "moe", "mixtral", torch.float32)
+    sets = [*SETS, "stages.gptq.group=8", "stages.gptq.symmetric=true"]
+    options = ["--model", str(folder), "--data", str(instructions), *(p for one in sets for p in ("--set", one))]
+
+    def command(output: str, *more: str, **event: Any) -> tuple[int, str]:
+        arguments = ["run", "gptq/4-g128", *options, "--output", str(tmp_path / output), "--allow-collapsed", *more]
+        return forked(arguments, **event)
+
+    code, log = command("whole", "--offload")
+    assert code == 0, log
+    assert command("killed", "--offload", event="kill", phase="gptq", at=1)[0] == -9
+    begun = list((work_of(tmp_path / "killed") / "training" / "gptq").glob("step-*"))
+    assert len(begun) == 1 and not (tmp_path / "killed").exists()
+    code, log = command("killed", "--offload", "--resume")
+    assert code == 0, log
+    one, other = stored(tmp_path / "whole"), stored(tmp_path / "killed")
+    assert one.keys() == other.keys() == stored(folder).keys()
+    assert all(torch.equal(tensor, other[own]) for own, tensor in one.items())
+    dense = stored(folder)
+    assert all(not torch.equal(one[own], dense[own]) for own in one if ".experts." in own)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux: RLIMIT_DATA counts mapped memory there only")
+def test_a_small_mixture_passes_within_half_of_its_bytes(instructions: Path, tmp_path: Path, forked: Forked) -> None:
+    """Enforced by the system: with so much beside what Python and torch hold, it does not fit into memory."""
+    folder = tmp_path / "small"
+    size = large_checkpoint(folder, LAYERS, 512, 896)
+    most = size // 2_000_000
+    sets = ["data.held=1", "data.pack=false", "data.limit=3", "data.max_length=48"]
+    options = ["--model", str(folder), "--data", str(instructions), *(p for one in sets for p in ("--set", one))]
+    command = ["run", "wanda/50", *options, "--allow-collapsed", "--output"]
+    code, log = forked([*command, str(tmp_path / "in-memory")], event="limit", at=most)
+    assert code != 0 and "annot allocate memory" in log, log[-2000:]  # torch's words, or the system's
+    code, log = forked([*command, str(tmp_path / "out"), "--offload"], event="limit", at=most)
+    assert code == 0, log[-2000:]
+    records = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert records["stages"]["wanda"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_pieces_are_put_together_as_transformers_does(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from transformers import BertConfig, MixtralConfig, MobileViTConfig
 
 from compresso.commands.plan_table import show
 from compresso.data import nano
+from compresso.edit import merge_experts
+from compresso.edit.merge_experts import Merging
 from compresso.errors import BudgetError, RecipeError
 from compresso.runner import plan as planning
 from compresso.runner.plan import plan
@@ -222,3 +224,42 @@ def test_what_a_model_never_had_is_no_fault_of_the_budget() -> None:
     raw = override(read("magnitude-structured"), "stages.recover.targets", ["q_porj"])
     with pytest.raises(RecipeError, match="did you mean 'q_proj'"):
         plan(with_knob(raw, "keep", 0.05), str(nano.path()))
+
+
+def test_merging_experts_is_counted_in_products_assignments_and_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By arithmetic on Mixtral-8x7B: two of 8 experts in each of 32 layers are aligned, 14,336 channels of 3 x 4,096
+    numbers with as many; all experts run once more on every token.
+    """
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Merging, "seconds_of_assignments", lambda self: 7200.0)
+    MixtralConfig(architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    facts, whole = planned("moe/merge-25", tmp_path), planned("moe/expert-drop", tmp_path)
+    (one,), (plain,) = facts["stages"], whole["stages"]
+    merging = one["merging"]
+    assert (merging["experts"], merging["width"]) == (64, 14336) and plain["merging"] is None
+    assert merging["flops"] == 64 * 2 * 14336 * 14336 * 3 * 4096
+    assert merging["bytes_beside"] == 16 * 14336 * 3 * 4096 + 20 * 14336**2
+    assert one["memory_bytes_estimated"] == 4 * 46_702_792_704 + merging["bytes_beside"]
+    tokens = 128 * 2048
+    again = one["passes"][0]["flops_at_most"] - plain["passes"][0]["flops_at_most"]
+    assert again == pytest.approx(2 * tokens * 32 * 8 * 3 * 4096 * 14336, rel=1e-6)
+    assert one["flops_at_most"] == one["passes"][0]["flops_at_most"] + merging["flops"]
+    assert merging["seconds_estimated"] == pytest.approx(7200 + merging["flops"] / 1e9, abs=0.1)
+    assert one["seconds_estimated"] == pytest.approx(one["flops_at_most"] / 1e9 + 7200, rel=1e-6)
+    show(facts, as_json=False)
+    told = capsys.readouterr().out
+    assert "64 experts of 14,336 channels merged" in told and "6.93 GB beside the weights" in told
+    reap = planned("moe/reap-25", tmp_path)["stages"][0]["passes"][0]
+    assert reap["forwards"] == pytest.approx(1 + 2 * 32 * 3 * 4096 * 14336 / facts["before"]["macs_per_token"])
+    assert planned("moe/merge-25", tmp_path, keep=1.0)["stages"][0]["merging"] is None
+
+
+def test_assignments_are_counted_by_the_cube_of_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says one second an assignment: 3 experts of twice the widest one that is tried take 3 x 8."""
+    ticks = iter(range(4))
+    monkeypatch.setattr(merge_experts, "_MEASURED", 16)
+    monkeypatch.setattr(merge_experts.time, "process_time", lambda: float(next(ticks)))
+    assert Merging(3, 32, 48).seconds_of_assignments() == 24.0
+    assert Merging(3, 8, 48).seconds_of_assignments() == 3.0

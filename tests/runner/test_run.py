@@ -66,8 +66,10 @@ def test_every_list_of_stages_ends_in_a_checkpoint_that_opens(ran: Ran, recipe: 
     assert (
         after["blocks"] <= 1.005 * keep * before["blocks"] + 3 * 32
     )  # one channel more at most, and what multiples may add
-    coarse = "evopress", "pipelines/decoder", "moe/block-drop", "moe/block-drop-int4", "ristretto/distill"
-    slack = 0.2 if recipe in coarse else 0.1  # an attention or a layer leaves whole: a fifth or a third of this model
+    coarse = "evopress", "pipelines/decoder", "ristretto/distill"
+    slack = (
+        0.2 if recipe in coarse or recipe.startswith("moe/block-drop") else 0.1
+    )  # an attention or a layer leaves whole: a fifth or a third of this model
     assert after["blocks"] >= (keep - slack) * before["blocks"]
 
 

@@ -54,7 +54,9 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     for one in facts["compressed"]:
         console.print(_compressed(one, facts["device"]), markup=False, soft_wrap=True)
     for one in facts["stages"]:
-        if one["memory_bytes_estimated"] is not None:
+        if one["merging"]:
+            console.print(_merging(one, facts["device"]), markup=False, soft_wrap=True)
+        elif one["memory_bytes_estimated"] is not None:
             console.print(
                 f"{one['stage']}: the dense model lies beside its own; about {_bytes(one['memory_bytes_estimated'])} on"
                 f" {facts['device']} (estimated), activations not among it",
@@ -83,6 +85,18 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             )
     for one in facts["trust"]:
         console.print(_trust(one, facts["device"]), markup=False, soft_wrap=True)
+
+
+def _merging(one: Mapping[str, Any], device: str) -> str:
+    """What aligning experts takes."""
+    merging = one["merging"]
+    return (
+        f"{one['stage']}: {counted(merging['experts'], 'expert')} of {merging['width']:,} channels merged, each aligned"
+        f" by an assignment that grows with the cube of the width: of the time about"
+        f" {_time(merging['seconds_estimated'])} (estimated, on one core of this machine, whatever the data), about"
+        f" {_bytes(one['memory_bytes_estimated'])} on {device} (estimated: {_bytes(merging['bytes_beside'])} beside"
+        " the weights)"
+    )
 
 
 def _trust(one: Mapping[str, Any], device: str) -> str:
@@ -179,6 +193,8 @@ def _costs(facts: Mapping[str, Any]) -> Table:
                 _short(row["flops_at_most"]),
                 "" if number else "?" if one["seconds_estimated"] is None else _time(one["seconds_estimated"]),
             )
+        if one["merging"]:
+            table.add_row("", "merging", "-", "-", _short(one["merging"]["flops"]), "")
     return table
 
 

@@ -1,7 +1,8 @@
 """What experts are worth, token by token: rows [tokens, experts] that a pass adds up.
 
-probability     of a router over all its experts, chosen or not; where scores are those of each expert alone, the
-                weights of the chosen and 0 for the rest (arXiv 2406.02500, as its code has it for each family)
+probability     of a router over all its experts, chosen or not; where scores are those of each expert alone, and in
+                all of DeepSeek's families, the weights of the chosen and 0 for the rest (arXiv 2406.02500, as its code
+                has it for each family)
 reap            a chosen expert's weight, of weights that add up to 1, times the norm of what it writes (REAP, arXiv
                 2510.13999); the score is the mean over the tokens that chose it
 lost            squared error of a layer's output without each expert, with another chosen in its place (as in
@@ -21,10 +22,10 @@ def probability_rows(logits: Tensor, weights: Tensor, numbers: Tensor, routing: 
         logits: of the router [tokens, experts].
         weights, numbers: of the chosen [tokens, top k].
 
-    Example, of probabilities .7, .2, .1 and .1, .6, .3 with two chosen: these, or with a sigmoid router
+    Example, of probabilities .7, .2, .1 and .1, .6, .3 with two chosen: these, or where the chosen count alone
         .7, .2, 0 and 0, .6, .3
     """
-    if not routing.sigmoid:
+    if not (routing.sigmoid or routing.counts_chosen):
         return probabilities(logits, routing).float()
     return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, numbers, weights.float())
 

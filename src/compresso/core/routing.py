@@ -1,8 +1,9 @@
 """How a router chooses among experts, as mathematics on its logits: what transformers' routers compute, with experts
 left out.
 
-    softmax     scores over all experts; the top k; weights are their scores, divided by their sum where that is asked
-                for (Mixtral, Qwen-MoE, OLMoE). A softmax over the top k's logits (gpt-oss) is the same with the sum.
+    softmax     scores over all experts; the top k, perhaps among those of the groups whose best is highest
+                (DeepSeek-V2); weights are their scores, divided by their sum where that is asked for (Mixtral,
+                Qwen-MoE, OLMoE). A softmax over the top k's logits (gpt-oss) is the same with the sum.
     sigmoid     scores one by one; the choice is by score plus a correction (DeepSeek-V3, GLM-4-MoE), among the experts
                 of the groups whose two best add up to most; weights are the scores, divided and scaled
 
@@ -26,6 +27,8 @@ class Routing:
         normalised: whether the weights of a token's experts are divided by their sum.
         scale: what weights are multiplied by at the end.
         groups, of_groups: runs of experts, and how many of them a token may choose from.
+        counts_chosen: whether the published routed probability of an expert is that of the tokens that chose it alone
+            (DeepSeek's families), and not that of all.
     """
 
     top_k: int
@@ -34,12 +37,17 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     of_groups: int = 1
+    counts_chosen: bool = False
+
+    @property
+    def leaders(self) -> int:
+        """How many of a group's best scores are added up to that of the group."""
+        return 2 if self.sigmoid else 1
 
     @property
     def fewest(self) -> int:
         """Fewest experts that this choice works with: as many in each group."""
-        least = max(-(-self.top_k // self.of_groups), 2 if self.sigmoid else 1)
-        return self.groups * least
+        return self.groups * max(-(-self.top_k // self.of_groups), self.leaders)
 
 
 def probabilities(logits: Tensor, routing: Routing) -> Tensor:
@@ -66,7 +74,7 @@ def chosen(
         ranks = ranks.masked_fill(~allowed, float("-inf"))
     if routing.groups > 1:
         by_group = ranks.reshape(*ranks.shape[:-1], routing.groups, -1)
-        best = by_group.topk(2, dim=-1)[0].sum(-1).topk(routing.of_groups, dim=-1)[1]
+        best = by_group.topk(routing.leaders, dim=-1)[0].sum(-1).topk(routing.of_groups, dim=-1)[1]
         open_ = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
         ranks = by_group.masked_fill(~open_.unsqueeze(-1), float("-inf")).flatten(-2)
     numbers = ranks.topk(routing.top_k, dim=-1)[1]

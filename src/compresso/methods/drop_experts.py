@@ -2,8 +2,8 @@
 2406.02500, section 3; REAP, arXiv 2510.13999).
 
 Section 3, Expert Drop. Scores, one pass over the dense model:
-    probability     the router's probability of each expert, summed over tokens, chosen or not; of routers that score
-                    each expert alone (DeepSeek-V3, GLM-4-MoE) the weights of the chosen
+    probability     the router's probability of each expert, summed over tokens, chosen or not; in DeepSeek's families
+                    (V2, V3, GLM-4-MoE) the weights of the chosen
     frequency       how often each was chosen
     reap            mean of weight x norm of the output, over the tokens that chose it
     reconstruction  error of the layer's output without it, another one chosen in its place
@@ -35,12 +35,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.routers import routing_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.expert_merging import joined, likeness, shares
 from compresso.core.plan import Plan
-from compresso.edit.merge_experts import merge_
+from compresso.edit.merge_experts import Merging, merge_
 from compresso.errors import ArchError
 from compresso.job import Job
 from compresso.observe.expert_likeness import LIKENESS_FOLDS, liked_together
@@ -121,8 +122,27 @@ class DropExperts:
             )
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
-        """One pass over the calibration data."""
-        return [Passes("calibration", self.calibrates.examples)]
+        """One pass over the calibration data; in it the chosen experts run once more for REAP's norms, and all of them
+        for reconstruction and again for what merging compares.
+        """
+        axes = arch.axes(model)
+        again = 0
+        for axis in (axis for axis in axes if axis.kind == Kind.EXPERT):
+            router = model.get_submodule(axis.gates[0].module)
+            more = {"reap": routing_of(router).top_k, "reconstruction": axis.size}.get(self.score, 0)
+            again += (more + axis.size * self.merge) * _numbers(model, axis)
+        macs = float(CostModel(axes, arch.weights(model))().macs)
+        return [Passes("calibration", self.calibrates.examples, 1 + again / macs)]
+
+    def merging(self, model: PreTrainedModel, arch: Arch) -> Merging | None:
+        """What averaging takes; layers of a model have experts of one width."""
+        axes = _experts(arch.axes(model))
+        left = even_counts(axes, self.keep)
+        leave = sum(axis.size - left[axis.name] for axis in axes)
+        if not self.merge or not leave:
+            return None
+        width = next(axis.size for axis in arch.axes(model) if axis.kind == Kind.EXPERT_CHANNEL)
+        return Merging(leave, width, _numbers(model, axes[0]) // width)
 
     def __call__(self, job: Job) -> Job:
         """Score, choose, shrink."""
@@ -228,6 +248,12 @@ def _experts(axes: Sequence[Axis]) -> list[Axis]:
             "the model has no experts that could leave; use a stage that removes heads, channels or layers"
         )
     return found
+
+
+def _numbers(model: PreTrainedModel, axis: Axis) -> int:
+    """Entries of the matrices of one of a layer's experts."""
+    stacks = (model.get_parameter(f"{axis.container}.experts.{name}") for name in ("gate_up_proj", "down_proj"))
+    return sum(stack.numel() // len(stack) for stack in stacks)
 
 
 def _router(model: PreTrainedModel, axis: Axis) -> Router:

@@ -24,6 +24,7 @@ from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
+from compresso.edit.merge_experts import Merging
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
@@ -46,6 +47,7 @@ from compresso.stage import (
     FitsModel,
     Learning,
     Learns,
+    Merges,
     Passes,
     ReachesLayers,
     Remarks,
@@ -82,6 +84,7 @@ class Acted:
         offloaded: bytes that it takes in all where weights stay on disk; None for what is no sweep.
         act: the stage in its round.
         in_blocks: of the parameters, those of its blocks.
+        merging: experts that it averages; None for none.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Acted:
     offloaded: int | None = None
     act: Act | None = None
     in_blocks: int = 0
+    merging: Merging | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
                 ),
                 act,
                 in_blocks,
+                stage.merging(model, arch) if isinstance(stage, Merges) else None,
             )
         )
         if planned is not None:

@@ -1,7 +1,7 @@
 """What a recipe would leave of a model, and what each of its stages would take: tokens, passes, FLOPs, time, memory.
 
-Everything comes from a dry run. FLOPs count the passes over the model and nothing else; they, time and memory are
-estimates, and named so.
+Everything comes from a dry run. FLOPs count the passes over the model and, where experts are merged, the products that
+align their channels, and nothing else; they, time and memory are estimates, and named so.
 """
 
 import time
@@ -124,7 +124,8 @@ def plan(
         rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
         for one, acted in zip(stages, shown.stages, strict=True):
             flops = flops_of_each(acted, one["passes"], where.count)
-            one["seconds_estimated"] = None if flops is None else round(flops / rate, 1)
+            aligning = _aligned(one, acted, rate)
+            one["seconds_estimated"] = None if flops is None else round(flops / rate + aligning, 1)
         for one in training:
             flops = one["flops_at_most"]
             one["seconds_estimated"] = None if flops is None else round(flops / where.count / rate, 1)
@@ -184,10 +185,13 @@ def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float
 
 
 def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int) -> dict[str, Any]:
-    """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs; and the memory of what
-    trains nothing but wants the dense model beside its own, at `width` bytes a number.
+    """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs; what it merges; and
+    the memory of what trains nothing but merges experts, or wants the dense model beside its own, at `width` bytes a
+    number.
     """
     beside = one.learning is None and any(passed.dense for passed in one.passes)
+    merging = one.merging
+    held = dense["parameters"]["total"] if beside else 0
     passes = [
         {
             "what": passed.what,
@@ -206,10 +210,29 @@ def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int) -> dict
         "passes": passes,
         "forward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["forwards"]) for row in passes),
         "backward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["backwards"]) for row in passes),
-        "flops_at_most": _sum(row["flops_at_most"] for row in passes),
+        "flops_at_most": _sum([*(row["flops_at_most"] for row in passes), merging.flops if merging else 0]),
         "seconds_estimated": None,
-        "memory_bytes_estimated": (one.parameters + dense["parameters"]["total"]) * width if beside else None,
+        "memory_bytes_estimated": (one.parameters + held) * width + (merging.held if merging else 0)
+        if beside or merging
+        else None,
+        "merging": merging
+        and {
+            "experts": merging.experts,
+            "width": merging.width,
+            "flops": merging.flops,
+            "seconds_estimated": None,
+            "bytes_beside": merging.held,
+        },
     }
+
+
+def _aligned(one: dict[str, Any], acted: Acted, rate: float) -> float:
+    """Seconds that merging takes in a stage, which its row then says; 0 where nothing is merged."""
+    if acted.merging is None:
+        return 0.0
+    found = acted.merging.flops / rate + acted.merging.seconds_of_assignments()
+    one["merging"]["seconds_estimated"] = round(found, 1)
+    return found
 
 
 def flops_per_token(passed: Passes, macs: int, dense_macs: int) -> float:

@@ -9,6 +9,7 @@
     ChecksProcesses  a look at how many processes there are, before weights are read
     Learns       what it trains, and for how long
     Compresses   how many weights it zeroes, or rounds to how many bits
+    Merges       how many experts it averages, and what that takes
     Remarks      what it does otherwise than it was asked to, in sentences
     NeedsMore    needs data, though its card does not say so, by its knobs
     Follows      another stage has to stand before it, by its knobs
@@ -34,6 +35,7 @@ from compresso.core.row import Row
 from compresso.stage.knobs import Trains, TunesLora
 
 if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and sweeps their types alone
+    from compresso.edit.merge_experts import Merging
     from compresso.job import Job
     from compresso.sweep.calibration import Calibration
     from compresso.sweep.compressed import Compressed
@@ -196,6 +198,15 @@ class Compresses(Protocol):
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> "Compressed":
         """Which of them, and what they take then; from shapes alone."""
+        ...
+
+
+@runtime_checkable
+class Merges(Protocol):
+    """A stage that may average experts, which takes a time that no number of tokens changes."""
+
+    def merging(self, model: PreTrainedModel, arch: Arch) -> "Merging | None":
+        """How many of which width; None where none are. From shapes alone."""
         ...
 
 
