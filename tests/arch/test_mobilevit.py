@@ -31,9 +31,11 @@ from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
 from compresso.errors import BudgetError, ExportError
 from compresso.formats.hf import save_checkpoint
+from compresso.native import PYRAMID_CLASSES
 from compresso.observe.gate_taylor import gate_taylor
 from compresso.runner.run import run
 
+_PYRAMID_CONFIG, _, PYRAMID = PYRAMID_CLASSES["mobilevit"]
 SIZES = {
     "image_size": 36,  # feature maps of odd sides, which patches of 2 do not divide
     "hidden_sizes": [16, 24, 32],
@@ -46,13 +48,15 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "classifier": MobileViTForImageClassification,
     "segmenter": MobileViTForSemanticSegmentation,
     "bare": MobileViTModel,
+    "pyramid": PYRAMID,
 }
 
 
 def made(name: str) -> PreTrainedModel:
     """Random weights and statistics of batch norms, so that a bias of a dead channel shows."""
     draw = torch.Generator().manual_seed(7)
-    model = CLASSES[name](MobileViTConfig(**SIZES)).eval()
+    config = _PYRAMID_CONFIG if name == "pyramid" else MobileViTConfig
+    model = CLASSES[name](config(**SIZES)).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -18,7 +18,7 @@ from compresso.errors import ArchError
 _READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
 _BOTH_WAYS = ("bert", "roberta", "distilbert")
 """Encoders of texts that are described here; a config that names no class means the bare model."""
-_OF_PICTURES = ("vit", "deit", "mobilevit")
+_OF_PICTURES = ("vit", "deit", "mobilevit", "compresso_mobilevit_pyramid")
 """Models of pictures that are described here; likewise."""
 _SEE = (AutoModelForImageClassification, AutoModelForSemanticSegmentation)
 _ENCODERS = (*_READERS, *_SEE, AutoModel)
@@ -49,6 +49,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
     raise ArchError(
         f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head."
     )
+
+
+def of_pictures(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a model of pictures that is opened, with a head or without."""
+    return config.model_type in _OF_PICTURES or (getattr(config, "architectures", None) is not None and sees(config))
 
 
 def is_causal(config: PreTrainedConfig) -> bool:

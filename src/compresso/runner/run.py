@@ -30,6 +30,7 @@ from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
 from compresso.runner.asked_budget import said_as_asked
+from compresso.runner.drawn import drawn
 from compresso.runner.evaluated import DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, named, new_job, progress_bars, reader, saved_dense, with_weights
@@ -112,7 +113,8 @@ def run(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: hub id, local folder of safetensors, GGUF file, or a live model, which stays as it is.
+        model: hub id, local folder of safetensors, GGUF file, or a live model, which stays as it is; a config.json of a
+            model of pictures, whose weights are drawn by the seed, where the recipe's first stage trains them.
         data: registered name or local file(s); the recipe's own if None.
         output: folder of the new checkpoint; it must not exist or be empty, but with `overwrite`.
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
@@ -183,7 +185,8 @@ def run(
         "layout": layout,
     }
     with (
-        named(model, tokenizer) as name,
+        named(model, tokenizer) as given,
+        drawn(given, recipe, task, seed, quiet) as name,
         progress_bars(shown=not quiet),
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
     ):
