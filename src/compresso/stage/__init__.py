@@ -9,6 +9,7 @@ tuning      the part that stages which train have in common
 
 from compresso.stage.contract import (
     ChecksData,
+    ChecksLabels,
     ChecksModel,
     Compresses,
     FitsModel,
@@ -37,6 +38,7 @@ __all__ = [
     "Calibrates",
     "Card",
     "ChecksData",
+    "ChecksLabels",
     "ChecksModel",
     "Compresses",
     "Effects",
