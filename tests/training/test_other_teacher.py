@@ -177,7 +177,7 @@ def test_a_bad_teacher_is_said_in_a_line_before_anything_is_trained(tmp_path: Pa
         with pytest.raises(RecipeError, match=said):
             run(recipe(teacher), config, data, output=tmp_path / "out", quiet=True)
         assert not list(tmp_path.glob("*out*"))
-    with pytest.raises(RecipeError, match="intermediate_weight=1.0 compares the stages of a model with those it came"):
+    with pytest.raises(RecipeError, match=r"intermediate_weight=1.0 compares the stages of a model with those it came"):
         run(recipe(swin, intermediate_weight=1.0), config, data, output=tmp_path / "out", quiet=True)
 
 
