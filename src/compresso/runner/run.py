@@ -86,6 +86,7 @@ def run(
     milliseconds: float | None = None,
     speedup: str | float | None = None,
     latency_table: str | Path | None = None,
+    memory: str | None = None,
     bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
@@ -125,6 +126,8 @@ def run(
         speedup: in place of `keep`, the dense model's milliseconds over the smaller one's, such as "1.5x"; several,
             such as "1.2x,1.5x,2x", are met one after the other, and each gives a checkpoint `output/1.2x`.
         latency_table: the file that `compresso latency` wrote for this model on this machine.
+        memory: of a model of pictures, the most that a process takes which reads one, libraries included, as
+            `latency_table` tells it: "3.7GB"; alone, or with `milliseconds`.
         bytes_at_context: tokens of one sequence whose key/value cache is counted with the weights, in bytes; `keep` is
             then the share of both that stays.
         max_steps: cap on the updates of each training stage; schedules shrink with it.
@@ -176,6 +179,7 @@ def run(
         "milliseconds": milliseconds,
         "speedup": speedup,
         "latency_table": latency_table,
+        "memory": memory,
         "bytes_at_context": bytes_at_context,
         "max_steps": max_steps,
         "sets": sets,
