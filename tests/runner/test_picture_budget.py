@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from compresso.commands.latency import latency
 from compresso.commands.plan import plan
 from compresso.core.picture_table import PictureTable, Width
-from compresso.errors import BudgetError
+from compresso.errors import BudgetError, ExportError
 from compresso.native import PYRAMID_CLASSES
 from compresso.runner.picture_budget import limits_of, memory_bytes, with_picture_budget
 from compresso.wording import in_python
@@ -60,6 +60,28 @@ def test_the_largest_share_within_all_limits_is_kept(limits: Any, keep: float) -
     """By hand: 30 ms is 65 of 100, whose root is .806; 700 MB is 30, whose root is .547."""
     made = with_picture_budget(RAW, table(), limits, "--asked", macs)
     assert made["stages"][0]["filter_pruning"]["keep"] == keep
+
+
+def test_a_share_that_no_config_holds_is_passed_over() -> None:
+    def only_fives(raw: Mapping[str, Any]) -> float:
+        if round(100 * raw["stages"][0]["filter_pruning"]["keep"]) % 5:
+            raise ExportError("no field for it")
+        return macs(raw)
+
+    made = with_picture_budget(RAW, table(), {"bytes": 7e8}, "--asked", only_fives)
+    assert made["stages"][0]["filter_pruning"]["keep"] == 0.5
+
+
+def test_a_share_so_small_that_nothing_stays_is_passed_over() -> None:
+    def from_sixty(raw: Mapping[str, Any]) -> float:
+        if raw["stages"][0]["filter_pruning"]["keep"] < 0.6:
+            raise BudgetError("a floor")
+        return macs(raw)
+
+    made = with_picture_budget(RAW, table(), {"milliseconds": 30.0}, "--asked", from_sixty)
+    assert made["stages"][0]["filter_pruning"]["keep"] == 0.8
+    with pytest.raises(BudgetError, match="the recipe leaves nothing so small"):
+        with_picture_budget(RAW, table(), {"bytes": 7e8}, "--asked", from_sixty)
 
 
 def test_floors_and_a_dense_model_that_fits_are_said() -> None:

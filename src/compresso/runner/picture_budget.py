@@ -1,8 +1,9 @@
 """A budget of milliseconds and of memory for a model of pictures: how large a share of it meets both, by the table that
 `compresso latency` wrote of it on this machine (`core/picture_table.py`).
 
-The share is the recipe's own `keep`: the largest, in hundredths, whose network has no more multiply-accumulates than
-the table allows. It stands in the recipe, so that a resumed run has the same one.
+The share is the recipe's own `keep`: the largest, in hundredths, whose network can be written (MobileViT's config has
+one ratio for all of its residuals) and has no more multiply-accumulates than the table allows. It stands in the recipe,
+so that a resumed run has the same one.
 """
 
 import math
@@ -20,7 +21,7 @@ from compresso.core.cost import Group
 from compresso.core.cost_table import Field
 from compresso.core.picture import that_sees
 from compresso.core.picture_table import PictureTable, Quantity
-from compresso.errors import BudgetError
+from compresso.errors import BudgetError, ExportError
 from compresso.runner.measured_budget import MOST_BYTES, machine_here
 from compresso.runner.recipe import task_of, with_knob
 
@@ -108,7 +109,8 @@ def with_picture_budget(
         table: of the model.
         limits: at most so much of each quantity; one at least.
         asked: the options, as they were written.
-        macs_of: of what a raw recipe leaves; raises BudgetError where it can leave nothing so small.
+        macs_of: of what a raw recipe leaves; raises BudgetError where it can leave nothing so small, and ExportError
+            where no config holds it.
 
     Raises:
         BudgetError: below the floor, which it names, or no budget: the dense model takes no more.
@@ -124,20 +126,30 @@ def with_picture_budget(
     if all(table.of(quantity, whole.macs) <= limit for quantity, limit in limits.items()):
         takes = " and ".join(said(quantity, table.of(quantity, whole.macs)) for quantity in limits)
         raise BudgetError(f"{asked}: the dense model takes {takes} already; wanted less than that, or no such budget")
-    low, high, found, floor = 1, 100, 0, None
+
+    def counted(low: int, high: int) -> tuple[int, float] | None:
+        """The largest share between, in hundredths, that can be written, and its count; a config may hold no other."""
+        for tried in range(high, low - 1, -1):
+            try:
+                return tried, macs_of(with_knob(raw, "keep", tried / 100, asked=asked))
+            except ExportError:
+                continue
+            except BudgetError:  # so little cannot stay
+                return None
+        return None
+
+    low, high, found = 1, 100, 0
     while low <= high:
-        tried = (low + high) // 2
-        try:
-            macs = macs_of(with_knob(raw, "keep", tried / 100, asked=asked))
-        except BudgetError as error:  # so little cannot stay
-            low, floor = tried + 1, error
-            continue
-        if all(table.of(quantity, macs) <= limit for quantity, limit in limits.items()):
-            found, low = tried, tried + 1
+        middle = (low + high) // 2
+        there = counted(low, middle)
+        if there is None:
+            low = middle + 1
+        elif all(table.of(quantity, there[1]) <= limit for quantity, limit in limits.items()):
+            found, low = there[0], middle + 1
         else:
-            high = tried - 1
+            high = there[0] - 1
     if not found:
-        raise BudgetError(f"{asked}: the recipe leaves nothing so small; give more, or another recipe") from floor
+        raise BudgetError(f"{asked}: the recipe leaves nothing so small; give more, or another recipe")
     return with_knob(raw, "keep", found / 100, asked=asked)
 
 

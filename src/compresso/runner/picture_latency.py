@@ -1,8 +1,9 @@
 """What a model of pictures takes on this machine at several widths, for `compresso latency`: time of a picture in this
 process, memory in one of its own, and multiply-accumulates.
 
-Each network has the model's shapes with a share of every layer's channels, as the stage `filter_pruning` leaves them,
-and weights of no meaning. One without a head is given one for two classes.
+Each network has the model's shapes with a share of every layer's channels, as the stage `filter_pruning` leaves them
+(the next smaller one that the config holds), and weights of no meaning. One without a head is given one for two
+classes.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from compresso.core.picture_table import PictureTable, Width
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, DataError
 from compresso.formats.hf import save_checkpoint
+from compresso.formats.plain import plain_obstacle
 from compresso.metrics.frames import frame_measurements
 from compresso.metrics.memory import peak_memory
 from compresso.metrics.record import Environment
@@ -60,8 +62,8 @@ def picture_table(
         raise DataError(f"--levels {levels}: a model of pictures is measured at two widths or more")
     task, models, macs = _task(source), dict[str, PreTrainedModel](), dict[str, float]()
     for level in range(levels, 0, -1):
-        name = f"{level / levels:.4g}"
-        models[name], macs[name] = _narrower(source, task, level / levels, dtype, device)
+        share, model, count = _writable(source, task, round(100 * level / levels))
+        models[f"{share:g}"], macs[f"{share:g}"] = model.to(device=device, dtype=dtype).eval(), count
     peaks = dict[str, float]()
     with scratch_folder() as scratch:
         for name, model in models.items():
@@ -93,9 +95,19 @@ def _task(source: Source) -> Task:
     return found[0]
 
 
-def _narrower(
-    source: Source, task: Task, share: float, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, float]:
+def _writable(source: Source, task: Task, hundredths: int) -> tuple[float, PreTrainedModel, float]:
+    """The largest share of so many hundredths or less that a config holds, its network, and its multiply-accumulates.
+
+    Raises ArchError where there is none.
+    """
+    for tried in range(hundredths, 0, -1):
+        model, macs = _narrower(source, task, tried / 100)
+        if plain_obstacle(model, arch_for(model.config).shapes(model)) is None:
+            return tried / 100, model, macs
+    raise ArchError(f"{source.name}: its config holds no narrower network; give another model")
+
+
+def _narrower(source: Source, task: Task, share: float) -> tuple[PreTrainedModel, float]:
     """A network with a share of every layer's channels, and its multiply-accumulates. Raises BudgetError."""
     raw: dict[str, Any] = {"task": task.name, "stages": [{_STAGE: {"keep": share}}]}
     ((_, stage),) = build(raw, "latency").stages
@@ -111,4 +123,4 @@ def _narrower(
     _, plan = dry_run_plan(_STAGE, axes, cost, shrinks)
     macs = float(cost.of(plan).macs)
     shrink_(model, axes, plan)
-    return model.to(device=device, dtype=dtype).eval(), macs
+    return model, macs
