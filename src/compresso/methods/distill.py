@@ -250,8 +250,8 @@ class Distill:
 
     def _of_logits(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
         """The loss of the model that learns from another one."""
-        given: Any = next(row["picture"].inputs for row in job.rows)  # checked: both are models of pictures
-        taught = Sees(job.task.halves(teacher, ()), given, how_it_sees(self.teacher))
+        seen = [row["picture"].inputs for row in job.rows[:1] if "picture" in row]  # both are models of pictures
+        taught = Sees(job.task.halves(teacher, ()), seen[0], how_it_sees(self.teacher))
         return DistillObjective(
             model,
             job.task.halves(job.model, ()),

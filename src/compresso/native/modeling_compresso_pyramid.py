@@ -106,7 +106,7 @@ class PyramidHead(nn.Module):
         self.laterals = nn.ModuleList(nn.Conv2d(width, first, 1) for width in (*levels[1:-1], pooled))
         self.smooth = nn.Conv2d(first, smooth, 3, padding=1)
         self.fusion = SideBySide([smooth, smooth, smooth, first], fused)
-        self.classifier = nn.Conv2d(fused, config.num_labels, 3, padding=1)
+        self.classifier = nn.Conv2d(fused, int(config.num_labels or 0), 3, padding=1)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         last = levels[-1]

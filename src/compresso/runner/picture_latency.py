@@ -63,7 +63,8 @@ def picture_table(
     task, models, macs = _task(source), dict[str, PreTrainedModel](), dict[str, float]()
     for level in range(levels, 0, -1):
         share, model, count = _writable(source, task, round(100 * level / levels))
-        models[f"{share:g}"], macs[f"{share:g}"] = model.to(device=device, dtype=dtype).eval(), count
+        moved: Any = model  # the library's wrapper hides the signature
+        models[f"{share:g}"], macs[f"{share:g}"] = moved.to(device=device, dtype=dtype).eval(), count
     peaks = dict[str, float]()
     with scratch_folder() as scratch:
         for name, model in models.items():

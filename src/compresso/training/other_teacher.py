@@ -66,8 +66,8 @@ def check_classes(teacher: str, labels: Sequence[str]) -> None:
     Names that are numbers, or LABEL_ and a number, name nothing: then the number of classes has to be the same.
     """
     source = open_teacher(teacher)
-    given = source.config.id2label or {}
-    theirs = [str(given.get(i, f"LABEL_{i}")) for i in range(int(source.config.num_labels or 0))]
+    given = {int(number): str(name) for number, name in (source.config.id2label or {}).items()}
+    theirs = [given.get(i, f"LABEL_{i}") for i in range(int(source.config.num_labels or 0))]
     if len(theirs) != len(labels):
         raise RecipeError(
             f"teacher={source.name} decides among {len(theirs)} classes, this run among {len(labels)}; train it on the"
