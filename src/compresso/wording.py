@@ -26,7 +26,7 @@ FLAGS = {
 }
 """Options without a value, and what takes their place in Python."""
 _AS_SPELT = (
-    "model data output keep parameters macs milliseconds speedup latency-table bytes-at-context max-steps"
+    "model data output keep parameters macs milliseconds speedup latency-table memory bytes-at-context max-steps"
     " target task layout seed device dtype format corpus suite"
     " tasks protocol prompt limit data-root prompt-tokens new-tokens rounds measure"
     " engine phase context levels cache"
@@ -106,7 +106,7 @@ def in_python(message: str, arguments: Container[str] = ()) -> str:
 
     def argument(found: re.Match[str]) -> str:
         name, after = found["name"], found["value"] or ""
-        if name in FLAGS:
+        if name in FLAGS and not (name in VALUED and _value(after[1:])):
             return FLAGS[name] + after
         if name not in VALUED:
             return found[0]

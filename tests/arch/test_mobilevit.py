@@ -31,9 +31,11 @@ from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
 from compresso.errors import BudgetError, ExportError
 from compresso.formats.hf import save_checkpoint
+from compresso.native import PYRAMID_CLASSES
 from compresso.observe.gate_taylor import gate_taylor
 from compresso.runner.run import run
 
+_PYRAMID_CONFIG, _, PYRAMID = PYRAMID_CLASSES["mobilevit"]
 SIZES = {
     "image_size": 36,  # feature maps of odd sides, which patches of 2 do not divide
     "hidden_sizes": [16, 24, 32],
@@ -46,13 +48,15 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "classifier": MobileViTForImageClassification,
     "segmenter": MobileViTForSemanticSegmentation,
     "bare": MobileViTModel,
+    "pyramid": PYRAMID,
 }
 
 
 def made(name: str) -> PreTrainedModel:
     """Random weights and statistics of batch norms, so that a bias of a dead channel shows."""
     draw = torch.Generator().manual_seed(7)
-    model = CLASSES[name](MobileViTConfig(**SIZES)).eval()
+    config = _PYRAMID_CONFIG if name == "pyramid" else MobileViTConfig
+    model = CLASSES[name](config(**SIZES)).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -254,8 +258,16 @@ def test_multiply_accumulates_are_called_those_of_a_picture(tmp_path: Path, caps
     assert f"{facts['macs_per_token']:,} multiply-accumulates a picture" in said and "token" not in said
 
 
-@pytest.mark.parametrize("asked", [{"milliseconds": 250.0}, {"speedup": "2x"}])
-def test_a_budget_of_time_is_refused_in_a_line(tmp_path: Path, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"milliseconds": 250.0}, "of a model of pictures is measured and needs latency_table="),
+        ({"speedup": "2x"}, "speedup='2x': give milliseconds="),
+    ],
+)
+def test_a_budget_of_time_without_a_table_is_refused_in_a_line(
+    tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
     made("segmenter").save_pretrained(tmp_path / "model")
-    with pytest.raises(BudgetError, match="tables of times are of models that read tokens, and a mobilevit sees"):
+    with pytest.raises(BudgetError, match=said):
         run("segmenter", tmp_path / "model", tmp_path / "none.parquet", output=tmp_path / "out", quiet=True, **asked)

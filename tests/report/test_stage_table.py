@@ -94,3 +94,10 @@ def test_a_stages_name_of_a_stranger_stays_text() -> None:
     facts = records()
     facts["stages"]["<script>alert(1)</script>"] = facts["stages"].pop("rtn")
     assert "<script" not in report_of_run(made.checked(facts), made.PLAN)
+
+
+def test_multiply_accumulates_are_called_those_of_what_was_counted() -> None:
+    facts = records()
+    facts["before"]["macs_of"] = facts["after"]["macs_of"] = "picture"
+    found = table(facts)
+    assert found is not None and "MACs a picture" in found.titles and "MACs a token" not in found.titles

@@ -222,6 +222,17 @@ def test_rows_of_a_table_and_of_a_folder_are_the_same(tmp_path: Path) -> None:
         load_records(tmp_path / "set", form=MAPPED)
 
 
+def test_a_folder_without_pictures_and_maps_is_told_what_was_wanted(tmp_path: Path) -> None:
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    (tmp_path / "set" / "masks").mkdir()
+    said = r"set: wanted image \(or img\) and label .*, or a folder with images/ and labels/.*holds images/, masks/$"
+    with pytest.raises(DataError, match=said):
+        load_records(tmp_path / "set", form=MAPPED)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"a folder with images/ and labels/.*the folder holds nothing$"):
+        load_records(tmp_path / "empty", form=MAPPED)
+
+
 def test_a_number_that_is_passed_over_is_no_class(tmp_path: Path) -> None:
     found = encoded(written(tmp_path / "train.parquet", cells(6)), passed_over=4)
     assert found.labels == NAMES[:4]
@@ -276,6 +287,9 @@ def test_a_run_ends_in_a_stock_segmenter(tmp_path: Path, call: Call) -> None:
     assert all(
         a["picture"] == b["picture"] and a["labels"] == b["labels"] for a, b in zip(of_dense, of_smaller, strict=True)
     )
+    assert {"macs/picture"} == {
+        n["name"] for n in result.records["report"]["models"][1]["measurements"] if "macs" in n["name"]
+    }
     page = (output / "report.html").read_text()
     assert "What they see" in page and "What they write" not in page
     assert all(one["given"] in page for one in (*of_dense, *of_smaller))

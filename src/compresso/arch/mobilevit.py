@@ -1,5 +1,5 @@
 """MobileViT (arXiv 2110.02178): inverted residuals and small transformers over feature maps, as a bare model, with a
-classifier or with DeepLabV3's head.
+classifier, with DeepLabV3's head, or under the pyramid of arXiv 2309.02617 (`arch/mobilevit_pyramid.py`).
 
     stage  = inverted residuals, or one of them, a 3 x 3 convolution, a transformer over patches, and a fusion
     block  = 1 x 1 convolution (wide), 3 x 3 convolution of each channel by itself, 1 x 1 convolution (narrow); each
@@ -28,6 +28,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.mobilevit.modeling_mobilevit import make_divisible
 
 from compresso.arch.base import LayerShape, register
+from compresso.arch.mobilevit_pyramid import (
+    HEAD,
+    LEVELS,
+    UNDER_PYRAMID,
+    has_pyramid,
+    head_axes,
+    head_places,
+    level_readers,
+    level_writers,
+    sync_head_,
+)
 from compresso.arch.producers import Producers
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
@@ -58,8 +69,8 @@ class MobileViT:
     name: str = "mobilevit"
 
     def matches(self, config: PreTrainedConfig) -> bool:
-        """Whether the config has this model type."""
-        return config.model_type == self.name
+        """Whether the config has this model type, or ours of a pyramid over it."""
+        return config.model_type in (self.name, UNDER_PYRAMID)
 
     def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
         """The stages, in order."""
@@ -80,11 +91,12 @@ class MobileViT:
             for k, _ in enumerate(model.get_submodule(transformer).children()):
                 axes.append(self._ffn(model, f"stages.{i}.layers.{k}.channels", f"{transformer}.{k}"))
         axes += [self._features_axis(model, one) for one in self._features(model) if one.readers]
+        axes += head_axes(model) if has_pyramid(model) else []
         return tuple(axes)
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
         """Every parameter, with the places of one picture at which it multiplies."""
-        places, inside = self._places(model), self._body(model) + "encoder."
+        places, inside = self._places(model), (self._body(model) + "encoder.", f"{HEAD}.")
         weights: list[Weight] = []
         for name, parameter in model.named_parameters():
             module, _, tensor = name.rpartition(".")
@@ -130,6 +142,8 @@ class MobileViT:
         share = _common([(out / given, (out + 1) / given) for given, out in ffns], config.mlp_ratio)
         if all(int(given * share) == out for given, out in ffns):
             config.mlp_ratio = share
+        if has_pyramid(model):
+            sync_head_(model)
 
     def _body(self, model: PreTrainedModel) -> str:
         """Where the model without its head lies: "" or a prefix with its dot."""
@@ -194,11 +208,18 @@ class MobileViT:
             now.writers.append(f"{block}.{_REDUCED}")
             return now
 
+        def level(stage: int, now: _Features) -> None:
+            """What a head reads of a stage, and adds to it."""
+            if has_pyramid(model):
+                now.writers += level_writers(stage)
+                now.readers += [(name, 0) for name in level_readers(model, stage)]
+
         for i, block in enumerate(self.blocks(model)):
             where, name = f"{body}encoder.layer.{i}", f"stages.{i}.features"
             if not hasattr(block, "transformer"):
                 for j, _ in enumerate(block.get_submodule("layer").children()):
                     now = through(f"{where}.layer.{j}", name if j == 0 else f"stages.{i}.{j}.features", now)
+                level(i, now)
                 continue
             if block.downsampling_layer is not None:
                 now = through(f"{where}.downsampling_layer", name, now)
@@ -206,6 +227,7 @@ class MobileViT:
             now.writers += [f"{where}.{layer}" for layer in ("conv_kxk", "conv_projection", "fusion")]
             now.readers += [(f"{where}.{layer}.convolution", 0) for layer in ("conv_kxk", "conv_1x1")]
             now.readers += [(f"{where}.fusion.convolution", start) for start in (0, size)]
+            level(i, now)
         modules = dict(model.named_modules())
         if f"{body}conv_1x1_exp" in modules:
             now.readers.append((f"{body}conv_1x1_exp.convolution", 0))
@@ -214,7 +236,7 @@ class MobileViT:
         elif "segmentation_head" in modules:
             aspp = (name for name, module in modules.items() if isinstance(module, nn.Conv2d))
             now.readers += [(name, 0) for name in aspp if name.startswith("segmentation_head.aspp.convs.")]
-        else:
+        elif not has_pyramid(model):
             now.readers.clear()  # the last feature maps are what the model gives
         yield from found
 
@@ -228,7 +250,7 @@ class MobileViT:
             if name.startswith("segmentation_head"):
                 pooled = name.startswith("segmentation_head.aspp.convs.") and "conv_1x1" in name
                 found[name] = 1 if pooled else here[0] * here[1]
-            elif isinstance(module, nn.Conv2d):
+            elif isinstance(module, nn.Conv2d) and not name.startswith(f"{HEAD}."):
                 here = _behind(module, here)
                 found[name] = here[0] * here[1]
             elif isinstance(module, nn.Linear) and name.startswith(f"{body}encoder."):
@@ -237,6 +259,9 @@ class MobileViT:
                 found[name] = high * wide
             elif isinstance(module, nn.Linear):
                 found[name] = 1
+        if has_pyramid(model):
+            last = {i: [name for name in found if name.startswith(f"{body}encoder.layer.{i}.")][-1] for i in LEVELS}
+            found |= head_places(model, {i: found[name] for i, name in last.items()})
         return found
 
 

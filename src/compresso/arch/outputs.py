@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from compresso.core.picture import that_sees
+
 IDS = 32
 """Tokens that `any_input` has at most."""
 
@@ -17,9 +19,10 @@ def any_input(config: PreTrainedConfig) -> Tensor:
     size = getattr(config, "vocab_size", None)
     if size is not None:
         return torch.arange(min(IDS, size)).unsqueeze(0)
-    sides = config.image_size  # pyright: ignore[reportAttributeAccessIssue]  # of a model of pictures
+    seen = that_sees(config)
+    sides = seen.image_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
-    shape = (1, int(config.num_channels), height, width)  # pyright: ignore[reportAttributeAccessIssue]
+    shape = (1, int(seen.num_channels), height, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

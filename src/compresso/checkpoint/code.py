@@ -31,7 +31,7 @@ has a class of its own for the model_type, that one is opened, and refused other
 
 Python files that no field names are not imported, and may lie there. Nor does trust reach further than we ask:
 `generate` is never allowed to trust, so decoding modes that moved to the hub are not loaded; pickles are refused beside
-this (`folder.py`), chat templates run in a sandbox. The files that may run are the three modelling files that
+this (`folder.py`), chat templates run in a sandbox. The files that may run are the modelling files that
 compresso writes, byte for byte, with no link that leads elsewhere.
 """
 
@@ -52,6 +52,8 @@ from compresso.native import (
     MODELING_FILE,
     PATCHED_CLASS,
     PATCHED_FILE,
+    PYRAMID_CLASSES,
+    PYRAMID_FILE,
     SLICED_CLASSES,
     SLICED_FILE,
 )
@@ -98,12 +100,13 @@ NATIVE = (
             (MODELING_FILE, CLASSES),
             (LOW_RANK_FILE, LOW_RANK_CLASSES),
             (SLICED_FILE, SLICED_CLASSES),
+            (PYRAMID_FILE, PYRAMID_CLASSES),
         )
     ),
     Shipped(PATCHED_FILE, frozenset({PATCHED_CLASS.__name__}), needed=False),
 )
-"""The classes per layer, those of low rank and those of a sliced stream, which `import compresso` registers, so that
-a folder's copy of a file is not read unless it is trusted; and what puts forward patches on a stock class.
+"""The classes per layer, those of low rank, of a sliced stream and of a pyramid, which `import compresso` registers, so
+that a folder's copy of a file is not read unless it is trusted; and what puts forward patches on a stock class.
 """
 
 

@@ -18,8 +18,10 @@ from compresso.errors import ArchError
 _READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
 _BOTH_WAYS = ("bert", "roberta", "distilbert")
 """Encoders of texts that are described here; a config that names no class means the bare model."""
-_OF_PICTURES = ("vit", "deit", "mobilevit")
+_OF_PICTURES = ("vit", "deit", "mobilevit", "compresso_mobilevit_pyramid")
 """Models of pictures that are described here; likewise."""
+_SEGMENT = ("upernet",)
+"""Those that have one class alone, a segmenter's."""
 _SEE = (AutoModelForImageClassification, AutoModelForSemanticSegmentation)
 _ENCODERS = (*_READERS, *_SEE, AutoModel)
 
@@ -43,11 +45,20 @@ def auto_class(config: PreTrainedConfig) -> Any:
         type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in _BOTH_WAYS
     ):  # transformers has a causal BERT too
         return AutoModelForCausalLM
+    if not named and config.model_type in _SEGMENT:
+        return AutoModelForSemanticSegmentation
     if not named and config.model_type in (*_BOTH_WAYS, *_OF_PICTURES):
         return AutoModel
     said = f"the architecture {named}" if named else "no architecture"
     raise ArchError(
         f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head."
+    )
+
+
+def of_pictures(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a model of pictures that is opened, with a head or without."""
+    return config.model_type in (*_OF_PICTURES, *_SEGMENT) or (
+        getattr(config, "architectures", None) is not None and sees(config)
     )
 
 

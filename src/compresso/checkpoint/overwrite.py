@@ -39,6 +39,7 @@ _CHECKPOINT = (
     "*.safetensors.index.json",
     "modeling_compresso.py",
     "modeling_compresso_patched.py",
+    "modeling_compresso_pyramid.py",
     *_TOKENIZER,
     *_CARRIED,
 )

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source
-from compresso.core.picture import PixelInput
+from compresso.core.picture import PixelInput, that_sees
 from compresso.errors import CheckpointError
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -25,7 +25,7 @@ _MOST = 4096
 
 def image_size(config: PreTrainedConfig) -> tuple[int, int]:
     """Height and width that a config says pictures have. Raises CheckpointError if it says none."""
-    size = getattr(config, "image_size", None)
+    size = getattr(that_sees(config), "image_size", None)
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(both) != 2 or not all(isinstance(one, int) and 0 < one <= _MOST for one in both):
         raise CheckpointError(

@@ -54,6 +54,12 @@ LatencyTable = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="What `compresso latency` wrote for this model on this machine."),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a model of pictures, what a process that reads one takes at most, by --latency-table: 3.7GB."
+    ),
+]
 BytesAtContext = Annotated[
     int | None,
     typer.Option(

@@ -11,6 +11,7 @@ import torch
 from compresso.arch.base import Arch, LayerShape, arch_for
 from compresso.arch.costs import shape_facts
 from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.kinds import of_pictures
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, open_source
@@ -20,6 +21,7 @@ from compresso.commands.latency_fit import fit_times, shapes_to_fit
 from compresso.commands.latency_table import show
 from compresso.commands.measure import DTYPES, progress
 from compresso.core.latency_table import Conditions, LatencyTable, Phase
+from compresso.core.picture_table import PictureTable
 from compresso.door import public
 from compresso.engines.file_times import TIMERS, timer_of
 from compresso.errors import ArchError, CheckpointError, DataError, nearest
@@ -28,6 +30,7 @@ from compresso.metrics.record import Environment
 from compresso.metrics.shaped import ShapedModels
 from compresso.runner.measured_budget import machine_here, read_table
 from compresso.runner.output import stored_dtype
+from compresso.runner.picture_latency import picture_table
 from compresso.training.device import choose_device
 
 __all__ = ["latency", "show"]
@@ -50,8 +53,9 @@ def latency(
     device: str = "auto",
     output: Path | str | None = None,
     quiet: bool = False,
-) -> LatencyTable:
-    """Time what each kind of module of a model takes with fewer and fewer units, on this machine.
+) -> LatencyTable | PictureTable:
+    """Time what each kind of module of a model takes with fewer and fewer units, on this machine; of a model of
+    pictures whole networks, one picture at a time, and their peak memory.
 
     torch is timed module by module inside whole models, onnxruntime and llama.cpp by a fit to the times of whole files
     of different shapes. All of them have the model's shapes or fewer units, and weights of no meaning.
@@ -86,6 +90,11 @@ def latency(
     target = None if output is None else _table_path(output)
     source = open_source(model, weights=False)
     where = choose_device(device) if engine == "torch" else torch.device("cpu")
+    if of_pictures(source.config):
+        pictured = _pictured(source, engine, levels, rounds, dtype, where, quiet)
+        if target is not None:
+            write_text(target, pictured.to_json())
+        return pictured
     shaped = meta_model(source)
     _check_reads(source, shaped.main_input_name, engine, phase)
     arch = arch_for(shaped.config)
@@ -101,6 +110,19 @@ def latency(
     if target is not None:
         write_text(target, table.to_json())
     return table
+
+
+def _pictured(
+    source: Source, engine: str, levels: int, rounds: int, dtype: str | None, device: torch.device, quiet: bool
+) -> PictureTable:
+    """The table of a model of pictures. Raises ArchError for another engine."""
+    if engine != "torch":
+        raise ArchError(
+            f"--engine {engine} times language models, and {source.name} sees pictures; give --engine torch"
+        )
+    kind = DTYPES[_dtype(engine, dtype, source, device)]
+    with progress(levels + 1, quiet) as advance:
+        return picture_table(source, levels, rounds, kind, device, advance)
 
 
 def _in_place(

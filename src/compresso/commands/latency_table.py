@@ -3,12 +3,17 @@
 from rich.console import Console
 from rich.table import Table
 
+from compresso.commands.latency_pictures import show_pictures
 from compresso.core.counted import counted
 from compresso.core.latency_table import LatencyTable
+from compresso.core.picture_table import PictureTable
 
 
-def show(table: LatencyTable, as_json: bool) -> None:
+def show(table: LatencyTable | PictureTable, as_json: bool) -> None:
     """Print a latency table as JSON or as a table for people."""
+    if isinstance(table, PictureTable):
+        show_pictures(table, as_json)
+        return
     if as_json:
         print(table.to_json(), end="")
         return

@@ -18,6 +18,7 @@ _LABELS = {
     "parameters/norms": "  of norms",
     "bytes/disk": "weight files",
     "macs/token": "MACs a token",
+    "macs/picture": "MACs a picture",
     "kv_bytes/token": "KV cache a token",
     "memory/peak": "peak memory",
     "prefill": "prefill tokens/s",

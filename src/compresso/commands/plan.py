@@ -10,6 +10,7 @@ from compresso.door import public
 from compresso.runner import plan as dry_runs
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.options import with_options
+from compresso.runner.picture_budget import picture_notes
 from compresso.runner.preflight import check_shapes
 from compresso.runner.trust_check import Trust
 
@@ -27,6 +28,7 @@ def plan(
     milliseconds: float | None = None,
     speedup: str | float | None = None,
     latency_table: str | Path | None = None,
+    memory: str | None = None,
     bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
@@ -46,8 +48,8 @@ def plan(
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
         model: hub id, local folder, GGUF file or config.json.
-        keep, parameters, macs, milliseconds, speedup, latency_table, bytes_at_context, max_steps, sets, target, task,
-            layout, skip_bad, allow_dropped: as for `compresso.run`.
+        keep, parameters, macs, milliseconds, speedup, latency_table, memory, bytes_at_context, max_steps, sets, target,
+            task, layout, skip_bad, allow_dropped: as for `compresso.run`.
         data: as for `compresso.run`; None reads none.
         device: what time and memory are estimated for: "auto", "cpu", "cuda", or a GPU that need not be here, such as
             "h100" or "rtx4090", or several with a process each, such as "8xh100".
@@ -69,6 +71,7 @@ def plan(
         "milliseconds": milliseconds,
         "speedup": speedup,
         "latency_table": latency_table,
+        "memory": memory,
         "bytes_at_context": bytes_at_context,
         "max_steps": max_steps,
         "sets": sets,
@@ -79,7 +82,10 @@ def plan(
     }
     with said_as_asked(options, partial(check_shapes, recipe, str(model), layout)):
         raw = with_options(recipe, model=str(model), **options)
-        return dry_runs.plan(
+        facts = dry_runs.plan(
             raw, str(model), layout, target, data=given, skip_bad=skip_bad, allow_dropped=allow_dropped, device=device,
             trust=trust, prompts=prompts, benign=benign,
         )  # fmt: skip
+    if latency_table is not None:
+        facts["notes"] += picture_notes(raw, str(model), latency_table, facts)
+    return facts

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def that_sees(config: Any) -> Any:
+    """The config that says which pictures a model sees: a model's own, or its backbone's where that has the size."""
+    return config if hasattr(config, "image_size") else getattr(config, "backbone_config", None) or config
 
 
 @dataclass(frozen=True)

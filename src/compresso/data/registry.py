@@ -212,7 +212,7 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: Reco
     n_bad = n_files = 0
     columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
-    for path in shards(name, SUFFIXES, split):
+    for path in shards(name, SUFFIXES, split, "" if form.folder is None else form.wanted):
         left = None if limit is None else limit - len(rows)
         if left == 0:
             break

@@ -24,13 +24,14 @@ def is_pattern(name: str) -> bool:
     return glob.has_magic(name) and not Path(name).expanduser().exists()
 
 
-def shards(name: str, suffixes: tuple[str, ...], split: str = "train") -> list[Path]:
+def shards(name: str, suffixes: tuple[str, ...], split: str = "train", instead: str = "") -> list[Path]:
     """The files that a folder or a pattern stands for.
 
     Args:
         name: of a folder, or a pattern.
         suffixes: of data files.
         split: taken where a saved data set holds several.
+        instead: what else the folder might have held, for the error; "" where files alone are read.
 
     Raises:
         DataError: there are none, or they are of several formats or splits.
@@ -53,6 +54,13 @@ def shards(name: str, suffixes: tuple[str, ...], split: str = "train") -> list[P
     if (folder / _SAVED).is_file() and (saved := [path for path in found if path.suffix == ".arrow"]):
         return saved  # beside them lie files that describe the data set
     known = [path for path in found if path.name.lower().endswith(suffixes)]
+    if not known and instead:
+        inside = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+        more = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+        raise DataError(
+            f"data {name}: wanted {instead}, or files of rows with these columns ({', '.join(suffixes)}); the folder"
+            f" holds {', '.join(inside[:8]) or 'nothing'}{more}"
+        )
     if not known:
         raise DataError(
             f"data {name}: no data file lies in this folder; wanted {', '.join(suffixes)}, or a pattern such as"

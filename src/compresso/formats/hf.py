@@ -38,7 +38,7 @@ from compresso.formats.patched import save_patches
 from compresso.formats.plain import check_plain
 from compresso.formats.reopen import reopen_and_compare
 from compresso.formats.shrunk import Shrunk, describe
-from compresso.native import MODELING_FILE, family_of
+from compresso.native import MODELING_FILE, PYRAMID_FILE, family_of, pyramid_auto_map
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 RECORDS = "records.json"
@@ -112,6 +112,9 @@ def _write_plain(
         config = copy.deepcopy(model.config)
         vars(config).pop("auto_map", None)  # of code that is not written here
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
+        if auto_map := pyramid_auto_map(config.model_type):
+            config.auto_map = auto_map
+            shutil.copyfile(PYRAMID_FILE, temporary / PYRAMID_FILE.name)
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, files)
         save_patches(patches, temporary)

@@ -14,9 +14,13 @@ place that will be seen, the `teacher_top` largest log-probabilities and one buc
 loss is the divergence over these buckets, a lower bound of the one over the whole vocabulary (`core/buckets.py`). How
 far below it is, at up to 128 held-out places, is in the records as `teacher_gap`. 64 outcomes are a guess. Hidden
 states are not kept. The cached teacher computes in its own dtype, also where training does so under autocast.
+
+`teacher: FOLDER` is another model of pictures with the same classes (`training/other_teacher.py`), as arXiv 2309.02617
+has a Swin teach a MobileViT; its logits alone are compared.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,9 +28,11 @@ from annotated_types import Ge, Gt, Lt
 from torch import nn
 from transformers import PreTrainedModel
 
-from compresso.arch.base import Arch
+from compresso.arch.base import Arch, arch_for
 from compresso.arch.context import width_of
+from compresso.arch.costs import cost_of
 from compresso.core.distillation import Divergence
+from compresso.core.measures import NONE
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
@@ -45,6 +51,16 @@ from compresso.stage.tuning import (
 from compresso.training.cached_objective import CachedObjective, TaughtBatches
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.history import curve
+from compresso.training.other_teacher import (
+    OWN,
+    Sees,
+    check_classes,
+    check_teacher,
+    how_it_sees,
+    open_teacher,
+    read_teacher,
+    shaped_teacher,
+)
 
 
 @stage(
@@ -83,7 +99,7 @@ class Distill:
         teacher_dtype: "same" as the smaller model, "bf16" or "fp32".
         teacher_device: "same", or "cpu" where the device holds only the smaller model.
         teacher: "live" beside the smaller model, or "cached": asked once before, kept on disk, and never in memory
-            together with the smaller one; for next tokens.
+            together with the smaller one; for next tokens. Or a folder with another model of pictures, live beside it.
         teacher_top: of "cached": outcomes of each place that are kept by themselves; all others together are one.
 
     Raises ValueError for hidden states, or all logits, of a cached teacher.
@@ -104,7 +120,7 @@ class Distill:
     chunk: Annotated[int, Ge(1)] = 512
     teacher_dtype: Literal["same", "bf16", "fp32"] = "same"
     teacher_device: Literal["same", "cpu"] = "same"
-    teacher: Literal["live", "cached"] = "live"
+    teacher: str = "live"
     teacher_top: Annotated[int, Ge(1)] = 64
 
     def __post_init__(self) -> None:
@@ -116,6 +132,18 @@ class Distill:
                 f"intermediate_weight={self.intermediate_weight} compares hidden states, which are not kept of a cached"
                 " teacher; give teacher: live, or intermediate_weight: 0"
             )
+        if not self.teacher.strip():
+            raise ValueError("teacher is empty; give live, cached, or the folder of a model of pictures")
+        if self._other and self.intermediate_weight:
+            raise ValueError(
+                f"intermediate_weight={self.intermediate_weight} compares the stages of a model with those it came"
+                f" from, and teacher={self.teacher} is another one; give teacher: live, or intermediate_weight: 0"
+            )
+
+    @property
+    def _other(self) -> bool:
+        """Whether another model than the dense one teaches."""
+        return self.teacher not in OWN
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
         """Refuse to keep anything but next tokens of a teacher, and routers where none are. Raises RecipeError."""
@@ -126,6 +154,24 @@ class Distill:
                 f"teacher=cached keeps next-token distributions, and a {model.config.model_type} model writes no text;"
                 " give teacher: live"
             )
+        if self._other:
+            check_teacher(self.teacher, model.config)
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Refuse a teacher of other classes. Raises RecipeError."""
+        if self._other:
+            check_classes(self.teacher, labels)
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """What another teacher takes."""
+        if not self._other:
+            return []
+        source, shaped = open_teacher(self.teacher), shaped_teacher(self.teacher)
+        counted = cost_of(arch_for(shaped.config), shaped, NONE)()
+        return [
+            f"{source.name} teaches in the place of the dense model: {int(counted.total):,} parameters in memory, and"
+            f" {int(counted.macs):,} multiply-accumulates a picture, which are not in what is counted"
+        ]
 
     def learning(self) -> Learning:
         """Adapters, or all weights, under a teacher."""
@@ -145,7 +191,7 @@ class Distill:
         stored = job.model.eval().dtype
         cached = self._asked(job, total) if self.teacher == "cached" else None
         before = cached and cached.gap(job.model, self._of_kept(), self.beta)
-        teacher = None if cached else frozen_teacher(job, self.teacher_dtype, self.teacher_device)
+        teacher = None if cached else self._live(job)
         model = learner(job, self.lora if self.train == "lora" else None, routers=self.train == "router")
         learning = group_of(self.train, model, self.adamw, width_of(job.model.config), total)
         watch = watching(job, self.watches, total)
@@ -164,11 +210,20 @@ class Distill:
         )
         facts = {"updates": total, "trainable": learning.numbers, "lr": learning.lr, "curve": curve(history)}
         facts |= watch.facts() if watch else {}
+        if self._other:
+            facts["teacher"] = asdict(open_teacher(self.teacher).identity)
         if cached:
             after = cached.gap(job.model, self._of_kept(), self.beta)
             facts["teacher"] = cached.facts()
             facts["teacher_gap"] = {**cached.held_facts(), "before": before, "after": after}
         return settled(job, model, stored, "distill", self.trains).note("distill", **facts)
+
+    def _live(self, job: Job) -> PreTrainedModel:
+        """The teacher beside the model."""
+        if not self._other:
+            return frozen_teacher(job, self.teacher_dtype, self.teacher_device)
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(self.teacher_dtype, job.model.dtype)
+        return read_teacher(self.teacher, dtype, torch.device("cpu") if self.teacher_device == "cpu" else job.device)
 
     def _asked(self, job: Job, total: int) -> CachedTeacher:
         """What the dense model says of the rows that will be seen, on disk."""
@@ -205,8 +260,27 @@ class Distill:
             chunk=self.chunk,
         )
 
+    def _of_logits(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
+        """The loss of the model that learns from another one."""
+        seen = [row["picture"].inputs for row in job.rows[:1] if "picture" in row]  # both are models of pictures
+        taught = Sees(job.task.halves(teacher, ()), seen[0], how_it_sees(self.teacher))
+        return DistillObjective(
+            model,
+            job.task.halves(job.model, ()),
+            taught,
+            compare=job.task.compare,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            beta=self.beta,
+            hard_weight=self.hard_weight,
+            tokens=self.tokens,
+            chunk=self.chunk,
+        )
+
     def _objective(self, job: Job, model: nn.Module, teacher: PreTrainedModel) -> DistillObjective:
         """The loss of the model that learns, with the layers and hidden dimensions that it has left."""
+        if self._other:
+            return self._of_logits(job, model, teacher)
         ours, theirs = job.arch.blocks(job.model), job.arch.blocks(teacher)
         kept, dimensions = job.plan.kept.get("layers", range(len(theirs))), job.plan.kept.get("hidden")
         compared = bool(self.intermediate_weight)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
+from compresso.arch.context import macs_of
 from compresso.checkpoint.folder import stored_tensors
 from compresso.core.cost import CostModel
 from compresso.edit.stock import as_stock
@@ -62,8 +63,8 @@ def size_measurements(
 
     Returns:
         "parameters/total", "parameters/blocks", "parameters/embeddings", "parameters/norms" (parameters), "macs/token"
-        (macs), "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes, measured). Without a described
-        architecture only the total and the bytes on disk; the total's remark says so.
+        or "macs/picture" (macs), "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes, measured). Without a
+        described architecture only the total and the bytes on disk; the total's remark says so.
 
     Raises:
         ArchError: a described architecture, but modules that are not what its config says.
@@ -85,7 +86,7 @@ def size_measurements(
         for group, number in facts["parameters"].items()
     ]
     for key, name, unit, protocol in (
-        ("macs_per_token", "macs/token", "macs", _MACS),
+        ("macs_per_token", f"macs/{facts.get('macs_of', 'token')}", "macs", _MACS),
         ("kv_bytes_per_token", "kv_bytes/token", "bytes", _CACHE),
     ):
         if key in facts:
@@ -116,7 +117,7 @@ def _counted(model: PreTrainedModel) -> tuple[Mapping[str, Any], str | None]:
     except ArchError:  # nobody described it: the total needs no description
         remark = f"only the total is counted: no architecture describes model_type '{model.config.model_type}'"
         return {"parameters": {"total": sum(p.numel() for p in model.parameters())}}, remark
-    return counts(CostModel(arch.axes(stock), arch.weights(stock))), None
+    return {**counts(CostModel(arch.axes(stock), arch.weights(stock))), **macs_of(stock)}, None
 
 
 def _shapes_as_stock(model: PreTrainedModel) -> PreTrainedModel:

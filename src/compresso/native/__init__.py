@@ -1,4 +1,5 @@
-"""Our model classes, per layer, of low rank and with a sliced stream, and their registration with transformers.
+"""Our model classes, per layer, of low rank, with a sliced stream and of MobileViT under a pyramid, and their
+registration with transformers.
 
 Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
 so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
@@ -6,17 +7,19 @@ so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trus
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSemanticSegmentation
 
 from compresso.native import modeling_compresso as modeling
 from compresso.native import modeling_compresso_lowrank as low_rank
 from compresso.native import modeling_compresso_patched as patched
+from compresso.native import modeling_compresso_pyramid as pyramid
 from compresso.native import modeling_compresso_sliced as sliced
 
 MODELING_FILE = Path(modeling.__file__)
 LOW_RANK_FILE = Path(low_rank.__file__)
 SLICED_FILE = Path(sliced.__file__)
 PATCHED_FILE = Path(patched.__file__)
+PYRAMID_FILE = Path(pyramid.__file__)
 PATCHED_CLASS = patched.PatchedForCausalLM
 CLASSES = {
     "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
@@ -41,11 +44,19 @@ SLICED_CLASSES = {
     "gpt2": (sliced.CompressoSlicedGPT2Config, sliced.CompressoSlicedGPT2LMHeadModel),
 }
 """Config and language model of each family whose stream may be sliced."""
+PYRAMID_CLASSES = {
+    "mobilevit": (
+        pyramid.CompressoMobileViTPyramidConfig,
+        pyramid.CompressoMobileViTPyramidModel,
+        pyramid.CompressoMobileViTPyramidForSemanticSegmentation,
+    )
+}
+"""Config, backbone and segmenter of each family whose features go through a pyramid."""
 
 
 def register() -> None:
-    """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, `compresso_sliced_llama`, and those of
-    the other families; idempotent.
+    """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, `compresso_sliced_llama`, those of the
+    other families, and `compresso_mobilevit_pyramid`; idempotent.
     """
     for config, decoder, language_model in CLASSES.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -54,6 +65,10 @@ def register() -> None:
     for config, language_model in (*LOW_RANK_CLASSES.values(), *SLICED_CLASSES.values()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+    for config, backbone, segmenter in PYRAMID_CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, backbone, exist_ok=True)
+        AutoModelForSemanticSegmentation.register(config, segmenter, exist_ok=True)
 
 
 def is_low_rank(model_type: object) -> bool:
@@ -64,6 +79,15 @@ def is_low_rank(model_type: object) -> bool:
 def is_sliced(model_type: object) -> bool:
     """Whether a model type is one of those whose stream is sliced."""
     return any(config.model_type == model_type for config, _ in SLICED_CLASSES.values())
+
+
+def pyramid_auto_map(model_type: object) -> dict[str, str]:
+    """What the config of a model under a pyramid says of its classes, which lie in `PYRAMID_FILE`; {} of others."""
+    for config, backbone, segmenter in PYRAMID_CLASSES.values():
+        if config.model_type == model_type:
+            named = {"AutoConfig": config, "AutoModel": backbone, "AutoModelForSemanticSegmentation": segmenter}
+            return {auto: f"{PYRAMID_FILE.stem}.{cls.__name__}" for auto, cls in named.items()}
+    return {}
 
 
 def family_of(model_type: str) -> str | None:

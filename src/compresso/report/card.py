@@ -57,7 +57,9 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         model=_one_line(records.model.name),
         recipe=_one_line(records.recipe.name),
         layout=records.layout,
+        class_file=records.class_file(),
         auto_class=task_named(records.recipe.task).auto_class,
+        reads_text=task_named(records.recipe.task).reads_text,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
         participle=participle(records),
         unserved=_plain(forgets(records)),
@@ -94,7 +96,7 @@ def _front_matter(records: RunRecords, pruned: ModelResults) -> dict[str, Any]:
     }
     if "/" in source and is_hub_name(source):
         front |= {"base_model": source, "base_model_relation": "finetune"}
-    if records.layout == "native":
+    if records.class_file():
         front["tags"].append("custom_code")
     results = _index(pruned.measurements, task_named(records.recipe.task).pipeline)
     if results:

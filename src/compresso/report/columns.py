@@ -76,6 +76,7 @@ _WORDS = {
     "parameters/norms": "parameters, norms",
     "bytes/disk": "on disk",
     "macs/token": "MACs a token",
+    "macs/picture": "MACs a picture",
     "kv_bytes/token": "KV cache a token",
     "kl": "KL divergence",
     "top1_agreement": "same first choice",

@@ -143,10 +143,10 @@ def loading(run: Run, commands: Mapping[str, str]) -> list[tuple[str, str]]:
     plain = f"from transformers import {task.auto_class}\n\nmodel = {task.auto_class}.from_pretrained({folder})"
     opener = "compresso" if task.writes_text else "transformers, text in"
     ways = [(opener, task.usage.replace("{folder}", folder))]
-    if run.records.layout == "native":
+    if file := run.records.class_file():
         ways.append(("transformers, with compresso installed", f"import compresso  # knows this model type\n{plain}"))
         remote = plain.replace(f"({folder})", f"({folder}, trust_remote_code=True)")
-        ways.append(("transformers alone: runs modeling_compresso.py, which lies beside the weights", remote))
+        ways.append((f"transformers alone: runs {file}, which lies beside the weights", remote))
     else:
         ways.append(("transformers", plain))
     opened = {engine.engine for engine in run.records.engines if engine.opens == "yes"}
@@ -157,7 +157,7 @@ def loading(run: Run, commands: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def own_code(records: RunRecords) -> str:
     """The option that lets the code beside the weights run, if there is some."""
-    return " --trust-remote-code" if records.layout == "native" else ""
+    return " --trust-remote-code" if records.class_file() else ""
 
 
 def filled(command: str, folder: str, code: str) -> str:

@@ -105,6 +105,8 @@ class RunRecords(Strict):
         patches: forward patches, which `compresso.load` applies to what the files hold.
         seconds: of the whole run.
         layout, dtype, bytes: what was written, and the size of its weight files.
+        modeling: the file with the model's class, which lies beside the weights where transformers has none and the
+            layout does not say so; "" for a stock class.
         reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
         engines: what each engine made of the files; none if the run did not ask.
         guard: whether quality collapsed.
@@ -126,6 +128,7 @@ class RunRecords(Strict):
     patches: tuple[str | PatchRecord, ...] = ()
     seconds: FiniteFloat
     layout: Literal["uniform", "padded", "native"]
+    modeling: str = ""
     dtype: str
     bytes: int
     reopened_max_abs_difference: FiniteFloat
@@ -142,6 +145,10 @@ class RunRecords(Strict):
     def baseline(self) -> Named:
         """The model that the result is compared with."""
         return self.dense or self.model
+
+    def class_file(self) -> str:
+        """The file beside the weights that holds the model's class; "" where transformers has it."""
+        return "modeling_compresso.py" if self.layout == "native" else self.modeling
 
     def stored_dense(self) -> str:
         """A sentence on weights that were zeroed, rounded or given a low rank in place, so that nothing became smaller;

@@ -44,7 +44,13 @@ def stage_table(records: RunRecords) -> StageTable | None:
         (words, of) for words, of, always in _COLUMNS if always or any(of(facts, left) for _, facts, left in every)
     ]
     metric = next((left.score.name for _, _, left in every if left.score is not None), None)
-    titles = ("stage", *(words for words, _ in shown), *([_metric(metric)] if metric else []), "took")
+    of_each = _MACS.replace("token", records.after.macs_of)
+    titles = (
+        "stage",
+        *(of_each if words == _MACS else words for words, _ in shown),
+        *([_metric(metric)] if metric else []),
+        "took",
+    )
     return StageTable(
         titles,
         tuple(
@@ -95,9 +101,10 @@ def _loss(_: StageFacts, left: Left) -> str:
     return "" if left.held_loss is None else f"{left.held_loss:.4f}"
 
 
+_MACS = "MACs a token"
 _COLUMNS: Sequence[tuple[str, Callable[[StageFacts, Left], str], bool]] = (
     ("parameters", lambda _, left: f"{left.parameters:,}", True),
-    ("MACs a token", lambda _, left: f"{left.macs_per_token:,}", True),
+    (_MACS, lambda _, left: f"{left.macs_per_token:,}", True),
     ("zeros", _sparsity, False),
     ("bits a weight", _bits, False),
     ("held loss", _loss, False),

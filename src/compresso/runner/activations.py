@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from compresso.arch.outputs import any_input
 from compresso.checkpoint.kinds import auto_class
 
 
@@ -23,7 +24,7 @@ def activation_bytes(
         checkpointing: whether layers are computed again in the backward pass; the latter always keep all.
         chunk: tokens whose logits (then those of two models) exist at a time; None for all.
     """
-    if not hasattr(config, "hidden_size"):
+    if not hasattr(config, "num_hidden_layers"):
         return tokens * _of_a_picture(config, width)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = head * (
@@ -47,7 +48,7 @@ def _of_a_picture(config: PreTrainedConfig, width: int) -> int:
     for module in model.modules():
         if next(module.children(), None) is None:
             module.register_forward_hook(lambda _, __, out: written.append(out.numel()))
-    side = int(config.image_size)  # pyright: ignore[reportAttributeAccessIssue]
+    picture = any_input(config).to("meta")
     with torch.no_grad():
-        model.eval()(pixel_values=torch.zeros(1, int(config.num_channels), side, side, device="meta"))
-    return sum(written) * width + 3 * 4 * int(config.num_labels or 0) * side * side
+        model.eval()(pixel_values=picture)
+    return sum(written) * width + 3 * 4 * int(config.num_labels or 0) * picture[0, 0].numel()

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from compresso.arch.context import positions_of, tokens_of_picture
+from compresso.arch.context import positions_of
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
@@ -93,8 +93,6 @@ def read_examples(
     encoded = recipe.task.encode(records, tokenizer, reading, source.config)
     check_dropped(records, encoded, reading.reach(), allow_dropped)
     said = told(records, encoded, knobs.max_length)
-    if not reads_text and tokens_of_picture(source.config) == 1:
-        said.append("multiply-accumulates are those of one picture, also where they are called those of a token")
     if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
         said.append(note)
     recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)

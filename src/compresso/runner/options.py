@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
+from compresso.checkpoint.kinds import of_pictures
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
@@ -19,6 +20,7 @@ from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of
 from compresso.runner.asked_budget import asked_for, count
+from compresso.runner.dry_run import dry_run
 from compresso.runner.engine_shapes import (
     for_engine,
     held_to,
@@ -30,6 +32,7 @@ from compresso.runner.engine_shapes import (
 )
 from compresso.runner.inspection import facts_of
 from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
+from compresso.runner.picture_budget import limits_of, read_picture_table, with_picture_budget
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
 from compresso.runner.recipe_file import plain, stages_of
@@ -53,6 +56,7 @@ def with_options(
     milliseconds: float | None = None,
     speedup: str | float | None = None,
     latency_table: str | Path | None = None,
+    memory: str | None = None,
     bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
@@ -69,10 +73,11 @@ def with_options(
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
         parameters: all parameters wanted, such as "5.4B".
         macs: multiply-accumulates a token of the dense model over those of the smaller one, at least 1.
-        milliseconds: of one forward, as the table tells them.
+        milliseconds: of one forward, as the table tells them; of a model of pictures, of one picture.
         speedup: the dense model's milliseconds over the smaller one's, as the table tells them: "1.5x"; several, as in
             "1.2x,1.5x,2x", are targets of one run.
         latency_table: what `compresso latency` wrote for this model on this machine.
+        memory: of a model of pictures, the most that a process takes which reads one, as the table tells it: "3.7GB".
         bytes_at_context: tokens of the cache that is counted with the weights; `keep` is a share of both.
         max_steps: cap on the updates of each training stage.
         sets: overrides such as "stages.learn_gates.mask_lr=0.02".
@@ -115,12 +120,28 @@ def with_options(
         )
     if bytes_at_context is not None and given not in ([], ["--keep"]):
         raise BudgetError(f"{given[0]} and --bytes-at-context are two budgets; --bytes-at-context goes with --keep")
-    others = {"bytes-at-context": bytes_at_context, "max-steps": max_steps, "target": target, "layout": layout}
+    others = {
+        "memory": memory,
+        "bytes-at-context": bytes_at_context,
+        "max-steps": max_steps,
+        "target": target,
+        "layout": layout,
+    }
     refuse_said_twice(sets, {**{name[2:]: value for name, value in budgets.items()}, **others, "data": data})
     timed = milliseconds is not None or speedup is not None
-    if latency_table is not None and not timed:
+    if memory is not None and (given not in ([], ["--milliseconds"]) or bytes_at_context is not None):
+        other = given[0] if given else "--bytes-at-context"
+        raise BudgetError(f"--memory {memory} and {other} are two budgets; the first goes with --milliseconds alone")
+    pictures = (timed or memory is not None) and _of_pictures(raw, model, speedup, memory, latency_table)
+    if pictures:
+        assert latency_table is not None  # else it was refused
+        raw = _with_pictures(raw, model, milliseconds, memory, latency_table)
+        timed = False
+    elif latency_table is not None and not timed:
         raise BudgetError("--latency-table is what --milliseconds and --speedup are counted by; give one of them")
-    if timed:
+    if pictures:
+        pass  # its share is in the recipe
+    elif timed:
         raw = with_time(raw, model, milliseconds, speedup, latency_table)
     else:
         raw = _with_budget(raw, model, keep, parameters, macs)
@@ -136,10 +157,52 @@ def with_options(
         source = open_source(model, weights=False)
         asked = asked_for({name.removeprefix("--"): value for name, value in budgets.items()})
         check_target(recipe_for(raw, "auto", source.config), source, target, asked)
-    if milliseconds is not None or speedup is not None:
+    if timed:
         source = open_source(model, weights=False)
         check_floor(recipe_for(raw, "auto", source.config), source, budgets)
     return raw
+
+
+def _of_pictures(
+    raw: Mapping[str, Any],
+    model: str,
+    speedup: str | float | None,
+    memory: str | None,
+    table: str | Path | None,
+) -> bool:
+    """Whether a budget of time or memory is one of pictures. Raises BudgetError where such a budget cannot be met."""
+    config = open_source(model, weights=False).config
+    if not of_pictures(config):
+        if memory is not None:
+            raise BudgetError(
+                f"--memory {memory} is a budget of models of pictures, and a {config.model_type} reads text; give"
+                " --bytes-at-context and --keep"
+            )
+        return False
+    if speedup is not None:
+        raise BudgetError(f"--speedup {speedup}: give --milliseconds, as a table of a model of pictures tells them")
+    if table is None:
+        asked = f"--memory {memory}" if memory is not None else "--milliseconds"
+        raise BudgetError(
+            f"{asked} of a model of pictures is measured and needs --latency-table, the file that `compresso latency"
+            " --output` writes of it on this machine"
+        )
+    return True
+
+
+def _with_pictures(
+    raw: dict[str, Any], model: str, milliseconds: float | None, memory: str | None, path: str | Path
+) -> dict[str, Any]:
+    """The raw recipe that meets a budget of pictures."""
+    source = open_source(model, weights=False)
+    table = read_picture_table(path, source, task_of(raw).name)
+    words = [f"--milliseconds {milliseconds:g}"] if milliseconds is not None else []
+    words += [f"--memory {memory}"] if memory is not None else []
+
+    def macs(tried: Mapping[str, Any]) -> float:
+        return float(dry_run(recipe_for(tried, "auto", source.config), source).after["macs_per_token"])
+
+    return with_picture_budget(raw, table, limits_of(milliseconds, memory), " and ".join(words), macs)
 
 
 def _with_budget(

@@ -32,6 +32,7 @@ from compresso.formats.patched import save_patches
 from compresso.job import Job
 from compresso.metrics.record import Environment
 from compresso.metrics.size import counts, weight_bytes
+from compresso.native import PYRAMID_FILE, pyramid_auto_map
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
@@ -190,6 +191,7 @@ def finish(
         written: dict[str, Any] = {
             **facts,
             "layout": used,
+            **({"modeling": PYRAMID_FILE.name} if pyramid_auto_map(model.config.model_type) else {}),
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,

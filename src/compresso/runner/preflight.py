@@ -26,7 +26,7 @@ from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import check_rounds, targets_of
-from compresso.stage import ChecksData, Sweeps
+from compresso.stage import ChecksData, ChecksLabels, Sweeps
 from compresso.training.device import choose_device
 from compresso.training.launch import is_main_process
 
@@ -157,6 +157,8 @@ def prepare(
             packed = records is not None and records.kind == "text" and recipe.data.pack
             window = recipe.data.max_length if packed else None
             _checked_data(name, stage, encoded, tokenizer, source.config, window)
+        if encoded is not None and encoded.labels and isinstance(stage, ChecksLabels):
+            stage.check_labels(encoded.labels)
     recipe = replace(recipe, data=replace(recipe.data, source=without_folders(chosen)))
     prompted = records is not None and any(isinstance(record, Instruction | Chat) for record in records.rows)
     prompt = prompt_identity() if recipe.data.prompt and prompted else None

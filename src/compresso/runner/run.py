@@ -29,6 +29,7 @@ from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
 from compresso.runner.asked_budget import said_as_asked
+from compresso.runner.drawn import drawn
 from compresso.runner.evaluated import DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, named, new_job, progress_bars, reader, saved_dense, with_weights
@@ -84,6 +85,7 @@ def run(
     milliseconds: float | None = None,
     speedup: str | float | None = None,
     latency_table: str | Path | None = None,
+    memory: str | None = None,
     bytes_at_context: int | None = None,
     max_steps: int | None = None,
     sets: Sequence[str] = (),
@@ -111,7 +113,8 @@ def run(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, or the raw mapping of one.
-        model: hub id, local folder of safetensors, GGUF file, or a live model, which stays as it is.
+        model: hub id, local folder of safetensors, GGUF file, or a live model, which stays as it is; a config.json of a
+            model of pictures, whose weights are drawn by the seed, where the recipe's first stage trains them.
         data: registered name or local file(s); the recipe's own if None.
         output: folder of the new checkpoint; it must not exist or be empty, but with `overwrite`.
         keep: share that stays, in (0, 1]; of the block parameters, unless the recipe counts something else.
@@ -122,6 +125,8 @@ def run(
         speedup: in place of `keep`, the dense model's milliseconds over the smaller one's, such as "1.5x"; several,
             such as "1.2x,1.5x,2x", are met one after the other, and each gives a checkpoint `output/1.2x`.
         latency_table: the file that `compresso latency` wrote for this model on this machine.
+        memory: of a model of pictures, the most that a process takes which reads one, libraries included, as
+            `latency_table` tells it: "3.7GB"; alone, or with `milliseconds`.
         bytes_at_context: tokens of one sequence whose key/value cache is counted with the weights, in bytes; `keep` is
             then the share of both that stays.
         max_steps: cap on the updates of each training stage; schedules shrink with it.
@@ -173,6 +178,7 @@ def run(
         "milliseconds": milliseconds,
         "speedup": speedup,
         "latency_table": latency_table,
+        "memory": memory,
         "bytes_at_context": bytes_at_context,
         "max_steps": max_steps,
         "sets": sets,
@@ -182,7 +188,8 @@ def run(
         "layout": layout,
     }
     with (
-        named(model, tokenizer) as name,
+        named(model, tokenizer) as given,
+        drawn(given, recipe, task, seed, quiet) as name,
         whole_weights(),
         progress_bars(shown=not quiet),
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
@@ -283,8 +290,8 @@ def run(
                 begun = time.time()
                 stage_name, received = act.label, job
                 job, stage, told = entered(job, act)
-                given = replace(job, out=work.training(act.folder))
-                job = left_round(applied(stage, given, act), received, act, told)
+                entering = replace(job, out=work.training(act.folder))
+                job = left_round(applied(stage, entering, act), received, act, told)
                 if not offload:  # a sweep looks at each weight it makes
                     check_finite(job.model, stage_name)
                 job = job.note(stage_name, seconds=round(time.time() - begun, 2))

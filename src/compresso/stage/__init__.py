@@ -9,6 +9,7 @@ tuning      the part that stages which train have in common
 
 from compresso.stage.contract import (
     ChecksData,
+    ChecksLabels,
     ChecksModel,
     ChecksProcesses,
     Compresses,
@@ -39,6 +40,7 @@ __all__ = [
     "Calibrates",
     "Card",
     "ChecksData",
+    "ChecksLabels",
     "ChecksModel",
     "ChecksProcesses",
     "Compresses",

@@ -184,6 +184,15 @@ class ChecksProcesses(Protocol):
 
 
 @runtime_checkable
+class ChecksLabels(Protocol):
+    """A stage that can refuse the classes that a run decides among."""
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Raise CompressoError for classes, by their names in the order of their numbers, that it cannot work on."""
+        ...
+
+
+@runtime_checkable
 class Learns(Protocol):
     """A stage that trains."""
 

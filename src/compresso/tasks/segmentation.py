@@ -73,7 +73,8 @@ class Segmentation:
     ) -> Encoded:
         """Pictures and label maps in the model's size. Raises DataError as `encode_mapped`."""
         inputs = pictures.inputs_of(reading, records)
-        passed_over = int(getattr(config, "semantic_loss_ignore_index", PASSED_OVER))
+        fields = ("semantic_loss_ignore_index", "loss_ignore_index")
+        passed_over = next((int(getattr(config, name)) for name in fields if hasattr(config, name)), PASSED_OVER)
         names = None if self.lacks_head(config) else known_names(config)
         return encode_mapped(records, inputs, passed_over, names, reading.limit)
 

@@ -1,0 +1,88 @@
+"""A run that begins with a config.json alone: a model of pictures from random numbers, which the recipe's first stage
+trains.
+
+The seed draws the weights, so that a resumed run begins with the same ones. How the model sees pictures is what
+preprocessor_config.json beside the config says; without one colours are brought to -1..1, which is said. Where no stage
+of the recipe trains all weights first, or the model reads text, nothing is drawn, and the run is refused as before.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compresso.checkpoint.atomic import write_text
+from compresso.checkpoint.kinds import auto_class, of_pictures
+from compresso.checkpoint.scratch import scratch_folder
+from compresso.checkpoint.source import Source, open_source
+from compresso.errors import CompressoError
+from compresso.runner.recipe import read
+from compresso.runner.recipe_file import stages_of
+from compresso.runner.task_options import for_model, with_task
+from compresso.stage import card
+from compresso.training.noise import mixed_seed
+
+log = logging.getLogger(__name__)
+
+SEES = "preprocessor_config.json"
+_SO = {"do_rescale": True, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
+@contextmanager
+def drawn(
+    model: str, recipe: str | Path | Mapping[str, Any], task: str | None, seed: int, quiet: bool
+) -> Iterator[str]:
+    """What to open a model by: a temporary folder with drawn weights where it is a config that is trained first, else
+    as it was given.
+
+    Args:
+        model: as a run is given it.
+        recipe, task: likewise.
+        seed: of the run.
+        quiet: whether nothing is said.
+    """
+    path = Path(model).expanduser()
+    source = open_source(path) if path.suffix == ".json" and path.is_file() else None
+    if source is None or not of_pictures(source.config) or not _trained_first(source, recipe, task):
+        yield model
+        return
+    with scratch_folder() as scratch:
+        folder = scratch / source.name
+        beside = path.resolve().parent / SEES
+        made = _drawn(source, seed)
+        made.save_pretrained(folder)
+        if beside.is_file():
+            shutil.copyfile(beside, folder / SEES)
+        else:
+            write_text(folder / SEES, json.dumps(_SO, indent=2) + "\n")
+        if not quiet:
+            numbers = sum(parameter.numel() for parameter in made.parameters())
+            unsaid = "" if beside.is_file() else f"; no {SEES} lies beside it, so it sees colours from -1 to 1"
+            drew = f"its {numbers:,} weights are drawn by seed {seed}"
+            log.warning("%s: a config alone; %s%s", source.name, drew, unsaid)
+        del made
+        yield str(folder)
+
+
+def _drawn(source: Source, seed: int) -> PreTrainedModel:
+    """The model of a config, from random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed("weights", seed))
+        made: PreTrainedModel = auto_class(source.config).from_config(source.config, dtype=torch.float32)
+    return made
+
+
+def _trained_first(source: Source, recipe: str | Path | Mapping[str, Any], task: str | None) -> bool:
+    """Whether a recipe's first stage for this model trains all weights; False for a recipe that is refused later."""
+    try:
+        raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
+        stages = stages_of(for_model(raw, source.config))
+        return bool(stages) and card(stages[0][0]).makes_dense
+    except CompressoError:
+        return False
