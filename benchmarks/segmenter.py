@@ -47,6 +47,7 @@ from compresso.formats.onnx import GRAPH
 from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.methods.gate_taylor import GateTaylor
 from compresso.methods.learn_gates import LearnGates
+from compresso.runner.drawn import begin_norms_
 from compresso.stage import Stage
 from compresso.tasks.base import Reading
 from encoders import Ready, ready, run, taught_by
@@ -75,7 +76,9 @@ def base(scratch: Path, name: str, sizes: dict[str, Any], seed: int) -> Path:
         config = MobileViTConfig(**SEEN, **sizes, **labels, semantic_loss_ignore_index=NO_CLASS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            MobileViTForSemanticSegmentation(config).save_pretrained(folder)
+            made = MobileViTForSemanticSegmentation(config)
+        begin_norms_(made)
+        made.save_pretrained(folder)
         fields = {"do_normalize": False, "do_flip_channel_order": True}
         (folder / "preprocessor_config.json").write_text(json.dumps(fields), "utf-8")
     return folder

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, ViTConfig
+from transformers import LlamaConfig, MobileViTConfig, ViTConfig
 
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
@@ -47,6 +47,15 @@ def test_the_seed_draws_the_weights(tmp_path: Path) -> None:
     one, again, other = weights(path, 0), weights(path, 0), weights(path, 1)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_gains_of_batch_norms_begin_at_1_where_transformers_draws_them_around_0(tmp_path: Path) -> None:
+    folder = tmp_path / "stock"
+    folder.mkdir()
+    (folder / "config.json").write_text(MobileViTConfig(**SIZES).to_json_string())
+    drawn_ones = weights(folder / "config.json", 0)
+    gains = [value for name, value in drawn_ones.items() if name.endswith("normalization.weight")]
+    assert gains and all(bool((gain == 1).all()) for gain in gains)
 
 
 def test_how_it_sees_is_said_or_what_lies_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,10 @@
 """A run that begins with a config.json alone: a model of pictures from random numbers, which the recipe's first stage
 trains.
 
-The seed draws the weights, so that a resumed run begins with the same ones. How the model sees pictures is what
-preprocessor_config.json beside the config says; without one colours are brought to -1..1, which is said. Where no stage
-of the recipe trains all weights first, or the model reads text, nothing is drawn, and the run is refused as before.
+The seed draws the weights, so that a resumed run begins with the same ones; gains of batch norms are 1. How the model
+sees pictures is what preprocessor_config.json beside the config says; without one colours are brought to -1..1, which
+is said. Where no stage of the recipe trains all weights first, or the model reads text, nothing is drawn, and the run
+is refused as before.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import write_text
@@ -75,7 +77,17 @@ def _drawn(source: Source, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed("weights", seed))
         made: PreTrainedModel = auto_class(source.config).from_config(source.config, dtype=torch.float32)
+    begin_norms_(made)
     return made
+
+
+def begin_norms_(model: nn.Module) -> None:
+    """Put the gains of batch norms of a model of random numbers to 1, where torch begins them. transformers' MobileViT
+    draws them around 0, so that each of its norms makes what it reads a fiftieth as large.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
 
 
 def _trained_first(source: Source, recipe: str | Path | Mapping[str, Any], task: str | None) -> bool:
