@@ -119,11 +119,15 @@ def test_without_the_library_the_cure_is_named_before_training(
 
 def test_several_processes_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover, "library", lambda: None)
-    with pytest.raises(RecipeError, match="base=int8 is trained in one process, and 2 were launched"):
+    with pytest.raises(
+        RecipeError, match="base=int8 is trained in one process, and not in 2; leave base out, or take one"
+    ):
         Recover(base="int8").check_processes(2)
     recipe = {"name": "some", "stages": [{"recover": {"steps": 2, "base": "int8", "batch": 8, "micro_batch": 1}}]}
     assert compresso.plan(recipe, tiny_folder, device="h100")["training"]
-    with pytest.raises(RecipeError, match="base=int8 is trained in one process, and 8 were launched"):
+    with pytest.raises(
+        RecipeError, match="base=int8 is trained in one process, and not in 8; leave base out, or take one"
+    ):
         compresso.plan(recipe, tiny_folder, device="8xh100")  # as a launch does
 
 

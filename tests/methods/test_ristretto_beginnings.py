@@ -16,7 +16,7 @@ from compresso.solve.bank_choice import menu
 from compresso.solve.level_choice import Levels
 from tests.methods.conftest import MakeJob
 from tests.methods.test_ristretto import ristretto
-from tests.solve.test_bank_choice import made_up
+from tests.solve.test_bank_choice import ALL, made_up, priced
 
 
 def test_widths_by_gradients_are_judged_beside_the_others(make_job: MakeJob) -> None:
@@ -45,6 +45,17 @@ def test_layers_that_are_enough_alone_leave_no_widths_to_choose(
     first = Beginnings(job, stage.calibrates, menu(made_up(3), ("head",)), [], 0.0, {})
     assert first.by_gradients(0.9, "blocks", ("head",), [1]) is None
     assert "no beginning by gradients with 1 layer gone: nothing else has to leave" in caplog.text
+
+
+@pytest.mark.parametrize(("most", "wanted"), [(1, [0]), (2, [0, 1]), (3, [0, 1]), (9, [0, 1])])
+def test_layers_gone_by_gradients_stop_short_of_as_many_as_are_enough(
+    make_job: MakeJob, caplog: pytest.LogCaptureFixture, most: int, wanted: list[int]
+) -> None:
+    choice = menu(made_up(3), ALL)
+    first = Beginnings(make_job(), ristretto().calibrates, choice, priced(choice), -600.0, {})  # of 900: two layers
+    assert first.few_gone([2, 0, 1], most) == wanted
+    assert ("2 layers gone would be enough alone" in caplog.text) == (len(wanted) < most)
+    assert first.few_gone([], 2) == [0] and "since no layer may leave" in caplog.text
 
 
 def test_widths_by_gradients_that_do_not_fit_are_said_and_left_out(

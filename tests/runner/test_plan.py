@@ -242,6 +242,9 @@ def test_merging_experts_is_counted_in_products_assignments_and_memory(
     assert merging["flops"] == 64 * 2 * 14336 * 14336 * 3 * 4096
     assert merging["bytes_beside"] == 16 * 14336 * 3 * 4096 + 20 * 14336**2
     assert one["memory_bytes_estimated"] == 4 * 46_702_792_704 + merging["bytes_beside"]
+    (there,) = plan(read("moe/merge-25"), str(tmp_path), device="h100")["stages"]
+    assert there["merging"]["bytes_beside"] == 16 * 14336 * 3 * 4096 + 4 * 14336**2, "assigned on the host"
+    assert there["merging"]["bytes_of_host"] == merging["bytes_of_host"] == 16 * 14336**2
     tokens = 128 * 2048
     again = one["passes"][0]["flops_at_most"] - plain["passes"][0]["flops_at_most"]
     assert again == pytest.approx(2 * tokens * 32 * 8 * 3 * 4096 * 14336, rel=1e-6)

@@ -277,6 +277,7 @@ def test_adapters_are_kept_apart_on_request(tiny_folder: Path, tmp_path: Path, q
         ({"FSDP_VERSION": "1"}, "FSDP 1 was asked for, .*; launch with --fsdp_version 2"),
         ({}, "FSDP 1 was asked for"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "launch without --fsdp_offload_params"),
+        ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "lm_head"}, "spreads all blocks here; unset it"),
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the knob checkpointing: true"),
         ({"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, "without --fsdp_reshard_after_forward"),
         ({"FSDP_VERSION": "2", "WORLD_SIZE": "1"}, r"one process was launched, .*; launch several \(--num_processes\)"),

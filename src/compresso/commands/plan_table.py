@@ -95,7 +95,7 @@ def _merging(one: Mapping[str, Any], device: str) -> str:
         f" by an assignment that grows with the cube of the width: of the time about"
         f" {_time(merging['seconds_estimated'])} (estimated, on one core of this machine, whatever the data), about"
         f" {_bytes(one['memory_bytes_estimated'])} on {device} (estimated: {_bytes(merging['bytes_beside'])} beside"
-        " the weights)"
+        f" the weights), and {_bytes(merging['bytes_of_host'])} of the host's memory for an assignment"
     )
 
 

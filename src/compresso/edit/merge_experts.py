@@ -38,10 +38,13 @@ class Merging:
 
     @property
     def held(self) -> int:
-        """Bytes beside the weights: the mean in float64, two experts in float32, their products in float32, and twice
-        in float64 for the assignment.
-        """
-        return 16 * self.width * self.entries + 20 * self.width**2
+        """Bytes beside the weights, where they lie: the mean in float64, two experts and their products in float32."""
+        return 16 * self.width * self.entries + 4 * self.width**2
+
+    @property
+    def assigned(self) -> int:
+        """Bytes of an assignment in the memory of the host: the products twice in float64."""
+        return 16 * self.width**2
 
     def seconds_of_assignments(self) -> float:
         """What the assignments take on one core of this machine: one is measured, of random channels and at most

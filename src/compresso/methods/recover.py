@@ -106,8 +106,8 @@ class Recover:
         """Raise RecipeError for few bits in several processes."""
         if self.base != "stored" and n > 1:
             raise RecipeError(
-                f"base={self.base} is trained in one process, and {n} were launched; leave base out, or start it"
-                " without torchrun"
+                f"base={self.base} is trained in one process, and not in {n}; leave base out, or take one process,"
+                " which is one device"
             )
 
     def learning(self) -> Learning:

@@ -89,8 +89,9 @@ class Ristretto:
         steps: widths of an FFN that are tried, at most.
         damping: share of the mean diagonal added to second moments when weights are fitted.
         beginnings: judged, at most, from no layer gone to layers alone.
-        by_gradients: how many more are judged, with widths near those of gate-Taylor, each from a backward pass over
-            what `calibrates` names: the first with all layers, others with some gone, evenly up to layers alone.
+        by_gradients: how many more are judged, at most, with widths near those of gate-Taylor, each from a backward
+            pass over what `calibrates` names: the first with all layers, others with some gone, evenly spaced short of
+            as many as are enough alone.
         finalists: best candidates of the evolution that are judged.
         judged: by their divergence as "found", or "repaired" as `repair` behind this stage will make them; slow.
         repaired_rows: rows that a candidate of the evolution is repaired on before it is compared; 0 compares
@@ -209,12 +210,10 @@ class Ristretto:
         judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
         first = Beginnings(looking, self.calibrates, choice, priced, limit, of_run)
         order = self._order(first, axes)
-        begun = self._beginnings(first, order)
-        for levels in begun:
+        for levels in self._beginnings(first, order):
             judge(levels)
         facts: dict[str, Any] = {}
-        most = max(len(choice.empty_blocks(levels)) for levels in begun)
-        for n in dict.fromkeys(round(i * most / self.by_gradients) for i in range(self.by_gradients)):
+        for n in first.few_gone(order, self.by_gradients):
             if (widths := first.by_gradients(self.keep, self.of, self.kinds, sorted(order[:n]))) is not None:
                 judge(widths)
                 facts.setdefault("by_gradients", []).append(list(judge.seen).index(widths))

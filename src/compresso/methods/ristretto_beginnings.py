@@ -22,7 +22,7 @@ from compresso.job import Job
 from compresso.observe.gate_taylor import sensitivity_per_cost
 from compresso.observe.influence import block_influence
 from compresso.solve.allocate import allocate
-from compresso.solve.bank_choice import Menu, beginnings, near
+from compresso.solve.bank_choice import Menu, alone, beginnings, near
 from compresso.solve.level_choice import Item, Levels
 from compresso.stage import Calibrates
 from compresso.training.order import Batches
@@ -60,6 +60,20 @@ class Beginnings:
     def with_layers_gone(self, order: Sequence[int], most: int, *, even: bool) -> list[Levels]:
         """From no layer gone to layers alone; see `compresso.solve.bank_choice.beginnings`."""
         return beginnings(self.choice, self.priced, self.limit, order[: len(order) - 1], most, even=even)
+
+    def few_gone(self, order: Sequence[int], most: int) -> list[int]:
+        """Numbers of layers that are gone in beginnings by gradients, `most` of them or as many as there are; fewer
+        are said.
+
+        order: of layers; empty where none may leave.
+        """
+        enough = alone(self.choice, self.priced, self.limit, order)
+        found = list(dict.fromkeys(-(-i * enough // most) for i in range(most)))
+        found = [n for n in found if n < max(enough, 1)]
+        if len(found) < most:
+            told = "no layer may leave" if not order else f"{counted(enough, 'layer')} gone would be enough alone"
+            log.warning("ristretto: %d of %d beginnings by gradients, since %s", len(found), most, told)
+        return found
 
     def by_gradients(self, keep: float, of: Budgeted, kinds: Sequence[Kind], gone: Sequence[int]) -> Levels | None:
         """Widths near those of gate-Taylor with as large a share of heads in every layer, of the model without some

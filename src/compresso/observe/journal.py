@@ -99,7 +99,8 @@ class FoldJournal:
 def _there(device: str) -> str:
     """The device itself, or "cpu" on a machine that does not have it."""
     wanted, there = torch.device(device), torch.accelerator.current_accelerator(check_available=True)
-    if wanted.type == "cpu" or (there is not None and there.type == wanted.type):
+    known = there is not None and there.type == wanted.type and (wanted.index or 0) < torch.accelerator.device_count()
+    if wanted.type == "cpu" or known:
         return device
     log.warning("statistics of a pass on %s go on on the CPU", device)
     return "cpu"

@@ -111,7 +111,8 @@ def plan(
     stored = _width(source.config)
     length = recipe.data.max_length if recipe.task.reads_text else tokens_of_picture(source.config)
     width = stored if where.computes_in != torch.float32 else 4
-    stages = [_cost(one, shown.before, length, width) for one in shown.stages]
+    on_host = where.known is None and (where.here is None or where.here.type == "cpu")
+    stages = [_cost(one, shown.before, length, width, on_host) for one in shown.stages]
     training = [
         _training(one, one.learning, shown.before, length, width, where.count)
         for one in shown.stages
@@ -184,13 +185,14 @@ def matmul_rate(device: torch.device, size: int = 1024, times: int = 4) -> float
     return 2 * size**3 / min(seconds)
 
 
-def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int) -> dict[str, Any]:
+def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int, on_host: bool) -> dict[str, Any]:
     """What a stage runs through its model: tokens of at most `length` an example, passes, FLOPs; what it merges; and
     the memory of what trains nothing but merges experts, or wants the dense model beside its own, at `width` bytes a
-    number.
+    number; on_host: whether the weights lie where experts are assigned to each other.
     """
     beside = one.learning is None and any(passed.dense for passed in one.passes)
     merging = one.merging
+    aligning = merging.held + merging.assigned * on_host if merging else 0
     held = dense["parameters"]["total"] if beside else 0
     passes = [
         {
@@ -212,16 +214,15 @@ def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int) -> dict
         "backward_tokens_at_most": _sum(_times(row["tokens_at_most"], row["backwards"]) for row in passes),
         "flops_at_most": _sum([*(row["flops_at_most"] for row in passes), merging.flops if merging else 0]),
         "seconds_estimated": None,
-        "memory_bytes_estimated": (one.parameters + held) * width + (merging.held if merging else 0)
-        if beside or merging
-        else None,
+        "memory_bytes_estimated": (one.parameters + held) * width + aligning if beside or merging else None,
         "merging": merging
         and {
             "experts": merging.experts,
             "width": merging.width,
             "flops": merging.flops,
             "seconds_estimated": None,
-            "bytes_beside": merging.held,
+            "bytes_beside": aligning,
+            "bytes_of_host": merging.assigned,
         },
     }
 

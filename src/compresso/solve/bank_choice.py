@@ -213,6 +213,19 @@ def _some_stay(menu: Menu, items: Sequence[Item], limit: float) -> Levels:
     return min(found, key=lambda choice: choice.error).levels
 
 
+def alone(menu: Menu, items: Sequence[Item], limit: float, order: Sequence[int]) -> int:
+    """How many layers of `order`, the first ones, are enough with all others whole; all of them where they are not."""
+    places = [_gone(of) for of in menu.levels]
+    for n in range(len(order)):
+        gone = set(order[:n])
+        levels = tuple(
+            place or 0 if one.layer in gone else 0 for one, place in zip(menu.sub_layers, places, strict=True)
+        )
+        if fits(items, levels, limit):
+            return n
+    return len(order)
+
+
 def near(
     menu: Menu, items: Sequence[Item], limit: float, kept: Mapping[str, int], gone: Collection[int] = ()
 ) -> Levels:

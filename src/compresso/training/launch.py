@@ -72,7 +72,17 @@ def sharding() -> bool:
     for variable, (what, flag) in _UNSUPPORTED_SHARDING.items():
         if _on(variable):
             raise ResourceError(f"FSDP was asked for {what}, which it does not do here; launch without {flag}")
-    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("false", "0", "shard_grad_op", "no_shard"):
+    if os.environ.get("FSDP_IGNORED_MODULES", "").lower() not in ("", "none"):
+        raise ResourceError(
+            "FSDP was asked to leave modules out (FSDP_IGNORED_MODULES), and spreads all blocks here; unset it"
+        )
+    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in (
+        "false",
+        "0",
+        "shard_grad_op",
+        "no_shard",
+        "no_reshard",
+    ):
         raise ResourceError(
             "FSDP was asked to keep weights gathered behind the forward pass, which it does not do here; launch without"
             " --fsdp_reshard_after_forward"
