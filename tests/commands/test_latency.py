@@ -164,8 +164,9 @@ def test_an_encoder_decodes_nothing_and_only_torch_times_it(
     cure = f"--engine {engine} times causal language models; give --engine torch --phase prefill"
     assert ("it decodes nothing: give --phase prefill" if engine == "torch" else cure) in error
     CONFIGS["vit"]().save_pretrained(tmp_path / "vit")
-    with pytest.raises(ArchError, match="forwards over tokens are timed, and it reads none"):
-        compresso.latency(tmp_path / "vit" / "config.json", phase="prefill", context=24, quiet=True)
+    for option, value in (("context", 24), ("phase", "prefill"), ("batch", 2)):
+        with pytest.raises(ArchError, match=f"{option}=.*{value}.*: vit sees pictures, .* leave {option}= out"):
+            compresso.latency(tmp_path / "vit" / "config.json", **{option: value}, quiet=True)
 
 
 def test_a_decoded_token_stands_at_the_context_and_a_prefill_reads_it(tiny_folder: Path) -> None:

@@ -91,6 +91,7 @@ def latency(
     source = open_source(model, weights=False)
     where = choose_device(device) if engine == "torch" else torch.device("cpu")
     if of_pictures(source.config):
+        _refuse_of_tokens(source, ("--batch", batch, 1), ("--context", context, CONTEXT), ("--phase", phase, "decode"))
         pictured = _pictured(source, engine, levels, rounds, dtype, where, quiet)
         if target is not None:
             write_text(target, pictured.to_json())
@@ -110,6 +111,16 @@ def latency(
     if target is not None:
         write_text(target, table.to_json())
     return table
+
+
+def _refuse_of_tokens(source: Source, *options: tuple[str, object, object]) -> None:
+    """Raise ArchError for options of token models, each with its value and its default, that were set for pictures."""
+    for name, value, usual in options:
+        if value != usual:
+            raise ArchError(
+                f"{name} {value}: {source.name} sees pictures, of which whole networks are timed, one at a time; leave"
+                f" {name} out"
+            )
 
 
 def _pictured(
