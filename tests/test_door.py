@@ -186,12 +186,12 @@ def sentences() -> Iterator[tuple[Path, str]]:
 
 OF_OTHERS = re.compile(
     r"^(compresso export|llama-cli|vllm serve|npm|node-llama|--?[a-z-]+$)|var\(--|vllm serve|npm install"
-    r"|llama-gguf-split"
+    r"|llama-gguf-split|accelerate launch"
 )
 """Commands for a shell, and options of other programs."""
 _AND_ON = (
-    "a again all and are as at before belong by exists for goes in is it names now of on or out outside that to was"
-    " were will with wrote would"
+    "a again all alone and are as at before belong by exists for goes in is it names now of on or out outside that to"
+    " was were will with wrote would"
 )
 SENTENCE_GOES_ON = set(_AND_ON.split())
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from compresso.arch.base import arch_for
 from compresso.arch.routers import router_parameters
 from compresso.core import schedule
 from compresso.edit.lora import attach_, merge_, save_adapter
@@ -161,8 +162,10 @@ def tune(
 
 
 def shards_of(job: Job, teacher: PreTrainedModel | None = None) -> Shards:
-    """What of a job's model is spread over processes while it learns, and of the teacher beside it."""
-    beside = () if teacher is None else job.arch.blocks(teacher)
+    """What of a job's model is spread over processes while it learns, and of the teacher beside it, which may be of
+    another architecture.
+    """
+    beside = () if teacher is None else arch_for(teacher.config).blocks(teacher)
     return Shards(job.model, list(job.arch.blocks(job.model)), list(beside))
 
 

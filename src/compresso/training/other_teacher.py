@@ -35,7 +35,7 @@ def open_teacher(teacher: str) -> Source:
     if not source.tensors:
         raise RecipeError(
             f"teacher={source.name} is a config alone, and random numbers teach nothing; train it first, as by"
-            f" `compresso run segmenter/teacher --model {source.name}/config.json --data ... --output taught`, and give"
+            f" `compresso run segmenter/teacher --model {source.name}/config.json --data ... --output FOLDER`, and give"
             " that folder"
         )
     return source
