@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tests.conftest import Call
-from tests.tasks.scenes import CLASSES, scene
+from tests.tasks.scenes import CLASSES, NARROW, SIDE, scene
 from torch import nn
 from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
 
@@ -22,14 +22,8 @@ from compresso.engines.pictures import agreement, ran
 from compresso.formats.onnx_encoder import save_onnx_encoder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
-SIDE = 32
 SIZES: dict[str, Any] = {
-    "image_size": SIDE,
-    "hidden_sizes": [16, 24, 32],
-    "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 40],
-    "num_attention_heads": 2,
-    "aspp_out_channels": 16,
-    "output_stride": 8,
+    **NARROW,
     "num_labels": len(CLASSES),
 }
 

@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from compresso.commands.latency import latency
 from compresso.commands.plan import plan
 from compresso.core.picture_table import PictureTable, Width
-from compresso.errors import BudgetError, ExportError
+from compresso.errors import ArchError, BudgetError, ExportError
 from compresso.native import PYRAMID_CLASSES
+from compresso.runner import picture_latency
 from compresso.runner.picture_budget import limits_of, memory_bytes, with_picture_budget
 from compresso.wording import in_python
 
@@ -154,3 +155,10 @@ def test_a_table_is_measured_and_a_plan_meets_it(model: Path, tmp_path: Path) ->
     path.write_text(json.dumps(told))
     with pytest.raises(BudgetError, match="is of another model: block_parameters is"):
         plan("segmenter", model, milliseconds=15.0, latency_table=path)
+
+
+def test_a_config_that_holds_one_width_alone_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = picture_latency._writable  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(picture_latency, "_writable", lambda source, task, _: whole(source, task, 100))
+    with pytest.raises(ArchError, match="its config holds no two of 3 widths; give a model with more channels"):
+        latency(model, levels=3, rounds=1, quiet=True)

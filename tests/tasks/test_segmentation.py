@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.conftest import Call
 from tests.tasks.conftest import untrained
-from tests.tasks.scenes import CLASSES, scene
+from tests.tasks.scenes import CLASSES, NARROW, SIDE, scene
 from torch.nn import functional
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -44,14 +44,8 @@ from compresso.tasks.segmentation import SEGMENTATION
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.order import Micro
 
-SIDE = 32
 SIZES: dict[str, Any] = {
-    "image_size": SIDE,
-    "hidden_sizes": [16, 24, 32],
-    "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 40],
-    "num_attention_heads": 2,
-    "aspp_out_channels": 16,
-    "output_stride": 8,
+    **NARROW,
     "hidden_dropout_prob": 0.0,
     "aspp_dropout_prob": 0.0,
     "classifier_dropout_prob": 0.0,

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from tests.tasks.conftest import untrained
-from tests.tasks.scenes import CLASSES, scene
+from tests.tasks.scenes import CLASSES, NARROW, SIDE, scene
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -41,15 +41,7 @@ from compresso.training.distill_objective import DistillObjective
 from compresso.training.order import Micro
 from compresso.training.other_teacher import Sees, check_classes, recoloured
 
-SIDE = 32
-STUDENT: dict[str, Any] = {
-    "image_size": SIDE,
-    "hidden_sizes": [16, 24, 32],
-    "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 40],
-    "num_attention_heads": 2,
-    "aspp_out_channels": 16,
-    "output_stride": 8,
-}
+STUDENT = NARROW
 SWIN: dict[str, Any] = {
     "model_type": "swinv2",
     "embed_dim": 12,

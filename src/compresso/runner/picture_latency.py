@@ -56,7 +56,7 @@ def picture_table(
 
     Raises:
         DataError: fewer than two levels.
-        ArchError: a model without a task of pictures, or channels.
+        ArchError: a model without a task of pictures, or channels, or whose config holds one width alone.
     """
     if levels < 2:
         raise DataError(f"--levels {levels}: a model of pictures is measured at two widths or more")
@@ -65,6 +65,8 @@ def picture_table(
         share, model, count = _writable(source, task, round(100 * level / levels))
         moved: Any = model  # the library's wrapper hides the signature
         models[f"{share:g}"], macs[f"{share:g}"] = moved.to(device=device, dtype=dtype).eval(), count
+    if len(models) < 2:
+        raise ArchError(f"{source.name}: its config holds no two of {levels} widths; give a model with more channels")
     peaks = dict[str, float]()
     with scratch_folder() as scratch:
         for name, model in models.items():
