@@ -113,6 +113,14 @@ class Job:
         """The same job with more facts about a stage in its records."""
         return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
 
+    def unseen(self) -> frozenset[int]:
+        """Places among `rows` of those that no stage has fitted weights to, where stages that fit them keep some apart
+        and say so in their records; else none.
+        """
+        told = [facts["unseen"] for facts in self.records.values() if "unseen" in facts]
+        places = [frozenset(one["places"]) for one in told if one["of"] == len(self.rows)]
+        return frozenset[int].intersection(*places) if places else frozenset()
+
     def cost(self) -> CostModel:
         """Counts the model as it is now, under masks of query heads, too, and measures it as the run has budgets of.
 

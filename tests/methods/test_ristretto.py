@@ -16,6 +16,7 @@ from compresso.data import nano
 from compresso.edit.gate import gated
 from compresso.errors import DataError, ResourceError
 from compresso.job import Job
+from compresso.methods.repair import Repair
 from compresso.methods.ristretto import Ristretto
 from compresso.methods.ristretto_judge import Judge
 from compresso.methods.ristretto_repaired import RepairedDivergence
@@ -181,6 +182,36 @@ def test_rows_that_judge_are_not_fitted_to(make_job: MakeJob) -> None:
     seen, judges, compared = stage.split_rows(job)
     assert len(judges) == len(compared) == 4 and len(seen) + len(judges) + len(compared) == len(job.rows)
     assert len({id(row) for row in (*seen, *judges, *compared)}) == len(job.rows)
+
+
+@pytest.mark.parametrize("search", ["dp", "evolve"])
+def test_a_repair_behind_it_chooses_by_rows_that_the_bank_has_not_seen(make_job: MakeJob, search: Any) -> None:
+    stage = ristretto(keep=0.6, search=search, beginnings=1)
+    job = stage(make_job())
+    seen, judges, compared = ({id(row) for row in rows} for rows in stage.split_rows(job))
+    assert {id(job.rows[i]) for i in job.unseen()} == judges | compared
+    knobs: Any = {"held": 0.1}
+    fitted, chosen_by = Repair(**knobs)._rows(job)
+    assert chosen_by and {id(row) for row in chosen_by} <= judges | compared
+    assert fitted and {id(row) for row in fitted} <= seen
+
+
+def test_repairs_of_what_is_judged_choose_by_such_rows_too(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, found = Repair._rows, list[Any]()
+
+    def noted(self: Repair, job: Job) -> Any:
+        found.append(drawn(self, job))
+        return found[-1]
+
+    monkeypatch.setattr(Repair, "_rows", noted)
+    stage, job = ristretto(keep=0.6, search="evolve", beginnings=1, judged="repaired"), make_job()
+    job = replace(job, original=lambda dtype, device: copy.deepcopy(job.model))
+    seen, _, compared = ({id(row) for row in rows} for rows in stage.split_rows(job))
+    stage(job)
+    assert found
+    for fitted, chosen_by in found:
+        assert chosen_by and {id(row) for row in chosen_by} <= compared
+        assert fitted and {id(row) for row in fitted} <= seen
 
 
 def test_nothing_is_searched_by_the_rows_that_judge(make_job: MakeJob) -> None:

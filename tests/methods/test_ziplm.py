@@ -214,6 +214,8 @@ def test_rows_that_judge_are_not_fitted_to(make_job: MakeJob) -> None:
     seen, judges = ziplm().split_rows(job)
     assert len(judges) == 4 and len(seen) + len(judges) == len(job.rows)
     assert not [row for row in judges if any(row is one for one in seen)]
+    cut = ziplm(keep=0.6)(job)
+    assert {id(job.rows[i]) for i in cut.unseen()} == {id(row) for row in judges}
 
 
 def test_bad_input_is_named(make_job: MakeJob) -> None:

@@ -1,6 +1,7 @@
 """What methods that search a bank share: rows set apart to judge by, and the job at chosen levels. No method."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -21,9 +22,9 @@ def refuse_apart(job: Job, stage: str) -> None:
         raise ResourceError(f"stage '{stage}' puts candidates together in memory; start it without --offload")
 
 
-def rows_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[list[Row]]:
-    """Rows that candidates are fitted to, and, for each number of `most`, as many others or a third of all; drawn
-    without repetition.
+def places_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[list[int]]:
+    """Places of rows that candidates are fitted to, and, for each number of `most`, of as many others or a third of
+    all; drawn without repetition.
 
     Raises:
         DataError: there are fewer than 3.
@@ -34,11 +35,16 @@ def rows_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[list
             " give at least 3"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    found: list[list[Row]] = []
+    found: list[list[int]] = []
     for n in (min(one, len(rows) // 3) for one in most):
-        found.append([rows[i] for i in sorted(order[:n])])
+        found.append(sorted(order[:n]))
         order = order[n:]
-    return [[rows[i] for i in sorted(order)], *found]
+    return [sorted(order), *found]
+
+
+def unseen(rows: Sequence[Row], *apart: Sequence[int]) -> dict[str, Any]:
+    """What the records say of rows that weights were not fitted to, for `compresso.job.Job.unseen`."""
+    return {"of": len(rows), "places": sorted(place for places in apart for place in places)}
 
 
 def cut(

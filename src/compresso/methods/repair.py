@@ -10,7 +10,8 @@ several times as many inputs as the stream has dimensions, absorbs the gap, and 
 Departures: tokens count by one over the squared norm of the stream that they are led to, since those that draw all
 attention are a thousand times larger than others; the ridge pulls to the weight as it was; ridge and mixture are chosen
 on windows that are not fitted to, linear by linear (before a gap by the model's loss), and the whole is taken back if
-the loss on them did not fall.
+the loss on them did not fall. Behind a stage that fitted weights itself these are windows that it has not seen either:
+on those that it has seen a repair looks better than it is.
 """
 
 import logging
@@ -119,7 +120,7 @@ class Repair:
         dimensions = kept.get("hidden")
         gone = lost(dense, job.model, job.arch, layers, dimensions is not None, self.refit)
         seen, held = self._rows(job)
-        told = self._said(job, gone, sum(len(row["input_ids"]) for row in seen))
+        told = self._said(job, gone, sum(len(row["input_ids"]) for row in seen)) | {"held_unseen": bool(job.unseen())}
         if not gone.consumers:
             return job.note("repair", **told, applied=False, linears={})
         calibration = Calibration(max(len(seen), len(held)), self.batch)
@@ -166,16 +167,21 @@ class Repair:
         )
 
     def _rows(self, job: Job) -> tuple[list[Row], list[Row]]:
-        """Rows to fit to, and rows to choose by, spread over the data. Raises DataError for fewer than two."""
+        """Rows to fit to, and rows to choose by, spread over the data: of those that no stage has fitted to, where some
+        are left. Raises DataError for fewer than two.
+        """
         n = min(len(job.rows), self.examples)
         if n < 2:
             raise DataError(
                 f"{counted(n, 'calibration example')}: a repair is fitted to some and chosen by others; give at least 2"
             )
         generator = torch.Generator().manual_seed(mixed_seed("repair", job.seed))
-        order = torch.randperm(len(job.rows), generator=generator)[:n].tolist()
+        order = torch.randperm(len(job.rows), generator=generator).tolist()
         n_held = min(max(1, round(n * self.held)), n - 1)
-        return [job.rows[i] for i in sorted(order[n_held:])], [job.rows[i] for i in sorted(order[:n_held])]
+        unseen = job.unseen()
+        held = [i for i in order if i in unseen][:n_held] if unseen else order[:n_held]
+        seen = [i for i in order if i not in unseen and i not in held][: n - len(held)]
+        return [job.rows[i] for i in sorted(seen)], [job.rows[i] for i in sorted(held)]
 
     def _said(self, job: Job, gone: Lost, tokens: int) -> dict[str, Any]:
         """Facts of the data and of what nothing can make up for; logged where they are a reason to worry."""

@@ -40,7 +40,7 @@ from compresso.core.quantities import Budgeted
 from compresso.core.row import Row
 from compresso.errors import BudgetError
 from compresso.job import Job
-from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
+from compresso.methods.bank_cut import cut, places_apart, refuse_apart, unseen
 from compresso.methods.repair import Repair
 from compresso.methods.ristretto_beginnings import SCORED, Beginnings
 from compresso.methods.ristretto_judge import Build, Judge
@@ -195,6 +195,7 @@ class Ristretto:
     def __call__(self, job: Job) -> Job:
         """Make the bank, search, judge, and leave the best."""
         refuse_apart(job, "ristretto")
+        _, of_judges, of_compared = self._places(job)
         seen, judges, compared = self.split_rows(job)
         axes, cost, of_run = axes_of(job.arch, job.model, (Kind.QUERY,)), job.cost(), job.same("ristretto", self)
         self.dry_run_plan(axes, cost)
@@ -207,7 +208,11 @@ class Ristretto:
         fitted = partial(self._fitted, choice, run.folder / "bank")
         repair = self._repair if self.judged == "repaired" else None
         build = partial(cut, choice=choice, axes=axes, fitted=fitted, by="ristretto")
-        judge = Judge(build, repair, looking, judges, self.texts, job.rounds("judged", of_run))
+        # repairs of what is judged choose by rows that the bank has not seen, as the stage behind this one will
+        known = replace(job, rows=[*seen, *compared]).note(
+            "ristretto", unseen=unseen([*seen, *compared], range(len(seen), len(seen) + len(compared)))
+        )
+        judge = Judge(build, repair, known, judges, self.texts, job.rounds("judged", of_run))
         first = Beginnings(looking, self.calibrates, choice, priced, limit, of_run)
         order = self._order(first, axes)
         for levels in self._beginnings(first, order):
@@ -233,15 +238,19 @@ class Ristretto:
             "levels": {one.name: [level.units, level.slots] for one, level in choice.picked(levels)},
             **facts,
         }
-        return build(job, levels).note("ristretto", **told)
+        return build(job, levels).note("ristretto", unseen=unseen(job.rows, of_judges, of_compared), **told)
 
     def split_rows(self, job: Job) -> tuple[list[Row], list[Row], list[Row]]:
         """Rows for the bank and repairs, rows to judge by, and rows to compare candidates of an evolution on, drawn
         without repetition. Raises DataError.
         """
-        most = [self.judge_rows, self.calibrates.examples if self.search == "evolve" else 0]
-        seen, judges, compared = rows_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
+        seen, judges, compared = ([job.rows[i] for i in places] for places in self._places(job))
         return seen, judges, compared
+
+    def _places(self, job: Job) -> list[list[int]]:
+        """Of these rows among the job's."""
+        most = [self.judge_rows, self.calibrates.examples if self.search == "evolve" else 0]
+        return places_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
 
     def _order(self, first: Beginnings, axes: Sequence[Axis]) -> list[int]:
         """Layers in the order in which they leave; none where they may not, or where no beginning asks."""

@@ -55,7 +55,7 @@ from compresso.core.quantities import Budgeted
 from compresso.core.row import Row
 from compresso.errors import BudgetError
 from compresso.job import Job
-from compresso.methods.bank_cut import cut, refuse_apart, rows_apart
+from compresso.methods.bank_cut import cut, places_apart, refuse_apart, unseen
 from compresso.solve import bank as banks
 from compresso.solve.bank_budget import DEPTHS, WIDTHS, keeping_fewest, plan_of_alike, refuse_other_kinds
 from compresso.solve.bank_choice import Menu, evenly, grid_of, items, menu
@@ -209,12 +209,16 @@ class ZipLM:
             },
         }
         build = partial(cut, choice=choice, axes=axes, fitted=lambda _: install, by="ziplm")
-        return build(job, found.levels).note("ziplm", **told)
+        return build(job, found.levels).note("ziplm", unseen=unseen(job.rows, self._places(job)[1]), **told)
 
     def split_rows(self, job: Job) -> tuple[list[Row], list[Row]]:
         """Rows for the bank, and rows to judge by. Raises DataError for fewer than 3."""
-        seen, judges = rows_apart(job.rows, [self.judge_rows], mixed_seed("ziplm rows", job.seed))
+        seen, judges = ([job.rows[i] for i in places] for places in self._places(job))
         return seen, judges
+
+    def _places(self, job: Job) -> list[list[int]]:
+        """Of these rows among the job's."""
+        return places_apart(job.rows, [self.judge_rows], mixed_seed("ziplm rows", job.seed))
 
     def _searched(
         self,
