@@ -157,7 +157,7 @@ def reopen_here(folder: Path, model: PreTrainedModel, ids: torch.Tensor, atol: f
 def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs by command ask no engine, which takes half a minute; a test marked `engines` does."""
     if request.node.get_closest_marker("engines") is None:
-        monkeypatch.setattr(sys.modules["compresso.runner.run"], "parity_records", lambda folder: [])
+        monkeypatch.setattr(sys.modules["compresso.runner.execution"], "parity_records", lambda folder: [])
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def child(job: dict[str, Any]) -> None:
     import compresso.runner.run
 
     compresso.runner.output.reopen_and_compare = reopened  # type: ignore[assignment]
-    sys.modules["compresso.runner.run"].parity_records = lambda folder: []  # type: ignore[attr-defined]
+    sys.modules["compresso.runner.execution"].parity_records = lambda folder: []  # type: ignore[attr-defined]
     with open(job["log"], "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

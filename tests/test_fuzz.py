@@ -115,7 +115,7 @@ def tried(call: Call, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     """tried(seed): one damaged file, one command, judged."""
     asked = [Parity("nobody", "not checked", "no process is started here")]
     monkeypatch.setattr(sys.modules["compresso.engines.verify"], "parities", lambda *_: asked)
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "parity_records", lambda folder: [])
+    monkeypatch.setattr(sys.modules["compresso.runner.execution"], "parity_records", lambda folder: [])
 
     def one(seed: int) -> None:
         draw = random.Random(seed)

@@ -291,7 +291,7 @@ def test_a_failure_before_anything_was_done_leaves_nothing(
     def overflows(*_: object) -> None:
         raise NumericError("overflow")
 
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "check_finite", overflows)
+    monkeypatch.setattr(sys.modules["compresso.runner.execution"], "check_finite", overflows)
     with pytest.raises(NumericError):
         run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -364,7 +364,7 @@ def test_an_interrupted_final_evaluation_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["compresso.runner.run"], "take", interrupted)
+        patch.setattr(sys.modules["compresso.runner.execution"], "take", interrupted)
         code, _, error = call(*command)
     assert code == 130
     assert error.splitlines()[-1] == "stopped by SIGINT; repeat the command with --resume to go on"

@@ -42,7 +42,7 @@ def home(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return [Parity(f"engine {n}", "no", f"cannot open '{place}': {place}/x.bin") for n, place in enumerate(places)]
 
     monkeypatch.setattr(verify_module, "verify", engines)
-    monkeypatch.setattr("compresso.runner.run.parity_records", parity_records)
+    monkeypatch.setattr("compresso.runner.execution.parity_records", parity_records)
     return home
 
 

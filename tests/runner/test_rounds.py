@@ -27,7 +27,7 @@ from compresso.errors import BudgetError, CollapseError, CompressoError, RecipeE
 from compresso.job import Job
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
-from compresso.runner import run as runner
+from compresso.runner import execution
 from compresso.runner.data_facts import data_facts
 from compresso.runner.dry_run import dry_run
 from compresso.runner.measured_budget import machine_here
@@ -211,14 +211,14 @@ def test_kept_units_are_nested_steps_add_up_and_the_last_round_is_on_the_budget(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Plan, int, set[tuple[int, ...]]]] = []
-    save = runner.save_stage
+    save = execution.save_stage
 
     def watched(job: Job, *more: Any, **options: Any) -> None:
         ids = {tuple(job.batches(4, "recover").at(0, range(4))["input_ids"].flatten().tolist())}
         seen.append((job.plan, int(job.cost()().parameters()["blocks"]), ids))
         save(job, *more, **options)
 
-    monkeypatch.setattr(runner, "save_stage", watched)
+    monkeypatch.setattr(execution, "save_stage", watched)
     selector = gate_taylor(keep=0.5, rounds=3, repair="input", floor={"head": "keep"})
     result = ran(tmp_path / "out", tiny_folder, instructions, selector, recover(8))
     stages = result.records["stages"]
@@ -250,14 +250,14 @@ def test_every_round_has_an_order_of_examples_of_its_own(
     tiny_folder: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    entered = runner.entered
+    entered = execution.entered
 
     def watched(job: Job, act: Act) -> Any:
         given = entered(job, act)
         seen.append(given[0].seed)
         return given
 
-    monkeypatch.setattr(runner, "entered", watched)
+    monkeypatch.setattr(execution, "entered", watched)
     ran(
         tmp_path / "out",
         tiny_folder,
@@ -418,7 +418,7 @@ def test_a_target_that_the_guard_refused_is_written_on_resume_without_training_a
 ) -> None:
     stages = [gate_taylor(family=TARGETS), recover(2)]
     whole = ran(tmp_path / "whole", tiny_folder, instructions, *stages)
-    refuse, n, done = runner._refuse_collapse, [*TARGETS].index(name), list[str]()
+    refuse, n, done = execution.Execution._refuse_collapse, [*TARGETS].index(name), list[str]()
     verdicts = iter([*[None] * n, CollapseError("refused")])
 
     def refuses(*given: Any, **how: Any) -> None:
@@ -426,14 +426,14 @@ def test_a_target_that_the_guard_refused_is_written_on_resume_without_training_a
             raise verdict
         refuse(*given, **how)
 
-    entered = runner.entered
+    entered = execution.entered
 
     def watched(job: Job, act: Act) -> Any:
         done.append(act.label)
         return entered(job, act)
 
-    monkeypatch.setattr(runner, "_refuse_collapse", refuses)
-    monkeypatch.setattr(runner, "entered", watched)
+    monkeypatch.setattr(execution.Execution, "_refuse_collapse", refuses)
+    monkeypatch.setattr(execution, "entered", watched)
     with pytest.raises(CollapseError, match="refused"):
         ran(tmp_path / "out", tiny_folder, instructions, *stages)
     assert done == [f"{stage} {t}" for t in [*TARGETS][: n + 1] for stage in ("gate_taylor", "recover")]

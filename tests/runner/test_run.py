@@ -288,7 +288,7 @@ def test_what_fsdp_cannot_do_here_is_refused_before_weights_are_read(
 ) -> None:
     for name, value in {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", **told}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys.modules["compresso.runner.run"], "with_weights", None)
+    monkeypatch.setattr(sys.modules["compresso.runner.execution"], "with_weights", None)
     with pytest.raises(ResourceError, match=said):
         run(PRUNE_ONLY, tiny_folder, output=tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
