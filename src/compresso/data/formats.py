@@ -14,20 +14,20 @@ one request or of several), texts or windows; a line of another kind is a bad li
 """
 
 import gzip
-import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow
 from safetensors import SafetensorError, safe_open
 
-from compresso.core import strict_json
 from compresso.core.counted import counted
 from compresso.data.columns import TEXTS
-from compresso.data.lines import decoded_lines, opened, whole_text
+from compresso.data.found import Found
+from compresso.data.json_files import begins, json_lines, json_list, one_object
+from compresso.data.lines import decoded_lines
 from compresso.data.records import (
     NAMED_BAD,
     BadRecord,
@@ -71,16 +71,6 @@ class FileRecords:
     columns: Mapping[str, int] = field(default_factory=dict[str, int])
     passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
     places: list[str] = field(default_factory=list[str])
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """One object of a file: where it begins, and the object, or why there is none; columns of it that were not read."""
-
-    place: str
-    value: object = None
-    wrong: str = ""
-    unread: tuple[str, ...] = ()
 
 
 def suffix_of(path: Path) -> str:
@@ -128,11 +118,11 @@ def read_file(
 
 def collect(path: Path, rows: Sequence[tuple[str, object]], skip_bad: bool, form: RecordForm) -> FileRecords:
     """Records of objects that lie in a folder, each with its place in words. Raises DataError as `read_file`."""
-    return _collect(path, (_Found(place, value) for place, value in rows), skip_bad, None, form, None)
+    return _collect(path, (Found(place, value) for place, value in rows), skip_bad, None, form, None)
 
 
 def _collect(
-    path: Path, found: Iterator[_Found], skip_bad: bool, limit: int | None, form: RecordForm, like: Record | None
+    path: Path, found: Iterator[Found], skip_bad: bool, limit: int | None, form: RecordForm, like: Record | None
 ) -> FileRecords:
     rows: list[Record] = []
     places: list[str] = []
@@ -182,20 +172,20 @@ def _sort(record: Record) -> str:
     return "conversation" if isinstance(record, Instruction | Chat) else kind_of(record)
 
 
-def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
+def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[Found]:
     match suffix.removesuffix(".gz").removesuffix(".zst"):
         case ".jsonl":
-            return _json_lines(path)
+            return json_lines(path)
         case ".json":
-            if _begins(path, "["):
-                return _json_list(path)
-            whole = _one_object(path, form.columns) if form.nested is not None and _begins(path, "{") else None
+            if begins(path, "["):
+                return json_list(path)
+            whole = one_object(path, form.columns) if form.nested is not None and begins(path, "{") else None
             if form.nested is not None and whole is not None:
                 return (
-                    _Found(f"{path}: {place}" if place else str(path), value, wrong)
+                    Found(f"{path}: {place}" if place else str(path), value, wrong)
                     for place, value, wrong in form.nested(whole)
                 )
-            return _json_lines(path)
+            return json_lines(path)
         case ".txt":
             return _paragraphs(path)
         case ".csv":
@@ -210,113 +200,27 @@ def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[_Found]:
             return _windows(path)
 
 
-def _json_lines(path: Path) -> Iterator[_Found]:
-    for number, line, wrong in decoded_lines(path):
-        place = f"{path}:{number}"
-        if wrong:
-            yield _Found(place, wrong=wrong)
-        elif line.strip():
-            try:
-                yield _Found(place, json.loads(line))
-            except json.JSONDecodeError as error:
-                yield _Found(place, wrong=f"bad JSON at character {error.pos + 1} ({strict_json.words(error)})")
-            except (ValueError, RecursionError) as error:
-                yield _Found(place, wrong=f"bad JSON ({first_line(error)})")
-
-
-def _begins(path: Path, sign: str) -> bool:
-    with opened(path) as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(sign.encode())
-
-
-def _one_object(path: Path, columns: Collection[str]) -> Mapping[object, object] | None:
-    """The object that a whole file is, if it lists something under "data", or should, as it has none of a row's
-    columns; None if it is something else, such as an object a line. Raises DataError if it is too large or no JSON.
-    """
-    text = whole_text(path)
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, _skip_space(text, 0))
-    except json.JSONDecodeError as error:
-        if error.lineno == 1 and "\n" in text.strip():
-            return None  # a bad line among others
-        where = f"{path}:{error.lineno}"
-        raise DataError(
-            f"{where}: bad JSON at character {error.colno} ({strict_json.words(error)}); repair it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: bad JSON ({first_line(error)}); repair the file") from error
-    alone = _skip_space(text, end) == len(text)
-    if not alone or not isinstance(value, dict) or "data" not in value:
-        return None
-    return value if isinstance(value["data"], list) or not value.keys() & set(columns) else None
-
-
-def _json_list(path: Path) -> Iterator[_Found]:
-    """Elements one by one, so that each has its line; a syntax error ends the file, because what follows it has no
-    certain beginning.
-    """
-    lines: list[str] = []
-    for number, line, wrong in decoded_lines(path):
-        if wrong:
-            raise DataError(f"{path}:{number}: {wrong}; repair the line")
-        lines.append(line)
-    text = "".join(lines)
-    decoder = json.JSONDecoder()
-    place, line_number = _skip_space(text, 0), 1
-    counted = 0
-    place = _skip_space(text, place + 1)
-    first = True
-    while True:
-        line_number += text.count("\n", counted, place)
-        counted = place
-        where = f"{path}:{line_number}"
-        if text[place : place + 1] == "]" and first:
-            return
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            said = strict_json.words(error) if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise DataError(f"{where}: bad JSON ({said}); repair the file") from error
-        yield _Found(where, value)
-        first = False
-        place = _skip_space(text, place)
-        if text[place : place + 1] == "]":
-            return
-        if text[place : place + 1] != ",":
-            raise DataError(
-                f"{path}:{line_number + text.count(chr(10), counted, place)}: bad JSON (wanted ',' or ']'); repair the"
-                " file"
-            )
-        place = _skip_space(text, place + 1)
-
-
-def _skip_space(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n\ufeff":
-        place += 1
-    return place
-
-
-def _paragraphs(path: Path) -> Iterator[_Found]:
+def _paragraphs(path: Path) -> Iterator[Found]:
     lines = list(decoded_lines(path))
     blank_lines = any(not wrong and not line.strip() for _, line, wrong in lines)
     paragraph: list[str] = []
     first = 1
     for number, line, wrong in [*lines, (0, "", "")]:
         if paragraph and not wrong and (not line.strip() or not blank_lines):
-            yield _Found(f"{path}:{first}", Text("".join(paragraph).rstrip("\r\n")))
+            yield Found(f"{path}:{first}", Text("".join(paragraph).rstrip("\r\n")))
             paragraph = []
         if wrong:
-            yield _Found(f"{path}:{number}", wrong=wrong)
+            yield Found(f"{path}:{number}", wrong=wrong)
         elif line.strip():
             first = first if paragraph else number
             paragraph.append(line)
 
 
-def _table(rows: Iterator[TableRow]) -> Iterator[_Found]:
-    return (_Found(row.place, row.cells, row.wrong, row.unread) for row in rows)
+def _table(rows: Iterator[TableRow]) -> Iterator[Found]:
+    return (Found(row.place, row.cells, row.wrong, row.unread) for row in rows)
 
 
-def _windows(path: Path) -> Iterator[_Found]:
+def _windows(path: Path) -> Iterator[Found]:
     with safe_open(str(path), framework="pt") as file:
         if "input_ids" not in file.keys():  # noqa: SIM118 - not a mapping
             raise DataError(
@@ -335,4 +239,4 @@ def _windows(path: Path) -> Iterator[_Found]:
         raise DataError(f"{path}: input_ids is {str(ids.dtype).removeprefix('torch.')}; wanted an integer type")
     for number, window in enumerate(ids.tolist(), 1):
         wrong = f"id {min(window)} is negative" if min(window) < 0 else ""
-        yield _Found(f"{path}: window {number}", Window(tuple(window)), wrong, others)
+        yield Found(f"{path}: window {number}", Window(tuple(window)), wrong, others)
