@@ -72,6 +72,12 @@ BY_GPTQ = ("dense", "block drop, 2 of 6", "expert drop, 5 of 8")
 KEYS = ("method", "rounding", "items", "documents", "seed", "recovery")
 RECOVERED = RESULTS / "moe_recovered.jsonl"
 RECOVERS: dict[str, Any] = {"train": "all", "batch": 8, "micro_batch": 8, "lr": 5e-4, "warmup": 10}
+KEEPS_ZEROS: dict[str, Any] = {
+    **{knob: value for knob, value in RECOVERS.items() if knob != "train"},
+    "feature_weight": 0.0,
+    "lr_schedule": "cosine",
+}
+"""The same training, by labels alone, for what has zeros."""
 
 
 def begun(folder: Path, out: Path, seed: int) -> Job:
@@ -126,8 +132,10 @@ def size(job: Job, pattern: str | None) -> int:
 
 def recovered(job: Job, updates: int, seed: int) -> Job:
     """The job with all weights trained on rows of their own."""
-    more = begun_rows(job.tokenizer, seed + 2, 8 * updates)
-    return replace(applied(replace(job, rows=more), "recover", {**RECOVERS, "steps": updates}), rows=job.rows)
+    more = replace(job, rows=begun_rows(job.tokenizer, seed + 2, 8 * updates))
+    if any(told.get("sparsity") for told in job.records.values()):  # zeros stay
+        return replace(applied(more, "sparse_finetune", {**KEEPS_ZEROS, "steps": updates}), rows=job.rows)
+    return replace(applied(more, "recover", {**RECOVERS, "steps": updates}), rows=job.rows)
 
 
 def decoded(job: Job, tokens: int = 48) -> float:
@@ -161,14 +169,15 @@ def rows() -> list[dict[str, Any]]:
 
 
 def recovery_report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of results/moe_recovered.md: means over seeds, with their range."""
+    """A part of results/moe_recovered.md: means over seeds, with their range."""
     first, where = cells[0], cells[0]["machine"]
-    yield f"# Mixtures with {first['recovery']} updates of recovery"
+    yield f"## {first['recovery'] or 'No'} updates of recovery"
     yield ""
     yield (
         f"`benchmarks/moe.py --recovery {first['recovery']}`, {where['processor']}, {where['threads']} thread of"
         f" {where['cores']} cores. Mixtures of {first['model']['updates']} updates; loss on fresh documents, paired"
-        " with dense of the same seed and the same recovery; all weights trained, before any rounding."
+        " with dense of the same seed and the same recovery"
+        + ("; all weights trained, before any rounding, and zeros kept." if first["recovery"] else ".")
     )
     yield ""
     yield "| method | rounding | seeds | bytes | loss | against dense | accuracy | tokens a CPU s | weights in memory |"
@@ -240,16 +249,16 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     if given.report:
         plain, more = [c for c in rows() if not c["recovery"]], [c for c in rows() if c["recovery"]]
-        (RESULTS / "moe.md").write_text("\n".join(report(plain)) + "\n", "utf-8")
-        if more:
-            (RESULTS / "moe_recovered.md").write_text("\n".join(recovery_report(more)) + "\n", "utf-8")
+        one_seed = [c for c in plain if c["seed"] == plain[0]["seed"]]
+        (RESULTS / "moe.md").write_text("\n".join(report(one_seed)) + "\n", "utf-8")
+        parts = ["\n".join(recovery_report(cells)) for cells in (more, plain) if cells]
+        text = "\n\n".join(["# Mixtures of several seeds, recovered and not", *parts])
+        (RESULTS / "moe_recovered.md").write_text(text + "\n", "utf-8")
         return
     made = json.loads((given.model / "records.json").read_text("utf-8"))["stages"]["finetune"]
     for method in given.methods:
         keys = {"method": method, "items": given.items, "documents": given.documents, "seed": given.seed}
         keys["recovery"] = given.recovery
-        if given.recovery and "slimming" in method:
-            continue
         missing = [
             rounding
             for rounding in given.roundings

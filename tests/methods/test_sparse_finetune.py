@@ -21,12 +21,15 @@ from compresso.errors import CheckpointError, RecipeError
 from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparse_finetune import SparseFinetune, paired
+from compresso.methods.wanda import Wanda
+from compresso.sweep.calibration import Calibration
 from compresso.training import squarehead_objective
 from compresso.training.fit import fit
 from compresso.training.halves import Network
 from compresso.training.order import Micro
 from tests.methods.conftest import MakeJob
 from tests.methods.test_distill import from_dense, without
+from tests.methods.test_drop_experts import prepared as mixture
 
 SHORT: dict[str, Any] = {"steps": 40, "batch": 8, "micro_batch": 8, "lr": 3e-3, "warmup": 0}
 
@@ -85,6 +88,20 @@ def test_a_pattern_holds_in_every_group(make_job: MakeJob, pattern: str) -> None
         if "lm_head" not in name:
             counts = (weight.unflatten(1, (-1, group)) != 0).sum(-1)
             assert int(counts.min()) == int(counts.max()) == kept
+
+
+def test_zeros_of_stacked_experts_stay_too(make_job: MakeJob) -> None:
+    """A mixture keeps its experts in tensors of three dimensions, which are no linears."""
+    given = Wanda(pattern="2:4", calibration=Calibration(8, 4))(mixture(make_job()))  # type: ignore[call-arg]
+    before = {name: one.clone() for name, one in given.model.named_parameters()}
+    job = tuned(replace(given, out=given.out / "tuned"), steps=4, feature_weight=0.0)
+    stacks = [name for name, one in before.items() if one.dim() == 3]
+    zeros = sum(int(one.partition("/")[0]) for one in given.records["wanda"]["zeros"].values())
+    assert stacks and job.records["sparse_finetune"]["zeros"] == zeros
+    for name in stacks:
+        after = job.model.get_parameter(name)
+        assert bool((after[before[name] == 0] == 0).all()), name
+        assert not torch.equal(after, before[name]), name
 
 
 def test_the_model_comes_nearer_to_dense(make_job: MakeJob) -> None:

@@ -12,7 +12,7 @@ INFERRED = 0.1
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros of some linears.
+    """Zeros of some parameters.
 
     Args:
         masks: parameter name -> True where it is 0, of its shape; a byte a weight.
@@ -21,9 +21,9 @@ class Zeros:
     masks: Mapping[str, Tensor]
 
     @staticmethod
-    def of(model: nn.Module, linears: Sequence[str], least: float = 0.0) -> "Zeros":
-        """The zeros of linears, by full name, of which at least the share `least`, and at least one weight, is 0."""
-        found = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach() == 0 for name in linears}
+    def of(model: nn.Module, weights: Sequence[str], least: float = 0.0) -> "Zeros":
+        """The zeros of parameters, by full name, of which at least the share `least`, and at least one number, is 0."""
+        found = {name: model.get_parameter(name).detach() == 0 for name in weights}
         return Zeros({name: mask for name, mask in found.items() if mask.any() and float(mask.float().mean()) >= least})
 
     @property

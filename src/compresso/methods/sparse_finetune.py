@@ -29,7 +29,7 @@ from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.stage import AdamW, Effects, Learning, Passes, Trains, Watches, stage
 from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
-from compresso.sweep.targets import Where, chosen, names_of
+from compresso.sweep.targets import Where, chosen
 from compresso.training.history import curve
 from compresso.training.squarehead_objective import SquareHeadObjective
 
@@ -59,7 +59,8 @@ class SparseFinetune:
         norm: what a squared difference is relative to; see `compresso.core.squarehead`.
         temperature: of the divergence.
         tokens: where logits are compared, "labelled" or "all".
-        masks: "all" zeros of the blocks' linears stay, or "infer": those of linears with a tenth of them.
+        masks: "all" zeros of the blocks' linears and stacked experts stay, or "infer": those of linears, or of stacks,
+            with a tenth of them.
         chunk: tokens whose logits exist at a time.
         teacher_dtype, teacher_device: as in `distill`.
     """
@@ -128,8 +129,9 @@ class SparseFinetune:
 
     def _zeros(self, job: Job) -> Zeros:
         """Those that stay. Raises RecipeError if there are none."""
-        linears = names_of(chosen(job.model, job.arch, Where()))
-        zeros = Zeros.of(job.model, linears, INFERRED if self.masks == "infer" else 0.0)
+        groups = chosen(job.model, job.arch, Where(), experts=True)
+        weights = dict.fromkeys(name for here in groups.values() for group in here for name in group.weights)
+        zeros = Zeros.of(job.model, list(weights), INFERRED if self.masks == "infer" else 0.0)
         if not zeros.masks:
             least = "a tenth of its weights 0" if self.masks == "infer" else "a weight that is 0"
             raise RecipeError(
