@@ -11,8 +11,8 @@ items of every task (accuracy). `--report` writes results/moe.md.
 
 With `--recovery 200` all weights train for so many updates of 8 rows, other text than is scored, behind what left and
 before what is rounded, dense likewise; lines and report are moe_recovered.*. One training serves all roundings of a
-command; cpu_seconds of each has it in, so that they are not to be added up. Not for slimming, whose zeros that would
-fill. Seeds are those of the text; give each a mixture of its own seed, and rows of one method are put together.
+command; cpu_seconds of each has it in, so that they are not to be added up. Zeros of slimming are
+kept (`sparse_finetune`, by the labels alone). Seeds are those of the text; give each a mixture of its own seed, and rows of one method are put together.
 Tokens a second are those of greedy decoding with a cache in transformers, in float32, of the CPU's seconds; memory is
 that of the weights there, which codes do not make smaller.
 
