@@ -10,11 +10,11 @@ what it left: to the nearest, and by GPTQ at three of them (it would fill a patt
 items of every task (accuracy). `--report` writes results/moe.md.
 
 With `--recovery 200` all weights train for so many updates of 8 rows, other text than is scored, behind what left and
-before what is rounded, dense likewise; lines and report are moe_recovered.*. One training serves all roundings of a
-command; cpu_seconds of each has it in, so that they are not to be added up. Zeros of slimming are
-kept (`sparse_finetune`, by the labels alone). Seeds are those of the text; give each a mixture of its own seed, and rows of one method are put together.
-Tokens a second are those of greedy decoding with a cache in transformers, in float32, of the CPU's seconds; memory is
-that of the weights there, which codes do not make smaller.
+before what is rounded, dense likewise; zeros of slimming are kept (`sparse_finetune`, by the labels alone). Lines of
+these and a report of all seeds are moe_recovered.*. One training serves all roundings of a command; cpu_seconds of each
+has it in, so that they are not to be added up. Seeds are those of the text; give each a mixture of its own seed, and
+rows of one method are put together. Tokens a second are those of greedy decoding with a cache in transformers, in
+float32, of the CPU's seconds; memory is that of the weights there, which codes do not make smaller.
 
 Bytes are counted, not those of a file: 16 bits a weight as it stands, of n:m kept weights and two bits for the place of
 each, of rounded ones the code and its share of scale and offset.
