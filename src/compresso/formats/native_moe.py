@@ -42,7 +42,7 @@ def mixture_config(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreT
     eps, head_eps = _epsilons(model)
     fields = {key: value for key, value in model.config.to_dict().items() if key not in REBUILT}
     fields |= {"rms_norm_eps": eps, "head_dim": _head_dim(model, shapes)}
-    fields["tie_word_embeddings"] = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    fields["tie_word_embeddings"] = _tied(model)
     if head_eps not in (None, eps):
         fields["head_norm_eps"] = head_eps
     each = [_numbers(shape, config_class) for shape in shapes]
@@ -70,8 +70,13 @@ def mixture_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return as_written(model, _state(model))
 
 
+def _tied(model: PreTrainedModel) -> bool:
+    """Whether head and embedding are one parameter."""
+    return model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
+
+
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = _tied(model)
     named = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
     return {name: tensor for name, tensor in named if not (tied and name == "lm_head.weight")}
 

@@ -15,6 +15,7 @@ that kind, because generation asks the first slot how long the text is.
 # The classes below are four times the same four, named; their mixins take their attributes from the family's classes.
 # ruff: noqa: D101, RUF012
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalCall=false, reportIndexIssue=false
+# pyright: reportIncompatibleMethodOverride=false
 
 import torch
 from huggingface_hub.dataclasses import strict
