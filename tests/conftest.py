@@ -55,10 +55,23 @@ def _counts(budget: Budget | None) -> bool:
     return budget is not None and budget.of in get_args(Counted)
 
 
+OF_OTHER_MODELS = (
+    "moe/expert-drop",
+    "moe/expert-drop-global",
+    "moe/expert-drop-lora",
+    "moe/layer-drop",
+    "moe/layer-drop-int4",
+    "moe/reap-50-router",
+    "moe/slim-2-4",
+    "segmenter",
+    "segmenter/teacher",
+)
+"""Recipes for mixtures and for pictures, which the models here are not; tests of their stages and tasks run those."""
 FOR_ANY_MODEL = [
     name
     for name, stages in _STAGES.items()
     if task_of(read(name)).name == DEFAULT
+    and name not in OF_OTHER_MODELS
     and any(isinstance(stage, Shrinks) and _counts(stage.budget()) for stage in stages.values())
 ]
 """Shipped recipes of causal language models with a budget that shapes alone can meet; others meet no size, have a ratio
@@ -79,15 +92,6 @@ RUN = _first_of_each_list(FOR_ANY_MODEL)
 """Recipes with a budget that are run, one of each list of stages: the others differ from it in knobs, which tests of
 their methods turn. All are built and acted out in tests/recipes/test_recipes.py.
 """
-OF_OTHER_MODELS = (
-    "moe/expert-drop",
-    "moe/expert-drop-lora",
-    "moe/reap-50-router",
-    "moe/slim-2-4",
-    "segmenter",
-    "segmenter/teacher",
-)
-"""Recipes for mixtures and for pictures, which the models here are not; tests of their stages and tasks run those."""
 RUN_WITHOUT_BUDGET = _first_of_each_list(_STAGES, without=[*FOR_ANY_MODEL, *ONE_SHOT, *OF_OTHER_MODELS])
 """Recipes that are run beside those and beside the one-shot recipes, so that every list of stages is."""
 

@@ -117,15 +117,20 @@ def test_a_checkpoint_is_read_by_transformers_and_by_us(tiny: Tiny, name: str, t
 
 
 def test_what_no_config_holds_is_said(tiny: Tiny, tmp_path: Path) -> None:
-    for plan, message in (
-        ({"layers.1.experts": (0, 1, 2)}, r"layers.1 has 3 experts, layers.0 has 6; keep as many in every layer"),
-        ({"mlp": (0, 2, 3)}, r"layers.1 has no channels; keep some in every layer, or drop whole layers"),
+    for name, plan, message in (
         (
+            "moe_gpt_oss",
+            {"layers.1.experts": (0, 1, 2)},
+            r"layers.1 has 3 experts, layers.0 has 6; keep as many in every layer, and no other layout is written",
+        ),
+        ("moe_glm4", {"mlp": (0, 2, 3)}, r"layers.1 has no channels; keep some in every layer, or drop whole layers"),
+        (
+            "moe_mixtral",
             {f"layers.{i}.expert_channels": tuple(range(37)) for i in range(4)},
             r"experts of layers.0 have 37 channels, .* multiples of 8",
         ),
     ):
-        model = tiny("moe_mixtral")
+        model = tiny(name)
         arch = arch_for(model.config)
         shrink_(model, arch.axes(model), Plan(plan))
         with pytest.raises(ExportError, match=message):

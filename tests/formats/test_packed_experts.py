@@ -13,9 +13,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import compresso
+from compresso.arch.base import arch_for
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.core.plan import Plan
 from compresso.core.rounding import fit
+from compresso.edit.shrink import shrink_
+from compresso.engines.parity import reference_of
+from compresso.engines.transformers import PACKED
 from compresso.errors import ExportError
+from compresso.formats.hf import save_checkpoint
 from compresso.formats.packed import Packing, save_packed
+from compresso.native import MOE_FILE
 from compresso.sweep.targets import matrix
 from tests.methods.test_awq_experts import FAMILIES
 
@@ -107,3 +116,28 @@ def test_experts_that_were_not_rounded_stay_stacked_beside_packed_linears(tmp_pa
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
     ids = torch.arange(3, 40).unsqueeze(0)
     torch.testing.assert_close(opened(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_packed_experts_behind_a_layer_that_lost_its_mixture(tmp_path: Path) -> None:
+    """A class of ours lies beside them: it opens with compresso imported, and by trust alone (in a fresh process)."""
+    model, packing = rounded("mixtral")
+    arch = arch_for(model.config)
+    shrink_(model, arch.axes(model), Plan({"mlp": (1,), "layers.1.experts": (0, 2, 3, 5)}))
+    save_checkpoint(model, arch.shapes(model), tmp_path / "out")
+    own = load_model(open_source(tmp_path / "out"))
+    left = tuple(name for name in packing.linears if "layers.0.mlp" not in name)
+    save_packed(own, Packing(left, 4, 8), tmp_path / "packed")
+    ids = torch.arange(3, 40).unsqueeze(0)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(
+        compresso.load(tmp_path / "packed").model(input_ids=ids).logits, expected, rtol=0, atol=1e-5
+    )
+    assert (tmp_path / "packed" / MOE_FILE.name).read_bytes() == MOE_FILE.read_bytes()
+    assert "trust_remote_code=True" in (tmp_path / "packed" / "README.md").read_text()
+    with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:
+        written = set(file.keys())
+    assert "model.layers.1.block_sparse_moe.experts.3.w3.weight_packed" in written
+    assert not any("layers.0.block_sparse_moe" in one or ".experts.4." in one for one in written)
+    assert PACKED.parity(tmp_path / "packed", reference_of(model, ids[0], "f32")).opens == "yes"

@@ -29,6 +29,7 @@ from compresso.core.routing import Routing, chosen
 from compresso.data import nano
 from compresso.edit.gate import gated
 from compresso.errors import ArchError, CompressoError
+from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.drop_experts import DropExperts
 from compresso.observe.experts import alone
@@ -178,15 +179,20 @@ def test_active_parameters_stay(make_job: MakeJob) -> None:
     assert int(before.total - after.total) == 2 * 4 * 3 * 24 * 32 + rows
 
 
-def test_one_pool_for_all_layers(make_job: MakeJob) -> None:
+def test_one_pool_for_all_layers(make_job: MakeJob, tmp_path: Path) -> None:
     job = prepared(make_job(), small(layers=6))
     with torch.no_grad():
         job.model.model.layers[2].mlp.experts.down_proj.mul_(0.01)
     done = DropExperts(score="reap", keep=0.75, pool="global", **LOOKS)(job)
     counts = [len(done.plan.kept[f"layers.{i}.experts"]) for i in range(6)]
     assert sum(counts) == 36 and counts[2] == 2 and max(counts) > 6
-    with pytest.raises(ArchError, match=r"unequal numbers of experts, and no layout holds them; give pool: layer"):
-        DropExperts(pool="global").check(job.model, job.arch)
+    folder = tmp_path / "out"
+    assert save_checkpoint(done.model, done.arch.shapes(done.model), folder) == "native"
+    opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert [len(layer.mlp.experts.down_proj) for layer in opened.model.layers] == counts
+    torch.testing.assert_close(logits(opened), logits(done.model), rtol=0, atol=1e-5)
+    left = DropExperts(keep=0.75, pool="global").dry_run_plan(job.arch.axes(prepared(job, small(6)).model), job.cost())
+    assert [len(left.kept[f"layers.{i}.experts"]) for i in range(6)] == [2, 2, 8, 8, 8, 8]  # as unequal as it may be
 
 
 @pytest.mark.parametrize("family", [DeepseekV3Config, DeepseekV2Config])

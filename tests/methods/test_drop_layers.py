@@ -14,7 +14,9 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -23,12 +25,14 @@ from compresso.arch.base import arch_for
 from compresso.core.plan import Plan
 from compresso.data import nano
 from compresso.errors import BudgetError, RecipeError
+from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.drop_layers import DropLayers
 from compresso.observe.losses import losses_without
 from compresso.runner.plan import plan as dry_run
-from compresso.runner.recipe import build
+from compresso.runner.recipe import build, read
 from tests.methods.conftest import MakeJob
+from tests.methods.test_drop_experts import logits, prepared
 
 QUICK: dict[str, Any] = {"batches": 2, "batch": 4, "micro_batch": 4}
 SCORES = ("influence", "angular", "perplexity", "reverse", "random")
@@ -268,3 +272,49 @@ def test_half_precision_models_are_scored(
     drop = 2 * len(kinds)
     job = dropping(kinds=kinds, drop=drop)(job_of(copy.deepcopy(model).bfloat16(), rows, tmp_path))
     assert all(gone(job, axis, 8) == [3, 4] for axis in job.plan.kept)
+
+
+def test_mixtures_leave_and_no_dense_ffn(make_job: MakeJob, tmp_path: Path) -> None:
+    """Layer Drop: of a Qwen2-MoE with a dense layer that does nothing, a mixture that does next to nothing leaves; its
+    attention stays, and so does the dense FFN, however similar what it leaves.
+    """
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "intermediate_size": 32}
+    config = Qwen2MoeConfig(**sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1])
+    job = prepared(make_job(), config)
+    with torch.no_grad():
+        job.model.model.layers[1].mlp.down_proj.weight.zero_()
+        job.model.model.layers[2].mlp.experts.down_proj.zero_()
+        job.model.model.layers[2].mlp.shared_expert.down_proj.weight.zero_()
+    before = logits(job.model)
+    done = dropping(kinds=["mlp"], mixtures=True, drop=1)(job)
+    assert gone(done, "mlp", 4) == [2] and float(done.records["drop_layers"]["scores"]["mlp"][2]) < 1e-12
+    torch.testing.assert_close(logits(done.model), before, rtol=0, atol=1e-5)
+    shapes = done.arch.shapes(done.model)
+    assert [(shape.kv_heads, shape.experts) for shape in shapes] == [(2, 4), (2, 0), (2, 0), (2, 4)]
+    assert save_checkpoint(done.model, shapes, tmp_path / "out") == "native"
+
+    axes, cost = job.arch.axes(done.model), done.cost()
+    assert dropping(kinds=["mlp"], mixtures=True, drop=2).dry_run_plan(axes, cost).kept["mlp"] == (1, 2)
+    with pytest.raises(ValueError, match="drop=3: the model has 2 mixtures of experts; lower drop to 2"):
+        dropping(kinds=["mlp"], mixtures=True, drop=3).dry_run_plan(axes, cost)
+    with pytest.raises(ValueError, match=r"keep=0.45 of blocks asks for more than all 2 mixtures of experts; raise"):
+        dropping(kinds=["mlp"], mixtures=True, keep=0.45).dry_run_plan(axes, cost)
+    by_share = dropping(kinds=["mlp"], mixtures=True, keep=0.76).dry_run_plan(axes, cost)
+    assert by_share.kept["mlp"] in ((1, 2, 3), (0, 1, 2))
+    plain = make_job(folder="plain")
+    with pytest.raises(ValueError, match="mixtures=true: no layer of the model has a mixture of experts"):
+        dropping(kinds=["mlp"], mixtures=True, drop=1).dry_run_plan(plain.arch.axes(plain.model), plain.cost())
+    with pytest.raises(ValidationError, match=r"mixtures=true is about FFNs"):
+        dropping(mixtures=True)
+
+
+def test_the_published_drop_of_eight_mixtures(tmp_path: Path) -> None:
+    """Mixtral-8x7B: 46,702,792,704 parameters less 8 x (8 experts of 3 x 4,096 x 14,336, router, norm)."""
+    MixtralConfig(architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    for name in ("moe/layer-drop", "moe/layer-drop-int4"):
+        facts = dry_run(read(name), str(tmp_path))
+        each = 8 * 3 * 4096 * 14336 + 8 * 4096 + 4096
+        assert facts["after"]["parameters"]["total"] == 46_702_792_704 - 8 * each == 35_428_208_640
+        assert facts["layouts"]["native"] is None and "layers.0 has no channels" in facts["layouts"]["uniform"]
+        assert facts["after"]["kv_bytes_per_token"] == facts["before"]["kv_bytes_per_token"]

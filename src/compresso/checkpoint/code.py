@@ -50,6 +50,8 @@ from compresso.native import (
     LOW_RANK_CLASSES,
     LOW_RANK_FILE,
     MODELING_FILE,
+    MOE_CLASSES,
+    MOE_FILE,
     PATCHED_CLASS,
     PATCHED_FILE,
     PYRAMID_CLASSES,
@@ -98,6 +100,7 @@ NATIVE = (
         Shipped(file, frozenset(cls.__name__ for classes in families.values() for cls in classes))
         for file, families in (
             (MODELING_FILE, CLASSES),
+            (MOE_FILE, MOE_CLASSES),
             (LOW_RANK_FILE, LOW_RANK_CLASSES),
             (SLICED_FILE, SLICED_CLASSES),
             (PYRAMID_FILE, PYRAMID_CLASSES),
@@ -163,6 +166,14 @@ def _not_followed(path: Path, data: dict[str, object]) -> bool:
     # a value of another kind is looked into before trust is asked about, and raises whatever it raises
     usual = isinstance(mapped, dict) and all(isinstance(one, str | list) for one in mapped.values())
     return usual and isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def names_own_class(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> bool:
+    """Whether a folder's config names a class of ours without which its weights do not open; nothing is run or read of
+    that file.
+    """
+    auto_map = read_json(folder / "config.json").get("auto_map")
+    return bool(auto_map) and any(one.needed and one.named_by(auto_map) for one in shipped)
 
 
 def trusted(folder: Path, shipped: Sequence[Shipped] = NATIVE) -> bool:

@@ -38,6 +38,7 @@ _CHECKPOINT = (
     "*.safetensors",
     "*.safetensors.index.json",
     "modeling_compresso.py",
+    "modeling_compresso_moe.py",
     "modeling_compresso_patched.py",
     "modeling_compresso_pyramid.py",
     *_TOKENIZER,

@@ -8,17 +8,11 @@ reopened one.
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.core.axis import Kind
-from compresso.native import family_of
-
-_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+from compresso.native import family_of, stock_type
 
 
 def as_stock(model: PreTrainedModel) -> PreTrainedModel:
@@ -26,8 +20,8 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
 
     Modules are moved, not copied: use the result in place of `model`. Works on the meta device.
     """
-    family = family_of(model.config.model_type)
-    if family is None or family == model.config.model_type:
+    family = stock_type(model.config.model_type)
+    if family == model.config.model_type:
         return model
     given = copy.deepcopy(model.config).to_dict()
     for field in (
@@ -40,8 +34,9 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     ):
         given.pop(field, None)
     # widths are placeholders until sync_config_ reads the modules; one head of the real head_dim passes every family's
-    # validation
-    config = _CONFIGS[family](**{**given, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1})
+    # validation. Mixtures of experts have no such rule, and some of their attentions stay whole
+    ones = {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1} if family_of(family) else {}
+    config = CONFIG_MAPPING[family](**{**given, **ones})
     config.dtype = model.config.dtype
     with torch.device("meta"):
         stock: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -62,7 +57,9 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
             else:
                 setattr(block, part, getattr(reopened, part))
                 setattr(block, norm, getattr(reopened, norm))
-                getattr(block, part).config = config
+                for module in getattr(block, part).modules():
+                    if hasattr(module, "config"):
+                        module.config = config
     arch.sync_config_(stock)
     stock.generation_config = model.generation_config
     return stock.train(model.training)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from compresso.checkpoint.code import refuse_code, trusted
+from compresso.checkpoint.code import names_own_class, refuse_code, trusted
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.engines import transformers_process
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
@@ -47,7 +47,9 @@ class Transformers:
         rounding them makes is allowed.
         """
         refuse_code(written)
-        if "remote" in self.words:
+        remote = ("remote",) if self.reads is Format.PACKED and names_own_class(written) else ()
+        words = (*self.words, *remote)
+        if "remote" in words:
             try:
                 trusted(written)
             except CheckpointError as error:
@@ -63,9 +65,9 @@ class Transformers:
                     str(written.resolve()),
                     str(given),
                     str(result),
-                    *self.words,
+                    *words,
                 ],
-                env=self._environment(scratch),
+                env=self._environment(scratch, "remote" in words),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -84,10 +86,10 @@ class Transformers:
         fits = within_rounding(logits, wanted, within)
         return judged(self.name, difference, fits, found["greedy"].tolist(), reference.greedy.tolist(), "logits")
 
-    def _environment(self, scratch: Path) -> dict[str, str]:
+    def _environment(self, scratch: Path, remote: bool) -> dict[str, str]:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-        home = {"HF_MODULES_CACHE": str(scratch / "modules")} if "remote" in self.words else {}
+        home = {"HF_MODULES_CACHE": str(scratch / "modules")} if remote else {}
         return os.environ | home | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 

@@ -2,8 +2,9 @@
 the caller adds.
 
 Three layouts. uniform: a plain transformers config, every engine opens it, all layers must have the same widths.
-padded: plain too, layers zero-padded to the widest, the same function and no gain in size. native: each layer its own
-widths, opened after `import compresso` or with `trust_remote_code`, as the modelling file lies beside the weights.
+padded: plain too, layers zero-padded to the widest, the same function and no gain in size; of dense families alone.
+native: each layer its own widths, opened after `import compresso` or with `trust_remote_code`, as the modelling file
+lies beside the weights.
 """
 
 import copy
@@ -33,12 +34,13 @@ from compresso.formats.layout import (
     widest,
     with_one_epsilon,
 )
+from compresso.formats.native_moe import mixture_config, mixture_tensors
 from compresso.formats.pad import pad_tensors
 from compresso.formats.patched import save_patches
-from compresso.formats.plain import check_plain
+from compresso.formats.plain import check_plain, plain_obstacle
 from compresso.formats.reopen import reopen_and_compare
 from compresso.formats.shrunk import Shrunk, describe
-from compresso.native import MODELING_FILE, PYRAMID_FILE, family_of, pyramid_auto_map
+from compresso.native import MODELING_FILE, MOE_FILE, PYRAMID_FILE, family_of, mixture_family_of, pyramid_auto_map
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 RECORDS = "records.json"
@@ -74,24 +76,35 @@ def save_checkpoint(
     to `dtype`), CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
     texts = {**(files or {}), **({RECORDS: _records(patches)} if patches else {})}
-    if family_of(model.config.model_type) is None:
+    if family_of(model.config.model_type) is None and not _is_native_mixture(model, shapes, layout):
         check_plain(model, shapes, layout)
         _write_plain(model, folder, tokenizer, dtype, texts, force, max_shard_size, source, patches)
         return "uniform"
-    described = describe(model, shapes)
-    layout = choose_layout(described, layout)
-    config, tensors = _lay_out(described, layout)
-    tensors = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    if family_of(model.config.model_type) is None:
+        layout, file, config, tensors = "native", MOE_FILE, mixture_config(model, shapes), mixture_tensors(model)
+        tensors = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    else:
+        described = describe(model, shapes)
+        layout, file = choose_layout(described, layout), MODELING_FILE
+        config, tensors = _lay_out(described, layout)
+        tensors = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+        _check_complete(config, tensors, described.tied)
     config.dtype = dtype or model.dtype
-    _check_complete(config, tensors, described.tied)
     with new_folder(folder, force) as temporary:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
         if layout == "native":
-            shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
+            shutil.copyfile(file, temporary / file.name)
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, texts)
         save_patches(patches, temporary)
     return layout
+
+
+def _is_native_mixture(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: Layout | Literal["auto"]) -> bool:
+    """Whether a model is written in our classes of mixtures of experts: asked for, or the only ones that hold it."""
+    if mixture_family_of(model.config.model_type) is None:
+        return False
+    return layout == "native" or (layout == "auto" and plain_obstacle(model, shapes) is not None)
 
 
 def _write_plain(

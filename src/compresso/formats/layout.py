@@ -14,7 +14,7 @@ from compresso.formats.shrunk import Shrunk
 from compresso.native import CLASSES, MODELING_FILE
 
 Layout = Literal["uniform", "padded", "native"]
-_REBUILT = (
+REBUILT = (
     "model_type",
     "architectures",
     "auto_map",
@@ -25,6 +25,7 @@ _REBUILT = (
     "transformers_version",
     "_name_or_path",
 )
+"""Fields of a model's config that a layout says anew."""
 _FIELDS = {"query_heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "channels": "intermediate_size"}
 
 
@@ -151,7 +152,7 @@ def _common_fields(model: Shrunk) -> dict[str, Any]:
     fields = {
         key: value
         for key, value in model.config.to_dict().items()
-        if key not in (*_REBUILT, "head_norm_eps", *_FIELDS.values())
+        if key not in (*REBUILT, "head_norm_eps", *_FIELDS.values())
     }
     fields |= {
         "vocab_size": model.tensors["model.embed_tokens.weight"].shape[0],

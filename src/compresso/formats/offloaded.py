@@ -21,10 +21,11 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.store import DTYPES
 from compresso.errors import ExportError, NumericError
 from compresso.formats.beside import write_beside
-from compresso.native import MODELING_FILE
+from compresso.native import MODELING_FILE, MOE_FILE
 from compresso.sweep.offload import Offloaded
 
-_COPIED = ("generation_config.json", MODELING_FILE.name)
+_CLASSES = (MODELING_FILE.name, MOE_FILE.name)
+_COPIED = ("generation_config.json", *_CLASSES)
 
 
 def save_offloaded(
@@ -73,7 +74,8 @@ def save_offloaded(
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     write_beside(folder, read_json(source.config_file), offloaded.model, tokenizer, source.folder)
-    layout: Literal["uniform", "native"] = "native" if (folder / MODELING_FILE.name).is_file() else "uniform"
+    own = any((folder / name).is_file() for name in _CLASSES)
+    layout: Literal["uniform", "native"] = "native" if own else "uniform"
     return layout, _compared(offloaded, folder, ids, atol)
 
 

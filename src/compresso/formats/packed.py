@@ -14,6 +14,7 @@ activations are 1/127.5 of the largest entry, those of `compresso.load` 1/127.
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
 from compresso.formats.packed_experts import as_written, check_experts, unstacked, written_linears
+from compresso.native import per_layer_file
 
 TESTED = "0.20.0"
 _MOST = 8
@@ -132,7 +134,7 @@ def save_packed(
     """Write a checkpoint whose rounded linears are packed; `folder` is complete or untouched.
 
     Args:
-        model: live, of equal widths in all layers, with weights on grids.
+        model: live, with weights on grids; of a class of ours where its layers differ, whose file goes beside them.
         packing: what was rounded, and how.
         tokenizer: written beside it.
         force: replace a folder that is not empty.
@@ -165,6 +167,8 @@ def save_packed(
             temporary / "model.safetensors",
             metadata={"format": "pt"},
         )
+        if (file := per_layer_file(model.config.model_type)) is not None:
+            shutil.copyfile(file, temporary / file.name)
         write_beside(temporary, config, model, tokenizer, source)
         write_text(temporary / "README.md", _card(packing, source, model, len(linears)))
         if check is not None:
@@ -179,6 +183,9 @@ def _card(packing: Packing, source: Path | None, model: PreTrainedModel, count: 
         " was exported from."
     )
     opens = auto_class(model.config).__name__
+    file = per_layer_file(model.config.model_type)
+    own = file and f"Layers differ, which {file.name} beside the weights computes: pass trust_remote_code=True to the"
+    beside = f"{own} model's `from_pretrained`, or import compresso before.\n\n" if own else ""
     left_out = (
         f"Activations of {packing.simulated} bits, which it was trained for, are simulated by `compresso.load` of that"
         " folder and not in these files."
@@ -211,8 +218,8 @@ model = {opens}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-{_readers(packing, json.loads(config_text(model.config)))} Where it computes with full numbers, the file is smaller; the
-model in memory and its speed are not.
+{beside}{_readers(packing, json.loads(config_text(model.config)))} Where it computes with full numbers, the file is
+smaller; the model in memory and its speed are not.
 
 ## Limits
 

@@ -1,5 +1,5 @@
-"""Models without a per-layer form of ours: their own class and config hold them with the same widths in every layer, or
-nothing does.
+"""Models that their own class and config hold with the same widths in every layer: families without a per-layer form of
+ours, and mixtures of experts, some of which have one for all else (`formats/native_moe.py`).
 """
 
 import copy
@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
+from compresso.native import mixture_family_of
 
 _FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 """What families call the width of an FFN in their configs."""
@@ -27,15 +28,19 @@ def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: st
     kind = model.config.model_type
     check_written(kind, layout)
     if (obstacle := plain_obstacle(model, shapes)) is not None:
-        raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}, and no other layout is written for it.")
+        others = ". Use layout native" if mixture_family_of(kind) else ", and no other layout is written for it"
+        raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}{others}.")
 
 
 def check_written(model_type: str, layout: str) -> None:
     """Raise ExportError for a layout that such families have not."""
+    if layout == "native" and mixture_family_of(model_type):
+        return
     if layout not in ("auto", "uniform"):
+        or_native = ", or native" if mixture_family_of(model_type) else ""
         raise ExportError(
             f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every"
-            " layer."
+            f" layer{or_native}."
         )
 
 
@@ -50,7 +55,7 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
                 return f"layers.{index} has no {words}; keep some in every layer, or drop whole layers"
             if mine != wanted:
                 return f"layers.{index} has {mine} {words}, layers.{alike} has {wanted}; keep as many in every layer"
-    if (odd := _ungrouped(model, shapes)) is not None:
+    if (odd := ungrouped(model, shapes)) is not None:
         return odd
     cure = _cure(model.config)
     try:
@@ -69,7 +74,7 @@ def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str 
     return None
 
 
-def _ungrouped(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
+def ungrouped(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
     """Why transformers would not multiply a model's stacked experts; None if it would, or it has none."""
     if not any(shape.experts for shape in shapes):
         return None

@@ -8,8 +8,8 @@ Section 3, Expert Drop. Scores, one pass over the dense model:
     reap            mean of weight x norm of the output, over the tokens that chose it
     reconstruction  error of the layer's output without it, another one chosen in its place
 Layer-wise: each layer keeps its best, the same number (`pool: layer`), which a stock config holds. Global: the lowest
-of all layers leave (`pool: global`); layers then keep unequal numbers, for which there is no config, so that a run
-refuses it, and it is for studies from Python.
+of all layers leave (`pool: global`), the published script's default; layers then keep unequal numbers, which the layout
+native holds for the families that have one, and no engine but transformers reads.
 Removal: rows of the router leave with their experts, its correction, too; probabilities are over those that stay; as
 many are chosen for a token as before.
 Merging, instead of dropping (`merge`, after M-SMoE, arXiv 2310.01334, section 3.1): an expert that leaves is averaged
@@ -80,7 +80,7 @@ class DropExperts:
         score: "probability", "frequency", "reap" or "reconstruction" (of at most 16 experts a layer).
         keep: share of each layer's experts that stay (of all of them with pool: global); rounded up to whole experts,
             and to as many in each group.
-        pool: "layer", or "global", whose unequal numbers no layout holds.
+        pool: "layer", or "global", whose unequal numbers the layout native alone holds, where a family has it.
         merge: average those that leave into those that stay, instead of dropping them; every expert then runs on every
             token of the calibration, and channels are aligned by an assignment that grows with the cube of the width.
         calibrates: see `Calibrates`.
@@ -97,10 +97,18 @@ class DropExperts:
         return None
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
-        """A plan of as many experts. Raises ValueError where routers choose among more than stay."""
+        """A plan of as many experts; of one pool the most unequal there is, since scores may choose it. Raises
+        ValueError where routers choose among more than stay.
+        """
         experts = _experts(axes)
-        alike = {axis.name: -torch.arange(axis.size, dtype=torch.float64) for axis in experts}
-        return self._chosen(experts, alike)
+        lowest_first = {axis.name: i - torch.arange(axis.size) / axis.size for i, axis in enumerate(experts)}
+        return self._chosen(experts, lowest_first)
+
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> Sequence[str]:
+        """Whose numbers a plan of one pool shows."""
+        if self.pool == "layer":
+            return []
+        return ["pool=global: numbers of experts are shown as unequal as they may become; scores choose them"]
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
         """Refuse what cannot be scored, or written. Raises ArchError."""
@@ -109,11 +117,6 @@ class DropExperts:
             raise ArchError(
                 f"drop_experts: {arch.name} has no experts that could leave; use a stage that removes heads, channels"
                 " or layers"
-            )
-        if self.pool == "global":
-            raise ArchError(
-                "drop_experts: pool=global leaves layers with unequal numbers of experts, and no layout holds them;"
-                " give pool: layer"
             )
         if self.score == "reconstruction" and (wide := [axis for axis in axes if axis.size > _MOST_EXACT]):
             raise ArchError(

@@ -9,6 +9,10 @@
     reverse     the last first, a baseline
     random      a baseline
 
+Layer Drop of mixtures of experts (arXiv 2406.02500, section 3) is influence with kinds [mlp] and `mixtures`: the
+similarity cos(u, u + MoE(norm(u))), u the stream in front of the norm; the most similar mixtures leave with that norm,
+attentions stay, and no dense FFN is among the candidates.
+
 Departures: the stream is read before the final norm (ShortGPT's public code takes the last of transformers'
 `hidden_states`, which lies behind it), padding counts nowhere, a token whose state is zero has no direction and is left
 out. Calibration is a shuffled part of the training data instead of PG19 (ShortGPT). ShortGPT drops round(share x
@@ -28,7 +32,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, removable
+from compresso.core.budget import Budget, InfeasibleBudget, removable
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted, Counted
@@ -66,6 +70,7 @@ class DropLayers:
         of: "blocks", "total", "macs", "kv" (cache entries), "bytes_at_context" or "milliseconds"; see `Removes`.
         drop: instead of `keep`, how many layers or sub-layers leave.
         iterative: with "perplexity", score again after each removal.
+        mixtures: with kinds [mlp], only mixtures of experts may leave, no dense FFN of other layers.
         calibrates: see `Calibrates`.
     """
 
@@ -75,6 +80,7 @@ class DropLayers:
     of: Budgeted = "blocks"
     drop: Annotated[int, Ge(1)] | None = None
     iterative: bool = False
+    mixtures: bool = False
     calibrates: Calibrates = Calibrates()
 
     def __post_init__(self) -> None:
@@ -88,6 +94,8 @@ class DropLayers:
             )
         if self.score == "angular" and Kind.LAYER not in self.kinds:
             raise ValueError("score=angular measures runs of whole layers; give kinds: [layer], or score: influence")
+        if self.mixtures and set(self.kinds) != {Kind.MLP}:
+            raise ValueError(f"mixtures=true is about FFNs, kinds={[*map(str, self.kinds)]} are not; give kinds: [mlp]")
         if self.iterative and self.score != "perplexity":
             raise ValueError(
                 f"iterative=true scores again after each removal, which score={self.score} does not; give score:"
@@ -100,7 +108,7 @@ class DropLayers:
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan within the budget for parts that are all alike. Raises ValueError without one, or such parts."""
-        axes = removable(axes, self.budget())
+        axes = self._among(axes)
         if self.score == "angular":
             return drop_run(axes[0], torch.zeros(axes[0].size + 1, axes[0].size + 1), cost, self.budget(), self.drop)
         return self._lowest(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost)
@@ -111,7 +119,7 @@ class DropLayers:
             return []
         if self.score != "perplexity":
             return [Passes("calibration", self.calibrates.examples)]
-        axes = [axis for axis in arch.axes(model) if axis.kind in self.kinds]
+        axes = self._among(arch.axes(model))
         n, forwards = len(parts_of(axes)), len(parts_of(axes))
         if self.iterative:  # an estimate: what is measured is not known here, and whole parts cost about alike in all
             budget = self.budget() if self.of in get_args(Counted) else replace(self.budget(), of="blocks")
@@ -123,7 +131,7 @@ class DropLayers:
 
     def __call__(self, job: Job) -> Job:
         """Score, choose, shrink."""
-        axes, cost = removable(job.arch.axes(job.model), self.budget()), job.cost()
+        axes, cost = self._among(job.arch.axes(job.model)), job.cost()
         blocks = job.arch.blocks(job.model)
         same = {} if self.score in ("reverse", "random") else job.same("drop_layers", self)
         if self.score == "angular":
@@ -149,6 +157,23 @@ class DropLayers:
         return job.without(
             plan.masks(axes), "drop_layers", **facts, scores={name: score.tolist() for name, score in scores.items()}
         )
+
+    def _among(self, axes: Sequence[Axis]) -> list[Axis]:
+        """The axes whose parts may leave, without those that may not. Raises ValueError without any."""
+        found = removable(axes, self.budget())
+        if not self.mixtures:
+            return found
+        layers = {axis.layer for axis in axes if axis.kind == Kind.EXPERT}
+        if not layers:
+            raise ValueError("mixtures=true: no layer of the model has a mixture of experts; leave mixtures out")
+        return [
+            replace(
+                axis,
+                slices=tuple(piece for piece in axis.slices if piece.unit in layers),
+                gates=tuple(gate for gate in axis.gates if gate.unit in layers),
+            )
+            for axis in found
+        ]
 
     def _calibration(self, job: Job) -> Iterator[dict[str, Tensor]]:
         """Examples to score on."""
@@ -200,6 +225,24 @@ class DropLayers:
         """The plan without the parts of the lowest scores: `drop` of them, or those that a budget, by default the
         stage's own, asks for.
         """
+        there = set(parts_of(axes))
         if self.drop is not None:
+            if self.mixtures and self.drop > len(there):
+                raise InfeasibleBudget(
+                    f"drop={self.drop}: the model has {len(there)} mixtures of experts; lower drop to {len(there)}"
+                )
             return drop_lowest(axes, scores, self.drop)
-        return allocate(axes, scores, cost, budget or self.budget())
+        if self.mixtures:  # what may not leave comes last
+            last = {
+                axis.name: torch.tensor([(axis.name, unit) not in there for unit in range(axis.size)]) for axis in axes
+            }
+            most = max(float(scores[axis.name].max()) for axis in axes)
+            scores = {axis.name: scores[axis.name].masked_fill(last[axis.name], most + 1) for axis in axes}
+        plan = allocate(axes, scores, cost, budget or self.budget())
+        leave = {(axis.name, unit) for axis in axes for unit in set(range(axis.size)) - set(plan.kept[axis.name])}
+        if self.mixtures and not leave <= there:
+            raise InfeasibleBudget(
+                f"keep={self.keep:g} of {self.of} asks for more than all {len(there)} mixtures of experts; raise keep,"
+                " or leave mixtures out"
+            )
+        return plan

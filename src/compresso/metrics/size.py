@@ -19,7 +19,7 @@ from compresso.core.cost import CostModel
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError
 from compresso.metrics.record import Environment, Measurement, Protocol
-from compresso.native import family_of
+from compresso.native import stock_type
 
 KV_BYTES = 2
 """Bytes of a key/value cache entry: bfloat16 or float16, as served."""
@@ -124,7 +124,7 @@ def _shapes_as_stock(model: PreTrainedModel) -> PreTrainedModel:
     """The model in its family's stock class; a per-layer model is built again without memory, because `as_stock` takes
     modules away.
     """
-    if family_of(model.config.model_type) in (None, model.config.model_type):
+    if stock_type(model.config.model_type) == model.config.model_type:
         return model
     with torch.device("meta"):
         return as_stock(type(model)(copy.deepcopy(model.config)))

@@ -1,5 +1,5 @@
-"""Our model classes, per layer, of low rank, with a sliced stream and of MobileViT under a pyramid, and their
-registration with transformers.
+"""Our model classes, per layer (dense, and of mixtures of experts), of low rank, with a sliced stream and of MobileViT
+under a pyramid, and their registration with transformers.
 
 Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
 so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from compresso.native import modeling_compresso as modeling
 from compresso.native import modeling_compresso_lowrank as low_rank
+from compresso.native import modeling_compresso_moe as moe
 from compresso.native import modeling_compresso_patched as patched
 from compresso.native import modeling_compresso_pyramid as pyramid
 from compresso.native import modeling_compresso_sliced as sliced
 
 MODELING_FILE = Path(modeling.__file__)
+MOE_FILE = Path(moe.__file__)
 LOW_RANK_FILE = Path(low_rank.__file__)
 SLICED_FILE = Path(sliced.__file__)
 PATCHED_FILE = Path(patched.__file__)
@@ -27,7 +29,14 @@ CLASSES = {
     "qwen2": (modeling.CompressoQwen2Config, modeling.CompressoQwen2Model, modeling.CompressoQwen2ForCausalLM),
     "qwen3": (modeling.CompressoQwen3Config, modeling.CompressoQwen3Model, modeling.CompressoQwen3ForCausalLM),
 }
-"""Config, decoder and language model of each family that has a per-layer form."""
+"""Config, decoder and language model of each dense family that has a per-layer form."""
+MOE_CLASSES = {
+    "mixtral": (moe.CompressoMixtralConfig, moe.CompressoMixtralModel, moe.CompressoMixtralForCausalLM),
+    "qwen2_moe": (moe.CompressoQwen2MoeConfig, moe.CompressoQwen2MoeModel, moe.CompressoQwen2MoeForCausalLM),
+    "qwen3_moe": (moe.CompressoQwen3MoeConfig, moe.CompressoQwen3MoeModel, moe.CompressoQwen3MoeForCausalLM),
+    "olmoe": (moe.CompressoOlmoeConfig, moe.CompressoOlmoeModel, moe.CompressoOlmoeForCausalLM),
+}
+"""Likewise of each family of mixtures of experts."""
 LOW_RANK_CLASSES = {
     "llama": (low_rank.CompressoLowRankLlamaConfig, low_rank.CompressoLowRankLlamaForCausalLM),
     "mistral": (low_rank.CompressoLowRankMistralConfig, low_rank.CompressoLowRankMistralForCausalLM),
@@ -58,7 +67,7 @@ def register() -> None:
     """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, `compresso_sliced_llama`, those of the
     other families, and `compresso_mobilevit_pyramid`; idempotent.
     """
-    for config, decoder, language_model in CLASSES.values():
+    for config, decoder, language_model in (*CLASSES.values(), *MOE_CLASSES.values()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, language_model, exist_ok=True)
@@ -91,11 +100,31 @@ def pyramid_auto_map(model_type: object) -> dict[str, str]:
 
 
 def family_of(model_type: str) -> str | None:
-    """The family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and `compresso_llama`;
-    None if unknown.
+    """The dense family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and
+    `compresso_llama`; None if unknown.
     """
     family = model_type.removeprefix("compresso_")
     return family if family in CLASSES else None
+
+
+def mixture_family_of(model_type: str) -> str | None:
+    """The family of mixtures of experts that a model type belongs to, in stock or per-layer form; None if it has no
+    such form.
+    """
+    family = model_type.removeprefix("compresso_")
+    return family if family in MOE_CLASSES else None
+
+
+def stock_type(model_type: str) -> str:
+    """The model type that transformers has for a per-layer form of ours; of another model type, that."""
+    return family_of(model_type) or mixture_family_of(model_type) or model_type
+
+
+def per_layer_file(model_type: str) -> Path | None:
+    """The file with the class of a model type whose layers differ, which lies beside its weights; None of others."""
+    if stock_type(model_type) == model_type:
+        return None
+    return MODELING_FILE if family_of(model_type) else MOE_FILE
 
 
 register()

@@ -105,8 +105,8 @@ class RunRecords(Strict):
         patches: forward patches, which `compresso.load` applies to what the files hold.
         seconds: of the whole run.
         layout, dtype, bytes: what was written, and the size of its weight files.
-        modeling: the file with the model's class, which lies beside the weights where transformers has none and the
-            layout does not say so; "" for a stock class.
+        modeling: the file with the model's class, which lies beside the weights where transformers has none; "" for a
+            stock class, and for the classes of dense models per layer, which the layout says.
         reopened_max_abs_difference: of logits, between the live model and the files opened in a fresh process.
         engines: what each engine made of the files; none if the run did not ask.
         guard: whether quality collapsed.
@@ -148,7 +148,7 @@ class RunRecords(Strict):
 
     def class_file(self) -> str:
         """The file beside the weights that holds the model's class; "" where transformers has it."""
-        return "modeling_compresso.py" if self.layout == "native" else self.modeling
+        return self.modeling or ("modeling_compresso.py" if self.layout == "native" else "")
 
     def stored_dense(self) -> str:
         """A sentence on weights that were zeroed, rounded or given a low rank in place, so that nothing became smaller;

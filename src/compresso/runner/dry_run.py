@@ -28,10 +28,11 @@ from compresso.edit.merge_experts import Merging
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
-from compresso.formats.plain import check_plain
+from compresso.formats.native_moe import mixture_config
+from compresso.formats.plain import check_plain, plain_obstacle
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
-from compresso.native import family_of
+from compresso.native import family_of, mixture_family_of
 from compresso.runner.dry_budget import dry_run_plan, emptied, gone, untrainable
 from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
@@ -257,6 +258,11 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             cost = cost_of(arch, model, recipe.measures)
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
+    if mixture_family_of(source.config.model_type) is not None:
+        shown.layouts = {"uniform": plain_obstacle(model, arch.shapes(model)), "native": None}
+        if shown.layouts["uniform"] is not None:
+            mixture_config(model, arch.shapes(model))  # says what that layout would not take either
+        return shown
     if family_of(source.config.model_type) is None:
         try:
             check_plain(model, arch.shapes(model), "uniform")

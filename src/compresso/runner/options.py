@@ -18,7 +18,7 @@ from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
-from compresso.native import family_of
+from compresso.native import family_of, mixture_family_of
 from compresso.runner.asked_budget import asked_for, count
 from compresso.runner.dry_run import dry_run
 from compresso.runner.engine_shapes import (
@@ -240,7 +240,8 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
     """The checked recipe for a layout, a model's family, and the head that the model lacks for the recipe's task.
 
     Under "uniform" every stage that can keeps equal widths. Families that have no form with widths of each layer's own
-    get equal ones in any case, and counts of heads that their config can name.
+    get equal ones in any case, and counts of heads that their config can name; mixtures of experts that have one get
+    them under "auto", too, since few engines read that form.
 
     Args:
         raw: a recipe's mapping, with the options in it.
@@ -257,9 +258,10 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
     plain_family = family_of(config.model_type) is None
     if plain_family:
         check_written(config.model_type, layout)
-    if layout == "uniform" or plain_family:
+    equal = plain_family and (layout != "native" or mixture_family_of(config.model_type) is None)
+    if layout == "uniform" or equal:
         raw = with_knob(raw, "layout", "uniform", required=False)
-    if plain_family:
+    if equal:
         counts = {Kind.HEAD: writable_heads(config), Kind.QUERY: writable_queries(config)}
         if held := {kind: multiple for kind, multiple in counts.items() if multiple > 1}:
             raw = held_to(raw, held)

@@ -32,7 +32,7 @@ from compresso.formats.patched import save_patches
 from compresso.job import Job
 from compresso.metrics.record import Environment
 from compresso.metrics.size import counts, weight_bytes
-from compresso.native import PYRAMID_FILE, pyramid_auto_map
+from compresso.native import MOE_FILE, PYRAMID_FILE, mixture_family_of, pyramid_auto_map
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
@@ -191,7 +191,7 @@ def finish(
         written: dict[str, Any] = {
             **facts,
             "layout": used,
-            **({"modeling": PYRAMID_FILE.name} if pyramid_auto_map(model.config.model_type) else {}),
+            **_modeling(model.config.model_type, used),
             "dtype": str(dtype).removeprefix("torch."),
             "bytes": weight_bytes(folder),
             "reopened_max_abs_difference": difference,
@@ -220,6 +220,13 @@ def finish(
         if overwrite:
             refuse_foreign(output, RUN)  # somebody may have put a file there while the run went on
     return written
+
+
+def _modeling(model_type: str, layout: Layout) -> dict[str, str]:
+    """The file of ours that holds a written model's class, for its records, where the layout alone does not say it."""
+    if pyramid_auto_map(model_type):
+        return {"modeling": PYRAMID_FILE.name}
+    return {"modeling": MOE_FILE.name} if layout == "native" and mixture_family_of(model_type) else {}
 
 
 def gather(made: Mapping[str, Path], output: Path, overwrite: bool) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from compresso.data.prompt import prompt_identity
 from compresso.data.records import Chat, Instruction, Records
 from compresso.data.shards import is_pattern
 from compresso.data.survival import Encoded
-from compresso.errors import BudgetError, CheckpointError, DataError, RecipeError
+from compresso.errors import BudgetError, CheckpointError, DataError, ExportError, RecipeError
 from compresso.formats.sliced import is_cut
-from compresso.runner.dry_run import dry_run
+from compresso.native import mixture_family_of
+from compresso.runner.dry_run import DryRun, dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
@@ -134,6 +135,7 @@ def prepare(
     check_output(WorkFolder.beside(output), source.folder, force=True)
     check_scratch()
     acted = dry_run(recipe, source)
+    _refuse_layout(acted, layout, source)
     where = choose_device(device)
     if data is not None and not recipe.needs("data"):
         raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
@@ -185,7 +187,19 @@ def check_shapes(recipe: str | Path | Mapping[str, Any], model: str, layout: str
     Raises CompressoError: for what `prepare` would refuse of budgets and shapes.
     """
     raw, source = with_options(recipe, model=model, **options), open_source(model, weights=False)
-    dry_run(recipe_for(raw, layout, source.config), source)
+    _refuse_layout(dry_run(recipe_for(raw, layout, source.config), source), layout, source)
+
+
+def _refuse_layout(shown: DryRun, layout: str, source: Source) -> None:
+    """Raise ExportError for a layout that does not hold what a recipe leaves of a mixture of experts, whose numbers of
+    experts are known before weights are read.
+    """
+    obstacle = shown.layouts.get(layout)
+    if obstacle is not None and mixture_family_of(source.config.model_type) is not None:
+        raise ExportError(
+            f"layout {layout} cannot hold what this recipe leaves of a {source.config.model_type}: {obstacle}. Give"
+            " --layout native, or leave --layout out"
+        )
 
 
 def check_offloaded(recipe: Recipe, layout: str) -> None:
