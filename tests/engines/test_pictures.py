@@ -16,9 +16,9 @@ from torch import nn
 from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
 
 from compresso.data.pictures import png
-from compresso.engines.encoder import encoder_logits, encoder_reference
-from compresso.engines.onnx_runtime import ONNX
-from compresso.engines.pictures import agreement, ran
+from compresso.engines.encoder import encoder_logits, encoder_parity, encoder_reference
+from compresso.engines.onnx_runtime import ONNX, OnnxEngine
+from compresso.engines.pictures import RUNTIMES, agreement, ran
 from compresso.formats.onnx_encoder import save_onnx_encoder
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
@@ -77,6 +77,20 @@ def test_half_precision_and_calibrated_bits_keep_the_classes(tmp_path: Path) -> 
     assert 0 < apart["f16"] < 5e-3 and agreement(found["f16"], wanted) > 0.99
     assert apart["f16"] < apart["int8"] < apart["dark"]  # scales of pictures that are none cut values off
     assert agreement(found["int8"], wanted) > agreement(found["dark"], wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", RUNTIMES, ids=lambda one: one.program)
+def test_each_engine_reads_a_graph_in_half_precision(engine: OnnxEngine, tmp_path: Path) -> None:
+    if (missing := engine.missing()) is not None:
+        pytest.skip(missing)
+    model, shown = made(), seen(3, first=100)
+    save_onnx_encoder(model, tmp_path / "f16", dtype="f16")
+    reference = encoder_reference(model, None, "f16", shown)
+    assert encoder_parity(engine, tmp_path / "f16", reference).opens == "yes"
+    found = encoder_logits(engine, tmp_path / "f16", reference.given)
+    assert found.shape == reference.logits.shape and agreement(found, reference.logits) > 0.99
+    assert 0 < float((found - reference.logits).abs().max()) < 5e-3
 
 
 @pytest.mark.slow
