@@ -42,6 +42,7 @@ from compresso.methods.distill import Distill
 from compresso.methods.gate_taylor import GateTaylor
 from compresso.metrics.labels import label_score
 from compresso.observe.gate_taylor import gate_taylor
+from compresso.observe.losses import losses_under
 from compresso.runner.evaluate_task import task_metric
 from compresso.runner.inspection import inspect
 from compresso.runner.options import with_options
@@ -115,6 +116,22 @@ def test_a_score_predicts_what_dimming_the_gate_does_to_the_loss(job: Job) -> No
             with torch.no_grad(), gated(model, axes, {axis.name: mask}):
                 losses.append(float(LABEL(model, one)))
         assert float(scores[axis.name][unit]) == pytest.approx(((losses[1] - losses[0]) / 0.02) ** 2, rel=5e-2)
+
+
+def test_layers_leave_by_the_loss_without_them(job: Job) -> None:
+    """Pictures have no attention mask that would say what counts."""
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER]
+    batch = job.collated(job.rows[:6])
+    (axis,) = axes
+    without = {axis.name: torch.tensor([1.0, 0.0])}
+    with torch.no_grad():
+        whole = float(LABEL(job.model, batch))
+        with gated(job.model, axes, without):
+            cut = float(LABEL(job.model, batch))
+    found = losses_under(job.model, axes, [{}, without], [batch], loss=LABEL)
+    assert found.tolist() == pytest.approx([whole, cut], rel=1e-6) and whole != cut
+    pruned = GateTaylor(keep=0.5, kinds=(Kind.LAYER, Kind.CHANNEL), batches=1, batch=6, micro_batch=6)(job)
+    assert pruned.model.config.num_hidden_layers == 1
 
 
 def test_pruned_and_distilled_it_counts_what_it_has(job: Job, tmp_path: Path) -> None:
