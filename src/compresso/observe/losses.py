@@ -48,8 +48,8 @@ def losses_under(
         model: run in evaluation mode; its weights are not touched.
         axes: those that masks may name.
         masks: one mapping a sub-model, axis name -> [size], any floating dtype; axes that it does not name are whole.
-        batches: what the model reads, of texts an attention mask [batch, seq] among it, and labels; all of them are moved
-            to the model's device, once.
+        batches: what the model reads, of texts an attention mask [batch, seq] among it, and labels; all of them are
+            moved to the model's device, once.
         loss: of a batch.
         mean_over: "tokens" weighs every labelled token alike, "batches" every batch.
         journal: of the losses; those it holds are read instead of taken again, bit for bit. None keeps none.
