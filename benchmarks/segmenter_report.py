@@ -95,13 +95,14 @@ def _files(found: list[dict[str, Any]]) -> list[str]:
     text = [
         f"Written as ONNX, on {found[0]['pictures']} of the test pictures; int8 is calibrated on"
         f" {CALIBRATED} training pictures. Agreement: pixels of the logits whose class is the live model's. Frames a"
-        " second are those of a machine that does other work, so processor time a frame stands beside them. Memory:"
+        " second are those of a machine that does other work, more of it in some rows (f16 and int8) than in others,"
+        " and do not compare; the processor's time a frame does. Memory:"
         " the peak of a whole process that may map 4 GB.",
         "",
         "| model | dtype | bytes | engine | mIoU (live model) | agreement | frames/s | processor ms | peak MB |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for one in found:
+    for one in sorted(found, key=lambda one: FILES.index((one["cell"], one["file"]))):
         for program, facts in one["engines"].items():
             begun = f"| {one['cell']} | {one['file']} | {one['bytes']:,} | {program} |"
             if facts["opens"] != "yes":

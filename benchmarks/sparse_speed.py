@@ -35,7 +35,7 @@ from compresso.checkpoint.source import open_source
 from compresso.core.sparsity import lowest_share
 from compresso.edit.stock import as_stock
 from compresso.engines.onnx_runtime import OnnxModel
-from compresso.engines.openvino import OpenVinoModel
+from compresso.engines.openvino import OpenVinoModel, names_read
 from compresso.formats.onnx import GRAPH, library, save_onnx
 from compresso.metrics.traffic import paired
 from compresso.sweep.targets import Where, chosen, names_of
@@ -59,7 +59,7 @@ class PackingModel(OpenVinoModel):
         core = library("openvino").Core()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, RATE: HALF}
         self._compiled = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", settings)
-        return {one.any_name for one in self._compiled.inputs}
+        return names_read(self._compiled)
 
     def kernels(self) -> tuple[int, int]:
         """Matrix products of the compiled graph, and those by a sparse kernel."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,10 +17,11 @@ from torch import nn
 from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
 
 from compresso.data.pictures import png
-from compresso.engines.encoder import encoder_logits, encoder_reference
-from compresso.engines.onnx_runtime import ONNX
-from compresso.engines.pictures import agreement, ran
+from compresso.engines.encoder import encoder_logits, encoder_parity, encoder_reference
+from compresso.engines.onnx_runtime import ONNX, OnnxEngine
+from compresso.engines.pictures import RUNTIMES, agreement, ran
 from compresso.formats.onnx_encoder import save_onnx_encoder
+from compresso.formats.onnx_pictures import calibrated
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime: not installed")
 SIZES: dict[str, Any] = {
@@ -77,6 +79,45 @@ def test_half_precision_and_calibrated_bits_keep_the_classes(tmp_path: Path) -> 
     assert 0 < apart["f16"] < 5e-3 and agreement(found["f16"], wanted) > 0.99
     assert apart["f16"] < apart["int8"] < apart["dark"]  # scales of pictures that are none cut values off
     assert agreement(found["int8"], wanted) > agreement(found["dark"], wanted)
+
+
+def test_a_scale_covers_all_but_single_values_and_the_ends_stay_whole(tmp_path: Path) -> None:
+    """Three convolutions, the first by 1; and one value of 100 among 16,384 up to 1."""
+    onnx = pytest.importorskip("onnx")
+    nodes, weights, name = [], [], "pixel_values"
+    for i in range(3):
+        weights.append(onnx.numpy_helper.from_array(np.full((1, 1, 1, 1), i + 1.0, "float32"), f"weight{i}"))
+        nodes.append(onnx.helper.make_node("Conv", [name, f"weight{i}"], [name := f"maps{i}"], name=f"conv{i}"))
+    kinds = onnx.TensorProto.FLOAT
+    sides = [onnx.helper.make_tensor_value_info(one, kinds, ["n", 1, 64, 64]) for one in ("pixel_values", name)]
+    graph = onnx.helper.make_graph(nodes, "three", sides[:1], sides[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "whole.onnx")
+    pictures = torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    pictures[2, 0, 5, 7] = 100
+    calibrated(tmp_path / "whole.onnx", tmp_path / "model.onnx", pictures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "whole.onnx"]
+    found = onnx.load(tmp_path / "model.onnx").graph
+    made = {node.output[0]: node for node in found.node}
+    convolutions = [one for one in found.node if one.op_type == "Conv"]
+    assert [one.input[1] in made for one in convolutions] == [False, True, False]  # rounded weights
+    numbers = {one.name: onnx.numpy_helper.to_array(one) for one in found.initializer}
+    (read,) = [one for one in found.node if one.op_type == "QuantizeLinear" and one.input[0] == "maps0"]
+    assert 0.95 / 255 < float(numbers[read.input[1]]) < 1.2 / 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", RUNTIMES, ids=lambda one: one.program)
+def test_each_engine_reads_a_graph_in_half_precision(engine: OnnxEngine, tmp_path: Path) -> None:
+    if (missing := engine.missing()) is not None:
+        pytest.skip(missing)
+    model, shown = made(), seen(3, first=100)
+    save_onnx_encoder(model, tmp_path / "f16", dtype="f16")
+    reference = encoder_reference(model, None, "f16", shown)
+    assert encoder_parity(engine, tmp_path / "f16", reference).opens == "yes"
+    found = encoder_logits(engine, tmp_path / "f16", reference.given)
+    assert found.shape == reference.logits.shape and agreement(found, reference.logits) > 0.99
+    assert 0 < float((found - reference.logits).abs().max()) < 5e-3
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from compresso.checkpoint.source import open_source
+from compresso.commands.inspect import show as show_facts
+from compresso.commands.plan_table import show as show_plan
 from compresso.core.axis import Kind
 from compresso.core.loss import LABEL
 from compresso.core.picture import Picture, PixelInput
@@ -40,8 +42,11 @@ from compresso.methods.distill import Distill
 from compresso.methods.gate_taylor import GateTaylor
 from compresso.metrics.labels import label_score
 from compresso.observe.gate_taylor import gate_taylor
+from compresso.observe.losses import losses_under
 from compresso.runner.evaluate_task import task_metric
+from compresso.runner.inspection import inspect
 from compresso.runner.options import with_options
+from compresso.runner.plan import plan
 from compresso.runner.run import run
 from compresso.tasks.image_classification import IMAGE_CLASSIFICATION
 
@@ -113,6 +118,22 @@ def test_a_score_predicts_what_dimming_the_gate_does_to_the_loss(job: Job) -> No
         assert float(scores[axis.name][unit]) == pytest.approx(((losses[1] - losses[0]) / 0.02) ** 2, rel=5e-2)
 
 
+def test_layers_leave_by_the_loss_without_them(job: Job) -> None:
+    """Pictures have no attention mask that would say what counts."""
+    axes = [axis for axis in job.arch.axes(job.model) if axis.kind == Kind.LAYER]
+    batch = job.collated(job.rows[:6])
+    (axis,) = axes
+    without = {axis.name: torch.tensor([1.0, 0.0])}
+    with torch.no_grad():
+        whole = float(LABEL(job.model, batch))
+        with gated(job.model, axes, without):
+            cut = float(LABEL(job.model, batch))
+    found = losses_under(job.model, axes, [{}, without], [batch], loss=LABEL)
+    assert found.tolist() == pytest.approx([whole, cut], rel=1e-6) and whole != cut
+    pruned = GateTaylor(keep=0.5, kinds=(Kind.LAYER, Kind.CHANNEL), batches=1, batch=6, micro_batch=6)(job)
+    assert pruned.model.config.num_hidden_layers == 1
+
+
 def test_pruned_and_distilled_it_counts_what_it_has(job: Job, tmp_path: Path) -> None:
     """With hidden states compared, too: pictures have no padding that a mask could name."""
     dense = tmp_path / "dense"
@@ -176,6 +197,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cells = [{"image": {"bytes": png(pixels), "path": "a.png"}, "label": THINGS[kind]} for pixels, _, kind in made]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cells), path)
     return path
+
+
+def test_what_is_counted_is_called_a_patch(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """17 of them a picture: 4 x 4, and the class token."""
+    facts = inspect(vit)
+    show_facts(facts, False)
+    assert f"{facts['macs_per_token']:,} multiply-accumulates a patch" in (said := capsys.readouterr().out)
+    raw = with_options("gate-taylor", model=str(vit), task="image-classification", keep=0.7, sets=SETS)
+    planned = plan(raw, str(vit))
+    show_plan(planned, False)
+    table = capsys.readouterr().out
+    assert (
+        "macs per patch" in table
+        and "Patches are at most these" in table
+        and "What the stages take, in patches" in table
+    )
+    assert "token" not in said and "token" not in table.replace("max_length", "")
+    assert planned["stages"][1]["passes"][0]["tokens_at_most"] == 2 * 16 * 17
 
 
 SETS = (

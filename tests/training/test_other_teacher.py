@@ -35,6 +35,7 @@ from compresso.data.pictures import png
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
+from compresso.runner.plan import plan
 from compresso.runner.run import run
 from compresso.tasks.segmentation import SEGMENTATION
 from compresso.training.distill_objective import DistillObjective
@@ -117,6 +118,29 @@ def test_a_smaller_model_learns_from_it(tmp_path: Path, teacher: str) -> None:
     assert done["updates"] == 2 and done["teacher"]["name"] == "swin"
     (said,) = stage.remarks(job(tmp_path).model, job(tmp_path).arch)
     assert said.startswith("swin teaches in the place of the dense model: ")
+
+
+def test_a_plan_counts_it_in_the_place_of_the_dense_model(tmp_path: Path, teacher: str) -> None:
+    """A forward of it for each example, and its weights in memory."""
+    swin = UperNetForSemanticSegmentation(upernet())
+    arch = arch_for(swin.config)
+    theirs = CostModel(arch.axes(swin), arch.weights(swin))()
+    config = str(student(tmp_path / "small"))
+    named = {"id2label": dict(enumerate(CLASSES)), "label2id": {one: i for i, one in enumerate(CLASSES)}}
+    Path(config).write_text(MobileViTConfig(**STUDENT, **named).to_json_string())
+    live, other = (plan(recipe(one), config) for one in ("live", teacher))
+    for facts, macs, parameters in (
+        (live, live["before"]["macs_per_token"], live["before"]["parameters"]["total"]),
+        (other, int(theirs.macs), int(theirs.total)),
+    ):
+        taught = next(one for one in facts["stages"] if one["stage"] == "distill")
+        (row,) = [one for one in taught["passes"] if one["what"] == "teacher"]
+        assert row["flops_at_most"] == 2 * macs * 2 * 4
+        trained = next(one for one in facts["training"] if one["stage"] == "distill")
+        own = facts["after"]["parameters"]["total"]
+        assert trained["memory_bytes_estimated"]["weights"] == 4 * (own + parameters)
+        assert trained["flops_at_most"] == taught["flops_at_most"]
+    assert not any("not in what is counted" in note for note in other["notes"])
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:

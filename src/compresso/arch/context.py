@@ -25,9 +25,17 @@ def tokens_of_picture(config: PreTrainedConfig) -> int:
 
 
 def macs_of(model: PreTrainedModel) -> dict[str, str]:
-    """`{"macs_of": "picture"}` where multiply-accumulates are counted by picture, else nothing: by token."""
-    whole = model.main_input_name == "pixel_values" and tokens_of_picture(model.config) == 1
-    return {"macs_of": "picture"} if whole else {}
+    """`{"macs_of": "picture"}` where multiply-accumulates are counted by picture, "patch" where by patch (and a class
+    token as one), else nothing: by token.
+    """
+    if model.main_input_name != "pixel_values":
+        return {}
+    return {"macs_of": unit_of_picture(model.config)}
+
+
+def unit_of_picture(config: PreTrainedConfig) -> str:
+    """What multiply-accumulates of a model of pictures are counted by: "picture", or "patch" where it is cut."""
+    return "picture" if tokens_of_picture(config) == 1 else "patch"
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

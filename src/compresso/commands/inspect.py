@@ -32,8 +32,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             f" {parameters['norms']:,}"
         )
         macs, cached = facts["macs_per_token"], facts["kv_bytes_per_token"]
-        if facts.get("macs_of") == "picture":
-            console.print(f"  {macs:,} multiply-accumulates a picture")
+        if "macs_of" in facts:  # of a model of pictures
+            console.print(f"  {macs:,} multiply-accumulates a {facts['macs_of']}")
         else:
             console.print(f"  {macs:,} multiply-accumulates and {cached:,} cache bytes a token")
     table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")

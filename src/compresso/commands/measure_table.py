@@ -19,6 +19,7 @@ _LABELS = {
     "bytes/disk": "weight files",
     "macs/token": "MACs a token",
     "macs/picture": "MACs a picture",
+    "macs/patch": "MACs a patch",
     "kv_bytes/token": "KV cache a token",
     "memory/peak": "peak memory",
     "prefill": "prefill tokens/s",

@@ -44,7 +44,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         cure = "an epoch of it is below" if facts.get("data") else "give --data"
         console.print(f"?: the length of the data decides; {cure}.", soft_wrap=True)
     console.print(
-        f"{unit.capitalize()}s are at most these. Time is estimated from the passes over the model at the"
+        f"{_several(unit).capitalize()} are at most these. Time is estimated from the passes over the model at the"
         f" matrix-product rate of {facts['device']}; real steps take longer.",
         soft_wrap=True,
     )
@@ -175,7 +175,9 @@ def _data(data: Mapping[str, Any]) -> list[str]:
 
 def _costs(facts: Mapping[str, Any]) -> Table:
     """A row for each kind of passes of each stage."""
-    table = Table(title=f"What the stages take, in {facts['counted_by']}s", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"What the stages take, in {_several(facts['counted_by'])}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("stage", no_wrap=True)
     table.add_column("passes")
     for name in ("forward", "backward", "FLOPs", "time"):
@@ -196,6 +198,11 @@ def _costs(facts: Mapping[str, Any]) -> Table:
         if one["merging"]:
             table.add_row("", "merging", "-", "-", _short(one["merging"]["flops"]), "")
     return table
+
+
+def _several(unit: str) -> str:
+    """More than one of what is counted by."""
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
 
 
 def _short(count: float | None) -> str:

@@ -19,7 +19,7 @@ from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.data.batches import pad_id
 from compresso.edit.round_inputs import keep_inputs_, round_inputs_
 from compresso.engines.onnx_runtime import ONNX, WITHIN, OnnxEngine
-from compresso.engines.openvino import OPENVINO
+from compresso.engines.openvino import OPENVINO, names_read
 from compresso.engines.parity import TEXT, Format, Parity, within_rounding
 from compresso.engines.transformers import OWN, PACKED
 from compresso.engines.written import Live, missing_writer
@@ -170,7 +170,7 @@ def _onnx_runtime(folder: Path) -> Opened:
 def _openvino(folder: Path) -> Opened:
     core = library("openvino").Core()
     compiled: Any = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    known = {one.any_name for one in compiled.inputs}
+    known = names_read(compiled)
 
     def run(given: dict[str, Tensor]) -> Tensor:
         found = compiled({name: ids.numpy() for name, ids in given.items() if name in known})

@@ -9,6 +9,13 @@ from compresso.engines.onnx_runtime import OnnxEngine, OnnxModel
 from compresso.formats.onnx import GRAPH, library
 
 
+def names_read(compiled: Any) -> set[str]:
+    """All names of what a compiled graph reads. OpenVINO drops the casts at the edge of a graph in half precision, and
+    an input has the names of both sides then, of which `any_name` may give the one that nobody knows.
+    """
+    return {name for one in compiled.inputs for name in one.names}
+
+
 class OpenVinoModel(OnnxModel):
     """A folder that `save_onnx` wrote, open in OpenVINO on the CPU; used like an `OnnxModel`.
 
@@ -25,7 +32,7 @@ class OpenVinoModel(OnnxModel):
             {"INFERENCE_NUM_THREADS": threads} if threads else {}
         )
         self._compiled: Any = core.compile_model(core.read_model(str(folder / GRAPH)), "CPU", settings)
-        return {one.any_name for one in self._compiled.inputs}
+        return names_read(self._compiled)
 
     def _run(self, given: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         found = self._compiled(given)

@@ -1,13 +1,15 @@
 """A written ONNX graph of a model of pictures in 8 bits, weights and activations, by calibration pictures.
 
-The rounding is static: what convolutions and matrix products read has a scale, between the least and the largest value
-that the calibration pictures show, and each row of weights has one (ONNX Runtime's own quantizer, pairs of
-QuantizeLinear and DequantizeLinear, which OpenVINO reads, too). Weights take 7 of their 8 bits: without VNNI a
-processor adds pairs of products in 16 bits, where 8 would overflow. Norms, softmax and activation functions stay
-float32.
+The rounding is static: what convolutions and matrix products read has a scale, and each row of weights has one (ONNX
+Runtime's own quantizer, pairs of QuantizeLinear and DequantizeLinear, which OpenVINO reads, too). A scale covers the
+magnitudes of all but one in 10,000 values that the calibration pictures show: single far ones would make the steps of
+all others coarser. Weights take 7 of their 8 bits: without VNNI a processor adds pairs of products in 16 bits,
+where 8 would overflow. The first layer, which reads colours, and the last, which makes logits, stay float32, as do
+norms, softmax and activation functions.
 """
 
-from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 from compresso.formats.onnx import library, quiet
 
 _ROUNDED = ("Conv", "MatMul", "Gemm")
+COVERED = 99.99
+"""Percent of a tensor's values whose magnitude its scale covers."""
 
 
 def calibrated(whole: Path, graph: Path, pictures: Tensor) -> None:
@@ -30,32 +34,58 @@ def calibrated(whole: Path, graph: Path, pictures: Tensor) -> None:
     Raises ExportError if a library is not installed.
     """
     quantization = library("onnxruntime.quantization")
-    shapes = library("onnxruntime.quantization.shape_inference")
+    utilities = library("onnxruntime.quantization.quant_utils")
     folded = whole.with_name("folded.onnx")
     with quiet():
+        shapes = library("onnxruntime.quantization.shape_inference")
         shapes.quant_pre_process(str(whole), str(folded), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(folded),
-            str(graph),
-            _Reader(pictures),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(_ROUNDED),
+        ranges = _ranges(folded, pictures)
+        model = utilities.load_model_with_shape_infer(folded)
+        names = [node.name for node in model.graph.node if node.op_type in _ROUNDED]
+        quantizer = quantization.QDQQuantizer(
+            model,
             per_channel=True,
             reduce_range=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
+            weight_qType=quantization.QuantType.QInt8,
+            activation_qType=quantization.QuantType.QUInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=[*names[:1], *names[-1:]],
+            op_types_to_quantize=list(_ROUNDED),
+            extra_options={},
         )
+        quantizer.quantize_model()
+        quantizer.model.save_model_to_file(str(graph))
     for path in whole.parent.glob("folded.onnx*"):
         path.unlink()
 
 
-class _Reader:
-    """Pictures one by one, as the quantizer asks for them; its own base class only names this method."""
+def _ranges(folded: Path, pictures: Tensor) -> Any:
+    """The range of each tensor that is rounded, as the quantizer takes it. The pictures are shown one by one, where
+    `quantize_static` keeps all that a network computes of all of them, which is gigabytes.
+    """
+    calibrate = library("onnxruntime.quantization.calibrate")
+    calibrator = calibrate.create_calibrator(
+        folded,
+        list(_ROUNDED),
+        str(folded.with_name("folded.onnx.shown")),
+        calibrate.CalibrationMethod.Percentile,
+        extra_options={"percentile": COVERED},
+    )
+    with redirect_stdout(StringIO()):  # it prints what it does
+        for picture in pictures.float().numpy():
+            calibrator.collect_data(_Reader(picture))
+        return calibrator.compute_data()
 
-    def __init__(self, pictures: Tensor) -> None:
-        self._left: Iterator[np.ndarray[Any, Any]] = iter(pictures.float().numpy())
+
+class _Reader:
+    """One picture [channels, height, width], as the quantizer asks for its data; its own base class only names this
+    method.
+    """
+
+    def __init__(self, picture: np.ndarray[Any, Any]) -> None:
+        self._left: list[np.ndarray[Any, Any]] = [picture]
 
     def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        """The next picture by the name of the graph's input; None at the end."""
-        picture = next(self._left, None)
-        return None if picture is None else {"pixel_values": picture[None]}
+        """The picture by the name of the graph's input; None behind it."""
+        return {"pixel_values": self._left.pop()[None]} if self._left else None

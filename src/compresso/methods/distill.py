@@ -21,6 +21,7 @@ has a Swin teach a MobileViT; its logits alone are compared.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,13 +30,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
-from compresso.arch.context import width_of
+from compresso.arch.context import tokens_of_picture, width_of
 from compresso.arch.costs import cost_of
 from compresso.core.distillation import Divergence
 from compresso.core.measures import NONE
 from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.stage import AdamW, Effects, Learning, Passes, Trains, TunesLora, Watches, stage
+from compresso.stage import AdamW, Effects, Foreign, Learning, Passes, Trains, TunesLora, Watches, stage
 from compresso.stage.cached_teaching import CachedTeacher, Question, rows_seen
 from compresso.stage.tuning import (
     check_routers,
@@ -166,11 +167,10 @@ class Distill:
         """What another teacher takes."""
         if not self._other:
             return []
-        source, shaped = open_teacher(self.teacher), shaped_teacher(self.teacher)
-        counted = cost_of(arch_for(shaped.config), shaped, NONE)()
+        source, taught = open_teacher(self.teacher), _counted(self.teacher)
         return [
-            f"{source.name} teaches in the place of the dense model: {int(counted.total):,} parameters in memory, and"
-            f" {int(counted.macs):,} multiply-accumulates a picture, which are not in what is counted"
+            f"{source.name} teaches in the place of the dense model: {taught.parameters:,} parameters in memory, and"
+            f" {taught.macs:,} multiply-accumulates a picture"
         ]
 
     def learning(self) -> Learning:
@@ -179,6 +179,7 @@ class Distill:
         cached = self.teacher_top if self.teacher == "cached" else None
         own: dict[str, Any] = {"frozen": True, "own": router_numbers} if self.train == "router" else {}
         how: dict[str, Any] = {"teacher": True, "chunk": self.chunk, "cached": cached, "spreads": True, **own}
+        how["other"] = partial(_counted, self.teacher) if self._other else None
         return Learning(self.trains, [self.trains.steps], lora, **how)
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
@@ -299,3 +300,10 @@ class Distill:
             tokens=self.tokens,
             chunk=self.chunk,
         )
+
+
+def _counted(teacher: str) -> Foreign:
+    """What another teacher takes, by its shapes. Raises CheckpointError."""
+    shaped = shaped_teacher(teacher)
+    found = cost_of(arch_for(shaped.config), shaped, NONE)()
+    return Foreign(int(found.total), int(found.macs) * tokens_of_picture(shaped.config))

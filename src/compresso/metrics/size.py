@@ -62,9 +62,9 @@ def size_measurements(
         environment: where this is done.
 
     Returns:
-        "parameters/total", "parameters/blocks", "parameters/embeddings", "parameters/norms" (parameters), "macs/token"
-        or "macs/picture" (macs), "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes, measured). Without a
-        described architecture only the total and the bytes on disk; the total's remark says so.
+        "parameters/total", "parameters/blocks", "parameters/embeddings", "parameters/norms" (parameters), "macs/token",
+        "macs/picture" or "macs/patch" (macs), "kv_bytes/token" (bytes), all counted, and "bytes/disk" (bytes,
+        measured). Without a described architecture only the total and the bytes on disk; the total's remark says so.
 
     Raises:
         ArchError: a described architecture, but modules that are not what its config says.

@@ -48,8 +48,8 @@ def losses_under(
         model: run in evaluation mode; its weights are not touched.
         axes: those that masks may name.
         masks: one mapping a sub-model, axis name -> [size], any floating dtype; axes that it does not name are whole.
-        batches: what the model reads, an attention mask [batch, seq] among it, and labels; all of them are moved to
-            the model's device, once.
+        batches: what the model reads, of texts an attention mask [batch, seq] among it, and labels; all of them are
+            moved to the model's device, once.
         loss: of a batch.
         mean_over: "tokens" weighs every labelled token alike, "batches" every batch.
         journal: of the losses; those it holds are read instead of taken again, bit for bit. None keeps none.
@@ -73,7 +73,7 @@ def losses_under(
         data = _digest(value for batch in batches for _, value in sorted(batch.items()))
         digests = [_digest((mask[axis] for axis in sorted(mask)), *sorted(mask), data, mean_over) for mask in masks]
         losses = _known(journal, digests)
-    tokens = float(sum(batch.given["attention_mask"].numel() for batch in given))
+    tokens = float(sum(batch.given.get("attention_mask", batch.labels).numel() for batch in given))
     shown = progress or Progress("silent")
     model.eval()
     with (
@@ -135,7 +135,8 @@ class _Batch:
     @classmethod
     def of(cls, batch: Mapping[str, Tensor], device: torch.device, loss: Loss) -> "_Batch":
         given = {name: value.to(device) for name, value in batch.items()}
-        labels = loss.predicted(given["labels"], given["attention_mask"])
+        mask = given.get("attention_mask")  # pictures have none
+        labels = given["labels"] if mask is None else loss.predicted(given["labels"], mask)
         return cls(given, labels, loss.terms(labels))
 
 

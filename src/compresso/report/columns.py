@@ -77,6 +77,7 @@ _WORDS = {
     "bytes/disk": "on disk",
     "macs/token": "MACs a token",
     "macs/picture": "MACs a picture",
+    "macs/patch": "MACs a patch",
     "kv_bytes/token": "KV cache a token",
     "kl": "KL divergence",
     "top1_agreement": "same first choice",

@@ -44,7 +44,8 @@ def asked(run: Run) -> Rows:
             rounds = f" in {knobs['rounds']} rounds" if knobs.get("rounds") else ""
             if isinstance(targets := knobs.get("family"), dict):
                 rounds = f" at the last of its targets {', '.join(map(str, targets))}"
-            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {_OF.get(of, of)}{rounds}{removable}"))
+            what = _OF.get(of, of).replace("a token", f"a {records.after.macs_of}")
+            rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {what}{rounds}{removable}"))
     before, after = records.before.parameters, records.after.parameters
     shares = [
         f"{after[part] / before[part]:.1%} of {words}"

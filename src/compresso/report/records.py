@@ -61,7 +61,8 @@ class DataUsed(Strict):
 
 class Counted(Strict):
     """What was counted of a model, and its mean loss on held-out examples in nats a labelled token; of a mixture of
-    experts the parameters that a token meets, too. Multiply-accumulates are those of a token, or of a picture.
+    experts the parameters that a token meets, too. Multiply-accumulates are those of a token, of a picture,
+    or of a patch of one.
     """
 
     parameters: dict[str, int]
@@ -69,7 +70,7 @@ class Counted(Strict):
     kv_bytes_per_token: int
     held_loss: FiniteFloat | None
     active_parameters_per_token: int | None = None
-    macs_of: Literal["token", "picture"] = "token"
+    macs_of: Literal["token", "picture", "patch"] = "token"
 
 
 class Engine(Strict):

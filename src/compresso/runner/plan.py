@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from compresso.arch.context import tokens_of_picture
+from compresso.arch.context import tokens_of_picture, unit_of_picture
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.activations import activation_bytes
 from compresso.runner.data_facts import data_facts
@@ -84,10 +84,10 @@ def plan(
 
     Returns:
         {"recipe", "model", "before", "after", "shapes", "notes", "layouts", "weight_bytes", "counted_by", "device",
-        "stages", "training", "compressed", "data", "trust"}. "counted_by" is "token", or "picture" of models that make
-        no tokens of it. "data" is None where none was given, else as `data_facts` gives it. `after`,
-        `shapes` and `layouts` are those of equal widths in every layer, where equal ones meet the budget: methods that
-        learn or score choose others of the same total.
+        "stages", "training", "compressed", "data", "trust"}. "counted_by" is "token", or of models of pictures
+        "picture", or "patch" where they cut it. "data" is None where none was given, else as `data_facts` gives it.
+        `after`, `shapes` and `layouts` are those of equal widths in every layer, where equal ones meet the budget:
+        methods that learn or score choose others of the same total.
         "stages" holds what each stage runs through its model, "training" what those that train hold in memory,
         "compressed" what those that zero or round do to how many weights. "weight_bytes" has "packed" where weights are
         rounded. Of several devices, rows of "training" have "memory_bytes_spread" where FSDP 2 spreads the model: what
@@ -158,7 +158,7 @@ def plan(
             "after": shown.after["parameters"]["total"] * stored,
             **({} if packed is None else {"packed": packed}),
         },
-        "counted_by": "picture" if not recipe.task.reads_text and length == 1 else "token",
+        "counted_by": "token" if recipe.task.reads_text else unit_of_picture(source.config),
         "device": where.name,
         "stages": stages,
         "training": training,
@@ -202,7 +202,7 @@ def _cost(one: Acted, dense: Mapping[str, Any], length: int, width: int, on_host
             "forwards": passed.forwards,
             "backwards": passed.backwards,
             "flops_at_most": _times(
-                _times(passed.examples, length), flops_per_token(passed, one.macs, dense["macs_per_token"])
+                _times(passed.examples, length), flops_per_token(passed, one.macs, dense["macs_per_token"], length)
             ),
         }
         for passed in one.passes
@@ -236,12 +236,13 @@ def _aligned(one: dict[str, Any], acted: Acted, rate: float) -> float:
     return found
 
 
-def flops_per_token(passed: Passes, macs: int, dense_macs: int) -> float:
+def flops_per_token(passed: Passes, macs: int, dense_macs: int, length: int) -> float:
     """Of passes over a model of `macs` multiply-accumulates a token: 2 forward, 2 for gradients of activations, and 2
-    more where those of weights are taken.
+    more where those of weights are taken. length: tokens of an example, among which another model's passes are shared.
     """
     backward = 4 if passed.weights else 2
-    return (dense_macs if passed.dense else macs) * (2 * passed.forwards + backward * passed.backwards)
+    each = passed.other.macs / length if passed.other else dense_macs if passed.dense else macs
+    return each * (2 * passed.forwards + backward * passed.backwards)
 
 
 def _times(count: float | None, factor: float) -> int | None:
@@ -261,7 +262,7 @@ def _training(
     trains, updates = learning.trains, learning.updates
     tokens = _times(updates, trains.batch * length)
     at_once = min(trains.micro_batch, trains.batch // count) * length
-    teacher = dense["parameters"]["total"] if learning.teacher else 0
+    teacher = learning.parameters_of_teacher(dense["parameters"]["total"])
     at_a_time = one.parameters + teacher if learning.cached is None else max(one.parameters, teacher)
     memory = {
         "weights": at_a_time * width,
@@ -270,7 +271,7 @@ def _training(
     }
     if count > 1:
         memory["exchanged"] = sum(one.trainable.values()) * GRADIENT_BYTES
-    per_token = sum(flops_per_token(passed, one.macs, dense["macs_per_token"]) for passed in learning.passes())
+    per_token = sum(flops_per_token(passed, one.macs, dense["macs_per_token"], length) for passed in learning.passes())
     spread = spread_bytes(one, dense["parameters"], width, memory["activations"], count)
     return {
         "stage": one.name,

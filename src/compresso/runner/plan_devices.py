@@ -51,7 +51,7 @@ def spread_bytes(
 
     Training: shares of all weights, gradients and moments; whole are two blocks of each model, what is outside of
     blocks, gradients of as much, and what learns beside the model. Around: the whole model, in float32 where its
-    weights learn, a live teacher, and the slices that the whole is gathered from.
+    weights learn, a live teacher, and the slices that the whole is gathered from. Another model that teaches is whole.
 
     Args:
         one: the stage.
@@ -68,9 +68,10 @@ def spread_bytes(
     inside = sum(one.trainable.values()) - beside
     blocks = max(int(getattr(one.config, "num_hidden_layers", 1)), 1)
     at_once = one.parameters - one.in_blocks + GATHERED * one.in_blocks // blocks
-    teacher = dense["total"] if learning.teacher and learning.cached is None else 0
-    taught = dense["total"] - dense["blocks"] + GATHERED * dense["blocks"] // blocks if teacher else 0
-    of_teacher = dense["blocks"] * width if teacher else 0
+    teacher = learning.parameters_of_teacher(dense["total"]) if learning.cached is None else 0
+    spread = dense["blocks"] if teacher and learning.other is None else 0
+    taught = teacher - spread + GATHERED * spread // blocks
+    of_teacher = spread * width
     slices = (0 if of_all else one.parameters * of_model) + inside * TRAINED_BYTES + of_teacher
     training = (
         -(-slices // count)

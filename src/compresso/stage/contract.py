@@ -44,6 +44,14 @@ if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and 
 
 
 @dataclass(frozen=True)
+class Foreign:
+    """A model that is no form of the run's own: its parameters, and its multiply-accumulates of a whole example."""
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
 class Passes:
     """Passes that a stage runs its model through.
 
@@ -55,6 +63,7 @@ class Passes:
         weights: whether the backward passes take gradients of weights, which cost as much again as those of
             activations.
         dense: whether it is the dense model that runs, not the stage's own.
+        other: another model that runs in the place of both; None for none.
     """
 
     what: str
@@ -63,6 +72,7 @@ class Passes:
     backwards: float = 0
     weights: bool = False
     dense: bool = False
+    other: Foreign | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Learning:
         frozen: no weights of the model learn, and no adapters do.
         own: of a model, the numbers that learn beside its weights, by name; None for none.
         spreads: whether FSDP 2 spreads the model over processes meanwhile, and a live teacher's blocks.
+        other: counts another model that teaches in the place of the dense one; None where that does.
     """
 
     trains: Trains
@@ -95,6 +106,7 @@ class Learning:
     frozen: bool = False
     own: Callable[[PreTrainedModel], dict[str, int]] | None = None
     spreads: bool = False
+    other: Callable[[], Foreign] | None = None
 
     @property
     def updates(self) -> int | None:
@@ -107,7 +119,16 @@ class Learning:
         """The passes of the training, and the teacher's."""
         examples = None if self.updates is None else self.updates * self.trains.batch
         own = Passes("training", examples, backwards=1, weights=self.lora is None and not self.frozen)
-        return [own, Passes("teacher", examples, dense=True)] if self.teacher else [own]
+        if not self.teacher:
+            return [own]
+        other = self.other and self.other()
+        return [own, Passes("teacher", examples, dense=other is None, other=other)]
+
+    def parameters_of_teacher(self, dense: int) -> int:
+        """Of the model that teaches, 0 for none. dense: those of the dense one."""
+        if not self.teacher:
+            return 0
+        return dense if self.other is None else self.other().parameters
 
 
 @runtime_checkable
