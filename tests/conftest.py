@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from compresso.core.quantities import Counted
 from compresso.data import nano
 from compresso.engines import transformers_4
 from compresso.engines import vllm as vllm_engine
-from compresso.errors import ExportError
+from compresso.errors import ExportError, ResourceError
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build, names, read, task_of, with_knob
 from compresso.runner.run import Result, run
@@ -162,6 +162,17 @@ def no_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Runs by command ask no engine, which takes half a minute; a test marked `engines` does."""
     if request.node.get_closest_marker("engines") is None:
         monkeypatch.setattr(sys.modules["compresso.runner.execution"], "parity_records", lambda folder: [])
+
+
+@pytest.fixture(autouse=True)
+def no_picture_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do runs of pictures open both models in processes of their own, but in such tests."""
+
+    def left_out(model: PreTrainedModel) -> NoReturn:
+        raise ResourceError("left out of this test")
+
+    if request.node.get_closest_marker("engines") is None:
+        monkeypatch.setattr("compresso.runner.final_evaluation.picture_memory", left_out)
 
 
 @pytest.fixture(autouse=True)

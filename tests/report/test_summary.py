@@ -1,6 +1,7 @@
 """The five lines that a run ends with."""
 
 from pathlib import Path
+from typing import Any
 
 from compresso.metrics.record import ModelResults, Report
 from compresso.report.records import RunRecords
@@ -43,6 +44,24 @@ def test_each_line_has_both_models(tmp_path: Path) -> None:
     )
     assert said["decoding"].startswith("100.0 -> 90.0 tokens/s, 0.90 x (bytes allow 1.40 x)")
     assert "some/small" in said["written"] and "report.html" in said["written"] and "README.md" in said["written"]
+
+
+def test_a_model_of_pictures_ends_with_frames_and_memory() -> None:
+    given: dict[str, Any] = made.records()
+    given["recipe"] = {**given["recipe"], "task": "segmentation"}
+    found = [
+        (made.number("frames", n, unit="frames/s"), made.number("memory/peak", peak, unit="bytes"))
+        for n, peak in ((15.0, 5e8), (30.0, 4e8))
+    ]
+    records = with_numbers(made.checked(given), found[0], (*found[1], made.number("frames_speedup", 2.0, unit="1")))
+    said = {
+        name: words.strip() for name, _, words in (line.partition("  ") for line in summary(records, Path("small")))
+    }
+    assert said["frames"] == "15.0 -> 30.0 frames/s, 2.00 x" and "decoding" not in said
+    assert said["memory"] == "500 MB -> 400 MB of a process that reads one picture"
+    told = summary(with_numbers(made.checked(given), (), ()), Path("small"))
+    assert any(line.startswith("frames") and "not measured" in line for line in told)
+    assert any(line.startswith("memory") and "not measured" in line for line in told)
 
 
 def test_what_was_not_measured_says_why() -> None:

@@ -26,6 +26,7 @@ from compresso.report.stage_table import stage_table
 from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
 from compresso.report.templating import environment
 from compresso.report.trust_rows import TITLES, trust_rows
+from compresso.tasks.base import task_named
 
 GENERATOR = '<meta name="generator" content="compresso">'
 """What tells a report from another file that lies at its place."""
@@ -151,9 +152,12 @@ def _summary(comparison: Comparison, results: ModelResults) -> dict[str, Any]:
     of_dense = f"{100 * total / whole:.1f} % of dense" if total and whole else ""
     lines.append(("parameters", NOT_MEASURED if total is None else written(total, "parameters"), of_dense))
     measured = columns(number for number in results.measurements if number.how == "measured")
-    quality = next((column for table in QUALITY for column in measured if group(column.name) == table), None)
+    task = task_named(run.records.recipe.task) if run else None
+    judged_by = task.metric if task and not task.reads_text else ""
+    told = [column for table in QUALITY for column in measured if group(column.name) == table]
+    quality = next((column for column in told if column.name == judged_by), told[0] if told else None)
     lines.append(_line(quality, results, dense) if quality else ("quality", NOT_MEASURED, ""))
-    speed = next((column for column in measured if column.name.startswith("decode_speedup/")), None)
+    speed = next((one for one in measured if one.name.startswith(("decode_speedup/", "frames_speedup"))), None)
     lines.append(
         (speed.title, written(results.value(speed.name) or 0, "1", speed.name), "of dense, measured")
         if speed

@@ -13,8 +13,8 @@ _HOW = {"estimated": "predicted", "measured": "measured", "counted": "counted"}
 
 
 def summary(records: RunRecords, folder: Path) -> list[str]:
-    """Parameters, bytes, quality on held-out examples, decoding speed with its bound, time where it was budgeted, and
-    where everything lies.
+    """Parameters, bytes, quality on held-out examples, decoding speed with its bound (of pictures frames a second, and
+    memory), time where it was budgeted, and where everything lies.
 
     Args:
         records: of the run.
@@ -25,7 +25,7 @@ def summary(records: RunRecords, folder: Path) -> list[str]:
         ("parameters", _counted(records)),
         ("bytes", _bytes(records, dense, pruned)),
         _quality(records, dense, pruned),
-        ("decoding", _speed(dense, pruned)),
+        *_speeds(records, dense, pruned),
         *([("time", words)] if (words := _time(dense, pruned)) else []),
         *([("trust", words)] if (words := _trust(pruned)) else []),
         (
@@ -62,6 +62,27 @@ def _quality(records: RunRecords, dense: ModelResults, pruned: ModelResults) -> 
     before = "not measured" if old is None else written(old.value, old.unit, name, old.stderr)
     held = f"{examples} held-out example{'' if examples == 1 else 's'}"
     return label, f"{before} -> {shown}, on {held}; guard: {records.guard.verdict}"
+
+
+def _speeds(records: RunRecords, dense: ModelResults, pruned: ModelResults) -> list[tuple[str, str]]:
+    """Of models of texts how fast they decode; of models of pictures frames, and the memory that one takes."""
+    if task_named(records.recipe.task).reads_text:
+        return [("decoding", _speed(dense, pruned))]
+    return [("frames", _frames(dense, pruned)), ("memory", _memory(dense, pruned))]
+
+
+def _frames(dense: ModelResults, pruned: ModelResults) -> str:
+    old, new, ratio = _found(dense, "frames"), _found(pruned, "frames"), _found(pruned, "frames_speedup")
+    if old is None or new is None or ratio is None:
+        return f"not measured: {pruned.not_measured.get('frames', 'no picture was read')}"
+    return f"{old.value:,.1f} -> {new.value:,.1f} frames/s, {ratio.value:.2f} x"
+
+
+def _memory(dense: ModelResults, pruned: ModelResults) -> str:
+    old, new = _found(dense, "memory/peak"), _found(pruned, "memory/peak")
+    if old is None or new is None:
+        return f"not measured: {(pruned.not_measured | dense.not_measured).get('memory', 'no picture was read')}"
+    return f"{written(old.value, 'bytes')} -> {written(new.value, 'bytes')} of a process that reads one picture"
 
 
 def _speed(dense: ModelResults, pruned: ModelResults) -> str:

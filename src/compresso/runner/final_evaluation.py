@@ -22,6 +22,7 @@ from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.edit.stock import as_stock
+from compresso.errors import CompressoError
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
 from compresso.metrics.forward import context_of
@@ -35,6 +36,7 @@ from compresso.metrics.segments import SegmentScore
 from compresso.runner.budgeted_time import obstacle, predicted, timed
 from compresso.runner.evaluated import DENSE, PRUNED, Evaluated, FinalEvaluation
 from compresso.runner.evaluation_settings import EvaluationSettings, evaluation_settings
+from compresso.runner.picture_memory import picture_memory
 from compresso.runner.trust_check import TrustCheck, trust_found
 from compresso.sweep.memory import available
 from compresso.tasks.base import Score
@@ -134,8 +136,11 @@ def take(
         with shown.working("timing frames of both models"):
             for name, frames in frame_measurements(models).items():
                 results[name].measurements += frames
+        with shown.working("measuring the memory of both models"):
+            for name, model in models.items():
+                _add_memory(results[name], model)
     elif not job.task.reads_text:
-        results[PRUNED].not_measured["frames"] = lacking or ASKED
+        results[PRUNED].not_measured |= {"frames": lacking or ASKED, "memory": lacking or ASKED}
     if job.measures.latency is not None:
         _add_times(results, job, source, models, extent)
     if DENSE in models and kept is not None and before is not None:  # examples may have been dropped since
@@ -146,6 +151,14 @@ def take(
     if trust is not None and trust.extent != "none":
         _add_trust(results, job, trust, models, {DENSE: theirs, PRUNED: job.tokenizer}, guard, prompt_on)
     return FinalEvaluation(results[DENSE], results[PRUNED], guard)
+
+
+def _add_memory(result: Evaluated, model: PreTrainedModel) -> None:
+    """What a process takes that reads one picture, or why that is not known."""
+    try:
+        result.measurements += (picture_memory(model),)
+    except CompressoError as error:
+        result.not_measured["memory"] = str(error)
 
 
 def _add_trust(

@@ -15,21 +15,19 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
 from compresso.checkpoint.kinds import auto_class
-from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source
 from compresso.core.cost import CostModel
 from compresso.core.picture_table import PictureTable, Width
 from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, DataError
-from compresso.formats.hf import save_checkpoint
 from compresso.formats.plain import plain_obstacle
 from compresso.metrics.frames import frame_measurements
-from compresso.metrics.memory import peak_memory
 from compresso.metrics.record import Environment
 from compresso.runner.dry_budget import dry_run_plan
 from compresso.runner.dry_run import SOME_LABELS
 from compresso.runner.measured_budget import machine_here
 from compresso.runner.picture_budget import picture_facts
+from compresso.runner.picture_memory import picture_memory
 from compresso.runner.recipe import build
 from compresso.tasks.base import Task, tasks
 
@@ -68,15 +66,11 @@ def picture_table(
     if len(models) < 2:
         raise ArchError(f"{source.name}: its config holds no two of {levels} widths; give a model with more channels")
     peaks = dict[str, float]()
-    with scratch_folder() as scratch:
-        for name, model in models.items():
-            folder = scratch / name
-            save_checkpoint(model, arch_for(model.config).shapes(model), folder)
-            on_cpu = device.type == "cpu"
-            peaks[name] = float(peak_memory(folder, device=device, dtype=dtype, whole=on_cpu).value)
-            advance("peak memory")
-        frames = frame_measurements(models, rounds=rounds)
-        advance("time of a picture")
+    for name, model in models.items():
+        peaks[name] = float(picture_memory(model).value)
+        advance("peak memory")
+    frames = frame_measurements(models, rounds=rounds)
+    advance("time of a picture")
     widths = [Width(float(name), macs[name], 1e3 / found[0].value, peaks[name]) for name, found in frames.items()]
     return PictureTable(
         picture_facts(source, task.name),
