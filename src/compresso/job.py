@@ -114,12 +114,11 @@ class Job:
         return replace(self, records={**self.records, stage: {**self.records.get(stage, {}), **facts}})
 
     def unseen(self) -> frozenset[int]:
-        """Places among `rows` of those that no stage has fitted weights to, where stages that fit them keep some apart
-        and say so in their records; else none.
+        """Places among `rows` of those that the last stage which keeps some apart, and says so in its records, has not
+        fitted weights to; none where no stage does. A stage that trained since has seen these as it has all others.
         """
         told = [facts["unseen"] for facts in self.records.values() if "unseen" in facts]
-        places = [frozenset(one["places"]) for one in told if one["of"] == len(self.rows)]
-        return frozenset[int].intersection(*places) if places else frozenset()
+        return frozenset(told[-1]["places"]) if told and told[-1]["of"] == len(self.rows) else frozenset()
 
     def cost(self) -> CostModel:
         """Counts the model as it is now, under masks of query heads, too, and measures it as the run has budgets of.

@@ -127,6 +127,7 @@ def test_packed_experts_behind_a_layer_that_lost_its_mixture(tmp_path: Path) -> 
     shrink_(model, arch.axes(model), Plan({"mlp": (1,), "layers.1.experts": (0, 2, 3, 5)}))
     save_checkpoint(model, arch.shapes(model), tmp_path / "out")
     own = load_model(open_source(tmp_path / "out"))
+    own.config.auto_map = {"AutoConfig": "owner/name--theirs.Config"}  # as a stranger's folder may have it
     left = tuple(name for name in packing.linears if "layers.0.mlp" not in name)
     save_packed(own, Packing(left, 4, 8), tmp_path / "packed")
     ids = torch.arange(3, 40).unsqueeze(0)
@@ -134,6 +135,9 @@ def test_packed_experts_behind_a_layer_that_lost_its_mixture(tmp_path: Path) -> 
     torch.testing.assert_close(
         compresso.load(tmp_path / "packed").model(input_ids=ids).logits, expected, rtol=0, atol=1e-5
     )
+    auto_map = json.loads((tmp_path / "packed" / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert all(one.startswith(f"{MOE_FILE.stem}.Compresso") for one in auto_map.values())
     assert (tmp_path / "packed" / MOE_FILE.name).read_bytes() == MOE_FILE.read_bytes()
     assert "trust_remote_code=True" in (tmp_path / "packed" / "README.md").read_text()
     with safe_open(tmp_path / "packed" / "model.safetensors", "pt") as file:

@@ -38,7 +38,12 @@ from compresso.edit.shrink import shrink_
 from compresso.edit.stock import as_stock
 from compresso.errors import ExportError
 from compresso.formats.hf import save_checkpoint
+from compresso.job import Job
 from compresso.native import MOE_CLASSES, MOE_FILE, mixture_family_of, stock_type
+from compresso.runner.options import recipe_for
+from compresso.runner.recipe import read
+from compresso.runner.saved_stages import load_stage, save_stage
+from compresso.runner.task_options import for_model
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}
@@ -135,6 +140,33 @@ def test_what_is_written_computes_what_the_masked_model_does(family: str, plan: 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_finished_stage_of_such_a_folder_is_opened_again(plan: str, whole: bool, tmp_path: Path) -> None:
+    """Also one that trained all weights, which is saved as a checkpoint of its own."""
+    written("mixtral", PLANS[plan], tmp_path / "source")
+    source = open_source(tmp_path / "source")
+    model = as_stock(load_model(source))
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    arch, own = arch_for(model.config), Plan()
+    job = Job(model, arch, None, [], [], own, {}, {}, seed=0, out=tmp_path)
+    save_stage(job, {}, tmp_path / "stage", whole=whole)
+    again, plan_again, _ = load_stage(tmp_path / "stage", source, torch.float32, torch.device("cpu"))
+    assert type(again) is type(model) and plan_again == own
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_unequal_heads_are_read_by_every_recipe(tmp_path: Path) -> None:
+    """transformers raises where a field that layers say for themselves is asked of the whole config."""
+    written("mixtral", {"layers.0.heads": (0,)}, tmp_path / "source")
+    config = open_source(tmp_path / "source").config
+    for name in ("moe/layer-drop", "moe/expert-drop", "wanda/attention-20", "ristretto", "gate-taylor"):
+        recipe_for(read(name), "auto", config)
+    for_model({**read("gate-taylor"), "task": "classification"}, config)
 
 
 def test_a_layer_without_its_mixture_costs_attention_alone() -> None:

@@ -18,9 +18,17 @@ from tests.runner.test_one_shot import SETS
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 import compresso
+from compresso.arch.base import arch_for
 from compresso.checkpoint.expert_pieces import Pieces, pieces_of
 from compresso.checkpoint.header import read_header
+from compresso.checkpoint.load import load_model
+from compresso.checkpoint.source import open_source
+from compresso.core.plan import Plan
 from compresso.data import nano
+from compresso.edit.shrink import shrink_
+from compresso.edit.stock import as_stock
+from compresso.formats.hf import save_checkpoint
+from compresso.native import MOE_FILE
 from compresso.runner.options import with_options
 
 TOKENS = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -78,6 +86,28 @@ def test_the_bytes_are_those_of_a_run_in_memory(
     assert one.keys() == other.keys() == stored(folder).keys()
     assert all(torch.equal(tensor, other[own]) for own, tensor in one.items())
     assert whole.records["after"] == offloaded.records["after"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_reopening")
+def test_the_class_beside_an_offloaded_result_is_ours_and_not_the_source_s(instructions: Path, tmp_path: Path) -> None:
+    """A folder of ours opens by the class that is imported here, so that whatever lies in its Python file is not run:
+    it is not handed on either, nor is an auto_map that names other code.
+    """
+    folder, own = checkpoint(tmp_path / "moe", "mixtral", torch.float32), tmp_path / "own"
+    model = as_stock(load_model(open_source(folder)))
+    arch = arch_for(model.config)
+    shrink_(model, arch.axes(model), Plan({"mlp": (1,)}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert save_checkpoint(model, arch.shapes(model), own, tokenizer=tokenizer) == "native"
+    (own / MOE_FILE.name).write_text("raise SystemExit\n" + MOE_FILE.read_text())
+    config = json.loads((own / "config.json").read_text())
+    named = config.pop("auto_map")
+    (own / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "owner/name--theirs.Config"}}))
+    result = done("wanda", own, instructions, tmp_path / "out", offload=True)
+    assert result.records["layout"] == "native"
+    assert (tmp_path / "out" / MOE_FILE.name).read_bytes() == MOE_FILE.read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == named
 
 
 @pytest.mark.slow

@@ -21,11 +21,10 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.store import DTYPES
 from compresso.errors import ExportError, NumericError
 from compresso.formats.beside import write_beside
-from compresso.native import MODELING_FILE, MOE_FILE
+from compresso.native import per_layer_auto_map, per_layer_file
 from compresso.sweep.offload import Offloaded
 
-_CLASSES = (MODELING_FILE.name, MOE_FILE.name)
-_COPIED = ("generation_config.json", *_CLASSES)
+_GENERATION = "generation_config.json"
 
 
 def save_offloaded(
@@ -70,12 +69,15 @@ def save_offloaded(
         folder / "model.safetensors.index.json",
         json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n",
     )
-    for name in _COPIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
-    write_beside(folder, read_json(source.config_file), offloaded.model, tokenizer, source.folder)
-    own = any((folder / name).is_file() for name in _CLASSES)
-    layout: Literal["uniform", "native"] = "native" if own else "uniform"
+    if (source.folder / _GENERATION).is_file():
+        shutil.copyfile(source.folder / _GENERATION, folder / _GENERATION)
+    model_type = source.config.model_type
+    config = {key: value for key, value in read_json(source.config_file).items() if key != "auto_map"}
+    layout: Literal["uniform", "native"] = "uniform"
+    if (file := per_layer_file(model_type)) is not None:  # ours, whatever lies beside the source
+        shutil.copyfile(file, folder / file.name)
+        config["auto_map"], layout = per_layer_auto_map(model_type), "native"
+    write_beside(folder, config, offloaded.model, tokenizer, source.folder)
     return layout, _compared(offloaded, folder, ids, atol)
 
 

@@ -35,7 +35,7 @@ from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
 from compresso.formats.config_text import config_text, older_obstacle, readers
 from compresso.formats.packed_experts import as_written, check_experts, unstacked, written_linears
-from compresso.native import per_layer_file
+from compresso.native import per_layer_auto_map, per_layer_file
 
 TESTED = "0.20.0"
 _MOST = 8
@@ -161,6 +161,9 @@ def save_packed(
     for name, weight in linears.items():
         state |= {f"{name}.{part}": tensor for part, tensor in _packed(name, weight, packing).items()}
     config = {**json.loads(model.config.to_json_string()), "quantization_config": quantized}
+    config.pop("auto_map", None)  # of code that is not written here
+    if auto_map := per_layer_auto_map(model.config.model_type):
+        config["auto_map"] = auto_map
     with new_folder(folder, force) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items()},

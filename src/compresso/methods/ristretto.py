@@ -241,15 +241,16 @@ class Ristretto:
         return build(job, levels).note("ristretto", unseen=unseen(job.rows, of_judges, of_compared), **told)
 
     def split_rows(self, job: Job) -> tuple[list[Row], list[Row], list[Row]]:
-        """Rows for the bank and repairs, rows to judge by, and rows to compare candidates of an evolution on, drawn
-        without repetition. Raises DataError.
+        """Rows for the bank and repairs, rows to judge by, and rows to compare candidates of an evolution on, or else
+        to choose repairs of what is judged by, drawn without repetition. Raises DataError.
         """
         seen, judges, compared = ([job.rows[i] for i in places] for places in self._places(job))
         return seen, judges, compared
 
     def _places(self, job: Job) -> list[list[int]]:
         """Of these rows among the job's."""
-        most = [self.judge_rows, self.calibrates.examples if self.search == "evolve" else 0]
+        chosen_by = self.judge_rows if self.judged == "repaired" else 0
+        most = [self.judge_rows, self.calibrates.examples if self.search == "evolve" else chosen_by]
         return places_apart(job.rows, most, mixed_seed("ristretto rows", job.seed))
 
     def _order(self, first: Beginnings, axes: Sequence[Axis]) -> list[int]:

@@ -127,4 +127,14 @@ def per_layer_file(model_type: str) -> Path | None:
     return MODELING_FILE if family_of(model_type) else MOE_FILE
 
 
+def per_layer_auto_map(model_type: str) -> dict[str, str]:
+    """What the config of a model whose layers differ says of its classes, in `per_layer_file`; {} of others."""
+    for families, file in ((CLASSES, MODELING_FILE), (MOE_CLASSES, MOE_FILE)):
+        for config, decoder, language_model in families.values():
+            if config.model_type == model_type:
+                named = {"AutoConfig": config, "AutoModel": decoder, "AutoModelForCausalLM": language_model}
+                return {auto: f"{file.stem}.{cls.__name__}" for auto, cls in named.items()}
+    return {}
+
+
 register()

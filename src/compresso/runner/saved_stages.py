@@ -37,7 +37,7 @@ _TENSORS = "tensors.safetensors"
 def save_stage(job: Job, before: Mapping[str, Any], folder: Path, whole: bool = False) -> None:
     """Write a finished stage into a folder.
 
-    whole: as a checkpoint that can be opened by itself, which takes a model whose layers have the same widths.
+    whole: as a checkpoint that can be opened by itself, in whatever layout holds the model.
     """
     records = {"before": before, "stages": job.records, "patches": written(job.patches)}
     files = {"plan.json": job.plan.to_json(), "records.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
@@ -47,7 +47,7 @@ def save_stage(job: Job, before: Mapping[str, Any], folder: Path, whole: bool = 
         )
     elif whole:
         save_checkpoint(
-            job.model, job.arch.shapes(job.model), folder, layout="uniform", tokenizer=job.tokenizer, files=files
+            job.model, job.arch.shapes(job.model), folder, layout="auto", tokenizer=job.tokenizer, files=files
         )
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def load_stage(
     facts, plan = read_json(folder / "records.json"), Plan.from_json((folder / "plan.json").read_text("utf-8"))
     if not (folder / _TENSORS).is_file():
         return as_stock(load_model(open_source(folder), dtype=dtype, device=device)), plan, facts
-    model = load_model(original, dtype=dtype, device=device)
+    model = as_stock(load_model(original, dtype=dtype, device=device))
     shrink_(model, axes_of(arch_for(model.config), model, (Kind.QUERY,)), plan)
     saved, have = load_file(folder / _TENSORS), _tensors(model)
     for name in sorted(saved.keys() | have.keys()):

@@ -39,8 +39,10 @@ def for_model(raw: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any
     stages = stages_of(raw)
     if task.lacks_head(config) and FIRST not in [name for name, _ in stages]:
         raw = {**raw, "stages": [{FIRST: {}}, *({name: knobs} for name, knobs in stages)]}
+    if not keeps_heads(config):
+        return dict(raw)
     heads = getattr(config, "num_attention_heads", None)  # none where its backbone's config has them
-    return held_to(raw, {Kind.HEAD: int(heads)}) if heads and keeps_heads(config) else dict(raw)
+    return held_to(raw, {Kind.HEAD: int(heads)}) if heads else dict(raw)
 
 
 def keeps_heads(config: PreTrainedConfig) -> bool:
