@@ -75,7 +75,8 @@ def _frames(dense: ModelResults, pruned: ModelResults) -> str:
     old, new, ratio = _found(dense, "frames"), _found(pruned, "frames"), _found(pruned, "frames_speedup")
     if old is None or new is None or ratio is None:
         return f"not measured: {pruned.not_measured.get('frames', 'no picture was read')}"
-    return f"{old.value:,.1f} -> {new.value:,.1f} frames/s, {ratio.value:.2f} x"
+    rounds = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f} to {ratio.high:.2f} over rounds)"
+    return f"{old.value:,.1f} -> {new.value:,.1f} frames/s, {ratio.value:.2f} x{rounds}"
 
 
 def _memory(dense: ModelResults, pruned: ModelResults) -> str:
