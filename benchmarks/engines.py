@@ -119,7 +119,7 @@ def llama_cpp_run(files: list[Path], rounds: int) -> dict[str, Any]:
     }
     script = Path(__file__).with_name("llama_cpp_speed.mjs")
     done = subprocess.run(
-        ["node", str(script), str(llama_cpp._modules())],
+        ["node", str(script), str(llama_cpp.modules())],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
