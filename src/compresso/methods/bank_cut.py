@@ -43,7 +43,7 @@ def places_apart(rows: Sequence[Row], most: Sequence[int], seed: int) -> list[li
 
 
 def unseen(rows: Sequence[Row], *apart: Sequence[int]) -> dict[str, Any]:
-    """What the records say of rows that weights were not fitted to, for `compresso.job.Job.unseen`."""
+    """What the records say of rows that weights were not fitted to, for `Job.unseen`."""
     return {"of": len(rows), "places": sorted(place for places in apart for place in places)}
 
 
