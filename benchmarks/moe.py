@@ -132,7 +132,7 @@ def size(job: Job, pattern: str | None) -> int:
 
 def recovered(job: Job, updates: int, seed: int) -> Job:
     """The job with all weights trained on rows of their own."""
-    more = replace(job, rows=begun_rows(job.tokenizer, seed + 2, 8 * updates))
+    more = replace(job, rows=begun_rows(job.tokenizer, seed + 2, 8 * updates), out=job.out / "recovered")
     if any(told.get("sparsity") for told in job.records.values()):  # zeros stay
         return replace(applied(more, "sparse_finetune", {**KEEPS_ZEROS, "steps": updates}), rows=job.rows)
     return replace(applied(more, "recover", {**RECOVERS, "steps": updates}), rows=job.rows)

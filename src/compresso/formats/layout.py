@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from compresso.arch.base import LayerShape
 from compresso.formats.shrunk import Shrunk
-from compresso.native import CLASSES, MODELING_FILE
+from compresso.native import CLASSES, per_layer_auto_map
 
 Layout = Literal["uniform", "padded", "native"]
 REBUILT = (
@@ -118,11 +118,10 @@ def native_config(model: Shrunk) -> PreTrainedConfig:
         fields["layer_types"] = kinds
     if model.head_eps not in (None, model.eps):
         fields["head_norm_eps"] = model.head_eps
-    config_class, decoder, language_model = CLASSES[model.family]
+    config_class, _, language_model = CLASSES[model.family]
     config = config_class(**fields, **({"per_layer_config": layers} if layers else {}))
     config.architectures = [language_model.__name__]
-    names = {"AutoConfig": config_class, "AutoModel": decoder, "AutoModelForCausalLM": language_model}
-    config.auto_map = {auto: f"{MODELING_FILE.stem}.{cls.__name__}" for auto, cls in names.items()}
+    config.auto_map = per_layer_auto_map(config.model_type)
     return config
 
 

@@ -18,7 +18,8 @@ from compresso.errors import ExportError
 from compresso.formats.layout import REBUILT
 from compresso.formats.packed_experts import as_written
 from compresso.formats.plain import ungrouped
-from compresso.native import MOE_CLASSES, MOE_FILE, mixture_family_of
+from compresso.formats.shrunk import norm_epsilons
+from compresso.native import MOE_CLASSES, mixture_family_of, per_layer_auto_map
 
 _HEADS = {"query_heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
 
@@ -38,8 +39,8 @@ def mixture_config(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreT
     assert family is not None, "callers ask mixture_family_of first"
     if (odd := ungrouped(model, shapes)) is not None:
         raise ExportError(f"layout native cannot hold this {family}: {odd}.")
-    config_class, decoder, language_model = MOE_CLASSES[family]
-    eps, head_eps = _epsilons(model)
+    config_class, _, language_model = MOE_CLASSES[family]
+    eps, head_eps = norm_epsilons(model, model.state_dict())
     fields = {key: value for key, value in model.config.to_dict().items() if key not in REBUILT}
     fields |= {"rms_norm_eps": eps, "head_dim": _head_dim(model, shapes)}
     fields["tie_word_embeddings"] = _tied(model)
@@ -58,8 +59,7 @@ def mixture_config(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreT
     except (ValueError, StrictDataclassError) as error:
         raise ExportError(f"layout native cannot hold this {family}: {reason_of(error)}") from error
     config.architectures = [language_model.__name__]
-    names = {"AutoConfig": config_class, "AutoModel": decoder, "AutoModelForCausalLM": language_model}
-    config.auto_map = {auto: f"{MOE_FILE.stem}.{cls.__name__}" for auto, cls in names.items()}
+    config.auto_map = per_layer_auto_map(config.model_type)
     config.dtype = model.dtype
     _check_complete(model, config)
     return config
@@ -89,24 +89,6 @@ def _numbers(shape: LayerShape, config_class: Any) -> dict[str, int]:
     elif shape.channels:
         own["intermediate_size"] = shape.channels
     return own
-
-
-def _epsilons(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Of the norms over the stream, and of those inside attentions; None without. Raises ExportError where they differ
-    among themselves.
-    """
-    found: dict[bool, dict[float, str]] = {False: {}, True: {}}
-    for name, module in model.named_modules():
-        if (eps := getattr(module, "variance_epsilon", None)) is not None:
-            found[name.endswith((".q_norm", ".k_norm"))].setdefault(float(eps), name)
-    for epsilons in found.values():
-        if len(epsilons) > 1:
-            told = ", ".join(f"{name} {eps:g}" for eps, name in epsilons.items())
-            raise ExportError(
-                f"norms have different epsilons ({told}), and no layout holds more than one. Prune the hidden size in"
-                " all of them."
-            )
-    return next(iter(found[False])), next(iter(found[True]), None)
 
 
 def _head_dim(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> int:

@@ -4,7 +4,7 @@ All widths come from the shapes, the tensors and the live norms, never from the 
 pruning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,6 +54,26 @@ def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
     tied = head is not None and head.weight is embedding.weight
     if tied:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    eps, head_eps = norm_epsilons(model, tensors)
+    described = Shrunk(
+        family=family,
+        config=model.config,
+        tensors=tensors,
+        shapes=tuple(shapes),
+        head_dim=_head_dim(model.config, tensors, shapes),
+        eps=eps,
+        head_eps=head_eps,
+        tied=tied,
+        kinds=_kinds(model.config, shapes),
+    )
+    check_against_tensors(described)
+    return described
+
+
+def norm_epsilons(model: PreTrainedModel, tensors: Collection[str]) -> tuple[float, float | None]:
+    """Of the norms over the stream, and of those inside attentions, None without; of norms whose weights are among some
+    tensors. Raises ExportError where they differ among themselves.
+    """
     found: dict[bool, dict[float, str]] = {False: {}, True: {}}
     for name, module in model.named_modules():
         if (eps := getattr(module, "variance_epsilon", None)) is not None and f"{name}.weight" in tensors:
@@ -65,19 +85,7 @@ def describe(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> Shrunk:
                 f"norms have different epsilons ({told}), and no layout holds more than one. Prune the hidden size in"
                 " all of them."
             )
-    described = Shrunk(
-        family=family,
-        config=model.config,
-        tensors=tensors,
-        shapes=tuple(shapes),
-        head_dim=_head_dim(model.config, tensors, shapes),
-        eps=next(iter(found[False]), model.config.rms_norm_eps),
-        head_eps=next(iter(found[True]), None),
-        tied=tied,
-        kinds=_kinds(model.config, shapes),
-    )
-    check_against_tensors(described)
-    return described
+    return next(iter(found[False]), model.config.rms_norm_eps), next(iter(found[True]), None)
 
 
 def _head_dim(config: PreTrainedConfig, tensors: Mapping[str, Tensor], shapes: Sequence[LayerShape]) -> int:
