@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
 from compresso.arch.costs import cost_of
-from compresso.arch.queries import axes_of
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.arch.whole_layers import NAME as LAYERS
 from compresso.arch.whole_layers import with_layers
-from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.measures import NONE, Measures
 from compresso.core.plan import Plan
@@ -195,7 +194,7 @@ class Job:
         """
         if self.ranks.n > 1:  # near ties may fall otherwise in another process, and shapes must not
             masks = {name: self.ranks.agreed(one.detach().cpu()).to(one.device) for name, one in masks.items()}
-        axes = axes_of(self.arch, self.model, (Kind.QUERY,))
+        axes = axes_of(self.arch, self.model, WITHIN)
         axes = with_layers(axes, self.arch, self.model) if LAYERS in masks else axes
         plan = Plan.from_masks(axes, masks)
         tokens = plan.kept.get("vocab")

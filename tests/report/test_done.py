@@ -52,6 +52,11 @@ def test_the_words_fit_what_was_done(stages: dict[str, Any], word: str, told: li
 def test_what_stayed_whole_is_not_named() -> None:
     kept = {"layers.0.heads": "4/4", "layers.1.queries": "1/2"}
     assert removed_kinds(with_stages({"bonsai": {"units_kept": kept}})) == ["query heads"]
+    narrowed = {"layers.0.heads.1.values": "2/4", "layers.0.heads.1.matches": "2/4", "hidden": "8/16"}
+    assert removed_kinds(with_stages({"homodistil": {"units_kept": narrowed}})) == [
+        "channels of heads",
+        "hidden dimensions",
+    ]
 
 
 @pytest.mark.parametrize(("rounded", "lost"), [(("a.q", "a.k"), True), (("a.q",), False)])

@@ -3,7 +3,7 @@
 import pytest
 
 from compresso.core.plan import Plan
-from compresso.report.removed import CHANNELS, HEADS, HIDDEN, UnitsKept, dense_sizes, units_kept
+from compresso.report.removed import CHANNELS, HEAD_WIDTH, HEADS, HIDDEN, UnitsKept, dense_sizes, units_kept
 from compresso.report.stage_facts import StageFacts
 from tests.conftest import Ran
 from tests.report.made import PLAN, UNITS
@@ -27,6 +27,12 @@ def test_cells_are_the_units_of_the_plan() -> None:
 def test_hidden_dimensions_are_the_same_in_every_layer() -> None:
     cells = units_kept(Plan({"hidden": (0, 2), "layers.1.heads": (0,)}), stage(hidden="2/3", layers_1_heads="1/2"))
     assert [cell for cell in cells if cell.part == HIDDEN] == [UnitsKept(0, HIDDEN, 2, 3), UnitsKept(1, HIDDEN, 2, 3)]
+
+
+def test_heads_that_get_narrower_keep_one_width_a_layer() -> None:
+    plan = Plan({f"layers.1.heads.{head}.{which}": (0, 2) for head in (0, 1) for which in ("matches", "values")})
+    cells = units_kept(plan, {"prune": StageFacts(units_kept=dict.fromkeys(plan.kept, "2/3"))})
+    assert cells == [UnitsKept(1, HEAD_WIDTH, 2, 3)]
 
 
 def test_whole_layers_leave_with_their_parts() -> None:

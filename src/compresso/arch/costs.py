@@ -3,8 +3,7 @@
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.arch.queries import axes_of
-from compresso.core.axis import Kind
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.core.cost import CostModel
 from compresso.core.cost_table import Field
 from compresso.core.measures import NONE, Measures
@@ -21,7 +20,7 @@ def cost_of(arch: Arch, model: PreTrainedModel, measures: Measures = NONE) -> Co
     Raises:
         BudgetError: the table of its times does not hold for it.
     """
-    axes, weights = axes_of(arch, model, (Kind.QUERY,)), arch.weights(model)
+    axes, weights = axes_of(arch, model, WITHIN), arch.weights(model)
     if measures == NONE:
         return CostModel(axes, weights)
     try:

@@ -17,16 +17,22 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, LayerShape
+from compresso.arch.head_channels import NarrowsHeads
 from compresso.core.axis import Axis, Kind
+
+WITHIN = (Kind.QUERY, Kind.HEAD_CHANNEL)
+"""Kinds of units that lie within others, and are there only where they are asked for."""
 
 
 def axes_of(arch: Arch, model: PreTrainedModel, kinds: Collection[Kind]) -> tuple[Axis, ...]:
-    """The axes of a model, with those of its query heads if `kinds` holds them.
+    """The axes of a model, with those of its query heads and of the channels of its heads if `kinds` holds them.
 
     Raises:
         ArchError: the modules are not what the config says.
     """
     axes = arch.axes(model)
+    if Kind.HEAD_CHANNEL in kinds and isinstance(arch, NarrowsHeads):
+        axes = arch.with_head_channels(model, axes)
     return with_queries(axes, arch.shapes(model)) if Kind.QUERY in kinds else axes
 
 

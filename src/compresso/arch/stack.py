@@ -23,6 +23,7 @@ from compresso.arch.absent import NoAttention, NoAttentionSum, NoMlp, NoMlpSum
 from compresso.arch.base import LayerShape
 from compresso.arch.decoder_shape import PLAIN_LAYER_TYPES
 from compresso.arch.encoder_stream import EncoderStream
+from compresso.arch.head_channels import narrow_heads_, with_head_channels
 from compresso.arch.parts import Parts, output_dim
 from compresso.arch.producers import Producers, producers
 from compresso.arch.stack_axes import channels_axis, heads_axis
@@ -73,6 +74,16 @@ class Stack:
     final_norm: tuple[str, ...] = ()
     obeys_head_dim: Callable[[PreTrainedConfig], bool] = _never
     stream: EncoderStream | None = None
+
+    def with_head_channels(self, model: PreTrainedModel, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        """These axes, and those of the channels of heads where hidden dimensions can leave with them: a head is as wide
+        there as the hidden size over the number of heads says.
+        """
+        return tuple(axes) if self.stream is None else with_head_channels(axes, self._where(model), self.parts)
+
+    def narrow_heads_(self, block: nn.Module, width: int) -> None:
+        """Tell a layer, whose tensors are cut, how wide its heads are."""
+        narrow_heads_(block, self.parts, width)
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether the config has this model type."""

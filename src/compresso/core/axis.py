@@ -33,6 +33,9 @@ class Kind(StrEnum):
     """A key/value head together with the query heads that share it."""
     QUERY = "query"
     """One of the query heads that share a key/value head; all key/value heads of a layer keep as many."""
+    HEAD_CHANNEL = "head_channel"
+    """One channel inside a head, of its queries and keys or of its values; all heads of a layer keep as many of both.
+    """
     CHANNEL = "channel"
     """One unit of an FFN's intermediate width, or one channel inside an inverted residual."""
     EXPERT = "expert"
@@ -129,8 +132,9 @@ class Axis:
     """Units that can be removed one by one, and everything that leaves with each.
 
     Args:
-        name: unique in the model and readable: `layers.3.heads`, `layers.3.heads.1.queries`, `layers.3.channels`,
-            `hidden`, `layers`, `attention`, `mlp`, `vocab`.
+        name: unique in the model and readable: `layers.3.heads`, `layers.3.heads.1.queries`,
+            `layers.3.heads.1.matches`, `layers.3.heads.1.values`, `layers.3.channels`, `hidden`, `layers`, `attention`,
+            `mlp`, `vocab`.
         kind: what a unit is.
         size: number of units.
         slices: parameter entries owned by the units.
@@ -152,6 +156,8 @@ class Axis:
             units of that axis that stay keep the same number of theirs.
         groups: runs of units, equally long, that keep as many each (experts under a router that chooses groups first).
         buffers: persistent buffers with one entry a unit along their first dimension, which are cut with them.
+        rooted: entries of what is divided by the root of this axis' width (the queries of an attention whose heads get
+            narrower). Masked training divides by that of the original, so removal scales them by sqrt(kept / size).
     """
 
     name: str
@@ -169,6 +175,7 @@ class Axis:
     layer_norms: tuple[str, ...] = ()
     groups: int = 1
     buffers: tuple[str, ...] = ()
+    rooted: tuple[Slice, ...] = ()
 
     def tilings(self) -> dict[tuple[str, int], list[Slice]]:
         """(parameter, dimension) -> the slices that tile it, in order of their start."""

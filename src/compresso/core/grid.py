@@ -1,4 +1,5 @@
-"""Two levels of units on one dimension: the query heads within key/value heads, whose products are summed unit by unit.
+"""Two levels of units on one dimension: query heads within key/value heads, or channels within heads, whose products
+are summed unit by unit.
 
     entries = sum over g of  h_g (rest + width * sum over r of q_gr)
 
@@ -57,19 +58,22 @@ class Grid:
 def grids(axes: Sequence[Axis]) -> dict[tuple[str, int], Grid]:
     """(parameter, dimension) -> the grid on it.
 
+    Axes of one last name divide the same dimensions.
+
     Raises:
         ValueError: axes within another do not lie in its units, one alike in each.
     """
     by_name = {axis.name: axis for axis in axes}
-    inside: dict[str, dict[int, Axis]] = {}
+    inside: dict[tuple[str, str], dict[int, Axis]] = {}
     for axis in axes:
         if axis.within is not None:
             outer, unit = axis.within
-            if outer not in by_name or unit in inside.setdefault(outer, {}):
+            units = inside.setdefault((outer, axis.name.rpartition(".")[2]), {})
+            if outer not in by_name or unit in units:
                 raise ValueError(f"axis {axis.name} lies within unit {unit} of {outer}, which is not there or taken")
-            inside[outer][unit] = axis
+            units[unit] = axis
     found: dict[tuple[str, int], Grid] = {}
-    for name, units in inside.items():
+    for (name, _), units in inside.items():
         outer = by_name[name]
         if sorted(units) != list(range(outer.size)):
             raise ValueError(f"axes lie within {len(units)} of {outer.size} units of {name}; wanted one in each")

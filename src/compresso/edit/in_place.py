@@ -43,7 +43,8 @@ def same_parameters(model: nn.Module) -> Iterator[None]:
 def cut_moments_(states: States, model: nn.Module, axes: Sequence[Axis], plan: Plan) -> None:
     """Cut an optimizer's state as `shrink_` is about to cut the weights; before it does.
 
-    A norm's weight is multiplied by sqrt(size / kept) then, so that its gradients are divided by that.
+    A norm's weight is multiplied by sqrt(size / kept) then, so that its gradients are divided by that; queries by
+    sqrt(kept / size) where heads get narrower, as many channels leaving in each.
     """
     by_param: dict[str, list[tuple[int, Tensor]]] = {}
     for (name, dim), entries in kept_entries(model, axes, plan).items():
@@ -51,7 +52,9 @@ def cut_moments_(states: States, model: nn.Module, axes: Sequence[Axis], plan: P
     factors: dict[str, float] = {}
     for axis in axes:
         n = len(plan.kept.get(axis.name, range(axis.size)))
-        factors |= {f"{norm}.weight": (axis.size / n) ** 0.5 for norm in axis.norms if 0 < n < axis.size}
+        if 0 < n < axis.size:
+            factors |= {f"{norm}.weight": (axis.size / n) ** 0.5 for norm in axis.norms}
+            factors |= {piece.param: (n / axis.size) ** 0.5 for piece in axis.rooted}
     for name, parameter in model.named_parameters():
         if name not in by_param and name not in factors:
             continue

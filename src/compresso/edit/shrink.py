@@ -11,6 +11,7 @@ Everything follows from the axes, so there is nothing here about any one archite
     norms   masked training divides by the original width d, a stock RMSNorm by the kept width d':
             x / sqrt(S/d + eps) = sqrt(d/d') x / sqrt(S/d' + eps d/d'), hence weight *= sqrt(d/d'), eps *= d/d'.
             A LayerNorm computes over kept entries under a mask, too, and stays as it is.
+    roots   masked training divides scores by the root of a head's original width: queries *= sqrt(d'/d).
 
 A head tied to the embedding would see the folded hidden mask a second time. The norm that only the head reads is
 divided by it instead: exact, without untying and without one parameter more.
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compresso.arch.base import Arch, arch_for
+from compresso.arch.head_channels import NarrowsHeads
 from compresso.core.axis import Axis, Gate, Kind
 from compresso.core.plan import Plan
 from compresso.edit.token_ids import renumber_
@@ -61,6 +63,8 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
     if plan.is_noop(axes) and not soft:
         return
     arch, kept = arch_for(model.config), _losing(axes, plan)
+    if not isinstance(arch, NarrowsHeads) and any(a.kind == Kind.HEAD_CHANNEL and a.name in kept for a in axes):
+        raise ArchError(f"{arch.name} has no heads that get narrower; leave head_channel out of `kinds`")
     leaving = _leaving(axes, kept)
     selections = _selections(model, axes, kept)
     factors = _factors(model, axes, kept, soft)
@@ -92,6 +96,10 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
         if axis.name in kept:
             for norm in (model.get_submodule(norm) for norm in axis.norms if f"{norm}.weight" not in leaving):
                 norm.variance_epsilon = float(norm.variance_epsilon) * axis.size / len(kept[axis.name])  # pyright: ignore
+    if isinstance(arch, NarrowsHeads):
+        for axis in axes:
+            if axis.kind == Kind.HEAD_CHANNEL and axis.name in kept and axis.layer is not None:
+                arch.narrow_heads_(arch.blocks(model)[axis.layer], len(kept[axis.name]))
     _drop_layers_(arch.blocks(model), axes, kept)
     for axis in axes:
         if axis.kind == Kind.VOCAB and axis.name in kept:
@@ -227,6 +235,12 @@ def _factors(
                     0,
                     torch.tensor([math.sqrt(axis.size / len(kept[axis.name]))], dtype=torch.float64),
                 )
+            for piece in axis.rooted:
+                entries = torch.ones(model.get_parameter(piece.param).shape[piece.dim], dtype=torch.float64)
+                entries.narrow(0, piece.start, axis.size * piece.width).fill_(
+                    math.sqrt(len(kept[axis.name]) / axis.size)
+                )
+                multiply(piece.param, piece.dim, entries)
     return factors
 
 

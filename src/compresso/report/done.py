@@ -7,6 +7,7 @@ from compresso.report.stage_facts import filled, full_again, ranks_of
 
 _PARTS = (
     (re.compile(r"\.queries$"), "query heads"),
+    (re.compile(r"\.(matches|values)$"), "channels of heads"),
     (re.compile(r"\.heads$"), "heads"),
     (re.compile(r"\.channels$"), "FFN channels"),
     (re.compile(r"\.experts$"), "experts"),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compresso.report.removed import CHANNELS, HEADS, HIDDEN, UnitsKept
+from compresso.report.removed import CHANNELS, HEAD_WIDTH, HEADS, HIDDEN, UnitsKept
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -24,7 +24,7 @@ class Point:
 
 def parts_of(cells: Sequence[UnitsKept]) -> list[str]:
     """The parts that any cell speaks of, in their order."""
-    return [part for part in (HEADS, CHANNELS, HIDDEN) if any(cell.part == part for cell in cells)]
+    return [part for part in (HEADS, HEAD_WIDTH, CHANNELS, HIDDEN) if any(cell.part == part for cell in cells)]
 
 
 def undominated(points: Sequence[Point], *, x_lower: bool, y_lower: bool) -> list[Point]:

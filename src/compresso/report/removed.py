@@ -1,7 +1,7 @@
 """What a run removed, layer by layer: units kept of those that were there.
 
 Heads are key/value heads; where query heads left one by one they are query heads, of which every key/value head of a
-layer keeps as many.
+layer keeps as many. The width of a head is that of its queries, keys and values alike.
 """
 
 import re
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from compresso.core.plan import Plan
 from compresso.report.stage_facts import StageFacts
 
-HEADS, CHANNELS, HIDDEN = "heads", "FFN units", "hidden"
+HEADS, HEAD_WIDTH, CHANNELS, HIDDEN = "heads", "width of a head", "FFN units", "hidden"
 _PARTS = {"heads": HEADS, "channels": CHANNELS}
 _WHOLE = {"attention": (HEADS,), "mlp": (CHANNELS,), "layers": (HEADS, CHANNELS)}
 """Axes with one unit a layer, and what is removed with it."""
 _QUERIES = re.compile(r"layers\.(\d+)\.heads\.\d+\.queries")
+_HEAD_CHANNELS = re.compile(r"layers\.(\d+)\.heads\.\d+\.(?:matches|values)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def units_kept(plan: Plan, stages: Mapping[str, StageFacts]) -> list[UnitsKept]:
         if prefix == "layers" and number.isdecimal() and kind in _PARTS:
             layer, part = int(number), _PARTS[kind]
             rows[layer, part] = UnitsKept(layer, part, 0 if (layer, part) in removed else kept, sizes[axis])
-    for layer, (kept, of) in _of_each(known, sizes).items():
+    for layer, (kept, of) in _of_each(_HEAD_CHANNELS, known, sizes).items():
+        rows[layer, HEAD_WIDTH] = UnitsKept(layer, HEAD_WIDTH, kept, of)
+    for layer, (kept, of) in _of_each(_QUERIES, known, sizes).items():
         groups = rows.get((layer, HEADS), UnitsKept(layer, HEADS, 1, 1))
         rows[layer, HEADS] = UnitsKept(layer, HEADS, groups.kept * kept, groups.of * of)
     for layer, part in removed - rows.keys():
@@ -85,6 +88,6 @@ def units_kept(plan: Plan, stages: Mapping[str, StageFacts]) -> list[UnitsKept]:
     return [rows[key] for key in sorted(rows)]
 
 
-def _of_each(known: Mapping[str, int], sizes: Mapping[str, int]) -> dict[int, tuple[int, int]]:
-    """Layer -> query heads that each of its key/value heads keeps, and has had, where they left one by one."""
-    return {int(match[1]): (n, sizes[name]) for name, n in known.items() if (match := _QUERIES.fullmatch(name))}
+def _of_each(names: re.Pattern[str], known: Mapping[str, int], sizes: Mapping[str, int]) -> dict[int, tuple[int, int]]:
+    """Layer -> query heads, or channels, that each of its heads keeps, and has had, where they left one by one."""
+    return {int(match[1]): (n, sizes[name]) for name, n in known.items() if (match := names.fullmatch(name))}

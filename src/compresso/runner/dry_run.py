@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
 from compresso.arch.costs import cost_of, shape_facts
-from compresso.arch.queries import axes_of
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source
@@ -157,7 +157,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
     if recipe.task.lacks_head(source.config):
         model = recipe.task.with_head(model, SOME_LABELS, 0)
     arch = arch_for(model.config)
-    axes = axes_of(arch, model, (Kind.QUERY,))
+    axes = axes_of(arch, model, WITHIN)
     refuse_other_table(recipe.measures, shape_facts(arch, model))
     cost = cost_of(arch, model, recipe.measures)
     sizes = {axis.name: axis.size for axis in axes}
@@ -254,7 +254,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             if budget and act.turn == act.turns:
                 shown.budgets.append(Met(name, of, share, keep))
             shrink_(model, axes, plan)
-            axes = axes_of(arch, model, (Kind.QUERY,))
+            axes = axes_of(arch, model, WITHIN)
             cost = cost_of(arch, model, recipe.measures)
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}

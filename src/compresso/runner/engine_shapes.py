@@ -35,6 +35,7 @@ EXAMPLES = "llama.cpp:q4_k, llama.cpp:q8_0, awq:g128, gptq:g128 or vllm:tp2"
 _PLURALS = {
     Kind.HEAD: "heads",
     Kind.QUERY: "query heads of a key/value head",
+    Kind.HEAD_CHANNEL: "channels of a head",
     Kind.CHANNEL: "channels",
     Kind.EXPERT_CHANNEL: "channels of experts",
     Kind.HIDDEN: "hidden dimensions",

@@ -16,6 +16,7 @@ from compresso.core.quantities import QUANTITIES
 _WORDS = {
     Kind.HEAD: "heads",
     Kind.QUERY: "query heads that share a key/value head",
+    Kind.HEAD_CHANNEL: "channels of heads",
     Kind.CHANNEL: "channels",
     Kind.EXPERT: "experts",
     Kind.EXPERT_CHANNEL: "channels of experts",

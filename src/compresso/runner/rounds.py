@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from compresso.arch.queries import axes_of
-from compresso.core.axis import Axis, Kind
+from compresso.arch.queries import WITHIN, axes_of
+from compresso.core.axis import Axis
 from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.quantities import Cost
 from compresso.errors import BudgetError, RecipeError
@@ -240,7 +240,7 @@ def entered(job: Job, act: Act) -> tuple[Job, Stage, dict[str, Any]]:
     facts: dict[str, Any] = {"round": act.turn, "rounds": act.turns}
     if cost is not None:
         if act.turn == 1:
-            begun = Begun.of(act.stage, axes_of(job.arch, job.model, (Kind.QUERY,)), cost)
+            begun = Begun.of(act.stage, axes_of(job.arch, job.model, WITHIN), cost)
         else:
             first = job.records[replace(act, turn=1).label]["in_rounds"]
             begun = Begun(first["whole"], first["sizes"])

@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.arch.queries import axes_of
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import Source, open_source
-from compresso.core.axis import Kind
 from compresso.core.plan import Plan
 from compresso.edit.patches import save_tensors, written
 from compresso.edit.shrink import shrink_
@@ -68,7 +67,7 @@ def load_stage(
     if not (folder / _TENSORS).is_file():
         return as_stock(load_model(open_source(folder), dtype=dtype, device=device)), plan, facts
     model = as_stock(load_model(original, dtype=dtype, device=device))
-    shrink_(model, axes_of(arch_for(model.config), model, (Kind.QUERY,)), plan)
+    shrink_(model, axes_of(arch_for(model.config), model, WITHIN), plan)
     saved, have = load_file(folder / _TENSORS), _tensors(model)
     for name in sorted(saved.keys() | have.keys()):
         if name not in saved or name not in have or saved[name].shape != have[name].shape:

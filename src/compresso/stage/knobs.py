@@ -17,7 +17,11 @@ from compresso.training.duration import Duration, shortened, updates
 from compresso.training.order import Batches
 
 Count = Annotated[int, Ge(1)]
-_WORDS = {Kind.HIDDEN: "hidden dimensions", Kind.QUERY: "query heads"}
+_WORDS = {
+    Kind.HIDDEN: "hidden dimensions",
+    Kind.QUERY: "query heads",
+    Kind.HEAD_CHANNEL: "channels of heads",
+}
 
 
 @group(last=("layout", "multiple_of", "floor"))
