@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.core.axis import Kind
 from compresso.core.plan import Plan
 from compresso.core.row import Row
@@ -51,7 +52,7 @@ def training(job: Job, steps: int = 10, **knobs: Any) -> GradualPruning:
     for model in (job.model, teacher):
         model.set_attn_implementation("eager")
     job.model.requires_grad_(True)
-    final = stage.final(job.arch.axes(job.model), job.cost())
+    final = stage.final(axes_of(job.arch, job.model, WITHIN), job.cost())
     return stage._objective(job, teacher, final, steps)  # pyright: ignore[reportPrivateUsage]
 
 
@@ -418,7 +419,9 @@ def test_a_student_that_lost_units_before_goes_on_from_there(make_job: MakeJob) 
 def test_bad_knobs_name_the_cure(make_job: MakeJob) -> None:
     with pytest.raises(ValueError, match=r"start=0\.8 is not before done=0\.7"):
         HomoDistil(start=0.8)
-    with pytest.raises(ValueError, match="only heads, channels and hidden dimensions leave a little at a time"):
+    with pytest.raises(
+        ValueError, match="only heads, channels of heads, channels and hidden dimensions leave a little at a time"
+    ):
         HomoDistil(kinds=("layer",))
     with pytest.raises(ValueError, match="nothing is minimised"):
         HomoDistil(**{f"{name}_weight": 0 for name in ("hard", "kl", "embedding", "hidden", "attention")})

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from compresso.arch.base import arch_for
+from compresso.arch.queries import WITHIN, axes_of
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.masking import Masking, masked
@@ -36,6 +37,9 @@ from tests.tasks.conftest import SIZES, VOCABULARY
 Make = Callable[..., Job]
 MASK = len(VOCABULARY)
 KNOBS: dict[str, Any] = {"keep": 0.6, "of": "total"}
+NARROWS = {**KNOBS, "kinds": ("head_channel", "channel", "hidden")}
+"""Heads get narrower, as published; without it whole heads leave."""
+HOW = pytest.mark.parametrize("knobs", [KNOBS, NARROWS], ids=["heads", "channels of heads"])
 
 
 @pytest.fixture
@@ -87,11 +91,14 @@ def test_at_first_student_and_teacher_are_one(make: Make, labels: int) -> None:
     assert all(abs(value) < 1e-6 for name, value in found.items() if name not in ("loss", "hard"))
 
 
+@HOW
 @pytest.mark.parametrize("labels", [0, 3])
-def test_masked_is_cut_at_every_cut(make: Make, monkeypatch: pytest.MonkeyPatch, labels: int) -> None:
+def test_masked_is_cut_at_every_cut(
+    make: Make, monkeypatch: pytest.MonkeyPatch, labels: int, knobs: dict[str, Any]
+) -> None:
     """The student between two cuts, hooks and zeros, against masks, and against what is cut."""
     job = make(labels=labels)
-    objective = training(job, **KNOBS, cuts=2)
+    objective = training(job, **knobs, cuts=2)
     checked: list[float] = []
     before: list[Tensor] = []
     ids = job.collated(job.rows[:4])["input_ids"]
@@ -124,12 +131,15 @@ def test_masked_is_cut_at_every_cut(make: Make, monkeypatch: pytest.MonkeyPatch,
     assert not any(module._forward_hooks for module in job.model.modules())  # pyright: ignore[reportPrivateUsage]
 
 
+@HOW
 @pytest.mark.parametrize("labels", [0, 3])
-def test_the_stock_class_opens_the_result(make: Make, labels: int, tmp_path: Path) -> None:
-    job = distilled(make(labels=labels), **KNOBS)
-    shapes = job.arch.shapes(job.model)
-    assert len(set(shapes)) == 1 and job.model.config.hidden_size == 8 * shapes[0].query_heads < 32
-    assert save_checkpoint(job.model, shapes, tmp_path / "out") == "uniform"
+def test_the_stock_class_opens_the_result(make: Make, labels: int, tmp_path: Path, knobs: dict[str, Any]) -> None:
+    job = distilled(make(labels=labels), **knobs)
+    (shape,) = set(job.arch.shapes(job.model))
+    width = next(iter(job.arch.blocks(job.model))).get_submodule("attention.self").attention_head_size
+    assert job.model.config.hidden_size == width * shape.query_heads < 32
+    assert (width < 8 and shape.query_heads == 4) if knobs is NARROWS else width == 8
+    assert save_checkpoint(job.model, job.arch.shapes(job.model), tmp_path / "out") == "uniform"
     opened = type(job.model).from_pretrained(tmp_path / "out").eval()
     ids = job.collated(job.held)["input_ids"]
     with torch.no_grad():
@@ -139,10 +149,13 @@ def test_the_stock_class_opens_the_result(make: Make, labels: int, tmp_path: Pat
     assert 0.4 < records["parameters_after"]["total"] / records["parameters_before"]["total"] <= 0.6
 
 
+@HOW
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(
+    make: Make, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+) -> None:
     """From between two cuts, over the second, with dropout and masks that are drawn anew in every pass."""
-    knobs = {**KNOBS, "save_every": 3, "cuts": 2}
+    knobs = {**knobs, "save_every": 3, "cuts": 2}
     whole = distilled(make("whole"), **knobs)
     stopped, prune = make("stopped"), GradualPruning.prune_
 
@@ -169,20 +182,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(make: Make, monkeypatch: pytes
     [("homodistil", 65.0), ("homodistil/small", 17.3), ("homodistil/xsmall", 15.6), ("homodistil/tiny", 14.1)],
 )
 def test_the_published_sizes_of_bert(recipe: str, millions: float) -> None:
-    """Shares of BERT-base with heads and hidden dimensions in one ratio; 1.5 % for whole heads."""
+    """Shares of BERT-base with the channels of heads and hidden dimensions in one ratio: all 12 heads stay."""
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(BertConfig())
     arch = arch_for(model.config)
-    axes = arch.axes(model)
+    axes = axes_of(arch, model, WITHIN)
     (stage,) = [one for _, one in build(read(recipe)).stages]
     assert isinstance(stage, HomoDistil)
     cost = CostModel(axes, arch.weights(model))
     plan = stage.dry_run_plan(axes, cost)
-    head = next(len(units) for name, units in plan.kept.items() if name.endswith("heads"))
-    assert len(plan.kept["hidden"]) == 64 * head
-    assert float(cost.of(plan).total) / 1e6 == pytest.approx(millions, rel=0.015)
+    (width,) = {len(units) for name, units in plan.kept.items() if name.endswith((".matches", ".values"))}
+    assert len(plan.kept["hidden"]) == 12 * width and not any(name.endswith("heads") for name in plan.kept)
+    assert float(cost.of(plan).total) / 1e6 == pytest.approx(millions, rel=0.005)
     with pytest.raises(InfeasibleBudget, match=r"keep=0\.001 allows .* Raise keep to"):
         HomoDistil(keep=0.001).dry_run_plan(axes, cost)
+
+
+def test_a_head_narrower_than_the_stream_says_is_refused() -> None:
+    for kinds in (("head_channel", "channel"), ("head", "head_channel", "hidden")):
+        with pytest.raises(ValueError, match=r"name head_channel with hidden and without head, such as \["):
+            HomoDistil(kinds=kinds)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_teacher_of_other_labels_is_refused_in_one_line(make: Make) -> None:

@@ -5,8 +5,9 @@ Section 3.1, distillation: the task's loss, and the distance from the teacher in
     attention maps (`training/homodistil_objective.py`).
 Section 3.2, pruning: every update scores units by |theta dL/dtheta| of that whole loss (`core/sensitivity.py`), in a
     moving average; the share that stays falls along one cubic curve for all matrices (`solve/gradual.py`); what leaves
-    is set to 0 with its moments and never comes back (`training/gradual_pruning.py`). All layers keep as many heads and
-    as many channels, and one mask of hidden dimensions holds for the whole model.
+    is set to 0 with its moments and never comes back (`training/gradual_pruning.py`). All layers keep as many channels
+    of their FFNs, all heads as many of queries and keys and as many of values (`arch/head_channels.py`), and one mask
+    of hidden dimensions holds for the whole model.
 
 No code was released. From the paper: sizes 65, 17.3, 15.6 and 14.1 million of 109, 28,000 updates of 4,096 texts of 128
 tokens, AdamW with eps 1e-6, a rate of 3e-4 at the base size and 6e-4 at the others, falling linearly.
@@ -15,14 +16,15 @@ Guessed, as nobody published them: the weights of the five distances (1 each; su
     leave before update 0 and none after 70 % of them, the moving average's momentum .85, 10 % of warm-up, weight decay
     .01, a clip of 1, how often tensors are cut, and which share of a target size each kind of unit bears (one common
     share, as near as whole units allow; an encoder's heads and hidden dimensions keep exactly one, since its config
-    takes a head's width from the hidden size). So BERT-base ends at 9, 4, 4 and 4 heads of 64 and as many times 64
-    hidden dimensions.
+    takes a head's width from the hidden size).
 
-Departures. Attention loses whole heads, which every family's stock class can hold, where the paper narrows each head.
-    Tensors are cut every so often instead of once at the end (`cuts`), so that training becomes cheaper as it goes and
-    norms see what is left; masked and cut models are compared at each cut. The projections are held at the identity
-    that they begin with: hidden states are compared over the dimensions that are left. Attention maps are as the model
-    uses them, its dropout included, and want eager attention, to which both models are switched meanwhile.
+Departures. Queries, keys and values of a head keep as many channels, because a config says one width; which ones, each
+    head's scores and values decide by themselves. Decoders lose whole heads, which every family's stock class can hold:
+    rotary positions turn channels in pairs that all heads share. `kinds: [head, channel, hidden]` does that to an
+    encoder, too. Tensors are cut every so often instead of once at the end (`cuts`), so that training becomes cheaper
+    as it goes and norms see what is left; masked and cut models are compared at each cut. The projections are held at
+    the identity that they begin with: hidden states are compared over the dimensions that are left. Attention maps are
+    as the model uses them, its dropout included, and want eager attention, to which both models are switched meanwhile.
 Decoders are not in the paper. Recipe homodistil/decoder takes the divergence of next tokens and SquareHead's features
     (`norm: global`), no task loss and no maps. Without the task's loss nothing tells units apart before the first has
     left: a student that is its teacher has no distance from it, and gradients are rounding. The moving average then
@@ -41,6 +43,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
+from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, removable
 from compresso.core.cost import CostModel
@@ -59,7 +62,7 @@ from compresso.training.homodistil_objective import HomoDistilLosses, LossWeight
 from compresso.training.launch import processes
 
 log = logging.getLogger(__name__)
-_KINDS = (Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN)
+_KINDS = (Kind.HEAD, Kind.HEAD_CHANNEL, Kind.CHANNEL, Kind.HIDDEN)
 _FIRST = 8
 """Batches whose labels score units where nothing else can."""
 Weight = Annotated[float, Ge(0)]
@@ -85,7 +88,8 @@ class HomoDistil:
     """Knobs of HomoDistil.
 
     Args:
-        removes: see `Removes`; heads, channels and hidden dimensions may leave, as many in every layer.
+        removes: see `Removes`; heads or, of encoders, the channels of heads, channels and hidden dimensions may leave,
+            as many in every layer.
         start, done: shares of the updates before the first and after the last removal.
         cuts: how many times tensors are cut on the way, at most once an update; records say how many it was.
         momentum: of the moving average of sensitivities.
@@ -103,7 +107,7 @@ class HomoDistil:
     """
 
     removes: Annotated[Removes, Knobs(without=("layout",))] = Removes(
-        keep=0.6, of="total", kinds=_KINDS, layout="uniform"
+        keep=0.6, of="total", kinds=(Kind.HEAD, Kind.CHANNEL, Kind.HIDDEN), layout="uniform"
     )
     start: Annotated[float, Ge(0), Lt(1)] = 0.0
     done: Annotated[float, Gt(0), Le(1)] = 0.7
@@ -128,7 +132,13 @@ class HomoDistil:
 
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other. Raises ValueError."""
+        kinds = self.removes.kinds
         self.removes.only(*_KINDS, what="leave a little at a time")
+        if Kind.HEAD_CHANNEL in kinds and (Kind.HEAD in kinds or Kind.HIDDEN not in kinds):
+            raise ValueError(
+                f"kinds={[*map(str, kinds)]}: an encoder's config takes the width of its heads from the hidden size and"
+                " their number; name head_channel with hidden and without head, such as [head_channel, channel, hidden]"
+            )
         if self.start >= self.done:
             raise ValueError(f"start={self.start} is not before done={self.done}; both are shares of the updates")
         if not any(vars(self._weights()).values()):
@@ -162,7 +172,7 @@ class HomoDistil:
     def __call__(self, job: Job) -> Job:
         """Train all weights towards the teacher while units leave."""
         refuse_together(("homodistil",), processes())
-        axes, before = job.arch.axes(job.model), job.cost()().parameters()
+        axes, before = axes_of(job.arch, job.model, self.removes.kinds), job.cost()().parameters()
         if self.removes.keep == 1:
             pool = removable(axes, self.budget())
             whole = {axis.name: torch.ones(axis.size) for axis in pool}

@@ -87,16 +87,16 @@ def final_counts(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind,
     """How many units of each kind every layer keeps at the end, near one common share and on the budget.
 
     The stream of an encoder (an axis with LayerNorms) is as wide as all heads of a layer together, since its config
-    says only that. Where heads and hidden dimensions may both leave, they keep one ratio: of the ratios the one whose
-    channels, which fill up the budget, are nearest to it. Raises InfeasibleBudget.
+    says only that. Where heads, or the channels of heads, and hidden dimensions may both leave, they keep one ratio: of
+    the ratios the one whose channels, which fill up the budget, are nearest to it. Raises InfeasibleBudget.
     """
     pool = removable(axes, budget)
     hidden = next((axis for axis in pool if axis.kind == Kind.HIDDEN and axis.layer_norms), None)
-    heads = [axis for axis in pool if axis.kind == Kind.HEAD]
+    heads = [axis for axis in pool if axis.kind in (Kind.HEAD, Kind.HEAD_CHANNEL)]
     if hidden is None or not heads or len({axis.size for axis in heads}) > 1 or hidden.size % heads[0].size:
         return uniform_targets(axes, cost, budget)
-    n_heads, channels = heads[0].size, [axis for axis in pool if axis.kind == Kind.CHANNEL]
-    width, limit = hidden.size // n_heads, budget.limit(cost)
+    kind, size, channels = heads[0].kind, heads[0].size, [axis for axis in pool if axis.kind == Kind.CHANNEL]
+    width, limit = hidden.size // size, budget.limit(cost)
     most = min((axis.size for axis in channels), default=0)
     allowed = budget.allowed(Kind.CHANNEL, most, max((budget.fewest(axis) for axis in channels), default=0))
     fewest = max(1, *(budget.fewest(axis) for axis in heads), -(-budget.fewest(hidden) // width))
@@ -105,18 +105,28 @@ def final_counts(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind,
         shares = {axis.name: torch.full((axis.size,), counts[axis.kind] / axis.size).double() for axis in pool}
         return budget.settled(cost(shares).count(budget.of)) <= limit
 
-    found: list[tuple[float, dict[Kind, int]]] = []
-    for n in range(fewest, n_heads + 1):
-        counts = {Kind.HEAD: n, Kind.HIDDEN: n * width}
+    def beside(n: int) -> dict[Kind, int] | None:
+        """The counts with so many units of a head's kind, and as many channels as fit; None if none do."""
+        counts = {kind: n, Kind.HIDDEN: n * width}
         if not channels:
-            found += [(float(n_heads - n), counts)] if fits(counts) else []
-            continue
-        first_above = bisect_left(allowed, True, key=lambda c, counts=counts: not fits({**counts, Kind.CHANNEL: c}))
-        if first_above:
-            kept = allowed[first_above - 1]
-            found.append((abs(n / n_heads - kept / most), {**counts, Kind.CHANNEL: kept}))
+            return counts if fits(counts) else None
+        first_above = bisect_left(allowed, True, key=lambda c: not fits({**counts, Kind.CHANNEL: c}))
+        return {**counts, Kind.CHANNEL: allowed[first_above - 1]} if first_above else None
+
+    def drift(counts: Mapping[Kind, int]) -> float:
+        """How much larger a share of heads stays than of channels."""
+        return counts[kind] / size - counts.get(Kind.CHANNEL, size) / (most or size)
+
+    def beyond(n: int) -> bool:
+        """Whether so many leave channels a smaller share, or none; once true, it stays true as n grows."""
+        counts = beside(n)
+        return counts is None or drift(counts) > 0
+
+    choices = budget.allowed(kind, size, fewest)
+    place = bisect_left(choices, True, key=beyond)
+    found = [counts for n in choices[max(place - 1, 0) : place + 1] if (counts := beside(n)) is not None]
     if not found:
         nothing = {axis.name: torch.zeros(axis.size) for axis in pool}
-        smallest = {Kind.HEAD: fewest, Kind.HIDDEN: fewest * width, Kind.CHANNEL: allowed[0]}
+        smallest = {kind: fewest, Kind.HIDDEN: fewest * width, Kind.CHANNEL: allowed[0]}
         raise infeasible(budget, pool, cost, keep_best(pool, nothing, smallest))
-    return min(found, key=lambda one: one[0])[1]
+    return min(found, key=lambda counts: abs(drift(counts)))

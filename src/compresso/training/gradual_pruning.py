@@ -13,13 +13,16 @@ dimensions that are gone out of their mean and variance.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresso.core.axis import Axis
+from compresso.arch.base import Arch
+from compresso.arch.head_channels import HEAD_CHANNELS, NarrowsHeads
+from compresso.arch.queries import axes_of
+from compresso.core.axis import Axis, Kind
 from compresso.core.plan import Plan
 from compresso.core.sensitivity import sensitivities
 from compresso.edit.gate import gated
@@ -47,18 +50,6 @@ class Left:
 
 Losses = Callable[[Mapping[str, Tensor], Micro, Left], dict[str, Tensor]]
 """A batch, where it stands, what is left -> "loss" and numbers to log."""
-
-
-class Narrowing(Protocol):
-    """What an architecture says of a model that gets narrower; an `Arch` does."""
-
-    def axes(self, model: PreTrainedModel) -> tuple[Axis, ...]:
-        """Everything that can still be removed."""
-        ...
-
-    def sync_config_(self, model: PreTrainedModel) -> None:
-        """Make the config agree with the parameters."""
-        ...
 
 
 class GradualPruning(nn.Module):
@@ -90,7 +81,7 @@ class GradualPruning(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        arch: Narrowing,
+        arch: Arch,
         losses: Losses,
         final: Mapping[str, int],
         *,
@@ -103,8 +94,8 @@ class GradualPruning(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.axes = [axis for axis in arch.axes(model) if axis.name in final]
         self._arch, self._losses, self._final, self._probe = arch, losses, dict(final), probe
+        self.axes = self._axes_now()
         self._start, self._end, self._cuts, self._momentum = start, end, tuple(cuts), momentum
         self._before = before or Plan()
         self._flat = Flat(self.axes)
@@ -206,6 +197,11 @@ class GradualPruning(nn.Module):
                 parameter.data = parameter.data.new_empty(saved.shape)
         for module in self.model.modules():
             set_features_(module)
+        gone, cut = (tensors[f"buffer/{name}"] for name in ("gone", "cut"))
+        there = self._flat.split(((gone == 0) | (gone > cut)).cpu())
+        for axis in self.axes:
+            if axis.kind == Kind.HEAD_CHANNEL and axis.layer is not None and isinstance(self._arch, NarrowsHeads):
+                self._arch.narrow_heads_(self._arch.blocks(self.model)[axis.layer], int(there[axis.name].sum()))
         for norm, eps in zip(self._norms, tensors["buffer/eps"].tolist(), strict=True):
             self.model.get_submodule(norm).variance_epsilon = eps  # pyright: ignore[reportAttributeAccessIssue]
         self._arch.sync_config_(self.model)
@@ -216,7 +212,7 @@ class GradualPruning(nn.Module):
         ours = self.left().ours
         self.cut.fill_(done)
         if ours:
-            axes = self._arch.axes(self.model)
+            axes = self._every_axis()
             masks = {axis.name: torch.zeros(axis.size) for axis in axes if axis.name in ours}
             for name, stays in ours.items():
                 masks[name][stays.cpu()] = 1
@@ -260,7 +256,12 @@ class GradualPruning(nn.Module):
 
     def _axes_now(self) -> list[Axis]:
         """The axes that lose units, of the student as it is."""
-        return [axis for axis in self._arch.axes(self.model) if axis.name in self._final]
+        return [axis for axis in self._every_axis() if axis.name in self._final]
+
+    def _every_axis(self) -> tuple[Axis, ...]:
+        """All axes of the student as it is; those of heads' channels if they lose some."""
+        inside = any(name.endswith(HEAD_CHANNELS) for name in self._final)
+        return axes_of(self._arch, self.model, (Kind.HEAD_CHANNEL,) if inside else ())
 
     @property
     def _states(self) -> States:
