@@ -7,10 +7,12 @@ The encoder gets a head for masked tokens and is tuned for them once (`finetune`
 keep half of all parameters, as many heads, channels and hidden dimensions each, and learn by the same loss, rate,
 batches and number of updates:
 
-    homodistil   the recipe's schedule: units leave from the first update to 70 % of them
-    sooner       the same, to 35 %: behind that a rate that falls linearly has nearly half of its area, not a tenth
-    once         all units leave after update 8, by the same sensitivities, averaged over these 8
-    first        begins with the first units of the teacher, whatever they do
+    homodistil    whole heads leave, on the recipe's schedule: from the first update to 70 % of them
+    sooner        the same, to 35 %: behind that a rate that falls linearly has nearly half of its area, not a tenth
+    once          all units leave after update 8, by the same sensitivities, averaged over these 8
+    first         begins with the first units of the teacher, whatever they do
+
+    narrow, narrow-sooner, narrow-once   as the first three, and every head loses half of its channels, as published
 
 Then each is fine-tuned on SST-2 and MRPC in the same way, and scored on their test files, which choose nothing.
 Training computes in bfloat16 (autocast), scores in float32. A finished cell is a line of results/encoder_distil.jsonl.
@@ -57,11 +59,16 @@ STUDENT: dict[str, Any] = {
     "lr": 5e-4,
     **SHARED,
 }
+WHOLE = {"kinds": "[head, channel, hidden]"}
+SOONER, ONCE = {"done": 0.35}, {"start": (OBSERVED - 1) / UPDATES, "done": OBSERVED / UPDATES}
 KNOBS: dict[str, dict[str, Any]] = {
-    "homodistil": {},
-    "sooner": {"done": 0.35},
-    "once": {"start": (OBSERVED - 1) / UPDATES, "done": OBSERVED / UPDATES},
-    "first": {"done": 1e-6, "kinds": ["channel"]},
+    "homodistil": WHOLE,
+    "sooner": {**SOONER, **WHOLE},
+    "once": {**ONCE, **WHOLE},
+    "first": {"done": 1e-6, **WHOLE},
+    "narrow": {},
+    "narrow-sooner": SOONER,
+    "narrow-once": ONCE,
 }
 TUNED: dict[str, dict[str, Any]] = {
     "sst2": {"steps": 80, "lr": 2e-4, **SHARED},
@@ -194,7 +201,7 @@ def tuned(given: Given, method: str, seed: int, task: str) -> dict[str, Any]:
 
 @cache
 def _texts(given: Given, method: str) -> Ready:
-    knobs = {**STUDENT, **{name: value for name, value in KNOBS[method].items() if name != "kinds"}}
+    knobs = {**STUDENT, **KNOBS[method]}
     sets = [f"data.max_length={LENGTH}", *(f"stages.homodistil.{name}={value}" for name, value in knobs.items())]
     return ready("homodistil", str(teacher(given)), given.root / TEXT, "masked-lm", sets, given.scratch)
 
