@@ -13,8 +13,10 @@ With `--recovery 200` all weights train for so many updates of 8 rows, other tex
 before what is rounded, dense likewise; zeros of slimming are kept (`sparse_finetune`, by the labels alone). Lines of
 these and a report of all seeds are moe_recovered.*. One training serves all roundings of a command; cpu_seconds of each
 has it in, so that they are not to be added up. Seeds are those of the text; give each a mixture of its own seed, and
-rows of one method are put together. Tokens a second are those of greedy decoding with a cache in transformers, in
-float32, of the CPU's seconds; memory is that of the weights there, which codes do not make smaller.
+rows of one method are put together. A mixture is trained anew where it is not at hand, and other processors round
+otherwise: rows name it by its file's hash, and are compared with the dense model of the same mixture. Tokens a second
+are those of greedy decoding with a cache in transformers, in float32, of the CPU's seconds; memory is that of the
+weights there, which codes do not make smaller.
 
 Bytes are counted, not those of a file: 16 bits a weight as it stands, of n:m kept weights and two bits for the place of
 each, of rounded ones the code and its share of scale and offset.
@@ -22,6 +24,7 @@ each, of rounded ones the code and its share of scale and offset.
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import tempfile
@@ -69,7 +72,7 @@ ROUNDINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "4 bits, gptq": ("gptq", {"bits": 4, "group": 64, "clip": True, "calibration": CALIBRATION}),
 }
 BY_GPTQ = ("dense", "block drop, 2 of 6", "expert drop, 5 of 8")
-KEYS = ("method", "rounding", "items", "documents", "seed", "recovery")
+KEYS = ("method", "rounding", "items", "documents", "seed", "recovery", "mixture")
 RECOVERED = RESULTS / "moe_recovered.jsonl"
 RECOVERS: dict[str, Any] = {"train": "all", "batch": 8, "micro_batch": 8, "lr": 5e-4, "warmup": 10}
 KEEPS_ZEROS: dict[str, Any] = {
@@ -165,7 +168,8 @@ def scored(job: Job, items: int, n_documents: int) -> dict[str, Any]:
 def rows() -> list[dict[str, Any]]:
     """Finished cells."""
     files = [file for file in (LINES, RECOVERED) if file.exists()]
-    return [{"recovery": 0, **json.loads(line)} for file in files for line in file.read_text("utf-8").splitlines()]
+    known = {"recovery": 0, "mixture": ""}  # of rows that are older than these
+    return [{**known, **json.loads(line)} for file in files for line in file.read_text("utf-8").splitlines()]
 
 
 def recovery_report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -176,20 +180,24 @@ def recovery_report(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         f"`benchmarks/moe.py --recovery {first['recovery']}`, {where['processor']}, {where['threads']} thread of"
         f" {where['cores']} cores. Mixtures of {first['model']['updates']} updates; loss on fresh documents, paired"
-        " with dense of the same seed and the same recovery"
+        " with dense of the same mixture and the same recovery"
         + ("; all weights trained, before any rounding, and zeros kept." if first["recovery"] else ".")
     )
     yield ""
-    yield "| method | rounding | seeds | bytes | loss | against dense | accuracy | tokens a CPU s | weights in memory |"
+    yield "| method | rounding | mixtures | bytes | loss | against dense | accuracy | tokens a CPU s | in memory |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for method, rounding in dict.fromkeys((c["method"], c["rounding"]) for c in cells):
         mine = [c for c in cells if (c["method"], c["rounding"]) == (method, rounding)]
-        whole = {c["seed"]: c for c in cells if c["method"] == "dense" and c["rounding"] == "16 bits"}
+        whole = {
+            (c["seed"], c["mixture"]): sum(c["losses"]) / len(c["losses"])
+            for c in cells
+            if c["method"] == "dense" and c["rounding"] == "16 bits"
+        }
         mean = [sum(c["losses"]) / len(c["losses"]) for c in mine]
         apart = [
-            one - sum(whole[c["seed"]]["losses"]) / len(whole[c["seed"]]["losses"])
+            one - whole[c["seed"], c["mixture"]]
             for one, c in zip(mean, mine, strict=True)
-            if c["seed"] in whole
+            if (c["seed"], c["mixture"]) in whole
         ]
         told = (
             f"{sum(apart) / len(apart):+.3f} ({min(apart):+.3f} to {max(apart):+.3f})" if apart else "dense is missing"
@@ -255,10 +263,11 @@ def main() -> None:
         text = "\n\n".join(["# Mixtures of several seeds, recovered and not", *parts])
         (RESULTS / "moe_recovered.md").write_text(text + "\n", "utf-8")
         return
+    mixture = hashlib.sha256((given.model / "model.safetensors").read_bytes()).hexdigest()[:8]
     made = json.loads((given.model / "records.json").read_text("utf-8"))["stages"]["finetune"]
     for method in given.methods:
         keys = {"method": method, "items": given.items, "documents": given.documents, "seed": given.seed}
-        keys["recovery"] = given.recovery
+        keys |= {"recovery": given.recovery, "mixture": mixture}
         missing = [
             rounding
             for rounding in given.roundings
