@@ -2,7 +2,9 @@
 
 import pytest
 
+from compresso.core.axis import Kind
 from compresso.core.plan import Plan
+from compresso.report.facts import KINDS
 from compresso.report.removed import CHANNELS, HEAD_WIDTH, HEADS, HIDDEN, UnitsKept, dense_sizes, units_kept
 from compresso.report.stage_facts import StageFacts
 from tests.conftest import Ran
@@ -75,3 +77,7 @@ def test_a_real_run_adds_up(ran: Ran, recipe: str) -> None:
         mine = [cell for cell in cells if cell.part == part]
         assert [cell.kept for cell in mine] == [len(result.plan.kept[f"layers.{i}.{name}"]) for i in range(3)]
         assert {cell.of for cell in mine} == {of}
+
+
+def test_every_kind_of_unit_has_words_in_the_report() -> None:
+    assert {str(kind) for kind in Kind} == KINDS.keys()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import yaml
 
+from compresso.core.axis import Kind
 from compresso.core.counted import counted, survivors
 from compresso.metrics.record import Environment
 from compresso.report.read import Run
@@ -13,13 +14,18 @@ from compresso.tasks.base import DEFAULT, task_named
 
 Rows = list[tuple[str, str]]
 _OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
-_KINDS = {
-    "head": "heads",
-    "channel": "FFN units",
-    "hidden": "hidden dimensions",
-    "layer": "layers",
-    "attention": "attention sub-layers",
-    "mlp": "FFN sub-layers",
+KINDS: dict[str, str] = {
+    Kind.HEAD: "heads",
+    Kind.QUERY: "query heads",
+    Kind.HEAD_CHANNEL: "channels of heads",
+    Kind.CHANNEL: "FFN units",
+    Kind.EXPERT: "experts",
+    Kind.EXPERT_CHANNEL: "channels of experts",
+    Kind.HIDDEN: "hidden dimensions",
+    Kind.LAYER: "layers",
+    Kind.ATTENTION: "attention sub-layers",
+    Kind.MLP: "FFN sub-layers",
+    Kind.VOCAB: "tokens",
 }
 
 
@@ -39,7 +45,7 @@ def asked(run: Run) -> Rows:
     for stage, knobs in recipe.knobs().items():
         if isinstance(keep := knobs.get("keep"), int | float):
             of = str(knobs.get("of", "blocks"))
-            kinds = [_KINDS.get(str(kind), str(kind)) for kind in knobs.get("kinds") or ()]
+            kinds = [KINDS.get(kind, str(kind)) for kind in knobs.get("kinds") or ()]
             removable = f"; what may leave: {', '.join(kinds)}" if kinds else ""
             rounds = f" in {knobs['rounds']} rounds" if knobs.get("rounds") else ""
             if isinstance(targets := knobs.get("family"), dict):
