@@ -26,6 +26,7 @@ import repair
 from common import RESULTS, machine
 from compresso.job import Job
 from compresso.stage import card
+from kept import stored
 from repair import Subject
 
 LINES = RESULTS / "besa.jsonl"
@@ -86,11 +87,6 @@ def _by_place(of: Mapping[str, Any]) -> dict[str, list[float]]:
     for name, one in of.items():
         found.setdefault(name.rpartition(".")[2], []).append(round(one["share"], 4))
     return found
-
-
-def rows() -> list[dict[str, Any]]:
-    """Finished cells."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
 
 
 def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -176,7 +172,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     if given.report:
-        (RESULTS / "besa.md").write_text("\n".join(report(rows())), "utf-8")
+        (RESULTS / "besa.md").write_text("\n".join(report(stored(LINES))), "utf-8")
         return
     torch.set_num_threads(given.threads)
     repair.WIDTH = given.length
@@ -186,7 +182,7 @@ def main() -> None:
         for method in given.methods:
             asked = {key: vars(given)[key] for key in KEYS if key not in ("model", "method")}
             cell = {"model": shown, "method": method, **asked}
-            if tuple(cell[key] for key in KEYS) in {tuple(row[key] for key in KEYS) for row in rows()}:
+            if tuple(cell[key] for key in KEYS) in {tuple(row[key] for key in KEYS) for row in stored(LINES)}:
                 continue
             subject = subject or Subject(name, given.tokens, given.windows, "mixed")
             row = {**cell, **measured(subject, method, given.seed, given.layers), "machine": machine()}

@@ -18,14 +18,11 @@ Then each is fine-tuned on SST-2 and MRPC in the same way, and scored on their t
 Training computes in bfloat16 (autocast), scores in float32. A finished cell is a line of results/encoder_distil.jsonl.
 """
 
-import argparse
-import json
 import os
 import shutil
 import statistics
 import time
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -35,7 +32,6 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from common import high_water_mib, machine
 from compresso.arch.base import arch_for
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
@@ -43,8 +39,9 @@ from compresso.edit.stock import as_stock
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.homodistil import HomoDistil
-from encoder_distil_report import LAST, LINES, METHODS, lines, report
+from encoder_distil_report import LAST, LINES, METHODS, report
 from encoders import BENCH, Ready, packed, ready, run
+from kept import asked, here, keep, missing, options, stored
 
 TEXT = "datasets/text/wikitext2_raw_train_part.jsonl.gz"
 LENGTH, BATCH, KEEP, UPDATES, OBSERVED = 64, 8, 0.5, 80, 8
@@ -111,7 +108,7 @@ def teacher(given: Given) -> Path:
             "last_loss": statistics.fmean(curve[-LAST:]),
             "cpu_s": round(time.process_time() - begun, 1),
         }
-        known = next((line for line in lines() if line["method"] == "teacher"), None)
+        known = next((line for line in stored(LINES) if line["method"] == "teacher"), None)
         if known is None:
             _add({"part": "texts", "method": "teacher", "seed": 0, **facts})
         elif abs(known["held_nats"] - facts["held_nats"]) > SAME:
@@ -213,30 +210,20 @@ def _labelled(given: Given, task: str) -> Ready:
 
 
 def _add(line: dict[str, Any]) -> None:
-    where = {key: value for key, value in machine().items() if key != "load_before"}
-    with LINES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
-    print(json.dumps({key: value for key, value in line.items() if key not in ("divergence", "right")}), flush=True)
+    keep(LINES, {**line, **here()}, hidden=("divergence", "right"))
 
 
 def main() -> None:
     """Do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("encoder", nargs="?")
-    parser.add_argument("--scratch", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="*", help="cells whose PART-METHOD-SEED fits, such as 'texts-once-*'")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    if not asked.report:
-        asked.scratch.mkdir(parents=True, exist_ok=True)
-        given = Given(asked.encoder, asked.scratch, Path(os.environ["COMPRESSO_DATA"]))
-        for seed, part, method in product(asked.seeds, ("texts", *TUNED), METHODS):
-            known = {(line["part"], line["method"], line["seed"]) for line in lines()}
-            if (part, method, seed) in known or not fnmatch(f"{part}-{method}-{seed}", asked.only):
-                continue
+    told = asked(parser)
+    if not told.report:
+        given = Given(told.encoder, told.scratch, Path(os.environ["COMPRESSO_DATA"]))
+        cells = [(part, method, seed) for seed, part, method in product(told.seeds, ("texts", *TUNED), METHODS)]
+        for part, method, seed in missing(LINES, ("part", "method", "seed"), cells, told.only):
             facts = student(given, method, seed) if part == "texts" else tuned(given, method, seed, part)
             _add({"part": part, "method": method, "seed": seed, **facts})
     report()

@@ -1,12 +1,12 @@
 """The table of `encoder_distil.py`: results/encoder_distil.jsonl -> results/encoder_distil.md."""
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import RESULTS
 from encoders import Difference, difference, unpacked
+from kept import stored
 
 LINES = RESULTS / "encoder_distil.jsonl"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC"}
@@ -30,14 +30,9 @@ LAST = 20
 """Updates at the end of a training whose losses are averaged."""
 
 
-def lines() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def report() -> None:
     """Write results/encoder_distil.md."""
-    done = lines()
+    done = stored(LINES)
     found = [line for line in done if line["part"] == "texts" and line["method"] in METHODS]
     tasks = [line for line in done if line["part"] in TASKS]
     if not found:

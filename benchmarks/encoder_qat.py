@@ -10,26 +10,23 @@ float32. A finished cell is a line of results/encoder_qat.jsonl.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import high_water_mib, machine
 from compresso.arch.base import arch_for
 from compresso.formats.hf import save_checkpoint
 from compresso.metrics.corpora import corpus
 from compresso.metrics.perplexity import perplexity
 from compresso.metrics.protocol import PerplexityProtocol
-from encoder_qat_report import LINES, TASKS, WINDOW, WINDOWS, lines, report
+from encoder_qat_report import LINES, TASKS, WINDOW, WINDOWS, report
 from encoders import BENCH, Ready, packed, ready, run
+from kept import asked, here, keep, missing, options
 
 LENGTH = 128
 TUNED: dict[str, dict[str, Any]] = {
@@ -149,33 +146,21 @@ def decoded(given: argparse.Namespace, root: Path, name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("encoder", nargs="?")
     parser.add_argument("--decoder")
-    parser.add_argument("--scratch", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="*", help="cells whose TASK-SEED-NAME fits, such as 'sst2-*'")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = asked(parser)
     root = Path(os.environ["COMPRESSO_DATA"])
     if not given.report:
-        given.scratch.mkdir(parents=True, exist_ok=True)
         first = ("fp32", "w4a4 rounded", "w4a4 trained")
         order = (*first, *(name for name in ROUNDED if name not in first))
         cells = [(task, seed, name) for task in TASKS for seed in given.seeds for name in order]
         cells += [("decoder", 0, name) for name in DECODED] if given.decoder else []
-        for task, seed, name in cells:
-            known = {(line["task"], line["seed"], line["cell"]) for line in lines()}
-            if (task, seed, name) in known or not fnmatch(f"{task}-{seed}-{name}", given.only):
-                continue
+        for task, seed, name in missing(LINES, ("task", "seed", "cell"), cells, given.only):
             found = decoded(given, root, name) if task == "decoder" else cell(given, root, task, seed, name)
-            where = {key: value for key, value in machine().items() if key != "load_before"}
-            line = {"task": task, "seed": seed, "cell": name, **found}
-            with LINES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
-            print(json.dumps({key: value for key, value in line.items() if key != "right"}), flush=True)
+            keep(LINES, {"task": task, "seed": seed, "cell": name, **found, **here()}, hidden=("right",))
     report()
 
 

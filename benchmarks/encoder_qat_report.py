@@ -6,6 +6,7 @@ from typing import Any
 
 from common import RESULTS
 from encoders import Difference, difference, unpacked
+from kept import stored
 
 LINES = RESULTS / "encoder_qat.jsonl"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC"}
@@ -22,11 +23,6 @@ CELLS = {
     "w4a4 trained": "**W4A4, trained**",
     "w4a4 longer": "**W4A4, trained longer**",
 }
-
-
-def lines() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
 
 
 def right(found: Sequence[dict[str, Any]], task: str, name: str) -> dict[int, list[bool]]:
@@ -47,7 +43,7 @@ def against_full(found: Sequence[dict[str, Any]], task: str, name: str) -> Diffe
 
 def report() -> None:
     """Write results/encoder_qat.md."""
-    found = lines()
+    found = stored(LINES)
     text = [*_said(found), "", *_table(found), "", *_goal(found), "", *_decoder(found), "", *_speed(), ""]
     (RESULTS / "encoder_qat.md").write_text("\n".join(text), "utf-8")
 

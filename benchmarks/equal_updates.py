@@ -33,6 +33,7 @@ from compresso.metrics.corpora import corpus
 from compresso.metrics.perplexity import perplexity
 from compresso.metrics.protocol import PerplexityProtocol
 from compresso.runner.recipe import read
+from kept import stored
 from real_model import ROWS, SCORED, TEXT
 
 LINES = RESULTS / "equal_updates.jsonl"
@@ -105,14 +106,9 @@ def scored(folder: str, root: Path, windows: int) -> dict[str, Any]:
     return found
 
 
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def report() -> None:
     """Write results/equal_updates.md."""
-    done = rows()
+    done = stored(LINES)
     one = done[-1]
     where = one["machine"]["cuda"] or f"{one['machine']['processor']}, {one['machine']['threads']} thread(s)"
     text = [
@@ -161,7 +157,7 @@ def main() -> None:
                 name = f"{method}-{repair}-{keep}"
                 one = {"method": method, "repair_target": repair, "keep": keep, "updates": given.updates}
                 one["gates"] = gates_of(method, given)
-                known = any(all(line.get(key, 0) == value for key, value in one.items()) for line in rows())
+                known = any(all(line.get(key, 0) == value for key, value in one.items()) for line in stored(LINES))
                 if known or not fnmatch(name, given.only):
                     continue
                 if method == "dense":

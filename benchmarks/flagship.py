@@ -39,7 +39,8 @@ import opponents
 from common import high_water_mib, machine
 from compresso.job import Job
 from compresso.metrics.divergence import divergence, reference
-from flagship_report import LINES, report, rows
+from flagship_report import LINES, report
+from kept import stored
 from repair import SELECTORS, Subject, cells
 
 KEYS = ("model", "selector", "ratio", "repair", "seed", "tokens", "windows", "updates")
@@ -116,7 +117,7 @@ def run(given: argparse.Namespace) -> None:
         for seed, ratio, updates, selector in _order(given):
             cell = {"model": shown, "selector": selector, "ratio": ratio, "seed": seed}
             cell |= {"tokens": given.tokens, "windows": given.windows, "updates": updates}
-            known = {tuple({"updates": 0, **row}[key] for key in KEYS) for row in rows()}
+            known = {tuple({"updates": 0, **row}[key] for key in KEYS) for row in stored(LINES)}
             wanted = ["none"] if selector == "dense" or selector in OPPONENTS else given.repairs
             left = [one for one in wanted if tuple({**cell, "repair": one}[key] for key in KEYS) not in known]
             if not left or time.monotonic() - begun > given.limit_s:

@@ -4,7 +4,6 @@ A method's verdict is over the better of its repairs, in pairs of windows and se
 dense by KL than the next, with the 95 % interval of the difference off zero, over several seeds.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from markupsafe import Markup
 
 from common import RESULTS
 from compresso.report.charts import curves
+from kept import stored
 from real_model_report import README, html_table, page
 
 LINES = RESULTS / "flagship.jsonl"
@@ -24,11 +24,6 @@ DRAWN = 8
 SHORT = 5
 """Methods of each size in the table in README.md."""
 Row = Mapping[str, Any]
-
-
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
 
 
 def tables(done: Sequence[Row]) -> list[tuple[str, int, list[Row]]]:
@@ -64,7 +59,7 @@ def percent(ratio: float) -> str:
 
 def report() -> None:
     """Write the pages."""
-    done = rows()
+    done = stored(LINES)
     text = [
         "# Without training, and after equal training",
         "",

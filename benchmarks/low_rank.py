@@ -28,16 +28,12 @@ from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.metrics.corpora import corpus
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.perplexity import PerplexityProtocol, perplexity
+from kept import stored
 from real_model import SCORED, TEXT
 
 LINES = RESULTS / "low_rank.jsonl"
 FULL = {"examples": 64, "windows": 40, "rounds": 5, "length": 512, "new_tokens": 32}
 """What a row that is not shortened is taken on."""
-
-
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
 
 
 def scored(model: PreTrainedModel, folder: str, root: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -91,7 +87,7 @@ def smaller(method: str, keep: float, root: Path, given: argparse.Namespace) -> 
 
 def report() -> None:
     """Write results/low_rank.md."""
-    done = rows()
+    done = stored(LINES)
     where = f"{done[-1]['machine']['processor']}, {done[-1]['machine']['threads']} thread(s)"
     text = [
         "# Low rank and slicing on a real model, without training",
@@ -152,7 +148,10 @@ def main() -> None:
         of_row = {"model": Path(given.model).name, "taken_on": {key: getattr(given, key) for key in FULL}}
         todo = [("dense", 1.0), *((how, keep) for keep in given.keeps for how in given.methods)]
         for method, keep in todo:
-            if any((line["model"], line["method"], line["keep"]) == (of_row["model"], method, keep) for line in rows()):
+            if any(
+                (line["model"], line["method"], line["keep"]) == (of_row["model"], method, keep)
+                for line in stored(LINES)
+            ):
                 continue
             if method == "dense":
                 model = opened(given.model)

@@ -23,6 +23,7 @@ import torch
 from common import RESULTS, high_water_mib, machine
 from flagship import Judged
 from flagship_report import farther
+from kept import stored
 from repair import SELECTORS, cells
 
 LINES = RESULTS / "ristretto_ablations.jsonl"
@@ -44,11 +45,6 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 """What is taken away: knobs of the stage, and the method that is left."""
 
 
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def run(given: argparse.Namespace) -> None:
     """Do what is missing."""
     torch.set_num_threads(given.threads)
@@ -62,7 +58,7 @@ def run(given: argparse.Namespace) -> None:
                 for without in given.only:
                     cell = {"model": shown, "without": without, "ratio": ratio, "seed": seed}
                     cell |= {"tokens": given.tokens, "windows": given.windows}
-                    known = {tuple(row[key] for key in KEYS) for row in rows()}
+                    known = {tuple(row[key] for key in KEYS) for row in stored(LINES)}
                     repairs = ["none", "residual"]
                     left = [one for one in repairs if tuple({**cell, "repair": one}[key] for key in KEYS) not in known]
                     if not left:
@@ -79,7 +75,7 @@ def run(given: argparse.Namespace) -> None:
 
 def report() -> None:
     """Write results/ristretto_ablations.md."""
-    done = rows()
+    done = stored(LINES)
     text = [
         "# Ristretto, one part less at a time",
         "",

@@ -19,7 +19,6 @@ from random numbers in a few hundred updates: it knows little, and every row is 
 part, which chooses nothing. A finished cell is a line of results/segmenter.jsonl, a measured file one more.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -31,7 +30,6 @@ from typing import Any
 import torch
 from transformers import MobileViTConfig, MobileViTForSemanticSegmentation, PreTrainedModel
 
-from common import high_water_mib, machine
 from compresso.arch.base import arch_for
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import open_source
@@ -51,7 +49,8 @@ from compresso.runner.drawn import begin_norms_
 from compresso.stage import Stage
 from compresso.tasks.base import Reading
 from encoders import Ready, ready, run, taught_by
-from segmenter_report import CALIBRATED, CELLS, FILES, LINES, Cell, lines, report
+from kept import asked, here, keep, missing, options, stored
+from segmenter_report import CALIBRATED, CELLS, FILES, LINES, Cell, report
 
 VISION, TASK = "datasets/vision", "segmentation"
 NAMES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
@@ -219,45 +218,27 @@ def _miou_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float(each[~each.isnan()].mean())
 
 
-def where() -> dict[str, Any]:
-    """The machine and versions."""
-    return {key: value for key, value in machine().items() if key != "load_before"}
-
-
-def written(line: dict[str, Any], place: dict[str, Any]) -> None:
-    """Keep a line, and show it."""
-    with LINES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "machine": place}) + "\n")
-    print(json.dumps({key: value for key, value in line.items() if key != "by_class"}), flush=True)
-
-
 def main() -> None:
     """Do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--only", default="*", help="cells to do")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = asked(parser)
+    keys, seed = ("seed", "cell", "file"), given.seed
     if not given.report:
-        given.scratch.mkdir(parents=True, exist_ok=True)
-        bench = Bench(given.scratch, given.seed)
-        for name, cell in CELLS.items():
-            done = {line["cell"]: line for line in lines() if line["seed"] == given.seed and "file" not in line}
-            if name in done or not fnmatch(name, given.only):
-                continue
+        bench = Bench(given.scratch, seed)
+        wanted = [name for name in CELLS if fnmatch(name, given.only)]
+        for _, name, _ in missing(LINES, keys, ((seed, name, None) for name in wanted)):
+            done = {line["cell"]: line for line in stored(LINES) if line["seed"] == seed and "file" not in line}
             share = done.get("l2 50 taught", {}).get("kept_share_of_blocks", 1.0)
-            found = bench.cell(name, cell, share)
+            found = bench.cell(name, CELLS[name], share)
             how = {"size": SEEN["image_size"], "batch": TRAIN["batch"], "begun": BEGUN, "later": LATER}
-            written(
-                {"seed": given.seed, "cell": name, "how": how, **found, "peak_mib": round(high_water_mib())}, where()
-            )
-        for name, dtype in FILES:
-            known = {(line["cell"], line.get("file")) for line in lines() if line["seed"] == given.seed}
-            if (name, None) in known and (name, dtype) not in known and fnmatch(name, given.only):
-                written({"seed": given.seed, "cell": name, "file": dtype, **bench.file(name, dtype)}, where())
+            keep(LINES, {"seed": seed, "cell": name, "how": how, **found, **here()}, hidden=("by_class",))
+        made = {line["cell"] for line in stored(LINES) if line["seed"] == seed and "file" not in line}
+        files = [(seed, name, dtype) for name, dtype in FILES if name in made and fnmatch(name, given.only)]
+        for _, name, dtype in missing(LINES, keys, files):
+            facts = {"seed": seed, "cell": name, "file": dtype, **bench.file(name, dtype)}
+            keep(LINES, {**facts, "machine": here()["machine"]})
     report()
 
 

@@ -1,10 +1,10 @@
 """The tables of `segmenter.py`: results/segmenter.jsonl -> results/segmenter.md."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from common import RESULTS
+from kept import stored
 
 LINES = RESULTS / "segmenter.jsonl"
 CALIBRATED = 32
@@ -44,14 +44,9 @@ FILES = [(name, dtype) for name in ("dense", "half taught", "l2 50 taught") for 
 """Models that are written as graphs, and their dtypes."""
 
 
-def lines() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def report() -> None:
     """Write results/segmenter.md."""
-    if not (found := lines()):
+    if not (found := stored(LINES)):
         return
     cells, files = [one for one in found if "file" not in one], [one for one in found if "file" in one]
     text = [*_said(cells[0]), "", *_cells(cells)]

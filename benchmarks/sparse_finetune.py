@@ -17,7 +17,6 @@ scored on WikiText-2 and the C4 sample. A cell is a line of results/sparse_finet
 import argparse
 import copy
 import gzip
-import json
 import os
 import tempfile
 import time
@@ -43,6 +42,7 @@ from compresso.metrics.protocol import PerplexityProtocol
 from compresso.runner.first_job import new_job
 from compresso.runner.preflight import Prepared, prepare
 from compresso.sweep.targets import Where, chosen, names_of
+from kept import keep, stored
 from real_model import SCORED, TEXT
 from sparse_cases import GRID_SEED, LOSSES, SCORED_STORIES, Case, babyllama, larger
 from structured_cases import STORIES, UNSEEN
@@ -136,11 +136,6 @@ def trained(case: Case, start: Job, loss: str, rate: float, score: bool) -> dict
     return found | {"seconds": round(time.perf_counter() - since, 1)}
 
 
-def rows() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def best(done: list[dict[str, Any]], model: str, loss: str) -> float:
     """The rate with the lowest loss on windows held out, among the cells that are for this."""
     grid = [row for row in done if (row["model"], row["loss"], row["seed"]) == (model, loss, GRID_SEED)]
@@ -162,14 +157,14 @@ def do(case: Case, given: argparse.Namespace) -> None:
     facts = {"model": case.name, "updates": case.training["steps"], "tokens": tokens}
     start = lru_cache(1)(partial(pruned, case, scratch=given.scratch))
     for seed, loss, rate in cells(case):
-        known = [row for row in rows() if (row["model"], row["loss"], row["seed"]) == (case.name, loss, seed)]
+        known = [row for row in stored(LINES) if (row["model"], row["loss"], row["seed"]) == (case.name, loss, seed)]
         wanted = any(fnmatch(f"{case.name}/{seed}/{loss}", one) for one in given.only)
         if not wanted or any(rate in (None, row["rate"]) for row in known):
             continue
         where: Mapping[str, Any] = machine()
         found: dict[str, Any]
         if loss in LOSSES:
-            used = best(rows(), case.name, loss) if rate is None else rate
+            used = best(stored(LINES), case.name, loss) if rate is None else rate
             found = {"rate": used, **trained(case, start(seed), loss, used, score=rate is None)}
         else:
             job = begun(case, seed, given.scratch) if loss == "dense" else start(seed)
@@ -177,9 +172,7 @@ def do(case: Case, given: argparse.Namespace) -> None:
             zeros = sum(zeros_of(job).counted.values())
             found = {"rate": None, "zeros": zeros, "held": held, "found": scored(case, job)}
         line = {**facts, "seed": seed, "loss": loss, **found, "peak_mib": round(high_water_mib()), "machine": where}
-        with LINES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps({key: value for key, value in line.items() if key != "machine"}), flush=True)
+        keep(LINES, line)
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from typing import Any
 from scipy.stats import t
 
 from common import RESULTS
+from kept import stored
 from sparse_cases import GRID_SEED, LOSSES
-from sparse_finetune import rows
+from sparse_finetune import LINES
 
 Rows = Sequence[dict[str, Any]]
 PAIRS = (
@@ -152,7 +153,7 @@ def section(name: str, done: Rows) -> list[str]:
 
 def main() -> None:
     """Write results/sparse_finetune.md."""
-    done = rows()
+    done = stored(LINES)
     lost = sum(diverged(row) for row in done)
     said = f"{lost} cells diverged." if lost else "No cell diverged."
     text = [

@@ -9,18 +9,19 @@ inputs of its linears are then rounded by the stage `qat` without updates, and p
 scored once a cell. A finished cell is a line of results/vit_bits.jsonl.
 """
 
-import argparse
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ViTConfig, ViTModel
 
-from common import high_water_mib, machine
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import open_source
@@ -29,7 +30,8 @@ from compresso.data.registry import load_records
 from compresso.edit.stock import as_stock
 from compresso.tasks.base import Reading
 from encoders import Ready, packed, ready, run
-from vit_bits_report import CELLS, LINES, lines, report
+from kept import asked, here, keep, missing, options
+from vit_bits_report import CELLS, LINES, report
 
 VISION = "datasets/vision"
 SIZES: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 192}
@@ -55,6 +57,10 @@ class Trained:
     def model(self) -> PreTrainedModel:
         """Its weights, read anew."""
         return as_stock(load_model(open_source(self.folder), dtype=torch.float32, device=torch.device("cpu")))
+
+
+Measured = Callable[[Trained, list[Row], int, str], dict[str, Any]]
+"""The numbers of a cell: of a trained model, the pictures it is scored on, the seed and the cell's name."""
 
 
 def base(scratch: Path, seed: int) -> Path:
@@ -116,32 +122,30 @@ def _moved(ours: PreTrainedModel, whole: PreTrainedModel, batches: list[dict[str
     return float((one - other).norm() / other.norm())
 
 
+@lru_cache(1)
+def _looking(scratch: Path, seed: int) -> tuple[Trained, list[Row]]:
+    """The ViT of a seed, and the pictures that it is scored on."""
+    root = Path(os.environ["COMPRESSO_DATA"]) / VISION
+    vit = trained(scratch, root / "cifar10_train_10000.parquet", seed)
+    return vit, pictures(vit, root / "cifar10_test_2000.parquet")
+
+
+def do(about: str | None, file: Path, cells: Iterable[str], measured: Measured) -> None:
+    """The cells of a file that are missing, of each seed that the command line names."""
+    parser = options(about)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = asked(parser)
+    if given.report:
+        return
+    how = {**SIZES, **SEEN, **{key: TUNED[key] for key in ("steps", "batch", "lr")}}
+    for seed, name in missing(file, ("seed", "cell"), product(given.seeds, cells)):
+        found = measured(*_looking(given.scratch, seed), seed, name)
+        keep(file, {"seed": seed, "cell": name, "how": how, **found, **here()}, hidden=("right",))
+
+
 def main() -> None:
     """Do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if not given.report:
-        root = Path(os.environ["COMPRESSO_DATA"]) / VISION
-        given.scratch.mkdir(parents=True, exist_ok=True)
-        for seed in given.seeds:
-            known = {line["cell"] for line in lines() if line["seed"] == seed}
-            if not (missing := [name for name in CELLS if name not in known]):
-                continue
-            vit = trained(given.scratch, root / "cifar10_train_10000.parquet", seed)
-            rows = pictures(vit, root / "cifar10_test_2000.parquet")
-            for name in missing:
-                found = cell(vit, rows, seed, name)
-                how = {**SIZES, **SEEN, **{key: TUNED[key] for key in ("steps", "batch", "lr")}}
-                where = {key: value for key, value in machine().items() if key != "load_before"}
-                line = {"seed": seed, "cell": name, "how": how, **found}
-                with LINES.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
-                print(json.dumps({key: value for key, value in line.items() if key != "right"}), flush=True)
+    do(__doc__, LINES, CELLS, cell)
     report()
 
 

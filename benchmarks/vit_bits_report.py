@@ -1,11 +1,11 @@
 """The table of `vit_bits.py`: results/vit_bits.jsonl -> results/vit_bits.md."""
 
-import json
 import statistics
 from typing import Any
 
 from common import RESULTS
 from encoders import difference, unpacked
+from kept import stored
 
 LINES = RESULTS / "vit_bits.jsonl"
 COMPAT = {"quantisers": "deepspeed_compat"}
@@ -23,14 +23,9 @@ CELLS: dict[str, tuple[str, dict[str, Any] | None]] = {
 """Cell -> its words, and the knobs of `qat`; None where nothing is rounded."""
 
 
-def lines() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def report() -> None:
     """Write results/vit_bits.md."""
-    if not (found := lines()):
+    if not (found := stored(LINES)):
         return
     (RESULTS / "vit_bits.md").write_text("\n".join([*_said(found), "", *_table(found), ""]), "utf-8")
 

@@ -7,21 +7,14 @@ The dense model is that of `vit_bits.py`: a small ViT, trained on CIFAR-10 pictu
 scored once on pictures that nobody trained on, and is a line of results/vit_prune.jsonl.
 """
 
-import argparse
-import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from common import high_water_mib, machine
 from compresso.core.cost import CostModel
 from compresso.core.row import Row
 from encoders import packed, ready, run
-from vit_bits import SEEN, SIZES, TASK, TUNED, VISION, Trained, pictures, trained
-from vit_prune_report import CELLS, LINES, Cell, lines, report
+from vit_bits import TASK, TUNED, Trained, do
+from vit_prune_report import CELLS, LINES, Cell, report
 
 PRUNED: dict[str, Any] = {"batches": 16, "batch": 64, "micro_batch": 64}
 DEEP = 50
@@ -42,10 +35,10 @@ def recipe(cell: Cell) -> list[dict[str, Any]]:
     return stages
 
 
-def measured(vit: Trained, rows: list[Row], seed: int, cell: Cell) -> dict[str, Any]:
+def measured(vit: Trained, rows: list[Row], seed: int, name: str) -> dict[str, Any]:
     """One row of the table."""
     begun = time.process_time()
-    stages = recipe(cell)
+    stages = recipe(CELLS[name])
     made = ready(  # what has no stage is read as a recipe for another
         {"name": "cell", "stages": stages or recipe(CELLS["dense on"])},
         str(vit.folder),
@@ -55,11 +48,13 @@ def measured(vit: Trained, rows: list[Row], seed: int, cell: Cell) -> dict[str, 
         vit.scratch,
     )
     job = made.job(seed)
-    for name in [name for one in stages for name in one]:
-        job = run(made.stages[name], job)
+    for stage in [stage for one in stages for stage in one]:
+        job = run(made.stages[stage], job)
     score: Any = job.task.score(job.model.eval(), rows)  # a classification's
     counted = CostModel(job.arch.axes(job.model), job.arch.weights(job.model))()
     return {
+        "pruned": PRUNED,
+        "later": {**LATER, **TAUGHT},
         "accuracy": score.accuracy,
         "n": len(score.right),
         "guess": score.guess,
@@ -73,30 +68,7 @@ def measured(vit: Trained, rows: list[Row], seed: int, cell: Cell) -> dict[str, 
 
 def main() -> None:
     """Do what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="write the table of what is done, and do nothing more")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if not given.report:
-        root = Path(os.environ["COMPRESSO_DATA"]) / VISION
-        given.scratch.mkdir(parents=True, exist_ok=True)
-        for seed in given.seeds:
-            known = {line["cell"] for line in lines() if line["seed"] == seed}
-            if not (missing := [name for name in CELLS if name not in known]):
-                continue
-            vit = trained(given.scratch, root / "cifar10_train_10000.parquet", seed)
-            rows = pictures(vit, root / "cifar10_test_2000.parquet")
-            for name in missing:
-                how = {**SIZES, **SEEN, **{key: TUNED[key] for key in ("steps", "batch", "lr")}}
-                line = {"seed": seed, "cell": name, "how": how, "pruned": PRUNED, "later": {**LATER, **TAUGHT}}
-                line |= measured(vit, rows, seed, CELLS[name])
-                where = {key: value for key, value in machine().items() if key != "load_before"}
-                with LINES.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**line, "peak_mib": round(high_water_mib()), "machine": where}) + "\n")
-                print(json.dumps({key: value for key, value in line.items() if key != "right"}), flush=True)
+    do(__doc__, LINES, CELLS, measured)
     report()
 
 

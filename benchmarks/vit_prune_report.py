@@ -1,6 +1,5 @@
 """The table of `vit_prune.py`: results/vit_prune.jsonl -> results/vit_prune.md."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 from common import RESULTS
 from encoders import difference, unpacked
+from kept import stored
 
 LINES = RESULTS / "vit_prune.jsonl"
 
@@ -40,14 +40,9 @@ CELLS = {
 }
 
 
-def lines() -> list[dict[str, Any]]:
-    """What is done."""
-    return [json.loads(line) for line in LINES.read_text("utf-8").splitlines()] if LINES.exists() else []
-
-
 def report() -> None:
     """Write results/vit_prune.md."""
-    if not (found := lines()):
+    if not (found := stored(LINES)):
         return
     (RESULTS / "vit_prune.md").write_text("\n".join([*_said(found), "", *_table(found), ""]), "utf-8")
 
