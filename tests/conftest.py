@@ -29,6 +29,7 @@ from compresso.runner.recipe import build, names, read, task_of, with_knob
 from compresso.runner.run import Result, run
 from compresso.stage import ChecksModel, Learns, Shrinks
 from compresso.tasks.base import DEFAULT
+from tests import fresh
 from tests.last_lines import (  # noqa: F401  hooks of pytest: what a run of the tests ends with
     pytest_collectreport,
     pytest_sessionfinish,
@@ -99,6 +100,7 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")  # a busy machine is no fault of the code
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 os.fsync = lambda *_: None  # a tenth of the time, and no test cuts the power; those of atomic writes count the calls
+subprocess.run = fresh.run  # processes that open a checkpoint are forked: tests start dozens
 transformers_logging.disable_progress_bar()
 
 
@@ -187,6 +189,12 @@ def no_transformers_4(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """transformers 4.57, a process of five seconds, is not installed but for tests marked `transformers_4`."""
     if request.node.get_closest_marker("transformers_4") is None:
         monkeypatch.setattr(transformers_4, "missing", lambda: "transformers 4.57 is not installed")
+
+
+@pytest.fixture
+def real_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process is forked in the place of one that is started, see `tests/fresh.py`."""
+    monkeypatch.setattr(subprocess, "run", fresh.REAL)
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_processes")
 def test_a_native_checkpoint_needs_compresso_or_its_own_code(native: Path) -> None:
     found = {one.engine: one for one in verify(native)}
     assert found[PLAIN.name].opens == "no"

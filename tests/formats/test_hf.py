@@ -298,6 +298,7 @@ def test_everything_else_is_saved(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_processes")
 def test_reopen_in_a_fresh_process(tmp_path: Path) -> None:
     live = narrow_model("qwen2", NO_FIRST_ATTENTION)
     save_checkpoint(live, NO_FIRST_ATTENTION, tmp_path / "out", dtype=torch.bfloat16)
