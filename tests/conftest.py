@@ -24,6 +24,7 @@ from compresso.data import nano
 from compresso.engines import transformers_4
 from compresso.engines import vllm as vllm_engine
 from compresso.errors import ExportError, ResourceError
+from compresso.runner import final_evaluation
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build, names, read, task_of, with_knob
 from compresso.runner.run import Result, run
@@ -101,6 +102,8 @@ settings.load_profile("untimed")  # a busy machine is no fault of the code
 os.environ["COMPRESSO_TEST_SECRET"] = CANARY
 os.fsync = lambda *_: None  # a tenth of the time, and no test cuts the power; those of atomic writes count the calls
 subprocess.run = fresh.run  # processes that open a checkpoint are forked: tests start dozens
+# a third of a short run; how speed is taken is asked in tests/metrics/test_latency.py
+final_evaluation.SPEED_NEW, final_evaluation.SPEED_ROUNDS = 4, 2
 transformers_logging.disable_progress_bar()
 
 

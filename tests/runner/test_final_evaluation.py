@@ -13,6 +13,7 @@ from compresso.errors import CollapseError
 from compresso.metrics.guard import Guard
 from compresso.metrics.prompts import OPENINGS, REQUESTS
 from compresso.metrics.record import ModelResults, Report
+from compresso.runner import final_evaluation
 from compresso.runner.evaluation_settings import evaluation_settings
 from compresso.runner.run import run
 from compresso.tasks.causal_lm import CausalLM
@@ -43,6 +44,10 @@ def test_both_models_answer_the_same_questions(ran: Ran) -> None:
     for name in ("held/perplexity", "repetition", "degenerate", "decode/batch1", "prefill/batch1"):
         assert here[name].same_protocol(there[name]), name
     assert {"kl", "top1_agreement", "decode_speedup/batch1", "decode_bound/batch1"} <= there.keys() - here.keys()
+    for side in (here, there):
+        timed = side["decode/batch1"].protocol
+        wanted = (final_evaluation.SPEED_PROMPT, final_evaluation.SPEED_NEW, final_evaluation.SPEED_ROUNDS)
+        assert tuple(timed[key] for key in ("prompt_tokens", "new_tokens", "rounds")) == wanted
     assert there["kl"].value > 0
     for records, side in ((result.records["before"], here), (result.records["after"], there)):
         assert {part: side[f"parameters/{part}"].value for part in records["parameters"]} == records["parameters"]
