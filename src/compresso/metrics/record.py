@@ -6,6 +6,7 @@ shapes (counted), and what a formula predicts (estimated). Tables never put two 
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,16 @@ Protocol = Annotated[dict[str, Setting], Field(min_length=1)]
 """What was done to get a number: corpus, split, sequence length, shots, batch, rounds, ... Never empty."""
 
 _PACKAGES = {"compresso": "compresso-llm", "torch": "torch", "transformers": "transformers"}
+
+
+@cache
+def installed(package: str) -> str:
+    """The version of an installed package, read once a process: each reading parses a file of hundreds of lines, and a
+    run asks some thirty times.
+
+    Raises importlib.metadata.PackageNotFoundError where it is not installed.
+    """
+    return version(package)
 
 
 class Strict(BaseModel):
@@ -60,7 +71,7 @@ class Environment(Strict):
             threads=torch.get_num_threads(),
             system=platform.system(),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-            versions={key: version(package) for key, package in {**_PACKAGES, **packages}.items()},
+            versions={key: installed(package) for key, package in {**_PACKAGES, **packages}.items()},
         )
 
 

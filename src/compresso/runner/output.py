@@ -6,7 +6,6 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from compresso.formats.hf import Layout, reopen_and_compare, save_checkpoint
 from compresso.formats.offloaded import save_offloaded
 from compresso.formats.patched import save_patches
 from compresso.job import Job
-from compresso.metrics.record import Environment
+from compresso.metrics.record import Environment, installed
 from compresso.metrics.size import counts, weight_bytes
 from compresso.native import MOE_FILE, PYRAMID_FILE, mixture_family_of, pyramid_auto_map
 from compresso.report.card import model_card
@@ -51,8 +50,8 @@ process.
 def versions() -> dict[str, str]:
     """The versions a result depends on."""
     return {
-        "compresso": version("compresso-llm"),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "compresso": installed("compresso-llm"),
+        **{name: installed(name) for name in ("torch", "transformers", "peft", "accelerate")},
     }
 
 
