@@ -1,13 +1,16 @@
 """The axes of a model nobody described: dimensions whose classes leave together, and sub-layers that leave whole.
 
 Rounds of propagation are repeated until nothing more is joined; only then are pins believed. Each family of parameter
-dimensions that share classes becomes one axis, or a dimension that stays, with the operation that holds it.
+dimensions that share classes becomes one axis, or a dimension that stays, with the operation that holds it. What lies
+side by side in one dimension that is read, from writers of their own, leaves together where it is equally wide: a
+tensor has one axis a dimension.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +156,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Di
         classes.begin()
         round_ = Propagation(traced, classes, flow.is_rms_norm)
         round_.run()
-        if not classes.merge():
+        if not classes.merge() and not _tied_side_by_side(classes):
             break
     stream = {
         int(c) for n in flow.residual_sums if isinstance(v := round_.values.get(n), Tensor) for c in torch.unique(v)
@@ -187,6 +190,23 @@ def _families(classes: Classes) -> list[_Family]:
         for c in merged.classes:
             family_of[c] = merged
     return list({id(family): family for family in family_of.values()}.values())
+
+
+def _tied_side_by_side(classes: Classes) -> bool:
+    """Join the units of equally wide runs that one dimension holds side by side, each with a writer of its own; whether
+    there were any.
+    """
+    for source in classes.reads:
+        along_it = classes.of(source)
+        writers = {tuple(own): other for other in classes.writes if len(own := classes.of(other).tolist()) > 1}
+        width = next((len(own) for own in writers if own[0] == int(along_it[0])), 0)
+        if not width or len(along_it) <= width or len(along_it) % width:
+            continue
+        runs = along_it.reshape(-1, width)
+        together = [tuple(run) for run in runs.tolist()]
+        if len(set(together)) == len(together) and all(run in writers for run in together):
+            classes.join(runs[:1].expand_as(runs), runs)
+    return classes.merge()
 
 
 def _axis(
@@ -225,9 +245,14 @@ def _axis(
         dict.fromkeys(place.module for labels, place in classes.norms if not set(labels.tolist()).isdisjoint(units))
     )
     side, ends, places = ("output", written, classes.writes) if kind == Kind.HIDDEN else ("input", read, classes.reads)
-    widths = {owner.param: owner.width or len(owner.unit_of) // len(units) for owner in owners}
+    owning = {(owner.param, owner.dim): owner for owner in owners}
     gates = tuple(
-        {places[end].module: Gate(places[end].module, side, widths[end[0]]) for end in ends if end in places}.values()
+        {
+            (gate.module, gate.start): gate
+            for end in ends
+            if end in places
+            for gate in _gates(places[end].module, side, owning[end], len(units))
+        }.values()
     )
     if outside := next((gate for gate in gates if not flow.is_leaf(gate.module)), None):
         return stays(
@@ -241,6 +266,14 @@ def _axis(
     return Found(container, kind, len(units), owners, (), gates, container, layer[1] if layer else None, norms)
 
 
+def _gates(module: str, side: Literal["input", "output"], owner: Owner, size: int) -> list[Gate]:
+    """Where a mask of so many units meets what a module reads or writes: once, or at each of several runs of units."""
+    n, slices = len(owner.unit_of), owner.slices
+    if side == "output" or len(slices) < 2:
+        return [Gate(module, side, owner.width or n // size)]
+    return [Gate(module, side, piece.width, start=piece.start, of=n) for piece in slices]
+
+
 def _why(source: Source, classes: Classes) -> str:
     """What the model does with a parameter dimension."""
     if source in classes.reads:
@@ -250,14 +283,8 @@ def _why(source: Source, classes: Classes) -> str:
 
 def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
     """Axes whose units are whole sub-layers and whole layers, for each list of layers."""
-    of_list: dict[str, list[tuple[int, SubLayer]]] = defaultdict(list)
-    for sub_layer in sub_layers:
-        places = {_layer(name, model) for name in (*sub_layer.parameters, *sub_layer.shared)}
-        place = places.pop()
-        if place is not None and not places:
-            of_list[place[0]].append((place[1], sub_layer))
     found: list[Found] = []
-    for layers, members in of_list.items():
+    for layers, members in _by_list(sub_layers, model, 0).items():
         size = len(model.get_submodule(layers)._modules)
         owned = {name for _, sub_layer in members for name in (*sub_layer.parameters, *sub_layer.shared)}
         every = {name for name, _ in model.named_parameters() if name.startswith(layers + ".")}
@@ -279,14 +306,36 @@ def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
     return found
 
 
+def _by_list(sub_layers: Sequence[SubLayer], model: nn.Module, depth: int) -> dict[str, list[tuple[int, SubLayer]]]:
+    """List of modules -> the sub-layers in it, each with its index. Where one module of a list holds several of a kind
+    it is no layer but a stage, with a list of its own inside.
+
+    depth: how many lists lie outside of those that are looked at.
+    """
+    of_list: dict[str, list[tuple[int, SubLayer]]] = defaultdict(list)
+    for sub_layer in sub_layers:
+        places = {(_lists(name, model)[depth:] or [None])[0] for name in (*sub_layer.parameters, *sub_layer.shared)}
+        place = places.pop()
+        if place is not None and not places:
+            of_list[place[0]].append((place[1], sub_layer))
+    found: dict[str, list[tuple[int, SubLayer]]] = {}
+    for layers, members in of_list.items():
+        several = Counter((index, sub_layer.attends) for index, sub_layer in members)
+        inside = _by_list([one for _, one in members], model, depth + 1) if max(several.values()) > 1 else {}
+        found |= inside or {layers: members}
+    return found
+
+
+def _lists(name: str, model: nn.Module) -> list[tuple[str, int]]:
+    """The lists of modules that a qualified name passes through, from the outermost, and the indices in them."""
+    parts = name.split(".")
+    paths = [(".".join(parts[:at]), part) for at, part in enumerate(parts) if at and part.isdigit()]
+    return [(path, int(part)) for path, part in paths if isinstance(model.get_submodule(path), nn.ModuleList)]
+
+
 def _layer(name: str, model: nn.Module) -> tuple[str, int] | None:
     """The outermost list of modules that a qualified name passes through, and the index in it."""
-    parts = name.split(".")
-    for at, part in enumerate(parts[1:], start=1):
-        path = ".".join(parts[:at])
-        if part.isdigit() and isinstance(model.get_submodule(path), nn.ModuleList):
-            return path, int(part)
-    return None
+    return next(iter(_lists(name, model)), None)
 
 
 def _common(modules: list[str]) -> str:

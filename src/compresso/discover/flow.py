@@ -135,14 +135,18 @@ class Flow:
         return reader is not None and reader.name == "add" and len(reader.inputs) == 2
 
     def _terms(self, number: int) -> list[int]:
-        """The terms of a sum of sums."""
+        """The terms of a sum of sums. A bias belongs to what it is added to, whether one operation does both or two."""
         step = self.made_by(number)
         assert step is not None
         terms: list[int] = []
         for term in step.inputs:
             maker = self.made_by(term)
             inner = (
-                maker is not None and maker.name == "add" and len(maker.inputs) == 2 and len(self.readers[term]) == 1
+                maker is not None
+                and maker.name == "add"
+                and len(maker.inputs) == 2
+                and len(self.readers[term]) == 1
+                and not any(number in self.trace.parameters for number in maker.inputs)
             )
             terms += self._terms(term) if inner else [term]
         return terms

@@ -5,7 +5,8 @@
     activation product   query times key, weights times value: everything inside one batch entry (a head) leaves
                          together
     reduction            over one class: that class; over several: a foldable RMSNorm, or they are pinned
-    rearrangement        done to the classes themselves
+    rearrangement        done to the classes themselves; a resampling of pictures leaves their channels where they are
+    convolution          a contraction of channels; of each channel by itself, or a batch norm, scales what it reads
     anything else        refused by name if it touches a class
 
 A small parameter that meets several units at one index (a norm shared by the heads) belongs to none of them.
@@ -15,7 +16,7 @@ the modules that write them are masked: sums of such tensors do, and products wi
 nothing else is trusted to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _MOVES = {
 }  # fmt: skip
 _REDUCTIONS = {"mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "prod"}
 _ALONG = {"cumsum", "_softmax", "_safe_softmax", "_log_softmax", "softmax"}
+_BATCH_NORMS = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
+_RESAMPLES = {"upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d"}
 _ZERO_AT_ZERO = {
     "neg",
     "relu",
@@ -100,6 +103,10 @@ class Propagation:
             self.values[step.outputs[0]] = self._lookup(step, place)
         elif step.name == "convolution":
             self.values[step.outputs[0]] = self._convolution(step, place)
+        elif step.name in _BATCH_NORMS:
+            self.values[step.outputs[0]] = self._batch_norm(step, place)
+        elif step.name in _RESAMPLES:
+            self.values[step.outputs[0]] = self._resampled(step, place)
         elif step.name in _MOVES:
             self._move(step, place)
         elif step.name in _REDUCTIONS:
@@ -118,6 +125,8 @@ class Propagation:
     def _vanishes(self, step: Step) -> bool:
         """Whether masking the writers makes the masked entries of the result zero."""
         inputs = [number in self.zeros for number in step.inputs]
+        if step.name == "convolution" and self._of_each_channel(step):
+            return inputs[0] and not isinstance(step.args[2], Ref)  # a bias outlives what it is added to
         if step.name in ("mm", "addmm", "embedding", "convolution"):
             return any(isinstance(self.values.get(number), Weight) for number in step.inputs)
         if step.name in ("add", "sub"):
@@ -277,11 +286,17 @@ class Propagation:
         return spread(table.classes[1], len(shape) - 1, shape)
 
     def _convolution(self, step: Step, place: Place) -> Value:
-        """A convolution without groups: input channels join, output channels are written, kernel positions stay."""
+        """A convolution without groups: input channels join, output channels are written, kernel positions stay. One of
+        each channel by itself scales and shifts what it reads.
+        """
         x, weight = self.values.get(step.inputs[0]), self.values.get(step.inputs[1])
-        transposed, groups = step.args[6], step.args[8]
-        if not isinstance(weight, Weight) or transposed or groups != 1:
+        transposed, groups, each = step.args[6], step.args[8], self._of_each_channel(step)
+        if not isinstance(weight, Weight) or transposed or (groups != 1 and not each):
             raise refuse(place, "is a convolution with groups, transposed, or without a weight of its own")
+        if each and isinstance(x, Tensor):
+            for classes in weight.classes[2:]:
+                self.classes.pin(classes, place, "it is a kernel position")
+            return self._by_channel(x, step.inputs[1:], self.trace.shapes[step.outputs[0]])
         for classes in weight.classes[2:]:
             self.classes.pin(classes, place, "it is a kernel position")
         for dim, notes in ((1, self.classes.reads), (0, self.classes.writes)):
@@ -298,6 +313,31 @@ class Propagation:
             self.classes.join(bias.classes[0], weight.classes[0])
             self._note_bias(bias, place)
         return out
+
+    def _of_each_channel(self, step: Step) -> bool:
+        """Whether a convolution reads one channel for each that it writes, and is not transposed."""
+        shape, groups = self.trace.shapes[step.inputs[1]], step.args[8]
+        return not step.args[6] and groups == shape[0] > 1 and shape[1] == 1
+
+    def _by_channel(self, x: Tensor, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """What is done to each channel of feature maps by parameters with an entry for each: they leave together."""
+        channels = along(x, 1)
+        for number in numbers:
+            if isinstance(weight := self.values.get(number), Weight):
+                self.classes.join(channels, weight.classes[0])
+        return spread(channels, 1, shape)
+
+    def _batch_norm(self, step: Step, place: Place) -> Value:
+        """A batch norm of a model that is asked: its statistics are constants with an entry for each channel."""
+        x = self._entries(step.inputs[0], place)
+        return self._by_channel(x, step.inputs[1:], self.trace.shapes[step.outputs[0]])
+
+    def _resampled(self, step: Step, place: Place) -> Value:
+        """Feature maps in another size: channels stay apart, places mix."""
+        x = self._entries(step.inputs[0], place)
+        for dim in (2, 3):
+            x = self._normalised(x, dim, place, "is mixed with its neighbours")
+        return spread(along(x, 1), 1, self.trace.shapes[step.outputs[0]])
 
     def _move(self, step: Step, place: Place) -> None:
         """Do the same to the classes as to the entries."""
