@@ -24,6 +24,14 @@ class NoMlp(nn.Module):
         return hidden_states.new_zeros(()).expand_as(hidden_states)
 
 
+class NoMixMlp(nn.Module):
+    """An FFN without channels, in a family whose FFN is told the height and width of feature maps."""
+
+    def forward(self, hidden_states: Tensor, *_: object) -> Tensor:
+        """Zeros of the input's shape without their memory."""
+        return hidden_states.new_zeros(()).expand_as(hidden_states)
+
+
 class NoExperts(nn.Module):
     """A mixture without experts, in a family whose FFN also gives the router's scores: zeros, and no scores."""
 

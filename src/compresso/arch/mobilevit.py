@@ -39,6 +39,7 @@ from compresso.arch.mobilevit_pyramid import (
     level_writers,
     sync_head_,
 )
+from compresso.arch.places import behind
 from compresso.arch.producers import Producers
 from compresso.core.axis import Axis, Gate, Kind, Slice
 from compresso.core.cost import Group, Weight
@@ -251,7 +252,7 @@ class MobileViT:
                 pooled = name.startswith("segmentation_head.aspp.convs.") and "conv_1x1" in name
                 found[name] = 1 if pooled else here[0] * here[1]
             elif isinstance(module, nn.Conv2d) and not name.startswith(f"{HEAD}."):
-                here = _behind(module, here)
+                here = behind(module, here)
                 found[name] = here[0] * here[1]
             elif isinstance(module, nn.Linear) and name.startswith(f"{body}encoder."):
                 patch = int(model.config.patch_size)
@@ -277,16 +278,6 @@ def _divisible(given: int, out: int) -> tuple[float, float]:
     """
     lowest = 0.0 if out == 8 else min(out - 4, (out - 8) / 0.9)
     return lowest / given, min(out + 3.5, out / 0.9 - 0.5) / given  # the product is made whole before
-
-
-def _behind(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width that a convolution writes."""
-    sides: list[int] = []
-    for dim, side in enumerate(size):
-        reach, padding = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1, conv.padding[dim]
-        assert isinstance(padding, int)
-        sides.append((side + 2 * padding - reach) // conv.stride[dim] + 1)
-    return sides[0], sides[1]
 
 
 def _io(model: PreTrainedModel, block: str, part: str) -> tuple[int, int]:

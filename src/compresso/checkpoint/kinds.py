@@ -18,7 +18,7 @@ from compresso.errors import ArchError
 _READERS = (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForQuestionAnswering)
 _BOTH_WAYS = ("bert", "roberta", "distilbert")
 """Encoders of texts that are described here; a config that names no class means the bare model."""
-_OF_PICTURES = ("vit", "deit", "mobilevit", "compresso_mobilevit_pyramid")
+_OF_PICTURES = ("vit", "deit", "mobilevit", "compresso_mobilevit_pyramid", "segformer", "compresso_segformer")
 """Models of pictures that are described here; likewise."""
 _SEGMENT = ("upernet",)
 """Those that have one class alone, a segmenter's."""

@@ -68,7 +68,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
     leaving = _leaving(axes, kept)
     selections = _selections(model, axes, kept)
     factors = _factors(model, axes, kept, soft)
-    _empty_sub_layers_(arch.blocks(model), arch, axes, kept)
+    _empty_sub_layers_(model, arch, axes, kept)
 
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -100,7 +100,7 @@ def shrink_(model: PreTrainedModel, axes: Sequence[Axis], plan: Plan, soft: Mapp
         for axis in axes:
             if axis.kind == Kind.HEAD_CHANNEL and axis.name in kept and axis.layer is not None:
                 arch.narrow_heads_(arch.blocks(model)[axis.layer], len(kept[axis.name]))
-    _drop_layers_(arch.blocks(model), axes, kept)
+    _drop_layers_(model, axes, kept)
     for axis in axes:
         if axis.kind == Kind.VOCAB and axis.name in kept:
             renumber_(model, axis.size, kept[axis.name])
@@ -279,8 +279,9 @@ def _edited(name: str, parameter: Tensor, by_dim: Sequence[tuple[Tensor | None, 
     return folded
 
 
-def _empty_sub_layers_(blocks: nn.ModuleList, arch: Arch, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> None:
+def _empty_sub_layers_(model: PreTrainedModel, arch: Arch, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> None:
     """Replace attentions and FFNs that lose their last unit, or are dropped as units themselves."""
+    blocks = arch.blocks(model)
     sub_layer = {Kind.HEAD: Kind.ATTENTION, Kind.CHANNEL: Kind.MLP}
     for axis in axes:
         if axis.name not in kept:
@@ -288,13 +289,22 @@ def _empty_sub_layers_(blocks: nn.ModuleList, arch: Arch, axes: Sequence[Axis], 
         if axis.kind in sub_layer and not kept[axis.name] and axis.layer is not None:
             arch.empty_(blocks[axis.layer], sub_layer[axis.kind])
         elif axis.kind in (Kind.ATTENTION, Kind.MLP):
+            layers = _layers(model, axis)
             for layer in sorted(set(range(axis.size)) - set(kept[axis.name])):
-                arch.empty_(blocks[layer], axis.kind)
+                arch.empty_(layers[layer], axis.kind)
 
 
-def _drop_layers_(blocks: nn.ModuleList, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> None:
-    """Take whole layers out of the list; those behind them move up."""
+def _layers(model: PreTrainedModel, axis: Axis) -> nn.ModuleList:
+    """The list of layers that the units of an axis of layers or sub-layers lie in."""
+    layers = model.get_submodule(axis.container)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _drop_layers_(model: PreTrainedModel, axes: Sequence[Axis], kept: Mapping[str, list[int]]) -> None:
+    """Take whole layers out of their lists; those behind them move up."""
     for axis in axes:
         if axis.kind == Kind.LAYER and axis.name in kept:
+            layers = _layers(model, axis)
             for layer in sorted(set(range(axis.size)) - set(kept[axis.name]), reverse=True):
-                del blocks[layer]
+                del layers[layer]

@@ -60,7 +60,12 @@ class KeepLayers:
         return
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Refuse layers that are not there. Raises RecipeError."""
+        """Refuse layers that are not there, and stages, none of which can leave. Raises RecipeError."""
+        if not arch.shapes(model):
+            raise RecipeError(
+                f"keep_layers: a {arch.name} has stages, which all stay, and no one list of layers; drop layers by a"
+                " score, such as by gate_taylor with kinds: [layer], where its stages have some"
+            )
         self._kept(len(arch.blocks(model)))
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:

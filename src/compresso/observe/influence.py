@@ -62,8 +62,14 @@ def block_influence(
 
     Raises:
         NumericError: a state is not finite, or no token has a direction.
-        ArchError: sub-layers are asked for, and what they write does not add up to what leaves the block.
+        ArchError: sub-layers are asked for, and what they write does not add up to what leaves the block; or layers lie
+            in several lists, those of stages.
     """
+    if twice := [kind for kind in kinds if sum(axis.kind == kind for axis in axes) > 1]:
+        raise ArchError(
+            f"block influence follows one list of layers, and this model has a list of {twice[0]} units in each of its"
+            " stages; score them by the loss without each, such as by depth_order: loss"
+        )
     parts = {axis.kind: axis for axis in axes if axis.kind in kinds}
 
     def ran(layer: int, block: Block, see: See) -> None:

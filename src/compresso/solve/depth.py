@@ -80,16 +80,18 @@ def drop_run(axis: Axis, distances: Tensor, cost: Cost, budget: Budget, n: int |
 
 def absorbed(axes: Sequence[Axis], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks without the layers of which nothing is left: one without attention and MLP computes nothing, and no stock
-    class could hold it. Masks that do not name layers are as they were.
+    class could hold it. Masks that do not name layers are as they were, and those of a model of stages, which has a
+    list of layers in each and a class of ours that holds such a layer.
 
     Args:
         axes: those of the masks, as the layers' units are found by their `layer`.
         masks: axis name -> [size], 0 for what leaves. A sub-layer is gone if it is closed itself or all of its units
             are.
     """
-    layers = next((axis for axis in axes if axis.kind == Kind.LAYER and axis.name in masks), None)
-    if layers is None:
+    lists = [axis for axis in axes if axis.kind == Kind.LAYER and axis.name in masks]
+    if len(lists) != 1:
         return dict(masks)
+    (layers,) = lists
     left = {kind: torch.zeros(layers.size, dtype=torch.bool) for kind in (Kind.ATTENTION, Kind.MLP)}
     within = {Kind.HEAD: Kind.ATTENTION, Kind.CHANNEL: Kind.MLP}
     named = [axis for axis in axes if axis.name in masks]
