@@ -56,6 +56,8 @@ from compresso.native import (
     PATCHED_FILE,
     PYRAMID_CLASSES,
     PYRAMID_FILE,
+    SEGFORMER_CLASSES,
+    SEGFORMER_FILE,
     SLICED_CLASSES,
     SLICED_FILE,
 )
@@ -104,6 +106,7 @@ NATIVE = (
             (LOW_RANK_FILE, LOW_RANK_CLASSES),
             (SLICED_FILE, SLICED_CLASSES),
             (PYRAMID_FILE, PYRAMID_CLASSES),
+            (SEGFORMER_FILE, SEGFORMER_CLASSES),
         )
     ),
     Shipped(PATCHED_FILE, frozenset({PATCHED_CLASS.__name__}), needed=False),

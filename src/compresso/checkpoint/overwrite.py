@@ -41,6 +41,7 @@ _CHECKPOINT = (
     "modeling_compresso_moe.py",
     "modeling_compresso_patched.py",
     "modeling_compresso_pyramid.py",
+    "modeling_compresso_segformer.py",
     *_TOKENIZER,
     *_CARRIED,
 )

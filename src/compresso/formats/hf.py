@@ -35,12 +35,23 @@ from compresso.formats.layout import (
     with_one_epsilon,
 )
 from compresso.formats.native_moe import mixture_config, mixture_tensors
+from compresso.formats.native_segformer import as_unequal
 from compresso.formats.pad import pad_tensors
 from compresso.formats.patched import save_patches
 from compresso.formats.plain import check_plain, plain_obstacle
 from compresso.formats.reopen import reopen_and_compare
 from compresso.formats.shrunk import Shrunk, describe
-from compresso.native import MODELING_FILE, MOE_FILE, PYRAMID_FILE, family_of, mixture_family_of, pyramid_auto_map
+from compresso.native import (
+    MODELING_FILE,
+    MOE_FILE,
+    PYRAMID_FILE,
+    SEGFORMER_FILE,
+    family_of,
+    mixture_family_of,
+    pyramid_auto_map,
+    segformer_auto_map,
+    staged_family_of,
+)
 
 __all__ = ["Layout", "choose_layout", "reopen_and_compare", "save_checkpoint"]
 RECORDS = "records.json"
@@ -76,6 +87,9 @@ def save_checkpoint(
     to `dtype`), CheckpointError if `folder` may not be written, ResourceError if it does not fit.
     """
     texts = {**(files or {}), **({RECORDS: _records(patches)} if patches else {})}
+    if _has_unequal_layers(model, layout):
+        _write_plain(as_unequal(model), folder, tokenizer, dtype, texts, force, max_shard_size, source, patches)
+        return "native"
     if family_of(model.config.model_type) is None and not _is_native_mixture(model, shapes, layout):
         check_plain(model, shapes, layout)
         _write_plain(model, folder, tokenizer, dtype, texts, force, max_shard_size, source, patches)
@@ -107,6 +121,15 @@ def _is_native_mixture(model: PreTrainedModel, shapes: Sequence[LayerShape], lay
     return layout == "native" or (layout == "auto" and plain_obstacle(model, shapes) is not None)
 
 
+def _has_unequal_layers(model: PreTrainedModel, layout: Layout | Literal["auto"]) -> bool:
+    """Whether a model of stages is written in our class of unequal layers: asked for, or the only one that holds it."""
+    kind = model.config.model_type
+    if staged_family_of(kind) is None:
+        return False
+    differs = bool(segformer_auto_map(kind)) or plain_obstacle(model, ()) is not None
+    return layout == "native" or (layout == "auto" and differs)
+
+
 def _write_plain(
     model: PreTrainedModel,
     folder: Path | str,
@@ -125,9 +148,13 @@ def _write_plain(
         config = copy.deepcopy(model.config)
         vars(config).pop("auto_map", None)  # of code that is not written here
         config.architectures, config.dtype = [type(model).__name__], dtype or model.dtype
-        if auto_map := pyramid_auto_map(config.model_type):
-            config.auto_map = auto_map
-            shutil.copyfile(PYRAMID_FILE, temporary / PYRAMID_FILE.name)
+        for file, auto_map in (
+            (PYRAMID_FILE, pyramid_auto_map(config.model_type)),
+            (SEGFORMER_FILE, segformer_auto_map(config.model_type)),
+        ):
+            if auto_map:
+                config.auto_map = auto_map
+                shutil.copyfile(file, temporary / file.name)
         write_beside(temporary, config, model, tokenizer, source)
         _add_files(temporary, files)
         save_patches(patches, temporary)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
-from compresso.native import mixture_family_of
+from compresso.native import has_unequal_form, segformer_auto_map, staged_family_of
 
 _FFN_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 """What families call the width of an FFN in their configs."""
@@ -23,21 +23,23 @@ _GROUPED = 8
 
 def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: str) -> None:
     """Raise ExportError, saying what would do, if a layout other than uniform is asked for or the model's own config
-    cannot hold it.
+    cannot hold it, or it is one whose layers differ already.
     """
     kind = model.config.model_type
     check_written(kind, layout)
+    if segformer_auto_map(kind):
+        raise ExportError(f"layout uniform cannot hold this {kind}: its layers differ already. Use layout native.")
     if (obstacle := plain_obstacle(model, shapes)) is not None:
-        others = ". Use layout native" if mixture_family_of(kind) else ", and no other layout is written for it"
+        others = ". Use layout native" if has_unequal_form(kind) else ", and no other layout is written for it"
         raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}{others}.")
 
 
 def check_written(model_type: str, layout: str) -> None:
     """Raise ExportError for a layout that such families have not."""
-    if layout == "native" and mixture_family_of(model_type):
+    if layout == "native" and has_unequal_form(model_type):
         return
     if layout not in ("auto", "uniform"):
-        or_native = ", or native" if mixture_family_of(model_type) else ""
+        or_native = ", or native" if has_unequal_form(model_type) else ""
         raise ExportError(
             f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every"
             f" layer{or_native}."
@@ -91,6 +93,8 @@ def ungrouped(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | Non
 
 def _cure(config: PreTrainedConfig) -> str:
     """What to do instead, for what a config has no field for."""
+    if staged_family_of(config.model_type):
+        return ""  # what holds it is said behind this
     if not any(hasattr(config, field) for field in _FFN_WIDTHS):
         return (
             "; its config has no field for the width of heads or of an FFN, so drop whole layers, such as by the recipe"

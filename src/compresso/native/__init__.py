@@ -1,5 +1,5 @@
-"""Our model classes, per layer (dense, and of mixtures of experts), of low rank, with a sliced stream and of MobileViT
-under a pyramid, and their registration with transformers.
+"""Our model classes, per layer (dense, of mixtures of experts, and of SegFormer), of low rank, with a sliced stream and
+of MobileViT under a pyramid, and their registration with transformers.
 
 Importing this package registers them. `import compresso` sees to that as soon as transformers' auto classes are there,
 so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trust_remote_code`.
@@ -7,13 +7,20 @@ so that `AutoModelForCausalLM.from_pretrained` opens what we wrote without `trus
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 from compresso.native import modeling_compresso as modeling
 from compresso.native import modeling_compresso_lowrank as low_rank
 from compresso.native import modeling_compresso_moe as moe
 from compresso.native import modeling_compresso_patched as patched
 from compresso.native import modeling_compresso_pyramid as pyramid
+from compresso.native import modeling_compresso_segformer as segformer
 from compresso.native import modeling_compresso_sliced as sliced
 
 MODELING_FILE = Path(modeling.__file__)
@@ -22,6 +29,7 @@ LOW_RANK_FILE = Path(low_rank.__file__)
 SLICED_FILE = Path(sliced.__file__)
 PATCHED_FILE = Path(patched.__file__)
 PYRAMID_FILE = Path(pyramid.__file__)
+SEGFORMER_FILE = Path(segformer.__file__)
 PATCHED_CLASS = patched.PatchedForCausalLM
 CLASSES = {
     "llama": (modeling.CompressoLlamaConfig, modeling.CompressoLlamaModel, modeling.CompressoLlamaForCausalLM),
@@ -61,11 +69,20 @@ PYRAMID_CLASSES = {
     )
 }
 """Config, backbone and segmenter of each family whose features go through a pyramid."""
+SEGFORMER_CLASSES = {
+    "segformer": (
+        segformer.CompressoSegformerConfig,
+        segformer.CompressoSegformerModel,
+        segformer.CompressoSegformerForSemanticSegmentation,
+        segformer.CompressoSegformerForImageClassification,
+    )
+}
+"""Config, backbone, segmenter and classifier of each family of stages whose layers may be unequal."""
 
 
 def register() -> None:
     """Register with transformers `compresso_llama`, `compresso_lowrank_llama`, `compresso_sliced_llama`, those of the
-    other families, and `compresso_mobilevit_pyramid`; idempotent.
+    other families, `compresso_mobilevit_pyramid` and `compresso_segformer`; idempotent.
     """
     for config, decoder, language_model in (*CLASSES.values(), *MOE_CLASSES.values()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -78,6 +95,11 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, backbone, exist_ok=True)
         AutoModelForSemanticSegmentation.register(config, segmenter, exist_ok=True)
+    for config, backbone, segmenter, classifier in SEGFORMER_CLASSES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, backbone, exist_ok=True)
+        AutoModelForSemanticSegmentation.register(config, segmenter, exist_ok=True)
+        AutoModelForImageClassification.register(config, classifier, exist_ok=True)
 
 
 def is_low_rank(model_type: object) -> bool:
@@ -99,6 +121,22 @@ def pyramid_auto_map(model_type: object) -> dict[str, str]:
     return {}
 
 
+def segformer_auto_map(model_type: object) -> dict[str, str]:
+    """What the config of a SegFormer of unequal layers says of its classes, which lie in `SEGFORMER_FILE`; {} of
+    others.
+    """
+    for config, backbone, segmenter, classifier in SEGFORMER_CLASSES.values():
+        if config.model_type == model_type:
+            named = {
+                "AutoConfig": config,
+                "AutoModel": backbone,
+                "AutoModelForSemanticSegmentation": segmenter,
+                "AutoModelForImageClassification": classifier,
+            }
+            return {auto: f"{SEGFORMER_FILE.stem}.{cls.__name__}" for auto, cls in named.items()}
+    return {}
+
+
 def family_of(model_type: str) -> str | None:
     """The dense family that a model type belongs to, in stock or per-layer form: "llama" for `llama` and
     `compresso_llama`; None if unknown.
@@ -113,6 +151,19 @@ def mixture_family_of(model_type: str) -> str | None:
     """
     family = model_type.removeprefix("compresso_")
     return family if family in MOE_CLASSES else None
+
+
+def staged_family_of(model_type: str) -> str | None:
+    """The family of stages that a model type belongs to, in stock form or that of unequal layers; None if it has no
+    such form.
+    """
+    family = model_type.removeprefix("compresso_")
+    return family if family in SEGFORMER_CLASSES else None
+
+
+def has_unequal_form(model_type: str) -> bool:
+    """Whether layers of unequal widths are written for a model type other than the dense families' (`family_of`)."""
+    return mixture_family_of(model_type) is not None or staged_family_of(model_type) is not None
 
 
 def stock_type(model_type: str) -> str:

@@ -24,7 +24,7 @@ def activation_bytes(
         checkpointing: whether layers are computed again in the backward pass; the latter always keep all.
         chunk: tokens whose logits (then those of two models) exist at a time; None for all.
     """
-    if not hasattr(config, "num_hidden_layers"):
+    if not hasattr(config, "num_hidden_layers") or not hasattr(config, "hidden_size"):
         return tokens * _of_a_picture(config, width)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = head * (
@@ -45,9 +45,14 @@ def _of_a_picture(config: PreTrainedConfig, width: int) -> int:
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(config)
     written = list[int]()
+
+    def see(out: Any) -> None:
+        """Count a tensor; what stands in for an attention that is not there gives a pair, and no memory."""
+        written.extend([out.numel()] if isinstance(out, torch.Tensor) else [])
+
     for module in model.modules():
         if next(module.children(), None) is None:
-            module.register_forward_hook(lambda _, __, out: written.append(out.numel()))
+            module.register_forward_hook(lambda _, __, out: see(out))
     picture = any_input(config).to("meta")
     with torch.no_grad():
         model.eval()(pixel_values=picture)

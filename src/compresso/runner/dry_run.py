@@ -32,7 +32,7 @@ from compresso.formats.native_moe import mixture_config
 from compresso.formats.plain import check_plain, plain_obstacle
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
-from compresso.native import family_of, mixture_family_of
+from compresso.native import family_of, mixture_family_of, staged_family_of
 from compresso.runner.dry_budget import dry_run_plan, emptied, gone, untrainable
 from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
@@ -262,6 +262,9 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         shown.layouts = {"uniform": plain_obstacle(model, arch.shapes(model)), "native": None}
         if shown.layouts["uniform"] is not None:
             mixture_config(model, arch.shapes(model))  # says what that layout would not take either
+        return shown
+    if staged_family_of(source.config.model_type) is not None:
+        shown.layouts = {"uniform": plain_obstacle(model, arch.shapes(model)), "native": None}
         return shown
     if family_of(source.config.model_type) is None:
         try:

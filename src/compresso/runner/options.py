@@ -18,7 +18,7 @@ from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
-from compresso.native import family_of, mixture_family_of, stock_type
+from compresso.native import family_of, mixture_family_of, staged_family_of, stock_type
 from compresso.runner.asked_budget import asked_for, count
 from compresso.runner.dry_run import dry_run
 from compresso.runner.engine_shapes import (
@@ -241,7 +241,8 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
 
     Under "uniform" every stage that can keeps equal widths. Families that have no form with widths of each layer's own
     get equal ones in any case, and counts of heads that their config can name; mixtures of experts that have one get
-    them under "auto", too, since few engines read that form, unless their layers differ already.
+    them under "auto", too, since few engines read that form, unless their layers differ already. SegFormer, whose
+    stages have widths of their own as it is, gets them under "uniform" alone.
 
     Args:
         raw: a recipe's mapping, with the options in it.
@@ -260,6 +261,7 @@ def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) ->
         check_written(config.model_type, layout)
     stock = stock_type(config.model_type) == config.model_type  # else its layers differ already
     equal = plain_family and stock and (layout != "native" or mixture_family_of(config.model_type) is None)
+    equal = equal and staged_family_of(config.model_type) is None
     if layout == "uniform" or equal:
         raw = with_knob(raw, "layout", "uniform", required=False)
     if equal:

@@ -31,7 +31,14 @@ from compresso.formats.patched import save_patches
 from compresso.job import Job
 from compresso.metrics.record import Environment, installed
 from compresso.metrics.size import counts, weight_bytes
-from compresso.native import MOE_FILE, PYRAMID_FILE, mixture_family_of, pyramid_auto_map
+from compresso.native import (
+    MOE_FILE,
+    PYRAMID_FILE,
+    SEGFORMER_FILE,
+    mixture_family_of,
+    pyramid_auto_map,
+    staged_family_of,
+)
 from compresso.report.card import model_card
 from compresso.report.html import report_of_run
 from compresso.report.records import FORMAT, RunRecords
@@ -225,6 +232,8 @@ def _modeling(model_type: str, layout: Layout) -> dict[str, str]:
     """The file of ours that holds a written model's class, for its records, where the layout alone does not say it."""
     if pyramid_auto_map(model_type):
         return {"modeling": PYRAMID_FILE.name}
+    if layout == "native" and staged_family_of(model_type):
+        return {"modeling": SEGFORMER_FILE.name}
     return {"modeling": MOE_FILE.name} if layout == "native" and mixture_family_of(model_type) else {}
 
 

@@ -20,7 +20,7 @@ from compresso.data.shards import is_pattern
 from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, ExportError, RecipeError
 from compresso.formats.sliced import is_cut
-from compresso.native import mixture_family_of
+from compresso.native import has_unequal_form
 from compresso.runner.dry_run import DryRun, dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for, with_options
@@ -192,10 +192,10 @@ def check_shapes(recipe: str | Path | Mapping[str, Any], model: str, layout: str
 
 def _refuse_layout(shown: DryRun, layout: str, source: Source) -> None:
     """Raise ExportError for a layout that does not hold what a recipe leaves of a mixture of experts, whose numbers of
-    experts are known before weights are read.
+    experts are known before weights are read, or of a SegFormer.
     """
     obstacle = shown.layouts.get(layout)
-    if obstacle is not None and mixture_family_of(source.config.model_type) is not None:
+    if obstacle is not None and has_unequal_form(source.config.model_type):
         raise ExportError(
             f"layout {layout} cannot hold what this recipe leaves of a {source.config.model_type}: {obstacle}. Give"
             " --layout native, or leave --layout out"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from compresso.core.axis import Kind
-from compresso.native import family_of
+from compresso.native import family_of, staged_family_of
 from compresso.runner.engine_shapes import held_to
 from compresso.runner.recipe import task_of
 from compresso.runner.recipe_file import stages_of
@@ -47,4 +47,6 @@ def for_model(raw: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any
 
 def keeps_heads(config: PreTrainedConfig) -> bool:
     """Whether a family's only form has no field for a head's width, so that fewer heads would be wider ones."""
-    return family_of(config.model_type) is None and getattr(config, "head_dim", None) is None
+    if family_of(config.model_type) is not None or staged_family_of(config.model_type) is not None:
+        return False
+    return getattr(config, "head_dim", None) is None
