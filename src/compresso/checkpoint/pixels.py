@@ -1,8 +1,8 @@
 """How a model sees pictures: its preprocessor_config.json, which image processors of transformers write.
 
 Of its fields those are taken that change values: whether colours are scaled to 0..1, shifted by a mean and a deviation,
-and in which order they come. The size is the config's own. Departure: pictures are brought to that size as they are,
-where some processors (MobileViT's) cut the middle out of a larger one.
+and in which order they come. The size is the config's own (SegFormer's has none: `picture_size.py`). Departure:
+pictures are brought to that size as they are, where some processors (MobileViT's) cut the middle out of a larger one.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.picture_size import PROCESSORS
 from compresso.checkpoint.source import Source
 from compresso.core.picture import PixelInput, that_sees
 from compresso.errors import CheckpointError
 
-_FILES = ("preprocessor_config.json", "processor_config.json")
 _SCALE = 1 / 255
 _IN_PATCHES = ("vit", "deit")
 """Families that cut pictures into patches; MobileViT stretches its feature maps until they divide."""
@@ -43,7 +43,7 @@ def pixel_input(source: Source) -> PixelInput:
             f"{source.name}: image_size {height} x {width} is no multiple of patch_size {patch}, so that the model"
             " would pass over an edge; correct its config"
         )
-    named = [] if source.folder is None else [source.folder / name for name in _FILES]
+    named = [] if source.folder is None else [source.folder / name for name in PROCESSORS]
     path = next((path for path in named if path.is_file()), None)
     if path is None:
         raise CheckpointError(
