@@ -267,6 +267,11 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
         flat = SegformerForSemanticSegmentation(SegformerConfig(**SIZES, reshape_last_stage=False))
     with pytest.raises(ArchError, match="this SegFormer's config has no image_size"):
         arch_for(sizeless.config).weights(sizeless)
+    sizeless.config.image_size = [40, 8]
+    with pytest.raises(
+        ArchError, match=r"stage 0 has feature maps of 10 x 2 places, and its sr_ratios want at least 3"
+    ):
+        arch_for(sizeless.config).weights(sizeless)
     with pytest.raises(ArchError, match=r"reshape_last_stage=False: .*; set it to true in config.json"):
         arch_for(flat.config).axes(flat)
     other: Any = nn.Linear(2, 2)

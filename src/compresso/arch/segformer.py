@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.absent import NoAttention, NoMixMlp, is_absent
 from compresso.arch.base import LayerShape, register
+from compresso.arch.parts import Parts
 from compresso.arch.places import behind
 from compresso.arch.producers import Producers
 from compresso.arch.segformer_axes import HEAD, features_axis, head_axes, layer_axes, unit_axes
@@ -42,11 +43,24 @@ UNEQUAL = "compresso_segformer"
 """The model type of one whose layers differ in what a stock config has one number for."""
 
 
+PARTS = Parts(
+    attention="attention",
+    core="attention",
+    read=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    write="attention.o_proj",
+    ffn="mlp",
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+)
+"""Of a layer of a stage, by which adapters find what LLaMA's linears are here."""
+
+
 @dataclass(frozen=True, slots=True)
 class SegFormer:
     """An `Arch` for SegFormer."""
 
     name: str = "segformer"
+    parts: Parts = PARTS
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether the config has this model type, or ours of unequal layers."""
@@ -130,7 +144,9 @@ class SegFormer:
         return prefix
 
     def _places(self, model: PreTrainedModel) -> dict[str, int]:
-        """How many places of one picture each convolution and linear writes. Raises ArchError without a size."""
+        """How many places of one picture each convolution and linear writes. Raises ArchError without a size that will
+        do.
+        """
         size = getattr(model.config, "image_size", None)
         if size is None:
             raise ArchError(
@@ -154,6 +170,12 @@ class SegFormer:
                 smaller, name = places, "sequence_reduction.sequence_reduction"
                 if hasattr(attention, "sequence_reduction"):
                     sides = behind(_conv(attention, name), here)
+                    if min(sides) < 1:
+                        raise ArchError(
+                            f"image_size={size}: stage {i} has feature maps of {here[0]} x {here[1]} places, and its"
+                            f" sr_ratios want at least {_conv(attention, name).kernel_size[0]} a side; give larger"
+                            " pictures, or smaller sr_ratios"
+                        )
                     smaller = found[f"{inside}.attention.{name}"] = sides[0] * sides[1]
                 found |= {f"{inside}.attention.{one}_proj": places for one in ("q", "o")}
                 found |= {f"{inside}.attention.{one}_proj": smaller for one in ("k", "v")}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
@@ -12,7 +13,7 @@ from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.errors import BudgetError
 from compresso.solve.allocate import allocate
-from compresso.solve.uniform import uniform_targets
+from compresso.solve.uniform import uneven, uniform_targets
 from compresso.stage import PlansShapes, Shrinks
 
 
@@ -57,6 +58,13 @@ def untrainable(said: InfeasibleBudget, stage: str) -> BudgetError:
     return BudgetError(str(said).format(stage=stage), replace(found, cause=found.cause.format(stage=stage)))
 
 
+def _alike(axes: Sequence[Axis]) -> dict[str, Tensor]:
+    """Scores of units that are all alike; in stages of different widths, such that each gives the same share."""
+    if uneven(axes) is None:
+        return {axis.name: torch.zeros(axis.size) for axis in axes}
+    return {axis.name: 1 - torch.arange(axis.size) / max(axis.size, 1) for axis in axes}
+
+
 def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks) -> tuple[Budget | None, Plan]:
     """A stage's budget, and a plan within it for units that are all alike: proves that it can be met and shows its
     shapes.
@@ -82,6 +90,6 @@ def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shri
         if budget.uniform_over:
             raise BudgetError(f"stage '{name}': {first}") from first
         try:
-            return budget, allocate(axes, {axis.name: torch.zeros(axis.size) for axis in axes}, cost, budget)
+            return budget, allocate(axes, _alike(axes), cost, budget)
         except ValueError as error:
             raise BudgetError(f"stage '{name}': {error}") from error

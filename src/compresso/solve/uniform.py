@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import TOLERANCE, Budget, infeasible, removable
+from compresso.core.budget import TOLERANCE, Budget, InfeasibleBudget, infeasible, removable
 from compresso.core.quantities import Cost
 from compresso.solve.allocate import keep_best
 
@@ -22,9 +22,17 @@ def uniform_targets(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Ki
     All kinds but the finest take an allowed count beside the share at which fractional counts would meet the budget;
     the finest then takes the count that lands on it: the largest that is not above the target or, with multiples, the
     nearest. Among the choices within 0.5 % of the target the one nearest to the common share wins. Raises
-    InfeasibleBudget as `allocate` does.
+    InfeasibleBudget as `allocate` does, and where stages have layers of different widths, which have no count in
+    common.
     """
     pool = removable(axes, budget)
+    if (kind := uneven(pool)) is not None:
+        sizes = sorted(axis.size for axis in pool if axis.kind == kind)
+        raise InfeasibleBudget(
+            f"this model's stages have {sizes[0]} to {sizes[-1]} {kind} units a layer, and no one count fits all; take"
+            " the stage filter_pruning, which keeps a share of each, or let a stage that scores keep other counts in"
+            " each layer (layout: free, under --layout native)"
+        )
     of_kind = {kind: [axis for axis in pool if axis.kind == kind] for kind in budget.kinds}
     of_kind = {kind: members for kind, members in of_kind.items() if members}
     sizes = {kind: min(axis.size for axis in members) for kind, members in of_kind.items()}
@@ -71,6 +79,15 @@ def uniform_targets(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Ki
                 drift = max(abs(candidate[kind] - wanted[kind]) / sizes[kind] for kind in sizes)
                 choices.append(((max(abs(miss) - TOLERANCE * limit, 0.0), drift, abs(miss)), candidate))
     return min(choices, key=lambda choice: choice[0])[1]
+
+
+def uneven(axes: Sequence[Axis]) -> Kind | None:
+    """A kind whose axes lie in stages of different widths, which are no layers of one list; None if there is none."""
+    for kind in dict.fromkeys(axis.kind for axis in axes):
+        in_stages = {axis.size for axis in axes if axis.kind == kind and axis.layer is None}
+        if kind not in (Kind.LAYER, Kind.ATTENTION, Kind.MLP) and len(in_stages) > 1:
+            return kind
+    return None
 
 
 def _largest_share(excess: Callable[[float], float]) -> float:

@@ -1,5 +1,5 @@
-"""Semantic segmentation: a class for each pixel, by MobileViT with DeepLabV3's head (arXiv 2110.02178, section 4.3),
-trained as the code of arXiv 2309.02617 trains its segmenters.
+"""Semantic segmentation: a class for each pixel, by MobileViT with DeepLabV3's head (arXiv 2110.02178, section 4.3) or
+SegFormer (arXiv 2105.15203), trained as the code of arXiv 2309.02617 trains its segmenters.
 
 The loss is OHEM's cross-entropy (`core/segments.py`); training sees pictures enlarged by .5 to 2, cut, mirrored in half
 of all passes, turned by up to 5 degrees, and with colours changed by up to a half. Departure: pictures keep the model's
