@@ -3,6 +3,7 @@ hooks see; what a residual sum adds shares an index set, a unit's own convolutio
 the described ones; what a config cannot say is refused in a line.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,23 @@ def test_a_size_of_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": 0, "do_normalize": false}')
     with pytest.raises(CheckpointError, match=r"image_size=0; wanted a number of pixels, or height and width"):
         pixel_input(open_source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"depths": [2, 2]},
+            r"depths=\[2, 2\] of 4 stages \(num_encoder_blocks\); wanted a number for each, at least 0",
+        ),
+        ({"strides": [0, 2, 2, 2]}, r"strides=\[0, 2, 2, 2\] of 4 stages .*, at least 1"),
+        ({"num_encoder_blocks": 0}, r"of 0 stages \(num_encoder_blocks\)"),
+        ({"num_attention_heads": [1, 2, 3, 400]}, "says 400 heads in a stage of 16 channels; wanted"),
+        ({"decoder_hidden_size": 0}, "says decoder_hidden_size=0; wanted at least 1"),
+        ({"image_size": "large"}, r"image_size='large'; wanted a number of pixels, or height and width"),
+    ],
+)
+def test_numbers_that_make_no_stages_are_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "segformer", **SIZES, **fields}))
+    with pytest.raises(CheckpointError, match=said):
+        open_source(tmp_path / "config.json")

@@ -22,13 +22,14 @@ from compresso.checkpoint.source import open_source
 from compresso.core.axis import Kind
 from compresso.core.loss import PIXEL
 from compresso.core.segments import ohem_loss
-from compresso.errors import ArchError, CompressoError, RecipeError
+from compresso.errors import ArchError, BudgetError, CompressoError, RecipeError
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.filter_pruning import FilterPruning
 from compresso.methods.gate_taylor import GateTaylor
 from compresso.methods.keep_layers import KeepLayers
 from compresso.methods.learn_gates import LearnGates
+from compresso.methods.ziplm import ZipLM
 from compresso.native import SEGFORMER_CLASSES
 from compresso.runner.activations import activation_bytes
 from compresso.runner.plan import plan
@@ -107,6 +108,8 @@ def test_gates_are_learned_by_the_hard_pixels(job: Job, tmp_path: Path) -> None:
 def test_what_follows_one_list_of_layers_is_refused(job: Job) -> None:
     with pytest.raises(RecipeError, match="keep_layers: a segformer has stages, which all stay"):
         KeepLayers().check(job.model, job.arch)
+    with pytest.raises(BudgetError, match="ziplm: a segformer has stages, and the bank is of one list of layers"):
+        ZipLM().check(job.model, job.arch)
     depth: dict[str, Any] = {"constraint": "projection", "start": "score", "depth_order": "influence"}
     stage = LearnGates(keep=0.8, kinds=(Kind.CHANNEL, Kind.ATTENTION), batch=4, micro_batch=4, score_batches=1, **depth)
     with pytest.raises(ArchError, match="a list of attention units in each of its stages; score them by the loss"):

@@ -19,7 +19,7 @@ units, as they lie side by side in one dimension of the convolution; a config ha
 
 Stock configs say one count of heads, a whole multiple for the FFN and a depth a stage; heads are as wide as the stage's
 maps allow. What they cannot say is written in our class (`native/modeling_compresso_segformer.py`). They say no size of
-pictures either: `image_size` is what preprocessor_config.json says (`checkpoint/pixels.py`). Multiply-accumulates are
+pictures either: `image_size` is what preprocessor_config.json says (`checkpoint/stages.py`). Multiply-accumulates are
 those of one picture of this size, every convolution and linear; scores of attention are not counted, as elsewhere.
 """
 

@@ -1,37 +1,22 @@
 """How a model sees pictures: its preprocessor_config.json, which image processors of transformers write.
 
 Of its fields those are taken that change values: whether colours are scaled to 0..1, shifted by a mean and a deviation,
-and in which order they come. The size is the config's own (SegFormer's has none: `picture_size.py`). Departure:
+and in which order they come. The size is the config's own (SegFormer's has none: `stages.py`). Departure:
 pictures are brought to that size as they are, where some processors (MobileViT's) cut the middle out of a larger one.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.picture_size import PROCESSORS
 from compresso.checkpoint.source import Source
-from compresso.core.picture import PixelInput, that_sees
+from compresso.checkpoint.stages import PROCESSORS, image_size
+from compresso.core.picture import PixelInput
 from compresso.errors import CheckpointError
 
 _SCALE = 1 / 255
 _IN_PATCHES = ("vit", "deit")
 """Families that cut pictures into patches; MobileViT stretches its feature maps until they divide."""
-_MOST = 4096
-"""Of a side, in pixels."""
-
-
-def image_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width that a config says pictures have. Raises CheckpointError if it says none."""
-    size = getattr(that_sees(config), "image_size", None)
-    both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
-    if len(both) != 2 or not all(isinstance(one, int) and 0 < one <= _MOST for one in both):
-        raise CheckpointError(
-            f"config.json says image_size={size!r}; wanted a number of pixels, or height and width, up to {_MOST}"
-        )
-    return both[0], both[1]
 
 
 def pixel_input(source: Source) -> PixelInput:

@@ -30,7 +30,7 @@ from compresso.checkpoint.header import TensorInfo
 from compresso.checkpoint.kinds import auto_class
 from compresso.checkpoint.links import check_links
 from compresso.checkpoint.meta import as_written
-from compresso.checkpoint.picture_size import tell_size_
+from compresso.checkpoint.stages import check_stages_
 from compresso.checkpoint.tensors import HEADS, check_tensors, untied_as_stored
 from compresso.errors import CheckpointError
 
@@ -136,7 +136,7 @@ def _open_file(path: Path, weights: bool, packed: bool) -> Source:
     if path.suffix == ".json":
         config = read_config(path, packed)
         refuse_fields(path, read_json(path))
-        tell_size_(config, path.resolve().parent)
+        check_stages_(config, path.resolve().parent)
         return Source(config, None, "config", path.resolve().parent.name, path)
     if is_gguf(path):
         return _open_gguf(path, weights)
@@ -173,7 +173,7 @@ def _open_folder(
     check_folder(folder)
     config = read_config(folder / "config.json", packed)
     refuse_code(folder)
-    tell_size_(config, folder)
+    check_stages_(config, folder)
     check_generation_config(folder)
     tensors = stored_tensors(folder) if weights else {}
     if type(config).__module__.startswith("transformers."):  # layers of our own types may have lost all their tensors

@@ -139,7 +139,12 @@ class ZipLM:
         return [f"no {' or '.join(stay)} leaves by itself, since {cause}"]
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
-        """Raise BudgetError for a model that has none of the units."""
+        """Raise BudgetError for a model that has none of the units, or has lists of layers in stages."""
+        if not arch.shapes(model):
+            raise BudgetError(
+                f"ziplm: a {arch.name} has stages, and the bank is of one list of layers; take gate_taylor or"
+                " learn_gates"
+            )
         try:
             removable(axes_of(arch, model, (Kind.QUERY,)), self.budget())
         except ValueError as error:
