@@ -22,7 +22,7 @@ RIVALS = {
     "first": "first units, distilled",
 }
 AGAINST = {"homodistil": ("once", "first"), "sooner": ("once", "first")} | dict.fromkeys(
-    ("narrow", "narrow-sooner"), ("narrow-once", "once", "first")
+    ("narrow", "narrow-sooner"), ("narrow-once",)
 )
 """The rivals of each of ours."""
 METHODS = OURS | RIVALS

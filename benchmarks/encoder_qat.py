@@ -5,7 +5,8 @@
 
 A seed of a task: the encoder is fine-tuned (`finetune`), which gives FP32 and the teacher; the recipes qat/w4a4 and
 qat/w8a8 then start from it, with `steps: 0` (rounded, not trained) or shortened. The last state of a training is
-scored; the test file is scored once a cell and chooses nothing. Training computes in bfloat16 (autocast), scores in
+scored, and its start, since an encoder that is fine-tuned anew on another processor is not the same to the bit; the
+test file is scored once for each and chooses nothing. Training computes in bfloat16 (autocast), scores in
 float32. A finished cell is a line of results/encoder_qat.jsonl.
 """
 
@@ -108,6 +109,7 @@ def cell(given: argparse.Namespace, root: Path, task: str, seed: int, name: str)
         knobs = {"precision": "bf16", "save_every": 10_000, "evaluations": 0, **TRAINED[task], **knobs}
     made = _ready(recipe, str(dense), root, task, sets_of("qat", knobs), given.scratch)
     job = made.job(seed)
+    start = scored(made, job.model, root, task)
     if trained and "dropout" not in name:
         without_dropout_(job.model)
     job = run(made.stages["qat"], job)
@@ -117,6 +119,7 @@ def cell(given: argparse.Namespace, root: Path, task: str, seed: int, name: str)
     return {
         **scored(made, job.model, root, task),
         **facts,
+        "start": {name: start[name] for name in ("accuracy", "n", "right")},
         "knobs": knobs,
         "cpu_s": round(time.process_time() - begun, 1),
     }

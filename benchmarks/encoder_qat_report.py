@@ -25,18 +25,16 @@ CELLS = {
 }
 
 
-def right(found: Sequence[dict[str, Any]], task: str, name: str) -> dict[int, list[bool]]:
-    """Seed -> which examples a cell had right."""
-    return {
-        line["seed"]: unpacked(line["right"], line["n"])
-        for line in found
-        if line["task"] == task and line["cell"] == name
-    }
+def right(found: Sequence[dict[str, Any]], task: str, name: str, *, start: bool = False) -> dict[int, list[bool]]:
+    """Seed -> which examples a cell had right, or its start where its line holds that."""
+    cells = {line["seed"]: line for line in found if line["task"] == task and line["cell"] == name}
+    scores = {seed: line.get("start") if start else line for seed, line in cells.items()}
+    return {seed: unpacked(score["right"], score["n"]) for seed, score in scores.items() if score}
 
 
 def against_full(found: Sequence[dict[str, Any]], task: str, name: str) -> Difference | None:
-    """Points of accuracy above FP32, of the seeds that have both; None where no seed has."""
-    full, ours = right(found, task, "fp32"), right(found, task, name)
+    """Points of accuracy above what it started from, of the seeds that have both; None where no seed has."""
+    full, ours = right(found, task, "fp32") | right(found, task, name, start=True), right(found, task, name)
     seeds = sorted(full.keys() & ours.keys())
     return difference([ours[seed] for seed in seeds], [full[seed] for seed in seeds]) if seeds else None
 
