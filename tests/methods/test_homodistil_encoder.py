@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 
 from compresso.arch.base import arch_for
 from compresso.arch.queries import WITHIN, axes_of
+from compresso.core.axis import Kind
 from compresso.core.budget import InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.masking import Masking, masked
@@ -26,7 +27,8 @@ from compresso.errors import RecipeError
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.homodistil import HomoDistil
-from compresso.runner.recipe import build, read
+from compresso.runner.options import recipe_for
+from compresso.runner.recipe import build, read, with_knob
 from compresso.tasks.classification import CLASSIFICATION
 from compresso.tasks.masked_lm import MASKED_LM
 from compresso.training.gradual_pruning import GradualPruning
@@ -196,6 +198,39 @@ def test_the_published_sizes_of_bert(recipe: str, millions: float) -> None:
     assert float(cost.of(plan).total) / 1e6 == pytest.approx(millions, rel=0.005)
     with pytest.raises(InfeasibleBudget, match=r"keep=0\.001 allows .* Raise keep to"):
         HomoDistil(keep=0.001).dry_run_plan(axes, cost)
+
+
+def test_whole_heads_leave_with_the_stream_whatever_a_config_with_a_fixed_stream_could_name() -> None:
+    """The options hold BERT's heads to multiples of all 12, which is right only where the hidden size stays."""
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(BertConfig())
+    axes = axes_of(arch_for(model.config), model, WITHIN)
+    cost = CostModel(axes, arch_for(model.config).weights(model))
+    plain = with_knob(read("homodistil/small"), "kinds", ["head", "channel", "hidden"])
+    config = BertConfig(architectures=["BertForMaskedLM"])
+    ((_, free),), ((_, held),) = build(plain).stages, recipe_for(plain, "auto", config).stages
+    assert isinstance(free, HomoDistil) and isinstance(held, HomoDistil)
+    plan = held.dry_run_plan(axes, cost)
+    assert plan == free.dry_run_plan(axes, cost)
+    assert (len(plan.kept["layers.0.heads"]), len(plan.kept["hidden"])) == (4, 256)
+
+
+def test_multiples_hold_for_the_channels_of_heads_and_the_stream_and_are_named() -> None:
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(BertConfig())
+    axes = axes_of(arch_for(model.config), model, WITHIN)
+    cost = CostModel(axes, arch_for(model.config).weights(model))
+    how: dict[str, Any] = {"of": "total", "kinds": NARROWS["kinds"]}
+    for multiple_of, step in (({Kind.HEAD_CHANNEL: 5}, 60), ({Kind.HIDDEN: 32}, 96)):
+        plan = HomoDistil(keep=0.3, multiple_of=multiple_of, **how).dry_run_plan(axes, cost)
+        hidden = len(plan.kept["hidden"])
+        assert hidden < 768 and hidden % step == 0 and hidden == 12 * len(plan.kept["layers.0.heads.0.values"])
+    with pytest.raises(InfeasibleBudget) as caught:
+        HomoDistil(keep=0.1, multiple_of={Kind.HEAD_CHANNEL: 32}, **how).dry_run_plan(axes, cost)
+    assert caught.value.shortfall is not None
+    least = caught.value.shortfall.share
+    plan = HomoDistil(keep=least, multiple_of={Kind.HEAD_CHANNEL: 32}, **how).dry_run_plan(axes, cost)
+    assert len(plan.kept["hidden"]) == 384
 
 
 def test_a_head_narrower_than_the_stream_says_is_refused() -> None:

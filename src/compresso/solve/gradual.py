@@ -88,7 +88,8 @@ def final_counts(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind,
 
     The stream of an encoder (an axis with LayerNorms) is as wide as all heads of a layer together, since its config
     says only that. Where heads, or the channels of heads, and hidden dimensions may both leave, they keep one ratio: of
-    the ratios the one whose channels, which fill up the budget, are nearest to it. Raises InfeasibleBudget.
+    the ratios the one whose channels, which fill up the budget, are nearest to it. Multiples of whole heads are those
+    of a config whose stream stays, and do not hold then. Raises InfeasibleBudget.
     """
     pool = removable(axes, budget)
     hidden = next((axis for axis in pool if axis.kind == Kind.HIDDEN and axis.layer_norms), None)
@@ -122,11 +123,13 @@ def final_counts(axes: Sequence[Axis], cost: Cost, budget: Budget) -> dict[Kind,
         counts = beside(n)
         return counts is None or drift(counts) > 0
 
-    choices = budget.allowed(kind, size, fewest)
+    held = range(fewest, size + 1) if kind == Kind.HEAD else budget.allowed(kind, size, fewest)
+    streams = set(budget.allowed(Kind.HIDDEN, hidden.size))
+    choices = [n for n in held if n * width in streams]
     place = bisect_left(choices, True, key=beyond)
     found = [counts for n in choices[max(place - 1, 0) : place + 1] if (counts := beside(n)) is not None]
     if not found:
         nothing = {axis.name: torch.zeros(axis.size) for axis in pool}
-        smallest = {kind: fewest, Kind.HIDDEN: fewest * width, Kind.CHANNEL: allowed[0]}
+        smallest = {kind: choices[0], Kind.HIDDEN: choices[0] * width, Kind.CHANNEL: allowed[0]}
         raise infeasible(budget, pool, cost, keep_best(pool, nothing, smallest))
     return min(found, key=lambda counts: abs(drift(counts)))
