@@ -104,8 +104,10 @@ def _child(job: dict[str, Any]) -> None:
             sys.argv = program
             runpy.run_path(program[0], run_name="__main__")
         code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    except SystemExit as stop:  # as the interpreter does at the end of a program
+        if stop.code is not None and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         import traceback
 
