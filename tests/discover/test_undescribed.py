@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.discover.conftest import IDS, MODELS, Block, cut_, mask_, outputs
+from tests.discover.conftest import IDS, MODELS, Block, Toy, cut_, mask_, outputs
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Olmo2Config
+from transformers import AutoModelForCausalLM, Olmo2Config, T5Config, T5ForConditionalGeneration
 
 from compresso.core.axis import Kind
 from compresso.discover.axes import Discovery, Found, Owner, discover
@@ -19,7 +19,7 @@ PRE_NORM = ("gpt2", "opt", "gpt_neox", "vit", "gemma2", "phi3")
 
 
 def found_in(model: nn.Module) -> Discovery:
-    return discover(model, {"input_ids": IDS} if type(model).__name__ == "Toy" else None)
+    return discover(model, {"input_ids": IDS} if isinstance(model, Toy) else None)
 
 
 def kinds(discovery: Discovery) -> dict[Kind, int]:
@@ -230,3 +230,51 @@ def test_heads_under_one_norm_of_all_queries_stay() -> None:
     discovery = discover(model)
     assert kinds(discovery)[Kind.HEAD] == 0 and kinds(discovery)[Kind.HIDDEN] == 1
     assert any("q_norm (mean) it is averaged over" in str(fixed) for fixed in discovery.fixed)
+
+
+class Several(Toy):
+    """As the toy, with an attention and two FFNs, in a list of their own, in each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, layer in enumerate(list(self.stack)):
+            self.stack[i] = nn.ModuleDict({"mix": Attention(), "ffns": nn.ModuleList([layer, Block()])})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.stack:
+            parts = dict(layer.named_children())
+            for part in (parts["mix"], *parts["ffns"].children()):
+                x = part(x)
+        return self.head(self.norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read, self.write = nn.RMSNorm(24, eps=1e-2), nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.read(self.norm(x)).view(*x.shape[:2], 3, 4, 6).permute(2, 0, 3, 1, 4)
+        seen = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return x + self.write(seen.transpose(1, 2).reshape(x.shape))
+
+
+def test_a_layer_of_several_ffns_in_a_list_is_no_stage() -> None:
+    """Its attention lies in no list inside, and the layers are those outside."""
+    whole = {found.kind: found for found in found_in(Several()).found if found.whole}
+    assert {kind: (found.container, found.size, len(found.gates)) for kind, found in whole.items()} == {
+        Kind.LAYER: ("stack", 3, 9),
+        Kind.ATTENTION: ("stack", 3, 3),
+        Kind.MLP: ("stack", 3, 6),
+    }
+
+
+def test_parts_of_a_layer_in_a_list_are_no_layers() -> None:
+    """T5's decoder lists two attentions and an FFN in each layer."""
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(
+            T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=64)
+        ).eval()
+    found = discover(model, {"input_ids": IDS, "decoder_input_ids": IDS}).found
+    assert {one.container for one in found if one.whole} == {"encoder.block", "decoder.block"}

@@ -308,7 +308,7 @@ def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
 
 def _by_list(sub_layers: Sequence[SubLayer], model: nn.Module, depth: int) -> dict[str, list[tuple[int, SubLayer]]]:
     """List of modules -> the sub-layers in it, each with its index. Where one module of a list holds several of a kind
-    it is no layer but a stage, with a list of its own inside.
+    it is no layer but a stage, if a list of layers inside holds all of them; a layer may have several, too.
 
     depth: how many lists lie outside of those that are looked at.
     """
@@ -322,8 +322,20 @@ def _by_list(sub_layers: Sequence[SubLayer], model: nn.Module, depth: int) -> di
     for layers, members in of_list.items():
         several = Counter((index, sub_layer.attends) for index, sub_layer in members)
         inside = _by_list([one for _, one in members], model, depth + 1) if max(several.values()) > 1 else {}
-        found |= inside or {layers: members}
+        found |= inside if _are_layers(inside, len(members)) else {layers: members}
     return found
+
+
+def _are_layers(inside: Mapping[str, list[tuple[int, SubLayer]]], n: int) -> bool:
+    """Whether the lists inside of a module hold all of its n sub-layers, and layers, not the parts of one: a layer has
+    both kinds, or all have the same one.
+    """
+    kinds: dict[tuple[str, int], set[bool]] = defaultdict(set)
+    for layers, members in inside.items():
+        for index, sub_layer in members:
+            kinds[layers, index].add(sub_layer.attends)
+    alike = len(set(map(frozenset, kinds.values()))) == 1
+    return sum(map(len, inside.values())) == n and (alike or any(len(held) > 1 for held in kinds.values()))
 
 
 def _lists(name: str, model: nn.Module) -> list[tuple[str, int]]:
