@@ -103,6 +103,16 @@ def test_a_config_of_ours_without_its_fields_is_a_stock_one() -> None:
     torch.testing.assert_close(outputs(own, given), outputs(model, given))
 
 
+def test_fewer_stages_than_a_config_lists_are_written(tmp_path: Path) -> None:
+    """Of three stages, whose patches and strides are left as they are for four by default."""
+    fewer: dict[str, Any] = {"hidden_sizes": [8, 12, 20], "num_attention_heads": [1, 2, 5], "mlp_ratios": [4, 2, 3]}
+    model = made("segmenter", num_encoder_blocks=3, depths=[2, 3, 2], **fewer)
+    arch, given = arch_for(model.config), any_input(model.config)
+    shrink_(model, arch.axes(model), kept(arch.axes(model)))
+    assert save_checkpoint(model, arch.shapes(model), tmp_path / "small") == "native"
+    torch.testing.assert_close(outputs(load_model(open_source(tmp_path / "small")), given), outputs(model, given))
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -16,6 +16,8 @@ from compresso.native import SEGFORMER_CLASSES, segformer_auto_map
 
 _STOCK = ("num_attention_heads", "mlp_ratios")
 """Fields of a stock config that ours does not read."""
+_OF_STAGES = ("sr_ratios", "patch_sizes", "strides")
+"""Those that say more stages than there are where fewer are asked for and they were left as they are by default."""
 
 
 def as_unequal(model: PreTrainedModel) -> PreTrainedModel:
@@ -40,6 +42,7 @@ def as_unequal(model: PreTrainedModel) -> PreTrainedModel:
     fields = {key: value for key, value in model.config.to_dict().items() if key not in (*REBUILT, *_STOCK)}
     fields |= {"hidden_sizes": widths, "depths": [len(of) for of in units]}
     fields |= {"heads_by_layer": heads, "channels_by_layer": units, **{name: [1] * len(widths) for name in _STOCK}}
+    fields |= {name: list(fields[name])[: len(widths)] for name in _OF_STAGES}
     fields["head_dims"] = head_dims(stages, [1] * len(widths))
     head: Any = dict(model.named_modules()).get("decode_head.linear_fuse")
     if head is not None:
