@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.arch.test_segformer import made
 from tests.conftest import Call
+from tests.native.test_segformer import narrow
 from tests.tasks.conftest import untrained
 from tests.tasks.scenes import CLASSES, SIDE, scene
 from tests.tasks.test_segmentation import NAMES, cells, rows, written
@@ -152,6 +153,15 @@ def test_what_cannot_hold_it_is_refused_before_weights_are_read(tmp_path: Path) 
         CompressoError, match=r"layout uniform cannot hold what this recipe leaves of a segformer: .*native"
     ):
         run(raw, tmp_path / "model", none, layout="uniform", **how)
+
+
+def test_unequal_layers_are_refused_as_equal_before_weights_are_read(tmp_path: Path) -> None:
+    narrow("segmenter", tmp_path / "small")
+    raw = {"task": "segmentation", "stages": [{"filter_pruning": {"keep": 0.5}}]}
+    assert plan(raw, str(tmp_path / "small"))["layouts"] == {"uniform": "its layers differ already", "native": None}
+    said = "layout uniform cannot hold what this recipe leaves of a compresso_segformer: its layers differ already"
+    with pytest.raises(CompressoError, match=said):
+        run(raw, tmp_path / "small", None, layout="uniform", output=tmp_path / "out", quiet=True)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from compresso.formats.native_moe import mixture_config, mixture_tensors
 from compresso.formats.native_segformer import as_unequal
 from compresso.formats.pad import pad_tensors
 from compresso.formats.patched import save_patches
-from compresso.formats.plain import check_plain, plain_obstacle
+from compresso.formats.plain import check_plain, plain_obstacle, staged_obstacle
 from compresso.formats.reopen import reopen_and_compare
 from compresso.formats.shrunk import Shrunk, describe
 from compresso.native import (
@@ -126,8 +126,7 @@ def _has_unequal_layers(model: PreTrainedModel, layout: Layout | Literal["auto"]
     kind = model.config.model_type
     if staged_family_of(kind) is None:
         return False
-    differs = bool(segformer_auto_map(kind)) or plain_obstacle(model, ()) is not None
-    return layout == "native" or (layout == "auto" and differs)
+    return layout == "native" or (layout == "auto" and staged_obstacle(model) is not None)
 
 
 def _write_plain(

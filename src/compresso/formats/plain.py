@@ -27,9 +27,8 @@ def check_plain(model: PreTrainedModel, shapes: Sequence[LayerShape], layout: st
     """
     kind = model.config.model_type
     check_written(kind, layout)
-    if segformer_auto_map(kind):
-        raise ExportError(f"layout uniform cannot hold this {kind}: its layers differ already. Use layout native.")
-    if (obstacle := plain_obstacle(model, shapes)) is not None:
+    obstacle = staged_obstacle(model) if staged_family_of(kind) else plain_obstacle(model, shapes)
+    if obstacle is not None:
         others = ". Use layout native" if has_unequal_form(kind) else ", and no other layout is written for it"
         raise ExportError(f"layout uniform cannot hold this {kind}: {obstacle}{others}.")
 
@@ -44,6 +43,13 @@ def check_written(model_type: str, layout: str) -> None:
             f"layout {layout} is not written for model_type '{model_type}'. Use uniform, with the same widths in every"
             f" layer{or_native}."
         )
+
+
+def staged_obstacle(model: PreTrainedModel) -> str | None:
+    """Why the stock class of a model of stages, built from its config, is not this model; None if it is."""
+    if segformer_auto_map(model.config.model_type):
+        return "its layers differ already"
+    return plain_obstacle(model, ())
 
 
 def plain_obstacle(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:

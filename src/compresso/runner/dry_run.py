@@ -29,7 +29,7 @@ from compresso.edit.shrink import shrink_
 from compresso.errors import ArchError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.formats.native_moe import mixture_config
-from compresso.formats.plain import check_plain, plain_obstacle
+from compresso.formats.plain import check_plain, plain_obstacle, staged_obstacle
 from compresso.formats.shrunk import describe
 from compresso.metrics.size import counts
 from compresso.native import family_of, mixture_family_of, staged_family_of
@@ -264,7 +264,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             mixture_config(model, arch.shapes(model))  # says what that layout would not take either
         return shown
     if staged_family_of(source.config.model_type) is not None:
-        shown.layouts = {"uniform": plain_obstacle(model, arch.shapes(model)), "native": None}
+        shown.layouts = {"uniform": staged_obstacle(model), "native": None}
         return shown
     if family_of(source.config.model_type) is None:
         try:
