@@ -37,8 +37,8 @@ def report() -> None:
     tasks = [line for line in done if line["part"] in TASKS]
     if not found:
         return
-    dense = next(line for line in done if line["method"] == "teacher")
-    text = [*_said(found, tasks, dense), "", *_losses(found), "", *_accuracies(tasks), "", *_goals(found, tasks), ""]
+    teachers = [line for line in done if line["method"] == "teacher"]
+    text = [*_said(found, tasks, teachers), "", *_losses(found), "", *_accuracies(tasks), "", *_goals(found, tasks), ""]
     (RESULTS / "encoder_distil.md").write_text("\n".join(text), "utf-8")
 
 
@@ -47,7 +47,10 @@ def _of(found: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
     return sorted((line for line in found if line["method"] == method), key=lambda line: line["seed"])
 
 
-def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+def _said(
+    found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], teachers: Sequence[dict[str, Any]]
+) -> list[str]:
+    dense = teachers[0]
     where, one, sizes = found[0]["machine"], found[0], dense["parameters"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "transformers"))
     config, how, made = one["config"], one["how"], dense["how"]
@@ -77,7 +80,20 @@ def _said(found: Sequence[dict[str, Any]], tasks: Sequence[dict[str, Any]], dens
         f" the test files. Training under bfloat16 autocast;"
         f" {where['processor']}, {where['threads']} thread(s), {versions}. See"
         " `benchmarks/encoder_distil.py`.",
+        *_others(found, teachers[1:]),
     ]
+
+
+def _others(found: Sequence[dict[str, Any]], teachers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What is said of teachers that were tuned anew, where a processor rounds otherwise."""
+    for one in teachers:
+        taught = {line["method"]: None for line in found if line.get("teacher") == one["held_nats"]}
+        yield ""
+        yield (
+            f"{'; '.join(METHODS[name] for name in METHODS if name in taught)}: from a teacher that was tuned anew on"
+            f" another processor ({one['machine']['processor']}), {one['held_nats']:.2f} nats; they are compared with"
+            " each other alone."
+        )
 
 
 def _losses(found: Sequence[dict[str, Any]]) -> list[str]:
