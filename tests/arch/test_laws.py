@@ -59,6 +59,8 @@ for name in ALL_HEADS:
 for name in NAMES:
     if name not in GROUPED:
         WITHOUT.setdefault(name, set()).add(Kind.QUERY)
+    if name not in ENCODERS_WITH_HIDDEN:
+        WITHOUT.setdefault(name, set()).add(Kind.HEAD_CHANNEL)
 CASES = [
     (name, kind) for name in NAMES for kind in (*(str(k) for k in Kind if k not in WITHOUT.get(name, ())), TOGETHER)
 ]
