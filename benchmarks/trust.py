@@ -61,6 +61,8 @@ SYSTEMS = {
 _ATTENTION, _MLP = {"where": {"modules": ["*.self_attn.*"]}}, {"where": {"modules": ["*.mlp.*"]}}
 _SHORT = {"hold": 40, "batch": 4, "micro_batch": 4, "score_batches": 16, "depth_batches": 2}
 """Compresso's gates learned in 40 updates, where the recipe has 100 of four times as many, and 2000 behind them."""
+_SEARCH = {"batches": 8, "beginnings": 2, "judge_rows": 6, "evolution": {"generations": 3, "offspring": 6}}
+"""ristretto's search of 18 candidates, where the recipe has 20 generations of 12."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("", {}),
     **{
@@ -73,9 +75,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-mlp-20": ("wanda", {"sparsity": 0.2, **_MLP}),
     "wanda-all-20": ("wanda", {"sparsity": 0.2}),
     "gate-taylor-50": ("gate_taylor", {"keep": 0.5, "floor": {"head": "keep"}, "batches": 8, "batch": 4}),
-    "ristretto-50": ("ristretto", {"keep": 0.5, "batches": 8, "beginnings": 3, "judge_rows": 6}),
+    "ristretto-50": ("ristretto", {"keep": 0.5, **_SEARCH}),
     "compresso-75": ("learn_gates", {"keep": 0.75, **_SHORT}),
-    "ristretto-75": ("ristretto", {"keep": 0.75, "batches": 8, "beginnings": 3, "judge_rows": 6}),
+    "ristretto-75": ("ristretto", {"keep": 0.75, **_SEARCH}),
 }
 """Method -> stage and knobs. Half of the block parameters take the bytes of 8 bits, three quarters those of 12."""
 CALIBRATED = ("sparsegpt", "wanda", "gptq", "awq")
