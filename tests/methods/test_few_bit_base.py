@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import compresso
 from compresso.edit.few_bit_base import FewBits, linears_of_blocks, round_base_
@@ -29,14 +30,13 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-@pytest.mark.parametrize(("to", "share", "off"), [("nf4", 1 / 2, 0.5), ("int8", 1, 0.02)])
-def test_linears_of_blocks_are_rounded_and_compute_nearly_the_same(
-    make_job: MakeJob, to: FewBits, share: float, off: float
-) -> None:
-    model = make_job().model
+@pytest.mark.parametrize(("to", "share", "off"), [("nf4", 1 / 2, 0.15), ("int8", 1, 0.02)])
+def test_linears_of_blocks_are_rounded_and_compute_nearly_the_same(to: FewBits, share: float, off: float) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    model = LlamaForCausalLM(config)  # bitsandbytes rounds matrices narrower than its block of 64 worse on AVX-512
     before = {name: linear.weight.detach().clone() for name, linear in linears_of_blocks(model)}
-    # bitsandbytes rounds matrices narrower than its block of 64, as all of this model are, worse on processors with
-    # AVX-512: .16 to .38, where wider ones have .09
     generator = torch.Generator().manual_seed(0)
     x = {name: torch.randn(5, weight.shape[1], generator=generator) for name, weight in before.items()}
     held = round_base_(model, to)

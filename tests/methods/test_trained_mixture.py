@@ -123,12 +123,15 @@ def test_what_is_chosen_least_leaves_and_what_is_left_is_nearer(job: Job, score:
     before = loss(job.model, job.tokenizer)
     counts = chosen(job.model, torch.tensor([row["input_ids"] for row in job.held]))
     dense = copy.deepcopy(job.model)
-    with gated(job.model, axes, _without(axes, [c.topk(2)[1] for c in counts])):
-        most = apart(job.model, dense, job.tokenizer)
     done = DropExperts(score=score, keep=0.75, batches=4, batch=16, micro_batch=16)(job)
-    # REAP looks at outputs, too, and drops others
-    assert apart(done.model, dense, job.tokenizer) < {"frequency": 0.75, "reap": 1.0}[score] * most
     facts = done.records["drop_experts"]["experts"]
+    whole = copy.deepcopy(dense)
+    with gated(dense, axes, _without(axes, [c.topk(2)[1] for c in counts])):
+        most = apart(dense, whole, job.tokenizer)
+    left = apart(done.model, whole, job.tokenizer)
+    if score == "reap" and 0.75 * most <= left < most:
+        pytest.xfail(f"what REAP leaves is {left / most:.2f} as far as without the most chosen; wanted below .75")
+    assert left < 0.75 * most
     seldom = [_seldom(facts[axis.name]["scores"]["frequency"]) for axis in axes]
     assert any(len(units) for units in seldom)
     with gated(dense, axes, _without(axes, seldom)):
