@@ -239,6 +239,16 @@ def test_a_plan_counts_the_head_and_shows_the_stage(bert: Path, call: Call) -> N
     assert total == compresso.inspect(bert)["parameters"]["total"] + 2 * 32 + 2
 
 
+def test_a_plan_says_that_heads_stay_only_where_they_do(bert: Path, call: Call) -> None:
+    """HomoDistil's whole heads leave with the hidden dimensions, in the same ratio."""
+    for kinds, stay in (("[head_channel,channel,hidden]", True), ("[head,channel,hidden]", False)):
+        given = ("--set", f"stages.homodistil.kinds={kinds}")
+        code, out, _ = call("plan", "homodistil", "--model", bert, "--keep", "0.6", *given, "--json")
+        shown = json.loads(out)
+        kept, size = shown["shapes"].get("layers.0.heads", (4, 4))
+        assert code == 0 and any("all heads stay" in note for note in shown["notes"]) == stay == (kept == size)
+
+
 def test_fine_tuning_stands_first() -> None:
     with pytest.raises(compresso.errors.RecipeError, match=r"stage 'finetune' makes the dense model .* put it first"):
         build({"task": "classification", "stages": ["gate_taylor", "finetune"]})

@@ -18,11 +18,12 @@ the mean of two cosines: of their routed probabilities over tokens, and of what 
 
 Departures: of the published code's `preserve_gate`, which keeps rows of experts that are gone, nothing is here. top-k
 never falls: fewer experts than that are refused before calibration. REAP's weights are made to add up to 1 before they
-are used, whatever the model does, as its authors' code does since 2026. Groups of experts keep as many each. An expert
-that no token chose has a frequency and a REAP score of 0 and leaves first. The published calibration is C4, 128 x
-2,048; here it is a part of the run's data, since experts are scored for what they will be asked. M-SMoE groups by
-routing alone, keeps every row of the router and sends a group's tokens to the merged expert; here the rows of those
-that leave leave, too, so that any engine reads the result.
+are used, whatever the model does, as its authors' code does since 2026. It is a mean: where routers load experts
+unequally, one that most tokens choose can have the lowest score, and the run then says so (measured on trained mixtures
+of 6.4M in docs/log.md). Groups of experts keep as many each. An expert that no token chose has a frequency and a REAP
+score of 0 and leaves first. The published calibration is C4, 128 x 2,048; here it is a part of the run's data, since
+experts are scored for what they will be asked. M-SMoE groups by routing alone, keeps every row of the router and sends
+a group's tokens to the merged expert; here the rows of those that leave leave, too: any engine reads the result.
 """
 
 import logging
@@ -47,7 +48,7 @@ from compresso.job import Job
 from compresso.observe.expert_likeness import LIKENESS_FOLDS, liked_together
 from compresso.observe.experts import FOLDS, Looked, Router, routed
 from compresso.observe.observe import Stats, observe
-from compresso.solve.experts import best_of_all, best_of_layers, even_counts
+from compresso.solve.experts import best_of_all, best_of_layers, choices_lost, even_counts
 from compresso.stage import Calibrates, Effects, Passes, stage
 
 log = logging.getLogger(__name__)
@@ -164,12 +165,27 @@ class DropExperts:
         facts = self._facts(axes, plan, stats, side_by_side)
         if self.merge:
             facts["merged"] = self._merge(axes, plan, mixtures, stats, side_by_side)
-        if not job.quiet and facts["damage_rate"]:
+        if not job.quiet:
+            self._warn(facts)
+        return job.without(plan.masks(axes), "drop_experts", **facts)
+
+    def _warn(self, facts: Mapping[str, Any]) -> None:
+        """Say what tokens lose, and where other experts are chosen less."""
+        if facts["damage_rate"]:
             log.warning(
                 "drop_experts: %.0f %% of tokens lose one of the experts that they chose, the mean over layers",
                 100 * facts["damage_rate"],
             )
-        return job.without(plan.masks(axes), "drop_experts", **facts)
+        lost, least = facts["choices_lost"], facts["choices_lost_at_least"]
+        if lost > 2 * least + 0.01:
+            blind = "; reap is a mean over the tokens that choose an expert and does not see how many do"
+            log.warning(
+                "drop_experts: %.0f %% of the choices fell on experts that leave, %.0f %% on as many of the least"
+                " chosen%s; where loads are as unequal, score: probability loses less",
+                100 * lost,
+                100 * least,
+                blind if self.score == "reap" else "",
+            )
 
     def _merge(
         self,
@@ -234,8 +250,11 @@ class DropExperts:
             }
         asked = {axis.name: axis.size - int(axis.size * (1 - self.keep) + 1e-9) for axis in axes}
         rounded = {n: {"asked": k, "kept": len(plan.kept[n])} for n, k in asked.items() if k != len(plan.kept[n])}
+        lost, least = choices_lost({name: found["frequency"] for name, found in scores.items()}, plan)
         return {
             "score": self.score,
+            "choices_lost": lost,
+            "choices_lost_at_least": least,
             "calibration_tokens": tokens // len(axes),
             "damage_rate": touched / tokens,
             "experts": layers,

@@ -143,7 +143,8 @@ def plan(
         shown.notes += room(where, [*training, *compressed, *beside], shown.stages)
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with {recipe.task.head}")
-    if recipe.task.name != DEFAULT and keeps_heads(source.config):
+    fewer = any(name.endswith(".heads") and kept < size for name, (kept, size) in shown.shapes.items())
+    if recipe.task.name != DEFAULT and keeps_heads(source.config) and not fewer:  # HomoDistil's leave with their width
         shown.notes.append(f"all heads stay: a {source.config.model_type} config cannot say that some are gone")
     return {
         "recipe": recipe.name,

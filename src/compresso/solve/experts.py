@@ -87,3 +87,20 @@ def best_of_all(axes: Sequence[Axis], scores: Mapping[str, Tensor], keep: float)
             left[name].discard(-unit)
             leave -= 1
     return Plan({name: tuple(sorted(units)) for name, units in left.items()})
+
+
+def choices_lost(often: Mapping[str, Tensor], plan: Plan) -> tuple[float, float]:
+    """Share of the routers' choices that fell on experts that leave, and what it would be if each layer lost as many,
+    those that are chosen least.
+
+    Args:
+        often: axis name -> how often each expert was chosen [size].
+        plan: what stays of each of them.
+    """
+    lost = least = every = 0.0
+    for name, counts in often.items():
+        leave = sorted({*range(len(counts))} - {*plan.kept[name]})
+        lost += float(counts[leave].sum())
+        least += float(counts.sort()[0][: len(leave)].sum())
+        every += float(counts.sum())
+    return lost / max(every, 1), least / max(every, 1)
