@@ -39,10 +39,10 @@ from compresso.arch.mobilevit_pyramid import (
     level_writers,
     sync_head_,
 )
-from compresso.arch.places import behind
+from compresso.arch.places import behind, weights_at
 from compresso.arch.producers import Producers
 from compresso.core.axis import Axis, Gate, Kind, Slice
-from compresso.core.cost import Group, Weight
+from compresso.core.cost import Weight
 from compresso.errors import ArchError
 
 _EXPANDED, _EACH, _REDUCED = "expand_1x1", "conv_3x3", "reduce_1x1"
@@ -97,17 +97,7 @@ class MobileViT:
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
         """Every parameter, with the places of one picture at which it multiplies."""
-        places, inside = self._places(model), (self._body(model) + "encoder.", f"{HEAD}.")
-        weights: list[Weight] = []
-        for name, parameter in model.named_parameters():
-            module, _, tensor = name.rpartition(".")
-            if isinstance(model.get_submodule(module), nn.BatchNorm2d | nn.LayerNorm):
-                weights.append(Weight(name, tuple(parameter.shape), Group.NORMS))
-                continue
-            group = Group.BLOCKS if name.startswith(inside) else Group.EMBEDDINGS
-            macs = places.get(module, 0) if tensor == "weight" else 0
-            weights.append(Weight(name, tuple(parameter.shape), group, macs=macs))
-        return tuple(weights)
+        return weights_at(model, self._places(model), (self._body(model) + "encoder.", f"{HEAD}."))
 
     def linear_groups(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
         """None: its linears lie in transformers inside of stages, and no sweep goes through those."""

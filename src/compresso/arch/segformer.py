@@ -31,12 +31,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.arch.absent import NoAttention, NoMixMlp, is_absent
 from compresso.arch.base import LayerShape, register
 from compresso.arch.parts import Parts
-from compresso.arch.places import behind
+from compresso.arch.places import behind, weights_at
 from compresso.arch.producers import Producers
 from compresso.arch.segformer_axes import HEAD, features_axis, head_axes, layer_axes, unit_axes
 from compresso.arch.segformer_config import sync_own_, sync_stock_
 from compresso.core.axis import Axis, Kind
-from compresso.core.cost import Group, Weight
+from compresso.core.cost import Weight
 from compresso.errors import ArchError
 
 UNEQUAL = "compresso_segformer"
@@ -90,17 +90,7 @@ class SegFormer:
 
     def weights(self, model: PreTrainedModel) -> tuple[Weight, ...]:
         """Every parameter, with the places of one picture at which it multiplies."""
-        places, inside = self._places(model), (self._body(model) + "stages.", f"{HEAD}.")
-        weights: list[Weight] = []
-        for name, parameter in model.named_parameters():
-            module, _, tensor = name.rpartition(".")
-            if isinstance(model.get_submodule(module), nn.BatchNorm2d | nn.LayerNorm):
-                weights.append(Weight(name, tuple(parameter.shape), Group.NORMS))
-                continue
-            group = Group.BLOCKS if name.startswith(inside) else Group.EMBEDDINGS
-            macs = places[module] if tensor == "weight" else 0
-            weights.append(Weight(name, tuple(parameter.shape), group, macs=macs))
-        return tuple(weights)
+        return weights_at(model, self._places(model), (self._body(model) + "stages.", f"{HEAD}."))
 
     def linear_groups(self, block: nn.Module) -> tuple[tuple[str, ...], ...]:
         """None: its linears lie in layers inside of stages, and no sweep goes through those."""
