@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from compresso.core.axis import Kind
-from compresso.discover.axes import Found
+from compresso.discover.found import Found
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

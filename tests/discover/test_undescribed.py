@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Olmo2Config, T5Config, T5ForConditionalGeneration
 
 from compresso.core.axis import Kind
-from compresso.discover.axes import Discovery, Found, Owner, discover
+from compresso.discover.axes import discover
+from compresso.discover.found import Discovery, Found, Owner
 from compresso.errors import ArchError
 
 Undescribed = Callable[[str], nn.Module]

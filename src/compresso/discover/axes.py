@@ -6,8 +6,8 @@ side by side in one dimension that is read, from writers of their own, leaves to
 tensor has one axis a dimension.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
@@ -15,119 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compresso.core.axis import Axis, Gate, Kind, Slice
-from compresso.discover.flow import Flow, SubLayer
+from compresso.core.axis import Gate, Kind
+from compresso.discover.depth import outermost, whole_layers
+from compresso.discover.flow import Flow
+from compresso.discover.found import Discovery, Fixed, Found, Owner
 from compresso.discover.labels import Classes, Place, Source
 from compresso.discover.rules import Propagation
 from compresso.discover.trace import trace
-from compresso.errors import ArchError
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Owner:
-    """Which unit owns each index of a parameter dimension.
-
-    Args:
-        param: qualified parameter name.
-        dim: the dimension.
-        unit_of: unit of each index, int64; any layout, so that a fused projection can hold a unit's rows in several
-            places.
-        why: what the operation that brought it in does with it.
-    """
-
-    param: str
-    dim: int
-    unit_of: Tensor
-    why: str
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """Where the units lie: runs of all units in order, one behind the other; empty if they lie in any other way."""
-        size, found, start = int(self.unit_of.max()) + 1, list[Slice](), 0
-        while start < len(self.unit_of):
-            rest = self.unit_of[start:]
-            width = int((rest != 0).nonzero()[0]) if size > 1 and bool((rest != 0).any()) else len(rest)
-            if width == 0 or not torch.equal(rest[: size * width], torch.arange(size * width) // width):
-                return ()
-            found.append(Slice(self.param, self.dim, width, start=start))
-            start += size * width
-        return tuple(found)
-
-    @property
-    def width(self) -> int | None:
-        """Entries of one unit if one slice says where they lie, None if it takes several or cannot be said."""
-        return slices[0].width if len(slices := self.slices) == 1 else None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """An axis as the trace shows it: which entries leave together, in whatever layout;
-    `axis` is the same as an `Axis`.
-    """
-
-    name: str
-    kind: Kind
-    size: int
-    owners: tuple[Owner, ...]
-    whole: tuple[Slice, ...]
-    gates: tuple[Gate, ...]
-    container: str
-    layer: int | None = None
-    norms: tuple[str, ...] = ()
-
-    @property
-    def axis(self) -> Axis:
-        """The axis.
-
-        Raises:
-            ArchError: the units lie in a parameter in an order that slices cannot say.
-        """
-        for owner in self.owners:
-            if not owner.slices:
-                raise ArchError(f"{self.name}: '{owner.param}' holds its units in no order along dimension {owner.dim}")
-        tiled = tuple(piece for owner in self.owners for piece in owner.slices)
-        fewest = 1 if self.kind in (Kind.HEAD, Kind.CHANNEL) else 0
-        return Axis(
-            self.name,
-            self.kind,
-            self.size,
-            tiled + self.whole,
-            self.gates,
-            self.container,
-            self.layer,
-            min_units=fewest,
-            norms=self.norms,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """Parameter dimensions that belong together and have to be kept, and why."""
-
-    sources: tuple[Source, ...]
-    size: int
-    place: Place
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.sources[0][0]} dimension {self.sources[0][1]} stays: at {self.place} {self.why}"
-
-
-@dataclass(frozen=True, slots=True)
-class Discovery:
-    """What can be removed from a model, and what cannot."""
-
-    found: tuple[Found, ...]
-    fixed: tuple[Fixed, ...]
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        """Every axis.
-
-        Raises:
-            ArchError: one cannot be written as an `Axis`; see `Found.axis`.
-        """
-        return tuple(found.axis for found in self.found)
 
 
 @dataclass
@@ -167,7 +61,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Di
     for family in _families(classes):
         made = _axis(family, classes, reasons, stream, flow)
         (found if isinstance(made, Found) else fixed).append(made)  # type: ignore[arg-type]
-    return Discovery(_named([*found, *_depth(flow.sub_layers, model)]), tuple(fixed))
+    return Discovery(_named([*found, *whole_layers(flow.sub_layers, model)]), tuple(fixed))
 
 
 def _reasons(classes: Classes) -> dict[int, tuple[Place, str]]:
@@ -262,7 +156,7 @@ def _axis(
     container = _common([source[0].rpartition(".")[0] for source in sources])
     if kind == Kind.HIDDEN and not container:
         container = str(getattr(model, "base_model_prefix", ""))
-    layer = _layer(container + ".", model)
+    layer = outermost(container + ".", model)
     return Found(container, kind, len(units), owners, (), gates, container, layer[1] if layer else None, norms)
 
 
@@ -279,75 +173,6 @@ def _why(source: Source, classes: Classes) -> str:
     if source in classes.reads:
         return f"read at {classes.reads[source]}"
     return f"written at {classes.writes[source]}" if source in classes.writes else "scales or shifts the same entries"
-
-
-def _depth(sub_layers: tuple[SubLayer, ...], model: nn.Module) -> list[Found]:
-    """Axes whose units are whole sub-layers and whole layers, for each list of layers."""
-    found: list[Found] = []
-    for layers, members in _by_list(sub_layers, model, 0).items():
-        size = len(model.get_submodule(layers)._modules)
-        owned = {name for _, sub_layer in members for name in (*sub_layer.parameters, *sub_layer.shared)}
-        every = {name for name, _ in model.named_parameters() if name.startswith(layers + ".")}
-        groups = {
-            Kind.LAYER: members if owned == every else [],
-            Kind.ATTENTION: [member for member in members if member[1].attends],
-            Kind.MLP: [member for member in members if not member[1].attends],
-        }
-        for kind, chosen in groups.items():
-            if chosen:
-                leaving = [(i, name) for i, sub_layer in chosen for name in sub_layer.parameters]
-                if kind == Kind.LAYER:
-                    leaving += dict.fromkeys((i, name) for i, sub_layer in chosen for name in sub_layer.shared)
-                whole = tuple(Slice(name, 0, unit=i) for i, name in leaving)
-                gates = tuple(Gate(sub_layer.writer, "output", unit=i) for i, sub_layer in chosen)
-                found.append(
-                    Found(f"{kind}s" if kind == Kind.LAYER else str(kind), kind, size, (), whole, gates, layers)
-                )
-    return found
-
-
-def _by_list(sub_layers: Sequence[SubLayer], model: nn.Module, depth: int) -> dict[str, list[tuple[int, SubLayer]]]:
-    """List of modules -> the sub-layers in it, each with its index. Where one module of a list holds several of a kind
-    it is no layer but a stage, if a list of layers inside holds all of them; a layer may have several, too.
-
-    depth: how many lists lie outside of those that are looked at.
-    """
-    of_list: dict[str, list[tuple[int, SubLayer]]] = defaultdict(list)
-    for sub_layer in sub_layers:
-        places = {(_lists(name, model)[depth:] or [None])[0] for name in (*sub_layer.parameters, *sub_layer.shared)}
-        place = places.pop()
-        if place is not None and not places:
-            of_list[place[0]].append((place[1], sub_layer))
-    found: dict[str, list[tuple[int, SubLayer]]] = {}
-    for layers, members in of_list.items():
-        several = Counter((index, sub_layer.attends) for index, sub_layer in members)
-        inside = _by_list([one for _, one in members], model, depth + 1) if max(several.values()) > 1 else {}
-        found |= inside if _are_layers(inside, len(members)) else {layers: members}
-    return found
-
-
-def _are_layers(inside: Mapping[str, list[tuple[int, SubLayer]]], n: int) -> bool:
-    """Whether the lists inside of a module hold all of its n sub-layers, and layers, not the parts of one: a layer has
-    both kinds, or all have the same one.
-    """
-    kinds: dict[tuple[str, int], set[bool]] = defaultdict(set)
-    for layers, members in inside.items():
-        for index, sub_layer in members:
-            kinds[layers, index].add(sub_layer.attends)
-    alike = len(set(map(frozenset, kinds.values()))) == 1
-    return sum(map(len, inside.values())) == n and (alike or any(len(held) > 1 for held in kinds.values()))
-
-
-def _lists(name: str, model: nn.Module) -> list[tuple[str, int]]:
-    """The lists of modules that a qualified name passes through, from the outermost, and the indices in them."""
-    parts = name.split(".")
-    paths = [(".".join(parts[:at]), part) for at, part in enumerate(parts) if at and part.isdigit()]
-    return [(path, int(part)) for path, part in paths if isinstance(model.get_submodule(path), nn.ModuleList)]
-
-
-def _layer(name: str, model: nn.Module) -> tuple[str, int] | None:
-    """The outermost list of modules that a qualified name passes through, and the index in it."""
-    return next(iter(_lists(name, model)), None)
 
 
 def _common(modules: list[str]) -> str:

@@ -5,7 +5,7 @@ together, and which operation says so.
 from collections.abc import Iterator
 from typing import Any
 
-from compresso.discover.axes import Discovery, Found
+from compresso.discover.found import Discovery, Found
 from compresso.errors import ArchError, nearest
 
 

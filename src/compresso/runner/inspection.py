@@ -17,8 +17,9 @@ from compresso.checkpoint.source import Source, open_source
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
-from compresso.discover.axes import Discovery, Found, discover
+from compresso.discover.axes import discover
 from compresso.discover.explain import explain
+from compresso.discover.found import Discovery, Found
 from compresso.door import public
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError
