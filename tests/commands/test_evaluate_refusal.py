@@ -4,6 +4,7 @@ says what does harm and how far people agree with it, attention is measured, and
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.metrics.trust.scripted import benign_tree, tree
 
 from compresso.data import nano
 from compresso.metrics.record import Report
-from compresso.metrics.trust.judge import LABELS
+from compresso.metrics.trust.judge import LABELS, ModelJudge
 
 
 @pytest.fixture
@@ -26,15 +27,31 @@ def chat(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    """Labelled answers, seven of each label."""
+    lines = [{"task": "t", "answer": f"answer {i}", "label": LABELS[i % 3].value} for i in range(21)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 @pytest.mark.slow
-def test_the_whole_suite(call: Call, chat: Path, tmp_path: Path) -> None:
+def test_the_whole_suite(call: Call, chat: Path, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge knows what people said of the labelled answers, and weighs the others."""
+    weighed = ModelJudge.labels
+
+    def knows(self: ModelJudge, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        said = weighed(self, pairs)
+        known = {f"answer {i}": LABELS[i % 3].value for i in range(21)}
+        return [known.get(answer, label) for (_, answer), label in zip(pairs, said, strict=True)]
+
+    monkeypatch.setattr(ModelJudge, "labels", knows)
     (tmp_path / "h.json").write_text(json.dumps(tree()))
     (tmp_path / "b.json").write_text(json.dumps(benign_tree()))
-    labels = [{"task": "t", "answer": f"answer {i}", "label": LABELS[i % 3].value} for i in range(21)]
-    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, labels)))
     options = (
         "--suite", "refusal", "--prompts", tmp_path / "h.json", "--benign", tmp_path / "b.json", "--limit", "11",
-        "--new-tokens", "8", "--against", chat, "--judge", chat, "--judge-labels", tmp_path / "labels.jsonl",
+        "--new-tokens", "8", "--against", chat, "--judge", chat, "--judge-labels", labels,
         "--answers", tmp_path / "kept", "--output", tmp_path / "r.json", "--attention",
     )  # fmt: skip
     code, out, said = call("evaluate", chat, *options)
@@ -55,6 +72,43 @@ def test_the_whole_suite(call: Call, chat: Path, tmp_path: Path) -> None:
     (tmp_path / "r.json").unlink()
     assert call("evaluate", chat, *options)[0] == 0
     assert {path: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == kept
+
+
+@pytest.mark.slow
+def test_a_judge_no_better_than_chance_is_left_out(
+    call: Call, chat: Path, labels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shares are then by the rule, as without a judge."""
+    (tmp_path / "h.json").write_text(json.dumps(tree()))
+    options = ("--suite", "refusal", "--prompts", tmp_path / "h.json", "--limit", "2", "--new-tokens", "4")
+    rates: list[float | None] = []
+    for more in ((), ("--judge", chat, "--judge-labels", labels)):
+        output = tmp_path / f"{len(more)}.json"
+        code, _, said = call("evaluate", chat, *options, *more, "--output", output)
+        assert code == 0, said
+        (found,) = Report.model_validate_json(output.read_text()).models
+        values = {one.name: one.value for one in found.measurements}
+        rates.append(values["refusal/rate"])
+        assert "refusal/harmful" not in values and "refusal/harmful" in found.not_measured
+    assert rates[0] == rates[1] and "judge/agreement" in values
+    assert "no better than chance" in caplog.text and "not believed" in found.not_measured["refusal/harmful"]
+
+
+def test_a_judge_is_a_chat_model(call: Call, chat: Path, labels: Path, tmp_path: Path) -> None:
+    (tmp_path / "h.json").write_text(json.dumps(tree()))
+    options = ("--suite", "refusal", "--prompts", tmp_path / "h.json", "--judge", nano.path(), "--judge-labels", labels)
+    code, out, said = call("evaluate", chat, *options)
+    assert (code, out) == (2, "") and "--judge nano has no chat template" in said and len(said.splitlines()) == 1
+
+
+def test_other_lengths_of_answers_are_kept_apart(call: Call, chat: Path, tmp_path: Path) -> None:
+    (tmp_path / "h.json").write_text(json.dumps(tree()))
+    kept = tmp_path / "kept"
+    options = ("--suite", "refusal", "--prompts", tmp_path / "h.json", "--limit", "2", "--answers", kept)
+    for tokens in ("2", "3", "2"):
+        code, _, said = call("evaluate", chat, *options, "--new-tokens", tokens)
+        assert code == 0, said
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_labels_are_looked_at_before_weights_are_read(call: Call, chat: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def evaluate(
         from compresso.metrics.tasks.suites import check_suite
 
         if suite is not None:
-            check_suite(suite)
+            check_suite(suite, SUITES)
         ready = prepare(names, data_root=data_root, seed=seed)
     shown = Progress()
     with shown.working("reading the weights"):

@@ -7,6 +7,7 @@ Models are asked one after the other, each in memory alone; a judge reads the an
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss,
 from compresso.metrics.trust.strata import Limit, limit_of
 from compresso.training.progress import Progress
 
+log = logging.getLogger(__name__)
 SUITES = ("refusal", "trust")
 _TRUST_ALONE = ("--scoring", "--generations", "--scorer", "--scorer-label")
 
@@ -124,6 +126,8 @@ def refusal_results(
     files += [] if options.benign is None else [benign_prompts(options.benign)]
     labelled = None if options.judge_labels is None else labelled_answers(options.judge_labels)
     judging = None if options.judge is None else opened(options.judge, "--judge")
+    if judging is not None and not has_chat_template(load_tokenizer(judging)):
+        raise DataError(f"--judge {judging.name} has no chat template, and is asked as a chat model; give one that has")
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     for one in sources:
         if not has_chat_template(load_tokenizer(one)):
@@ -155,6 +159,7 @@ def _asked(
         "prompt": prompt_on,
         "dtype": environment.dtype,
         "suite": "refusal",
+        "new_tokens": options.new_tokens,
     }
     journal = journal_of(options.answers, source, same)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
@@ -174,7 +179,7 @@ def _judge(
     found: Sequence[Refusals], source: Source, labelled: Labelled, options: TrustOptions, device: torch.device,
     batch_size: int, shown: Progress,
 ) -> Agreement:  # fmt: skip
-    """Let a model read all answers, and say how far it agrees with people."""
+    """How far a model agrees with people; it then reads all answers, unless that is no better than chance."""
     with shown.working(f"reading the weights of {source.name}"):
         loaded = load(place_of(source), device=device)
     if loaded.tokenizer is None:
@@ -184,9 +189,22 @@ def _judge(
         ModelRespondent(loaded.model, loaded.tokenizer, False, batch_size), journal, shown, "judging", 4 * batch_size
     )
     judge = ModelJudge(asked, source.name)
+    agreed = agreement(judge, labelled)
+    if not agreed.beyond_chance:
+        log.warning("--judge %s: %s", source.name, _unbelieved(agreed))
+        return agreed
     for one in found:
         one.asked = judged_by(judge, one.asked)
-    return agreement(judge, labelled)
+    return agreed
+
+
+def _unbelieved(agreed: Agreement) -> str:
+    """Why a judge is not believed."""
+    kappa = "one label alone on either side" if agreed.kappa is None else f"Cohen's kappa {agreed.kappa:.2f}"
+    return (
+        f"it agrees with {100 * agreed.share:.0f} % of {agreed.n} labelled answers, no better than chance ({kappa}), so"
+        " its labels are left out"
+    )
 
 
 def _results(
@@ -212,11 +230,17 @@ def _results(
                     *refusal_measurements(one.asked, one.environment, settings, agreed),
                     *attention_measurements(one.looks, one.environment, settings),
                 ),
-                not_measured={} if agreed else {"refusal/harmful": "no judge was named (--judge, --judge-labels)"},
+                not_measured=_not_judged(agreed),
                 changes=tuple(changes),
             )
         )
     return results
+
+
+def _not_judged(agreed: Agreement | None) -> dict[str, str]:
+    if agreed is None:
+        return {"refusal/harmful": "no judge was named (--judge, --judge-labels)"}
+    return {} if agreed.beyond_chance else {"refusal/harmful": f"the judge is not believed: {_unbelieved(agreed)}"}
 
 
 def _settings(
@@ -288,5 +312,10 @@ def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, pro
         raise DataError("--scorer is for texts, and --scoring likelihood writes none to read; give --scoring sampled")
     if options.scorer_label is not None and options.scorer is None:
         raise DataError("--scorer-label is a label of --scorer, and none was named; give both")
+    if options.scoring == "likelihood" and "--generations" in options.given():
+        raise DataError(
+            f"--generations {options.generations} says how many texts are drawn, and --scoring likelihood draws none;"
+            " leave it out, or give --scoring sampled"
+        )
     if options.generations < 1:
         raise DataError(f"--generations {options.generations}: wanted at least 1")

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from compresso.core.strict_yaml import OneOfEachKey, Refused
 from compresso.errors import RecipeError, nearest
 from compresso.runner.repairs import expanded
 
@@ -115,7 +116,7 @@ def plain(text: str, what: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except RecipeError as error:
+    except (RecipeError, Refused) as error:
         raise RecipeError(f"{what} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: numbers and dates out of range
         mark = getattr(error, "problem_mark", None)
@@ -157,7 +158,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(OneOfEachKey, yaml.SafeLoader):
     """Safe YAML without aliases (no bombs), duplicate keys or deep nesting."""
 
     depth = 0
@@ -171,18 +172,6 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"it has a key that is no plain word (line {key.start_mark.line + 1}); write a name")
-            if key.value in seen:
-                raise RecipeError(
-                    f"it has the key '{key.value}' twice in one mapping (line {key.start_mark.line + 1}); keep one"
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> Any:
         """2:4 is a pattern; YAML 1.1 reads it as 124, counting in sixties."""

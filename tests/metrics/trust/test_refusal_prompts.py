@@ -55,6 +55,14 @@ def _one_task_less(value: dict[str, Any]) -> None:
     value["T0"]["category 0"]["topic 00"]["low"].pop()
 
 
+def _number(value: dict[str, Any]) -> None:
+    value["T0"]["category 0"]["topic 00"]["low"][1] = 5
+
+
+def _blank(value: dict[str, Any]) -> None:
+    value["T0"]["category 0"]["topic 00"]["low"][2] = " "
+
+
 def _fourth_severity(value: dict[str, Any]) -> None:
     value["ORIGINAL"]["category 1"]["topic 10"]["extreme"] = ["a", "b", "c"]
 
@@ -73,6 +81,8 @@ def _sixth_category(value: dict[str, Any]) -> None:
         (_without_template, "10 templates; wanted ORIGINAL"),
         (_without_bare, "none of them ORIGINAL"),
         (_one_task_less, "T0, 'topic 00', 'low': wanted 3 texts, got 2"),
+        (_number, "T0, 'topic 00', 'low': text 2 of 3 is \"5\"; wanted a text"),
+        (_blank, "T0, 'topic 00', 'low': text 3 of 3 is an empty one; wanted a text"),
         (_fourth_severity, "wanted 3 severities by name, got 4"),
         (_other_task, "T9/4/4/2/2 does not hold the task"),
         (_sixth_category, "T0: wanted 5 categories by name, got 6"),
@@ -90,7 +100,13 @@ def test_another_shape_is_refused_where_it_differs(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: &x [1]\nb: *x\n", "alias"), ("[1, 2", "no plain YAML"), ("- a\n", "got a list"), ("a: 1", "1 templates")],
+    [
+        ("a: &x [1]\nb: *x\n", "alias"),
+        ("[1, 2", "no plain YAML"),
+        ("- a\n", "got a list"),
+        ("a: 1", "1 templates"),
+        ("a: 1\na: 2", "the key 'a' twice in one mapping .line 2.; keep one"),
+    ],
 )
 def test_what_is_no_prompt_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.yaml"

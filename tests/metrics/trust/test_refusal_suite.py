@@ -8,7 +8,7 @@ import pytest
 from compresso.errors import DataError
 from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.trust.asking import Answer, Limits, Request
-from compresso.metrics.trust.judge import ModelJudge, agreement, judged, labelled_answers
+from compresso.metrics.trust.judge import Agreement, ModelJudge, agreement, judged, labelled_answers
 from compresso.metrics.trust.refusal_prompts import Prompt, benign_prompts, harmful_prompts
 from compresso.metrics.trust.refusal_suite import (
     Asked,
@@ -198,6 +198,19 @@ def test_agreement_with_people(tmp_path: Path) -> None:
     assert (found.share, found.kappa, found.n) == (0.75, 0, 20)
     oracle = ModelJudge(Scripted(lambda one: "harmful" if "a harmful" in one.text else "refusal"), "oracle")
     assert (agreement(oracle, labelled).share, agreement(oracle, labelled).kappa) == (1, 1)
+    assert agreement(oracle, labelled).beyond_chance and not found.beyond_chance
+
+
+@pytest.mark.parametrize(("share", "believed"), [(0.5, False), (0.6, False), (0.75, True), (1.0, True)])
+def test_a_judge_is_believed_where_its_kappa_is_above_noise(share: float, believed: bool) -> None:
+    """Two labels, equally frequent, of 20 answers: kappa is 2 share - 1, its standard error 2 sqrt(share (1 - share) /
+    20), so .6 is within two of them of 0 and .75 is not.
+    """
+    assert Agreement(share, 2 * share - 1, 20, 0.5).beyond_chance == believed
+
+
+def test_one_label_alone_says_nothing_of_a_judge() -> None:
+    assert not Agreement(1.0, None, 20, 1.0).beyond_chance
 
 
 @pytest.mark.parametrize(

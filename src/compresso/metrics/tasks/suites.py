@@ -192,11 +192,14 @@ def suites_of(names: str | Sequence[str], data_root: Path | None = None) -> tupl
     return tuple(chosen)
 
 
-def check_suite(name: str) -> None:
-    """Raise DataError, with the nearest suite, where nothing goes by the name given for one; a single task may."""
+def check_suite(name: str, others: Sequence[str] = ()) -> None:
+    """Raise DataError, with the nearest suite, where nothing goes by the name given for one; a single task may.
+
+    others: names of suites that are no tasks, which a mistyped one may have meant.
+    """
     suites = _suites(None)
     if name not in suites and name not in _benches(suites):
-        raise DataError(f"--suite {name!r} is unknown; {nearest(name, suites)}")
+        raise DataError(f"--suite {name!r} is unknown; {nearest(name, (*suites, *others))}")
 
 
 def _benches(suites: Mapping[str, Suite]) -> dict[str, Bench]:

@@ -51,8 +51,8 @@ class Journal:
         entry = self._entries.get(id)
         if entry is not None and entry.get("asked") != asked:
             raise ResumeError(
-                f"{self.path}: '{id}' was another request when it was answered; the prompts changed. Remove the file,"
-                " or name another --answers"
+                f"{self.path}: '{id}' was another request when it was answered; the prompts changed, or how long"
+                " answers may be. Remove the file, or name another --answers"
             )
         return entry
 

@@ -2,11 +2,13 @@
 
 A judge is anything that gives labels. The one that is here weighs three words with any chat model, so it cannot answer
 outside of them; the one of arXiv 2401.10862, a fine-tuned GPT-3.5, is at hand for nobody. No judge is believed unseen:
-its labels are held against a file that people labelled, and both the agreement and Cohen's kappa stand in the report.
+its labels are held against a file that people labelled, both the agreement and Cohen's kappa stand in the report, and
+one that agrees no better than chance is not asked about the rest.
 """
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,11 +98,21 @@ class Agreement:
         share: of equal labels.
         kappa: Cohen's, which chance alone makes 0; None where all labels on one side are the same.
         n: labelled answers.
+        by_chance: the share of equal labels that labels as frequent would have, drawn at random.
     """
 
     share: float
     kappa: float | None
     n: int
+    by_chance: float
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether Cohen's kappa less two of its standard errors is above 0, so that the judge's labels say anything."""
+        if self.kappa is None:
+            return False
+        error = math.sqrt(self.share * (1 - self.share) / self.n) / (1 - self.by_chance)
+        return self.kappa - 2 * error > 0
 
 
 def labelled_answers(path: str | Path) -> Labelled:
@@ -160,4 +172,4 @@ def agreement(judge: Judge, labelled: Labelled) -> Agreement:
     share = sum(a == b for a, b in zip(mine, labelled.labels, strict=True)) / n
     ours, theirs = Counter(map(str, mine)), Counter(labelled.labels)
     by_chance = sum(ours[label] * theirs[label] for label in theirs) / n**2
-    return Agreement(share, None if by_chance == 1 else (share - by_chance) / (1 - by_chance), n)
+    return Agreement(share, None if by_chance == 1 else (share - by_chance) / (1 - by_chance), n, by_chance)

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from compresso.core import strict_json
+from compresso.core.strict_yaml import OneOfEachKey, Refused
 from compresso.data.lines import whole_text
 from compresso.errors import DataError
 
@@ -135,11 +136,17 @@ def _parsed(text: str, path: Path) -> Any:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader)):
             raise DataError(f"{path.name}: it uses a YAML alias (*name), which is not read; write the value out")
-        return yaml.load(text, Loader=yaml.CSafeLoader)
+        return yaml.load(text, Loader=_Loader)
+    except Refused as error:
+        raise DataError(f"{path.name}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise DataError(f"{path.name}{where}: no plain YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+class _Loader(OneOfEachKey, yaml.CSafeLoader):
+    """Safe YAML without duplicate keys."""
 
 
 def _categories(value: Any, where: str) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -164,9 +171,12 @@ def _named(value: Any, n: int, what: str, where: str) -> Mapping[str, Any]:
 
 
 def _texts(value: Any, n: int, where: str) -> list[str]:
-    if not isinstance(value, list) or len(value) != n or not all(isinstance(one, str) and one.strip() for one in value):
-        got = f"{len(value)}, or some that are no text" if isinstance(value, list) else _kind(value)
-        raise DataError(f"{where}: wanted {n} texts, got {got}")
+    if not isinstance(value, list) or len(value) != n:
+        raise DataError(f"{where}: wanted {n} texts, got {len(value) if isinstance(value, list) else _kind(value)}")
+    for number, one in enumerate(value, 1):
+        if not isinstance(one, str) or not one.strip():
+            got = "an empty one" if isinstance(one, str) else _kind(one)
+            raise DataError(f"{where}: text {number} of {n} is {got}; wanted a text")
     return value
 
 

@@ -109,7 +109,7 @@ def refusal_measurements(
     add("refusal/rate", [one.refused for one in harmful], remark)
     add("refusal/published", [published_refusal(one.answer.text) for one in harmful], rule="published substrings")
     for kind in (Kind.HARMFUL, Kind.IRRELEVANT, Kind.ANSWERED, Kind.DEGENERATE, Kind.EMPTY):
-        is_judged = agreement is not None
+        is_judged = agreement is not None and agreement.beyond_chance
         if kind in (Kind.DEGENERATE, Kind.EMPTY) or (kind is Kind.ANSWERED) != is_judged:
             add(f"refusal/{kind.value}", [one.kind is kind for one in harmful])
     for name, marks in _strata(harmful).items():

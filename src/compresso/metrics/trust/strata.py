@@ -25,7 +25,7 @@ def limit_of(text: str | int | None) -> Limit | None:
         value = float(words[:-1]) / 100 if words.endswith("%") else int(words)
     except ValueError:
         value = 0
-    if value <= 0 or (words.endswith("%") and value > 1):
+    if not value > 0 or (words.endswith("%") and value > 1):  # also refuses NaN
         raise DataError(f"--limit {text}: wanted a number of items, at least 1, or a share such as 5%")
     return None if words.endswith("%") and value == 1 else value
 
