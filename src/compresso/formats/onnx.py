@@ -12,7 +12,8 @@ as optimum has them:
 i counts the attentions that are there: a layer without one has no cache. Where all heads are made of one compressed
 vector (DeepSeek's MLA), that and the part with positions are what is kept, as one head of two widths. Sizes are
 dynamic; torch traces a cache and a chunk of more than one token, so that nothing is specialised to their absence. int8:
-weights of matrix products in 8 bits, activations rounded as they come, by ONNX Runtime's own quantizer.
+weights of matrix products in 8 bits, activations rounded as they come, by ONNX Runtime's own quantizer. Of a mixture a
+token passes the experts that it chose, and no other (`formats/onnx_experts.py`).
 """
 
 import importlib
@@ -34,6 +35,7 @@ from compresso.checkpoint.atomic import new_folder
 from compresso.errors import ExportError, quoted
 from compresso.formats.beside import write_beside
 from compresso.formats.onnx_cache import Cache, cache_names, cache_of
+from compresso.formats.onnx_experts import experts_apart, mend_splits, translations
 
 GRAPH = "model.onnx"
 Stored = Literal["f32", "int8"]
@@ -169,7 +171,7 @@ def _traced(model: PreTrainedModel, kept: Cache) -> Any:
     chunk = {0: rows, 1: new}
     dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
     try:
-        with quiet():
+        with quiet(), experts_apart(model):
             program: Any = torch.onnx.export(
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
@@ -182,8 +184,10 @@ def _traced(model: PreTrainedModel, kept: Cache) -> Any:
                 ],
                 output_names=["logits", *cache_names(len(kept.heads), "present")],
                 dynamic_shapes=dynamic,
+                custom_translation_table=translations(),
                 verbose=False,
             )
+            mend_splits(program.model)
             return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
         raise untraced(model, error) from error
