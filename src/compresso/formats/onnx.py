@@ -36,6 +36,7 @@ from compresso.errors import ExportError, quoted
 from compresso.formats.beside import write_beside
 from compresso.formats.onnx_cache import Cache, cache_names, cache_of
 from compresso.formats.onnx_experts import experts_apart, mend_splits, translations
+from compresso.formats.onnx_rotary import real_numbers
 
 GRAPH = "model.onnx"
 Stored = Literal["f32", "int8"]
@@ -171,7 +172,7 @@ def _traced(model: PreTrainedModel, kept: Cache) -> Any:
     chunk = {0: rows, 1: new}
     dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
     try:
-        with quiet(), experts_apart(model):
+        with quiet(), experts_apart(model), real_numbers(model):
             program: Any = torch.onnx.export(
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
