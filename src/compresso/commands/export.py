@@ -24,7 +24,7 @@ from compresso.engines.transformers import PACKED
 from compresso.engines.written import Live, load_for, write
 from compresso.errors import CheckpointError, ExportError, deprecated, nearest
 from compresso.formats.gguf import library
-from compresso.formats.onnx import head_dim
+from compresso.formats.onnx_cache import head_dim
 from compresso.formats.onnx_encoder import save_onnx_encoder
 from compresso.metrics.size import weight_bytes
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from compresso.engines.parity import ALWAYS, Format, Listed, Parity, Reference, judged, within_rounding
 from compresso.errors import quoted
-from compresso.formats.onnx import GRAPH, cache_names, library
+from compresso.formats.onnx import GRAPH, library
+from compresso.formats.onnx_cache import Cache, cache_names
 
 WITHIN = {"f32": 1e-4, "f16": 1e-2}
 """Allowed differences of logits, as in `within_rounding`, by the dtype of the graph; for int8 any finite one."""
@@ -31,9 +32,8 @@ class OnnxModel:
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
         self._known = self._open(Path(folder), threads)
-        cache = json.loads(Path(folder, "config.json").read_text("utf-8"))["compresso_cache"]
-        self._heads: list[int] = cache["heads"]
-        self._width: int = cache["head_dim"]
+        said = json.loads(Path(folder, "config.json").read_text("utf-8"))["compresso_cache"]
+        self._cache = Cache.of_fields(said)
 
     def _open(self, folder: Path, threads: int) -> set[str]:
         """Open the graph; names of what it reads, for what it does not read is not among its inputs."""
@@ -48,8 +48,8 @@ class OnnxModel:
         return self._session.run(None, given)
 
     def empty(self, batch: int = 1) -> list[Tensor]:
-        """A cache of no token: key and value [batch, heads, 0, head_dim] of each attention."""
-        return [torch.zeros(batch, heads, 0, self._width) for heads in self._heads for _ in ("key", "value")]
+        """A cache of no token: key and value [batch, heads, 0, width] of each attention."""
+        return self._cache.zeros(batch, 0)
 
     def __call__(self, ids: Tensor, past: list[Tensor], mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Read a chunk.
@@ -66,7 +66,7 @@ class OnnxModel:
         mask = torch.ones(len(ids), length, dtype=torch.long) if mask is None else mask
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        given |= dict(zip(cache_names(len(self._heads), "past_key_values"), past, strict=True))
+        given |= dict(zip(cache_names(len(self._cache.heads), "past_key_values"), past, strict=True))
         found = self._run({name: tensor.contiguous().numpy() for name, tensor in given.items() if name in self._known})
         logits, *cache = (torch.from_numpy(array) for array in found)
         return logits, cache

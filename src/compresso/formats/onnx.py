@@ -5,13 +5,15 @@ The graph serves the prompt and every token after it: with an empty cache it rea
 as optimum has them:
 
     input_ids, attention_mask, position_ids      [batch, seq], [batch, past + seq], [batch, seq]
-    past_key_values.{i}.key and .value           [batch, heads of layer i, past, head_dim]
+    past_key_values.{i}.key and .value           [batch, heads of layer i, past, width]
     logits                                       [batch, seq, vocabulary]
-    present.{i}.key and .value                   [batch, heads of layer i, past + seq, head_dim]
+    present.{i}.key and .value                   [batch, heads of layer i, past + seq, width]
 
-i counts the attentions that are there: a layer without one has no cache. Sizes are dynamic; torch traces a cache and a
-chunk of more than one token, so that nothing is specialised to their absence. int8: weights of matrix products in 8
-bits, activations rounded as they come, by ONNX Runtime's own quantizer.
+i counts the attentions that are there: a layer without one has no cache. Where all heads are made of one compressed
+vector (DeepSeek's MLA), that and the part with positions are what is kept, as one head of two widths. Sizes are
+dynamic; torch traces a cache and a chunk of more than one token, so that nothing is specialised to their absence. int8:
+weights of matrix products in 8 bits, activations rounded as they come, by ONNX Runtime's own quantizer. Of a mixture a
+token passes the experts that it chose, and no other (`formats/onnx_experts.py`).
 """
 
 import importlib
@@ -32,6 +34,9 @@ from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_folder
 from compresso.errors import ExportError, quoted
 from compresso.formats.beside import write_beside
+from compresso.formats.onnx_cache import Cache, cache_names, cache_of
+from compresso.formats.onnx_experts import experts_apart, mend_splits, translations
+from compresso.formats.onnx_rotary import real_numbers
 
 GRAPH = "model.onnx"
 Stored = Literal["f32", "int8"]
@@ -88,11 +93,10 @@ def save_onnx(
 
     Raises ExportError if onnx is not installed, the dtype is unknown or torch cannot trace the model.
     """
-    heads = [shape.kv_heads for shape in shapes if shape.kv_heads]
+    cache = cache_of(model, shapes)
     with new_folder(folder, force) as temporary:
-        write_graph(lambda: _traced(model.eval(), heads), model, temporary, dtype)
-        widths = {"heads": heads, "head_dim": head_dim(model)}
-        config = {**json.loads(model.config.to_json_string()), "compresso_cache": widths}
+        write_graph(lambda: _traced(model.eval(), cache), model, temporary, dtype)
+        config = {**json.loads(model.config.to_json_string()), "compresso_cache": cache.fields()}
         write_beside(temporary, config, model, tokenizer, source)
         if check is not None:
             check(temporary)
@@ -148,21 +152,6 @@ def without_sources(program: Any) -> Any:
     return program
 
 
-def head_dim(model: PreTrainedModel) -> int:
-    """Width of a key or value."""
-    config = model.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def cache_names(slots: int, prefix: str) -> list[str]:
-    """Names of the cache's tensors, in order.
-
-    >>> cache_names(1, "present")
-    ['present.0.key', 'present.0.value']
-    """
-    return [f"{prefix}.{slot}.{part}" for slot in range(slots) for part in ("key", "value")]
-
-
 def library(name: str) -> Any:
     """A module of onnx' family. Raises ExportError if it is not installed."""
     try:
@@ -172,19 +161,19 @@ def library(name: str) -> Any:
 
 
 @torch.no_grad()
-def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
+def _traced(model: PreTrainedModel, kept: Cache) -> Any:
     """The exporter's program. Raises ExportError if it cannot follow the forward."""
-    batch, seq, past, width = 2, 3, 4, head_dim(model)
+    batch, seq, past = 2, 3, 4
     ids = torch.zeros(batch, seq, dtype=torch.long)
     positions = torch.arange(past, past + seq).expand(batch, seq)
     mask = torch.ones(batch, past + seq, dtype=torch.long)
-    cache = [torch.zeros(batch, count, past, width) for count in heads for _ in ("key", "value")]
+    cache = kept.zeros(batch, past)
     rows, new, old = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
     chunk = {0: rows, 1: new}
     dynamic = (chunk, {0: rows, 1: Dim.DYNAMIC}, chunk, tuple({0: rows, 2: old} for _ in cache))
     try:
-        with quiet():
-            program = torch.onnx.export(
+        with quiet(), experts_apart(model), real_numbers(model):
+            program: Any = torch.onnx.export(
                 _WithCache(model).eval(),
                 (ids, mask, positions, *cache),
                 dynamo=True,
@@ -192,12 +181,14 @@ def _traced(model: PreTrainedModel, heads: Sequence[int]) -> Any:
                     "input_ids",
                     "attention_mask",
                     "position_ids",
-                    *cache_names(len(heads), "past_key_values"),
+                    *cache_names(len(kept.heads), "past_key_values"),
                 ],
-                output_names=["logits", *cache_names(len(heads), "present")],
+                output_names=["logits", *cache_names(len(kept.heads), "present")],
                 dynamic_shapes=dynamic,
+                custom_translation_table=translations(),
                 verbose=False,
             )
+            mend_splits(program.model)
             return without_sources(program)
     except Exception as error:  # the exporter fails in any way on what it cannot follow
         raise untraced(model, error) from error
