@@ -49,6 +49,14 @@ def picture_of(row: Row) -> Picture:
     return picture
 
 
+def classes_of(row: Row) -> Tensor:
+    """The class of each pixel of an example, uint8 [height, width]. Raises DataError for one without."""
+    classes = picture_of(row).classes
+    if classes is None:
+        raise DataError("an example's picture has no label map; read data of the task's own kind")
+    return classes
+
+
 def pixel_values(rows: Sequence[Row]) -> Tensor:
     """Pictures side by side as the model sees them, float32 [n, 3, height, width]. Raises DataError for none."""
     if not rows:
