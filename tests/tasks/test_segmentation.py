@@ -18,9 +18,11 @@ from tests.tasks.scenes import CLASSES, NARROW, SIDE, scene
 from torch.nn import functional
 from transformers import (
     AutoModelForSemanticSegmentation,
+    BertConfig,
     MobileViTConfig,
     MobileViTForSemanticSegmentation,
     MobileViTModel,
+    UperNetConfig,
     ViTConfig,
 )
 
@@ -42,6 +44,7 @@ from compresso.methods.learn_gates import LearnGates
 from compresso.runner.evaluate_task import task_metric
 from compresso.runner.run import run
 from compresso.tasks import pictures
+from compresso.tasks.base import task_named, tasks
 from compresso.tasks.segmentation import DRAWN, SEGMENTATION
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.order import Micro
@@ -301,7 +304,21 @@ def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
 
 def test_a_model_without_such_a_head_class_is_refused() -> None:
     said = SEGMENTATION.obstacle(ViTConfig())
-    assert said == "(vit) sees no pictures; --task segmentation takes a model of pictures, such as MobileViT"
+    assert said == (
+        "(vit) sees pictures, but has no class for --task segmentation; give --task image-classification, or another"
+        " model, such as MobileViT"
+    )
+    assert SEGMENTATION.obstacle(BertConfig()).startswith("(bert) sees no pictures; --task segmentation takes a model")
+    assert (
+        task_named("image-classification")
+        .obstacle(UperNetConfig())
+        .startswith(
+            "(upernet) sees pictures, but has no class for --task image-classification; give --task segmentation, or"
+        )
+    )
+    for name in ("classification", "masked-lm", "question-answering", "causal-lm"):
+        assert "give --task image-classification" in task_named(name).obstacle(ViTConfig())
+    assert set(pictures.seen_by(MobileViTConfig())) == {name for name, one in tasks().items() if not one.reads_text}
 
 
 def test_one_picture_at_a_time_is_refused_before_weights_are_read(tmp_path: Path) -> None:
