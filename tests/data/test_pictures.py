@@ -129,6 +129,11 @@ def test_pillow_reads_a_jpeg() -> None:
     assert found.shape == (3, 4, 6) and (found.float().mean((1, 2)) - torch.tensor([200.0, 100, 50])).abs().max() < 3
     with pytest.raises(BadRecord, match="is no picture that Pillow reads"):
         colours(b"\xff\xd8\xff\xe0")
+    with pytest.raises(
+        BadRecord, match=r"reads: its bytes, which begin with b'hello', are of no format it knows"
+    ) as no:
+        colours(b"hello")
+    assert "BytesIO" not in str(no.value)
 
 
 def test_bytes_are_found_as_data_sets_hold_them() -> None:

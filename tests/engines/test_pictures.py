@@ -106,6 +106,49 @@ def test_a_scale_covers_all_but_single_values_and_the_ends_stay_whole(tmp_path: 
     assert 0.95 / 255 < float(numbers[read.input[1]]) < 1.2 / 255
 
 
+def flat(path: Path, weights: list[float], bias: float) -> None:
+    """Convolutions of one channel and one place, each by a weight, the second with a bias."""
+    onnx = pytest.importorskip("onnx")
+    nodes, constants, name = [], [], "pixel_values"
+    for i, weight in enumerate(weights):
+        output = "logits" if i == len(weights) - 1 else f"conv{i}"
+        constants.append(onnx.numpy_helper.from_array(np.full((1, 1, 1, 1), weight, dtype=np.float32), f"w{i}"))
+        constants.append(onnx.numpy_helper.from_array(np.full(1, bias if i == 1 else 0, dtype=np.float32), f"b{i}"))
+        nodes.append(onnx.helper.make_node("Conv", [name, f"w{i}", f"b{i}"], [output], name=f"n{i}"))
+        name = output
+    shape = ["n", 1, 8, 8]
+    given, found = (onnx.helper.make_tensor_value_info(one, 1, shape) for one in ("pixel_values", "logits"))
+    graph = onnx.helper.make_graph(nodes, "flat", [given], [found], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("weights", "bias", "shown"),
+    [
+        ([1.0, 1e-5, 1.0, 1.0], 1.0, [1.0, 1.0]),
+        ([1.0, 0.0, 1.0, 1.0], 1.0, [1.0, 1.0]),
+        ([1.0, 0.0, 1.0, 1.0], 0.0, [1.0, 1.0]),
+        ([1.0, 1.0, 1.0, 1.0], 0.0, [1e-12, 1.0]),
+        ([1.0, 1.0, 1.0, 1.0], 0.0, [0.0, 1.0]),
+    ],
+    ids=["nearly constant", "constant", "nothing", "a dark picture first", "a black picture first"],
+)
+def test_flat_activations_are_calibrated(weights: list[float], bias: float, shown: list[float], tmp_path: Path) -> None:
+    """A network says in 8 bits what it says in 32, up to a hundredth of what it says at most."""
+    flat(tmp_path / "whole.onnx", weights, bias)
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.stack([torch.rand(1, 8, 8, generator=draw) * size for size in shown])
+    calibrated(tmp_path / "whole.onnx", tmp_path / "graph.onnx", pictures)
+    found = [
+        onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(
+            None, {"pixel_values": pictures.numpy()}
+        )[0]
+        for name in ("whole.onnx", "graph.onnx")
+    ]
+    assert float(np.abs(found[0] - found[1]).max()) <= 0.011 * max(float(np.abs(found[0]).max()), 1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", RUNTIMES, ids=lambda one: one.program)
 def test_each_engine_reads_a_graph_in_half_precision(engine: OnnxEngine, tmp_path: Path) -> None:

@@ -53,3 +53,28 @@ def test_other_kinds_are_refused() -> None:
 def test_a_model_without_such_units_is_refused(make_job: Callable[..., Job], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name nothing that this model has"):
         FilterPruning().dry_run_plan([], CostModel([], []))
+
+
+def remarked(keep: float, **sizes: object) -> str:
+    with torch.device("meta"):
+        model = MobileViTForSemanticSegmentation(MobileViTConfig(num_labels=11, **sizes))  # type: ignore[arg-type]
+    (said,) = FilterPruning(keep=keep).remarks(model, arch_for(model.config))
+    return said
+
+
+def test_it_says_how_many_channels_stay_and_what_they_are_of_the_parameters() -> None:
+    said = remarked(0.5)
+    assert said.startswith("2,704 of 5,408 channels stay (50.0%), and with them 85.6% of parameters: feature maps")
+    assert "rounded" not in said
+    with torch.device("meta"):
+        model = MobileViTForSemanticSegmentation(MobileViTConfig(num_labels=11))
+    arch = arch_for(model.config)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    axes, cost = arch.axes(model), CostModel(arch.axes(model), arch.weights(model))
+    shrink_(model, axes, FilterPruning(keep=0.5).dry_run_plan(axes, cost))
+    assert f"{sum(parameter.numel() for parameter in model.parameters()) / before:.1%}" in said
+
+
+def test_it_says_where_rounding_leaves_another_share() -> None:
+    said = remarked(0.3, neck_hidden_sizes=[4, 4, 6, 8, 10, 12, 20], hidden_sizes=[16, 24, 32])
+    assert "rounded to multiples of 8, " in said and "keep a share that is more than 0.1 from 0.3, such as " in said

@@ -5,15 +5,21 @@ limits, floors and dense models in a line, tables of others refused; one table m
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, MobileViTConfig, PreTrainedConfig, PreTrainedModel, SegformerConfig
 
+from compresso.arch.base import arch_for
+from compresso.checkpoint.kinds import from_config
 from compresso.commands.latency import latency
 from compresso.commands.plan import plan
 from compresso.core.picture_table import PictureTable, Width
 from compresso.errors import ArchError, BudgetError, ExportError
+from compresso.formats.hf import save_checkpoint
+from compresso.formats.plain import check_plain
 from compresso.native import PYRAMID_CLASSES
 from compresso.runner import picture_latency
 from compresso.runner.picture_budget import limits_of, memory_bytes, with_picture_budget
@@ -155,6 +161,55 @@ def test_a_table_is_measured_and_a_plan_meets_it(model: Path, tmp_path: Path) ->
     path.write_text(json.dumps(told))
     with pytest.raises(BudgetError, match="is of another model: block_parameters is"):
         plan("segmenter", model, milliseconds=15.0, latency_table=path)
+
+
+CLASSES = ["MobileViTForSemanticSegmentation"]
+SMALL: dict[str, Any] = {"image_size": 32, "num_labels": 3, "hidden_sizes": [16, 24, 32]}
+SMALL |= {"neck_hidden_sizes": [8, 16, 32, 32, 40, 48, 64], "aspp_out_channels": 16, "architectures": CLASSES}
+SEEN: dict[str, Any] = {"image_size": 64, "num_labels": 3, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
+SEEN |= {"decoder_hidden_size": 32, "num_attention_heads": [1, 2, 3, 4]}
+HEADED = {
+    "mobilevit": MobileViTConfig(**SMALL),
+    "pyramid": PYRAMID_CLASSES["mobilevit"][0](
+        **{**SMALL, "architectures": [PYRAMID_CLASSES["mobilevit"][2].__name__]}
+    ),
+    "segformer": SegformerConfig(**SEEN, architectures=["SegformerForSemanticSegmentation"]),
+}
+
+
+@pytest.mark.parametrize("config", HEADED.values(), ids=HEADED.keys())
+def test_each_network_of_a_headed_config_is_what_a_plan_leaves_and_can_be_written(
+    config: PreTrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One network's widths are never those of another: each has a config of its own."""
+
+    def memory(model: PreTrainedModel) -> SimpleNamespace:
+        save_checkpoint(model, arch_for(model.config).shapes(model), tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        return SimpleNamespace(value=1e9)
+
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    monkeypatch.setattr(picture_latency, "picture_memory", memory)
+    made = latency(tmp_path / "config.json", levels=3, rounds=1, device="cpu", quiet=True)
+    assert isinstance(made, PictureTable) and made.widths[-1].share == 1 and len(made.widths) >= 2
+    for one in made.widths[:-1]:
+        counted = plan("segmenter", tmp_path / "config.json", keep=one.share)["after"]["macs_per_token"]
+        assert one.macs == counted < made.widths[-1].macs
+
+
+def test_a_model_of_a_config_leaves_it_as_it_was() -> None:
+    for config in HEADED.values():
+        told = config.to_dict()
+        made = from_config(config, dtype=torch.bfloat16)
+        made.config.num_labels, made.config.hidden_sizes[0] = 7, 8
+        assert config.to_dict() == told
+
+
+def test_what_no_config_of_pictures_holds_is_told_no_recipe_of_texts() -> None:
+    model = from_config(HEADED["mobilevit"])
+    model.config.expand_ratio *= 2
+    with pytest.raises(ExportError, match=r"one ratio for the channels of all its stages, .* recipe segmenter") as said:
+        check_plain(model, (), "auto")
+    assert "shortgpt" not in str(said.value) and "heads" not in str(said.value)
 
 
 def test_a_config_that_holds_one_width_alone_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.metrics.trust.made_up import data
 from tests.metrics.trust.scripted import benign_tree, tree
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, MobileViTConfig, PreTrainedConfig
 
 from compresso.commands.plan import plan
 from compresso.commands.plan_table import show
@@ -113,3 +113,18 @@ def test_what_cannot_be_counted_is_one_line(tmp_path: Path, chat: Path) -> None:
         with pytest.raises(DataError) as caught:
             plan(RECIPE, model, **options)
         assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_models_that_write_no_text_are_told_so_before_a_tokenizer_is_looked_for(task: str, tmp_path: Path) -> None:
+    config: PreTrainedConfig = BertConfig(num_labels=2, architectures=["BertForSequenceClassification"])
+    if task == "segmentation":
+        config = MobileViTConfig(image_size=32, num_labels=3, architectures=["MobileViTForSemanticSegmentation"])
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    raw = {"task": task, "stages": [{"filter_pruning": {}}]}
+    with pytest.raises(
+        DataError, match=f"trust='quick' asks models that write text, and those of task '{task}' do not"
+    ):
+        plan(raw, tmp_path / "config.json", trust="quick")
+    with pytest.raises(DataError, match=f"those of task '{task}' write none; leave it out"):
+        plan(raw, tmp_path / "config.json", prompts=tmp_path / "none.yaml")

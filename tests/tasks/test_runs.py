@@ -22,9 +22,11 @@ from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.errors import DataError
 from compresso.report.records import RunRecords
+from compresso.runner import examples
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build
 from compresso.runner.run import run
+from compresso.tasks.base import task_named, tasks
 
 SETS = (
     *("stages.finetune.steps=60", "stages.finetune.lr=3.0e-3", "stages.finetune.save_every=20"),
@@ -227,6 +229,15 @@ def test_a_task_without_data_asks_for_some(bert: Path, call: Call, tmp_path: Pat
     """The recipe's own data is for another task."""
     code, _, error = call("run", "gate-taylor", "--model", bert, "--task", "classification", "--output", tmp_path / "o")
     assert code == 2 and "recipe gate-taylor needs data; give --data" in error
+    assert "for --task classification: text, sentence, or sentence1 + sentence2, and label" in error
+    assert "alpaca" not in error
+
+
+@pytest.mark.parametrize("name", sorted(tasks()))
+def test_a_recipe_without_data_names_what_its_task_reads(name: str) -> None:
+    said = examples._such_data(task_named(name))  # pyright: ignore[reportPrivateUsage]
+    assert said.startswith("give --data ") and ("alpaca" in said) == (name == "causal-lm")
+    assert name == "causal-lm" or task_named(name).form.wanted in said
 
 
 def test_a_plan_counts_the_head_and_shows_the_stage(bert: Path, call: Call) -> None:

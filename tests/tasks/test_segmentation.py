@@ -18,9 +18,11 @@ from tests.tasks.scenes import CLASSES, NARROW, SIDE, scene
 from torch.nn import functional
 from transformers import (
     AutoModelForSemanticSegmentation,
+    BertConfig,
     MobileViTConfig,
     MobileViTForSemanticSegmentation,
     MobileViTModel,
+    UperNetConfig,
     ViTConfig,
 )
 
@@ -34,13 +36,16 @@ from compresso.core.segments import at_labels, ohem_loss
 from compresso.data.label_maps import MAPPED, encode_mapped
 from compresso.data.pictures import png
 from compresso.data.registry import load_records
+from compresso.data.survival import Reach, check_dropped, told
 from compresso.errors import DataError, RecipeError
 from compresso.job import Job
 from compresso.methods.distill import Distill
 from compresso.methods.learn_gates import LearnGates
 from compresso.runner.evaluate_task import task_metric
 from compresso.runner.run import run
-from compresso.tasks.segmentation import SEGMENTATION
+from compresso.tasks import pictures
+from compresso.tasks.base import task_named, tasks
+from compresso.tasks.segmentation import DRAWN, SEGMENTATION
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.order import Micro
 
@@ -214,6 +219,13 @@ def test_rows_of_a_table_and_of_a_folder_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "set" / "labels" / "2.png").unlink()
     with pytest.raises(DataError, match=r"2.png: no label map of this name lies in"):
         load_records(tmp_path / "set", form=MAPPED)
+    (tmp_path / "set" / "images" / "2.png").unlink()
+    (tmp_path / "set" / "images" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3.png: no picture of this name lies in .*images; add it, or take the label"):
+        load_records(tmp_path / "set", form=MAPPED)
+    (tmp_path / "set" / "images" / "1.jpg").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"1.png: 1.jpg has the same name without its suffix; take one away"):
+        load_records(tmp_path / "set", form=MAPPED)
 
 
 def test_a_folder_without_pictures_and_maps_is_told_what_was_wanted(tmp_path: Path) -> None:
@@ -233,6 +245,50 @@ def test_a_number_that_is_passed_over_is_no_class(tmp_path: Path) -> None:
     assert 255 in found.rows[2]["picture"].classes.unique().tolist()
 
 
+def blank(cell: dict[str, Any]) -> dict[str, Any]:
+    """The same picture with a map of which no pixel has a class."""
+    return {**cell, "label": {"bytes": png(torch.full((SIDE, SIDE), 255, dtype=torch.uint8)), "path": "b.png"}}
+
+
+def test_maps_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = written(tmp_path / "train.parquet", [blank(one) if i == 3 else one for i, one in enumerate(cells(6))])
+    found = encoded(path)
+    assert len(found.rows) == 5 and (found.stats.n, found.stats.empty, found.stats.rows) == (6, 1, 5)
+    records = load_records(path, form=MAPPED)
+    assert "1 of 6 examples is dropped: 1 whose label map has no pixel with a class" in told(records, found, 0)[0]
+    check_dropped(records, found, Reach(0), allowed=False)
+    half = written(tmp_path / "half.parquet", [blank(one) if i % 2 else one for i, one in enumerate(cells(6))])
+    records = load_records(half, form=MAPPED)
+    with pytest.raises(DataError, match=r"3 of 6 examples would be dropped, .*3 whose label map has no pixel with a"):
+        check_dropped(records, encoded(half), Reach(0), allowed=False)
+    with pytest.raises(DataError, match=r"no pixel of 3 label maps has a class, all are 255, which is passed over; re"):
+        encoded(written(tmp_path / "all.parquet", [blank(one) for one in cells(3)]))
+
+
+def test_a_map_whose_classes_are_lost_in_the_models_size_is_left_out(tmp_path: Path) -> None:
+    lonely = torch.full((64, 64), 255, dtype=torch.uint8)
+    lonely[0, 0] = 1  # of each two pixels the second is seen
+    one = {"image": {"bytes": png(scene(0, 64)[0])}, "label": {"bytes": png(lonely)}}
+    assert len(encoded(written(tmp_path / "train.parquet", [*cells(5), one])).rows) == 5
+
+
+def test_what_a_pass_sees_has_a_pixel_with_a_class() -> None:
+    """Of a map with one such pixel, which most cuts do not show; a draw that shows it is as it was."""
+    (row,) = rows(1)
+    picture = row["picture"]
+    classes = torch.full_like(picture.classes, 255)
+    classes[-1, -1] = 3
+    lonely = Row(**{**row, "picture": replace(picture, classes=classes)})
+    first = [pictures.drawn_anew(lonely, DRAWN, seed)["picture"].classes for seed in range(40)]
+    shown = [bool((one != 255).any()) for one in first]
+    assert 0 < sum(shown) < 40
+    for seed, one in enumerate(first):
+        batch = SEGMENTATION.collate([SEGMENTATION.again(lonely, seed)], 0)
+        assert bool((batch["labels"] != IGNORED).any())
+        if shown[seed]:
+            assert torch.equal(SEGMENTATION.again(lonely, seed)["picture"].classes, one)
+
+
 def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
     path = written(tmp_path / "train.parquet", cells(6))
     with pytest.raises(DataError, match=r"row 2: the label map has the class 3; the model has 3 \(0 to 2\), and 255"):
@@ -248,7 +304,21 @@ def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
 
 def test_a_model_without_such_a_head_class_is_refused() -> None:
     said = SEGMENTATION.obstacle(ViTConfig())
-    assert said == "(vit) sees no pictures; --task segmentation takes a model of pictures, such as MobileViT"
+    assert said == (
+        "(vit) sees pictures, but has no class for --task segmentation; give --task image-classification, or another"
+        " model, such as MobileViT"
+    )
+    assert SEGMENTATION.obstacle(BertConfig()).startswith("(bert) sees no pictures; --task segmentation takes a model")
+    assert (
+        task_named("image-classification")
+        .obstacle(UperNetConfig())
+        .startswith(
+            "(upernet) sees pictures, but has no class for --task image-classification; give --task segmentation, or"
+        )
+    )
+    for name in ("classification", "masked-lm", "question-answering", "causal-lm"):
+        assert "give --task image-classification" in task_named(name).obstacle(ViTConfig())
+    assert set(pictures.seen_by(MobileViTConfig())) == {name for name, one in tasks().items() if not one.reads_text}
 
 
 def test_one_picture_at_a_time_is_refused_before_weights_are_read(tmp_path: Path) -> None:

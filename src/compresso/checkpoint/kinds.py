@@ -1,5 +1,6 @@
 """Which of transformers' classes opens a model."""
 
+import copy
 from typing import Any
 
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from compresso.errors import ArchError
@@ -53,6 +55,20 @@ def auto_class(config: PreTrainedConfig) -> Any:
     raise ArchError(
         f"{config.model_type} with {said} is not opened. Give a causal language model, or an encoder with a stock head."
     )
+
+
+def from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of a config, with weights of no meaning and a config of its own: what is cut off the model later is said
+    by that one, and not by the config it was made from.
+
+    Args:
+        config: it stays as it is.
+        options: of transformers' own `from_config`.
+
+    Raises:
+        ArchError: it is of no kind that is opened.
+    """
+    return auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=False, **options)
 
 
 def of_pictures(config: PreTrainedConfig) -> bool:

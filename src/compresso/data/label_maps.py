@@ -4,9 +4,11 @@
     FOLDER/images/NAME.png (or .jpg), FOLDER/labels/NAME.png: files of the same name
 
 A label map is a PNG with one channel, whose numbers are the classes. One number, 255 where the model's config does not
-say another (`semantic_loss_ignore_index`), marks pixels that are passed over.
+say another (`semantic_loss_ignore_index`), marks pixels that are passed over. A map of nothing else teaches nothing: it
+is left out with its picture, and counted.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compresso.core.counted import counted
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
 from compresso.data.augmentations import IGNORED
 from compresso.data.labelled_pictures import IMAGES, chosen, files_in, sized
 from compresso.data.pictures import bytes_of, colours, numbers
 from compresso.data.records import BadRecord, Mapped, RecordForm, Records, Taken, type_name, unused_of
-from compresso.data.survival import Encoded, Stats
+from compresso.data.survival import Encoded, Lost, Stats
 from compresso.errors import DataError
 
 _MAPS = ("label", "annotation", "mask")
@@ -41,15 +44,30 @@ def take_mapped(value: object) -> Taken:
 
 
 def _side_by_side(folder: Path) -> Iterator[tuple[str, object]]:
-    """A row for each picture in images/ with the map of its name in labels/. Raises DataError for one without."""
+    """A row for each picture in images/ with the map of its name in labels/. Raises DataError for one without, and for
+    a map without a picture.
+    """
     images, labels = folder / "images", folder / "labels"
     if not images.is_dir() or not labels.is_dir():
         return
-    maps = {path.stem: path for path in files_in(labels)}
-    for path in files_in(images):
-        if path.stem not in maps:
+    pictures, maps = _by_name(images), _by_name(labels)
+    for name, path in maps.items():
+        if name not in pictures:
+            raise DataError(f"{path}: no picture of this name lies in {images}; add it, or take the label map away")
+    for name, path in pictures.items():
+        if name not in maps:
             raise DataError(f"{path}: no label map of this name lies in {labels}; add it, or take the picture away")
-        yield str(path), {"image": path, "label": maps[path.stem]}
+        yield str(path), {"image": path, "label": maps[name]}
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder by their names without suffixes. Raises DataError for two of one name."""
+    found: dict[str, Path] = {}
+    for path in files_in(folder):
+        if path.stem in found:
+            raise DataError(f"{path}: {found[path.stem].name} has the same name without its suffix; take one away")
+        found[path.stem] = path
+    return found
 
 
 MAPPED = RecordForm((*IMAGES, *_MAPS), take_mapped, _WANTED, folder=_side_by_side)
@@ -69,10 +87,12 @@ def encode_mapped(
             largest.
         limit: most records, evenly spaced ones.
 
+    Returns those whose map has a pixel with a class in the model's size, and how many of each source have none.
+
     Raises DataError, naming the place: a file cannot be read, a map has another size than its picture, or a number that
-    is no class.
+    is no class; or no map has a pixel with a class.
     """
-    places, rows, largest = chosen(records, limit), list[Row](), 0
+    places, rows, largest, unlabelled = chosen(records, limit), list[Row](), 0, Counter[str]()
     for source, i in places:
         record = records.rows[i]
         assert isinstance(record, Mapped)  # the form of the task
@@ -93,14 +113,25 @@ def encode_mapped(
         largest = max(largest, top)
         classes = torch.where(known, classes, torch.tensor(IGNORED, dtype=torch.uint8))
         size = (inputs.height, inputs.width)
-        picture = Picture(sized(pixels, *size), inputs, _nearest(classes, *size))
+        seen = _nearest(classes, *size)
+        if bool((seen == IGNORED).all()):
+            unlabelled[source] += 1
+            continue
+        picture = Picture(sized(pixels, *size), inputs, seen)
         rows.append(Row(input_ids=[], labels=[], source=source, picture=picture))
+    if not rows:
+        raise DataError(
+            f"{records.source}: no pixel of {counted(len(places), 'label map')} has a class, all are {passed_over},"
+            " which is passed over; relabel the maps"
+        )
     if names is None:
         if largest < 1:
             raise DataError(f"{records.source}: all pixels are of one class; wanted at least two")
         names = tuple(str(i) for i in range(largest + 1))
-    stats = Stats(len(places), 0, 0, 0, len(rows), 0, len(rows), read=len(records.rows))
-    return Encoded(rows, stats, names)
+    n = Counter(source for source, _ in places)
+    lost = tuple(Lost(source, n[source], unlabelled=unlabelled[source]) for source in n)
+    stats = Stats(len(places), 0, 0, unlabelled.total(), len(rows), 0, len(rows), read=len(records.rows))
+    return Encoded(rows, stats, names, lost)
 
 
 def _read(records: Records, i: int, record: Mapped) -> tuple[Tensor, Tensor]:

@@ -54,13 +54,17 @@ def numbers(data: bytes) -> Tensor:
 def _by_pillow(data: bytes, mode: str) -> Tensor:
     if importlib.util.find_spec("PIL") is None:
         raise BadRecord("is no PNG, and reading other pictures needs Pillow; pip install pillow, or give PNG files")
-    from PIL import Image  # pyright: ignore[reportMissingImports]
+    from PIL import Image, UnidentifiedImageError  # pyright: ignore[reportMissingImports]
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadRecord(_too_large(image.width, image.height))
             return torch.from_numpy(numpy.array(image.convert(mode)))
+    except UnidentifiedImageError as error:  # its own message names an object in memory
+        raise BadRecord(
+            f"is no picture that Pillow reads: its bytes, which begin with {data[:8]!r}, are of no format it knows"
+        ) from error
     except (OSError, Image.DecompressionBombError) as error:
         raise BadRecord(f"is no picture that Pillow reads ({error})") from error
 

@@ -25,7 +25,8 @@ class Stats:
         n: records that were looked at.
         truncated: examples cut at max_length.
         dropped: examples of which the cut left no token to learn.
-        empty: records with an empty text or response, from which nothing can be learned.
+        empty: records with an empty text or response, or a label map without a class, from which nothing can be
+            learned.
         rows: rows made.
         tokens: tokens in those rows.
         response_tokens: tokens that have a label.
@@ -58,6 +59,7 @@ class Lost:
         no_room, empty, refused: those without an example: the prompt left no room for a response, the response is
             empty, the chat template refused them.
         shortest_prompt: tokens of the shortest prompt that left no room.
+        unlabelled: those whose label map has no pixel with a class.
     """
 
     source: str
@@ -66,11 +68,12 @@ class Lost:
     empty: int = 0
     refused: int = 0
     shortest_prompt: int | None = None
+    unlabelled: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.no_room + self.empty + self.refused
+        return self.no_room + self.empty + self.refused + self.unlabelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,7 @@ def check_dropped(records: Records, encoded: Encoded, reach: Reach, allowed: boo
         sum(one.empty for one in encoded.lost),
         sum(one.refused for one in encoded.lost),
         min((one.shortest_prompt for one in encoded.lost if one.shortest_prompt is not None), default=None),
+        sum(one.unlabelled for one in encoded.lost),
     )
     for one, skipped in [*((one, 0) for one in encoded.lost), (all_of_it, records.n_bad)]:
         dropped, n = one.total + skipped, one.n + skipped
@@ -181,9 +185,21 @@ def reasons(lost: Lost, skipped: int, max_length: int) -> list[str]:
         told.append(f"{lost.empty:,} with an empty response")
     if lost.refused:
         told.append(f"{lost.refused:,} that the chat template refuses")
+    if lost.unlabelled:
+        told.append(f"{lost.unlabelled:,} whose label map has no pixel with a class")
     if skipped:
         told.append(counted(skipped, "bad line"))
     return told
+
+
+def left_out(encoded: Encoded, max_length: int) -> list[str]:
+    """Which records gave no example, and why, a sentence for each source; nothing where nothing was lost."""
+    return [
+        f"{one.source}: {one.total:,} of {counted(one.n, 'example')} {'is' if one.total == 1 else 'are'} dropped:"
+        f" {', '.join(reasons(one, 0, max_length))}"
+        for one in encoded.lost
+        if one.total
+    ]
 
 
 def told(records: Records, encoded: Encoded, max_length: int) -> list[str]:
@@ -191,13 +207,7 @@ def told(records: Records, encoded: Encoded, max_length: int) -> list[str]:
     folder of this machine is named.
     """
     stats = encoded.stats
-    said: list[str] = []
-    for one in encoded.lost:
-        if one.total:
-            said.append(
-                f"{one.source}: {one.total:,} of {counted(one.n, 'example')} {'is' if one.total == 1 else 'are'}"
-                f" dropped: {', '.join(reasons(one, 0, max_length))}"
-            )
+    said = left_out(encoded, max_length)
     if records.n_bad:
         said.append(f"{records.source}: {counted(records.n_bad, 'bad line', 'is')} skipped")
     if stats.truncated > stats.dropped:

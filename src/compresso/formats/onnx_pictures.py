@@ -19,6 +19,8 @@ from torch import Tensor
 from compresso.formats.onnx import library, quiet
 
 _ROUNDED = ("Conv", "MatMul", "Gemm")
+_BINS, _LEAST = 2048, 1e-30
+"""Of each tensor's magnitudes, and the largest of them that is no zero."""
 COVERED = 99.99
 """Percent of a tensor's values whose magnitude its scale covers."""
 
@@ -63,19 +65,31 @@ def calibrated(whole: Path, graph: Path, pictures: Tensor) -> None:
 def _ranges(folded: Path, pictures: Tensor) -> Any:
     """The range of each tensor that is rounded, as the quantizer takes it. The pictures are shown one by one, where
     `quantize_static` keeps all that a network computes of all of them, which is gigabytes.
+
+    They are shown twice, for the largest magnitudes and for how many lie below: left alone, the calibrator takes its
+    bins from what it sees of the first picture, and cannot where that is nearly constant, or runs out of memory where
+    later ones are far larger.
     """
     calibrate = library("onnxruntime.quantization.calibrate")
-    calibrator = calibrate.create_calibrator(
-        folded,
-        list(_ROUNDED),
-        str(folded.with_name("folded.onnx.shown")),
-        calibrate.CalibrationMethod.Percentile,
-        extra_options={"percentile": COVERED},
-    )
-    with redirect_stdout(StringIO()):  # it prints what it does
+
+    def shown(method: Any, bins: dict[str, Any] | None = None, **options: Any) -> Any:
+        """A calibrator that saw all pictures; bins: to begin with, by tensor."""
+        path = str(folded.with_name("folded.onnx.shown"))
+        calibrator = calibrate.create_calibrator(folded, list(_ROUNDED), path, method, extra_options=options)
+        if bins is not None:
+            calibrator.collector = calibrate.HistogramCollector("percentile", True, _BINS, None, COVERED, None)
+            calibrator.collector.histogram_dict.update(bins)
         for picture in pictures.float().numpy():
             calibrator.collect_data(_Reader(picture))
         return calibrator.compute_data()
+
+    with redirect_stdout(StringIO()):  # it prints what it does
+        bins: dict[str, Any] = {}
+        for name, one in shown(calibrate.CalibrationMethod.MinMax).items():
+            low, high = np.min(one.range_value[0]), np.max(one.range_value[1])
+            edges = np.linspace(0, max(abs(float(low)), abs(float(high)), _LEAST), _BINS + 1, dtype=np.float32)
+            bins[name] = (np.zeros(_BINS, dtype=np.int64), edges, low, high)
+        return shown(calibrate.CalibrationMethod.Percentile, bins, percentile=COVERED, num_bins=_BINS)
 
 
 class _Reader:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compresso.arch.base import LayerShape
+from compresso.checkpoint.kinds import of_pictures
 from compresso.checkpoint.reasons import reason_of
 from compresso.errors import ExportError
 from compresso.native import has_unequal_form, segformer_auto_map, staged_family_of
@@ -101,6 +102,11 @@ def _cure(config: PreTrainedConfig) -> str:
     """What to do instead, for what a config has no field for."""
     if staged_family_of(config.model_type):
         return ""  # what holds it is said behind this
+    if of_pictures(config) and not any(hasattr(config, field) for field in _FFN_WIDTHS):
+        return (
+            "; its config has one ratio for the channels of all its stages, so keep the same share in each, such as by"
+            " the recipe segmenter"
+        )
     if not any(hasattr(config, field) for field in _FFN_WIDTHS):
         return (
             "; its config has no field for the width of heads or of an FFN, so drop whole layers, such as by the recipe"

@@ -13,6 +13,7 @@ are (never by more than a tenth down), since their configs say no other; units o
 data.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -24,10 +25,16 @@ from compresso.arch.base import Arch
 from compresso.core.axis import Axis, Kind
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
+from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.score import magnitude
 from compresso.job import Job
 from compresso.stage import Effects, Passes, stage
+
+log = logging.getLogger(__name__)
+
+_FAR = 0.1
+"""From the share that was asked for; a layer that keeps a share so far from it is told."""
 
 
 @stage(
@@ -66,12 +73,35 @@ class FilterPruning:
         """As many units as stay; which is decided by weights. Raises ValueError where there are no such units."""
         return Plan({axis.name: tuple(range(self._stay(axis, cost))) for axis in self._among(axes)})
 
+    def remarks(self, model: PreTrainedModel, arch: Arch) -> list[str]:
+        """How many channels stay, with what share of the parameters; and where rounding leaves another share than was
+        asked for.
+        """
+        axes = arch.axes(model)
+        cost = CostModel(axes, arch.weights(model))
+        among, plan = self._among(axes), self.dry_run_plan(axes, cost)
+        kept, there = sum(len(units) for units in plan.kept.values()), sum(axis.size for axis in among)
+        parameters = float(cost.of(plan).total / cost().total)
+        said = f"{kept:,} of {there:,} channels stay ({kept / there:.1%}), and with them {parameters:.1%} of parameters"
+        said += "" if Kind.HIDDEN in self.kinds else ": feature maps between layers are not among them"
+        off = [axis for axis in among if abs(len(plan.kept[axis.name]) / axis.size - self.keep) > _FAR]
+        if off:
+            worst = max(off, key=lambda axis: abs(len(plan.kept[axis.name]) / axis.size - self.keep))
+            said += (
+                f"; rounded to multiples of {self.rounded_to}, {len(off)} of {counted(len(among), 'layer')} keep a"
+                f" share that is more than {_FAR:g} from {self.keep:g}, such as {worst.name}"
+                f" {len(plan.kept[worst.name])} of {worst.size}"
+            )
+        return [said]
+
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """None: it reads weights alone."""
         return []
 
     def __call__(self, job: Job) -> Job:
         """Score, keep the largest of every layer, shrink."""
+        if not job.quiet:
+            log.warning("filter_pruning: %s", "; ".join(self.remarks(job.model, job.arch)))
         axes, cost = self._among(job.arch.axes(job.model)), job.cost()
         scores = magnitude(axes, dict(job.model.named_parameters()))
         masks = {

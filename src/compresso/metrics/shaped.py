@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.kinds import from_config
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
@@ -115,5 +115,5 @@ def _attention(model: PreTrainedModel) -> str:
 def _buffers(source: Source, device: torch.device) -> dict[str, torch.Tensor]:
     """What the modules compute when they are built, such as the frequencies of rotary embeddings."""
     with init_empty_weights(include_buffers=False):
-        built = auto_class(source.config).from_config(source.config, trust_remote_code=False)
+        built = from_config(source.config)
     return {name: buffer.to(device) for name, buffer in built.named_buffers()}

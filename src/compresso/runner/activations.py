@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.arch.outputs import any_input
-from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.kinds import from_config
 
 
 def activation_bytes(
@@ -43,7 +43,7 @@ def activation_bytes(
 def _of_a_picture(config: PreTrainedConfig, width: int) -> int:
     """Bytes that one picture leaves behind in a forward pass, taken on the meta device."""
     with torch.device("meta"):
-        model: Any = auto_class(config).from_config(config)
+        model = from_config(config)
     written = list[int]()
 
     def see(out: Any) -> None:

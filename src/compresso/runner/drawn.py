@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import write_text
-from compresso.checkpoint.kinds import auto_class, of_pictures
+from compresso.checkpoint.kinds import from_config, of_pictures
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, open_source
 from compresso.errors import CompressoError
@@ -76,7 +76,7 @@ def _drawn(source: Source, seed: int) -> PreTrainedModel:
     """The model of a config, from random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed("weights", seed))
-        made: PreTrainedModel = auto_class(source.config).from_config(source.config, dtype=torch.float32)
+        made = from_config(source.config, dtype=torch.float32)
     begin_norms_(made)
     return made
 

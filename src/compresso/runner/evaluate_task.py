@@ -1,5 +1,6 @@
 """The metric of a task on a file of examples, such as the accuracy of a classifier."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
+from compresso.data.survival import left_out
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
 from compresso.tasks.base import Reading, task_named, tasks
+
+log = logging.getLogger(__name__)
 
 TASK = "trained_for"
 """The setting that tells these numbers from those of models that write text."""
@@ -46,6 +50,8 @@ def task_metric(
     length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
     records = load_records(data, form=known.form)
     encoded = known.encode(records, tokenizer, Reading(length, limit=limit, pixels=pixels), source.config)
+    for sentence in left_out(encoded, length):
+        log.warning("%s", sentence)
     model = as_stock(load_model(source, device=device)).eval()
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]

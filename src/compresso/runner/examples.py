@@ -22,7 +22,7 @@ from compresso.errors import DataError
 from compresso.runner.dry_run import Acted
 from compresso.runner.generated import with_generated
 from compresso.runner.recipe import Recipe
-from compresso.tasks.base import Reading
+from compresso.tasks.base import DEFAULT, Reading, Task
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,7 @@ def read_examples(
         _check_own_ids(recipe, tokenizer, size)
         return Examples(recipe, tokenizer)
     if data is None:
-        raise DataError(
-            f"recipe {recipe.name} needs data; give --data with a registered name or a local file, such as --data"
-            " alpaca-gpt4"
-        )
+        raise DataError(f"recipe {recipe.name} needs data; {_such_data(recipe.task)}")
     records = load_records(with_generated(data, source, quiet), skip_bad=skip_bad, form=recipe.task.form)
     bare = records.kind == "window" and not has_tokenizer(source)
     tokenizer = load_tokenizer(source) if reads_text and not bare else None
@@ -99,6 +96,13 @@ def read_examples(
     if 2 * (held := recipe.data.held) > rows:
         said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; lower data.held")
     return Examples(recipe, tokenizer, records, encoded, reading, tuple(said))
+
+
+def _such_data(task: Task) -> str:
+    """What to give a task to read."""
+    if task.name == DEFAULT:
+        return "give --data with a registered name or a local file, such as --data alpaca-gpt4"
+    return f"give --data with a local file or a data set of the hub for --task {task.name}: {task.form.wanted}"
 
 
 def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresso.arch.base import arch_for
-from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.kinds import from_config
 from compresso.checkpoint.source import Source
 from compresso.core.cost import CostModel
 from compresso.core.picture_table import PictureTable, Width
@@ -98,19 +98,20 @@ def _writable(source: Source, task: Task, hundredths: int) -> tuple[float, PreTr
     Raises ArchError where there is none.
     """
     for tried in range(hundredths, 0, -1):
-        model, macs = _narrower(source, task, tried / 100)
-        if plain_obstacle(model, arch_for(model.config).shapes(model)) is None:
+        shaped, _ = _narrower(source, task, tried / 100, torch.device("meta"))
+        if plain_obstacle(shaped, arch_for(shaped.config).shapes(shaped)) is None:
+            model, macs = _narrower(source, task, tried / 100, torch.device("cpu"))
             return tried / 100, model, macs
     raise ArchError(f"{source.name}: its config holds no narrower network; give another model")
 
 
-def _narrower(source: Source, task: Task, share: float) -> tuple[PreTrainedModel, float]:
-    """A network with a share of every layer's channels, and its multiply-accumulates. Raises BudgetError."""
+def _narrower(source: Source, task: Task, share: float, where: torch.device) -> tuple[PreTrainedModel, float]:
+    """On a device, a network with a share of all layers' channels, and its multiply-accumulates. Raises BudgetError."""
     raw: dict[str, Any] = {"task": task.name, "stages": [{_STAGE: {"keep": share}}]}
     ((_, stage),) = build(raw, "latency").stages
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), where:
         torch.manual_seed(0)
-        model: PreTrainedModel = auto_class(source.config).from_config(source.config, dtype=torch.float32)
+        model = from_config(source.config, dtype=torch.float32)
         if task.lacks_head(source.config):
             model = task.with_head(model, SOME_LABELS, 0)
     arch = arch_for(model.config)

@@ -1,5 +1,6 @@
 """Pictures of a data set as a model with a head sees them, where nothing is trained."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,8 +10,11 @@ from transformers import PreTrainedConfig
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.data.registry import load_records
+from compresso.data.survival import left_out
 from compresso.errors import ArchError, DataError
 from compresso.tasks.base import Reading, Task, tasks
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -24,7 +28,10 @@ def pictures_of(source: Source, data: str | Path, most: int) -> Tensor:
     """
     task = _task(source.config)
     records = load_records(data, form=task.form)
-    rows = task.encode(records, None, Reading(0, limit=most, pixels=pixel_input(source)), source.config).rows
+    encoded = task.encode(records, None, Reading(0, limit=most, pixels=pixel_input(source)), source.config)
+    rows = encoded.rows
+    for sentence in left_out(encoded, 0):
+        log.warning("%s", sentence)
     if len(rows) < 2:
         raise DataError(
             f"--data {records.source} has {len(rows)} picture; wanted at least two, one to scale activations by and one"

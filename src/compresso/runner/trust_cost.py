@@ -47,6 +47,12 @@ def trust_costs(
         if benign is not None:
             raise DataError("--benign is read beside --prompts, and none were given; give both")
         return []
+    if trust != "none":
+        refuse_trust(trust, task, True, False)
+    if not task.writes_text:
+        raise DataError(
+            f"--prompts is for models that write text, and those of task '{task.name}' write none; leave it out"
+        )
     try:
         tokenizer = load_tokenizer(source)
     except CheckpointError as error:
@@ -56,16 +62,11 @@ def trust_costs(
     found: list[dict[str, Any]] = []
     context = context_of(source.config)
     if trust != "none":
-        refuse_trust(trust, task, True, False)
         counting = Counting(tokenizer, context)
         outcomes = trust_of(Journalled(counting), TrustData(data_folder(None)), TrustCheck(trust).asked(0))
         lacking = {one.name: one.missing for one in outcomes if one.missing}
         found.append(_row(f"--trust {trust}", counting, lacking))
     if prompts is not None:
-        if not task.writes_text:
-            raise DataError(
-                f"--prompts is for models that write text, and those of task '{task.name}' write none; leave it out"
-            )
         if not has_chat_template(tokenizer):
             raise DataError(
                 f"model {source.name} has no chat template, and refusals are measured of chat models; leave --prompts"

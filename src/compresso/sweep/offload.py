@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresso.checkpoint.expert_pieces import pieces_of
-from compresso.checkpoint.kinds import auto_class
+from compresso.checkpoint.kinds import from_config
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.store import Store
 from compresso.edit.stock import as_stock
@@ -34,7 +34,7 @@ class Offloaded:
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         with init_empty_weights(include_buffers=False):
-            model = auto_class(source.config).from_config(source.config, trust_remote_code=False, dtype=dtype)
+            model = from_config(source.config, dtype=dtype)
         model.tie_weights()  # which empty weights forget
         self.model: PreTrainedModel = as_stock(model).eval()
         self.device = device

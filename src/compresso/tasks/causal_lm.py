@@ -18,6 +18,7 @@ from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
 from compresso.tasks.base import DEFAULT, Reading, register, spread
+from compresso.tasks.pictures import seen_by
 from compresso.training.halves import Compare, Network, next_tokens
 
 _PROBED = 128
@@ -43,6 +44,8 @@ class CausalLM:
         """Why no model with this config does it; "" for a decoder."""
         if is_causal(config):
             return ""
+        if able := seen_by(config):
+            return f"({config.model_type}) is no causal language model, it sees pictures; give --task {able[0]}"
         return (
             f"({config.model_type}) is not a causal language model, and recipes train and measure only those; give an"
             " encoder of texts --task classification, or shrink a model from Python with compresso.shrink_ and write it"

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from compresso.checkpoint.kinds import is_causal
 from compresso.data.records import Records
 from compresso.errors import DataError
+from compresso.tasks.pictures import seen_by
 
 PROBED = 4
 """Examples that a masked and a smaller model are compared on."""
@@ -29,7 +30,9 @@ def obstacle(config: PreTrainedConfig, head: Any, task: str) -> str:
     if is_causal(config):
         return f"({config.model_type}) is a causal language model; --task {task} takes an encoder, such as BERT"
     if type(config) not in head._model_mapping:
-        return f"({config.model_type}) reads no text; --task {task} takes an encoder of texts, such as BERT"
+        able = seen_by(config)
+        cure = f"; of pictures, give --task {able[0]}" if able else ""
+        return f"({config.model_type}) reads no text; --task {task} takes an encoder of texts, such as BERT{cure}"
     return ""
 
 

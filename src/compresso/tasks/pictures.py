@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedConfig
 
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
@@ -16,6 +16,12 @@ from compresso.data.records import Records
 from compresso.errors import DataError
 from compresso.tasks.base import Reading
 from compresso.training.halves import Compared, Tokens
+
+_HEADS: dict[str, Any] = {
+    "image-classification": AutoModelForImageClassification,
+    "segmentation": AutoModelForSemanticSegmentation,
+}
+"""transformers' class of each task."""
 
 
 def obstacle(config: PreTrainedConfig, head: Any, task: str, such: str) -> str:
@@ -27,9 +33,19 @@ def obstacle(config: PreTrainedConfig, head: Any, task: str, such: str) -> str:
         task: its name.
         such: a family that does it.
     """
-    if type(config) not in head._model_mapping:
-        return f"({config.model_type}) sees no pictures; --task {task} takes a model of pictures, such as {such}"
-    return ""
+    if type(config) in head._model_mapping:
+        return ""
+    if able := seen_by(config):
+        return (
+            f"({config.model_type}) sees pictures, but has no class for --task {task}; give --task {able[0]}, or"
+            f" another model, such as {such}"
+        )
+    return f"({config.model_type}) sees no pictures; --task {task} takes a model of pictures, such as {such}"
+
+
+def seen_by(config: PreTrainedConfig) -> list[str]:
+    """The tasks of pictures that models with this config have a class for, by name."""
+    return [name for name, auto in _HEADS.items() if type(config) in auto._model_mapping]
 
 
 def inputs_of(reading: Reading, records: Records) -> PixelInput:
@@ -47,6 +63,14 @@ def picture_of(row: Row) -> Picture:
     if picture is None:
         raise DataError("an example holds no picture; read data of the task's own kind")
     return picture
+
+
+def classes_of(row: Row) -> Tensor:
+    """The class of each pixel of an example, uint8 [height, width]. Raises DataError for one without."""
+    classes = picture_of(row).classes
+    if classes is None:
+        raise DataError("an example's picture has no label map; read data of the task's own kind")
+    return classes
 
 
 def pixel_values(rows: Sequence[Row]) -> Tensor:

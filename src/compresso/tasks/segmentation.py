@@ -2,9 +2,10 @@
 SegFormer (arXiv 2105.15203), trained as the code of arXiv 2309.02617 trains its segmenters.
 
 The loss is OHEM's cross-entropy (`core/segments.py`); training sees pictures enlarged by .5 to 2, cut, mirrored in half
-of all passes, turned by up to 5 degrees, and with colours changed by up to a half. Departure: pictures keep the model's
-size, so that a smaller one is filled up with its mirror image, whose pixels are passed over. A model without a head is
-given one by the stage `finetune`. A batch norm of the head sees one place a picture: micro-batches hold at least two.
+of all passes, turned by up to 5 degrees, and with colours changed by up to a half. Departures: pictures keep the
+model's size, so that a smaller one is filled up with its mirror image, whose pixels are passed over; a cut without any
+pixel that has a class is drawn anew. A model without a head is given one by the stage `finetune`. A batch norm of the
+head sees one place a picture: micro-batches hold at least two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ from compresso.training.pixel_halves import Pixels, pixels
 
 DRAWN = Augmentation(flip=0.5, scale=(0.5, 2.0), rotate=5.0, jitter=0.5)
 """Of training pictures."""
+_DRAWS = 8
+"""Of a training picture, until a pixel with a class is in sight."""
 PASSED_OVER = 255
 """The number in a label map that is no class, where a config says none."""
 
@@ -95,13 +98,18 @@ class Segmentation:
         Raises DataError for no rows.
         """
         values = pictures.pixel_values(rows)
-        maps = [pictures.picture_of(row).classes for row in rows]
-        labels = torch.stack([one for one in maps if one is not None]).long()
+        labels = torch.stack([pictures.classes_of(row) for row in rows]).long()
         return {"pixel_values": values, "labels": labels.masked_fill(labels == NO_CLASS, IGNORED)}
 
     def again(self, row: Row, seed: int) -> Row:
-        """The picture as one pass sees it."""
-        return pictures.drawn_anew(row, DRAWN, seed)
+        """The picture as one pass sees it, with a pixel that has a class: cuts without one are drawn anew, and where
+        none of a few has one the picture is seen as it is.
+        """
+        for draw in range(_DRAWS):
+            found = pictures.drawn_anew(row, DRAWN, seed if draw == 0 else mixed_seed("cut", seed, draw))
+            if bool((pictures.classes_of(found) != NO_CLASS).any()):
+                return found
+        return row
 
     def probe(self, rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         """A few pictures."""
