@@ -150,19 +150,11 @@ def stored_names(folder: Path) -> tuple[str, ...]:
     return tuple(listed) if isinstance(listed, dict) else ()
 
 
-def damaged_weights(folder: Path) -> str | None:
-    """Why weights that lie beside a config cannot be read, by their headers; None where they can, and where there are
-    none, as a config alone is enough to count.
-    """
-    if not (folder / SINGLE).is_file() and not (
+def lie_beside(folder: Path) -> bool:
+    """Whether weights lie beside a config, whole or damaged: a config alone is enough to count."""
+    return (folder / SINGLE).is_file() or (
         (folder / INDEX).is_file() and any(path.suffix == ".safetensors" for path in folder.iterdir())
-    ):
-        return None
-    try:
-        stored_tensors(folder)
-    except CheckpointError as error:
-        return str(error)
-    return None
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:

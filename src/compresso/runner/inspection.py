@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.arch.context import macs_of
 from compresso.arch.moe_config import PER_TOKEN
-from compresso.checkpoint.folder import damaged_weights
 from compresso.checkpoint.load import meta_model
-from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.source import Source, open_source, unfit_weights
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
@@ -58,7 +57,7 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
 
 def warn_of_damage(source: Source) -> None:
     """Say that the weights of a folder, which are not needed to count, are such as a run refuses."""
-    if source.kind == "folder" and (why := damaged_weights(source.config_file.parent)) is not None:
+    if (why := unfit_weights(source)) is not None:
         log.warning("%s What is counted here is what the config says.", why)
 
 
