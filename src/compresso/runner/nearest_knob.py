@@ -48,7 +48,9 @@ def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, aske
 def _share(stages: Sequence[tuple[str, Any]]) -> str:
     """Why the share that a stage takes is none of what is asked for."""
     words = next((_SHARES[name] for name, _ in stages if name in _SHARES), None)
-    return f"has a budget of that, its keep is {words}" if words else "counts anything but parameters of what it factors"
+    if words is None:
+        return "counts anything but parameters of what it factors"
+    return f"has a budget of that, its keep is {words}"
 
 
 def _cure(stages: Sequence[tuple[str, Any]], knob: str, asked: str) -> str:
