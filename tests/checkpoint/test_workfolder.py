@@ -1,6 +1,7 @@
 """The work folder of a run: owned by one, resumed by the same run only, and never more than its own is removed."""
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ def fill(folder: Path) -> None:
     (folder / "weights").write_text("w")
 
 
-def interrupted(output: Path, stages: int = 1) -> Path:
+def interrupted(output: Path, stages: int = 1, identity: Mapping[str, Any] = IDENTITY) -> Path:
     """A run that ended by an exception after some stages."""
     with (
         pytest.raises((KeyboardInterrupt, Interrupted)),
-        WorkFolder.open(output, IDENTITY, resume=False, force=False) as work,
+        WorkFolder.open(output, identity, resume=False, force=True) as work,
     ):
         for index in range(stages):
             work.save_stage(index, NAMES[index], fill)
@@ -107,6 +108,22 @@ def test_differences_are_named_field_by_field(tmp_path: Path) -> None:
     assert "data was None, is 'absent'" in told
     assert "seed" not in told
     assert "two" not in told
+
+
+def test_another_recipe_is_said_in_one_line_and_many_fields_are_counted(tmp_path: Path) -> None:
+    def told(was: dict[str, Any], now: dict[str, Any]) -> str:
+        interrupted(tmp_path / "out", identity=was)
+        with pytest.raises(ResumeError) as refusal, WorkFolder.open(tmp_path / "out", now, resume=True, force=False):
+            pass
+        return str(refusal.value)
+
+    knobs = {f"knob{i:02d}": i for i in range(20)}
+    one = {"recipe": {"name": "moe/slim-2-4", "stages": [knobs]}, "seed": 0}
+    words = told(one, {"recipe": {"name": "moe/expert-drop", "stages": []}, "seed": 1})
+    assert "out.partial holds one of recipe moe/slim-2-4, and this is moe/expert-drop. Give moe/slim-2-4 or" in words
+    assert "was" not in words.split("recipe")[1] and "--overwrite" in words
+    words = told(one, {"recipe": {"name": "moe/slim-2-4", "stages": [{}]}, "seed": 0})
+    assert "knob10 was 10, is 'absent'; and 9 more. Give the same" in words and "knob11" not in words
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 tests/core/test_rounding.py.
 """
 
+import io
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from compresso.core.rounding import fit
 from compresso.errors import NumericError, RecipeError
+from compresso.job import Job
+from compresso.methods import rtn
 from compresso.methods.rtn import Rtn
-from compresso.sweep.targets import Where
+from compresso.sweep.targets import Where, names_of
+from compresso.training.progress import Progress
 from tests.methods.conftest import MakeJob
 
 FIRST = Where(layers=(0, 1), modules=("*.self_attn.[qkv]_proj",))
@@ -25,6 +29,17 @@ def test_chosen_weights_are_the_grid_s_and_all_others_as_they_were(make_job: Mak
             assert torch.equal(tensor, fit(dense[name], 4, **knobs).round(dense[name]))
         else:
             assert torch.equal(tensor, dense[name])
+
+
+def test_a_long_rounding_says_how_far_it_is(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(rtn, "PATIENCE", 0.0)
+    monkeypatch.setattr(Job, "progress", lambda _: Progress("lines", seconds=0, stream=shown))
+    names = names_of(Rtn(where=FIRST).check(make_job().model, make_job().arch))
+    Rtn(where=FIRST)(make_job())
+    assert [line.split("  ")[:2] for line in shown.getvalue().splitlines()] == [
+        ["rtn", f"{done}/{len(names)}"] for done in range(1, len(names) + 1)
+    ]
 
 
 def test_bits_count_scales_and_zero_points(make_job: MakeJob) -> None:

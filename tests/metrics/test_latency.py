@@ -6,10 +6,12 @@ from statistics import median
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from compresso.errors import DataError
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.record import Measurement
+from tests.arch.conftest import MOE
 from tests.metrics.tiny import tiny
 
 
@@ -69,6 +71,16 @@ def test_a_larger_batch_reads_weights_once_and_more_cache() -> None:
         1 < found["decode_bound/batch8"].value < found["decode_bound/batch1"].value
     )  # the caches are alike: the gain is diluted
     assert found["decode/batch8"].value == 8 * found["decode/batch1"].value
+
+
+def test_experts_that_leave_bound_little_where_a_token_is_alone() -> None:
+    """A token takes as many as before, and a batch chooses among fewer; the bound says what it counts."""
+    dense, pruned = (AutoModelForCausalLM.from_config(MixtralConfig(**MOE, num_local_experts=n)) for n in (8, 4))
+    models = {"dense": dense, "pruned": pruned}
+    found = by_name(speed_measurements(models, (1, 64), 4, 2, rounds=1, clock=scripted([1.0] * 16))["pruned"])
+    alone, together = found["decode_bound/batch1"], found["decode_bound/batch64"]
+    assert 1 < alone.value < 1.01 < 1.1 < together.value
+    assert "of experts those that the batch is expected to choose" in str(alone.protocol["bytes"])
 
 
 def test_a_masked_model_is_no_faster_and_says_why() -> None:

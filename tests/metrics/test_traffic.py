@@ -1,6 +1,7 @@
 """Bytes that a token reads, the bound they set, and the words for what was measured; no clock."""
 
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from compresso.metrics.traffic import (
     LEAST_NOISE,
+    Stored,
     Weights,
     bytes_bound,
     cache_bytes,
@@ -17,6 +19,8 @@ from compresso.metrics.traffic import (
     verdict,
     weight_bytes_read,
 )
+from compresso.runner.inspection import inspect
+from tests.arch.conftest import MIXTURES, build
 from tests.metrics.tiny import tiny
 
 DENSE = Weights(bytes_read=100, zeros=0.0, tensors=(((4, 4), "torch.float32"),))
@@ -32,6 +36,30 @@ def test_a_token_reads_every_matrix_once_and_one_row_of_an_untied_embedding() ->
     assert weight_bytes_read(tied) == 4 * sum(p.numel() for p in tied.parameters()) == weight_bytes_read(untied)
     assert weight_bytes_read(tiny(True, 8)) == weight_bytes_read(tied) - 4 * 2 * 3 * 16 * 16
     assert weight_bytes_read(tied.bfloat16()) == weight_bytes_read(untied) // 2
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_of_a_mixture_a_token_alone_reads_what_is_active_and_a_batch_at_most_all(name: str) -> None:
+    """What is active is counted from shapes by `compresso.inspect`."""
+    model = build(name)
+    weights, tied = Weights.of(model), model.config.tie_word_embeddings
+    row = 0 if tied else model.get_input_embeddings().weight.numel()
+    assert weights.read(1) == pytest.approx(4 * (inspect(model)["parameters"]["active"] - row), rel=1e-12)
+    read = [weights.read(batch) for batch in (1, 2, 8, 64, 4096)]
+    assert read == sorted(read) and read[-1] <= weights.bytes_read == weight_bytes_read(model)
+    assert read[-1] == pytest.approx(weights.bytes_read)
+
+
+@pytest.mark.parametrize(("experts", "per_token", "batch"), [(4, 2, 2), (5, 1, 3), (4, 3, 2), (3, 3, 2)])
+def test_as_many_experts_are_chosen_as_over_all_choices_of_a_batch(experts: int, per_token: int, batch: int) -> None:
+    choices = list(product(combinations(range(experts), per_token), repeat=batch))
+    mean = sum(len(set().union(*one)) for one in choices) / len(choices)
+    assert Stored(1, experts, per_token).chosen(batch) == pytest.approx(mean)
+
+
+def test_a_model_without_experts_reads_the_same_at_any_batch() -> None:
+    weights = Weights.of(tiny())
+    assert weights.read(1) == weights.read(64) == weights.bytes_read
 
 
 def test_a_cache_holds_keys_and_values_of_all_positions() -> None:

@@ -4,8 +4,10 @@ same bytes.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import compresso
 from compresso.errors import CheckpointError
+from compresso.methods import magnitude
 from compresso.runner.options import with_options
 from compresso.runner.run import Result, run
+from compresso.training import progress
 
 SETS = ["data.held=4", "data.pack=false", "data.limit=12"]
 GROUPS = "stages.awq.group=16"  # the tiny model's widths are no multiples of 128
@@ -49,6 +53,24 @@ def test_every_recipe_ends_in_a_checkpoint_that_opens_with_its_zeros(
     assert "no smaller and no faster" in card
     assert "No tensor became smaller." in card
     assert "so it is smaller on disk" not in card
+
+
+@pytest.mark.usefixtures("quick_reopening")
+def test_a_stage_that_shows_no_steps_is_named_while_it_works(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever it is: one that reads weights alone has no pass that would say how far it is."""
+    finished = magnitude.audit
+
+    def slow(*given: Any) -> dict[str, Any]:
+        time.sleep(0.5)
+        return finished(*given)
+
+    monkeypatch.setattr(progress, "PATIENCE", 0.1)
+    monkeypatch.setattr(magnitude, "audit", slow)
+    raw = with_options("magnitude/50", model=str(tiny_folder), sets=[])
+    run(raw, tiny_folder, output=tmp_path / "out", allow_collapsed=True)
+    assert "magnitude  0:00:0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_reopening")

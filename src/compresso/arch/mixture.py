@@ -164,6 +164,10 @@ def mixture_of(model: PreTrainedModel, where: str, hidden: int) -> Mixture | Non
     if odd := sorted(set(tensors) - known):
         raise ArchError(f"parameter '{where}.{odd[0]}' is not part of a mixture of experts as described here")
     routing = routing_of(getattr(module, router))
+    if routing.top_k < 1 or width < 1:
+        raise ArchError(
+            f"{where}: a token takes {routing.top_k} of its {n} experts of {width} channels; wanted at least 1 of each"
+        )
     if n % routing.groups or n < routing.fewest:
         raise ArchError(
             f"{where} has {n} experts, and its router wants at least {routing.fewest} in {routing.groups} equal groups"

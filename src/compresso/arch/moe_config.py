@@ -7,8 +7,10 @@ from compresso.arch.decoder_shape import cache_slots
 from compresso.arch.mixture import EXPERTS, Mixture
 from compresso.arch.moe_shape import MoeFamily, layers_of, read_shapes
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts; some have one field under two names."""
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+"""What configs call the number of experts that a token takes."""
 
 
 def sync_moe_(family: MoeFamily, model: PreTrainedModel) -> None:
@@ -25,7 +27,7 @@ def sync_moe_(family: MoeFamily, model: PreTrainedModel) -> None:
     dense = [i for i, shape in enumerate(shapes) if shape.channels and not shape.experts]
     if mixtures:
         count = max(mixture.experts for mixture in mixtures.values())
-        for field in _COUNTS:
+        for field in COUNTS:
             if hasattr(config, field):
                 setattr(config, field, count)
             if hasattr(model, field):

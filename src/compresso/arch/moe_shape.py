@@ -89,6 +89,8 @@ def read_shapes(family: MoeFamily, model: PreTrainedModel) -> tuple[list[LayerSh
                 known |= {f"{where}.mlp.{name}" for name in mixture.tensors}
             else:
                 channels = layer.get_parameter("mlp.gate_proj.weight").shape[0]
+                if not channels:
+                    raise ArchError(f"{where}.mlp is an FFN of 0 channels; wanted at least 1 (intermediate_size)")
                 known |= {f"{where}.mlp.{name}.{tensor}" for name in FFN for tensor in ("weight", "bias")}
         shapes.append(LayerShape(heads, kv_heads, channels, mixtures[i].experts if i in mixtures else 0))
     for name, _ in model.named_parameters():

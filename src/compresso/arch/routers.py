@@ -11,7 +11,7 @@ CORRECTION = "e_score_correction_bias"
 """The buffer of a router whose choice is not by its scores alone."""
 METHOD = "topk_method"
 """The field of a router that says whether groups limit its choice."""
-_ALL, _LIMITED = "greedy", "group_limited_greedy"
+ALL, _LIMITED = "greedy", "group_limited_greedy"
 
 
 def routing_of(router: nn.Module) -> Routing:
@@ -23,12 +23,12 @@ def routing_of(router: nn.Module) -> Routing:
     """
     sigmoid = CORRECTION in dict(router.named_buffers(recurse=False))
     method = getattr(router, METHOD, None)
-    if hasattr(router, METHOD) and method not in (_ALL, _LIMITED):
+    if hasattr(router, METHOD) and method not in (ALL, _LIMITED):
         raise ArchError(
-            f"{METHOD}={method!r} of a {type(router).__name__} is a choice that nobody described; wanted {_ALL} or"
+            f"{METHOD}={method!r} of a {type(router).__name__} is a choice that nobody described; wanted {ALL} or"
             f" {_LIMITED} in config.json"
         )
-    grouped = method != _ALL
+    grouped = method != ALL
     return Routing(
         top_k=int(router.top_k),  # pyright: ignore[reportArgumentType]
         sigmoid=sigmoid,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from compresso.checkpoint.least import check_least
 from compresso.errors import CheckpointError
 
 _LAYERS = re.compile(r"(layers?|depths?|blocks|attention_types)$")
@@ -41,11 +42,6 @@ MOST_BUFFER_BYTES = 2**30
 """Of tables that lie in no file and are computed when a model is built; 100 MB: GPT-Neo 1.3B."""
 _NUMBERED = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _CHECK = "Check the config."
-_LEAST = {
-    0: re.compile(r"^(num_(hidden_)?layers|n_layer|n_inner|intermediate_size|d_ff|ffn_dim|vocab_size|head_dim)$"),
-    1: re.compile(r"^(num_(attention_|key_value_)?heads|n_head|hidden_size|n_embd|d_model)$"),
-}
-"""The fewest that a number of these names may count. Some others are -1 where a model has none of what they count."""
 
 
 def check_numbers(path: Path, data: dict[str, object]) -> None:
@@ -58,7 +54,7 @@ def check_numbers(path: Path, data: dict[str, object]) -> None:
     """
     for where, inside in _objects(data):
         for name, value in inside.items():
-            _check_least(path, f"{where}{name[:60]}", name, value)
+            check_least(path, f"{where}{name[:60]}", name, value, inside)
             for counted, names, most in MOST:
                 if names.search(name):
                     if (found := _largest(value)) > most:
@@ -68,15 +64,6 @@ def check_numbers(path: Path, data: dict[str, object]) -> None:
                         )
                     break
         _check_together(path, where, inside)
-
-
-def _check_least(path: Path, shown: str, name: str, value: object) -> None:
-    """Raise CheckpointError if a number is below what its name can count: building would fail far from it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    for least, names in _LEAST.items():
-        if names.search(name) and value < least:
-            raise CheckpointError(f"{path}: {shown} is {value:,}; wanted at least {least}. {_CHECK}")
 
 
 def _check_together(path: Path, where: str, inside: dict[str, object]) -> None:

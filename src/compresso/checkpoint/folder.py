@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from compresso.checkpoint.bounds import check_numbers
 from compresso.checkpoint.header import TensorInfo, read_header
+from compresso.checkpoint.least import check_mixture
 from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
@@ -96,11 +97,13 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     if cls.__module__.startswith("transformers."):
         data.pop("auto_map", None)  # of code that is not run; what is written from this config must not name it either
     try:
-        return cls.from_dict(data)
+        config = cls.from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
         raise CheckpointError(
             f"{path} is not a valid {model_type} config: {reason_of(error).rstrip('.')}. Fetch or write the file again."
         ) from error
+    check_mixture(path, config, data)
+    return config
 
 
 def check_folder(folder: Path) -> None:
@@ -147,19 +150,11 @@ def stored_names(folder: Path) -> tuple[str, ...]:
     return tuple(listed) if isinstance(listed, dict) else ()
 
 
-def damaged_weights(folder: Path) -> str | None:
-    """Why weights that lie beside a config cannot be read, by their headers; None where they can, and where there are
-    none, as a config alone is enough to count.
-    """
-    if not (folder / SINGLE).is_file() and not (
+def lie_beside(folder: Path) -> bool:
+    """Whether weights lie beside a config, whole or damaged: a config alone is enough to count."""
+    return (folder / SINGLE).is_file() or (
         (folder / INDEX).is_file() and any(path.suffix == ".safetensors" for path in folder.iterdir())
-    ):
-        return None
-    try:
-        stored_tensors(folder)
-    except CheckpointError as error:
-        return str(error)
-    return None
+    )
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:

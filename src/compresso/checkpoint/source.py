@@ -20,6 +20,7 @@ from compresso.checkpoint.code import refuse_code, refuse_fields
 from compresso.checkpoint.folder import (
     check_folder,
     check_generation_config,
+    lie_beside,
     read_config,
     read_json,
     stored_names,
@@ -219,6 +220,23 @@ def _check_tensors(source: Source) -> None:
         as_written(source.config, source.config_file),
         source.tensors,
     )
+
+
+def unfit_weights(source: Source) -> str | None:
+    """Why a run refuses the weights that lie in the folder of a config, by their headers; None where it does not, and
+    where there are none.
+
+    Args:
+        source: opened without them.
+    """
+    folder = source.config_file.parent
+    if source.kind != "folder" or not lie_beside(folder):
+        return None
+    try:
+        _check_tensors(replace(source, tensors=stored_tensors(folder)))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _sampled(path: Path) -> str:

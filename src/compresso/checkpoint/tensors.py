@@ -32,6 +32,7 @@ _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
 """What compressed-tensors stores in place of, or beside, a weight."""
 _ADAPTER = re.compile(r"(^|\.)(lora_|adapter|ia3_|hada_|oft_|modules_to_save)")
 _CODED = re.compile(r"(scales?|scale_inv|qweight|qzeros|zero_point|zeros|absmax|quant_map|quant_state\S*|SCB|g_idx)$")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "output_layer.weight")
 """How the names of stored heads end."""
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,9 +113,13 @@ def _loading_problems(
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # names of any kind may meet any rule of renaming
+        if any((apart := _pieces_problems(model, stored)).values()):
+            return apart
         raise CheckpointError(
             f"{where} cannot be matched with its config.json: {reason_of(error)}. Fetch the model again."
         ) from error
+    if info["mismatched_keys"] and _gaps(stored) and any((apart := _pieces_problems(model, stored)).values()):
+        return apart
     unexpected = sorted(info["unexpected_keys"])
     if passed := [
         name for name in unexpected if _of_another_head(name, model, auto) and stored_as_numbers(name, stored)
@@ -125,6 +130,30 @@ def _loading_problems(
         "unexpected": [name for name in unexpected if name not in passed],
         "wrong shape": [
             f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])
+        ],
+    }
+
+
+def _gaps(stored: Mapping[str, TensorInfo]) -> bool:
+    """Whether some linear of a mixture is stored of fewer experts than others: what is stacked then is only short."""
+    experts: dict[str, set[str]] = {}
+    for match in filter(None, map(_EXPERT.search, stored)):
+        experts.setdefault(f"{match.string[: match.start()]} {match.string[match.end() :]}", set()).add(match[1])
+    return len(set(map(frozenset, experts.values()))) > 1
+
+
+def _pieces_problems(model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
+    """Of experts that are stored apart and stacked in memory, pieces of which no stack can be made."""
+    written: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
+    wanted = {name: list(one.shape) for name, one in written.items() if _EXPERT.search(name)}
+    there = {name: list(one.shape) for name, one in stored.items() if _EXPERT.search(name)}
+    return {
+        "missing": sorted(wanted.keys() - there.keys()),
+        "unexpected": sorted(there.keys() - wanted.keys()),
+        "wrong shape": [
+            f"{name} {there[name]} instead of {wanted[name]}"
+            for name in sorted(wanted.keys() & there.keys())
+            if there[name] != wanted[name]
         ],
     }
 

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _IDENTITY = "identity.json"
 _ENTRIES = ("step-*", "batch-*", "round-*.json")
 """What training, sweeps, passes over data and rounds leave of a stage that goes on."""
+_MOST_SAID = 12
+"""Fields that differ between a run and the one that it would resume; of a recipe that was written anew, most do."""
 
 
 class WorkFolder:
@@ -152,15 +154,28 @@ class WorkFolder:
 def _refuse(path: Path, identity: Mapping[str, Any], resume: bool, force: bool, unknown: Collection[str] = ()) -> None:
     """Raise what `WorkFolder.open` says of what lies at its path."""
     refuse_unowned(path)
-    if resume and (differing := differences(_identity(path), identity, unknown)):
+    if resume and (differing := differences(found := _identity(path), identity, unknown)):
+        was, now = _recipe(found), _recipe(identity)
+        if was != now:
+            raise ResumeError(
+                f"cannot resume another run: {path} holds one of recipe {was}, and this is {now}. Give {was} or another"
+                f" output, or start anew with --overwrite"
+            )
+        more = f"; and {len(differing) - _MOST_SAID} more" if len(differing) > _MOST_SAID else ""
         raise ResumeError(
-            f"cannot resume another run: {'; '.join(differing)}. Give the same arguments, or start anew with"
-            " --overwrite"
+            f"cannot resume another run: {'; '.join(differing[:_MOST_SAID])}{more}. Give the same arguments, or start"
+            " anew with --overwrite"
         )
     if not resume and not force and path.exists() and WorkFolder(path).worth_resuming():
         raise CheckpointError(
             f"{path} holds an interrupted run; continue it with --resume or discard it with --overwrite"
         )
+
+
+def _recipe(identity: Mapping[str, Any]) -> str | None:
+    """The name of a run's recipe, where its identity has one."""
+    recipe = identity.get("recipe")
+    return str(recipe["name"]) if isinstance(recipe, Mapping) and "name" in recipe else None
 
 
 def refuse_unowned(path: Path) -> None:

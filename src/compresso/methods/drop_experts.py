@@ -9,7 +9,7 @@ Section 3, Expert Drop. Scores, one pass over the dense model:
     reconstruction  error of the layer's output without it, another one chosen in its place
 Layer-wise: each layer keeps its best, the same number (`pool: layer`), which a stock config holds. Global: the lowest
 of all layers leave (`pool: global`), the published script's default; layers then keep unequal numbers, which the layout
-native holds for the families that have one, and no engine but transformers reads.
+native holds for the families that have one; transformers reads it, and vLLM, by the file beside the weights.
 Removal: rows of the router leave with their experts, its correction, too; probabilities are over those that stay; as
 many are chosen for a token as before.
 Merging, instead of dropping (`merge`, after M-SMoE, arXiv 2310.01334, section 3.1): an expert that leaves is averaged

@@ -25,6 +25,7 @@ from compresso.sweep.audit import audit, fingerprints
 from compresso.sweep.compressed import Compressed, fitting_group, other_group, rounded_weights
 from compresso.sweep.finite import check_weights
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
+from compresso.training.progress import PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,13 @@ class Rtn:
         groups, bits = self.check(job.model, job.arch), self.compressed(job.model, job.arch).bits
         check_weights(job.model, groups)
         before, names = fingerprints(job.weights.tensors()), names_of(groups)
-        for name in names:
-            weight = matrix(job.model, name)
-            exact = weight.float()
-            weight.copy_(fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip).round(exact))
+        shown = job.progress()
+        with shown.running(len(names), 0, "rtn", patience=PATIENCE):
+            for done, name in enumerate(names, start=1):
+                weight = matrix(job.model, name)
+                exact = weight.float()
+                grid = fit(exact, self.bits, group=self.group, symmetric=self.symmetric, clip=self.clip)
+                weight.copy_(grid.round(exact))
+                shown.step(done, "rtn", {}, 0)
         facts = audit(job.weights.tensors(), before, names)
         return job.note("rtn", **{**facts, "sparsity": None, "bits": bits, "group": self.group})

@@ -33,6 +33,13 @@ from compresso.metrics.traffic import Weights, bytes_bound, cache_bytes, paired,
 
 GATED = "learned gates read random tokens here, and may hold another share of texts; compresso evaluate tells it"
 
+ALL = "weights once a step, and the cache of every sequence"
+ROUTED = (
+    "weights once a step, of experts those that the batch is expected to choose, each as likely; and the cache of every"
+    " sequence"
+)
+"""What the bytes of a bound are, with and without experts among the models."""
+
 
 @dataclass
 class Rounds:
@@ -138,14 +145,14 @@ def speed_measurements(
                 if name == first:
                     continue
                 bound = bytes_bound(
-                    weights[first].bytes_read, dense.cache_read, weights[name].bytes_read, mine.cache_read
+                    weights[first].read(batch), dense.cache_read, weights[name].read(batch), mine.cache_read
                 )
                 for what, limit in (("prefill", None), ("decode", bound)):
                     ratios, noise = paired(getattr(dense, what), getattr(mine, what))
                     forgets = bool(keepers_of(model) or keepers_of(models[first]))
                     remark = verdict(ratios, noise, weights[name], weights[first], limit, forgets)
                     found[name].append(measured(f"{what}_speedup/batch{batch}", ratios, "1", remark))
-                reads = sizes | {"bytes": "weights once a step, and the cache of every sequence"}
+                reads = sizes | {"bytes": ROUTED if any(one.mixtures for one in weights.values()) else ALL}
                 estimate = {
                     "value": bound,
                     "unit": "1",

@@ -146,7 +146,8 @@ class Execution:
         begun, label, received = time.time(), act.label, self.job
         job, stage, told = entered(received, act)
         entering = replace(job, out=self._work.training(act.folder))
-        job = left_round(applied(stage, entering, act), received, act, told)
+        with job.progress().working(label):  # of a stage without steps that it shows itself
+            job = left_round(applied(stage, entering, act), received, act, told)
         if not self.wishes.offload:  # a sweep looks at each weight it makes
             check_finite(job.model, label)
         job = job.note(label, seconds=round(time.time() - begun, 2))

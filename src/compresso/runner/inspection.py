@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch, arch_for
 from compresso.arch.context import macs_of
-from compresso.checkpoint.folder import damaged_weights
+from compresso.arch.moe_config import PER_TOKEN
 from compresso.checkpoint.load import meta_model
-from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.source import Source, open_source, unfit_weights
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
@@ -57,13 +57,15 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
 
 def warn_of_damage(source: Source) -> None:
     """Say that the weights of a folder, which are not needed to count, are such as a run refuses."""
-    if source.kind == "folder" and (why := damaged_weights(source.config_file.parent)) is not None:
+    if (why := unfit_weights(source)) is not None:
         log.warning("%s What is counted here is what the config says.", why)
 
 
 def facts_of(live: PreTrainedModel, explained: str | None = None) -> dict[str, Any]:
     """The dictionary of `inspect` for a live model of a stock class (the meta device will do)."""
     arch = _described(live)
+    if arch is not None:
+        arch.shapes(live)  # what is no plain network of its kind is refused in words of its own
     mixture = count_experts(live)
     if mixture is not None:
         if explained is not None:
@@ -85,9 +87,6 @@ def _described(model: PreTrainedModel) -> Arch | None:
         return None
 
 
-_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
-
-
 def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     """The dictionary of `inspect` for a mixture of experts, counted from shapes alone; None for any other model."""
     banks = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
@@ -99,7 +98,7 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
         len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
     }  # apart, or stacked in tensors whose first dimension counts them
     config = model.config.get_text_config()
-    per_token = next((int(one) for name in _PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
+    per_token = next((int(one) for name in PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(sizes.values())
     ends: list[Any] = [part for part in (model.get_input_embeddings(), _head(model)) if part is not None]

@@ -11,6 +11,13 @@ _NEAREST = {
 }
 """Knobs that do to size or length what another does, the nearest first."""
 
+_SHARES = {
+    "drop_experts": "a share of experts",
+    "filter_pruning": "a share of each layer's channels",
+    "slicegpt": "a share of the stream's dimensions",
+}
+"""What `keep` is a share of in stages that have no budget. Of svd it is one of parameters."""
+
 
 def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, asked: str) -> str:
     """The message for a knob that no stage has.
@@ -29,16 +36,21 @@ def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, aske
                 f"{asked or knob}: no stage of {named} trains in steps that it could cap; {_cure(stages, knob, asked)}"
             )
         case "of" if sized:
-            return (
-                f"{asked or knob}: no stage of {named} counts anything but parameters of what it factors; give --keep"
-                " in its place"
-            )
+            return f"{asked or knob}: no stage of {named} {_share(stages)}; give --keep in its place"
         case "keep" | "of":
             return (
                 f"{asked or knob}: no stage of {named} takes a share of the units away; {_cure(stages, 'keep', asked)}"
             )
         case _:
             return f"no stage of recipe '{recipe}' has the knob '{knob}'; see `compresso recipes {recipe}`"
+
+
+def _share(stages: Sequence[tuple[str, Any]]) -> str:
+    """Why the share that a stage takes is none of what is asked for."""
+    words = next((_SHARES[name] for name, _ in stages if name in _SHARES), None)
+    if words is None:
+        return "counts anything but parameters of what it factors"
+    return f"has a budget of that, its keep is {words}"
 
 
 def _cure(stages: Sequence[tuple[str, Any]], knob: str, asked: str) -> str:

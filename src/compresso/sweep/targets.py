@@ -110,8 +110,9 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     in_blocks = [name for groups in everything.values() for names in groups for name in names]
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     anywhere += in_stacks
-    _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned")
-    _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "")
+    dense = "" if in_stacks else model.config.model_type
+    _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned", dense)
+    _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "", dense)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -214,8 +215,13 @@ def matrix(model: nn.Module, name: str) -> Tensor:
     return weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
 
 
-def _check_patterns(knob: str, patterns: Sequence[str], names: Sequence[str], remark: str) -> None:
-    """Raise RecipeError for a pattern that matches nothing."""
+def _check_patterns(knob: str, patterns: Sequence[str], names: Sequence[str], remark: str, dense: str) -> None:
+    """Raise RecipeError for a pattern that matches nothing. dense: model type of a model without experts; else ""."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
+            if dense and "experts" in pattern:
+                raise RecipeError(
+                    f"{knob}: '{pattern}' names experts, and a {dense} has none; give a mixture of experts, or a"
+                    " recipe that works on all linears, or leave the pattern out with --set"
+                )
             raise RecipeError(f"{knob}: '{pattern}' matches no linear; {nearest(pattern, names[:16])}{remark}")
