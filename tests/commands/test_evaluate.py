@@ -163,7 +163,10 @@ def test_the_prompt_is_on_for_what_was_pruned_with_it() -> None:
     ("options", "message"),
     [
         (("--suite", "comonsense"), "DataError: --suite 'comonsense' is unknown; did you mean 'commonsense'?"),
-        (("--suite", "foo"), "DataError: --suite 'foo' is unknown; known: bbh, commonsense, mmlu, reading, world"),
+        (
+            ("--suite", "foo"),
+            "DataError: --suite 'foo' is unknown; known: bbh, commonsense, mmlu, reading, refusal, trust, world",
+        ),
         (("--tasks", "world_fact,pica"), "no task or suite 'pica'; did you mean 'piqa'?"),
         (("--tasks", ","), "--tasks names nothing"),
         (("--tasks", "piqa", "--data", "rows.jsonl"), ". --tasks 'piqa' is something else: benchmarks, which bring"),
