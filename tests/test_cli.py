@@ -120,8 +120,9 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
         (("smoothquant/w8a8", "--keep", "0.5"), "(smoothquant) takes a share of the units away; leave it out\n"),
         (("svd/plain", "--macs", "2"), "(svd) counts anything but parameters of what it factors; give --keep in its"),
         (("moe/expert-drop", "--parameters", "20K"), "--parameters 20K: no stage of recipe 'moe/expert-drop'"
-         " (drop_experts) has a budget of that, its keep is a share of experts; give --keep in its place\n"),
-        (("moe/reap-50", "--macs", "1.5"), "(drop_experts) has a budget of that, its keep is a share of experts; give"),
+         " (drop_experts) has a budget of that, its keep is a share of each layer's experts; give --keep in its"
+          " place\n"),
+        (("moe/reap-50", "--macs", "1.5"), "(drop_experts) has a budget of that, its keep is a share of each layer's"),
         (("slicegpt/20", "--macs", "1.5"), "has a budget of that, its keep is a share of the stream's dimensions;"),
         (("moe/slim-2-4",), "modules: '*.experts.*' names experts, and a llama has none; give a mixture of experts"),
         (("wanda/50", "--max-steps", "3"),

@@ -25,6 +25,13 @@ FLAGS = {
     "attention": "attention=True",
 }
 """Options without a value, and what takes their place in Python."""
+SHARES = {
+    "drop_experts": "each layer's experts",
+    "filter_pruning": "each layer's channels",
+    "slicegpt": "the stream's dimensions",
+    "svd": "the numbers of each linear",
+}
+"""What `keep` is a share of in stages that have no budget of the model's parameters."""
 _AS_SPELT = (
     "model data output keep parameters macs milliseconds speedup latency-table memory bytes-at-context max-steps"
     " target task layout seed device dtype format corpus suite"

@@ -13,6 +13,8 @@ from compresso.errors import ExportError
 from compresso.metrics.record import Sample
 from compresso.report.html import page, report_of_run, write_report
 from compresso.report.read import read_results
+from compresso.stage import cards
+from compresso.wording import SHARES
 from tests.report.made import PLAN, checked, curves, dense, number, pruned, records, report_file, report_of, run_folder
 
 EVIL = """</style></svg><script>alert("x")</script><img src=http://evil.test/x onerror=alert(1)>{{ 7 * 7 }}\x1b\x00"""
@@ -55,6 +57,17 @@ def safe(text: str) -> Reader:
     assert len(set(ids)) == len(ids)
     assert {str(link)[1:] for link in links if str(link).startswith("#")} <= set(ids)
     return seen
+
+
+def test_a_share_that_is_none_of_parameters_is_said_as_such() -> None:
+    """Every stage whose `keep` counts none of the model's numbers has its own words, on the page, too."""
+    own = {name for name, one in cards().items() if "keep" in one.knobs and "of" not in one.knobs}
+    assert own == set(SHARES)
+    facts = records(report_of(dense(), pruned()))
+    facts["recipe"]["stages"] = [{"filter_pruning": {"keep": 0.5, "kinds": ["channel"]}}]
+    facts["stages"] = {"filter_pruning": {"seconds": 1.0}}
+    seen = safe(report_of_run(checked(facts), PLAN))
+    assert "filter_pruning keeps 50 % of each layer's channels; what may leave" in seen.text
 
 
 def test_the_page_of_a_run_says_everything() -> None:

@@ -11,6 +11,7 @@ from compresso.metrics.record import Environment
 from compresso.report.read import Run
 from compresso.report.records import DataUsed, Engine, RunRecords
 from compresso.tasks.base import DEFAULT, task_named
+from compresso.wording import SHARES
 
 Rows = list[tuple[str, str]]
 _OF = {"blocks": "the block parameters", "total": "all parameters", "macs": "the multiply-accumulates a token"}
@@ -50,7 +51,7 @@ def asked(run: Run) -> Rows:
             rounds = f" in {knobs['rounds']} rounds" if knobs.get("rounds") else ""
             if isinstance(targets := knobs.get("family"), dict):
                 rounds = f" at the last of its targets {', '.join(map(str, targets))}"
-            what = _OF.get(of, of).replace("a token", f"a {records.after.macs_of}")
+            what = SHARES.get(stage) or _OF.get(of, of).replace("a token", f"a {records.after.macs_of}")
             rows.append(("Budget", f"{stage} keeps {100 * keep:g} % of {what}{rounds}{removable}"))
     before, after = records.before.parameters, records.after.parameters
     shares = [

@@ -4,19 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from compresso.stage import card
+from compresso.wording import SHARES
 
 _NEAREST = {
     "keep": ("sparsity", "pattern", "bits", "weight_bits", "skip", "most"),
     "max_steps": ("epochs",),
 }
 """Knobs that do to size or length what another does, the nearest first."""
-
-_SHARES = {
-    "drop_experts": "a share of experts",
-    "filter_pruning": "a share of each layer's channels",
-    "slicegpt": "a share of the stream's dimensions",
-}
-"""What `keep` is a share of in stages that have no budget. Of svd it is one of parameters."""
 
 
 def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, asked: str) -> str:
@@ -47,10 +41,10 @@ def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, aske
 
 def _share(stages: Sequence[tuple[str, Any]]) -> str:
     """Why the share that a stage takes is none of what is asked for."""
-    words = next((_SHARES[name] for name, _ in stages if name in _SHARES), None)
+    words = next((SHARES[name] for name, _ in stages if name in SHARES and name != "svd"), None)
     if words is None:
         return "counts anything but parameters of what it factors"
-    return f"has a budget of that, its keep is {words}"
+    return f"has a budget of that, its keep is a share of {words}"
 
 
 def _cure(stages: Sequence[tuple[str, Any]], knob: str, asked: str) -> str:
