@@ -49,7 +49,7 @@ def test_magnitude_pruning(name: str, kinds: tuple[str, ...], tmp_path: Path) ->
     ("name", "said"),
     [
         ("bert", r"\(bert\) is not a causal language model, and recipes train and measure only those"),
-        ("vit", r"\(vit\) is not a causal language model"),
+        ("vit", r"\(vit\) is no causal language model, it sees pictures; give task='image-classification'"),
     ],
 )
 def test_a_run_is_refused_before_weights_are_read(

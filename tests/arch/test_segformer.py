@@ -296,7 +296,7 @@ def test_a_size_of_nothing_is_refused(tmp_path: Path) -> None:
             r"depths=\[2, 2\] of 4 stages \(num_encoder_blocks\); wanted a number for each, at least 0",
         ),
         ({"strides": [0, 2, 2, 2]}, r"strides=\[0, 2, 2, 2\] of 4 stages .*, at least 1"),
-        ({"num_encoder_blocks": 0}, r"of 0 stages \(num_encoder_blocks\)"),
+        ({"num_encoder_blocks": 0}, r"config.json: num_encoder_blocks is 0; wanted at least 1"),
         ({"num_attention_heads": [1, 2, 3, 400]}, "says 400 heads in a stage of 16 channels; wanted"),
         ({"decoder_hidden_size": 0}, "says decoder_hidden_size=0; wanted at least 1"),
         ({"image_size": "large"}, r"image_size='large'; wanted a number of pixels, or height and width"),
