@@ -32,7 +32,7 @@ from kept import asked, here, keep, missing, options
 LENGTH = 128
 TUNED: dict[str, dict[str, Any]] = {
     "sst2": {"steps": "1 epoch", "lr": 1e-4},
-    "mrpc": {"steps": "1 epoch", "lr": 1e-4},
+    "mrpc": {"steps": "3 epochs", "lr": 1e-4},
 }
 """Of each task the fine-tuning."""
 TRAINED: dict[str, dict[str, Any]] = {
