@@ -75,8 +75,8 @@ def _said(found: Sequence[dict[str, Any]]) -> list[str]:
         " it says so: that was tried first, then three times the rate, on one seed whose test score was seen; of the"
         " rates the one with the lower training loss was kept. MRPC's FP32 has three epochs since one had scored 72.9"
         " and 69.6 on its test file, little above the 66.5 of one answer to all. Otherwise the test files (SST-2 1,821"
-        " sentences, MRPC 1,725 pairs) choose nothing. Accuracy in %, of each seed and their mean; beside it the difference to the same"
-        " seed's FP32 in points: mean ± 95 % over seeds (Student's t), and over examples.",
+        " sentences, MRPC 1,725 pairs) choose nothing. Accuracy in %, of each seed and their mean; beside it the"
+        " difference to the same seed's FP32 in points: mean ± 95 % over seeds (Student's t), and over examples.",
     ]
 
 
