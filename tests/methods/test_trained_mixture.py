@@ -135,7 +135,7 @@ def test_what_is_chosen_least_leaves_and_what_is_left_is_nearer(job: Job, score:
     left = apart(done.model, whole, job.tokenizer)
     if score == "reap" and 0.75 * most <= left < most:
         pytest.xfail(
-            f"what REAP leaves is {left / most:.2f} as far as without the most chosen; wanted below .75: it does not see loads"
+            f"what REAP leaves is {left / most:.2f} as far as without the most chosen; wanted below .75 (loads)"
         )
     assert left < 0.75 * most
     seldom = [_seldom(facts[axis.name]["scores"]["frequency"]) for axis in axes]
