@@ -2,14 +2,15 @@
 by facts that are asked late, by bytes and by decode speed.
 
     python benchmarks/context.py train --model MODEL --data TEXTS --updates 200 --folder FOLDER
-    python benchmarks/context.py score --model MODEL --gates FOLDER --data TEXTS --text TEXTS
+    python benchmarks/context.py train --what gates-adapters (or adapters) --model MODEL ...
+    python benchmarks/context.py score --model MODEL --gates FOLDER --adapted FOLDER FOLDER --data TEXTS --text TEXTS
     python benchmarks/context.py recall --model MODEL [--embedded] [--gates FOLDER --data TEXTS]
     python benchmarks/context.py speed --model MODEL --contexts 1024 4096 --filled --rules window keydiff gates
     python benchmarks/context.py --report
 
 Gates are trained once, on a frozen body, for half of the context, and for other shares all their offsets are shifted on
-training texts. Rules read
-a window in chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
+training texts. With adapters, gates and dense alone learn as many updates of the same texts. Rules read a window in
+chunks, and the cache is cut after each; so their queries see up to a chunk more than the share, and "seen"
 is what queries could attend to of what came before them, counted alike for all. A line of the results
 (results/context.jsonl) is one method at one share of windows of one length; those that are there are not taken again.
 """
@@ -45,6 +46,8 @@ from context_speed import Turn, turn, whole_bytes
 SHARES = (0.75, 0.5, 0.25)
 RULES = ("window", "keydiff", "knorm", "h2o")
 LANDING = 6
+ADAPTED = " + LoRA"
+"""Of methods whose model learned, too, by adapters that lie in its weights."""
 
 
 def texts_of(path: Path) -> Iterator[str]:
@@ -66,11 +69,21 @@ def windows(loaded: Loaded, path: Path, length: int, n: int) -> Tensor:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train gates alone, through a run."""
-    stage = {
+    """Train gates alone, gates with adapters, or adapters alone, through a run."""
+    loop = {
+        "steps": options.updates,
+        "batch": options.batch,
+        "micro_batch": options.micro_batch,
+        "lr": options.lr,
+        "lr_schedule": "cosine",
+        "warmup": 3,
+        "clip": 1.0,
+        "save_every": 5,
+    }
+    gates = {
         "keep_context": 0.5,
-        "train": "gates",
-        "judged_by": "layers",
+        "train": "gates" if options.what == "gates" else "lora",
+        "judged_by": "layers" if options.what == "gates" else "task",
         "gating": "least",
         "alpha_start": 2.0,
         "alpha_end": 16.0,
@@ -79,19 +92,13 @@ def train(options: argparse.Namespace) -> None:
         "spread": 0.5,
         "gamma": options.gamma,
         "dual_rate": options.dual_rate,
-        "steps": options.updates,
-        "batch": options.batch,
-        "micro_batch": options.micro_batch,
-        "lr": options.lr,
+        "gate_lr": options.gate_lr,
         "offset_lr": options.offset_lr,
-        "lr_schedule": "cosine",
-        "warmup": 3,
-        "clip": 1.0,
-        "save_every": 5,
         "landing": LANDING,
     }
+    stages = [{"recover": loop}] if options.what == "adapters" else [{"context_gates": {**loop, **gates}}]
     data = {"max_length": options.length, "prompt": False, "pack": True, "held": 2}
-    raw = {"name": "context-benchmark", "data": data, "stages": [{"context_gates": stage}]}
+    raw = {"name": "context-benchmark", "data": data, "stages": stages}
     folder = Path(options.folder)
     resume = folder.with_name(folder.name + ".partial").exists()
     compresso.run(raw, options.model, options.data, output=folder, measure="none", allow_collapsed=True, resume=resume)
@@ -136,42 +143,61 @@ class Held:
     """A model with one way to keep its cache.
 
     Args:
-        method: "dense", a rule, or "gates".
+        method: "dense", a rule, or "gates"; ADAPTED behind it where adapters learned, too.
         share: of the context that was asked for.
+        model: that has it.
         gates: of "gates".
         facts: about the method, for its lines.
     """
 
     method: str
     share: float
+    model: PreTrainedModel
     gates: ContextGates | None = None
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def methods(loaded: Loaded, options: argparse.Namespace, part: str) -> Iterator[Held]:
-    """Each method at each share that the results lack, put on the model; dense first."""
+    """Each method at each share that the results lack, put on its model; dense first."""
     lines = [one for one in read(Path(options.results)) if of(one, options, part)]
     known = {(one["method"], one["share"]) for one in lines if one["length"] == options.length}
     model = loaded.model
     if ("dense", 1.0) not in known:
-        yield Held("dense", 1.0)
+        yield Held("dense", 1.0, model)
     for share in options.shares:
         for rule in options.rules:
             if (rule, share) not in known:
                 evict_(model, parse(f"{rule}:{share}"))
-                yield Held(rule, share)
+                yield Held(rule, share, model)
                 release_(model)
         if options.gates and ("gates", share) not in known:
-            records = json.loads((Path(options.gates) / "records.json").read_text("utf-8"))
-            (patch,) = read_patches(records["patches"], Path(options.gates))
-            gates = gates_of(patch, model).to(model.device)
-            run = records["stages"]["context_gates"]
-            if share != run["keep_context"]:  # the run's own gates are there already
-                seen = windows(loaded, Path(options.data), options.length, LANDING)
-                shifted(model, gates, seen.to(model.device), share)
-            gates.hold_(model)
-            yield Held("gates", share, gates, {"updates": run["updates"]})
-            release_(model)
+            yield from gated(loaded, options.gates, options, share)
+    for folder in options.adapted:
+        run = json.loads((Path(folder) / "records.json").read_text("utf-8"))["stages"]
+        share = run["context_gates"]["keep_context"] if "context_gates" in run else 1.0
+        if (("dense" if share == 1 else "gates") + ADAPTED, share) in known:
+            continue
+        adapted = compresso.load(folder, dtype=torch.float32, device=options.device)
+        if share == 1:
+            yield Held("dense" + ADAPTED, share, adapted.model, facts={"updates": run["recover"]["updates"]})
+        else:
+            release_(adapted.model)
+            yield from gated(adapted, folder, options, share, ADAPTED)
+
+
+def gated(loaded: Loaded, folder: str, options: argparse.Namespace, share: float, remark: str = "") -> Iterator[Held]:
+    """A model with the gates of a run, at the run's own share or shifted to another."""
+    model = loaded.model
+    records = json.loads((Path(folder) / "records.json").read_text("utf-8"))
+    (patch,) = read_patches(records["patches"], Path(folder))
+    gates = gates_of(patch, model).to(model.device)
+    run = records["stages"]["context_gates"]
+    if share != run["keep_context"]:  # the run's own gates are there already
+        seen = windows(loaded, Path(options.data), options.length, LANDING)
+        shifted(model, gates, seen.to(model.device), share)
+    gates.hold_(model)
+    yield Held("gates" + remark, share, model, gates, {"updates": run["updates"]})
+    release_(model)
 
 
 def of(line: Mapping[str, Any], options: argparse.Namespace, part: str) -> bool:
@@ -192,12 +218,12 @@ def noted(options: argparse.Namespace, part: str, held: Held, **numbers: Any) ->
 def score(options: argparse.Namespace) -> None:
     """Perplexity of texts."""
     loaded = compresso.load(options.model, dtype=torch.float32, device=options.device)
-    model = loaded.model
-    rows = windows(loaded, Path(options.text), options.length, options.windows).to(model.device)
+    rows = windows(loaded, Path(options.text), options.length, options.windows).to(loaded.model.device)
     facts = {"length": options.length, "windows": options.windows}
     for held in methods(loaded, options, "text"):
+        model = held.model
         if held.gates is None:
-            chunk = None if held.method == "dense" else options.chunk
+            chunk = None if held.share == 1 else options.chunk
             perplexity, seen = scored(model, rows, chunk)
             noted(options, "text", held, perplexity=perplexity, seen=seen or 1.0, chunk=chunk, **facts)
             continue
@@ -215,7 +241,7 @@ def recall(options: argparse.Namespace) -> None:
     kind = kind_of(options.embedded, options.seed)
     asked = items(loaded.tokenizer, kind, options.items, options.length, options.facts, options.seed)
     for held in methods(loaded, options, "recall"):
-        right, live, size = answered(loaded.model, asked, options.chunk, options.batch)
+        right, live, size = answered(held.model, asked, options.chunk, options.batch)
         numbers = {"right": int(right.sum()), "items": len(right), "facts": options.facts, "live": live, "bytes": size}
         noted(options, "recall", held, **numbers, length=options.length, chunk=options.chunk, seed=options.seed)
 
@@ -238,7 +264,7 @@ def speed(options: argparse.Namespace) -> None:
             rates = [batch * options.new_tokens / one.seconds for one in turns]
             numbers = {"context": context, "batch": batch, "tokens_per_s": median(rates), "rates": rates}
             numbers |= {"bytes": turns[0].size, "live": turns[0].live, "new_tokens": options.new_tokens}
-            held = Held(name, 1.0 if name == "dense" else options.share)
+            held = Held(name, 1.0 if name == "dense" else options.share, loaded.model)
             noted(options, "speed", held, **numbers, filled=options.filled)
 
 
@@ -258,10 +284,12 @@ def main() -> None:
     commands = parser.add_subparsers()
     one = commands.add_parser("train")
     one.set_defaults(go=train)
+    one.add_argument("--what", choices=("gates", "gates-adapters", "adapters"), default="gates")
     one.add_argument("--updates", type=int, default=200)
     one.add_argument("--batch", type=int, default=1)
     one.add_argument("--micro-batch", type=int, default=1)
     one.add_argument("--lr", type=float, default=5e-4)
+    one.add_argument("--gate-lr", type=float, default=None, help="--lr where none is given")
     one.add_argument("--offset-lr", type=float, default=3e-2)
     one.add_argument("--gamma", type=float, default=2e-2)
     one.add_argument("--dual-rate", type=float, default=2e-3)
@@ -291,6 +319,7 @@ def main() -> None:
         command.add_argument("--length", type=int, default=512)
     for command in (two, three):
         command.add_argument("--gates", default=None)
+        command.add_argument("--adapted", nargs="*", default=(), help="folders of runs in which adapters learned")
         command.add_argument("--chunk", type=int, default=16)
         command.add_argument("--shares", nargs="*", type=float, default=SHARES)
     for command in (two, three, four):

@@ -170,7 +170,7 @@ INTRO = (
 )
 
 
-METHODS = ("dense", "gates", "window", "keydiff", "knorm", "h2o", "snapkv")
+METHODS = ("dense", "dense + LoRA", "gates", "gates + LoRA", "window", "keydiff", "knorm", "h2o", "snapkv")
 """Whose colours are the same in all drawings."""
 
 

@@ -1,7 +1,9 @@
 """The loop on small objectives, in one process: what an update is, what is skipped, what is left as it was."""
 
+import io
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from compresso.training.fit import MOST_SKIPS, fit
 from compresso.training.groups import Group
 from compresso.training.history import History
 from compresso.training.order import Micro, ShuffledBatches
+from compresso.training.progress import Progress
 
 
 class Line(nn.Module):
@@ -372,6 +375,29 @@ def test_a_signal_saves_at_the_end_of_the_update_and_stops(tmp_path: Path, numbe
 def test_a_signal_stops_a_run_without_checkpoints():
     with pytest.raises(Interrupted, match="stopped by SIGTERM; nothing was saved"):
         train(Line(), after_update=lambda update: signal.raise_signal(signal.SIGTERM) if update == 0 else None)
+
+
+def test_what_is_within_a_long_update_is_told():
+    """Which micro-batch it is at, and, once, that a signal is obeyed at its end."""
+    stream = io.StringIO()
+
+    class Slow(Line):
+        def forward(self, batch: dict[str, Tensor], micro: Micro) -> dict[str, Tensor]:
+            if micro.update == 1 and len(self.micros) % 4 == 1:
+                signal.raise_signal(signal.SIGTERM)
+            if micro.update == 1 and len(self.micros) % 4 == 3:
+                until = time.monotonic() + 60
+                while "working" not in stream.getvalue() and time.monotonic() < until:
+                    time.sleep(0.005)
+            return super().forward(batch, micro)
+
+    with pytest.raises(Interrupted):
+        train(Slow(), accumulation=4, phase=lambda _: "slow", progress=Progress("lines", 0.05, stream))
+    (told,) = [line for line in stream.getvalue().splitlines() if "SIGTERM" in line]
+    assert told == "SIGTERM: the update is finished and saved before the run stops; once more stops it at once"
+    (first, *_) = [line for line in stream.getvalue().splitlines() if "working" in line]
+    assert first.startswith("slow  1/6") and ", 3 of 4 micro-batches of the next update, working for 0:00:0" in first
+    assert first.endswith(" left")
 
 
 def test_the_process_is_left_as_it_was():

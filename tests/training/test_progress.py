@@ -69,6 +69,29 @@ def test_a_step_that_takes_long_is_no_silence():
     assert stream.getvalue() == before
 
 
+def test_parts_of_a_step_that_takes_long_are_told_and_forgotten_with_it(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("compresso.training.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress("lines", 0.0, stream)
+    with progress.running(4, 1, "gates"):
+        progress.part(32, 128, "micro-batches")
+        now[0] += 60
+        progress._again()
+        progress.step(2, "gates", {}, 0)
+        progress._again()
+    told, _, after = stream.getvalue().splitlines()
+    assert told == "gates  1/4, 32 of 128 micro-batches, working for 0:01:00  0:11:00 left"  # 3 steps at 4 minutes
+    assert after == "gates  2/4, working for 0:01:00"
+
+
+def test_a_bar_moves_within_a_step():
+    progress = Progress("bar", 0.0, Terminal())
+    with progress.running(4, 1, "gates"):
+        progress.part(32, 128, "micro-batches")
+        assert progress._bar is not None and progress._bar.tasks[0].completed == 1.25
+
+
 def test_work_without_steps_is_mentioned_once_it_takes_long(monkeypatch: pytest.MonkeyPatch):
     stream = io.StringIO()
     with Progress("lines", 30.0, stream).working("reading"):

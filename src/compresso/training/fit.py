@@ -26,7 +26,7 @@ from compresso.training.noise import mixed_seed
 from compresso.training.order import Batches, Micro, micros_of
 from compresso.training.progress import Progress
 from compresso.training.shards import Shards, Spread, spread
-from compresso.training.signals import asked, noted_signals
+from compresso.training.signals import Requests, asked, noted_signals
 from compresso.training.state import trainable
 from compresso.training.watch import Watch
 
@@ -126,7 +126,7 @@ def fit(
         done, history = manager.resume()
         requests = stack.enter_context(noted_signals())
         stack.enter_context(_training(objective, accelerator.device))
-        stack.enter_context(shown.running(steps, done))
+        stack.enter_context(shown.running(steps, done, phase(max(min(done, steps - 1), 0))))
         for note in checkpoints.notes if checkpoints else ():
             shown.say(note)
         if slow := slow_precision(compute, device):
@@ -138,7 +138,9 @@ def fit(
             micros = micros_of(update, batches.global_batch, accumulation, rank, ranks)
             while True:
                 try:
-                    means, tokens = _gradients(accelerator, model, batches, micros, seed, compute == "bf16", halving)
+                    means, tokens = _gradients(
+                        accelerator, model, batches, micros, seed, compute == "bf16", halving, shown, requests
+                    )
                     break
                 except Exception as error:
                     if not halving.after(error, micros):
@@ -204,6 +206,8 @@ def _gradients(
     seed: int,
     bf16: bool,
     halving: Halving,
+    shown: Progress,
+    requests: Requests,
 ) -> tuple[dict[str, Tensor], float]:
     """Accumulate the gradients of an update; returns this process' mean of every logged number, and its count of
     tokens.
@@ -227,6 +231,11 @@ def _gradients(
         for name, number in numbers.items():
             share = number.detach().double() * piece.weight / len(micros)
             means[name] = means[name] + share if name in means else share
+        if piece.last:
+            through = micros.index(micro) + 1
+            shown.part(through, len(micros), "micro-batches of the next update")
+            if through < len(micros) and (sentence := requests.told()):
+                shown.say(sentence)
     return means, tokens
 
 

@@ -72,6 +72,7 @@ class Progress:
         self._seconds = seconds
         self._bar: Bar | None = None
         self._said = 0.0
+        self._of_step = ""
 
     @contextmanager
     def running(self, steps: int, done: int, phase: str = "", patience: float = 0.0) -> Iterator[None]:
@@ -79,7 +80,7 @@ class Progress:
 
         phase: what it is about until the first step says so.
         """
-        self._steps, self._done, self._first, self._tokens = steps, done, done, 0.0
+        self._steps, self._done, self._first, self._tokens, self._part = steps, done, done, 0.0, 0.0
         self._started = self._warm = time.monotonic()
         self._line, self._said = f"{phase}  {done}/{steps}".strip(), self._started + max(patience - self._seconds, 0.0)
         self._silent_until = self._started + patience
@@ -145,7 +146,7 @@ class Progress:
             tokens: tokens of this step, over all processes; their rate is shown once there were any.
         """
         self._tokens += tokens
-        self._done = done
+        self._done, self._part, self._of_step = done, 0.0, ""
         if done == self._first + 1:
             self._warm = time.monotonic()
         if self._bar is not None:
@@ -156,6 +157,17 @@ class Progress:
             due = now - self._said >= 0.8 * self._seconds or done in (self._first + 1, self._steps)
             if due and now >= self._silent_until:
                 self.say(f"{self._line}{self._eta()}")
+
+    def part(self, done: int, parts: int, what: str) -> None:
+        """Note how much of the step that goes on is done, which is shown where a step takes long.
+
+        Args:
+            done, parts: so many of the equal parts of the step.
+            what: they are, in the plural.
+        """
+        self._part, self._of_step = done / parts, f"{done} of {parts} {what}" if parts > 1 else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done + self._part)
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -169,7 +181,11 @@ class Progress:
 
     def _again(self) -> None:
         """The state once more, for a step that takes long."""
-        self.say(f"{self._line}, working for {_clock(time.monotonic() - self._started)}")
+        since = time.monotonic() - self._started
+        behind = self._done - self._first + self._part
+        left = since * (self._steps - self._first - behind) / behind if self._part else 0.0
+        told = [self._line, *([self._of_step] if self._of_step else []), f"working for {_clock(since)}"]
+        self.say(", ".join(told) + (f"  {_clock(left)} left" if left else ""))
 
     @contextmanager
     def _beating(self, frame: _Frame, beat: Callable[[], None], seconds: float) -> Iterator[None]:

@@ -19,6 +19,17 @@ class Requests:
 
     def __init__(self) -> None:
         self.arrived: set[signal.Signals] = set()
+        self._told = False
+
+    def told(self) -> str:
+        """What a person should know of a signal that is obeyed only later; "" where none came, and after the first
+        time.
+        """
+        if self._told or not self.arrived:
+            return ""
+        self._told = True
+        names = " and ".join(sorted(one.name for one in self.arrived))
+        return f"{names}: the update is finished and saved before the run stops; once more stops it at once"
 
     def flags(self) -> dict[str, Tensor]:
         """1 or 0 by signal name, for a sum over processes."""
