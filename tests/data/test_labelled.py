@@ -39,6 +39,8 @@ def records(*labels: object) -> Records:
     [
         ({"text": "a", "label": 1}, Labelled("a", None, 1)),
         ({"sentence": "a", "label": "good", "idx": 7}, Labelled("a", None, "good")),
+        ({"sentence": "a", "label": 1.0}, Labelled("a", None, 1)),  # as pandas writes a column that had gaps
+        ({"sentence": "a", "label": "1.0"}, Labelled("a", None, 1)),
         ({"sentence1": "a", "sentence2": "b", "label": 0}, Labelled("a", "b", 0)),
         ({"premise": "a", "hypothesis": "b", "label": 2}, Labelled("a", "b", 2)),
         ({"question": "a", "sentence": "b", "label": 0}, Labelled("a", "b", 0)),
@@ -60,7 +62,10 @@ def test_the_columns_that_are_read(row: object, wanted: Labelled) -> None:
         ({"text": " ", "label": 1}, "field 'text' is empty"),
         ({"sentence1": "a", "sentence2": "", "label": 1}, "field 'sentence2' is empty"),
         ({"text": 5, "label": 1}, "field 'text' is a number; wanted a string"),
-        ({"text": "a", "label": 0.5}, "field 'label' is a number; wanted a whole number or a name"),
+        ({"text": "a", "label": 0.5}, "field 'label' is 0.5; wanted a whole number or a name"),
+        ({"text": "a", "label": "0.5"}, "field 'label' is 0.5; wanted a whole number or a name"),
+        ({"text": "a", "label": float("nan")}, "field 'label' is nan; wanted a whole number or a name"),
+        ({"text": "a", "label": -1.0}, "field 'label' is -1, which is none"),
         ({"text": "a", "label": True}, "field 'label' is true/false"),
         ({"text": "a", "label": None}, "field 'label' is null"),
         ({"text": "a", "label": -1}, "field 'label' is -1, which is none: the rows of a test set"),
@@ -115,6 +120,18 @@ def test_labels_of_a_model_with_a_head_are_its_own() -> None:
     for label in (2, "maybe"):
         with pytest.raises(DataError, match=rf"label {label!r} is none of the model's 2: 0 \(no\), 1 \(yes\)"):
             labels_of(records(label), known)
+
+
+def test_a_model_whose_classes_are_called_by_numbers_is_asked_by_them() -> None:
+    """One that was trained on labels from 1 reads its own data as it did then."""
+    own = labels_of(records(2, 1, 1, 2))
+    assert own.names == ("1", "2")
+    again = labels_of(records(1, 1), own.names)
+    assert [again.numbers[label] for label in (1, 2)] == [0, 1]
+    for label in (0, 3):
+        with pytest.raises(DataError, match=rf"label {label} is none of the model's 2: 1, 2; relabel"):
+            labels_of(records(label), own.names)
+    assert labels_of(records(1, 0), ("01", "1")).numbers[1] == 1  # two names of one number: places count
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from compresso.data.formats import read_file
+from compresso.data.labelled import LABELLED
 from compresso.data.records import Instruction, Text
 from compresso.data.registry import load_records
 from compresso.errors import DataError
@@ -80,6 +82,49 @@ def test_bad_rows_of_a_table_are_skipped_and_counted_on_request(write) -> None:
     read = read_file(write("a.csv", b"text,id\na,1\nb\nc,2,3\nd,4\n"), skip_bad=True)
     assert (read.rows, read.n_bad) == ([Text("a"), Text("d")], 2)
     assert read.bad[1].endswith("a.csv:4: has 3 fields, the header 2. Repair it".removesuffix(". Repair it"))
+
+
+SENTENCES = ['"Begins with a mark.', "plain", 'ends with one"', 'a "word" in marks', '"all of it"', '"', "it's"]
+
+
+def test_a_tsv_without_quoting_keeps_every_line(write) -> None:
+    """As GLUE's files are: a quotation mark is a letter wherever it stands."""
+    content = "sentence\tlabel\n" + "".join(f"{one}\t{i % 2}\n" for i, one in enumerate(SENTENCES))
+    read = read_file(write("a.tsv", content), form=LABELLED)
+    assert [row.text for row in read.rows] == SENTENCES  # pyright: ignore
+    assert read.n_bad == 0
+
+
+def test_mrpc_as_it_is_published_keeps_every_pair(write) -> None:
+    rows = "".join(f'{i % 2}\t{i}\t{i + 99}\t"He said {i}.\t{i} said he."\n' for i in range(8))
+    read = read_file(write("a.tsv", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + rows), form=LABELLED)
+    assert [(row.text, row.second) for row in read.rows] == [  # pyright: ignore
+        (f'"He said {i}.', f'{i} said he."') for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("extra", [[], ["a\ttab"], ["a line\nbreak"]])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_tsv_that_was_quoted_comes_back(write, quoting: Any, extra: list[str], columns: int) -> None:
+    text, wanted = io.StringIO(), [*SENTENCES, *extra]
+    rows = [["text", "id"][:columns], *([one, "7"][:columns] for one in wanted)]
+    csv.writer(text, delimiter="\t", quoting=quoting).writerows(rows)
+    assert [row.text for row in read_file(write("a.tsv", text.getvalue())).rows] == wanted  # pyright: ignore
+
+
+def test_a_tsv_with_a_short_line_names_it_and_swallows_nothing(write) -> None:
+    content = "sentence\tlabel\n" + '"a\t0\nc"\t1\nb\nd\t1\n'
+    read = read_file(write("a.tsv", content), skip_bad=True, form=LABELLED)
+    assert [row.text for row in read.rows] == ['"a', 'c"', "d"] and read.n_bad == 1  # pyright: ignore
+    assert read.bad[0].endswith("a.tsv:4: has 1 fields, the header 2")
+
+
+def test_bad_quoting_of_a_csv_costs_its_own_line_alone(write) -> None:
+    content = 'text,id\n"a,1\nb,2\nc,3\n"d" e,4\n"f,\n2",5\n'
+    read = read_file(write("a.csv", content), skip_bad=True)
+    assert read.rows == [Text("b"), Text("c"), Text("f,\n2")] and read.n_bad == 2
+    assert [one.partition(":")[2].partition(":")[0] for one in read.bad] == ["2", "5"]
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_allows(write) -> None:

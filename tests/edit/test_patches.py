@@ -1,6 +1,8 @@
 """Patches as values: both forms that records hold come back as what was written, with their tensors."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from tests.edit.shifting import shift, shift_, shifts_known, unshift_
 from tests.edit.test_prefill import model_of
 
-from compresso.edit.patch import Patch, PatchKind, register
+from compresso.edit.patch import KINDS, Patch, PatchKind, register
 from compresso.edit.patches import TENSORS, patch_, read_patches, save_tensors, unpatch_, written
 from compresso.edit.prefill import prefill_patch
 from compresso.edit.round_inputs import round_inputs_patch
@@ -24,6 +26,19 @@ LINE = "round_inputs token model.layers.1.mlp.up_proj"
 def shifts() -> Iterator[None]:
     with shifts_known():
         yield
+
+
+def test_every_kind_is_known_to_a_process_that_only_reads_patches() -> None:
+    """Whatever else was imported: a checkpoint is opened by `compresso.load` alone."""
+    program = (
+        "import importlib, pkgutil, compresso.edit as package\n"
+        "from compresso.edit.patches import KINDS\n"
+        "known = set(KINDS)\n"
+        "for one in pkgutil.iter_modules(package.__path__): importlib.import_module('compresso.edit.' + one.name)\n"
+        "print(sorted(known), sorted(set(KINDS) - known))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"{sorted(KINDS.keys() - {'shift'})} []"
 
 
 def test_lines_of_release_0_1_are_read_and_written_as_they_were() -> None:

@@ -40,7 +40,8 @@ from compresso.data.records import (
     kind_of,
     printable,
 )
-from compresso.data.tables import TableRow, arrow_rows, parquet_rows, separated_rows
+from compresso.data.separated import comma_rows, tab_rows
+from compresso.data.tables import TableRow, arrow_rows, parquet_rows
 from compresso.errors import DataError, first_line
 
 _PACKED = ("", ".gz", ".zst")
@@ -189,9 +190,9 @@ def _objects(path: Path, suffix: str, form: RecordForm) -> Iterator[Found]:
         case ".txt":
             return _paragraphs(path)
         case ".csv":
-            return _table(separated_rows(path, ",", form))
+            return _table(comma_rows(path, form))
         case ".tsv":
-            return _table(separated_rows(path, "\t", form))
+            return _table(tab_rows(path, form))
         case ".parquet":
             return _table(parquet_rows(path, form))
         case ".arrow":

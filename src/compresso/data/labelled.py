@@ -4,10 +4,12 @@
     sentence1 + sentence2, premise + hypothesis, question1 + question2, question + sentence, text_a + text_b, or
         #1 String + #2 String (MRPC's own file), and label, gold_label (MNLI's) or Quality (MRPC's)
 
-A label is a whole number or a name. Names are numbered in alphabetical order, numbers in theirs, so the order of the
-rows decides nothing. A label of -1, which test sets have in the place of one, is none.
+A label is a whole number, 1.0 being one, or a name. Names are numbered in alphabetical order, numbers in theirs, so the
+order of the rows decides nothing. A label of -1, which test sets have in the place of one, is none. Of a model whose
+classes are called by whole numbers a number is that class, of any other the class at that place.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ _TEXTS = (
 _LABELS = ("label", "gold_label", "Quality")
 _WANTED = "text, sentence, or sentence1 + sentence2, and label"
 _HIDDEN = -1
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _TOGETHER = 512  # rows tokenised in one call
 
 
@@ -64,11 +67,16 @@ def parse_labelled(value: object) -> Labelled:
 def label_of(value: Mapping[object, object], named: str) -> int | str:
     """The label in a field: a whole number, or a name. Raises BadRecord for anything else, and for -1."""
     label = value[named]
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
     if isinstance(label, str):
         label = text_of(value, named).strip()
-        label = int(label) if label.removeprefix("-").isdecimal() else label
+        if _NUMBER.fullmatch(label):
+            label = float(label) if "." in label else int(label)
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise BadRecord(f"field '{named}' is {label:g}; wanted a whole number or a name")
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
     if label == "" or label == _HIDDEN:
         raise BadRecord(f"field '{named}' is {label!r}, which is none: the rows of a test set cannot be learned from")
     return label
@@ -121,10 +129,12 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
             f"{records.source}: labels are numbers ({ints[0]}) and names ({words[0]!r}); wanted one or the other"
         )
     if known is not None:
-        numbers: dict[int | str, int] = {name: i for i, name in enumerate(known)} | {i: i for i in range(len(known))}
+        called = _whole_numbers(known)
+        numbers: dict[int | str, int] = {name: i for i, name in enumerate(known)}
+        numbers |= {label: i for i, label in enumerate(called or range(len(known)))}
         for label in (*ints, *words):
             if label not in numbers:
-                listed = ", ".join(f"{i} ({name})" for i, name in enumerate(known[:8]))
+                listed = ", ".join(name if called else f"{i} ({name})" for i, name in enumerate(known[:8]))
                 raise DataError(
                     f"{records.source}: label {label!r} is none of the model's {len(known)}: {listed}; relabel the"
                     " rows, or start from a model without a head"
@@ -139,6 +149,13 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
         )
     found = [*ints, *words]
     return Labels(tuple(map(str, found)), {label: i for i, label in enumerate(found)})
+
+
+def _whole_numbers(names: Sequence[str]) -> list[int]:
+    """The numbers that classes are called by, all different; none where some are called otherwise."""
+    if not all(_NUMBER.fullmatch(name) and "." not in name for name in names):
+        return []
+    return found if len(set(found := [int(name) for name in names])) == len(found) else []
 
 
 def known_names(config: PreTrainedConfig) -> tuple[str, ...]:

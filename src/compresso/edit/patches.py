@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compresso.edit import context_gates as context_gates  # registers its kind
 from compresso.edit import prefill as prefill  # registers its kind
+from compresso.edit import quantise_inputs as quantise_inputs  # registers its kind
 from compresso.edit import round_inputs as round_inputs  # registers its kind
 from compresso.edit import slice_stream as slice_stream  # registers its kind
 from compresso.edit.patch import KINDS, Patch, kind_of, unknown
