@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.load import load_model
+from compresso.checkpoint.patched import stored_patches
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.data.batches import pad_id
@@ -19,7 +20,7 @@ from compresso.door import public
 from compresso.edit.context_gates import PATCH as GATES
 from compresso.edit.evict import evict_, parse
 from compresso.edit.gather import gather_inputs_
-from compresso.edit.patches import patch_, read_patches
+from compresso.edit.patches import patch_
 from compresso.errors import ArchError, CheckpointError, DataError
 
 
@@ -114,15 +115,14 @@ def load(
     prompt = _prompt(source)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype, device=device)
-    records = _records(source)
-    patches = read_patches(records.get("patches", ()), source.folder)
+    patches = stored_patches(source)
     patch_(model, patches)
     if eviction is not None:
         if any(patch.name == GATES for patch in patches):
             raise ArchError(f"--cache {cache!r}: learned gates decide what this model's cache holds; leave --cache out")
         evict_(model, eviction)
     if gather:
-        gather_inputs_(model, _orders(source, records))
+        gather_inputs_(model, _orders(source, _records(source)))
     return Loaded(model, tokenizer, prompt)
 
 

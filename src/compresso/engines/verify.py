@@ -5,7 +5,7 @@ there but could not be run is called "not checked", not "yes".
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from compresso.checkpoint.kinds import is_causal, is_text_encoder, sees
 from compresso.checkpoint.load import numbers_of
+from compresso.checkpoint.patched import patch_names
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
 from compresso.checkpoint.source import Source, open_source
@@ -23,7 +24,7 @@ from compresso.engines import registry
 from compresso.engines.context import UNGATED, context_parity
 from compresso.engines.encoder import verify_encoder
 from compresso.engines.parity import Engine, Format, Parity, Reference
-from compresso.engines.transformers import OWN, PLAIN, REMOTE
+from compresso.engines.transformers import OWN, PACKED, PLAIN, REMOTE
 from compresso.engines.written import load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
 from compresso.formats.sliced import is_cut
@@ -50,7 +51,7 @@ def verify(model: str | Path) -> list[Parity]:
         )
     if not is_causal(source.config):
         with scratch_folder() as scratch:
-            return verify_encoder(source, scratch)
+            return _alone(verify_encoder(source, scratch), source)
     with Progress().working("reading the model"):
         reference = load_for(Format.CHECKPOINT, source).reference()
     found: dict[str, Parity] = {}
@@ -59,10 +60,22 @@ def verify(model: str | Path) -> list[Parity]:
             due = [engine for engine in engines if _due(engine, found)]
             found |= {one.engine: one for one in parities(written, due, source, reference, scratch)}
     if not has_gates(source):
-        return list(found.values())
+        return _alone(found.values(), source)
     with Progress().working("decoding through the cache that frees"):
         own = context_parity(source)
     return [own, *(replace(one, reason=UNGATED) if one.opens == "yes" else one for one in found.values())]
+
+
+def _alone(found: Iterable[Parity], source: Source) -> list[Parity]:
+    """What engines computed, where it is less than what `compresso.load` opens: its forward patches are not there.
+    Folders with packed weights say themselves how activations are rounded.
+    """
+    names = patch_names(source)
+    reason = f"by its weights alone: {', '.join(names)} is what compresso.load adds" if names else ""
+    return [
+        replace(one, reason=reason) if reason and one.opens == "yes" and one.engine != PACKED.name else one
+        for one in found
+    ]
 
 
 def _due(engine: Engine, found: Mapping[str, Parity]) -> bool:

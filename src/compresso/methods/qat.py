@@ -197,12 +197,15 @@ class Qat:
             self.weight_scale == "matrix",
             leaving.of(axes),
         )
+        there = leaving.gone(rounded)
+        if there and not job.quiet:
+            log.warning("qat: %.1f %% of the weights that it rounds are 0 already and stay 0", 100 * there)
         prune_at = min(self.prune_at, total // 2)
         if not prune_at:
             leaving.prune_(rounded, axes)
         prune = partial(leaving.prune_, rounded, axes)
         facts = self._train(job, model, rounded, prune, total, prune_at) if total else {"updates": 0}
-        gone, ranges = leaving.gone(rounded), rounded.ranges()
+        gone, ranges = leaving.gone(rounded) - there, rounded.ranges()
         rounded.fold_()
         job = replace(job, model=cast_(job.model, stored).requires_grad_(False).eval())  # pyright: ignore
         if inputs.linears:
@@ -214,6 +217,7 @@ class Qat:
             **facts,
             zeros=_zeros(job.model, linears),
             sparsity=gone or None,
+            zero_before=there,
             bits=compressed.bits,
             activation_bits=None if self.input_bits == FULL else self.input_bits,
             activations_simulated=self.input_bits < 8,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.patched import patch_names, stored_patches
 from compresso.checkpoint.source import Source
 from compresso.edit.context_attention import keepers_of, refuse_foreign
 from compresso.edit.context_cache import ContextCache
 from compresso.edit.context_gates import PATCH as GATES
 from compresso.edit.evict import evict_, parse
-from compresso.edit.patches import patch_, read_patches
+from compresso.edit.patches import patch_
 from compresso.errors import ArchError
 from compresso.metrics.forward import check_ids
 from compresso.metrics.record import Environment, Measurement, Setting
@@ -29,7 +29,7 @@ CHUNK = 16
 
 def has_gates(source: Source) -> bool:
     """Whether learned gates decide what a model's cache holds, by the records of a run that wrote it."""
-    return any(isinstance(one, Mapping) and one.get("name") == GATES for one in _patches(source))
+    return GATES in patch_names(source)
 
 
 def check_rule(cache: str) -> None:
@@ -65,13 +65,7 @@ def hold_context_(model: PreTrainedModel, source: Source, cache: str | None) -> 
     if cache is not None:
         evict_(model, parse(cache))
     elif has_gates(source):
-        patch_(model, read_patches(_patches(source), source.folder))
-
-
-def _patches(source: Source) -> Sequence[Any]:
-    """The forward patches of a model's records; none where it has no records."""
-    path = None if source.folder is None else source.folder / "records.json"
-    return read_json(path).get("patches", ()) if path is not None and path.is_file() else ()
+        patch_(model, stored_patches(source))
 
 
 class ReadThrough:

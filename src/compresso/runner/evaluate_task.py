@@ -8,12 +8,14 @@ import torch
 
 from compresso.arch.context import positions_of
 from compresso.checkpoint.load import load_model
+from compresso.checkpoint.patched import stored_patches
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
 from compresso.data.registry import load_records
 from compresso.data.survival import left_out
+from compresso.edit.patches import patch_
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
@@ -30,7 +32,8 @@ MAX_LENGTH = 512
 def task_metric(
     source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None
 ) -> tuple[Measurement, ...]:
-    """The task's metric of a model on all examples, or on `limit` evenly spaced ones, named after the file.
+    """The task's metric of a model, as `compresso.load` opens it, on all examples, or on `limit` evenly spaced ones,
+    named after the file.
 
     Raises:
         RecipeError: an unknown task.
@@ -53,6 +56,7 @@ def task_metric(
     for sentence in left_out(encoded, length):
         log.warning("%s", sentence)
     model = as_stock(load_model(source, device=device)).eval()
+    patch_(model, stored_patches(source))
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]
     return tuple(

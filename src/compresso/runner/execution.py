@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
+from compresso.checkpoint.patched import weights_alone
 from compresso.checkpoint.workfolder import WorkFolder
 from compresso.data.template import apply_to_tokenizer_
 from compresso.edit.patches import written
@@ -126,6 +127,8 @@ class Execution:
         for stage, sentence in self.prepared.lacking.items():
             log.warning("%s: %s", stage, sentence)
         source, task = self.prepared.source, self.prepared.recipe.task
+        for sentence in weights_alone(source):
+            log.warning("%s", sentence)
         if not self._done and task.lacks_head(source.config):
             log.warning("%s has no head for %s: %s makes a new one", source.name, task.name, self._acts[0].name)
 

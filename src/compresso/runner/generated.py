@@ -28,8 +28,10 @@ from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import lock
 from compresso.checkpoint.load import load_model
+from compresso.checkpoint.patched import stored_patches
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.storage import storage_errors
+from compresso.edit.patches import patch_
 from compresso.errors import DataError
 from compresso.training.device import choose_device
 from compresso.training.launch import processes
@@ -152,6 +154,7 @@ def _written(name: str, source: Source, quiet: bool) -> Path:
     with lock(file), storage_errors(file):
         device = choose_device("auto")
         model = load_model(source, torch.float32 if device.type == "cpu" else None, device)
+        patch_(model, stored_patches(source))
         parts = file.with_suffix(".parts")
         parts.mkdir(parents=True, exist_ok=True)
         windows = torch.cat(list(_parts(model, how, parts, Progress("silent" if quiet else "auto"))))

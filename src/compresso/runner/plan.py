@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from compresso.arch.context import tokens_of_picture, unit_of_picture
+from compresso.checkpoint.patched import weights_alone
 from compresso.checkpoint.source import Source, open_source
 from compresso.runner.activations import activation_bytes
 from compresso.runner.data_facts import data_facts
@@ -141,6 +142,7 @@ def plan(
     if where.known is not None:
         beside = [one for one in stages if one["memory_bytes_estimated"] is not None]
         shown.notes += room(where, [*training, *compressed, *beside], shown.stages)
+    shown.notes += weights_alone(source)
     if recipe.task.lacks_head(source.config):
         shown.notes.append(f"counted with {recipe.task.head}")
     fewer = any(name.endswith(".heads") and kept < size for name, (kept, size) in shown.shapes.items())

@@ -107,7 +107,14 @@ class ImageClassification:
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By what is left of the lead over the most frequent label."""
         n = pruned.get("examples")
-        return judge_labels(dense.get(ACCURACY), pruned.get(ACCURACY), pruned.get(GUESS), None if n is None else int(n))
+        return judge_labels(
+            dense.get(ACCURACY),
+            pruned.get(ACCURACY),
+            pruned.get(GUESS),
+            None if n is None else int(n),
+            losses=(dense.get("loss"), pruned.get("loss")),
+            labels=config.num_labels,
+        )
 
 
 IMAGE_CLASSIFICATION = ImageClassification()

@@ -131,6 +131,8 @@ class Segmentation:
             None if n is None else int(n),
             what="mIoU",
             guessing="the most frequent class",
+            losses=(dense.get("loss"), pruned.get("loss")),
+            labels=config.num_labels,
         )
 
 

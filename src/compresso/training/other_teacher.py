@@ -19,9 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compresso.checkpoint.hub import is_hub_name
 from compresso.checkpoint.kinds import auto_class, of_pictures, sees
 from compresso.checkpoint.load import load_model, meta_model
+from compresso.checkpoint.patched import stored_patches
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source, open_source
 from compresso.core.picture import PixelInput
+from compresso.edit.patches import patch_
 from compresso.errors import RecipeError
 from compresso.training.halves import Halves
 
@@ -99,8 +101,12 @@ def shaped_teacher(teacher: str) -> PreTrainedModel:
 
 
 def read_teacher(teacher: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The teacher, frozen. Raises CheckpointError, NumericError, ResourceError as `load_model`."""
-    model = load_model(open_teacher(teacher), dtype=dtype, device=device)
+    """The teacher as `compresso.load` opens it, frozen. Raises CheckpointError, NumericError, ResourceError as
+    `load_model`, ArchError for an unknown forward patch.
+    """
+    source = open_teacher(teacher)
+    model = load_model(source, dtype=dtype, device=device)
+    patch_(model, stored_patches(source))
     return model.requires_grad_(False).eval()
 
 

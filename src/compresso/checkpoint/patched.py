@@ -1,0 +1,35 @@
+"""The forward patches that a written folder names: what `compresso.load` adds to its weights, and nothing else does."""
+
+from compresso.checkpoint.folder import read_json
+from compresso.checkpoint.source import Source
+from compresso.edit.patch import Patch
+from compresso.edit.patches import Written, read_patches
+
+
+def stored_patches(source: Source) -> tuple[Patch, ...]:
+    """The patches of a model's records, in the order of application; none where it has no records.
+
+    Raises:
+        ArchError: one is unknown.
+        CheckpointError: a tensor of one is missing.
+    """
+    return read_patches(written_patches(source), source.folder)
+
+
+def patch_names(source: Source) -> tuple[str, ...]:
+    """What they are called, each once."""
+    names = [one.partition(" ")[0] if isinstance(one, str) else str(one.get("name")) for one in written_patches(source)]
+    return tuple(dict.fromkeys(names))
+
+
+def written_patches(source: Source) -> list[Written]:
+    """The patches as records hold them."""
+    path = None if source.folder is None else source.folder / "records.json"
+    return list(read_json(path).get("patches", ())) if path is not None and path.is_file() else []
+
+
+def weights_alone(source: Source) -> list[str]:
+    """What a run does not take over of a model that another run wrote, a sentence; nothing for most."""
+    names = patch_names(source)
+    adds = f"{source.name}: a run starts from its weights alone, without what compresso.load adds: {', '.join(names)}"
+    return [adds] if names else []
