@@ -79,6 +79,7 @@ def train(options: argparse.Namespace) -> None:
         "warmup": 3,
         "clip": 1.0,
         "save_every": 5,
+        "precision": options.precision,
     }
     gates = {
         "keep_context": 0.5,
@@ -286,6 +287,7 @@ def main() -> None:
     one.set_defaults(go=train)
     one.add_argument("--what", choices=("gates", "gates-adapters", "adapters"), default="gates")
     one.add_argument("--updates", type=int, default=200)
+    one.add_argument("--precision", choices=("auto", "no", "bf16"), default="auto")
     one.add_argument("--batch", type=int, default=1)
     one.add_argument("--micro-batch", type=int, default=1)
     one.add_argument("--lr", type=float, default=5e-4)

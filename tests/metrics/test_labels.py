@@ -112,6 +112,30 @@ def test_the_guard_refuses_what_is_no_better_than_a_guess_even_of_a_small_lead()
     assert "refused up to 60.0%" in found.message()
 
 
+@pytest.mark.parametrize(
+    ("dense", "pruned", "verdict"),
+    [
+        (0.69, 0.7, "unchecked"),  # 53 % of 32 examples are told apart from a guess by nothing
+        (0.69, 2.0, "warn"),
+        (0.69, 13_721.0, "refuse"),
+        (1.2, 2.0, "unchecked"),  # a dense model that is as sure of what is wrong
+    ],
+)
+def test_the_guard_judges_a_loss_where_accuracies_say_nothing(dense: float, pruned: float, verdict: str) -> None:
+    found = judge_labels(0.688, 0.531, 0.531, 32, losses=(dense, pruned), labels=2)
+    assert found.verdict == verdict
+    if verdict != "unchecked":
+        assert f"went from {dense:.4g} to {pruned:.4g} nats, where a uniform guess has 0.693" in found.message()
+    else:
+        assert "68.8% on 32 held-out examples is within two standard errors of" in found.message()
+        assert "(53.1%, so up to 70.7%), and what it lost cannot be told" in found.message()
+
+
+def test_a_loss_is_no_reason_to_refuse_a_classifier_that_is_right() -> None:
+    assert judge_labels(0.9, 0.89, 0.5, 1000, losses=(0.3, 0.8), labels=2).verdict == "ok"
+    assert judge_labels(0.9, 0.89, 0.5, 1000, losses=(0.3, None), labels=2).verdict == "ok"
+
+
 def test_the_guard_says_what_it_could_not_check() -> None:
     assert "for want of data" in judge_labels(None, 0.9, 0.5, 10).message()
     assert "so it has nothing to lose" in judge_labels(0.5, 0.5, 0.5, 10).message()

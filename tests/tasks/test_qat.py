@@ -18,14 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import compresso
+from compresso.checkpoint.source import open_source
 from compresso.edit.patches import unpatch_
 from compresso.edit.quantise_inputs import behind_activations
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.methods.qat import Qat
 from compresso.report.records import RunRecords
+from compresso.runner.evaluate_task import task_metric
 from compresso.runner.options import with_options
 from compresso.runner.run import run
+from compresso.tasks import classification
+from compresso.training.other_teacher import read_teacher
 
 SETS = (
     *("stages.finetune.steps=60", "stages.finetune.lr=3.0e-3"),
@@ -90,6 +94,46 @@ def test_it_opens_in_transformers_and_with_its_activations_in_compresso(made: di
         assert not torch.equal(plain(**texts).logits, ours(**texts).logits)
         unpatch_(ours)
         torch.testing.assert_close(plain(**texts).logits, ours(**texts).logits)
+
+
+@pytest.mark.slow
+def test_what_reads_it_computes_with_its_activations_or_says_that_it_does_not(
+    made: dict[str, Path], moods: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored, as a teacher, and by engines, which know nothing of them."""
+    folder, read = made["qat/w4a4"], list[nn.Module]()
+    scored = classification.label_score
+    monkeypatch.setattr(
+        classification, "label_score", lambda model, *rest: (read.append(model), scored(model, *rest))[1]
+    )
+    task_metric(open_source(folder), "classification", moods, torch.device("cpu"), 8)
+    read.append(read_teacher(str(folder), torch.float32, torch.device("cpu")))
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        rounded, scores, taught = (one(ids).logits for one in (compresso.load(folder).model, *read))
+    assert torch.equal(scores, rounded) and torch.equal(taught, rounded)
+    found = compresso.verify(folder)
+    opened = [one for one in found if one.opens == "yes"]
+    assert opened and {one.reason for one in opened} == {
+        "by its weights alone: quantise_inputs is what compresso.load adds"
+    }
+
+
+@pytest.mark.slow
+def test_a_run_on_a_rounded_model_says_what_it_begins_with(
+    made: dict[str, Path], moods: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = made["qat/w4a4"]
+    alone = "qat-w4a4: a run starts from its weights alone, without what compresso.load adds: quantise_inputs"
+    assert alone in compresso.plan("qat/w4a4", folder, data=moods, task="classification")["notes"]
+    raw = with_options("qat/w4a4", model=str(folder), task="classification", sets=["stages.qat.steps=1"])
+    records = run(raw, folder, moods, output=tmp_path / "again", measure="none", allow_collapsed=True).records
+    assert alone in caplog.messages
+    facts = records["stages"]["qat"]
+    assert facts["sparsity"] is None and facts["zero_before"] > 0
+    assert f"qat: {100 * facts['zero_before']:.1f} % of the weights that it rounds are 0 already" in caplog.text
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "% zeros by qat" not in card and "quantised by qat/w4a4" in card and "pruned and quantised" not in card
 
 
 @RUNS
