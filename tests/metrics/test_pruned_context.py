@@ -2,6 +2,8 @@
 masked forward; shares and bytes are counted by hand.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,13 +11,23 @@ import pytest
 import torch
 from transformers import Gemma2Config, PreTrainedModel
 
+import compresso
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
 from compresso.edit.context_attention import keepers_of
 from compresso.edit.context_cache import BLOCK
+from compresso.edit.prefill import prefill_patch
 from compresso.errors import ArchError
 from compresso.metrics.forward import window_logits
-from compresso.metrics.pruned_context import CHUNK, ReadThrough, check_cache, has_gates, hold_context_, reading
+from compresso.metrics.pruned_context import (
+    CHUNK,
+    ReadThrough,
+    check_cache,
+    has_gates,
+    hold_context_,
+    left_out,
+    reading,
+)
 from compresso.metrics.record import Environment
 from tests.edit.test_context_gates import dense, gated
 from tests.edit.test_evict import forgetful
@@ -95,6 +107,29 @@ def test_a_folder_with_gates_says_so_and_gets_them(tiny_folder: Path, tmp_path: 
     assert len(keepers_of(other)) == 3
     with pytest.raises(ArchError, match=r"--cache 'h2o:0\.5': learned gates decide what the cache of gated holds"):
         check_cache(source, "h2o:0.5")
+
+
+def test_a_folder_that_skips_layers_is_timed_so_and_rounding_is_left_out_aloud(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What computes less is what speed is about; what computes integers by full numbers has no engine's speed."""
+    folder = tmp_path / "patched"
+    shutil.copytree(tiny_folder, folder)
+    rounds = "round_inputs token model.layers.0.mlp.up_proj"
+    (folder / "records.json").write_text(json.dumps({"patches": ["skip_in_prefill 1", rounds]}))
+    source = open_source(folder)
+    model, skips, all_of_it = load_model(source), load_model(source), compresso.load(folder).model
+    skip = prefill_patch([1])
+    skip.apply_(skips)
+    hold_context_(model, source, None)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        held, wanted, other, plain = (one(ids).logits for one in (model, skips, all_of_it, load_model(source)))
+    assert torch.equal(held, wanted) and not torch.equal(held, plain) and not torch.equal(held, other)
+    assert left_out(source) == [
+        "patched: measured by its weights alone, without round_inputs, which compresso.load computes with full numbers"
+    ]
+    assert left_out(open_source(tiny_folder)) == []
 
 
 def test_attention_that_is_not_patched_is_refused_by_its_config(tmp_path: Path) -> None:

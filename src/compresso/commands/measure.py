@@ -5,6 +5,7 @@ their own, while this one holds no weights; then all models are loaded together,
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from compresso.errors import CheckpointError, DataError, ResourceError, nearest
 from compresso.metrics.forward import context_of
 from compresso.metrics.latency import speed_measurements
 from compresso.metrics.memory import peak_memory
-from compresso.metrics.pruned_context import check_cache, check_rule, has_gates, hold_context_
+from compresso.metrics.pruned_context import check_cache, check_rule, has_gates, hold_context_, left_out
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 from compresso.metrics.report_file import report_path, write_report_file
 from compresso.metrics.size import size_measurements
@@ -39,6 +40,8 @@ __all__ = ["batch_sizes", "measure", "show"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES, BATCHES_ON_GPU = (1, 8), (1, 8, 32)
 WARMUP = 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def measure(
             whole = plan.whole.get(name)
             live[name] = load_model(source, plan.dtype, plan.device) if whole is None else _sharing(live[whole])
             found[name] += size_measurements(live[name], source.folder, Environment.here(plan.device))
+        for sentence in dict.fromkeys(one for source in plan.sources.values() for one in left_out(source)):
+            log.warning("%s", sentence)
         for name, source in plan.sources.items():  # now that all are copied
             hold_context_(live[name], source, plan.caches.get(name))
         speeds = speed_measurements(

@@ -19,12 +19,16 @@ from compresso.edit.context_cache import ContextCache
 from compresso.edit.context_gates import PATCH as GATES
 from compresso.edit.evict import evict_, parse
 from compresso.edit.patches import patch_
+from compresso.edit.prefill import PATCH as PREFILL
 from compresso.errors import ArchError
 from compresso.metrics.forward import check_ids
 from compresso.metrics.record import Environment, Measurement, Setting
 
 CHUNK = 16
 """Tokens that are read at a time."""
+
+LESS = (GATES, PREFILL)
+"""Patches under which a model computes less than its weights say."""
 
 
 def has_gates(source: Source) -> bool:
@@ -55,17 +59,26 @@ def check_cache(source: Source, cache: str | None) -> None:
 
 
 def hold_context_(model: PreTrainedModel, source: Source, cache: str | None) -> None:
-    """Put on a model what decides what its cache holds, in place: a rule or its own gates; neither leaves it as it is.
+    """Put on a model what lets it compute less than its weights say, in place: a rule of its cache, or what its own
+    records name of the kind, gates and layers that are skipped in prefill; neither leaves it as it is.
 
     Raises:
-        ArgumentError, ArchError: as `check_cache`, or gates that do not fit the model.
+        ArgumentError, ArchError: as `check_cache`, or patches that do not fit the model.
         CheckpointError: the tensors of its gates are missing.
     """
     check_cache(source, cache)
+    patch_(model, [patch for patch in stored_patches(source) if patch.name in LESS])
     if cache is not None:
         evict_(model, parse(cache))
-    elif has_gates(source):
-        patch_(model, stored_patches(source))
+
+
+def left_out(source: Source) -> list[str]:
+    """What is measured without, a sentence: patches that compute with full numbers what an engine would with few bits,
+    so that their time is no engine's; nothing for most models.
+    """
+    names = [name for name in patch_names(source) if name not in LESS]
+    told = f"{source.name}: measured by its weights alone, without {', '.join(names)}, which compresso.load computes"
+    return [f"{told} with full numbers"] if names else []
 
 
 class ReadThrough:
