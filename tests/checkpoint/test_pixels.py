@@ -36,6 +36,12 @@ def test_colours_are_scaled_and_shifted_as_the_file_says(vit: Path) -> None:
     assert found.tolist() == pytest.approx([(0.2 - 0.4) / 0.2, (1 - 0.5) / 0.25, (0 - 0.6) / 0.5], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["do_reduce_labels", "reduce_labels"])
+def test_maps_may_begin_at_one(vit: Path, name: str) -> None:
+    assert pixel_input(saying(vit, {name: True})).reduced
+    assert not pixel_input(saying(vit, {name: False})).reduced and not pixel_input(saying(vit, {})).reduced
+
+
 def test_a_model_may_see_blue_first_and_no_shift(vit: Path) -> None:
     fields = {"image_processor": {"do_normalize": False, "do_flip_channel_order": True}}
     seen = pixel_input(saying(vit, fields, "processor_config.json"))

@@ -200,6 +200,9 @@ def written(path: Path, given: list[dict[str, Any]]) -> Path:
     return path
 
 
+REDUCED = PixelInput(SIDE, SIDE, reduced=True)
+
+
 def encoded(path: Path, names: tuple[str, ...] | None = None, passed_over: int = 255) -> Any:
     return encode_mapped(load_records(path, form=MAPPED), PixelInput(SIDE, SIDE), passed_over, names)
 
@@ -243,6 +246,28 @@ def test_a_number_that_is_passed_over_is_no_class(tmp_path: Path) -> None:
     found = encoded(written(tmp_path / "train.parquet", cells(6)), passed_over=4)
     assert found.labels == NAMES[:4]
     assert 255 in found.rows[2]["picture"].classes.unique().tolist()
+
+
+def test_maps_that_begin_at_one_are_those_that_begin_at_zero(tmp_path: Path) -> None:
+    """Where preprocessor_config.json says so (do_reduce_labels): 0 is passed over, as 255 is."""
+    made = [scene(seed, SIDE) for seed in range(4)]
+    maps = [torch.where(c == 4, torch.tensor(255, dtype=torch.uint8), c) for _, c, _ in made]
+    lifted = [torch.where(c == 255, torch.tensor(0, dtype=torch.uint8), c + 1) for c in maps]
+    lifted[1][:2] = 255
+    maps[1][:2] = 255
+    rows = [
+        [{"image": {"bytes": png(p)}, "label": {"bytes": png(c)}} for (p, *_), c in zip(made, some, strict=True)]
+        for some in (maps, lifted)
+    ]
+    plain, reduced = (
+        encode_mapped(load_records(written(tmp_path / f"{i}.parquet", one), form=MAPPED), inputs, 255, NAMES[:4])
+        for i, (one, inputs) in enumerate(zip(rows, (PixelInput(SIDE, SIDE), REDUCED), strict=True))
+    )
+    for one, other in zip(plain.rows, reduced.rows, strict=True):
+        assert torch.equal(one["picture"].classes, other["picture"].classes)
+    said = r"the label map has the class 4; the model has 3 \(1 to 3\), and 0 and 255 are passed over"
+    with pytest.raises(DataError, match=said):
+        encode_mapped(load_records(tmp_path / "1.parquet", form=MAPPED), REDUCED, 255, NAMES[:3])
 
 
 def blank(cell: dict[str, Any]) -> dict[str, Any]:

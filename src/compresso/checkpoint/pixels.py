@@ -1,8 +1,9 @@
 """How a model sees pictures: its preprocessor_config.json, which image processors of transformers write.
 
 Of its fields those are taken that change values: whether colours are scaled to 0..1, shifted by a mean and a deviation,
-and in which order they come. The size is the config's own (SegFormer's has none: `stages.py`). Departure:
-pictures are brought to that size as they are, where some processors (MobileViT's) cut the middle out of a larger one.
+and in which order they come; and whether numbers of label maps begin at 1. The size is the config's own (SegFormer's
+has none: `stages.py`). Departure: pictures are brought to that size as they are, where some processors (MobileViT's)
+cut the middle out of a larger one.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from compresso.core.picture import PixelInput
 from compresso.errors import CheckpointError
 
 _SCALE = 1 / 255
+_REDUCED = ("do_reduce_labels", "reduce_labels")
+"""Whether 0 in a label map is no class; the second name is an older one."""
 _IN_PATCHES = ("vit", "deit")
 """Families that cut pictures into patches; MobileViT stretches its feature maps until they divide."""
 
@@ -44,7 +47,8 @@ def pixel_input(source: Source) -> PixelInput:
     mean, std = ((0.0,), (1.0,))
     if fields.get("do_normalize", "image_mean" in fields):
         mean, std = _three(fields, "image_mean", path.name), _three(fields, "image_std", path.name)
-    return PixelInput(height, width, mean, std, fields.get("do_flip_channel_order", False) is True)
+    flipped = fields.get("do_flip_channel_order", False) is True
+    return PixelInput(height, width, mean, std, flipped, any(fields.get(name) is True for name in _REDUCED))
 
 
 def _three(fields: Mapping[str, Any], name: str, file: str) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ class PixelInput:
         height, width: that pictures are brought to.
         mean, std: by channel, of colours from 0 to 1; (0,) and (1,) leave them there.
         bgr: whether blue comes first.
+        reduced: whether 0 in a label map is no class, and each other number the class before it (ADE20K's maps).
     """
 
     height: int
@@ -28,6 +29,7 @@ class PixelInput:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     bgr: bool = False
+    reduced: bool = False
 
     @cached_property
     def _shift(self) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@
     FOLDER/images/NAME.png (or .jpg), FOLDER/labels/NAME.png: files of the same name
 
 A label map is a PNG with one channel, whose numbers are the classes. One number, 255 where the model's config does not
-say another (`semantic_loss_ignore_index`), marks pixels that are passed over. A map of nothing else teaches nothing: it
+say another (`semantic_loss_ignore_index`), marks pixels that are passed over; where preprocessor_config.json says
+do_reduce_labels, so does 0, and each other number is the class before it. A map of nothing else teaches nothing: it
 is left out with its picture, and counted.
 """
 
@@ -97,12 +98,17 @@ def encode_mapped(
         record = records.rows[i]
         assert isinstance(record, Mapped)  # the form of the task
         pixels, classes = _read(records, i, record)
+        if inputs.reduced:
+            none = (classes == 0) | (classes == passed_over)
+            classes = torch.where(none, torch.tensor(passed_over, dtype=torch.uint8), classes - 1)
         known = classes != passed_over
         top = int(classes[known].max()) if bool(known.any()) else 0
         if names is not None and top >= len(names):
+            first = int(inputs.reduced)
+            beside = f"0 and {passed_over} are" if inputs.reduced else f"{passed_over} is"
             raise DataError(
-                f"{records.place(i)}: the label map has the class {top}; the model has {len(names)} (0 to"
-                f" {len(names) - 1}), and {passed_over} is passed over. Relabel the map, or start from a model without"
+                f"{records.place(i)}: the label map has the class {top + first}; the model has {len(names)} ({first} to"
+                f" {len(names) - 1 + first}), and {beside} passed over. Relabel the map, or start from a model without"
                 " a head"
             )
         if top == IGNORED:
