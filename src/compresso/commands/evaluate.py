@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands.evaluate_dimensions import trust_results
-from compresso.commands.evaluate_trust import (
-    SUITES,
-    TrustOptions,
-    check_suite_words,
-    refusal_results,
-    refuse_options_of,
-)
+from compresso.commands.evaluate_refusal import refusal_results
+from compresso.commands.trust_options import SUITES, TrustOptions, check_suite_words, refuse_options_of
 from compresso.data.prompt import Prompt, collaborative_prompt
 from compresso.door import public
 from compresso.errors import CheckpointError, DataError, nearest

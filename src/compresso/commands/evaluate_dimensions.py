@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from compresso.checkpoint.source import Source
-from compresso.commands.evaluate_trust import TrustOptions, journal_of, opened, place_of
+from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
 from compresso.commands.trust_scorer import opened_scorer
 from compresso.loading import load
 from compresso.metrics.held import HeldLoss

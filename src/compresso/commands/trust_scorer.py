@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from compresso.checkpoint.kinds import auto_class
 from compresso.checkpoint.source import open_source
 from compresso.checkpoint.tokenizer import has_tokenizer
-from compresso.commands.evaluate_trust import place_of
+from compresso.commands.trust_options import place_of
 from compresso.errors import ArchError, CheckpointError
 from compresso.loading import load
 from compresso.metrics.trust.dimensions.toxicity import Scorer

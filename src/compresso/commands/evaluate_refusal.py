@@ -1,5 +1,4 @@
-"""`compresso evaluate --suite refusal` and `--suite trust`: a model asked what it should not answer, alone or against
-the dense one.
+"""`compresso evaluate --suite refusal`: a model asked what it should not answer, alone or against the dense one.
 
 Models are asked one after the other, each in memory alone; a judge reads the answers when they are gone.
 """
@@ -10,20 +9,19 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from compresso.checkpoint.source import Source, open_source
+from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
-from compresso.checkpoint.writes_text import refuse_textless
-from compresso.errors import CheckpointError, DataError, nearest
+from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
+from compresso.errors import CheckpointError, DataError
 from compresso.loading import load
 from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Change, Environment, ModelResults, Setting
 from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template
 from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
-from compresso.metrics.trust.journal import Journal, Journalled
+from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.judge import Agreement, Labelled, ModelJudge, agreement, labelled_answers
 from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, benign_prompts, harmful_prompts
 from compresso.metrics.trust.refusal_suite import (
@@ -41,34 +39,6 @@ from compresso.metrics.trust.strata import Limit, limit_of
 from compresso.training.progress import Progress
 
 log = logging.getLogger(__name__)
-SUITES = ("refusal", "trust")
-_TRUST_ALONE = ("--scoring", "--generations", "--scorer", "--scorer-label")
-
-
-@dataclass(frozen=True)
-class TrustOptions:
-    """What these suites alone take, as `evaluate` says."""
-
-    prompts: str | Path | None = None
-    benign: str | Path | None = None
-    judge: str | Path | None = None
-    judge_labels: str | Path | None = None
-    against: str | Path | None = None
-    answers: str | Path | None = None
-    new_tokens: int | None = None
-    scoring: str = "likelihood"
-    generations: int = 25
-    scorer: str | Path | None = None
-    scorer_label: str | None = None
-    attention: bool = False
-
-    def given(self) -> list[str]:
-        """The options that are not as they stand here, as they are typed."""
-        return [
-            f"--{name.replace('_', '-')}"
-            for name, value in vars(self).items()
-            if value != type(self).__dataclass_fields__[name].default
-        ]
 
 
 @dataclass
@@ -80,28 +50,6 @@ class Refusals:
     asked: list[Asked]
     loss: HeldLoss
     looks: Looks = field(default_factory=dict[str, dict[str, float]])
-
-
-def refuse_options_of(suite: str | None, options: TrustOptions) -> None:
-    """Raise DataError for options that a suite does not take."""
-    takes = {
-        "refusal": {
-            "--prompts",
-            "--benign",
-            "--judge",
-            "--judge-labels",
-            "--against",
-            "--answers",
-            "--new-tokens",
-            "--attention",
-        },
-        "trust": {"--against", "--answers", *_TRUST_ALONE},
-    }.get(suite or "", set[str]())
-    for option in options.given():
-        if option not in takes:
-            owners = "--suite trust" if option in _TRUST_ALONE else "--suite refusal"
-            owners = "--suite refusal or trust" if option in ("--against", "--answers") else owners
-            raise DataError(f"{option} belongs to {owners}; leave it out, or give that suite")
 
 
 def refusal_results(
@@ -259,63 +207,3 @@ def _settings(
         "judge": None if judge is None else judge.name,
         "collaborative_prompt": prompt,
     }
-
-
-def opened(path: str | Path, option: str) -> Source:
-    """A model that an option names. Raises CheckpointError, naming the option."""
-    try:
-        source = open_source(path, packed=True)
-    except CheckpointError as error:
-        raise CheckpointError(f"{option}: {error}") from error
-    if not source.tensors:
-        raise CheckpointError(f"{option} {path} has no weights; give a folder of safetensors or a GGUF file")
-    refuse_textless(source, f"{option} takes models that write text")
-    return source
-
-
-def place_of(source: Source) -> Path:
-    """The file or folder that a model's weights are read from."""
-    place = source.file or source.folder
-    assert place is not None  # what has weights lies somewhere
-    return place
-
-
-def journal_of(folder: str | Path | None, source: Source, same: Mapping[str, Setting]) -> Journal | None:
-    """The journal of a model's answers in a folder that was named; None where none was.
-
-    Raises:
-        DataError: a file goes by that name.
-        ResumeError: its answers were asked otherwise.
-    """
-    if folder is None:
-        return None
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--answers {folder} is a file; name a folder, which keeps each model's answers")
-    digest = hashlib.sha256(json.dumps(dict(same), sort_keys=True).encode()).hexdigest()[:12]
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.name)[:60]
-    return Journal(folder / f"{name}-{digest}.jsonl", same)
-
-
-def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, protocol: str | None) -> None:
-    """Raise DataError for words that do not go with one of these suites."""
-    if corpus is not None or protocol is not None:
-        raise DataError(
-            f"--suite {suite} goes without --corpus and --protocol; evaluate perplexity in a call of its own"
-        )
-    refuse_options_of(suite, options)
-    if options.scoring not in ("likelihood", "sampled"):
-        raise DataError(
-            f"--scoring '{options.scoring}' is unknown; {nearest(options.scoring, ('likelihood', 'sampled'))}"
-        )
-    if options.scorer is not None and options.scoring == "likelihood":
-        raise DataError("--scorer is for texts, and --scoring likelihood writes none to read; give --scoring sampled")
-    if options.scorer_label is not None and options.scorer is None:
-        raise DataError("--scorer-label is a label of --scorer, and none was named; give both")
-    if options.scoring == "likelihood" and "--generations" in options.given():
-        raise DataError(
-            f"--generations {options.generations} says how many texts are drawn, and --scoring likelihood draws none;"
-            " leave it out, or give --scoring sampled"
-        )
-    if options.generations < 1:
-        raise DataError(f"--generations {options.generations}: wanted at least 1")
