@@ -19,12 +19,11 @@ from compresso.edit.patches import patch_
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, DataError
 from compresso.metrics.record import Environment, Measurement
+from compresso.report.cures import TRAINED_FOR
 from compresso.tasks.base import Reading, task_named, tasks
 
 log = logging.getLogger(__name__)
 
-TASK = "trained_for"
-"""The setting that tells these numbers from those of models that write text."""
 MAX_LENGTH = 512
 """Tokens that are read of an example, where the model's context holds as many."""
 
@@ -61,7 +60,7 @@ def task_metric(
     name = records.source.partition(".")[0]
     return tuple(
         one.model_copy(
-            update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, TASK: known.name}}
+            update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, TRAINED_FOR: known.name}}
         )
         for one in found
     )

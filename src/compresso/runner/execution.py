@@ -23,7 +23,7 @@ from compresso.errors import CollapseError, ResumeError
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
-from compresso.runner.evaluated import DENSE, PRUNED, FinalEvaluation
+from compresso.runner.evaluated import COMPRESSED, DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, new_job, reader, saved_dense, with_weights
 from compresso.runner.offload import offloaded_job, opened_offloaded
@@ -99,13 +99,13 @@ class Execution:
         """
         owed = self._acts[len(self._done) - 1].target if self._done else ""
         if owed and not self._work.has_target(owed):  # its stage had finished, and the guard refused it
-            self._after = scored(self.job, PRUNED)
+            self._after = scored(self.job, COMPRESSED)
             self._write(self._work.target(owed), replaces=True)
         for index, act in enumerate(self._acts):
             if index >= len(self._done):
                 self._run_stage(index, act)
         if self._after is None:  # no data, or a resumed run found all stages done
-            self._after = scored(self.job, PRUNED)
+            self._after = scored(self.job, COMPRESSED)
         output = self.prepared.output
         facts = broadcast(
             self._accelerator, self._gather() if self.targets else self._write(output, self.wishes.overwrite)
@@ -157,7 +157,7 @@ class Execution:
         if (sentence := self.prepared.lacking.get(label)) is not None:
             job = job.note(label, lacking_kinds=sentence)
         makes_dense = card(act.name).makes_dense
-        self._after = scored(job, DENSE if makes_dense else PRUNED)
+        self._after = scored(job, DENSE if makes_dense else COMPRESSED)
         self.job = job = job.note(label, left=left(job, self._after, self.prepared.corpus()))
         if self._speaks and (emptied := filled_now(job.records, label)):
             log.warning(
