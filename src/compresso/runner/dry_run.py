@@ -47,6 +47,7 @@ from compresso.stage import (
     Compresses,
     Effects,
     FitsModel,
+    KeepsZeros,
     Learning,
     Learns,
     Merges,
@@ -128,6 +129,7 @@ class DryRun:
         layouts: layout -> why it could not hold these shapes, or None if it can.
         lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
         lost: what is lost of what an earlier run did to the model; "" for nothing.
+        own_zeros: stages that keep zeros where none before them makes any, so that the model has to bring its own.
     """
 
     before: dict[str, Any]
@@ -139,6 +141,7 @@ class DryRun:
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
     lacking: dict[str, str] = field(default_factory=dict[str, str])
     lost: str = ""
+    own_zeros: list[str] = field(default_factory=list[str])
 
 
 def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> DryRun:
@@ -191,6 +194,11 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         if isinstance(stage, ChecksProcesses):
             stage.check_processes(launched() if processes is None else processes)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
+        if isinstance(stage, KeepsZeros) and not any(
+            one.compressed and one.compressed.sparsity for one in shown.stages
+        ):
+            shown.own_zeros.append(name)
+            shown.notes.append(f"{name} keeps zeros and no stage before it makes any: they have to be the model's own")
         rounded = _last_to_round(rounded, act.name, compressed)
         if earlier and not rounded and not shown.lost and card(act.name).effects & (Effects.SHAPES | Effects.WEIGHTS):
             shown.lost = lost(source, name, earlier)

@@ -34,7 +34,7 @@ from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import save_stage
 from compresso.runner.trust_check import Trust, TrustCheck
-from compresso.stage import card
+from compresso.stage import KeepsZeros, card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast
 from compresso.wording import worded
@@ -84,6 +84,8 @@ class Execution:
         self._dense = dense_of(prepared, self._done)
         with self.job.progress().working("reading the weights"):
             self.job, self._before = with_weights(self.job, prepared, self._dense, self._done)
+        if not self._done:
+            self._check_zeros()
         self._score: Score | None = None
         self._after: Score | None = None
         if not self._before and not card(self._acts[0].name).makes_dense:
@@ -143,6 +145,12 @@ class Execution:
                 " --overwrite"
             )
         return offloaded_job(job, self.prepared, over_memory=self.wishes.over_memory)
+
+    def _check_zeros(self) -> None:
+        """Refuse weights without zeros where a stage keeps some, before another has trained for hours."""
+        for act in self._acts:
+            if act.label in self.prepared.own_zeros and isinstance(act.stage, KeepsZeros):
+                act.stage.check_zeros(self.job)
 
     def _run_stage(self, index: int, act: Act) -> None:
         """Run one stage, judge what it leaves, and save it."""

@@ -16,6 +16,7 @@ from compresso.stage.contract import (
     FitsModel,
     Follows,
     Foreign,
+    KeepsZeros,
     Learning,
     Learns,
     LearnsBlocks,
@@ -34,7 +35,7 @@ from compresso.stage.contract import (
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
 from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora, Watches
-from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage
+from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage, zeroing
 
 __all__ = [
     "AdamW",
@@ -49,6 +50,7 @@ __all__ = [
     "FitsModel",
     "Follows",
     "Foreign",
+    "KeepsZeros",
     "Knobs",
     "Learning",
     "Learns",
@@ -77,5 +79,6 @@ __all__ = [
     "refuse_together",
     "search_passes",
     "stage",
+    "zeroing",
     "sweep_passes",
 ]
