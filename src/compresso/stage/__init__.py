@@ -79,6 +79,6 @@ __all__ = [
     "refuse_together",
     "search_passes",
     "stage",
-    "zeroing",
     "sweep_passes",
+    "zeroing",
 ]
