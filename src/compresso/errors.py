@@ -120,8 +120,8 @@ class Interrupted(SystemExit):
 
 
 _ALIKE, _FAINTLY = 0.6, 0.5
-"""How alike a name is that is proposed, from 0 to 1 as difflib measures it, and one that begins alike: at 0.5, nope would
-be evopress, and ggml is to be gguf.
+"""How alike a name is that is proposed, from 0 to 1 as difflib measures it, and one that begins alike: at 0.5, nope
+would be evopress, and ggml is to be gguf.
 """
 
 
