@@ -33,7 +33,8 @@ def cure(comparison: Comparison) -> str:
             told.append(f"`compresso evaluate --task {name} --data FILE` scores a model of {name}")
         else:
             told.append(f"no command measures more of a model of {name} than `compresso evaluate --task {name}` does")
-    return f"{'; '.join(told)}."
+    said = "; ".join(told)
+    return f"{said[0].upper()}{said[1:]}."
 
 
 def _task(comparison: Comparison, results: ModelResults) -> str | None:
