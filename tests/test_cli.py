@@ -365,6 +365,13 @@ def test_help_of_evaluate_speaks_of_no_recipe(call: Call) -> None:
     assert "What the model was trained for" in text and "recipe" not in text
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "measure", "latency", "compare"])
+def test_help_says_that_a_report_is_replaced(verb: str, call: Call) -> None:
+    """What these commands wrote, they write anew without being asked to."""
+    _, text, _ = call(verb, "--help")
+    assert "lies there is replaced" in " ".join(text.replace("│", " ").split())
+
+
 def test_help_imports_nothing_heavy() -> None:
     """A typo or a look at an option costs no import of torch."""
     program = (

@@ -119,16 +119,36 @@ class Interrupted(SystemExit):
         )
 
 
+_ALIKE, _FAINTLY = 0.6, 0.5
+"""How alike a name is that is proposed, from 0 to 1 as difflib measures it, and one that begins alike: at 0.5, nope
+would be evopress, and ggml is to be gguf.
+"""
+
+
+def alike(name: str, valid: Iterable[str]) -> str | None:
+    """The closest valid name; None where none is near.
+
+    >>> alike("ggml", ["gguf", "onnx"]), alike("nope", ["moe", "evopress"])
+    ('gguf', None)
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)
+    same = [one for one in names if one[:1] == name[:1]]
+    return next(iter(near or difflib.get_close_matches(name, same, n=1, cutoff=_FAINTLY)), None)
+
+
 def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """The tail of a message about an unknown name: the closest valid one, or all of them, or those `shown` in their
     place.
 
     >>> nearest("head", ["heads", "channels"])
     "did you mean 'heads'?"
+    >>> nearest("nope", ["moe", "evopress"])
+    'known: evopress, moe'
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names if shown is None else sorted(shown))}"
+    close = alike(name, names)
+    return f"did you mean '{close}'?" if close else f"known: {', '.join(names if shown is None else sorted(shown))}"
 
 
 def without_escapes(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+import compresso
 from compresso.arch.base import arch_for
 from compresso.arch.queries import WITHIN, axes_of
 from compresso.core.axis import Kind
@@ -23,7 +24,7 @@ from compresso.core.masking import Masking, masked
 from compresso.core.plan import Plan
 from compresso.edit.gate import gated
 from compresso.edit.removal import remove_
-from compresso.errors import RecipeError
+from compresso.errors import BudgetError, RecipeError
 from compresso.formats.hf import save_checkpoint
 from compresso.job import Job
 from compresso.methods.homodistil import HomoDistil
@@ -244,3 +245,27 @@ def test_a_teacher_of_other_labels_is_refused_in_one_line(make: Make) -> None:
     with pytest.raises(RecipeError, match="the student decides among 3 classes, its teacher among 2") as caught:
         distilled(replace(job, original=lambda dtype, device: copy.deepcopy(other.model)), **KNOBS)
     assert "\n" not in str(caught.value) and not job.out.exists()
+
+
+@pytest.mark.parametrize("knob", [{"multiple_of": {"hidden": 1000}}, {"floor": {"hidden": 9999}}])
+def test_the_knob_that_holds_a_budget_up_is_named(make: Make, knob: dict[str, Any]) -> None:
+    """Channels of heads are held with hidden dimensions, and have neither floor nor multiple to lower."""
+    job = make()
+    axes, budget = (
+        axes_of(job.arch, job.model, WITHIN),
+        replace(HomoDistil().removes, **{**NARROWS, **knob, "keep": 0.1}),
+    )
+    with pytest.raises(InfeasibleBudget) as caught:
+        HomoDistil(removes=budget).final(axes, CostModel(axes, job.arch.weights(job.model)))
+    ((name, given),) = knob.items()
+    assert str(caught.value).endswith("or lower floor or multiple_of for 'hidden'")
+    assert f"hidden may not go below 32 of 32 units ({name} is {given['hidden']:,})" in str(caught.value)
+
+
+@pytest.mark.parametrize("kinds", [["head"], ["head", "channel"]])
+def test_heads_that_all_stay_are_no_knob_to_lower(tmp_path: Path, kinds: list[str]) -> None:
+    BertConfig(**SIZES, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
+    raw = {"name": "r", "stages": [{"homodistil": {"keep": 0.05, "of": "blocks", "kinds": kinds}}]}
+    with pytest.raises(BudgetError, match="name other kinds: all heads stay, as a bert config cannot say") as caught:
+        compresso.plan(raw, tmp_path, task="classification")
+    assert "multiple_of" not in str(caught.value)

@@ -3,6 +3,7 @@ killed training goes on to the same weights.
 """
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ from compresso.job import Job
 from compresso.methods.magnitude import Magnitude
 from compresso.methods.sparse_finetune import SparseFinetune, paired
 from compresso.methods.wanda import Wanda
+from compresso.stage import Card, Compresses, cards
 from compresso.sweep.calibration import Calibration
 from compresso.training import squarehead_objective
 from compresso.training.fit import fit
@@ -292,7 +294,23 @@ def test_the_guess_lets_accidental_zeros_grow(make_job: MakeJob) -> None:
 def test_bad_input_is_named(make_job: MakeJob) -> None:
     with pytest.raises(ValidationError, match="nothing is minimised"):
         SparseFinetune(**{**SHORT, "hard_weight": 0.0, "feature_weight": 0.0})
-    with pytest.raises(RecipeError, match="put sparsegpt, wanda or magnitude before it"):
+    with pytest.raises(RecipeError, match=r"put .+ before it") as caught:
         tuned(make_job())
+    assert all(name in str(caught.value) for name in ("sparsegpt", "wanda", "magnitude"))
     with pytest.raises(RecipeError, match="a tenth of its weights 0"):
         tuned(pruned(make_job, sparsity=0.05), masks="infer")
+
+
+def required(one: Card) -> set[str]:
+    return {knob.name for knob in one.knobs.values() if knob.default is dataclasses.MISSING}
+
+
+def test_the_stages_named_as_a_cure_are_those_that_leave_zeros(make_job: MakeJob) -> None:
+    """By what each foretells of itself, with its own knobs and with those that it is named with."""
+    job = make_job()
+    for one in cards().values():
+        given = ({}, *([dict(one.zeroes)] if one.zeroes else []))
+        made = [one.type(**knobs) for knobs in given if not required(one) - set(knobs)]
+        found = [stage.compressed(job.model, job.arch) for stage in made if isinstance(stage, Compresses)]
+        leaves = any(each.sparsity and each.bits is None for each in found)
+        assert leaves == (one.zeroes is not None), one.name

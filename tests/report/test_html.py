@@ -5,12 +5,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compresso.core.plan import Plan
 from compresso.errors import ExportError
-from compresso.metrics.record import Sample
+from compresso.metrics.record import Measurement, Sample
+from compresso.report.card import model_card
+from compresso.report.cures import TRAINED_FOR
 from compresso.report.html import page, report_of_run, write_report
 from compresso.report.read import read_results
 from compresso.stage import cards
@@ -185,3 +188,52 @@ def test_the_page_holds_what_the_json_holds(tmp_path: Path) -> None:
         assert results["name"] in words
         for one in results["measurements"]:
             assert one["name"] in words, one["name"]
+
+
+def of_classifier(*measured: Measurement) -> dict[str, Any]:
+    """Records of a classifier of texts whose weights were rounded and lost nothing."""
+    both = [number("held/acc", 0.5, "share"), *measured]
+    rounded = pruned("pruned").model_copy(update={"model": "w4a4"})
+    models = [one.model_copy(update={"measurements": tuple(both)}) for one in (dense(), rounded)]
+    facts = records(report_of(*models))
+    facts["recipe"] |= {"task": "classification", "stages": [{"qat": {"weight_bits": 4}}]}
+    facts["stages"] = {"qat": {"bits": 4.03, "seconds": 1.0, "weights_kept": 1.0}}
+    return facts
+
+
+def test_what_was_only_rounded_is_not_called_pruned() -> None:
+    """Nowhere on the page or the card, though the records call the second model so."""
+    facts = of_classifier()
+    facts["guard"] = {"verdict": "ok", "checks": []}
+    plan = Plan({})
+    seen = safe(report_of_run(checked(facts), plan))
+    told = seen.words + model_card(checked(facts))
+    assert (
+        "w4a4, quantised" in seen.words
+        and "compresso compare w4a4" in seen.words
+        and "no unit of it was removed" in seen.words
+    )
+    assert not re.search(r"(?i:prun|smaller model)|What was removed", told)
+
+
+def test_only_commands_that_take_the_model_are_named(tmp_path: Path) -> None:
+    """`compresso measure` and perplexities are of models that write text; classifiers are scored on examples."""
+    seen = safe(report_of_run(checked(of_classifier()), Plan({})))
+    assert "compresso measure" not in seen.words
+    assert (
+        "No command measures more" in seen.words and "than compresso evaluate --task classification does" in seen.words
+    )
+    texts = safe(report_of_run(checked(records(report_of(dense(), pruned()))), PLAN))
+    assert "compresso evaluate and compresso measure do that" in texts.words
+    scored = dense().model_copy(
+        update={"measurements": (number("rows/acc", 0.5, "share", protocol={TRAINED_FOR: "classification"}),)}
+    )
+    alone = safe(page(read_results([report_file(tmp_path / "one.json", scored)])))
+    assert "compresso measure" not in alone.words
+
+
+def test_numbers_of_a_row_are_written_alike() -> None:
+    facts = records(report_of(dense(number("c4/perplexity", 11190.4)), pruned()))
+    facts["report"]["models"][1]["measurements"].append(number("c4/perplexity", 2798.6).model_dump(mode="json"))
+    seen = safe(report_of_run(checked(facts), PLAN))
+    assert "11,190" in seen.words and "2,799" in seen.words and "e+04" not in seen.words

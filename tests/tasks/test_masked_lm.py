@@ -22,7 +22,7 @@ from compresso.core.loss import MASKED_TOKEN
 from compresso.core.masking import Masking, masked
 from compresso.core.row import Row
 from compresso.data.masked import encode_masked
-from compresso.data.records import Records, Text
+from compresso.data.records import BadRecord, Records, Text
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.errors import DataError
@@ -368,3 +368,11 @@ def test_what_cannot_work_is_refused_in_a_line(
 def test_a_plan_says_that_the_head_is_new(base: Path, call: Call) -> None:
     code, out, _ = call("plan", "gate-taylor", "--model", base, "--task", "masked-lm", "--json")
     assert code == 0 and any(MASKED_LM.head in note for note in json.loads(out)["notes"])
+
+
+def test_only_the_columns_that_it_takes_are_wanted() -> None:
+    """Those of instructions are refused, too, and named nowhere."""
+    for row in ({"id": 1, "title": "t", "context": "c"}, {"instruction": "i", "output": "o"}):
+        with pytest.raises(BadRecord) as caught:
+            MASKED_LM.form.take(row)
+        assert str(caught.value).endswith("; wanted text, content or sentence, which hold plain text")

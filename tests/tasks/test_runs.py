@@ -20,12 +20,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import compresso
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
-from compresso.errors import DataError
+from compresso.errors import DataError, RecipeError
 from compresso.report.records import RunRecords
 from compresso.runner import examples
+from compresso.runner.execution import Execution
 from compresso.runner.options import with_options
 from compresso.runner.recipe import build
 from compresso.runner.run import run
+from compresso.stage import cards
 from compresso.tasks.base import task_named, tasks
 
 SETS = (
@@ -320,3 +322,25 @@ def test_a_plan_names_the_classes_with_their_rows(bert: Path, tmp_path: Path) ->
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = compresso.plan("gate-taylor", bert, task="classification", data=path)["data"]
     assert found["notes"][0] == "2 classes: 0 (30), 7 (60)"
+
+
+def test_weights_without_zeros_are_refused_before_anything_is_trained(
+    bert: Path, moods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning takes hours, and the file told before; what is named as a cure runs under the task and cures it."""
+    last = {"sparse_finetune": {"steps": 2, "batch": 4, "micro_batch": 4}}
+    raw = with_options({"name": "r", "stages": [last]}, model=str(bert), task="classification")
+    with monkeypatch.context() as patched:
+        patched.setattr(Execution, "_run_stage", lambda *_: pytest.fail("a stage ran"))
+        with pytest.raises(RecipeError, match="no linear of the blocks has a weight that is 0") as caught:
+            run(raw, bert, moods, output=tmp_path / "no", quiet=True, measure="none")
+    able = {name: one for name, one in cards().items() if one.zeroes is not None and one.any_task}
+    assert able and "sparsegpt" not in str(caught.value) and not (tmp_path / "no").exists()
+    for name, one in able.items():
+        assert f"{name} ({', '.join(f'{knob}: {value}' for knob, value in (one.zeroes or {}).items())})" in str(
+            caught.value
+        )
+        first = {name: {**(one.zeroes or {}), **last["sparse_finetune"]}}
+        raw = with_options({"name": "r", "stages": [first, last]}, model=str(bert), task="classification", max_steps=2)
+        result = run(raw, bert, moods, output=tmp_path / name, quiet=True, measure="none", allow_collapsed=True)
+        assert result.records["stages"]["sparse_finetune"]["zeros"] > 0

@@ -1,5 +1,7 @@
 """The forward patches that a written folder names: what `compresso.load` adds to its weights, and nothing else does."""
 
+from typing import Any
+
 from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.source import Source
 from compresso.edit.patch import Patch
@@ -24,8 +26,19 @@ def patch_names(source: Source) -> tuple[str, ...]:
 
 def written_patches(source: Source) -> list[Written]:
     """The patches as records hold them."""
+    return list(_records(source).get("patches", ()))
+
+
+def columns_read(source: Source) -> tuple[str, ...]:
+    """The columns of data that the run behind a model made its examples of; none where that is not known."""
+    data = _records(source).get("data")
+    return tuple(data.get("columns", ())) if isinstance(data, dict) else ()
+
+
+def _records(source: Source) -> dict[str, Any]:
+    """What the run behind a model recorded; nothing for most models."""
     path = None if source.folder is None else source.folder / "records.json"
-    return list(read_json(path).get("patches", ())) if path is not None and path.is_file() else []
+    return read_json(path) if path is not None and path.is_file() else {}
 
 
 def weights_alone(source: Source) -> list[str]:

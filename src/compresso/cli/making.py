@@ -102,7 +102,8 @@ def inspect(
     ],
     as_json: Json = False,
     explain: Annotated[
-        str | None, typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, and why.")
+        str | None,
+        typer.Option(metavar="AXIS", help="Also which tensors leave with this axis, or the first of this kind."),
     ] = None,
 ) -> None:
     """What can be removed from a model: axes, units, parameters a unit. Reads no weights.

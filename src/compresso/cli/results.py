@@ -34,7 +34,9 @@ def measure(
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Peak memory, in a process of its own for each model.")
     ] = True,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the report.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the report; one that lies there is replaced.")
+    ] = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +75,9 @@ def latency(
     levels: Annotated[int, typer.Option(min=1, help="Numbers of channels, and of heads, that are timed; torch.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, in which the models take turns.")] = 9,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the table.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the table; one that lies there is replaced.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What each module of a model takes on this machine, for --milliseconds and --speedup.
@@ -142,7 +146,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Rows a forward.")] = 8,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of examples that are drawn.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="File for the report of all numbers, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the report of all numbers, as JSON; one that lies there is replaced.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="What the model was trained for, such as classification; scored on --data.")
     ] = None,

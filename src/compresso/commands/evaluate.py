@@ -82,7 +82,7 @@ def evaluate(
         batch_size: rows a forward.
         device: auto, cpu, cuda or cuda:N.
         seed: of shots that are drawn.
-        output: file to which the report is written as JSON.
+        output: file to which the report is written as JSON; a report that lies there is replaced.
         task, data: in place of all that is for text, a task such as "classification", and examples to score on.
         prompts: of suite refusal, the file of harmful tasks in templates.
         benign: of suite refusal, the file of everyday tasks in the same templates.

@@ -7,7 +7,7 @@ from compresso.commands.changes import changes_table
 from compresso.core.counted import counted
 from compresso.metrics.record import ModelResults, Report
 from compresso.metrics.trust.dimensions.fairness import FAIRNESS
-from compresso.runner.evaluate_task import TASK
+from compresso.report.cures import TRAINED_FOR
 
 
 def show(report: Report, as_json: bool = False) -> None:
@@ -80,7 +80,10 @@ def _notes(results: ModelResults) -> list[str]:
 def _absent(results: ModelResults) -> list[str]:
     """What `evaluate` can measure and was not asked for, with the option that asks for it."""
     units = {one.unit for one in results.measurements if not one.name.startswith("cache_")}
-    if any(TASK in one.protocol or one.name.partition("/")[0] in ("refusal", "trust") for one in results.measurements):
+    if any(
+        TRAINED_FOR in one.protocol or one.name.partition("/")[0] in ("refusal", "trust")
+        for one in results.measurements
+    ):
         return []
     return [
         what

@@ -37,9 +37,12 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         else:
             console.print(f"  {macs:,} multiply-accumulates and {cached:,} cache bytes a token")
     table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")
-    for row in facts["axes"]:
+    for row in (one for one in facts["axes"] if "stays" not in one):
         table.add_row(row["kind"], f"{row['count']:,}", _short(row["size"]), _short(row["parameters_per_unit"]))
     console.print(table)
+    for row in (one for one in facts["axes"] if "stays" in one):
+        units = f"{row['count']:,} axes of {_short(row['size'])} units"
+        console.print(f"  {row['kind']}: {units}, which {row['stays']}", markup=False, soft_wrap=True)
     for sentence in facts.get("stays", ()):
         console.print(f"  {sentence}", markup=False, soft_wrap=True)
     if "explained" in facts:
@@ -80,7 +83,8 @@ def _show_explained(console: Console, said: Mapping[str, Any]) -> None:
             tensor["why"],
         )
     console.print(table)
-    console.print(f"  masked at: {', '.join(said['masked_at'])}", markup=False, soft_wrap=True)
+    if said["masked_at"]:  # tokens are masked nowhere
+        console.print(f"  masked at: {', '.join(said['masked_at'])}", markup=False, soft_wrap=True)
     if said["folded_norms"]:
         console.print(f"  norms that are rescaled: {', '.join(said['folded_norms'])}", markup=False, soft_wrap=True)
 

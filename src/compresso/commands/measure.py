@@ -95,7 +95,7 @@ def measure(
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "float32", "bfloat16" or "float16" for all models; None for the one the first is stored in.
         seed: of the random prompts.
-        output: a file to write the report to, as JSON.
+        output: a file to write the report to, as JSON; a report that lies there is replaced.
         quiet: show no progress.
         cache: a rule by which the cache forgets, as `compresso.load` takes it, such as "keydiff:0.5": each model is
             measured once more with it. One with learned gates is measured with its own cache, once.

@@ -37,11 +37,14 @@ class Shortfall:
 
 
 class InfeasibleBudget(ValueError):
-    """A budget that floors, multiples or the range of the gates make impossible; by how much, where that is known."""
+    """A budget that floors, multiples or the range of the gates make impossible; by how much, where that is known, and
+    the kind whose units all stay, where a multiple says so and holds it up.
+    """
 
-    def __init__(self, message: str, shortfall: Shortfall | None = None) -> None:
+    def __init__(self, message: str, shortfall: Shortfall | None = None, whole: Kind | None = None) -> None:
         super().__init__(message)
         self.shortfall = shortfall
+        self.whole = whole
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,10 @@ class Budget:
         floor = self.floor.get(axis.kind, 0)
         return min(axis.size, max(axis.fewest, round(self.keep * axis.size) if floor == "keep" else floor))
 
+    def least(self, axis: Axis) -> int:
+        """Fewest units of an axis that may be kept, by its own floor and multiple."""
+        return self.allowed(axis.kind, axis.size, self.fewest(axis))[0]
+
     def allowed(self, kind: Kind, size: int, fewest: int = 0) -> list[int]:
         """The counts of units that `size` units of a kind may be reduced to, ascending; never empty, the last is
         `size`.
@@ -159,25 +166,39 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
     held_up = f"at least {quantity.text(least)} of {quantity.text(dense)} {quantity.words} are kept"
     pool = removable(axes, budget)
     there = [kind for kind in budget.kinds if any(axis.kind == kind for axis in pool)]
-    held = {  # by a floor or a multiple; the last unit, which a bias holds, is nobody's to lower
-        axis.name: len(smallest.kept[axis.name]) / axis.size
+    held = [  # by a floor or a multiple of their own; the last unit, which a bias holds, is nobody's to lower
+        axis
         for axis in pool
         if len(smallest.kept.get(axis.name, ())) > axis.fewest  # query heads go with the last head
-    }
-    name = max(held, key=lambda axis_name: held[axis_name], default="")
+        and budget.least(axis) > axis.fewest  # others are held with them, as heads' channels by hidden dimensions
+    ]
     needed = math.ceil(least / dense * 1e4) / 1e4
-    if held.get(name):
-        axis = next(axis for axis in axes if axis.name == name)
-        cause = f"{name} may not go below {len(smallest.kept[name])} of {axis.size} units"
+    if held:  # where all units of a kind stay, that is how the model is taken: what else is held can be lowered
+        axis = max(held, key=lambda one: (not _is_whole(budget, one), len(smallest.kept[one.name]) / one.size))
+        cause = f"{axis.name} may not go below {len(smallest.kept[axis.name])} of {axis.size} units"
         return InfeasibleBudget(
-            f"{message}: {cause}. Raise keep to {needed} or lower floor or multiple_of for '{axis.kind}'",
+            f"{message}: {cause}{_beyond(budget, axis)}. Raise keep to {needed} or lower floor or multiple_of for"
+            f" '{axis.kind}'",
             Shortfall(budget.keep, least / dense, f"{held_up}, as {cause}"),
+            axis.kind if _is_whole(budget, axis) else None,
         )
     cause = f"in what the kinds {', '.join(there)} do not reach"
     return InfeasibleBudget(
         f"{message} {cause}. Raise keep to {needed} or add kinds",
         Shortfall(budget.keep, least / dense, f"{held_up} {cause}"),
     )
+
+
+def _is_whole(budget: Budget, axis: Axis) -> bool:
+    """Whether a multiple holds all units of an axis."""
+    return 1 < axis.size <= budget.multiple_of.get(axis.kind, 1)
+
+
+def _beyond(budget: Budget, axis: Axis) -> str:
+    """The floor or multiple of an axis that has fewer units, in brackets: no message shows it otherwise."""
+    given = {"floor": budget.floor.get(axis.kind, 0), "multiple_of": budget.multiple_of.get(axis.kind, 1)}
+    told = [f"{knob} is {one:,}" for knob, one in given.items() if not isinstance(one, str) and one > axis.size]
+    return f" ({' and '.join(told)})" if told else ""
 
 
 def _kinds(name: str, given: Sequence[Kind]) -> tuple[Kind, ...]:

@@ -24,6 +24,7 @@ from compresso.data.records import (
     RecordForm,
     Taken,
     Text,
+    UnknownFields,
     Window,
     holds,
     printable,
@@ -58,8 +59,8 @@ def take(value: object) -> Taken:
     """The record that `value` describes; a text or window stands for itself.
 
     Raises:
-        BadRecord: it is not an object, has none of the known sets of fields, or a field has the wrong type or cannot be
-            UTF-8.
+        UnknownFields: it has none of the known sets of fields.
+        BadRecord: it is not an object, or a field has the wrong type or cannot be UTF-8.
     """
     if isinstance(value, Text | Window):
         return Taken(value)
@@ -72,7 +73,7 @@ def take(value: object) -> Taken:
                 record, used, unused = shape.read(value, shape.needs)
                 return Taken(record, (*unused_of(value, used), *unused), tuple(name for name in value if name in used))
     found = ", ".join(printable(str(name)) for name in list(value)[:8]) or "none"
-    raise BadRecord(f"fields are: {found}; wanted {_WANTED}")
+    raise UnknownFields(f"fields are: {found}", _WANTED)
 
 
 def parse(value: object) -> Record:

@@ -14,7 +14,7 @@ from compresso.core.masking import Masking, masked, own_seed
 from compresso.core.row import Row
 from compresso.data.batches import IGNORED
 from compresso.data.columns import take
-from compresso.data.records import BadRecord, RecordForm, Records, Taken, Text, kind_of
+from compresso.data.records import BadRecord, RecordForm, Records, Taken, Text, UnknownFields, kind_of
 from compresso.data.survival import Encoded, Lost, Stats
 from compresso.errors import DataError
 
@@ -25,7 +25,10 @@ _WANTED = "text, content or sentence, which hold plain text"
 
 def take_text(value: object) -> Taken:
     """The plain text that `value` describes, and the columns that were not read. Raises BadRecord."""
-    taken = take(value)
+    try:
+        taken = take(value)
+    except UnknownFields as error:  # of all that `take` reads, this task takes plain text alone
+        raise UnknownFields(error.found, _WANTED) from error
     if not isinstance(taken.record, Text):
         raise BadRecord(f"holds a record of kind {kind_of(taken.record)}; wanted {_WANTED}")
     return taken

@@ -33,6 +33,14 @@ class BadRecord(ValueError):
     """
 
 
+class UnknownFields(BadRecord):
+    """An object of whose fields no record is made: which ones it has, and which are wanted."""
+
+    def __init__(self, found: str, wanted: str) -> None:
+        super().__init__(f"{found}; wanted {wanted}")
+        self.found = found
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""

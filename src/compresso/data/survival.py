@@ -48,6 +48,11 @@ class Stats:
     cut_tokens: int = 0
     read: int = 0
 
+    @property
+    def cut(self) -> int:
+        """Examples that are cut at max_length, and still give something to learn."""
+        return max(self.truncated - self.dropped, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Lost:
@@ -202,19 +207,24 @@ def left_out(encoded: Encoded, max_length: int) -> list[str]:
     ]
 
 
-def told(records: Records, encoded: Encoded, max_length: int) -> list[str]:
-    """What a person should know of data that a run goes on with, a sentence each; nothing where nothing was lost. No
+def told(records: Records, encoded: Encoded, max_length: int, limit: str = "data.limit") -> list[str]:
+    """What a person should know of data that is gone on with, a sentence each; nothing where nothing was lost. No
     folder of this machine is named.
+
+    Args:
+        records, encoded: the data.
+        max_length: tokens that examples are cut at.
+        limit: what says how many records are looked at.
     """
     stats = encoded.stats
     said = left_out(encoded, max_length)
     if records.n_bad:
         said.append(f"{records.source}: {counted(records.n_bad, 'bad line', 'is')} skipped")
-    if stats.truncated > stats.dropped:
+    if cut := stats.cut:
         beyond = f", which takes {counted(stats.cut_tokens, 'token')} off" if stats.cut_tokens else ""
-        said.append(f"{counted(stats.truncated - stats.dropped, 'example', 'is')} cut at {max_length} tokens{beyond}")
+        said.append(f"{counted(cut, 'example', 'is')} cut at {max_length} tokens{beyond}")
     if stats.n < stats.read:
-        said.append(f"{stats.n:,} of {stats.read:,} records {'is' if stats.n == 1 else 'are'} looked at (data.limit)")
+        said.append(f"{stats.n:,} of {stats.read:,} records {'is' if stats.n == 1 else 'are'} looked at ({limit})")
     if records.passed_over:
         said.append(f"columns passed over: {passed_over(records)}")
     return [*said, *encoded.notes]

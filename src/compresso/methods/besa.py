@@ -69,6 +69,7 @@ FARTHEST = 0.05
         " stay near where they began."
     ),
     alone="learns block by block from all calibration rows",
+    zeroes={},
 )
 class Besa:
     """Knobs of BESA.

@@ -53,6 +53,7 @@ from compresso.sweep.targets import Group, Groups, Where, chosen, matrix, names_
         " (gather=True)."
     ),
     alone="bins what a channel reads by the first tokens that it sees",
+    zeroes={},
 )
 class ESparse:
     """Knobs of E-Sparse.

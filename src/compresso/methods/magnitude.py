@@ -39,6 +39,7 @@ from compresso.sweep.visitors import Edit
     effects=Effects.WEIGHTS,
     when="As the floor in comparisons of one-shot pruning; needs no data.",
     failures="Small weights on large inputs matter: quality falls early. Zeros stored dense save no bytes and no time.",
+    zeroes={},
 )
 class Magnitude:
     """Knobs of magnitude pruning.

@@ -69,6 +69,7 @@ Weight = Annotated[float, Ge(0)]
         " compresso.load; below 8 bits it is simulated and nothing gets faster."
     ),
     any_task=True,
+    zeroes={"weights_kept": 0.5, "weight_bits": 16, "input_bits": 16},
 )
 class Qat:
     """Knobs of training with roundings.

@@ -27,7 +27,7 @@ from compresso.core.squarehead import Norm
 from compresso.edit.zeros import INFERRED, Zeros
 from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.stage import AdamW, Effects, Learning, Passes, Trains, Watches, stage
+from compresso.stage import AdamW, Effects, Learning, Passes, Trains, Watches, stage, zeroing
 from compresso.stage.tuning import frozen_teacher, group_of, learner, settled, tune, watching
 from compresso.sweep.targets import Where, chosen
 from compresso.training.history import curve
@@ -99,7 +99,7 @@ class SparseFinetune:
 
     def __call__(self, job: Job) -> Job:
         """Note the zeros, train, set them back after each update."""
-        zeros = self._zeros(job)
+        zeros = self.check_zeros(job)
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype
         teacher = self._teacher(job)
@@ -127,16 +127,17 @@ class SparseFinetune:
         }
         return settled(job, model, stored, "sparse_finetune", self.trains).note("sparse_finetune", **facts)
 
-    def _zeros(self, job: Job) -> Zeros:
+    def check_zeros(self, job: Job) -> Zeros:
         """Those that stay. Raises RecipeError if there are none."""
         groups = chosen(job.model, job.arch, Where(), experts=True)
         weights = dict.fromkeys(name for here in groups.values() for group in here for name in group.weights)
         zeros = Zeros.of(job.model, list(weights), INFERRED if self.masks == "infer" else 0.0)
         if not zeros.masks:
+            able = zeroing(any_task=not job.task.writes_text)
             least = "a tenth of its weights 0" if self.masks == "infer" else "a weight that is 0"
             raise RecipeError(
-                f"sparse_finetune: no linear of the blocks has {least}; put sparsegpt, wanda or magnitude before it, or"
-                " start from a checkpoint that one of them wrote"
+                f"sparse_finetune: no linear of the blocks has {least}; put {_either(able)} before it, or start from a"
+                " checkpoint whose weights are zeros in part"
             )
         return zeros
 
@@ -170,6 +171,15 @@ class SparseFinetune:
             tokens=self.tokens,
             chunk=self.chunk,
         )
+
+
+def _either(names: Sequence[str]) -> str:
+    """Names with "or" before the last.
+
+    >>> _either(["owl", "qat", "wanda"])
+    'owl, qat or wanda'
+    """
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def paired(kept: Sequence[int], layers: int) -> list[int]:

@@ -58,6 +58,7 @@ from compresso.sweep.visitors import Edit
         "Zeros stored dense save no bytes and no time without a kernel for them. Little data: what is left fits that"
         " data alone."
     ),
+    zeroes={},
 )
 class SparseGpt:
     """Knobs of SparseGPT.

@@ -46,6 +46,7 @@ from compresso.sweep.targets import Groups, Where, chosen
     failures=(
         "Zeros stored dense save no bytes and no time without a kernel for them. Past half, sparsegpt holds longer."
     ),
+    zeroes={},
 )
 class Wanda:
     """Knobs of Wanda.

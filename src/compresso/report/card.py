@@ -34,6 +34,10 @@ _DATASETS = {
 }
 """Corpora whose hub name is not their own; others are named as they were given."""
 _METRICS = {"acc": "accuracy"}
+_LIMITS = {
+    True: "Pruning keeps what its calibration data asked for.",
+    False: "What became of it on other texts than those above is not known.",
+}
 _NEVER = ("bias, toxicity and safety", "languages and topics beyond those of the data above")
 
 
@@ -62,6 +66,7 @@ def model_card(records: RunRecords, commands: Mapping[str, str] | None = None, r
         reads_text=task_named(records.recipe.task).reads_text,
         fine_tuned=_one_line(records.dense.name) if records.dense else "",
         participle=participle(records),
+        limits=_LIMITS["pruned" in participle(records)],
         unserved=_plain(forgets(records)),
         deeds=[_plain(deed) for deed in deeds(records)],
         smaller=records.after.parameters != records.before.parameters or not records.stored_dense(),

@@ -88,6 +88,8 @@ _WORDS = {
     "frames": "frames a second",
     "frames_speedup": "speed-up of frames",
 }
+_LARGEST = 1e9
+"""From here on powers of ten are read more easily than digits."""
 _PREFIXES = {
     "prefill": "prefill",
     "decode": "decode",
@@ -194,6 +196,8 @@ def written(value: float, unit: str, name: str = "", error: float | None = None)
 
     >>> written(0.6123, "share", error=0.0112), written(770792, "bytes"), written(1.273, "1", "decode_speedup/batch1")
     ('61.2 ± 1.1 %', '770.8 kB', '1.27 ×')
+    >>> written(2799.4, "1"), written(11190.2, "1"), written(4.1234, "1")
+    ('2,799', '11,190', '4.123')
     """
     if unit == "share":
         return f"{_with_error(100 * value, None if error is None else 100 * error, 1)} %"
@@ -205,7 +209,7 @@ def written(value: float, unit: str, name: str = "", error: float | None = None)
         return f"{value:,.0f} tokens/s" if value >= 100 else f"{value:.3g} tokens/s"
     if unit == "1" and ("speedup" in name or "bound" in name):
         return f"{value:.2f} ×"
-    text = f"{value:.4g}" if error is None else _with_error(value, error, 3)
+    text = _plain(value) if error is None else _with_error(value, error, 3)
     return text if unit == "1" else f"{text} {unit}"
 
 
@@ -216,6 +220,11 @@ def written_range(low: float, high: float, unit: str, name: str = "") -> str:
     '264 to 320'
     """
     return f"{written(low, unit, name)} to {written(high, unit, name)}".replace(" tokens/s", "").replace(" ×", "")
+
+
+def _plain(value: float) -> str:
+    """Four digits, or all of a larger whole number: 2,799 and 11,190 may stand side by side."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < _LARGEST else f"{value:.4g}"
 
 
 def _with_error(value: float, error: float | None, decimals: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.overwrite import first_bytes
@@ -18,7 +18,8 @@ from compresso.errors import ExportError
 from compresso.metrics.record import ModelResults, Sample, Segmented
 from compresso.report import charts, facts, figures
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
-from compresso.report.done import deeds
+from compresso.report.cures import cure
+from compresso.report.done import deeds, participle, removed_kinds
 from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
@@ -84,9 +85,12 @@ def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> s
         summary=[_summary(comparison, one) for one in comparison.models if one.fingerprint not in comparison.dense],
         runs=runs,
         staged=any(run["stages"] for run in runs),
+        placed=any(run["removed"] for run in runs),
+        lost=any(run["lost"] for run in runs),
         quality=[part for table in drawn if table.title in QUALITY for part in _for_paper(table)],
         other=[part for table in drawn if table.title not in QUALITY for part in _for_paper(table)],
         missing=missing(comparison),
+        cure=_code(cure(comparison)),
         trust=[(one.name, TITLES, trust_rows(one.changes)) for one in comparison.models if one.changes],
         trade_offs=figures.trade_offs(comparison),
         charts=charts.can_draw(),
@@ -122,6 +126,12 @@ def cell_words(cell: Cell) -> list[tuple[str, str]]:
     return lines
 
 
+def _code(sentence: str) -> Markup:
+    """A sentence with what stands in backquotes as code, and all else escaped."""
+    parts = [escape(part) for part in sentence.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+
 def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
     guard = run.records.guard
     return {
@@ -130,6 +140,7 @@ def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
         "description": run.records.recipe.description.strip(),
         "stages": stage_table(run.records),
         "removed": figures.removed(run),
+        "lost": bool(removed_kinds(run.records)),
         "deeds": deeds(run.records),
         "training": figures.training(run),
         "guard": guard,
@@ -168,6 +179,7 @@ def _summary(comparison: Comparison, results: ModelResults) -> dict[str, Any]:
     return {
         "name": results.name,
         "model": results.model,
+        "done": participle(run.records) if run else "",
         "lines": lines,
         "verdict": guard.verdict if guard else "none",
         "guard": _VERDICTS[guard.verdict] if guard else "not run",

@@ -114,13 +114,13 @@ def read_results(paths: Sequence[str | Path]) -> Comparison:
 
 
 def comparison_of_run(records: RunRecords, plan: Plan) -> Comparison:
-    """One run beside the model it started from, before its folder has a name.
+    """One run beside the model it started from, before its folder is in its place: called as that will be.
 
     Raises:
         CheckpointError: its report lacks one of them.
     """
     result = _result_of(records.report, records.baseline().fingerprint, "the run's records")
-    name = next(one.name for one in records.report.models if one.fingerprint == result)
+    name = records.report.models[-1].model
     return merged([Input(name, records.report, Run(name, records, plan, result))])
 
 

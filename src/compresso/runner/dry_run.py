@@ -20,13 +20,13 @@ from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import InfeasibleBudget
+from compresso.core.budget import Budget, InfeasibleBudget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
 from compresso.edit.merge_experts import Merging
 from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, ExportError, RecipeError
+from compresso.errors import ArchError, BudgetError, ExportError, RecipeError
 from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
 from compresso.formats.native_moe import mixture_config
 from compresso.formats.plain import check_plain, plain_obstacle, staged_obstacle
@@ -39,6 +39,7 @@ from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import Act, Begun, told
+from compresso.runner.task_options import keeps_heads
 from compresso.stage import (
     Calibrates,
     ChecksModel,
@@ -46,6 +47,7 @@ from compresso.stage import (
     Compresses,
     Effects,
     FitsModel,
+    KeepsZeros,
     Learning,
     Learns,
     Merges,
@@ -61,6 +63,7 @@ from compresso.stage import (
 )
 from compresso.sweep.compressed import Compressed
 from compresso.sweep.memory import estimate
+from compresso.tasks.base import DEFAULT
 from compresso.training.launch import accumulation
 from compresso.training.launch import processes as launched
 
@@ -126,6 +129,7 @@ class DryRun:
         layouts: layout -> why it could not hold these shapes, or None if it can.
         lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
         lost: what is lost of what an earlier run did to the model; "" for nothing.
+        own_zeros: stages that keep zeros where none before them makes any, so that the model has to bring its own.
     """
 
     before: dict[str, Any]
@@ -137,6 +141,7 @@ class DryRun:
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
     lacking: dict[str, str] = field(default_factory=dict[str, str])
     lost: str = ""
+    own_zeros: list[str] = field(default_factory=list[str])
 
 
 def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> DryRun:
@@ -170,7 +175,9 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         name = act.label
         if act.cuts and act.turn == 1:
             assert isinstance(act.stage, Shrinks)
-            dry_run_plan(act.name, axes, cost, act.stage)  # all at once, so that a floor is told of all rounds
+            _planned(
+                act.name, axes, cost, act.stage, recipe, model.config
+            )  # all at once, so that a floor is told of all rounds
             begun = Begun.of(act.stage, axes, cost)
         given = act.taken(begun if act.cuts else None, cost, None)
         stage = given.fitted(axes) if isinstance(given, FitsModel) else given
@@ -187,6 +194,11 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         if isinstance(stage, ChecksProcesses):
             stage.check_processes(launched() if processes is None else processes)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None
+        if isinstance(stage, KeepsZeros) and not any(
+            one.compressed and one.compressed.sparsity for one in shown.stages
+        ):
+            shown.own_zeros.append(name)
+            shown.notes.append(f"{name} keeps zeros and no stage before it makes any: they have to be the model's own")
         rounded = _last_to_round(rounded, act.name, compressed)
         if earlier and not rounded and not shown.lost and card(act.name).effects & (Effects.SHAPES | Effects.WEIGHTS):
             shown.lost = lost(source, name, earlier)
@@ -202,7 +214,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
-        planned = dry_run_plan(name, axes, cost, stage) if isinstance(stage, Shrinks) else None
+        planned = _planned(name, axes, cost, stage, recipe, model.config) if isinstance(stage, Shrinks) else None
         total, macs, in_blocks = int(cost().total), int(cost().macs), int(cost().blocks)
         if isinstance(stage, Remarks) and act.turn == 1:
             shown.notes += [f"{name}: {remark}" for remark in stage.remarks(model, arch)]
@@ -285,6 +297,23 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
         "native": None,
     }
     return shown
+
+
+def _planned(
+    name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shrinks, recipe: Recipe, config: PreTrainedConfig
+) -> tuple[Budget | None, Plan]:
+    """As `dry_run_plan`; that all heads of a family stay is no knob of the recipe's to lower."""
+    try:
+        return dry_run_plan(name, axes, cost, stage)
+    except BudgetError as error:
+        found = error.__cause__
+        whole = found.whole if isinstance(found, InfeasibleBudget) else None
+        if whole != Kind.HEAD or recipe.task.name == DEFAULT or not keeps_heads(config):
+            raise
+        said, _, _ = str(error).partition(" or lower floor or multiple_of for ")
+        raise BudgetError(
+            f"{said} or name other kinds: all heads stay, as a {config.model_type} config cannot say that some are gone"
+        ) from found
 
 
 def _has_batch_norms(model: PreTrainedModel) -> bool:

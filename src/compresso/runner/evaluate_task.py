@@ -8,23 +8,23 @@ import torch
 
 from compresso.arch.context import positions_of
 from compresso.checkpoint.load import load_model
-from compresso.checkpoint.patched import stored_patches
+from compresso.checkpoint.patched import columns_read, stored_patches
 from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
+from compresso.data.records import Records
 from compresso.data.registry import load_records
-from compresso.data.survival import left_out
 from compresso.edit.patches import patch_
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError, DataError
-from compresso.metrics.record import Environment, Measurement
+from compresso.metrics.record import Environment, Measurement, Setting
+from compresso.report.cures import TRAINED_FOR
+from compresso.runner.examples import notes_of, vocabulary
 from compresso.tasks.base import Reading, task_named, tasks
 
 log = logging.getLogger(__name__)
 
-TASK = "trained_for"
-"""The setting that tells these numbers from those of models that write text."""
 MAX_LENGTH = 512
 """Tokens that are read of an example, where the model's context holds as many."""
 
@@ -53,18 +53,33 @@ def task_metric(
     length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
     records = load_records(data, form=known.form)
     encoded = known.encode(records, tokenizer, Reading(length, limit=limit, pixels=pixels), source.config)
-    for sentence in left_out(encoded, length):
+    notes = notes_of(records, encoded, length, tokenizer, vocabulary(source.config), "--limit")
+    for sentence in (*notes, *_other_columns(source, records)):
         log.warning("%s", sentence)
     model = as_stock(load_model(source, device=device)).eval()
     patch_(model, stored_patches(source))
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]
+    how: dict[str, Setting] = {TRAINED_FOR: known.name}
+    if known.reads_text:
+        how |= {"max_length": length, "cut_examples": encoded.stats.cut}
     return tuple(
-        one.model_copy(
-            update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, TASK: known.name}}
-        )
+        one.model_copy(update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, **how}})
         for one in found
     )
+
+
+def _other_columns(source: Source, records: Records) -> list[str]:
+    """That examples are made of other columns than those that the model learned from, where its records name them and
+    it is so; a sentence, or nothing.
+    """
+    learned, given = columns_read(source), tuple(records.columns)
+    if not learned or not given or set(learned) == set(given):
+        return []
+    return [
+        f"{records.source}: the columns read are {', '.join(given)}, and {source.name} was made with"
+        f" {', '.join(learned)}: it is scored on other columns than it learned from"
+    ]
 
 
 def check_words(task: str | None, data: str | None, tasks: Sequence[str] | None, *others: object) -> None:

@@ -12,6 +12,9 @@ from compresso.metrics.record import Change, Environment, Measurement, ModelResu
 from compresso.metrics.size import size_measurements
 
 DENSE, PRUNED = "dense", "pruned"
+"""What the two models of a run are called in its records, whatever was done."""
+COMPRESSED = "compressed"
+"""What the second is called to a person while nobody has noted yet what was done to it."""
 _SHOWN = 80
 """Characters of a text in a message."""
 
@@ -45,7 +48,7 @@ class FinalEvaluation:
         pairs = list(zip(self.dense.samples, self.pruned.samples, strict=False))
         for dense, pruned in sorted(pairs, key=lambda pair: pair[0].text == pair[1].text):
             shown = [" ".join(text.split())[:_SHOWN] for text in (dense.prompt, dense.text, pruned.text)]
-            return f" Asked {shown[0]!r}, the dense model writes {shown[1]!r}, the pruned one {shown[2]!r}."
+            return f" Asked {shown[0]!r}, the dense model writes {shown[1]!r}, the {COMPRESSED} one {shown[2]!r}."
         return ""
 
     def report(self, dense: Source, result: Identity, folder: Path, counts: Mapping[str, Mapping[str, Any]]) -> Report:

@@ -89,13 +89,34 @@ def read_examples(
     reading = Reading(*asked, pixels)
     encoded = recipe.task.encode(records, tokenizer, reading, source.config)
     check_dropped(records, encoded, reading.reach(), allow_dropped)
-    said = told(records, encoded, knobs.max_length)
-    if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
-        said.append(note)
+    said = notes_of(records, encoded, knobs.max_length, tokenizer, size)
     recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)
     if 2 * (held := recipe.data.held) > rows:
         said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; lower data.held")
     return Examples(recipe, tokenizer, records, encoded, reading, tuple(said))
+
+
+def notes_of(
+    records: Records,
+    encoded: Encoded,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    size: int | None,
+    limit: str = "data.limit",
+) -> list[str]:
+    """What a person should know of data that is gone on with, a sentence each; nothing for most.
+
+    Args:
+        records, encoded: the data.
+        max_length: tokens that examples are cut at.
+        tokenizer: that they were read with, if any.
+        size: rows of the embedding, where it is known.
+        limit: what says how many records are looked at.
+    """
+    said = told(records, encoded, max_length, limit)
+    if tokenizer is not None and size is not None and (note := padding_note(tokenizer, size)):
+        said.append(note)
+    return said
 
 
 def _such_data(task: Task) -> str:

@@ -23,7 +23,7 @@ from compresso.errors import CollapseError, ResumeError
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.report.stage_facts import filled_now
-from compresso.runner.evaluated import DENSE, PRUNED, FinalEvaluation
+from compresso.runner.evaluated import COMPRESSED, DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, new_job, reader, saved_dense, with_weights
 from compresso.runner.offload import offloaded_job, opened_offloaded
@@ -34,7 +34,7 @@ from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import save_stage
 from compresso.runner.trust_check import Trust, TrustCheck
-from compresso.stage import card
+from compresso.stage import KeepsZeros, card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast
 from compresso.wording import worded
@@ -84,6 +84,8 @@ class Execution:
         self._dense = dense_of(prepared, self._done)
         with self.job.progress().working("reading the weights"):
             self.job, self._before = with_weights(self.job, prepared, self._dense, self._done)
+        if not self._done:
+            self._check_zeros()
         self._score: Score | None = None
         self._after: Score | None = None
         if not self._before and not card(self._acts[0].name).makes_dense:
@@ -99,13 +101,13 @@ class Execution:
         """
         owed = self._acts[len(self._done) - 1].target if self._done else ""
         if owed and not self._work.has_target(owed):  # its stage had finished, and the guard refused it
-            self._after = scored(self.job, PRUNED)
+            self._after = scored(self.job, COMPRESSED)
             self._write(self._work.target(owed), replaces=True)
         for index, act in enumerate(self._acts):
             if index >= len(self._done):
                 self._run_stage(index, act)
         if self._after is None:  # no data, or a resumed run found all stages done
-            self._after = scored(self.job, PRUNED)
+            self._after = scored(self.job, COMPRESSED)
         output = self.prepared.output
         facts = broadcast(
             self._accelerator, self._gather() if self.targets else self._write(output, self.wishes.overwrite)
@@ -144,6 +146,12 @@ class Execution:
             )
         return offloaded_job(job, self.prepared, over_memory=self.wishes.over_memory)
 
+    def _check_zeros(self) -> None:
+        """Refuse weights without zeros where a stage keeps some, before another has trained for hours."""
+        for act in self._acts:
+            if act.label in self.prepared.own_zeros and isinstance(act.stage, KeepsZeros):
+                act.stage.check_zeros(self.job)
+
     def _run_stage(self, index: int, act: Act) -> None:
         """Run one stage, judge what it leaves, and save it."""
         begun, label, received = time.time(), act.label, self.job
@@ -157,7 +165,7 @@ class Execution:
         if (sentence := self.prepared.lacking.get(label)) is not None:
             job = job.note(label, lacking_kinds=sentence)
         makes_dense = card(act.name).makes_dense
-        self._after = scored(job, DENSE if makes_dense else PRUNED)
+        self._after = scored(job, DENSE if makes_dense else COMPRESSED)
         self.job = job = job.note(label, left=left(job, self._after, self.prepared.corpus()))
         if self._speaks and (emptied := filled_now(job.records, label)):
             log.warning(

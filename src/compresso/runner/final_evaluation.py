@@ -34,7 +34,7 @@ from compresso.metrics.record import Environment, Measurement
 from compresso.metrics.segmented import segmented
 from compresso.metrics.segments import SegmentScore
 from compresso.runner.budgeted_time import obstacle, predicted, timed
-from compresso.runner.evaluated import DENSE, PRUNED, Evaluated, FinalEvaluation
+from compresso.runner.evaluated import COMPRESSED, DENSE, PRUNED, Evaluated, FinalEvaluation
 from compresso.runner.evaluation_settings import EvaluationSettings, evaluation_settings
 from compresso.runner.picture_memory import picture_memory
 from compresso.runner.trust_check import TrustCheck, trust_found
@@ -220,7 +220,7 @@ def _evaluate(
 ) -> None:
     """Held-out loss and texts of one model, added to its results."""
     here, shown = Environment.here(model.device, model.dtype), job.progress()
-    whose = DENSE if is_dense else PRUNED
+    whose = DENSE if is_dense else COMPRESSED
     if job.held:
         rows = job.dense_held if is_dense and job.dense_held is not None else job.held
         if score is None:
@@ -256,7 +256,7 @@ def _speeds(models: Mapping[str, PreTrainedModel], shown: Progress) -> dict[str,
     turns = len(models) * (rounds + 1)  # one of each model warms up
     begun = iter(range(turns))
     with shown.running(turns, 0, "speed", PATIENCE):
-        advance = lambda what: shown.step(next(begun), f"speed, {what}", {}, 0)  # noqa: E731
+        advance = lambda what: shown.step(next(begun), f"speed, {what.replace(PRUNED, COMPRESSED)}", {}, 0)  # noqa: E731
         return speed_measurements(models, (1,), prompt, new, rounds, advance=advance)
 
 

@@ -12,18 +12,20 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch, arch_for
 from compresso.arch.context import macs_of
 from compresso.arch.moe_config import PER_TOKEN
+from compresso.checkpoint.kinds import is_causal
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source, open_source, unfit_weights
 from compresso.core.axis import Kind
 from compresso.core.cost import CostModel
 from compresso.core.score import parameters_per_unit
 from compresso.discover.axes import discover
-from compresso.discover.explain import explain
+from compresso.discover.explain import explain, explain_axis
 from compresso.discover.found import Discovery, Found
 from compresso.door import public
 from compresso.edit.stock import as_stock
 from compresso.errors import ArchError
 from compresso.metrics.size import counts
+from compresso.runner.task_options import keeps_heads
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,12 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         `{"architecture", "parameters": {"total", "blocks", "embeddings", "norms"}, "axes": [{"kind", "count", "size",
         "parameters_per_unit"}], "macs_per_token", "kv_bytes_per_token"}`. `size` and `parameters_per_unit` are lists
         where layers differ. `parameters_per_unit` is what leaves the model with one unit of the dense model, embeddings
-        and norms included. For an architecture nobody described the axes are found from a trace, of the parameters only
-        the total is counted, and "stays" says which dimensions cannot leave. Of a mixture of experts "parameters" has
-        those of "experts", too, and "active" ones, which a token meets, and "experts" has {"layers", "each",
-        "per_token"}; one that nobody described is not traced but counted. `explained` adds "explained"; see
-        `compresso.discover.explain`.
+        and norms included; heads that a config cannot count say in "stays" when they stay. For an architecture nobody
+        described the axes are found from a trace, of the parameters only the total is counted, and "stays" says which
+        dimensions cannot leave. Of a mixture of experts "parameters" has those of "experts", too, and "active" ones,
+        which a token meets, and "experts" has {"layers", "each", "per_token"}; one that nobody described is not traced
+        but counted. `explained` adds "explained"; see `compresso.discover.explain`. It may be an axis, a kind, whose
+        first axis is explained, or a parameter that stays.
 
     Raises:
         CheckpointError: if there is no such model or it is unsafe to read.
@@ -76,7 +79,21 @@ def facts_of(live: PreTrainedModel, explained: str | None = None) -> dict[str, A
         return mixture if arch is None else with_experts(describe(live, arch), mixture)
     traced = discover(live) if arch is None or explained else None
     facts = describe(live, arch) if arch else describe_traced(live, traced) if traced else {}
-    return {**facts, "explained": explain(traced, explained)} if traced and explained else facts
+    return {**facts, "explained": _explained(live, arch, traced, explained)} if traced and explained else facts
+
+
+def _explained(model: PreTrainedModel, arch: Arch | None, traced: Discovery, name: str) -> dict[str, Any]:
+    """What is said of an axis, of the first one of a kind, or of a parameter that stays; see
+    `compresso.discover.explain`. Raises ArchError where nothing is called so.
+    """
+    described = {axis.name: axis for axis in (arch.axes(model) if arch else ())}
+    if name not in described:
+        first = [one.name for one in (*traced.found, *described.values()) if str(one.kind) == name]
+        name = next((one for one in first if one != name), name)
+    if name in described and all(found.name != name for found in traced.found):
+        return explain_axis(described[name])
+    kinds = (str(one.kind) for one in (*traced.found, *described.values()))
+    return explain(traced, name, [*described, *kinds])
 
 
 def _described(model: PreTrainedModel) -> Arch | None:
@@ -176,9 +193,18 @@ def describe(model: PreTrainedModel, arch: Arch) -> dict[str, Any]:
                     "count": len(of_kind),
                     "size": _one_or_all(sizes),
                     "parameters_per_unit": _one_or_all(units),
+                    **({"stays": stays} if kind == Kind.HEAD and (stays := _heads_stay(model)) else {}),
                 }
             )
     return {"architecture": arch.name, **counts(cost), **macs_of(model), "axes": rows}
+
+
+def _heads_stay(model: PreTrainedModel) -> str:
+    """When a run removes no heads of a model, and why; "" where it may."""
+    if is_causal(model.config) or not keeps_heads(model.config):
+        return ""
+    family = model.config.model_type
+    return f"all stay as long as the hidden dimensions do: a {family} config cannot say that some are gone"
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run, found before weights are read and before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +48,7 @@ class Prepared:
         said: what a person should know of the data before it begins, a sentence each.
         allow_dropped: whether more of the data may be lost than a run may lose.
         lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
+        own_zeros: stages that need zeros which the model has to bring.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Prepared:
     said: tuple[str, ...] = ()
     allow_dropped: bool = False
     lacking: Mapping[str, str] = field(default_factory=dict[str, str])
+    own_zeros: Sequence[str] = ()
 
     def identity(self) -> dict[str, Any]:
         """What a resume must agree on."""
@@ -178,6 +180,7 @@ def prepare(
         said,
         allow_dropped,
         acted.lacking,
+        tuple(acted.own_zeros),
     )
 
 

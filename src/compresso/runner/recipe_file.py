@@ -5,7 +5,6 @@ whose stages are still unchecked. The `recipe.yaml` of a result has a further ke
 it, passed over when it is run again.
 """
 
-import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from compresso.core.strict_yaml import OneOfEachKey, Refused
-from compresso.errors import RecipeError, nearest
+from compresso.errors import RecipeError, alike, nearest
 from compresso.runner.repairs import expanded
 
 MAX_BYTES = 65_536
@@ -83,9 +82,9 @@ def _alike(name: str) -> str:
     shown whole, for which of its recipes is meant nobody can tell.
     """
     families = {one.partition("/")[0] for one in names()}
-    close = difflib.get_close_matches(name, sorted({*names(), *families}), n=1, cutoff=0.5)
-    if close and close[0] not in names():
-        members = [one for one in names() if one.startswith(f"{close[0]}/")]
+    close = alike(name, {*names(), *families})
+    if close and close not in names():
+        members = [one for one in names() if one.startswith(f"{close}/")]
         return f"did you mean one of {', '.join(members)}?" if len(members) > 1 else f"did you mean '{members[0]}'?"
     return nearest(name, names(), shown=families)
 

@@ -16,6 +16,7 @@ from compresso.stage.contract import (
     FitsModel,
     Follows,
     Foreign,
+    KeepsZeros,
     Learning,
     Learns,
     LearnsBlocks,
@@ -34,7 +35,7 @@ from compresso.stage.contract import (
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
 from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora, Watches
-from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage
+from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage, zeroing
 
 __all__ = [
     "AdamW",
@@ -49,6 +50,7 @@ __all__ = [
     "FitsModel",
     "Follows",
     "Foreign",
+    "KeepsZeros",
     "Knobs",
     "Learning",
     "Learns",
@@ -78,4 +80,5 @@ __all__ = [
     "search_passes",
     "stage",
     "sweep_passes",
+    "zeroing",
 ]

@@ -181,6 +181,15 @@ class ChecksModel(Protocol):
 
 
 @runtime_checkable
+class KeepsZeros(Protocol):
+    """A stage that keeps the zeros of the weights it finds, and needs some."""
+
+    def check_zeros(self, job: "Job") -> object:
+        """Raise RecipeError for weights of which too few are 0."""
+        ...
+
+
+@runtime_checkable
 class ChecksData(Protocol):
     """A stage that can refuse examples."""
 

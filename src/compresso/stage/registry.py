@@ -45,6 +45,7 @@ class Card:
         makes_dense: whether what it leaves is the dense model of the run: teacher, baseline and `original`.
         once: why it is not repeated in rounds; "" where it may be.
         alone: why it runs in one process; "" where several may share its work.
+        zeroes: knobs with which it leaves zeros that a later stage can keep; None for a stage that leaves none.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Card:
     makes_dense: bool = False
     once: str = ""
     alone: str = ""
+    zeroes: Mapping[str, object] | None = None
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
@@ -83,6 +85,7 @@ def stage(
     makes_dense: bool = False,
     once: str = "",
     alone: str = "",
+    zeroes: Mapping[str, object] | None = None,
 ) -> Callable[[type[_T]], type[_T]]:
     """Register a class as a stage: its annotated fields become validated knobs, `name` its key in recipes.
 
@@ -99,7 +102,7 @@ def stage(
             )
         made = with_flat_knobs(cls)
         _CARDS[name] = Card(
-            name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense, once, alone
+            name, made, paper, title, effects, tuple(needs), when, failures, any_task, makes_dense, once, alone, zeroes
         )
         return made
 
@@ -120,6 +123,19 @@ def card(name: str) -> Card:
     if name not in known:
         raise RecipeError(f"unknown stage '{name}'; {nearest(name, known)}")
     return known[name]
+
+
+def zeroing(*, any_task: bool) -> list[str]:
+    """The stages that leave zeros, each with the knobs that it takes where its own leave none; with `any_task`, those
+    alone that run under any task.
+    """
+    found = [one for one in cards().values() if one.zeroes is not None and (one.any_task or not any_task)]
+    return [f"{one.name}{_given(one.zeroes or {})}" for one in found]
+
+
+def _given(knobs: Mapping[str, object]) -> str:
+    """Knobs as a recipe has them, in brackets; nothing for none."""
+    return f" ({', '.join(f'{name}: {value}' for name, value in knobs.items())})" if knobs else ""
 
 
 def refuse_together(stages: Sequence[str], processes: int) -> None:
