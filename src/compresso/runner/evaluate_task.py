@@ -12,6 +12,7 @@ from compresso.checkpoint.pixels import pixel_input
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.checkpoint.writes_text import refuse_textless
+from compresso.core.counted import counted
 from compresso.data.registry import load_records
 from compresso.data.survival import left_out
 from compresso.edit.stock import as_stock
@@ -23,14 +24,17 @@ log = logging.getLogger(__name__)
 
 TASK = "trained_for"
 """The setting that tells these numbers from those of models that write text."""
+SKIPPED = "bad_lines_skipped"
+"""The setting that counts lines of a file that were left out."""
 MAX_LENGTH = 512
 """Tokens that are read of an example, where the model's context holds as many."""
 
 
 def task_metric(
-    source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None
+    source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[Measurement, ...]:
-    """The task's metric of a model on all examples, or on `limit` evenly spaced ones, named after the file.
+    """The task's metric of a model on all examples, or on `limit` evenly spaced ones, named after the file. skip_bad:
+    leave bad lines out, which a warning and the settings then count.
 
     Raises:
         RecipeError: an unknown task.
@@ -48,17 +52,18 @@ def task_metric(
     tokenizer = load_tokenizer(source) if known.reads_text else None
     pixels = None if known.reads_text else pixel_input(source)
     length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
-    records = load_records(data, form=known.form)
-    encoded = known.encode(records, tokenizer, Reading(length, limit=limit, pixels=pixels), source.config)
-    for sentence in left_out(encoded, length):
+    records = load_records(data, skip_bad=skip_bad, form=known.form)
+    how = Reading(length, limit=limit, skip_bad=skip_bad, pixels=pixels)
+    encoded = known.encode(records, tokenizer, how, source.config)
+    skipped = [f"{records.source}: {counted(records.n_bad, 'bad line', 'is')} skipped"] if records.n_bad else []
+    for sentence in (*left_out(encoded, length), *skipped):
         log.warning("%s", sentence)
     model = as_stock(load_model(source, device=device)).eval()
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
+    settings = {TASK: known.name} | ({SKIPPED: records.n_bad} if records.n_bad else {})
     name = records.source.partition(".")[0]
     return tuple(
-        one.model_copy(
-            update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, TASK: known.name}}
-        )
+        one.model_copy(update={"name": one.name.replace("held", name, 1), "protocol": {**one.protocol, **settings}})
         for one in found
     )
 
