@@ -119,15 +119,20 @@ class Interrupted(SystemExit):
         )
 
 
+_FEW, _ALIKE = 8, 0.6
+
+
 def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """The tail of a message about an unknown name: the closest valid one, or all of them, or those `shown` in their
-    place.
+    place. Of a few names, one that is hardly alike is no help, and all are told.
 
     >>> nearest("head", ["heads", "channels"])
     "did you mean 'heads'?"
+    >>> nearest("tflite", ["gguf", "onnx", "sliced"])
+    'known: gguf, onnx, sliced'
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE if len(names) <= _FEW else 0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names if shown is None else sorted(shown))}"
 
 

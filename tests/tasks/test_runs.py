@@ -190,7 +190,11 @@ def test_a_model_with_a_head_keeps_it(pruned: Path, moods: Path, tmp_path: Path)
         ("contextual/vocab", (), "works on next tokens"),
         ("gate-taylor", ("--task", "clasification"), "task 'clasification' is unknown; did you mean 'classification'?"),
         ("gate-taylor", ("--model", "LLAMA"), "is a causal language model; --task classification takes an encoder"),
-        ("gate-taylor", ("--task", "causal-lm"), "is not a causal language model, and recipes train and measure only"),
+        (
+            "gate-taylor",
+            ("--task", "causal-lm"),
+            "no causal language model; give a task that it can do: --task classification",
+        ),
         (
             "gate-taylor",
             ("--data", "TEXT"),
