@@ -139,12 +139,14 @@ def alike(name: str, valid: Iterable[str]) -> str | None:
 
 def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """The tail of a message about an unknown name: the closest valid one, or all of them, or those `shown` in their
-    place.
+    place. Of a few names, one that is hardly alike is no help, and all are told.
 
     >>> nearest("head", ["heads", "channels"])
     "did you mean 'heads'?"
     >>> nearest("nope", ["moe", "evopress"])
     'known: evopress, moe'
+    >>> nearest("tflite", ["gguf", "onnx", "sliced"])
+    'known: gguf, onnx, sliced'
     """
     names = sorted(valid)
     close = alike(name, names)

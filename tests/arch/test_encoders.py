@@ -48,7 +48,7 @@ def test_magnitude_pruning(name: str, kinds: tuple[str, ...], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("bert", r"\(bert\) is not a causal language model, and recipes train and measure only those"),
+        ("bert", r"\(bert\) is an encoder of texts and no causal language model; give a task that it can do: task="),
         ("vit", r"\(vit\) is no causal language model, it sees pictures; give task='image-classification'"),
     ],
 )

@@ -97,7 +97,7 @@ def test_layers_that_are_not_there_are_refused(make_job: MakeJob) -> None:
     job = make_job()
     for knobs, said in (
         ({"layers": (1, 3)}, r"keep_layers: layers=\[1, 3\], and the model has the layers 0 to 2"),
-        ({"every": 4}, "every=4, and the model has the layers 0 to 2"),
+        ({"every": 4}, "every=4 keeps none of the model's 3 layers; give 2 to 3"),
     ):
         with pytest.raises(RecipeError, match=said):
             KeepLayers(**knobs).check(job.model, job.arch)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import Call
+from transformers import BertConfig
 
 import compresso
 from compresso.arch.base import arch_for
@@ -16,7 +17,7 @@ from compresso.checkpoint.source import open_source
 from compresso.core.budget import InfeasibleBudget, Shortfall
 from compresso.core.latency_table import Conditions, LatencyTable
 from compresso.errors import BudgetError
-from compresso.runner.asked_budget import Asked, asked_for, said_as_asked
+from compresso.runner.asked_budget import Asked, asked_for, count, said_as_asked
 from compresso.runner.measured_budget import machine_here
 
 OTHERS = ("compresso", "ristretto", "shortgpt", "magnitude-structured", "llm-pruner", "lorashear")
@@ -73,6 +74,34 @@ def test_a_run_and_the_command_line_say_the_same(tiny_folder: Path, tmp_path: Pa
     with pytest.raises(BudgetError, match=r"^macs=10000 is above the most of [\d.]+ \(.+\); give macs=[\d.]+ or less$"):
         compresso.run("gate-taylor", tiny_folder, data, output=tmp_path / "out", macs=1e4, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_parameters_are_those_with_the_head_that_the_task_gives(tmp_path: Path) -> None:
+    """A base model's own count is smaller: a share of it would be more parameters of the model that is shrunk."""
+    config = BertConfig(vocab_size=90, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    (tmp_path / "base").mkdir()
+    config.save_pretrained(tmp_path / "base")
+    for task in ("masked-lm", "classification"):
+        with pytest.raises(BudgetError, match="below the floor") as caught:
+            compresso.plan("homodistil", tmp_path / "base", task=task, parameters="1")
+        found = re.search(r"give parameters='?([^ ']+)'? or more$", str(caught.value))
+        assert found is not None
+        shown = compresso.plan("homodistil", tmp_path / "base", task=task, parameters=found[1])
+        assert shown["after"]["parameters"]["total"] <= count(found[1])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share"),
+    [
+        ("homodistil", "all parameters"),
+        ("slicegpt/20", "the stream's dimensions"),
+        ("gate-taylor", "block parameters"),
+        ("magnitude/50", "block parameters"),
+    ],
+)
+def test_a_share_out_of_range_says_what_it_is_of(recipe: str, share: str, tiny_folder: Path) -> None:
+    with pytest.raises(BudgetError, match=rf"^keep=1.5: the kept share of {share} lies in \(0, 1\]"):
+        compresso.plan(recipe, tiny_folder, keep=1.5)
 
 
 def test_a_share_that_was_given_is_spoken_of_as_before(tiny_folder: Path) -> None:

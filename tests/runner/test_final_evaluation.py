@@ -92,6 +92,16 @@ def test_without_data_or_tokenizer_the_account_says_what_it_lacks(tiny_folder: P
 
 
 @pytest.mark.usefixtures("quick_reopening")
+def test_data_of_which_nothing_is_held_out_is_said_to_be_that(
+    tiny_folder: Path, instructions: Path, tmp_path: Path
+) -> None:
+    raw = {"stages": [{"recover": {"steps": 1}}], "data": {"held": 0, "limit": 20}}
+    result = run(raw, tiny_folder, instructions, output=tmp_path / "out", measure="none", quiet=True)
+    for one in models(result.records):
+        assert one.not_measured["held/perplexity"] == "no examples were held out"
+
+
+@pytest.mark.usefixtures("quick_reopening")
 def test_where_the_dense_model_does_not_fit_the_account_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,7 +171,7 @@ def test_the_terminal_says_what_depends_on_the_length_of_the_data(
         planned("sparse-finetune/50", max_steps=5), capsys
     )
     shown = said(planned("shortgpt", max_steps=5), capsys)
-    assert re.search(r"recover: 5 updates, by max_steps, of \d+; about", shown) and "?:" not in shown
+    assert re.search(r"recover: 5 updates, by max_steps, of [\d,]+; about", shown) and "?:" not in shown
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,40 @@ def test_errors_name_the_flat_knob(knobs: dict[str, object], words: str) -> None
         build({"stages": [{"gate_taylor": knobs}]})
 
 
+@pytest.mark.parametrize(
+    ("stage", "knobs", "words"),
+    [
+        ("qat", {"weight_bits": True}, "weight_bits=True: wanted a whole number"),
+        ("qat", {"lr": True}, "lr=True: wanted a number"),
+        ("qat", {"teacher_layers": [0, True]}, "teacher_layers.1=True: wanted a whole number"),
+        ("qat", {"where": {"layers": [False, 4]}}, "where.layers.0=False: wanted a whole number"),
+        ("gate_taylor", {"floor": {"head": True}}, "floor.head=True: wanted"),
+        ("recover", {"steps": True}, "steps=True: wanted"),
+        ("learn_gates", {"lr_at_hidden": True}, "lr_at_hidden=True: wanted"),
+    ],
+)
+def test_truth_is_no_number(stage: str, knobs: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=f"stage '{stage}': {words}"):
+        build({"stages": [{stage: knobs}]})
+
+
+def test_truth_is_no_number_of_data_either_and_stays_truth_where_that_is_meant() -> None:
+    with pytest.raises(RecipeError, match="data: limit=True: wanted a whole number"):
+        build({"stages": [{"recover": {}}], "data": {"limit": True}})
+    built = build({"stages": [{"qat": {"embeddings": True, "checkpointing": True}}], "data": {"pack": False}})
+    assert built.to_dict()["stages"][0]["qat"]["embeddings"] is True and built.data.pack is False
+
+
+@pytest.mark.parametrize("layers", [[7], [0, 1, 2], [], 3, "all"])
+def test_a_range_of_layers_says_how_it_is_written(layers: object) -> None:
+    wanted = r"wanted \[first, end\) of the layers, counted from 0, such as \[0, 6\]"
+    for stage, knobs in (("wanda", {"where": {"layers": layers}}), ("llm_pruner", {"mlp_layers": layers})):
+        with pytest.raises(RecipeError, match=wanted):
+            build({"stages": [{stage: knobs}]})
+    with pytest.raises(RecipeError, match=r"rates=.*: wanted 2 values"):
+        build({"stages": [{"besa": {"rates": [0.1]}}]})
+
+
 def test_recipes_show_knobs_in_the_order_that_they_always_had() -> None:
     """What and how much first, how in the middle, shapes and mechanics last; written recipes do not change."""
     order = ["keep", "of", "kinds", "batches", "batch", "micro_batch", "layout", "allocation", "multiple_of", "floor"]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tasks.conftest import SIZES, MakeClassifier
+from tests.tasks.conftest import SIZES, MakeClassifier, tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, ViTConfig
 
 from compresso.core.axis import Kind
 from compresso.core.loss import LABEL
 from compresso.core.plan import Plan
+from compresso.data.records import Labelled, Records
 from compresso.edit.gate import gated
 from compresso.edit.shrink import shrink_
 from compresso.errors import DataError, RecipeError
@@ -28,6 +29,7 @@ from compresso.methods.recover import Recover
 from compresso.observe.gate_taylor import gate_taylor
 from compresso.observe.gradients import weight_gradients
 from compresso.observe.losses import losses_without
+from compresso.tasks.base import Reading
 from compresso.tasks.classification import CLASSIFICATION
 from compresso.training.distill_objective import DistillObjective
 from compresso.training.halves import Whole
@@ -36,6 +38,16 @@ from compresso.training.order import Micro
 
 def batch(job: Job, n: int = 6) -> dict[str, Tensor]:
     return job.collated(job.rows[:n])
+
+
+@pytest.mark.parametrize(("pairs", "least"), [(False, 3), (True, 5)])
+def test_a_limit_that_leaves_no_word_beside_special_tokens_is_refused(pairs: bool, least: int) -> None:
+    rows = [Labelled("the cat", "the dog" if pairs else None, i % 2) for i in range(8)]
+    records, config = Records("labelled", rows, "rows.jsonl"), BertConfig(**SIZES)
+    with pytest.raises(DataError, match=rf"max_length={least - 1}: wanted at least {least}, for . special tokens and"):
+        CLASSIFICATION.encode(records, tokenizer(), Reading(least - 1), config)
+    made = CLASSIFICATION.encode(records, tokenizer(), Reading(least), config)
+    assert all(len(row["input_ids"]) == least for row in made.rows)
 
 
 def test_a_batch_is_padded_on_the_right_and_has_one_label_an_example() -> None:

@@ -192,7 +192,11 @@ def test_a_model_with_a_head_keeps_it(pruned: Path, moods: Path, tmp_path: Path)
         ("contextual/vocab", (), "works on next tokens"),
         ("gate-taylor", ("--task", "clasification"), "task 'clasification' is unknown; did you mean 'classification'?"),
         ("gate-taylor", ("--model", "LLAMA"), "is a causal language model; --task classification takes an encoder"),
-        ("gate-taylor", ("--task", "causal-lm"), "is not a causal language model, and recipes train and measure only"),
+        (
+            "gate-taylor",
+            ("--task", "causal-lm"),
+            "no causal language model; give a task that it can do: --task classification",
+        ),
         (
             "gate-taylor",
             ("--data", "TEXT"),
@@ -296,7 +300,9 @@ def test_onnx_computes_the_same_in_the_engines(pruned: Path, call: Call, tmp_pat
 
 
 @pytest.mark.slow
-def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call: Call, tmp_path: Path) -> None:
+def test_evaluate_scores_a_file_of_labelled_texts(
+    pruned: Path, bert: Path, call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = tmp_path / "fresh.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in sentences(60, seed=5)))
     given = ("--task", "classification", "--data", rows)
@@ -307,7 +313,16 @@ def test_evaluate_scores_a_file_of_labelled_texts(pruned: Path, bert: Path, call
     assert f1["name"] == "fresh/f1" and f1["value"] >= 0.95 and f1["stderr"] is not None
     code, out, _ = call("evaluate", pruned, *given, "--limit", 10)
     assert code == 0 and "fresh/acc" in out and "Not measured" not in out
+    rows.write_text(rows.read_text() + json.dumps({"text": "the cat is good", "label": -1}) + "\n")
+    code, _, error = call("evaluate", pruned, *given)
+    assert code == 2 and "fresh.jsonl:61: field 'label' is -1" in error and "or add --skip-bad to skip" in error
+    code, out, _ = call("evaluate", pruned, *given, "--skip-bad", "--json")
+    skipped = json.loads(out)["models"][0]["measurements"][0]
+    assert code == 0 and skipped["value"] == accuracy["value"] and skipped["n"] == 60
+    assert skipped["protocol"] == accuracy["protocol"] | {"bad_lines_skipped": 1}
+    assert caplog.messages[-1] == "fresh.jsonl: 1 bad line is skipped"
     for more, said in (
+        ((pruned, "--skip-bad"), "--skip-bad is for the rows of --data"),
         ((bert, *given), "has no head for classification"),
         ((pruned, "--task", "classification"), "--task and --data belong together"),
         ((pruned, *given, "--suite", "world"), "leave them out with a task"),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compresso.cli.app import app
-from compresso.cli.options import Cache, Device, Force, Json, Overwrite, Weights, warn_of
+from compresso.cli.options import Cache, Device, Force, Json, Overwrite, SkipBad, Weights, warn_of
 from compresso.errors import DataError, quoted
 
 
@@ -153,6 +153,7 @@ def evaluate(
         str | None, typer.Option(help="What the model was trained for, such as classification; scored on --data.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Examples to score --task on.")] = None,
+    skip_bad: SkipBad = False,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Of --suite refusal: harmful tasks in templates (arXiv 2401.10862), not shipped."),
@@ -212,6 +213,7 @@ def evaluate(
         output=output,
         task=task,
         data=data,
+        skip_bad=skip_bad,
         prompts=prompts,
         benign=benign,
         judge=judge,

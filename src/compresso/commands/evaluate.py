@@ -51,6 +51,7 @@ def evaluate(
     output: str | Path | None = None,
     task: str | None = None,
     data: str | None = None,
+    skip_bad: bool = False,
     prompts: str | Path | None = None,
     benign: str | Path | None = None,
     judge: str | Path | None = None,
@@ -84,6 +85,7 @@ def evaluate(
         seed: of shots that are drawn.
         output: file to which the report is written as JSON; a report that lies there is replaced.
         task, data: in place of all that is for text, a task such as "classification", and examples to score on.
+        skip_bad: of a task's data, leave bad lines out (counted, with a warning) instead of raising.
         prompts: of suite refusal, the file of harmful tasks in templates.
         benign: of suite refusal, the file of everyday tasks in the same templates.
         judge, judge_labels: of suite refusal, a chat model that tells harmful answers, and labelled answers to hold it
@@ -105,6 +107,8 @@ def evaluate(
         CompressoError: with the cure; nothing was written.
     """
     check_words(task, data, tasks, suite, corpus, protocol)
+    if skip_bad and task is None:
+        raise DataError("--skip-bad is for the rows of --data, and --task names what they are scored on; give both")
     trust = TrustOptions(
         prompts, benign, judge, judge_labels, against, answers, new_tokens, scoring, generations, scorer, scorer_label,
         attention,
@@ -139,7 +143,7 @@ def evaluate(
     if not source.tensors:
         raise CheckpointError(f"{model} has no weights to evaluate; give a folder of safetensors or a GGUF file")
     if task is not None and data is not None:
-        return _reported(source, task_metric(source, task, data, where, _whole(limit)), target)
+        return _reported(source, task_metric(source, task, data, where, _whole(limit), skip_bad), target)
     refuse_other_than_text(source)
     load_tokenizer(source)
     if suite in SUITES:

@@ -122,8 +122,9 @@ def _length(one: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
     """How long a stage trains, as it was asked for and in updates."""
     asked, most, rounds = one["duration"], one["updates"], one["rounds"]
     if "epoch" not in asked:
-        whole = sum(int(phase) for phase in asked.split(" + "))
-        words = f"{asked} updates" if whole != 1 else "1 update"
+        phases = [int(phase) for phase in asked.split(" + ")]
+        whole, asked = sum(phases), " + ".join(f"{phase:,}" for phase in phases)
+        words = f"{asked} updates" if "+" in asked else counted(whole, "update")
         if rounds > 1:
             return f"{counted(most, 'update')} of {asked}, in {rounds} rounds"
         return words if most == whole else f"{counted(most, 'update')}, by max_steps, of {asked}"
@@ -166,8 +167,8 @@ def _data(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"data: columns read: {', '.join(data['columns'])}")
     lines += [f"data: {note}" for note in data["notes"]]
     lines += [
-        f"{one['stage']}: an epoch is {one['updates_an_epoch']:,} updates of {one['batch']} rows; it takes"
-        f" {one['updates']:,} updates"
+        f"{one['stage']}: an epoch is {counted(one['updates_an_epoch'], 'update')} of {counted(one['batch'], 'row')};"
+        f" it takes {counted(one['updates'], 'update')}"
         for one in data["epochs"]
     ]
     return lines + ([f"A run would stop: {data['stops']}"] if data["stops"] else [])

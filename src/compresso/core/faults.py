@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from compresso.core.counted import counted
+
 Fault = Mapping[str, Any]
 """As pydantic gives one: `type`, `msg`, and, where there are any, `ctx` and `input`."""
 
@@ -25,6 +27,8 @@ _BOUNDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "greater_than": lambda ctx: f"more than {ctx['gt']:g}",
     "less_than_equal": lambda ctx: f"at most {ctx['le']:g}",
     "less_than": lambda ctx: f"less than {ctx['lt']:g}",
+    "too_short": lambda ctx: f"at least {counted(ctx['min_length'], 'value')}",
+    "too_long": lambda ctx: f"at most {counted(ctx['max_length'], 'value')}",
     "literal_error": lambda ctx: str(ctx["expected"]),
     "enum": lambda ctx: str(ctx["expected"]),
 }
@@ -44,8 +48,12 @@ def said(faults: Sequence[Fault]) -> str:
     'wanted at least 0 or a text'
     >>> said([{"type": "value_error", "msg": "Value error, batch=6 cannot be split"}])
     'batch=6 cannot be split'
+    >>> said([{"type": "missing", "msg": "Field required", "loc": ("layers", 1)}])
+    'wanted 2 values'
     """
     first = faults[0]
+    if first["type"] == "missing" and (loc := first.get("loc")) and isinstance(loc[-1], int):
+        return f"wanted {counted(max(fault['loc'][-1] for fault in faults) + 1, 'value')}"  # of a list
     wanted = [_wanted(fault) for fault in faults]
     if None in wanted:
         return "is missing" if first["type"] == "missing" else str(first["msg"]).removeprefix("Value error, ")

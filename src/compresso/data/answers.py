@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresso.core.answer_window import AnswerWindow
+from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.data.records import Answered, BadRecord, RecordForm, Records, Taken, text_of, type_name, unused_of
 from compresso.data.survival import Encoded, Stats
@@ -177,7 +178,9 @@ def encode_answered(
             " that belongs to the model"
         )
     tokens = sum(len(row["input_ids"]) for row in rows)
-    notes = [f"{len(chosen):,} questions give {len(rows):,} windows of {max_length} tokens at most"]
+    gives = "gives" if len(chosen) == 1 else "give"
+    windows = counted(len(rows), "window")
+    notes = [f"{counted(len(chosen), 'question')} {gives} {windows} of {max_length} tokens at most"]
     if unanswered:
         notes.append(f"{unanswered:,} of {len(chosen):,} questions have no answer: the first token stands for none")
     if unseen:

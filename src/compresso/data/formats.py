@@ -24,6 +24,7 @@ import pyarrow
 from safetensors import SafetensorError, safe_open
 
 from compresso.core.counted import counted
+from compresso.data.bad_lines import cure
 from compresso.data.columns import TEXTS
 from compresso.data.found import Found
 from compresso.data.json_files import begins, json_lines, json_list, one_object
@@ -81,12 +82,13 @@ def suffix_of(path: Path) -> str:
 
 def read_file(
     path: Path,
-    skip_bad: bool = False,
+    skip_bad: bool | None = False,
     limit: int | None = None,
     form: RecordForm = TEXTS,
     like: Record | None = None,
 ) -> FileRecords:
-    """Read a file, up to `limit` records of a form; of the kind of `like`, where other files came before it.
+    """Read a file, up to `limit` records of a form; of the kind of `like`, where other files came before it. None for
+    `skip_bad` is False where nobody can choose.
 
     Raises:
         DataError: the file is missing, empty, unreadable, too large or of an unknown format; or it has a bad line and
@@ -117,13 +119,13 @@ def read_file(
         ) from error
 
 
-def collect(path: Path, rows: Sequence[tuple[str, object]], skip_bad: bool, form: RecordForm) -> FileRecords:
+def collect(path: Path, rows: Sequence[tuple[str, object]], skip_bad: bool | None, form: RecordForm) -> FileRecords:
     """Records of objects that lie in a folder, each with its place in words. Raises DataError as `read_file`."""
     return _collect(path, (Found(place, value) for place, value in rows), skip_bad, None, form, None)
 
 
 def _collect(
-    path: Path, found: Iterator[Found], skip_bad: bool, limit: int | None, form: RecordForm, like: Record | None
+    path: Path, found: Iterator[Found], skip_bad: bool | None, limit: int | None, form: RecordForm, like: Record | None
 ) -> FileRecords:
     rows: list[Record] = []
     places: list[str] = []
@@ -144,10 +146,8 @@ def _collect(
                 )
         except BadRecord as error:
             if not skip_bad:
-                raise DataError(
-                    f"{each.place}: {error}. Repair it, or add --skip-bad to skip and count bad lines"
-                    " (run and plan take it)."
-                ) from error
+                told = cure(each, found, form, skip_bad, bool(rows) or like is not None)
+                raise DataError(f"{each.place}: {error}. {told}") from error
             n_bad += 1
             if len(bad) < NAMED_BAD:
                 bad.append(f"{each.place}: {error}")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from compresso.core.counted import counted
 from compresso.data import hub
+from compresso.data.bad_lines import skips
 from compresso.data.columns import TEXTS
 from compresso.data.formats import SUFFIXES, collect, read_file, suffix_of
 from compresso.data.hub import HubSet
@@ -113,7 +114,7 @@ def load_records(
     split: str = "train",
     seed: int = 0,
     limit: int | None = None,
-    skip_bad: bool = False,
+    skip_bad: bool | None = False,
     local: str | Path | None = None,
     form: RecordForm = TEXTS,
 ) -> Records:
@@ -124,7 +125,7 @@ def load_records(
         split: the split of a registered name or hub id; a local file is read whole.
         seed: draws the rows of the embedded world.
         limit: most rows per source.
-        skip_bad: skip and count bad lines instead of raising.
+        skip_bad: skip and count bad lines instead of raising; None: raising, where the caller has no such choice.
         local: a folder with local copies of registered names; that of COMPRESSO_DATA if None.
         form: what a row holds.
 
@@ -155,7 +156,13 @@ def load_records(
 
 
 def _one(
-    name: str, split: str, seed: int, limit: int | None, skip_bad: bool, local: str | Path | None, form: RecordForm
+    name: str,
+    split: str,
+    seed: int,
+    limit: int | None,
+    skip_bad: bool | None,
+    local: str | Path | None,
+    form: RecordForm,
 ) -> Records:
     if name in WORLD_NAMES:
         return _world(name, seed, limit or WORLD_ROWS, form)
@@ -173,7 +180,7 @@ def _one(
     raise DataError(f"data '{name}' is neither a registered name nor a file; {nearest(name, NAMES)}")
 
 
-def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Records:
+def _file(path: Path, limit: int | None, skip_bad: bool | None, form: RecordForm) -> Records:
     read = read_file(path, skip_bad, limit, form)
     return Records(
         joint_kind(read.rows),
@@ -188,7 +195,7 @@ def _file(path: Path, limit: int | None, skip_bad: bool, form: RecordForm) -> Re
 
 
 def _folder(
-    path: Path, rows: Sequence[tuple[str, object]], limit: int | None, skip_bad: bool, form: RecordForm
+    path: Path, rows: Sequence[tuple[str, object]], limit: int | None, skip_bad: bool | None, form: RecordForm
 ) -> Records:
     """The rows of a folder of files that are rows themselves. Raises DataError for one that is none."""
     read = collect(path, rows[:limit], skip_bad, form)
@@ -204,7 +211,7 @@ def _folder(
     )
 
 
-def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: RecordForm) -> Records:
+def _shards(name: str, split: str, limit: int | None, skip_bad: bool | None, form: RecordForm) -> Records:
     """The files of a folder or of a pattern, one behind the other, as one source."""
     rows: list[Record] = []
     places: list[str] = []
@@ -238,7 +245,7 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool, form: Reco
 
 
 def _registered(
-    name: str, split: str, limit: int | None, skip_bad: bool, local: str | Path | None, form: RecordForm
+    name: str, split: str, limit: int | None, skip_bad: bool | None, local: str | Path | None, form: RecordForm
 ) -> Records:
     known = REGISTERED[name]
     folder = local or os.environ.get("COMPRESSO_DATA")
@@ -256,7 +263,7 @@ def _from_hub(
     split: str,
     limit: int | None,
     name: str,
-    skip_bad: bool,
+    skip_bad: bool | None,
     form: RecordForm,
 ) -> Records:
     rows = hub.rows(place, split, limit)
@@ -268,12 +275,11 @@ def _from_hub(
     part = f"first {len(rows)} rows of " if limit == len(rows) else ""
     left = Counter(unused for row in rows for unused in unused_of(row, columns)) if columns else {}
     try:
-        records = records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form, skip_bad)
+        records = records_from(kept, f"{name} {split} ({part}{place.id} on the hub)", form, bool(skip_bad))
         return replace(records, passed_over={**left, **records.passed_over})
     except BadRecord as error:
         raise DataError(
-            f"{error}. Give --skip-bad to skip and count such rows (run and plan take it), or"
-            " download the data as a file and repair them."
+            f"{error}. Download the data as a file and repair such rows{skips(skip_bad, ' them')}."
         ) from error
 
 

@@ -127,8 +127,7 @@ def _conversation_ids(
             except DataError as error:
                 if not tally.skip_bad:
                     raise DataError(
-                        f"{place}: {error}. Repair it, or give --skip-bad to skip and count such records"
-                        " (run and plan take it)."
+                        f"{place}: {error}. Repair it, or give --skip-bad to skip and count such records."
                     ) from error
                 tally.bad.append(f"{place}: {error}")
                 written.append(None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.errors import DataError
 
@@ -13,5 +14,6 @@ def check_window(rows: Sequence[Row], window: int | None) -> None:
     if window is not None and all(len(row["input_ids"]) < window for row in rows):
         n = sum(len(row["input_ids"]) for row in rows)
         raise DataError(
-            f"the text has {n} tokens, less than one window of {window}; give more text, or lower data.max_length"
+            f"the text has {counted(n, 'token')}, less than one window of {window}; give more text, or lower"
+            " data.max_length"
         )

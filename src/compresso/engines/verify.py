@@ -44,10 +44,12 @@ def verify(model: str | Path) -> list[Parity]:
     source = open_source(model, packed=True)
     check_scratch()
     with_head = is_causal(source.config) or is_text_encoder(source.config) or sees(source.config)
-    if source.folder is None or not with_head:
+    if source.folder is None:
+        raise CheckpointError(f"{source.name} has no weights to verify. Give a folder of safetensors or a GGUF file.")
+    if not with_head:
         raise CheckpointError(
-            f"model {source.name} is not a causal language model or an encoder of texts with a head and weights, or a"
-            " model of pictures with a head, and verify compares their logits."
+            f"{source.name} ({source.config.model_type}) has no head, and engines are compared by the logits that one"
+            " gives. Give the result of a run with --task, which makes the head that a base model lacks."
         )
     if not is_causal(source.config):
         with scratch_folder() as scratch:

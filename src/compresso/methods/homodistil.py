@@ -162,6 +162,12 @@ class HomoDistil:
         """All weights, under a teacher."""
         return Learning(self.trains, [self.trains.steps], None, teacher=True, chunk=self.chunk)
 
+    def check_taught(self, layers: int, dense: int, removed: Plan) -> None:
+        """Refuse a student that lost single query heads. Raises RecipeError."""
+        divided = next((name for name in removed.kept if name.endswith(".queries")), None)
+        if divided and self.removes.keep < 1:
+            raise RecipeError(f"homodistil: {divided} lost query heads before, which no map is compared without")
+
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """The passes of the training, the teacher's, and two examples at each cut."""
         total = self.learning().updates
@@ -177,8 +183,8 @@ class HomoDistil:
             pool = removable(axes, self.budget())
             whole = {axis.name: torch.ones(axis.size) for axis in pool}
             return job.without(whole, "homodistil", wanted_keep=1.0, updates=0)
-        if divided := next((name for name in job.plan.kept if name.endswith(".queries")), None):
-            raise RecipeError(f"homodistil: {divided} lost query heads before, which no map is compared without")
+        blocks = len(job.arch.blocks(job.model))
+        self.check_taught(blocks, blocks, job.plan)
         final = self.final(axes, job.cost())
         (total,) = self.trains.updates(len(job.rows))
         stored = job.model.eval().dtype

@@ -88,7 +88,12 @@ class KeepLayers:
     def _kept(self, size: int) -> tuple[int, ...]:
         """Which of so many layers stay. Raises RecipeError."""
         kept = tuple(range(self.every - 1, size, self.every)) if self.layers is None else self.layers
-        if not kept or kept[-1] >= size:
-            asked = f"every={self.every}" if self.layers is None else f"layers={list(self.layers)}"
-            raise RecipeError(f"keep_layers: {asked}, and the model has the layers 0 to {size - 1}; name some of those")
+        if not kept:
+            cure = f"give 2 to {size}" if size > 1 else "leave the stage out"
+            of = "one layer" if size == 1 else f"{size} layers"
+            raise RecipeError(f"keep_layers: every={self.every} keeps none of the model's {of}; {cure}")
+        if kept[-1] >= size:
+            raise RecipeError(
+                f"keep_layers: layers={list(kept)}, and the model has the layers 0 to {size - 1}; name some of those"
+            )
         return kept

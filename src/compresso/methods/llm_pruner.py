@@ -48,6 +48,7 @@ from compresso.solve.allocate import InfeasibleBudget, allocate, keep_counts
 from compresso.solve.allocation import Allocation, allocated
 from compresso.solve.uniform import uniform_targets
 from compresso.stage import Calibrates, Effects, Knobs, Passes, stage
+from compresso.sweep.targets import LayerRange
 from compresso.training.noise import mixed_seed
 
 _KINDS = {
@@ -56,7 +57,6 @@ _KINDS = {
     "channel": (Kind.HIDDEN,),
     "layer": (Kind.LAYER,),
 }
-Layers = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]]
 
 
 @stage(
@@ -99,8 +99,8 @@ class LlmPruner:
     ratio: Annotated[float, Gt(0), Lt(1)] | None = None
     of: Budgeted = "blocks"
     scope: Literal["block", "channel", "layer", "global"] = "block"
-    attention_layers: Layers | None = None
-    mlp_layers: Layers | None = None
+    attention_layers: LayerRange | None = None
+    mlp_layers: LayerRange | None = None
     importance: Literal["vector", "first", "second", "mixed", "l1", "l2", "random", "position"] = "first"
     reduction: Reduction = "sum"
     iterations: Annotated[int, Ge(1)] = 1

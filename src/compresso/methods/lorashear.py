@@ -144,6 +144,12 @@ class LoraShear:
         """Adapters, which score the units."""
         return Learning(self.trains, [self.tune, self.shrink, self.hold], self.lora, by_adapters=True)
 
+    def check(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Refuse so few updates that nothing could shrink, where they are no epochs. Raises RecipeError."""
+        phases = (self.tune, self.shrink, self.hold)
+        if self.removes.keep < 1 and all(isinstance(phase, int) for phase in phases):
+            self._updates(1)
+
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:
         """A pass over the calibration data for each axis that may turn out unprunable, then the training."""
         pool = removable(arch.axes(model), self.budget())
@@ -163,12 +169,7 @@ class LoraShear:
         spared = set(sorted(harm, key=lambda name: -harm[name])[: self.n_unprunable(pool)])
         axes = [axis for axis in pool if axis.name not in spared]
         self._check(pool, axes, cost)
-        open_, shrink, hold = self.trains.updates(len(job.rows), (self.tune, self.shrink, self.hold))
-        if shrink < 2:
-            raise RecipeError(
-                f"stage 'lorashear': {counted(shrink, 'update', 'is')} left to shrink in, at least 2 are needed;"
-                " raise shrink or max_steps"
-            )
+        open_, shrink, hold = self._updates(len(job.rows))
         periods = min(self.periods, shrink // 2)
 
         def choose(period: int, scores: Mapping[str, Tensor], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,6 +216,16 @@ class LoraShear:
             "curve": curve(history),
         }
         return merged(job, lora, "lorashear", self.trains).without(objective.masks(), "lorashear", **facts)
+
+    def _updates(self, examples: int) -> list[int]:
+        """Updates of the three phases on so many examples. Raises RecipeError if none could shrink anything."""
+        found = self.trains.updates(examples, (self.tune, self.shrink, self.hold))
+        if found[1] < 2:
+            raise RecipeError(
+                f"stage 'lorashear': {counted(found[1], 'update', 'is')} left to shrink in, at least 2 are needed;"
+                " raise shrink or max_steps"
+            )
+        return found
 
     def _harm(self, job: Job, pool: Sequence[Axis], weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss with the smallest units of each axis switched off: axis name -> nats a token; empty if no axis is to

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
 from compresso.core.axis import Kind
+from compresso.core.plan import Plan
 from compresso.core.quantisers import FULL, Quantiser, Style
 from compresso.core.squarehead import Norm
 from compresso.edit.eager import EAGER, attention_of, eager
@@ -44,7 +45,7 @@ from compresso.edit.quantise_inputs import Asymmetric, inputs_of
 from compresso.edit.quantised import QuantisedModel
 from compresso.errors import RecipeError
 from compresso.job import Job
-from compresso.methods.qat_pairs import paired
+from compresso.methods.qat_pairs import layer_pairs, paired
 from compresso.stage import AdamW, Effects, Knobs, Learning, Passes, Trains, Watches, stage
 from compresso.stage.tuning import frozen_teacher, group_of, learner, tune, watching
 from compresso.sweep.compressed import Compressed, rounded_weights
@@ -161,6 +162,13 @@ class Qat:
             if share < 1 and not any(axis.kind == kind for axis in arch.axes(model)):
                 raise RecipeError(f"{kind}s_kept={share}: this model has no {kind}s that can leave; set it to 1")
         return chosen(model, arch, self.where)
+
+    def check_taught(self, layers: int, dense: int, removed: Plan) -> None:
+        """Refuse the teacher's layers that it does not have, or that are not one for each of the student's, and
+        attentions of which single query heads have left. Raises RecipeError.
+        """
+        if self.trains.steps != 0 and (self.attention_weight or self.hidden_weight or self.teacher_layers is not None):
+            layer_pairs(layers, dense, removed.kept, self.teacher_layers, attentions=self.attention_weight > 0)
 
     def compressed(self, model: PreTrainedModel, arch: Arch) -> Compressed:
         """The weights it rounds, and the bits they take once packed."""

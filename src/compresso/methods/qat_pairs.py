@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresso.arch.base import Arch
-from compresso.core.one_stage import layer_map
+from compresso.core.one_stage import LayerMap, layer_map
 from compresso.errors import RecipeError
 from compresso.job import Job
 from compresso.training.one_stage_objective import Taught
@@ -30,12 +30,7 @@ def paired(
         RecipeError: layers that fit neither model, or attentions of which single query heads have left.
     """
     ours, theirs, kept = list(job.arch.blocks(job.model)), list(job.arch.blocks(teacher)), job.plan.kept
-    try:
-        pairs = layer_map(len(ours), len(theirs), layers or kept.get("layers"))
-    except ValueError as error:
-        raise RecipeError(f"teacher_layers: {error}") from error
-    if attentions and any(name.endswith(".queries") for name in kept):
-        raise RecipeError("single query heads have left, and attentions cannot be paired; set attention_weight: 0")
+    pairs = layer_pairs(len(ours), len(theirs), kept, layers, attentions=attentions)
     dimensions = kept.get("hidden")
     return replace(
         taught,
@@ -45,6 +40,27 @@ def paired(
         heads=[_heads(kept, job.arch, teacher, layer) for layer in pairs.attentions],
         dimensions=None if dimensions is None else torch.tensor(dimensions),
     )
+
+
+def layer_pairs(
+    ours: int, theirs: int, kept: Mapping[str, Sequence[int]], layers: Sequence[int] | None, *, attentions: bool
+) -> LayerMap:
+    """Which layers of the teacher teach which.
+
+    Args:
+        ours, theirs: layers of the student and of its teacher.
+        kept: the plan of what is left of the teacher's units.
+        layers, attentions: as `paired` takes them.
+
+    Raises RecipeError as `paired`.
+    """
+    try:
+        pairs = layer_map(ours, theirs, layers or kept.get("layers"))
+    except ValueError as error:
+        raise RecipeError(f"teacher_layers: {error}") from error
+    if attentions and any(name.endswith(".queries") for name in kept):
+        raise RecipeError("single query heads have left, and attentions cannot be paired; set attention_weight: 0")
+    return pairs
 
 
 def _heads(kept: Mapping[str, Sequence[int]], arch: Arch, teacher: PreTrainedModel, layer: int) -> Tensor | None:

@@ -70,7 +70,7 @@ def corpus(name_or_file: str | Path, split: str | None = None, data_root: str | 
     split = split or usual
     if data_root is not None and not Path(data_root).is_dir():
         raise DataError(f"{data_root}: no such folder; give the folder of local copies that COMPRESSO_DATA would name")
-    records = load_records(name_or_file, split=split, local=data_root)
+    records = load_records(name_or_file, split=split, skip_bad=None, local=data_root)
     if records.kind != "text":
         raise DataError(
             f"corpus {records.source} holds data of kind '{records.kind}'; perplexity is measured on texts: give such a"

@@ -40,6 +40,7 @@ from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import Act, Begun, told
 from compresso.runner.task_options import keeps_heads
+from compresso.runner.taught import check_taught
 from compresso.stage import (
     Calibrates,
     ChecksModel,
@@ -165,13 +166,13 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
     axes = axes_of(arch, model, WITHIN)
     refuse_other_table(recipe.measures, shape_facts(arch, model))
     cost = cost_of(arch, model, recipe.measures)
-    sizes = {axis.name: axis.size for axis in axes}
+    sizes, dense = {axis.name: axis.size for axis in axes}, len(arch.blocks(model))
     shown, removed = DryRun(counts(cost), counts(cost), notes=told(recipe.acts)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     rounded, earlier = "", rounded_by(source)  # the last stage that rounded weights, and that of an earlier run
     without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
     begun: Begun | None = None  # what the first of several rounds received
-    for act in recipe.acts:
+    for place, act in enumerate(recipe.acts):
         name = act.label
         if act.cuts and act.turn == 1:
             assert isinstance(act.stage, Shrinks)
@@ -191,6 +192,8 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
                 )
         if isinstance(stage, ChecksModel):
             stage.check(model, arch)
+        before = [other.name for other in recipe.acts[:place]]
+        check_taught(act.name, stage, before, len(arch.blocks(model)), dense, removed, recipe.data)
         if isinstance(stage, ChecksProcesses):
             stage.check_processes(launched() if processes is None else processes)
         compressed = stage.compressed(model, arch) if isinstance(stage, Compresses) else None

@@ -25,15 +25,17 @@ from compresso.tasks.base import Reading, task_named, tasks
 
 log = logging.getLogger(__name__)
 
+SKIPPED = "bad_lines_skipped"
+"""The setting that counts lines of a file that were left out."""
 MAX_LENGTH = 512
 """Tokens that are read of an example, where the model's context holds as many."""
 
 
 def task_metric(
-    source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None
+    source: Source, task: str, data: str | Path, device: torch.device, limit: int | None = None, skip_bad: bool = False
 ) -> tuple[Measurement, ...]:
     """The task's metric of a model, as `compresso.load` opens it, on all examples, or on `limit` evenly spaced ones,
-    named after the file.
+    named after the file. skip_bad: leave bad lines out, which a warning and the settings then count.
 
     Raises:
         RecipeError: an unknown task.
@@ -51,8 +53,9 @@ def task_metric(
     tokenizer = load_tokenizer(source) if known.reads_text else None
     pixels = None if known.reads_text else pixel_input(source)
     length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
-    records = load_records(data, form=known.form)
-    encoded = known.encode(records, tokenizer, Reading(length, limit=limit, pixels=pixels), source.config)
+    records = load_records(data, skip_bad=skip_bad, form=known.form)
+    reading = Reading(length, limit=limit, skip_bad=skip_bad, pixels=pixels)
+    encoded = known.encode(records, tokenizer, reading, source.config)
     notes = notes_of(records, encoded, length, tokenizer, vocabulary(source.config), "--limit")
     for sentence in (*notes, *_other_columns(source, records)):
         log.warning("%s", sentence)
@@ -60,7 +63,7 @@ def task_metric(
     patch_(model, stored_patches(source))
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]
-    how: dict[str, Setting] = {TRAINED_FOR: known.name}
+    how: dict[str, Setting] = {TRAINED_FOR: known.name} | ({SKIPPED: records.n_bad} if records.n_bad else {})
     if known.reads_text:
         how |= {"max_length": length, "cut_examples": encoded.stats.cut}
     return tuple(

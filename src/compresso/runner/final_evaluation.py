@@ -230,7 +230,7 @@ def _evaluate(
         if isinstance(score, SegmentScore):
             results.segmented = segmented(model, rows, lambda some: job.task.collate(some, 0), score.names)
     else:
-        results.not_measured[job.task.metric] = "the run had no data"
+        results.not_measured[job.task.metric] = "no examples were held out" if job.rows else "the run had no data"
     if not job.task.writes_text:
         return
     if settings.refused or tokenizer is None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from compresso.core.quantities import QUANTITIES
 from compresso.stage import card
 from compresso.wording import SHARES
 
@@ -37,6 +38,23 @@ def without_knob(recipe: str, stages: Sequence[tuple[str, Any]], knob: str, aske
             )
         case _:
             return f"no stage of recipe '{recipe}' has the knob '{knob}'; see `compresso recipes {recipe}`"
+
+
+def share_of(stages: Sequence[tuple[str, Any]]) -> str:
+    """What `keep` is a share of in the stages that have it, in words; block parameters where none has.
+
+    stages: name and knobs as a recipe sets them.
+    """
+    found: list[str] = []
+    for name, knobs in stages:
+        known = card(name).knobs
+        if "keep" not in known:
+            continue
+        of = knobs.get("of") if isinstance(knobs, dict) else None
+        of = of or (known["of"].default if "of" in known else "blocks")
+        words = "all parameters" if of == "total" else QUANTITIES[of].words if of in QUANTITIES else ""
+        found.append(SHARES.get(name, words))
+    return " and ".join(dict.fromkeys(filter(None, found))) or QUANTITIES["blocks"].words
 
 
 def _share(stages: Sequence[tuple[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of, mixture_family_of, staged_family_of, stock_type
 from compresso.runner.asked_budget import asked_for, count
-from compresso.runner.dry_run import dry_run
+from compresso.runner.dry_run import SOME_LABELS, dry_run
 from compresso.runner.engine_shapes import (
     for_engine,
     held_to,
@@ -32,6 +32,7 @@ from compresso.runner.engine_shapes import (
 )
 from compresso.runner.inspection import facts_of
 from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
+from compresso.runner.nearest_knob import share_of
 from compresso.runner.picture_budget import limits_of, read_picture_table, with_picture_budget
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
@@ -211,10 +212,11 @@ def _with_budget(
     """The raw recipe with the one budget of its shapes that was given in it."""
     if keep is not None:
         if not 0 < keep <= 1:  # also refuses NaN
-            raise BudgetError(f"--keep {keep}: the kept share of block parameters lies in (0, 1]; 0.7 removes 30 %")
+            share = share_of(stages_of(raw))
+            raise BudgetError(f"--keep {keep}: the kept share of {share} lies in (0, 1]; 0.7 removes 30 %")
         return with_knob(raw, "keep", keep, asked=f"--keep {keep:g}")
     if parameters is not None:
-        wanted, total = count(str(parameters)), _total(model)
+        wanted, total = count(str(parameters)), _total(raw, model)
         if wanted > total:
             raise BudgetError(f"--parameters {parameters}: the model has {total:,}; wanted no more than that")
         asked = f"--parameters {parameters}"
@@ -231,9 +233,13 @@ def _with_budget(
     return raw
 
 
-def _total(model: str) -> int:
-    """All parameters of a model."""
-    return facts_of(meta_model(open_source(model, weights=False, packed=True)))["parameters"]["total"]
+def _total(raw: Mapping[str, Any], model: str) -> int:
+    """All parameters of a model, with the head that a recipe's task gives it."""
+    source, task = open_source(model, weights=False, packed=True), task_of(raw)
+    shaped = meta_model(source)
+    if task.lacks_head(source.config) and not task.obstacle(source.config):
+        shaped = task.with_head(shaped, SOME_LABELS, 0)
+    return facts_of(shaped)["parameters"]["total"]
 
 
 def recipe_for(raw: Mapping[str, Any], layout: str, config: PreTrainedConfig) -> Recipe:

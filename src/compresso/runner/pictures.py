@@ -27,7 +27,7 @@ def pictures_of(source: Source, data: str | Path, most: int) -> Tensor:
         CheckpointError: a model that does not say how it sees.
     """
     task = _task(source.config)
-    records = load_records(data, form=task.form)
+    records = load_records(data, skip_bad=None, form=task.form)
     encoded = task.encode(records, None, Reading(0, limit=most, pixels=pixel_input(source)), source.config)
     rows = encoded.rows
     for sentence in left_out(encoded, 0):

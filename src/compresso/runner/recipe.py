@@ -252,13 +252,36 @@ def _validated(kind: type, knobs: Any, where: str) -> Any:
         if key not in known:
             raise RecipeError(f"{where}: unknown knob '{key}'; {nearest(str(key), known)}")
     try:
-        return TypeAdapter(kind).validate_python(knobs)
+        made = TypeAdapter(kind).validate_python(knobs)
+        if found := _truth_for_number(knobs, dumped(made)):
+            raise RecipeError(f"{where}: {found}")
+        return made
     except ValidationError as error:
         found = [(_place(without_field(kind, one["loc"]), knobs), one) for one in error.errors()]
         path, first = found[0]
         words = said([one for place, one in found if place == path])  # several, where a value may be one of several
         given = f"{path}={short(first['input'])}: " if path else ""  # of several knobs together the message names them
         raise RecipeError(f"{where}: {given}{words}") from error
+
+
+def _truth_for_number(given: Any, taken: Any, path: str = "") -> str:
+    """Where true or false was given for a number, and what was wanted; "" for nowhere. A validator takes it for 1 or 0.
+
+    Args:
+        given: knobs.
+        taken: the same as a stage has them, plain.
+        path: of both.
+    """
+    if isinstance(given, bool):
+        wanted = {int: "a whole number", float: "a number"}.get(type(taken))
+        return f"{path}={given}: wanted {wanted}" if wanted else ""
+    held: list[tuple[Any, Any, Any]] = []
+    if isinstance(given, Mapping) and isinstance(taken, Mapping):
+        held = [(key, one, taken[str(key)]) for key, one in given.items() if str(key) in taken]
+    elif isinstance(given, list | tuple) and isinstance(taken, list | tuple) and len(given) == len(taken):
+        held = [(i, one, two) for i, (one, two) in enumerate(zip(given, taken, strict=True))]
+    each = (_truth_for_number(one, two, f"{path}.{key}" if path else str(key)) for key, one, two in held)
+    return next(filter(None, each), "")
 
 
 def _place(path: Sequence[int | str], knobs: Any) -> str:

@@ -6,6 +6,7 @@
     ReachesLayers with Shrinks: it takes whole layers, too, where axes name none
     ChecksModel  a look at the shapes before weights are read
     ChecksData   a look at the examples before weights are read
+    ChecksTaught a look at what stages before it left of the dense model that teaches it
     ChecksProcesses  a look at how many processes there are, before weights are read
     Learns       what it trains, and for how long
     Compresses   how many weights it zeroes, or rounds to how many bits
@@ -186,6 +187,20 @@ class KeepsZeros(Protocol):
 
     def check_zeros(self, job: "Job") -> object:
         """Raise RecipeError for weights of which too few are 0."""
+        ...
+
+
+@runtime_checkable
+class ChecksTaught(Protocol):
+    """A stage that can refuse to be taught by the dense model, by what stages before it took away."""
+
+    def check_taught(self, layers: int, dense: int, removed: Plan) -> object:
+        """Raise RecipeError if the model it would meet cannot learn from the dense one.
+
+        Args:
+            layers, dense: how many there are of each model.
+            removed: what stages before it took, of the dense model's units.
+        """
         ...
 
 

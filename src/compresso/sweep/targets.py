@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated
 
 from annotated_types import Ge
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,17 @@ from transformers.pytorch_utils import Conv1D
 from compresso.arch.base import Arch
 from compresso.arch.producers import Feeder
 from compresso.errors import ArchError, RecipeError, nearest
+
+
+def _two(given: object) -> object:
+    """Refuse what is no pair, in the words of a range. Raises ValueError."""
+    if isinstance(given, list | tuple) and len(given) == 2:  # pyright: ignore[reportUnknownArgumentType]
+        return given  # pyright: ignore[reportUnknownVariableType]
+    raise ValueError("wanted [first, end) of the layers, counted from 0, such as [0, 6] for the first six")
+
+
+LayerRange = Annotated[tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]], BeforeValidator(_two)]
+"""[first, end) of layers."""
 
 
 @validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -35,7 +46,7 @@ class Where:
         ignore: patterns of those left unchanged.
     """
 
-    layers: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(1)]] | None = None
+    layers: LayerRange | None = None
     modules: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
 

@@ -17,7 +17,7 @@ from compresso.data.records import RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss
-from compresso.tasks.base import DEFAULT, Reading, register, spread
+from compresso.tasks.base import DEFAULT, Reading, register, spread, tasks
 from compresso.tasks.pictures import seen_by
 from compresso.training.halves import Compare, Network, next_tokens
 
@@ -46,10 +46,15 @@ class CausalLM:
             return ""
         if able := seen_by(config):
             return f"({config.model_type}) is no causal language model, it sees pictures; give --task {able[0]}"
+        others = [f"--task {name}" for name, task in tasks().items() if name != DEFAULT and not task.obstacle(config)]
+        if others:
+            return (
+                f"({config.model_type}) is an encoder of texts and no causal language model; give a task that it can"
+                f" do: {', '.join(others[:-1])}{' or ' if others[:-1] else ''}{others[-1]}"
+            )
         return (
-            f"({config.model_type}) is not a causal language model, and recipes train and measure only those; give an"
-            " encoder of texts --task classification, or shrink a model from Python with compresso.shrink_ and write it"
-            " with compresso.formats.hf"
+            f"({config.model_type}) is not a causal language model, and no task here takes it; shrink it from Python"
+            " with compresso.shrink_ and write it with compresso.formats.hf"
         )
 
     def lacks_head(self, config: PreTrainedConfig) -> bool:

@@ -22,7 +22,7 @@ from compresso.core.loss import LABEL, Loss
 from compresso.core.row import Row
 from compresso.data.batches import encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
-from compresso.data.records import RecordForm, Records
+from compresso.data.records import Labelled, RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
@@ -71,12 +71,14 @@ class Classification:
     def encode(
         self, records: Records, tokenizer: PreTrainedTokenizerBase | None, reading: Reading, config: PreTrainedConfig
     ) -> Encoded:
-        """Ids with the tokenizer's special tokens, and numbers of labels. Raises DataError as `labels_of` and
-        `encode_labelled`.
+        """Ids with the tokenizer's special tokens, and numbers of labels. Raises DataError as `labels_of`,
+        `encoders.leave_room` and `encode_labelled`.
         """
         tokenizer = encoders.with_tokenizer(tokenizer, records)
         labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
         segments = encoders.tells_segments(config)
+        pairs = any(isinstance(row, Labelled) and row.second is not None for row in records.rows)
+        encoders.leave_room(tokenizer, reading.max_length, pairs)
         return encode_labelled(
             records, tokenizer, labels, reading.max_length, reading.limit, config.vocab_size, segments
         )

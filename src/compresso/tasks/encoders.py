@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.kinds import is_causal
+from compresso.core.counted import counted
 from compresso.data.records import Records
 from compresso.errors import DataError
 from compresso.tasks.pictures import seen_by
@@ -41,6 +42,17 @@ def with_tokenizer(tokenizer: PreTrainedTokenizerBase | None, records: Records) 
     if tokenizer is None:
         raise DataError(f"{records.source}: the model has no tokenizer to read texts with; add its files to the model")
     return tokenizer
+
+
+def leave_room(tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool) -> None:
+    """Raise DataError if no word fits beside a tokenizer's special tokens, or none of each text of a pair."""
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    least = special + 1 + pairs
+    if max_length < least:
+        raise DataError(
+            f"max_length={max_length}: wanted at least {least}, for {counted(special, 'special token')} and a word"
+            f"{' of each text' if pairs else ''}; raise data.max_length"
+        )
 
 
 def tells_segments(config: PreTrainedConfig) -> bool:

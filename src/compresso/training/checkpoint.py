@@ -26,6 +26,7 @@ from torch import Tensor
 from compresso.checkpoint.atomic import clear_leftovers, new_folder, verify_manifest, write_json, write_manifest
 from compresso.checkpoint.storage import storage_errors
 from compresso.core import strict_json
+from compresso.core.counted import counted
 from compresso.errors import CheckpointError, NumericError, ResourceError
 from compresso.training.history import History
 
@@ -97,8 +98,8 @@ class TrainingCheckpoints:
         bad = [name for name, t in saved.tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
         if bad:
             raise NumericError(
-                f"{bad[0]} holds NaN or Inf after {saved.update} updates, so no checkpoint was written; lower the"
-                " learning rate"
+                f"{bad[0]} holds NaN or Inf after {counted(saved.update, 'update')}, so no checkpoint was written;"
+                " lower the learning rate"
             )
         target = self.folder / f"step-{saved.update:06d}"
         facts = {

@@ -23,6 +23,7 @@ from compresso.arch.base import Arch
 from compresso.arch.head_channels import HEAD_CHANNELS, NarrowsHeads
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
+from compresso.core.counted import counted
 from compresso.core.plan import Plan
 from compresso.core.sensitivity import sensitivities
 from compresso.edit.gate import gated
@@ -219,7 +220,7 @@ class GradualPruning(nn.Module):
             self._hooks.close()
             cut_moments_(self._states, self.model, axes, Plan.from_masks(axes, masks))
             with same_parameters(self.model), _modes(self.model):
-                difference = remove_(self.model, axes, masks, *self._probe, by=f"cut after {done} updates")
+                difference = remove_(self.model, axes, masks, *self._probe, by=f"cut after {counted(done, 'update')}")
             self.difference.clamp_(min=difference)
             self.eps.copy_(self._epsilons())
         self._known = None
