@@ -63,7 +63,9 @@ def task_metric(
     patch_(model, stored_patches(source))
     found = known.score(model, encoded.rows).measurements(Environment.here(device, model.dtype), records.source)
     name = records.source.partition(".")[0]
-    how: dict[str, Setting] = {TRAINED_FOR: known.name} | ({SKIPPED: records.n_bad} if records.n_bad else {})
+    how: dict[str, Setting] = {TRAINED_FOR: known.name}
+    if records.n_bad:
+        how[SKIPPED] = records.n_bad
     if known.reads_text:
         how |= {"max_length": length, "cut_examples": encoded.stats.cut}
     return tuple(
