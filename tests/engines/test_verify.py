@@ -16,7 +16,7 @@ import pytest
 import torch
 from tests.conftest import Call
 from tests.formats.nano_variants import nano_tokenizer, pruned_nano
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import compresso.engines
 from compresso.arch.base import arch_for
@@ -234,11 +234,15 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
     assert LLAMA_CPP.parity(path, reference_of(model, ids)).opens == "no"
 
 
-def test_only_language_models_with_weights(native: Path) -> None:
+def test_only_models_with_weights_and_a_head(native: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match="not a causal language model or an encoder of texts with a head and weights"
+        CheckpointError, match=r"has no weights to verify\. Give a folder of safetensors or"
     ):
         verify(native / "config.json")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"base \(bert\) has no head, and engines are compared by the logits"):
+        verify(tmp_path / "base")
 
 
 def test_ids_without_tokenizer_are_in_the_vocabulary() -> None:
