@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from common import RESULTS
+from compresso.core.counted import counted
 from compresso.report.charts import curves
 
 Rows = Sequence[Mapping[str, Any]]
@@ -81,12 +82,11 @@ def told(part: str, found: Rows) -> str:
 def table(part: str, found: Rows) -> list[list[str]]:
     """Header and rows."""
     if part == "text":
-        lines = [[_share(row), row["method"], f"{row['seen']:.3f}", f"{row['perplexity']:.2f}"] for row in found]
+        lines = [[_share(row), _method(row), f"{row['seen']:.3f}", f"{row['perplexity']:.2f}"] for row in found]
         return [["share", "method", "seen", "perplexity"], *lines]
     if part == "recall":
         lines = [
-            [_share(row), row["method"], f"{row['live']:.3f}", f"{row['bytes'] / 1e6:.3f}", _right(row)]
-            for row in found
+            [_share(row), _method(row), f"{row['live']:.3f}", f"{row['bytes'] / 1e6:.3f}", _right(row)] for row in found
         ]
         return [["share", "method", "held", "cache of one item, MB", "right, %"], *lines]
     mixed = len({bool(row.get("filled")) for row in found}) > 1
@@ -165,8 +165,9 @@ def page(rows: Rows) -> Markup:
 
 INTRO = (
     "Rules that need no training (window: the first 4 tokens and the latest; KeyDiff; Knorm; H2O; SnapKV) at equal"
-    " shares of the context, and learned gates where some were trained, beside the whole cache. Short runs: few windows"
-    " and items, one seed. Made by `benchmarks/context.py`."
+    " shares of the context, and learned gates where some were trained, beside the whole cache. With LoRA the body"
+    " learned, too, gates and dense alike: so many updates of the same texts. Short runs: few windows and items, one"
+    " seed. Made by `benchmarks/context.py`."
 )
 
 
@@ -189,6 +190,11 @@ def _lines(found: Rows, x: str, y: str, scale: float) -> dict[str, list[tuple[fl
 def _right(row: Mapping[str, Any]) -> str:
     share = row["right"] / row["items"]
     return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / row['items']):.0f}"
+
+
+def _method(row: Mapping[str, Any]) -> str:
+    """A method, and how long it learned."""
+    return f"{row['method']}, {counted(row['updates'], 'update')}" if "updates" in row else row["method"]
 
 
 def _share(row: Mapping[str, Any]) -> str:

@@ -235,9 +235,7 @@ def test_a_file_of_another_model_is_a_no(tmp_path: Path) -> None:
 
 
 def test_only_models_with_weights_and_a_head(native: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"has no weights to verify\. Give a folder of safetensors or"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no weights to verify\. Give a folder of safetensors or"):
         verify(native / "config.json")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "base")

@@ -130,9 +130,10 @@ def test_a_run_on_a_rounded_model_says_what_it_begins_with(
     records = run(raw, folder, moods, output=tmp_path / "again", measure="none", allow_collapsed=True).records
     assert alone in caplog.messages
     facts = records["stages"]["qat"]
-    assert facts["sparsity"] is None and facts["zero_before"] > 0
+    assert facts["sparsity"] == facts["zero_before"] > 0
     assert f"qat: {100 * facts['zero_before']:.1f} % of the weights that it rounds are 0 already" in caplog.text
     card = (tmp_path / "again" / "README.md").read_text()
+    assert f"{100 * facts['zero_before']:.1f} % of the weights that qat worked on were zeros before" in card
     assert "% zeros by qat" not in card and "quantised by qat/w4a4" in card and "pruned and quantised" not in card
 
 

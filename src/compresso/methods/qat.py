@@ -214,7 +214,7 @@ class Qat:
             leaving.prune_(rounded, axes)
         prune = partial(leaving.prune_, rounded, axes)
         facts = self._train(job, model, rounded, prune, total, prune_at) if total else {"updates": 0}
-        gone, ranges = leaving.gone(rounded) - there, rounded.ranges()
+        gone, ranges = leaving.gone(rounded), rounded.ranges()
         rounded.fold_()
         job = replace(job, model=cast_(job.model, stored).requires_grad_(False).eval())  # pyright: ignore
         if inputs.linears:
@@ -226,7 +226,7 @@ class Qat:
             **facts,
             zeros=_zeros(job.model, linears),
             sparsity=gone or None,
-            zero_before=there,
+            zero_before=there or None,
             bits=compressed.bits,
             activation_bits=None if self.input_bits == FULL else self.input_bits,
             activations_simulated=self.input_bits < 8,

@@ -40,7 +40,7 @@ def participle(records: RunRecords) -> str:
     was.
     """
     stages = records.stages
-    zeros = any(stages[name].sparsity and not filled(stages, name) for name in stages)
+    zeros = any(stages[name].zeroed and not filled(stages, name) for name in stages)
     pruned = bool(removed_kinds(records)) or zeros
     quantised = any(facts.bits for facts in records.stages.values())
     truncated = any((facts.model_extra or {}).get("ranks") for facts in records.stages.values())
@@ -58,7 +58,10 @@ def deeds(records: RunRecords) -> list[str]:
         padded = " and filled up with zeros to one width" if records.layout == "padded" else ""
         told.append(f"{names[0].upper()}{names[1:]} were removed{padded}.")
     for name, facts in records.stages.items():
-        if facts.sparsity:
+        if facts.zero_before and not facts.zeroed:
+            there = f"{facts.zero_before:.1%} of the weights that {name} worked on were zeros before, and stay zeros."
+            told.append(there.replace("%", " %"))
+        if facts.zeroed:
             told.append(_zeros(records, name).replace("%", " %"))
         if facts.bits:
             group = (facts.model_extra or {}).get("group")

@@ -156,8 +156,8 @@ class RunRecords(Strict):
         "" if there are none.
         """
         stages = self.stages
-        there = [name for name in stages if stages[name].sparsity and not filled(stages, name)]
-        zeros = [f"{stages[name].sparsity:.1%} zeros by {name}" for name in there]
+        there = [name for name in stages if stages[name].zeroed and not filled(stages, name)]
+        zeros = [f"{stages[name].zeroed:.1%} zeros by {name}" for name in there]
         rounded = [f"{facts.bits:g} bits a weight by {name}" for name, facts in stages.items() if facts.bits]
         ranks = [f"low rank by {name}" for name in stages if ranks_of(stages[name]) and not full_again(stages, name)]
         if not zeros and not rounded and not ranks:

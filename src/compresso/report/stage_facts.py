@@ -43,8 +43,8 @@ class StageFacts(Strict):
     """What a stage noted, facts of its own among it.
 
     `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it
-    worked on, `bits` what one of these would take if they were packed. `seconds` is what the stage took, and if it was
-    resumed, since then; `left` is absent where an older version ran it.
+    worked on, of which `zero_before` were there when it began; `bits` what one of these would take if they were packed.
+    `seconds` is what the stage took, and if it was resumed, since then; `left` is absent where an older version ran it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -54,9 +54,15 @@ class StageFacts(Strict):
     curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
     sparsity: FiniteFloat | None = None
+    zero_before: FiniteFloat | None = None
     bits: FiniteFloat | None = None
     held: HeldCurve | None = None
     left: Left | None = None
+
+    @property
+    def zeroed(self) -> float | None:
+        """`sparsity`, where the stage made some of the zeros."""
+        return self.sparsity if self.sparsity and self.sparsity > (self.zero_before or 0) else None
 
 
 def ranks_of(facts: StageFacts) -> Mapping[str, int]:
