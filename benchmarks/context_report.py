@@ -49,7 +49,8 @@ def tables(rows: Rows, part: str, model: str) -> list[list[Mapping[str, Any]]]:
 def told(part: str, found: Rows) -> str:
     """What a table shows, in a paragraph."""
     one, last = found[0], found[-1]["machine"]
-    where = f"{last.get('cuda') or last['processor']}, {last['threads']} thread(s), float32"
+    by = " and ".join(dict.fromkeys(row["machine"].get("cuda") or row["machine"]["processor"] for row in found))
+    where = f"{by}, {last['threads']} thread(s), float32"
     if part == "text":
         return (
             f"{one['windows']} windows of {one['length']} tokens. Seen: the share of earlier tokens that a query could"
@@ -117,8 +118,10 @@ def plots(part: str, found: Rows) -> list[tuple[str, Markup]]:
                 drawn.append((label, curves(lines, label, axis="tokens of context", order=METHODS)))
         return drawn
     value, name = ("perplexity", "perplexity") if part == "text" else ("right", "share of right answers")
-    dense = [{**row, "method": method} for row in found if row["method"] == "dense" for method in _methods(found)]
-    others = [row for row in found if row["method"] != "dense"]
+    dense = [
+        {**row, "method": method} for row in found for method in _methods(found) if row["method"] == _whole(method)
+    ]
+    others = [row for row in found if row["method"] in _methods(found)]
     held = "seen" if part == "text" else "live"  # what was asked for is the landing's, not that of these texts
     lines = _lines([*dense, *others], held, value, 1.0)
     of_items = found[0]["items"] if part == "recall" else 1
@@ -171,12 +174,18 @@ INTRO = (
 )
 
 
-METHODS = ("dense", "dense + LoRA", "gates", "gates + LoRA", "window", "keydiff", "knorm", "h2o", "snapkv")
+WHOLE = "dense"
+METHODS = (WHOLE, "dense + LoRA", "gates", "gates + LoRA", "window", "keydiff", "knorm", "h2o", "snapkv")
 """Whose colours are the same in all drawings."""
 
 
 def _methods(found: Rows) -> list[str]:
-    return sorted({row["method"] for row in found if row["method"] != "dense"})
+    return sorted({row["method"] for row in found if not row["method"].startswith(WHOLE)})
+
+
+def _whole(method: str) -> str:
+    """The row of the same body with its whole cache: where a method's line ends."""
+    return WHOLE + method.partition(" ")[1] + method.partition(" ")[2]
 
 
 def _lines(found: Rows, x: str, y: str, scale: float) -> dict[str, list[tuple[float, float]]]:
