@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import compresso
+from compresso.errors import CheckpointError
 
 SAID = "changes weights that rtn rounded when model was made"
 
@@ -51,3 +52,13 @@ def test_records_of_others_say_nothing_and_stop_nothing(records: str, rounded: P
     (rounded / "records.json").write_text(records)
     raw = {"name": "mine", "stages": [{"magnitude_structured": {"keep": 0.8}}]}
     assert not any("rounded when" in note for note in compresso.plan(raw, rounded)["notes"])
+
+
+@pytest.mark.parametrize("records", ['{"patches": 3}', '{"patches": [3]}'])
+def test_patches_that_are_none_are_refused_where_they_would_be_applied(records: str, rounded: Path) -> None:
+    """And nowhere else: a run starts from the weights alone."""
+    (rounded / "records.json").write_text(records)
+    with pytest.raises(CheckpointError, match=r"patches in records.json are no list of forward patches"):
+        compresso.load(rounded)
+    raw = {"name": "mine", "stages": [{"magnitude_structured": {"keep": 0.8}}]}
+    assert not any("weights alone" in note for note in compresso.plan(raw, rounded)["notes"])
