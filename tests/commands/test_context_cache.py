@@ -15,9 +15,11 @@ import torch
 from tests.conftest import Call
 from tests.edit.test_context_gates import dense, gated, ids
 from tests.metrics.forgetting import gated_folder
+from torch import Tensor
 
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
+from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands import measure as measuring
 from compresso.commands import verify as verifying
 from compresso.commands.evaluate import evaluate
@@ -27,8 +29,8 @@ from compresso.edit.context_attention import keepers_of
 from compresso.edit.context_cache import ContextLayer
 from compresso.edit.context_layer_gates import LayerGates
 from compresso.engines import context, registry
-from compresso.engines.parity import Parity
-from compresso.engines.transformers import OWN, PLAIN, Transformers
+from compresso.engines.parity import Parity, ids_of
+from compresso.engines.transformers import OWN, PLAIN, REMOTE, Transformers
 from compresso.engines.verify import verify
 from compresso.errors import ArchError, DataError
 from compresso.loading import load
@@ -216,6 +218,23 @@ def test_verify_says_it_of_a_model_with_gates_alone(
     assert "live, largest difference" in first and "8 of 8 greedy tokens the same" in first
     assert f"{context.UNGATED}, largest difference 1e-06" in second
     assert [one.engine for one in verify(tiny_folder)] == [PLAIN.name]
+    asked: list[Tensor] = []
+    config = json.loads((forgetting / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_compresso_patched.PatchedForCausalLM"}
+    (forgetting / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(registry, "engines", lambda: (PLAIN, REMOTE))
+    monkeypatch.setattr(
+        Transformers, "parity", lambda self, _, wanted: asked.append(wanted.logits) or Parity(self.name, "yes")
+    )
+    _, plain, remote = verify(forgetting)
+    assert remote.reason == "with context_gates, by its own code" and plain.reason == context.UNGATED
+    own_model = load(forgetting, dtype=torch.float32).model
+    with torch.no_grad():
+        wanted = own_model(ids_of(load_tokenizer(open_source(forgetting)), 10**9).unsqueeze(0), use_cache=False).logits[
+            0
+        ]
+    torch.testing.assert_close(asked[1], wanted)
+    assert not torch.allclose(asked[0], wanted, atol=1e-3)
     monkeypatch.setattr(context, "available", lambda _: 1)
     assert verify(forgetting)[0].opens == "not checked"
 

@@ -177,8 +177,7 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
         axis = max(held, key=lambda one: (not _is_whole(budget, one), len(smallest.kept[one.name]) / one.size))
         cause = f"{axis.name} may not go below {len(smallest.kept[axis.name])} of {axis.size} units"
         return InfeasibleBudget(
-            f"{message}: {cause}{_beyond(budget, axis)}. Raise keep to {needed} or lower floor or multiple_of for"
-            f" '{axis.kind}'",
+            f"{message}: {cause}{_beyond(budget, axis)}. Raise keep to {needed}{lower(axis.kind)}",
             Shortfall(budget.keep, least / dense, f"{held_up}, as {cause}"),
             axis.kind if _is_whole(budget, axis) else None,
         )
@@ -187,6 +186,11 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
         f"{message} {cause}. Raise keep to {needed} or add kinds",
         Shortfall(budget.keep, least / dense, f"{held_up} {cause}"),
     )
+
+
+def lower(kind: Kind) -> str:
+    """The end of a message on a budget that a kind holds up: which knobs would let it go."""
+    return f" or lower floor or multiple_of for '{kind}'"
 
 
 def _is_whole(budget: Budget, axis: Axis) -> bool:

@@ -13,22 +13,25 @@ from typing import Any
 
 import torch
 
+from compresso.checkpoint.folder import read_json
 from compresso.checkpoint.kinds import is_causal, is_text_encoder, sees
 from compresso.checkpoint.load import numbers_of
-from compresso.checkpoint.patched import patch_names
+from compresso.checkpoint.patched import patch_names, stored_patches
 from compresso.checkpoint.places import without_places
 from compresso.checkpoint.scratch import check_scratch, scratch_folder
 from compresso.checkpoint.source import Source, open_source
 from compresso.door import public
+from compresso.edit.patches import patch_
 from compresso.engines import registry
 from compresso.engines.context import UNGATED, context_parity
 from compresso.engines.encoder import verify_encoder
 from compresso.engines.parity import Engine, Format, Parity, Reference
 from compresso.engines.transformers import OWN, PACKED, PLAIN, REMOTE
-from compresso.engines.written import load_for, missing_writer, write
+from compresso.engines.written import Live, load_for, missing_writer, write
 from compresso.errors import CheckpointError, CompressoError
 from compresso.formats.sliced import is_cut
 from compresso.metrics.pruned_context import has_gates
+from compresso.native import PATCHED_FILE
 from compresso.sweep.memory import available
 from compresso.training.progress import Progress
 
@@ -53,29 +56,54 @@ def verify(model: str | Path) -> list[Parity]:
         )
     if not is_causal(source.config):
         with scratch_folder() as scratch:
-            return _alone(verify_encoder(source, scratch), source)
+            return _told(verify_encoder(source, scratch), source, False)
     with Progress().working("reading the model"):
-        reference = load_for(Format.CHECKPOINT, source).reference()
+        live = load_for(Format.CHECKPOINT, source)
+        reference = live.reference()
+        patched = _patched(live, source)
     found: dict[str, Parity] = {}
     with scratch_folder() as scratch:
         for written, engines in groupby(registry.engines(), lambda engine: engine.reads):
             due = [engine for engine in engines if _due(engine, found)]
-            found |= {one.engine: one for one in parities(written, due, source, reference, scratch)}
+            patching = [engine for engine in due if engine is REMOTE and patched is not None]
+            plain = [engine for engine in due if engine not in patching]
+            found |= {one.engine: one for one in parities(written, plain, source, reference, scratch)}
+            found |= {one.engine: one for one in parities(written, patching, source, patched or reference, scratch)}
+    told = _told(found.values(), source, patched is not None)
     if not has_gates(source):
-        return _alone(found.values(), source)
+        return told
     with Progress().working("decoding through the cache that frees"):
-        own = context_parity(source)
-    return [own, *(replace(one, reason=UNGATED) if one.opens == "yes" else one for one in found.values())]
+        return [context_parity(source), *told]
 
 
-def _alone(found: Iterable[Parity], source: Source) -> list[Parity]:
-    """What engines computed, where it is less than what `compresso.load` opens: its forward patches are not there.
-    Folders with packed weights say themselves how activations are rounded.
+def _patched(live: Live, source: Source) -> Reference | None:
+    """What the model computes with the forward patches of its records, where the class file beside its weights puts
+    them on; None where no class file does, or there are none.
     """
-    names = patch_names(source)
-    reason = f"by its weights alone: {', '.join(names)} is what compresso.load adds" if names else ""
+    own = read_json(source.config_file).get("auto_map")
+    if (
+        not isinstance(own, dict)
+        or not any(PATCHED_FILE.stem in str(one) for one in own.values())
+        or is_cut(source.folder)
+    ):
+        return None
+    patch_(live.model, stored_patches(source))
+    return live.reference()
+
+
+def _told(found: Iterable[Parity], source: Source, patched: bool) -> list[Parity]:
+    """What engines computed, where it is less than what `compresso.load` opens: its forward patches are not there.
+    Folders with packed weights say themselves how activations are rounded, and a class file may put patches on.
+
+    patched: whether the folder's own code does.
+    """
+    names = ", ".join(patch_names(source))
+    alone = UNGATED if has_gates(source) else f"by its weights alone: {names} is what compresso.load adds"
+    reasons = {PACKED.name: "", REMOTE.name: f"with {names}, by its own code" if patched else alone}
     return [
-        replace(one, reason=reason) if reason and one.opens == "yes" and one.engine != PACKED.name else one
+        replace(one, reason=reason)
+        if names and one.opens == "yes" and (reason := reasons.get(one.engine, alone))
+        else one
         for one in found
     ]
 

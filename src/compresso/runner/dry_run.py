@@ -20,7 +20,7 @@ from compresso.arch.whole_layers import with_layers
 from compresso.checkpoint.load import meta_model
 from compresso.checkpoint.source import Source
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, InfeasibleBudget
+from compresso.core.budget import Budget, InfeasibleBudget, lower
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
@@ -313,10 +313,8 @@ def _planned(
         whole = found.whole if isinstance(found, InfeasibleBudget) else None
         if whole != Kind.HEAD or recipe.task.name == DEFAULT or not keeps_heads(config):
             raise
-        said, _, _ = str(error).partition(" or lower floor or multiple_of for ")
-        raise BudgetError(
-            f"{said} or name other kinds: all heads stay, as a {config.model_type} config cannot say that some are gone"
-        ) from found
+        cure = f" or name other kinds: all heads stay, as a {config.model_type} config cannot say that some are gone"
+        raise BudgetError(str(error).replace(lower(whole), cure)) from found
 
 
 def _has_batch_norms(model: PreTrainedModel) -> bool:
