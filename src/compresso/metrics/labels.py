@@ -4,7 +4,7 @@ always giving the most frequent label; of two labels also the F1 of the second, 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from compresso.core.loss import logits_of
 from compresso.core.row import Row
 from compresso.metrics.by_length import Collate, examples_sha256, losses_by_length
+from compresso.metrics.guard import Guard
+from compresso.metrics.label_guard import judge_labels
 from compresso.metrics.ratio import ratio_error
 from compresso.metrics.record import Environment, Measurement
 
@@ -107,3 +109,21 @@ def label_score(
     frequent = Counter(row["labels"][0] for row in rows).most_common(1)[0][1]
     second = tuple(row["labels"][0] == 1 for row in rows) if classes == 2 else ()
     return LabelScore(nats, tuple(right), frequent, examples_sha256(rows), second)
+
+
+def judge_classes(dense: Mapping[str, float], pruned: Mapping[str, float], classes: int | None) -> Guard:
+    """By what is left of the lead over the most frequent of so many labels, and by the loss.
+
+    Args:
+        dense, pruned: "loss" on held-out examples, "examples", and what was measured, by name; absent if it was not.
+        classes: of the model.
+    """
+    n = pruned.get("examples")
+    return judge_labels(
+        dense.get(ACCURACY),
+        pruned.get(ACCURACY),
+        pruned.get(GUESS),
+        None if n is None else int(n),
+        losses=(dense.get("loss"), pruned.get("loss")),
+        labels=classes,
+    )

@@ -25,8 +25,7 @@ from compresso.data.labelled import LABELLED, encode_labelled, known_names, labe
 from compresso.data.records import Labelled, RecordForm, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
-from compresso.metrics.label_guard import judge_labels
-from compresso.metrics.labels import ACCURACY, GUESS, LabelScore, label_score
+from compresso.metrics.labels import ACCURACY, LabelScore, judge_classes, label_score
 from compresso.tasks import encoders
 from compresso.tasks.base import Reading, register, spread
 from compresso.training.halves import Compare, Whole, examples
@@ -116,15 +115,7 @@ class Classification:
 
     def judge(self, config: PreTrainedConfig, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Guard:
         """By what is left of the lead over the most frequent label."""
-        n = pruned.get("examples")
-        return judge_labels(
-            dense.get(ACCURACY),
-            pruned.get(ACCURACY),
-            pruned.get(GUESS),
-            None if n is None else int(n),
-            losses=(dense.get("loss"), pruned.get("loss")),
-            labels=config.num_labels,
-        )
+        return judge_classes(dense, pruned, config.num_labels)
 
 
 CLASSIFICATION = Classification()
