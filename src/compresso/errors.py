@@ -139,7 +139,7 @@ def alike(name: str, valid: Iterable[str]) -> str | None:
 
 def nearest(name: str, valid: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """The tail of a message about an unknown name: the closest valid one, or all of them, or those `shown` in their
-    place. Of a few names, one that is hardly alike is no help, and all are told.
+    place.
 
     >>> nearest("head", ["heads", "channels"])
     "did you mean 'heads'?"
