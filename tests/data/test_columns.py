@@ -8,7 +8,8 @@ import pytest
 
 from compresso.data.columns import TEXTS, parse, take
 from compresso.data.formats import SUFFIXES
-from compresso.data.records import BadRecord, Chat, Instruction, Message, Record, Text
+from compresso.data.record_forms import BadRecord
+from compresso.data.records import Chat, Instruction, Message, Record, Text
 from compresso.data.turns import ROLES
 
 U, A = {"role": "user", "content": "Tell one."}, {"role": "assistant", "content": "Once."}

@@ -17,17 +17,8 @@ from safetensors.torch import save_file
 from compresso.data import lines
 from compresso.data.columns import TEXTS, parse
 from compresso.data.formats import read_file
-from compresso.data.records import (
-    BadRecord,
-    Chat,
-    Instruction,
-    Message,
-    Records,
-    Text,
-    Window,
-    digest,
-    records_from,
-)
+from compresso.data.record_forms import BadRecord, records_from
+from compresso.data.records import Chat, Instruction, Message, Records, Text, Window, digest
 from compresso.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}

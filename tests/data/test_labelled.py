@@ -11,7 +11,8 @@ from tests.tasks.conftest import tokenizer
 from transformers import BertConfig
 
 from compresso.data.labelled import LABELLED, Labels, encode_labelled, known_names, labels_of, parse_labelled
-from compresso.data.records import BadRecord, Labelled, Records, records_from
+from compresso.data.record_forms import BadRecord, records_from
+from compresso.data.records import Labelled, Records
 from compresso.data.registry import load_records
 from compresso.errors import DataError
 

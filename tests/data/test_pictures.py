@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compresso.data.pictures import bytes_of, colours, numbers, png
-from compresso.data.records import BadRecord
+from compresso.data.record_forms import BadRecord
 
 
 def chunk(name: bytes, body: bytes) -> bytes:

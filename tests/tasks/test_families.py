@@ -20,7 +20,7 @@ from compresso.arch.context import positions_of
 from compresso.checkpoint.load import load_model
 from compresso.checkpoint.source import open_source
 from compresso.core.plan import Plan
-from compresso.data.records import records_from
+from compresso.data.record_forms import records_from
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.formats.hf import save_checkpoint

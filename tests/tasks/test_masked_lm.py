@@ -22,7 +22,8 @@ from compresso.core.loss import MASKED_TOKEN
 from compresso.core.masking import Masking, masked
 from compresso.core.row import Row
 from compresso.data.masked import encode_masked
-from compresso.data.records import BadRecord, Records, Text
+from compresso.data.record_forms import BadRecord
+from compresso.data.records import Records, Text
 from compresso.engines.encoder import encoder_parity, encoder_reference
 from compresso.engines.onnx_runtime import ONNX
 from compresso.errors import DataError

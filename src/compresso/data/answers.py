@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from compresso.core.answer_window import AnswerWindow
 from compresso.core.counted import counted
 from compresso.core.row import Row
-from compresso.data.records import Answered, BadRecord, RecordForm, Records, Taken, text_of, type_name, unused_of
+from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
+from compresso.data.records import Answered, Records
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 

@@ -8,7 +8,7 @@ from itertools import islice
 
 from compresso.core.counted import counted
 from compresso.data.found import Found
-from compresso.data.records import BadRecord, RecordForm, printable
+from compresso.data.record_forms import BadRecord, RecordForm, printable
 
 LOOKED_AT = 1000
 """Lines behind a first bad one among which a good one is looked for."""

@@ -15,23 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compresso.data.prompt import user_turn
-from compresso.data.records import (
+from compresso.data.record_forms import (
     BadRecord,
-    Chat,
-    Instruction,
-    Message,
-    Record,
     RecordForm,
     Taken,
-    Text,
     UnknownFields,
-    Window,
     holds,
     printable,
     text_of,
     type_name,
     unused_of,
 )
+from compresso.data.records import Chat, Instruction, Message, Record, Text, Window
 from compresso.data.turns import Turns, beginning_of, is_transcript, joined, transcript_turns, turns_of
 
 _Row = Mapping[object, object]

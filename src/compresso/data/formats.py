@@ -29,18 +29,8 @@ from compresso.data.columns import TEXTS
 from compresso.data.found import Found
 from compresso.data.json_files import begins, json_lines, json_list, one_object
 from compresso.data.lines import decoded_lines
-from compresso.data.records import (
-    NAMED_BAD,
-    BadRecord,
-    Chat,
-    Instruction,
-    Record,
-    RecordForm,
-    Text,
-    Window,
-    kind_of,
-    printable,
-)
+from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, printable
+from compresso.data.records import Chat, Instruction, Record, Text, Window, kind_of
 from compresso.data.separated import comma_rows, tab_rows
 from compresso.data.tables import TableRow, arrow_rows, parquet_rows
 from compresso.errors import DataError, first_line

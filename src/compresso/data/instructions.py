@@ -22,7 +22,8 @@ from compresso.core.row import Row
 from compresso.data.batches import IGNORED
 from compresso.data.conversations import templated_opening, templated_prompt
 from compresso.data.prompt import RESPONSE_HEADER, body, full_prompt, opening, user_turn
-from compresso.data.records import NAMED_BAD, Chat, Instruction, Message, Records, Window
+from compresso.data.record_forms import NAMED_BAD
+from compresso.data.records import Chat, Instruction, Message, Records, Window
 from compresso.data.rows import Tally, rows_of
 from compresso.data.survival import Encoded, Reach, Stats, nothing_left
 from compresso.data.template import keeps_system, original_template, single_template, transcript

@@ -23,7 +23,8 @@ from compresso.core.row import Row
 from compresso.data.augmentations import IGNORED
 from compresso.data.labelled_pictures import IMAGES, chosen, files_in, sized
 from compresso.data.pictures import bytes_of, colours, numbers
-from compresso.data.records import BadRecord, Mapped, RecordForm, Records, Taken, type_name, unused_of
+from compresso.data.record_forms import BadRecord, RecordForm, Taken, type_name, unused_of
+from compresso.data.records import Mapped, Records
 from compresso.data.survival import Encoded, Lost, Stats
 from compresso.errors import DataError
 

@@ -17,17 +17,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.core.row import Row
-from compresso.data.records import (
-    BadRecord,
-    Labelled,
-    Pictured,
-    RecordForm,
-    Records,
-    Taken,
-    text_of,
-    type_name,
-    unused_of,
-)
+from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
+from compresso.data.records import Labelled, Pictured, Records
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 

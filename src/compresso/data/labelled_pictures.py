@@ -14,7 +14,8 @@ from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
 from compresso.data.labelled import Labels, label_of
 from compresso.data.pictures import SUFFIXES, bytes_of, colours
-from compresso.data.records import BadRecord, Pictured, RecordForm, Records, Taken, type_name, unused_of
+from compresso.data.record_forms import BadRecord, RecordForm, Taken, type_name, unused_of
+from compresso.data.records import Pictured, Records
 from compresso.data.survival import Encoded, Stats
 from compresso.errors import DataError
 

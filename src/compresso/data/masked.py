@@ -14,7 +14,8 @@ from compresso.core.masking import Masking, masked, own_seed
 from compresso.core.row import Row
 from compresso.data.batches import IGNORED
 from compresso.data.columns import take
-from compresso.data.records import BadRecord, RecordForm, Records, Taken, Text, UnknownFields, kind_of
+from compresso.data.record_forms import BadRecord, RecordForm, Taken, UnknownFields
+from compresso.data.records import Records, Text, kind_of
 from compresso.data.survival import Encoded, Lost, Stats
 from compresso.errors import DataError
 

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from compresso.data.records import BadRecord
+from compresso.data.record_forms import BadRecord
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 MOST_PIXELS = 64_000_000

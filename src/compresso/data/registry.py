@@ -26,16 +26,8 @@ from compresso.data.bad_lines import skips
 from compresso.data.columns import TEXTS
 from compresso.data.formats import SUFFIXES, collect, read_file, suffix_of
 from compresso.data.hub import HubSet
-from compresso.data.records import (
-    NAMED_BAD,
-    BadRecord,
-    Record,
-    RecordForm,
-    Records,
-    joint_kind,
-    records_from,
-    unused_of,
-)
+from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, records_from, unused_of
+from compresso.data.records import Record, Records, joint_kind
 from compresso.data.shards import is_pattern, shards
 from compresso.errors import DataError, nearest
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compresso.data.lines import MAX_LINE_BYTES, decoded_lines
-from compresso.data.records import RecordForm, printable
+from compresso.data.record_forms import RecordForm, printable
 from compresso.data.tables import TableRow, divided
 from compresso.errors import DataError
 

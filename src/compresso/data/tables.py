@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from compresso.data.lines import MAX_BYTES, check_size
-from compresso.data.records import RecordForm, printable
+from compresso.data.record_forms import RecordForm, printable
 from compresso.errors import DataError
 
 _TOGETHER = 256  # rows taken out of a table at once

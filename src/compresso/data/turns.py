@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compresso.data.prompt import BETWEEN_BLOCKS
-from compresso.data.records import BadRecord, Message, Role, text_of, type_name, unused_of
+from compresso.data.record_forms import BadRecord, text_of, type_name, unused_of
+from compresso.data.records import Message, Role
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),

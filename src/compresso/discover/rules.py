@@ -16,14 +16,16 @@ the modules that write them are masked: sums of such tensors do, and products wi
 nothing else is trusted to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compresso.discover.labels import Classes, Place, Value, Weight, along, as_entries, refuse, spread, varying
+from compresso.discover.convolutions import Convolutions
+from compresso.discover.labels import Classes, Place, Value, Weight, along, as_entries, refuse, varying
+from compresso.discover.products import Products
 from compresso.discover.trace import Ref, Step, Trace
 
 _COPIES = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "contiguous", "dropout"}
@@ -63,15 +65,13 @@ _SHAPES_ONLY = {
 }
 
 
-class Propagation:
+class Propagation(Products, Convolutions):
     """One round over a trace; `values` are the classes of every tensor made so far."""
 
     def __init__(self, trace: Trace, classes: Classes, foldable: Callable[[Step], bool]) -> None:
-        self.trace, self.classes, self.foldable = trace, classes, foldable
+        super().__init__(trace, classes)
+        self.foldable = foldable
         self.zeros: set[int] = set()
-        self.values: dict[int, Value] = {
-            number: classes.weight(name, len(trace.shapes[number])) for number, name in trace.parameters.items()
-        }
 
     def run(self) -> None:
         """Apply every step, check that what leaves is a slab of every tensor,
@@ -139,13 +139,6 @@ class Propagation:
             return bool(inputs) and (all(inputs) if step.name in ("cat", "stack") else inputs[0])
         return False
 
-    def _entries(self, number: int, place: Place) -> Tensor:
-        """A tensor's classes entry by entry; zeros for a constant."""
-        value = self.values.get(number)
-        if isinstance(value, Weight):
-            return as_entries(value, self.classes, place)
-        return torch.zeros((), dtype=torch.long).expand(self.trace.shapes[number]) if value is None else value
-
     def _elementwise(self, inputs: tuple[int, ...], shape: tuple[int, ...], place: Place) -> Value:
         """Entries that meet under broadcasting leave together."""
         weights = [(n, v) for n in inputs if isinstance(v := self.values.get(n), Weight)]
@@ -176,168 +169,6 @@ class Propagation:
                 if dim >= offset and constant[dim - offset] > 1:
                     self.classes.pin(out, place, "it meets a table of fixed size")
         return out
-
-    def _meet(self, out: Tensor, weight: Weight, place: Place) -> None:
-        """A parameter that scales or shifts activations: joined where it lies along their one removable dimension."""
-        offset, dims = out.ndim - len(weight.classes), varying(out)
-        joined = None
-        if len(dims) == 1 and dims[0] >= offset and len(weight.classes[dims[0] - offset]) > 1:
-            joined = dims[0] - offset
-            self.classes.join(along(out, dims[0]), weight.classes[joined])
-        for dim in weight.wide:
-            if dim != joined:
-                self.classes.pin(weight.classes[dim], place, "all units share it")
-            if joined is None and dim + offset in dims:
-                self.classes.pin(out, place, "it meets a parameter that is not divided like it")
-
-    def _product(self, step: Step, place: Place) -> Value:
-        """Matrix products, with or without something added."""
-        *added, left, right = step.inputs
-        a, b = self.values.get(left), self.values.get(right)
-        for value in (a, b):
-            if isinstance(value, Weight) and len(value.wide) > 2:
-                raise refuse(place, "multiplies by a stack of matrices")
-        if isinstance(b, Weight) and len(b.classes) == 2:
-            out = self._read(a, self.trace.shapes[left], b, place)
-        elif isinstance(a, Weight) and len(a.classes) == 2:
-            flipped = Weight(a.classes[::-1], a.sources[::-1])
-            shape = self.trace.shapes[right]
-            turned = self._read(b.transpose(0, 1) if isinstance(b, Tensor) else b, (shape[1], shape[0]), flipped, place)
-            assert isinstance(turned, Tensor)
-            out = turned.transpose(0, 1)
-        else:
-            out = self._attend(self._entries(left, place), self._entries(right, place), place)
-        if not added:
-            return out
-        if not isinstance(out, Tensor):
-            raise refuse(place, "adds to a product of parameters, or of nothing that is followed")
-        return self._with(out, added[0], place)
-
-    def _with(self, out: Tensor, number: int, place: Place) -> Value:
-        """A product plus a bias."""
-        value = self.values.get(number)
-        if isinstance(value, Weight):
-            self._meet(out, value, place)
-            self._note_bias(value, place)
-        elif value is None:
-            for dim in varying(out):
-                shape = self.trace.shapes[number]
-                if dim >= out.ndim - len(shape) and shape[dim - out.ndim + len(shape)] > 1:
-                    self.classes.pin(out, place, "it meets a table of fixed size")
-        else:
-            self.classes.join(out, value.expand(out.shape))
-        return out
-
-    def _note_bias(self, value: Weight, place: Place) -> None:
-        source = value.sources[-1]
-        if source is not None:
-            self.classes.writes.setdefault(source, place)
-
-    def _read(self, a: Value, shape: tuple[int, ...], b: Weight, place: Place) -> Value:
-        """`a` (rows, k) times a parameter (k, n): k joins, n is written."""
-        for dim, notes in ((0, self.classes.reads), (1, self.classes.writes)):
-            if (source := b.sources[dim]) is not None:
-                notes.setdefault(source, place)
-        if isinstance(a, Weight):
-            self.classes.join(a.classes[1], b.classes[0])
-            return Weight((a.classes[0], b.classes[1]), (a.sources[0], b.sources[1]))
-        if a is None or not bool(a.any()):
-            self.classes.pin(b.classes[0], place, "it reads an input of fixed size")
-        else:
-            read = spread(b.classes[0], 1, shape)
-            self.classes.join(a, read)
-            self.classes.pin(torch.where(a == 0, read, 0), place, "it reads an input of fixed size")
-        return spread(b.classes[1], 1, (shape[0], len(b.classes[1])))
-
-    def _attend(self, a: Tensor, b: Tensor, place: Place) -> Value:
-        """Activations times activations: in each batch entry everything leaves together."""
-        batched = a.ndim == 3
-        if not batched:
-            a, b = a[None], b[None]
-        if not bool(a.any()) or not bool(b.any()):
-            one = a if bool(a.any()) else b
-            out = self._normalised(one, 2 if one is a else 1, place, "is multiplied by a fixed table").narrow(
-                2 if one is a else 1, 0, 1
-            )
-            out = out.expand(a.shape[0], a.shape[1], b.shape[2])
-            return out if batched else out[0]
-        flat = torch.cat([a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)], dim=1)
-        head = flat.amax(dim=1, keepdim=True)
-        self.classes.join(flat, head.expand(flat.shape))
-        if bool((flat == 0).any()):
-            self.classes.pin(
-                torch.where((flat == 0).any(dim=1, keepdim=True), flat, 0),
-                place,
-                "it is multiplied by entries of fixed size",
-            )
-        self.classes.attended.append(head.reshape(-1))
-        out = head[:, :, None].expand(a.shape[0], a.shape[1], b.shape[2])
-        return out if batched else out[0]
-
-    def _lookup(self, step: Step, place: Place) -> Value:
-        """An embedding: its columns are written, its rows are looked up."""
-        table = self.values.get(step.inputs[0])
-        if not isinstance(table, Weight):
-            raise refuse(place, "looks up activations")
-        self.classes.pin(table.classes[0], place, "its rows are looked up by number")
-        if (source := table.sources[1]) is not None:
-            self.classes.writes.setdefault(source, place)
-        shape = self.trace.shapes[step.outputs[0]]
-        return spread(table.classes[1], len(shape) - 1, shape)
-
-    def _convolution(self, step: Step, place: Place) -> Value:
-        """A convolution without groups: input channels join, output channels are written, kernel positions stay. One of
-        each channel by itself scales and shifts what it reads.
-        """
-        x, weight = self.values.get(step.inputs[0]), self.values.get(step.inputs[1])
-        transposed, groups, each = step.args[6], step.args[8], self._of_each_channel(step)
-        if not isinstance(weight, Weight) or transposed or (groups != 1 and not each):
-            raise refuse(place, "is a convolution with groups, transposed, or without a weight of its own")
-        if each and isinstance(x, Tensor):
-            for classes in weight.classes[2:]:
-                self.classes.pin(classes, place, "it is a kernel position")
-            return self._by_channel(x, step.inputs[1:], self.trace.shapes[step.outputs[0]])
-        for classes in weight.classes[2:]:
-            self.classes.pin(classes, place, "it is a kernel position")
-        for dim, notes in ((1, self.classes.reads), (0, self.classes.writes)):
-            if (source := weight.sources[dim]) is not None:
-                notes.setdefault(source, place)
-        if not isinstance(x, Tensor):
-            self.classes.pin(weight.classes[1], place, "it reads an input of fixed size")
-        else:
-            read = spread(weight.classes[1], 1, tuple(x.shape))
-            self.classes.join(x, read)
-            self.classes.pin(torch.where(x == 0, read, 0), place, "it reads an input of fixed size")
-        out = spread(weight.classes[0], 1, self.trace.shapes[step.outputs[0]])
-        if isinstance(step.args[2], Ref) and isinstance(bias := self.values.get(step.args[2].number), Weight):
-            self.classes.join(bias.classes[0], weight.classes[0])
-            self._note_bias(bias, place)
-        return out
-
-    def _of_each_channel(self, step: Step) -> bool:
-        """Whether a convolution reads one channel for each that it writes, and is not transposed."""
-        shape, groups = self.trace.shapes[step.inputs[1]], step.args[8]
-        return not step.args[6] and groups == shape[0] > 1 and shape[1] == 1
-
-    def _by_channel(self, x: Tensor, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        """What is done to each channel of feature maps by parameters with an entry for each: they leave together."""
-        channels = along(x, 1)
-        for number in numbers:
-            if isinstance(weight := self.values.get(number), Weight):
-                self.classes.join(channels, weight.classes[0])
-        return spread(channels, 1, shape)
-
-    def _batch_norm(self, step: Step, place: Place) -> Value:
-        """A batch norm of a model that is asked: its statistics are constants with an entry for each channel."""
-        x = self._entries(step.inputs[0], place)
-        return self._by_channel(x, step.inputs[1:], self.trace.shapes[step.outputs[0]])
-
-    def _resampled(self, step: Step, place: Place) -> Value:
-        """Feature maps in another size: channels stay apart, places mix."""
-        x = self._entries(step.inputs[0], place)
-        for dim in (2, 3):
-            x = self._normalised(x, dim, place, "is mixed with its neighbours")
-        return spread(along(x, 1), 1, self.trace.shapes[step.outputs[0]])
 
     def _move(self, step: Step, place: Place) -> None:
         """Do the same to the classes as to the entries."""
@@ -391,12 +222,6 @@ class Propagation:
         for dim in reduced:
             x = x.narrow(dim, 0, 1)
         return x.reshape(shape)
-
-    def _normalised(self, x: Tensor, dim: int, place: Place, why: str) -> Tensor:
-        """Pinned where classes differ along a dimension."""
-        if dim % x.ndim in varying(x):
-            self.classes.pin(x, place, f"it {why}")
-        return x
 
     def _layer_norm(self, step: Step, place: Place) -> Value:
         """A LayerNorm subtracts the mean over its width, which no change of weights makes up for; its parameters follow

@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from compresso.core.loss import Loss
 from compresso.core.picture import PixelInput
 from compresso.core.row import Row
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded, Reach
 from compresso.errors import RecipeError, nearest
 from compresso.metrics.guard import Guard

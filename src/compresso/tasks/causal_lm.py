@@ -13,7 +13,8 @@ from compresso.core.row import Row
 from compresso.data.batches import collate
 from compresso.data.columns import TEXTS
 from compresso.data.instructions import encode
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard, judge
 from compresso.metrics.held import HeldLoss, held_loss

@@ -22,7 +22,8 @@ from compresso.core.loss import LABEL, Loss
 from compresso.core.row import Row
 from compresso.data.batches import encoder_inputs
 from compresso.data.labelled import LABELLED, encode_labelled, known_names, labels_of
-from compresso.data.records import Labelled, RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Labelled, Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
 from compresso.metrics.labels import ACCURACY, LabelScore, judge_classes, label_score

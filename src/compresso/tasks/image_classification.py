@@ -18,7 +18,8 @@ from compresso.core.row import Row
 from compresso.data.augmentations import Augmentation
 from compresso.data.labelled import known_names, labels_of
 from compresso.data.labelled_pictures import PICTURED, encode_pictured
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
 from compresso.metrics.labels import ACCURACY, LabelScore, judge_classes, label_score

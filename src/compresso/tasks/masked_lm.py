@@ -21,7 +21,8 @@ from compresso.core.loss import MASKED_TOKEN, Loss
 from compresso.core.row import Row
 from compresso.data.batches import collate
 from compresso.data.masked import PLAIN, encode_masked, redrawn
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
 from compresso.metrics.masked import PERPLEXITY, MaskedScore, judge_masked, masked_score

@@ -19,7 +19,8 @@ from compresso.core.loss import SPAN, Loss
 from compresso.core.row import Row
 from compresso.data.answers import ANSWERED, by_group, encode_answered
 from compresso.data.batches import encoder_inputs
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.metrics.answers import F1, NEVER, WHOLE, AnswerScore, answer_score
 from compresso.metrics.guard import Guard

@@ -23,7 +23,8 @@ from compresso.data.augmentations import IGNORED as NO_CLASS
 from compresso.data.augmentations import Augmentation
 from compresso.data.label_maps import MAPPED, encode_mapped
 from compresso.data.labelled import known_names
-from compresso.data.records import RecordForm, Records
+from compresso.data.record_forms import RecordForm
+from compresso.data.records import Records
 from compresso.data.survival import Encoded
 from compresso.metrics.guard import Guard
 from compresso.metrics.label_guard import judge_labels
