@@ -17,7 +17,8 @@ from compresso.engines.parity import ids_of, reference_of
 from compresso.engines.transformers import PLAIN
 from compresso.errors import CheckpointError
 from compresso.formats.hf import save_checkpoint
-from compresso.formats.packed import Packing, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import Packing
 from compresso.loading import load
 from compresso.runner.inspection import inspect
 from tests.conftest import Call

@@ -23,7 +23,8 @@ from compresso.engines.written import Live
 from compresso.errors import ExportError
 from compresso.formats.hf import save_checkpoint
 from compresso.formats.layout import Layout
-from compresso.formats.packed import Packing, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import Packing
 from compresso.formats.vllm_deci import DECI_CLASS
 
 MISSING = vllm_engine.missing()

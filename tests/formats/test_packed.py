@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from compresso.core.rounding import fit
 from compresso.edit.round_inputs import Range, round_inputs_
 from compresso.errors import ExportError
-from compresso.formats.packed import Packing, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import Packing
 
 THERE = importlib.util.find_spec("compressed_tensors") is not None
 has_library = pytest.mark.skipif(not THERE, reason="compressed-tensors: not installed")

@@ -23,7 +23,8 @@ from compresso.engines.parity import reference_of
 from compresso.engines.transformers import PACKED
 from compresso.errors import ExportError
 from compresso.formats.hf import save_checkpoint
-from compresso.formats.packed import Packing, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import Packing
 from compresso.native import MOE_FILE
 from compresso.sweep.targets import matrix
 from tests.methods.test_awq_experts import FAMILIES

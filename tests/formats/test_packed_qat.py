@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from compresso.edit.patches import unpatch_
 from compresso.errors import ExportError
-from compresso.formats.packed import ROUNDING, packing_of, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import ROUNDING, packing_of
 from compresso.job import Job
 from compresso.methods.qat import Qat
 from compresso.stage import cards, dumped

@@ -21,7 +21,8 @@ from compresso.formats import packed
 from compresso.formats.gguf import save_gguf
 from compresso.formats.low_rank import factored_linears, refuse_products, save_low_rank
 from compresso.formats.onnx import save_onnx
-from compresso.formats.packed import Packing, packing_of, save_packed
+from compresso.formats.packed import save_packed
+from compresso.formats.packing import Packing, packing_of
 from compresso.formats.sliced import refuse_cut, save_sliced, sliced_model, slicing_of
 from compresso.formats.vllm_deci import save_vllm_deci
 

@@ -10,30 +10,25 @@ zeros to the widest, which computes the same and is no faster.
 - the first layer's heads size the cache, so a missing first attention is written as one head whose output is zero;
 - a layer without attention and FFN is left out (not of a Gemma, whose layers llama.cpp tells apart by their number);
 - under quantization FFN widths are filled with zero channels up to whole blocks.
-
-In `llama` and `deci` llama.cpp turns neighbouring pairs of a head's dimensions, transformers its two halves: rows of q
-and k are reordered, by each layer's own number of heads.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compresso.arch.base import LayerShape
 from compresso.checkpoint.atomic import new_file
 from compresso.checkpoint.overwrite import GGUF_MARK
 from compresso.checkpoint.storage import storage_errors
-from compresso.errors import CheckpointError, ExportError, NumericError
-from compresso.formats.gguf_experts import MIXTURES, ROUTER, add_expert_fields, describe_mixture, expert_tensors
-from compresso.formats.gguf_gemma import ARCHS, NORMS, add_gemma_fields, describe_gemma
+from compresso.errors import CheckpointError, ExportError
+from compresso.formats.gguf_experts import MIXTURES, add_expert_fields, describe_mixture
+from compresso.formats.gguf_gemma import ARCHS, add_gemma_fields, describe_gemma
+from compresso.formats.gguf_tensors import BIASED, GEMMA, ONE_WIDTH, rope_of, tensors_of, write_tensors
 from compresso.formats.gguf_tokenizer import add_tokenizer
 from compresso.formats.layout import with_one_epsilon
 from compresso.formats.shrunk import Shrunk, describe
@@ -42,14 +37,6 @@ Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 TESTED = "0.19.0"
 BLOCK = 32
 """Entries that share one scale in Q8_0 and Q4_0."""
-_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_FFN = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-_FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
-_BIASED = ("q_proj", "k_proj", "v_proj")
-_GEMMA = tuple(ARCHS.values())
-_ONE_WIDTH = ("qwen2", "qwen3", "qwen3moe", "olmoe", *_GEMMA)
-"""Families whose arch holds the same widths in every layer."""
-_HEAD_NORMS = ("qwen3", "qwen3moe", "olmoe", "gemma3")
 _FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -57,7 +44,6 @@ _FILE_TYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
 }
-Named = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
 def save_gguf(
@@ -94,7 +80,7 @@ def save_gguf(
     kept = [index for index, shape in enumerate(described.shapes) if gemma or shape.query_heads or shape.channels]
     written = held_shapes([described.shapes[index] for index in kept], block)
     _check(described, written, kept, block)
-    if described.family in _ONE_WIDTH:
+    if described.family in ONE_WIDTH:
         arch, written = described.family, [_widest(written)] * len(written)
     else:
         arch = "llama" if len(set(written)) == 1 else "deci"
@@ -106,7 +92,7 @@ def save_gguf(
             writer.add_string(*GGUF_MARK)
             _add_fields(writer, gguf, described, written, dtype)
             add_tokenizer(writer, gguf, tokenizer, described.tensors["model.embed_tokens.weight"].shape[0])
-            _write_tensors(writer, gguf, list(_tensors(described, written, kept)), dtype)
+            write_tensors(writer, gguf, list(tensors_of(described, written, kept)), dtype)
             writer.close()
         except BaseException:
             with suppress(OSError):  # what it still holds back does not fit either
@@ -167,12 +153,12 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
         )
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ExportError(f"config.hidden_act is '{config.hidden_act}', llama.cpp computes silu. {cure}")
-    if model.family not in _GEMMA and model.kinds is not None and "sliding_attention" in model.kinds:
+    if model.family not in GEMMA and model.kinds is not None and "sliding_attention" in model.kinds:
         raise ExportError(f"layers attend to a sliding window, and llama.cpp's {model.family} attends to all. {cure}")
-    held = tuple(f".{part}.bias" for part in _BIASED) if model.family == "qwen2" else ()
+    held = tuple(f".{part}.bias" for part in BIASED) if model.family == "qwen2" else ()
     if biased := sorted(name for name in model.tensors if name.endswith(".bias") and not name.endswith(held)):
         raise ExportError(f"{biased[0]} is a bias, and none is written to gguf. {cure}")
-    rope = _rope(model)
+    rope = rope_of(model)
     if rope["rope_type"] not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
             f"rope_parameters {rope} are not written to gguf; default, linear and llama3 are, on whole heads. {cure}"
@@ -191,16 +177,9 @@ def _check(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int], bl
             )
 
 
-def _rope(model: Shrunk) -> dict[str, Any]:
-    """The rope parameters, `rope_type` and `rope_theta` among them; where kinds of layers have their own, of those that
-    attend to all.
-    """
-    return dict(model.config.rope_parameters.get("full_attention", model.config.rope_parameters))
-
-
 def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerShape], dtype: str) -> None:
     """What llama.cpp has to know beside the tensors."""
-    rope, vocabulary = _rope(model), model.tensors["model.embed_tokens.weight"]
+    rope, vocabulary = rope_of(model), model.tensors["model.embed_tokens.weight"]
     same = len(set(written)) == 1
     for add, values in (
         (writer.add_head_count, [shape.query_heads for shape in written]),
@@ -220,126 +199,9 @@ def _add_fields(writer: Any, gguf: Any, model: Shrunk, written: Sequence[LayerSh
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if model.family in _GEMMA:
+    if model.family in GEMMA:
         add_gemma_fields(writer, model)
     if written[0].experts:
         add_expert_fields(writer, model, written[0])
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _tensors(model: Shrunk, written: Sequence[LayerShape], kept: Sequence[int]) -> Iterator[Named]:
-    """Name, shape and maker of each tensor, in llama.cpp's order of rows and filled with zeros up to the written
-    widths.
-    """
-    tensors, dim = model.tensors, model.head_dim
-    hidden = tensors["model.embed_tokens.weight"].shape[1]
-
-    def stored(name: str, source: str) -> Named:
-        return name, tuple(tensors[source].shape), lambda: tensors[source]
-
-    yield stored("token_embd.weight", "model.embed_tokens.weight")
-    yield stored("output_norm.weight", "model.norm.weight")
-    if not model.tied:
-        yield stored("output.weight", "lm_head.weight")
-    if _rope(model)["rope_type"] == "llama3":
-        factors = rope_factors(model)
-        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
-    for new, (index, shape) in enumerate(zip(kept, written, strict=True)):
-        true = model.shapes[index]
-        source = f"model.layers.{index}"
-        if shape.query_heads:
-            rows = {"q_proj": shape.query_heads, "k_proj": shape.kv_heads, "v_proj": shape.kv_heads}
-            yield _norm(f"blk.{new}.attn_norm.weight", tensors.get(f"{source}.input_layernorm.weight"), hidden)
-            for part, name in _ATTENTION.items():
-                size = (rows[part] * dim, hidden) if part in rows else (hidden, shape.query_heads * dim)
-                tensor = tensors[f"{source}.self_attn.{part}.weight"] if true.query_heads else None
-                heads = rows[part] if part in ("q_proj", "k_proj") and model.family not in _ONE_WIDTH else 0
-                yield f"blk.{new}.{name}.weight", size, _maker(tensor, size, heads)
-                if model.family == "qwen2" and part in _BIASED:
-                    yield (
-                        f"blk.{new}.{name}.bias",
-                        size[:1],
-                        _maker(tensors.get(f"{source}.self_attn.{part}.bias"), size[:1]),
-                    )
-            for part in ("q", "k") if model.family in _HEAD_NORMS else ():
-                width = dim * (shape.query_heads if model.family == "olmoe" else 1)
-                yield _norm(
-                    f"blk.{new}.attn_{part}_norm.weight", tensors.get(f"{source}.self_attn.{part}_norm.weight"), width
-                )
-        for name, norm in (NORMS if model.family in _GEMMA else _FFN_NORM).items():
-            if name != "attn_norm":
-                yield _norm(f"blk.{new}.{name}.weight", tensors.get(f"{source}.{norm}.weight"), hidden)
-        if true.experts:
-            for name, size, tensor in expert_tensors(tensors, f"{source}.mlp", shape, hidden):
-                yield f"blk.{new}.{name}.weight", size, _maker(tensor, size)
-            continue
-        for part, name in _FFN.items():
-            size = (hidden, shape.channels) if part == "down_proj" else (shape.channels, hidden)
-            tensor = tensors[f"{source}.mlp.{part}.weight"] if true.channels else None
-            yield f"blk.{new}.{name}.weight", size, _maker(tensor, size)
-
-
-def _norm(name: str, weight: Tensor | None, width: int) -> Named:
-    """A norm's weight; ones for a sub-layer that is written as zeros."""
-    return name, (width,), lambda: torch.ones(width) if weight is None else weight
-
-
-def _maker(tensor: Tensor | None, size: tuple[int, ...], heads: int = 0) -> Callable[[], Tensor]:
-    """Makes the tensor [size], zero where the model has nothing; of `heads` heads the two halves' rows come to
-    alternate.
-    """
-
-    def make() -> Tensor:
-        if tensor is None:
-            return torch.zeros(size)
-        if heads:
-            return tensor.reshape(heads, 2, -1, size[1]).transpose(1, 2).reshape(size)
-        if tuple(tensor.shape) == size:
-            return tensor
-        filled = tensor.new_zeros(size)
-        filled[tuple(slice(extent) for extent in tensor.shape)] = tensor
-        return filled
-
-    return make
-
-
-def rope_factors(model: Shrunk) -> Tensor:
-    """What llama.cpp divides each plain rotary frequency [head_dim / 2] by,
-    from transformers' own scaled frequencies.
-    """
-    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-    scaled, _ = ROPE_INIT_FUNCTIONS[_rope(model)["rope_type"]](model.config, torch.device("cpu"))
-    return _rope(model)["rope_theta"] ** -exponents / scaled
-
-
-def _write_tensors(writer: Any, gguf: Any, tensors: Sequence[Named], dtype: str) -> None:
-    """Write header and tensors, one in memory at a time."""
-    types = gguf.GGMLQuantizationType
-    head = "output.weight" if any(name == "output.weight" for name, _, _ in tensors) else "token_embd.weight"
-    kinds = [
-        types.F32
-        if len(size) == 1 or f".{ROUTER}." in name
-        else types.Q8_0
-        if dtype == "q4_0" and name == head
-        else types[dtype.upper()]
-        for name, size, _ in tensors
-    ]
-    for (name, size, _), kind in zip(tensors, kinds, strict=True):
-        as_bytes = gguf.quant_shape_to_byte_shape(size, kind)
-        count = 1
-        for extent in as_bytes:
-            count *= extent
-        writer.add_tensor_info(name, as_bytes, gguf.quants.np.dtype("uint8"), count, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for (name, _, make), kind in zip(tensors, kinds, strict=True):
-        values = make().to("cpu", torch.float32).contiguous()
-        if not bool(torch.isfinite(values).all()) or (
-            kind == types.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max
-        ):
-            raise NumericError(
-                f"'{name}' holds values that are not finite in {kind.name.lower()}; write another --dtype."
-            )
-        writer.write_tensor_data(gguf.quants.quantize(values.numpy(), kind))

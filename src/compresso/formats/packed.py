@@ -16,7 +16,6 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,99 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.checkpoint.atomic import new_folder, write_text
-from compresso.checkpoint.folder import read_json
-from compresso.checkpoint.kinds import auto_class
-from compresso.checkpoint.overwrite import PACKED_MARK
 from compresso.core.rounding import recovered
-from compresso.edit.round_inputs import Range, range_of
 from compresso.errors import ExportError
 from compresso.formats.beside import write_beside
-from compresso.formats.config_text import config_text, older_obstacle, readers
+from compresso.formats.packed_card import TESTED, packed_card
 from compresso.formats.packed_experts import as_written, check_experts, unstacked, written_linears
+from compresso.formats.packing import Packing
 from compresso.native import per_layer_auto_map, per_layer_file
-
-TESTED = "0.20.0"
-_MOST = 8
-ROUNDING = "awq, gptq, qat, rtn, smoothquant, besa with bits, sparsegpt with bits"
-"""The stages that round, with what some of them want for it."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What a run rounded.
-
-    Args:
-        linears: full names.
-        bits, group, symmetric: of their grids; group 0 is one scale a row.
-        inputs: what shares a scale of the activations that they round, None if they round none.
-        simulated: bits of activations that were rounded, and that the format does not have; None if there are none.
-    """
-
-    linears: tuple[str, ...]
-    bits: int
-    group: int = 0
-    symmetric: bool = True
-    inputs: Range | None = None
-    simulated: int | None = None
-
-    @property
-    def kind(self) -> str:
-        """In words, such as "4 bits, groups of 128, asymmetric"."""
-        shared = f"groups of {self.group}" if self.group else "a scale a row"
-        return (
-            f"{self.bits} bits, {shared}"
-            + ("" if self.symmetric else ", asymmetric")
-            + (", activations of 8 bits" if self.inputs else "")
-        )
-
-    @property
-    def format(self) -> str:
-        """What the library calls it."""
-        return "int-quantized" if self.inputs else "pack-quantized"
-
-
-def packing_of(folder: Path | None) -> Packing:
-    """What can be packed of a folder that compresso wrote, by its records: what the last stage that rounded left.
-
-    Raises ExportError, with the cure, if nothing can.
-    """
-    path = None if folder is None else folder / "records.json"
-    records: dict[str, Any] = read_json(path) if path is not None and path.is_file() else {}
-    stages: list[dict[str, Any]] = records.get("recipe", {}).get("stages", [])
-    rounding = [
-        (name, knobs) for one in stages for name, knobs in one.items() if knobs.get("bits") or name in _OWN_WORDS
-    ]
-    if not rounding:
-        raise ExportError(
-            f"nothing in it was rounded by compresso, so there is nothing to pack; run one of {ROUNDING} on it first"
-        )
-    name, knobs = rounding[-1]
-    linears = tuple(weight.removesuffix(".weight") for weight in records["stages"][name]["zeros"])
-    if name in _OWN_WORDS:
-        return _OWN_WORDS[name](linears, knobs, records["stages"][name])
-    group = records["stages"][name].get("group", knobs.get("group"))  # what fitted, where that was another
-    return Packing(linears, int(knobs["bits"]), int(group or 0), bool(knobs.get("symmetric")))
-
-
-def _smoothquant(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:
-    return Packing(linears, 8, inputs=range_of(knobs["inputs"]))
-
-
-def _qat(linears: tuple[str, ...], knobs: dict[str, Any], facts: dict[str, Any]) -> Packing:
-    """Binary and ternary rows take 2 bits; activations go with the weights if a grid of the format is theirs. Raises
-    ExportError if weights were not rounded.
-    """
-    bits = int(knobs["weight_bits"])
-    if bits > _MOST:
-        raise ExportError(f"qat rounded no weights (weight_bits={bits}), so there is nothing to pack; give it 1 to 8")
-    as_integers = bits == knobs["input_bits"] == 8 and knobs["inputs"] == "token" and not facts["asymmetric_inputs"]
-    rounded = None if knobs["input_bits"] > _MOST else int(knobs["input_bits"])
-    symmetric, inputs = bool(knobs["weight_symmetric"]), range_of("token") if as_integers else None
-    return Packing(linears, max(bits, 2), 0, symmetric, inputs, None if as_integers else rounded)
-
-
-_OWN_WORDS = {"smoothquant": _smoothquant, "qat": _qat}
-"""Stages whose knobs say otherwise than by `bits` and `group` what they rounded."""
 
 
 def save_packed(
@@ -173,72 +86,9 @@ def save_packed(
         if (file := per_layer_file(model.config.model_type)) is not None:
             shutil.copyfile(file, temporary / file.name)
         write_beside(temporary, config, model, tokenizer, source)
-        write_text(temporary / "README.md", _card(packing, source, model, len(linears)))
+        write_text(temporary / "README.md", packed_card(packing, source, model, len(linears)))
         if check is not None:
             check(temporary)
-
-
-def _card(packing: Packing, source: Path | None, model: PreTrainedModel, count: int) -> str:
-    """README.md: what the folder holds, what opens it, and where the rest is told."""
-    name = "" if source is None else " of `" + " ".join(source.resolve().name.replace("`", "'").split()) + "`"
-    told = (
-        "How it was made and what it can do stands in the README.md, recipe.yaml and records.json of the folder that it"
-        " was exported from."
-    )
-    opens = auto_class(model.config).__name__
-    file = per_layer_file(model.config.model_type)
-    own = file and f"Layers differ, which {file.name} beside the weights computes: pass trust_remote_code=True to the"
-    beside = f"{own} model's `from_pretrained`, or import compresso before.\n\n" if own else ""
-    left_out = (
-        f"Activations of {packing.simulated} bits, which it was trained for, are simulated by `compresso.load` of that"
-        " folder and not in these files."
-        if packing.simulated
-        else ""
-    )
-    return f"""---
-library_name: transformers
-tags:
-- compresso
-- compressed-tensors
----
-
-# Packed weights{name}
-
-{count} linears that compresso {PACKED_MARK} compressed-tensors
-({packing.format}): {packing.kind}. The values are those of the model that it was exported from. {told}
-{left_out}
-
-## How to load it
-
-```bash
-pip install transformers compressed-tensors=={TESTED}
-```
-
-```python
-from transformers import {opens}, AutoTokenizer
-
-model = {opens}.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-{beside}{_readers(packing, json.loads(config_text(model.config)))} Where it computes with full numbers, the file is
-smaller; the model in memory and its speed are not.
-
-## Limits
-
-The licence and terms of the original model apply.
-"""
-
-
-def _readers(packing: Packing, config: dict[str, Any]) -> str:
-    """What versions of transformers make of packed weights, as tried with 5.23 and 4.57.3."""
-    if older_obstacle(config) is not None:
-        return readers(config) + " It computes with full numbers."
-    if not packing.symmetric:
-        return "transformers 5 opens it and computes with full numbers; 4.57 does not unpack its zero points."
-    if packing.inputs:
-        return "transformers 5 opens it and computes with full numbers; 4.57 opens it and rounds activations."
-    return readers(config) + " Both compute with full numbers."
 
 
 def _packed(name: str, weight: Tensor, packing: Packing) -> dict[str, Tensor]:
