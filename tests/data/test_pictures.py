@@ -3,6 +3,7 @@ files that another program wrote; and what is damaged, foreign or too large, in 
 """
 
 import importlib.util
+import io
 import struct
 import zlib
 from typing import Any
@@ -121,8 +122,6 @@ def test_other_formats_want_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pillow_reads_a_jpeg() -> None:
     image: Any = pytest.importorskip("PIL.Image", reason="Pillow: not installed")
-    import io
-
     stream = io.BytesIO()
     image.new("RGB", (6, 4), (200, 100, 50)).save(stream, "JPEG", quality=100)
     found = colours(stream.getvalue())
@@ -134,6 +133,29 @@ def test_pillow_reads_a_jpeg() -> None:
     ) as no:
         colours(b"hello")
     assert "BytesIO" not in str(no.value)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "TIFF"), ("F", "TIFF"), ("I", "TIFF"), ("I;16", "PPM")])
+def test_more_than_eight_bits_are_refused_rather_than_cut_off(mode: str, kind: str) -> None:
+    image: Any = pytest.importorskip("PIL.Image", reason="Pillow: not installed")
+    stream = io.BytesIO()
+    image.fromarray(numpy.full((4, 6), 257, dtype={"I;16": "uint16", "F": "float32", "I": "int32"}[mode])).save(
+        stream, kind
+    )
+    with pytest.raises(BadRecord, match=rf"is a {kind} of more than 8 bits a channel \(mode .*\); wanted 8 bits"):
+        colours(stream.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_a_file_of_several_pictures_is_refused_and_one_of_a_kind_read(kind: str) -> None:
+    image: Any = pytest.importorskip("PIL.Image", reason="Pillow: not installed")
+    frames = [image.new("RGB", (6, 4), (40 * i, 0, 0)) for i in range(1, 4)]
+    one, several = io.BytesIO(), io.BytesIO()
+    frames[0].save(one, kind)
+    frames[0].save(several, kind, save_all=True, append_images=frames[1:])
+    assert colours(one.getvalue()).shape == (3, 4, 6)
+    with pytest.raises(BadRecord, match=f"is a {kind} of 3 pictures; wanted one"):
+        colours(several.getvalue())
 
 
 def test_bytes_are_found_as_data_sets_hold_them() -> None:

@@ -181,6 +181,17 @@ def test_a_folder_that_is_no_one_thing_is_refused(tmp_path: Path, files: tuple[s
         load_records(str(tmp_path))
 
 
+def test_files_of_a_folder_that_are_no_shards_are_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "once"}\n')
+    assert not load_records(tmp_path).notes
+    (tmp_path / "notes.md").write_text("by hand")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c.jsonl").write_text('{"text": "twice"}\n')
+    (note,) = load_records(tmp_path).notes
+    assert note.endswith(": 2 files are not read: more/c.jsonl, notes.md")
+
+
 def test_a_pattern_names_only_data(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("about")
     with pytest.raises(DataError, match=r"matches a\.md, which is no data file"):

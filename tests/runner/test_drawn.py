@@ -12,10 +12,11 @@ import torch
 from transformers import LlamaConfig, MobileViTConfig, ViTConfig
 
 from compresso.checkpoint.load import load_model
+from compresso.checkpoint.pixels import PROCESSOR, pixel_input, unsaid_colours
 from compresso.checkpoint.source import open_source
 from compresso.errors import CheckpointError
 from compresso.native import PYRAMID_CLASSES
-from compresso.runner.drawn import SEES, drawn
+from compresso.runner.drawn import drawn
 from compresso.runner.run import run
 
 SIZES: dict[str, Any] = {
@@ -61,13 +62,20 @@ def test_gains_of_batch_norms_begin_at_1_where_transformers_draws_them_around_0(
 def test_how_it_sees_is_said_or_what_lies_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = config(tmp_path / "small")
     with caplog.at_level(logging.WARNING), drawn(str(path), TRAINED, None, 3, False) as name:
-        assert json.loads((Path(name) / SEES).read_text())["image_mean"] == [0.5, 0.5, 0.5]
+        assert json.loads((Path(name) / PROCESSOR).read_text())["image_mean"] == [0.5, 0.5, 0.5]
     assert "weights are drawn by seed 3; no preprocessor_config.json lies beside it" in caplog.text
-    (path.parent / SEES).write_text('{"do_normalize": false}')
+    (path.parent / PROCESSOR).write_text('{"do_normalize": false}')
     caplog.clear()
     with caplog.at_level(logging.WARNING), drawn(str(path), TRAINED, None, 3, False) as name:
-        assert json.loads((Path(name) / SEES).read_text()) == {"do_normalize": False}
+        assert json.loads((Path(name) / PROCESSOR).read_text()) == {"do_normalize": False}
     assert "beside" not in caplog.text
+
+
+def test_a_dry_run_sees_as_the_run_that_draws(tmp_path: Path) -> None:
+    source = open_source(config(tmp_path / "small"), weights=False)
+    assert pixel_input(source).mean == (0.5, 0.5, 0.5) and "colours from -1 to 1" in unsaid_colours(source)
+    (tmp_path / "small" / PROCESSOR).write_text('{"do_normalize": false}')
+    assert pixel_input(source).mean == (0.0,) and not unsaid_colours(source)
 
 
 def test_what_no_stage_trains_first_and_what_reads_text_is_not_drawn(tmp_path: Path) -> None:

@@ -327,6 +327,44 @@ def test_bad_maps_are_said_in_a_line_with_their_place(tmp_path: Path) -> None:
         encoded(written(tmp_path / "colours.parquet", given))
 
 
+def test_what_cannot_be_read_is_left_out_on_request_and_counted(tmp_path: Path) -> None:
+    """A picture cut short, a map of another size and one with colours, of five."""
+    given = cells(5)
+    given[0]["image"]["bytes"] = given[0]["image"]["bytes"][:60]
+    given[2]["label"] = cells(3, 16)[2]["label"]
+    given[3]["label"] = given[3]["image"]
+    records = load_records(written(tmp_path / "train.parquet", given), form=MAPPED, skip_bad=True)
+    sees = PixelInput(SIDE, SIDE)
+    with pytest.raises(DataError, match=r"row 1: the picture is a damaged PNG.*or add --skip-bad to skip and count"):
+        encode_mapped(records, sees, 255, None)
+    with pytest.raises(DataError, match=r"row 1: the picture is a damaged PNG: it ends early\. Repair it\.$"):
+        encode_mapped(records, sees, 255, None, skip_bad=None)
+    left = encode_mapped(records, sees, 255, None, skip_bad=True)
+    assert len(left.rows) == 2 and left.stats.refused == 3 and [one.unreadable for one in left.lost] == [3]
+    assert [place.partition(": the")[0] for place in left.bad] == [f"train.parquet: row {i}" for i in (1, 3, 4)]
+    said = "3 of 5 examples are dropped: 3 whose picture or label map cannot be read"
+    assert any(said in line for line in told(records, left, 0))
+    with pytest.raises(DataError, match=r"3 whose picture or label map cannot be read.*--allow-dropped"):
+        check_dropped(records, left, Reach(0), allowed=False)
+    one = replace(records, rows=[records.rows[0]])
+    with pytest.raises(DataError, match=r"no picture can be read, of 1; the first: train.parquet: row 1"):
+        encode_mapped(one, sees, 255, None, skip_bad=True)
+
+
+def test_files_of_a_folder_that_no_row_is_made_of_are_named(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / "set" / name / "inner").mkdir(parents=True)
+        for i, cell in enumerate(cells(3)):
+            (tmp_path / "set" / name / f"{i}.png").write_bytes(cell[name[:5]]["bytes"])
+    assert not load_records(tmp_path / "set", form=MAPPED).notes
+    (tmp_path / "set" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "set" / "images" / "inner" / "3.png").write_bytes(b"")
+    (tmp_path / "set" / "images" / "4.tga").write_bytes(b"")
+    records = load_records(tmp_path / "set", form=MAPPED)
+    assert records.notes == ("set: 2 files are not read: images/4.tga, images/inner/3.png",)
+    assert records.notes[0] in told(records, encode_mapped(records, PixelInput(SIDE, SIDE), 255, None), 0)
+
+
 def test_a_model_without_such_a_head_class_is_refused() -> None:
     said = SEGMENTATION.obstacle(ViTConfig())
     assert said == (

@@ -35,7 +35,8 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         if "macs_of" in facts:  # of a model of pictures
             console.print(f"  {macs:,} multiply-accumulates a {facts['macs_of']}")
         else:
-            console.print(f"  {macs:,} multiply-accumulates and {cached:,} cache bytes a token")
+            cache = f" and {cached:,} cache bytes" if cached else ""
+            console.print(f"  {macs:,} multiply-accumulates{cache} a token")
     table = Table("what", "axes", "units each", "parameters a unit", title="What can be removed", title_justify="left")
     for row in (one for one in facts["axes"] if "stays" not in one):
         table.add_row(row["kind"], f"{row['count']:,}", _short(row["size"]), _short(row["parameters_per_unit"]))

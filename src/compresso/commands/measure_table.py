@@ -10,6 +10,7 @@ from rich.table import Table
 
 from compresso.core.counted import counted
 from compresso.metrics.record import Measurement, ModelResults, Report
+from compresso.report.columns import CACHE, has_cache
 
 _LABELS = {
     "parameters/total": "parameters",
@@ -20,7 +21,7 @@ _LABELS = {
     "macs/token": "MACs a token",
     "macs/picture": "MACs a picture",
     "macs/patch": "MACs a patch",
-    "kv_bytes/token": "KV cache a token",
+    CACHE: "KV cache a token",
     "memory/peak": "peak memory",
     "prefill": "prefill tokens/s",
     "decode": "decode tokens/s",
@@ -64,6 +65,8 @@ def rows(models: tuple[ModelResults, ...]) -> Iterator[list[str]]:
     """
     held = [{(one.name, one.how): one for one in results.measurements} for results in models]
     keys = list(dict.fromkeys(key for of_one in held for key in of_one))
+    if not has_cache(one for results in models for one in results.measurements):
+        keys = [key for key in keys if key[0] != CACHE]
     shown = 0
     for name, how in sorted(keys, key=lambda key: _place(key[0])):
         stem, batch = _split(name)

@@ -27,7 +27,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     rows += [
         (f"{name.removesuffix('_per_token').replace('_', ' ')} per {unit}", before[name], after[name])
         for name in before
-        if name.endswith("_per_token")
+        if name.endswith("_per_token") and (before[name] or name != "kv_bytes_per_token")
     ]
     rows.append(("bytes of weights", facts["weight_bytes"]["before"], facts["weight_bytes"]["after"]))
     if "packed" in facts["weight_bytes"]:

@@ -21,7 +21,7 @@ from compresso.core.counted import counted
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
 from compresso.data.augmentations import IGNORED
-from compresso.data.labelled_pictures import IMAGES, chosen, files_in, sized
+from compresso.data.labelled_pictures import IMAGES, Unreadable, chosen, files_in, sized
 from compresso.data.pictures import bytes_of, colours, numbers
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, type_name, unused_of
 from compresso.data.records import Mapped, Records
@@ -77,7 +77,12 @@ MAPPED = RecordForm((*IMAGES, *_MAPS), take_mapped, _WANTED, folder=_side_by_sid
 
 
 def encode_mapped(
-    records: Records, inputs: PixelInput, passed_over: int, names: tuple[str, ...] | None, limit: int | None = None
+    records: Records,
+    inputs: PixelInput,
+    passed_over: int,
+    names: tuple[str, ...] | None,
+    limit: int | None = None,
+    skip_bad: bool | None = False,
 ) -> Encoded:
     """Pictures and classes in a model's size.
 
@@ -88,6 +93,8 @@ def encode_mapped(
         names: of the classes of a model that has its head already; None for those of the data: all numbers up to the
             largest.
         limit: most records, evenly spaced ones.
+        skip_bad: leave records out (counted) of which a file cannot be read, or whose sizes differ, instead of
+            raising; None where nobody can choose.
 
     Returns those whose map has a pixel with a class in the model's size, and how many of each source have none.
 
@@ -95,10 +102,15 @@ def encode_mapped(
     is no class; or no map has a pixel with a class.
     """
     places, rows, largest, unlabelled = chosen(records, limit), list[Row](), 0, Counter[str]()
+    unreadable = Unreadable(skip_bad)
     for source, i in places:
         record = records.rows[i]
         assert isinstance(record, Mapped)  # the form of the task
-        pixels, classes = _read(records, i, record)
+        try:
+            pixels, classes = _read(record)
+        except BadRecord as error:
+            unreadable.add(source, f"{records.place(i)}: {error}")
+            continue
         if inputs.reduced:
             none = (classes == 0) | (classes == passed_over)
             classes = torch.where(none, torch.tensor(passed_over, dtype=torch.uint8), classes - 1)
@@ -126,6 +138,7 @@ def encode_mapped(
             continue
         picture = Picture(sized(pixels, *size), inputs, seen)
         rows.append(Row(input_ids=[], labels=[], source=source, picture=picture))
+    unreadable.check(len(rows) + unlabelled.total())
     if not rows:
         raise DataError(
             f"{records.source}: no pixel of {counted(len(places), 'label map')} has a class, all are {passed_over},"
@@ -136,25 +149,37 @@ def encode_mapped(
             raise DataError(f"{records.source}: all pixels are of one class; wanted at least two")
         names = tuple(str(i) for i in range(largest + 1))
     n = Counter(source for source, _ in places)
-    lost = tuple(Lost(source, n[source], unlabelled=unlabelled[source]) for source in n)
-    stats = Stats(len(places), 0, 0, unlabelled.total(), len(rows), 0, len(rows), read=len(records.rows))
-    return Encoded(rows, stats, names, lost)
+    lost = tuple(
+        Lost(source, n[source], unlabelled=unlabelled[source], unreadable=unreadable.of[source]) for source in n
+    )
+    stats = Stats(
+        len(places),
+        0,
+        0,
+        unlabelled.total(),
+        len(rows),
+        0,
+        len(rows),
+        refused=unreadable.total,
+        read=len(records.rows),
+    )
+    return Encoded(rows, stats, names, lost, unreadable.named)
 
 
-def _read(records: Records, i: int, record: Mapped) -> tuple[Tensor, Tensor]:
-    """Pixels and classes of one record, of one size. Raises DataError."""
+def _read(record: Mapped) -> tuple[Tensor, Tensor]:
+    """Pixels and classes of one record, of one size. Raises BadRecord."""
     what = "picture"
     try:
         pixels = colours(record.image)
         what = "label map"
         classes = numbers(record.classes)
     except BadRecord as error:
-        raise DataError(f"{records.place(i)}: the {what} {error}") from error
+        raise BadRecord(f"the {what} {error}") from error
     if pixels.shape[-2:] != classes.shape:
         high, wide = pixels.shape[-2:]
-        raise DataError(
-            f"{records.place(i)}: the picture has {wide} x {high} pixels, its label map {classes.shape[1]} x"
-            f" {classes.shape[0]}; give a map of the picture's size"
+        raise BadRecord(
+            f"the picture has {wide} x {high} pixels, its label map {classes.shape[1]} x {classes.shape[0]}; wanted a"
+            " map of the picture's size"
         )
     return pixels, classes
 

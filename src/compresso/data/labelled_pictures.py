@@ -4,6 +4,7 @@ image or img, and label (CIFAR-10's fine_label, coarse_label of CIFAR-100): rows
 FOLDER/NAME/*.png                                                        a folder of pictures for each class
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from torch.nn import functional
 
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.row import Row
+from compresso.data.bad_lines import REPAIR, skips
 from compresso.data.labelled import Labels, label_of
 from compresso.data.pictures import SUFFIXES, bytes_of, colours
-from compresso.data.record_forms import BadRecord, RecordForm, Taken, type_name, unused_of
+from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, Taken, type_name, unused_of
 from compresso.data.records import Pictured, Records
-from compresso.data.survival import Encoded, Stats
+from compresso.data.survival import Encoded, Lost, Stats
 from compresso.errors import DataError
 
 IMAGES = ("image", "img")
@@ -71,7 +73,39 @@ def chosen(records: Records, limit: int | None) -> list[tuple[str, int]]:
     return [(sources[i], i) for i in places]
 
 
-def encode_pictured(records: Records, inputs: PixelInput, labels: Labels, limit: int | None = None) -> Encoded:
+class Unreadable:
+    """Records whose pictures cannot be read: raised as they come, or left out and counted.
+
+    Args:
+        skip_bad: whether they are left out; None where nobody can choose.
+    """
+
+    def __init__(self, skip_bad: bool | None) -> None:
+        self.skip_bad = skip_bad
+        self.of: Counter[str] = Counter()
+        self.named: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return self.of.total()
+
+    def add(self, source: str, why: str) -> None:
+        """Count one of a source. Raises DataError where none is left out."""
+        if not self.skip_bad:
+            raise DataError(f"{why}. {REPAIR}{skips(self.skip_bad, ' such records')}.")
+        self.of[source] += 1
+        self.named = (*self.named, why)[:NAMED_BAD]
+
+    def check(self, rows: int) -> None:
+        """Raise DataError if no picture is left."""
+        if self.total and not rows:
+            raise DataError(f"no picture can be read, of {self.total}; the first: {self.named[0]}")
+
+
+def encode_pictured(
+    records: Records, inputs: PixelInput, labels: Labels, limit: int | None = None, skip_bad: bool | None = False
+) -> Encoded:
     """Pictures in a model's size, and numbers of labels.
 
     Args:
@@ -79,10 +113,12 @@ def encode_pictured(records: Records, inputs: PixelInput, labels: Labels, limit:
         inputs: how the model sees them.
         labels: all that occur.
         limit: most records.
+        skip_bad: leave pictures out (counted) that cannot be read, instead of raising; None where nobody can choose.
 
-    Raises DataError, naming the place: a picture cannot be read.
+    Raises DataError, naming the place: a picture cannot be read, or none can.
     """
     rows: list[Row] = []
+    unreadable = Unreadable(skip_bad)
     places = chosen(records, limit)
     for source, i in places:
         record = records.rows[i]
@@ -90,8 +126,12 @@ def encode_pictured(records: Records, inputs: PixelInput, labels: Labels, limit:
         try:
             pixels = sized(colours(record.image), inputs.height, inputs.width)
         except BadRecord as error:
-            raise DataError(f"{records.place(i)}: the picture {error}") from error
+            unreadable.add(source, f"{records.place(i)}: the picture {error}")
+            continue
         one = Row(input_ids=[], labels=[labels.numbers[record.label]], source=source, picture=Picture(pixels, inputs))
         rows.append(one)
-    stats = Stats(len(places), 0, 0, 0, len(rows), 0, len(rows), read=len(records.rows))
-    return Encoded(rows, stats, labels.names)
+    unreadable.check(len(rows))
+    stats = Stats(len(places), 0, 0, 0, len(rows), 0, len(rows), refused=unreadable.total, read=len(records.rows))
+    n = Counter(source for source, _ in places)
+    lost = tuple(Lost(source, n[source], unreadable=unreadable.of[source]) for source in n)
+    return Encoded(rows, stats, labels.names, lost, unreadable.named)

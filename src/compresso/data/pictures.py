@@ -17,10 +17,14 @@ from torch import Tensor
 
 from compresso.data.record_forms import BadRecord
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MOST_PIXELS = 64_000_000
 """Of one picture: a header of a few bytes may claim any number."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_WIDE = ("I", "F")
+"""Pillow's modes of 16 and 32 bits, which it would cut off at 255."""
+_PHONES = "MPO"
+"""JPEG files of telephones, whose further frames are of the same moment."""
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type
 
 
@@ -60,6 +64,10 @@ def _by_pillow(data: bytes, mode: str) -> Tensor:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadRecord(_too_large(image.width, image.height))
+            if image.mode.startswith(_WIDE):
+                raise BadRecord(f"is a {image.format} of more than 8 bits a channel (mode {image.mode}); wanted 8 bits")
+            if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != _PHONES:
+                raise BadRecord(f"is a {image.format} of {frames} pictures; wanted one")
             return torch.from_numpy(numpy.array(image.convert(mode)))
     except UnidentifiedImageError as error:  # its own message names an object in memory
         raise BadRecord(
@@ -87,6 +95,8 @@ def _png(data: bytes) -> tuple[Tensor, Tensor | None, int]:
         raise BadRecord(
             f"is a PNG of {depth} bits a channel{', interlaced' if interlaced else ''}; wanted 8 bits, not interlaced"
         )
+    if len(frames := chunks.get(b"acTL", b"")) >= 4 and (n := int.from_bytes(frames[:4], "big")) > 1:
+        raise BadRecord(f"is a PNG of {n} pictures; wanted one")
     size = height * (1 + width * channels)
     try:
         packed = zlib.decompressobj().decompress(chunks.get(b"IDAT", b""), size)

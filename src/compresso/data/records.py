@@ -113,6 +113,7 @@ class Records:
         columns: those that rows were made of -> rows that were.
         passed_over: columns that held something and were not read -> rows in which they did.
         places: where each row stands, as "file:line"; empty where rows came from no file.
+        notes: what a person should know of what was not read, a sentence each.
         sha256: identity of the rows, whatever file or hub they came from.
     """
 
@@ -125,6 +126,7 @@ class Records:
     columns: Mapping[str, int] = field(default_factory=dict[str, int])
     passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
     places: Sequence[str] = ()
+    notes: tuple[str, ...] = ()
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from compresso.data.formats import SUFFIXES, collect, read_file, suffix_of
 from compresso.data.hub import HubSet
 from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, records_from, unused_of
 from compresso.data.records import Record, Records, joint_kind
-from compresso.data.shards import is_pattern, shards
+from compresso.data.shards import is_pattern, shards, unread
 from compresso.errors import DataError, nearest
 
 WORLD_ROWS = 8000
@@ -144,6 +144,7 @@ def load_records(
         columns=dict(sum((Counter(source.columns) for source in sources), Counter[str]())),
         passed_over=dict(sum((Counter(source.passed_over) for source in sources), Counter[str]())),
         places=[source.place(index) for source in sources for index in range(len(source.rows))],
+        notes=tuple(chain.from_iterable(source.notes for source in sources)),
     )
 
 
@@ -200,6 +201,7 @@ def _folder(
         columns=read.columns,
         passed_over=read.passed_over,
         places=read.places,
+        notes=unread(path, {cell for _, row in rows if isinstance(row, dict) for cell in row.values()}),
     )
 
 
@@ -208,7 +210,8 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool | None, for
     rows: list[Record] = []
     places: list[str] = []
     bad: list[str] = []
-    n_bad = n_files = 0
+    n_bad = 0
+    files: set[Path] = set()
     columns: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     for path in shards(name, SUFFIXES, split, "" if form.folder is None else form.wanted):
@@ -220,10 +223,11 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool | None, for
         places += read.places
         bad += read.bad
         n_bad += read.n_bad
-        n_files += 1
+        files.add(path)
         columns.update(read.columns)
         passed_over.update(read.passed_over)
-    told = f"{Path(name).expanduser().name} ({n_files} file{'s' * (n_files != 1)})"
+    folder = Path(name).expanduser()
+    told = f"{folder.name} ({counted(len(files), 'file')})"
     return Records(
         joint_kind(rows),
         rows,
@@ -233,6 +237,7 @@ def _shards(name: str, split: str, limit: int | None, skip_bad: bool | None, for
         columns=dict(columns),
         passed_over=dict(passed_over),
         places=places,
+        notes=unread(folder, files) if folder.is_dir() and limit is None else (),
     )
 
 

@@ -8,8 +8,10 @@ Files of several splits beside each other are refused, because a run would train
 
 import glob
 import re
+from collections.abc import Collection
 from pathlib import Path
 
+from compresso.core.counted import counted
 from compresso.errors import DataError
 
 _SAVED = "dataset_info.json"
@@ -67,6 +69,20 @@ def shards(name: str, suffixes: tuple[str, ...], split: str = "train", instead: 
             f" {name.rstrip('/')}/**/*.jsonl"
         )
     return _alike(name, known, suffixes)
+
+
+def unread(folder: Path, read: Collection[object]) -> tuple[str, ...]:
+    """A sentence on the files of a folder that are none of `read`; nothing where there are none. Hidden files, and a
+    saved data set, which says itself what its files are, are not looked at.
+    """
+    if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file():
+        return ()
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path not in read)
+    left = sorted(str(path) for path in inside if not any(part.startswith(".") for part in path.parts))
+    if not left:
+        return ()
+    named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else "")
+    return (f"{folder.name}: {counted(len(left), 'file', 'is')} not read: {named}",)
 
 
 def _known(name: str, found: list[Path], suffixes: tuple[str, ...]) -> list[Path]:

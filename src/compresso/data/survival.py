@@ -65,6 +65,7 @@ class Lost:
             empty, the chat template refused them.
         shortest_prompt: tokens of the shortest prompt that left no room.
         unlabelled: those whose label map has no pixel with a class.
+        unreadable: those whose picture or label map cannot be read.
     """
 
     source: str
@@ -74,11 +75,12 @@ class Lost:
     refused: int = 0
     shortest_prompt: int | None = None
     unlabelled: int = 0
+    unreadable: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.no_room + self.empty + self.refused + self.unlabelled
+        return self.no_room + self.empty + self.refused + self.unlabelled + self.unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ class Encoded:
         stats: what became of the records they were made of.
         labels: names of their classes, if they have some.
         lost: of each source, what gave no example.
-        bad: the first few records that the chat template refused, as "file:line: reason".
+        bad: the first few records that the chat template refused, or whose pictures cannot be read, as
+            "file:line: reason".
         notes: what a person should know of the text that was made, a sentence each.
     """
 
@@ -168,6 +171,7 @@ def check_dropped(records: Records, encoded: Encoded, reach: Reach, allowed: boo
         sum(one.refused for one in encoded.lost),
         min((one.shortest_prompt for one in encoded.lost if one.shortest_prompt is not None), default=None),
         sum(one.unlabelled for one in encoded.lost),
+        sum(one.unreadable for one in encoded.lost),
     )
     for one, skipped in [*((one, 0) for one in encoded.lost), (all_of_it, records.n_bad)]:
         dropped, n = one.total + skipped, one.n + skipped
@@ -192,6 +196,8 @@ def reasons(lost: Lost, skipped: int, max_length: int) -> list[str]:
         told.append(f"{lost.refused:,} that the chat template refuses")
     if lost.unlabelled:
         told.append(f"{lost.unlabelled:,} whose label map has no pixel with a class")
+    if lost.unreadable:
+        told.append(f"{lost.unreadable:,} whose picture or label map cannot be read")
     if skipped:
         told.append(counted(skipped, "bad line"))
     return told
@@ -227,7 +233,7 @@ def told(records: Records, encoded: Encoded, max_length: int, limit: str = "data
         said.append(f"{stats.n:,} of {stats.read:,} records {'is' if stats.n == 1 else 'are'} looked at ({limit})")
     if records.passed_over:
         said.append(f"columns passed over: {passed_over(records)}")
-    return [*said, *encoded.notes]
+    return [*said, *records.notes, *encoded.notes]
 
 
 def passed_over(records: Records) -> str:

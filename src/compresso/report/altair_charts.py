@@ -7,6 +7,7 @@ XML forbids are replaced first: the renderer would end the process at one.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -20,6 +21,8 @@ from compresso.report.removed import UnitsKept
 WIDTH, HEIGHT = 330, 210
 """Of a whole chart with its axes, px: it just fits a phone."""
 SERIES = tuple(f"var(--s{i})" for i in range(8))
+_TICKS = 4
+"""Of an axis of values, about."""
 _MARKS = ("var(--ink)", *SERIES)
 """The first is the dense model's. One colour more than shapes, so that the pairs repeat late."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -137,6 +140,7 @@ def trade_off(
     values = [
         {"name": p.name, "x": p.x, "y": p.y, "low": p.y - (p.error or 0), "high": p.y + (p.error or 0)} for p in points
     ]
+    ends = [end for p in points for end in (p.y - (p.error or 0), p.y + (p.error or 0))]
     front = [{"x": p.x, "y": p.y} for p in undominated(points, x_lower=x_lower, y_lower=y_lower)]
     x = alt.X(
         "x:Q",
@@ -148,7 +152,7 @@ def trade_off(
         "y:Q",
         title=y_title,
         scale=alt.Scale(zero=False, nice=True, padding=12),
-        axis=_value_axis(".0%" if percent else None),
+        axis=_value_axis(percent_format(ends) if percent else None),
     )
     legend = alt.Legend(title=None, orient="bottom", columns=2, columnPadding=14, labelLimit=105, symbolSize=70)
     base = alt.Chart(alt.Data(values=values))
@@ -177,9 +181,19 @@ def trade_off(
     return _svg(alt.layer(line, bars, marks).properties(width=WIDTH, height=HEIGHT + 50), label)
 
 
+def percent_format(values: Sequence[float]) -> str:
+    """Digits enough to tell the ticks of an axis over some shares from each other.
+
+    >>> percent_format([0.2, 0.9]), percent_format([0.6487, 0.6506]), percent_format([0.5])
+    ('.0%', '.2%', '.0%')
+    """
+    step = (max(values) - min(values)) / _TICKS
+    return f".{min(4, max(0, math.ceil(-math.log10(100 * step)))) if step > 0 else 0}%"
+
+
 def _value_axis(format: str | None) -> alt.Axis:
-    axis = alt.Axis(tickCount=4, domain=False, ticks=False)
-    return axis if format is None else alt.Axis(tickCount=4, domain=False, ticks=False, format=format)
+    axis = alt.Axis(tickCount=_TICKS, domain=False, ticks=False)
+    return axis if format is None else alt.Axis(tickCount=_TICKS, domain=False, ticks=False, format=format)
 
 
 def _svg(

@@ -39,6 +39,7 @@ unit.
 
 Its protocol is that of the number, and under the key "noise" how it was found: "other seed", "half-split", "repeated".
 """
+CACHE = "kv_bytes/token"
 _AGAINST_DENSE = (
     "kl",
     "top1_agreement",
@@ -58,7 +59,7 @@ _GROUP_OF_END = {
     "miou": "Tasks: intersection over union",
     "pixel-acc": "Tasks: accuracy",
 }
-_OF_A_CLASS = "/iou/"
+OF_A_CLASS = "/iou/"
 """Between a data set's name and that of a class of pixels."""
 _GROUP_OF_START = {
     **dict.fromkeys(("parameters", "bytes", "macs", "kv_bytes"), "Size"),
@@ -78,7 +79,7 @@ _WORDS = {
     "macs/token": "MACs a token",
     "macs/picture": "MACs a picture",
     "macs/patch": "MACs a patch",
-    "kv_bytes/token": "KV cache a token",
+    CACHE: "KV cache a token",
     "kl": "KL divergence",
     "top1_agreement": "same first choice",
     "removed_mass": "dense probability of removed tokens",
@@ -125,6 +126,11 @@ class Column:
     detail: str = ""
 
 
+def has_cache(numbers: Iterable[Measurement]) -> bool:
+    """Whether any of the models keeps keys and values: encoders and models of pictures do not."""
+    return any(one.value for one in numbers if one.name == CACHE)
+
+
 def column_key(number: Measurement) -> Key:
     """What two numbers must share to stand in one column."""
     place = number.environment
@@ -137,11 +143,15 @@ def column_key(number: Measurement) -> Key:
 
 
 def columns(numbers: Iterable[Measurement]) -> list[Column]:
-    """The columns that these numbers need, in order of appearance; noise floors get none."""
+    """The columns that these numbers need, in order of appearance; noise floors get none, and no cache of models that
+    have none.
+    """
     found: dict[Key, Column] = {}
-    for number in numbers:
+    given = list(numbers)
+    shown = [one for one in given if not one.name.startswith(NOISE) and (one.name != CACHE or has_cache(given))]
+    for number in shown:
         key = column_key(number)
-        if key not in found and not number.name.startswith(NOISE):
+        if key not in found:
             found[key] = Column(key, number.name, number.unit, number.how, dict(number.protocol), title(number.name))
     return [_told_apart(one, [other for other in found.values() if other.name == one.name]) for one in found.values()]
 
@@ -149,7 +159,7 @@ def columns(numbers: Iterable[Measurement]) -> list[Column]:
 def group(name: str) -> str:
     """The table that a number belongs to."""
     head, _, tail = name.rpartition("/")
-    if _OF_A_CLASS in name:
+    if OF_A_CLASS in name:
         return _GROUP_OF_END["miou"]
     return (_GROUP_OF_END.get(tail) if head else None) or _GROUP_OF_START.get(name.partition("/")[0], "Other")
 
@@ -165,8 +175,8 @@ def title(name: str) -> str:
     head, _, tail = name.rpartition("/")
     if head in _PREFIXES:
         return f"{_PREFIXES[head]}, {tail.replace('batch', 'batch ')}"
-    if _OF_A_CLASS in name:
-        return name.replace(_OF_A_CLASS, ", ")
+    if OF_A_CLASS in name:
+        return name.replace(OF_A_CLASS, ", ")
     if tail == "byte_perplexity":
         return f"{head}, per byte"
     return head if head and tail in _GROUP_OF_END else name

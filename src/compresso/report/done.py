@@ -1,6 +1,7 @@
 """What was done to a model, in words, from what its stages noted: not from what a recipe is called."""
 
 import re
+from collections.abc import Iterator, Mapping
 
 from compresso.report.records import RunRecords
 from compresso.report.stage_facts import filled, full_again, ranks_of
@@ -14,7 +15,9 @@ _PARTS = (
     (re.compile(r"\.expert_channels$"), "channels of experts"),
     (re.compile(r"^hidden$"), "hidden dimensions"),
     (re.compile(r"(^|\.)layers$"), "layers"),
-    (re.compile(r"\.(features|wide|projected|fused)$"), "channels of feature maps"),
+    (re.compile(r"\.wide$"), "channels inside blocks"),
+    (re.compile(r"\.features$"), "channels of feature maps"),
+    (re.compile(r"\.(projected|fused)$"), "channels of the head"),
     (re.compile(r"attention"), "attention sub-layers"),
     (re.compile(r"mlp|ffn"), "FFN sub-layers"),
     (re.compile(r"^vocab$"), "tokens of the vocabulary"),
@@ -25,14 +28,42 @@ _SERVED = 8
 
 def removed_kinds(records: RunRecords) -> list[str]:
     """What left, such as ["heads", "FFN channels"]; kinds of which every unit stayed are not named."""
-    gone: list[str] = []
+    gone = [
+        _kind(axis)
+        for facts in records.stages.values()
+        for axis, (kept, size) in _fractions(facts.units_kept)
+        if kept < size
+    ]
+    return list(dict.fromkeys(gone))
+
+
+def kept_of(records: RunRecords) -> list[str]:
+    """How many of each kind are left of those that there were, such as ["FFN channels: 608 of 1,216"]; kinds of which
+    every unit stayed are not named.
+    """
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
     for facts in records.stages.values():
-        for axis, fraction in facts.units_kept.items():
-            kept, _, size = fraction.partition("/")
-            if int(kept) < int(size):
-                name = next((words for pattern, words in _PARTS if pattern.search(axis)), "other units")
-                gone.append(name)
-    return sorted(set(gone), key=gone.index)
+        for axis, (kept, size) in _fractions(facts.units_kept):
+            before.setdefault(axis, size)
+            after[axis] = kept
+    totals: dict[str, tuple[int, int]] = {}
+    for axis, size in before.items():
+        kept, there = totals.get(_kind(axis), (0, 0))
+        totals[_kind(axis)] = kept + after[axis], there + size
+    return [f"{name}: {kept:,} of {there:,}" for name, (kept, there) in totals.items() if kept < there]
+
+
+def _kind(axis: str) -> str:
+    """What the units of an axis are."""
+    return next((words for pattern, words in _PARTS if pattern.search(axis)), "other units")
+
+
+def _fractions(units_kept: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Axis, and units that it keeps and had."""
+    for axis, fraction in units_kept.items():
+        kept, _, size = fraction.partition("/")
+        yield axis, (int(kept), int(size))
 
 
 def participle(records: RunRecords) -> str:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from compresso.metrics.record import ModelResults
 from compresso.report import charts
-from compresso.report.columns import Column, columns, group, lower_is_better
+from compresso.report.columns import OF_A_CLASS, Column, columns, group, lower_is_better
 from compresso.report.marks import Point
 from compresso.report.read import Comparison, Run
 from compresso.report.removed import units_kept
@@ -19,6 +19,17 @@ from compresso.report.table import find
 MOST_QUALITIES = 4
 """Numbers drawn against size and speed: two perplexities and two accuracies show what ten would."""
 _SUITES = ("commonsense/acc", "reading/acc", "mmlu/acc", "bbh/acc", "world/acc")
+_MAJORITY = "held-majority/"
+"""What the most frequent label alone would reach, which is no model's doing."""
+_SCORES = {
+    "Tasks: accuracy": "accuracy",
+    "Tasks: exact match": "exact match",
+    "Tasks: F1": "F1",
+    "Tasks: intersection over union": "mIoU",
+}
+"""Groups whose numbers are drawn, and what they are called there."""
+_OF_TOKENS = ("causal-lm", "masked-lm")
+"""Tasks whose loss is a mean over tokens; that of others is over examples or pixels."""
 _DRAWN_TOGETHER = {"update", "sparsity", "target", "open", "lambda1", "lambda2", "loss", "language"}
 
 
@@ -44,10 +55,11 @@ def removed(run: Run) -> Figure | None:
 def training(run: Run) -> list[Figure]:
     """The curves of every stage that trained."""
     knobs = run.records.recipe.knobs()
+    unit = ", nats a token" if run.records.recipe.task in _OF_TOKENS else ""
     return [
         figure
         for name, stage in run.records.stages.items()
-        for figure in _stage(name, stage, knobs.get(name.partition(" ")[0], {}))
+        for figure in _stage(name, stage, knobs.get(name.partition(" ")[0], {}), unit)
     ]
 
 
@@ -74,8 +86,12 @@ def _qualities(every: Sequence[Column]) -> list[Column]:
     perplexities = [
         one for one in measured if group(one.name) == "Perplexity" and not one.name.endswith("byte_perplexity")
     ]
-    tasks = [one for one in measured if group(one.name) == "Tasks: accuracy"]
-    tasks.sort(key=lambda one: one.name not in _SUITES)
+    tasks = [
+        one
+        for one in measured
+        if group(one.name) in _SCORES and not one.name.startswith(_MAJORITY) and OF_A_CLASS not in one.name
+    ]
+    tasks.sort(key=lambda one: (one.name not in _SUITES, not one.name.endswith("/miou")))
     half = MOST_QUALITIES // 2
     return perplexities[:half] + tasks[: MOST_QUALITIES - len(perplexities[:half])]
 
@@ -87,7 +103,7 @@ def _point(results: ModelResults, mark: int, cost: Column, quality: Column) -> P
 
 def _trade_off(points: Sequence[Point], cost: Column, quality: Column) -> Figure:
     is_perplexity = group(quality.name) == "Perplexity"
-    what = f"{quality.title} {'perplexity' if is_perplexity else 'accuracy'}" + (
+    what = f"{quality.title} {'perplexity' if is_perplexity else _SCORES[group(quality.name)]}" + (
         f" ({quality.detail})" if quality.detail else ""
     )
     x_title = "parameters, all" if cost.unit == "parameters" else f"{cost.title}, tokens a second"
@@ -104,7 +120,7 @@ def _trade_off(points: Sequence[Point], cost: Column, quality: Column) -> Figure
     return Figure(f"{what} against {'size' if cost.unit == 'parameters' else 'measured speed'}", drawing)
 
 
-def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Figure]:
+def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object], unit: str) -> list[Figure]:
     column = {key: _points(stage, key) for key in stage.curve if key != "update"}
     if not column or "update" not in stage.curve:
         return []
@@ -134,9 +150,7 @@ def _stage(name: str, stage: StageFacts, knobs: Mapping[str, object]) -> list[Fi
         else:
             words = {"language": "next-token loss", "loss": "with penalty" if len(losses) == 2 else "loss"}
             losses = {words[key]: points for key, points in losses.items()}
-        figures.append(
-            Figure(f"{name}: training loss, nats a token", charts.curves(losses, f"Training loss in {name}"))
-        )
+        figures.append(Figure(f"{name}: training loss{unit}", charts.curves(losses, f"Training loss in {name}")))
     for key in sorted(column.keys() - _DRAWN_TOGETHER):
         figures.append(Figure(f"{name}: {key}", charts.curves({key: column[key]}, f"{key} in {name}")))
     return figures

@@ -19,7 +19,7 @@ from compresso.metrics.record import ModelResults, Sample, Segmented
 from compresso.report import charts, facts, figures
 from compresso.report.columns import QUALITY, Column, column_key, columns, group, written
 from compresso.report.cures import cure
-from compresso.report.done import deeds, participle, removed_kinds
+from compresso.report.done import deeds, kept_of, participle, removed_kinds
 from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
@@ -141,6 +141,7 @@ def _run(run: Run, commands: Mapping[str, str]) -> dict[str, Any]:
         "stages": stage_table(run.records),
         "removed": figures.removed(run),
         "lost": bool(removed_kinds(run.records)),
+        "kept": "; ".join(kept_of(run.records)),
         "deeds": deeds(run.records),
         "training": figures.training(run),
         "guard": guard,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.kinds import from_config, of_pictures
+from compresso.checkpoint.pixels import PROCESSOR, UNSAID, processor_of, unsaid_colours
 from compresso.checkpoint.scratch import scratch_folder
 from compresso.checkpoint.source import Source, open_source
 from compresso.errors import CompressoError
@@ -31,9 +32,6 @@ from compresso.stage import card
 from compresso.training.noise import mixed_seed
 
 log = logging.getLogger(__name__)
-
-SEES = "preprocessor_config.json"
-_SO = {"do_rescale": True, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 
 @contextmanager
@@ -56,18 +54,17 @@ def drawn(
         return
     with scratch_folder() as scratch:
         folder = scratch / source.name
-        beside = path.resolve().parent / SEES
+        beside, unsaid = processor_of(source), unsaid_colours(source)
         made = _drawn(source, seed)
         made.save_pretrained(folder)
-        if beside.is_file():
-            shutil.copyfile(beside, folder / SEES)
+        if beside is not None:
+            shutil.copyfile(beside, folder / beside.name)
         else:
-            write_text(folder / SEES, json.dumps(_SO, indent=2) + "\n")
+            write_text(folder / PROCESSOR, json.dumps(UNSAID, indent=2) + "\n")
         if not quiet:
             numbers = sum(parameter.numel() for parameter in made.parameters())
-            unsaid = "" if beside.is_file() else f"; no {SEES} lies beside it, so it sees colours from -1 to 1"
             drew = f"its {numbers:,} weights are drawn by seed {seed}"
-            log.warning("%s: a config alone; %s%s", source.name, drew, unsaid)
+            log.warning("%s: a config alone; %s", source.name, "; ".join(filter(None, (drew, unsaid))))
         del made
         yield str(folder)
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from compresso.arch.context import positions_of
-from compresso.checkpoint.pixels import pixel_input
+from compresso.checkpoint.pixels import pixel_input, unsaid_colours
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from compresso.core.counted import counted
@@ -90,6 +90,8 @@ def read_examples(
     encoded = recipe.task.encode(records, tokenizer, reading, source.config)
     check_dropped(records, encoded, reading.reach(), allow_dropped)
     said = notes_of(records, encoded, knobs.max_length, tokenizer, size)
+    if pixels is not None and (unsaid := unsaid_colours(source)):
+        said.append(f"{source.name} is a config alone; {unsaid}")
     recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)
     if 2 * (held := recipe.data.held) > rows:
         said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; lower data.held")

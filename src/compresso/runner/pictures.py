@@ -28,7 +28,9 @@ def pictures_of(source: Source, data: str | Path, most: int) -> Tensor:
     """
     task = _task(source.config)
     records = load_records(data, skip_bad=None, form=task.form)
-    encoded = task.encode(records, None, Reading(0, limit=most, pixels=pixel_input(source)), source.config)
+    encoded = task.encode(
+        records, None, Reading(0, limit=most, skip_bad=None, pixels=pixel_input(source)), source.config
+    )
     rows = encoded.rows
     for sentence in left_out(encoded, 0):
         log.warning("%s", sentence)

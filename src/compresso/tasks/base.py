@@ -39,7 +39,8 @@ class Reading:
         prompt: whether the collaborative prompt stands before instructions.
         pack: whether plain text is cut into full windows.
         limit: records looked at, at most.
-        skip_bad: whether records that a chat template refuses are left out, counted.
+        skip_bad: whether records are left out, counted, that a chat template refuses or whose pictures cannot be read;
+            None where nobody can choose.
         context: tokens that the model reads at most, where that is known.
         on_inputs: whether what was asked is learned, too.
         pixels: how the model sees pictures; None where it reads text.
@@ -49,7 +50,7 @@ class Reading:
     prompt: bool = False
     pack: bool = False
     limit: int | None = None
-    skip_bad: bool = False
+    skip_bad: bool | None = False
     context: int | None = None
     on_inputs: bool = False
     pixels: PixelInput | None = None

@@ -78,7 +78,7 @@ class CausalLM:
             pack=reading.pack,
             limit=reading.limit,
             vocab_size=config.vocab_size,
-            skip_bad=reading.skip_bad,
+            skip_bad=bool(reading.skip_bad),
             context=reading.context,
             on_inputs=reading.on_inputs,
         )

@@ -71,7 +71,7 @@ class ImageClassification:
         """Pictures in the model's size, numbers of labels. Raises DataError as `labels_of` and `encode_pictured`."""
         inputs = pictures.inputs_of(reading, records)
         labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
-        return encode_pictured(records, inputs, labels, reading.limit)
+        return encode_pictured(records, inputs, labels, reading.limit, reading.skip_bad)
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data."""

@@ -80,7 +80,7 @@ class Segmentation:
         fields = ("semantic_loss_ignore_index", "loss_ignore_index")
         passed_over = next((int(getattr(config, name)) for name in fields if hasattr(config, name)), PASSED_OVER)
         names = None if self.lacks_head(config) else known_names(config)
-        return encode_mapped(records, inputs, passed_over, names, reading.limit)
+        return encode_mapped(records, inputs, passed_over, names, reading.limit, reading.skip_bad)
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data."""
