@@ -3,6 +3,7 @@ limits, floors and dense models in a line, tables of others refused; one table m
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,15 @@ def test_a_table_is_measured_and_a_plan_meets_it(model: Path, tmp_path: Path) ->
     assert "peak memory 0.6 GB -> 0.5" in note
     with pytest.raises(BudgetError, match=r"milliseconds=5.*takes 10 ms; give no less than that"):
         plan("segmenter", model, milliseconds=5.0, latency_table=path)
+    for floor, quantity in ((17.4456, "milliseconds"), (435_470_336.0, "bytes")):
+        told["widths"][0][quantity] = floor
+        path.write_text(json.dumps(told))
+        budget: dict[str, Any] = {"milliseconds": 1.0} if quantity == "milliseconds" else {"memory": "1"}
+        with pytest.raises(BudgetError, match="give no less than that") as refused:
+            plan("segmenter", model, **budget, latency_table=path)
+        (named,) = re.findall(r"takes ([\d.]+) (?:ms|GB); give", str(refused.value))
+        followed = {"milliseconds": float(named)} if quantity == "milliseconds" else {"memory": f"{named}GB"}
+        plan("segmenter", model, **followed, latency_table=path)  # what is named is enough
     told["model"]["block_parameters"] += 1
     path.write_text(json.dumps(told))
     with pytest.raises(BudgetError, match="is of another model: block_parameters is"):

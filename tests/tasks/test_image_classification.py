@@ -34,7 +34,10 @@ from compresso.core.loss import LABEL
 from compresso.core.picture import Picture, PixelInput
 from compresso.core.plan import Plan
 from compresso.core.row import Row
+from compresso.data.labelled_pictures import PICTURED
 from compresso.data.pictures import png
+from compresso.data.records import Pictured
+from compresso.data.registry import load_records
 from compresso.edit.gate import gated
 from compresso.errors import ArchError, CheckpointError, DataError
 from compresso.job import Job
@@ -176,6 +179,19 @@ def test_a_deit_without_a_head_is_given_one() -> None:
     assert type(headed) is DeiTForImageClassification and headed.config.num_labels == 3
     assert not IMAGE_CLASSIFICATION.lacks_head(headed.config)
     assert headed(**IMAGE_CLASSIFICATION.probe(rows(2), 0)).logits.shape == (2, 3)
+
+
+def test_what_programs_leave_behind_is_no_class_and_what_gives_no_row_is_named(tmp_path: Path) -> None:
+    """A class is a folder with pictures; a hidden one is no class, an empty one and a stray file are named."""
+    for name, n in (("cat", 3), ("dog", 2), (".ipynb_checkpoints", 1), ("zebra", 0)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "set" / name / f"{i}.png").write_bytes(png(scene(i)[0]))
+    (tmp_path / "set" / "dog" / "._0.png").write_bytes(b"of a desktop")
+    (tmp_path / "set" / "stray.png").write_bytes(png(scene(0)[0]))
+    records = load_records(tmp_path / "set", form=PICTURED)
+    assert sorted(row.label for row in records.rows if isinstance(row, Pictured)) == ["cat"] * 3 + ["dog"] * 2
+    assert records.notes == ("set: 1 folder is empty: zebra", "set: 1 file is not read: stray.png")
 
 
 @pytest.fixture(scope="module")

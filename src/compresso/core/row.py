@@ -1,6 +1,9 @@
 """An example as a model reads it."""
 
+from collections.abc import Mapping
 from typing import NotRequired, TypedDict
+
+from torch import Tensor
 
 from compresso.core.answer_window import AnswerWindow
 from compresso.core.masking import Masking
@@ -21,3 +24,18 @@ class Row(TypedDict):
     masking: NotRequired[Masking]
     window: NotRequired[AnswerWindow]
     picture: NotRequired[Picture]
+
+
+def tokens_in(batch: Mapping[str, Tensor]) -> float:
+    """How many tokens a batch has, padding left out; 0 of pictures.
+
+    Args:
+        batch: as a model takes it: `input_ids` [batch, seq], with or without `attention_mask` of the same shape.
+
+    >>> import torch
+    >>> tokens_in({"input_ids": torch.ones(2, 3)}), tokens_in({"pixel_values": torch.ones(1, 3, 4, 4)})
+    (6.0, 0.0)
+    """
+    if "attention_mask" in batch:
+        return float(batch["attention_mask"].sum())
+    return float(batch["input_ids"].numel()) if "input_ids" in batch else 0.0

@@ -35,6 +35,8 @@ _TEXTS = (
 _LABELS = ("label", "gold_label", "Quality")
 _WANTED = "text, sentence, or sentence1 + sentence2, and label"
 _HIDDEN = -1
+_LISTED = 8
+"""Classes that a message names."""
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _TOGETHER = 512  # rows tokenised in one call
 
@@ -125,7 +127,8 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
         numbers |= {label: i for i, label in enumerate(called or range(len(known)))}
         for label in (*ints, *words):
             if label not in numbers:
-                listed = ", ".join(name if called else f"{i} ({name})" for i, name in enumerate(known[:8]))
+                listed = ", ".join(name if called else f"{i} ({name})" for i, name in enumerate(known[:_LISTED]))
+                listed += f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
                 raise DataError(
                     f"{records.source}: label {label!r} is none of the model's {len(known)}: {listed}; relabel the"
                     " rows, or start from a model without a head"

@@ -40,13 +40,17 @@ def take_pictured(value: object) -> Taken:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The pictures that lie in a folder, by name; hidden files, which programs leave behind, are none."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _by_class(folder: Path) -> Iterator[tuple[str, object]]:
-    """A row for each picture in the folders of a folder, whose names are the labels."""
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+    """A row for each picture in the folders of a folder, whose names are the labels; hidden folders are none."""
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for path in files_in(inner):
             yield str(path), {"image": path, "label": inner.name}
 

@@ -8,7 +8,7 @@ Files of several splits beside each other are refused, because a run would train
 
 import glob
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from compresso.core.counted import counted
@@ -72,17 +72,26 @@ def shards(name: str, suffixes: tuple[str, ...], split: str = "train", instead: 
 
 
 def unread(folder: Path, read: Collection[object]) -> tuple[str, ...]:
-    """A sentence on the files of a folder that are none of `read`; nothing where there are none. Hidden files, and a
-    saved data set, which says itself what its files are, are not looked at.
+    """Sentences on the files of a folder that are none of `read`, and on empty folders in it; none where all is read.
+
+    Hidden files, and a saved data set, which says itself what its files are, are not looked at.
     """
     if (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file():
         return ()
+    said: list[str] = []
+    inner = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    if empty := [path.name for path in inner if not any(each.is_file() for each in path.rglob("*"))]:
+        said.append(f"{folder.name}: {counted(len(empty), 'folder', 'is')} empty: {_some(empty)}")
     inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path not in read)
     left = sorted(str(path) for path in inside if not any(part.startswith(".") for part in path.parts))
-    if not left:
-        return ()
-    named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else "")
-    return (f"{folder.name}: {counted(len(left), 'file', 'is')} not read: {named}",)
+    if left:
+        said.append(f"{folder.name}: {counted(len(left), 'file', 'is')} not read: {_some(left)}")
+    return tuple(said)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
 
 
 def _known(name: str, found: list[Path], suffixes: tuple[str, ...]) -> list[Path]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compresso.core.axis import Axis
 from compresso.core.loss import NEXT_TOKEN, Loss, logits_of
+from compresso.core.row import tokens_in
 from compresso.edit.gate import gated
 from compresso.errors import NumericError, ResumeError
 from compresso.solve.depth import Part
@@ -73,7 +74,7 @@ def losses_under(
         data = _digest(value for batch in batches for _, value in sorted(batch.items()))
         digests = [_digest((mask[axis] for axis in sorted(mask)), *sorted(mask), data, mean_over) for mask in masks]
         losses = _known(journal, digests)
-    tokens = float(sum(batch.given.get("attention_mask", batch.labels).numel() for batch in given))
+    tokens = sum(tokens_in(batch.given) for batch in given)
     shown = progress or Progress("silent")
     model.eval()
     with (

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from compresso.core.row import tokens_in
 from compresso.errors import ResumeError
 from compresso.observe.folds import Fold, Stats, across_of, merge_
 from compresso.observe.journal import FoldJournal, State
@@ -141,7 +142,7 @@ def observe(
                     here = {name: value.to(model.device) for name, value in batch.items()}
                     positions.set(here)
                     run(model, here, see)
-                    shown.step(n, how.name, {}, float(next(iter(here.values())).numel()))
+                    shown.step(n, how.name, {}, tokens_in(batch))
                 if journal is not None and requests is not None:
                     if n % journal.every == 0 or requests.arrived:
                         keep(n)

@@ -90,7 +90,10 @@ def _other_columns(source: Source, records: Records) -> list[str]:
 def check_words(task: str | None, data: str | None, tasks: Sequence[str] | None, *others: object) -> None:
     """Raise DataError unless task and data come together, and without what asks for something else."""
     if (task is None) != (data is None):
-        both = "--task and --data belong together: --task classification --data rows.jsonl"
+        both = (
+            "--task and --data belong together: --task classification --data rows.jsonl, or of pictures --task"
+            " segmentation --data rows.parquet"
+        )
         if task is None and tasks:
             both += (
                 f". --tasks '{','.join(tasks)}' is something else: benchmarks, which bring their own rows; leave out"
@@ -108,7 +111,8 @@ def refuse_other_than_text(source: Source) -> None:
     config = source.config
     able = [name for name, task in tasks().items() if not task.obstacle(config) and not task.lacks_head(config)]
     if able:
-        refuse_textless(source, f"give --task {able[0]} --data rows.jsonl to score what it was trained for")
+        rows = "rows.jsonl" if task_named(able[0]).reads_text else "rows.parquet"
+        refuse_textless(source, f"give --task {able[0]} --data {rows} to score what it was trained for")
     refuse_textless(
         source,
         "perplexity and tasks are measured of causal language models. An encoder of texts is scored by --task"

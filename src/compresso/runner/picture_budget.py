@@ -121,7 +121,7 @@ def with_picture_budget(
         if limit < floor:
             raise BudgetError(
                 f"{asked}: the smallest network of the table, with {least.share:.0%} of each layer's channels, takes"
-                f" {said(quantity, floor)}; give no less than that"
+                f" {least_said(quantity, floor)}; give no less than that"
             )
     if all(table.of(quantity, whole.macs) <= limit for quantity, limit in limits.items()):
         takes = " and ".join(said(quantity, table.of(quantity, whole.macs)) for quantity in limits)
@@ -156,6 +156,23 @@ def with_picture_budget(
 def said(quantity: Quantity, amount: float) -> str:
     """An amount for people: "212 ms", "0.51 GB"."""
     return f"{amount:.4g} ms" if quantity == "milliseconds" else f"{amount / 1e9:.3g} GB"
+
+
+def least_said(quantity: Quantity, amount: float) -> str:
+    """An amount for people that is no less than it is, in the words that options take."""
+    if quantity == "milliseconds":
+        return f"{_upward(amount):g} ms"
+    return f"{_upward(amount / 1e9):g} GB"
+
+
+def _upward(amount: float) -> float:
+    """The next number of four digits.
+
+    >>> _upward(0.435470336), _upward(27.4456), _upward(4096.0)
+    (0.4355, 27.45, 4096.0)
+    """
+    step = 10.0 ** (math.floor(math.log10(amount)) - 3)
+    return round(math.ceil(amount / step - 1e-9) * step, 6)
 
 
 def picture_notes(

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from compresso.core.row import tokens_in
 from compresso.errors import CompressoError, Interrupted, NumericError
 from compresso.training.checkpoint import TrainingCheckpoints
 from compresso.training.checkpoint_manager import CheckpointManager
@@ -217,7 +218,7 @@ def _gradients(
     tokens = 0.0
     pieces = ((one, piece) for one in micros for piece in halving.pieces(one, batches))
     for micro, piece in pieces:
-        tokens += _tokens(piece.batch)
+        tokens += tokens_in(piece.batch)
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in piece.batch.items()}
         part = () if piece.part is None else (piece.part,)
         torch.manual_seed(mixed_seed("dropout", seed, micro.update, micro.slot, *part))
@@ -237,12 +238,6 @@ def _gradients(
             if through < len(micros) and (sentence := requests.told()):
                 shown.say(sentence)
     return means, tokens
-
-
-def _tokens(batch: Mapping[str, Tensor]) -> float:
-    if "attention_mask" in batch:
-        return float(batch["attention_mask"].sum())
-    return float(batch["input_ids"].numel()) if "input_ids" in batch else 0.0
 
 
 def _give_up_after_skips(history: History, loss: float, manager: CheckpointManager) -> None:
