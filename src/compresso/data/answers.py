@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compresso.core.answer_window import AnswerWindow
 from compresso.core.counted import counted
+from compresso.core.plain_values import shown, whole_number
 from compresso.core.row import Row
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
 from compresso.data.records import Answered, Records
@@ -45,10 +46,13 @@ def parse_answered(value: object) -> Answered:
         if not text.strip():
             raise BadRecord(f"field '{name}' is empty")
     answers = tuple(dict.fromkeys(_answers(value["answers"])))
-    if (impossible := value.get("is_impossible")) is not None and impossible is not (not answers):
+    impossible = value.get("is_impossible")
+    if impossible is not None and not isinstance(impossible, bool):
+        raise BadRecord(f"field 'is_impossible' is {shown(impossible)}; wanted true or false")
+    if impossible is not None and impossible is not (not answers):
         raise BadRecord(
-            f"field 'is_impossible' is {str(impossible).lower()[:20]}, and field 'answers' holds {len(answers)}; wanted"
-            " true beside none, false beside some"
+            f"field 'is_impossible' is {shown(impossible)}, and field 'answers' holds {len(answers)}; wanted true"
+            " beside none, false beside some"
         )
     for text, begin in answers:
         if not text.strip() or context[begin : begin + len(text)] != text or begin < 0:
@@ -223,9 +227,14 @@ def _answers(value: object) -> list[tuple[str, int]]:
         raise BadRecord(f"field 'answers' is {type_name(value)}; {wanted}")
     found: list[tuple[str, int]] = []
     for text, begin in pairs:
-        if isinstance(begin, bool) or not isinstance(begin, int) or not isinstance(text, str):
-            raise BadRecord(f"an answer is {type_name(text)} at {type_name(begin)}; {wanted}")
-        found.append((text_of({"text": text}, "text"), begin))
+        if not isinstance(text, str):
+            raise BadRecord(f"the text of an answer is {shown(text)}; wanted a string")
+        if (place := whole_number(begin)) is None:
+            raise BadRecord(
+                f"answer_start of {text[:40]!r} is {shown(begin)}; wanted a whole number, the character at which it"
+                " begins"
+            )
+        found.append((text_of({"text": text}, "text"), place))
     return found
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from compresso.core.plain_values import shown, whole_number
 from compresso.core.row import Row
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
 from compresso.data.records import Labelled, Pictured, Records
@@ -57,17 +58,14 @@ def parse_labelled(value: object) -> Labelled:
 
 def label_of(value: Mapping[object, object], named: str) -> int | str:
     """The label in a field: a whole number, or a name. Raises BadRecord for anything else, and for -1."""
-    label = value[named]
+    given = label = value[named]
     if isinstance(label, str):
         label = text_of(value, named).strip()
         if _NUMBER.fullmatch(label):
             label = float(label) if "." in label else int(label)
-    if isinstance(label, float):
-        if not label.is_integer():
-            raise BadRecord(f"field '{named}' is {label:g}; wanted a whole number or a name")
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
+    if not isinstance(label, str) and (label := whole_number(label)) is None:
+        said = type_name(given) if isinstance(given, list | Mapping) else shown(given)
+        raise BadRecord(f"field '{named}' is {said}; wanted a whole number or a name")
     if label == "" or label == _HIDDEN:
         raise BadRecord(f"field '{named}' is {label!r}, which is none: the rows of a test set cannot be learned from")
     return label
