@@ -21,7 +21,8 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from compresso.core.answer_window import LONGEST, AnswerWindow
 from compresso.core.loss import SPAN
-from compresso.data.answers import ANSWERED, by_group, encode_answered, parse_answered
+from compresso.data.answer_groups import by_group
+from compresso.data.answers import ANSWERED, encode_answered, parse_answered
 from compresso.data.record_forms import BadRecord, records_from
 from compresso.data.records import Answered, Records
 from compresso.data.registry import load_records

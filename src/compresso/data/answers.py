@@ -10,7 +10,6 @@ as in BERT's code (arXiv 1810.04805, section 4.2), so that every window says whe
 answers are none (SQuAD 2, arXiv 1806.03822) has no window with one, and is trained like that.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +118,7 @@ def encode_answered(
     limit: int | None = None,
     vocab_size: int | None = None,
     segments: bool = False,
+    learns: bool = True,
 ) -> Encoded:
     """Tokenise each question with windows of its text; an answer is where the first of its answers is, and at the first
     token where there is none.
@@ -131,10 +131,11 @@ def encode_answered(
         limit: most questions, evenly spaced ones.
         vocab_size: ids must be smaller.
         segments: whether the model tells question and text apart by type ids.
+        learns: whether a model is trained on them, for which some need an answer.
 
     Raises:
         DataError: the tokenizer does not say where tokens lie, rows are too short, an id is outside the vocabulary, or
-            no question has an answer.
+            no question that a model is to learn from has an answer.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -148,7 +149,7 @@ def encode_answered(
     sources = [name for name, part in records.by_source() for _ in part]
     chosen = [(i, sources[i], row) for i in places if isinstance(row := records.rows[i], Answered)]
     unanswered = sum(not row.answers for _, _, row in chosen)
-    if chosen and unanswered == len(chosen):
+    if learns and chosen and unanswered == len(chosen):
         raise DataError(
             f"{records.source}: no question has an answer, so there is nothing to learn; give some that have"
         )
@@ -194,22 +195,6 @@ def encode_answered(
         notes.append("rows without a title are split by their context")
     stats = Stats(len(chosen), 0, 0, 0, len(rows), tokens, 2 * len(rows), read=n)
     return Encoded(rows, stats, notes=tuple(notes))
-
-
-def by_group(rows: Sequence[Row], n: int) -> set[int]:
-    """Places of at least `n` windows, of whole groups, which a digest of their names puts in order; asked for as many
-    as it gave, it gives the same ones.
-    """
-    members: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        assert "window" in row  # rows of this task have it
-        members.setdefault(row["window"].group, []).append(place)
-    found: set[int] = set()
-    for group in sorted(members, key=_digest):
-        if len(found) >= n:
-            break
-        found.update(members[group])
-    return found
 
 
 def _answers(value: object) -> list[tuple[str, int]]:
@@ -279,7 +264,3 @@ def _place(begins: Sequence[int], ends: Sequence[int], answered: Answered) -> li
     if not touching or begins[real[0]] > begin or ends[real[-1]] < end:
         return [0, 0]
     return [touching[0], touching[-1]]
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

@@ -77,7 +77,12 @@ MAPPED = RecordForm((*IMAGES, *_MAPS), take_mapped, _WANTED, folder=_side_by_sid
 
 
 def encode_mapped(
-    records: Records, inputs: PixelInput, passed_over: int, names: tuple[str, ...] | None, limit: int | None = None
+    records: Records,
+    inputs: PixelInput,
+    passed_over: int,
+    names: tuple[str, ...] | None,
+    limit: int | None = None,
+    learns: bool = True,
 ) -> Encoded:
     """Pictures and classes in a model's size.
 
@@ -88,6 +93,7 @@ def encode_mapped(
         names: of the classes of a model that has its head already; None for those of the data: all numbers up to the
             largest.
         limit: most records, evenly spaced ones.
+        learns: whether a model is trained on them, and could do so with a new head.
 
     Returns those whose map has a pixel with a class in the model's size, and how many of each source have none.
 
@@ -109,8 +115,8 @@ def encode_mapped(
             beside = f"0 and {passed_over} are" if inputs.reduced else f"{passed_over} is"
             raise DataError(
                 f"{records.place(i)}: the label map has the class {top + first}; the model has {len(names)} ({first} to"
-                f" {len(names) - 1 + first}), and {beside} passed over. Relabel the map, or start from a model without"
-                " a head"
+                f" {len(names) - 1 + first}), and {beside} passed over. Relabel the map, or"
+                f" {'start from a model without a head' if learns else 'leave it out'}"
             )
         if top == IGNORED:
             raise DataError(

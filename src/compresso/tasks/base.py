@@ -43,6 +43,7 @@ class Reading:
         context: tokens that the model reads at most, where that is known.
         on_inputs: whether what was asked is learned, too.
         pixels: how the model sees pictures; None where it reads text.
+        learns: whether a model is trained on them; else one that was is scored.
     """
 
     max_length: int
@@ -53,6 +54,7 @@ class Reading:
     context: int | None = None
     on_inputs: bool = False
     pixels: PixelInput | None = None
+    learns: bool = True
 
     def reach(self) -> Reach:
         """How long an example may be."""
@@ -158,6 +160,10 @@ class Task(Protocol):
         """
         ...
 
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Why no examples can be held out without all others, and the cure; "" where some can."""
+        ...
+
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Halves:
         """A model, and blocks whose outputs are wanted, as distillation reads it."""
         ...
@@ -224,8 +230,10 @@ def tasks() -> Mapping[str, Task]:
 
 
 def task_named(name: str) -> Task:
-    """A task by its name. Raises RecipeError naming the nearest."""
+    """A task by its name. Raises RecipeError naming the nearest, and all."""
     known = tasks()
     if name not in known:
-        raise RecipeError(f"task '{name}' is unknown; {nearest(name, known)}")
+        said = nearest(name, known)
+        every = "" if said.startswith("known") else f" Known: {', '.join(known)}"
+        raise RecipeError(f"task '{name}' is unknown; {said}{every}")
     return known[name]

@@ -87,6 +87,10 @@ class CausalLM:
         """Spread over the data, so that every source of a mix is held out in its share."""
         return spread(len(rows), n)
 
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
+
     def held_out(self, n_rows: int) -> int:
         """Enough tokens for a loss."""
         return 32

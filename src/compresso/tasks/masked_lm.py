@@ -79,6 +79,10 @@ class MaskedLM:
         """Spread over the data, so that every source of a mix is held out in its share."""
         return spread(len(rows), n)
 
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
+
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a loss and no more than takes seconds."""
         return encoders.held_out(n_rows)
