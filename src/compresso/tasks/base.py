@@ -118,6 +118,11 @@ class Task(Protocol):
         ...
 
     @property
+    def data_settings(self) -> tuple[str, ...]:
+        """What of a recipe's settings of data it reads, beside those that every run does."""
+        ...
+
+    @property
     def writes_text(self) -> bool:
         """Whether its models write text, which is then read, compared and timed."""
         ...

@@ -37,6 +37,7 @@ class CausalLM:
     head: str = "none"
     usage: str = "import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))"
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "prompt", "pack", "limit", "train_on_inputs")
     writes_text: bool = True
     loss: Loss = NEXT_TOKEN
     compare: Compare = next_tokens

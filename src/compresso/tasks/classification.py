@@ -47,6 +47,7 @@ class Classification:
         "from transformers import pipeline\n\nprint(pipeline('text-classification', {folder})('A fine piece of work.'))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "limit")
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = examples

@@ -44,6 +44,7 @@ class ImageClassification:
     head: str = "a head for 2 labels; the data tells how many there are"
     usage: str = "from transformers import pipeline\n\nprint(pipeline('image-classification', {folder})('picture.png'))"
     reads_text: bool = False
+    data_settings: tuple[str, ...] = ("limit",)
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = pictures.whole_pictures

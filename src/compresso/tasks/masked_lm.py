@@ -48,6 +48,7 @@ class MaskedLM:
         "print(fill(f'A fine {fill.tokenizer.mask_token} of work.'))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "pack", "limit")
     writes_text: bool = False
     loss: Loss = MASKED_TOKEN
     compare: Compare = masked_tokens

@@ -51,6 +51,7 @@ class QuestionAnswering:
         "print(tokenizer.decode(given['input_ids'][0, first : last + 1]))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "limit")
     writes_text: bool = False
     loss: Loss = SPAN
     compare: Compare = examples

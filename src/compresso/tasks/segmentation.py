@@ -55,6 +55,7 @@ class Segmentation:
     head: str = "a head for 2 classes; the data tells how many there are"
     usage: str = "from transformers import pipeline\n\nprint(pipeline('image-segmentation', {folder})('picture.png'))"
     reads_text: bool = False
+    data_settings: tuple[str, ...] = ("limit",)
     writes_text: bool = False
     loss: Loss = PIXEL
     compare: Compare = pixels
