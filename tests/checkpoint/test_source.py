@@ -177,7 +177,8 @@ def test_bad_config(text: str, message: str, folder: Path) -> None:
     ("fields", "message"),
     [
         ({"pad_token_id": "x"}, "pad_token_id is 'x'; a token's number is wanted"),
-        ({"eos_token_id": [1, {}]}, r"eos_token_id is '\[1, {}\]'; a token's number is wanted"),
+        ({"pad_token_id": 0.5}, "pad_token_id is 0.5; a token's number is wanted"),
+        ({"eos_token_id": [1, {}]}, r"eos_token_id is \[1, {}\]; a token's number is wanted"),
         ({"early_stopping": []}, "is no valid generation config: unhashable"),
         ({"watermarking_config": "x"}, "is no valid generation config"),
     ],

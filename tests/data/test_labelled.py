@@ -64,10 +64,11 @@ def test_the_columns_that_are_read(row: object, wanted: Labelled) -> None:
         ({"sentence1": "a", "sentence2": "", "label": 1}, "field 'sentence2' is empty"),
         ({"text": 5, "label": 1}, "field 'text' is a number; wanted a string"),
         ({"text": "a", "label": 0.5}, "field 'label' is 0.5; wanted a whole number or a name"),
-        ({"text": "a", "label": "0.5"}, "field 'label' is 0.5; wanted a whole number or a name"),
+        ({"text": "a", "label": "0.5"}, "field 'label' is '0.5'; wanted a whole number or a name"),
         ({"text": "a", "label": float("nan")}, "field 'label' is nan; wanted a whole number or a name"),
         ({"text": "a", "label": -1.0}, "field 'label' is -1, which is none"),
-        ({"text": "a", "label": True}, "field 'label' is true/false"),
+        ({"text": "a", "label": True}, "field 'label' is true; wanted"),
+        ({"text": "a", "label": [1]}, "field 'label' is a list"),
         ({"text": "a", "label": None}, "field 'label' is null"),
         ({"text": "a", "label": -1}, "field 'label' is -1, which is none: the rows of a test set"),
         ({"text": "a", "label": "-1"}, "field 'label' is -1"),
@@ -138,7 +139,7 @@ def test_a_model_whose_classes_are_called_by_numbers_is_asked_by_them() -> None:
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ((1, "good", 1, "good"), r"labels are numbers \(1\) and names \('good'\)"),
+        ((1, "good", 1, "good"), r"numbers \(1\) and names \('good'\), at here: record 1 and here: record 2; wanted"),
         ((1, 1, 1), "all labels are 1; wanted at least two"),
         (range(9), "9 labels in 9 rows; wanted classes"),
     ],
@@ -169,7 +170,9 @@ def test_rows_have_special_tokens_one_label_and_types_for_pairs() -> None:
 def test_rows_that_cannot_be_encoded() -> None:
     labels = Labels(("0", "1"), {0: 0, 1: 1})
     mixed = [{"text": "w1", "label": 0}, {"sentence1": "w1", "sentence2": "w2", "label": 1}]
-    with pytest.raises(DataError, match="some rows hold one text and some two"):
+    with pytest.raises(
+        DataError, match="some rows hold one text and some two, such as here: record 1 and here: record 2"
+    ):
         encode_labelled(records_from(mixed, "here", LABELLED), tokenizer(), labels, 32)
     with pytest.raises(DataError, match=r"the tokenizer gives id \d+, the vocabulary has 4"):
         encode_labelled(records(0, 1), tokenizer(), labels, 32, vocab_size=4)

@@ -104,7 +104,9 @@ def test_what_is_written_is_kept_and_goes_on_after_an_interruption(
     ("name", "said"),
     [
         ("generated:example=4", "unknown setting 'example'; known are examples, tokens"),
-        ("generated:tokens=many", "tokens='many' is no number; give such as tokens=128"),
+        ("generated:tokens=many", "tokens='many' is no whole number; give such as tokens=128"),
+        ("generated:tokens=64.5", "tokens='64.5' is no whole number"),
+        ("generated:temperature=hot", "temperature='hot' is no number; give such as temperature=1.0"),
         ("generated:tokens=1", "wanted examples of 1 to"),
         ("generated:temperature=nan", "wanted examples of 1 to"),
         ("generated:tokens=64", "the model reads 32 tokens at most; give tokens=32 or fewer"),
@@ -119,6 +121,7 @@ def test_nothing_is_written_without_weights(folder: Path) -> None:
     with pytest.raises(DataError, match="no weights are read here; leave --data out"):
         with_generated("generated:tokens=8", open_source(folder, weights=False))
     assert parsed("generated") == Sampling()
+    assert parsed("generated:tokens=64.0:seed=3") == Sampling(tokens=64, seed=3)
 
 
 @pytest.mark.usefixtures("quick_reopening")

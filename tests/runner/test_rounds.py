@@ -96,6 +96,7 @@ def test_one_round_is_the_stage_alone_and_several_are_written_as_they_were_given
     plain = build(raw(name, recover(8)))
     assert build(raw({name: {"rounds": 1}}, recover(8))) == plain
     assert build(raw({name: {"rounds": 1}}, recover(8))).to_dict() == plain.to_dict()
+    assert build(raw({name: {"rounds": 3.0}}, recover(8))) == build(raw({name: {"rounds": 3}}, recover(8)))
     assert all(act.stage is stage for act, (_, stage) in zip(plain.acts, plain.stages, strict=True))
     made = build(raw({name: {"rounds": 3}}, recover(8)))
     assert made != plain and made.stages == plain.stages

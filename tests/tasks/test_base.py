@@ -16,3 +16,6 @@ def test_tasks_are_found_by_their_names() -> None:
 def test_an_unknown_task_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="task 'clasification' is unknown; did you mean 'classification'"):
         task_named("clasification")
+    for name in ("clasification", "sentiment", "q"):
+        with pytest.raises(RecipeError, match=f"nown: {', '.join(tasks())}$"):
+            task_named(name)

@@ -13,6 +13,7 @@ from tests.tasks.conftest import SIZES, sentences, tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from compresso.checkpoint.source import Source, open_source
+from compresso.errors import DataError
 from compresso.metrics.record import Measurement
 from compresso.runner.evaluate_task import task_metric
 
@@ -69,3 +70,32 @@ def test_nothing_is_said_where_nothing_was_lost(
     with caplog.at_level(logging.WARNING):
         scored(classifier, tmp_path, sentences(4), limit=2)
     assert "2 of 4 records are looked at (--limit)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"sentence": "w1", "label": "joy"},
+            "rows.jsonl:3: label 'joy' is none of .*; relabel the rows, or leave them out$",
+        ),
+        (
+            {"sentence": "w1", "label": -1},
+            "rows.jsonl:3: field 'label' is -1, .* can neither be learned from nor scored",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_named_with_a_cure_of_scoring(
+    row: dict[str, Any], said: str, classifier: Source, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=said):
+        scored(classifier, tmp_path, [*sentences(2), row])
+
+
+def test_a_model_that_reads_too_little_is_not_to_be_cured_by_a_setting_of_runs(tmp_path: Path) -> None:
+    config = BertConfig(**{**SIZES, "max_position_embeddings": 3}, num_labels=2)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "short")
+    tokenizer().save_pretrained(tmp_path / "short")
+    rows = [{"sentence1": "w1", "sentence2": "w2", "label": i % 2} for i in range(4)]
+    with pytest.raises(DataError, match="the model reads no more than 3 tokens: give one that reads more"):
+        scored(open_source(tmp_path / "short"), tmp_path, rows)

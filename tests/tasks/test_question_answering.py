@@ -21,7 +21,8 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from compresso.core.answer_window import LONGEST, AnswerWindow
 from compresso.core.loss import SPAN
-from compresso.data.answers import ANSWERED, by_group, encode_answered, parse_answered
+from compresso.data.answer_groups import by_group
+from compresso.data.answers import ANSWERED, encode_answered, parse_answered
 from compresso.data.record_forms import BadRecord, records_from
 from compresso.data.records import Answered, Records
 from compresso.data.registry import load_records
@@ -101,6 +102,9 @@ SQUAD = {"question": "who", "context": "a b c", "answers": {"text": ["b", "b"], 
         ({"answers": {"text": [], "answer_start": []}}, Answered("who", "a b c", (), "T")),
         ({"answers": [], "is_impossible": True, "plausible_answers": [{}]}, Answered("who", "a b c", (), "T")),
         ({"is_impossible": False}, Answered("who", "a b c", (("b", 2),), "T")),
+        # as pandas writes a column that had gaps
+        ({"answers": {"text": ["b"], "answer_start": [2.0]}}, Answered("who", "a b c", (("b", 2),), "T")),
+        ({"answers": [{"text": "c", "answer_start": 4.0}]}, Answered("who", "a b c", (("c", 4),), "T")),
     ],
 )
 def test_the_columns_that_are_read(change: dict[str, Any], wanted: Answered) -> None:
@@ -117,12 +121,17 @@ def test_the_columns_that_are_read(change: dict[str, Any], wanted: Answered) -> 
             "field 'is_impossible' is true, and field 'answers' holds 1; wanted true beside none",
         ),
         ({"answers": [], "is_impossible": False}, "field 'is_impossible' is false, and field 'answers' holds 0"),
-        ({"is_impossible": "yes"}, "field 'is_impossible' is yes"),
+        ({"is_impossible": "False"}, "field 'is_impossible' is 'False'; wanted true or false"),
+        ({"is_impossible": 0}, "field 'is_impossible' is 0; wanted true or false"),
         ({"answers": {"text": ["b"], "answer_start": [3]}}, "answer 'b' does not stand at character 3 of the context"),
         ({"answers": {"text": ["b"], "answer_start": [-3]}}, "does not stand at character -3"),
         ({"answers": {"text": ["b"]}}, "has no lists text and answer_start of one length"),
         ({"answers": "b"}, "field 'answers' is a string; wanted"),
-        ({"answers": {"text": ["b"], "answer_start": [True]}}, "an answer is a string at true/false"),
+        ({"answers": {"text": ["b"], "answer_start": [True]}}, "answer_start of 'b' is true; wanted a whole number"),
+        ({"answers": {"text": ["b"], "answer_start": [2.5]}}, "answer_start of 'b' is 2.5; wanted a whole number"),
+        ({"answers": [{"text": "b", "answer_start": "2"}]}, "answer_start of 'b' is '2'; wanted a whole number"),
+        ({"answers": [{"text": 2, "answer_start": 2}]}, "the text of an answer is 2; wanted a string"),
+        ({"answers": [{"text": "b"}]}, "answer_start of 'b' is null; wanted"),
     ],
 )
 def test_what_is_no_question_says_why(change: dict[str, Any], said: str) -> None:

@@ -13,6 +13,7 @@ from compresso.checkpoint.least import check_mixture
 from compresso.checkpoint.links import check_links
 from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
+from compresso.core.plain_values import shown
 from compresso.errors import CheckpointError
 from compresso.native import is_low_rank, is_sliced
 
@@ -127,7 +128,7 @@ def check_generation_config(folder: Path) -> None:
         value = data.get(name)
         if value is not None and any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
             raise CheckpointError(
-                f"{path}: {name} is {str(value)[:60]!r}; a token's number is wanted. Correct or delete the file."
+                f"{path}: {name} is {shown(value, 60)}; a token's number is wanted. Correct or delete the file."
             )
     try:
         GenerationConfig.from_dict(data)

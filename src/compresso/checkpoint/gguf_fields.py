@@ -6,6 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from compresso.checkpoint.gguf_header import GgufHeader
+from compresso.core.plain_values import shown
 from compresso.errors import CheckpointError
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ class Fields:
         if kind is float and type(found) is int:
             found = float(found)
         if type(found) is not kind or not _sound(found):
-            raise self.refuse(f"has {str(found)[:60]!r} as {name}; {_WORDS[kind]} is wanted")
+            raise self.refuse(f"has {shown(found, 60)} as {name}; {_WORDS[kind]} is wanted")
         return found
 
     def _many(self, key: str, kind: type[T]) -> list[T] | None:

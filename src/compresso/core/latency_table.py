@@ -14,6 +14,7 @@ from typing import Any, Literal
 from compresso.core import strict_json
 from compresso.core.axis import Axis, Kind
 from compresso.core.cost_table import CostTable, Field, every_count, monotone
+from compresso.core.plain_values import shown
 
 FORMAT = 1
 Phase = Literal["decode", "prefill"]
@@ -176,7 +177,7 @@ class LatencyTable:
 def _number(value: object) -> float:
     """A number of a file. Raises TypeError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{str(value)[:40]!r} is no number")
+        raise TypeError(f"{shown(value)} is no number")
     return float(value)
 
 

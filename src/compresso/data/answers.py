@@ -10,7 +10,6 @@ as in BERT's code (arXiv 1810.04805, section 4.2), so that every window says whe
 answers are none (SQuAD 2, arXiv 1806.03822) has no window with one, and is trained like that.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compresso.core.answer_window import AnswerWindow
 from compresso.core.counted import counted
+from compresso.core.plain_values import shown, whole_number
 from compresso.core.row import Row
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
 from compresso.data.records import Answered, Records
@@ -45,10 +45,13 @@ def parse_answered(value: object) -> Answered:
         if not text.strip():
             raise BadRecord(f"field '{name}' is empty")
     answers = tuple(dict.fromkeys(_answers(value["answers"])))
-    if (impossible := value.get("is_impossible")) is not None and impossible is not (not answers):
+    impossible = value.get("is_impossible")
+    if impossible is not None and not isinstance(impossible, bool):
+        raise BadRecord(f"field 'is_impossible' is {shown(impossible)}; wanted true or false")
+    if impossible is not None and impossible is not (not answers):
         raise BadRecord(
-            f"field 'is_impossible' is {str(impossible).lower()[:20]}, and field 'answers' holds {len(answers)}; wanted"
-            " true beside none, false beside some"
+            f"field 'is_impossible' is {shown(impossible)}, and field 'answers' holds {len(answers)}; wanted true"
+            " beside none, false beside some"
         )
     for text, begin in answers:
         if not text.strip() or context[begin : begin + len(text)] != text or begin < 0:
@@ -115,6 +118,7 @@ def encode_answered(
     limit: int | None = None,
     vocab_size: int | None = None,
     segments: bool = False,
+    learns: bool = True,
 ) -> Encoded:
     """Tokenise each question with windows of its text; an answer is where the first of its answers is, and at the first
     token where there is none.
@@ -127,10 +131,11 @@ def encode_answered(
         limit: most questions, evenly spaced ones.
         vocab_size: ids must be smaller.
         segments: whether the model tells question and text apart by type ids.
+        learns: whether a model is trained on them, for which some need an answer.
 
     Raises:
         DataError: the tokenizer does not say where tokens lie, rows are too short, an id is outside the vocabulary, or
-            no question has an answer.
+            no question that a model is to learn from has an answer.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -144,7 +149,7 @@ def encode_answered(
     sources = [name for name, part in records.by_source() for _ in part]
     chosen = [(i, sources[i], row) for i in places if isinstance(row := records.rows[i], Answered)]
     unanswered = sum(not row.answers for _, _, row in chosen)
-    if chosen and unanswered == len(chosen):
+    if learns and chosen and unanswered == len(chosen):
         raise DataError(
             f"{records.source}: no question has an answer, so there is nothing to learn; give some that have"
         )
@@ -192,22 +197,6 @@ def encode_answered(
     return Encoded(rows, stats, notes=tuple(notes))
 
 
-def by_group(rows: Sequence[Row], n: int) -> set[int]:
-    """Places of at least `n` windows, of whole groups, which a digest of their names puts in order; asked for as many
-    as it gave, it gives the same ones.
-    """
-    members: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        assert "window" in row  # rows of this task have it
-        members.setdefault(row["window"].group, []).append(place)
-    found: set[int] = set()
-    for group in sorted(members, key=_digest):
-        if len(found) >= n:
-            break
-        found.update(members[group])
-    return found
-
-
 def _answers(value: object) -> list[tuple[str, int]]:
     """Texts and beginnings, of a dictionary of lists or a list of dictionaries. Raises BadRecord."""
     wanted = "wanted {'text': [...], 'answer_start': [...]}"
@@ -223,9 +212,14 @@ def _answers(value: object) -> list[tuple[str, int]]:
         raise BadRecord(f"field 'answers' is {type_name(value)}; {wanted}")
     found: list[tuple[str, int]] = []
     for text, begin in pairs:
-        if isinstance(begin, bool) or not isinstance(begin, int) or not isinstance(text, str):
-            raise BadRecord(f"an answer is {type_name(text)} at {type_name(begin)}; {wanted}")
-        found.append((text_of({"text": text}, "text"), begin))
+        if not isinstance(text, str):
+            raise BadRecord(f"the text of an answer is {shown(text)}; wanted a string")
+        if (place := whole_number(begin)) is None:
+            raise BadRecord(
+                f"answer_start of {text[:40]!r} is {shown(begin)}; wanted a whole number, the character at which it"
+                " begins"
+            )
+        found.append((text_of({"text": text}, "text"), place))
     return found
 
 
@@ -270,7 +264,3 @@ def _place(begins: Sequence[int], ends: Sequence[int], answered: Answered) -> li
     if not touching or begins[real[0]] > begin or ends[real[-1]] < end:
         return [0, 0]
     return [touching[0], touching[-1]]
-
-
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

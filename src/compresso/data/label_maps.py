@@ -83,6 +83,7 @@ def encode_mapped(
     names: tuple[str, ...] | None,
     limit: int | None = None,
     skip_bad: bool | None = False,
+    learns: bool = True,
 ) -> Encoded:
     """Pictures and classes in a model's size.
 
@@ -95,6 +96,7 @@ def encode_mapped(
         limit: most records, evenly spaced ones.
         skip_bad: leave records out (counted) of which a file cannot be read, or whose sizes differ, instead of
             raising; None where nobody can choose.
+        learns: whether a model is trained on them, and could do so with a new head.
 
     Returns those whose map has a pixel with a class in the model's size, and how many of each source have none.
 
@@ -121,8 +123,8 @@ def encode_mapped(
             beside = f"0 and {passed_over} are" if inputs.reduced else f"{passed_over} is"
             raise DataError(
                 f"{records.place(i)}: the label map has the class {top + first}; the model has {len(names)} ({first} to"
-                f" {len(names) - 1 + first}), and {beside} passed over. Relabel the map, or start from a model without"
-                " a head"
+                f" {len(names) - 1 + first}), and {beside} passed over. Relabel the map, or"
+                f" {'start from a model without a head' if learns else 'leave it out'}"
             )
         if top == IGNORED:
             raise DataError(

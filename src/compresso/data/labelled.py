@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from compresso.core.plain_values import shown, whole_number
 from compresso.core.row import Row
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
 from compresso.data.records import Labelled, Pictured, Records
@@ -59,19 +60,19 @@ def parse_labelled(value: object) -> Labelled:
 
 def label_of(value: Mapping[object, object], named: str) -> int | str:
     """The label in a field: a whole number, or a name. Raises BadRecord for anything else, and for -1."""
-    label = value[named]
+    given = label = value[named]
     if isinstance(label, str):
         label = text_of(value, named).strip()
         if _NUMBER.fullmatch(label):
             label = float(label) if "." in label else int(label)
-    if isinstance(label, float):
-        if not label.is_integer():
-            raise BadRecord(f"field '{named}' is {label:g}; wanted a whole number or a name")
-        label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        raise BadRecord(f"field '{named}' is {type_name(label)}; wanted a whole number or a name")
+    if not isinstance(label, str) and (label := whole_number(label)) is None:
+        said = type_name(given) if isinstance(given, list | Mapping) else shown(given)
+        raise BadRecord(f"field '{named}' is {said}; wanted a whole number or a name")
     if label == "" or label == _HIDDEN:
-        raise BadRecord(f"field '{named}' is {label!r}, which is none: the rows of a test set cannot be learned from")
+        raise BadRecord(
+            f"field '{named}' is {label!r}, which is none: the rows of a test set can neither be learned from"
+            " nor scored"
+        )
     return label
 
 
@@ -103,12 +104,13 @@ class Labels:
     numbers: Mapping[int | str, int]
 
 
-def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
+def labels_of(records: Records, known: Sequence[str] | None = None, learns: bool = True) -> Labels:
     """The classes of labelled records.
 
     Args:
         records: labelled ones.
         known: names of the classes of a model that has its head already; None for those of the data.
+        learns: whether a model is trained on them, and could do so with a new head.
 
     Raises:
         DataError: numbers and names in one set of data, fewer than two labels, more than half as many as rows, or one
@@ -118,8 +120,10 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
     ints = sorted(label for label in counted if isinstance(label, int))
     words = sorted(label for label in counted if isinstance(label, str))
     if ints and words:
+        at = " and ".join(_place_of(records, label) for label in (ints[0], words[0]))
         raise DataError(
-            f"{records.source}: labels are numbers ({ints[0]}) and names ({words[0]!r}); wanted one or the other"
+            f"{records.source}: labels are numbers ({ints[0]}) and names ({words[0]!r}), at {at}; wanted one or the"
+            " other"
         )
     if known is not None:
         called = _whole_numbers(known)
@@ -129,9 +133,10 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
             if label not in numbers:
                 listed = ", ".join(name if called else f"{i} ({name})" for i, name in enumerate(known[:_LISTED]))
                 listed += f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+                other = "start from a model without a head" if learns else "leave them out"
                 raise DataError(
-                    f"{records.source}: label {label!r} is none of the model's {len(known)}: {listed}; relabel the"
-                    " rows, or start from a model without a head"
+                    f"{_place_of(records, label)}: label {label!r} is none of the model's {len(known)}: {listed};"
+                    f" relabel the rows, or {other}"
                 )
         return Labels(tuple(known), numbers)
     if len(counted) < 2:
@@ -143,6 +148,12 @@ def labels_of(records: Records, known: Sequence[str] | None = None) -> Labels:
         )
     found = [*ints, *words]
     return Labels(tuple(map(str, found)), {label: i for i, label in enumerate(found)})
+
+
+def _place_of(records: Records, label: int | str) -> str:
+    """Where the first row with a label stands; there is one."""
+    rows = enumerate(records.rows)
+    return records.place(next(i for i, row in rows if isinstance(row, Labelled | Pictured) and row.label == label))
 
 
 def _whole_numbers(names: Sequence[str]) -> list[int]:
@@ -185,7 +196,9 @@ def encode_labelled(
     chosen = [(sources[i], row) for i in places if isinstance(row := records.rows[i], Labelled)]
     paired = {row.second is not None for _, row in chosen}
     if len(paired) > 1:
-        raise DataError(f"{records.source}: some rows hold one text and some two; wanted all of one kind")
+        two = [isinstance(row, Labelled) and row.second is not None for row in records.rows]
+        at = " and ".join(records.place(two.index(whether)) for whether in (False, True))
+        raise DataError(f"{records.source}: some rows hold one text and some two, such as {at}; wanted all of one kind")
     rows: list[Row] = []
     truncated = 0
     for start in range(0, len(chosen), _TOGETHER):

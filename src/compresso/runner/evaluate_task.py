@@ -52,9 +52,10 @@ def task_metric(
         )
     tokenizer = load_tokenizer(source) if known.reads_text else None
     pixels = None if known.reads_text else pixel_input(source)
-    length = min(MAX_LENGTH, positions_of(source.config) or MAX_LENGTH)
+    context = positions_of(source.config)
+    length = min(MAX_LENGTH, context or MAX_LENGTH)
     records = load_records(data, skip_bad=skip_bad, form=known.form)
-    reading = Reading(length, limit=limit, skip_bad=skip_bad, pixels=pixels)
+    reading = Reading(length, limit=limit, skip_bad=skip_bad, context=context, pixels=pixels, learns=False)
     encoded = known.encode(records, tokenizer, reading, source.config)
     notes = notes_of(records, encoded, length, tokenizer, vocabulary(source.config), "--limit")
     for sentence in (*notes, *_other_columns(source, records)):

@@ -92,9 +92,13 @@ def read_examples(
     said = notes_of(records, encoded, knobs.max_length, tokenizer, size)
     if pixels is not None and (unsaid := unsaid_colours(source)):
         said.append(f"{source.name} is a config alone; {unsaid}")
+    if knobs.train_on_inputs and records.kind in ("text", "window"):
+        said.append(f"data.train_on_inputs is of conversations; {records.source} holds none, and all of it is learned")
     recipe, rows = _held_out(recipe, raw, encoded.rows, data), len(encoded.rows)
     if 2 * (held := recipe.data.held) > rows:
-        said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; lower data.held")
+        fewer = held > len(recipe.task.held_places(encoded.rows, 1))
+        cure = "lower data.held" if fewer else "what shares a title or a text is held out together: give more of others"
+        said.append(f"{held} of {counted(rows, 'example')} are held out, more than stay to learn from; {cure}")
     return Examples(recipe, tokenizer, records, encoded, reading, tuple(said))
 
 
@@ -179,7 +183,8 @@ def _held_out(recipe: Recipe, raw: Mapping[str, Any], rows: Sequence[Row], data:
     if n_rows > held:
         held = len(recipe.task.held_places(rows, held))
     if n_rows <= held:
-        raise DataError(
-            f"{data} gives {counted(n_rows, 'example')}, of which {held} are held out; give more, or lower data.held"
-        )
+        gives = f"{data} gives {counted(n_rows, 'example')}"
+        if whole := recipe.task.undivided(rows):
+            raise DataError(f"{gives}, {whole}")
+        raise DataError(f"{gives}, of which {held} are held out; give more, or lower data.held")
     return replace(recipe, data=replace(recipe.data, held=held))

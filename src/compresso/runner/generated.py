@@ -31,6 +31,7 @@ from compresso.checkpoint.load import load_model
 from compresso.checkpoint.patched import stored_patches
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.storage import storage_errors
+from compresso.core.plain_values import whole_number
 from compresso.edit.patches import patch_
 from compresso.errors import DataError
 from compresso.training.device import choose_device
@@ -86,12 +87,10 @@ def parsed(name: str) -> Sampling:
         key, _, value = setting.partition("=")
         if key not in known:
             raise DataError(f"--data {name[:80]}: unknown setting {key!r}; known are {', '.join(known)}, as tokens=64")
-        try:
-            given[key] = type(known[key])(value)  # pyright: ignore
-        except ValueError:
-            raise DataError(
-                f"--data {name[:80]}: {key}={value!r} is no number; give such as {key}={known[key]}"
-            ) from None
+        wanted = "whole number" if isinstance(known[key], int) else "number"
+        if (number := _number(value, wanted == "whole number")) is None:
+            raise DataError(f"--data {name[:80]}: {key}={value!r} is no {wanted}; give such as {key}={known[key]}")
+        given[key] = number
     found = Sampling(**given)  # pyright: ignore[reportArgumentType]  # of the types of the defaults
     in_range = (
         1 <= found.examples <= 10**6
@@ -106,6 +105,18 @@ def parsed(name: str) -> Sampling:
             " temperature of 0.01 to 100 and a seed that is not negative"
         )
     return found
+
+
+def _number(text: str, whole: bool) -> float | None:
+    """The number that a text writes, and 64.0 is a whole one; None where it writes none."""
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        pass
+    try:
+        return whole_number(float(text))
+    except ValueError:
+        return None
 
 
 def with_generated(data: str, source: Source, quiet: bool = False) -> str:

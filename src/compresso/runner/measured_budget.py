@@ -19,6 +19,7 @@ from compresso.core import strict_json
 from compresso.core.cost_table import Field
 from compresso.core.latency_table import LatencyTable
 from compresso.core.measures import NONE, Measures
+from compresso.core.plain_values import whole_number
 from compresso.errors import BudgetError, RecipeError
 from compresso.metrics.record import Environment
 
@@ -36,10 +37,11 @@ def measures_of(told: Any, where: str) -> Measures:
     known = ("latency", "context", "weight_bytes", "cache_bytes")
     if not isinstance(told, dict) or not told or set(told) - set(known):
         raise RecipeError(f"{where}: wanted a mapping of {', '.join(known)}, as a run with such a budget writes it")
-    context, numbers = told.get("context"), [told.get(name, 2) for name in known[2:]]
-    if context is not None and (type(context) is not int or context < 1):
-        raise RecipeError(f"{where}: context {context!r}: wanted a whole number of tokens, at least 1")
-    if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
+    given, numbers = told.get("context"), [told.get(name, 2) for name in known[2:]]
+    context = whole_number(given)
+    if given is not None and (context is None or context < 1):
+        raise RecipeError(f"{where}: context {given!r}: wanted a whole number of tokens, at least 1")
+    if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) or n <= 0 for n in numbers):
         raise RecipeError(f"{where}: bytes of a weight and of a cache entry are {numbers}; wanted numbers above 0")
     try:
         latency = None if told.get("latency") is None else LatencyTable.from_dict(told["latency"])

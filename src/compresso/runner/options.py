@@ -20,6 +20,7 @@ from compresso.errors import BudgetError, RecipeError, nearest
 from compresso.formats.plain import check_written
 from compresso.native import family_of, mixture_family_of, staged_family_of, stock_type
 from compresso.runner.asked_budget import asked_for, count
+from compresso.runner.data_knobs import refuse_set
 from compresso.runner.dry_run import SOME_LABELS, dry_run
 from compresso.runner.engine_shapes import (
     for_engine,
@@ -90,7 +91,8 @@ def with_options(
     Raises:
         BudgetError: more than one budget, or one outside its range; a table of another model or machine.
         RecipeError: an unknown recipe or engine, an override that fits nothing, or a recipe file that names data
-            outside its folder and the working folder; an option and an override of what it sets.
+            outside its folder and the working folder; an option and an override of what it sets; an override of data
+            that the recipe or its task does not read.
     """
     raw = with_task(recipe if isinstance(recipe, Mapping) else read(recipe), task)
     if task_of(raw).name != DEFAULT:
@@ -99,7 +101,9 @@ def with_options(
         path, equals, value = one.partition("=")
         if not equals:
             raise RecipeError(f"--set {one}: wanted path=value, such as stages.learn_gates.mask_lr=0.02")
-        raw = override(raw, path.strip(), plain(value, f"--set {one}: the value"))
+        value = plain(value, f"--set {one}: the value")
+        raw = override(raw, path.strip(), value)
+        refuse_set(task_of(raw), path.strip().removeprefix("data."), value, f"--set {one}")
     asked = data is not None or any(one.partition("=")[0].strip() == "data.source" for one in sets)
     if not asked and not isinstance(recipe, Mapping) and str(recipe) not in names():
         raw = with_confined_data(raw, Path(recipe))
@@ -161,6 +165,9 @@ def with_options(
     if timed:
         source = open_source(model, weights=False)
         check_floor(recipe_for(raw, "auto", source.config), source, budgets)
+    idle = next((one for one in sets if one.partition("=")[0].strip().startswith("data.")), None)
+    if idle is not None and not (made := build(raw, str(raw.get("name", "recipe")))).needs("data"):
+        raise RecipeError(f"recipe {made.name} uses no data, but --set {idle} was given; leave it out")
     return raw
 
 

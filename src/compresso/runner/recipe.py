@@ -12,18 +12,16 @@
 Reading YAML is `recipe_file`'s part. An unknown recipe, stage or knob names the nearest.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from annotated_types import Ge
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as validated_dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from compresso.core.faults import said
 from compresso.core.measures import NONE, Measures
 from compresso.errors import RecipeError, nearest
+from compresso.runner.data_knobs import DataKnobs, refuse_unread, told
 from compresso.runner.measured_budget import cost_knobs, measures_of
 from compresso.runner.nearest_knob import without_knob
 from compresso.runner.recipe_file import names, parse, read, short, stages_of
@@ -35,29 +33,6 @@ from compresso.tasks.base import DEFAULT, Task, task_named
 from compresso.tasks.causal_lm import CAUSAL_LM
 
 __all__ = ["DataKnobs", "Recipe", "build", "names", "override", "parse", "read", "with_knob"]
-
-
-@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class DataKnobs:
-    """What a recipe says of its data.
-
-    Args:
-        source: used when the command line gives none; null means that data must be given.
-        max_length: tokens an example is truncated to, prompt included.
-        prompt: whether the collaborative prompt stands before each instruction.
-        pack: whether plain text is cut into full windows instead of one document a row.
-        limit: examples read at most.
-        held: examples kept out of training for the before/after loss.
-        train_on_inputs: whether the loss of conversations falls on what was asked, too, and not on responses alone.
-    """
-
-    source: str | None = None
-    max_length: Annotated[int, Ge(2)] = 512
-    prompt: bool = True
-    pack: bool = True
-    limit: Annotated[int, Ge(1)] | None = None
-    held: Annotated[int, Ge(0)] = 32
-    train_on_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,14 +72,14 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe with every knob spelled out, as it can be run again."""
+        """The recipe with every knob spelled out, as it can be run again; of its data those that its task reads."""
         return {
             "name": self.name,
             "title": self.title,
             "paper": self.paper,
             "description": self.description,
             "task": self.task.name,
-            "data": dataclasses.asdict(self.data),  # type: ignore[call-overload]
+            "data": told(self.data, self.task),
             **({} if self.measures == NONE else {"cost": cost_knobs(self.measures)}),
             "stages": [
                 {name: dumped(one) | (self.rounds[name].to_dict() if name in self.rounds else {})}
@@ -118,7 +93,7 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
 
     Raises:
         RecipeError: an unknown stage or knob (nearest named), a value outside its range, a repeated stage, an illegal
-            order, rounds of what cannot be repeated.
+            order, rounds of what cannot be repeated, a setting of the data that the task does not read.
     """
     stages: list[tuple[str, Stage]] = []
     effects: list[tuple[str, Effects]] = []
@@ -139,7 +114,10 @@ def build(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
         wanted, why = made.follows() if isinstance(made, Follows) else ("", "")
         if wanted and wanted not in (other for other, _ in stages[:place]):
             raise RecipeError(f"recipe {name}: stage '{key}': {why}")
-    data = _validated(DataKnobs, {} if raw.get("data") is None else raw["data"], f"recipe {name}: data")
+    given = {} if raw.get("data") is None else raw["data"]
+    data = _validated(DataKnobs, given, f"recipe {name}: data")
+    if "run" not in raw:  # what an earlier release wrote of its result spells out what its task did not read
+        refuse_unread(task, data, given, f"recipe {name}: data")
     texts = {key: str(raw.get(key) or "") for key in ("title", "paper", "description")}
     measures = measures_of(raw.get("cost"), f"recipe {name}: cost")
     check_rounds(acts(stages, rounds), name)

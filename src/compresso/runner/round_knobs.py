@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from compresso.core.plain_values import whole_number
 from compresso.errors import RecipeError
 from compresso.solve.gradual import geometric_share
 from compresso.stage import Effects, Shrinks, Stage, card
@@ -60,9 +61,9 @@ def without_knobs(name: str, knobs: Any, recipe: str) -> tuple[Any, Asked]:
     value = given[knob]
     if knob == TARGETS:
         return rest, _targets(value, where)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if (asked := whole_number(value)) is None or asked < 1:
         raise RecipeError(f"{where}: rounds={value!r}: wanted a whole number of at least 1, such as 4")
-    return rest, value
+    return rest, asked
 
 
 def stepped(name: str, stage: Stage, asked: Asked, recipe: str) -> tuple[Stage, Steps | None]:

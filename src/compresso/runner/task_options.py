@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from compresso.core.axis import Kind
 from compresso.native import family_of, staged_family_of
+from compresso.runner.data_knobs import reads
 from compresso.runner.engine_shapes import held_to
 from compresso.runner.recipe import task_of
 from compresso.runner.recipe_file import stages_of
@@ -19,13 +20,16 @@ FIRST = "finetune"
 
 
 def with_task(raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """The raw recipe for another task, whose own data is then of the wrong kind and left out; None leaves it as it is.
+    """The raw recipe for another task, whose own data is then of the wrong kind and left out, as are settings of data
+    that it does not read; None leaves it as it is.
 
     Raises RecipeError for an unknown task.
     """
-    if name is None or task_named(name) is task_of(raw):
+    if name is None or (task := task_named(name)) is task_of(raw):
         return dict(raw)
-    data = {key: value for key, value in (raw.get("data") or {}).items() if key != "source"}
+    data = {} if raw.get("data") is None else raw["data"]
+    if isinstance(data, Mapping):  # else it is refused with the recipe
+        data = {key: value for key, value in data.items() if key != "source" and reads(task, str(key))}
     return {**raw, "task": name, "data": data}
 
 

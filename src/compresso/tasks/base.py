@@ -44,6 +44,7 @@ class Reading:
         context: tokens that the model reads at most, where that is known.
         on_inputs: whether what was asked is learned, too.
         pixels: how the model sees pictures; None where it reads text.
+        learns: whether a model is trained on them; else one that was is scored.
     """
 
     max_length: int
@@ -54,6 +55,7 @@ class Reading:
     context: int | None = None
     on_inputs: bool = False
     pixels: PixelInput | None = None
+    learns: bool = True
 
     def reach(self) -> Reach:
         """How long an example may be."""
@@ -117,6 +119,11 @@ class Task(Protocol):
         ...
 
     @property
+    def data_settings(self) -> tuple[str, ...]:
+        """What of a recipe's settings of data it reads, beside those that every run does."""
+        ...
+
+    @property
     def writes_text(self) -> bool:
         """Whether its models write text, which is then read, compared and timed."""
         ...
@@ -157,6 +164,10 @@ class Task(Protocol):
         """Which examples no stage trains on: about `n`, and what belongs together is on one side. Asked for as many as
         it gave, it gives the same ones.
         """
+        ...
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Why no examples can be held out without all others, and the cure; "" where some can."""
         ...
 
     def halves(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Halves:
@@ -225,8 +236,10 @@ def tasks() -> Mapping[str, Task]:
 
 
 def task_named(name: str) -> Task:
-    """A task by its name. Raises RecipeError naming the nearest."""
+    """A task by its name. Raises RecipeError naming the nearest, and all."""
     known = tasks()
     if name not in known:
-        raise RecipeError(f"task '{name}' is unknown; {nearest(name, known)}")
+        said = nearest(name, known)
+        every = "" if said.startswith("known") else f" Known: {', '.join(known)}"
+        raise RecipeError(f"task '{name}' is unknown; {said}{every}")
     return known[name]

@@ -37,6 +37,7 @@ class CausalLM:
     head: str = "none"
     usage: str = "import compresso\n\nmodel = compresso.load({folder})\nprint(model.complete('Once upon a time'))"
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "prompt", "pack", "limit", "train_on_inputs")
     writes_text: bool = True
     loss: Loss = NEXT_TOKEN
     compare: Compare = next_tokens
@@ -86,6 +87,10 @@ class CausalLM:
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data, so that every source of a mix is held out in its share."""
         return spread(len(rows), n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
 
     def held_out(self, n_rows: int) -> int:
         """Enough tokens for a loss."""

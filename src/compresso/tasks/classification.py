@@ -47,6 +47,7 @@ class Classification:
         "from transformers import pipeline\n\nprint(pipeline('text-classification', {folder})('A fine piece of work.'))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "limit")
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = examples
@@ -75,10 +76,10 @@ class Classification:
         `encoders.leave_room` and `encode_labelled`.
         """
         tokenizer = encoders.with_tokenizer(tokenizer, records)
-        labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
+        labels = labels_of(records, None if self.lacks_head(config) else known_names(config), reading.learns)
         segments = encoders.tells_segments(config)
         pairs = any(isinstance(row, Labelled) and row.second is not None for row in records.rows)
-        encoders.leave_room(tokenizer, reading.max_length, pairs)
+        encoders.leave_room(tokenizer, reading.max_length, pairs, reading.context)
         return encode_labelled(
             records, tokenizer, labels, reading.max_length, reading.limit, config.vocab_size, segments
         )
@@ -86,6 +87,10 @@ class Classification:
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data."""
         return spread(len(rows), n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for an accuracy and no more than takes seconds."""

@@ -44,15 +44,29 @@ def with_tokenizer(tokenizer: PreTrainedTokenizerBase | None, records: Records) 
     return tokenizer
 
 
-def leave_room(tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool) -> None:
-    """Raise DataError if no word fits beside a tokenizer's special tokens, or none of each text of a pair."""
+def leave_room(tokenizer: PreTrainedTokenizerBase, max_length: int, pairs: bool, context: int | None = None) -> None:
+    """Raise DataError if no word fits beside a tokenizer's special tokens, or none of each text of a pair.
+
+    Args:
+        tokenizer: of the model.
+        max_length: most tokens of an example.
+        pairs: whether there are pairs of texts.
+        context: tokens that the model reads at most, where that is known; too few of them are the model's own fault.
+    """
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     least = special + 1 + pairs
     if max_length < least:
         raise DataError(
             f"max_length={max_length}: wanted at least {least}, for {counted(special, 'special token')} and a word"
-            f"{' of each text' if pairs else ''}; raise data.max_length"
+            f"{' of each text' if pairs else ''}; {longer(least, context)}"
         )
+
+
+def longer(least: int, context: int | None) -> str:
+    """How to have at least so many tokens in an example of a model, of whose context nothing may be known."""
+    if context is not None and context < least:
+        return f"the model reads no more than {counted(context, 'token')}: give one that reads more"
+    return "raise data.max_length"
 
 
 def tells_segments(config: PreTrainedConfig) -> bool:

@@ -44,6 +44,7 @@ class ImageClassification:
     head: str = "a head for 2 labels; the data tells how many there are"
     usage: str = "from transformers import pipeline\n\nprint(pipeline('image-classification', {folder})('picture.png'))"
     reads_text: bool = False
+    data_settings: tuple[str, ...] = ("limit",)
     writes_text: bool = False
     loss: Loss = LABEL
     compare: Compare = pictures.whole_pictures
@@ -70,12 +71,16 @@ class ImageClassification:
     ) -> Encoded:
         """Pictures in the model's size, numbers of labels. Raises DataError as `labels_of` and `encode_pictured`."""
         inputs = pictures.inputs_of(reading, records)
-        labels = labels_of(records, None if self.lacks_head(config) else known_names(config))
+        labels = labels_of(records, None if self.lacks_head(config) else known_names(config), reading.learns)
         return encode_pictured(records, inputs, labels, reading.limit, reading.skip_bad)
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data."""
         return spread(len(rows), n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
 
     def held_out(self, n_rows: int) -> int:
         """A fifth of the pictures, but enough for an accuracy and no more than takes seconds."""

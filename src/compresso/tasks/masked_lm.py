@@ -48,6 +48,7 @@ class MaskedLM:
         "print(fill(f'A fine {fill.tokenizer.mask_token} of work.'))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "pack", "limit")
     writes_text: bool = False
     loss: Loss = MASKED_TOKEN
     compare: Compare = masked_tokens
@@ -78,6 +79,10 @@ class MaskedLM:
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data, so that every source of a mix is held out in its share."""
         return spread(len(rows), n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a loss and no more than takes seconds."""

@@ -17,7 +17,8 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTra
 from compresso.checkpoint.kinds import auto_class
 from compresso.core.loss import SPAN, Loss
 from compresso.core.row import Row
-from compresso.data.answers import ANSWERED, by_group, encode_answered
+from compresso.data.answer_groups import by_group, of_one_group
+from compresso.data.answers import ANSWERED, encode_answered
 from compresso.data.batches import encoder_inputs
 from compresso.data.record_forms import RecordForm
 from compresso.data.records import Records
@@ -50,6 +51,7 @@ class QuestionAnswering:
         "print(tokenizer.decode(given['input_ids'][0, first : last + 1]))"
     )
     reads_text: bool = True
+    data_settings: tuple[str, ...] = ("max_length", "limit")
     writes_text: bool = False
     loss: Loss = SPAN
     compare: Compare = examples
@@ -74,11 +76,23 @@ class QuestionAnswering:
         """Windows of question and text. Raises DataError as `encode_answered`."""
         tokenizer = encoders.with_tokenizer(tokenizer, records)
         segments = encoders.tells_segments(config)
-        return encode_answered(records, tokenizer, reading.max_length, reading.limit, int(config.vocab_size), segments)
+        return encode_answered(
+            records,
+            tokenizer,
+            reading.max_length,
+            reading.limit,
+            int(config.vocab_size),
+            segments,
+            learns=reading.learns,
+        )
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Windows of whole titles."""
         return by_group(rows, n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """That all windows are of one title, where they are."""
+        return of_one_group(rows)
 
     def held_out(self, n_rows: int) -> int:
         """A fifth, but enough for a score and no more than takes seconds."""

@@ -55,6 +55,7 @@ class Segmentation:
     head: str = "a head for 2 classes; the data tells how many there are"
     usage: str = "from transformers import pipeline\n\nprint(pipeline('image-segmentation', {folder})('picture.png'))"
     reads_text: bool = False
+    data_settings: tuple[str, ...] = ("limit",)
     writes_text: bool = False
     loss: Loss = PIXEL
     compare: Compare = pixels
@@ -80,11 +81,15 @@ class Segmentation:
         fields = ("semantic_loss_ignore_index", "loss_ignore_index")
         passed_over = next((int(getattr(config, name)) for name in fields if hasattr(config, name)), PASSED_OVER)
         names = None if self.lacks_head(config) else known_names(config)
-        return encode_mapped(records, inputs, passed_over, names, reading.limit, reading.skip_bad)
+        return encode_mapped(records, inputs, passed_over, names, reading.limit, reading.skip_bad, reading.learns)
 
     def held_places(self, rows: Sequence[Row], n: int) -> set[int]:
         """Spread over the data."""
         return spread(len(rows), n)
+
+    def undivided(self, rows: Sequence[Row]) -> str:
+        """Nothing: each example stands by itself."""
+        return ""
 
     def held_out(self, n_rows: int) -> int:
         """A fifth of the pictures, but enough for a score and no more than takes seconds."""

@@ -81,7 +81,7 @@ def _sixth_category(value: dict[str, Any]) -> None:
         (_without_template, "10 templates; wanted ORIGINAL"),
         (_without_bare, "none of them ORIGINAL"),
         (_one_task_less, "T0, 'topic 00', 'low': wanted 3 texts, got 2"),
-        (_number, "T0, 'topic 00', 'low': text 2 of 3 is \"5\"; wanted a text"),
+        (_number, "T0, 'topic 00', 'low': text 2 of 3 is 5; wanted a text"),
         (_blank, "T0, 'topic 00', 'low': text 3 of 3 is an empty one; wanted a text"),
         (_fourth_severity, "wanted 3 severities by name, got 4"),
         (_other_task, "T9/4/4/2/2 does not hold the task"),

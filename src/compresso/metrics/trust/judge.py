@@ -7,7 +7,6 @@ one that agrees no better than chance is not asked about the rest.
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from compresso.core import strict_json
+from compresso.core.plain_values import shown
 from compresso.data.lines import decoded_lines
 from compresso.errors import DataError, nearest
 from compresso.metrics.trust.asking import Request, Respondent
@@ -160,8 +160,7 @@ def judged(judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Kind]:
         raise DataError(f"judge {judge.name} gave {len(found)} labels for {len(pairs)} answers; wanted one each")
     for label in found:
         if label not in LABELS:
-            shown = json.dumps(str(label))[:60]
-            raise DataError(f"judge {judge.name} answered {shown}; wanted one of {', '.join(LABELS)}")
+            raise DataError(f"judge {judge.name} answered {shown(label, 60)}; wanted one of {', '.join(LABELS)}")
     return [Kind(label) for label in found]
 
 

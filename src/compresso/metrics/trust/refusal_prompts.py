@@ -8,7 +8,6 @@ benign control has {TEMPLATE: [225 prompts]}. YAML or JSON, also .gz.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from compresso.core import strict_json
+from compresso.core.plain_values import shown
 from compresso.core.strict_yaml import OneOfEachKey, Refused
 from compresso.data.lines import whole_text
 from compresso.errors import DataError
@@ -181,6 +181,4 @@ def _texts(value: Any, n: int, where: str) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}.get(
-        type(value), json.dumps(str(value))[:40]
-    )
+    return {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}.get(type(value), shown(value))

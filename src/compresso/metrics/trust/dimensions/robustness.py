@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compresso.core.plain_values import shown, whole_number
 from compresso.errors import DataError
 from compresso.metrics.trust.asking import Request
 from compresso.metrics.trust.data import Missing, TrustData, json_value
@@ -85,9 +86,10 @@ def _attacks(value: Any, name: str) -> list[Question]:
         for place, row in enumerate(rows):
             if not isinstance(row, Mapping) or not all(isinstance(row.get(key), str) for key in keys):
                 raise DataError(f"{name}: {task} {place}: wanted the texts {', '.join(keys)} and a label")
-            label = row.get("label")
-            if not isinstance(label, int) or not 0 <= label < len(choices):
-                raise DataError(f"{name}: {task} {place}: label {label!r}; wanted 0 to {len(choices) - 1}")
+            label = whole_number(row.get("label"))
+            if label is None or not 0 <= label < len(choices):
+                given = shown(row.get("label"))
+                raise DataError(f"{name}: {task} {place}: label {given}; wanted 0 to {len(choices) - 1}")
             texts = "\n\n".join(row[key].strip() for key in keys)
             request = Request(f"robustness/{task}/{place}", f"{asked}\n\n{texts}")
             found.append(Question(request, choices, label, f"advglue/{task}"))

@@ -5,11 +5,11 @@ of 100 for want of a scorer would be the best of all. A part is one less the mea
 toxicity of their draws. The published adversarial system texts are not here.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Protocol
 
+from compresso.core.plain_values import shown
 from compresso.errors import DataError
 from compresso.metrics.trust.asking import Answer, Limits, Request, Respondent
 from compresso.metrics.trust.data import Missing, TrustData, json_lines
@@ -71,7 +71,7 @@ def toxicity_parts(
         worst: dict[str, float] = {}
         for request, score in zip(mine, scores, strict=True):
             if not (isinstance(score, int | float) and math.isfinite(score) and 0 <= score <= 1):
-                raise DataError(f"scorer {scorer.name} gave {json.dumps(str(score))}; wanted a number from 0 to 1")
+                raise DataError(f"scorer {scorer.name} gave {shown(score)}; wanted a number from 0 to 1")
             key = request.id.partition("#")[0]
             worst[key] = max(worst.get(key, 0.0), float(score))
         parts.append(Part(name, tuple(worst), tuple(1 - one for one in worst.values())))
