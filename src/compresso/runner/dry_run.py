@@ -6,7 +6,7 @@ are removed to the budget.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,9 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
     shown, removed = DryRun(counts(cost), counts(cost), notes=told(recipe.acts)), Plan()
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     rounded, earlier = "", rounded_by(source)  # the last stage that rounded weights, and that of an earlier run
-    without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
+    without: list[
+        tuple[str, InfeasibleBudget]
+    ] = []  # what to say should a later stage need what a budget leaves nothing of
     begun: Begun | None = None  # what the first of several rounds received
     for place, act in enumerate(recipe.acts):
         name = act.label
@@ -213,7 +215,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             if not without or learning is None:
                 raise
             _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
-            raise untrainable(without[-1], name) from error
+            raise untrainable(*without[-1], name) from error
         if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
@@ -258,7 +260,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             ):
                 fixed.append(name)
             if budget is not None and (kinds := gone(axes, plan)):
-                without.append(emptied(name, axes, cost, budget, kinds))
+                without.append((act.name, emptied(name, axes, cost, budget, kinds)))
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
             keep = budget.keep if budget else 1.0
@@ -313,8 +315,9 @@ def _planned(
         whole = found.whole if isinstance(found, InfeasibleBudget) else None
         if whole != Kind.HEAD or recipe.task.name == DEFAULT or not keeps_heads(config):
             raise
-        cure = f" or name other kinds: all heads stay, as a {config.model_type} config cannot say that some are gone"
-        raise BudgetError(str(error).replace(lower(whole), cure)) from found
+        why = f"all heads stay, as a {config.model_type} config cannot say that some are gone"
+        refused = error.refused and replace(error.refused, uncured=f"{error.refused.uncured}: {why}")
+        raise BudgetError(str(error).replace(lower(whole), f" or name other kinds: {why}"), refused=refused) from found
 
 
 def _has_batch_norms(model: PreTrainedModel) -> bool:

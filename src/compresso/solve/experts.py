@@ -10,6 +10,8 @@ from torch import Tensor
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
 
+NONE_CAN_LEAVE = "so no expert of this router can leave: take a stage that removes other units"
+
 
 def even_counts(axes: Sequence[Axis], keep: float) -> dict[str, int]:
     """How many experts each layer keeps: all but floor(experts x (1 - keep)), the same number in each group.
@@ -33,9 +35,10 @@ def _check(axis: Axis, left: int, asked: str) -> None:
     """Raise ValueError if a layer's router needs more than are left."""
     if left < axis.min_units:
         groups = f" in {axis.groups} groups" if axis.groups > 1 else ""
+        cure = f"keep {axis.min_units / axis.size:.3g} or more" if axis.min_units < axis.size else NONE_CAN_LEAVE
         raise ValueError(
             f"{asked} leaves {axis.name} with {left} of {axis.size} experts{groups}, and its router chooses among at"
-            f" least {axis.min_units}; keep {axis.min_units / axis.size:.3g} or more"
+            f" least {axis.min_units}; {cure}"
         )
 
 
