@@ -127,6 +127,7 @@ class Ristretto:
         if self.layout == "uniform" and self.search == "evolve":
             raise ValueError(
                 "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
+                + (" and by_gradients: 0" if self.by_gradients else "")
             )
         if self.by_gradients and (
             self.layout == "uniform" or self.search == "none" or not set(self.kinds) & set(SCORED)

@@ -31,14 +31,31 @@ def even_counts(axes: Sequence[Axis], keep: float) -> dict[str, int]:
     return found
 
 
+def said_of_counts(axes: Sequence[Axis], keep: float) -> list[str]:
+    """A sentence for each number of experts that `even_counts` rounds away from what a share asks for, and for layers
+    that lose none under one below 1.
+    """
+    left, found = even_counts(axes, keep), dict[str, None]()
+    for axis in axes if keep < 1 else ():
+        asked, stay = axis.size - int(axis.size * (1 - keep) + 1e-9), left[axis.name]
+        groups = f", as many in each of its router's {axis.groups} groups" if axis.groups > 1 else ""
+        most = (axis.size - axis.groups) / axis.size
+        less = f"; {most:.4g} is the largest keep that takes some away" if most * axis.size >= axis.min_units else ""
+        if stay == axis.size:
+            found[f"keep={keep:g} takes none of the {stay} experts of a layer away{groups}{less}"] = None
+        elif stay != asked:
+            found[f"{stay} of {axis.size} experts of a layer stay, not the {asked} asked for{groups}"] = None
+    return [*found]
+
+
 def _check(axis: Axis, left: int, asked: str) -> None:
     """Raise ValueError if a layer's router needs more than are left."""
     if left < axis.min_units:
         groups = f" in {axis.groups} groups" if axis.groups > 1 else ""
-        cure = f"keep {axis.min_units / axis.size:.3g} or more" if axis.min_units < axis.size else NONE_CAN_LEAVE
+        cure = f"so keep {axis.min_units / axis.size:.3g} or more" if axis.min_units < axis.size else NONE_CAN_LEAVE
         raise ValueError(
             f"{asked} leaves {axis.name} with {left} of {axis.size} experts{groups}, and its router chooses among at"
-            f" least {axis.min_units}; {cure}"
+            f" least {axis.min_units}, {cure}"
         )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight
 from compresso.core.sparsity import parse_pattern
+from compresso.errors import RecipeError
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 LEAST_GROUP = 16
@@ -66,7 +67,9 @@ def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts
     """
     if not stage.group:
         return 0
-    widths = {name: matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where, experts=experts))}
+    widths = {
+        name: matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where, experts=experts))
+    }
     found = math.gcd(stage.group, *widths.values())
     if found >= min(LEAST_GROUP, stage.group):
         return found
