@@ -2,6 +2,7 @@
 best of all layers in one pool.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -97,7 +98,10 @@ def best_of_all(axes: Sequence[Axis], scores: Mapping[str, Tensor], keep: float)
     for axis in axes:
         _check(axis, axis.size, f"keep={keep:g}")
     if total - leave < (least := sum(axis.min_units for axis in axes)):
-        raise ValueError(f"keep={keep:g} leaves {total - leave} of {total} experts, and routers choose among {least}")
+        raise ValueError(
+            f"keep={keep:g} leaves {total - leave} of {total} experts, and routers choose among {least}; keep"
+            f" {math.ceil(least / total * 1e4) / 1e4:g} or more"
+        )
     left = {axis.name: set(range(axis.size)) for axis in axes}
     fewest = {axis.name: axis.min_units for axis in axes}
     pool = [(float(scores[axis.name][unit]), i, -unit) for i, axis in enumerate(axes) for unit in range(axis.size)]

@@ -74,10 +74,11 @@ def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts
     if found >= min(LEAST_GROUP, stage.group):
         return found
     odd = min(widths, key=lambda name: math.gcd(stage.group, widths[name]))
-    of_all = f"; {found} divides them all" if found > 1 else ""
+    of_all = f" ({found} divides the inputs of all)" if found > 1 else ""
     raise RecipeError(
-        f"{odd} has {widths[odd]} inputs, and no group of {min(LEAST_GROUP, stage.group)} or more divides these and"
-        f" {stage.group}{of_all}. Give another group, or add it to where.ignore"
+        f"{odd} has {widths[odd]} inputs, no multiple of {stage.group}, and no group of"
+        f" {min(LEAST_GROUP, stage.group)} or more fits in its place; give another group{of_all}, or add it to"
+        " where.ignore"
     )
 
 
