@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.arch.conftest import FAMILIES
 from tests.methods.test_awq_experts import FAMILIES
 from transformers import (
     AutoModelForCausalLM,

@@ -53,7 +53,7 @@ def cured(error: BudgetError, given: Mapping[str, Any], again: Again) -> BudgetE
     if found is not None and (sets := _lowered(found, given, again, refused.stage, knobs)):
         ways.append(f"give {' '.join(sets)}")
     keep = 1.0 if found is None else found.keep
-    other = _other_kinds(refused, keep, given, again) if "kinds" in knobs else ""
+    other = _other_kinds(refused, keep, given, again, raised=not ways) if "kinds" in knobs else ""
     if least is None and found is not None and not ways and not other:
         return error
     none = "; no keep below 1 does here" if least == 1 else ""
@@ -111,13 +111,13 @@ def _lowered(
     return []
 
 
-def _other_kinds(refused: Refused, keep: float, given: Mapping[str, Any], again: Again) -> str:
-    """A kind of the model that the stage chooses among and that meets the budget beside its own; of a model that has
-    none of its own also one that meets a larger budget. "" for none.
+def _other_kinds(refused: Refused, keep: float, given: Mapping[str, Any], again: Again, *, raised: bool) -> str:
+    """A kind of the model that the stage chooses among and that meets the budget beside its own; "" for none.
 
     keep: the share that is to stay, which no kind is tried for that leaves more.
+    raised: also propose one that meets a larger budget.
     """
-    able = [kind for kind, least in refused.others.items() if least <= keep]
+    able = [kind for kind, least in refused.others.items() if least <= keep or raised]
     for kind in sorted(able, key=lambda one: (_BY_IT.index(one) if one in _BY_IT else len(_BY_IT), one)):
         one = f"stages.{refused.stage}.kinds=[{','.join((*refused.kinds, kind))}]"
         more = {**given, "sets": [*_sets(given), one]}
@@ -125,15 +125,15 @@ def _other_kinds(refused: Refused, keep: float, given: Mapping[str, Any], again:
             again(more)
             return f'give --set "{one}"'
         except CompressoError as error:
-            least = None if refused.kinds else _least(more, again, refused.stage, shortfall_of(error))
+            least = None if not raised else _least(more, again, refused.stage, shortfall_of(error))
             if least is not None and least < 1:
                 return f'give --set "{one}" and raise keep to {least:g}'
     return ""
 
 
 def _elsewhere(refused: Refused, keep: float) -> str:
-    """Another stage, if it chooses among kinds of the model that meet the budget beside the stage's own; "" if not."""
-    named = [kind for kind in _BY_IT if kind in refused.others and refused.others[kind] <= keep]
-    if not named or refused.stage == ABLE:
+    """Another stage, for a mixture whose experts meet the budget beside the stage's own kinds; "" for others."""
+    named = [kind for kind in (Kind.EXPERT, Kind.EXPERT_CHANNEL) if refused.others.get(kind, math.inf) <= keep]
+    if not named or refused.stage == ABLE or not {*refused.kinds} <= {*_BY_IT}:
         return ""
     return f"take {ABLE} in its place, which can remove {' or '.join(named)}, too"
