@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compresso.core.budget import Shortfall
+    from compresso.core.budget import Refused, Shortfall
 
 _ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\-~])|[\x00-\x08\x0e-\x1b\x7f-\x9f]"
@@ -58,11 +58,14 @@ class ArchError(CompressoError):
 
 
 class BudgetError(CompressoError):
-    """A budget outside its range, or one that the floors make impossible; by how much, where that is known."""
+    """A budget outside its range, or one that the floors make impossible; by how much, and in which stage, where that
+    is known.
+    """
 
-    def __init__(self, message: str, shortfall: "Shortfall | None" = None) -> None:
+    def __init__(self, message: str, shortfall: "Shortfall | None" = None, refused: "Refused | None" = None) -> None:
         super().__init__(message)
         self.shortfall = shortfall
+        self.refused = refused
 
 
 class DataError(CompressoError):

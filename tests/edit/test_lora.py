@@ -9,7 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.methods.test_awq_experts import FAMILIES
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -208,3 +210,14 @@ def test_under_autocast_adapters_compute_what_peft_does_without_widening_what_th
 def test_without_autocast_adapters_still_widen_what_they_read(make: Make) -> None:
     adapted = trained(attach_(make().to(torch.bfloat16), rank=4, alpha=8))
     assert adapted(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+def test_an_attention_of_compressed_vectors_is_adapted_on_what_stands_for_queries_keys_and_values() -> None:
+    """DeepSeek's, which has no linears of those names; nothing left it."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["deepseek_v3"]())
+    adapted = attach_(model, 2, 4, ("q_proj", "k_proj", "v_proj", "o_proj"), strict=True)
+    own = {name.split(".")[-2] for name in adapter_parameters(adapted)}
+    assert {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"} < own
+    assert own & {"q_proj", "q_b_proj"}
+    with pytest.raises(RecipeError, match="did you mean 'router'"):
+        attach_(merge_(adapted), 2, 4, ("routerz",))

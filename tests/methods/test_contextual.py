@@ -159,4 +159,7 @@ def test_sizes_shapes_and_knobs(make_job: MakeJob) -> None:
 def test_an_infeasible_size_is_refused_before_weights_are_read(call: Call, tiny_folder: object) -> None:
     code, _, err = call("plan", "contextual", "--model", tiny_folder, "--keep", "0.1")
     assert (code, err.count("\n")) == (2, 1)
-    assert "stage 'contextual': keep=0.1 allows" in err and "or add kinds" in err
+    assert (
+        "stage 'contextual': keep=0.1 allows" in err
+        and "are kept in what the kinds channel do not reach. Raise keep to 0.581" in err
+    )

@@ -56,7 +56,8 @@ def _show_experts(console: Console, facts: Mapping[str, Any]) -> None:
     active = f" · {parameters['active']:,} active a token" if "active" in parameters else ""
     chosen = f", {experts['per_token']} chosen a token" if experts["per_token"] else ""
     console.print(f"  experts {parameters['experts']:,} · embeddings {parameters['embeddings']:,}{active}")
-    console.print(f"  {experts['each']} experts in each of {experts['layers']} layers{chosen}")
+    each = f"{experts['fewest']} to {experts['each']}" if "fewest" in experts else f"{experts['each']}"
+    console.print(f"  {each} experts in each of {experts['layers']} layers{chosen}")
     for sentence in facts.get("stays", ()):
         console.print(f"  stays: {sentence}", markup=False, soft_wrap=True)
 

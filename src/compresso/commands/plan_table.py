@@ -10,6 +10,9 @@ from rich.table import Table
 
 from compresso.core.counted import counted
 
+ACTIVE = "active_parameters_per_token"
+"""What is counted of mixtures of experts alone."""
+
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:
     """Print what `runner.plan.plan` returned, as JSON or as tables."""
@@ -25,7 +28,7 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
     ]
     unit = facts["counted_by"]
     rows += [
-        (f"{name.removesuffix('_per_token').replace('_', ' ')} per {unit}", before[name], after[name])
+        (f"{name.removesuffix('_per_token').replace('_', ' ')} per {unit}", before[name], _counted(after, name))
         for name in before
         if name.endswith("_per_token") and (before[name] or name != "kv_bytes_per_token")
     ]
@@ -108,6 +111,11 @@ def _trust(one: Mapping[str, Any], device: str) -> str:
         f" {_short(one['flops_at_most'])} FLOPs, about {_time(one['seconds_estimated'])} on {device} (estimated)"
         f"{absent}"
     )
+
+
+def _counted(after: Mapping[str, Any], name: str) -> int:
+    """A count of the result; where no mixture of experts is left, a token meets every parameter."""
+    return after["parameters"]["total"] if name == ACTIVE and name not in after else after[name]
 
 
 def _after(facts: Mapping[str, Any]) -> str:

@@ -29,22 +29,64 @@ class Shortfall:
         keep: the share that was to be kept.
         share: the least one that nothing found so far speaks against.
         cause: what holds it up, in words that name no option.
+        knobs: what of the budget would take that away, such as "floor.head", and the value with which it would.
     """
 
     keep: float
     share: float
     cause: str
+    knobs: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class InfeasibleBudget(ValueError):
     """A budget that floors, multiples or the range of the gates make impossible; by how much, where that is known, and
-    the kind whose units all stay, where a multiple says so and holds it up.
+    the kind whose units all stay, where a multiple says so and holds it up. `uncured` is the message without its cure,
+    for whoever knows which knobs there are; "" where it has none to leave out.
     """
 
-    def __init__(self, message: str, shortfall: Shortfall | None = None, whole: Kind | None = None) -> None:
+    def __init__(
+        self, message: str, shortfall: Shortfall | None = None, whole: Kind | None = None, uncured: str = ""
+    ) -> None:
         super().__init__(message)
         self.shortfall = shortfall
         self.whole = whole
+        self.uncured = uncured
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A stage whose budget cannot be met.
+
+    Args:
+        stage: its name.
+        uncured: the message without its cure.
+        kinds: of the budget, those that the model has units of.
+        others: other kinds that the model has units of -> the least share that is left with them beside the budget's.
+    """
+
+    stage: str
+    uncured: str
+    kinds: tuple[Kind, ...] = ()
+    others: Mapping[Kind, float] = field(default_factory=dict[Kind, float])
+
+
+class NoSuchUnits(ValueError):
+    """A model has no units of the kinds that may be removed.
+
+    Args:
+        uncured: the message without its cure.
+        cure: its end.
+        has: kinds that it has units of.
+    """
+
+    def __init__(self, uncured: str, cure: str, has: Sequence[Kind]) -> None:
+        super().__init__(uncured + cure)
+        self.uncured = uncured
+        self.has = has
+
+    def of_stage(self, name: str) -> "Refused":
+        """The same as a stage's refusal."""
+        return Refused(name, self.uncured, others=dict.fromkeys(self.has, 0.0))
 
 
 @dataclass(frozen=True)
@@ -138,13 +180,13 @@ def removable(axes: Sequence[Axis], budget: Budget) -> list[Axis]:
     """The axes whose units the budget may remove; axes without units are passed over.
 
     Raises:
-        ValueError: there are none.
+        NoSuchUnits: there are none.
     """
     chosen = [axis for axis in axes if axis.kind in budget.kinds and axis.size]
     if not chosen:
-        has = ", ".join(sorted({axis.kind for axis in axes if axis.size} - {Kind.VOCAB}))  # tokens are no budget's
-        cure = f"; it has {has}: name some of those in 'kinds'" if has else "; name others in 'kinds'"
-        raise ValueError(f"the model has no units of the kinds {', '.join(budget.kinds)}{cure}")
+        has = sorted({axis.kind for axis in axes if axis.size} - {Kind.VOCAB})  # tokens are no budget's
+        cure = f"; it has {', '.join(has)}: name some of those in 'kinds'" if has else "; name others in 'kinds'"
+        raise NoSuchUnits(f"the model has no units of the kinds {', '.join(budget.kinds)}", cure, has)
     return chosen
 
 
@@ -176,15 +218,20 @@ def infeasible(budget: Budget, axes: Sequence[Axis], cost: Cost, smallest: Plan)
     if held:  # where all units of a kind stay, that is how the model is taken: what else is held can be lowered
         axis = max(held, key=lambda one: (not _is_whole(budget, one), len(smallest.kept[one.name]) / one.size))
         cause = f"{axis.name} may not go below {len(smallest.kept[axis.name])} of {axis.size} units"
+        message = f"{message}: {cause}{_beyond(budget, axis)}"
+        knobs = {f"floor.{axis.kind}": 0} if budget.fewest(axis) > axis.fewest else {}
+        knobs |= {f"multiple_of.{axis.kind}": 1} if budget.multiple_of.get(axis.kind, 1) > 1 else {}
         return InfeasibleBudget(
-            f"{message}: {cause}{_beyond(budget, axis)}. Raise keep to {needed}{lower(axis.kind)}",
-            Shortfall(budget.keep, least / dense, f"{held_up}, as {cause}"),
+            f"{message}. Raise keep to {needed}{lower(axis.kind)}",
+            Shortfall(budget.keep, least / dense, f"{held_up}, as {cause}", knobs),
             axis.kind if _is_whole(budget, axis) else None,
+            message,
         )
     cause = f"in what the kinds {', '.join(there)} do not reach"
     return InfeasibleBudget(
         f"{message} {cause}. Raise keep to {needed} or add kinds",
         Shortfall(budget.keep, least / dense, f"{held_up} {cause}"),
+        uncured=f"{message} {cause}",
     )
 
 

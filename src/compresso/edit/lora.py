@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Of a layer of LLaMA, and of the families that have its names."""
+_KEYS_AND_VALUES = ("kv_a_proj_with_mqa", "kv_b_proj")
+_LATENT = {"q_proj": ("q_a_proj", "q_b_proj"), "k_proj": _KEYS_AND_VALUES, "v_proj": _KEYS_AND_VALUES}
+"""What together does the same in an attention that keeps a compressed vector a token (DeepSeek-V2 and V3)."""
 
 
 def attach_(
@@ -41,10 +44,11 @@ def attach_(
     skipped, and so is a target that the architecture knows and that left every layer, which is said.
 
     Where an architecture has no linear of that name, but one that does what LLaMA's of that name does (GPT-2's
-    `attn.c_attn` for `q_proj`), the adapter is put there. Stacked experts get one each, gate and up one between them;
-    "router" means the routers of a mixture (`edit/expert_lora.py`). On a `Conv1D`, whose weight is [in, out], it is
-    transposed. The update of a weight is alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear
-    and B [out, rank] zero, both float32 whatever the base's dtype.
+    `attn.c_attn` for `q_proj`), the adapter is put there; where two do it (DeepSeek's `q_a_proj` and `q_b_proj`), on
+    both. Stacked experts get one each, gate and up one between them; "router" means the routers of a mixture
+    (`edit/expert_lora.py`). On a `Conv1D`, whose weight is [in, out], it is transposed. The update of a weight is
+    alpha / rank * B A, with A [rank, in] uniform as torch initialises a linear and B [out, rank] zero, both float32
+    whatever the base's dtype.
 
     strict: refuse a target that left every layer, too, as a dry run does while the budget can still be changed.
 
@@ -69,9 +73,13 @@ def attach_(
             if target not in apart:
                 raise RecipeError("no layer of this model has a router; give targets of linears")
             continue
+        if target not in linears and (pair := [one for one in _LATENT.get(target, ()) if one in linears]):
+            names += pair
+            continue
         name = target if target in linears else known if parts is None else parts.standing_for(target)
         if name is None:
-            raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, linears)}")
+            known_ones = [*linears, *parameter_targets(model, (*_LINEARS, ROUTER))]
+            raise RecipeError(f"no linear in this model's layers is named '{target}'; {nearest(target, known_ones)}")
         here = any(f".{one}".endswith(f".{name}") for one in modules)
         if here or target not in apart:
             (names if here else left).append(name)

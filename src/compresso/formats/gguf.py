@@ -32,6 +32,7 @@ from compresso.formats.gguf_tensors import BIASED, GEMMA, ONE_WIDTH, rope_of, te
 from compresso.formats.gguf_tokenizer import add_tokenizer
 from compresso.formats.layout import with_one_epsilon
 from compresso.formats.shrunk import Shrunk, describe
+from compresso.native import CLASSES, family_of
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 TESTED = "0.19.0"
@@ -74,6 +75,11 @@ def save_gguf(
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path} exists. Choose another output, or replace a GGUF file with --overwrite.")
     gemma = model.config.model_type in ARCHS
+    if not gemma and model.config.model_type not in MIXTURES and family_of(model.config.model_type) is None:
+        known = ", ".join((*CLASSES, *ARCHS, *MIXTURES))
+        raise ExportError(
+            f"cannot write model_type '{model.config.model_type}' as gguf; known: {known}. Give --format onnx"
+        )
     describes = describe_mixture if model.config.model_type in MIXTURES else describe
     described = describe_gemma(model, shapes) if gemma else with_one_epsilon(describes(model, shapes))
     block = BLOCK if dtype.startswith("q") else 1

@@ -34,7 +34,7 @@ def check_experts(model: nn.Module, stacks: Mapping[str, Tensor], symmetric: boo
     if others:
         raise ExportError(
             f"cannot pack {first}: {others[0]} was not rounded, and transformers unpacks all experts of a model or"
-            " none; round all of them, or ignore '*.experts.*'"
+            " none; round all of them, or none: where.ignore: ['*.experts.*'] in the stage that rounds"
         )
 
 

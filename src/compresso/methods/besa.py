@@ -198,7 +198,7 @@ class Besa:
         except NotPositiveDefiniteError as error:
             raise NumericError(
                 f"{', '.join(group.names)}: {error}; give more calibration examples, set compensate to false, or add it"
-                " to ignore"
+                " to where.ignore"
             ) from error
 
     def _linears(self, model: PreTrainedModel, visit: BlockVisit) -> dict[str, LearnedLinear]:

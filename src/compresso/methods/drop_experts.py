@@ -48,7 +48,7 @@ from compresso.job import Job
 from compresso.observe.expert_likeness import LIKENESS_FOLDS, liked_together
 from compresso.observe.experts import FOLDS, Looked, Router, routed
 from compresso.observe.observe import Stats, observe
-from compresso.solve.experts import best_of_all, best_of_layers, choices_lost, even_counts
+from compresso.solve.experts import best_of_all, best_of_layers, choices_lost, even_counts, said_of_counts
 from compresso.stage import Calibrates, Effects, Passes, stage
 
 log = logging.getLogger(__name__)
@@ -106,9 +106,9 @@ class DropExperts:
         return self._chosen(experts, lowest_first)
 
     def remarks(self, model: PreTrainedModel, arch: Arch) -> Sequence[str]:
-        """Whose numbers a plan of one pool shows."""
+        """Whose numbers a plan of one pool shows; those of layers that are not what was asked for."""
         if self.pool == "layer":
-            return []
+            return said_of_counts(_experts(arch.axes(model)), self.keep)
         return ["pool=global: numbers of experts are shown as unequal as they may become; scores choose them"]
 
     def check(self, model: PreTrainedModel, arch: Arch) -> None:
@@ -153,6 +153,8 @@ class DropExperts:
         axes = _experts(job.arch.axes(job.model))
         mixtures = {axis.name: _router(job.model, axis) for axis in axes}
         self._chosen(axes, {axis.name: torch.zeros(axis.size) for axis in axes})  # feasible, before anything runs
+        for one in said_of_counts(axes, self.keep) if self.pool == "layer" and not job.quiet else ():
+            log.warning("drop_experts: %s", one)
         same = job.same("drop_experts", self)
         folds, sites = FOLDS, [routed(mixtures, self.score)]
         if self.merge:

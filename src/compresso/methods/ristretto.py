@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, removable
+from compresso.core.budget import Budget, NoSuchUnits, removable
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
@@ -127,6 +127,7 @@ class Ristretto:
         if self.layout == "uniform" and self.search == "evolve":
             raise ValueError(
                 "layout=uniform keeps one width in all layers, and search=evolve gives each its own; give search: dp"
+                + (" and by_gradients: 0" if self.by_gradients else "")
             )
         if self.by_gradients and (
             self.layout == "uniform" or self.search == "none" or not set(self.kinds) & set(SCORED)
@@ -157,8 +158,8 @@ class Ristretto:
         """Raise BudgetError for a model that has none of the units."""
         try:
             removable(axes_of(arch, model, (Kind.QUERY,)), self.budget())
-        except ValueError as error:
-            raise BudgetError(f"ristretto: {error}") from error
+        except NoSuchUnits as error:
+            raise BudgetError(f"ristretto: {error}", refused=error.of_stage("ristretto")) from error
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan within the budget for units that are all alike: widths, or whole parts where widths cannot meet it.

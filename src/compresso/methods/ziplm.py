@@ -48,7 +48,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.arch.queries import axes_of
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, removable
+from compresso.core.budget import Budget, NoSuchUnits, removable
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.quantities import Budgeted
@@ -147,8 +147,8 @@ class ZipLM:
             )
         try:
             removable(axes_of(arch, model, (Kind.QUERY,)), self.budget())
-        except ValueError as error:
-            raise BudgetError(f"ziplm: {error}") from error
+        except NoSuchUnits as error:
+            raise BudgetError(f"ziplm: {error}", refused=error.of_stage("ziplm")) from error
 
     def dry_run_plan(self, axes: Sequence[Axis], cost: CostModel) -> Plan:
         """A plan within the budget for units that are all alike: widths, or whole parts where widths cannot meet it.

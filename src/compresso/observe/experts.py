@@ -99,7 +99,7 @@ def read_by(experts: nn.Module, stack: str, expert: int, states: Tensor) -> Tens
     if stack == "gate_up_proj":
         return states
     if stack != "down_proj":
-        raise ArchError(f"nobody described what the experts' {stack} reads; add '*.{stack}.*' to ignore")
+        raise ArchError(f"nobody described what the experts' {stack} reads; add '*.{stack}.*' to where.ignore")
     first: Tensor = experts.gate_up_proj[expert]  # pyright: ignore[reportIndexIssue, reportAssignmentType]
     inside = states @ first if getattr(experts, "is_transposed", False) else nn.functional.linear(states, first)
     bias: Any = getattr(experts, "gate_up_proj_bias", None)

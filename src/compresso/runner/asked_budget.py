@@ -15,6 +15,7 @@ from typing import Any
 
 from compresso.core.budget import Shortfall
 from compresso.errors import BudgetError, CompressoError
+from compresso.runner.budget_cures import cured, shortfall_of
 from compresso.runner.measured_budget import times
 
 TRIES = 8
@@ -113,22 +114,14 @@ def said_as_asked(given: Mapping[str, Any], again: Callable[[Mapping[str, Any]],
         yield
     except BudgetError as error:
         asked, found = asked_for(given), shortfall_of(error)
+        if not any(given.get(name) is not None for name in (*_GROW, *_FALL)) or (found is None and error.refused):
+            raise cured(error, given, again) from error
         if asked is None or (found is None and not _OF_KEEP.search(str(error))):
             raise
         if found is None:
             cure = "more" if asked.grows else "less"
             raise BudgetError(f"{error} (keep is the share that {asked} comes to: give {cure} than that)") from error
         raise BudgetError(_refusal(asked, found, given, again)) from error
-
-
-def shortfall_of(error: BaseException | None) -> Shortfall | None:
-    """How far a refused budget is from what can be met, as the error or one behind it tells."""
-    while error is not None:
-        found = getattr(error, "shortfall", None)
-        if isinstance(found, Shortfall):
-            return found
-        error = error.__cause__
-    return None
 
 
 def _refusal(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compresso.core.axis import Axis, Kind
-from compresso.core.budget import Budget, InfeasibleBudget, Shortfall
+from compresso.core.budget import Budget, InfeasibleBudget, NoSuchUnits, Refused, Shortfall
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.errors import BudgetError
@@ -42,20 +42,42 @@ def emptied(
     held = leaves_some(replace(budget, floor={**budget.floor, **dict.fromkeys(kinds, 1)}))
     floor = f", or set floor to {{{{{', '.join(f'{kind}: 1' for kind in kinds)}}}}}" if held else ""
     share, gone = math.ceil(high * 1e3) / 1e3, f"no {' and no '.join(kinds)}"
+    uncured = f"keep={budget.keep:g} leaves {gone} in any layer, but stage '{{stage}}' trains what goes with it"
     return InfeasibleBudget(
-        f"stage '{name}': keep={budget.keep:g} leaves {gone} in any layer, but stage '{{stage}}' trains what goes with"
-        f" it; raise keep to {share:g}{floor}",
+        f"stage '{name}': {uncured}; raise keep to {share:g}{floor}",
         Shortfall(
-            budget.keep, share, f"less leaves {gone} in any layer, and stage '{{stage}}' trains what goes with it"
+            budget.keep,
+            share,
+            f"less leaves {gone} in any layer, and stage '{{stage}}' trains what goes with it",
+            {f"floor.{kind}": 1 for kind in kinds},
         ),
+        uncured=uncured,
     )
 
 
-def untrainable(said: InfeasibleBudget, stage: str) -> BudgetError:
-    """The error for a stage that trains what a budget leaves nothing of."""
+def untrainable(name: str, said: InfeasibleBudget, stage: str) -> BudgetError:
+    """The error for a stage that trains what the budget of another, by name, leaves nothing of."""
     found = said.shortfall
     assert found is not None  # that is what `emptied` tells
-    return BudgetError(str(said).format(stage=stage), replace(found, cause=found.cause.format(stage=stage)))
+    return BudgetError(
+        str(said).format(stage=stage),
+        replace(found, cause=found.cause.format(stage=stage)),
+        Refused(name, said.uncured.format(stage=stage)),
+    )
+
+
+def _refused(name: str, error: ValueError, axes: Sequence[Axis], cost: CostModel, budget: Budget | None) -> BudgetError:
+    """The error for a stage whose budget cannot be met, with what else the model has that could leave."""
+    message = f"stage '{name}': {error}"
+    if budget is None or not isinstance(error, InfeasibleBudget | NoSuchUnits) or not error.uncured:
+        return BudgetError(message)
+    dense, shares = float(cost().count(budget.of)), dict[Kind, float]()
+    for kind in {axis.kind for axis in axes if axis.size} - {*budget.kinds, Kind.VOCAB}:  # tokens are no budget's
+        leaving = [axis for axis in axes if axis.size and axis.kind in {*budget.kinds, kind}]
+        masks = {axis.name: (torch.arange(axis.size) < axis.fewest).double() for axis in leaving}
+        shares[kind] = float(cost(masks).count(budget.of)) / dense
+    there = tuple(kind for kind in budget.kinds if any(axis.kind == kind for axis in axes if axis.size))
+    return BudgetError(message, refused=Refused(name, error.uncured, there, shares))
 
 
 def _alike(axes: Sequence[Axis]) -> dict[str, Tensor]:
@@ -74,12 +96,13 @@ def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shri
     Raises:
         BudgetError: if it cannot, with the floor or multiple that stands in the way.
     """
+    budget = None
     try:
         budget = stage.budget()
         if isinstance(stage, PlansShapes):
             return budget, stage.dry_run_plan(axes, cost)
     except ValueError as error:
-        raise BudgetError(f"stage '{name}': {error}") from error
+        raise _refused(name, error, axes, cost, budget) from error
     assert budget is not None  # only stages that dry_run_plan go without
     try:
         counted = uniform_targets(axes, cost, budget)
@@ -88,8 +111,8 @@ def dry_run_plan(name: str, axes: tuple[Axis, ...], cost: CostModel, stage: Shri
         )
     except ValueError as first:
         if budget.uniform_over:
-            raise BudgetError(f"stage '{name}': {first}") from first
+            raise _refused(name, first, axes, cost, budget) from first
         try:
             return budget, allocate(axes, _alike(axes), cost, budget)
         except ValueError as error:
-            raise BudgetError(f"stage '{name}': {error}") from error
+            raise _refused(name, error, axes, cost, budget) from error

@@ -6,7 +6,7 @@ are removed to the budget.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ from compresso.tasks.base import DEFAULT
 from compresso.training.launch import accumulation
 from compresso.training.launch import processes as launched
 
+MIXTURES = "moe/"
+"""How the names of recipes for mixtures of experts begin."""
 SOME_LABELS = ("0", "1")
 """What a head is counted for while no data says how many labels there are."""
 
@@ -130,6 +132,7 @@ class DryRun:
         layouts: layout -> why it could not hold these shapes, or None if it can.
         lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
         lost: what is lost of what an earlier run did to the model; "" for nothing.
+        dense: what a recipe for mixtures of experts does to a model without any; "" for others.
         own_zeros: stages that keep zeros where none before them makes any, so that the model has to bring its own.
     """
 
@@ -142,6 +145,7 @@ class DryRun:
     layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
     lacking: dict[str, str] = field(default_factory=dict[str, str])
     lost: str = ""
+    dense: str = ""
     own_zeros: list[str] = field(default_factory=list[str])
 
 
@@ -168,9 +172,17 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
     cost = cost_of(arch, model, recipe.measures)
     sizes, dense = {axis.name: axis.size for axis in axes}, len(arch.blocks(model))
     shown, removed = DryRun(counts(cost), counts(cost), notes=told(recipe.acts)), Plan()
+    if recipe.name.startswith(MIXTURES) and not any(axis.kind == Kind.EXPERT for axis in axes):
+        does = " and ".join(dict.fromkeys(act.name for act in recipe.acts))
+        shown.dense = (
+            f"recipe {recipe.name} is for mixtures of experts, and this {model.config.model_type} has none: {does} take"
+            " its dense layers as they are"
+        )
     fixed: list[str] = []  # stages that take heads or hidden dimensions and have no knob to leave them
     rounded, earlier = "", rounded_by(source)  # the last stage that rounded weights, and that of an earlier run
-    without: list[InfeasibleBudget] = []  # what to say should a later stage need what a budget leaves nothing of
+    without: list[
+        tuple[str, InfeasibleBudget]
+    ] = []  # what to say should a later stage need what a budget leaves nothing of
     begun: Begun | None = None  # what the first of several rounds received
     for place, act in enumerate(recipe.acts):
         name = act.label
@@ -213,7 +225,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             if not without or learning is None:
                 raise
             _trainable(learning, meta_model(source), axes, cost)  # what no model of this kind has is no budget's fault
-            raise untrainable(without[-1], name) from error
+            raise untrainable(*without[-1], name) from error
         if isinstance(stage, ReachesLayers) and len(reached := with_layers(axes, arch, model)) > len(axes):
             axes, cost = reached, CostModel(reached, arch.weights(model))
             sizes |= {axis.name: axis.size for axis in axes if axis.name not in sizes}
@@ -258,7 +270,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             ):
                 fixed.append(name)
             if budget is not None and (kinds := gone(axes, plan)):
-                without.append(emptied(name, axes, cost, budget, kinds))
+                without.append((act.name, emptied(name, axes, cost, budget, kinds)))
             of = budget.of if budget else "blocks"
             share = float(cost.of(plan).count(of) / cost().count(of))
             keep = budget.keep if budget else 1.0
@@ -271,6 +283,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             shrink_(model, axes, plan)
             axes = axes_of(arch, model, WITHIN)
             cost = cost_of(arch, model, recipe.measures)
+    shown.notes += [shown.dense] if shown.dense else []
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
     if mixture_family_of(source.config.model_type) is not None:
@@ -313,8 +326,9 @@ def _planned(
         whole = found.whole if isinstance(found, InfeasibleBudget) else None
         if whole != Kind.HEAD or recipe.task.name == DEFAULT or not keeps_heads(config):
             raise
-        cure = f" or name other kinds: all heads stay, as a {config.model_type} config cannot say that some are gone"
-        raise BudgetError(str(error).replace(lower(whole), cure)) from found
+        why = f"all heads stay, as a {config.model_type} config cannot say that some are gone"
+        refused = error.refused and replace(error.refused, uncured=f"{error.refused.uncured}: {why}")
+        raise BudgetError(str(error).replace(lower(whole), f" or name other kinds: {why}"), refused=refused) from found
 
 
 def _has_batch_norms(model: PreTrainedModel) -> bool:
@@ -357,7 +371,8 @@ def _trainable(learning: Learning, model: PreTrainedModel, axes: Sequence[Axis],
     elif learning.lora is None:
         found = {"all": int(cost().total)}
     else:
-        adapted = attach_(model, learning.lora.rank, learning.lora.alpha, learning.lora.targets, strict=True)
+        lora = learning.lora
+        adapted = attach_(model, lora.rank, lora.alpha, lora.targets, lora.dropout, strict=True)
         if learning.by_adapters:
             adapter_parameters(adapted)
         found = {"lora": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}

@@ -42,9 +42,10 @@ def inspect(model: str | Path | PreTrainedModel, explained: str | None = None) -
         and norms included; heads that a config cannot count say in "stays" when they stay. For an architecture nobody
         described the axes are found from a trace, of the parameters only the total is counted, and "stays" says which
         dimensions cannot leave. Of a mixture of experts "parameters" has those of "experts", too, and "active" ones,
-        which a token meets, and "experts" has {"layers", "each", "per_token"}; one that nobody described is not traced
-        but counted. `explained` adds "explained"; see `compresso.discover.explain`. It may be an axis, a kind, whose
-        first axis is explained, or a parameter that stays.
+        which a token meets, and "experts" has {"layers", "each", "per_token"}, and "fewest" where layers have unequal
+        numbers, of which "each" is the largest; one that nobody described is not traced but counted. `explained` adds
+        "explained"; see `compresso.discover.explain`. It may be an axis, a kind, whose first axis is explained, or a
+        parameter that stays.
 
     Raises:
         CheckpointError: if there is no such model or it is unsafe to read.
@@ -112,8 +113,10 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     if not sizes:
         return None
     each = {
-        len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
+        name: len(bank) if isinstance(bank := banks[name], nn.ModuleList) else held[name][0][0] for name in sizes
     }  # apart, or stacked in tensors whose first dimension counts them
+    least, most = min(each.values()), max(each.values())
+    fewest = {} if least == most else {"fewest": least}
     config = model.config.get_text_config()
     per_token = next((int(one) for name in PER_TOKEN if isinstance(one := getattr(config, name, None), int)), None)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -121,12 +124,12 @@ def count_experts(model: PreTrainedModel) -> dict[str, Any] | None:
     ends: list[Any] = [part for part in (model.get_input_embeddings(), _head(model)) if part is not None]
     tables = {id(part.weight): part.weight.numel() for part in ends}
     parameters = {"total": total, "experts": experts, "embeddings": sum(tables.values())}
-    if per_token is not None and len(each) == 1:
-        parameters["active"] = total - experts + experts * per_token // max(each)
+    if per_token is not None:
+        parameters["active"] = total - experts + sum(sizes[name] * per_token // n for name, n in each.items())
     return {
         "architecture": model.config.model_type,
         "parameters": parameters,
-        "experts": {"layers": len(sizes), "each": max(each), "per_token": per_token},
+        "experts": {"layers": len(sizes), "each": most, "per_token": per_token} | fewest,
         "axes": [],
         "stays": ["all of it: nothing is removed from a mixture of experts here"],
     }

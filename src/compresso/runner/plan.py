@@ -31,6 +31,7 @@ from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
 from compresso.runner.plan_devices import GRADIENT_BYTES, TRAINED_BYTES, flops_of_each, room, spread_bytes
 from compresso.runner.plan_storage import compressed_facts, packed_bytes
+from compresso.runner.preflight import refuse_layout
 from compresso.runner.task_options import keeps_heads
 from compresso.runner.trust_check import Trust
 from compresso.runner.trust_cost import timed, trust_costs
@@ -104,6 +105,7 @@ def plan(
     where = planned(device)
     refuse_together([act.name for act in recipe.acts], where.count)
     shown = dry_run(recipe, source, where.count if where.known else None)
+    refuse_layout(shown, layout, source)
     found = None
     if data is not None:
         found = data_facts(recipe, raw, data, source, shown.stages, skip_bad=skip_bad, allow_dropped=allow_dropped)

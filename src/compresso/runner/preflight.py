@@ -137,7 +137,7 @@ def prepare(
     check_output(WorkFolder.beside(output), source.folder, force=True)
     check_scratch()
     acted = dry_run(recipe, source)
-    _refuse_layout(acted, layout, source)
+    refuse_layout(acted, layout, source)
     where = choose_device(device)
     if data is not None and not recipe.needs("data"):
         raise RecipeError(f"recipe {recipe.name} uses no data, but --data {data} was given; leave it out")
@@ -151,7 +151,7 @@ def prepare(
         WorkFolder.check(output, known, resume=resume, force=overwrite, unknown=(*_READ, *own))
     read = read_examples(recipe, raw, chosen, source, skip_bad=skip_bad, allow_dropped=allow_dropped, quiet=quiet)
     recipe, tokenizer, records, encoded = read.recipe, read.tokenizer, read.records, read.encoded
-    said = (*((acted.lost,) if acted.lost else ()), *read.said)
+    said = (*filter(None, (acted.lost, acted.dense)), *read.said)
     if encoded is not None:
         said = (*said, *fewer_than_asked(acted.stages, len(encoded.rows) - recipe.data.held))
     if encoded is not None:
@@ -190,10 +190,10 @@ def check_shapes(recipe: str | Path | Mapping[str, Any], model: str, layout: str
     Raises CompressoError: for what `prepare` would refuse of budgets and shapes.
     """
     raw, source = with_options(recipe, model=model, **options), open_source(model, weights=False)
-    _refuse_layout(dry_run(recipe_for(raw, layout, source.config), source), layout, source)
+    refuse_layout(dry_run(recipe_for(raw, layout, source.config), source), layout, source)
 
 
-def _refuse_layout(shown: DryRun, layout: str, source: Source) -> None:
+def refuse_layout(shown: DryRun, layout: str, source: Source) -> None:
     """Raise ExportError for a layout that does not hold what a recipe leaves of a mixture of experts, whose numbers of
     experts are known before weights are read, or of a SegFormer.
     """

@@ -2,6 +2,7 @@
 best of all layers in one pool.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from compresso.core.axis import Axis
 from compresso.core.plan import Plan
+
+NONE_CAN_LEAVE = "so no expert of this router can leave: take a stage that removes other units"
 
 
 def even_counts(axes: Sequence[Axis], keep: float) -> dict[str, int]:
@@ -29,13 +32,31 @@ def even_counts(axes: Sequence[Axis], keep: float) -> dict[str, int]:
     return found
 
 
+def said_of_counts(axes: Sequence[Axis], keep: float) -> list[str]:
+    """A sentence for each number of experts that `even_counts` rounds away from what a share asks for, and for layers
+    that lose none under one below 1.
+    """
+    left, found = even_counts(axes, keep), dict[str, None]()
+    for axis in axes if keep < 1 else ():
+        asked, stay = axis.size - int(axis.size * (1 - keep) + 1e-9), left[axis.name]
+        groups = f", as many in each of its router's {axis.groups} groups" if axis.groups > 1 else ""
+        most = (axis.size - axis.groups) / axis.size
+        less = f"; {most:.4g} is the largest keep that takes some away" if most * axis.size >= axis.min_units else ""
+        if stay == axis.size:
+            found[f"keep={keep:g} takes none of the {stay} experts of a layer away{groups}{less}"] = None
+        elif stay != asked:
+            found[f"{stay} of {axis.size} experts of a layer stay, not the {asked} asked for{groups}"] = None
+    return [*found]
+
+
 def _check(axis: Axis, left: int, asked: str) -> None:
     """Raise ValueError if a layer's router needs more than are left."""
     if left < axis.min_units:
         groups = f" in {axis.groups} groups" if axis.groups > 1 else ""
+        cure = f"so keep {axis.min_units / axis.size:.3g} or more" if axis.min_units < axis.size else NONE_CAN_LEAVE
         raise ValueError(
             f"{asked} leaves {axis.name} with {left} of {axis.size} experts{groups}, and its router chooses among at"
-            f" least {axis.min_units}; keep {axis.min_units / axis.size:.3g} or more"
+            f" least {axis.min_units}, {cure}"
         )
 
 
@@ -77,7 +98,10 @@ def best_of_all(axes: Sequence[Axis], scores: Mapping[str, Tensor], keep: float)
     for axis in axes:
         _check(axis, axis.size, f"keep={keep:g}")
     if total - leave < (least := sum(axis.min_units for axis in axes)):
-        raise ValueError(f"keep={keep:g} leaves {total - leave} of {total} experts, and routers choose among {least}")
+        raise ValueError(
+            f"keep={keep:g} leaves {total - leave} of {total} experts, and routers choose among {least}; keep"
+            f" {math.ceil(least / total * 1e4) / 1e4:g} or more"
+        )
     left = {axis.name: set(range(axis.size)) for axis in axes}
     fewest = {axis.name: axis.min_units for axis in axes}
     pool = [(float(scores[axis.name][unit]), i, -unit) for i, axis in enumerate(axes) for unit in range(axis.size)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compresso.arch.base import Arch
 from compresso.core.rounding import bits_per_weight
 from compresso.core.sparsity import parse_pattern
+from compresso.errors import RecipeError
 from compresso.sweep.targets import Groups, Where, chosen, matrix, names_of
 
 LEAST_GROUP = 16
@@ -62,14 +63,23 @@ class Grouped(Protocol):
 def fitting_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts: bool = False) -> int:
     """The largest group up to `stage.group` that divides it and the inputs of every linear; 0 stays.
 
-    A group below 16 that was not asked for is none: then `stage.group` is returned, which `chosen` refuses by name.
+    Raises RecipeError where it would fall below 16 without being asked for, naming the linear at which it does.
     """
     if not stage.group:
         return 0
-    found = stage.group
-    for name in names_of(chosen(model, arch, stage.where, experts=experts)):
-        found = math.gcd(found, matrix(model, name).shape[1])
-    return found if found >= min(LEAST_GROUP, stage.group) else stage.group
+    widths = {
+        name: matrix(model, name).shape[1] for name in names_of(chosen(model, arch, stage.where, experts=experts))
+    }
+    found = math.gcd(stage.group, *widths.values())
+    if found >= min(LEAST_GROUP, stage.group):
+        return found
+    odd = min(widths, key=lambda name: math.gcd(stage.group, widths[name]))
+    of_all = f" ({found} divides the inputs of all)" if found > 1 else ""
+    raise RecipeError(
+        f"{odd} has {widths[odd]} inputs, no multiple of {stage.group}, and no group of"
+        f" {min(LEAST_GROUP, stage.group)} or more fits in its place; give another group{of_all}, or add it to"
+        " where.ignore"
+    )
 
 
 def other_group(stage: Grouped, model: PreTrainedModel, arch: Arch, *, experts: bool = False) -> list[str]:

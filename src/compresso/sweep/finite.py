@@ -12,7 +12,7 @@ from compresso.sweep.targets import Group, Groups, weight_of
 def check_weights(model: nn.Module, groups: Groups) -> None:
     """Raise NumericError naming the first weight that is not finite."""
     for here in groups.values():
-        _check(model, here, "holds NaN or Inf; repair the model, or add it to ignore")
+        _check(model, here, "holds NaN or Inf; repair the model, or add it to where.ignore")
 
 
 def check_edited(model: nn.Module, groups: Sequence[Group]) -> None:

@@ -31,7 +31,7 @@ def ranks_of(model: nn.Module, groups: Groups, keep: float) -> dict[str, int]:
         if not found[name]:
             raise RecipeError(
                 f"{name} is {rows} by {columns}: not even rank 1 has keep={keep:g} of its numbers; keep more, or add it"
-                " to ignore"
+                " to where.ignore"
             )
     return found
 
@@ -96,7 +96,7 @@ def _root(group: Group, moment: Tensor, damping: float) -> Root:
     except NotPositiveDefiniteError as error:
         raise NumericError(
             f"{', '.join(group.names)}: {error}; give more calibration examples, set whiten to none, or add it to"
-            " ignore"
+            " where.ignore"
         ) from error
 
 

@@ -83,7 +83,8 @@ def compensated(
                 told = otherwise(group, Stats(seen.total.diagonal().clamp(min=0), seen.n))
                 return {name: {**facts, "loss": None, "not_inverted": str(error)} for name, facts in told.items()}
             raise NumericError(
-                f"{', '.join(group.names)}: {error}; give more calibration examples, raise damping, or add it to ignore"
+                f"{', '.join(group.names)}: {error}; give more calibration examples, raise damping, or add it to"
+                " where.ignore"
             ) from error
         pieces = [matrix(model, name).float() for name in group.names]
         rows = [len(piece) for piece in pieces]

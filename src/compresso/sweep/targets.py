@@ -122,8 +122,8 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
     anywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     anywhere += in_stacks
     dense = "" if in_stacks else model.config.model_type
-    _check_patterns("modules", where.modules, in_blocks, "; the head and the embeddings are never pruned", dense)
-    _check_patterns("ignore", where.ignore, [*in_blocks, *anywhere], "", dense)
+    _check_patterns("where.modules", where.modules, in_blocks, "; the head and the embeddings are never pruned", dense)
+    _check_patterns("where.ignore", where.ignore, [*in_blocks, *anywhere], "", dense)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -134,8 +134,8 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
             if matches(name, where.modules) and not matches(name, where.ignore):
                 raise RecipeError(
                     f"{name} is one of a stack of experts, and this stage works on single linears. Take magnitude,"
-                    " wanda or sparsegpt for zeros, rtn, gptq or awq for few bits, or work on the rest with ignore:"
-                    " ['*.experts.*']"
+                    " wanda or sparsegpt for zeros, rtn, gptq or awq for few bits, or work on the rest with"
+                    " where.ignore: ['*.experts.*']"
                 )
         for names in everything[layer]:
             mine = tuple(name for name in names if matches(name, where.modules) and not matches(name, where.ignore))
@@ -144,7 +144,7 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                 if inputs % multiple_of:
                     raise RecipeError(
                         f"{mine[0]} has {inputs} inputs, no multiple of {multiple_of}; choose another pattern or group,"
-                        " or add it to ignore"
+                        " or add it to where.ignore"
                     )
                 stack = mine[0].rpartition(".")[0] if mine[0] in in_stacks else None
                 found.setdefault(layer, []).append(Group(layer, mine, producers.get(mine), stack))
@@ -152,11 +152,13 @@ def chosen(model: PreTrainedModel, arch: Arch, where: Where, multiple_of: int = 
                 sharing = owners.get(id(weight_of(model, name)), ())  # a matrix of a stack is no parameter
                 if len(sharing) > 1:
                     raise ArchError(
-                        f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to ignore"
+                        f"{name} shares its weight with {sharing[-1]}, which would change with it; add {name} to"
+                        " where.ignore"
                     )
     if not found:
         raise RecipeError(
-            f"no linear is left to work on: modules={list(where.modules)}, ignore={list(where.ignore)}; ignore less"
+            f"no linear is left to work on: where.modules={list(where.modules)}, where.ignore={list(where.ignore)};"
+            " ignore less"
         )
     return found
 
@@ -209,7 +211,9 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
         return one
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | Conv1D):
-        raise ArchError(f"{name} is a {type(module).__name__}, and only linears can be worked on; add it to ignore")
+        raise ArchError(
+            f"{name} is a {type(module).__name__}, and only linears can be worked on; add it to where.ignore"
+        )
     return module.weight
 
 

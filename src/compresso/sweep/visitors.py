@@ -171,6 +171,6 @@ def check_seen(group: Group, seen: Mapping[str, Stats]) -> None:
     """Raise NumericError if no token reached a group, or its statistic is not finite."""
     name = group.names[0]
     if name not in seen:
-        raise NumericError(f"no calibration token reached {name}; give more examples, or add it to ignore")
+        raise NumericError(f"no calibration token reached {name}; give more examples, or add it to where.ignore")
     if not finite(seen[name].total):
         raise NumericError(f"{name} reads NaN or Inf: the model overflows on this data; use float32 or bfloat16")
