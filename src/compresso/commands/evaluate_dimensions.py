@@ -19,21 +19,14 @@ from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Environment, ModelResults
 from compresso.metrics.tasks.ready import data_folder
 from compresso.metrics.trust.asking import ModelRespondent
-from compresso.metrics.trust.data import TrustData
+from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.dimension import Scoring
 from compresso.metrics.trust.dimensions.toxicity import Scorer
 from compresso.metrics.trust.journal import Journalled
+from compresso.metrics.trust.questions import WRITTEN, Extent, TrustQuestions, questions_of
 from compresso.metrics.trust.soundness import SOUND_TEXTS, broken_by_answers, broken_by_loss, requests_loss
 from compresso.metrics.trust.strata import limit_of
-from compresso.metrics.trust.suite import (
-    WRITTEN,
-    Extent,
-    Outcome,
-    broken_answers,
-    trust_changes,
-    trust_measurements,
-    trust_of,
-)
+from compresso.metrics.trust.suite import Outcome, answered, broken_answers, trust_changes, trust_measurements
 from compresso.training.progress import Progress
 
 
@@ -59,10 +52,10 @@ def trust_results(
     part = limit_of(limit)
     written = min(part, WRITTEN) if isinstance(part, int) else WRITTEN
     extent = Extent(cast(Scoring, options.scoring), part, written, options.generations, seed)
-    data = TrustData(data_folder(data_root))
+    asked = questions_of(TrustData(data_folder(data_root, FOLDER)), extent, options.scorer is not None)
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     scorer = None if options.scorer is None else opened_scorer(options.scorer, options.scorer_label, device)
-    found = [_measured(one, options, extent, data, prompt, device, batch_size, scorer) for one in sources]
+    found = [_measured(one, options, asked, prompt, device, batch_size, scorer) for one in sources]
     results: list[ModelResults] = []
     for place, one in enumerate(found):
         changes = ()
@@ -87,7 +80,7 @@ def trust_results(
 
 
 def _measured(
-    source: Source, options: TrustOptions, extent: Extent, data: TrustData, prompt: str, device: torch.device,
+    source: Source, options: TrustOptions, questions: TrustQuestions, prompt: str, device: torch.device,
     batch_size: int, scorer: Scorer | None,
 ) -> Measured:  # fmt: skip
     """What one model does, which is gone afterwards."""
@@ -102,7 +95,7 @@ def _measured(
     asked = Journalled(
         model, journal_of(options.answers, source, same), shown, f"answers of {source.name}", 4 * batch_size
     )
-    outcomes = trust_of(asked, data, extent, scorer)
+    outcomes = answered(asked, questions, scorer)
     loss = requests_loss(loaded.model, loaded.tokenizer, SOUND_TEXTS)
     del model, asked, loaded
     gc.collect()

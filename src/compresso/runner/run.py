@@ -26,7 +26,7 @@ from compresso.runner.final_evaluation import Extent
 from compresso.runner.first_job import named, progress_bars
 from compresso.runner.options import with_options
 from compresso.runner.preflight import check_shapes, prepare
-from compresso.runner.trust_check import Trust, refuse_trust
+from compresso.runner.trust_check import Trust, refuse_trust, trust_questions
 from compresso.stage import refuse_together
 from compresso.training.launch import new_accelerator, processes, whole_weights
 
@@ -176,6 +176,7 @@ def run(
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
     ):
         raw = with_options(recipe, model=name, **options)
+        questions = trust_questions(trust, seed)
         prepared = prepare(
             raw,
             name,
@@ -196,7 +197,7 @@ def run(
         accelerator = new_accelerator(prepared.device)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         mine = owned if accelerator.is_main_process else nullcontext(WorkFolder(WorkFolder.beside(prepared.output)))
-        wishes = Wishes(measure, trust, verify, overwrite, allow_collapsed, offload, over_memory, quiet)
+        wishes = Wishes(measure, questions, verify, overwrite, allow_collapsed, offload, over_memory, quiet)
         with mine as work:
             execution = Execution(prepared, wishes, accelerator, work, started)
             facts = execution()
