@@ -132,7 +132,9 @@ def _by_loss(job: Job, models: Mapping[str, tuple[PreTrainedModel, PreTrainedTok
 
 
 def _journal(job: Job, check: TrustCheck, name: str) -> Journal | None:
+    """Where a model's answers are kept: in another file where other questions are asked, as of files that changed."""
     if check.answers is None:
         return None
+    asked = hashlib.sha256(repr(check.questions.requests()).encode()).hexdigest()[:12]
     run = hashlib.sha256(json.dumps(dict(job.identity), sort_keys=True, default=str).encode()).hexdigest()
-    return Journal(check.answers / f"{name}.jsonl", {"run": run, "model": name})
+    return Journal(check.answers / f"{name}-{asked}.jsonl", {"run": run, "model": name})
