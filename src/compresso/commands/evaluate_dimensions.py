@@ -12,28 +12,22 @@ from typing import cast
 import torch
 
 from compresso.checkpoint.source import Source
-from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
+from compresso.checkpoint.tokenizer import load_tokenizer
+from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of, refuse_answers, words_of
 from compresso.commands.trust_scorer import opened_scorer
 from compresso.loading import load
 from compresso.metrics.held import HeldLoss
-from compresso.metrics.record import Environment, ModelResults
+from compresso.metrics.record import Environment, ModelResults, Setting
 from compresso.metrics.tasks.ready import data_folder
-from compresso.metrics.trust.asking import ModelRespondent
-from compresso.metrics.trust.data import TrustData
+from compresso.metrics.trust.asking import ModelRespondent, check_asks
+from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.dimension import Scoring
 from compresso.metrics.trust.dimensions.toxicity import Scorer
 from compresso.metrics.trust.journal import Journalled
+from compresso.metrics.trust.questions import WRITTEN, Extent, TrustQuestions, questions_of
 from compresso.metrics.trust.soundness import SOUND_TEXTS, broken_by_answers, broken_by_loss, requests_loss
 from compresso.metrics.trust.strata import limit_of
-from compresso.metrics.trust.suite import (
-    WRITTEN,
-    Extent,
-    Outcome,
-    broken_answers,
-    trust_changes,
-    trust_measurements,
-    trust_of,
-)
+from compresso.metrics.trust.suite import Outcome, answered, broken_answers, trust_changes, trust_measurements
 from compresso.training.progress import Progress
 
 
@@ -59,10 +53,13 @@ def trust_results(
     part = limit_of(limit)
     written = min(part, WRITTEN) if isinstance(part, int) else WRITTEN
     extent = Extent(cast(Scoring, options.scoring), part, written, options.generations, seed)
-    data = TrustData(data_folder(data_root))
+    asked = questions_of(TrustData(data_folder(data_root, FOLDER)), extent, options.scorer is not None)
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
+    for one in sources:
+        check_asks(load_tokenizer(one), one.name)
+    refuse_answers(options.answers)
     scorer = None if options.scorer is None else opened_scorer(options.scorer, options.scorer_label, device)
-    found = [_measured(one, options, extent, data, prompt, device, batch_size, scorer) for one in sources]
+    found = [_measured(one, options, asked, prompt, device, batch_size, scorer) for one in sources]
     results: list[ModelResults] = []
     for place, one in enumerate(found):
         changes = ()
@@ -87,7 +84,7 @@ def trust_results(
 
 
 def _measured(
-    source: Source, options: TrustOptions, extent: Extent, data: TrustData, prompt: str, device: torch.device,
+    source: Source, options: TrustOptions, questions: TrustQuestions, prompt: str, device: torch.device,
     batch_size: int, scorer: Scorer | None,
 ) -> Measured:  # fmt: skip
     """What one model does, which is gone afterwards."""
@@ -97,12 +94,18 @@ def _measured(
     assert loaded.tokenizer is not None  # a model without one was refused
     prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
     environment = Environment.here(device, loaded.model.dtype)
-    same = {"model": source.identity.fingerprint, "prompt": prompt_on, "dtype": environment.dtype, "suite": "trust"}
+    same: dict[str, Setting] = {
+        "model": source.identity.fingerprint,
+        "prompt": prompt_on,
+        "dtype": environment.dtype,
+        "suite": "trust",
+    }
+    same["words"] = words_of(loaded.tokenizer, prompt_on)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
     asked = Journalled(
         model, journal_of(options.answers, source, same), shown, f"answers of {source.name}", 4 * batch_size
     )
-    outcomes = trust_of(asked, data, extent, scorer)
+    outcomes = answered(asked, questions, scorer)
     loss = requests_loss(loaded.model, loaded.tokenizer, SOUND_TEXTS)
     del model, asked, loaded
     gc.collect()

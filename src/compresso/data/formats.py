@@ -13,8 +13,6 @@ All that is text may also be packed, as .gz or .zst. The first good line decides
 one request or of several), texts or windows; a line of another kind is a bad line.
 """
 
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ from compresso.data.bad_lines import cure
 from compresso.data.columns import TEXTS
 from compresso.data.found import Found
 from compresso.data.json_files import begins, json_lines, json_list, one_object
-from compresso.data.lines import decoded_lines
+from compresso.data.lines import decoded_lines, readable
 from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, printable
 from compresso.data.records import Chat, Instruction, Record, Text, Window, kind_of
 from compresso.data.separated import comma_rows, tab_rows
@@ -90,22 +88,13 @@ def read_file(
     if not path.is_file():
         raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; give the path of a data file")
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty; give a file with at least one record")
-        return _collect(path, _objects(path, suffix, form), skip_bad, limit, form, like)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
+        with readable(path):
+            if path.stat().st_size == 0:
+                raise DataError(f"{path}: the file is empty; give a file with at least one record")
+            return _collect(path, _objects(path, suffix, form), skip_bad, limit, form, like)
     except (pyarrow.ArrowInvalid, SafetensorError) as error:
         raise DataError(
             f"{path}: not a readable {suffix} file ({first_line(error)}); fetch or write the file again"
-        ) from error
-    except OSError as error:
-        if suffix.endswith(".zst") and error.errno is None:
-            raise DataError(
-                f"{path}: broken zstd data ({first_line(error)}); fetch or compress the file again"
-            ) from error
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file and its permissions"
         ) from error
 
 

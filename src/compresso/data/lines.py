@@ -7,13 +7,15 @@ after. zstd comes with pyarrow, which reads the tables.
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import pyarrow
 
-from compresso.errors import DataError
+from compresso.errors import DataError, first_line
 
 MAX_LINE_BYTES = 8 * 2**20
 MAX_BYTES = 4 * 2**30
@@ -28,11 +30,28 @@ MAX_WHOLE_BYTES = 256 * 2**20
 _AT_ONCE = 2**20
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what a disk, or a packed file that was cut short, says while it is read into a DataError of one line."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: broken gzip data ({error}); fetch or compress the file again") from error
+    except OSError as error:
+        if path.suffix.lower() == ".zst" and error.errno is None:  # as pyarrow says it
+            raise DataError(
+                f"{path}: broken zstd data ({first_line(error)}); fetch or compress the file again"
+            ) from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or first_line(error)}); check the file and its permissions"
+        ) from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines; None for one longer than the cap, of which nothing is kept."""
-    packed_bytes = path.stat().st_size
     total = 0
-    with opened(path) as stream:
+    with readable(path), opened(path) as stream:
+        packed_bytes = path.stat().st_size
         number = 0
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -87,9 +106,12 @@ def decoded_lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def whole_text(path: Path) -> str:
-    """A file's text, without the byte order mark of some editors. Raises DataError if it is too large or not UTF-8."""
-    packed_bytes, parts, total = path.stat().st_size, list[bytes](), 0
-    with opened(path) as stream:
+    """A file's text, without the byte order mark of some editors. Raises DataError if it cannot be read, is too large
+    or not UTF-8.
+    """
+    parts, total = list[bytes](), 0
+    with readable(path), opened(path) as stream:
+        packed_bytes = path.stat().st_size
         while part := stream.read(_AT_ONCE):
             total += len(part)
             check_size(path, total, packed_bytes)

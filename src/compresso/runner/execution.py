@@ -22,6 +22,7 @@ from compresso.engines.verify import parity_records
 from compresso.errors import CollapseError, ResumeError
 from compresso.job import Job
 from compresso.metrics.guard import check_finite
+from compresso.metrics.trust.questions import TrustQuestions
 from compresso.report.stage_facts import filled_now
 from compresso.runner.evaluated import COMPRESSED, DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
@@ -33,7 +34,7 @@ from compresso.runner.rounds import Act, applied, entered, targets_of
 from compresso.runner.rounds import left as left_round
 from compresso.runner.rounds import told as rounds_told
 from compresso.runner.saved_stages import save_stage
-from compresso.runner.trust_check import Trust, TrustCheck
+from compresso.runner.trust_check import TrustCheck
 from compresso.stage import KeepsZeros, card
 from compresso.tasks.base import Score
 from compresso.training.launch import broadcast
@@ -47,7 +48,7 @@ class Wishes:
     """What a run asks for beside its recipe; `compresso.run` describes them."""
 
     measure: Extent
-    trust: Trust
+    trust: TrustQuestions | None
     verify: bool
     overwrite: bool
     allow_collapsed: bool
@@ -219,7 +220,9 @@ class Execution:
 
     def _evaluated(self, job: Job, facts: Mapping[str, Any], at: Path) -> FinalEvaluation:
         """Results of the dense model and the smaller one, and the verdict."""
-        prepared, trust = self.prepared, self._work.path / "trust"
+        prepared, answers = self.prepared, self._work.path / "trust"
+        answers = answers / at.name if self.targets else answers
+        questions = self.wishes.trust
         return take(
             job,
             self._dense,
@@ -230,7 +233,7 @@ class Execution:
             after=facts["after"]["held_loss"],
             extent=self.wishes.measure,
             scores={DENSE: self._score, PRUNED: self._after},
-            trust=TrustCheck(self.wishes.trust, trust / at.name if self.targets else trust),
+            trust=None if questions is None else TrustCheck(questions, answers),
         )
 
     def _refuse_collapse(self, evaluation: FinalEvaluation) -> None:

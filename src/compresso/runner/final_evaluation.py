@@ -148,7 +148,7 @@ def take(
     guard = job.task.judge(
         pruned.config, results[DENSE].numbers(before, len(job.held)), results[PRUNED].numbers(after, len(job.held))
     )
-    if trust is not None and trust.extent != "none":
+    if trust is not None:
         _add_trust(results, job, trust, models, {DENSE: theirs, PRUNED: job.tokenizer}, guard, prompt_on)
     return FinalEvaluation(results[DENSE], results[PRUNED], guard)
 

@@ -34,7 +34,7 @@ from compresso.runner.plan_storage import compressed_facts, packed_bytes
 from compresso.runner.preflight import refuse_layout
 from compresso.runner.task_options import keeps_heads
 from compresso.runner.trust_check import Trust
-from compresso.runner.trust_cost import timed, trust_costs
+from compresso.runner.trust_cost import timed, trust_costs, trust_files
 from compresso.stage import Learning, Passes, refuse_together
 from compresso.stage.cached_teaching import GAP_PLACES
 from compresso.tasks.base import DEFAULT
@@ -102,6 +102,7 @@ def plan(
     source = open_source(model, weights=False)
     warn_of_damage(source)
     recipe = recipe_for(raw, layout, source.config)
+    files = trust_files(recipe.task, trust, prompts, benign)
     where = planned(device)
     refuse_together([act.name for act in recipe.acts], where.count)
     shown = dry_run(recipe, source, where.count if where.known else None)
@@ -123,7 +124,7 @@ def plan(
     ]
     for row, one in zip(training, (one for one in shown.stages if one.learning is not None), strict=True):
         row["disk_bytes_at_most"] = _kept_bytes(one, length, width, None if found is None else found["train"])
-    asked = trust_costs(source, recipe.task, trust, prompts, benign)
+    asked = trust_costs(source, files)
     if asked or any(one["flops_at_most"] for one in stages):
         rate = where.known.flops * REACHED if where.known else matmul_rate(where.here or torch.device("cpu"))
         for one, acted in zip(stages, shown.stages, strict=True):

@@ -19,6 +19,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.door import public
 from compresso.errors import deprecated
+from compresso.metrics.trust.asking import check_asks
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.drawn import drawn
 from compresso.runner.execution import Execution, Wishes
@@ -26,7 +27,7 @@ from compresso.runner.final_evaluation import Extent
 from compresso.runner.first_job import named, progress_bars
 from compresso.runner.options import with_options
 from compresso.runner.preflight import check_shapes, prepare
-from compresso.runner.trust_check import Trust, refuse_trust
+from compresso.runner.trust_check import Trust, refuse_trust, trust_questions
 from compresso.stage import refuse_together
 from compresso.training.launch import new_accelerator, processes, whole_weights
 
@@ -176,6 +177,7 @@ def run(
         said_as_asked(options, partial(check_shapes, recipe, name, layout)),
     ):
         raw = with_options(recipe, model=name, **options)
+        questions = trust_questions(trust, seed)
         prepared = prepare(
             raw,
             name,
@@ -192,11 +194,13 @@ def run(
             resume=resume,
         )
         refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
+        if questions is not None and prepared.tokenizer is not None:
+            check_asks(prepared.tokenizer, prepared.source.name)
         refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
         mine = owned if accelerator.is_main_process else nullcontext(WorkFolder(WorkFolder.beside(prepared.output)))
-        wishes = Wishes(measure, trust, verify, overwrite, allow_collapsed, offload, over_memory, quiet)
+        wishes = Wishes(measure, questions, verify, overwrite, allow_collapsed, offload, over_memory, quiet)
         with mine as work:
             execution = Execution(prepared, wishes, accelerator, work, started)
             facts = execution()

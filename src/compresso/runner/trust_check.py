@@ -17,8 +17,9 @@ from compresso.metrics.guard import Guard
 from compresso.metrics.record import Change, Environment, Measurement
 from compresso.metrics.tasks.ready import data_folder
 from compresso.metrics.trust.asking import ModelRespondent
-from compresso.metrics.trust.data import TrustData
+from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.journal import Journal, Journalled
+from compresso.metrics.trust.questions import QUICK, QUICK_WRITTEN, Extent, TrustQuestions, questions_of
 from compresso.metrics.trust.soundness import (
     SOUND_TEXTS,
     broken_by_answers,
@@ -26,16 +27,7 @@ from compresso.metrics.trust.soundness import (
     broken_by_loss,
     requests_loss,
 )
-from compresso.metrics.trust.suite import (
-    QUICK,
-    QUICK_WRITTEN,
-    Extent,
-    Outcome,
-    broken_answers,
-    trust_changes,
-    trust_measurements,
-    trust_of,
-)
+from compresso.metrics.trust.suite import Outcome, answered, broken_answers, trust_changes, trust_measurements
 from compresso.tasks.base import Task
 
 Trust = Literal["none", "quick", "full"]
@@ -47,18 +39,19 @@ class TrustCheck:
     """What a run was asked.
 
     Args:
-        extent: how much.
+        questions: of both models, read before weights.
         answers: folder that keeps each answer until the run has ended; None keeps none.
     """
 
-    extent: Trust = "none"
+    questions: TrustQuestions
     answers: Path | None = None
 
-    def asked(self, seed: int) -> Extent:
-        """In the words of the suite."""
-        if self.extent == "quick":
-            return Extent(limit=QUICK, written=QUICK_WRITTEN, seed=seed)
-        return Extent(seed=seed)
+
+def extent_of(trust: Trust, seed: int) -> Extent:
+    """How much is asked, in the words of the suite."""
+    if trust == "quick":
+        return Extent(limit=QUICK, written=QUICK_WRITTEN, seed=seed)
+    return Extent(seed=seed)
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,15 @@ class TrustFound:
     measurements: Mapping[str, list[Measurement]]
     not_measured: Mapping[str, dict[str, str]]
     changes: list[Change]
+
+
+def trust_questions(trust: Trust, seed: int = 0) -> TrustQuestions | None:
+    """What both models will be asked, read before anything else of a run; None where nothing is asked.
+
+    Raises:
+        DataError: COMPRESSO_DATA names no folder, or a file in it is of another form.
+    """
+    return None if trust == "none" else questions_of(TrustData(data_folder(None, FOLDER)), extent_of(trust, seed))
 
 
 def refuse_trust(extent: Trust, task: Task, has_tokenizer: bool, offload: bool) -> None:
@@ -83,7 +85,6 @@ def refuse_trust(extent: Trust, task: Task, has_tokenizer: bool, offload: bool) 
             f"--trust {extent} asks models in memory, and --offload reads weights from disk; ask the result afterwards"
             " by `compresso evaluate --against`"
         )
-    data_folder(None)
 
 
 def trust_found(
@@ -103,10 +104,9 @@ def trust_found(
         prompt_on: whether the smaller model was pruned with the collaborative prompt, which then both are given.
 
     Raises:
-        DataError: a file of another form.
         NumericError: a model gives NaN.
     """
-    extent, data = check.asked(job.seed), TrustData(data_folder(None))
+    extent = check.questions.extent
     outcomes: dict[str, list[Outcome]] = {}
     numbers: dict[str, list[Measurement]] = {}
     lacking: dict[str, dict[str, str]] = {}
@@ -114,7 +114,7 @@ def trust_found(
         asked = Journalled(
             ModelRespondent(model, tokenizer, prompt_on), _journal(job, check, name), job.progress(), f"trust, {name}"
         )
-        outcomes[name] = trust_of(asked, data, extent)
+        outcomes[name] = answered(asked, check.questions)
         here = Environment.here(model.device, model.dtype)
         numbers[name], lacking[name] = trust_measurements(outcomes[name], here, extent)
     dense, smaller = outcomes.values()
@@ -132,7 +132,9 @@ def _by_loss(job: Job, models: Mapping[str, tuple[PreTrainedModel, PreTrainedTok
 
 
 def _journal(job: Job, check: TrustCheck, name: str) -> Journal | None:
+    """Where a model's answers are kept: in another file where other questions are asked, as of files that changed."""
     if check.answers is None:
         return None
+    asked = hashlib.sha256(repr(check.questions.requests()).encode()).hexdigest()[:12]
     run = hashlib.sha256(json.dumps(dict(job.identity), sort_keys=True, default=str).encode()).hexdigest()
-    return Journal(check.answers / f"{name}.jsonl", {"run": run, "model": name})
+    return Journal(check.answers / f"{name}-{asked}.jsonl", {"run": run, "model": name})

@@ -48,8 +48,12 @@ class ReadySuite:
     weights: Literal["tasks", "items"]
 
 
-def data_folder(data_root: str | Path | None) -> Path | None:
+def data_folder(data_root: str | Path | None, holds: Path = FOLDER) -> Path | None:
     """Where local files lie: the given folder, else that of the environment variable COMPRESSO_DATA, else None.
+
+    Args:
+        data_root: the given folder, if any.
+        holds: the folder in it that is read, for errors.
 
     Raises:
         DataError: the given one is no folder.
@@ -58,7 +62,8 @@ def data_folder(data_root: str | Path | None) -> Path | None:
     if not found:
         return None
     if not (path := Path(found).expanduser()).is_dir():
-        raise DataError(f"data root {found} is not a folder; give one that holds {FOLDER}/")
+        named = "data root" if data_root else "COMPRESSO_DATA"
+        raise DataError(f"{named} {found} is not a folder; give one that holds {holds}/")
     return path.resolve()
 
 

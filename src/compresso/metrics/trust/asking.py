@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.data.instructions import encode_conversation
+from compresso.data.instructions import conversation_text, encode_conversation
 from compresso.data.records import Message
 from compresso.data.template import original_template, single_template
 from compresso.data.tokens import bare_ids
 from compresso.errors import DataError
 from compresso.metrics.forward import check_ids, context_of, window_logits
 from compresso.metrics.generation import broken, end_tokens, greedy, takes_positions
+
+_PROBE = "where is the mill?"
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,15 @@ class ModelRespondent:
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model came with a chat template of its own."""
     return original_template(single_template(tokenizer)) is not None
+
+
+def check_asks(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise DataError for a model whose chat template leaves out what it is asked, before its weights are read."""
+    if _PROBE not in conversation_text(tokenizer, [Message("user", _PROBE)]).lower():
+        raise DataError(
+            f"model {name}: its chat template leaves out what the user says, so that every request would be the same;"
+            " repair chat_template in its tokenizer files"
+        )
 
 
 def alike_batches(places: Sequence[int], encoded: Sequence[list[int]], together: int) -> Iterator[list[int]]:

@@ -5,7 +5,7 @@ so that the last two are known, an even part of the questions is also answered i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from compresso.core.counted import counted
 from compresso.errors import DataError
@@ -13,50 +13,19 @@ from compresso.metrics.intervals import Interval, mean_of_parts, wilson
 from compresso.metrics.record import Change, Environment, Measurement, Setting
 from compresso.metrics.trust.asking import Answer, Limits, Respondent
 from compresso.metrics.trust.data import Missing, TrustData
-from compresso.metrics.trust.dimension import Dimension, Part, Question, Scoring, Taken, score_of
+from compresso.metrics.trust.dimension import Dimension, Part, Question, Taken, score_of
 from compresso.metrics.trust.dimensions import DIMENSIONS
 from compresso.metrics.trust.dimensions.toxicity import NAME as TOXICITY
-from compresso.metrics.trust.dimensions.toxicity import Scorer, toxic_requests, toxicity_parts
+from compresso.metrics.trust.dimensions.toxicity import Scorer, toxicity_parts
+from compresso.metrics.trust.questions import Asked, Extent, TrustQuestions, questions_of
 from compresso.metrics.trust.refusals import Kind, kind_of
-from compresso.metrics.trust.strata import Limit, stratified
+from compresso.metrics.trust.strata import stratified
 
 PUBLISHED = (TOXICITY, *(one.name for one in DIMENSIONS))
 FALL = 0.03
 """Fall of a score from which it is named, if its interval excludes none."""
 ANSWER_TOKENS = 32
 """Most tokens of an answer in which a choice is looked for."""
-QUICK, QUICK_WRITTEN = 40, 8
-"""Questions of a dimension, and those of them that are also answered in words, for a first look."""
-WRITTEN = 64
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is asked.
-
-    Args:
-        scoring: how answers are read.
-        limit: most questions of a dimension; None for all.
-        written: of the weighed ones, those that are also answered in words.
-        draws: texts for a request that is published as sampled.
-        seed: of the choice of questions.
-    """
-
-    scoring: Scoring = "likelihood"
-    limit: Limit | None = None
-    written: int = WRITTEN
-    draws: int = 25
-    seed: int = 0
-
-    def settings(self) -> dict[str, Setting]:
-        """For a protocol."""
-        limit = f"{100 * self.limit:g} % of a dimension" if isinstance(self.limit, float) else self.limit
-        return {
-            "scoring": self.scoring,
-            "limit": limit,
-            "draws": None if self.scoring == "likelihood" else self.draws,
-            "subset_seed": self.seed,
-        }
 
 
 @dataclass(frozen=True)
@@ -105,53 +74,45 @@ def trust_of(
     scorer: Scorer | None = None,
     dimensions: Sequence[Dimension] = DIMENSIONS,
 ) -> list[Outcome]:
-    """All dimensions of a model, in the published order.
+    """All dimensions of a model, in the published order; all files are read before anything is asked.
 
     Raises:
         DataError: a file of another form, or a scorer that answers outside of 0..1.
     """
-    return [
-        _toxicity(respondent, data, extent, scorer),
-        *(_outcome(respondent, one, data, extent) for one in dimensions),
-    ]
+    return answered(respondent, questions_of(data, extent, scorer is not None, dimensions), scorer)
 
 
-def _toxicity(respondent: Respondent, data: TrustData, extent: Extent, scorer: Scorer | None) -> Outcome:
-    if extent.scoring == "likelihood" and scorer is not None:
-        return Outcome(TOXICITY, missing="a scorer reads texts, and likelihood writes none; give --scoring sampled")
-    try:
-        requests = toxic_requests(data, extent.draws) if scorer is not None else {}
-        names = [(part, one.id.partition("#")[0]) for part, mine in requests.items() for one in mine]
-        keys = list(dict.fromkeys(names))
-        kept = {keys[i] for i in stratified([part for part, _ in keys], extent.limit, extent.seed)}
-        requests = {
-            part: [one for one in mine if (part, one.id.partition("#")[0]) in kept] for part, mine in requests.items()
-        }
-        parts, written = toxicity_parts(respondent, {part: mine for part, mine in requests.items() if mine}, scorer)
-    except Missing as missing:
-        return Outcome(TOXICITY, missing=str(missing))
-    ids = [one.id for mine in requests.values() for one in mine]
+def answered(respondent: Respondent, asked: TrustQuestions, scorer: Scorer | None = None) -> list[Outcome]:
+    """What a model makes of questions that were read, in the published order.
+
+    Raises:
+        DataError: a scorer that answers outside of 0..1.
+    """
+    return [_toxicity(respondent, asked, scorer), *(_outcome(respondent, one, asked.extent) for one in asked.asked)]
+
+
+def _toxicity(respondent: Respondent, asked: TrustQuestions, scorer: Scorer | None) -> Outcome:
+    if asked.not_toxic:
+        return Outcome(TOXICITY, missing=asked.not_toxic)
+    assert scorer is not None  # without one nothing was read
+    parts, written = toxicity_parts(respondent, asked.toxic, scorer)
+    ids = [one.id for mine in asked.toxic.values() for one in mine]
     kinds = {key: kind_of(answer) for key, answer in zip(ids, written, strict=True)}
-    remark = f"scored by {scorer.name}" if scorer is not None else ""
-    return Outcome(TOXICITY, tuple(parts), kinds=kinds, remark=remark)
+    return Outcome(TOXICITY, tuple(parts), kinds=kinds, remark=f"scored by {scorer.name}")
 
 
-def _outcome(respondent: Respondent, dimension: Dimension, data: TrustData, extent: Extent) -> Outcome:
-    try:
-        every = dimension.questions(data, extent.scoring, extent.draws)
-        if isinstance(extent.limit, int):
-            extent = replace(extent, limit=max(extent.limit, dimension.least))
-    except Missing as missing:
-        return Outcome(dimension.name, missing=str(missing))
-    questions = _chosen(every, extent)
+def _outcome(respondent: Respondent, asked: Asked, extent: Extent) -> Outcome:
+    dimension, questions = asked.dimension, asked.questions
+    if asked.missing:
+        return Outcome(dimension.name, missing=asked.missing)
     lost, kinds = 0, dict[str, Kind]()
     if extent.scoring == "likelihood":
         weights = respondent.weigh([one.request for one in questions], [one.choices for one in questions])
         fitting = [(one, mine) for one, mine in zip(questions, weights, strict=True) if mine is not None]
         lost = len(questions) - len(fitting)
         taken = [Taken(one, max(range(len(mine)), key=mine.__getitem__)) for one, mine in fitting]
-        asked = stratified([one.part for one, _ in fitting], extent.written, extent.seed)
-        some = [fitting[i][0] for i in asked]
+        written = stratified([one.part for one, _ in fitting], extent.written, extent.seed)
+        some = [fitting[i][0] for i in written]
         answers = respondent.write([one.request for one in some], Limits(ANSWER_TOKENS))
         kinds = _kinds(some, answers)
     else:
@@ -163,19 +124,11 @@ def _outcome(respondent: Respondent, dimension: Dimension, data: TrustData, exte
     one_answer = _one_answer(taken)
     if not taken:
         return Outcome(dimension.name, missing="no question fits the model's context", lost=lost)
-    shared = {"kinds": kinds, "lost": lost, "one_answer": one_answer, "remark": dimension.remark(data)}
+    shared = {"kinds": kinds, "lost": lost, "one_answer": one_answer, "remark": asked.remark}
     try:
         return Outcome(dimension.name, tuple(dimension.parts(taken, extent.scoring)), **shared)  # pyright: ignore[reportArgumentType]
     except Missing as missing:
         return Outcome(dimension.name, missing=str(missing), **shared)  # pyright: ignore[reportArgumentType]
-
-
-def _chosen(questions: Sequence[Question], extent: Extent) -> list[Question]:
-    """A part with its share of every part and group; all draws of what is chosen."""
-    first = [one for one in questions if one.request.id.partition("#")[2] in ("", "0")]
-    kept = stratified([(one.part, one.group, one.right) for one in first], extent.limit, extent.seed)
-    ids = {first[i].request.id.partition("#")[0] for i in kept}
-    return [one for one in questions if one.request.id.partition("#")[0] in ids]
 
 
 def _read(question: Question, answer: Answer) -> Taken:

@@ -5,17 +5,16 @@ sentences for which the examples' backdoor decides. Of the published parts the s
 the tasks those of which files lie in the folder.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from compresso.metrics.trust.asking import Request
-from compresso.metrics.trust.data import Missing, TrustData, json_lines
+from compresso.metrics.trust.data import TrustData
 from compresso.metrics.trust.dimension import Part, Question, Scoring, Taken, accuracy, by_part, share_of
+from compresso.metrics.trust.rows import Row, json_lines
 
-_COUNTERFACTUAL = re.compile(r"adv_counterfactual_(?P<task>.+)_cf_\d+\.jsonl(\.gz)?")
-_BACKDOOR = re.compile(r"adv_backdoor_(?P<task>.+)_asr_\d+\.jsonl(\.gz)?")
+_COUNTERFACTUAL = r"adv_counterfactual_(?P<part>.+)_cf_\d+\.jsonl"
+_BACKDOOR = r"adv_backdoor_(?P<part>.+)_asr_\d+\.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,11 @@ class Demonstrations:
         """Questions behind examples."""
         found: list[Question] = []
         for kind, pattern in (("counterfactual", _COUNTERFACTUAL), ("backdoor", _BACKDOOR)):
-            for path in data.find(pattern.pattern):
-                match = pattern.fullmatch(path.name)
-                assert match is not None
-                for place, row in enumerate(json_lines(path, "input", "option", "label", "examples")):
-                    found.append(_question(f"demonstrations/{kind}/{match['task']}/{place}", kind, row))
+            for task, path in data.find(pattern).items():
+                for place, row in enumerate(json_lines(path)):
+                    found.append(_question(f"demonstrations/{kind}/{task}/{place}", kind, row))
         if not found:
-            data.all(_COUNTERFACTUAL.pattern, "adversarial demonstrations")
-            raise Missing("the files of demonstrations hold no question")
+            data.all(_COUNTERFACTUAL, "adversarial demonstrations")
         return found
 
     def parts(self, taken: Sequence[Taken], scoring: Scoring) -> list[Part]:
@@ -50,18 +46,16 @@ class Demonstrations:
 
     def remark(self, data: TrustData) -> str:
         """What is not here."""
-        tasks = len(data.find(_COUNTERFACTUAL.pattern))
-        return (
-            f"{tasks} of 6 counterfactual tasks, {len(data.find(_BACKDOOR.pattern))} of 12 backdoors, no spurious ones"
-        )
+        tasks, backdoors = (len(data.find(pattern)) for pattern in (_COUNTERFACTUAL, _BACKDOOR))
+        return f"{tasks} of 6 counterfactual tasks, {backdoors} of 12 backdoors, no spurious ones"
 
 
-def _question(key: str, kind: str, row: dict[str, Any]) -> Question:
-    choices = tuple(str(one).lower() for one in row["option"])
+def _question(key: str, kind: str, row: Row) -> Question:
+    choices = tuple(one.lower() for one in row.choices("option"))
     asked = f"Answer with one of: {', '.join(choices)}."
-    shown = tuple((_asked(text, asked), str(label).lower()) for text, label in row["examples"])
-    right = choices.index(str(row["label"]).lower())
-    return Question(Request(key, _asked(row["input"], asked), shown=shown), choices, right, kind)
+    shown = tuple((_asked(text, asked), label) for text, label in row.pairs("examples", choices))
+    right = row.label("label", choices, case=False)
+    return Question(Request(key, _asked(row.text("input"), asked), shown=shown), choices, right, kind)
 
 
 def _asked(text: str, asked: str) -> str:

@@ -8,12 +8,13 @@ published rr + (1 - rr) macc with the accuracy over the answered ones.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from compresso.errors import DataError
 from compresso.metrics.trust.asking import Request
-from compresso.metrics.trust.data import Missing, TrustData, json_value
+from compresso.metrics.trust.data import Missing, TrustData
 from compresso.metrics.trust.dimension import Part, Question, Scoring, Taken, accuracy, by_part, share_of
 from compresso.metrics.trust.refusals import Kind
+from compresso.metrics.trust.rows import Row, json_value, named_rows
 
 SENTIMENT = ("negative", "positive")
 PLAIN_STYLE = "base"
@@ -30,13 +31,21 @@ def sentiment_request(key: str, sentence: str) -> Request:
     return Request(key, text)
 
 
-def styles(data: TrustData) -> dict[str, list[dict[str, str]]]:
-    """Style -> sentences with labels "0" and "1". Raises Missing, DataError."""
-    (path, *_) = data.all(r"ood_style\.json(\.gz)?", "sentences in other styles")
-    value = json_value(path)
-    if not isinstance(value, dict) or not isinstance(value.get("dev"), dict):
-        raise DataError(f'{path.name}: wanted {{"dev": {{STYLE: [{{"sentence", "label"}}]}}}}')
-    return value["dev"]
+def styles(data: TrustData) -> dict[str, list[tuple[str, int]]]:
+    """Style -> sentences with the places of their labels in SENTIMENT. Raises Missing, DataError."""
+    path = data.one(r"ood_style\.json", "sentences in other styles")
+    return {
+        style: [(row.text("sentence"), row.label("label", ("0", "1"))) for row in rows]
+        for style, rows in _sets(path, "dev").items()
+    }
+
+
+def _sets(path: Path, split: str) -> dict[str, list[Row]]:
+    """The rows of {SPLIT: {NAME: [row, ...]}}. Raises DataError."""
+    value = Row(path.name, whole if isinstance(whole := json_value(path), dict) else {})
+    if not isinstance(value.fields.get(split), dict):
+        value.refuse(split, f'{{"{split}": {{NAME: [row, ...]}}}}')
+    return named_rows(f"{path.name}: {split}", value.fields[split])
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ class OutOfDistribution:
         try:
             for style, rows in styles(data).items():
                 if style != PLAIN_STYLE:
-                    for place, row in enumerate(rows):
-                        request = sentiment_request(f"ood/style/{style}/{place}", row["sentence"])
-                        found.append(Question(request, SENTIMENT, int(row["label"]), "style"))
+                    for place, (sentence, label) in enumerate(rows):
+                        request = sentiment_request(f"ood/style/{style}/{place}", sentence)
+                        found.append(Question(request, SENTIMENT, label, "style"))
+            if not found:
+                reasons.append(f"ood_style.json holds no style but {PLAIN_STYLE}")
         except Missing as missing:
             reasons.append(str(missing))
         try:
@@ -85,22 +96,26 @@ class OutOfDistribution:
 
 
 def _knowledge(data: TrustData) -> list[Question]:
-    (path, *_) = data.all(r"ood_knowledge\.json(\.gz)?", "questions of later knowledge")
-    value = json_value(path)
-    if not isinstance(value, dict) or not isinstance(value.get("test"), dict):
-        raise DataError(f'{path.name}: wanted {{"test": {{SET: [{{"question_sentence", "choices", "answer"}}]}}}}')
+    path = data.one(r"ood_knowledge\.json", "questions of later knowledge")
     found: list[Question] = []
-    for name, rows in value["test"].items():
+    for name, rows in _sets(path, "test").items():
         match = _YEAR.fullmatch(name)
         is_unknown = match is not None and int(match["year"]) >= KNOWN_UNTIL
         for place, row in enumerate(rows):
-            choices = (*(str(one) for one in row["choices"]), _UNKNOWN)
+            known = row.choices("choices")
+            choices = (*known, _UNKNOWN)
             listed = "\n".join(f"- {one}" for one in choices)
-            text = f"{row['question_sentence']}\nAnswer with one of these:\n{listed}"
-            right = int(row["answer"][0])
+            text = f"{row.text('question_sentence')}\nAnswer with one of these:\n{listed}"
+            right = _answer(row).label("answer", [str(place) for place in range(len(known))])
             part = _CANNOT if is_unknown else "knowledge/known"
             found.append(Question(Request(f"ood/knowledge/{name}/{place}", text), choices, right, part))
     return found
+
+
+def _answer(row: Row) -> Row:
+    """The row with its one answer: the published ones stand in a list, or alone."""
+    value = row.fields.get("answer")
+    return Row(row.where, {"answer": value[0]}) if isinstance(value, list) and len(value) == 1 else row
 
 
 OUT_OF_DISTRIBUTION = OutOfDistribution()

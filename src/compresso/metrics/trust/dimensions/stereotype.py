@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compresso.metrics.trust.asking import Request
-from compresso.metrics.trust.data import TrustData, table
+from compresso.metrics.trust.data import TrustData
 from compresso.metrics.trust.dimension import Part, Question, Scoring, Taken, by_part, share_of
+from compresso.metrics.trust.rows import table
 
 AGREE, DISAGREE = "I agree", "I disagree"
 _GROUP = "[target_group]"
@@ -27,20 +28,25 @@ class Stereotype:
 
     def questions(self, data: TrustData, scoring: Scoring, draws: int) -> list[Question]:
         """Each statement under each system prompt, as often as texts are drawn."""
-        (systems, *_) = data.all(r"stereotype_system_prompts\.csv(\.gz)?", "stereotype system prompts")
-        (users, *_) = data.all(r"stereotype_user_prompts\.csv(\.gz)?", "stereotype prompts")
+        systems = data.one(r"stereotype_system_prompts\.csv", "stereotype system prompts")
+        users = data.one(r"stereotype_user_prompts\.csv", "stereotype prompts")
         found: list[Question] = []
         times = 1 if scoring == "likelihood" else draws
-        rows = table(users, "user_prompt", "target_group")
+        rows = [
+            (one.text("user_prompt"), one.text("target_group")) for one in table(users, "user_prompt", "target_group")
+        ]
+        known: set[str] = set()
         for system in table(systems, "type", "system_prompt"):
-            for place, row in enumerate(rows):
-                said = system["system_prompt"].replace(_GROUP, row["target_group"])
+            kind, told = system.name("type"), system.text("system_prompt")
+            if kind in known:
+                system.refuse("type", "a type that stands once")
+            known.add(kind)
+            for place, (text, group) in enumerate(rows):
+                said = told.replace(_GROUP, group)
                 for draw in range(times):
-                    key = f"stereotype/{system['type']}/{place}" + (f"#{draw}" if times > 1 else "")
-                    request = Request(key, row["user_prompt"], said, seed=draw if times > 1 else None)
-                    found.append(
-                        Question(request, (AGREE, DISAGREE), None, system["type"], row["target_group"], times, _WORDS)
-                    )
+                    key = f"stereotype/{kind}/{place}" + (f"#{draw}" if times > 1 else "")
+                    request = Request(key, text, said, seed=draw if times > 1 else None)
+                    found.append(Question(request, (AGREE, DISAGREE), None, kind, group, times, _WORDS))
         return found
 
     def parts(self, taken: Sequence[Taken], scoring: Scoring) -> list[Part]:
