@@ -82,7 +82,6 @@ def test_a_wrong_file_of_trust_is_said_before_weights(
     assert made.folder is not None
     (made.folder / "fairness_adult_0_40_br1.0_sensitive_attr.json").write_text("[1]")
     monkeypatch.setenv("COMPRESSO_DATA", str(tmp_path))
-    monkeypatch.setattr("safetensors.safe_open", None)
     lines = {bad("--suite", "trust", "--answers", tmp_path / "kept")}
     for command in ("plan", "run"):
         options = ("--trust", "quick", *(("--output", tmp_path / "out") if command == "run" else ()))

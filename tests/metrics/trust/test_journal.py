@@ -48,6 +48,22 @@ def test_a_line_that_was_cut_short_is_asked_again(tmp_path: Path, caplog: pytest
     assert again.asked == 1 and "is damaged; it and what follows is asked again" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"text": None}, {"degenerate": "false"}, {"fits": 1}, {"id": 5}, {"asked": None}, {"text": 5}],
+)
+def test_a_line_of_another_form_is_asked_again(
+    change: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.jsonl"
+    whole = Journalled(Stopping(99), Journal(path, SAME)).write(REQUESTS, Limits(8))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], json.dumps({**json.loads(lines[-1]), **change})]) + "\n")
+    again = Stopping(1)
+    assert Journalled(again, Journal(path, SAME)).write(REQUESTS, Limits(8)) == whole
+    assert again.asked == 1 and "line 31 is damaged" in caplog.text
+
+
 def test_weighed_and_written_answers_to_one_request_are_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "model.jsonl"
     model = Scripted(lambda _: "yes")

@@ -84,7 +84,7 @@ class Journal:
                 value = strict_json.loads(line)
             except ValueError:
                 break
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or (whole and not _is_entry(value)):
                 break
             whole.append(value)
         if not whole or not isinstance(whole[0].get("same"), dict):
@@ -94,6 +94,20 @@ class Journal:
             log.warning("%s: line %d is damaged; it and what follows is asked again", self.path, len(whole) + 1)
             write_text(self.path, "".join(json.dumps(one) + "\n" for one in whole))
         return {str(one.get("id")): one for one in whole[1:]}
+
+
+def _is_entry(value: Mapping[str, Any]) -> bool:
+    """Whether a line after the first holds an answer as it was written."""
+    if not (isinstance(value.get("id"), str) and isinstance(value.get("asked"), str)):
+        return False
+    if "text" in value:
+        return isinstance(value["text"], str) and all(
+            isinstance(value.get(one), bool) for one in ("degenerate", "fits")
+        )
+    if "weights" in value:
+        mine = value["weights"]
+        return mine is None or (isinstance(mine, list) and all(type(one) in (int, float) for one in mine))
+    return isinstance(value.get("looks"), dict)
 
 
 class Journalled:
