@@ -81,7 +81,11 @@ Target = Annotated[
     ),
 ]
 Task = Annotated[
-    str | None, typer.Option(help="What is trained and judged by, such as classification; else what the recipe says.")
+    str | None,
+    typer.Option(
+        help="What is trained and judged by: causal-lm, classification, image-classification, masked-lm,"
+        " question-answering or segmentation; else what the recipe says."
+    ),
 ]
 Set = Annotated[
     list[str] | None,
