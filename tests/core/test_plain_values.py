@@ -1,5 +1,6 @@
 """Numbers that mean a whole one are taken, and a value is shown so that its type can be told."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,9 +55,12 @@ def test_other_contexts_are_refused(cost: dict[str, object], said: str) -> None:
         measures_of(cost, "recipe mine: cost")
 
 
-def test_labels_of_a_benchmark_file_may_be_floats() -> None:
-    (one,) = _attacks({"sst2": [{"sentence": "fine", "label": 1.0}]}, "advglue.json")
+def test_labels_of_a_benchmark_file_may_be_floats(tmp_path: Path) -> None:
+    path = tmp_path / "advglue.json"
+    path.write_text('{"sst2": [{"sentence": "fine", "label": 1.0}]}')
+    (one,) = _attacks(path)
     assert one.right == 1 and type(one.right) is int
-    for label, said in (("1", "label '1'; wanted 0 to 1"), (True, "label true"), (2, "label 2;"), (0.5, "label 0.5")):
-        with pytest.raises(DataError, match=said):
-            _attacks({"sst2": [{"sentence": "fine", "label": label}]}, "advglue.json")
+    for label in ("true", "2", "0.5"):
+        path.write_text(f'{{"sst2": [{{"sentence": "fine", "label": {label}}}]}}')
+        with pytest.raises(DataError, match=f"sst2, row 1: label is {label}; wanted 0 or 1"):
+            _attacks(path)

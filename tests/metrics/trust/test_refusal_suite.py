@@ -170,7 +170,7 @@ class Fixed:
 def test_a_judge_tells_harm_and_reads_nothing_broken(prompts: list[Prompt]) -> None:
     asked = [*answered(prompts[:10], YES), *answered(prompts[10:20], "", Kind.EMPTY)]
     assert [one.kind for one in judged_by(Fixed("harmful"), asked)] == [Kind.HARMFUL] * 10 + [Kind.EMPTY] * 10
-    with pytest.raises(DataError, match='judge fixed answered "maybe"; wanted one of refusal, harmful, irrelevant'):
+    with pytest.raises(DataError, match=r"judge fixed answered 'maybe'; wanted one of refusal, harmful, irrelevant"):
         judged_by(Fixed("maybe"), asked)
 
 
