@@ -17,7 +17,6 @@ from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
 from compresso.errors import CheckpointError, DataError
 from compresso.loading import load
-from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Change, Environment, ModelResults, Setting
 from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template
 from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
@@ -34,7 +33,7 @@ from compresso.metrics.trust.refusal_suite import (
     refusal_changes,
     refusal_measurements,
 )
-from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss, requests_loss
+from compresso.metrics.trust.soundness import Heard, broken_by_answers, broken_by_texts, heard
 from compresso.metrics.trust.strata import Limit, limit_of
 from compresso.training.progress import Progress
 
@@ -48,7 +47,7 @@ class Refusals:
     source: Source
     environment: Environment
     asked: list[Asked]
-    loss: HeldLoss
+    heard: Heard
     looks: Looks = field(default_factory=dict[str, dict[str, float]])
 
 
@@ -84,7 +83,10 @@ def refusal_results(
             )
     asked = [one for file in files for one in chosen(file, part, seed)]
     limits, shown = Limits(options.new_tokens, WHOLE), Progress()
-    found = [_asked(one, asked, limits, options, prompt, device, batch_size, shown) for one in sources]
+    found: list[Refusals] = []
+    for one in sources:
+        dense = found[0].heard if found else None
+        found.append(_asked(one, asked, limits, options, prompt, device, batch_size, shown, dense))
     agreed = None
     if judging is not None and labelled is not None:
         agreed = _judge(found, judging, labelled, options, device, batch_size, shown)
@@ -94,7 +96,7 @@ def refusal_results(
 
 def _asked(
     source: Source, prompts: Sequence[Prompt], limits: Limits, options: TrustOptions, prompt: str,
-    device: torch.device, batch_size: int, shown: Progress,
+    device: torch.device, batch_size: int, shown: Progress, dense: Heard | None,
 ) -> Refusals:  # fmt: skip
     """The answers of one model, which is gone afterwards."""
     with shown.working(f"reading the weights of {source.name}"):
@@ -114,8 +116,8 @@ def _asked(
     # first, as it takes one pass a prompt, and what it cannot look at is said before answers are written
     looked = looks(loaded.model, loaded.tokenizer, prompts, prompt_on, journal, shown) if options.attention else None
     answered = ask(Journalled(model, journal, shown, f"answers of {source.name}", 4 * batch_size), prompts, limits)
-    loss = requests_loss(loaded.model, loaded.tokenizer, [one.text for one in prompts])
-    found = Refusals(source, environment, answered, loss)
+    losses = heard(loaded.model, loaded.tokenizer, [one.text for one in prompts], dense)
+    found = Refusals(source, environment, answered, losses)
     if looked is not None:
         found.looks = looked
     del model, loaded
@@ -164,7 +166,7 @@ def _results(
         changes = list[Change]()
         if place:
             dense = found[0]
-            broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
+            broken = broken_by_texts(dense.heard, one.heard) or broken_by_answers(
                 broken_marks(dense.asked), broken_marks(one.asked)
             )
             changes = refusal_changes(dense.asked, one.asked, broken)
