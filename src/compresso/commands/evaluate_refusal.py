@@ -18,9 +18,9 @@ from compresso.commands.trust_options import TrustOptions, journal_of, opened, p
 from compresso.errors import CheckpointError, DataError
 from compresso.loading import load
 from compresso.metrics.record import Change, Environment, ModelResults, Setting
-from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template
+from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template, refuse_template
 from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
-from compresso.metrics.trust.journal import Journalled
+from compresso.metrics.trust.journal import Journalled, tokenizer_digest
 from compresso.metrics.trust.judge import Agreement, Labelled, ModelJudge, agreement, labelled_answers
 from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, benign_prompts, harmful_prompts
 from compresso.metrics.trust.refusal_suite import (
@@ -75,12 +75,16 @@ def refusal_results(
     judging = None if options.judge is None else opened(options.judge, "--judge")
     if judging is not None and not has_chat_template(load_tokenizer(judging)):
         raise DataError(f"--judge {judging.name} has no chat template, and is asked as a chat model; give one that has")
+    if judging is not None:
+        refuse_template(load_tokenizer(judging), f"--judge {judging.name}")
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     for one in sources:
-        if not has_chat_template(load_tokenizer(one)):
+        tokenizer = load_tokenizer(one)
+        if not has_chat_template(tokenizer):
             raise DataError(
                 f"model {one.name} has no chat template, and refusals are measured of chat models; give one that has"
             )
+        refuse_template(tokenizer, f"model {one.name}")
     asked = [one for file in files for one in chosen(file, part, seed)]
     limits, shown = Limits(options.new_tokens, WHOLE), Progress()
     found: list[Refusals] = []
@@ -106,6 +110,7 @@ def _asked(
     environment = Environment.here(device, loaded.model.dtype)
     same: dict[str, Setting] = {
         "model": source.identity.fingerprint,
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
         "prompt": prompt_on,
         "dtype": environment.dtype,
         "suite": "refusal",

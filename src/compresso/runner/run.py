@@ -192,7 +192,7 @@ def run(
             quiet=quiet,
             resume=resume,
         )
-        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
+        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer, offload)
         refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)

@@ -11,7 +11,7 @@ from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.errors import CheckpointError, DataError
 from compresso.metrics.forward import context_of
-from compresso.metrics.trust.asking import Limits, Request, has_chat_template
+from compresso.metrics.trust.asking import Limits, Request, has_chat_template, refuse_template
 from compresso.metrics.trust.counting import Counting
 from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.questions import TrustQuestions
@@ -54,7 +54,7 @@ def trust_files(task: Task, trust: Trust, prompts: str | Path | None, benign: st
     """
     if prompts is None and benign is not None:
         raise DataError("--benign is read beside --prompts, and none were given; give both")
-    refuse_trust(trust, task, True, False)
+    refuse_trust(trust, task, "unread", False)
     if prompts is not None and not task.writes_text:
         raise DataError(
             f"--prompts is for models that write text, and those of task '{task.name}' write none; leave it out"
@@ -86,6 +86,7 @@ def trust_costs(source: Source, files: TrustFiles) -> list[dict[str, Any]]:
         raise DataError(
             f"what trust takes is counted in tokens, and {source.name} has no tokenizer: {error}"
         ) from error
+    refuse_template(tokenizer, f"model {source.name}")
     found: list[dict[str, Any]] = []
     context = context_of(source.config)
     if questions is not None:

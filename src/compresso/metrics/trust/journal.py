@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.identity import refuse_other_run
 from compresso.checkpoint.storage import storage_errors
@@ -126,7 +128,12 @@ class Journalled:
             keys,
             ask=lambda places: self._respondent.write([requests[i] for i in places], limits),
             out=lambda one: {"text": one.text, "degenerate": one.degenerate, "fits": one.fits},
-            back=lambda entry: Answer(str(entry["text"]), bool(entry["degenerate"]), bool(entry["fits"])),
+            back=lambda entry: Answer(entry["text"], entry["degenerate"], entry["fits"]),
+            whole=lambda entry: (
+                isinstance(entry.get("text"), str)
+                and isinstance(entry.get("degenerate"), bool)
+                and isinstance(entry.get("fits"), bool)
+            ),
         )
 
     def weigh(self, requests: Sequence[Request], choices: Sequence[Sequence[str]]) -> list[list[float] | None]:
@@ -139,6 +146,16 @@ class Journalled:
             ask=lambda places: self._respondent.weigh([requests[i] for i in places], [choices[i] for i in places]),
             out=lambda one: {"weights": one},
             back=lambda entry: None if entry["weights"] is None else [float(one) for one in entry["weights"]],
+            whole=lambda entry: (
+                "weights" in entry
+                and (
+                    entry["weights"] is None
+                    or (
+                        isinstance(entry["weights"], list)
+                        and all(type(one) in (int, float) for one in entry["weights"])
+                    )
+                )
+            ),
         )
 
     def _all(
@@ -149,6 +166,7 @@ class Journalled:
         ask: Callable[[Sequence[int]], list[T]],
         out: Callable[[T], Mapping[str, Any]],
         back: Callable[[Mapping[str, Any]], T],
+        whole: Callable[[Mapping[str, Any]], bool],
     ) -> list[T]:
         """What the journal holds, and what is asked for the rest, of like opening and length together: what requests
         begin with is then read once, and few are padded.
@@ -156,7 +174,12 @@ class Journalled:
         found: dict[int, T] = {}
         for i, (id, key) in enumerate(zip(ids, keys, strict=True)):
             entry = None if self._journal is None else self._journal.known(id, key)
-            if entry is not None:
+            if entry is not None and self._journal is not None:
+                if not whole(entry):
+                    raise CheckpointError(
+                        f"{self._journal.path}: the line of '{id}' is no answer as it was written; remove that line,"
+                        " which is then asked again"
+                    )
                 found[i] = back(entry)
         open_ = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: _order(requests[i]))
         with self._progress.running(len(requests), len(found), self._name):
@@ -170,6 +193,17 @@ class Journalled:
                     )
                 self._progress.step(len(found), self._name, {}, 0)
         return [found[i] for i in range(len(requests))]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all of a tokenizer that decides what a model is asked: its tokens, special ones, and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
+    if isinstance(tokens, dict):  # these two change as texts are encoded
+        tokens = {key: value for key, value in tokens.items() if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([type(tokenizer).__name__, tokens, special, tokenizer.chat_template], sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def _order(request: Request) -> tuple[str, str, int]:

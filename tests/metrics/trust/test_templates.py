@@ -1,0 +1,28 @@
+"""A chat template that leaves the request out is refused before a model is asked."""
+
+import pytest
+
+from compresso.data import nano
+from compresso.errors import DataError
+from compresso.loading import load
+from compresso.metrics.trust.asking import refuse_template
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("", "an empty chat template"), (" \n", "an empty chat template"), ("hello", "leaves the request out")],
+)
+def test_it_is_one_line(template: str, said: str) -> None:
+    tokenizer = load(nano.path()).tokenizer
+    assert tokenizer is not None
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=said):
+        refuse_template(tokenizer, "model m")
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m['content'] | trim }}>{% endfor %}"])
+def test_others_pass(template: str | None) -> None:
+    tokenizer = load(nano.path()).tokenizer
+    assert tokenizer is not None
+    tokenizer.chat_template = template
+    refuse_template(tokenizer, "model m")
