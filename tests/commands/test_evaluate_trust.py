@@ -1,6 +1,7 @@
 """`compresso evaluate --suite refusal` and `--suite trust`: one line for what can be wrong, and a whole report."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from tests.conftest import Call
 from tests.metrics.trust.made_up import data
 from tests.metrics.trust.scripted import tree
+from transformers import AutoTokenizer
 
 from compresso.commands.evaluate_table import show
+from compresso.commands.trust_options import words_of
 from compresso.data import nano
 from compresso.metrics.record import Environment, Measurement, ModelResults, Report
 
@@ -54,6 +57,11 @@ def bad(call: Call) -> Callable[..., str]:
         (("--suite", "world", "--limit", "5%"), "a share is for --suite refusal and trust"),
         (("--suite", "trust", "--prompt", "both"), "--prompt both does not go with --suite trust"),
         (("--suite", "trust", "--against", "absent"), "--against: "),
+        (
+            ("--suite", "trust", "--data-root", "absent"),
+            "give one that holds datasets/trust/decodingtrust/",
+        ),
+        (("--suite", "refusal", "--data-root", "absent"), "--data-root absent is not read by --suite refusal"),
     ],
 )
 def test_bad_words_are_one_line(options: tuple[str, ...], said: str, bad: Callable[..., str]) -> None:
@@ -64,6 +72,48 @@ def test_refusals_want_a_chat_template_and_labels_a_judge(bad: Callable[..., str
     assert "model nano has no chat template" in bad("--suite", "refusal", "--prompts", prompts)
     alone = bad("--suite", "refusal", "--prompts", prompts, "--judge", nano.path())
     assert "--judge and --judge-labels belong together" in alone
+
+
+def test_a_wrong_file_of_trust_is_said_before_weights(
+    bad: Callable[..., str], call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alike by evaluate, run and plan, though fairness stands last."""
+    made = data(tmp_path)
+    assert made.folder is not None
+    (made.folder / "fairness_adult_0_40_br1.0_sensitive_attr.json").write_text("[1]")
+    monkeypatch.setenv("COMPRESSO_DATA", str(tmp_path))
+    lines = {bad("--suite", "trust", "--answers", tmp_path / "kept")}
+    for command in ("plan", "run"):
+        options = ("--trust", "quick", *(("--output", tmp_path / "out") if command == "run" else ()))
+        code, out, said = call(command, "magnitude/50", "--model", nano.path(), *options)
+        assert (code, out) == (2, "")
+        lines.add(said)
+    (line,) = lines
+    assert "fairness_adult_0_40_br1.0_sensitive_attr.json: wanted a list of 40 groups, one for each row, got 1" in line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("template", ["", "hello"])
+def test_a_chat_template_that_leaves_the_request_out_is_refused(
+    template: str, call: Call, prompts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "chat"
+    shutil.copytree(nano.path(), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    for options in (("--suite", "refusal", "--prompts", prompts), ("--suite", "trust")):
+        code, out, said = call("evaluate", folder, *options)
+        assert (code, out) == (2, "") and len(said.splitlines()) == 1
+        assert "model chat: its chat template leaves out what the user says" in said
+
+
+def test_answers_of_another_chat_format_are_not_taken(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(nano.path())
+    words = {words_of(tokenizer, False), words_of(tokenizer, True)}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    words.add(words_of(tokenizer, False))
+    tokenizer.add_tokens(["newcomer"])
+    assert len(words | {words_of(tokenizer, False)}) == 4
 
 
 @pytest.mark.slow

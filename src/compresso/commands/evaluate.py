@@ -126,6 +126,11 @@ def evaluate(
         raise DataError(_unknown_prompt(prompt))
     if suite in SUITES and prompt == "both":
         raise DataError(f"--prompt both does not go with --suite {suite}; give on or off")
+    if suite == "refusal" and data_root is not None:
+        raise DataError(
+            f"--data-root {data_root} is not read by --suite refusal, whose files are --prompts and --benign; leave it"
+            " out"
+        )
     names = [suite] if suite else list(tasks or ())
     if tasks is not None and not names:
         raise DataError("--tasks names nothing; give at least one")

@@ -13,16 +13,16 @@ import torch
 
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
-from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
+from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of, refuse_answers, words_of
 from compresso.commands.trust_scorer import opened_scorer
 from compresso.loading import load
-from compresso.metrics.record import Environment, ModelResults
+from compresso.metrics.record import Environment, ModelResults, Setting
 from compresso.metrics.tasks.ready import data_folder
-from compresso.metrics.trust.asking import ModelRespondent, refuse_template
+from compresso.metrics.trust.asking import ModelRespondent, check_asks
 from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.dimension import Scoring
 from compresso.metrics.trust.dimensions.toxicity import Scorer
-from compresso.metrics.trust.journal import Journalled, tokenizer_digest
+from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.questions import WRITTEN, Extent, TrustQuestions, questions_of
 from compresso.metrics.trust.soundness import Heard, broken_alone, broken_by_texts, heard
 from compresso.metrics.trust.strata import limit_of
@@ -55,7 +55,8 @@ def trust_results(
     asked = questions_of(TrustData(data_folder(data_root, FOLDER)), extent, options.scorer is not None)
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     for one in sources:
-        refuse_template(load_tokenizer(one), f"model {one.name}")
+        check_asks(load_tokenizer(one), one.name)
+    refuse_answers(options.answers)
     scorer = None if options.scorer is None else opened_scorer(options.scorer, options.scorer_label, device)
     found: list[Measured] = []
     for one in sources:
@@ -91,13 +92,13 @@ def _measured(
     assert loaded.tokenizer is not None  # a model without one was refused
     prompt_on = loaded.prompt is not None if prompt == "auto" else prompt == "on"
     environment = Environment.here(device, loaded.model.dtype)
-    same = {
+    same: dict[str, Setting] = {
         "model": source.identity.fingerprint,
-        "tokenizer": tokenizer_digest(loaded.tokenizer),
         "prompt": prompt_on,
         "dtype": environment.dtype,
         "suite": "trust",
     }
+    same["words"] = words_of(loaded.tokenizer, prompt_on)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
     asked = Journalled(
         model, journal_of(options.answers, source, same), shown, f"answers of {source.name}", 4 * batch_size

@@ -14,15 +14,15 @@ import torch
 
 from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
-from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of
+from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of, refuse_answers, words_of
 from compresso.errors import CheckpointError, DataError
 from compresso.loading import load
 from compresso.metrics.record import Change, Environment, ModelResults, Setting
-from compresso.metrics.trust.asking import Limits, ModelRespondent, has_chat_template, refuse_template
+from compresso.metrics.trust.asking import Limits, ModelRespondent, check_asks, has_chat_template
 from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
-from compresso.metrics.trust.journal import Journalled, tokenizer_digest
+from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.judge import Agreement, Labelled, ModelJudge, agreement, labelled_answers
-from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, benign_prompts, harmful_prompts
+from compresso.metrics.trust.refusal_prompts import Prompt, PromptSet, prompt_sets
 from compresso.metrics.trust.refusal_suite import (
     WHOLE,
     Asked,
@@ -69,14 +69,13 @@ def refusal_results(
     if options.new_tokens is not None and options.new_tokens < 1:
         raise DataError(f"--new-tokens {options.new_tokens}: wanted at least 1")
     part = limit_of(limit)
-    files = [harmful_prompts(options.prompts)]
-    files += [] if options.benign is None else [benign_prompts(options.benign)]
+    files = prompt_sets(options.prompts, options.benign)
     labelled = None if options.judge_labels is None else labelled_answers(options.judge_labels)
     judging = None if options.judge is None else opened(options.judge, "--judge")
     if judging is not None and not has_chat_template(load_tokenizer(judging)):
         raise DataError(f"--judge {judging.name} has no chat template, and is asked as a chat model; give one that has")
     if judging is not None:
-        refuse_template(load_tokenizer(judging), f"--judge {judging.name}")
+        check_asks(load_tokenizer(judging), judging.name)
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     for one in sources:
         tokenizer = load_tokenizer(one)
@@ -84,7 +83,8 @@ def refusal_results(
             raise DataError(
                 f"model {one.name} has no chat template, and refusals are measured of chat models; give one that has"
             )
-        refuse_template(tokenizer, f"model {one.name}")
+        check_asks(tokenizer, one.name)
+    refuse_answers(options.answers)
     asked = [one for file in files for one in chosen(file, part, seed)]
     limits, shown = Limits(options.new_tokens, WHOLE), Progress()
     found: list[Refusals] = []
@@ -110,11 +110,11 @@ def _asked(
     environment = Environment.here(device, loaded.model.dtype)
     same: dict[str, Setting] = {
         "model": source.identity.fingerprint,
-        "tokenizer": tokenizer_digest(loaded.tokenizer),
         "prompt": prompt_on,
         "dtype": environment.dtype,
         "suite": "refusal",
         "new_tokens": options.new_tokens,
+        "words": words_of(loaded.tokenizer, prompt_on),
     }
     journal = journal_of(options.answers, source, same)
     model = ModelRespondent(loaded.model, loaded.tokenizer, prompt_on, batch_size)
@@ -139,7 +139,9 @@ def _judge(
         loaded = load(place_of(source), device=device)
     if loaded.tokenizer is None:
         raise CheckpointError(f"--judge {source.name} has no tokenizer; give a chat model")
-    journal = journal_of(options.answers, source, {"judge": source.identity.fingerprint})
+    journal = journal_of(
+        options.answers, source, {"judge": source.identity.fingerprint, "words": words_of(loaded.tokenizer, False)}
+    )
     asked = Journalled(
         ModelRespondent(loaded.model, loaded.tokenizer, False, batch_size), journal, shown, "judging", 4 * batch_size
     )

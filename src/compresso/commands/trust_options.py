@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from compresso.checkpoint.source import Source, open_source
 from compresso.checkpoint.writes_text import refuse_textless
+from compresso.data.instructions import encode_conversation
+from compresso.data.records import Message
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.metrics.record import Setting
-from compresso.metrics.trust.journal import Journal
+from compresso.metrics.trust.journal import Journal, tokenizer_digest
 
 SUITES = ("refusal", "trust")
 _TRUST_ALONE = ("--scoring", "--generations", "--scorer", "--scorer-label")
@@ -95,11 +99,23 @@ def journal_of(folder: str | Path | None, source: Source, same: Mapping[str, Set
     if folder is None:
         return None
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"--answers {folder} is a file; name a folder, which keeps each model's answers")
+    refuse_answers(folder)
     digest = hashlib.sha256(json.dumps(dict(same), sort_keys=True).encode()).hexdigest()[:12]
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.name)[:60]
     return Journal(folder / f"{name}-{digest}.jsonl", same)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, prompt_on: bool) -> str:
+    """A hash of how a model is asked, which weights do not say: its tokenizer, and its chat format."""
+    ids = encode_conversation(tokenizer, [Message("system", "a"), Message("user", "b")], prompt_on)
+    told = json.dumps([ids, tokenizer_digest(tokenizer)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def refuse_answers(folder: str | Path | None) -> None:
+    """Raise DataError where --answers names a file."""
+    if folder is not None and (place := Path(folder).expanduser()).exists() and not place.is_dir():
+        raise DataError(f"--answers {place} is a file; name a folder, which keeps each model's answers")
 
 
 def check_suite_words(suite: str, options: TrustOptions, corpus: str | None, protocol: str | None) -> None:

@@ -19,6 +19,7 @@ from compresso.checkpoint.workfolder import WorkFolder
 from compresso.core.plan import Plan
 from compresso.door import public
 from compresso.errors import deprecated
+from compresso.metrics.trust.asking import check_asks
 from compresso.runner.asked_budget import said_as_asked
 from compresso.runner.drawn import drawn
 from compresso.runner.execution import Execution, Wishes
@@ -192,7 +193,9 @@ def run(
             quiet=quiet,
             resume=resume,
         )
-        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer, offload)
+        refuse_trust(trust, prepared.recipe.task, prepared.tokenizer is not None, offload)
+        if questions is not None and prepared.tokenizer is not None:
+            check_asks(prepared.tokenizer, prepared.source.name)
         refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)

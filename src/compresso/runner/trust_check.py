@@ -16,7 +16,7 @@ from compresso.job import Job
 from compresso.metrics.guard import Guard
 from compresso.metrics.record import Change, Environment, Measurement
 from compresso.metrics.tasks.ready import data_folder
-from compresso.metrics.trust.asking import ModelRespondent, refuse_template
+from compresso.metrics.trust.asking import ModelRespondent
 from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.journal import Journal, Journalled
 from compresso.metrics.trust.questions import QUICK, QUICK_WRITTEN, Extent, TrustQuestions, questions_of
@@ -66,23 +66,19 @@ def trust_questions(trust: Trust, seed: int = 0) -> TrustQuestions | None:
     return None if trust == "none" else questions_of(TrustData(data_folder(None, FOLDER)), extent_of(trust, seed))
 
 
-def refuse_trust(
-    extent: Trust, task: Task, tokenizer: PreTrainedTokenizerBase | Literal["unread"] | None, offload: bool
-) -> None:
+def refuse_trust(extent: Trust, task: Task, has_tokenizer: bool, offload: bool) -> None:
     """Raise DataError, before weights are read, where a run could not measure what it is asked to."""
     if extent == "none":
         return
     if not task.writes_text:
         raise DataError(f"--trust {extent} asks models that write text, and those of task '{task.name}' do not")
-    if tokenizer is None:
+    if not has_tokenizer:
         raise DataError(f"--trust {extent} asks in words, and the model has no tokenizer; add its files")
     if offload:
         raise DataError(
             f"--trust {extent} asks models in memory, and --offload reads weights from disk; ask the result afterwards"
             " by `compresso evaluate --against`"
         )
-    if tokenizer != "unread":
-        refuse_template(tokenizer, f"--trust {extent}: the model")
 
 
 def trust_found(
@@ -130,7 +126,9 @@ def _by_loss(job: Job, models: Mapping[str, tuple[PreTrainedModel, PreTrainedTok
 
 
 def _journal(job: Job, check: TrustCheck, name: str) -> Journal | None:
+    """Where a model's answers are kept: in another file where other questions are asked, as of files that changed."""
     if check.answers is None:
         return None
+    asked = hashlib.sha256(repr(check.questions.requests()).encode()).hexdigest()[:12]
     run = hashlib.sha256(json.dumps(dict(job.identity), sort_keys=True, default=str).encode()).hexdigest()
-    return Journal(check.answers / f"{name}.jsonl", {"run": run, "model": name})
+    return Journal(check.answers / f"{name}-{asked}.jsonl", {"run": run, "model": name})

@@ -11,11 +11,11 @@ from compresso.checkpoint.source import Source
 from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.errors import CheckpointError, DataError
 from compresso.metrics.forward import context_of
-from compresso.metrics.trust.asking import Limits, Request, has_chat_template, refuse_template
+from compresso.metrics.trust.asking import Limits, Request, check_asks, has_chat_template
 from compresso.metrics.trust.counting import Counting
 from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.questions import TrustQuestions
-from compresso.metrics.trust.refusal_prompts import PromptSet, benign_prompts, harmful_prompts
+from compresso.metrics.trust.refusal_prompts import PromptSet, prompt_sets
 from compresso.metrics.trust.refusal_suite import WHOLE
 from compresso.metrics.trust.suite import answered
 from compresso.runner.devices import REACHED, Planned
@@ -54,14 +54,13 @@ def trust_files(task: Task, trust: Trust, prompts: str | Path | None, benign: st
     """
     if prompts is None and benign is not None:
         raise DataError("--benign is read beside --prompts, and none were given; give both")
-    refuse_trust(trust, task, "unread", False)
+    refuse_trust(trust, task, True, False)
     if prompts is not None and not task.writes_text:
         raise DataError(
             f"--prompts is for models that write text, and those of task '{task.name}' write none; leave it out"
         )
-    files = [] if prompts is None else [harmful_prompts(prompts)]
-    files += [] if prompts is None or benign is None else [benign_prompts(benign)]
-    return TrustFiles(trust, trust_questions(trust), tuple(files))
+    files = () if prompts is None else prompt_sets(prompts, benign)
+    return TrustFiles(trust, trust_questions(trust), files)
 
 
 def trust_costs(source: Source, files: TrustFiles) -> list[dict[str, Any]]:
@@ -86,7 +85,7 @@ def trust_costs(source: Source, files: TrustFiles) -> list[dict[str, Any]]:
         raise DataError(
             f"what trust takes is counted in tokens, and {source.name} has no tokenizer: {error}"
         ) from error
-    refuse_template(tokenizer, f"model {source.name}")
+    check_asks(tokenizer, source.name)
     found: list[dict[str, Any]] = []
     context = context_of(source.config)
     if questions is not None:

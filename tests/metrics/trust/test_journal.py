@@ -50,6 +50,22 @@ def test_a_line_that_was_cut_short_is_asked_again(tmp_path: Path, caplog: pytest
     assert again.asked == 1 and "is damaged; it and what follows is asked again" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"text": None}, {"degenerate": "false"}, {"fits": 1}, {"id": 5}, {"asked": None}, {"text": 5}],
+)
+def test_a_line_of_another_form_is_asked_again(
+    change: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.jsonl"
+    whole = Journalled(Stopping(99), Journal(path, SAME)).write(REQUESTS, Limits(8))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], json.dumps({**json.loads(lines[-1]), **change})]) + "\n")
+    again = Stopping(1)
+    assert Journalled(again, Journal(path, SAME)).write(REQUESTS, Limits(8)) == whole
+    assert again.asked == 1 and "line 31 is damaged" in caplog.text
+
+
 def test_weighed_and_written_answers_to_one_request_are_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "model.jsonl"
     model = Scripted(lambda _: "yes")
@@ -81,17 +97,6 @@ def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     path.write_text("something else\n")
     with pytest.raises(CheckpointError, match="is no journal of answers"):
         Journal(path, SAME)
-
-
-@pytest.mark.parametrize("change", [{"text": None}, {"degenerate": "false"}, {"fits": 1}, {"text": ...}])
-def test_an_answer_that_was_edited_is_one_line(tmp_path: Path, change: dict[str, object]) -> None:
-    path = tmp_path / "model.jsonl"
-    Journalled(Stopping(99), Journal(path, SAME)).write(REQUESTS[:2], Limits(8))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[-1] = {key: value for key, value in {**lines[-1], **change}.items() if value is not ...}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(CheckpointError, match="is no answer as it was written; remove that line"):
-        Journalled(Stopping(99), Journal(path, SAME)).write(REQUESTS[:2], Limits(8))
 
 
 def test_another_template_or_token_is_another_tokenizer() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from compresso.errors import DataError
-from compresso.metrics.trust.refusal_prompts import benign_prompts, harmful_prompts
+from compresso.metrics.trust.refusal_prompts import benign_prompts, harmful_prompts, prompt_sets
 from tests.metrics.trust.scripted import benign_tree, tree
 
 
@@ -115,3 +115,27 @@ def test_what_is_no_prompt_file_is_refused(text: str, said: str, tmp_path: Path)
         harmful_prompts(path)
     with pytest.raises(DataError, match="is no file"):
         harmful_prompts(tmp_path / "absent.yaml")
+
+
+def test_a_task_stands_once_and_in_its_template(tmp_path: Path) -> None:
+    twice: dict[str, Any] = tree()
+    for template in twice:
+        tasks = twice[template]["category 2"]["topic 21"]["medium"]
+        tasks[1] = tasks[0]
+    with pytest.raises(DataError, match="ORIGINAL/2/1/1/1 is the task that stands at ORIGINAL/2/1/1/0"):
+        harmful_prompts(written(tmp_path, twice))
+    bare: dict[str, Any] = tree()
+    bare["T4"] = bare["ORIGINAL"]
+    with pytest.raises(DataError, match="T4/0/0/0/0 is the bare task, as under ORIGINAL; wanted it in"):
+        harmful_prompts(written(tmp_path, bare))
+
+
+def test_both_files_have_the_same_templates(tmp_path: Path) -> None:
+    benign = tmp_path / "benign.json"
+    benign.write_text(json.dumps(benign_tree()))
+    harmful = written(tmp_path, tree())
+    assert [len(one.prompts) for one in prompt_sets(harmful, benign)] == [2475, 2475]
+    other: dict[str, Any] = benign_tree()
+    benign.write_text(json.dumps({{"T7": "T77"}.get(name, name): texts for name, texts in other.items()}))
+    with pytest.raises(DataError, match=r"--benign benign.json: template T77 is none of --prompts prompts.json"):
+        prompt_sets(harmful, benign)

@@ -259,7 +259,7 @@ def test_a_row_of_a_table_has_as_many_cells_as_its_head(kind: str, rows: int, tm
         ("style", b'{"dev": {"x": [{"sentence": "a", "label": 1}], "x": []}}', "'x' stands twice"),
         ("style", b'{"dev": {"x": [{"sentence": "a", "label": "positive"}]}}', 'dev, x, row 1: label is "positive"'),
         ("style", b'{"dev": {"a#b": [{"sentence": "a", "label": 1}]}}', "a name without '#'"),
-        ("knowledge", b'{"test": {"q": [{"question_sentence": "a", "choices": "abc", "answer": ["0"]}]}}', "choices is"),
+        ("knowledge", b'{"test": {"q": [{"question_sentence": "a", "choices": "abc", "answer": "0"}]}}', "choices is"),
         ("knowledge", b'{"test": {"q": [{"question_sentence": "a", "choices": ["a", "b"], "answer": "10"}]}}', '"10"'),
         ("attacks", b'{"sst2": [{"sentence": "a", "label": true}]}', "sst2, row 1: label is true; wanted 0 or 1"),
         ("attacks", b'{"cola": [{"sentence": "a", "label": 1}]}', "no task 'cola' is asked"),
@@ -311,7 +311,7 @@ def test_groups_without_their_file_name_it_and_the_folder(tmp_path: Path) -> Non
 
 def test_a_folder_in_a_files_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "advglue.json").mkdir(parents=True)
-    with pytest.raises(DataError, match="advglue.json is no file"):
+    with pytest.raises(DataError, match=r"advglue\.json is no file"):
         ROBUSTNESS.questions(TrustData(tmp_path), "likelihood", 1)
 
 

@@ -5,19 +5,16 @@ import pytest
 from compresso.data import nano
 from compresso.errors import DataError
 from compresso.loading import load
-from compresso.metrics.trust.asking import refuse_template
+from compresso.metrics.trust.asking import check_asks
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [("", "an empty chat template"), (" \n", "an empty chat template"), ("hello", "leaves the request out")],
-)
-def test_it_is_one_line(template: str, said: str) -> None:
+@pytest.mark.parametrize("template", ["", " \n", "hello"])
+def test_it_is_one_line(template: str) -> None:
     tokenizer = load(nano.path()).tokenizer
     assert tokenizer is not None
     tokenizer.chat_template = template
-    with pytest.raises(DataError, match=said):
-        refuse_template(tokenizer, "model m")
+    with pytest.raises(DataError, match="leaves out what the user says"):
+        check_asks(tokenizer, "m")
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m['content'] | trim }}>{% endfor %}"])
@@ -25,4 +22,4 @@ def test_others_pass(template: str | None) -> None:
     tokenizer = load(nano.path()).tokenizer
     assert tokenizer is not None
     tokenizer.chat_template = template
-    refuse_template(tokenizer, "model m")
+    check_asks(tokenizer, "m")

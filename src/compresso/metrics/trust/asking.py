@@ -19,8 +19,7 @@ from compresso.errors import DataError
 from compresso.metrics.forward import check_ids, context_of, window_logits
 from compresso.metrics.generation import broken, end_tokens, greedy, takes_positions
 
-_PROBE = "What is a library for"
-"""A request that a chat template is tried out with."""
+_PROBE = "where is the mill?"
 
 
 @dataclass(frozen=True)
@@ -179,24 +178,13 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return original_template(single_template(tokenizer)) is not None
 
 
-def refuse_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a model whose chat template leaves out what is asked: every answer would be to the same text.
-
-    Args:
-        tokenizer: of the model.
-        name: of the model, in words.
-
-    Raises:
-        DataError: the template is empty, refuses a request, or does not hold it.
-    """
-    template = original_template(single_template(tokenizer))
-    if template is None:
-        return
-    cure = "mend chat_template in its tokenizer_config.json or chat_template.jinja"
-    if not template.strip():
-        raise DataError(f"{name} has an empty chat template, so that no request would reach it; {cure}")
-    if _PROBE not in conversation_text(tokenizer, [Message("user", _PROBE)]):
-        raise DataError(f"{name}: its chat template leaves the request out, and every answer would be alike; {cure}")
+def check_asks(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise DataError for a model whose chat template leaves out what it is asked, before its weights are read."""
+    if _PROBE not in conversation_text(tokenizer, [Message("user", _PROBE)]).lower():
+        raise DataError(
+            f"model {name}: its chat template leaves out what the user says, so that every request would be the same;"
+            " repair chat_template in its tokenizer files"
+        )
 
 
 def alike_batches(places: Sequence[int], encoded: Sequence[list[int]], together: int) -> Iterator[list[int]]:

@@ -86,7 +86,7 @@ class Journal:
                 value = strict_json.loads(line)
             except ValueError:
                 break
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or (whole and not _is_entry(value)):
                 break
             whole.append(value)
         if not whole or not isinstance(whole[0].get("same"), dict):
@@ -96,6 +96,20 @@ class Journal:
             log.warning("%s: line %d is damaged; it and what follows is asked again", self.path, len(whole) + 1)
             write_text(self.path, "".join(json.dumps(one) + "\n" for one in whole))
         return {str(one.get("id")): one for one in whole[1:]}
+
+
+def _is_entry(value: Mapping[str, Any]) -> bool:
+    """Whether a line after the first holds an answer as it was written."""
+    if not (isinstance(value.get("id"), str) and isinstance(value.get("asked"), str)):
+        return False
+    if "text" in value:
+        return isinstance(value["text"], str) and all(
+            isinstance(value.get(one), bool) for one in ("degenerate", "fits")
+        )
+    if "weights" in value:
+        mine = value["weights"]
+        return mine is None or (isinstance(mine, list) and all(type(one) in (int, float) for one in mine))
+    return isinstance(value.get("looks"), dict)
 
 
 class Journalled:
@@ -129,11 +143,6 @@ class Journalled:
             ask=lambda places: self._respondent.write([requests[i] for i in places], limits),
             out=lambda one: {"text": one.text, "degenerate": one.degenerate, "fits": one.fits},
             back=lambda entry: Answer(entry["text"], entry["degenerate"], entry["fits"]),
-            whole=lambda entry: (
-                isinstance(entry.get("text"), str)
-                and isinstance(entry.get("degenerate"), bool)
-                and isinstance(entry.get("fits"), bool)
-            ),
         )
 
     def weigh(self, requests: Sequence[Request], choices: Sequence[Sequence[str]]) -> list[list[float] | None]:
@@ -146,16 +155,6 @@ class Journalled:
             ask=lambda places: self._respondent.weigh([requests[i] for i in places], [choices[i] for i in places]),
             out=lambda one: {"weights": one},
             back=lambda entry: None if entry["weights"] is None else [float(one) for one in entry["weights"]],
-            whole=lambda entry: (
-                "weights" in entry
-                and (
-                    entry["weights"] is None
-                    or (
-                        isinstance(entry["weights"], list)
-                        and all(type(one) in (int, float) for one in entry["weights"])
-                    )
-                )
-            ),
         )
 
     def _all(
@@ -166,7 +165,6 @@ class Journalled:
         ask: Callable[[Sequence[int]], list[T]],
         out: Callable[[T], Mapping[str, Any]],
         back: Callable[[Mapping[str, Any]], T],
-        whole: Callable[[Mapping[str, Any]], bool],
     ) -> list[T]:
         """What the journal holds, and what is asked for the rest, of like opening and length together: what requests
         begin with is then read once, and few are padded.
@@ -174,12 +172,7 @@ class Journalled:
         found: dict[int, T] = {}
         for i, (id, key) in enumerate(zip(ids, keys, strict=True)):
             entry = None if self._journal is None else self._journal.known(id, key)
-            if entry is not None and self._journal is not None:
-                if not whole(entry):
-                    raise CheckpointError(
-                        f"{self._journal.path}: the line of '{id}' is no answer as it was written; remove that line,"
-                        " which is then asked again"
-                    )
+            if entry is not None:
                 found[i] = back(entry)
         open_ = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: _order(requests[i]))
         with self._progress.running(len(requests), len(found), self._name):

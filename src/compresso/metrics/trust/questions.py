@@ -86,6 +86,11 @@ class TrustQuestions:
     not_toxic: str = ""
     toxic_parts: tuple[str, ...] = ()
 
+    def requests(self) -> list[tuple[Request, tuple[str, ...]]]:
+        """Everything that is asked, with the choices."""
+        asked = [(one.request, one.choices) for dimension in self.asked for one in dimension.questions]
+        return [*asked, *((one, ()) for mine in self.toxic.values() for one in mine)]
+
 
 def questions_of(
     data: TrustData, extent: Extent, scored: bool = False, dimensions: Sequence[Dimension] = DIMENSIONS

@@ -62,6 +62,25 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
 
 
+def prompt_sets(prompts: str | Path, benign: str | Path | None) -> tuple[PromptSet, ...]:
+    """The harmful tasks and, where their file is given, the everyday ones in the same templates.
+
+    Raises:
+        DataError: as `harmful_prompts`, or the templates of one are not those of the other.
+    """
+    harmful = harmful_prompts(prompts)
+    if benign is None:
+        return (harmful,)
+    control = benign_prompts(benign)
+    theirs, mine = ({one.template for one in file.prompts} for file in (harmful, control))
+    if odd := sorted(mine - theirs):
+        raise DataError(
+            f"--benign {control.name}: template {odd[0]} is none of --prompts {harmful.name}, which has"
+            f" {', '.join(sorted(theirs - mine))} for it; give two files of the same templates"
+        )
+    return harmful, control
+
+
 def harmful_prompts(path: str | Path) -> PromptSet:
     """The harmful tasks in all templates.
 
@@ -73,6 +92,7 @@ def harmful_prompts(path: str | Path) -> PromptSet:
     labels = [(c, t, s) for c, topics in bare.items() for t, levels in topics.items() for s in levels]
     if len({severity for *_, severity in labels}) != SEVERITIES:
         raise DataError(f"{name}: severities differ from topic to topic; wanted the same {SEVERITIES} in each")
+    known: dict[str, str] = {}
     prompts: list[Prompt] = []
     for template, tasks in tree.items():
         mine = _categories(tasks, f"{name}: {template}")
@@ -84,8 +104,9 @@ def harmful_prompts(path: str | Path) -> PromptSet:
             for number, (text, task) in enumerate(zip(mine[c][t][s], bare[c][t][s], strict=True)):
                 where = f"{template}/{place // (TOPICS * SEVERITIES)}/{place // SEVERITIES % TOPICS}"
                 where += f"/{place % SEVERITIES}/{number}"
-                if task.strip() not in text:
-                    raise DataError(f"{name}: {where} does not hold the task that stands there under {BARE}")
+                _check_wrapped(name, where, template, text, task)
+                if template == BARE and known.setdefault(task.strip(), where) != where:
+                    raise DataError(f"{name}: {where} is the task that stands at {known[task.strip()]}; wanted another")
                 prompts.append(Prompt(where, template, c, s, task, text))
     return PromptSet(name, sha256, tuple(prompts))
 
@@ -102,10 +123,17 @@ def benign_prompts(path: str | Path) -> PromptSet:
         found = _texts(texts, PER_TEMPLATE, f"{name}: {template}")
         bare = _texts(tree[BARE], PER_TEMPLATE, f"{name}: {BARE}")
         for place, (text, task) in enumerate(zip(found, bare, strict=True)):
-            if task.strip() not in text:
-                raise DataError(f"{name}: {template}/{place} does not hold the task that stands there under {BARE}")
+            _check_wrapped(name, f"{template}/{place}", template, text, task)
             prompts.append(Prompt(f"{BENIGN}/{template}/{place}", template, BENIGN, "", task, text))
     return PromptSet(name, sha256, tuple(prompts))
+
+
+def _check_wrapped(name: str, where: str, template: str, text: str, task: str) -> None:
+    """Raise DataError for a text that does not hold its task, or is the task without a template."""
+    if task.strip() not in text:
+        raise DataError(f"{name}: {where} does not hold the task that stands there under {BARE}")
+    if template != BARE and text.strip() == task.strip():
+        raise DataError(f"{name}: {where} is the bare task, as under {BARE}; wanted it in the template {template}")
 
 
 def _tree(path: str | Path, option: str) -> tuple[str, str, dict[str, Any]]:
