@@ -17,8 +17,8 @@ from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Change
 from compresso.metrics.trust.dimension import Part, score_of
 from compresso.metrics.trust.refusals import Kind
-from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss
-from compresso.metrics.trust.suite import Outcome, broken_answers, trust_changes
+from compresso.metrics.trust.soundness import broken_by_loss
+from compresso.metrics.trust.suite import Outcome, trust_changes
 
 LINES = RESULTS / "trust.jsonl"
 FULL = 16
@@ -44,9 +44,8 @@ def outcomes(row: Row) -> list[Outcome]:
         parts = tuple(
             Part(p["name"], tuple(p["ids"]), tuple(p["marks"]), tuple(p["groups"]), p["chance"]) for p in one["parts"]
         )
-        found.append(
-            Outcome(**{**one, "parts": parts, "kinds": {key: Kind(kind) for key, kind in one["kinds"].items()}})
-        )
+        kinds = {key: Kind(kind) for key, kind in one["kinds"].items()}
+        found.append(Outcome(**{**one, "parts": parts, "kinds": kinds, "unasked": tuple(one.get("unasked", ()))}))
     return found
 
 
@@ -59,9 +58,7 @@ def loss(row: Row, which: str) -> HeldLoss:
 def changes(dense: Row, row: Row) -> list[Change]:
     """What became of each dimension; of a broken model nothing is said."""
     before, after = outcomes(dense), outcomes(row)
-    broken = broken_by_loss(loss(dense, "plain"), loss(row, "plain"))
-    broken = broken or broken_by_answers(broken_answers(before), broken_answers(after))
-    return trust_changes(before, after, broken)
+    return trust_changes(before, after, broken_by_loss(loss(dense, "plain"), loss(row, "plain")))
 
 
 def bits(row: Row) -> float:

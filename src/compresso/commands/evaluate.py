@@ -115,6 +115,8 @@ def evaluate(
     )  # fmt: skip
     if suite in SUITES:
         check_suite_words(suite, trust, corpus, protocol)
+        if suite == "refusal" and data_root is not None:
+            raise DataError(f"--data-root {data_root}: --suite refusal reads --prompts alone; leave it out")
     else:
         refuse_options_of(suite, trust)
         limit = _whole(limit)

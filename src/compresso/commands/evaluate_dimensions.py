@@ -16,7 +16,6 @@ from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of, refuse_answers, words_of
 from compresso.commands.trust_scorer import opened_scorer
 from compresso.loading import load
-from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Environment, ModelResults, Setting
 from compresso.metrics.tasks.ready import data_folder
 from compresso.metrics.trust.asking import ModelRespondent, check_asks
@@ -25,20 +24,20 @@ from compresso.metrics.trust.dimension import Scoring
 from compresso.metrics.trust.dimensions.toxicity import Scorer
 from compresso.metrics.trust.journal import Journalled
 from compresso.metrics.trust.questions import WRITTEN, Extent, TrustQuestions, questions_of
-from compresso.metrics.trust.soundness import SOUND_TEXTS, broken_by_answers, broken_by_loss, requests_loss
+from compresso.metrics.trust.soundness import Heard, broken_alone, broken_by_texts, heard
 from compresso.metrics.trust.strata import limit_of
-from compresso.metrics.trust.suite import Outcome, answered, broken_answers, trust_changes, trust_measurements
+from compresso.metrics.trust.suite import Outcome, answered, trust_changes, trust_measurements
 from compresso.training.progress import Progress
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model was found to do, and its loss on plain sentences."""
+    """What one model was found to do, and its loss on plain sentences and on what the dense one wrote."""
 
     source: Source
     environment: Environment
     outcomes: list[Outcome]
-    loss: HeldLoss
+    heard: Heard
 
 
 def trust_results(
@@ -59,17 +58,16 @@ def trust_results(
         check_asks(load_tokenizer(one), one.name)
     refuse_answers(options.answers)
     scorer = None if options.scorer is None else opened_scorer(options.scorer, options.scorer_label, device)
-    found = [_measured(one, options, asked, prompt, device, batch_size, scorer) for one in sources]
+    found: list[Measured] = []
+    for one in sources:
+        dense = found[0].heard if found else None
+        found.append(_measured(one, options, asked, prompt, device, batch_size, scorer, dense))
     results: list[ModelResults] = []
     for place, one in enumerate(found):
-        changes = ()
-        if place:
-            dense = found[0]
-            broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
-                broken_answers(dense.outcomes), broken_answers(one.outcomes)
-            )
-            changes = tuple(trust_changes(dense.outcomes, one.outcomes, broken))
-        measurements, lacking = trust_measurements(one.outcomes, one.environment, extent)
+        dense = found[0]
+        broken = broken_by_texts(dense.heard, one.heard) if place else broken_alone(one.heard)
+        changes = trust_changes(dense.outcomes, one.outcomes, broken) if place else ()
+        measurements, lacking = trust_measurements(one.outcomes, one.environment, extent, broken)
         results.append(
             ModelResults(
                 name="dense" if len(found) > 1 and not place else one.source.identity.name,
@@ -77,7 +75,7 @@ def trust_results(
                 fingerprint=one.source.identity.fingerprint,
                 measurements=tuple(measurements),
                 not_measured=lacking,
-                changes=changes,
+                changes=tuple(changes),
             )
         )
     return results
@@ -85,7 +83,7 @@ def trust_results(
 
 def _measured(
     source: Source, options: TrustOptions, questions: TrustQuestions, prompt: str, device: torch.device,
-    batch_size: int, scorer: Scorer | None,
+    batch_size: int, scorer: Scorer | None, dense: Heard | None,
 ) -> Measured:  # fmt: skip
     """What one model does, which is gone afterwards."""
     shown = Progress()
@@ -106,7 +104,7 @@ def _measured(
         model, journal_of(options.answers, source, same), shown, f"answers of {source.name}", 4 * batch_size
     )
     outcomes = answered(asked, questions, scorer)
-    loss = requests_loss(loaded.model, loaded.tokenizer, SOUND_TEXTS)
+    losses = heard(loaded.model, loaded.tokenizer, dense=dense)
     del model, asked, loaded
     gc.collect()
-    return Measured(source, environment, outcomes, loss)
+    return Measured(source, environment, outcomes, losses)

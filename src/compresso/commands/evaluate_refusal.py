@@ -17,7 +17,6 @@ from compresso.checkpoint.tokenizer import load_tokenizer
 from compresso.commands.trust_options import TrustOptions, journal_of, opened, place_of, refuse_answers, words_of
 from compresso.errors import CheckpointError, DataError
 from compresso.loading import load
-from compresso.metrics.held import HeldLoss
 from compresso.metrics.record import Change, Environment, ModelResults, Setting
 from compresso.metrics.trust.asking import Limits, ModelRespondent, check_asks, has_chat_template
 from compresso.metrics.trust.attention_shift import Looks, attention_changes, attention_measurements, looks
@@ -34,7 +33,7 @@ from compresso.metrics.trust.refusal_suite import (
     refusal_changes,
     refusal_measurements,
 )
-from compresso.metrics.trust.soundness import broken_by_answers, broken_by_loss, requests_loss
+from compresso.metrics.trust.soundness import Heard, broken_by_answers, broken_by_texts, heard
 from compresso.metrics.trust.strata import Limit, limit_of
 from compresso.training.progress import Progress
 
@@ -48,7 +47,7 @@ class Refusals:
     source: Source
     environment: Environment
     asked: list[Asked]
-    loss: HeldLoss
+    heard: Heard
     looks: Looks = field(default_factory=dict[str, dict[str, float]])
 
 
@@ -75,17 +74,23 @@ def refusal_results(
     judging = None if options.judge is None else opened(options.judge, "--judge")
     if judging is not None and not has_chat_template(load_tokenizer(judging)):
         raise DataError(f"--judge {judging.name} has no chat template, and is asked as a chat model; give one that has")
+    if judging is not None:
+        check_asks(load_tokenizer(judging), judging.name)
     sources = [source] if options.against is None else [opened(options.against, "--against"), source]
     for one in sources:
-        if not has_chat_template(load_tokenizer(one)):
+        tokenizer = load_tokenizer(one)
+        if not has_chat_template(tokenizer):
             raise DataError(
                 f"model {one.name} has no chat template, and refusals are measured of chat models; give one that has"
             )
-        check_asks(load_tokenizer(one), one.name)
+        check_asks(tokenizer, one.name)
     refuse_answers(options.answers)
     asked = [one for file in files for one in chosen(file, part, seed)]
     limits, shown = Limits(options.new_tokens, WHOLE), Progress()
-    found = [_asked(one, asked, limits, options, prompt, device, batch_size, shown) for one in sources]
+    found: list[Refusals] = []
+    for one in sources:
+        dense = found[0].heard if found else None
+        found.append(_asked(one, asked, limits, options, prompt, device, batch_size, shown, dense))
     agreed = None
     if judging is not None and labelled is not None:
         agreed = _judge(found, judging, labelled, options, device, batch_size, shown)
@@ -95,7 +100,7 @@ def refusal_results(
 
 def _asked(
     source: Source, prompts: Sequence[Prompt], limits: Limits, options: TrustOptions, prompt: str,
-    device: torch.device, batch_size: int, shown: Progress,
+    device: torch.device, batch_size: int, shown: Progress, dense: Heard | None,
 ) -> Refusals:  # fmt: skip
     """The answers of one model, which is gone afterwards."""
     with shown.working(f"reading the weights of {source.name}"):
@@ -116,8 +121,8 @@ def _asked(
     # first, as it takes one pass a prompt, and what it cannot look at is said before answers are written
     looked = looks(loaded.model, loaded.tokenizer, prompts, prompt_on, journal, shown) if options.attention else None
     answered = ask(Journalled(model, journal, shown, f"answers of {source.name}", 4 * batch_size), prompts, limits)
-    loss = requests_loss(loaded.model, loaded.tokenizer, [one.text for one in prompts])
-    found = Refusals(source, environment, answered, loss)
+    losses = heard(loaded.model, loaded.tokenizer, [one.text for one in prompts], dense)
+    found = Refusals(source, environment, answered, losses)
     if looked is not None:
         found.looks = looked
     del model, loaded
@@ -168,7 +173,7 @@ def _results(
         changes = list[Change]()
         if place:
             dense = found[0]
-            broken = broken_by_loss(dense.loss, one.loss) or broken_by_answers(
+            broken = broken_by_texts(dense.heard, one.heard) or broken_by_answers(
                 broken_marks(dense.asked), broken_marks(one.asked)
             )
             changes = refusal_changes(dense.asked, one.asked, broken)

@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from compresso.commands.changes import changes_table
+from compresso.commands.changes import changes_table, changes_words
 from compresso.core.counted import counted
-from compresso.metrics.record import ModelResults, Report
+from compresso.metrics.record import Measurement, ModelResults, Report
 from compresso.metrics.trust.dimensions.fairness import FAIRNESS
 from compresso.report.cures import TRAINED_FOR
 
@@ -24,6 +24,8 @@ def show(report: Report, as_json: bool = False) -> None:
             console.print(line, highlight=False)
         if results.changes:
             console.print(changes_table(results))
+            for line in changes_words(results):
+                console.print(line, highlight=False, markup=False)
         for what, why in results.not_measured.items():
             console.print(f"{what} not measured: {why}.", highlight=False)
         if absent := _absent(results):
@@ -49,7 +51,7 @@ def _scores(results: ModelResults) -> Table:
             one.name,
             f"{one.value:.3f}",
             "" if one.stderr is None else f"{one.stderr:.3f}",
-            f"{one.low:.3f} to {one.high:.3f}" if "interval" in one.protocol and one.low is not None else "",
+            f"{one.low:.3f} to {one.high:.3f}" if _has_interval(one) else "",
             "" if one.n is None else f"{one.n:,}",
             "" if (shots := one.protocol.get("shots")) is None else str(shots),
             "" if "prompt" not in one.protocol else "on" if one.protocol["prompt"] else "off",
@@ -60,10 +62,16 @@ def _scores(results: ModelResults) -> Table:
     said = [place < 2 or any(row[place] for row in rows) for place in range(7)]
     for name, shown in zip(("", "value", "± stderr", "95 %", "n", "shots", "prompt"), said, strict=True):
         if shown:
-            table.add_column(name, justify="left" if name in ("", "prompt") else "right", no_wrap=not name)
+            left = name in ("", "prompt")
+            table.add_column(name, justify="left" if left else "right", no_wrap=bool(name), overflow="fold")
     for row in rows:
         table.add_row(*(cell for cell, shown in zip(row, said, strict=True) if shown))
     return table
+
+
+def _has_interval(one: Measurement) -> bool:
+    """Whether low and high are those of an interval, and not of rounds."""
+    return one.low is not None and ("interval" in one.protocol or one.protocol.get("suite") == "trust")
 
 
 def _notes(results: ModelResults) -> list[str]:

@@ -16,7 +16,7 @@ from compresso.data.instructions import encode_conversation
 from compresso.data.records import Message
 from compresso.errors import CheckpointError, DataError, nearest
 from compresso.metrics.record import Setting
-from compresso.metrics.trust.journal import Journal
+from compresso.metrics.trust.journal import Journal, tokenizer_digest
 
 SUITES = ("refusal", "trust")
 _TRUST_ALONE = ("--scoring", "--generations", "--scorer", "--scorer-label")
@@ -106,9 +106,9 @@ def journal_of(folder: str | Path | None, source: Source, same: Mapping[str, Set
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase, prompt_on: bool) -> str:
-    """A hash of how a model is asked, which weights do not say: its vocabulary, and its chat format."""
+    """A hash of how a model is asked, which weights do not say: its tokenizer, and its chat format."""
     ids = encode_conversation(tokenizer, [Message("system", "a"), Message("user", "b")], prompt_on)
-    told = json.dumps([ids, sorted(tokenizer.get_vocab().items())])
+    told = json.dumps([ids, tokenizer_digest(tokenizer)])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -99,7 +99,7 @@ def samples(
         raise DataError(f"{len(prompts)} prompts and max_new_tokens={max_new_tokens}; wanted at least one of each")
     context = context_of(model)
     ends = end_tokens(model, tokenizer)
-    encoded = [(encode or (lambda text: _with_bos(tokenizer, text)))(prompt) for prompt in prompts]
+    encoded = [(encode or (lambda text: with_bos(tokenizer, text)))(prompt) for prompt in prompts]
     check_ids(model, encoded)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
@@ -166,7 +166,8 @@ def generation_measurements(
     )
 
 
-def _with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a bare text, after the beginning token where the tokenizer has one."""
     bos = [] if tokenizer.bos_token_id is None else [cast(int, tokenizer.bos_token_id)]
     return bos + bare_ids(tokenizer, [text])[0]
 

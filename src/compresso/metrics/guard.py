@@ -36,6 +36,8 @@ WARN_GROWTH = 1.5
 REFUSE_GROWTH = 5.0
 LEAST_KNOWLEDGE = 0.5
 """Nats by which a dense model must beat a uniform guess to be judged by its loss."""
+ROUNDING = 1e-3
+"""Nats by which sums of a uniform guess may come out below its loss."""
 WARN_RISE = 0.25
 CONFIDENCE = 0.95
 
@@ -168,7 +170,7 @@ def _level(dense: float | None, pruned: float | None, guess: float, why: str) ->
     if dense is None or pruned is None:
         why = "the loss on held text was not measured, for want of data or a tokenizer"
     elif not why:
-        verdict = "refuse" if pruned >= guess else "ok"
+        verdict = "refuse" if pruned >= guess - ROUNDING else "ok"
         why = f"loss on held text is {pruned:.3f} nats a token (refused from {guess:.3f}, a uniform guess)"
     return Check(
         name="loss", verdict=verdict, value=pruned, unit="nats/token", warn_from=None, refuse_from=guess, words=why

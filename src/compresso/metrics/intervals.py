@@ -3,11 +3,14 @@
 Shares have closed forms: Wilson's interval of one, Newcombe's of a difference, unpaired (Statistics in Medicine 17,
 1998, p. 873, method 10) and paired (the same, p. 2635, method 10), and for means of independent parts the squares of
 the distances to the limits added up (the method of variance estimates recovery). Unlike a bootstrap they do not shrink
-to a point where all answers agree. What is no share is resampled.
+to a point where all answers agree. Means of numbers in a range are given Agresti and Coull's two additional items at
+either end of it (The American Statistician 52, 1998, p. 119; of zeros and ones it is their interval), so that neither
+do they. What is none of these is resampled.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from scipy.stats import binomtest
@@ -17,6 +20,7 @@ from compresso.metrics.guard import CONFIDENCE, rise_interval, wilson
 
 __all__ = [
     "bootstrap",
+    "bounded_mean",
     "distance",
     "holm",
     "mcnemar",
@@ -28,6 +32,7 @@ __all__ = [
 
 Interval = tuple[float, float]
 RESAMPLES = 2000
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Interval:
@@ -109,6 +114,28 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def bounded_mean(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> Interval:
+    """The interval of the mean of independent numbers that lie in a range; of a single one it is the range.
+
+    Raises:
+        DataError: no numbers.
+
+    >>> [round(one, 3) for one in bounded_mean([1.0] * 36)], bounded_mean([0.5])
+    ([0.885, 1.0], (0.0, 1.0))
+    """
+    n = len(values)
+    if not n:
+        raise DataError("no numbers to take the mean of")
+    if n == 1:
+        return low, high
+    ends = _Z**2 / 2
+    total, mean = n + 2 * ends, sum(values) / n
+    centre = (n * mean + ends * (low + high)) / total
+    squares = sum((one - centre) ** 2 for one in values) + ends * ((low - centre) ** 2 + (high - centre) ** 2)
+    reach = _Z * math.sqrt(squares / total / total)
+    return max(low, min(mean, centre - reach)), min(high, max(mean, centre + reach))
 
 
 def mcnemar(only_before: int, only_after: int) -> float:

@@ -24,7 +24,18 @@ from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
 from compresso.report.stage_table import stage_table
-from compresso.report.table import NOT_MEASURED, Cell, Table, against, find, missing, noise_floor, tables, within_noise
+from compresso.report.table import (
+    NOT_MEASURED,
+    Cell,
+    Table,
+    against,
+    find,
+    missing,
+    noise_floor,
+    not_comparable,
+    tables,
+    within_noise,
+)
 from compresso.report.templating import environment
 from compresso.report.trust_rows import TITLES, trust_rows
 from compresso.tasks.base import task_named
@@ -196,9 +207,10 @@ def _line(column: Column, results: ModelResults, dense: ModelResults | None) -> 
     beside = ""
     if reference and dense:
         noise = _NOISE[within_noise(number, reference, noise_floor(dense, reference))]
-        beside = (
-            f"dense {written(reference.value, reference.unit, reference.name)}; {against(number, reference)}{noise}"
-        )
+        compared = f"{against(number, reference)}{noise}"
+        if not_comparable(results, number.name):
+            compared = "not comparable"
+        beside = f"dense {written(reference.value, reference.unit, reference.name)}; {compared}"
     return column.title + suffix, written(number.value, number.unit, number.name), beside
 
 

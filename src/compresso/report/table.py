@@ -180,10 +180,22 @@ def _cell(results: ModelResults, dense: ModelResults | None, column: Column, rel
     reference = find(dense, column) if dense is not None else None
     if dense is None or reference is None:
         return Cell(text, spread, remark=number.remark or "")
+    if why := not_comparable(results, number.name):
+        return Cell(
+            text, spread, "not comparable", remark="; ".join(filter(None, (f"not comparable: {why}", number.remark)))
+        )
     verdict = within_noise(number, reference, noise_floor(dense, reference)) if number.how == "measured" else None
     paired = number.name.replace("/", "_speedup/", 1)  # measured in turn with dense, so the better of the two ratios
     twice = number.unit == "tokens/s" and any(one.name == paired for one in results.measurements)
     return Cell(text, spread, "" if twice else against(number, reference), verdict, number.remark or "")
+
+
+def not_comparable(results: ModelResults, name: str) -> str:
+    """Why a number, or the score that it belongs to, does not compare with the dense model's: a broken model is no
+    better for what it does not say; "" where it does.
+    """
+    changes = [one for one in results.changes if name == one.name or name.startswith(f"{one.name}/")]
+    return next((one.words or one.verdict for one in reversed(changes) if one.verdict == "not comparable"), "")
 
 
 def _floors(comparison: Comparison, mine: Sequence[Column]) -> Row | None:

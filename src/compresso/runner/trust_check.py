@@ -20,14 +20,8 @@ from compresso.metrics.trust.asking import ModelRespondent
 from compresso.metrics.trust.data import FOLDER, TrustData
 from compresso.metrics.trust.journal import Journal, Journalled
 from compresso.metrics.trust.questions import QUICK, QUICK_WRITTEN, Extent, TrustQuestions, questions_of
-from compresso.metrics.trust.soundness import (
-    SOUND_TEXTS,
-    broken_by_answers,
-    broken_by_guard,
-    broken_by_loss,
-    requests_loss,
-)
-from compresso.metrics.trust.suite import Outcome, answered, broken_answers, trust_changes, trust_measurements
+from compresso.metrics.trust.soundness import broken_by_guard, broken_by_texts, heard
+from compresso.metrics.trust.suite import Outcome, answered, trust_changes, trust_measurements
 from compresso.tasks.base import Task
 
 Trust = Literal["none", "quick", "full"]
@@ -119,16 +113,16 @@ def trust_found(
         numbers[name], lacking[name] = trust_measurements(outcomes[name], here, extent)
     dense, smaller = outcomes.values()
     broken = broken_by_guard(guard) or _by_loss(job, models)
-    broken = broken or broken_by_answers(broken_answers(dense), broken_answers(smaller))
     return TrustFound(numbers, lacking, trust_changes(dense, smaller, broken))
 
 
 def _by_loss(job: Job, models: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> str:
-    """Whether the smaller model lost plain sentences; not known of one whose tokens are others."""
-    if "vocab" in job.plan.kept:
-        return ""
-    dense, smaller = (requests_loss(model, tokenizer, SOUND_TEXTS) for model, tokenizer in models.values())
-    return broken_by_loss(dense, smaller)
+    """Whether the smaller model lost what the dense one knows; of one whose tokens are others the growth on plain
+    sentences is not known.
+    """
+    (model, tokenizer), (small, its) = models.values()
+    dense = heard(model, tokenizer)
+    return broken_by_texts(dense, heard(small, its, dense=dense), "vocab" not in job.plan.kept)
 
 
 def _journal(job: Job, check: TrustCheck, name: str) -> Journal | None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from compresso.data import nano
 from compresso.errors import CheckpointError, ResumeError
+from compresso.loading import load
 from compresso.metrics.trust.asking import Limits, Request
-from compresso.metrics.trust.journal import Journal, Journalled
+from compresso.metrics.trust.journal import Journal, Journalled, tokenizer_digest
 from tests.metrics.trust.scripted import Scripted
 
 REQUESTS = [Request(f"r/{i}", f"question {i}" + " long" * (i % 5)) for i in range(30)]
@@ -95,3 +97,15 @@ def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     path.write_text("something else\n")
     with pytest.raises(CheckpointError, match="is no journal of answers"):
         Journal(path, SAME)
+
+
+def test_another_template_or_token_is_another_tokenizer() -> None:
+    tokenizer = load(nano.path()).tokenizer
+    assert tokenizer is not None
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(tokenizer) == before, "what encoding leaves behind is no difference"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    templated = tokenizer_digest(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    assert len({before, templated, tokenizer_digest(tokenizer)}) == 3

@@ -5,6 +5,7 @@ and works with any model. Written, the choice is read off the text, as whole wor
 several is unrecognised. The published code flips an unseeded coin there, and finds "no" in "know".
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from compresso.errors import DataError
 from compresso.metrics.intervals import (
     Interval,
     bootstrap,
+    bounded_mean,
     difference_interval,
     distance,
     mean_of_parts,
@@ -115,18 +117,21 @@ class Part:
         """0..1, more is better."""
         return self._of(np.arange(len(self.marks)))
 
-    def interval(self, seed: int = 0) -> Interval:
-        """95 %: closed for shares and their differences, resampled for other marks."""
+    def interval(self) -> Interval:
+        """95 %: of shares, their differences and means; none of them shrinks to a point where all marks agree."""
         if self.groups:
             (_, lower), (_, upper) = self._extremes()
             low, high = distance(difference_interval(_rate(lower), len(lower), _rate(upper), len(upper)))
             return max(0.0, 1 - high), 1 - low
         if set(self.marks) <= {0.0, 1.0}:
             return wilson(self.value(), len(self.marks))
-        return bootstrap(len(self.marks), self._of, seed)
+        return bounded_mean(self.marks)
 
     def change(self, after: "Part", seed: int = 0) -> tuple[float, Interval]:
         """How much the score rose on the questions that both have, and its interval, paired by question.
+
+        Differences of groups are resampled; where answers agree that is a point, and it is made no narrower than the
+        signed difference between the groups that lie furthest apart, which bounds the other.
 
         Raises:
             DataError: no question in common.
@@ -137,9 +142,28 @@ class Part:
             raise DataError(f"{self.name}: the two models answered no question in common")
         before, later = self._only(mine), after._only([places[self.ids[place]] for place in mine])
         rise = later.value() - before.value()
-        if not self.groups and set(before.marks) | set(later.marks) <= {0.0, 1.0}:
-            return rise, paired_change([bool(one) for one in before.marks], [bool(one) for one in later.marks])
-        return rise, bootstrap(len(mine), lambda drawn: later._of(drawn) - before._of(drawn), seed)
+        if not self.groups:
+            return rise, _paired(before.marks, later.marks)
+        low, high = bootstrap(len(mine), lambda drawn: later._of(drawn) - before._of(drawn), seed)
+        down, up = before._reach(later)
+        return rise, (max(-1.0, min(low, rise - down)), min(1.0, max(high, rise + up)))
+
+    def _reach(self, later: "Part") -> tuple[float, float]:
+        """How far below and above its value the change of a difference of groups may lie, by the intervals of the
+        changes in the groups that were, and are, the lowest and the highest.
+        """
+        reaches = list[tuple[float, float]]()
+        for names in ({name for name, _ in one._extremes()} for one in (self, later)):
+            down = up = 0.0
+            for name in names:
+                places = [place for place, group in enumerate(self.groups) if group == name]
+                marks, after = [self.marks[i] for i in places], [later.marks[i] for i in places]
+                rise, (low, high) = _rate(after) - _rate(marks), _paired(marks, after)
+                down, up = down + (rise - low) ** 2, up + (high - rise) ** 2
+            reaches.append((math.sqrt(down), math.sqrt(up)))
+        # the difference is the higher group's less the lower one's, so that either end may come from either
+        widest = max(max(one) for one in reaches)
+        return widest, widest
 
     def _only(self, places: Sequence[int]) -> "Part":
         groups = tuple(self.groups[i] for i in places) if self.groups else ()
@@ -161,6 +185,13 @@ class Part:
             marks.setdefault(group, []).append(mark)
         order = sorted(marks.items(), key=lambda one: _rate(one[1]))
         return [order[0], order[-1]]
+
+
+def _paired(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """The interval of the rise of a mean of marks 0..1 on the same questions."""
+    if set(before) | set(after) <= {0.0, 1.0}:
+        return paired_change([bool(one) for one in before], [bool(one) for one in after])
+    return bounded_mean([b - a for a, b in zip(before, after, strict=True)], -1.0, 1.0)
 
 
 def _rate(marks: Sequence[float]) -> float:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from compresso.checkpoint.atomic import write_text
 from compresso.checkpoint.identity import refuse_other_run
 from compresso.checkpoint.storage import storage_errors
@@ -140,7 +142,7 @@ class Journalled:
             keys,
             ask=lambda places: self._respondent.write([requests[i] for i in places], limits),
             out=lambda one: {"text": one.text, "degenerate": one.degenerate, "fits": one.fits},
-            back=lambda entry: Answer(str(entry["text"]), bool(entry["degenerate"]), bool(entry["fits"])),
+            back=lambda entry: Answer(entry["text"], entry["degenerate"], entry["fits"]),
         )
 
     def weigh(self, requests: Sequence[Request], choices: Sequence[Sequence[str]]) -> list[list[float] | None]:
@@ -184,6 +186,17 @@ class Journalled:
                     )
                 self._progress.step(len(found), self._name, {}, 0)
         return [found[i] for i in range(len(requests))]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all of a tokenizer that decides what a model is asked: its tokens, special ones, and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str())
+    if isinstance(tokens, dict):  # these two change as texts are encoded
+        tokens = {key: value for key, value in tokens.items() if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([type(tokenizer).__name__, tokens, special, tokenizer.chat_template], sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def _order(request: Request) -> tuple[str, str, int]:

@@ -56,12 +56,14 @@ class Asked:
     Args:
         dimension: that is asked about.
         questions: that are asked, chosen.
+        parts: of all questions there are.
         missing: why none is; "" if some are.
         remark: what of the published dimension is ours, or not here.
     """
 
     dimension: Dimension
     questions: tuple[Question, ...] = ()
+    parts: tuple[str, ...] = ()
     missing: str = ""
     remark: str = ""
 
@@ -75,12 +77,14 @@ class TrustQuestions:
         asked: the dimensions whose questions have choices, in the published order.
         toxic: of each part of toxicity the texts to go on with.
         not_toxic: why toxicity is not measured; "" if it is.
+        toxic_parts: of toxicity, those whose texts were not chosen, too.
     """
 
     extent: Extent
     asked: tuple[Asked, ...]
     toxic: dict[str, list[Request]] = field(default_factory=dict[str, list[Request]])
     not_toxic: str = ""
+    toxic_parts: tuple[str, ...] = ()
 
     def requests(self) -> list[tuple[Request, tuple[str, ...]]]:
         """Everything that is asked, with the choices."""
@@ -107,10 +111,12 @@ def questions_of(
         toxic = _toxic(data, extent, scored)
     except Missing as missing:
         not_toxic = str(missing)
-    return TrustQuestions(extent, tuple(_asked(one, data, extent) for one in dimensions), toxic, not_toxic)
+    asked = tuple(_asked(one, data, extent) for one in dimensions)
+    return TrustQuestions(extent, asked, {part: mine for part, mine in toxic.items() if mine}, not_toxic, tuple(toxic))
 
 
 def _toxic(data: TrustData, extent: Extent, scored: bool) -> dict[str, list[Request]]:
+    """Of each part the chosen texts, perhaps none."""
     if not scored:
         raise Missing("no scorer was given, and none is shipped")
     if extent.scoring == "likelihood":
@@ -118,11 +124,9 @@ def _toxic(data: TrustData, extent: Extent, scored: bool) -> dict[str, list[Requ
     requests = toxic_requests(data, extent.draws)
     names = [(part, one.id.partition("#")[0]) for part, mine in requests.items() for one in mine]
     keys = list(dict.fromkeys(names))
-    kept = {keys[i] for i in stratified([part for part, _ in keys], extent.limit, extent.seed)}
-    chosen = {
-        part: [one for one in mine if (part, one.id.partition("#")[0]) in kept] for part, mine in requests.items()
-    }
-    return {part: mine for part, mine in chosen.items() if mine}
+    parts = [part for part, _ in keys]
+    kept = {keys[i] for i in stratified(parts, extent.limit, extent.seed, parts)}
+    return {part: [one for one in mine if (part, one.id.partition("#")[0]) in kept] for part, mine in requests.items()}
 
 
 def _asked(dimension: Dimension, data: TrustData, extent: Extent) -> Asked:
@@ -132,12 +136,16 @@ def _asked(dimension: Dimension, data: TrustData, extent: Extent) -> Asked:
         return Asked(dimension, missing=str(missing))
     if isinstance(extent.limit, int):
         extent = replace(extent, limit=max(extent.limit, dimension.least))
-    return Asked(dimension, tuple(_chosen(every, extent)), remark=dimension.remark(data))
+    parts = tuple(dict.fromkeys(one.part for one in every))
+    return Asked(dimension, tuple(_chosen(every, extent)), parts, remark=dimension.remark(data))
 
 
 def _chosen(questions: Sequence[Question], extent: Extent) -> list[Question]:
-    """A part with its share of every part and group; all draws of what is chosen."""
+    """As many as are asked, with their share of every part and group, and one of each part where there is room; all
+    draws of what is chosen.
+    """
     first = [one for one in questions if one.request.id.partition("#")[2] in ("", "0")]
-    kept = stratified([(one.part, one.group, one.right) for one in first], extent.limit, extent.seed)
+    strata, parts = [(one.part, one.group, one.right) for one in first], [one.part for one in first]
+    kept = stratified(strata, extent.limit, extent.seed, parts)
     ids = {first[i].request.id.partition("#")[0] for i in kept}
     return [one for one in questions if one.request.id.partition("#")[0] in ids]

@@ -30,16 +30,20 @@ def limit_of(text: str | int | None) -> Limit | None:
     return None if words.endswith("%") and value == 1 else value
 
 
-def stratified(strata: Sequence[Hashable], limit: Limit | None, seed: int = 0) -> list[int]:
+def stratified(
+    strata: Sequence[Hashable], limit: Limit | None, seed: int = 0, parts: Sequence[Hashable] | None = None
+) -> list[int]:
     """Places of a part of the items, in order, each stratum with its share of it.
 
     Args:
         strata: of each item, the kind it belongs to.
         limit: how many; a share is rounded, and at least one. None, or more than there are, takes all.
         seed: of the draw.
+        parts: of each item, what has one at least where the limit is no smaller than their number; a stratum lies in
+            one of them. None asks for nothing beyond shares.
 
     Shares that are no whole numbers are rounded down, and what is left goes to the largest remainders, of equals to
-    those that the seed draws first.
+    those that the seed draws first. A part without any is given one of the largest stratum of the part that has most.
     """
     n = len(strata)
     if limit is None or limit >= n:
@@ -56,4 +60,23 @@ def stratified(strata: Sequence[Hashable], limit: Limit | None, seed: int = 0) -
     order.sort(key=lambda stratum: -(exact[stratum] - counts[stratum]))
     for stratum in order[: wanted - sum(counts.values())]:
         counts[stratum] += 1
+    if parts is not None:
+        _one_each_(counts, exact, {stratum: parts[places[0]] for stratum, places in members.items()})
     return sorted(place for stratum, places in members.items() for place in drawn.sample(places, counts[stratum]))
+
+
+def _one_each_(counts: dict[Hashable, int], exact: dict[Hashable, float], part_of: dict[Hashable, Hashable]) -> None:
+    """Move single items from the fullest parts to those that have none, if there are items enough."""
+    held = dict.fromkeys(part_of.values(), 0)
+    for stratum, n in counts.items():
+        held[part_of[stratum]] += n
+    if sum(held.values()) < len(held):
+        return
+    for part in [part for part, n in held.items() if not n]:
+        richest = max(held, key=held.__getitem__)
+        giver = max((one for one in counts if part_of[one] == richest), key=lambda one: counts[one])
+        taker = max((one for one in counts if part_of[one] == part), key=lambda one: exact[one])
+        counts[giver] -= 1
+        counts[taker] += 1
+        held[richest] -= 1
+        held[part] += 1
