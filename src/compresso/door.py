@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from compresso.errors import ArgumentError, CompressoError, nearest
 from compresso.wording import meant, named, worded
@@ -90,6 +90,9 @@ def _checked(verb: str, name: str, value: Any, wanted: Any) -> Any:
     try:
         _adapter(wanted).validate_python(value)
     except ValidationError as error:
+        words = [one for kind in _kinds(wanted) if typing.get_origin(kind) is Literal for one in typing.get_args(kind)]
+        if isinstance(value, str) and words:
+            raise ArgumentError(f"{given} is unknown; {nearest(value, words)}") from error
         raise ArgumentError(f"{given}: wanted {_words(wanted)}, got {_got(value)}") from error
     return value
 
@@ -158,6 +161,8 @@ def _word(kind: Any) -> str:
         return f"a list of {inner.removeprefix('a ')}s" if " or " not in inner else f"a list, each {inner}"
     if origin is Mapping:
         return "a mapping of strings"
+    if origin is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
     if kind in _WORDS or origin is not None:
         return _WORDS.get(kind, str(kind))
     return f"a {kind.__module__.partition('.')[0]}.{kind.__name__}"

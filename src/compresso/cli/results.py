@@ -125,7 +125,8 @@ def evaluate(
     limit: Annotated[
         str | None,
         typer.Option(
-            callback=_limit, help="Most items of each task, the first ones; of refusal and trust also a share, as 5%."
+            callback=_limit,
+            help="Most items of each task, the first ones; of refusal and trust also a share, as 5%, drawn by --seed.",
         ),
     ] = None,
     corpus: Annotated[

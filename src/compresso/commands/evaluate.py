@@ -78,7 +78,7 @@ def evaluate(
             than its windows.
         prompt: the collaborative prompt before the requests of tasks; "auto": on if the model was pruned with it.
         limit: most items of each task, the first ones; of refusal and trust a number of items or a share such as "5%",
-            with its part of every kind.
+            drawn by the seed, with its part of every kind.
         data_root: folder with local files; None: that of COMPRESSO_DATA, if set, else the hub.
         batch_size: rows a forward.
         device: auto, cpu, cuda or cuda:N.
@@ -115,8 +115,6 @@ def evaluate(
     )  # fmt: skip
     if suite in SUITES:
         check_suite_words(suite, trust, corpus, protocol)
-        if suite == "refusal" and data_root is not None:
-            raise DataError(f"--data-root {data_root}: --suite refusal reads --prompts alone; leave it out")
     else:
         refuse_options_of(suite, trust)
         limit = _whole(limit)

@@ -35,10 +35,12 @@ def show(report: Report, as_json: bool = False) -> None:
 def _shortened(results: ModelResults) -> list[str]:
     """That a part of the items was asked, and which; nothing where all were."""
     limits = {limit: one.protocol for one in results.measurements if (limit := one.protocol.get("limit"))}
+    measured = {one.name for one in results.measurements}
     firsts = [int(limit) for limit, how in limits.items() if how.get("suite") != "trust"]
     told = [f"Only the first {counted(most, 'item')} of each task" for most in sorted(firsts)[-1:]]
     for limit in (limit for limit, how in limits.items() if how.get("suite") == "trust"):
-        least = "" if isinstance(limit, str) else f" (fairness at least {FAIRNESS.least})"
+        raised = not isinstance(limit, str) and int(limit) < FAIRNESS.least and f"trust/{FAIRNESS.name}" in measured
+        least = f" (fairness at least {FAIRNESS.least})" if raised else ""
         part = limit if isinstance(limit, str) else f"{counted(int(limit), 'question')} of a dimension"
         told.append(f"Only {part}, every kind with its share{least}")
     return [f"{line}: not comparable with published scores." for line in told]
