@@ -269,8 +269,8 @@ class LoraShear:
             allocate(pool, {axis.name: torch.zeros(axis.size) for axis in pool}, cost, self.budget())
             n = len(pool) - len(chosen)
             raise BudgetError(
-                f"stage 'lorashear': {error}; unprunable={self.unprunable} keeps {n} of {len(pool)} axes whole: lower"
-                " it or raise keep"
+                f"stage 'lorashear': {error.uncured or error}; unprunable={self.unprunable} keeps {n} of"
+                f" {len(pool)} axes whole: lower it or raise keep"
             ) from error
 
 

@@ -97,9 +97,8 @@ class Repair:
         """Raise RecipeError for mixtures of experts, whose stacks show no inputs to fit by."""
         if any(axis.kind == Kind.EXPERT for axis in arch.axes(model)):
             raise RecipeError(
-                "repair fits single linears by what they read, and the experts of this model are stacked. Where a stage"
-                " has repair set, give it none, as in --set stages.drop_layers.repair=none; where repair is a stage of"
-                " its own, take another recipe, or a copy of this one without it (`compresso recipes` shows it)"
+                "repair fits single linears by what they read, and the experts of this model are stacked. Take"
+                " another recipe, or a copy of this one without its repair (`compresso recipes` shows it)"
             )
 
     def work(self, model: PreTrainedModel, arch: Arch) -> Sequence[Passes]:

@@ -16,8 +16,10 @@ from compresso.stage import card
 
 Again = Callable[[Mapping[str, Any]], object]
 """Acts a recipe out under other options. Raises CompressoError."""
-TRIES = 12
+TRIES = 5
 """Shares that are tried at most, each past what held the one before up."""
+_STEP = 1.05
+"""How much more the next is than the one before, at least."""
 ABLE = "gate_taylor"
 """A stage that chooses among most kinds."""
 _BY_IT = (Kind.CHANNEL, Kind.EXPERT, Kind.EXPERT_CHANNEL, Kind.HEAD)
@@ -47,39 +49,43 @@ def cured(error: BudgetError, given: Mapping[str, Any], again: Again) -> BudgetE
         return error
     found, knobs = shortfall_of(error), card(refused.stage).knobs
     ways: list[str] = []
-    least = _least(given, again, refused.stage, found)
+    least, last = _least(given, again, refused.stage, found)
     if least is not None and least < 1:
         ways.append(f"raise keep to {least:g}")
     if found is not None and (sets := _lowered(found, given, again, refused.stage, knobs)):
         ways.append(f"give {' '.join(sets)}")
     keep = 1.0 if found is None else found.keep
     other = _other_kinds(refused, keep, given, again, raised=not ways) if "kinds" in knobs else ""
-    if least is None and found is not None and not ways and not other:
-        return error
+    if last is not None and not ways and not other:
+        wall = f"stage '{refused.stage}': {refused.uncured}. With a larger share it is refused, too: {last}"
+        return BudgetError(wall, found, refused)
     none = "; no keep below 1 does here" if least == 1 else ""
     ways += [way for way in (other or _elsewhere(refused, keep),) if way]
     said = ", or ".join(ways) or "choose another recipe"
     return BudgetError(f"stage '{refused.stage}': {refused.uncured}{none}. {said[0].upper()}{said[1:]}", found, refused)
 
 
-def _least(given: Mapping[str, Any], again: Again, stage: str, found: Shortfall | None) -> float | None:
-    """The least share that nothing speaks against, in ten-thousandths, at most 1; None where it is not the share that
-    is refused.
+def _least(
+    given: Mapping[str, Any], again: Again, stage: str, found: Shortfall | None
+) -> tuple[float | None, CompressoError | None]:
+    """A share that nothing speaks against, in ten-thousandths, at most 1: the least that the refusals tell of, or a
+    twentieth more where they creep. None, with what speaks against more, where it is not the share that is refused.
     """
     tried: float | None = None
+    last: CompressoError | None = None
     for _ in range(TRIES):
         if found is None:
-            return None
-        share = found.share if tried is None else tried * found.share / found.keep
-        tried = max(math.ceil(share * 1e4 - 1e-6) / 1e4, 0.0 if tried is None else tried + 1e-4)
+            return None, last
+        share = found.share if tried is None else max(tried * found.share / found.keep, tried * _STEP)
+        tried = math.ceil(share * 1e4 - 1e-6) / 1e4
         if tried >= 1:
-            return 1.0
+            return 1.0, None
         try:
             again(with_keep(given, stage, tried))
-            return tried
+            return tried, None
         except CompressoError as error:
-            found = shortfall_of(error)
-    return None
+            found, last = shortfall_of(error), error
+    return None, last
 
 
 def with_keep(given: Mapping[str, Any], stage: str, keep: float) -> dict[str, Any]:
@@ -98,8 +104,8 @@ def _lowered(
 ) -> list[str]:
     """Options that let go what holds a budget up, one after the other; none where that does not help."""
     lowered: dict[str, int] = {}
-    while found is not None and any(lowered.get(name) != value for name, value in found.knobs.items()):
-        lowered |= found.knobs
+    while found is not None and found.knobs.keys() - lowered.keys():
+        lowered = {**found.knobs, **lowered}  # none is set twice: two could undo each other for ever
         if not {name.partition(".")[0] for name in lowered} <= {*knobs}:
             return []
         sets = [f"stages.{stage}.{name}={value}" for name, value in lowered.items()]
@@ -125,7 +131,7 @@ def _other_kinds(refused: Refused, keep: float, given: Mapping[str, Any], again:
             again(more)
             return f'give --set "{one}"'
         except CompressoError as error:
-            least = None if not raised else _least(more, again, refused.stage, shortfall_of(error))
+            least, _ = _least(more, again, refused.stage, shortfall_of(error)) if raised else (None, None)
             if least is not None and least < 1:
                 return f'give --set "{one}" and raise keep to {least:g}'
     return ""
