@@ -26,7 +26,7 @@ from compresso.engines.llama_quantize import KINDS
 from compresso.engines.onnx_runtime import OnnxEngine
 from compresso.engines.parity import Parity
 from compresso.errors import CheckpointError, ExportError
-from compresso.formats import gguf, onnx
+from compresso.formats import gguf, gguf_tensors, onnx
 from compresso.formats.hf import save_checkpoint
 
 reader = pytest.importorskip("gguf", reason="gguf: not installed")
@@ -92,8 +92,8 @@ def test_an_onnx_folder_that_reads_back_differently_is_not_left(
 @engine
 def test_a_file_that_reads_back_differently_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = lambda tensor, size, heads=0: _maker(tensor, size)  # noqa: E731 - rows of q and k in transformers' order
-    _maker = gguf._maker
-    monkeypatch.setattr(gguf, "_maker", wrong)
+    _maker = gguf_tensors._maker
+    monkeypatch.setattr(gguf_tensors, "_maker", wrong)
     path = tmp_path / "nano.gguf"
     path.write_bytes(b"GGUF of old, general.written_by compresso export")
     with pytest.raises(
