@@ -16,10 +16,10 @@ from compresso.stage import card
 
 Again = Callable[[Mapping[str, Any]], object]
 """Acts a recipe out under other options. Raises CompressoError."""
-TRIES = 5
+TRIES = 7
 """Shares that are tried at most, each past what held the one before up."""
-_STEP = 1.05
-"""How much more the next is than the one before, at least."""
+_STEP, _CREEPS = 1.05, 3
+"""How much more the next is than the one before, at least, once so many took what the refusals told."""
 ABLE = "gate_taylor"
 """A stage that chooses among most kinds."""
 _BY_IT = (Kind.CHANNEL, Kind.EXPERT, Kind.EXPERT_CHANNEL, Kind.HEAD)
@@ -73,11 +73,12 @@ def _least(
     """
     tried: float | None = None
     last: CompressoError | None = None
-    for _ in range(TRIES):
+    for n in range(TRIES):
         if found is None:
             return None, last
-        share = found.share if tried is None else max(tried * found.share / found.keep, tried * _STEP)
-        tried = math.ceil(share * 1e4 - 1e-6) / 1e4
+        least = 0.0 if tried is None else tried * _STEP if n > _CREEPS else tried + 1e-4
+        share = found.share if tried is None else tried * found.share / found.keep
+        tried = max(math.ceil(share * 1e4 - 1e-6) / 1e4, math.ceil(least * 1e4 - 1e-6) / 1e4)
         if tried >= 1:
             return 1.0, None
         try:
