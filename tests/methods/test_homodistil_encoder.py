@@ -266,6 +266,8 @@ def test_the_knob_that_holds_a_budget_up_is_named(make: Make, knob: dict[str, An
 def test_heads_that_all_stay_are_no_knob_to_lower(tmp_path: Path, kinds: list[str]) -> None:
     BertConfig(**SIZES, architectures=["BertForSequenceClassification"]).save_pretrained(tmp_path)
     raw = {"name": "r", "stages": [{"homodistil": {"keep": 0.05, "of": "blocks", "kinds": kinds}}]}
-    with pytest.raises(BudgetError, match="name other kinds: all heads stay, as a bert config cannot say") as caught:
+    with pytest.raises(
+        BudgetError, match=r"all heads stay, as a bert config cannot .*stages\.homodistil\.kinds="
+    ) as caught:
         compresso.plan(raw, tmp_path, task="classification")
     assert "multiple_of" not in str(caught.value)
