@@ -105,6 +105,15 @@ def test_labels_and_layers_together_with_widths(folder: Path) -> None:
         open_source(folder)
 
 
+@pytest.mark.parametrize(("heads", "shared"), [(4, 3), (4, 8), (3, 2)])
+def test_heads_that_cannot_share_are_refused_before_anything_is_counted(heads: int, shared: int, folder: Path) -> None:
+    change(folder, num_attention_heads=heads, num_key_value_heads=shared)
+    wrong = f"num_attention_heads is {heads}, of which num_key_value_heads, {shared}, is no divisor"
+    for opening in (lambda: open_source(folder), lambda: inspect(folder), lambda: plan("moe/block-drop", str(folder))):
+        with pytest.raises(CheckpointError, match=wrong):
+            opening()
+
+
 def test_layers_are_compared_with_those_that_are_stored(folder: Path, tmp_path: Path) -> None:
     """Also where weights are not asked for; of a class that nobody described, too."""
     wrong = "num_hidden_layers is 500, and the weights beside it are of layers 0 to 1"

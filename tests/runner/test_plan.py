@@ -266,3 +266,13 @@ def test_assignments_are_counted_by_the_cube_of_the_width(monkeypatch: pytest.Mo
     monkeypatch.setattr(merge_experts.time, "process_time", lambda: float(next(ticks)))
     assert Merging(3, 32, 48).seconds_of_assignments() == 24.0
     assert Merging(3, 8, 48).seconds_of_assignments() == 3.0
+
+
+def test_examples_are_counted_no_longer_than_the_model_reads() -> None:
+    """As a run cuts them, whatever was typed."""
+    context = int(json.loads((nano.path() / "config.json").read_text())["max_position_embeddings"])
+    typed, cut = (
+        plan(override(read("compresso/nano"), "data.max_length", length), str(nano.path()))
+        for length in (100 * context, context)
+    )
+    assert typed["training"] == cut["training"] and typed["stages"] == cut["stages"]

@@ -27,6 +27,7 @@ from compresso.runner.engine_shapes import (
     without_multiple,
     words,
 )
+from compresso.runner.examples import within_context
 from compresso.runner.inspection import warn_of_damage
 from compresso.runner.options import recipe_for
 from compresso.runner.plan_devices import GRADIENT_BYTES, TRAINED_BYTES, flops_of_each, room, spread_bytes
@@ -105,6 +106,7 @@ def plan(
     files = trust_files(recipe.task, trust, prompts, benign)
     where = planned(device)
     refuse_together([act.name for act in recipe.acts], where.count)
+    recipe = within_context(recipe, source.config)  # what a run reads: no longer than the model does
     shown = dry_run(recipe, source, where.count if where.known else None)
     refuse_layout(shown, layout, source)
     found = None
