@@ -62,7 +62,10 @@ def cured(error: BudgetError, given: Mapping[str, Any], again: Again) -> BudgetE
     none = "; no keep below 1 does here" if least == 1 else ""
     ways += [way for way in (other or _elsewhere(refused, keep),) if way]
     said = ", or ".join(ways) or "choose another recipe"
-    return BudgetError(f"stage '{refused.stage}': {refused.uncured}{none}. {said[0].upper()}{said[1:]}", found, refused)
+    there = "" if refused.kinds or not refused.others else f"; it has {', '.join(sorted(refused.others))}"
+    there += ": name some of those" if there and ways else ""
+    told = f"stage '{refused.stage}': {refused.uncured}{there}{none}. {said[0].upper()}{said[1:]}"
+    return BudgetError(told, found, refused)
 
 
 def _least(
