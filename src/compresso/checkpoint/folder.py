@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
-from compresso.checkpoint.bounds import check_numbers
+from compresso.checkpoint.bounds import check_numbers, unshared_heads
 from compresso.checkpoint.header import TensorInfo, read_header
 from compresso.checkpoint.least import check_mixture
 from compresso.checkpoint.links import check_links
@@ -97,12 +97,17 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     cls = CONFIG_MAPPING[model_type]
     if cls.__module__.startswith("transformers."):
         data.pop("auto_map", None)  # of code that is not run; what is written from this config must not name it either
+    unshared = unshared_heads(data)
     try:
         config = cls.from_dict(data)
     except Exception as error:  # a config class may fail on malformed values in any way
+        besides = f" Besides, {unshared}." if unshared else ""
         raise CheckpointError(
-            f"{path} is not a valid {model_type} config: {reason_of(error).rstrip('.')}. Fetch or write the file again."
+            f"{path} is not a valid {model_type} config: {reason_of(error).rstrip('.')}.{besides} Fetch or write the"
+            " file again."
         ) from error
+    if unshared:
+        raise CheckpointError(f"{path}: {unshared}. Check the config.")
     check_mixture(path, config, data)
     return config
 
