@@ -1,6 +1,8 @@
 """What a stage is: its registration and knobs, what it may offer to a run, and what it costs.
 
 contract    what a stage must do and may offer
+work        what it costs: the passes it takes, and what it trains
+sweep_work  the same of stages that go through the blocks one by one
 registry    `@stage`, the catalogue's cards, what a stage does to a model, which orders work
 knobs       knobs that many stages share, as values that a stage is composed of
 flat        how those knobs stand flat in recipes: {keep: 0.5, rank: 8}
@@ -16,27 +18,23 @@ from compresso.stage.contract import (
     Compresses,
     FitsModel,
     Follows,
-    Foreign,
     KeepsZeros,
-    Learning,
     Learns,
     LearnsBlocks,
     Merges,
     NeedsMore,
-    Passes,
     PlansShapes,
     ReachesLayers,
     Remarks,
     Shrinks,
     Stage,
     Sweeps,
-    learned_bytes,
-    search_passes,
-    sweep_passes,
 )
 from compresso.stage.flat import Knobs, dumped, group, groups_of, knobs_of
 from compresso.stage.knobs import AdamW, Calibrates, Removes, Trains, TunesLora, Watches
 from compresso.stage.registry import Card, Effects, card, cards, check_order, refuse_together, stage, zeroing
+from compresso.stage.sweep_work import learned_bytes, search_passes, sweep_passes
+from compresso.stage.work import Foreign, Learning, Passes
 
 __all__ = [
     "AdamW",

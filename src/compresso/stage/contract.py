@@ -21,19 +21,18 @@
 Which of them a stage offers is decided by its methods: there is nothing to inherit.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compresso.arch.base import Arch
-from compresso.core.axis import Axis, Kind
+from compresso.core.axis import Axis
 from compresso.core.budget import Budget
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.core.row import Row
-from compresso.stage.knobs import Trains, TunesLora
+from compresso.stage.work import Learning, Passes
 
 if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and sweeps their types alone
     from compresso.edit.merge_experts import Merging
@@ -42,94 +41,6 @@ if TYPE_CHECKING:  # a job knows nothing of stages, and this module of jobs and 
     from compresso.sweep.compressed import Compressed
     from compresso.sweep.shares import ShareAllocation, ShareSearch
     from compresso.sweep.targets import Groups
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A model that is no form of the run's own: its parameters, and its multiply-accumulates of a whole example."""
-
-    parameters: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Passes that a stage runs its model through.
-
-    Args:
-        what: they are for, in a word: "calibration", "search", "training", "teacher".
-        examples: that pass, those of later updates counted anew; at most, since data may hold fewer. None where the
-            length of the data decides.
-        forwards, backwards: of the whole model, on each of them.
-        weights: whether the backward passes take gradients of weights, which cost as much again as those of
-            activations.
-        dense: whether it is the dense model that runs, not the stage's own.
-        other: another model that runs in the place of both; None for none.
-    """
-
-    what: str
-    examples: int | None
-    forwards: float = 1
-    backwards: float = 0
-    weights: bool = False
-    dense: bool = False
-    other: Foreign | None = None
-
-
-@dataclass(frozen=True)
-class Learning:
-    """What a stage trains.
-
-    Args:
-        trains: how.
-        phases: durations in the order of training.
-        lora: the adapters that learn; None where all weights do.
-        gates: kinds of units that have a gate that learns.
-        by_adapters: units are scored by their adapters, which targets must allow.
-        teacher: the dense model runs beside it.
-        chunk: tokens whose logits exist at a time; None for all.
-        cached: the teacher runs before it instead, and this many outcomes of each place are kept on disk; None where it
-            does not.
-        frozen: no weights of the model learn, and no adapters do.
-        own: of a model, the numbers that learn beside its weights, by name; None for none.
-        spreads: whether FSDP 2 spreads the model over processes meanwhile, and a live teacher's blocks.
-        other: counts another model that teaches in the place of the dense one; None where that does.
-    """
-
-    trains: Trains
-    phases: Sequence[int | str]
-    lora: TunesLora | None
-    gates: Sequence[Kind] = ()
-    by_adapters: bool = False
-    teacher: bool = False
-    chunk: int | None = None
-    cached: int | None = None
-    frozen: bool = False
-    own: Callable[[PreTrainedModel], dict[str, int]] | None = None
-    spreads: bool = False
-    other: Callable[[], Foreign] | None = None
-
-    @property
-    def updates(self) -> int | None:
-        """Updates in all; the cap, or None without one, where an epoch's length decides."""
-        if not all(isinstance(phase, int) for phase in self.phases):
-            return self.trains.max_steps
-        return sum(self.trains.updates(1, self.phases))
-
-    def passes(self) -> list[Passes]:
-        """The passes of the training, and the teacher's."""
-        examples = None if self.updates is None else self.updates * self.trains.batch
-        own = Passes("training", examples, backwards=1, weights=self.lora is None and not self.frozen)
-        if not self.teacher:
-            return [own]
-        other = self.other and self.other()
-        return [own, Passes("teacher", examples, dense=other is None, other=other)]
-
-    def parameters_of_teacher(self, dense: int) -> int:
-        """Of the model that teaches, 0 for none. dense: those of the dense one."""
-        if not self.teacher:
-            return 0
-        return dense if self.other is None else self.other().parameters
 
 
 @runtime_checkable
@@ -342,42 +253,3 @@ class LearnsBlocks(Protocol):
     """
 
     learned_bytes: ClassVar[int]
-
-
-def learned_bytes(stage: Sweeps) -> int:
-    """What a sweep holds for each weight of the block it is at, beside the block; 0 where nothing learns."""
-    return stage.learned_bytes if isinstance(stage, LearnsBlocks) else 0
-
-
-def sweep_passes(stage: Sweeps, model: PreTrainedModel, arch: Arch, looks: int = 0) -> Passes:
-    """The passes of a sweep: each block runs for its statistics, and again for what the edited one outputs.
-
-    looks: passes over the dense blocks before it.
-    """
-    groups, n_blocks = stage.check(model, arch), len(arch.blocks(model))
-    of_blocks = [
-        len({group.turn for group in here}) if stage.calibration.true_sequential else 1
-        for here in groups.values()
-        if here
-    ]
-    again = max(groups, default=0)  # the last edited block's output is not asked for
-    return Passes("calibration", stage.calibration.examples, (sum(of_blocks) + again + looks * n_blocks) / n_blocks)
-
-
-def search_passes(stage: FindsShares, model: PreTrainedModel, arch: Arch, looked_at: int = 0) -> list[Passes]:
-    """The passes of a search for shares: a look at the dense model, each layer at each share alone, from its block on,
-    and as many candidates as may be asked for at each stage of selection; none where shares are uniform.
-
-    looked_at: examples that statistics of the dense model are taken on.
-    """
-    if stage.allocation == "uniform":
-        return []
-    search, n_blocks = stage.search, len(arch.blocks(model))
-    sizes = [
-        min(n * search.batch, search.examples) for n in search.evolution.sizes(-(-search.examples // search.batch))
-    ]
-    levels = 2 * int(search.reach / search.step + 0.5) + 1
-    alone = levels * sum(n_blocks - layer for layer in stage.check(model, arch)) / n_blocks
-    found = [Passes("search", looked_at), Passes("search", sizes[-1], 3), Passes("search", sizes[0], alone)]
-    tried = search.evolution.most if stage.allocation == "evolve" else [0] * len(sizes)
-    return found + [Passes("search", size, n) for size, n in zip(sizes, tried, strict=True)]
