@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 import compresso
 from compresso.errors import BudgetError, ResourceError
+from compresso.runner.acted import Acted
 from compresso.runner.devices import DEVICES, planned
-from compresso.runner.dry_run import Acted
 from compresso.runner.plan_devices import flops_of_each
 from compresso.stage import Passes
 

@@ -10,7 +10,7 @@ from compresso.checkpoint.source import Source
 from compresso.core.counted import survivors
 from compresso.data.survival import Encoded, check_dropped
 from compresso.errors import DataError, RecipeError
-from compresso.runner.dry_run import Acted
+from compresso.runner.acted import Acted
 from compresso.runner.examples import fewer_than_asked, read_examples
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import learning_of

@@ -5,9 +5,8 @@ The stages are acted out in order on the meta device: adapters are attached and 
 are removed to the budget.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,21 +23,17 @@ from compresso.core.budget import Budget, InfeasibleBudget, lower
 from compresso.core.cost import CostModel
 from compresso.core.plan import Plan
 from compresso.edit.lora import adapter_parameters, attach_
-from compresso.edit.merge_experts import Merging
 from compresso.edit.shrink import shrink_
-from compresso.errors import ArchError, BudgetError, ExportError, RecipeError
-from compresso.formats.layout import stock_obstacle, uniform_obstacle, widest
-from compresso.formats.native_moe import mixture_config
-from compresso.formats.plain import check_plain, plain_obstacle, staged_obstacle
-from compresso.formats.shrunk import describe
+from compresso.errors import ArchError, BudgetError, RecipeError
 from compresso.metrics.size import counts
-from compresso.native import family_of, mixture_family_of, staged_family_of
+from compresso.runner.acted import Acted, DryRun, Met
 from compresso.runner.dry_budget import dry_run_plan, emptied, gone, untrainable
+from compresso.runner.dry_layouts import layouts
 from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
 from compresso.runner.recipe import Recipe
-from compresso.runner.rounds import Act, Begun, told
+from compresso.runner.rounds import Begun, told
 from compresso.runner.task_options import keeps_heads
 from compresso.runner.taught import check_taught
 from compresso.stage import (
@@ -52,7 +47,6 @@ from compresso.stage import (
     Learning,
     Learns,
     Merges,
-    Passes,
     ReachesLayers,
     Remarks,
     Shrinks,
@@ -72,81 +66,6 @@ MIXTURES = "moe/"
 """How the names of recipes for mixtures of experts begin."""
 SOME_LABELS = ("0", "1")
 """What a head is counted for while no data says how many labels there are."""
-
-
-@dataclass(frozen=True)
-class Acted:
-    """A stage as it would find its model.
-
-    Args:
-        name: in the recipe.
-        config: of the model it works on.
-        parameters, macs: of that model, in all and per token.
-        passes: that the stage runs it through.
-        learning: what it trains; None where it trains nothing.
-        trainable: parameters that learn by group: "lora" or, where all weights do, "all", and "gates" where there are
-            any.
-        compressed: what it zeroes or rounds; None where it does neither.
-        held: bytes beside the weights that a sweep takes, at their largest; None for what is no sweep.
-        offloaded: bytes that it takes in all where weights stay on disk; None for what is no sweep.
-        act: the stage in its round.
-        in_blocks: of the parameters, those of its blocks.
-        merging: experts that it averages; None for none.
-    """
-
-    name: str
-    config: PreTrainedConfig
-    parameters: int
-    macs: int
-    passes: Sequence[Passes]
-    learning: Learning | None = None
-    trainable: Mapping[str, int] = field(default_factory=dict[str, int])
-    compressed: Compressed | None = None
-    held: int | None = None
-    offloaded: int | None = None
-    act: Act | None = None
-    in_blocks: int = 0
-    merging: Merging | None = None
-
-
-@dataclass(frozen=True)
-class Met:
-    """A budget, and what shapes make of it: the share of `of` that stays, and the one that was wanted."""
-
-    stage: str
-    of: str
-    share: float
-    wanted: float
-
-
-@dataclass
-class DryRun:
-    """What acting a recipe out showed.
-
-    Args:
-        before, after: counts as `inspect` gives them.
-        shapes: axis -> [kept, size] of the axes that lose units.
-        notes: a sentence for each budget, and for what a stage does otherwise than asked.
-        budgets: each as it was met.
-        stages: each as it finds its model.
-        layouts: layout -> why it could not hold these shapes, or None if it can.
-        lacking: stage -> which of its kinds the model has no units of, and what that does to its budget.
-        lost: what is lost of what an earlier run did to the model; "" for nothing.
-        dense: what a recipe for mixtures of experts does to a model without any; "" for others.
-        own_zeros: stages that keep zeros where none before them makes any, so that the model has to bring its own.
-    """
-
-    before: dict[str, Any]
-    after: dict[str, Any]
-    shapes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    notes: list[str] = field(default_factory=list[str])
-    budgets: list[Met] = field(default_factory=list[Met])
-    stages: list[Acted] = field(default_factory=list[Acted])
-    layouts: dict[str, str | None] = field(default_factory=dict[str, str | None])
-    lacking: dict[str, str] = field(default_factory=dict[str, str])
-    lost: str = ""
-    dense: str = ""
-    own_zeros: list[str] = field(default_factory=list[str])
 
 
 def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> DryRun:
@@ -286,32 +205,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
     shown.notes += [shown.dense] if shown.dense else []
     shown.after = counts(cost)
     shown.shapes = {name: [len(units), sizes[name]] for name, units in removed.kept.items()}
-    if mixture_family_of(source.config.model_type) is not None:
-        shown.layouts = {"uniform": plain_obstacle(model, arch.shapes(model)), "native": None}
-        if shown.layouts["uniform"] is not None:
-            mixture_config(model, arch.shapes(model))  # says what that layout would not take either
-        return shown
-    if staged_family_of(source.config.model_type) is not None:
-        shown.layouts = {"uniform": staged_obstacle(model), "native": None}
-        return shown
-    if family_of(source.config.model_type) is None:
-        try:
-            check_plain(model, arch.shapes(model), "uniform")
-        except ExportError as error:
-            if not fixed:
-                raise
-            raise ExportError(
-                f"{error} Stage '{fixed[0]}' has no kinds to leave out: take one that has, such as gate_taylor, in its"
-                " place"
-            ) from error
-        shown.layouts = {"uniform": None}
-        return shown
-    shrunk = describe(model, arch.shapes(model))
-    shown.layouts = {
-        "uniform": uniform_obstacle(shrunk),
-        "padded": stock_obstacle(shrunk, widest(shrunk)),
-        "native": None,
-    }
+    shown.layouts = layouts(source.config.model_type, model, arch, fixed)
     return shown
 
 

@@ -19,7 +19,7 @@ from compresso.data.registry import load_records
 from compresso.data.survival import Encoded, check_dropped, told
 from compresso.data.tokens import refuse_ids
 from compresso.errors import DataError
-from compresso.runner.dry_run import Acted
+from compresso.runner.acted import Acted
 from compresso.runner.generated import with_generated
 from compresso.runner.recipe import Recipe
 from compresso.tasks.base import DEFAULT, Reading, Task

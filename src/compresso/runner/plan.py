@@ -15,10 +15,11 @@ from transformers import PreTrainedConfig
 from compresso.arch.context import tokens_of_picture, unit_of_picture
 from compresso.checkpoint.patched import weights_alone
 from compresso.checkpoint.source import Source, open_source
+from compresso.runner.acted import Acted, DryRun
 from compresso.runner.activations import activation_bytes
 from compresso.runner.data_facts import data_facts
 from compresso.runner.devices import REACHED, planned
-from compresso.runner.dry_run import Acted, DryRun, dry_run
+from compresso.runner.dry_run import dry_run
 from compresso.runner.engine_shapes import (
     misfits,
     multiples,

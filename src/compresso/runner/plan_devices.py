@@ -9,8 +9,8 @@ train.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compresso.runner.acted import Acted
 from compresso.runner.devices import REACHED, Planned
-from compresso.runner.dry_run import Acted
 
 TRAINED_BYTES = 16
 """Of a trained parameter with its gradient and AdamW's two moments, float32."""

@@ -5,7 +5,7 @@ memory.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compresso.runner.dry_run import Acted
+from compresso.runner.acted import Acted
 
 
 def compressed_facts(one: Acted, compute_bytes: int) -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ from compresso.data.survival import Encoded
 from compresso.errors import BudgetError, CheckpointError, DataError, ExportError, RecipeError
 from compresso.formats.sliced import is_cut
 from compresso.native import has_unequal_form
-from compresso.runner.dry_run import DryRun, dry_run
+from compresso.runner.acted import DryRun
+from compresso.runner.dry_run import dry_run
 from compresso.runner.examples import fewer_than_asked, read_examples, within_context
 from compresso.runner.options import AskedLayout, recipe_for, with_options
 from compresso.runner.output import origin, versions
