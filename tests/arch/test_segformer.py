@@ -295,6 +295,11 @@ def test_a_size_of_nothing_is_refused(tmp_path: Path) -> None:
             {"depths": [2, 2]},
             r"depths=\[2, 2\] of 4 stages \(num_encoder_blocks\); wanted a number for each, at least 0",
         ),
+        (
+            {"hidden_sizes": [16, 16, 24, 32, 40]},
+            r"hidden_sizes=\[16, 16, 24, 32, 40\] of 4 stages \(num_encoder_blocks\); wanted a number for each",
+        ),
+        ({"mlp_ratios": [4, 4, 4]}, r"mlp_ratios=\[4, 4, 4\] of 4 stages \(num_encoder_blocks\); wanted a number for"),
         ({"strides": [0, 2, 2, 2]}, r"strides=\[0, 2, 2, 2\] of 4 stages .*, at least 1"),
         ({"num_encoder_blocks": 0}, r"config.json: num_encoder_blocks is 0; wanted at least 1"),
         ({"num_attention_heads": [1, 2, 3, 400]}, "says 400 heads in a stage of 16 channels; wanted"),

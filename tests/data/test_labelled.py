@@ -167,6 +167,16 @@ def test_rows_have_special_tokens_one_label_and_types_for_pairs() -> None:
     assert len(pairs.rows[0]["input_ids"]) == 6 and pairs.rows[0]["token_type_ids"][-2:] == [1, 1]
 
 
+def test_one_class_alone_of_a_models_is_said_by_its_name() -> None:
+    tokens, known = tokenizer(), ("no", "yes")
+    for labels, said in (((1, 1, 1), 1), ((1, 0, 1), 0)):
+        given = records(*labels)
+        notes = encode_labelled(given, tokens, labels_of(given, known), 32).notes
+        assert ["here: only class 'yes' occurs of 2 classes" in one for one in notes] == [True] * said
+    given = records(1, 1)
+    assert encode_labelled(given, tokens, Labels(("one",), {1: 0}), 32).notes == (), "a model of one class has no other"
+
+
 def test_rows_that_cannot_be_encoded() -> None:
     labels = Labels(("0", "1"), {0: 0, 1: 1})
     mixed = [{"text": "w1", "label": 0}, {"sentence1": "w1", "sentence2": "w2", "label": 1}]

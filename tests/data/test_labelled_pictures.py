@@ -53,6 +53,13 @@ def test_a_folder_of_folders_is_the_same_data_by_name(tmp_path: Path) -> None:
     assert again.stats.n == 3 and again.stats.read == 9
 
 
+def test_one_class_alone_of_a_models_is_said_by_its_name(tmp_path: Path) -> None:
+    for rows, n in ((pictures(9)[::3], 1), (pictures(9), 0)):
+        records = load_records(written(tmp_path / "train.parquet", rows), form=PICTURED)
+        notes = encode_pictured(records, PixelInput(16, 16), labels_of(records, THINGS)).notes
+        assert ["only class 'square' occurs of 3 classes" in one for one in notes] == [True] * n
+
+
 def test_pictures_are_brought_to_the_models_size() -> None:
     flat = torch.full((3, 20, 30), 77, dtype=torch.uint8)
     assert torch.equal(sized(flat, 8, 12), torch.full((3, 8, 12), 77, dtype=torch.uint8))

@@ -28,6 +28,7 @@ from compresso.stage import (
     check_order,
 )
 from compresso.training.duration import Duration
+from compresso.training.order import ShuffledBatches
 from tests.methods.conftest import MakeJob
 
 QUICK: dict[type, dict[str, Any]] = {
@@ -204,3 +205,29 @@ def test_orders_that_cannot_work_are_refused() -> None:
 
 def test_stages_in_any_order_the_effects_allow() -> None:
     build({"stages": ["recover", "gate_taylor"]})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        pytest.param(card, marks=pytest.mark.slow if name == "bonsai" else ())
+        for name, card in cards().items()
+        if any(knob.group is Calibrates for knob in card.knobs.values()) and not issubclass(card.type, Learns)
+    ],
+    ids=lambda card: card.name,
+)
+def test_few_examples_are_looked_at_once_each(card: Card, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although more are asked for; what is read never comes round to the next epoch."""
+    read, at = list[int](), ShuffledBatches.at
+
+    def seen(source: ShuffledBatches, update: int, rows: range) -> dict[str, torch.Tensor]:
+        read.append(update * source.global_batch + rows.stop)
+        assert read[-1] <= source.examples
+        return at(source, update, rows)
+
+    monkeypatch.setattr(ShuffledBatches, "at", seen)
+    job = make_job()
+    few = replace(job, rows=job.rows[:3])
+    facts = done(card, few).records[card.name]
+    assert max(read, default=3) == 3  # some look at examples by another way
+    assert facts.get("calibration_examples", 3) == 3

@@ -168,6 +168,18 @@ def test_scores_are_those_of_the_stock_forward(make_job: MakeJob) -> None:
     assert stays == set(sums.div(often.clamp(min=1)).topk(4)[1].tolist())
 
 
+def test_counts_are_of_the_examples_that_there_are(make_job: MakeJob) -> None:
+    """Not of the sixteen that are asked for; probabilities are means over them."""
+    job = prepared(make_job())
+    few = replace(job, rows=job.rows[:3])
+    tokens = sum(len(row["input_ids"]) for row in few.rows)
+    records = DropExperts(score="probability", **LOOKS)(few).records["drop_experts"]
+    assert records["calibration_tokens"] == tokens
+    for one in records["experts"].values():
+        assert sum(one["scores"]["frequency"]) == 2 * tokens
+        assert sum(one["scores"]["probability"]) == pytest.approx(tokens / 3)
+
+
 def test_active_parameters_stay(make_job: MakeJob) -> None:
     job = prepared(make_job())
     arch = job.arch

@@ -32,6 +32,7 @@ from compresso.metrics.held import held_loss
 from compresso.observe.gradients import weight_fisher, weight_gradients
 from compresso.runner.dry_run import dry_run
 from compresso.runner.recipe import build, override, read
+from compresso.training.order import ShuffledBatches
 from tests.arch.test_counts import LLAMA_3_8B, LLAMA_7B, TINY_LLAMA
 from tests.methods.conftest import MakeJob
 
@@ -260,6 +261,23 @@ def test_windows_are_drawn_from_text_that_is_long_enough(make_job: MakeJob) -> N
     assert LlmPruner(ratio=0.25, batch=4, tokens=8)(make_job()).records["llm_pruner"]["calibration_examples"] == 4
     with pytest.raises(DataError, match="0 of 36 examples have the 64 tokens of a calibration window, wanted 10"):
         LlmPruner(ratio=0.25, tokens=64)(make_job())
+
+
+def test_an_iteration_looks_at_each_example_once_at_most(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, at = list[list[int]](), ShuffledBatches.at
+
+    def noted(source: ShuffledBatches, update: int, rows: range) -> dict[str, torch.Tensor]:
+        seen.append(source.indices(update, rows))
+        return at(source, update, rows)
+
+    monkeypatch.setattr(ShuffledBatches, "at", noted)
+    for n, batch, looked_at in ((2, 4, 2), (6, 4, 4), (12, 4, 4)):
+        seen.clear()
+        job = make_job(folder=str(n))
+        done = LlmPruner(ratio=0.5, iterations=3, batch=batch)(replace(job, rows=job.rows[:n]))
+        assert [len(one) for one in seen] == [len(set(one)) for one in seen] == [looked_at] * 3
+        assert done.records["llm_pruner"]["calibration_examples"] == 3 * looked_at
+    assert len({i for one in seen for i in one}) == 12, "where there are enough, iterations share them out"
 
 
 def test_weights_alone_need_no_data(make_job: MakeJob) -> None:

@@ -290,6 +290,47 @@ def test_maps_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
         encoded(written(tmp_path / "all.parquet", [blank(one) for one in cells(3)]))
 
 
+def of_one(cell: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same picture with a map of one class, and an edge that is passed over."""
+    classes = torch.full((SIDE, SIDE), number, dtype=torch.uint8)
+    classes[0] = 255
+    return {**cell, "label": {"bytes": png(classes), "path": "b.png"}}
+
+
+def test_maps_of_one_class_alone_are_said_by_its_name(tmp_path: Path) -> None:
+    """Whichever of the classes it is; of two, and of pixels of one more, nothing is said."""
+    path = written(tmp_path / "train.parquet", [of_one(one, 2) for one in cells(4)])
+    records = load_records(path, form=MAPPED)
+    said = "train.parquet: only class 'square' occurs of 5 classes: their labels teach nothing, and a score"
+    assert said in told(records, encoded(path, CLASSES), 0)[-1]
+    assert "only class '2' occurs of 3 classes" in told(records, encoded(path), 0)[-1]
+    for others in ([of_one(one, 3) for one in cells(1)], cells(1)):
+        path = written(tmp_path / "more.parquet", [*(of_one(one, 2) for one in cells(4)), *others])
+        assert encoded(path, CLASSES).notes == ()
+
+
+@pytest.mark.parametrize("what", ["plan", pytest.param("run", marks=pytest.mark.slow)])
+def test_a_plan_and_a_run_say_that_one_class_alone_occurs(
+    what: str, tmp_path: Path, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = MobileViTForSemanticSegmentation(MobileViTConfig(**SIZES, id2label=dict(enumerate(CLASSES))))
+    model.save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    data = written(tmp_path / "scenes.parquet", [of_one(one, 2) for one in cells(12)])
+    train = {"steps": 1, "batch": 4, "micro_batch": 4}
+    raw = {"task": "segmentation", "data": {"held": 4}, "stages": [{"finetune": train}]}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(raw))
+    said = "only class 'square' occurs of 5 classes"
+    if what == "plan":
+        code, out, error = call("plan", recipe, "--model", tmp_path / "start", "--data", data)
+        assert code == 0 and (out + error).count(said) == 1, error
+        return
+    run(raw, tmp_path / "start", data, output=tmp_path / "out", allow_collapsed=True)
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_map_whose_classes_are_lost_in_the_models_size_is_left_out(tmp_path: Path) -> None:
     lonely = torch.full((64, 64), 255, dtype=torch.uint8)
     lonely[0, 0] = 1  # of each two pixels the second is seen

@@ -11,6 +11,7 @@ from compresso.checkpoint.bounds import check_numbers, unshared_heads
 from compresso.checkpoint.header import TensorInfo, read_header
 from compresso.checkpoint.least import check_mixture
 from compresso.checkpoint.links import check_links
+from compresso.checkpoint.lists import check_entries
 from compresso.checkpoint.reasons import reason_of
 from compresso.core import strict_json
 from compresso.core.plain_values import shown
@@ -109,6 +110,7 @@ def read_config(path: Path, packed: bool = False) -> PreTrainedConfig:
     if unshared:
         raise CheckpointError(f"{path}: {unshared}. Check the config.")
     check_mixture(path, config, data)
+    check_entries(path, config)
     return config
 
 

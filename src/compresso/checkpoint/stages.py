@@ -66,7 +66,7 @@ def _check_numbers(config: Any, folder: Path) -> None:
     n = config.num_encoder_blocks
     for name, least in (*((name, 1) for name in _OF_STAGES), ("depths", 0)):
         values = getattr(config, name)
-        if n < 1 or len(values) < n or min(values) < least:
+        if n < 1 or len(values) != n or min(values) < least:
             raise CheckpointError(
                 f"{folder.name}: config.json says {name}={list(values)} of {n} stages (num_encoder_blocks); wanted a"
                 f" number for each, at least {least}"

@@ -25,7 +25,7 @@ from compresso.data.labelled_pictures import IMAGES, Unreadable, chosen, files_i
 from compresso.data.pictures import bytes_of, colours, numbers
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, type_name, unused_of
 from compresso.data.records import Mapped, Records
-from compresso.data.survival import Encoded, Lost, Stats
+from compresso.data.survival import Encoded, Lost, Stats, of_one_class
 from compresso.errors import DataError
 
 _MAPS = ("label", "annotation", "mask")
@@ -104,6 +104,7 @@ def encode_mapped(
     is no class; or no map has a pixel with a class.
     """
     places, rows, largest, unlabelled = chosen(records, limit), list[Row](), 0, Counter[str]()
+    occur = set[int]()
     unreadable = Unreadable(skip_bad)
     for source, i in places:
         record = records.rows[i]
@@ -138,6 +139,7 @@ def encode_mapped(
         if bool((seen == IGNORED).all()):
             unlabelled[source] += 1
             continue
+        occur |= set(seen.unique().tolist()) - {IGNORED}
         picture = Picture(sized(pixels, *size), inputs, seen)
         rows.append(Row(input_ids=[], labels=[], source=source, picture=picture))
     unreadable.check(len(rows) + unlabelled.total())
@@ -165,7 +167,8 @@ def encode_mapped(
         refused=unreadable.total,
         read=len(records.rows),
     )
-    return Encoded(rows, stats, names, lost, unreadable.named)
+    notes = of_one_class(records.source, occur, names)
+    return Encoded(rows, stats, names, lost, unreadable.named, notes)
 
 
 def _read(record: Mapped) -> tuple[Tensor, Tensor]:

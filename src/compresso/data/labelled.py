@@ -20,7 +20,7 @@ from compresso.core.plain_values import shown, whole_number
 from compresso.core.row import Row
 from compresso.data.record_forms import BadRecord, RecordForm, Taken, text_of, type_name, unused_of
 from compresso.data.records import Labelled, Pictured, Records
-from compresso.data.survival import Encoded, Stats
+from compresso.data.survival import Encoded, Stats, of_one_class
 from compresso.errors import DataError
 
 _TEXTS = (
@@ -221,4 +221,6 @@ def encode_labelled(
             " that belongs to the model"
         )
     tokens = sum(len(row["input_ids"]) for row in rows)
-    return Encoded(rows, Stats(len(chosen), truncated, 0, 0, len(rows), tokens, len(rows), read=n), labels.names)
+    stats = Stats(len(chosen), truncated, 0, 0, len(rows), tokens, len(rows), read=n)
+    occur = {label for row in rows for label in row["labels"]}
+    return Encoded(rows, stats, labels.names, notes=of_one_class(records.source, occur, labels.names))

@@ -18,7 +18,7 @@ from compresso.data.labelled import Labels, label_of
 from compresso.data.pictures import SUFFIXES, bytes_of, colours
 from compresso.data.record_forms import NAMED_BAD, BadRecord, RecordForm, Taken, type_name, unused_of
 from compresso.data.records import Pictured, Records
-from compresso.data.survival import Encoded, Lost, Stats
+from compresso.data.survival import Encoded, Lost, Stats, of_one_class
 from compresso.errors import DataError
 
 IMAGES = ("image", "img")
@@ -138,4 +138,5 @@ def encode_pictured(
     stats = Stats(len(places), 0, 0, 0, len(rows), 0, len(rows), refused=unreadable.total, read=len(records.rows))
     n = Counter(source for source, _ in places)
     lost = tuple(Lost(source, n[source], unreadable=unreadable.of[source]) for source in n)
-    return Encoded(rows, stats, labels.names, lost, unreadable.named)
+    notes = of_one_class(records.source, {label for row in rows for label in row["labels"]}, labels.names)
+    return Encoded(rows, stats, labels.names, lost, unreadable.named, notes)

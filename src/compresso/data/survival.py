@@ -4,13 +4,13 @@ A run that drops more than a fifth of a source trains on something else than wha
 leaves no room for responses within the model's context. So it stops, with the cure, unless it is told to go on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from compresso.core.counted import counted
 from compresso.core.row import Row
 from compresso.data.records import Records
-from compresso.errors import DataError
+from compresso.errors import DataError, quoted
 
 MOST_DROPPED = 0.2
 """Share of a source's records that may give no example."""
@@ -94,7 +94,7 @@ class Encoded:
         lost: of each source, what gave no example.
         bad: the first few records that the chat template refused, or whose pictures cannot be read, as
             "file:line: reason".
-        notes: what a person should know of the text that was made, a sentence each.
+        notes: what a person should know of the examples that were made, a sentence each.
     """
 
     rows: list[Row]
@@ -234,6 +234,23 @@ def told(records: Records, encoded: Encoded, max_length: int, limit: str = "data
     if records.passed_over:
         said.append(f"columns passed over: {passed_over(records)}")
     return [*said, *records.notes, *encoded.notes]
+
+
+def of_one_class(source: str, seen: Collection[int], names: Sequence[str]) -> tuple[str, ...]:
+    """That examples of a task with classes are all of one, a sentence; none where they are of several.
+
+    Args:
+        source: name of the data.
+        seen: numbers of the classes that occur.
+        names: of all classes.
+    """
+    if len(seen) != 1 or len(names) < 2:
+        return ()
+    name = quoted(repr(names[next(iter(seen))]))
+    return (
+        f"{source}: only class {name} occurs of {len(names):,} classes: their labels teach nothing,"
+        " and a score on them tells nothing; give examples of others",
+    )
 
 
 def passed_over(records: Records) -> str:

@@ -90,7 +90,7 @@ class Contextual:
         means = activation_scores(job.model, axes, blocks, self._batches(job), "mean", "mean", how)
         scores = {name: relative(mean) for name, mean in means.items()}
         plan = allocate(axes, scores, job.cost(), self.budget())
-        facts: dict[str, object] = {"calibration_examples": self.calibrates.examples}
+        facts: dict[str, object] = {"calibration_examples": self.calibrates.among(len(job.rows))}
         if self.compensate:
             facts |= self._compensate(job, axes, plan, job.observing("means", same))
         return job.without(plan.masks(axes), "contextual", **facts)

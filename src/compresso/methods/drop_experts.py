@@ -162,7 +162,8 @@ class DropExperts:
         fold = {f"{axis.name} {what}": one for axis in axes for what, one in folds.items()}
         batches = self.calibrates.read(job.batches(self.calibrates.batch, "drop_experts"))
         stats = observe(job.model, sites, fold, batches, how=job.observing("scores", same))
-        side_by_side = {axis.name: self._scores(axis, stats) for axis in axes}
+        n = self.calibrates.among(len(job.rows))
+        side_by_side = {axis.name: self._scores(axis, stats, n) for axis in axes}
         plan = self._chosen(axes, {name: scores[self.score] for name, scores in side_by_side.items()})
         facts = self._facts(axes, plan, stats, side_by_side)
         if self.merge:
@@ -215,10 +216,10 @@ class DropExperts:
             return best_of_all(axes, scores, self.keep)
         return best_of_layers(axes, scores, even_counts(axes, self.keep))
 
-    def _scores(self, axis: Axis, stats: Mapping[str, Stats]) -> dict[str, Tensor]:
-        """The scores of a layer's experts that this pass gives, each [size], float64."""
+    def _scores(self, axis: Axis, stats: Mapping[str, Stats], n: int) -> dict[str, Tensor]:
+        """The scores of a layer's experts that this pass over `n` examples gives, each [size], float64."""
         often = torch.bincount(stats[f"{axis.name} numbers"].total.long().flatten(), minlength=axis.size).double()
-        found = {"probability": stats[f"{axis.name} probability"].total.cpu() / self.calibrates.examples}
+        found = {"probability": stats[f"{axis.name} probability"].total.cpu() / n}
         found["frequency"] = often
         if self.score == "reap":
             found["reap"] = stats[f"{axis.name} score"].total.cpu() / often.clamp(min=1)

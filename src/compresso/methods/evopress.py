@@ -129,13 +129,14 @@ class EvoPress:
         dense, blocks = (0,) * len(parts), job.arch.blocks(job.model)
         install = EmptiedSubLayers(job.arch, blocks, sub_layers_of(job.arch.axes(job.model), parts))
         batches, at = list(self._calibration(job)), [unit for _, unit in parts]
+        sizes = self.evolution.sizes(len(batches))
         start = self._by_influence(job, axes, parts, cost) if self.search == "evolve" else None
         if start is not None and not fits(items, start, limit):
             start = None
         most = 2 + len(parts) + (sum(self.evolution.most) if self.search == "evolve" else 0)
         journal = job.rounds("candidates", job.same("evopress", self))
         with (
-            candidate_divergence(job.model, blocks, at, install, dense, batches, self._sizes()) as divergence,
+            candidate_divergence(job.model, blocks, at, install, dense, batches, sizes) as divergence,
             journalled(
                 keeping_fewest(divergence, axes, parts), journal, most, job.progress(), "candidates", job.ranks
             ) as fitness,

@@ -87,6 +87,5 @@ class GateTaylor:
         scores = pooled_per_cost(job.model, axes, cost, budget, batches, depth, weight=weight, how=how, loss=loss)
         priced = [axis for axis in axes if axis.name in scores]  # what takes nothing of the count stays
         plan = allocated(self.allocation, priced, scores, cost, self.budget()) if priced else Plan()
-        return job.without(
-            absorbed(axes, plan.masks(axes)), "gate_taylor", calibration_examples=self.calibrates.examples
-        )
+        n = self.calibrates.among(len(job.rows))
+        return job.without(absorbed(axes, plan.masks(axes)), "gate_taylor", calibration_examples=n)

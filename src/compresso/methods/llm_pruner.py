@@ -239,7 +239,7 @@ class LlmPruner:
             "llm_pruner",
             iterations=self.iterations,
             calibration_examples=(
-                self.calibrates.batch * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0
+                self._looked_at(job) * self.iterations if self.importance in (*WITH_GRADIENT, *WITH_FISHER) else 0
             ),
         )
 
@@ -262,11 +262,17 @@ class LlmPruner:
             axis.name: unit_scores(axis, importance, parameters, gradients, fisher, self.reduction) for axis in axes
         }
 
+    def _looked_at(self, job: Job) -> int:
+        """Examples of an iteration, or windows, of which a text has many."""
+        return self.calibrates.batch if self.tokens is not None else min(self.calibrates.batch, len(job.rows))
+
     def _examples(self, job: Job, iteration: int) -> dict[str, Tensor]:
         """The calibration examples of an iteration."""
-        batch = self.calibrates.batch
+        batch, n = self.calibrates.batch, self._looked_at(job)
+        if self.tokens is None and (iteration + 1) * batch > len(job.rows):  # an order of its own repeats none in it
+            return job.batches(batch, f"llm_pruner {iteration}").at(0, range(n))
         if self.tokens is None:
-            return job.batches(batch, "llm_pruner").at(iteration, range(batch))
+            return job.batches(batch, "llm_pruner").at(iteration, range(n))
         seed = mixed_seed("llm_pruner", job.seed, iteration)
         return job.collated(random_windows(job.rows, batch, self.tokens, seed))
 

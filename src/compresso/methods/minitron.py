@@ -102,7 +102,7 @@ class Minitron:
         plans = [keep_best(axes, scores, counts) for counts in shapes]
         losses = self._losses(job, axes, plans, job.rounds("candidates", same)) if len(plans) > 1 else [0.0]
         best = losses.index(min(losses))
-        facts: dict[str, object] = {"calibration_examples": self.calibrates.examples}
+        facts: dict[str, object] = {"calibration_examples": self.calibrates.among(len(job.rows))}
         if len(plans) > 1:
             tried = [{str(kind): n for kind, n in counts.items()} for counts in shapes]
             facts["candidates"] = [

@@ -57,7 +57,7 @@ from compresso.sweep.calibration import Calibration
 from compresso.sweep.candidates import CandidateDivergence, candidate_divergence
 from compresso.training.fitness_journal import journalled
 from compresso.training.noise import mixed_seed
-from compresso.training.order import Batches
+from compresso.training.order import ShuffledBatches
 
 
 @stage(
@@ -282,8 +282,8 @@ class Ristretto:
             yield RepairedDivergence(build, few, self.batch_of_bank, apart.rows, sizes), lambda _: None
             return
         n = min(self._pieces, -(-len(apart.rows) // min(self.calibrates.batch, self.calibrates.micro_batch)))
-        sizes = self.evolution.sizes(n)
         batches = list(islice(self.calibrates.read(self._batches(apart)), n))
+        sizes = self.evolution.sizes(len(batches))
         blocks, at = job.arch.blocks(job.model), [one.layer for one in choice.sub_layers]
         with candidate_divergence(job.model, blocks, at, install, choice.dense, batches, sizes) as divergence:
             yield divergence, divergence.adopt
@@ -332,5 +332,5 @@ class Ristretto:
         """Forward passes over the calibration data."""
         return self.calibrates.batches * -(-self.calibrates.batch // self.calibrates.micro_batch)
 
-    def _batches(self, job: Job) -> Batches:
+    def _batches(self, job: Job) -> ShuffledBatches:
         return job.batches(self.calibrates.batch, "ristretto")

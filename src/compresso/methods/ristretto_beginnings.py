@@ -25,7 +25,7 @@ from compresso.solve.allocate import allocate
 from compresso.solve.bank_choice import Menu, alone, beginnings, near
 from compresso.solve.level_choice import Item, Levels
 from compresso.stage import Calibrates
-from compresso.training.order import Batches
+from compresso.training.order import ShuffledBatches
 
 log = logging.getLogger(__name__)
 SCORED = (Kind.HEAD, Kind.CHANNEL)
@@ -123,5 +123,5 @@ class Beginnings:
         return job.without(Plan({layers.name: stays}).masks([layers]), "ristretto")
 
     @property
-    def _batches(self) -> Batches:
+    def _batches(self) -> ShuffledBatches:
         return self.job.batches(self.calibrates.batch, "ristretto")

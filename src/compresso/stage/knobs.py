@@ -14,7 +14,7 @@ from compresso.core.budget import Budget
 from compresso.core.quantities import Budgeted
 from compresso.stage.flat import group
 from compresso.training.duration import Duration, shortened, updates
-from compresso.training.order import Batches
+from compresso.training.order import ShuffledBatches
 
 Count = Annotated[int, Ge(1)]
 _WORDS = {
@@ -104,15 +104,25 @@ class Calibrates:
 
     @property
     def examples(self) -> int:
-        """How many are looked at in all."""
+        """How many are looked at in all, at most: no example is looked at twice."""
         return self.batches * self.batch
 
-    def read(self, source: Batches) -> Iterator[dict[str, Tensor]]:
-        """The batches, `micro_batch` examples at a time."""
-        parts = [
-            range(start, min(start + self.micro_batch, self.batch)) for start in range(0, self.batch, self.micro_batch)
-        ]
-        return (source.at(update, rows) for update in range(self.batches) for rows in parts)
+    def among(self, n: int) -> int:
+        """How many are looked at of the `n` that there are."""
+        return min(self.examples, n)
+
+    def read(self, source: ShuffledBatches) -> Iterator[dict[str, Tensor]]:
+        """The batches, `micro_batch` examples at a time; each example once at most, so that where there are fewer than
+        asked for the last batch is a smaller one.
+
+        source: its batches hold `batch` examples.
+        """
+        n = self.among(source.examples)
+        return (
+            source.at(first // self.batch, range(start, min(start + self.micro_batch, self.batch, n - first)))
+            for first in range(0, n, self.batch)
+            for start in range(0, min(self.batch, n - first), self.micro_batch)
+        )
 
 
 @group()

@@ -92,6 +92,11 @@ class ShuffledBatches:
         """Examples that one update sees, over all processes and micro-batches."""
         return self._global_batch
 
+    @property
+    def examples(self) -> int:
+        """How many the dataset holds: an epoch."""
+        return len(self._dataset)
+
     def indices(self, update: int, rows: range) -> list[int]:
         """Dataset indices behind the given rows of an update's global batch."""
         n = len(self._dataset)
