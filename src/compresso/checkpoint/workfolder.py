@@ -2,6 +2,7 @@
 
     OUTPUT.partial/
       identity.json        what a resume must agree on
+      clock.json           the time that all pieces of the run have taken so far
       stages/01-NAME/      a finished stage: checkpoint, plan.json, records.json and a manifest written last
       training/NAME/       training checkpoints of the running stage
       targets/NAME/        a finished result of a run that has several

@@ -11,6 +11,7 @@ from compresso.door import public
 from compresso.engines.registry import commands
 from compresso.report.html import check_target, write_report
 from compresso.report.read import Comparison, read_results
+from compresso.report.remarks import remarks_in
 from compresso.report.table import Cell, Row, Table, missing, tables
 
 _NAME, _LEAST = 24, 10
@@ -50,7 +51,7 @@ def show(comparison: Comparison, as_json: bool) -> None:
     for one in tables(comparison):
         for rows in _side_by_side(one.rows, console.width):
             console.print(_drawn(one, rows, console.width))
-        for line in _remarks(one.rows):
+        for line in remarks_in(one.columns, one.rows):
             console.print(_plain(line, "dim"), soft_wrap=True)
     if absent := missing(comparison):
         console.print(f"Not measured: {', '.join(absent)}.")
@@ -82,16 +83,6 @@ def _drawn(table: Table, rows: Sequence[Row], width: int) -> Drawn:
 def _short(detail: str) -> str:
     """A protocol without the checksums, which tell it apart and tell a person nothing."""
     return ", ".join(part for part in detail.split(", ") if "sha256" not in part)
-
-
-def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What must be read beside numbers, each sentence once, with the models it is about."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for cell in row.cells:
-            if cell.remark and row.name not in found.setdefault(cell.remark, []):
-                found[cell.remark].append(row.name)
-    return [f"{', '.join(names)}: {remark}" for remark, names in found.items()]
 
 
 def _cell(cell: Cell) -> Text:

@@ -83,15 +83,7 @@ def asked(run: Run) -> Rows:
                     f" whose state was kept; {held.why}",
                 )
             )
-    times = [
-        f"{name} {written_time(stage.seconds)}" for name, stage in records.stages.items() if stage.seconds is not None
-    ]
-    rows.append(
-        (
-            "Time",
-            "; ".join(times + ([f"in all {written_time(records.seconds)}"] if records.seconds is not None else [])),
-        )
-    )
+    rows.append(("Time", _times(records)))
     rows.append(("Layout", f"{records.layout}" + (f", {records.dtype}" if records.dtype else "")))
     return rows
 
@@ -194,15 +186,27 @@ def pairs(values: Mapping[str, str | int | None]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def written_time(seconds: float) -> str:
-    """A duration for people.
+def _times(records: RunRecords) -> str:
+    """What each stage took, and the run; that some of it is not known stands once at the end."""
+    every = [(name, stage.seconds, stage.since_resume) for name, stage in records.stages.items()]
+    every.append(("in all", records.seconds, records.since_resume))
+    told = [f"{name} {written_time(seconds, since)}" for name, seconds, since in every if seconds is not None]
+    if any(since for _, _, since in every):
+        told.append("the time before the resume is not known")
+    return "; ".join(told)
+
+
+def written_time(seconds: float, since_resume: bool = False) -> str:
+    """A duration for people; `since_resume` where it lacks what came before a resume.
 
     >>> written_time(129.05), written_time(9000)
     ('2.2 min', '2.5 h')
+    >>> written_time(12.0, since_resume=True)
+    '12 s since the resume'
     """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    told = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    told = told if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{told} since the resume" if since_resume else told
 
 
 def guard(run: Run) -> list[str]:

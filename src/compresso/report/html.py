@@ -23,6 +23,7 @@ from compresso.report.done import deeds, kept_of, participle, removed_kinds
 from compresso.report.marks import drawable
 from compresso.report.read import Comparison, Run, comparison_of_run
 from compresso.report.records import RunRecords
+from compresso.report.remarks import remarks_in, remarks_of
 from compresso.report.stage_table import stage_table
 from compresso.report.table import (
     NOT_MEASURED,
@@ -108,7 +109,7 @@ def page(comparison: Comparison, commands: Mapping[str, str] | None = None) -> s
         prompts=_prompts(comparison.models),
         pictures=_pictures(comparison.models),
         protocols=_protocols(comparison),
-        remarks=_remarks(drawn),
+        remarks=[line for table in drawn for line in remarks_in(table.columns, table.rows)],
         words=cell_words,
     )
     return drawable(text)
@@ -187,7 +188,6 @@ def _summary(comparison: Comparison, results: ModelResults) -> dict[str, Any]:
         else ("decode speed-up", NOT_MEASURED, "")
     )
     guard = run.records.guard if run else None
-    remarks = [number.remark for number in results.measurements if number.remark]
     return {
         "name": results.name,
         "model": results.model,
@@ -195,7 +195,7 @@ def _summary(comparison: Comparison, results: ModelResults) -> dict[str, Any]:
         "lines": lines,
         "verdict": guard.verdict if guard else "none",
         "guard": _VERDICTS[guard.verdict] if guard else "not run",
-        "remarks": list(dict.fromkeys(remarks)),
+        "remarks": remarks_of(results.measurements),
     }
 
 
@@ -262,8 +262,3 @@ def _protocols(comparison: Comparison) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _remarks(drawn: Sequence[Table]) -> list[str]:
-    """What must be said in words, with the model it is said of."""
-    return [f"{row.name}: {cell.remark}" for table in drawn for row in table.rows for cell in row.cells if cell.remark]

@@ -104,7 +104,8 @@ class RunRecords(Strict):
         before, after: the dense model and the result.
         stages: what each stage noted, by its name.
         patches: forward patches, which `compresso.load` applies to what the files hold.
-        seconds: of the whole run.
+        seconds: of the whole run, over all of its pieces.
+        since_resume: whether those before a resume are missing, since the version that ran them did not save them.
         layout, dtype, bytes: what was written, and the size of its weight files.
         modeling: the file with the model's class, which lies beside the weights where transformers has none; "" for a
             stock class, and for the classes of dense models per layer, which the layout says.
@@ -128,6 +129,7 @@ class RunRecords(Strict):
     stages: dict[str, StageFacts]
     patches: tuple[str | PatchRecord, ...] = ()
     seconds: FiniteFloat
+    since_resume: bool = False
     layout: Literal["uniform", "padded", "native"]
     modeling: str = ""
     dtype: str

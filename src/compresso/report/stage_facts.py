@@ -44,7 +44,8 @@ class StageFacts(Strict):
 
     `curve` has columns of equal length, "update" the horizontal one; `sparsity` is the share of zeros in the weights it
     worked on, of which `zero_before` were there when it began; `bits` what one of these would take if they were packed.
-    `seconds` is what the stage took, and if it was resumed, since then; `left` is absent where an older version ran it.
+    `seconds` is what the stage took, over all pieces of a run that was resumed; `since_resume` where a version that did
+    not save the time ran it before, which is then not in it. `left` is absent where an older version ran it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -53,6 +54,7 @@ class StageFacts(Strict):
     kept_share_of_blocks: FiniteFloat | None = None
     curve: dict[str, list[FiniteFloat | None]] = Field(default_factory=dict[str, list[FiniteFloat | None]])
     seconds: FiniteFloat | None = None
+    since_resume: bool = False
     sparsity: FiniteFloat | None = None
     zero_before: FiniteFloat | None = None
     bits: FiniteFloat | None = None

@@ -58,7 +58,7 @@ def stage_table(records: RunRecords) -> StageTable | None:
                 name,
                 *(of(facts, left) or ABSENT for _, of in shown),
                 *([_score(left.score)] if metric else []),
-                ABSENT if facts.seconds is None else written_time(facts.seconds),
+                ABSENT if facts.seconds is None else written_time(facts.seconds, facts.since_resume),
             )
             for name, facts, left in every
         ),

@@ -5,7 +5,6 @@ Launched in several processes (torchrun, accelerate), all of them run the stages
 
 import copy
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from compresso.job import Job
 from compresso.metrics.guard import check_finite
 from compresso.metrics.trust.questions import TrustQuestions
 from compresso.report.stage_facts import filled_now
+from compresso.runner.clock import Clock
 from compresso.runner.evaluated import COMPRESSED, DENSE, PRUNED, FinalEvaluation
 from compresso.runner.final_evaluation import Extent, take
 from compresso.runner.first_job import dense_of, new_job, reader, saved_dense, with_weights
@@ -65,13 +65,13 @@ class Execution:
         wishes: what is asked beside its recipe.
         accelerator: of the processes that it is launched in.
         work: the folder that finished stages are saved in; those found there are not run again.
-        started: when the run began, in seconds since the epoch.
+        clock: counts the time of the run and of its stages, over all pieces.
     """
 
     def __init__(
-        self, prepared: Prepared, wishes: Wishes, accelerator: Accelerator, work: WorkFolder, started: float
+        self, prepared: Prepared, wishes: Wishes, accelerator: Accelerator, work: WorkFolder, clock: Clock
     ) -> None:
-        self.prepared, self.wishes, self._work, self._started = prepared, wishes, work, started
+        self.prepared, self.wishes, self._work, self._clock = prepared, wishes, work, clock
         self._accelerator, self._is_main = accelerator, accelerator.is_main_process
         self._speaks = self._is_main and not wishes.quiet
         self._acts = prepared.recipe.acts
@@ -113,6 +113,7 @@ class Execution:
         facts = broadcast(
             self._accelerator, self._gather() if self.targets else self._write(output, self.wishes.overwrite)
         )
+        self._clock.stop()
         if self._is_main:
             self._work.discard()
         if self.wishes.offload:
@@ -155,14 +156,15 @@ class Execution:
 
     def _run_stage(self, index: int, act: Act) -> None:
         """Run one stage, judge what it leaves, and save it."""
-        begun, label, received = time.time(), act.label, self.job
-        job, stage, told = entered(received, act)
-        entering = replace(job, out=self._work.training(act.folder))
-        with job.progress().working(label):  # of a stage without steps that it shows itself
-            job = left_round(applied(stage, entering, act), received, act, told)
-        if not self.wishes.offload:  # a sweep looks at each weight it makes
-            check_finite(job.model, label)
-        job = job.note(label, seconds=round(time.time() - begun, 2))
+        label, received = act.label, self.job
+        with self._clock.stage(label):
+            job, stage, told = entered(received, act)
+            entering = replace(job, out=self._work.training(act.folder))
+            with job.progress().working(label):  # of a stage without steps that it shows itself
+                job = left_round(applied(stage, entering, act), received, act, told)
+            if not self.wishes.offload:  # a sweep looks at each weight it makes
+                check_finite(job.model, label)
+        job = job.note(label, **self._clock.of(label).facts(2))
         if (sentence := self.prepared.lacking.get(label)) is not None:
             job = job.note(label, lacking_kinds=sentence)
         makes_dense = card(act.name).makes_dense
@@ -179,6 +181,7 @@ class Execution:
         self._accelerator.wait_for_everyone()  # others may still read what the stage left in its folder
         if self._is_main and not self.wishes.offload:  # the journal of an offloaded sweep holds what is done
             self._work.save_stage(index, act.folder, partial(save_stage, job, self._before, whole=makes_dense))
+            self._clock.finished(label)
         if act.target:
             self._write(self._work.target(act.target), replaces=True)
         self._accelerator.wait_for_everyone()
@@ -204,7 +207,7 @@ class Execution:
             return facts
         evaluation = self._evaluated(job, facts, at)
         self._refuse_collapse(evaluation)
-        facts["seconds"] = round(time.time() - self._started, 1)
+        facts |= self._clock.run().facts(1)
         dtype = stored_dtype(prepared.source)
         ask, carried = partial(_asked, job) if self.wishes.verify else None, prepared.source.folder
         with job.progress().working("writing the checkpoint and opening it again"):

@@ -21,6 +21,7 @@ from compresso.door import public
 from compresso.errors import deprecated
 from compresso.metrics.trust.asking import check_asks
 from compresso.runner.asked_budget import said_as_asked
+from compresso.runner.clock import Clock
 from compresso.runner.drawn import drawn
 from compresso.runner.execution import Execution, Wishes
 from compresso.runner.final_evaluation import Extent
@@ -198,11 +199,12 @@ def run(
             check_asks(prepared.tokenizer, prepared.source.name)
         refuse_together([act.name for act in prepared.recipe.acts], processes())
         accelerator = new_accelerator(prepared.device)
+        main = accelerator.is_main_process
         owned = WorkFolder.open(prepared.output, prepared.identity(), resume=resume, force=overwrite)
-        mine = owned if accelerator.is_main_process else nullcontext(WorkFolder(WorkFolder.beside(prepared.output)))
+        mine = owned if main else nullcontext(WorkFolder(WorkFolder.beside(prepared.output)))
         wishes = Wishes(measure, questions, verify, overwrite, allow_collapsed, offload, over_memory, quiet)
-        with mine as work:
-            execution = Execution(prepared, wishes, accelerator, work, started)
+        with mine as work, Clock(work.path if main else None, started, resumed=resume) as clock:
+            execution = Execution(prepared, wishes, accelerator, work, clock)
             facts = execution()
     job, targets = execution.job, execution.targets
     family = {name: Path(output) / name for name in targets}
