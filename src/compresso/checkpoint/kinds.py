@@ -83,6 +83,14 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return auto_class(config) is AutoModelForCausalLM and config.model_type not in _BOTH_WAYS
 
 
+def head_on_decoder(config: PreTrainedConfig) -> str:
+    """The class of a decoder that has a head in the place of its own, as its config names it; "" for other models."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    causal: Any = AutoModelForCausalLM._model_mapping
+    masked: Any = AutoModelForMaskedLM._model_mapping  # transformers has causal encoders, too
+    return named if type(config) in causal and type(config) not in masked and not is_causal(config) else ""
+
+
 def sees(config: PreTrainedConfig) -> bool:
     """Whether a model is opened as one of pictures with a head: a classifier, or one that classifies each pixel."""
     return auto_class(config) in _SEE

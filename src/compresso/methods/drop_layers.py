@@ -86,7 +86,7 @@ class DropLayers:
     def __post_init__(self) -> None:
         """Refuse knobs that contradict each other."""
         if self.keep is not None and self.drop is not None:
-            raise ValueError(f"keep={self.keep} and drop={self.drop} are two budgets; give one")
+            raise ValueError(f"keep={self.keep} and drop={self.drop} are two budgets; give one, and null for the other")
         if set(self.kinds) not in ({Kind.LAYER}, {Kind.ATTENTION}, {Kind.MLP}, {Kind.ATTENTION, Kind.MLP}):
             raise ValueError(
                 f"kinds={[*map(str, self.kinds)]} do not go together; give [layer], [attention], [mlp] or [attention,"

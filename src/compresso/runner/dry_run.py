@@ -32,6 +32,7 @@ from compresso.runner.dry_layouts import layouts
 from compresso.runner.earlier_run import lost, rounded_by
 from compresso.runner.lacking import said_of_kinds
 from compresso.runner.measured_budget import refuse_other_table
+from compresso.runner.other_recipes import of_next_tokens
 from compresso.runner.recipe import Recipe
 from compresso.runner.rounds import Begun, told
 from compresso.runner.task_options import keeps_heads
@@ -81,7 +82,7 @@ def dry_run(recipe: Recipe, source: Source, processes: int | None = None) -> Dry
             grid they were rounded to, shapes that no checkpoint of the family holds.
     """
     if obstacle := recipe.task.obstacle(source.config):
-        raise ArchError(f"{source.name} {obstacle}")
+        raise ArchError(f"{source.name} {of_next_tokens(recipe, source.config) or obstacle}")
     model = meta_model(source)
     if recipe.task.lacks_head(source.config):
         model = recipe.task.with_head(model, SOME_LABELS, 0)

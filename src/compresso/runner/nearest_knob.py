@@ -57,6 +57,14 @@ def share_of(stages: Sequence[tuple[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(filter(None, found))) or QUANTITIES["blocks"].words
 
 
+def in_place_of_memory(stages: Sequence[tuple[str, Any]]) -> str:
+    """The cure of a budget of memory that is none of texts: the options that the recipe takes in its place."""
+    sized = [card(name).knobs for name, _ in stages if "keep" in card(name).knobs]
+    if any("of" in knobs for knobs in sized):
+        return "give --bytes-at-context and --keep"
+    return "give --keep in its place" if sized else "leave it out"
+
+
 def _share(stages: Sequence[tuple[str, Any]]) -> str:
     """Why the share that a stage takes is none of what is asked for."""
     words = next((SHARES[name] for name, _ in stages if name in SHARES and name != "svd"), None)

@@ -33,7 +33,7 @@ from compresso.runner.engine_shapes import (
 )
 from compresso.runner.inspection import facts_of
 from compresso.runner.measured_options import check_floor, with_bytes_at_context, with_time
-from compresso.runner.nearest_knob import share_of
+from compresso.runner.nearest_knob import in_place_of_memory, share_of
 from compresso.runner.picture_budget import limits_of, read_picture_table, with_picture_budget
 from compresso.runner.recipe import Recipe, build, names, override, read, task_of, with_knob
 from compresso.runner.recipe_data import with_confined_data
@@ -183,8 +183,8 @@ def _of_pictures(
     if not of_pictures(config):
         if memory is not None:
             raise BudgetError(
-                f"--memory {memory} is a budget of models of pictures, and a {config.model_type} reads text; give"
-                " --bytes-at-context and --keep"
+                f"--memory {memory} is a budget of models of pictures, and a {config.model_type} reads text;"
+                f" {in_place_of_memory(stages_of(raw))}"
             )
         return False
     if speedup is not None:

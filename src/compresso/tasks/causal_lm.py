@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.kinds import is_causal
+from compresso.checkpoint.kinds import head_on_decoder, is_causal
 from compresso.core.loss import NEXT_TOKEN, Loss
 from compresso.core.row import Row
 from compresso.data.batches import collate
@@ -48,6 +48,11 @@ class CausalLM:
             return ""
         if able := seen_by(config):
             return f"({config.model_type}) is no causal language model, it sees pictures; give --task {able[0]}"
+        if named := head_on_decoder(config):
+            return (
+                f"({config.model_type}) is a decoder with another head, {named}, and no causal language model; give the"
+                " checkpoint that writes text"
+            )
         others = [f"--task {name}" for name, task in tasks().items() if name != DEFAULT and not task.obstacle(config)]
         if others:
             return (

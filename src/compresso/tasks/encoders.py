@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from compresso.checkpoint.kinds import is_causal
+from compresso.checkpoint.kinds import head_on_decoder, is_causal
 from compresso.core.counted import counted
 from compresso.data.records import Records
 from compresso.errors import DataError
@@ -30,6 +30,8 @@ def obstacle(config: PreTrainedConfig, head: Any, task: str) -> str:
     """
     if is_causal(config):
         return f"({config.model_type}) is a causal language model; --task {task} takes an encoder, such as BERT"
+    if named := head_on_decoder(config):
+        return f"({config.model_type}) is a decoder, {named}; --task {task} takes an encoder, such as BERT"
     if type(config) not in head._model_mapping:
         able = seen_by(config)
         cure = f"; of pictures, give --task {able[0]}" if able else ""
